@@ -1,0 +1,64 @@
+"""Qwen3 on Apple silicon: convert a checkpoint once, then talk to it.
+
+>>> from qwen3_mlx import load
+>>> llm = load()  # the embedded demo checkpoint
+>>> llm.chat("What is 12 + 34?", thinking=False).text
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from qwen3_mlx import backend as backend  # first: loads a fast BLAS before anything imports MLX
+
+if TYPE_CHECKING:
+    from qwen3_mlx.engine.params import SamplingParams
+    from qwen3_mlx.errors import CheckpointError, Qwen3Error
+    from qwen3_mlx.llm import LLM, AsyncStream, Reply, Stream, load
+    from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "llm",
+    "AsyncStream": "llm",
+    "CheckpointError": "errors",
+    "Event": "text.events",
+    "Finish": "text.events",
+    "Qwen3Error": "errors",
+    "Reasoning": "text.events",
+    "Reply": "llm",
+    "SamplingParams": "engine.params",
+    "Stream": "llm",
+    "Text": "text.events",
+    "Usage": "text.events",
+    "load": "llm",
+}
+
+__all__ = [  # noqa: PLE0604 - the names are those of _HOMES, resolved on first use
+    "LLM",
+    "AsyncStream",
+    "CheckpointError",
+    "Event",
+    "Finish",
+    "Qwen3Error",
+    "Reasoning",
+    "Reply",
+    "SamplingParams",
+    "Stream",
+    "Text",
+    "Usage",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

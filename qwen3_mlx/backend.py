@@ -1,0 +1,131 @@
+"""The machine: device, dtype, BLAS and memory limits. The one place that asks where we run.
+
+Importing this module loads a fast BLAS on Linux, because MLX binds its BLAS symbols when
+`mlx.core` is first imported; nothing else in the package runs at import.
+"""
+
+import ctypes
+import os
+import platform
+import sys
+from pathlib import Path
+
+# Plain `cblas_*` exports are what MLX's CPU build links to. numpy's and scipy's private OpenBLAS
+# rename theirs and do not serve. The order is by measured speed on x86-64.
+_BLAS_LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.2", "libmkl_rt.so.3", "libblis.so.4")
+
+
+def _preload_blas() -> str:
+    """Load a fast BLAS for MLX's Linux CPU build and say what was done."""
+    wish = os.environ.get("QWEN3_BLAS", "")
+    if sys.platform != "linux" or wish == "off":
+        return "MLX's own" if wish != "off" else "MLX's own (QWEN3_BLAS=off)"
+    if "mlx.core" in sys.modules:
+        return "MLX's own (mlx was imported before qwen3_mlx)"
+    beside = [str(Path(sys.prefix) / "lib" / name) for name in _BLAS_LIBRARIES]
+    for name in [wish] if wish else [*_BLAS_LIBRARIES, *beside]:
+        try:
+            library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+        if hasattr(library, "cblas_sgemm"):
+            return name
+    return f"MLX's own (QWEN3_BLAS={wish} cannot be loaded)" if wish else "MLX's own"
+
+
+BLAS = _preload_blas()
+
+import mlx.core as mx  # noqa: E402 - only after the BLAS
+
+_GIB = 1 << 30
+_CACHE_LIMIT = 2 * _GIB  # freed buffers kept for reuse; MLX's own limit would be most of the memory
+_DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
+
+
+def on_gpu() -> bool:
+    """Say whether MLX computes on a GPU."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
+def compute_dtype(name: str | None = None) -> mx.Dtype:
+    """Give the dtype to compute in: the one asked for, else the machine's best.
+
+    On a GPU that is bfloat16, as the checkpoints were trained; Qwen3's feed-forward activations
+    can overflow float16. MLX's CPU build emulates both halves, so there it is float32.
+
+    Raises:
+        ValueError: `name` is not bfloat16, float16 or float32.
+    """
+    if name is None:
+        return mx.bfloat16 if on_gpu() else mx.float32
+    if name not in _DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {name!r}")
+    return _DTYPES[name]
+
+
+def total_memory() -> int:
+    """Give the bytes of memory this process may hope for: the machine's, or its container's."""
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return total
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def worth_dequantizing(float32_bytes: int) -> bool:
+    """Say whether quantized weights should be held as float32 here: on a CPU, if they are small.
+
+    MLX's CPU build multiplies float32 matrices many times faster than quantized ones.
+    """
+    return not on_gpu() and float32_bytes <= total_memory() // 2
+
+
+def prefill_chunk() -> int:
+    """Give the tokens of a prompt to process at once.
+
+    The CPU has no fused attention: its score matrix grows with the chunk.
+    """
+    return 2048 if on_gpu() else 512
+
+
+def limit_cache() -> None:
+    """Bound the freed buffers that MLX keeps, which a growing KV cache would pile up."""
+    if on_gpu():
+        mx.set_cache_limit(min(_CACHE_LIMIT, total_memory() // 8))
+
+
+def wire_weights() -> None:
+    """Keep what is resident now, the weights, from being paged out.
+
+    Called once, after the weights are evaluated and before any KV cache exists: wiring more than
+    the model needs has been tied to panics of the whole machine (ml-explore/mlx#3186).
+    """
+    mx.clear_cache()
+    if on_gpu():
+        most = int(mx.device_info()["max_recommended_working_set_size"])
+        mx.set_wired_limit(min(mx.get_active_memory(), most))
+
+
+def unwire() -> None:
+    """Let go of what `wire_weights` wired."""
+    if on_gpu():
+        mx.set_wired_limit(0)
+
+
+def describe() -> dict[str, str]:
+    """Tell the machine in words: system, device, BLAS, memory."""
+    info = mx.device_info()
+    facts = {
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "python": platform.python_version(),
+        "device": f"{mx.default_device().type.name}: {info.get('device_name', 'unknown')}",
+        "architecture": str(info.get("architecture", "unknown")),
+        "blas": "Metal" if on_gpu() else BLAS,
+        "memory": f"{total_memory() / _GIB:.1f} GiB",
+        "dtype": str(compute_dtype()).removeprefix("mlx.core."),
+    }
+    if on_gpu():
+        working = int(info["max_recommended_working_set_size"])
+        facts["working set"] = f"{working / _GIB:.1f} GiB recommended by Metal"
+    return facts

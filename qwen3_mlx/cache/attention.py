@@ -1,0 +1,66 @@
+"""Causal attention within the limits of MLX's fused kernels, and what a layer asks of its cache.
+
+B batch, L new tokens, S tokens seen, Q queries (the last of the L), H query heads,
+K key/value heads, E head size.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import mlx.core as mx
+
+Rotate = Callable[[mx.array, int | tuple[int, ...]], mx.array]
+
+# Metal's kernel for few queries takes up to 8 of them, and up to 32 rows of queries times query
+# heads for each key head; the kernel for many queries starts at 9. Calls that fall between the
+# two run unfused and hold the whole score matrix.
+_FEW_QUERIES = 8
+_FEW_ROWS = 32
+
+
+class LayerCache(Protocol):
+    """What has been seen in one layer: it takes the new keys and values and answers attention."""
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
+    ) -> mx.array:
+        """Give the attended values [B, Q, H, E] of q [B, Q, H, E] over all seen and k, v.
+
+        q and k come normalised and not yet rotated, k and v are [B, L, K, E]; the queries belong
+        to the last Q of the L new tokens.
+        """
+
+
+class NoCache:
+    """Nothing seen before and nothing kept: whole sequences at once, as in training."""
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
+    ) -> mx.array:
+        """Answer attention over k and v alone; see `LayerCache.attend`."""
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+        q, k = rope(q, k.shape[2] - q.shape[2]), rope(k, 0)
+        return causal_attention(q, k, v, scale=scale).transpose(0, 2, 1, 3)
+
+
+def causal_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
+    """Give softmax(q·kᵀ·scale)·v, each query seeing the keys up to its own position.
+
+    q [B, H, Q, E] and k, v [B, K, S, E], the last query aligned with the last key; the result is
+    [B, H, Q, E].
+    """
+    queries, keys = q.shape[2], k.shape[2]
+    most = max(1, min(_FEW_QUERIES, _FEW_ROWS * k.shape[1] // q.shape[1]))
+    if queries > _FEW_QUERIES or queries <= most:
+        # One query sees every key: a mask would only keep it from the faster kernels.
+        mask = None if queries == 1 else "causal"
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    parts = []
+    for start in range(0, queries, most):
+        stop = min(start + most, queries)
+        seen = keys - queries + stop
+        part = causal_attention(
+            q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], scale=scale
+        )
+        parts.append(part)
+    return mx.concatenate(parts, axis=2)

@@ -1,0 +1,90 @@
+"""Several sequences in one forward pass: their tokens end to end, each with a cache of its own.
+
+There is no padding and no shared buffer, so a sequence joins or leaves without a copy, and each may
+bring one token or a chunk of its prompt.
+
+T tokens of all sequences, H query heads, K key/value heads, E head size.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import mlx.core as mx
+
+from qwen3_mlx.cache.attention import Rotate
+from qwen3_mlx.cache.kv import KVCache
+
+
+class Ragged:
+    """The caches of several sequences in one layer, asked as if they were one."""
+
+    def __init__(
+        self, caches: Sequence[KVCache], lengths: Sequence[int], wanted: Sequence[int]
+    ) -> None:
+        """Expect `lengths[i]` tokens for `caches[i]`, the last `wanted[i]` of them as queries.
+
+        The wanted counts matter in a model's last layer only, where other queries serve nobody.
+        """
+        self.caches = caches
+        self.lengths = lengths
+        self.wanted = wanted
+        self._one_token_each = all(length == 1 for length in lengths)
+
+    def attend(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
+    ) -> mx.array:
+        """Split q, k, v [1, T, ...] by sequence, let each cache answer, and join the answers."""
+        if self._one_token_each and q.shape[1] == k.shape[1]:
+            return self._attend_single_tokens(q, k, v, scale=scale, rope=rope)
+        queries = self.lengths if q.shape[1] == k.shape[1] else self.wanted
+        answers = []
+        spans = zip(self.caches, _spans(queries), _spans(self.lengths), strict=True)
+        for cache, asked, new in spans:
+            k_new, v_new = k[:, new], v[:, new]
+            if asked.start == asked.stop:
+                cache.store(k_new, v_new, rope=rope)
+            else:
+                answers.append(cache.attend(q[:, asked], k_new, v_new, scale=scale, rope=rope))
+        return mx.concatenate(answers, axis=1)
+
+    def _attend_single_tokens(
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
+    ) -> mx.array:
+        """Rotate all sequences' tokens in one call each for q and k, with a vector of offsets."""
+        heads_first = (len(self.caches), -1, 1, q.shape[3])  # the tokens become the batch
+        offsets = tuple(cache.offset for cache in self.caches)
+        new_q, new_k = rope(q.reshape(heads_first), offsets), rope(k.reshape(heads_first), offsets)
+        new_v = v.reshape(heads_first)
+        answers = [
+            cache.attend_rotated(
+                new_q[i : i + 1], new_k[i : i + 1], new_v[i : i + 1], scale=scale
+            )
+            for i, cache in enumerate(self.caches)
+        ]
+        return mx.concatenate(answers).reshape(q.shape)
+
+
+def _spans(lengths: Sequence[int]) -> list[slice]:
+    return [slice(a, b) for a, b in pairwise(accumulate(lengths, initial=0))]
+
+
+def ragged_layers(
+    sequences: Sequence[Sequence[KVCache]],
+    lengths: Sequence[int],
+    wanted: Sequence[int] | None = None,
+) -> tuple[list[Ragged], list[int] | None]:
+    """Join the caches of several sequences for one forward pass.
+
+    `sequences[i]` holds one cache a layer; `lengths[i]` of its tokens come next; the logits of the
+    last `wanted[i]` of them are asked for (None: of all). Gives the layers' caches and the rows
+    of the T tokens whose logits are wanted, as `Qwen3.__call__` takes them.
+    """
+    per_layer = zip(*sequences, strict=True)
+    if wanted is None:
+        return [Ragged(caches, lengths, lengths) for caches in per_layer], None
+    rows = [
+        row
+        for span, count in zip(_spans(lengths), wanted, strict=True)
+        for row in range(span.stop - count, span.stop)
+    ]
+    return [Ragged(caches, lengths, wanted) for caches in per_layer], rows

@@ -1,0 +1,86 @@
+"""Where a checkpoint lies: a folder, or a name on the Hugging Face hub to download from.
+
+`HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's other variables are honoured by its own library.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from qwen3_mlx.errors import CheckpointError
+
+DESCRIPTION_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "model.safetensors.index.json",
+)
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+class Source:
+    """A checkpoint's place; nothing is downloaded until `fetch` names the files."""
+
+    def __init__(self, name: str, revision: str | None = None) -> None:
+        """Take a folder's path or a hub name such as Qwen/Qwen3-8B.
+
+        Raises:
+            CheckpointError: it is neither.
+            ValueError: a revision is given for a folder.
+        """
+        self.name = name
+        self._revision = revision
+        folder = Path(name).expanduser()
+        self.folder = folder if folder.exists() else None
+        if self.folder is None and (name[:1] in "./~" or not _HUB_NAME.fullmatch(name)):
+            raise CheckpointError(
+                f"{name!r} is no folder here, nor a hub name such as Qwen/Qwen3-8B"
+            )
+        if self.folder and not self.folder.is_dir():
+            raise CheckpointError(f"{name} is a file; give the checkpoint's folder")
+        if self.folder and revision is not None:
+            raise ValueError(f"revision belongs to hub names; {name} is a folder")
+
+    def fetch(self, files: Sequence[str]) -> Path:
+        """Make sure that those of `files` that the checkpoint has are here; give their folder.
+
+        Raises:
+            CheckpointError: the hub does not have it, refuses it, or cannot be reached.
+        """
+        if self.folder:
+            return self.folder
+        # Imported where it is used: it takes 0.35 s, and most loads are from a folder.
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HfHubHTTPError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        try:
+            return Path(
+                snapshot_download(self.name, revision=self._revision, allow_patterns=list(files))
+            )
+        except GatedRepoError as error:
+            raise CheckpointError(
+                f"{self.name} asks for its terms to be accepted: do so on its page, "
+                "then run `hf auth login`"
+            ) from error
+        except RevisionNotFoundError as error:
+            raise CheckpointError(f"{self.name} has no revision {self._revision!r}") from error
+        except RepositoryNotFoundError as error:
+            raise CheckpointError(
+                f"the hub has no {self.name}, or it is private (then run `hf auth login`)"
+            ) from error
+        except LocalEntryNotFoundError as error:
+            raise CheckpointError(
+                f"{self.name} is not downloaded yet and the hub cannot be reached; "
+                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+            ) from error
+        except (HfHubHTTPError, OSError) as error:
+            first_line = str(error).strip().split("\n")[0]
+            raise CheckpointError(f"downloading {self.name} failed: {first_line}") from error

@@ -1,0 +1,190 @@
+"""From files to a model in memory, one module at a time.
+
+The network is built from config.json first, unevaluated; the headers of the weight files are held
+against it, and only then is a tensor read. No more than one module's source weights are in memory
+beside the finished ones.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from qwen3_mlx import backend
+from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
+from qwen3_mlx.checkpoint.weights import Weights
+from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.moe import QuantizedSwitchLinear, SwitchLinear
+from qwen3_mlx.model.qwen3 import Qwen3
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How the weights shall lie in memory.
+
+    `quantize` gives a format to weights that have none on disk. `dequantize` True holds quantized
+    weights in `dtype` instead; None does so where the machine computes faster with them.
+    """
+
+    dtype: mx.Dtype
+    quantize: Format | None = None
+    dequantize: bool | None = None
+
+
+def load_model(
+    config: Mapping[str, Any], weights: Weights, options: LoadOptions, progress: Progress
+) -> Qwen3:
+    """Build the network that `config` describes and fill it with `weights`.
+
+    `progress(done, total)` is told the modules finished. The result is evaluated.
+
+    Raises:
+        CheckpointError: config and weights do not fit together, or the weights are quantized and
+            another quantization is asked for.
+    """
+    model = Qwen3(ModelConfig.from_dict(config))
+    stored = StoredFormats.of(config)
+    if stored:
+        _give_quantized_shape(model, stored, weights)
+    if stored and options.quantize:
+        raise CheckpointError(
+            "the checkpoint is quantized already; leave bits out, or load the original weights"
+        )
+    _compare(model, weights)
+    dequantize = options.dequantize
+    if dequantize is None:
+        dequantize = backend.worth_dequantizing(4 * _count_weights(model))
+    modules = [(path, module) for path, module in _leaves(model) if module.parameters()]
+    for done, (path, module) in enumerate(modules):
+        progress(done, len(modules))
+        filled = _fill(path, module, weights, options, dequantize=dequantize)
+        mx.eval(filled.parameters())
+        _put(model, path, filled)
+    for layer in model.layers:
+        layer.self_attn.fuse()
+        if hasattr(layer.mlp, "fuse"):
+            layer.mlp.fuse()
+    progress(len(modules), len(modules))
+    return model
+
+
+def _leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
+    return [(path, module) for path, module in leaves if isinstance(module, nn.Module)]
+
+
+def _give_quantized_shape(model: Qwen3, stored: StoredFormats, weights: Weights) -> None:
+    """Make those modules quantized whose weights are; nothing is computed yet."""
+
+    def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in weights.tensors or not hasattr(module, "to_quantized"):
+            return False
+        wanted = stored.format_of(path)
+        return {"bits": wanted.bits, "group_size": wanted.group_size, "mode": wanted.mode}
+
+    try:
+        nn.quantize(model, class_predicate=form)
+    except ValueError as error:  # a row that is no multiple of the group size
+        raise CheckpointError(f"config.json: its quantization does not fit: {error}") from error
+
+
+def _compare(model: Qwen3, weights: Weights) -> None:
+    """Hold the tensors that the network needs against those that are there."""
+    needed = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    there = weights.tensors
+    # The small published checkpoints carry a copy of the embedding that tied heads do not use.
+    unused = {"lm_head.weight", "lm_head.scales", "lm_head.biases"}
+    tied = model.config.tie_word_embeddings
+    missing = sorted(needed.keys() - there.keys())
+    unexpected = sorted(there.keys() - needed.keys() - (unused if tied else set()))
+    misshapen = [
+        f"{name} is {list(there[name].shape)} where {list(shape)} is needed"
+        for name, shape in needed.items()
+        if name in there and there[name].shape != tuple(shape)
+    ]
+    complaints = [
+        f"{what} {', '.join(names)}"
+        for what, names in (
+            ("missing:", missing),
+            ("unexpected:", unexpected),
+            ("misshapen:", misshapen),
+        )
+        if names
+    ]
+    if complaints:
+        raise CheckpointError(f"weights and config.json do not match; {'; '.join(complaints)}")
+
+
+def _count_weights(model: Qwen3) -> int:
+    """Count the weights of the network as if none were quantized."""
+    count = 0
+    for _, module in _leaves(model):
+        for name, array in module.parameters().items():
+            if name in ("scales", "biases"):
+                continue
+            packed = array.dtype == mx.uint32
+            count += array.size * 32 // module.bits if packed else array.size
+    return count
+
+
+def _fill(
+    path: str, module: nn.Module, weights: Weights, options: LoadOptions, *, dequantize: bool
+) -> nn.Module:
+    """Give the module at `path` with its weights, in the form they shall have in memory."""
+    for name in module.parameters():
+        module[name] = weights.take(f"{path}.{name}")
+    if hasattr(module, "bits"):
+        if dequantize:
+            return _dequantized(module, options.dtype)
+    elif options.quantize and hasattr(module, "to_quantized"):
+        wanted = options.quantize.for_module(path)
+        if module["weight"].shape[-1] % wanted.group_size == 0:
+            module = module.to_quantized(wanted.group_size, wanted.bits, mode=wanted.mode)
+            if dequantize:
+                mx.eval(module.parameters())
+                return _dequantized(module, options.dtype)
+    for name, array in module.parameters().items():
+        if mx.issubdtype(array.dtype, mx.floating):
+            module[name] = array.astype(options.dtype)
+    return module
+
+
+def _dequantized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
+    """Give the unquantized twin of a quantized module, computed in float32."""
+    scales, biases = module["scales"], module.get("biases")
+    if biases is not None:  # the mx and nv modes have none, and scales that are codes
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    plain: nn.Module = _PLAIN[type(module)]()
+    plain.weight = mx.dequantize(
+        module["weight"],
+        scales,
+        biases,
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+    ).astype(dtype)
+    if "bias" in module:
+        plain.bias = module["bias"].astype(dtype)
+    return plain
+
+
+# The twins, made as small as can be: their weights are replaced at once.
+_PLAIN: dict[type, Callable[[], nn.Module]] = {
+    nn.QuantizedLinear: lambda: nn.Linear(1, 1, bias=False),
+    nn.QuantizedEmbedding: lambda: nn.Embedding(1, 1),
+    QuantizedSwitchLinear: lambda: SwitchLinear(1, 1, 1),
+}
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    *parents, name = path.split(".")
+    place: Any = model
+    for parent in parents:
+        place = place[int(parent)] if isinstance(place, list) else place[parent]
+    place[name] = module

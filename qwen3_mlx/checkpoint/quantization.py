@@ -1,0 +1,92 @@
+"""How the weights of a checkpoint are quantized, as its config.json tells."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3_mlx.errors import CheckpointError
+
+# What MLX's kernels read: bits and group sizes of each mode.
+_FORMATS = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "mxfp8": ((8,), (32,)),
+    "nvfp4": ((4,), (16,)),
+}
+# What MLX takes where a config leaves bits or group_size out, or null as mlx-lm sometimes does.
+_DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
+_ROUTER_BITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way to quantize a matrix: `group_size` weights of a row share a scale."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+    def __post_init__(self) -> None:
+        if self.mode not in _FORMATS:
+            raise ValueError(f"quantization mode must be one of {', '.join(_FORMATS)}")
+        bits, groups = _FORMATS[self.mode]
+        if self.bits not in bits:
+            raise ValueError(f"bits must be one of {_listed(bits)}, not {self.bits}")
+        if self.group_size not in groups:
+            raise ValueError(f"group_size must be one of {_listed(groups)}, not {self.group_size}")
+
+    def for_module(self, path: str) -> "Format":
+        """Give the format to quantize the module at `path` with.
+
+        The router of a mixture of experts keeps 8 bits: it decides what runs at all.
+        """
+        is_router = path.endswith("mlp.gate")
+        return Format(max(self.bits, _ROUTER_BITS), 64) if is_router else self
+
+
+def _listed(values: tuple[int, ...]) -> str:
+    return ", ".join(map(str, values))
+
+
+class StoredFormats:
+    """The formats of an MLX-quantized checkpoint: one for all, and exceptions by module path."""
+
+    def __init__(self, section: Mapping[str, Any]) -> None:
+        self._section = section
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> "StoredFormats | None":
+        """Read the section from a config.json; None where nothing is quantized.
+
+        mlx-lm writes it as `quantization`, and again as `quantization_config`.
+
+        Raises:
+            CheckpointError: the weights are quantized in a form that MLX does not compute with.
+        """
+        section = config.get("quantization") or config.get("quantization_config")
+        if not section:
+            return None
+        if not isinstance(section, Mapping):
+            raise CheckpointError(f"config.json: quantization is {section!r}, not an object")
+        method = section.get("quant_method")
+        if method is not None and "bits" not in config.get("quantization", {}):
+            raise CheckpointError(
+                f"its weights are quantized as {str(method).upper()}, which MLX cannot compute "
+                "with; convert it first: qwen3 convert SOURCE FOLDER"
+            )
+        return cls(section)
+
+    def format_of(self, path: str) -> Format:
+        """Give the format of the quantized module at `path`.
+
+        Raises:
+            CheckpointError: it is one that MLX does not have.
+        """
+        own = self._section.get(path)
+        section = own if isinstance(own, Mapping) else self._section
+        mode = section.get("mode") or "affine"
+        bits, group_size = _DEFAULTS.get(mode, (0, 0))
+        try:
+            return Format(section.get("bits") or bits, section.get("group_size") or group_size, mode)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"config.json: quantization of {path}: {error}") from error

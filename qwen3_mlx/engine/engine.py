@@ -1,0 +1,78 @@
+"""Runs requests on the worker thread: prompt in, tokens to the request's watcher, outcome out."""
+
+import logging
+
+import mlx.core as mx
+
+from qwen3_mlx import backend
+from qwen3_mlx.engine.params import Outcome, Request
+from qwen3_mlx.engine.runner import Cancelled, decode, prefill
+from qwen3_mlx.engine.sampling import Sampler
+from qwen3_mlx.engine.worker import Worker
+from qwen3_mlx.model.qwen3 import Qwen3
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Takes requests from any thread and runs them one after another."""
+
+    def __init__(self, model: Qwen3, worker: Worker, *, vocabulary: int) -> None:
+        """Run `model`, which belongs to `worker`; ids from `vocabulary` on are never chosen."""
+        self.model = model
+        self._worker = worker
+        self._vocabulary = vocabulary
+
+    def submit(self, request: Request) -> None:
+        """Run `request` when its turn comes; its watcher and `done` hear of it."""
+        self._worker.post(lambda: self._run(request))
+
+    def _run(self, request: Request) -> None:
+        try:
+            outcome: Outcome | Exception = self._generate(request)
+        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the outcome
+            _log.debug("a request failed", exc_info=True)
+            outcome = error
+        mx.clear_cache()
+        request.done(outcome)
+
+    def _generate(self, request: Request) -> Outcome:
+        total, count = len(request.ids), 0
+
+        def checkpoint(done: int) -> None:
+            if request.cancelled.is_set():
+                raise Cancelled
+            if request.progress:
+                request.progress(done, total)
+
+        cache = self.model.make_cache(total + request.room_for if request.room_for else 0)
+        sampler = Sampler(
+            request.sampling,
+            seed=request.seed,
+            vocabulary=self._vocabulary,
+            prompt=request.ids,
+        )
+        try:
+            logits = prefill(
+                self.model,
+                cache,
+                request.ids,
+                chunk=backend.prefill_chunk(),
+                checkpoint=checkpoint,
+            )
+            for token in decode(self.model, cache, logits, sampler, request.max_tokens):
+                if count == 0 and request.progress:
+                    request.progress(total, total)
+                if request.cancelled.is_set():
+                    break
+                count += 1
+                if token in request.end_ids:
+                    return Outcome("stop", count)
+                request.watcher.advance([token])
+                if request.watcher.finished:
+                    return Outcome("stop", count)
+            else:
+                return Outcome("length", count)
+        except Cancelled:
+            pass
+        return Outcome("cancelled", count)

@@ -1,0 +1,136 @@
+"""What a caller asks of one generation."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from threading import Event
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen; None means the default of the checkpoint's mode.
+
+    The steps are taken in this order: `logit_bias` and the penalties change the logits,
+    `temperature` divides them (0 takes the likeliest token), then `top_k` keeps the k likeliest
+    (0: all), `top_p` the fewest whose probabilities reach p, and `min_p` those at least p times as
+    likely as the likeliest.
+
+    `repetition_penalty` divides the logits of tokens in prompt and reply (multiplies them if
+    negative); `presence_penalty` and `frequency_penalty` are subtracted from those of tokens in the
+    reply, once or once an occurrence. `logit_bias` maps token ids to what is added to their logits.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
+
+    def __post_init__(self) -> None:
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if value is None:
+                continue
+            whole = name == "top_k"
+            if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+                raise TypeError(f"{name} must be a number, not {value!r}")
+            if not low <= value <= high:
+                bounds = f"at least {low:g}" if high == _NO_END else f"from {low:g} to {high:g}"
+                raise ValueError(f"{name} must be {bounds}, not {value}")
+        if self.repetition_penalty == 0 or self.top_p == 0:
+            raise ValueError("repetition_penalty and top_p must be more than 0")
+
+    def over(self, defaults: "SamplingParams") -> "SamplingParams":
+        """Fill what is None from `defaults`."""
+        missing = {
+            entry.name: getattr(defaults, entry.name)
+            for entry in fields(self)
+            if getattr(self, entry.name) is None
+        }
+        return replace(self, **missing)
+
+
+_NO_END = float("inf")
+_RANGES = {
+    "temperature": (0, _NO_END),
+    "top_p": (0, 1),
+    "top_k": (0, _NO_END),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0, _NO_END),
+}
+NEUTRAL = SamplingParams(
+    temperature=1.0,
+    top_p=1.0,
+    top_k=0,
+    min_p=0.0,
+    presence_penalty=0.0,
+    frequency_penalty=0.0,
+    repetition_penalty=1.0,
+    logit_bias={},
+)
+# The values of Qwen's model cards for each mode.
+THINKING = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, min_p=0.0)
+DIRECT = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, min_p=0.0)
+
+
+def sampling_defaults(
+    generation_config: Mapping[str, Any], *, thinking: bool, hybrid: bool
+) -> SamplingParams:
+    """Give the defaults for a reply that thinks or does not.
+
+    A checkpoint that can do both has one generation_config.json for two modes that need different
+    values, so there the mode's temperature, top_p and top_k win over it. One that can do only one
+    knows best.
+    """
+    known = {entry.name for entry in fields(SamplingParams)} - {"logit_bias"}
+    stated = {key: value for key, value in generation_config.items() if key in known}
+    if generation_config.get("do_sample") is False:
+        stated["temperature"] = 0.0
+    own = SamplingParams(**stated)
+    mode = THINKING if thinking else DIRECT
+    return (mode.over(own) if hybrid else own.over(mode)).over(NEUTRAL)
+
+
+class Watcher(Protocol):
+    """Follows the tokens of one generation and may end it."""
+
+    finished: bool
+
+    def advance(self, ids: Sequence[int]) -> None:
+        """Take the next tokens; end tokens are not among them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a generation ended: stop, length or cancelled."""
+
+    reason: str
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation: what to continue, how, and whom to tell.
+
+    `done` is called once, on the engine's thread, with the outcome or the error that ended it.
+    `sampling` has no None left. `progress(done, total)` is told the prompt tokens processed.
+    """
+
+    ids: Sequence[int]
+    sampling: SamplingParams
+    max_tokens: int
+    seed: int
+    end_ids: frozenset[int]
+    watcher: Watcher
+    done: Callable[[Outcome | Exception], None]
+    room_for: int  # tokens of the reply to allocate cache for at once
+    progress: Callable[[int, int], None] | None = None
+    cancelled: Event = field(default_factory=Event)

@@ -1,0 +1,9 @@
+"""The errors a caller may act on; a wrong argument is a `ValueError` or `TypeError` instead."""
+
+
+class Qwen3Error(Exception):
+    """Something that cannot be done as asked; the message says what, and the way out."""
+
+
+class CheckpointError(Qwen3Error):
+    """A checkpoint that cannot be found, read or honoured."""

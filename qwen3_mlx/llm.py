@@ -1,0 +1,487 @@
+"""The public API: it composes checkpoint, text and engine, and holds no algorithm of its own."""
+
+import asyncio
+import secrets
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Event as Flag
+from typing import Any, Self
+
+import mlx.core as mx
+
+from qwen3_mlx import backend
+from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.load import LoadOptions, load_model
+from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
+from qwen3_mlx.checkpoint.weights import Weights, read_json, weight_names
+from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.params import (
+    NEUTRAL,
+    Outcome,
+    Request,
+    SamplingParams,
+    sampling_defaults,
+)
+from qwen3_mlx.engine.worker import Worker
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
+from qwen3_mlx.text.messages import Message, normalise
+from qwen3_mlx.text.parser import Parser
+from qwen3_mlx.text.template import ChatTemplate
+from qwen3_mlx.text.thinking import Thinking
+from qwen3_mlx.text.tokenizer import Tokenizer
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole reply: what a stream said, collected."""
+
+    text: str
+    reasoning: str
+    finish_reason: str
+    usage: Usage
+
+
+class Stream(Iterator[Event]):
+    """The events of one generation as they come; `Finish` is the last.
+
+    Closing it, leaving its `with` block or dropping it ends the generation.
+    """
+
+    def __init__(self, events: "SimpleQueue[Event | Exception]", cancelled: Flag) -> None:
+        self._events = events
+        self._cancelled = cancelled
+        self._ended = False
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._events.get()
+        self._ended = isinstance(event, Finish | Exception)
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def close(self) -> None:
+        """End the generation within a step; what is left to read is a `Finish`."""
+        self._cancelled.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class AsyncStream(AsyncIterator[Event]):
+    """The same for asyncio; cancelling the task that reads it ends the generation, too."""
+
+    def __init__(self, events: "asyncio.Queue[Event | Exception]", cancelled: Flag) -> None:
+        self._events = events
+        self._cancelled = cancelled
+        self._ended = False
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            event = await self._events.get()
+        except asyncio.CancelledError:
+            self._cancelled.set()
+            raise
+        self._ended = isinstance(event, Finish | Exception)
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    async def aclose(self) -> None:
+        """End the generation within a step; what is left to read is a `Finish`."""
+        self._cancelled.set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        self._cancelled.set()
+
+
+class LLM:
+    """A loaded checkpoint to talk to; made by `load`.
+
+    Every method may be called from any thread. Generations run one after another.
+    """
+
+    def __init__(self, parts: "_Parts", worker: Worker) -> None:
+        self.config = parts.model.config
+        self.tokenizer = parts.tokenizer
+        self.thinking = Thinking.of(parts.template, parts.tokenizer)
+        self._template = parts.template
+        self._generation_config = parts.generation_config
+        self._end_ids = parts.end_ids
+        self._worker = worker
+        # A model may be made for fewer ids than its tokenizer knows, but never chooses others.
+        vocabulary = min(len(parts.tokenizer), self.config.vocab_size)
+        self._engine: Engine | None = Engine(parts.model, worker, vocabulary=vocabulary)
+        self._running: weakref.WeakSet[Flag] = weakref.WeakSet()
+        self._shut = weakref.finalize(self, _shut_down, worker, self._running)
+
+    @property
+    def model(self) -> Qwen3:
+        """The network; its arrays belong to the worker thread."""
+        return self._open_engine().model
+
+    def stream(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        thinking: bool | None = None,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Stream:
+        """Reply to a user's words or a conversation, as a stream of events.
+
+        `thinking` switches the thinking on or off; None is the checkpoint's default. `max_tokens`
+        bounds thinking and answer together; None is what the context has room for. `sampling`
+        beats the defaults of the mode. The same `seed` gives the same reply. `stop` ends the answer
+        (not the thinking) before the first of these strings. `progress(done, total)` is told the
+        prompt tokens read, from another thread.
+
+        Raises:
+            ValueError: an argument is out of its range.
+            Qwen3Error: the checkpoint cannot do as asked, or the prompt does not fit.
+        """
+        ask = _Ask(max_tokens, sampling, seed, stop, progress)
+        return self._stream(*self._chat_prompt(messages, thinking), ask)
+
+    def astream(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        thinking: bool | None = None,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> AsyncStream:
+        """Do as `stream` does, for asyncio; to be called with the event loop running."""
+        ask = _Ask(max_tokens, sampling, seed, stop, progress)
+        prompt, mode = self._chat_prompt(messages, thinking)
+        loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue(), Flag()
+
+        def deliver(event: Event | Exception) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is closed: nobody reads this any more
+                cancelled.set()
+
+        self._submit(prompt, mode, ask, deliver, cancelled)
+        return AsyncStream(events, cancelled)
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        thinking: bool | None = None,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> Reply:
+        """Do as `stream` does, and give the whole reply at once."""
+        ask = _Ask(max_tokens, sampling, seed, stop, progress)
+        return _collect(self._stream(*self._chat_prompt(messages, thinking), ask))
+
+    def complete(
+        self,
+        prompt: str,
+        *,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Reply:
+        """Continue raw text, without a chat template; tags of thinking are text like any other."""
+        if not isinstance(prompt, str):
+            raise TypeError(f"prompt must be a string, not {type(prompt).__name__}")
+        ask = _Ask(max_tokens, sampling, seed, stop, None)
+        return _collect(self._stream(prompt, None, ask))
+
+    def logits(self, ids: Sequence[int]) -> mx.array:
+        """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
+
+        Raises:
+            ValueError: there is no id, or one is not in the vocabulary.
+        """
+        model = self._open_engine().model
+        rows = self.config.vocab_size
+        if not ids or any(not 0 <= token < rows for token in ids):
+            raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
+
+        def compute() -> mx.array:
+            logits = model(mx.array(ids, dtype=mx.int32)[None])[0].astype(mx.float32)
+            mx.eval(logits)
+            return logits
+
+        return self._worker.call(compute)
+
+    def render(
+        self,
+        messages: str | Sequence[Message],
+        thinking: bool | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Write the prompt for a conversation with the checkpoint's own template.
+
+        Raises:
+            Qwen3Error: there is no template, it refuses, or `thinking` cannot be had.
+        """
+        if self._template is None:
+            raise Qwen3Error("this checkpoint has no chat template; use complete() with raw text")
+        self.thinking.resolve(thinking)
+        return self._template.render(
+            normalise(messages),
+            thinking=thinking if self.thinking.hybrid else None,
+            tools=tools,
+            add_generation_prompt=add_generation_prompt,
+        )
+
+    def close(self) -> None:
+        """Cancel what runs, end the worker thread and free the memory; may be called twice."""
+        self._shut()
+        self._engine = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open_engine(self) -> Engine:
+        if self._engine is None:
+            raise Qwen3Error("this LLM is closed; load it again")
+        return self._engine
+
+    def _chat_prompt(
+        self, messages: str | Sequence[Message], thinking: bool | None
+    ) -> tuple[str, bool]:
+        return self.render(messages, thinking), self.thinking.resolve(thinking)
+
+    def _stream(self, prompt: str, mode: bool | None, ask: "_Ask") -> Stream:
+        events: SimpleQueue[Event | Exception] = SimpleQueue()
+        cancelled = Flag()
+        self._submit(prompt, mode, ask, events.put, cancelled)
+        return Stream(events, cancelled)
+
+    def _submit(
+        self,
+        prompt: str,
+        mode: bool | None,
+        ask: "_Ask",
+        deliver: Callable[[Event | Exception], None],
+        cancelled: Flag,
+    ) -> None:
+        """Send a prompt to the engine; `mode` is whether it thinks, or None for raw text."""
+        engine = self._open_engine()
+        ids = self.tokenizer.encode(prompt)
+        parser = Parser(
+            self.tokenizer,
+            deliver,
+            thinking=None if mode is None else self.thinking,
+            inside=bool(mode) and self.thinking.opens_in_prompt,
+            stop=ask.stop_strings(),
+        )
+
+        def done(outcome: Outcome | Exception) -> None:
+            if isinstance(outcome, Outcome):
+                parser.close()
+                usage = Usage(len(ids), 0, outcome.completion_tokens, parser.reasoning_tokens)
+                details = {"stop": parser.stopped_by} if parser.stopped_by is not None else {}
+                deliver(Finish(outcome.reason, usage, details))
+            else:
+                deliver(outcome)
+
+        if mode is None:
+            defaults = sampling_defaults(self._generation_config, thinking=False, hybrid=False)
+        else:
+            defaults = sampling_defaults(
+                self._generation_config, thinking=mode, hybrid=self.thinking.hybrid
+            )
+        request = Request(
+            ids=ids,
+            sampling=(ask.sampling or SamplingParams()).over(defaults),
+            max_tokens=self._room(len(ids), ask.max_tokens),
+            seed=secrets.randbits(32) if ask.seed is None else ask.seed,
+            end_ids=self._end_ids,
+            watcher=parser,
+            done=done,
+            room_for=ask.max_tokens or 0,
+            progress=ask.progress,
+            cancelled=cancelled,
+        )
+        self._running.add(cancelled)
+        engine.submit(request)
+
+    def _room(self, prompt_tokens: int, wish: int | None) -> int:
+        window = self.config.max_position_embeddings
+        if prompt_tokens == 0:
+            raise ValueError("the prompt is empty; give some text")
+        if prompt_tokens >= window:
+            raise Qwen3Error(
+                f"the prompt has {prompt_tokens:,} tokens and the context window is {window:,}; "
+                "shorten the prompt"
+            )
+        room = window - prompt_tokens
+        if wish is not None and wish < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {wish}")
+        if wish is not None and wish > room:
+            raise Qwen3Error(
+                f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
+                f"context window of {window:,} has room for {room:,}"
+            )
+        return wish or room
+
+
+@dataclass(frozen=True, slots=True)
+class _Ask:
+    """What every way to ask for a reply has in common."""
+
+    max_tokens: int | None
+    sampling: SamplingParams | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    progress: Progress | None
+
+    def stop_strings(self) -> tuple[str, ...]:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        if any(not isinstance(text, str) or not text for text in stop):
+            raise ValueError(f"stop must be one or more non-empty strings, not {self.stop!r}")
+        return stop
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What a checkpoint's folder holds, loaded."""
+
+    model: Qwen3
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    generation_config: Mapping[str, Any]
+    end_ids: frozenset[int]
+
+
+def load(
+    source: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+    dtype: str | None = None,
+    dequantize: bool | None = None,
+    progress: Progress | None = None,
+) -> LLM:
+    """Load a checkpoint: a folder, a hub name, or None for the embedded demo.
+
+    Args:
+        source: a folder in the published or in MLX's format, or a name such as Qwen/Qwen3-8B.
+        revision: the hub's branch, tag or commit.
+        bits: quantize the weights while loading, to 2, 3, 4, 5, 6 or 8 bits.
+        group_size: how many weights share a scale then: 32, 64 or 128.
+        dtype: bfloat16, float16 or float32; None is bfloat16 on a GPU and float32 on a CPU.
+        dequantize: hold quantized weights as `dtype`; None does so on a CPU, where that computes
+            faster, if the float32 weights take at most half of the memory.
+        progress: told (done, total) modules loaded, from another thread.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        CheckpointError: the checkpoint cannot be found, read or honoured.
+    """
+    options = LoadOptions(
+        backend.compute_dtype(dtype), Format(bits, group_size) if bits else None, dequantize
+    )
+    place = Source(str(source or files("qwen3_mlx") / "demo"), revision)
+    folder = place.fetch(DESCRIPTION_FILES)
+    config = read_json(folder / "config.json")
+    ModelConfig.from_dict(config)  # what cannot be run is refused before gigabytes are fetched
+    StoredFormats.of(config)
+    abandoned = Flag()
+
+    def follow(done: int, total: int) -> None:
+        if abandoned.is_set():
+            raise Qwen3Error("loading was interrupted")
+        if progress:
+            progress(done, total)
+
+    def read_weights() -> Qwen3:
+        backend.limit_cache()
+        model = load_model(config, Weights(folder), options, follow)
+        backend.wire_weights()
+        return model
+
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    folder = place.fetch(weight_names(folder) or ["model.safetensors"])
+    worker = Worker()
+    try:
+        model = worker.call(read_weights)
+        return LLM(_describe(folder, config, model, tokenizer), worker)
+    except BaseException:
+        abandoned.set()
+        worker.stop()
+        raise
+
+
+def _describe(
+    folder: Path, config: Mapping[str, Any], model: Qwen3, tokenizer: Tokenizer
+) -> _Parts:
+    generation = folder / "generation_config.json"
+    generation_config = read_json(generation) if generation.is_file() else {}
+    # Some conversions lose generation_config.json, and with it the second of Qwen3's end tokens.
+    ends = [config.get("eos_token_id"), generation_config.get("eos_token_id")]
+    ends.append(tokenizer.id_of("<|endoftext|>"))
+    end_ids = {token for end in ends for token in (end if isinstance(end, list) else [end])}
+    return _Parts(
+        model,
+        tokenizer,
+        ChatTemplate.from_folder(folder),
+        generation_config,
+        frozenset(end_ids - {None}),
+    )
+
+
+def _collect(stream: Stream) -> Reply:
+    text, reasoning = [], []
+    with stream:
+        for event in stream:
+            if isinstance(event, Text):
+                text.append(event.text)
+            elif isinstance(event, Reasoning):
+                reasoning.append(event.text)
+            else:
+                return Reply("".join(text), "".join(reasoning), event.reason, event.usage)
+    raise AssertionError("a stream ends with Finish")
+
+
+def _shut_down(worker: Worker, running: "weakref.WeakSet[Flag]") -> None:
+    for cancelled in list(running):
+        cancelled.set()
+    worker.stop()
+    backend.unwire()

@@ -1,0 +1,229 @@
+"""What a checkpoint's config.json says of the network: read, checked, and nothing assumed.
+
+Both spellings are read: the published one (transformers 4) and the one transformers 5 writes.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3_mlx.errors import CheckpointError
+
+MODEL_TYPES = ("qwen3", "qwen3_moe")
+
+
+@dataclass(frozen=True, slots=True)
+class Yarn:
+    """Rotary embeddings stretched beyond the trained window (YaRN, arXiv 2309.00071)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The sizes of a mixture-of-experts feed-forward block, and which layers have one."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    norm_topk_prob: bool
+    decoder_sparse_step: int
+    mlp_only_layers: tuple[int, ...]
+
+    def in_layer(self, index: int) -> bool:
+        """Say whether layer `index`, counted from 0, routes to experts."""
+        every = self.decoder_sparse_step
+        return index not in self.mlp_only_layers and (index + 1) % every == 0
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """The geometry of a Qwen3 network, under the published names."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    attention_bias: bool
+    rope_theta: float
+    yarn: Yarn | None = None
+    experts: Experts | None = None
+
+    @property
+    def attention_scale(self) -> float:
+        """The factor on q·k. YaRN scales q and k alike, so its factor enters squared."""
+        return self.head_dim**-0.5 * (self.yarn.attention_factor**2 if self.yarn else 1.0)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Read the contents of a config.json.
+
+        Raises:
+            CheckpointError: it is not a Qwen3 network, lacks a key, or asks for what this
+                package does not do; the message names the key.
+        """
+        read = _Reader(config)
+        model_type = config.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise CheckpointError(
+                f"config.json: model_type is {model_type!r}; this package runs "
+                f"{' and '.join(MODEL_TYPES)}"
+            )
+        _refuse_unsupported(config)
+        heads, kv_heads = read.count("num_attention_heads"), read.count("num_key_value_heads")
+        if heads % kv_heads:
+            raise CheckpointError(
+                f"config.json: num_attention_heads ({heads}) is not a multiple of "
+                f"num_key_value_heads ({kv_heads})"
+            )
+        head_dim = read.count("head_dim")
+        if head_dim % 2:
+            raise CheckpointError(f"config.json: head_dim ({head_dim}) is odd")
+        theta, yarn = _read_rope(config)
+        return cls(
+            model_type=model_type,
+            vocab_size=read.count("vocab_size"),
+            hidden_size=read.count("hidden_size"),
+            intermediate_size=read.count("intermediate_size"),
+            num_hidden_layers=read.count("num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=read.number("rms_norm_eps"),
+            max_position_embeddings=read.count("max_position_embeddings"),
+            tie_word_embeddings=read.flag("tie_word_embeddings"),
+            # Left out by some published configs (Coder-30B-A3B): Qwen3 is trained without biases.
+            attention_bias=read.flag("attention_bias", default=False),
+            rope_theta=theta,
+            yarn=yarn,
+            experts=_read_experts(read) if model_type == "qwen3_moe" else None,
+        )
+
+
+class _Reader:
+    """Typed access to a config that names the key in every complaint."""
+
+    def __init__(self, config: Mapping[str, Any], where: str = "config.json") -> None:
+        self.config = config
+        self.where = where
+
+    def get(self, *names: str) -> Any:
+        for name in names:
+            if self.config.get(name) is not None:
+                return self.config[name]
+        raise CheckpointError(f"{self.where}: {' or '.join(names)} is missing")
+
+    def count(self, *names: str) -> int:
+        value = self.get(*names)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise CheckpointError(f"{self.where}: {names[0]} is {value!r}, not a positive integer")
+        return value
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.config.get(name, default) if default is not None else self.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
+            raise CheckpointError(f"{self.where}: {name} is {value!r}, not a positive number")
+        return float(value)
+
+    def flag(self, name: str, *, default: bool | None = None) -> bool:
+        value = self.get(name) if default is None else self.config.get(name, default)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self.where}: {name} is {value!r}, not true or false")
+        return value
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    if (act := config.get("hidden_act")) != "silu":
+        raise CheckpointError(f"config.json: hidden_act is {act!r}; Qwen3 uses silu")
+    if config.get("use_sliding_window") and config.get("sliding_window") is not None:
+        raise CheckpointError(
+            "config.json: use_sliding_window is true; attention over a sliding window is not "
+            "supported"
+        )
+    other = set(config.get("layer_types") or ()) - {"full_attention"}
+    if other:
+        raise CheckpointError(
+            f"config.json: layer_types has {', '.join(sorted(map(str, other)))}; "
+            "only full_attention is supported"
+        )
+
+
+def _read_rope(config: Mapping[str, Any]) -> tuple[float, Yarn | None]:
+    """Give theta and the scaling, from `rope_parameters` or `rope_theta` and `rope_scaling`."""
+    new = config.get("rope_parameters")
+    where = "rope_parameters" if new else "rope_scaling"
+    section = new or config.get("rope_scaling") or {}
+    if not isinstance(section, Mapping):
+        raise CheckpointError(f"config.json: {where} is {section!r}, not an object")
+    theta = _Reader({"rope_theta": config.get("rope_theta"), **section}).number("rope_theta")
+    kind = section.get("rope_type", section.get("type", "default"))
+    if section.get("partial_rotary_factor", 1.0) != 1.0:
+        raise CheckpointError(f"config.json: {where}.partial_rotary_factor is not supported")
+    if kind == "default":
+        return theta, None
+    if kind != "yarn":
+        raise CheckpointError(
+            f"config.json: {where} asks for rope_type {kind!r}; default and yarn are supported"
+        )
+    return theta, _read_yarn(_Reader(section, f"config.json: {where}"), config)
+
+
+def _read_yarn(read: _Reader, config: Mapping[str, Any]) -> Yarn:
+    """Read YaRN as transformers 5 does; what is optional there is optional here."""
+    section = read.config
+    original = section.get("original_max_position_embeddings")
+    if original is None:
+        original = _Reader(config).count("max_position_embeddings")
+    factor = read.number("factor")
+    return Yarn(
+        factor=factor,
+        original_max_position_embeddings=int(original),
+        attention_factor=_attention_factor(section, factor),
+        beta_fast=read.number("beta_fast", default=32.0),
+        beta_slow=read.number("beta_slow", default=1.0),
+        truncate=read.flag("truncate", default=True),
+    )
+
+
+def _attention_factor(section: Mapping[str, Any], factor: float) -> float:
+    """Give the factor on q and on k: stated, or 0.1·ln(factor) + 1 (YaRN paper, section 3.4)."""
+    if (stated := section.get("attention_factor")) is not None:
+        return float(stated)
+
+    def grown(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    mscale, over_all = section.get("mscale"), section.get("mscale_all_dim")
+    return grown(mscale) / grown(over_all) if mscale and over_all else grown(1.0)
+
+
+def _read_experts(read: _Reader) -> Experts:
+    layers = read.get("mlp_only_layers")
+    experts = Experts(
+        num_experts=read.count("num_experts", "num_local_experts"),
+        num_experts_per_tok=read.count("num_experts_per_tok"),
+        moe_intermediate_size=read.count("moe_intermediate_size"),
+        norm_topk_prob=read.flag("norm_topk_prob"),
+        decoder_sparse_step=read.count("decoder_sparse_step"),
+        mlp_only_layers=tuple(layers),
+    )
+    if experts.num_experts_per_tok > experts.num_experts:
+        raise CheckpointError(
+            f"config.json: num_experts_per_tok ({experts.num_experts_per_tok}) is more than "
+            f"num_experts ({experts.num_experts})"
+        )
+    return experts

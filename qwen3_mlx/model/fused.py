@@ -1,0 +1,62 @@
+"""Projections of one input stored as one matrix, and computed at once where one token runs."""
+
+import copy
+from collections.abc import Sequence
+from itertools import accumulate
+
+import mlx.core as mx
+import mlx.nn as nn
+
+_BY_ROW = ("weight", "scales", "biases", "bias")
+
+
+class RowFused:
+    """Linear layers over the same input whose weights are row blocks of one matrix.
+
+    The layers keep their names and their parameters, which become views of the joint storage, so
+    saving, adapters and sharding see what they expect. Quantization works row by row, so joining
+    rows changes no number. With several tokens the layers are used one by one: the split of a
+    joint result would have to be copied before the norms of q and k.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        """Join `layers`, whose format must agree (see `can_fuse`), and evaluate the result."""
+        self._joint = copy.copy(layers[0])
+        ends = list(accumulate(layer["weight"].shape[0] for layer in layers))
+        for name in _BY_ROW:
+            if layers[0].get(name) is None:
+                continue
+            joined = mx.concatenate([layer[name] for layer in layers])
+            mx.eval(joined)
+            self._joint[name] = joined
+            for layer, start, stop in zip(layers, [0, *ends], ends, strict=False):
+                layer[name] = joined[start:stop]
+                mx.eval(layer[name])
+        self._splits = ends[:-1]
+        self._layers = [(layer, layer["weight"]) for layer in layers]
+
+    def stands_for(self, *layers: nn.Module) -> bool:
+        """Say whether these are still the layers that were joined, with those weights.
+
+        An adapter or an update puts others in their place; the joint matrix is then stale.
+        """
+        return all(
+            layer is joined and layer["weight"] is weight
+            for layer, (joined, weight) in zip(layers, self._layers, strict=True)
+        )
+
+    def __call__(self, x: mx.array) -> list[mx.array]:
+        """Give each layer's output for x [..., D]."""
+        return mx.split(self._joint(x), self._splits, axis=-1)
+
+
+def can_fuse(layers: Sequence[nn.Module]) -> bool:
+    """Say whether the layers' formats agree: same class, bits, group size, mode and bias."""
+
+    def form(layer: nn.Module) -> tuple[object, ...]:
+        quantization = [getattr(layer, name, None) for name in ("bits", "group_size", "mode")]
+        return (type(layer), *quantization, *(layer.get(name) is None for name in _BY_ROW))
+
+    return type(layers[0]) in (nn.Linear, nn.QuantizedLinear) and (
+        len({form(layer) for layer in layers}) == 1
+    )

@@ -1,0 +1,120 @@
+"""The mixture-of-experts feed-forward block of Qwen3-MoE.
+
+T tokens, k experts for each of them, X experts in all, D hidden, I expert width.
+"""
+
+import math
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwen3_mlx.model.config import Experts
+
+# From this many rows on, sorting them by expert lets each expert's weights be read once.
+_WORTH_SORTING = 64
+
+
+@partial(mx.compile, shapeless=True)
+def swiglu(gate: mx.array, up: mx.array) -> mx.array:
+    """Give silu(gate)·up, as one kernel."""
+    return nn.silu(gate) * up
+
+
+class SwitchLinear(nn.Module):
+    """One linear layer for each expert, stacked: weight [X, out, in]."""
+
+    def __init__(self, experts: int, inputs: int, outputs: int) -> None:
+        super().__init__()
+        bound = math.sqrt(1 / inputs)
+        self.weight = mx.random.uniform(-bound, bound, (experts, outputs, inputs))
+
+    def __call__(self, x: mx.array, indices: mx.array, *, ordered: bool) -> mx.array:
+        """Apply expert `indices[...]` to each row of x [..., 1, in]; gives [..., 1, out]."""
+        weight = self["weight"].swapaxes(-1, -2)
+        return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=ordered)
+
+    def to_quantized(
+        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+    ) -> "QuantizedSwitchLinear":
+        """Give the layer with its weights quantized; `nn.quantize` calls this."""
+        return QuantizedSwitchLinear(self["weight"], group_size, bits, mode)
+
+
+class QuantizedSwitchLinear(nn.Module):
+    """The same with quantized weights."""
+
+    def __init__(
+        self, weight: mx.array, group_size: int | None, bits: int | None, mode: str
+    ) -> None:
+        super().__init__()
+        self.weight, self.scales, *biases = mx.quantize(weight, group_size, bits, mode=mode)
+        if biases:
+            self.biases = biases[0]
+        self.group_size, self.bits, self.mode = group_size, bits, mode
+        self.freeze()
+
+    def __call__(self, x: mx.array, indices: mx.array, *, ordered: bool) -> mx.array:
+        """Apply expert `indices[...]` to each row of x; see `SwitchLinear`."""
+        return mx.gather_qmm(
+            x,
+            self["weight"],
+            self["scales"],
+            self.get("biases"),
+            rhs_indices=indices,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=ordered,
+        )
+
+
+class SwitchMLP(nn.Module):
+    """A SwiGLU block for each expert, under mlx-lm's checkpoint names."""
+
+    def __init__(self, config: Experts, hidden_size: int) -> None:
+        super().__init__()
+        sizes = config.num_experts, hidden_size, config.moe_intermediate_size
+        self.gate_proj = SwitchLinear(*sizes)
+        self.up_proj = SwitchLinear(*sizes)
+        self.down_proj = SwitchLinear(config.num_experts, sizes[2], hidden_size)
+
+    def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
+        """Send each row of x [T, D] through its experts, indices [T, k]; gives [T, k, D]."""
+        if indices.size < _WORTH_SORTING:
+            return self._apply(x[:, None, None], indices, ordered=False).squeeze(-2)
+        chosen = indices.flatten()
+        order = mx.argsort(chosen)
+        rows = x[order // indices.shape[1]][:, None]
+        out = self._apply(rows, chosen[order], ordered=True)
+        return out[mx.argsort(order)].reshape(*indices.shape, -1)
+
+    def _apply(self, x: mx.array, indices: mx.array, *, ordered: bool) -> mx.array:
+        gate = self.gate_proj(x, indices, ordered=ordered)
+        up = self.up_proj(x, indices, ordered=ordered)
+        return self.down_proj(swiglu(gate, up), indices, ordered=ordered)
+
+
+class MoE(nn.Module):
+    """A router that picks k experts for each token and mixes their outputs."""
+
+    def __init__(self, config: Experts, hidden_size: int) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.normalise = config.norm_topk_prob
+        self.gate = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.switch_mlp = SwitchMLP(config, hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Mix the experts' outputs for x [B, L, D]."""
+        rows = x.reshape(-1, x.shape[-1])
+        # Over all experts, in float32, and only then the choice: as the router was trained.
+        weights = mx.softmax(self.gate(rows).astype(mx.float32), axis=-1)
+        chosen = mx.argpartition(weights, kth=-self.top_k, axis=-1)[:, -self.top_k :]
+        weights = mx.take_along_axis(weights, chosen, axis=-1)
+        if self.normalise:
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        out = self.switch_mlp(rows, chosen)
+        mixed = (out * weights[..., None].astype(x.dtype)).sum(axis=-2)
+        return mixed.reshape(x.shape)

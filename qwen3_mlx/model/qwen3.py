@@ -1,0 +1,171 @@
+"""Qwen3, dense and mixture-of-experts: token ids in, logits out.
+
+Read downwards. Modules and parameters bear the names of the published checkpoints.
+
+B batch, L new tokens, Q queries (L, or in the last layer those whose logits are wanted),
+H query heads, K key/value heads, E head size, D hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwen3_mlx.cache.attention import LayerCache, NoCache, Rotate
+from qwen3_mlx.cache.kv import KVCache
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.fused import RowFused, can_fuse
+from qwen3_mlx.model.moe import MoE, swiglu
+from qwen3_mlx.model.rope import Rope
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; q and k are normalised head by head before the rotation."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, bias = config.hidden_size, config.attention_bias
+        self.head_dim = config.head_dim
+        self.scale = config.attention_scale
+        # H x E is not D: of the published sizes only 8B and 14B have them equal.
+        query_size = config.num_attention_heads * config.head_dim
+        key_size = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(hidden, query_size, bias=bias)
+        self.k_proj = nn.Linear(hidden, key_size, bias=bias)
+        self.v_proj = nn.Linear(hidden, key_size, bias=bias)
+        self.o_proj = nn.Linear(query_size, hidden, bias=bias)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self._qkv: RowFused | None = None
+
+    def fuse(self) -> None:
+        """Store the weights of q, k and v as one matrix, where their formats agree."""
+        if can_fuse(layers := (self.q_proj, self.k_proj, self.v_proj)):
+            self._qkv = RowFused(layers)
+
+    def __call__(
+        self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: Rotate
+    ) -> mx.array:  # x [B, L, D], rows [Q] -> [B, Q, D]
+        batch, length, _ = x.shape
+        fused = self._qkv if batch * length == 1 else None
+        if fused and fused.stands_for(self.q_proj, self.k_proj, self.v_proj):
+            q, k, v = fused(x)
+        else:
+            q = self.q_proj(x if rows is None else x[:, rows])
+            k, v = self.k_proj(x), self.v_proj(x)
+        q = self.q_norm(q.reshape(batch, -1, *self._heads(q)))  # [B, Q, H, E]
+        k = self.k_norm(k.reshape(batch, length, *self._heads(k)))  # [B, L, K, E]
+        v = v.reshape(batch, length, *self._heads(v))
+        out = cache.attend(q, k, v, scale=self.scale, rope=rope)  # [B, Q, H, E]
+        return self.o_proj(out.reshape(batch, out.shape[1], -1))
+
+    def _heads(self, projected: mx.array) -> tuple[int, int]:
+        return projected.shape[-1] // self.head_dim, self.head_dim
+
+
+class MLP(nn.Module):
+    """The dense feed-forward block: SwiGLU."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self._gate_up: RowFused | None = None
+
+    def fuse(self) -> None:
+        """Store the weights of gate and up as one matrix, where their formats agree."""
+        if can_fuse(layers := (self.gate_proj, self.up_proj)):
+            self._gate_up = RowFused(layers)
+
+    def __call__(self, x: mx.array) -> mx.array:  # [B, Q, D] -> [B, Q, D]
+        fused = self._gate_up if x.shape[0] * x.shape[1] == 1 else None
+        if fused and fused.stands_for(self.gate_proj, self.up_proj):
+            gate, up = fused(x)
+        else:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        return self.down_proj(swiglu(gate, up))
+
+
+class Block(nn.Module):
+    """One layer: attention and feed-forward, each normalised before and added after."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp: MLP | MoE
+        if config.experts and config.experts.in_layer(index):
+            self.mlp = MoE(config.experts, config.hidden_size)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(
+        self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: Rotate
+    ) -> mx.array:  # [B, L, D] -> [B, Q, D]
+        attended = self.self_attn(self.input_layernorm(x), rows, cache, rope)
+        x = (x if rows is None else x[:, rows]) + attended
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """The stack of layers between the embedding and the head; its name on disk is `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = [Block(config, index) for index in range(config.num_hidden_layers)]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self._rope = Rope(config)
+
+    def __call__(
+        self, ids: mx.array, cache: Sequence[LayerCache], rows: mx.array | None
+    ) -> mx.array:  # [B, L] -> [B, Q, D]
+        rope = self._rope.one_pass()
+        x = self.embed_tokens(ids)
+        last = len(self.layers) - 1
+        for index, layer in enumerate(self.layers):
+            # Only the last layer can leave rows out: the others' keys are read by what follows.
+            x = layer(x, rows if index == last else None, cache[index], rope)
+        return self.norm(x)
+
+
+class Qwen3(nn.Module):
+    """The whole network."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        ids: mx.array,
+        cache: Sequence[LayerCache] | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> mx.array:
+        """Give the logits [B, Q, V] of ids [B, L], int32.
+
+        `cache` holds one cache a layer, which remembers these tokens; without one the whole
+        sequence stands for itself, as in training. `wanted` lists the positions, of the L, whose
+        logits are needed; what serves no other position is then not computed. With a plain cache
+        these must be the last ones. None means all.
+        """
+        every = wanted is None or len(wanted) == ids.shape[1]
+        rows = None if every else mx.array(wanted, dtype=mx.int32)
+        x = self.model(ids, cache or [NoCache()] * len(self.layers), rows)
+        if self.config.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(x)
+        return self.lm_head(x)
+
+    @property
+    def layers(self) -> list[Block]:
+        """The transformer layers."""
+        return self.model.layers
+
+    def make_cache(self, capacity: int = 0) -> list[KVCache]:
+        """Make one empty cache a layer, with room for `capacity` tokens allocated at first use."""
+        return [KVCache(capacity) for _ in self.layers]

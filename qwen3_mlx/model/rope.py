@@ -1,0 +1,69 @@
+"""Rotary position embeddings, plain and stretched by YaRN.
+
+Only angles live here. YaRN's attention factor is part of `ModelConfig.attention_scale`.
+"""
+
+import math
+
+import mlx.core as mx
+
+from qwen3_mlx.cache.attention import Rotate
+from qwen3_mlx.model.config import ModelConfig, Yarn
+
+
+class Rope:
+    """The rotation that all layers share; it holds no weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.dims = config.head_dim
+        self.base: float | None = config.rope_theta
+        self.periods: mx.array | None = None
+        if config.yarn:
+            self.periods = yarn_periods(config.head_dim, config.rope_theta, config.yarn)
+            self.base = None
+
+    def one_pass(self) -> Rotate:
+        """Give the rotation for one forward pass: `rotate(x, offset)` for x [B, H, L, E].
+
+        `offset` is the position of the first of the L tokens, or a tuple with one for each row of
+        B. An offset becomes a device array once a pass, instead of once for every layer's q and k.
+        """
+        arrays: dict[int | tuple[int, ...], mx.array] = {}
+
+        def rotate(x: mx.array, offset: int | tuple[int, ...]) -> mx.array:
+            at = arrays.get(offset)
+            if at is None:
+                at = arrays[offset] = mx.array(offset, dtype=mx.int32)
+            return mx.fast.rope(
+                x,
+                self.dims,
+                traditional=False,  # Qwen3 rotates halves, not neighbouring pairs
+                base=self.base,
+                scale=1.0,
+                offset=at,
+                freqs=self.periods,
+            )
+
+        return rotate
+
+
+def yarn_periods(dims: int, base: float, yarn: Yarn) -> mx.array:
+    """Give one over the angular frequency of each pair of dimensions, float32 [dims / 2].
+
+    Pairs that turn more than `beta_fast` times within the trained window keep their frequency,
+    those that turn less than `beta_slow` times are slowed by `factor`, those between are blended
+    (YaRN, arXiv 2309.00071, section 3.2, with the rounding of the range that Qwen's settings use).
+    """
+
+    def pair_that_turns(times: float) -> float:
+        window = yarn.original_max_position_embeddings
+        return dims * math.log(window / (times * 2 * math.pi)) / (2 * math.log(base))
+
+    low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    pairs = mx.arange(dims // 2, dtype=mx.float32)
+    slowed = mx.clip((pairs - low) / ((high - low) or 0.001), 0, 1)
+    periods = base ** (2 * pairs / dims)
+    return 1 / (slowed / (yarn.factor * periods) + (1 - slowed) / periods)

@@ -1,0 +1,44 @@
+"""What a generation says, piece by piece."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """A piece of the thinking."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens counted. `completion_tokens` are all that the model chose, its end token included;
+    `reasoning_tokens` of them stood between `<think>` and `</think>`.
+    """
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    reasoning_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The last event: why it ended (stop, length or cancelled), and the tokens it took.
+
+    `details` may tell more, such as which stop string ended the text.
+    """
+
+    reason: str
+    usage: Usage
+    details: dict[str, str] = field(default_factory=dict)
+
+
+Event = Reasoning | Text | Finish

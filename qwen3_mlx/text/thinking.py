@@ -1,0 +1,62 @@
+"""What a checkpoint can do about thinking, read from its template and its tokens."""
+
+from dataclasses import dataclass
+
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.text.template import ChatTemplate
+from qwen3_mlx.text.tokenizer import Tokenizer
+
+OPEN, CLOSE = "<think>", "</think>"
+_PROBE = [{"role": "user", "content": "?"}]
+
+
+@dataclass(frozen=True, slots=True)
+class Thinking:
+    """How a checkpoint thinks.
+
+    `can_think` and `can_answer_directly` are both true for a hybrid one. `opens_in_prompt` tells
+    whether the prompt itself ends inside the thinking.
+    """
+
+    can_think: bool
+    can_answer_directly: bool
+    opens_in_prompt: bool
+    open_id: int | None
+    close_id: int | None
+
+    @classmethod
+    def of(cls, template: ChatTemplate | None, tokenizer: Tokenizer) -> "Thinking":
+        """Find out by rendering the template both ways; no name of a model is looked at."""
+        open_id, close_id = tokenizer.id_of(OPEN), tokenizer.id_of(CLOSE)
+        if template is None or open_id is None or close_id is None:
+            return cls(False, True, False, None, None)
+        on, off = (template.render(_PROBE, thinking=mode) for mode in (True, False))
+        opens = on.rstrip().endswith(OPEN)
+        # A template that strips the thinking of earlier turns belongs to a model that thinks.
+        thinks = on != off or opens or CLOSE in template.source
+        if not thinks:
+            return cls(False, True, False, None, None)
+        return cls(True, on != off, opens, open_id, close_id)
+
+    @property
+    def hybrid(self) -> bool:
+        """Whether thinking can be switched."""
+        return self.can_think and self.can_answer_directly
+
+    def resolve(self, wish: bool | None) -> bool:
+        """Say whether a reply will think, for thinking=True, False or None (the default).
+
+        Raises:
+            Qwen3Error: the checkpoint cannot do as wished.
+        """
+        if wish is True and not self.can_think:
+            raise Qwen3Error(
+                "this checkpoint cannot think; leave thinking out, or load a hybrid one such as "
+                "Qwen/Qwen3-8B"
+            )
+        if wish is False and not self.can_answer_directly:
+            raise Qwen3Error(
+                "this checkpoint always thinks; leave thinking out, or load a hybrid one such as "
+                "Qwen/Qwen3-8B"
+            )
+        return self.can_think if wish is None else wish

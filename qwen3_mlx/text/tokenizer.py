@@ -1,0 +1,96 @@
+"""Text to token ids and back, whole or as a stream.
+
+The `tokenizers` library does the work. Only the stream is decoded here, byte by byte, because it
+must know where a character ends.
+"""
+
+import codecs
+from functools import lru_cache
+from pathlib import Path
+
+import tokenizers
+
+from qwen3_mlx.errors import CheckpointError
+
+
+class Tokenizer:
+    """The byte-level BPE tokenizer of a checkpoint."""
+
+    def __init__(self, path: Path) -> None:
+        """Read a tokenizer.json.
+
+        Raises:
+            CheckpointError: it is missing, broken, or not byte-level.
+        """
+        if not path.is_file():
+            raise CheckpointError(f"{path.parent} has no {path.name}, so text cannot be read")
+        try:
+            self._inner = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library raises nothing more precise
+            raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
+        if not isinstance(self._inner.decoder, tokenizers.decoders.ByteLevel):
+            raise CheckpointError(f"{path} is not a byte-level tokenizer, as all Qwen3 have")
+        self._added = {
+            token: added.content.encode()
+            for token, added in self._inner.get_added_tokens_decoder().items()
+        }
+        self._bytes_of = {text: byte for byte, text in _byte_alphabet().items()}
+        self.token_bytes = lru_cache(maxsize=None)(self._token_bytes)
+
+    def __len__(self) -> int:
+        """Count the ids in use: one more than the greatest. A model may have more rows than that."""
+        count: int = self._inner.get_vocab_size(with_added_tokens=True)
+        if self._inner.id_to_token(count - 1) is None:  # ids with holes between them
+            count = 1 + max(self._inner.get_vocab(with_added_tokens=True).values())
+        return count
+
+    def encode(self, text: str) -> list[int]:
+        """Give the ids of `text`; the names of special tokens in it become those tokens."""
+        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Give the text of `ids`, special tokens included; bytes that are no text become U+FFFD."""
+        text: str = self._inner.decode(ids, skip_special_tokens=False)
+        return text
+
+    def id_of(self, token: str) -> int | None:
+        """Give the id of one token by its text, or None."""
+        found: int | None = self._inner.token_to_id(token)
+        return found
+
+    def _token_bytes(self, token: int) -> bytes:
+        if token in self._added:
+            return self._added[token]
+        text = self._inner.id_to_token(token)
+        return b"" if text is None else bytes(self._bytes_of[char] for char in text)
+
+
+class Detokenizer:
+    """Turns ids into text as they come, never cutting a character in two."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def add(self, token: int) -> str:
+        """Give the text that `token` completes; what it leaves incomplete is held back."""
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
+
+    def flush(self) -> str:
+        """Give what is still held back, as U+FFFD, and start anew."""
+        held = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return held
+
+
+def _byte_alphabet() -> dict[int, str]:
+    """Give the printable character that stands for each byte in byte-level BPE (GPT-2).
+
+    Printable Latin-1 characters stand for themselves, the other bytes for U+0100 onwards.
+    """
+    itself = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    moved = (byte for byte in range(256) if byte not in itself)
+    return {byte: chr(byte) for byte in itself} | {
+        byte: chr(0x100 + place) for place, byte in enumerate(moved)
+    }
