@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import sys
+import time
 from pathlib import Path
 
 # Plain `cblas_*` exports are what MLX's CPU build links to. numpy's and scipy's private OpenBLAS
@@ -111,6 +112,23 @@ def unwire() -> None:
     """Let go of what `wire_weights` wired."""
     if on_gpu():
         mx.set_wired_limit(0)
+
+
+def peak_memory() -> int:
+    """Give the most bytes that MLX has held at once."""
+    return mx.get_peak_memory()
+
+
+def matmul_speed(size: int = 1024) -> float:
+    """Measure float operations a second in a [size, size] product, in the compute dtype."""
+    a, b = (mx.random.normal((size, size)).astype(compute_dtype()) for _ in range(2))
+    mx.eval(a, b, a @ b)  # the first product also sets up the device
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        mx.eval(a @ b)
+        times.append(time.perf_counter() - started)
+    return 2 * size**3 / min(times)
 
 
 def describe() -> dict[str, str]:

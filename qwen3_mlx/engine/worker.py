@@ -10,6 +10,8 @@ from queue import SimpleQueue
 from threading import Thread
 from typing import TypeVar
 
+import mlx.core as mx
+
 T = TypeVar("T")
 
 
@@ -46,3 +48,5 @@ class Worker:
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
+            del job  # or its result would live until the next one
+        mx.clear_streams()  # MLX's own clean-up at the end of a thread races with the exit

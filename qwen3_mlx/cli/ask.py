@@ -1,0 +1,195 @@
+"""`qwen3 "prompt"`: one question, one streamed answer."""
+
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from qwen3_mlx import backend
+from qwen3_mlx.cli.console import Bar, note, stderr_text
+from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.llm import Stream, load
+from qwen3_mlx.text.events import Finish, Reasoning, Text
+
+_SIZES = ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B", "235B-A22B")
+_DEMO_NOTE = (
+    "This is the embedded demo model: it adds, repeats, counts and reverses. "
+    'For the real one: qwen3 --model 8B "..."'
+)
+_MODEL, _REPLY, _CHOICE, _SHOW = "Model", "Reply", "Choice of words", "Display"
+
+
+def _option(*names: str, panel: str, text: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
+
+
+def ask(  # noqa: PLR0913 - one parameter an option
+    prompt: Annotated[
+        str | None,
+        typer.Argument(help="What to say; text piped in follows it.", show_default=False),
+    ] = None,
+    model: Annotated[
+        str | None,
+        _option(
+            "--model",
+            "-m",
+            panel=_MODEL,
+            text=f"A folder, a hub name, or a size: {', '.join(_SIZES)}.",
+            envvar="QWEN3_MODEL",
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, _option("--revision", panel=_MODEL, text="The hub's branch, tag or commit.")
+    ] = None,
+    bits: Annotated[
+        int | None,
+        _option("--bits", panel=_MODEL, text="Quantize while loading: 2, 3, 4, 5, 6 or 8."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        _option("--dtype", panel=_MODEL, text="Compute in bfloat16, float16 or float32."),
+    ] = None,
+    system: Annotated[
+        str | None, _option("--system", "-s", panel=_REPLY, text="A system prompt.")
+    ] = None,
+    thinking: Annotated[
+        bool | None,
+        _option(
+            "--thinking/--no-thinking",
+            panel=_REPLY,
+            text="Think before the answer, or answer at once.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        _option("--max-tokens", "-n", panel=_REPLY, text="At most so many tokens, thinking too."),
+    ] = None,
+    stop: Annotated[
+        list[str] | None,
+        _option("--stop", panel=_REPLY, text="End before this text; may be given again."),
+    ] = None,
+    seed: Annotated[
+        int | None, _option("--seed", panel=_CHOICE, text="The same seed, the same reply.")
+    ] = None,
+    temperature: Annotated[
+        float | None,
+        _option("--temperature", "-t", panel=_CHOICE, text="0 takes the likeliest token."),
+    ] = None,
+    top_p: Annotated[
+        float | None,
+        _option("--top-p", panel=_CHOICE, text="Only the likeliest that make up this share."),
+    ] = None,
+    top_k: Annotated[
+        int | None, _option("--top-k", panel=_CHOICE, text="Only the k likeliest; 0 is all.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        _option("--min-p", panel=_CHOICE, text="Only those this likely, beside the likeliest."),
+    ] = None,
+    presence_penalty: Annotated[
+        float | None,
+        _option("--presence-penalty", panel=_CHOICE, text="Against repetition: 0 to 2."),
+    ] = None,
+    hide_thinking: Annotated[
+        bool, _option("--hide-thinking", panel=_SHOW, text="Do not show the thinking.")
+    ] = False,
+    quiet: Annotated[
+        bool, _option("--quiet", "-q", panel=_SHOW, text="Nothing but the answer, and errors.")
+    ] = False,
+) -> int:
+    """Send PROMPT to the model and stream the answer.
+
+    The answer alone goes to stdout; thinking and notes go to stderr.
+    """
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+    )
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": _with_piped(prompt)})
+    if model is None and not quiet:
+        note(_DEMO_NOTE)
+    with Bar("loading") as bar:
+        llm = load(_full_name(model), revision=revision, bits=bits, dtype=dtype, progress=bar)
+    with llm, Bar("reading the prompt") as bar:
+        started = time.perf_counter()
+        stream = llm.stream(
+            messages,
+            thinking=thinking,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop=stop,
+            progress=bar,
+        )
+        finish, first = _show(stream, show_thinking=not (hide_thinking or quiet))
+        if not quiet:
+            note(_status(finish, first - started, time.perf_counter() - first))
+    return 130 if finish.reason == "cancelled" else 0
+
+
+def _with_piped(prompt: str | None) -> str:
+    """Join the prompt and what is piped in, each of which may be missing but not both."""
+    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip("\n")
+    text = "\n\n".join(part for part in (prompt, piped) if part)
+    if not text.strip():
+        raise typer.BadParameter("give a prompt, as an argument or through a pipe")
+    return text
+
+
+def _full_name(model: str | None) -> str | None:
+    return f"Qwen/Qwen3-{model}-MLX-4bit" if model in _SIZES else model
+
+
+def _show(stream: Stream, *, show_thinking: bool) -> tuple[Finish, float]:
+    """Write the events as they come; give the last, and the time when the first token came.
+
+    Ctrl-C ends the generation, and the stream then tells what it came to.
+    """
+    first = 0.0
+    thought = answered = ended = False
+    while not ended:
+        try:
+            for event in stream:
+                first = first or time.perf_counter()
+                if isinstance(event, Finish):
+                    finish, ended = event, True
+                elif isinstance(event, Reasoning):
+                    if show_thinking:
+                        stderr_text(event.text)
+                        thought = True
+                elif isinstance(event, Text):
+                    if thought and not answered:
+                        note("\n")
+                    answered = True
+                    sys.stdout.write(event.text)
+                    sys.stdout.flush()
+        except KeyboardInterrupt:
+            stream.close()
+    if answered:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    elif thought:
+        note("")
+    return finish, first
+
+
+def _status(finish: Finish, to_first: float, rest: float) -> str:
+    usage = finish.usage
+    count = usage.completion_tokens
+    parts = [f"{count} tokens" + (f" ({usage.reasoning_tokens} thinking)" * bool(usage.reasoning_tokens))]
+    if count > 1:
+        parts.append(f"{(count - 1) / max(rest, 1e-9):.1f} tokens/s")
+    parts += [
+        f"first after {to_first:.2f} s",
+        f"{backend.peak_memory() / 1e6:,.0f} MB",
+    ]
+    if finish.reason == "length":
+        parts.append("cut off at the token limit")
+    if finish.reason == "cancelled":
+        parts.append("cancelled")
+    return " · ".join(parts)

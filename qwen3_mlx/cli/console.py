@@ -1,0 +1,68 @@
+"""What a person sees beside the answer: thinking, progress and notes, all on stderr."""
+
+import os
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+_DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_PATIENCE = 0.7  # seconds of work before a bar is worth showing
+
+
+def note(text: str) -> None:
+    """Write a line about the work."""
+    stderr_text(f"{text}\n")
+
+
+def stderr_text(text: str) -> None:
+    """Write to stderr, dimmed where that is a terminal that shows colours."""
+    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
+        text = f"{_DIM}{text}{_PLAIN}"
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+class Bar:
+    """A progress bar on a terminal, shown only for work that takes a while.
+
+    Call it with (done, total), from any thread.
+    """
+
+    def __init__(self, what: str) -> None:
+        self._started = time.monotonic()
+        self._what = what
+        self._bar: Progress | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show how far the work is; at the end the bar goes away."""
+        if done >= total:
+            self.close()
+        elif self._bar:
+            self._bar.update(self._bar.task_ids[0], completed=done)
+        elif sys.stderr.isatty() and time.monotonic() - self._started > _PATIENCE:
+            columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+            console = Console(stderr=True)
+            self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+            self._bar.add_task(self._what, total=total, completed=done)
+            self._bar.start()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

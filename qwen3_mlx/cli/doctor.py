@@ -1,0 +1,65 @@
+"""`qwen3 doctor`: what this machine is, how fast MLX computes on it, and what to do about it."""
+
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+from rich.console import Console
+from rich.table import Table
+
+from qwen3_mlx import __version__, backend
+from qwen3_mlx.engine.worker import Worker
+
+_PACKAGES = ("mlx", "mlx-lm", "huggingface-hub", "tokenizers", "numpy")
+_SLOW_CPU = 20e9  # float32 operations a second; MLX's own BLAS does 1.4-3 GFLOP/s
+
+
+def doctor() -> None:
+    """Tell the device, the MLX build and its speed, memory limits, versions, and what to do."""
+    facts = {"qwen3-mlx": __version__, **backend.describe()}
+    facts |= {name: _version(name) for name in _PACKAGES}
+    worker = Worker()
+    speed = worker.call(backend.matmul_speed)
+    worker.stop()
+    facts["matmul"] = f"{speed / 1e9:,.0f} GFLOP/s in {facts['dtype']}"
+    advice = []
+    if sys.platform == "darwin":
+        facts["wired limit"], wired_advice = _wired_limit()
+        advice += wired_advice
+    if not backend.on_gpu() and speed < _SLOW_CPU:
+        advice.append(
+            "MLX's CPU build is slow without a BLAS: apt install libopenblas0-pthread "
+            "(or pip install mkl) makes it many times faster"
+        )
+    largest = backend.total_memory() // 2 // 4
+    if not backend.on_gpu():
+        facts["dequantize"] = (
+            f"quantized models of up to {largest / 1e9:.1f} billion weights run as float32"
+        )
+    table = Table.grid(padding=(0, 2))
+    for name, fact in facts.items():
+        table.add_row(f"[bold]{name}[/bold]", fact)
+    console = Console()
+    console.print(table)
+    console.print("\n".join(["", *advice] if advice else ["", "Nothing to do: all is well."]))
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _wired_limit() -> tuple[str, list[str]]:
+    """Read macOS's limit on memory that the GPU may hold for good; 0 is its own default."""
+    command = ["/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb"]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    if not answer.isdigit():
+        return "unknown", []
+    if answer == "0":
+        return "macOS's default", [
+            "A model close to the working set fits better with a higher limit, until the next "
+            "restart: sudo sysctl iogpu.wired_limit_mb=N (leave the system 8 GB)"
+        ]
+    return f"{answer} MB", []

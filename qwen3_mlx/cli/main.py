@@ -1,0 +1,110 @@
+"""The `qwen3` command: verbs, and the obvious thing without one."""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from qwen3_mlx import __version__
+from qwen3_mlx.cli.ask import ask
+from qwen3_mlx.cli.doctor import doctor
+from qwen3_mlx.errors import Qwen3Error
+
+# Verbs that later versions bring. Without this, `qwen3 serve` would ask the model about "serve".
+_LATER = ("chat", "convert", "plan", "serve", "bench", "eval")
+
+
+class _Root(TyperGroup):
+    """A group whose first word need not be a verb: anything else is a prompt."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        first = args[0] if args else ""
+        if first in _LATER and len(args) == 1:
+            raise Qwen3Error(
+                f"`qwen3 {first}` is not part of version {__version__}; to send the word to the "
+                f"model: qwen3 ask {first}"
+            )
+        if not args and sys.stdin.isatty():
+            args = ["--help"]
+        elif first not in self.commands and first not in ("--help", "--version"):
+            args = ["ask", *args]
+        return super().parse_args(ctx, args)
+
+    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+        self._teaching = True
+        super().format_help(ctx, formatter)
+
+    def get_params(self, ctx: typer.Context) -> list[Any]:
+        """Show the prompt's options in the help of the whole, where people look for them."""
+        own = super().get_params(ctx)
+        return [*self.commands["ask"].params, *own] if self._teaching else own
+
+    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+        return ["[OPTIONS] [PROMPT] | COMMAND ..."]
+
+    _teaching = False
+
+
+app = typer.Typer(
+    cls=_Root,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["--help", "-h"]},
+)
+app.command("ask", hidden=True)(ask)
+app.command("doctor")(doctor)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"qwen3-mlx {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Talk to Qwen3 on this machine.
+
+    [bold]qwen3 "Why is the sky blue?"[/bold]   asks; the answer is all that goes to stdout.
+    [bold]cat notes.txt | qwen3 "Summarise this"[/bold]   piped text joins the prompt.
+    [bold]qwen3 --model 8B --no-thinking "Hello"[/bold]   another model, without thinking.
+
+    Without --model (or QWEN3_MODEL) a tiny embedded demo model answers: it adds, repeats, counts
+    and reverses.
+    """
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line; every failure is one line on stderr and a non-zero exit."""
+    try:
+        code = app(args=args, prog_name="qwen3", standalone_mode=False)
+    except TyperException as error:  # wrong usage
+        code = _complain(f"{error.format_message()} (see qwen3 --help)", error.exit_code)
+    except (Qwen3Error, ValueError, TypeError) as error:
+        code = _complain(str(error), 1)
+    except BrokenPipeError:  # whoever read our stdout has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141
+    except KeyboardInterrupt:
+        code = 130
+    except Exception as error:  # noqa: BLE001 - a bug, but still not a traceback
+        if os.environ.get("QWEN3_DEBUG"):
+            raise
+        code = _complain(
+            f"{type(error).__name__}: {error} (a bug? QWEN3_DEBUG=1 shows where)", 1
+        )
+    sys.exit(code)
+
+
+def _complain(message: str, code: int) -> int:
+    typer.echo(f"qwen3: {' '.join(message.split())}", err=True)
+    return code
