@@ -24,9 +24,9 @@ class LayerCache(Protocol):
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
     ) -> mx.array:
-        """Give the attended values [B, Q, H, E] of q [B, Q, H, E] over all seen and k, v.
+        """Give the attended values [B, H, Q, E] of q [B, H, Q, E] over all seen and k, v.
 
-        q and k come normalised and not yet rotated, k and v are [B, L, K, E]; the queries belong
+        q and k come normalised and not yet rotated, k and v are [B, K, L, E]; the queries belong
         to the last Q of the L new tokens.
         """
 
@@ -38,9 +38,8 @@ class NoCache:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
     ) -> mx.array:
         """Answer attention over k and v alone; see `LayerCache.attend`."""
-        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
         q, k = rope(q, k.shape[2] - q.shape[2]), rope(k, 0)
-        return causal_attention(q, k, v, scale=scale).transpose(0, 2, 1, 3)
+        return causal_attention(q, k, v, scale=scale)
 
 
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
@@ -50,11 +49,12 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> 
     [B, H, Q, E].
     """
     queries, keys = q.shape[2], k.shape[2]
+    if queries == 1:
+        # It sees every key: a mask would only keep it from the faster kernels.
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=None)
     most = max(1, min(_FEW_QUERIES, _FEW_ROWS * k.shape[1] // q.shape[1]))
     if queries > _FEW_QUERIES or queries <= most:
-        # One query sees every key: a mask would only keep it from the faster kernels.
-        mask = None if queries == 1 else "causal"
-        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
     parts = []
     for start in range(0, queries, most):
         stop = min(start + most, queries)

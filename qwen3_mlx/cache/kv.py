@@ -28,20 +28,17 @@ class KVCache:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
     ) -> mx.array:
         """Store k and v, and answer attention over all seen; see `LayerCache.attend`."""
-        first_query = self.offset + k.shape[1] - q.shape[1]
-        q = rope(q.transpose(0, 2, 1, 3), first_query)
-        k = rope(k.transpose(0, 2, 1, 3), self.offset)
-        out = self.attend_rotated(q, k, v.transpose(0, 2, 1, 3), scale=scale)
-        return out.transpose(0, 2, 1, 3)
+        q = rope(q, self.offset + k.shape[2] - q.shape[2])
+        return self.attend_rotated(q, rope(k, self.offset), v, scale=scale)
 
     def attend_rotated(self, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
-        """Do the same for heads-first arrays: q [1, H, Q, E], k and v [1, K, L, E]."""
+        """Do the same for q and k that are rotated already."""
         keys, values = self._append(k, v)
         return causal_attention(q, keys, values, scale=scale)
 
     def store(self, k: mx.array, v: mx.array, *, rope: Rotate) -> None:
-        """Keep k and v [1, L, K, E] without asking anything of them."""
-        self._append(rope(k.transpose(0, 2, 1, 3), self.offset), v.transpose(0, 2, 1, 3))
+        """Keep k and v [1, K, L, E] without asking anything of them."""
+        self._append(rope(k, self.offset), v)
 
     def _append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         start, self.offset = self.offset, self.offset + k.shape[2]

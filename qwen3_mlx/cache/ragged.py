@@ -33,35 +33,33 @@ class Ragged:
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
     ) -> mx.array:
-        """Split q, k, v [1, T, ...] by sequence, let each cache answer, and join the answers."""
-        if self._one_token_each and q.shape[1] == k.shape[1]:
+        """Split q, k, v [1, ., T, E] by sequence, let each cache answer, and join the answers."""
+        if self._one_token_each and q.shape[2] == k.shape[2]:
             return self._attend_single_tokens(q, k, v, scale=scale, rope=rope)
-        queries = self.lengths if q.shape[1] == k.shape[1] else self.wanted
+        queries = self.lengths if q.shape[2] == k.shape[2] else self.wanted
         answers = []
         spans = zip(self.caches, _spans(queries), _spans(self.lengths), strict=True)
         for cache, asked, new in spans:
-            k_new, v_new = k[:, new], v[:, new]
+            k_new, v_new = k[:, :, new], v[:, :, new]
             if asked.start == asked.stop:
                 cache.store(k_new, v_new, rope=rope)
             else:
-                answers.append(cache.attend(q[:, asked], k_new, v_new, scale=scale, rope=rope))
-        return mx.concatenate(answers, axis=1)
+                answer = cache.attend(q[:, :, asked], k_new, v_new, scale=scale, rope=rope)
+                answers.append(answer)
+        return mx.concatenate(answers, axis=2)
 
     def _attend_single_tokens(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
     ) -> mx.array:
         """Rotate all sequences' tokens in one call each for q and k, with a vector of offsets."""
-        heads_first = (len(self.caches), -1, 1, q.shape[3])  # the tokens become the batch
         offsets = tuple(cache.offset for cache in self.caches)
-        new_q, new_k = rope(q.reshape(heads_first), offsets), rope(k.reshape(heads_first), offsets)
-        new_v = v.reshape(heads_first)
+        q, k, v = (x.transpose(2, 1, 0, 3) for x in (q, k, v))  # the tokens become the batch
+        q, k = rope(q, offsets), rope(k, offsets)
         answers = [
-            cache.attend_rotated(
-                new_q[i : i + 1], new_k[i : i + 1], new_v[i : i + 1], scale=scale
-            )
+            cache.attend_rotated(q[i : i + 1], k[i : i + 1], v[i : i + 1], scale=scale)
             for i, cache in enumerate(self.caches)
         ]
-        return mx.concatenate(answers).reshape(q.shape)
+        return mx.concatenate(answers).transpose(2, 1, 0, 3)
 
 
 def _spans(lengths: Sequence[int]) -> list[slice]:

@@ -6,10 +6,10 @@ from typing import Annotated, Any
 
 import typer
 
+import qwen3_mlx  # whose names resolve on first use: `--help` loads no tokenizer and no model
 from qwen3_mlx import backend
 from qwen3_mlx.cli.console import Bar, note, stderr_text
 from qwen3_mlx.engine.params import SamplingParams
-from qwen3_mlx.llm import Stream, load
 from qwen3_mlx.text.events import Finish, Reasoning, Text
 
 _SIZES = ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B", "235B-A22B")
@@ -114,7 +114,9 @@ def ask(  # noqa: PLR0913 - one parameter an option
     if model is None and not quiet:
         note(_DEMO_NOTE)
     with Bar("loading") as bar:
-        llm = load(_full_name(model), revision=revision, bits=bits, dtype=dtype, progress=bar)
+        llm = qwen3_mlx.load(
+            _full_name(model), revision=revision, bits=bits, dtype=dtype, progress=bar
+        )
     with llm, Bar("reading the prompt") as bar:
         started = time.perf_counter()
         stream = llm.stream(
@@ -145,7 +147,7 @@ def _full_name(model: str | None) -> str | None:
     return f"Qwen/Qwen3-{model}-MLX-4bit" if model in _SIZES else model
 
 
-def _show(stream: Stream, *, show_thinking: bool) -> tuple[Finish, float]:
+def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, float]:
     """Write the events as they come; give the last, and the time when the first token came.
 
     Ctrl-C ends the generation, and the stream then tells what it came to.
@@ -181,7 +183,8 @@ def _show(stream: Stream, *, show_thinking: bool) -> tuple[Finish, float]:
 def _status(finish: Finish, to_first: float, rest: float) -> str:
     usage = finish.usage
     count = usage.completion_tokens
-    parts = [f"{count} tokens" + (f" ({usage.reasoning_tokens} thinking)" * bool(usage.reasoning_tokens))]
+    thinking = f" ({usage.reasoning_tokens} thinking)" if usage.reasoning_tokens else ""
+    parts = [f"{count} tokens{thinking}"]
     if count > 1:
         parts.append(f"{(count - 1) / max(rest, 1e-9):.1f} tokens/s")
     parts += [

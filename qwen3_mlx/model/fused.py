@@ -21,33 +21,34 @@ class RowFused:
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         """Join `layers`, whose format must agree (see `can_fuse`), and evaluate the result."""
-        self._joint = copy.copy(layers[0])
+        self.joint = copy.copy(layers[0])
         ends = list(accumulate(layer["weight"].shape[0] for layer in layers))
         for name in _BY_ROW:
             if layers[0].get(name) is None:
                 continue
             joined = mx.concatenate([layer[name] for layer in layers])
             mx.eval(joined)
-            self._joint[name] = joined
+            self.joint[name] = joined
             for layer, start, stop in zip(layers, [0, *ends], ends, strict=False):
                 layer[name] = joined[start:stop]
                 mx.eval(layer[name])
-        self._splits = ends[:-1]
-        self._layers = [(layer, layer["weight"]) for layer in layers]
+        self.ends = ends[:-1]  # the rows where one layer's end and the next one's begin
+        self._layers = tuple(layers)
+        self._views = tuple(layer["weight"] for layer in layers)
 
     def stands_for(self, *layers: nn.Module) -> bool:
         """Say whether these are still the layers that were joined, with those weights.
 
         An adapter or an update puts others in their place; the joint matrix is then stale.
         """
-        return all(
-            layer is joined and layer["weight"] is weight
-            for layer, (joined, weight) in zip(layers, self._layers, strict=True)
-        )
+        for layer, joined, view in zip(layers, self._layers, self._views):  # noqa: B905 - hot
+            if layer is not joined or layer["weight"] is not view:
+                return False
+        return True
 
     def __call__(self, x: mx.array) -> list[mx.array]:
         """Give each layer's output for x [..., D]."""
-        return mx.split(self._joint(x), self._splits, axis=-1)
+        return mx.split(self.joint(x), self.ends, axis=-1)
 
 
 def can_fuse(layers: Sequence[nn.Module]) -> bool:

@@ -46,21 +46,25 @@ class Attention(nn.Module):
     def __call__(
         self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: Rotate
     ) -> mx.array:  # x [B, L, D], rows [Q] -> [B, Q, D]
-        batch, length, _ = x.shape
-        fused = self._qkv if batch * length == 1 else None
+        fused = self._qkv if x.size == x.shape[2] else None  # one token
         if fused and fused.stands_for(self.q_proj, self.k_proj, self.v_proj):
-            q, k, v = fused(x)
+            heads = fused.joint(x).reshape(1, -1, 1, self.head_dim)
+            q, k, v = mx.split(heads, [end // self.head_dim for end in fused.ends], axis=1)
+            q, k = self.q_norm(q), self.k_norm(k)
         else:
-            q = self.q_proj(x if rows is None else x[:, rows])
-            k, v = self.k_proj(x), self.v_proj(x)
-        q = self.q_norm(q.reshape(batch, -1, *self._heads(q)))  # [B, Q, H, E]
-        k = self.k_norm(k.reshape(batch, length, *self._heads(k)))  # [B, L, K, E]
-        v = v.reshape(batch, length, *self._heads(v))
-        out = cache.attend(q, k, v, scale=self.scale, rope=rope)  # [B, Q, H, E]
-        return self.o_proj(out.reshape(batch, out.shape[1], -1))
+            # Normed before the transpose: the kernel wants rows that lie side by side.
+            q = self.q_norm(self._by_head(self.q_proj(x if rows is None else x[:, rows])))
+            k = self.k_norm(self._by_head(self.k_proj(x)))
+            v = self._by_head(self.v_proj(x)).transpose(0, 2, 1, 3)
+            q, k = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3)
+        # q [B, H, Q, E], k and v [B, K, L, E] -> [B, H, Q, E]
+        out = cache.attend(q, k, v, scale=self.scale, rope=rope)
+        out = out.transpose(0, 2, 1, 3).reshape(x.shape[0], q.shape[2], -1)
+        return self.o_proj(out)
 
-    def _heads(self, projected: mx.array) -> tuple[int, int]:
-        return projected.shape[-1] // self.head_dim, self.head_dim
+    def _by_head(self, projected: mx.array) -> mx.array:
+        batch, length, _ = projected.shape
+        return projected.reshape(batch, length, -1, self.head_dim)
 
 
 class MLP(nn.Module):
@@ -79,7 +83,7 @@ class MLP(nn.Module):
             self._gate_up = RowFused(layers)
 
     def __call__(self, x: mx.array) -> mx.array:  # [B, Q, D] -> [B, Q, D]
-        fused = self._gate_up if x.shape[0] * x.shape[1] == 1 else None
+        fused = self._gate_up if x.size == x.shape[2] else None  # one token
         if fused and fused.stands_for(self.gate_proj, self.up_proj):
             gate, up = fused(x)
         else:

@@ -1,0 +1,111 @@
+"""What the host does for a decoded token: kernels dispatched a layer, and time to build the graph.
+
+Counted are the operations that become kernels on a GPU: norms, matrix products, rope, slice
+updates, attention and elementwise work. Views (reshape, transpose, split, slices) are free.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import qwen3_mlx.model.qwen3  # first: the BLAS
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models.qwen3
+
+from benchmarks.checkpoint import published_config
+from qwen3_mlx.model.config import ModelConfig
+
+_KERNELS: list[tuple[Any, str]] = [
+    *((mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")),
+    *((mx, name) for name in ("quantized_matmul", "addmm", "concatenate")),
+    *((mx.array, f"__{name}__") for name in ("add", "mul", "sub", "matmul", "setitem")),
+    (qwen3_mlx.model.qwen3, "swiglu"),
+    (mlx_lm.models.qwen3, "swiglu"),
+]
+_FEW, _MORE = 2, 6  # layers of the models whose counts are compared
+Step = Callable[[], mx.array]
+
+
+def dispatches_per_layer() -> dict[str, float]:
+    """Count the kernels of one layer for one decoded token, ours and mlx-lm's."""
+    return {
+        side: (_count(make(_MORE)) - _count(make(_FEW))) / (_MORE - _FEW)
+        for side, make in (("ours", our_step), ("peer", peer_step))
+    }
+
+
+def build_time(layers: int = 28, repeats: int = 60) -> dict[str, float]:
+    """Measure the seconds to build the graph of one decoded token, of a 0.6B-deep network."""
+    steps = {"ours": our_step(layers), "peer": peer_step(layers)}
+    times: dict[str, list[float]] = {side: [] for side in steps}
+    for _ in range(repeats):  # in turn, so that both see the same machine
+        for side, step in steps.items():
+            started = time.perf_counter()
+            logits = step()
+            times[side].append(time.perf_counter() - started)
+            mx.eval(logits)
+    return {side: median(values) for side, values in times.items()}
+
+
+def our_step(layers: int) -> Step:
+    """Give a function that builds our next step of decoding, in a small quantized model."""
+    model = qwen3_mlx.model.qwen3.Qwen3(ModelConfig.from_dict(_small_config(layers)))
+    nn.quantize(model, group_size=64, bits=4)
+    for layer in model.layers:
+        layer.self_attn.fuse()
+        layer.mlp.fuse()  # type: ignore[union-attr] - all layers are dense
+    cache = model.make_cache(4096)
+    return _warmed(lambda ids: model(ids, cache))
+
+
+def peer_step(layers: int) -> Step:
+    """Do the same for mlx-lm's model."""
+    config = _small_config(layers)
+    model = mlx_lm.models.qwen3.Model(mlx_lm.models.qwen3.ModelArgs.from_dict(config))
+    nn.quantize(model, group_size=64, bits=4)
+    cache = mlx_lm.models.cache.make_prompt_cache(model)
+    return _warmed(lambda ids: model(ids, cache=cache))
+
+
+def _warmed(forward: Callable[[mx.array], mx.array]) -> Step:
+    mx.eval(forward(mx.array([[1, 2, 3]])))
+    token = mx.array([[4]])
+    mx.eval(forward(token))
+    return lambda: forward(token)
+
+
+def _small_config(layers: int) -> dict[str, Any]:
+    """Give the 0.6B's heads on a narrow network: the host's work is the same, the CPU's is not."""
+    narrow = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 256}
+    return {**published_config("0.6B"), **narrow, "num_hidden_layers": layers}
+
+
+def _count(step: Step) -> int:
+    with _counting() as seen:
+        step()
+    return len(seen)
+
+
+@contextmanager
+def _counting() -> Iterator[list[str]]:
+    seen: list[str] = []
+    originals = [getattr(place, name) for place, name in _KERNELS]
+    for (place, name), original in zip(_KERNELS, originals, strict=True):
+        setattr(place, name, _noting(name, original, seen))
+    try:
+        yield seen
+    finally:
+        for (place, name), original in zip(_KERNELS, originals, strict=True):
+            setattr(place, name, original)
+
+
+def _noting(name: str, original: Callable[..., Any], seen: list[str]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        seen.append(name)
+        return original(*args, **kwargs)
+
+    return call
