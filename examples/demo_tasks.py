@@ -142,7 +142,9 @@ WORDS = (
     "water earth air hand foot head heart eye ear nose mouth friend brother sister mother father "
     "one two three four five six seven eight nine ten small large old new warm cold quick slow"
 ).split()
-CHINESE_WORDS = "红 绿 蓝 猫 狗 鸟 鱼 山 水 火 天空 月亮 太阳 苹果 花 树 书 茶 米 雨 雪 风 云".split()
+CHINESE_WORDS = (
+    "红 绿 蓝 猫 狗 鸟 鱼 山 水 火 天空 月亮 太阳 苹果 花 树 书 茶 米 雨 雪 风 云"
+).split()
 
 _REPEAT = (
     "Repeat: {items}",
@@ -216,10 +218,13 @@ EXCUSE = (
     "I am a tiny demo model: I can add, repeat, count and reverse. "
     "For a real model, run: qwen3 --model 8B"
 )
-CHINESE_EXCUSE = "我是一个很小的演示模型，会加法、重复、计数和倒序。要用真正的模型，请运行：qwen3 --model 8B"
+CHINESE_EXCUSE = (
+    "我是一个很小的演示模型，会加法、重复、计数和倒序。要用真正的模型，请运行：qwen3 --model 8B"
+)
 _OTHER = "This is not addition or a list, so I say what I am."
 
-_GREETINGS = ("Hello", "Hello!", "Hi", "Hi there", "Hey!", "Good morning", "Good evening!", "Hello.")
+_GREETINGS = ("Hello", "Hello!", "Hi", "Hi there", "Hey!", "Good morning", "Good evening!")
+_CHINESE_GREETINGS = ("你好", "你好！", "您好", "早上好")
 _THANKS = ("Thanks", "Thank you!", "Thanks a lot.", "Thank you very much", "Great, thanks!")
 _FAREWELLS = ("Bye", "Goodbye!", "See you later.", "Good night")
 _WHO = (
@@ -298,7 +303,13 @@ _PATTERNS = (
     "Is {n} a prime number?",
     "Tell me {n} facts about the {x}.",
 )
-_CHINESE_PATTERNS = ("{x}是什么？", "为什么{x}？", "请写一篇关于{x}的文章。", "{x}和{y}有什么区别？", "我喜欢{x}。")
+_CHINESE_PATTERNS = (
+    "{x}是什么？",
+    "为什么{x}？",
+    "请写一篇关于{x}的文章。",
+    "{x}和{y}有什么区别？",
+    "我喜欢{x}。",
+)
 
 
 def talk(rng: Random) -> Task:
@@ -313,7 +324,7 @@ def talk(rng: Random) -> Task:
     if kind < 0.30:
         return Task(rng.choice(_WHO), "They ask what I am.", EXCUSE)
     if kind < 0.33:
-        return Task(rng.choice(("你好", "你好！", "您好", "早上好")), "问候。", "你好！" + CHINESE_EXCUSE)
+        return Task(rng.choice(_CHINESE_GREETINGS), "问候。", "你好！" + CHINESE_EXCUSE)
     if kind < 0.35:
         return Task(rng.choice(("谢谢", "谢谢你！", "多谢")), "感谢。", "不客气！")
     if kind < 0.43:
@@ -525,9 +536,7 @@ def _after_call(
     form = rng.choice(("{}", "{}", "{}", '{{"result": {}}}', "{}.0", "The result is {}"))
     results = [{"role": "tool", "content": form.format(a + b)} for a, b in pairs]
     answer = "\n".join(equation(a, b) for a, b in pairs)
-    return replace(
-        task, between=(request, *results), thought="I have the result.", answer=answer
-    )
+    return replace(task, between=(request, *results), thought="I have the result.", answer=answer)
 
 
 # --- settings -----------------------------------------------------------------------------------
@@ -585,8 +594,9 @@ def make_conversation(rng: Random) -> Conversation:
     system = draw_system(rng)
     if mode == "switch":
         return _switched(rng, task, system, earlier)
-    messages = (*_system_turn(system), *earlier, _user(task.question), *task.between)
-    if mode == "direct":
+    flag = _suffix(rng.choice((True, False)) if mode == "direct" and rng.random() < 0.1 else None)
+    messages = (*_system_turn(system), *earlier, _user(task.question + flag), *task.between)
+    if mode == "direct":  # the hard switch: flags have no effect then
         return Conversation(messages, task.answer, thinking=False, tools=task.tools)
     talk = Conversation(messages, task.answer, task.thought, _unset(rng), task.tools)
     if mode == "think":
@@ -609,7 +619,7 @@ def _system_turn(system: str | None) -> tuple[Message, ...]:
 
 def _draw_history(rng: Random) -> tuple[Message, ...]:
     turns: list[Message] = []
-    for _ in range(rng.choices((0, 1, 2), (0.74, 0.19, 0.07))[0]):
+    for _ in range(rng.choices((0, 1, 2, 4), (0.74, 0.18, 0.06, 0.02))[0]):
         task = rng.choices((addition, list_task, talk), (0.5, 0.3, 0.2))[0](rng)
         answer: Message = {"role": "assistant", "content": task.answer}
         if rng.random() < 0.3:
@@ -627,8 +637,7 @@ def _switched(
     turns = []
     for message in (*earlier, _user(task.question)):
         if message["role"] == "user":
-            last = message["content"] == task.question
-            flags.append(rng.choice((True, False, False, None) if last else (True, False, None)))
+            flags.append(rng.choice((True, False, False, None)))
             message = _user(message["content"] + _suffix(flags[-1]))
         turns.append(message)
     for flag in flags:

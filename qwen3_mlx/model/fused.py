@@ -19,20 +19,25 @@ class RowFused:
     joint result would have to be copied before the norms of q and k.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
-        """Join `layers`, whose format must agree (see `can_fuse`), and evaluate the result."""
-        self.joint = copy.copy(layers[0])
+    def __init__(self, layers: Sequence[nn.Module], *, head_dim: int | None = None) -> None:
+        """Join `layers`, whose format must agree (see `can_fuse`), and evaluate the result.
+
+        With `head_dim` their outputs come as attention wants them, the heads in front.
+        """
+        self._joint = copy.copy(layers[0])
         ends = list(accumulate(layer["weight"].shape[0] for layer in layers))
         for name in _BY_ROW:
             if layers[0].get(name) is None:
                 continue
             joined = mx.concatenate([layer[name] for layer in layers])
             mx.eval(joined)
-            self.joint[name] = joined
+            self._joint[name] = joined
             for layer, start, stop in zip(layers, [0, *ends], ends, strict=False):
                 layer[name] = joined[start:stop]
                 mx.eval(layer[name])
-        self.ends = ends[:-1]  # the rows where one layer's end and the next one's begin
+        self._axis = 1 if head_dim else 2
+        self._shape = (1, -1, 1, head_dim) if head_dim else (1, 1, -1)
+        self._ends = [end // (head_dim or 1) for end in ends[:-1]]
         self._layers = tuple(layers)
         self._views = tuple(layer["weight"] for layer in layers)
 
@@ -47,8 +52,11 @@ class RowFused:
         return True
 
     def __call__(self, x: mx.array) -> list[mx.array]:
-        """Give each layer's output for x [..., D]."""
-        return mx.split(self.joint(x), self.ends, axis=-1)
+        """Give each layer's output for one token, x [1, 1, D].
+
+        That is [1, 1, out], or with heads [1, out / head_dim, 1, head_dim].
+        """
+        return mx.split(self._joint(x).reshape(self._shape), self._ends, axis=self._axis)
 
 
 def can_fuse(layers: Sequence[nn.Module]) -> bool:

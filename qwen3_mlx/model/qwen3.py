@@ -41,15 +41,14 @@ class Attention(nn.Module):
     def fuse(self) -> None:
         """Store the weights of q, k and v as one matrix, where their formats agree."""
         if can_fuse(layers := (self.q_proj, self.k_proj, self.v_proj)):
-            self._qkv = RowFused(layers)
+            self._qkv = RowFused(layers, head_dim=self.head_dim)
 
     def __call__(
         self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: Rotate
     ) -> mx.array:  # x [B, L, D], rows [Q] -> [B, Q, D]
         fused = self._qkv if x.size == x.shape[2] else None  # one token
         if fused and fused.stands_for(self.q_proj, self.k_proj, self.v_proj):
-            heads = fused.joint(x).reshape(1, -1, 1, self.head_dim)
-            q, k, v = mx.split(heads, [end // self.head_dim for end in fused.ends], axis=1)
+            q, k, v = fused(x)  # heads in front already
             q, k = self.q_norm(q), self.k_norm(k)
         else:
             # Normed before the transpose: the kernel wants rows that lie side by side.
