@@ -95,7 +95,7 @@ class Parser:
 
 
 class StopStrings:
-    """Finds the first stop string in a text that comes in pieces."""
+    """Finds the first stop string to be complete in a text that comes in pieces."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.found: str | None = None
@@ -109,7 +109,8 @@ class StopStrings:
         text = self._held + piece
         places = [(text.find(stop), stop) for stop in self._strings if stop in text]
         if places:
-            place, self.found = min(places, key=lambda found: found[0])
+            # The first to be complete, so that it does not matter how the text is cut into pieces.
+            place, self.found = min(places, key=lambda found: (found[0] + len(found[1]), found[0]))
             self._held = ""
             return text[:place]
         keep = max(_overlap(text, stop) for stop in self._strings)

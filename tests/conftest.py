@@ -1,0 +1,33 @@
+"""What all tests share: the reference numerics, and a small model to load."""
+
+import os
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on M5, float32 is otherwise not float32
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qwen3_mlx import LLM, load
+from tests.support import write_tiny
+
+
+@pytest.fixture(scope="session")
+def demo() -> Iterator[LLM]:
+    """The embedded checkpoint, loaded as it is on disk."""
+    with load(dequantize=False) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random checkpoint with the demo's tokenizer."""
+    return write_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_folder: Path) -> Iterator[LLM]:
+    """That checkpoint, loaded."""
+    with load(tiny_folder) as llm:
+        yield llm

@@ -1,0 +1,96 @@
+"""Small models and exact comparisons for the tests."""
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.qwen3 import Qwen3
+
+DEMO = Path(str(files("qwen3_mlx") / "demo"))
+TOLERANCE = {mx.float32: 1e-5, mx.float16: 2e-2, mx.bfloat16: 1e-1}
+TINY: dict[str, Any] = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 1088,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "rope_theta": 10000.0,
+    "rope_scaling": None,
+    "sliding_window": None,
+    "use_sliding_window": False,
+    "torch_dtype": "bfloat16",
+}
+MOE: dict[str, Any] = {
+    **TINY,
+    "model_type": "qwen3_moe",
+    "tie_word_embeddings": False,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+def make_model(config: dict[str, Any] | None = None, seed: int = 0) -> Qwen3:
+    """Make a random model, evaluated, with lively norms so that every parameter matters."""
+    mx.random.seed(seed)
+    model = Qwen3(ModelConfig.from_dict(config or TINY))
+    lively = [
+        (name, value + 0.3 * mx.random.normal(value.shape) if value.ndim == 1 else value)
+        for name, value in tree_flatten(model.parameters())
+    ]
+    model.load_weights(lively)
+    mx.eval(model.parameters())
+    return model
+
+
+def write_tiny(folder: Path, config: dict[str, Any] | None = None, seed: int = 0) -> Path:
+    """Write a random checkpoint with the demo's tokenizer and template into `folder`."""
+    config = dict(config or TINY)
+    config["vocab_size"] = json.loads((DEMO / "config.json").read_text())["vocab_size"]
+    weights = dict(tree_flatten(make_model(config, seed).parameters()))
+    folder.mkdir(parents=True, exist_ok=True)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        shutil.copy(DEMO / name, folder / name)
+    shutil.copy(DEMO / "generation_config.json", folder / "generation_config.json")
+    return folder
+
+
+def assert_close(found: mx.array, expected: Any, tolerance: float | None = None) -> None:
+    """Compare arrays within the tolerance of their dtype, and show the worst place."""
+    tolerance = TOLERANCE[found.dtype] if tolerance is None else tolerance
+    a = np.array(found.astype(mx.float32))
+    b = np.array(expected.astype(mx.float32) if isinstance(expected, mx.array) else expected)
+    assert a.shape == b.shape, f"shapes differ: {a.shape} and {b.shape}"
+    differences = np.abs(a - b)
+    assert np.isfinite(differences).all(), "not all values are finite"
+    worst = np.unravel_index(differences.argmax(), differences.shape)
+    assert differences[worst] <= tolerance, (
+        f"differ by {differences[worst]:.3g} (allowed {tolerance:g}) at {tuple(map(int, worst))}: "
+        f"{a[worst]:.6g} and {b[worst]:.6g}"
+    )
+
+
+def random_ids(count: int, vocabulary: int = 1024, seed: int = 0) -> list[int]:
+    """Draw token ids."""
+    return [int(n) for n in np.random.RandomState(seed).randint(0, vocabulary, count)]

@@ -1,0 +1,80 @@
+"""Every attention call is one that MLX's fused Metal kernels serve."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from qwen3_mlx import backend
+from qwen3_mlx.cache.attention import causal_attention
+from qwen3_mlx.cache.ragged import ragged_layers
+from qwen3_mlx.model.qwen3 import Qwen3
+from tests.support import TINY, assert_close, make_model, random_ids
+
+# query heads, key/value heads of the published models; all have heads of 128
+HEADS = {
+    "0.6B and 1.7B": (16, 8),
+    "4B and 8B": (32, 8),
+    "14B": (40, 8),
+    "32B": (64, 8),
+    "30B-A3B": (32, 4),
+    "235B-A22B": (64, 4),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """Record every attention call, and on a GPU run it once more with no fallback allowed."""
+    recorded: list[dict[str, Any]] = []
+    original = mx.fast.scaled_dot_product_attention
+
+    def record(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+        recorded.append({"q": q.shape, "k": k.shape, "v": v.shape, **options})
+        fused = {"force_fused": True} if backend.on_gpu() else {}
+        return original(q, k, v, **options, **fused)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", record)
+    yield recorded
+
+
+def model_with(heads: int, kv_heads: int) -> Qwen3:
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128}
+    return make_model({**TINY, **sizes, "num_hidden_layers": 2})
+
+
+def assert_fused(call: dict[str, Any]) -> None:
+    """Hold a call to the limits of MLX 0.32's two fused attention kernels."""
+    (_, heads, queries, size), (_, kv_heads, keys, _) = call["q"], call["k"]
+    assert size == 128
+    assert queries <= keys
+    if queries <= 8:
+        assert queries * (heads // kv_heads) <= 32, call
+    assert call["mask"] == (None if queries == 1 else "causal")
+
+
+@pytest.mark.parametrize("geometry", HEADS)
+def test_every_call_fits_a_fused_kernel(geometry: str, calls: list[dict[str, Any]]) -> None:
+    model = model_with(*HEADS[geometry])
+    ids = mx.array([random_ids(80)])
+    for length in (*range(1, 20), 31, 32, 33, 64):
+        cache = model.make_cache()
+        mx.eval(model(ids[:, :5], cache), model(ids[:, :length], cache, wanted=[length - 1]))
+        assert cache[0].offset == 5 + length
+    sequences = [model.make_cache() for _ in range(3)]
+    for lengths in ([7, 1, 12], [1, 1, 1], [1, 3, 1]):
+        layers, rows = ragged_layers(sequences, lengths, [1] * 3)
+        mx.eval(model(ids[:, : sum(lengths)], layers, rows))
+    assert len(calls) > 100
+    for call in calls:
+        assert_fused(call)
+
+
+@pytest.mark.parametrize("queries", range(1, 12))
+@pytest.mark.parametrize("heads", HEADS.values(), ids=str)
+def test_split_calls_give_what_one_call_gives(queries: int, heads: tuple[int, int]) -> None:
+    mx.random.seed(queries)
+    q = mx.random.normal((1, heads[0], queries, 128))
+    k, v = (mx.random.normal((1, heads[1], 30, 128)) for _ in range(2))
+    plain: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
+    assert_close(causal_attention(q, k, v, scale=0.1), plain(q, k, v, scale=0.1, mask="causal"))

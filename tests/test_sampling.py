@@ -1,0 +1,164 @@
+"""The chain from logits to a token."""
+
+from collections import Counter
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qwen3_mlx.engine.params import NEUTRAL, SamplingParams, sampling_defaults
+from qwen3_mlx.engine.sampling import Sampler, likeliest, penalise, within_min_p, within_top_p
+from tests.support import assert_close
+
+LOGITS = mx.array(np.random.RandomState(0).randn(5000).astype(np.float32) * 3)
+
+
+def draw(count: int, logits: mx.array, **params: Any) -> Counter[int]:
+    """Count what independent samplers choose."""
+    chosen: Counter[int] = Counter()
+    for seed in range(count):
+        sampler = Sampler(
+            SamplingParams(**params).over(NEUTRAL), seed=seed, vocabulary=logits.size, prompt=[0]
+        )
+        chosen[int(sampler(logits).item())] += 1
+    return chosen
+
+
+@settings(max_examples=60, deadline=None)
+@given(size=st.integers(1, 3000), k=st.integers(1, 60), seed=st.integers(0, 99))
+def test_the_likeliest_are_those_of_a_whole_sort(size: int, k: int, seed: int) -> None:
+    values = np.random.RandomState(seed).permutation(size).astype(np.float32)
+    best, ids = likeliest(mx.array(values), k)
+    expected = np.argsort(-values)[:k]
+    assert np.array(ids).tolist() == expected.tolist()
+    assert np.array(best).tolist() == values[expected].tolist()
+
+
+def reference(logits: np.ndarray, temperature: float, k: int, top_p: float, min_p: float) -> Any:
+    """Give the probabilities after all filters, in the field's order, by plain numpy."""
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled)
+    if k:
+        order = order[:k]
+    p = np.exp(scaled[order] - scaled[order[0]])
+    p /= p.sum()
+    keep = (np.cumsum(p) - p) < top_p
+    order, p = order[keep], p[keep] / p[keep].sum()
+    keep = p >= min_p * p[0]
+    order, p = order[keep], p[keep] / p[keep].sum()
+    return dict(zip(order.tolist(), p.tolist(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "min_p"),
+    [(0.6, 20, 0.95, 0.0), (0.7, 20, 0.8, 0.0), (1.0, 0, 0.5, 0.0), (1.5, 5, 1.0, 0.2), (1, 0, 1, 0.3)],
+)
+def test_what_is_drawn_follows_the_filtered_distribution(
+    temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
+    expected = reference(np.array(LOGITS), temperature, top_k, top_p, min_p)
+    count = 1500
+    chosen = draw(
+        count, LOGITS, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
+    )
+    assert chosen.keys() <= expected.keys()
+    for token, p in expected.items():
+        spread = (p * (1 - p) / count) ** 0.5
+        assert abs(chosen[token] / count - p) < 5 * spread + 1e-3, token
+
+
+def test_padding_is_never_chosen() -> None:
+    logits = mx.concatenate([mx.zeros(100), mx.full((20,), 50.0)])
+    for params in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}):
+        sampler = Sampler(
+            SamplingParams(**params).over(NEUTRAL), seed=0, vocabulary=100, prompt=[0]
+        )
+        assert all(int(sampler(logits).item()) < 100 for _ in range(30))
+
+
+def test_temperature_zero_takes_the_likeliest() -> None:
+    assert draw(3, LOGITS, temperature=0.0) == {int(mx.argmax(LOGITS).item()): 3}
+
+
+def test_a_seed_repeats_and_another_differs() -> None:
+    def run(seed: int) -> list[int]:
+        params = SamplingParams(temperature=2.0).over(NEUTRAL)
+        sampler = Sampler(params, seed=seed, vocabulary=5000, prompt=[0])
+        return [int(sampler(LOGITS).item()) for _ in range(20)]
+
+    assert run(1) == run(1)
+    assert run(1) != run(2)
+    assert len(set(run(1))) > 10
+    run(-5), run(2**80)  # any whole number will do
+
+
+def test_penalties() -> None:
+    logits = mx.array([2.0, -2.0, 1.0, 0.5])
+    counts, in_prompt = mx.array([2.0, 1.0, 0.0, 0.0]), mx.array([False, False, True, False])
+    params = SamplingParams(
+        repetition_penalty=2.0, presence_penalty=0.1, frequency_penalty=0.01
+    ).over(NEUTRAL)
+    expected = [2 / 2 - 0.1 - 0.02, -2 * 2 - 0.1 - 0.01, 1 / 2, 0.5]
+    assert_close(penalise(logits, counts, in_prompt, params), np.array(expected))
+
+
+def test_penalties_follow_the_reply() -> None:
+    params = SamplingParams(temperature=0.0, presence_penalty=2.0).over(NEUTRAL)
+    sampler = Sampler(params, seed=0, vocabulary=4, prompt=[3])
+    logits = mx.array([3.0, 2.5, 2.0, 0.0])
+    assert [int(sampler(logits).item()) for _ in range(4)] == [0, 1, 2, 0]
+
+
+def test_logit_bias() -> None:
+    assert draw(2, mx.zeros(50), temperature=0.0, logit_bias={7: 1.0, 8: 2.0}) == {8: 2}
+    with pytest.raises(ValueError, match="logit_bias names 50; token ids are 0 to 49"):
+        draw(1, mx.zeros(50), logit_bias={50: 1.0})
+
+
+def test_filters_keep_at_least_the_likeliest() -> None:
+    logits = mx.array([5.0, 1.0, 0.0])
+    assert int((within_top_p(logits, 1e-6) > -mx.inf).sum().item()) == 1
+    assert int((within_min_p(logits, 1.0) > -mx.inf).sum().item()) == 1
+
+
+@pytest.mark.parametrize(
+    ("params", "error"),
+    [
+        ({"temperature": -0.1}, "temperature must be at least 0, not -0.1"),
+        ({"top_p": 1.5}, "top_p must be from 0 to 1, not 1.5"),
+        ({"top_p": 0}, "top_p must be more than 0"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"min_p": 2}, "min_p must be from 0 to 1"),
+        ({"presence_penalty": 3}, "presence_penalty must be from -2 to 2"),
+        ({"repetition_penalty": 0}, "repetition_penalty and top_p must be more than 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(params: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=error):
+        SamplingParams(**params)
+
+
+@pytest.mark.parametrize("params", [{"top_k": 1.5}, {"temperature": "hot"}, {"top_p": True}])
+def test_values_of_another_type_are_refused(params: dict[str, Any]) -> None:
+    with pytest.raises(TypeError, match="must be a number"):
+        SamplingParams(**params)
+
+
+def test_defaults_follow_the_mode_on_a_hybrid_checkpoint() -> None:
+    stated = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1, "x": 1}
+    thinking = sampling_defaults(stated, thinking=True, hybrid=True)
+    direct = sampling_defaults(stated, thinking=False, hybrid=True)
+    assert (thinking.temperature, thinking.top_p, thinking.top_k) == (0.6, 0.95, 20)
+    assert (direct.temperature, direct.top_p, direct.top_k) == (0.7, 0.8, 20)
+    assert direct.repetition_penalty == thinking.repetition_penalty == 1.1
+
+
+def test_defaults_of_a_one_mode_checkpoint_are_its_own() -> None:
+    own = sampling_defaults({"temperature": 0.3}, thinking=False, hybrid=False)
+    assert (own.temperature, own.top_p, own.top_k, own.min_p) == (0.3, 0.8, 20, 0.0)
+    greedy = sampling_defaults({"do_sample": False}, thinking=False, hybrid=False)
+    assert greedy.temperature == 0.0
+    assert SamplingParams(temperature=1.2).over(own).temperature == 1.2
