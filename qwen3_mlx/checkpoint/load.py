@@ -60,17 +60,17 @@ def load_model(
     dequantize = options.dequantize
     if dequantize is None:
         dequantize = backend.worth_dequantizing(4 * _count_weights(model))
-    modules = [(path, module) for path, module in _leaves(model) if module.parameters()]
-    for done, (path, module) in enumerate(modules):
-        progress(done, len(modules))
-        filled = _fill(path, module, weights, options, dequantize=dequantize)
+    paths = [path for path, module in _leaves(model) if module.parameters()]
+    for done, path in enumerate(paths):
+        progress(done, len(paths))
+        filled = _fill(path, _take(model, path), weights, options, dequantize=dequantize)
         mx.eval(filled.parameters())
         _put(model, path, filled)
     for layer in model.layers:
         layer.self_attn.fuse()
         if hasattr(layer.mlp, "fuse"):
             layer.mlp.fuse()
-    progress(len(modules), len(modules))
+    progress(len(paths), len(paths))
     return model
 
 
@@ -182,9 +182,21 @@ _PLAIN: dict[type, Callable[[], nn.Module]] = {
 }
 
 
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+def _holder(model: nn.Module, path: str) -> tuple[Any, str]:
     *parents, name = path.split(".")
     place: Any = model
     for parent in parents:
         place = place[int(parent)] if isinstance(place, list) else place[parent]
+    return place, name
+
+
+def _take(model: nn.Module, path: str) -> nn.Module:
+    """Take a module out of the tree, so that nothing else keeps its source weights alive."""
+    place, name = _holder(model, path)
+    module: nn.Module = place.pop(name)
+    return module
+
+
+def _put(model: nn.Module, path: str, module: nn.Module) -> None:
+    place, name = _holder(model, path)
     place[name] = module

@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parent / "parity"
 LENGTH = 40  # beyond the 32 positions that the YaRN cases were "trained" on
 GREEDY = 24
 FEATURE_FLOOR = 1e-2  # a feature that moves the logits by less proves nothing
-MARGIN_FLOOR = 2e-3  # a choice (greedy token, expert) closer than this may flip by rounding
+MARGIN_FLOOR = 5e-3  # a choice (greedy token, expert) closer than this may flip by rounding
 CHECK_CEILING = 1e-4  # another CPU, other kernels
 
 Settings = dict[str, Any]
@@ -77,23 +77,27 @@ class Case:
 
     settings: Settings
     changes: Mapping[str, Settings]
-    seed: int = 0  # of the ids; another one where a choice is too close to call
+    seed: int  # of the ids; one where no choice is too close to call
 
 
 CASES = {
     "dense_tied": Case(
         DENSE | {"tie_word_embeddings": True} | rope(ROPE, rope_theta=1e6),
         {"untied": {"tie_word_embeddings": False}, "rope_theta 1e4": rope(ROPE)},
+        seed=6,
     ),
     "dense_untied": Case(
-        DENSE | {"vocab_size": 151, "hidden_size": 128, "num_attention_heads": 8, "head_dim": 16}
+        DENSE
+        | {"vocab_size": 151, "hidden_size": 128, "num_attention_heads": 8, "head_dim": 16}
         # Large, so that an implementation that ignores the config's own value is seen.
         | {"num_hidden_layers": 2, "intermediate_size": 256, "rms_norm_eps": 0.1},
         {"tied": {"tie_word_embeddings": True}, "rms_norm_eps 1e-6": {"rms_norm_eps": 1e-6}},
+        seed=1,
     ),
     "heads_64_8": Case(
         DENSE | {"num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 8},
         {"rope_theta 1e6": rope(ROPE, rope_theta=1e6)},
+        seed=1,
     ),
     "yarn_dense": Case(
         DENSE | {"num_key_value_heads": 1, "head_dim": 64, "num_hidden_layers": 2} | rope(YARN),
@@ -103,6 +107,7 @@ CASES = {
             "original 64": rope(YARN, original_max_position_embeddings=64),
             "attention_factor 1": rope(YARN, attention_factor=1.0),
         },
+        seed=2,
     ),
     "yarn_dense_explicit": Case(
         DENSE | rope(EXPLICIT),
@@ -113,6 +118,7 @@ CASES = {
             "beta_fast 32": rope(EXPLICIT, beta_fast=32.0),
             "beta_slow 1": rope(EXPLICIT, beta_slow=1.0),
         },
+        seed=5,
     ),
     "yarn_dense_mscale": Case(
         DENSE | rope(MSCALE),
@@ -122,11 +128,13 @@ CASES = {
             "mscale 1": rope(MSCALE, mscale=1.0),
             "mscale_all_dim 1": rope(MSCALE, mscale_all_dim=1.0),
         },
+        seed=5,
     ),
     # transformers heeds the two only together: alone, mscale_all_dim is as good as absent.
     "yarn_dense_one_mscale": Case(
         DENSE | rope(ONE_MSCALE),
         {"no yarn": rope(ROPE), "both": rope(ONE_MSCALE, mscale=0.5)},
+        seed=3,
     ),
     "moe": Case(
         MOE,
@@ -135,19 +143,23 @@ CASES = {
             "2 experts per token": {"num_experts_per_tok": 2},
             "sparse_step 2": {"decoder_sparse_step": 2},
         },
+        seed=7,
     ),
     # The window is 8 times the original one: the factor counts, not their ratio.
     "moe_yarn": Case(
-        MOE | {"num_experts": 6, "num_experts_per_tok": 2, "max_position_embeddings": 256}
+        MOE
+        | {"num_experts": 6, "num_experts_per_tok": 2, "max_position_embeddings": 256}
         | rope(YARN, rope_theta=1e6),
         {
             "no yarn": rope(ROPE, rope_theta=1e6),
             "factor 8": rope(YARN, rope_theta=1e6, factor=8.0),
             "norm_topk_prob false": {"norm_topk_prob": False},
         },
+        seed=2,
     ),
     "moe_dense_layers": Case(
-        MOE | {"num_hidden_layers": 4, "mlp_only_layers": [1], "decoder_sparse_step": 2}
+        MOE
+        | {"num_hidden_layers": 4, "mlp_only_layers": [1], "decoder_sparse_step": 2}
         | {"norm_topk_prob": False, "head_dim": 16, "intermediate_size": 128},
         {
             "mlp_only_layers []": {"mlp_only_layers": []},
@@ -155,10 +167,12 @@ CASES = {
             "sparse_step 1": {"decoder_sparse_step": 1},
             "norm_topk_prob true": {"norm_topk_prob": True},
         },
+        seed=2,
     ),
     "attention_bias": Case(
         DENSE | {"attention_bias": True, "num_key_value_heads": 4},
         {"no bias": {"attention_bias": False}},
+        seed=3,
     ),
 }
 

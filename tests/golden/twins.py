@@ -76,7 +76,9 @@ def write_checkpoint(
 
     total, weight_map = 0, {}
     for number, part in enumerate(np.array_split(names, shards), 1):
-        file = f"model-{number:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        file = (
+            f"model-{number:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
+        )
         arrays = {str(name): weight(name, tensors[name]).astype(dtype) for name in part}
         save_file(arrays, folder / file, metadata={"format": "pt"})
         total += sum(array.nbytes for array in arrays.values())

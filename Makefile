@@ -1,0 +1,42 @@
+# `make` lists what there is. Whatever needs Python first makes .venv (see scripts/venv.sh), with
+# the newest Python it finds or the one that is named: make test PYTHON=python3.12
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test check format docs bench clean runtime dev
+
+python = .venv/bin/python
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+
+demo: runtime ## ask the embedded demo model a question: thinking, then the answer
+	@unset QWEN3_MODEL; .venv/bin/qwen3 "What is 123 + 456?" </dev/null
+
+test: dev ## run the tests; ARGS="-k cache -x" goes to pytest
+	$(python) -m pytest $(ARGS)
+
+check: dev ## the gate, as CI runs it: format, lint, types, docs, tests with coverage
+	$(python) -m ruff format --check .
+	$(python) -m ruff check .
+	$(python) -m mypy
+	$(python) scripts/cli_docs.py --check docs/cli.md
+	$(python) -m pytest --cov
+
+format: dev ## format the code and mend what the linter can mend
+	$(python) -m ruff check --fix --exit-zero --quiet .
+	$(python) -m ruff format .
+
+docs: dev ## write docs/cli.md from the command's own --help
+	$(python) scripts/cli_docs.py > docs/cli.md.new
+	mv docs/cli.md.new docs/cli.md
+
+bench: runtime ## measure this package beside mlx-lm; ARGS="--help" tells the options
+	$(python) -m benchmarks $(ARGS)
+
+clean: ## remove .venv, caches and built files
+	rm -rf .venv .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+runtime dev:
+	@scripts/venv.sh $@

@@ -1,0 +1,67 @@
+"""Write the command line's reference, as Markdown, from its own --help.
+
+`make docs` puts it into docs/cli.md; `cli_docs.py --check docs/cli.md` fails where that is stale.
+"""
+
+import difflib
+import os
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from typer.main import get_command
+from typer.testing import CliRunner
+
+_HEAD = """\
+# The `qwen3` command
+
+<!-- Generated from --help by `make docs`; edit the help texts in qwen3_mlx/cli instead. -->
+"""
+
+
+def reference() -> str:
+    """Give the help of the whole command and of each of its verbs."""
+    app = import_module("qwen3_mlx.cli.main").app
+    verbs = getattr(get_command(app), "commands", {})
+    shown = [name for name, verb in verbs.items() if not verb.hidden]
+    runner = CliRunner()
+    sections = [_HEAD]
+    for words in [[], *([name] for name in shown)]:
+        result = runner.invoke(app, [*words, "--help"], prog_name="qwen3")
+        if result.exit_code:
+            raise SystemExit(f"qwen3 {' '.join(words)} --help failed: {result.output}")
+        lines = [line.rstrip() for line in result.output.strip("\n").splitlines()]
+        body = "\n".join(lines).strip("\n")
+        sections.append(f"## `{' '.join(['qwen3', *words])}`\n\n```text\n{body}\n```\n")
+    return "\n".join(sections)
+
+
+def main(arguments: list[str]) -> int:
+    """Print the reference, or with --check FILE compare it with the file."""
+    # The help's width and colours come from the environment, once, at Typer's import of Rich.
+    os.environ |= {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}
+    for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TTY_COMPATIBLE"):
+        os.environ.pop(name, None)
+    match arguments:
+        case []:
+            sys.stdout.buffer.write(reference().encode())  # UTF-8 in every locale
+            return 0
+        case ["--check", file]:
+            return _check(Path(file), reference())
+        case _:
+            print("usage: cli_docs.py [--check FILE]", file=sys.stderr)
+            return 2
+
+
+def _check(file: Path, made: str) -> int:
+    kept = file.read_text(encoding="utf-8") if file.exists() else ""
+    if kept == made:
+        return 0
+    old, new = kept.splitlines(keepends=True), made.splitlines(keepends=True)
+    sys.stderr.writelines(difflib.unified_diff(old, new, str(file), "--help"))
+    print(f"{file} is stale: run `make docs`", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,387 @@
+"""From files to a model: every format that MLX writes, and a sentence for every broken folder."""
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from mlx.utils import tree_flatten
+
+from qwen3_mlx import CheckpointError, backend, load
+from qwen3_mlx.checkpoint.load import LoadOptions, load_model
+from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
+from qwen3_mlx.checkpoint.weights import Weights, read_json
+from qwen3_mlx.model.qwen3 import Qwen3
+from tests.support import DEMO, MOE, TINY, assert_close, random_ids, write_tiny
+
+IDS = random_ids(20)
+FORMATS = [
+    *({"bits": bits, "group_size": 64} for bits in (2, 3, 4, 5, 6, 8)),
+    {"bits": 4, "group_size": 32},
+    {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+    {"bits": 8, "group_size": 32, "mode": "mxfp8"},
+    {"bits": 4, "group_size": 16, "mode": "nvfp4"},
+]
+
+
+def logits(folder: Path, **options: Any) -> mx.array:
+    with load(folder, **options) as llm:
+        return llm.logits(IDS)
+
+
+def quantize_folder(source: Path, target: Path, predicate: Any, section: dict[str, Any]) -> Path:
+    """Write an MLX-quantized copy of a checkpoint, with MLX's own functions."""
+    shutil.copytree(source, target)
+    config = read_json(source / "config.json")
+    model = load_model(config, Weights(source), LoadOptions(mx.float32), lambda *_: None)
+    plain = Qwen3(model.config)
+    plain.update(model.parameters())
+    nn.quantize(plain, class_predicate=predicate)
+    weights = dict(tree_flatten(plain.parameters()))
+    mx.save_safetensors(str(target / "model.safetensors"), weights, metadata={"format": "mlx"})
+    (target / "config.json").write_text(json.dumps({**config, **section}))
+    return target
+
+
+@pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form.values())))
+def test_quantized_checkpoints_load(form: dict[str, Any], tiny_folder: Path, tmp_path: Path) -> None:
+    folder = quantize_folder(
+        tiny_folder,
+        tmp_path / "quantized",
+        lambda path, module: form if hasattr(module, "to_quantized") else False,
+        {"quantization": form},
+    )
+    kept, plain = logits(folder, dequantize=False), logits(folder, dequantize=True)
+    assert_close(kept, plain, 1e-4)
+    assert 0 < float(mx.abs(kept - logits(tiny_folder)).max()) < 60 / 2 ** min(form["bits"], 6)
+
+
+def test_overrides_by_module_and_the_old_spelling(tiny_folder: Path, tmp_path: Path) -> None:
+    special = {"bits": 8, "group_size": 32}
+    general = {"bits": 4, "group_size": 64}
+
+    def form(path: str, module: nn.Module) -> Any:
+        if not hasattr(module, "to_quantized") or path.endswith("v_proj"):
+            return False
+        return special if path.endswith("down_proj") else general
+
+    downs = {f"model.layers.{n}.mlp.down_proj": special for n in range(3)}
+    for key in ("quantization", "quantization_config"):
+        folder = quantize_folder(
+            tiny_folder, tmp_path / key, form, {key: {**general, **downs, "mode": "affine"}}
+        )
+        with load(folder, dequantize=False) as llm:
+            layer = llm.model.layers[0]
+            assert (layer.mlp.down_proj.bits, layer.mlp.down_proj.group_size) == (8, 32)
+            assert layer.mlp.up_proj.bits == 4
+            assert isinstance(layer.self_attn.v_proj, nn.Linear)
+            assert_close(llm.logits(IDS), logits(folder, dequantize=True), 1e-4)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_quantizing_while_loading_is_quantizing_before(
+    bits: int, tiny_folder: Path, tmp_path: Path
+) -> None:
+    form = {"bits": bits, "group_size": 64}
+    folder = quantize_folder(
+        tiny_folder,
+        tmp_path / "quantized",
+        lambda path, module: form if hasattr(module, "to_quantized") else False,
+        {"quantization": form},
+    )
+    found = logits(tiny_folder, bits=bits, dequantize=False)
+    assert_close(found, logits(folder, dequantize=False))
+    assert_close(found, logits(tiny_folder, bits=bits, dequantize=True), 1e-4)
+
+
+def moe_folder(folder: Path, *, shards: int = 1) -> Path:
+    """Write a MoE checkpoint as published: each expert by itself, perhaps over two shards."""
+    write_tiny(folder, MOE)
+    weights = mx.load(str(folder / "model.safetensors"))
+    published: dict[str, mx.array] = {}
+    for name, value in weights.items():
+        if ".switch_mlp." in name:
+            for expert, part in enumerate(value):
+                published[name.replace("switch_mlp", f"experts.{expert}")] = part
+        else:
+            published[name] = value
+    (folder / "model.safetensors").unlink()
+    names = sorted(published)
+    index = {}
+    for shard in range(shards):
+        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
+        part_of = {name: published[name] for name in names[shard::shards]}
+        mx.save_safetensors(str(folder / file), part_of)
+        index |= dict.fromkeys(part_of, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    return folder
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_published_experts_are_stacked(shards: int, tmp_path: Path) -> None:
+    folder = moe_folder(tmp_path / "moe", shards=shards)
+    stacked = write_tiny(tmp_path / "stacked", MOE)
+    assert_close(logits(folder), logits(stacked))
+    (folder / "model.safetensors.index.json").unlink()  # the numbers of the files will do
+    assert_close(logits(folder), logits(stacked))
+
+
+def test_the_router_keeps_eight_bits(tmp_path: Path) -> None:
+    with load(moe_folder(tmp_path / "moe"), bits=2, dequantize=False) as llm:
+        layer = llm.model.layers[0].mlp
+        assert layer.gate.bits == 8
+        assert layer.switch_mlp.up_proj.bits == 2
+        assert llm.model.lm_head.bits == 2
+
+
+def test_the_dtype_asked_for(tiny_folder: Path) -> None:
+    with load(tiny_folder, dtype="float16") as llm:
+        assert llm.model.model.norm.weight.dtype == mx.float16
+    with pytest.raises(ValueError, match="dtype must be one of bfloat16, float16, float32"):
+        load(tiny_folder, dtype="float64")
+
+
+def test_a_redundant_head_of_tied_models_is_dropped(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "redundant")
+    weights = mx.load(str(folder / "model.safetensors"))
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    assert_close(logits(folder), logits(tiny_folder))
+
+
+def test_agrees_with_mlx_lm(tmp_path: Path, tiny_folder: Path) -> None:
+    mlx_lm = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is the reference here")
+    original, _ = mlx_lm.load_model(tiny_folder)
+    assert_close(logits(tiny_folder), original(mx.array([IDS]))[0], 1e-4)
+    converted = tmp_path / "mlx-lm"
+    config = read_json(tiny_folder / "config.json")
+    model, config = mlx_lm.quantize_model(original, config, 64, 4)
+    mlx_lm.save_model(converted, model)
+    mlx_lm.save_config(config, converted / "config.json")
+    shutil.copy(DEMO / "tokenizer.json", converted)
+    expected = model(mx.array([IDS]))[0]
+    assert_close(logits(converted, dequantize=False), expected, 1e-4)
+    assert_close(logits(converted), expected, 1e-4)
+
+
+# --- memory -------------------------------------------------------------------------------------
+
+WIDE = {**TINY, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6}
+
+
+def peak_while_loading(folder: Path, options: LoadOptions) -> tuple[int, int]:
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model = load_model(read_json(folder / "config.json"), Weights(folder), options, lambda *_: None)
+    held = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    return mx.get_peak_memory() - before, held
+
+
+def test_loading_holds_little_beside_the_result(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path / "wide", WIDE)
+    form = {"bits": 4, "group_size": 64}
+    folder = quantize_folder(
+        source,
+        tmp_path / "quantized",
+        lambda path, module: form if hasattr(module, "to_quantized") else False,
+        {"quantization": form},
+    )
+    size = (folder / "model.safetensors").stat().st_size
+    options = LoadOptions(mx.float32, dequantize=False)
+    peak, _ = peak_while_loading(folder, options)
+    assert peak <= 1.15 * size
+    largest = 512 * 2048 * 4
+    options = LoadOptions(mx.float32, quantize=Format(4, 64), dequantize=False)
+    peak, held = peak_while_loading(source, options)
+    assert peak <= held + 1.1 * largest
+
+
+# --- what is refused ----------------------------------------------------------------------------
+
+
+def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**content, **changes}))
+
+    return edit
+
+
+def edit_weights(change: Callable[[dict[str, mx.array]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        weights = mx.load(str(folder / "model.safetensors"))
+        change(weights)
+        mx.eval(weights)
+        mx.save_safetensors(str(folder / "model.safetensors"), weights)
+
+    return edit
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def break_header(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    raw = path.read_bytes()
+    path.write_bytes(raw[:8] + b"}" + raw[9:])
+
+
+def cut_header(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 10_000) + b"{}")
+
+
+def point_elsewhere(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "../../secret.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def lose_a_shard(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def empty(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.unlink()
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+def three_wrongs(weights: dict[str, mx.array]) -> None:
+    del weights["model.norm.weight"], weights["model.layers.1.mlp.up_proj.weight"]
+    weights["model.extra.weight"] = mx.zeros(3)
+    weights["model.layers.0.mlp.gate_proj.weight"] = mx.zeros((2, 2))
+
+
+BROKEN = {
+    "empty": (empty, r"has no config\.json"),
+    "no weights": (remove("model.safetensors"), r"has no model\.safetensors"),
+    "no tokenizer": (remove("tokenizer.json"), r"has no tokenizer\.json"),
+    "truncated": (truncate, "bytes where its header promises .* download it again"),
+    "broken header": (break_header, "has a broken header"),
+    "cut header": (cut_header, "is truncated or no safetensors file"),
+    "missing shard": (lose_a_shard, r"lacks model-00002-of-00002\.safetensors"),
+    "index outside": (point_elsewhere, "names files outside its folder"),
+    "pickle": (pickled, r"has pytorch_model\.bin, but only safetensors"),
+    "config no JSON": (
+        lambda folder: (folder / "config.json").write_text("{"),
+        r"config\.json cannot be read as JSON",
+    ),
+    "config a list": (
+        lambda folder: (folder / "config.json").write_text("[]"),
+        "does not hold a JSON object",
+    ),
+    "tensors": (
+        edit_weights(three_wrongs),
+        r"missing: model.layers.1.mlp.up_proj.weight, model.norm.weight; unexpected: "
+        r"model.extra.weight; misshapen: model.layers.0.mlp.gate_proj.weight is \[2, 2\] where "
+        r"\[128, 64\] is needed",
+    ),
+    "another model": (edit_json("config.json", model_type="llama"), "model_type is 'llama'"),
+    "fp8": (
+        edit_json("config.json", quantization_config={"quant_method": "fp8"}),
+        "quantized as FP8.* qwen3 convert",
+    ),
+    "awq": (
+        edit_json("config.json", quantization_config={"quant_method": "awq", "bits": 4}),
+        "quantized as AWQ.* qwen3 convert",
+    ),
+    "gptq": (
+        edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
+        "quantized as GPTQ.* qwen3 convert",
+    ),
+    "no such format": (
+        edit_json("config.json", quantization={"bits": 7, "group_size": 64}),
+        "bits must be one of 2, 3, 4, 5, 6, 8, not 7",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_folder_is_one_sentence(kind: str, tiny_folder: Path, tmp_path: Path) -> None:
+    damage, complaint = BROKEN[kind]
+    folder = shutil.copytree(tiny_folder, tmp_path / "broken")
+    if kind == "no such format":
+        form = {"bits": 4, "group_size": 64}
+        shutil.rmtree(folder)
+        quantize_folder(
+            tiny_folder,
+            folder,
+            lambda path, module: form if hasattr(module, "to_quantized") else False,
+            {"quantization": form},
+        )
+    damage(folder)
+    with pytest.raises(CheckpointError, match=complaint) as raised:
+        load(folder)
+    assert "\n" not in str(raised.value)
+
+
+def test_names_that_are_no_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is no folder here, nor a hub name"):
+        load("./nothing")
+    with pytest.raises(CheckpointError, match="is no folder here, nor a hub name"):
+        load("nothing")
+    with pytest.raises(CheckpointError, match="is a file"):
+        load(tiny_folder / "config.json")
+    with pytest.raises(ValueError, match="revision belongs to hub names"):
+        load(tiny_folder, revision="main")
+
+
+def test_arguments_out_of_range(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, 5, 6, 8, not 7"):
+        load(tiny_folder, bits=7)
+    with pytest.raises(ValueError, match="group_size must be one of 32, 64, 128, not 50"):
+        load(tiny_folder, bits=4, group_size=50)
+    folder = quantize_folder(
+        tiny_folder,
+        tmp_path / "quantized",
+        lambda path, module: hasattr(module, "to_quantized"),
+        {"quantization": {"bits": 4, "group_size": 64}},
+    )
+    with pytest.raises(CheckpointError, match="quantized already"):
+        load(folder, bits=8)
+
+
+def test_interrupted_loading_lets_go(tiny_folder: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load(tiny_folder, progress=stop)
+
+
+def test_progress_is_told(tiny_folder: Path) -> None:
+    told: list[tuple[int, int]] = []
+    load(tiny_folder, progress=lambda done, total: told.append((done, total))).close()
+    assert told[0][0] == 0
+    assert told[-1][0] == told[-1][1] == len(told) - 1
+
+
+def test_formats_left_out_are_mlx_defaults() -> None:
+    stored = StoredFormats({"group_size": None, "bits": 4, "x": {"mode": "mxfp4"}})
+    assert stored.format_of("y") == Format(4, 64)
+    assert stored.format_of("x") == Format(4, 32, "mxfp4")
+    with pytest.raises(CheckpointError, match="quantization of z"):
+        StoredFormats({"bits": 4, "mode": "new"}).format_of("z")
+
+
+def test_dequantizing_is_for_small_models_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "total_memory", lambda: 1000)
+    monkeypatch.setattr(backend, "on_gpu", lambda: False)
+    assert backend.worth_dequantizing(500)
+    assert not backend.worth_dequantizing(501)
+    monkeypatch.setattr(backend, "on_gpu", lambda: True)
+    assert not backend.worth_dequantizing(1)

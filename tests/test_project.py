@@ -1,0 +1,137 @@
+"""The project as a whole: its version, which way its imports point, and what it does not do."""
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import qwen3_mlx
+
+_ROOT = Path(__file__).parent.parent
+_PACKAGE = _ROOT / "qwen3_mlx"
+# A room may import those below it, and nothing beside it. `qwen3_mlx` is the public face.
+_RANKS = {
+    "errors": 0,
+    "backend": 1,
+    "cache": 2,
+    "model": 3,
+    "checkpoint": 4,
+    "engine": 4,
+    "text": 4,
+    "llm": 5,
+    "qwen3_mlx": 6,
+    "evaluate": 7,
+    "server": 7,
+    "cli": 8,
+}
+
+
+def _modules() -> dict[str, Path]:
+    names = {}
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        parts = path.relative_to(_ROOT).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+_MODULES = _modules()
+_TREES = {name: ast.parse(path.read_text("utf-8")) for name, path in _MODULES.items()}
+
+
+def _room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else parts[0]
+
+
+def _imported(node: ast.AST) -> Iterator[str]:
+    """Name the modules that an import statement imports, and nothing for any other node."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno}: a relative import"
+        for alias in node.names:
+            below = f"{node.module}.{alias.name}"
+            if below in _MODULES:
+                yield below
+            elif below != "qwen3_mlx.__version__":  # which is anyone's
+                yield str(node.module)
+
+
+def _own_imports(tree: ast.AST) -> Iterator[str]:
+    """Name the package's modules that are imported in `tree`, wherever the statement stands."""
+    for node in ast.walk(tree):
+        yield from (name for name in _imported(node) if name.split(".")[0] == "qwen3_mlx")
+
+
+def test_the_changelog_tells_of_this_version() -> None:
+    changelog = (_ROOT / "CHANGELOG.md").read_text("utf-8")
+    versions = re.findall(r"^## \[?(\d[^\]\s]*)", changelog, re.MULTILINE)
+    assert versions[0] == qwen3_mlx.__version__
+
+
+@pytest.mark.parametrize("module", _MODULES)
+def test_imports_point_down(module: str) -> None:
+    room = _room(module)
+    for name in _own_imports(_TREES[module]):
+        below = _RANKS[_room(name)] < _RANKS[room]
+        assert below or _room(name) == room, f"{module} imports {name}"
+
+
+def test_imports_make_no_circle() -> None:
+    graph = {module: set(_own_imports(tree)) for module, tree in _TREES.items()}
+    assert len(list(TopologicalSorter(graph).static_order())) == len(_MODULES)
+
+
+@pytest.mark.parametrize("module", _MODULES)
+def test_no_import_of_ours_hides_in_a_function(module: str) -> None:
+    for node in ast.walk(_TREES[module]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            hidden = list(_own_imports(node))
+            assert not hidden, f"{module}: {node.name} imports {hidden}"
+
+
+@pytest.mark.parametrize("module", [name for name in _MODULES if _room(name) != "cli"])
+def test_only_the_command_line_prints(module: str) -> None:
+    for node in ast.walk(_TREES[module]):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id != "print", f"{module} prints in line {node.lineno}"
+
+
+@pytest.mark.parametrize("module", [name for name in _MODULES if _room(name) == "text"])
+def test_text_knows_only_strings(module: str) -> None:
+    for node in ast.walk(_TREES[module]):
+        for name in _imported(node):
+            assert name.split(".")[0] != "mlx", f"{module} imports {name}"
+
+
+def test_the_demo_is_data() -> None:
+    assert not [name for name in _MODULES if _room(name) == "demo"]
+
+
+def test_importing_loads_none_of_the_heavy_packages() -> None:
+    program = "import sys, qwen3_mlx, qwen3_mlx.llm; print(*sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=_ROOT
+    )
+    loaded = set(result.stdout.split())
+    assert "mlx.core" in loaded
+    assert not loaded & {"transformers", "torch", "mlx_lm", "huggingface_hub"}
+
+
+def test_nothing_is_left_unfinished() -> None:
+    folders = ("qwen3_mlx", "benchmarks", "docs", "examples", "scripts", "tests")
+    files = [path for folder in folders for path in (_ROOT / folder).rglob("*")]
+    mark = re.compile(r"\b(TO[D]O|FIX[M]E)\b")
+    found = [
+        f"{path}: {line.strip()}"
+        for path in [*files, *_ROOT.iterdir()]
+        if path.suffix in (".md", ".py", ".sh", ".toml") or path.name == "Makefile"
+        for line in path.read_text("utf-8").splitlines()
+        if mark.search(line)
+    ]
+    assert not found
