@@ -8,7 +8,6 @@ from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -59,7 +58,7 @@ def random_checkpoint(folder: Path, size: str, bits: int | None = 4) -> Path:
     if bits:
         nn.quantize(model, group_size=64, bits=bits)
         config["quantization"] = config["quantization_config"] = {"group_size": 64, "bits": bits}
-    weights = dict(tree_flatten(model.parameters()))
+    weights = model.tensors()
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder

@@ -19,10 +19,9 @@ DESCRIPTION = "seconds for the prompt, and for each token decoded after it"
 
 def ours(folder: Path, terms: str, prompt: int, decoded: int) -> dict[str, float]:
     """Measure qwen3_mlx."""
-    from qwen3_mlx import backend  # first: the BLAS
-
     import mlx.core as mx
 
+    from qwen3_mlx import backend  # first: the BLAS
     from qwen3_mlx.checkpoint.load import LoadOptions, load_model
     from qwen3_mlx.checkpoint.weights import Weights, read_json
     from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
@@ -30,9 +29,7 @@ def ours(folder: Path, terms: str, prompt: int, decoded: int) -> dict[str, float
     from qwen3_mlx.engine.sampling import Sampler
 
     options = LoadOptions(backend.compute_dtype())
-    model = load_model(
-        read_json(folder / "config.json"), Weights(folder), options, lambda *_: None
-    )
+    model = load_model(read_json(folder / "config.json"), Weights(folder), options, lambda *_: None)
     greedy = SamplingParams(temperature=0).over(NEUTRAL)
 
     def run(ids: list[int], count: int) -> list[float]:

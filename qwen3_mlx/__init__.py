@@ -34,7 +34,7 @@ _HOMES = {
     "load": "llm",
 }
 
-__all__ = [  # noqa: PLE0604 - the names are those of _HOMES, resolved on first use
+__all__ = [
     "LLM",
     "AsyncStream",
     "CheckpointError",

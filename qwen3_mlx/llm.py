@@ -20,7 +20,6 @@ from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, read_json, weight_names
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import (
-    NEUTRAL,
     Outcome,
     Request,
     SamplingParams,
@@ -184,7 +183,8 @@ class LLM:
         """Do as `stream` does, for asyncio; to be called with the event loop running."""
         ask = _Ask(max_tokens, sampling, seed, stop, progress)
         prompt, mode = self._chat_prompt(messages, thinking)
-        loop, events, cancelled = asyncio.get_running_loop(), asyncio.Queue(), Flag()
+        loop, cancelled = asyncio.get_running_loop(), Flag()
+        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
 
         def deliver(event: Event | Exception) -> None:
             try:
@@ -237,7 +237,7 @@ class LLM:
             raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
 
         def compute() -> mx.array:
-            logits = model(mx.array(ids, dtype=mx.int32)[None])[0].astype(mx.float32)
+            logits = model(mx.array(list(ids), dtype=mx.int32)[None])[0].astype(mx.float32)
             mx.eval(logits)
             return logits
 
@@ -463,7 +463,7 @@ def _describe(
         tokenizer,
         ChatTemplate.from_folder(folder),
         generation_config,
-        frozenset(end_ids - {None}),
+        frozenset(token for token in end_ids if token is not None),
     )
 
 

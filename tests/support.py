@@ -8,7 +8,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -55,7 +54,7 @@ def make_model(config: dict[str, Any] | None = None, seed: int = 0) -> Qwen3:
     model = Qwen3(ModelConfig.from_dict(config or TINY))
     lively = [
         (name, value + 0.3 * mx.random.normal(value.shape) if value.ndim == 1 else value)
-        for name, value in tree_flatten(model.parameters())
+        for name, value in model.tensors().items()
     ]
     model.load_weights(lively)
     mx.eval(model.parameters())
@@ -66,7 +65,7 @@ def write_tiny(folder: Path, config: dict[str, Any] | None = None, seed: int = 0
     """Write a random checkpoint with the demo's tokenizer and template into `folder`."""
     config = dict(config or TINY)
     config["vocab_size"] = json.loads((DEMO / "config.json").read_text())["vocab_size"]
-    weights = dict(tree_flatten(make_model(config, seed).parameters()))
+    weights = make_model(config, seed).tensors()
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
@@ -94,3 +93,10 @@ def assert_close(found: mx.array, expected: Any, tolerance: float | None = None)
 def random_ids(count: int, vocabulary: int = 1024, seed: int = 0) -> list[int]:
     """Draw token ids."""
     return [int(n) for n in np.random.RandomState(seed).randint(0, vocabulary, count)]
+
+
+def read_weights(folder: Path) -> dict[str, mx.array]:
+    """Read a checkpoint's only weight file."""
+    weights = mx.load(str(folder / "model.safetensors"))
+    assert isinstance(weights, dict)
+    return weights

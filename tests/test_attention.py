@@ -31,8 +31,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
 
     def record(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
         recorded.append({"q": q.shape, "k": k.shape, "v": v.shape, **options})
-        fused = {"force_fused": True} if backend.on_gpu() else {}
-        return original(q, k, v, **options, **fused)
+        return original(q, k, v, **options, force_fused=backend.on_gpu())
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", record)
     yield recorded

@@ -10,14 +10,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from mlx.utils import tree_flatten
 
 from qwen3_mlx import CheckpointError, backend, load
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, read_json
 from qwen3_mlx.model.qwen3 import Qwen3
-from tests.support import DEMO, MOE, TINY, assert_close, random_ids, write_tiny
+from tests.support import DEMO, MOE, TINY, assert_close, random_ids, read_weights, write_tiny
 
 IDS = random_ids(20)
 FORMATS = [
@@ -42,14 +41,16 @@ def quantize_folder(source: Path, target: Path, predicate: Any, section: dict[st
     plain = Qwen3(model.config)
     plain.update(model.parameters())
     nn.quantize(plain, class_predicate=predicate)
-    weights = dict(tree_flatten(plain.parameters()))
+    weights = plain.tensors()
     mx.save_safetensors(str(target / "model.safetensors"), weights, metadata={"format": "mlx"})
     (target / "config.json").write_text(json.dumps({**config, **section}))
     return target
 
 
 @pytest.mark.parametrize("form", FORMATS, ids=lambda form: "-".join(map(str, form.values())))
-def test_quantized_checkpoints_load(form: dict[str, Any], tiny_folder: Path, tmp_path: Path) -> None:
+def test_quantized_checkpoints_load(
+    form: dict[str, Any], tiny_folder: Path, tmp_path: Path
+) -> None:
     folder = quantize_folder(
         tiny_folder,
         tmp_path / "quantized",
@@ -102,7 +103,7 @@ def test_quantizing_while_loading_is_quantizing_before(
 def moe_folder(folder: Path, *, shards: int = 1) -> Path:
     """Write a MoE checkpoint as published: each expert by itself, perhaps over two shards."""
     write_tiny(folder, MOE)
-    weights = mx.load(str(folder / "model.safetensors"))
+    weights = read_weights(folder)
     published: dict[str, mx.array] = {}
     for name, value in weights.items():
         if ".switch_mlp." in name:
@@ -112,7 +113,7 @@ def moe_folder(folder: Path, *, shards: int = 1) -> Path:
             published[name] = value
     (folder / "model.safetensors").unlink()
     names = sorted(published)
-    index = {}
+    index: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
         part_of = {name: published[name] for name in names[shard::shards]}
@@ -148,7 +149,7 @@ def test_the_dtype_asked_for(tiny_folder: Path) -> None:
 
 def test_a_redundant_head_of_tied_models_is_dropped(tiny_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "redundant")
-    weights = mx.load(str(folder / "model.safetensors"))
+    weights = read_weights(folder)
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     assert_close(logits(folder), logits(tiny_folder))
@@ -179,7 +180,7 @@ def peak_while_loading(folder: Path, options: LoadOptions) -> tuple[int, int]:
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     model = load_model(read_json(folder / "config.json"), Weights(folder), options, lambda *_: None)
-    held = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+    held = sum(value.nbytes for value in model.tensors().values())
     return mx.get_peak_memory() - before, held
 
 
@@ -215,7 +216,7 @@ def edit_json(name: str, **changes: Any) -> Callable[[Path], None]:
 
 def edit_weights(change: Callable[[dict[str, mx.array]], object]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        weights = mx.load(str(folder / "model.safetensors"))
+        weights = read_weights(folder)
         change(weights)
         mx.eval(weights)
         mx.save_safetensors(str(folder / "model.safetensors"), weights)

@@ -16,6 +16,16 @@ from tests.support import assert_close
 LOGITS = mx.array(np.random.RandomState(0).randn(5000).astype(np.float32) * 3)
 
 
+def item(scalar: mx.array) -> int:
+    value = scalar.item()
+    assert isinstance(value, int)
+    return value
+
+
+def draw_one(sampler: Sampler, logits: mx.array) -> int:
+    return item(sampler(logits))
+
+
 def draw(count: int, logits: mx.array, **params: Any) -> Counter[int]:
     """Count what independent samplers choose."""
     chosen: Counter[int] = Counter()
@@ -23,7 +33,7 @@ def draw(count: int, logits: mx.array, **params: Any) -> Counter[int]:
         sampler = Sampler(
             SamplingParams(**params).over(NEUTRAL), seed=seed, vocabulary=logits.size, prompt=[0]
         )
-        chosen[int(sampler(logits).item())] += 1
+        chosen[draw_one(sampler, logits)] += 1
     return chosen
 
 
@@ -54,16 +64,20 @@ def reference(logits: np.ndarray, temperature: float, k: int, top_p: float, min_
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p", "min_p"),
-    [(0.6, 20, 0.95, 0.0), (0.7, 20, 0.8, 0.0), (1.0, 0, 0.5, 0.0), (1.5, 5, 1.0, 0.2), (1, 0, 1, 0.3)],
+    [
+        (0.6, 20, 0.95, 0.0),
+        (0.7, 20, 0.8, 0.0),
+        (1.0, 0, 0.5, 0.0),
+        (1.5, 5, 1.0, 0.2),
+        (1, 0, 1, 0.3),
+    ],
 )
 def test_what_is_drawn_follows_the_filtered_distribution(
     temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
     expected = reference(np.array(LOGITS), temperature, top_k, top_p, min_p)
     count = 1500
-    chosen = draw(
-        count, LOGITS, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p
-    )
+    chosen = draw(count, LOGITS, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     assert chosen.keys() <= expected.keys()
     for token, p in expected.items():
         spread = (p * (1 - p) / count) ** 0.5
@@ -72,22 +86,21 @@ def test_what_is_drawn_follows_the_filtered_distribution(
 
 def test_padding_is_never_chosen() -> None:
     logits = mx.concatenate([mx.zeros(100), mx.full((20,), 50.0)])
-    for params in ({"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_k": 5}):
-        sampler = Sampler(
-            SamplingParams(**params).over(NEUTRAL), seed=0, vocabulary=100, prompt=[0]
-        )
-        assert all(int(sampler(logits).item()) < 100 for _ in range(30))
+    greedy, free = SamplingParams(temperature=0.0), SamplingParams(temperature=1.0)
+    for params in (greedy, free, SamplingParams(temperature=1.0, top_k=5)):
+        sampler = Sampler(params.over(NEUTRAL), seed=0, vocabulary=100, prompt=[0])
+        assert all(draw_one(sampler, logits) < 100 for _ in range(30))
 
 
 def test_temperature_zero_takes_the_likeliest() -> None:
-    assert draw(3, LOGITS, temperature=0.0) == {int(mx.argmax(LOGITS).item()): 3}
+    assert draw(3, LOGITS, temperature=0.0) == {item(mx.argmax(LOGITS)): 3}
 
 
 def test_a_seed_repeats_and_another_differs() -> None:
     def run(seed: int) -> list[int]:
         params = SamplingParams(temperature=2.0).over(NEUTRAL)
         sampler = Sampler(params, seed=seed, vocabulary=5000, prompt=[0])
-        return [int(sampler(LOGITS).item()) for _ in range(20)]
+        return [draw_one(sampler, LOGITS) for _ in range(20)]
 
     assert run(1) == run(1)
     assert run(1) != run(2)
@@ -109,7 +122,7 @@ def test_penalties_follow_the_reply() -> None:
     params = SamplingParams(temperature=0.0, presence_penalty=2.0).over(NEUTRAL)
     sampler = Sampler(params, seed=0, vocabulary=4, prompt=[3])
     logits = mx.array([3.0, 2.5, 2.0, 0.0])
-    assert [int(sampler(logits).item()) for _ in range(4)] == [0, 1, 2, 0]
+    assert [draw_one(sampler, logits) for _ in range(4)] == [0, 1, 2, 0]
 
 
 def test_logit_bias() -> None:
@@ -120,8 +133,8 @@ def test_logit_bias() -> None:
 
 def test_filters_keep_at_least_the_likeliest() -> None:
     logits = mx.array([5.0, 1.0, 0.0])
-    assert int((within_top_p(logits, 1e-6) > -mx.inf).sum().item()) == 1
-    assert int((within_min_p(logits, 1.0) > -mx.inf).sum().item()) == 1
+    assert item((within_top_p(logits, 1e-6) > -mx.inf).sum()) == 1
+    assert item((within_min_p(logits, 1.0) > -mx.inf).sum()) == 1
 
 
 @pytest.mark.parametrize(

@@ -59,8 +59,6 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> 
     for start in range(0, queries, most):
         stop = min(start + most, queries)
         seen = keys - queries + stop
-        part = causal_attention(
-            q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], scale=scale
-        )
+        part = causal_attention(q[:, :, start:stop], k[:, :, :seen], v[:, :, :seen], scale=scale)
         parts.append(part)
     return mx.concatenate(parts, axis=2)

@@ -75,8 +75,10 @@ def load_model(
 
 
 def _leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    leaves = tree_flatten(model.leaf_modules(), is_leaf=nn.Module.is_module)
-    return [(path, module) for path, module in leaves if isinstance(module, nn.Module)]
+    tree = model.leaf_modules()
+    leaves: list[tuple[str, Any]]
+    leaves = tree_flatten(tree, is_leaf=nn.Module.is_module)  # type: ignore[assignment]
+    return leaves
 
 
 def _give_quantized_shape(model: Qwen3, stored: StoredFormats, weights: Weights) -> None:
@@ -96,7 +98,7 @@ def _give_quantized_shape(model: Qwen3, stored: StoredFormats, weights: Weights)
 
 def _compare(model: Qwen3, weights: Weights) -> None:
     """Hold the tensors that the network needs against those that are there."""
-    needed = {name: array.shape for name, array in tree_flatten(model.parameters())}
+    needed = {name: array.shape for name, array in model.tensors().items()}
     there = weights.tensors
     # The small published checkpoints carry a copy of the embedding that tied heads do not use.
     unused = {"lm_head.weight", "lm_head.scales", "lm_head.biases"}

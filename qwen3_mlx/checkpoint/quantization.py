@@ -87,6 +87,8 @@ class StoredFormats:
         mode = section.get("mode") or "affine"
         bits, group_size = _DEFAULTS.get(mode, (0, 0))
         try:
-            return Format(section.get("bits") or bits, section.get("group_size") or group_size, mode)
+            return Format(
+                section.get("bits") or bits, section.get("group_size") or group_size, mode
+            )
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"config.json: quantization of {path}: {error}") from error

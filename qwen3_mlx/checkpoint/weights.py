@@ -59,7 +59,9 @@ class Weights:
     def _take_stored(self, name: str) -> mx.array:
         file = self._files[name]
         if file not in self._open:
-            self._open[file] = mx.load(str(file))
+            arrays = mx.load(str(file))
+            assert isinstance(arrays, dict)  # as it is for safetensors
+            self._open[file] = arrays
         return self._open[file].pop(name)
 
 

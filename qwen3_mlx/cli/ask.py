@@ -1,7 +1,10 @@
 """`qwen3 "prompt"`: one question, one streamed answer."""
 
+import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any
 
 import typer
@@ -128,7 +131,8 @@ def ask(  # noqa: PLR0913 - one parameter an option
             stop=stop,
             progress=bar,
         )
-        finish, first = _show(stream, show_thinking=not (hide_thinking or quiet))
+        with _ctrl_c_closes(stream):
+            finish, first = _show(stream, show_thinking=not (hide_thinking or quiet))
         if not quiet:
             note(_status(finish, first - started, time.perf_counter() - first))
     return 130 if finish.reason == "cancelled" else 0
@@ -148,36 +152,46 @@ def _full_name(model: str | None) -> str | None:
 
 
 def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, float]:
-    """Write the events as they come; give the last, and the time when the first token came.
-
-    Ctrl-C ends the generation, and the stream then tells what it came to.
-    """
+    """Write the events as they come; give the last, and the time when the first token came."""
     first = 0.0
-    thought = answered = ended = False
-    while not ended:
-        try:
-            for event in stream:
-                first = first or time.perf_counter()
-                if isinstance(event, Finish):
-                    finish, ended = event, True
-                elif isinstance(event, Reasoning):
-                    if show_thinking:
-                        stderr_text(event.text)
-                        thought = True
-                elif isinstance(event, Text):
-                    if thought and not answered:
-                        note("\n")
-                    answered = True
-                    sys.stdout.write(event.text)
-                    sys.stdout.flush()
-        except KeyboardInterrupt:
-            stream.close()
+    thought = answered = False
+    for event in stream:
+        first = first or time.perf_counter()
+        if isinstance(event, Reasoning) and show_thinking:
+            stderr_text(event.text)
+            thought = True
+        elif isinstance(event, Text):
+            if thought and not answered:
+                note("\n")
+            answered = True
+            _write(event.text)
+        elif isinstance(event, Finish):
+            finish = event
     if answered:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+        _write("\n")
     elif thought:
         note("")
     return finish, first
+
+
+@contextmanager
+def _ctrl_c_closes(stream: "qwen3_mlx.Stream") -> Iterator[None]:
+    """End the generation on Ctrl-C, so that the stream can say what it came to."""
+
+    def close(*_: object) -> None:
+        stream.close()
+        signal.signal(signal.SIGINT, before)  # a second Ctrl-C does not wait
+
+    before = signal.signal(signal.SIGINT, close)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def _status(finish: Finish, to_first: float, rest: float) -> str:

@@ -21,12 +21,12 @@ _LATER = ("chat", "convert", "plan", "serve", "bench", "eval")
 class _Root(TyperGroup):
     """A group whose first word need not be a verb: anything else is a prompt."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         first = args[0] if args else ""
-        if first in _LATER and len(args) == 1:
+        if first in _LATER:
             raise Qwen3Error(
-                f"`qwen3 {first}` is not part of version {__version__}; to send the word to the "
-                f"model: qwen3 ask {first}"
+                f"`qwen3 {first}` is not part of version {__version__}; to send the words to the "
+                "model: qwen3 ask ..."
             )
         if not args and sys.stdin.isatty():
             args = ["--help"]
@@ -34,16 +34,16 @@ class _Root(TyperGroup):
             args = ["ask", *args]
         return super().parse_args(ctx, args)
 
-    def format_help(self, ctx: typer.Context, formatter: Any) -> None:
+    def format_help(self, ctx: Any, formatter: Any) -> None:
         self._teaching = True
         super().format_help(ctx, formatter)
 
-    def get_params(self, ctx: typer.Context) -> list[Any]:
+    def get_params(self, ctx: Any) -> list[Any]:
         """Show the prompt's options in the help of the whole, where people look for them."""
         own = super().get_params(ctx)
         return [*self.commands["ask"].params, *own] if self._teaching else own
 
-    def collect_usage_pieces(self, ctx: typer.Context) -> list[str]:
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["[OPTIONS] [PROMPT] | COMMAND ..."]
 
     _teaching = False
@@ -91,17 +91,12 @@ def main(args: Sequence[str] | None = None) -> None:
         code = _complain(f"{error.format_message()} (see qwen3 --help)", error.exit_code)
     except (Qwen3Error, ValueError, TypeError) as error:
         code = _complain(str(error), 1)
-    except BrokenPipeError:  # whoever read our stdout has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141
     except KeyboardInterrupt:
         code = 130
-    except Exception as error:  # noqa: BLE001 - a bug, but still not a traceback
+    except Exception as error:
         if os.environ.get("QWEN3_DEBUG"):
             raise
-        code = _complain(
-            f"{type(error).__name__}: {error} (a bug? QWEN3_DEBUG=1 shows where)", 1
-        )
+        code = _complain(f"{type(error).__name__}: {error} (a bug? QWEN3_DEBUG=1 shows where)", 1)
     sys.exit(code)
 
 

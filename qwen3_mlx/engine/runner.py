@@ -37,7 +37,7 @@ def prefill(
     """
     done = 0
     *before, last = chunk_sizes(len(ids), chunk)
-    prompt = mx.array(ids, dtype=mx.int32)[None]
+    prompt = mx.array(list(ids), dtype=mx.int32)[None]
     for size in before:
         checkpoint(done)
         # Nobody asks for these logits, so they, and the last layer's output, are never computed.
@@ -63,7 +63,8 @@ def decode(
         following = None
         if count < most:
             following = sampler(model(token[None], cache)[0, -1])
-        value = int(token.item())
+        value = token.item()
+        assert isinstance(value, int)
         if following is not None:
             mx.async_eval(following)
             token = following

@@ -3,6 +3,7 @@
 V vocabulary, k candidates. One sequence at a time: logits are [V].
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 
@@ -41,7 +42,7 @@ class Sampler:
         if params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1:
             self._counts = mx.zeros(vocabulary)
             self._in_prompt = mx.zeros(vocabulary, dtype=mx.bool_)
-            self._in_prompt[mx.array(prompt)] = True
+            self._in_prompt[mx.array(list(prompt))] = True
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Choose a token, unevaluated int32 [1], by logits [V]."""
@@ -109,7 +110,7 @@ def within_top_p(logits: mx.array, p: float) -> mx.array:
 
 def within_min_p(logits: mx.array, p: float) -> mx.array:
     """Rule out those less than p times as likely as the likeliest."""
-    return mx.where(logits >= logits.max() + mx.log(p), logits, -mx.inf)
+    return mx.where(logits >= logits.max() + math.log(p), logits, -mx.inf)
 
 
 def penalise(

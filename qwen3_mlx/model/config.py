@@ -65,7 +65,8 @@ class ModelConfig:
     @property
     def attention_scale(self) -> float:
         """The factor on q·k. YaRN scales q and k alike, so its factor enters squared."""
-        return self.head_dim**-0.5 * (self.yarn.attention_factor**2 if self.yarn else 1.0)
+        stretch = self.yarn.attention_factor if self.yarn else 1.0
+        return stretch**2 / math.sqrt(self.head_dim)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":

@@ -56,7 +56,8 @@ class RowFused:
 
         That is [1, 1, out], or with heads [1, out / head_dim, 1, head_dim].
         """
-        return mx.split(self._joint(x).reshape(self._shape), self._ends, axis=self._axis)
+        joint: mx.array = self._joint(x).reshape(self._shape)
+        return list(mx.split(joint, self._ends, axis=self._axis))
 
 
 def can_fuse(layers: Sequence[nn.Module]) -> bool:

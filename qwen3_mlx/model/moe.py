@@ -18,7 +18,8 @@ _WORTH_SORTING = 64
 @partial(mx.compile, shapeless=True)
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """Give silu(gate)·up, as one kernel."""
-    return nn.silu(gate) * up
+    activated: mx.array = nn.silu(gate)
+    return activated * up
 
 
 class SwitchLinear(nn.Module):

@@ -7,9 +7,11 @@ H query heads, K key/value heads, E head size, D hidden, V vocabulary.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from qwen3_mlx.cache.attention import LayerCache, NoCache, Rotate
 from qwen3_mlx.cache.kv import KVCache
@@ -131,7 +133,8 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             # Only the last layer can leave rows out: the others' keys are read by what follows.
             x = layer(x, rows if index == last else None, cache[index], rope)
-        return self.norm(x)
+        normed: mx.array = self.norm(x)
+        return normed
 
 
 class Qwen3(nn.Module):
@@ -157,17 +160,23 @@ class Qwen3(nn.Module):
         logits are needed; what serves no other position is then not computed. With a plain cache
         these must be the last ones. None means all.
         """
-        every = wanted is None or len(wanted) == ids.shape[1]
-        rows = None if every else mx.array(wanted, dtype=mx.int32)
+        rows = None
+        if wanted is not None and len(wanted) < ids.shape[1]:
+            rows = mx.array(list(wanted), dtype=mx.int32)
         x = self.model(ids, cache or [NoCache()] * len(self.layers), rows)
-        if self.config.tie_word_embeddings:
-            return self.model.embed_tokens.as_linear(x)
-        return self.lm_head(x)
+        tied = self.config.tie_word_embeddings
+        logits: mx.array = self.model.embed_tokens.as_linear(x) if tied else self.lm_head(x)
+        return logits
 
     @property
     def layers(self) -> list[Block]:
         """The transformer layers."""
         return self.model.layers
+
+    def tensors(self) -> dict[str, mx.array]:
+        """Give the parameters by their names in a checkpoint."""
+        named: list[tuple[str, Any]] = tree_flatten(self.parameters())  # type: ignore[assignment]
+        return dict(named)
 
     def make_cache(self, capacity: int = 0) -> list[KVCache]:
         """Make one empty cache a layer, with room for `capacity` tokens allocated at first use."""

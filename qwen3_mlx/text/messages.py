@@ -27,7 +27,7 @@ def normalise(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
     return [_normal(message, index) for index, message in enumerate(messages)]
 
 
-def _normal(message: Message, index: int) -> dict[str, Any]:
+def _normal(message: object, index: int) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
         raise TypeError(f"{where} must be a dict with role and content, not {message!r}")

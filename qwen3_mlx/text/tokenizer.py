@@ -26,7 +26,7 @@ class Tokenizer:
             raise CheckpointError(f"{path.parent} has no {path.name}, so text cannot be read")
         try:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library raises nothing more precise
+        except Exception as error:
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
         if not isinstance(self._inner.decoder, tokenizers.decoders.ByteLevel):
             raise CheckpointError(f"{path} is not a byte-level tokenizer, as all Qwen3 have")
@@ -38,7 +38,7 @@ class Tokenizer:
         self.token_bytes = lru_cache(maxsize=None)(self._token_bytes)
 
     def __len__(self) -> int:
-        """Count the ids in use: one more than the greatest. A model may have more rows than that."""
+        """Count the ids in use: one more than the greatest; a model may have more rows."""
         count: int = self._inner.get_vocab_size(with_added_tokens=True)
         if self._inner.id_to_token(count - 1) is None:  # ids with holes between them
             count = 1 + max(self._inner.get_vocab(with_added_tokens=True).values())

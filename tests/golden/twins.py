@@ -14,6 +14,8 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save_file
 
+Shapes = dict[str, tuple[int, ...]]
+
 GAIN = 1.5  # over 1/sqrt(fan in): every block moves the residual stream about as much as it is
 
 
@@ -34,13 +36,13 @@ def weight(name: str, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     return normal.astype(np.float32)
 
 
-def published_tensors(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def published_tensors(config: Mapping[str, Any]) -> Shapes:
     """Give the names and shapes a published checkpoint of `config` holds.
 
     `config` is the contents of a config.json, in transformers' old spelling or its new one.
     """
     hidden, vocab = config["hidden_size"], config["vocab_size"]
-    tensors = {"model.embed_tokens.weight": (vocab, hidden)}
+    tensors: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}"
         tensors[f"{layer}.input_layernorm.weight"] = (hidden,)
@@ -74,7 +76,7 @@ def write_checkpoint(
     dtype_key = "torch_dtype" if "torch_dtype" in config else "dtype"
     _write_json(folder / "config.json", {**config, dtype_key: np.dtype(dtype).name})
 
-    total, weight_map = 0, {}
+    total, weight_map = 0, dict[str, str]()
     for number, part in enumerate(np.array_split(names, shards), 1):
         file = (
             f"model-{number:05}-of-{shards:05}.safetensors" if shards > 1 else "model.safetensors"
@@ -108,11 +110,11 @@ def old_spelling(config: Mapping[str, Any], rope_key: str = "rope_type") -> dict
     return dict(sorted(old.items())) | {"transformers_version": "4.51.0"}
 
 
-def _attention(config: Mapping[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
+def _attention(config: Mapping[str, Any], prefix: str) -> Shapes:
     hidden, head_dim = config["hidden_size"], config["head_dim"]
     queries = config["num_attention_heads"] * head_dim
     keys = config["num_key_value_heads"] * head_dim
-    tensors: dict[str, tuple[int, ...]] = {
+    tensors: Shapes = {
         f"{prefix}.q_proj.weight": (queries, hidden),
         f"{prefix}.k_proj.weight": (keys, hidden),
         f"{prefix}.v_proj.weight": (keys, hidden),
@@ -129,17 +131,17 @@ def _is_sparse(config: Mapping[str, Any], index: int) -> bool:
     return (index + 1) % int(config["decoder_sparse_step"]) == 0
 
 
-def _experts(config: Mapping[str, Any], prefix: str) -> dict[str, tuple[int, ...]]:
+def _experts(config: Mapping[str, Any], prefix: str) -> Shapes:
     hidden = config["hidden_size"]
     count = config["num_experts"] if "num_experts" in config else config["num_local_experts"]
-    tensors: dict[str, tuple[int, ...]] = {f"{prefix}.gate.weight": (count, hidden)}
+    tensors: Shapes = {f"{prefix}.gate.weight": (count, hidden)}
     for expert in range(count):
         inner = config["moe_intermediate_size"]
         tensors |= _feed_forward(f"{prefix}.experts.{expert}", hidden, inner)
     return tensors
 
 
-def _feed_forward(prefix: str, hidden: int, inner: int) -> dict[str, tuple[int, ...]]:
+def _feed_forward(prefix: str, hidden: int, inner: int) -> Shapes:
     return {
         f"{prefix}.gate_proj.weight": (inner, hidden),
         f"{prefix}.up_proj.weight": (inner, hidden),

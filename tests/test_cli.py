@@ -1,0 +1,218 @@
+"""The command line, as a person or a script meets it."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_mlx import __version__
+from qwen3_mlx.cli.ask import _full_name
+from qwen3_mlx.cli.console import Bar
+from qwen3_mlx.cli.main import main
+
+QWEN3 = [sys.executable, "-c", "from qwen3_mlx.cli.main import main; main()"]
+
+
+def run(
+    *arguments: str, stdin: str = "", env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    clean = {key: value for key, value in os.environ.items() if key != "QWEN3_MODEL"}
+    return subprocess.run(
+        [*QWEN3, *arguments],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=clean | (env or {}),
+    )
+
+
+def call(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Run the command in this process; give exit code, stdout and stderr."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    captured = capsys.readouterr()
+    return int(ended.value.code or 0), captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("QWEN3_MODEL", raising=False)
+    with open(os.devnull) as nothing:
+        monkeypatch.setattr(sys, "stdin", nothing)
+        yield
+
+
+def test_the_answer_alone_goes_to_stdout(tiny_folder: Path) -> None:
+    done = run("Hello", "--model", str(tiny_folder), "--max-tokens", "12", "--seed", "1")
+    again = run("Hello", "-m", str(tiny_folder), "-n", "12", "--seed", "1", "--quiet")
+    assert done.returncode == again.returncode == 0
+    assert done.stdout == again.stdout != ""
+    assert again.stderr == ""
+    assert re.search(r"12 tokens.* tokens/s · first after .* s · .* MB · cut off", done.stderr)
+
+
+def test_piped_text_joins_the_prompt(tiny_folder: Path) -> None:
+    options = ("-m", str(tiny_folder), "-n", "8", "--seed", "1", "-q")
+    joined = run("Say", *options, stdin="this\n")
+    assert joined.stdout == run("Say\n\nthis", *options).stdout
+    assert run(*options, stdin="alone").stdout == run("alone", *options).stdout
+
+
+def test_the_model_may_come_from_the_environment(tiny_folder: Path) -> None:
+    done = run("Hello", "-n", "3", env={"QWEN3_MODEL": str(tiny_folder)})
+    assert done.returncode == 0
+    assert "demo" not in done.stderr
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(["--help"], capsys)
+    assert code == 0
+    for word in ("PROMPT", "--model", "--thinking", "doctor", "QWEN3_MODEL", "Summarise this"):
+        assert word.lower() in out.lower(), word
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(["--version"], capsys) == (0, f"qwen3-mlx {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "complaint"),
+    [
+        (["--bogus", "x"], 2, "No such option: --bogus"),
+        (["x", "--top-k", "many"], 2, "Invalid value for '--top-k'"),
+        (["a", "b"], 2, "unexpected extra argument"),
+        ([""], 2, "give a prompt"),
+        (["x", "--temperature", "-1"], 1, "temperature must be at least 0, not -1.0"),
+        (["x", "--model", "./nowhere"], 1, "is no folder here, nor a hub name"),
+        (["x", "--bits", "7"], 1, "bits must be one of"),
+        (["serve"], 1, f"`qwen3 serve` is not part of version {__version__}"),
+        (["convert", "a", "b"], 1, "`qwen3 convert` is not part of version"),
+    ],
+)
+def test_failures_are_one_line(
+    arguments: list[str], code: int, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found, out, err = call(arguments, capsys)
+    lines = [line for line in err.splitlines() if line.startswith("qwen3: ")]
+    assert (found, out) == (code, "")
+    assert len(lines) == 1 and complaint in lines[0]
+    assert "Traceback" not in err
+
+
+def test_an_unforeseen_error_is_one_line(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("[metal::malloc] out of memory")
+
+    monkeypatch.setattr("qwen3_mlx.engine.engine.prefill", fail)
+    arguments = ["x", "-q", "-m", str(tiny_folder)]
+    code, _, err = call(arguments, capsys)
+    assert code == 1
+    assert err.startswith("qwen3: RuntimeError: [metal::malloc] out of memory (a bug?")
+    monkeypatch.setenv("QWEN3_DEBUG", "1")
+    with pytest.raises(RuntimeError):
+        main(arguments)
+
+
+def test_a_reader_that_has_seen_enough(tiny_folder: Path) -> None:
+    command = [*QWEN3, "Hello", "-m", str(tiny_folder), "-n", "2000", "-q"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout and process.stderr
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(timeout=60) == 1
+        assert process.stderr.read() == b""
+
+
+def test_ctrl_c_ends_cleanly(tiny_folder: Path) -> None:
+    command = [*QWEN3, "Hello", "-m", str(tiny_folder), "-n", "2000"]
+    with subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout and process.stderr
+        process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert out.endswith("\n")
+    assert err.rstrip().endswith("cancelled")
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a Linux device")
+def test_a_full_disk_is_told(tiny_folder: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*QWEN3, "Hello", "-m", str(tiny_folder), "-n", "5", "-q"],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(["doctor"], capsys)
+    assert code == 0
+    for word in ("device", "blas", "matmul", "GFLOP/s", "mlx-lm", "memory"):
+        assert word in out
+
+
+def test_sizes_name_the_quantized_checkpoints() -> None:
+    assert _full_name("8B") == "Qwen/Qwen3-8B-MLX-4bit"
+    assert _full_name("someone/else") == "someone/else"
+    assert _full_name(None) is None
+
+
+def test_a_bar_shows_for_long_work_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Bar("working") as bar:
+        bar(0, 10)
+        assert bar._bar is None
+        bar._started -= 10
+        bar(1, 10)
+        assert bar._bar is not None
+        bar(5, 10)
+        bar(10, 10)
+        assert bar._bar is None
+    assert "working" in capsys.readouterr().err
+
+
+def test_nothing_heavy_is_imported_for_an_answer(tiny_folder: Path) -> None:
+    script = (
+        "import sys; from qwen3_mlx import load; "
+        f"load({str(tiny_folder)!r}).chat('Hello', max_tokens=2); "
+        "print([m for m in ('transformers', 'torch', 'mlx_lm', 'huggingface_hub') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.slow
+def test_help_is_quick() -> None:
+    times = []
+    for _ in range(9):
+        started = time.perf_counter()
+        run("--help")
+        times.append(time.perf_counter() - started)
+    assert sorted(times)[4] < 0.35
