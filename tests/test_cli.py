@@ -17,7 +17,7 @@ from qwen3_mlx.cli.ask import _full_name
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.main import main
 
-QWEN3 = [sys.executable, "-c", "from qwen3_mlx.cli.main import main; main()"]
+QWEN3 = [sys.executable, "-m", "qwen3_mlx"]
 
 
 def run(

@@ -38,11 +38,18 @@ def draw(count: int, logits: mx.array, **params: Any) -> Counter[int]:
 
 
 @settings(max_examples=60, deadline=None)
-@given(size=st.integers(1, 3000), k=st.integers(1, 60), seed=st.integers(0, 99))
-def test_the_likeliest_are_those_of_a_whole_sort(size: int, k: int, seed: int) -> None:
-    values = np.random.RandomState(seed).permutation(size).astype(np.float32)
-    best, ids = likeliest(mx.array(values), k)
-    expected = np.argsort(-values)[:k]
+@given(
+    size=st.integers(61, 9000),
+    padding=st.integers(0, 300),
+    k=st.integers(1, 60),
+    seed=st.integers(0, 99),
+)
+def test_the_likeliest_are_those_of_a_whole_sort(
+    size: int, padding: int, k: int, seed: int
+) -> None:
+    values = np.random.RandomState(seed).permutation(size + padding).astype(np.float32)
+    best, ids = likeliest(mx.array(values), k, size)
+    expected = np.argsort(-values[:size])[:k]
     assert np.array(ids).tolist() == expected.tolist()
     assert np.array(best).tolist() == values[expected].tolist()
 

@@ -46,11 +46,12 @@ class Sampler:
 
     def __call__(self, logits: mx.array) -> mx.array:
         """Choose a token, unevaluated int32 [1], by logits [V]."""
-        logits = logits[: self._vocabulary].astype(mx.float32)
+        logits = logits.astype(mx.float32)
         if self._bias is not None:
-            logits = logits + self._bias
+            logits = logits[: self._vocabulary] + self._bias
         if self._counts is not None and self._in_prompt is not None:
-            logits = penalise(logits, self._counts, self._in_prompt, self._params)
+            known = logits[: self._vocabulary]
+            logits = penalise(known, self._counts, self._in_prompt, self._params)
         token = self._choose(logits)
         if self._counts is not None:
             self._counts = self._counts.at[token].add(1)
@@ -58,17 +59,20 @@ class Sampler:
         return token
 
     def _choose(self, logits: mx.array) -> mx.array:
-        params = self._params
+        params, vocabulary = self._params, self._vocabulary
         if params.temperature == 0 or params.top_k == 1:
-            return mx.argmax(logits, keepdims=True).astype(mx.int32)
+            return mx.argmax(logits[:vocabulary], keepdims=True).astype(mx.int32)
         assert params.temperature and params.top_p and params.min_p is not None
-        scaled = logits * (1 / params.temperature)
         ids = None
-        if params.top_k and params.top_k < scaled.size:
-            scaled, ids = likeliest(scaled, params.top_k)
+        if params.top_k and params.top_k < vocabulary:
+            logits, ids = likeliest(logits, params.top_k, vocabulary)
         elif params.top_p < 1:
-            ids = mx.argsort(-scaled)
-            scaled = scaled[ids]
+            ids = mx.argsort(-logits[:vocabulary])
+            logits = logits[ids]
+        else:
+            logits = logits[:vocabulary]
+        # Dividing by the temperature keeps the order, so it can wait until few are left.
+        scaled = logits * (1 / params.temperature)
         if params.top_p < 1:
             scaled = within_top_p(scaled, params.top_p)
         if params.min_p:
@@ -83,22 +87,27 @@ def _key_number(seed: int, place: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def likeliest(logits: mx.array, k: int) -> tuple[mx.array, mx.array]:
-    """Give the k greatest of logits [V], greatest first, and their ids.
+def likeliest(logits: mx.array, k: int, vocabulary: int) -> tuple[mx.array, mx.array]:
+    """Give the k greatest of the first `vocabulary` logits, greatest first, and their ids.
 
-    Sorting a whole vocabulary is slow on every device. The k greatest values lie in the k rows with
-    the greatest maxima when the vocabulary is cut into rows; only those are sorted.
+    Sorting a whole vocabulary is slow on every device. Cut into rows, its k greatest values lie in
+    the k rows with the greatest maxima, so only those are sorted. Rows with padding in them may
+    push others out, so as many more are taken.
     """
-    rows = -(-logits.size // _ROW)
-    if k >= rows:
-        ids = mx.argsort(-logits)[:k]
+    if logits.size % _ROW:
+        logits = mx.pad(logits, (0, -logits.size % _ROW))
+    table = logits.reshape(-1, _ROW)
+    with_padding = table.shape[0] - vocabulary // _ROW
+    if k + with_padding >= table.shape[0]:
+        ids = mx.argsort(-logits[:vocabulary])[:k]
         return logits[ids], ids
-    table = mx.pad(logits, (0, rows * _ROW - logits.size), constant_values=-mx.inf)
-    table = table.reshape(rows, _ROW)
-    best_rows = mx.argpartition(-table.max(axis=1), kth=k - 1)[:k]
-    candidates = table[best_rows].flatten()
-    order = mx.argsort(-candidates)[:k]
-    return candidates[order], best_rows[order // _ROW] * _ROW + order % _ROW
+    most = k + with_padding
+    rows = mx.argpartition(-table.max(axis=1), kth=most - 1)[:most]
+    ids = (rows[:, None] * _ROW + mx.arange(_ROW, dtype=mx.uint32)).flatten()
+    candidates = mx.where(ids < vocabulary, table[rows].flatten(), -mx.inf)
+    best = mx.argpartition(-candidates, kth=k - 1)[:k]
+    best = best[mx.argsort(-candidates[best])]
+    return candidates[best], ids[best]
 
 
 def within_top_p(logits: mx.array, p: float) -> mx.array:
