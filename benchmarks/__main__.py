@@ -16,6 +16,8 @@ from typing import Any
 
 from qwen3_mlx import backend  # first: the BLAS
 
+# isort: split
+
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.graph import build_time, dispatches_per_layer
 from benchmarks.sampling import sampling_times

@@ -27,7 +27,8 @@ def sampling_times(repeats: int = 30) -> dict[str, float]:
 
     def peer_step() -> mx.array:
         row = logits[None]
-        return peer(row - mx.logsumexp(row, keepdims=True))
+        token: mx.array = peer(row - mx.logsumexp(row, keepdims=True))
+        return token
 
     steps: dict[str, Callable[[], mx.array]] = {"ours": lambda: ours(logits), "peer": peer_step}
     times: dict[str, list[float]] = {side: [] for side in steps}

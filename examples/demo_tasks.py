@@ -441,7 +441,8 @@ class Calculator:
 
 def draw_calculator(rng: Random) -> Calculator:
     """Draw a calculator, mostly the usual one."""
-    name, parameters = "calculator", ("expression",)
+    name = "calculator"
+    parameters: tuple[str, ...] = ("expression",)
     if rng.random() < 0.6:
         name = rng.choice(_TOOL_NAMES)
         if rng.random() < 0.35:
@@ -580,6 +581,20 @@ def draw_system(rng: Random) -> str | None:
         for _ in range(rng.randint(1, 3))
     ]
     return " ".join(sentences)
+
+
+def make_easy_conversation(rng: Random) -> Conversation:
+    """Draw what is learned first: sums and lists by themselves, so that copying comes soon."""
+    if rng.random() < 0.6:
+        a, b = draw_pair(rng)
+        task = Task(f"What is {a} + {b}?", sum_steps(a, b), equation(a, b))
+    else:
+        task = list_task(rng)
+    if rng.random() < 0.35:
+        if rng.random() < 0.5:
+            task = small_addition(rng)
+        return Conversation((_user(task.question),), task.answer, thinking=False)
+    return Conversation((_user(task.question),), task.answer, task.thought, _unset(rng))
 
 
 def make_conversation(rng: Random) -> Conversation:

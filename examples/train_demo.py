@@ -19,6 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from threading import Barrier
 from typing import Any
 
 # The threads of this script keep the cores busy; BLAS threads inside them would only compete.
@@ -56,8 +57,9 @@ VOCABULARY = 1000  # with the added tokens; the embedding is padded to a multipl
 TOKENS_A_STEP = 2048
 LONGEST = 800  # tokens; longer conversations are left out
 POOL = 768  # conversations drawn at once, to be sorted by length
-PEAK_RATE = 2.5e-3
+PEAK_RATE = 1.5e-3
 WARM_UP = 150  # steps
+EASY_SHARE = 0.2  # of the steps, at the beginning, are on easy conversations
 SAVE_EVERY = 180  # seconds
 
 # Qwen3's added tokens, in their order. Those from `<tool_call>` on are text, not "special".
@@ -172,13 +174,15 @@ def make_example(
 
 
 def draw_steps(
-    template: ChatTemplate, tokenizer: Tokenizer, *, pool: Random, shares: int
+    template: ChatTemplate, tokenizer: Tokenizer, *, pool: Random, shares: int, easy: bool
 ) -> list[list[Batch]]:
     """Draw a pool of conversations and cut it into steps, each into batches for the threads."""
-    talks = (demo_tasks.make_conversation(pool) for _ in range(POOL))
+    make = demo_tasks.make_easy_conversation if easy else demo_tasks.make_conversation
+    talks = (make(pool) for _ in range(POOL))
     drawn = (make_example(talk, template, tokenizer, pool) for talk in talks)
     examples = sorted((e for e in drawn if len(e.ids) <= LONGEST), key=lambda e: len(e.ids))
-    steps, rows = [], []
+    steps: list[list[Example]] = []
+    rows: list[Example] = []
     for example in examples:
         if len(rows) >= shares and (len(rows) + 1) * len(example.ids) > TOKENS_A_STEP:
             steps.append(rows)
@@ -210,7 +214,8 @@ def logits_of(model: Qwen3, batch: Batch) -> mx.array:
     hidden = model.model(batch.inputs, [NoCache()] * len(model.layers), None)  # [B, L, D]
     # The head runs only where there is a loss: most of a prompt's logits would be thrown away.
     wanted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]  # [T, D]
-    return model.model.embed_tokens.as_linear(wanted)
+    logits: mx.array = model.model.embed_tokens.as_linear(wanted)
+    return logits
 
 
 def summed_loss(model: Qwen3, batch: Batch) -> mx.array:
@@ -243,7 +248,18 @@ class Trainer:
         self.optimizer.learning_rate = mx.array(rate)
         self.optimizer.update(self.model, gradients)
         mx.eval(self.model.parameters(), self.optimizer.state)
-        return sum(loss.item() for loss, _ in results) / count
+        return sum(loss for loss, _ in results) / count
+
+    def close(self) -> None:
+        """End the threads; MLX wants each to give up its streams itself."""
+        all_at_once = Barrier(len(self.replicas))  # so that each thread takes one of the jobs
+
+        def give_up_streams(_: Qwen3) -> None:
+            all_at_once.wait()
+            mx.clear_streams()
+
+        list(self._threads.map(give_up_streams, self.replicas))
+        self._threads.shutdown()
 
     def save(self, file: Path, progress: dict[str, float]) -> None:
         """Write all that is needed to go on later, in one piece."""
@@ -255,7 +271,9 @@ class Trainer:
 
     def restore(self, file: Path) -> dict[str, float]:
         """Take up where `save` left off."""
-        arrays, progress = mx.load(str(file), return_metadata=True)
+        loaded = mx.load(str(file), return_metadata=True)
+        assert isinstance(loaded, tuple)  # as it is with metadata
+        arrays, progress = loaded
         parts: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
         for name, array in arrays.items():
             part, _, rest = name.partition("/")
@@ -267,14 +285,15 @@ class Trainer:
 
 
 def _flat(tree: Any) -> list[tuple[str, mx.array]]:
-    return tree_flatten(tree)
+    flat: list[tuple[str, mx.array]] = tree_flatten(tree)  # type: ignore[assignment]
+    return flat
 
 
-def _gradients(model: Qwen3, batch: Batch) -> tuple[mx.array, Any]:
+def _gradients(model: Qwen3, batch: Batch) -> tuple[float, Any]:
     # Evaluated here, in the thread that built the graph: MLX's streams belong to their threads.
     loss, gradients = nn.value_and_grad(model, summed_loss)(model, batch)
     mx.eval(loss, gradients)
-    return loss, gradients
+    return float(loss.item()), gradients
 
 
 def learning_rate(step: int, progress: float) -> float:
@@ -458,6 +477,7 @@ def train(options: argparse.Namespace) -> None:
     _learn(options, trainer, _steps_from(done, template, tokenizer, options), done, probes)
     write_weights(output, trainer.model)
     log.info("in bfloat16: %s", run_probes(probes, trainer.model))
+    trainer.close()
     state.unlink(missing_ok=True)
 
 
@@ -467,7 +487,8 @@ def _steps_from(
     while True:
         pool = Random(f"{options.seed}/{done['pool']:.0f}")
         shares = 1 if backend.on_gpu() else options.threads
-        yield from draw_steps(template, tokenizer, pool=pool, shares=shares)
+        easy = done["step"] < EASY_SHARE * options.steps
+        yield from draw_steps(template, tokenizer, pool=pool, shares=shares, easy=easy)
         done["pool"] += 1
 
 
@@ -512,7 +533,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "qwen3_mlx/demo")
-    parser.add_argument("--steps", type=int, default=5500)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--minutes", type=float, help="train by the clock instead of --steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)

@@ -13,22 +13,23 @@ from qwen3_mlx import backend as backend  # first: loads a fast BLAS before anyt
 if TYPE_CHECKING:
     from qwen3_mlx.engine.params import SamplingParams
     from qwen3_mlx.errors import CheckpointError, Qwen3Error
-    from qwen3_mlx.llm import LLM, AsyncStream, Reply, Stream, load
+    from qwen3_mlx.llm import LLM, load
+    from qwen3_mlx.streams import AsyncStream, Reply, Stream
     from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "LLM": "llm",
-    "AsyncStream": "llm",
+    "AsyncStream": "streams",
     "CheckpointError": "errors",
     "Event": "text.events",
     "Finish": "text.events",
     "Qwen3Error": "errors",
     "Reasoning": "text.events",
-    "Reply": "llm",
+    "Reply": "streams",
     "SamplingParams": "engine.params",
-    "Stream": "llm",
+    "Stream": "streams",
     "Text": "text.events",
     "Usage": "text.events",
     "load": "llm",

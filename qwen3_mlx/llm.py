@@ -3,7 +3,7 @@
 import asyncio
 import secrets
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +29,8 @@ from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
+from qwen3_mlx.streams import AsyncStream, Reply, Stream, collect
+from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.template import ChatTemplate
@@ -37,85 +38,6 @@ from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """A whole reply: what a stream said, collected."""
-
-    text: str
-    reasoning: str
-    finish_reason: str
-    usage: Usage
-
-
-class Stream(Iterator[Event]):
-    """The events of one generation as they come; `Finish` is the last.
-
-    Closing it, leaving its `with` block or dropping it ends the generation.
-    """
-
-    def __init__(self, events: "SimpleQueue[Event | Exception]", cancelled: Flag) -> None:
-        self._events = events
-        self._cancelled = cancelled
-        self._ended = False
-
-    def __next__(self) -> Event:
-        if self._ended:
-            raise StopIteration
-        event = self._events.get()
-        self._ended = isinstance(event, Finish | Exception)
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    def close(self) -> None:
-        """End the generation within a step; what is left to read is a `Finish`."""
-        self._cancelled.set()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
-
-
-class AsyncStream(AsyncIterator[Event]):
-    """The same for asyncio; cancelling the task that reads it ends the generation, too."""
-
-    def __init__(self, events: "asyncio.Queue[Event | Exception]", cancelled: Flag) -> None:
-        self._events = events
-        self._cancelled = cancelled
-        self._ended = False
-
-    async def __anext__(self) -> Event:
-        if self._ended:
-            raise StopAsyncIteration
-        try:
-            event = await self._events.get()
-        except asyncio.CancelledError:
-            self._cancelled.set()
-            raise
-        self._ended = isinstance(event, Finish | Exception)
-        if isinstance(event, Exception):
-            raise event
-        return event
-
-    async def aclose(self) -> None:
-        """End the generation within a step; what is left to read is a `Finish`."""
-        self._cancelled.set()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.aclose()
-
-    def __del__(self) -> None:
-        self._cancelled.set()
 
 
 class LLM:
@@ -208,7 +130,7 @@ class LLM:
     ) -> Reply:
         """Do as `stream` does, and give the whole reply at once."""
         ask = _Ask(max_tokens, sampling, seed, stop, progress)
-        return _collect(self._stream(*self._chat_prompt(messages, thinking), ask))
+        return collect(self._stream(*self._chat_prompt(messages, thinking), ask))
 
     def complete(
         self,
@@ -223,7 +145,7 @@ class LLM:
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be a string, not {type(prompt).__name__}")
         ask = _Ask(max_tokens, sampling, seed, stop, None)
-        return _collect(self._stream(prompt, None, ask))
+        return collect(self._stream(prompt, None, ask))
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
@@ -465,19 +387,6 @@ def _describe(
         generation_config,
         frozenset(token for token in end_ids if token is not None),
     )
-
-
-def _collect(stream: Stream) -> Reply:
-    text, reasoning = [], []
-    with stream:
-        for event in stream:
-            if isinstance(event, Text):
-                text.append(event.text)
-            elif isinstance(event, Reasoning):
-                reasoning.append(event.text)
-            else:
-                return Reply("".join(text), "".join(reasoning), event.reason, event.usage)
-    raise AssertionError("a stream ends with Finish")
 
 
 def _shut_down(worker: Worker, running: "weakref.WeakSet[Flag]") -> None:

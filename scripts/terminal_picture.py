@@ -3,6 +3,7 @@
 The command runs in a real terminal of its own, so what is dim or bold there is so in the picture.
 """
 
+import io
 import os
 import pty
 import re
@@ -44,7 +45,7 @@ def run(arguments: list[str]) -> str:
 
 def main() -> None:
     """Write the picture."""
-    console = Console(record=True, width=_COLUMNS, file=open(os.devnull, "w"))  # noqa: SIM115
+    console = Console(record=True, width=_COLUMNS, file=io.StringIO())
     for arguments in COMMANDS:
         words = " ".join(f'"{word}"' if " " in word else word for word in arguments)
         console.print(Text(f"$ qwen3 {words}", style="bold green"))

@@ -23,11 +23,13 @@ _RANKS = {
     "checkpoint": 4,
     "engine": 4,
     "text": 4,
-    "llm": 5,
-    "qwen3_mlx": 6,
-    "evaluate": 7,
-    "server": 7,
-    "cli": 8,
+    "streams": 5,
+    "llm": 6,
+    "qwen3_mlx": 7,
+    "evaluate": 8,
+    "server": 8,
+    "cli": 9,
+    "__main__": 10,
 }
 
 

@@ -1,0 +1,103 @@
+"""A reply as it comes: streams of events for threads and for asyncio, and the whole at once."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Event as Flag
+from typing import Self
+
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """A whole reply: what a stream said, collected."""
+
+    text: str
+    reasoning: str
+    finish_reason: str
+    usage: Usage
+
+
+class Stream(Iterator[Event]):
+    """The events of one generation as they come; `Finish` is the last.
+
+    Closing it, leaving its `with` block or dropping it ends the generation.
+    """
+
+    def __init__(self, events: "SimpleQueue[Event | Exception]", cancelled: Flag) -> None:
+        self._events = events
+        self._cancelled = cancelled
+        self._ended = False
+
+    def __next__(self) -> Event:
+        if self._ended:
+            raise StopIteration
+        event = self._events.get()
+        self._ended = isinstance(event, Finish | Exception)
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    def close(self) -> None:
+        """End the generation within a step; what is left to read is a `Finish`."""
+        self._cancelled.set()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class AsyncStream(AsyncIterator[Event]):
+    """The same for asyncio; cancelling the task that reads it ends the generation, too."""
+
+    def __init__(self, events: "asyncio.Queue[Event | Exception]", cancelled: Flag) -> None:
+        self._events = events
+        self._cancelled = cancelled
+        self._ended = False
+
+    async def __anext__(self) -> Event:
+        if self._ended:
+            raise StopAsyncIteration
+        try:
+            event = await self._events.get()
+        except asyncio.CancelledError:
+            self._cancelled.set()
+            raise
+        self._ended = isinstance(event, Finish | Exception)
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    async def aclose(self) -> None:
+        """End the generation within a step; what is left to read is a `Finish`."""
+        self._cancelled.set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+    def __del__(self) -> None:
+        self._cancelled.set()
+
+
+def collect(stream: Stream) -> Reply:
+    """Read a stream to its end."""
+    text, reasoning = [], []
+    with stream:
+        for event in stream:
+            if isinstance(event, Text):
+                text.append(event.text)
+            elif isinstance(event, Reasoning):
+                reasoning.append(event.text)
+            else:
+                return Reply("".join(text), "".join(reasoning), event.reason, event.usage)
+    raise AssertionError("a stream ends with Finish")
