@@ -29,7 +29,8 @@ class KVCache:
     ) -> mx.array:
         """Store k and v, and answer attention over all seen; see `LayerCache.attend`."""
         q = rope(q, self.offset + k.shape[2] - q.shape[2])
-        return self.attend_rotated(q, rope(k, self.offset), v, scale=scale)
+        keys, values = self._append(rope(k, self.offset), v)
+        return causal_attention(q, keys, values, scale=scale)
 
     def attend_rotated(self, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
         """Do the same for q and k that are rotated already."""

@@ -19,35 +19,38 @@ class RowFused:
     joint result would have to be copied before the norms of q and k.
     """
 
-    def __init__(self, layers: Sequence[nn.Module], *, head_dim: int | None = None) -> None:
-        """Join `layers`, whose format must agree (see `can_fuse`), and evaluate the result.
+    def __init__(
+        self, owner: nn.Module, names: Sequence[str], *, head_dim: int | None = None
+    ) -> None:
+        """Join the layers `owner[name]`, whose form must agree (see `can_fuse`).
 
         With `head_dim` their outputs come as attention wants them, the heads in front.
         """
+        layers = [owner[name] for name in names]
         self._joint = copy.copy(layers[0])
         ends = list(accumulate(layer["weight"].shape[0] for layer in layers))
-        for name in _BY_ROW:
-            if layers[0].get(name) is None:
+        for kind in _BY_ROW:
+            if layers[0].get(kind) is None:
                 continue
-            joined = mx.concatenate([layer[name] for layer in layers])
+            self._joint[kind] = joined = mx.concatenate([layer[kind] for layer in layers])
             mx.eval(joined)
-            self._joint[name] = joined
             for layer, start, stop in zip(layers, [0, *ends], ends, strict=False):
-                layer[name] = joined[start:stop]
-                mx.eval(layer[name])
+                layer[kind] = joined[start:stop]
+                mx.eval(layer[kind])
         self._axis = 1 if head_dim else 2
         self._shape = (1, -1, 1, head_dim) if head_dim else (1, 1, -1)
         self._ends = [end // (head_dim or 1) for end in ends[:-1]]
-        self._layers = tuple(layers)
-        self._views = tuple(layer["weight"] for layer in layers)
+        self._parts = [
+            (name, layer, layer["weight"]) for name, layer in zip(names, layers, strict=True)
+        ]
 
-    def stands_for(self, *layers: nn.Module) -> bool:
-        """Say whether these are still the layers that were joined, with those weights.
+    def holds(self, owner: nn.Module) -> bool:
+        """Say whether `owner` still has the layers that were joined, with those weights.
 
         An adapter or an update puts others in their place; the joint matrix is then stale.
         """
-        for layer, joined, view in zip(layers, self._layers, self._views):  # noqa: B905 - hot
-            if layer is not joined or layer["weight"] is not view:
+        for name, layer, view in self._parts:
+            if owner[name] is not layer or layer["weight"] is not view:
                 return False
         return True
 
@@ -60,13 +63,12 @@ class RowFused:
         return list(mx.split(joint, self._ends, axis=self._axis))
 
 
-def can_fuse(layers: Sequence[nn.Module]) -> bool:
-    """Say whether the layers' formats agree: same class, bits, group size, mode and bias."""
+def can_fuse(owner: nn.Module, names: Sequence[str]) -> bool:
+    """Say whether the layers agree in form: class, bits, group size, mode and bias."""
 
     def form(layer: nn.Module) -> tuple[object, ...]:
         quantization = [getattr(layer, name, None) for name in ("bits", "group_size", "mode")]
-        return (type(layer), *quantization, *(layer.get(name) is None for name in _BY_ROW))
+        return (type(layer), *quantization, *(layer.get(kind) is None for kind in _BY_ROW))
 
-    return type(layers[0]) in (nn.Linear, nn.QuantizedLinear) and (
-        len({form(layer) for layer in layers}) == 1
-    )
+    forms = {form(owner[name]) for name in names}
+    return len(forms) == 1 and type(owner[names[0]]) in (nn.Linear, nn.QuantizedLinear)

@@ -1,6 +1,7 @@
 """Qwen3, dense and mixture-of-experts: token ids in, logits out.
 
-Read downwards. Modules and parameters bear the names of the published checkpoints.
+Read downwards. Modules and parameters bear the names of the published checkpoints. What runs for
+every token finds its modules as items: as attributes they take MLX ten times as long.
 
 B batch, L new tokens, Q queries (L, or in the last layer those whose logits are wanted),
 H query heads, K key/value heads, E head size, D hidden, V vocabulary.
@@ -42,16 +43,16 @@ class Attention(nn.Module):
 
     def fuse(self) -> None:
         """Store the weights of q, k and v as one matrix, where their formats agree."""
-        if can_fuse(layers := (self.q_proj, self.k_proj, self.v_proj)):
-            self._qkv = RowFused(layers, head_dim=self.head_dim)
+        if can_fuse(self, names := ("q_proj", "k_proj", "v_proj")):
+            self._qkv = RowFused(self, names, head_dim=self.head_dim)
 
     def __call__(
         self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: Rotate
     ) -> mx.array:  # x [B, L, D], rows [Q] -> [B, Q, D]
         fused = self._qkv if x.size == x.shape[2] else None  # one token
-        if fused and fused.stands_for(self.q_proj, self.k_proj, self.v_proj):
+        if fused and fused.holds(self):
             q, k, v = fused(x)  # heads in front already
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k = self["q_norm"](q), self["k_norm"](k)
         else:
             # Normed before the transpose: the kernel wants rows that lie side by side.
             q = self.q_norm(self._by_head(self.q_proj(x if rows is None else x[:, rows])))
@@ -61,7 +62,7 @@ class Attention(nn.Module):
         # q [B, H, Q, E], k and v [B, K, L, E] -> [B, H, Q, E]
         out = cache.attend(q, k, v, scale=self.scale, rope=rope)
         out = out.transpose(0, 2, 1, 3).reshape(x.shape[0], q.shape[2], -1)
-        return self.o_proj(out)
+        return self["o_proj"](out)
 
     def _by_head(self, projected: mx.array) -> mx.array:
         batch, length, _ = projected.shape
@@ -80,16 +81,16 @@ class MLP(nn.Module):
 
     def fuse(self) -> None:
         """Store the weights of gate and up as one matrix, where their formats agree."""
-        if can_fuse(layers := (self.gate_proj, self.up_proj)):
-            self._gate_up = RowFused(layers)
+        if can_fuse(self, names := ("gate_proj", "up_proj")):
+            self._gate_up = RowFused(self, names)
 
     def __call__(self, x: mx.array) -> mx.array:  # [B, Q, D] -> [B, Q, D]
         fused = self._gate_up if x.size == x.shape[2] else None  # one token
-        if fused and fused.stands_for(self.gate_proj, self.up_proj):
+        if fused and fused.holds(self):
             gate, up = fused(x)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self.down_proj(swiglu(gate, up))
+        return self["down_proj"](swiglu(gate, up))
 
 
 class Block(nn.Module):
@@ -109,9 +110,9 @@ class Block(nn.Module):
     def __call__(
         self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: Rotate
     ) -> mx.array:  # [B, L, D] -> [B, Q, D]
-        attended = self.self_attn(self.input_layernorm(x), rows, cache, rope)
+        attended = self["self_attn"](self["input_layernorm"](x), rows, cache, rope)
         x = (x if rows is None else x[:, rows]) + attended
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self["mlp"](self["post_attention_layernorm"](x))
 
 
 class Decoder(nn.Module):
