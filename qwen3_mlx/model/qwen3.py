@@ -61,8 +61,9 @@ class Attention(nn.Module):
             q, k = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3)
         # q [B, H, Q, E], k and v [B, K, L, E] -> [B, H, Q, E]
         out = cache.attend(q, k, v, scale=self.scale, rope=rope)
-        out = out.transpose(0, 2, 1, 3).reshape(x.shape[0], q.shape[2], -1)
-        return self["o_proj"](out)
+        out = out.transpose(0, 2, 1, 3).flatten(2)
+        projected: mx.array = self["o_proj"](out)
+        return projected
 
     def _by_head(self, projected: mx.array) -> mx.array:
         batch, length, _ = projected.shape
@@ -90,7 +91,8 @@ class MLP(nn.Module):
             gate, up = fused(x)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        return self["down_proj"](swiglu(gate, up))
+        projected: mx.array = self["down_proj"](swiglu(gate, up))
+        return projected
 
 
 class Block(nn.Module):
@@ -110,9 +112,10 @@ class Block(nn.Module):
     def __call__(
         self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: Rotate
     ) -> mx.array:  # [B, L, D] -> [B, Q, D]
-        attended = self["self_attn"](self["input_layernorm"](x), rows, cache, rope)
+        attended: mx.array = self["self_attn"](self["input_layernorm"](x), rows, cache, rope)
         x = (x if rows is None else x[:, rows]) + attended
-        return x + self["mlp"](self["post_attention_layernorm"](x))
+        fed_forward: mx.array = self["mlp"](self["post_attention_layernorm"](x))
+        return x + fed_forward
 
 
 class Decoder(nn.Module):
