@@ -46,6 +46,12 @@ def main() -> None:
         print(f"Making a random {options.size} checkpoint, 4-bit ...", file=sys.stderr)
         folder = random_checkpoint(kept / f"random-{options.size}-4bit", options.size)
         figures = measure(folder, options)
+        print("Loading, quantized and quantizing ...", file=sys.stderr)
+        bf16 = random_checkpoint(kept / f"random-{options.size}-bf16", options.size, bits=None)
+        figures["loading"] = {
+            "4-bit": _json_of("benchmarks.loading", str(folder)),
+            "bits=4 from bf16": _json_of("benchmarks.loading", str(bf16), "4"),
+        }
     print(table(figures))
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2))
@@ -102,6 +108,14 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(
             _row(label, pair["ours"] * scale, pair["peer"] * scale, higher_is_better=False)
         )
+    plain, quantizing = figures["loading"].values()
+    bound = quantizing["result"] + quantizing["largest tensor"]
+    lines += [
+        "",
+        f"peak of loading 4-bit weights as they are: {plain['peak'] / plain['files']:.2f} x files",
+        f"peak of quantizing to 4 bits while loading: {quantizing['peak'] / bound:.2f} x "
+        "(result + largest tensor)",
+    ]
     return "\n".join(lines)
 
 
@@ -111,17 +125,21 @@ def _row(label: str, ours: float, peer: float, *, higher_is_better: bool) -> str
 
 
 def _side(folder: Path, side: str, terms: str, prompt: int, decoded: int) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.sides", side, terms, str(folder)]
-    environment = os.environ | {"MLX_ENABLE_TF32": "0"}
+    arguments = [side, terms, str(folder), str(prompt), str(decoded)]
+    return _json_of("benchmarks.sides", *arguments)
+
+
+def _json_of(module: str, *arguments: str) -> dict[str, float]:
+    """Run a module in a process of its own and read the line of JSON that it prints."""
     done = subprocess.run(
-        [*command, str(prompt), str(decoded)],
+        [sys.executable, "-m", module, *arguments],
         capture_output=True,
         text=True,
         check=False,
-        env=environment,
+        env=os.environ | {"MLX_ENABLE_TF32": "0"},
     )
     if done.returncode:
-        sys.exit(f"measuring {side} failed:\n{done.stderr}")
+        sys.exit(f"{module} {' '.join(arguments)} failed:\n{done.stderr}")
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 

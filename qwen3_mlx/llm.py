@@ -38,6 +38,7 @@ from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
+_UNBOUNDED_ROOM = 256  # tokens allocated beyond a prompt whose reply may have any length
 
 
 class LLM:
@@ -256,7 +257,7 @@ class LLM:
             end_ids=self._end_ids,
             watcher=parser,
             done=done,
-            room_for=ask.max_tokens or 0,
+            room_for=ask.max_tokens or _UNBOUNDED_ROOM,
             progress=ask.progress,
             cancelled=cancelled,
         )

@@ -45,7 +45,7 @@ class Engine:
             if request.progress:
                 request.progress(done, total)
 
-        cache = self.model.make_cache(total + request.room_for if request.room_for else 0)
+        cache = self.model.make_cache(total + request.room_for)
         sampler = Sampler(
             request.sampling,
             seed=request.seed,
