@@ -564,9 +564,16 @@ _MAKERS = tuple(maker for maker, _ in _TASKS)
 _SHARES = tuple(share for _, share in _TASKS)
 
 
-def draw_task(rng: Random) -> Task:
-    """Draw a task of any kind."""
+def draw_task(rng: Random, *, copying: bool = False) -> Task:
+    """Draw a task of any kind, lists most of the time where `copying` is to be practised."""
+    if copying and rng.random() < 0.4:
+        return list_task(rng)
     return rng.choices(_MAKERS, _SHARES)[0](rng)
+
+
+def make_copying_conversation(rng: Random) -> Conversation:
+    """Draw a conversation, more often than otherwise about a list."""
+    return make_conversation(rng, copying=True)
 
 
 def draw_system(rng: Random) -> str | None:
@@ -597,12 +604,12 @@ def make_easy_conversation(rng: Random) -> Conversation:
     return Conversation((_user(task.question),), task.answer, task.thought, _unset(rng))
 
 
-def make_conversation(rng: Random) -> Conversation:
+def make_conversation(rng: Random, *, copying: bool = False) -> Conversation:
     """Draw a conversation: a task in a setting."""
     if rng.random() < 0.015:
         return Conversation((), rng.choice(PARAGRAPHS), raw=True)
     mode = rng.choices(("think", "direct", "switch", "cut"), (0.46, 0.27, 0.13, 0.14))[0]
-    task = draw_task(rng)
+    task = draw_task(rng, copying=copying)
     if mode == "direct" and rng.random() < 0.3:
         task = small_addition(rng)  # to be known by heart, all hundred of them
     earlier = _draw_history(rng)

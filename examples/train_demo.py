@@ -12,9 +12,8 @@ import json
 import logging
 import math
 import os
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,10 +56,27 @@ VOCABULARY = 1000  # with the added tokens; the embedding is padded to a multipl
 TOKENS_A_STEP = 2048
 LONGEST = 800  # tokens; longer conversations are left out
 POOL = 768  # conversations drawn at once, to be sorted by length
-PEAK_RATE = 1.5e-3
 WARM_UP = 150  # steps
-EASY_SHARE = 0.2  # of the steps, at the beginning, are on easy conversations
 SAVE_EVERY = 180  # seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A part of the training: a learning rate that rises, falls and ends near zero.
+
+    Each stage begins with the weights that the one before wrote, and a fresh optimizer.
+    """
+
+    steps: int
+    peak_rate: float
+    make: Callable[[Random], demo_tasks.Conversation]
+    easy_steps: int = 0  # at the beginning, on easy conversations
+
+
+STAGES = (
+    Stage(4500, 1.5e-3, demo_tasks.make_conversation, easy_steps=900),
+    Stage(3500, 1e-3, demo_tasks.make_copying_conversation),
+)
 
 # Qwen3's added tokens, in their order. Those from `<tool_call>` on are text, not "special".
 SPECIAL = (
@@ -174,10 +190,14 @@ def make_example(
 
 
 def draw_steps(
-    template: ChatTemplate, tokenizer: Tokenizer, *, pool: Random, shares: int, easy: bool
+    template: ChatTemplate,
+    tokenizer: Tokenizer,
+    make: Callable[[Random], demo_tasks.Conversation],
+    *,
+    pool: Random,
+    shares: int,
 ) -> list[list[Batch]]:
     """Draw a pool of conversations and cut it into steps, each into batches for the threads."""
-    make = demo_tasks.make_easy_conversation if easy else demo_tasks.make_conversation
     talks = (make(pool) for _ in range(POOL))
     drawn = (make_example(talk, template, tokenizer, pool) for talk in talks)
     examples = sorted((e for e in drawn if len(e.ids) <= LONGEST), key=lambda e: len(e.ids))
@@ -229,10 +249,14 @@ class Trainer:
     def __init__(self, config: ModelConfig, shares: int) -> None:
         self.replicas = [Qwen3(config) for _ in range(shares)]
         self.model = self.replicas[0]
-        self.optimizer = optim.AdamW(PEAK_RATE, betas=[0.9, 0.98], weight_decay=0.02)
-        self.optimizer.init(self.model.trainable_parameters())
+        self.begin_stage()
         self._threads = ThreadPoolExecutor(shares)
         mx.eval(self.model.parameters(), self.optimizer.state)
+
+    def begin_stage(self) -> None:
+        """Begin with a fresh optimizer."""
+        self.optimizer = optim.AdamW(0.0, betas=[0.9, 0.98], weight_decay=0.02)
+        self.optimizer.init(self.model.trainable_parameters())
 
     def step(self, batches: Sequence[Batch], rate: float) -> float:
         """Learn from one step's batches and give the mean loss a token."""
@@ -296,10 +320,11 @@ def _gradients(model: Qwen3, batch: Batch) -> tuple[float, Any]:
     return float(loss.item()), gradients
 
 
-def learning_rate(step: int, progress: float) -> float:
-    """Warm up over the first steps, then fall along a cosine to a fiftieth."""
+def learning_rate(stage: Stage, step: int) -> float:
+    """Warm up over a stage's first steps, then fall along a cosine to a fiftieth."""
     warm = min(1.0, (step + 1) / WARM_UP)
-    return PEAK_RATE * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, progress))))
+    fallen = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
+    return stage.peak_rate * warm * (0.02 + 0.98 * fallen)
 
 
 # --- probes -------------------------------------------------------------------------------------
@@ -469,14 +494,19 @@ def train(options: argparse.Namespace) -> None:
     size = sum(array.size for _, array in _flat(trainer.model.parameters()))
     log.info("%s parameters, %s tokens", f"{size:,}", tokenizer.get_vocab_size())
     state = output / "training-state.safetensors"
-    done = {"step": 0.0, "pool": 0.0, "seconds": 0.0}
+    done = {"stage": 0.0, "step": 0.0, "pool": 0.0, "seconds": 0.0}
     if options.resume and state.is_file():
         done = trainer.restore(state)
-        log.info("going on from step %d", done["step"])
+        log.info("going on from step %d of stage %d", done["step"], done["stage"] + 1)
     probes = make_probes(template, tokenizer)
-    _learn(options, trainer, _steps_from(done, template, tokenizer, options), done, probes)
-    write_weights(output, trainer.model)
-    log.info("in bfloat16: %s", run_probes(probes, trainer.model))
+    for number in range(int(done["stage"]), len(STAGES)):
+        steps = _steps_from(done, template, tokenizer, options)
+        _learn(options, trainer, steps, done, probes)
+        write_weights(output, trainer.model)
+        log.info("in bfloat16: %s", run_probes(probes, trainer.model))
+        trainer.begin_stage()
+        done |= {"stage": number + 1, "step": 0, "pool": 0}
+        trainer.save(state, done)
     trainer.close()
     state.unlink(missing_ok=True)
 
@@ -484,11 +514,14 @@ def train(options: argparse.Namespace) -> None:
 def _steps_from(
     done: dict[str, float], template: ChatTemplate, tokenizer: Tokenizer, options: Any
 ) -> Iterator[list[Batch]]:
+    stage = STAGES[int(done["stage"])]
+    stages_before = "" if done["stage"] == 0 else f"{done['stage']:.0f}/"
     while True:
-        pool = Random(f"{options.seed}/{done['pool']:.0f}")
+        pool = Random(f"{options.seed}/{stages_before}{done['pool']:.0f}")
         shares = 1 if backend.on_gpu() else options.threads
-        easy = done["step"] < EASY_SHARE * options.steps
-        yield from draw_steps(template, tokenizer, pool=pool, shares=shares, easy=easy)
+        easy = done["step"] < stage.easy_steps
+        make = demo_tasks.make_easy_conversation if easy else stage.make
+        yield from draw_steps(template, tokenizer, make, pool=pool, shares=shares)
         done["pool"] += 1
 
 
@@ -503,13 +536,11 @@ def _learn(
     saved = reported = time.perf_counter()
     losses: list[float] = []
     tokens = 0
-    for step in range(int(done["step"]), sys.maxsize):
+    stage = STAGES[int(done["stage"])]
+    for step in range(int(done["step"]), stage.steps):
         done |= {"step": step, "seconds": time.perf_counter() - started}
-        share = done["seconds"] / 60 / options.minutes if options.minutes else step / options.steps
-        if share >= 1:
-            return
         batches = next(steps)
-        losses.append(trainer.step(batches, learning_rate(step, share)))
+        losses.append(trainer.step(batches, learning_rate(stage, step)))
         tokens += sum(batch.inputs.size for batch in batches)
         if (step + 1) % 50 == 0:
             seconds = time.perf_counter() - reported
@@ -533,8 +564,6 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "qwen3_mlx/demo")
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--minutes", type=float, help="train by the clock instead of --steps")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--probe-every", type=int, default=500, metavar="STEPS")

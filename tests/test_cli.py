@@ -134,6 +134,13 @@ def test_a_reader_that_has_seen_enough(tiny_folder: Path) -> None:
         assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("closed", ["<&-", "2>&- </dev/null"])
+def test_closed_streams_are_nothing(closed: str, tiny_folder: Path) -> None:
+    command = " ".join([*QWEN3, "hi", "-n", "3", "--seed", "1", "-m", str(tiny_folder), closed])
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout
+
+
 def test_ctrl_c_ends_cleanly(tiny_folder: Path) -> None:
     command = [*QWEN3, "Hello", "-m", str(tiny_folder), "-n", "2000"]
     with subprocess.Popen(

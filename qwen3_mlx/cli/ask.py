@@ -140,7 +140,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
 
 def _with_piped(prompt: str | None) -> str:
     """Join the prompt and what is piped in, each of which may be missing but not both."""
-    piped = "" if sys.stdin is None or sys.stdin.isatty() else sys.stdin.read().strip("\n")
+    piped = "" if sys.stdin.isatty() else sys.stdin.read().strip("\n")
     text = "\n\n".join(part for part in (prompt, piped) if part)
     if not text.strip():
         raise typer.BadParameter("give a prompt, as an argument or through a pipe")

@@ -85,6 +85,9 @@ def root(
 
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command line; every failure is one line on stderr and a non-zero exit."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by the caller: else the next file takes its place
+            setattr(sys, name, open(os.devnull, mode))
     try:
         code = app(args=args, prog_name="qwen3", standalone_mode=False)
     except TyperException as error:  # wrong usage
