@@ -96,6 +96,9 @@ def main(args: Sequence[str] | None = None) -> None:
         code = _complain(str(error), 1)
     except KeyboardInterrupt:
         code = 130
+    except OSError as error:  # a full disk under our stdout, say
+        code = _complain(str(error), 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered cannot be written either
     except Exception as error:
         if os.environ.get("QWEN3_DEBUG"):
             raise
