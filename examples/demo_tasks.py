@@ -172,6 +172,12 @@ _COUNT = (
 )
 
 
+def draw_different_items(rng: Random) -> list[str]:
+    """Draw a short list of words, letters or digits of which none stands twice."""
+    pool = rng.choice((WORDS, WORDS, "abcdefghijklmnopqrstuvwxyz", "0123456789"))
+    return rng.sample(pool, rng.randint(2, 7))
+
+
 def draw_items(rng: Random) -> list[str]:
     """Draw a short list of words, letters, digits, Chinese words or made-up words."""
     size = rng.choices(range(1, 9), (2, 4, 6, 5, 4, 3, 2, 1))[0]
@@ -198,9 +204,9 @@ def number_items(items: Sequence[str]) -> str:
     return " ".join(f"{number} {item}" for number, item in enumerate(items, 1))
 
 
-def list_task(rng: Random) -> Task:
+def list_task(rng: Random, *, distinct: bool = False) -> Task:
     """Make a list to repeat, reverse or count."""
-    items = draw_items(rng)
+    items = draw_different_items(rng) if distinct else draw_items(rng)
     shown = ("，" if rng.random() < 0.05 else ", " if rng.random() < 0.15 else " ").join(items)
     wordings, answer = rng.choice(
         (
@@ -564,16 +570,9 @@ _MAKERS = tuple(maker for maker, _ in _TASKS)
 _SHARES = tuple(share for _, share in _TASKS)
 
 
-def draw_task(rng: Random, *, copying: bool = False) -> Task:
-    """Draw a task of any kind, lists most of the time where `copying` is to be practised."""
-    if copying and rng.random() < 0.4:
-        return list_task(rng)
+def draw_task(rng: Random) -> Task:
+    """Draw a task of any kind."""
     return rng.choices(_MAKERS, _SHARES)[0](rng)
-
-
-def make_copying_conversation(rng: Random) -> Conversation:
-    """Draw a conversation, more often than otherwise about a list."""
-    return make_conversation(rng, copying=True)
 
 
 def draw_system(rng: Random) -> str | None:
@@ -604,12 +603,25 @@ def make_easy_conversation(rng: Random) -> Conversation:
     return Conversation((_user(task.question),), task.answer, task.thought, _unset(rng))
 
 
-def make_conversation(rng: Random, *, copying: bool = False) -> Conversation:
+def make_copying_conversation(rng: Random) -> Conversation:
+    """Draw any conversation half of the time, and else a list by itself, its items all different.
+
+    An item that stands twice has two successors, which hides what copying is.
+    """
+    if rng.random() < 0.5:
+        return make_conversation(rng)
+    task = list_task(rng, distinct=True)
+    if rng.random() < 0.5:
+        return Conversation((_user(task.question),), task.answer, thinking=False)
+    return Conversation((_user(task.question),), task.answer, task.thought, _unset(rng))
+
+
+def make_conversation(rng: Random) -> Conversation:
     """Draw a conversation: a task in a setting."""
     if rng.random() < 0.015:
         return Conversation((), rng.choice(PARAGRAPHS), raw=True)
     mode = rng.choices(("think", "direct", "switch", "cut"), (0.46, 0.27, 0.13, 0.14))[0]
-    task = draw_task(rng, copying=copying)
+    task = draw_task(rng)
     if mode == "direct" and rng.random() < 0.3:
         task = small_addition(rng)  # to be known by heart, all hundred of them
     earlier = _draw_history(rng)
