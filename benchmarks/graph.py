@@ -57,8 +57,7 @@ def our_step(layers: int) -> Step:
     model = qwen3_mlx.model.qwen3.Qwen3(ModelConfig.from_dict(_small_config(layers)))
     nn.quantize(model, group_size=64, bits=4)
     for layer in model.layers:
-        layer.self_attn.fuse()
-        layer.mlp.fuse()
+        layer.fuse()
     cache = model.make_cache(4096)
     return _warmed(lambda ids: model(ids, cache))
 

@@ -338,10 +338,9 @@ def load(
         ValueError: an argument is out of its range.
         CheckpointError: the checkpoint cannot be found, read or honoured.
     """
-    options = LoadOptions(
-        backend.compute_dtype(dtype), Format(bits, group_size) if bits else None, dequantize
-    )
-    place = Source(str(source or files("qwen3_mlx") / "demo"), revision)
+    wanted = None if bits is None else Format(bits, group_size)
+    options = LoadOptions(backend.compute_dtype(dtype), wanted, dequantize)
+    place = Source(str(files("qwen3_mlx") / "demo" if source is None else source), revision)
     folder = place.fetch(DESCRIPTION_FILES)
     config = read_json(folder / "config.json")
     ModelConfig.from_dict(config)  # what cannot be run is refused before gigabytes are fetched

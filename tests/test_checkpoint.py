@@ -335,6 +335,8 @@ def test_names_that_are_no_checkpoint(tiny_folder: Path, tmp_path: Path) -> None
         load("./nothing")
     with pytest.raises(CheckpointError, match="is no folder here, nor a hub name"):
         load("nothing")
+    with pytest.raises(CheckpointError, match="is no folder here, nor a hub name"):
+        load("")
     with pytest.raises(CheckpointError, match="is a file"):
         load(tiny_folder / "config.json")
     with pytest.raises(ValueError, match="revision belongs to hub names"):
@@ -344,6 +346,8 @@ def test_names_that_are_no_checkpoint(tiny_folder: Path, tmp_path: Path) -> None
 def test_arguments_out_of_range(tiny_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, 5, 6, 8, not 7"):
         load(tiny_folder, bits=7)
+    with pytest.raises(ValueError, match="bits must be one of 2, 3, 4, 5, 6, 8, not 0"):
+        load(tiny_folder, bits=0)
     with pytest.raises(ValueError, match="group_size must be one of 32, 64, 128, not 50"):
         load(tiny_folder, bits=4, group_size=50)
     folder = quantize_folder(

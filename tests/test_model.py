@@ -159,8 +159,7 @@ def test_fused_weights_change_nothing(bits: int | None) -> None:
     before = model.tensors()
     plain = model(IDS[:, :1])
     for layer in model.layers:
-        layer.self_attn.fuse()
-        layer.mlp.fuse()
+        layer.fuse()
     after = model.tensors()
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -173,16 +172,14 @@ def test_fused_weights_are_not_held_twice() -> None:
     mx.clear_cache()
     before = mx.get_active_memory()
     for layer in model.layers:
-        layer.self_attn.fuse()
-        layer.mlp.fuse()
+        layer.fuse()
     assert mx.get_active_memory() <= before * 1.01
 
 
 def test_an_update_after_fusing_is_not_ignored() -> None:
     model = make_model()
     for layer in model.layers:
-        layer.self_attn.fuse()
-        layer.mlp.fuse()
+        layer.fuse()
     model.update(tree_map(lambda x: x * 1.1, model.parameters()))
     fresh = Qwen3(model.config)
     fresh.update(model.parameters())

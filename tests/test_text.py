@@ -130,6 +130,21 @@ def test_special_tokens_keep_their_text() -> None:
     assert TOKENIZER.id_of("<nothing>") is None
 
 
+def test_a_saved_truncation_is_not_obeyed(tmp_path: Path) -> None:
+    content = json.loads((DEMO / "tokenizer.json").read_text())
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(content))
+    assert Tokenizer(path).encode("one two three four five") == TOKENIZER.encode(
+        "one two three four five"
+    )
+
+
 def test_a_broken_tokenizer_is_one_sentence(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(CheckpointError, match=r"has no tokenizer\.json"):
@@ -188,6 +203,7 @@ def test_tojson_neither_sorts_nor_escapes() -> None:
         ("{{ raise_exception('no system turns') }}", "no system turns"),
         ("{{ messages[0].content.nothing.more }}", "refuses these messages"),
         ("{{ ''.__class__.__mro__ }}", "refuses these messages"),
+        ("{{ 1 / 0 }}", "refuses these messages"),
         ("{% for m in messages %}{{ m.content + 1 }}{% endfor %}", "refuses these messages"),
     ],
 )

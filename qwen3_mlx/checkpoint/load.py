@@ -67,9 +67,7 @@ def load_model(
         mx.eval(filled.parameters())
         _put(model, path, filled)
     for layer in model.layers:
-        layer.self_attn.fuse()
-        if hasattr(layer.mlp, "fuse"):
-            layer.mlp.fuse()
+        layer.fuse()
     progress(len(paths), len(paths))
     return model
 

@@ -109,6 +109,11 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
+    def fuse(self) -> None:
+        """Join the storage of projections of one input; done once the weights are there."""
+        self.self_attn.fuse()
+        self.mlp.fuse()
+
     def __call__(
         self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: Rotate
     ) -> mx.array:  # [B, L, D] -> [B, Q, D]

@@ -13,6 +13,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 
 Tool = Mapping[str, Any]
+# What the expressions of a template can come to.
+_RUN_TIME_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 class ChatTemplate:
@@ -80,7 +82,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
                 **switch,
             )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
+        except (TemplateError, *_RUN_TIME_ERRORS) as error:
             raise Qwen3Error(
                 f"the checkpoint's chat template refuses these messages: {error}"
             ) from error

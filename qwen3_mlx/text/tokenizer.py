@@ -30,6 +30,8 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
         if not isinstance(self._inner.decoder, tokenizers.decoders.ByteLevel):
             raise CheckpointError(f"{path} is not a byte-level tokenizer, as all Qwen3 have")
+        self._inner.no_truncation()  # whatever the file was saved with: no prompt is cut short
+        self._inner.no_padding()
         self._added = {
             token: added.content.encode()
             for token, added in self._inner.get_added_tokens_decoder().items()
