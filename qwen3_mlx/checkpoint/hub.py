@@ -33,7 +33,7 @@ class Source:
         self.name = name
         self._revision = revision
         folder = Path(name).expanduser()
-        self.folder = folder if folder.exists() else None
+        self.folder = folder if name and folder.exists() else None
         if self.folder is None and (name[:1] in "./~" or not _HUB_NAME.fullmatch(name)):
             raise CheckpointError(
                 f"{name!r} is no folder here, nor a hub name such as Qwen/Qwen3-8B"
