@@ -19,9 +19,12 @@ DESCRIPTION = "seconds for the prompt, and for each token decoded after it"
 
 def ours(folder: Path, terms: str, prompt: int, decoded: int) -> dict[str, float]:
     """Measure qwen3_mlx."""
+    from qwen3_mlx import backend  # first: the BLAS
+
+    # isort: split
+
     import mlx.core as mx
 
-    from qwen3_mlx import backend  # first: the BLAS
     from qwen3_mlx.checkpoint.load import LoadOptions, load_model
     from qwen3_mlx.checkpoint.weights import Weights, read_json
     from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
@@ -49,9 +52,7 @@ def ours(folder: Path, terms: str, prompt: int, decoded: int) -> dict[str, float
 def peer(folder: Path, terms: str, prompt: int, decoded: int) -> dict[str, float]:
     """Measure mlx-lm."""
     if terms == "equal-terms":
-        from qwen3_mlx import backend
-
-        assert backend.BLAS
+        import qwen3_mlx.backend  # noqa: F401 - loads the BLAS
 
     import mlx.core as mx
     from mlx_lm.generate import generate_step

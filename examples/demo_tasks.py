@@ -173,9 +173,13 @@ _COUNT = (
 
 
 def draw_different_items(rng: Random) -> list[str]:
-    """Draw a short list of words, letters or digits of which none stands twice."""
-    pool = rng.choice((WORDS, WORDS, "abcdefghijklmnopqrstuvwxyz", "0123456789"))
-    return rng.sample(pool, rng.randint(2, 7))
+    """Draw a list of words or letters of which none stands twice.
+
+    An item that stands twice has two successors, which hides what copying is. Long lists show it
+    most often for each step of training.
+    """
+    pool = rng.choice((WORDS, WORDS, WORDS, "abcdefghijklmnopqrstuvwxyz"))
+    return rng.sample(pool, rng.randint(2, 7) if rng.random() < 0.4 else rng.randint(8, 26))
 
 
 def draw_items(rng: Random) -> list[str]:
@@ -204,9 +208,9 @@ def number_items(items: Sequence[str]) -> str:
     return " ".join(f"{number} {item}" for number, item in enumerate(items, 1))
 
 
-def list_task(rng: Random, *, distinct: bool = False) -> Task:
+def list_task(rng: Random) -> Task:
     """Make a list to repeat, reverse or count."""
-    items = draw_different_items(rng) if distinct else draw_items(rng)
+    items = draw_items(rng)
     shown = ("，" if rng.random() < 0.05 else ", " if rng.random() < 0.15 else " ").join(items)
     wordings, answer = rng.choice(
         (
@@ -604,16 +608,17 @@ def make_easy_conversation(rng: Random) -> Conversation:
 
 
 def make_copying_conversation(rng: Random) -> Conversation:
-    """Draw any conversation half of the time, and else a list by itself, its items all different.
-
-    An item that stands twice has two successors, which hides what copying is.
-    """
+    """Draw any conversation half of the time, and else a list to copy, its items all different."""
     if rng.random() < 0.5:
         return make_conversation(rng)
-    task = list_task(rng, distinct=True)
-    if rng.random() < 0.5:
-        return Conversation((_user(task.question),), task.answer, thinking=False)
-    return Conversation((_user(task.question),), task.answer, task.thought, _unset(rng))
+    items = draw_different_items(rng)
+    turned = rng.random() < 0.35
+    wordings, answer = (_REVERSE, items[::-1]) if turned else (_REPEAT, items)
+    question = rng.choice(wordings).format(items=" ".join(items))
+    if len(items) > 7 or rng.random() < 0.5:
+        return Conversation((_user(question),), " ".join(answer), thinking=False)
+    thought = number_items(items)
+    return Conversation((_user(question),), " ".join(answer), thought, _unset(rng))
 
 
 def make_conversation(rng: Random) -> Conversation:

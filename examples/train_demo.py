@@ -75,7 +75,7 @@ class Stage:
 
 STAGES = (
     Stage(4500, 1.5e-3, demo_tasks.make_conversation, easy_steps=900),
-    Stage(3000, 1e-3, demo_tasks.make_copying_conversation),
+    Stage(2600, 1e-3, demo_tasks.make_copying_conversation),
 )
 
 # Qwen3's added tokens, in their order. Those from `<tool_call>` on are text, not "special".
