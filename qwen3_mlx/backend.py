@@ -9,20 +9,22 @@ import os
 import platform
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 # Plain `cblas_*` exports are what MLX's CPU build links to. numpy's and scipy's private OpenBLAS
 # rename theirs and do not serve. The order is by measured speed on x86-64.
 _BLAS_LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.2", "libmkl_rt.so.3", "libblis.so.4")
+_OWN_BLAS = "MLX's own"
 
 
 def _preload_blas() -> str:
     """Load a fast BLAS for MLX's Linux CPU build and say what was done."""
     wish = os.environ.get("QWEN3_BLAS", "")
     if sys.platform != "linux" or wish == "off":
-        return "MLX's own" if wish != "off" else "MLX's own (QWEN3_BLAS=off)"
+        return _OWN_BLAS if wish != "off" else f"{_OWN_BLAS} (QWEN3_BLAS=off)"
     if "mlx.core" in sys.modules:
-        return "MLX's own (mlx was imported before qwen3_mlx)"
+        return f"{_OWN_BLAS} (mlx was imported before qwen3_mlx)"
     beside = [str(Path(sys.prefix) / "lib" / name) for name in _BLAS_LIBRARIES]
     for name in [wish] if wish else [*_BLAS_LIBRARIES, *beside]:
         try:
@@ -31,7 +33,7 @@ def _preload_blas() -> str:
             continue
         if hasattr(library, "cblas_sgemm"):
             return name
-    return f"MLX's own (QWEN3_BLAS={wish} cannot be loaded)" if wish else "MLX's own"
+    return f"{_OWN_BLAS} (QWEN3_BLAS={wish} cannot be loaded)" if wish else _OWN_BLAS
 
 
 BLAS = _preload_blas()
@@ -62,6 +64,16 @@ def compute_dtype(name: str | None = None) -> mx.Dtype:
     if name not in _DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, not {name!r}")
     return _DTYPES[name]
+
+
+@cache
+def prefers_columns() -> bool:
+    """Say whether a matrix times a column is faster than a row times the transposed matrix.
+
+    A fast BLAS on a CPU has its matrix-vector routine for that; MLX's own is slower so, and a GPU
+    does not care.
+    """
+    return not on_gpu() and not BLAS.startswith(_OWN_BLAS)
 
 
 def total_memory() -> int:

@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from numbers import Integral
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event as Flag
@@ -26,10 +27,10 @@ from qwen3_mlx.engine.params import (
     sampling_defaults,
 )
 from qwen3_mlx.engine.worker import Worker
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.streams import AsyncStream, Reply, Stream, collect
+from qwen3_mlx.streams import AsyncStream, Reply, Said, Stream, collect
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.parser import Parser
@@ -58,8 +59,7 @@ class LLM:
         # A model may be made for fewer ids than its tokenizer knows, but never chooses others.
         vocabulary = min(len(parts.tokenizer), self.config.vocab_size)
         self._engine: Engine | None = Engine(parts.model, worker, vocabulary=vocabulary)
-        self._running: weakref.WeakSet[Flag] = weakref.WeakSet()
-        self._shut = weakref.finalize(self, _shut_down, worker, self._running)
+        self._shut = weakref.finalize(self, _shut_down, worker)
 
     @property
     def model(self) -> Qwen3:
@@ -107,16 +107,16 @@ class LLM:
         ask = _Ask(max_tokens, sampling, seed, stop, progress)
         prompt, mode = self._chat_prompt(messages, thinking)
         loop, cancelled = asyncio.get_running_loop(), Flag()
-        events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        events: asyncio.Queue[Said] = asyncio.Queue()
 
-        def deliver(event: Event | Exception) -> None:
+        def deliver(event: Event | BaseException) -> None:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
             except RuntimeError:  # the loop is closed: nobody reads this any more
                 cancelled.set()
 
         self._submit(prompt, mode, ask, deliver, cancelled)
-        return AsyncStream(events, cancelled)
+        return AsyncStream(events, cancelled, self)
 
     def chat(
         self,
@@ -210,22 +210,27 @@ class LLM:
         return self.render(messages, thinking), self.thinking.resolve(thinking)
 
     def _stream(self, prompt: str, mode: bool | None, ask: "_Ask") -> Stream:
-        events: SimpleQueue[Event | Exception] = SimpleQueue()
+        events: SimpleQueue[Said] = SimpleQueue()
         cancelled = Flag()
         self._submit(prompt, mode, ask, events.put, cancelled)
-        return Stream(events, cancelled)
+        return Stream(events, cancelled, self)
 
     def _submit(
         self,
         prompt: str,
         mode: bool | None,
         ask: "_Ask",
-        deliver: Callable[[Event | Exception], None],
+        deliver: Callable[[Event | BaseException], None],
         cancelled: Flag,
     ) -> None:
         """Send a prompt to the engine; `mode` is whether it thinks, or None for raw text."""
         engine = self._open_engine()
         ids = self.tokenizer.encode(prompt)
+        if (greatest := max(ids, default=0)) >= self.config.vocab_size:
+            raise Qwen3Error(
+                f"the prompt has token {greatest} and the model knows {self.config.vocab_size:,}: "
+                "tokenizer.json belongs to another checkpoint"
+            )
         parser = Parser(
             self.tokenizer,
             deliver,
@@ -234,7 +239,7 @@ class LLM:
             stop=ask.stop_strings(),
         )
 
-        def done(outcome: Outcome | Exception) -> None:
+        def done(outcome: Outcome | BaseException) -> None:
             if isinstance(outcome, Outcome):
                 parser.close()
                 usage = Usage(len(ids), 0, outcome.completion_tokens, parser.reasoning_tokens)
@@ -261,11 +266,10 @@ class LLM:
             progress=ask.progress,
             cancelled=cancelled,
         )
-        self._running.add(cancelled)
         engine.submit(request)
 
     def _room(self, prompt_tokens: int, wish: int | None) -> int:
-        window = self.config.max_position_embeddings
+        window = self.config.context_window
         if prompt_tokens == 0:
             raise ValueError("the prompt is empty; give some text")
         if prompt_tokens >= window:
@@ -274,8 +278,6 @@ class LLM:
                 "shorten the prompt"
             )
         room = window - prompt_tokens
-        if wish is not None and wish < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {wish}")
         if wish is not None and wish > room:
             raise Qwen3Error(
                 f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
@@ -294,11 +296,21 @@ class _Ask:
     stop: str | Sequence[str] | None
     progress: Progress | None
 
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "seed"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
+                raise TypeError(f"{name} must be a whole number, not {value!r}")
+        if self.max_tokens is not None and self.max_tokens < 1:
+            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
+        if self.sampling is not None and not isinstance(self.sampling, SamplingParams):
+            raise TypeError(f"sampling must be SamplingParams, not {self.sampling!r}")
+
     def stop_strings(self) -> tuple[str, ...]:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        if any(not isinstance(text, str) or not text for text in stop):
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
+        if isinstance(stop, Mapping) or not all(isinstance(text, str) and text for text in stop):
             raise ValueError(f"stop must be one or more non-empty strings, not {self.stop!r}")
-        return stop
+        return tuple(stop)
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,8 +350,12 @@ def load(
         ValueError: an argument is out of its range.
         CheckpointError: the checkpoint cannot be found, read or honoured.
     """
-    wanted = None if bits is None else Format(bits, group_size)
-    options = LoadOptions(backend.compute_dtype(dtype), wanted, dequantize)
+    wanted = Format(4 if bits is None else bits, group_size)  # a wrong group size is never silent
+    if dequantize is not None and not isinstance(dequantize, bool):
+        raise TypeError(f"dequantize must be True, False or None, not {dequantize!r}")
+    options = LoadOptions(
+        backend.compute_dtype(dtype), None if bits is None else wanted, dequantize
+    )
     place = Source(str(files("qwen3_mlx") / "demo" if source is None else source), revision)
     folder = place.fetch(DESCRIPTION_FILES)
     config = read_json(folder / "config.json")
@@ -376,21 +392,26 @@ def _describe(
 ) -> _Parts:
     generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.is_file() else {}
+    try:
+        sampling_defaults(generation_config, thinking=False, hybrid=False)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{generation.name}: {error}") from error
     # Some conversions lose generation_config.json, and with it the second of Qwen3's end tokens.
-    ends = [config.get("eos_token_id"), generation_config.get("eos_token_id")]
-    ends.append(tokenizer.id_of("<|endoftext|>"))
-    end_ids = {token for end in ends for token in (end if isinstance(end, list) else [end])}
-    return _Parts(
-        model,
-        tokenizer,
-        ChatTemplate.from_folder(folder),
-        generation_config,
-        frozenset(token for token in end_ids if token is not None),
-    )
+    end_ids = {*_end_ids(config, "config.json"), *_end_ids(generation_config, generation.name)}
+    if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
+        end_ids.add(end_of_text)
+    template = ChatTemplate.from_folder(folder)
+    return _Parts(model, tokenizer, template, generation_config, frozenset(end_ids))
 
 
-def _shut_down(worker: Worker, running: "weakref.WeakSet[Flag]") -> None:
-    for cancelled in list(running):
-        cancelled.set()
+def _end_ids(config: Mapping[str, Any], where: str) -> list[int]:
+    stated = config.get("eos_token_id")
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise CheckpointError(f"{where}: eos_token_id is {stated!r}, not one or more token ids")
+    return ids
+
+
+def _shut_down(worker: Worker) -> None:
     worker.stop()
     backend.unwire()

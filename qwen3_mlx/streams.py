@@ -9,6 +9,9 @@ from typing import Self
 
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
+Said = Event | BaseException | None
+"""What a generation puts into its queue; None stands for the end, once that has been read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Reply:
@@ -26,17 +29,21 @@ class Stream(Iterator[Event]):
     Closing it, leaving its `with` block or dropping it ends the generation.
     """
 
-    def __init__(self, events: "SimpleQueue[Event | Exception]", cancelled: Flag) -> None:
+    def __init__(self, events: "SimpleQueue[Said]", cancelled: Flag, owner: object) -> None:
+        """Read `events`; `owner` is kept alive until the last of them."""
         self._events = events
         self._cancelled = cancelled
-        self._ended = False
+        self._owner: object = owner
 
     def __next__(self) -> Event:
-        if self._ended:
-            raise StopIteration
         event = self._events.get()
-        self._ended = isinstance(event, Finish | Exception)
-        if isinstance(event, Exception):
+        if event is None:
+            self._events.put(None)  # for whoever else reads this stream
+            raise StopIteration
+        if isinstance(event, Finish | BaseException):
+            self._events.put(None)
+            self._owner = None
+        if isinstance(event, BaseException):
             raise event
         return event
 
@@ -57,21 +64,25 @@ class Stream(Iterator[Event]):
 class AsyncStream(AsyncIterator[Event]):
     """The same for asyncio; cancelling the task that reads it ends the generation, too."""
 
-    def __init__(self, events: "asyncio.Queue[Event | Exception]", cancelled: Flag) -> None:
+    def __init__(self, events: "asyncio.Queue[Said]", cancelled: Flag, owner: object) -> None:
+        """Read `events`; `owner` is kept alive until the last of them."""
         self._events = events
         self._cancelled = cancelled
-        self._ended = False
+        self._owner: object = owner
 
     async def __anext__(self) -> Event:
-        if self._ended:
-            raise StopAsyncIteration
         try:
             event = await self._events.get()
         except asyncio.CancelledError:
             self._cancelled.set()
             raise
-        self._ended = isinstance(event, Finish | Exception)
-        if isinstance(event, Exception):
+        if event is None:
+            self._events.put_nowait(None)
+            raise StopAsyncIteration
+        if isinstance(event, Finish | BaseException):
+            self._events.put_nowait(None)
+            self._owner = None
+        if isinstance(event, BaseException):
             raise event
         return event
 

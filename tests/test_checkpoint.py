@@ -239,6 +239,47 @@ def cut_header(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", 10_000) + b"{}")
 
 
+def edit_header(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    """Change what the weight file says of itself, and leave its data as it is."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "model.safetensors"
+        raw = path.read_bytes()
+        (length,) = struct.unpack("<Q", raw[:8])
+        header = json.loads(raw[8 : 8 + length])
+        change(header)
+        text = json.dumps(header).encode()
+        path.write_bytes(struct.pack("<Q", len(text)) + text + raw[8 + length :])
+
+    return edit
+
+
+def edit_entry(**changes: Any) -> Callable[[Path], None]:
+    return edit_header(lambda header: header["model.norm.weight"].update(changes))
+
+
+def twice_in_two_files(folder: Path) -> None:
+    weights = read_weights(folder)
+    (folder / "model.safetensors").unlink()
+    first, second = (f"model-0000{number}-of-00002.safetensors" for number in (1, 2))
+    mx.save_safetensors(str(folder / first), weights)
+    mx.save_safetensors(str(folder / second), {"model.norm.weight": mx.zeros(64)})
+
+
+def as_integers(weights: dict[str, mx.array]) -> None:
+    weights["model.norm.weight"] = mx.zeros(64, dtype=mx.int16)
+
+
+def number_as_template(folder: Path) -> None:
+    (folder / "chat_template.jinja").unlink()
+    edit_json("tokenizer_config.json", chat_template=5)(folder)
+
+
+def npz(folder: Path) -> None:
+    index = {"weight_map": {"model.norm.weight": "model.npz"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
 def point_elsewhere(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "../../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -291,6 +332,30 @@ BROKEN = {
         r"model.extra.weight; misshapen: model.layers.0.mlp.gate_proj.weight is \[2, 2\] where "
         r"\[128, 64\] is needed",
     ),
+    "overlap": (
+        edit_entry(data_offsets=[512, 768]),
+        "has a broken header: .* does not begin where",
+    ),
+    "offsets below 0": (edit_entry(data_offsets=[-256, 0]), "has a broken header"),
+    "offsets as text": (edit_entry(data_offsets=["0", "256"]), "has a broken header"),
+    "bytes of another shape": (edit_entry(shape=[65]), "has a broken header"),
+    "a terabyte": (edit_entry(shape=[1 << 20, 1 << 20]), "has a broken header"),
+    "no such dtype": (edit_entry(dtype="F7"), "has a broken header"),
+    "metadata no text": (edit_header(lambda h: h.update(__metadata__={"a": 1})), "broken header"),
+    "twice": (twice_in_two_files, "has model.norm.weight twice, in model-00001-of-00002"),
+    "integers": (edit_weights(as_integers), "no place there: model.norm.weight is I16"),
+    "layers without end": (edit_json("config.json", num_hidden_layers=10**9), "missing: model.lay"),
+    "end id as text": (
+        edit_json("config.json", eos_token_id="<|im_end|>"),
+        "eos_token_id is '<|im",
+    ),
+    "hot": (edit_json("generation_config.json", temperature="hot"), "generation_config.json: temp"),
+    "template a number": (number_as_template, "chat_template is 5, not text"),
+    "fp8 beside null": (
+        edit_json("config.json", quantization=None, quantization_config={"quant_method": "fp8"}),
+        "quantized as FP8",
+    ),
+    "npz": (npz, "names model.npz; only safetensors"),
     "another model": (edit_json("config.json", model_type="llama"), "model_type is 'llama'"),
     "fp8": (
         edit_json("config.json", quantization_config={"quant_method": "fp8"}),

@@ -91,7 +91,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["x", "--top-k", "many"], 2, "Invalid value for '--top-k'"),
         (["a", "b"], 2, "unexpected extra argument"),
         ([""], 2, "give a prompt"),
-        (["x", "--temperature", "-1"], 1, "temperature must be at least 0, not -1.0"),
+        (["x", "--temperature", "-1"], 1, "temperature must be from 0 to 100, not -1.0"),
         (["x", "--model", "./nowhere"], 1, "is no folder here, nor a hub name"),
         (["x", "--bits", "7"], 1, "bits must be one of"),
         (["serve"], 1, f"`qwen3 serve` is not part of version {__version__}"),

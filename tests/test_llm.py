@@ -2,6 +2,10 @@
 
 import asyncio
 import gc
+import os
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +18,7 @@ import pytest
 from qwen3_mlx import LLM, Finish, Qwen3Error, Reasoning, SamplingParams, Text, load
 from qwen3_mlx.engine.runner import chunk_sizes
 from qwen3_mlx.engine.worker import Worker
-from tests.support import assert_close, random_ids, write_tiny
+from tests.support import DEMO, assert_close, random_ids, write_tiny
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -112,6 +116,12 @@ def test_logits_are_float32_and_evaluated(tiny: LLM) -> None:
         ({"stop": [""]}, ValueError, "stop must be one or more non-empty strings"),
         ({"stop": [3]}, ValueError, "stop must be one or more non-empty strings"),
         ({"sampling": SamplingParams(logit_bias={-1: 1.0})}, ValueError, "logit_bias names -1"),
+        ({"max_tokens": 5.5}, TypeError, "max_tokens must be a whole number, not 5.5"),
+        ({"max_tokens": True}, TypeError, "max_tokens must be a whole number, not True"),
+        ({"seed": "abc"}, TypeError, "seed must be a whole number, not 'abc'"),
+        ({"stop": {"a": 1}}, ValueError, "stop must be one or more non-empty strings"),
+        ({"sampling": {}}, TypeError, "sampling must be SamplingParams, not {}"),
+        ({"thinking": 0}, TypeError, "thinking must be True, False or None, not 0"),
     ],
 )
 def test_wrong_arguments(
@@ -126,6 +136,8 @@ def test_prompts_that_do_not_fit(tiny: LLM) -> None:
         tiny.complete("word " * 3000)
     with pytest.raises(ValueError, match="the prompt is empty"):
         tiny.complete("")
+    with pytest.raises(ValueError, match="not valid Unicode at character 1; is it UTF-8"):
+        tiny.complete("a\udcff")
     with pytest.raises(TypeError, match="prompt must be a string"):
         tiny.complete(["a"])  # type: ignore[arg-type]
 
@@ -205,6 +217,59 @@ def test_a_closed_llm_says_so(tmp_path: Path) -> None:
     for use in (lambda: llm.chat("x"), lambda: llm.logits([1]), lambda: llm.model):
         with pytest.raises(Qwen3Error, match="this LLM is closed"):
             use()
+
+
+def test_a_stream_keeps_its_llm(tiny_folder: Path) -> None:
+    stream = load(tiny_folder).stream("Hello", max_tokens=5, sampling=GREEDY)
+    gc.collect()
+    *_, finish = stream
+    assert isinstance(finish, Finish) and finish.reason == "length"
+
+
+def test_nothing_is_accepted_behind_the_end() -> None:
+    worker = Worker()
+    gate, results = threading.Event(), []
+    worker.post(lambda: results.append(gate.wait(10)))
+    stopper = threading.Thread(target=worker.stop)
+    stopper.start()
+    wait_until(lambda: worker.ending)
+    with pytest.raises(Qwen3Error, match="this LLM is closed"):
+        worker.call(lambda: None)
+    gate.set()
+    stopper.join(10)
+    assert results == [True]
+
+
+def test_a_callback_may_exit_or_close(tiny_folder: Path) -> None:
+    llm = load(tiny_folder)
+
+    def leave(done: int, total: int) -> None:
+        raise SystemExit(3)
+
+    with pytest.raises(SystemExit):
+        llm.chat("Hello", progress=leave)
+    reply = llm.chat("Hello", progress=lambda done, total: llm.close())
+    assert reply.finish_reason == "cancelled"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_process_is_told(tiny: LLM) -> None:
+    program = textwrap.dedent("""
+        import os, sys, warnings
+        from qwen3_mlx import Qwen3Error, load
+        warnings.simplefilter("ignore")
+        llm = load(sys.argv[1])
+        if os.fork() == 0:
+            try:
+                llm.chat("Hello", max_tokens=1)
+            except Qwen3Error as error:
+                print(error, flush=True)
+            os._exit(0)
+        os.wait()
+    """)
+    command = [sys.executable, "-c", program, str(DEMO)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert "loaded before the process forked" in done.stdout
 
 
 # --- threads and asyncio ------------------------------------------------------------------------

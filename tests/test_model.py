@@ -112,7 +112,7 @@ def test_no_field_of_the_config_is_left_out() -> None:
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"use_sliding_window": True, "sliding_window": 512}, "use_sliding_window is true"),
-        ({"layer_types": ["sliding_attention"]}, "layer_types has sliding_attention"),
+        ({"layer_types": ["sliding_attention"]}, "layer_types has 'sliding_attention'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear'"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', not an object"),
@@ -126,6 +126,19 @@ def test_no_field_of_the_config_is_left_out() -> None:
         ({**MOE, "norm_topk_prob": None}, "norm_topk_prob is missing"),
         ({**MOE, "num_experts": None}, "num_experts or num_local_experts is missing"),
         ({**MOE, "num_experts_per_tok": 9}, "is more than num_experts"),
+        ({**MOE, "mlp_only_layers": 5}, "mlp_only_layers is 5, not a list"),
+        ({**MOE, "mlp_only_layers": ["0"]}, "mlp_only_layers has '0'; the layers are 0 to 2"),
+        ({"layer_types": 5}, "layer_types is 5, not a list"),
+        ({"hidden_size": 10**30}, "hidden_size is 10000.*, not a positive integer"),
+        ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, not a positive number"),
+        ({"rope_theta": 10**400}, "rope_theta is 1000.*, not a positive number"),
+        ({"rope_theta": 1, "rope_scaling": EXPLICIT}, "rope_theta is 1"),
+        ({"rope_scaling": {**EXPLICIT, "attention_factor": -3}}, "attention_factor is -3"),
+        ({"rope_scaling": {**YARN, "mscale": "x", "mscale_all_dim": 1}}, "mscale is 'x'"),
+        (
+            {"rope_scaling": {**YARN, "original_max_position_embeddings": float("nan")}},
+            "rope_scaling: original_max_position_embeddings is nan",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(change: dict[str, Any], complaint: str) -> None:
@@ -143,6 +156,14 @@ def test_both_spellings_are_one() -> None:
     del old["rope_scaling"]["rope_type"]
     spelled = {**TINY, "rope_parameters": {**YARN, "rope_theta": 10000.0}}
     assert ModelConfig.from_dict(old) == ModelConfig.from_dict(spelled)
+    by_hand = {**TINY, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
+    assert ModelConfig.from_dict({**by_hand, "rope_scaling": YARN}) == ModelConfig.from_dict(old)
+
+
+def test_yarn_widens_the_window() -> None:
+    assert ModelConfig.from_dict(TINY).context_window == 2048
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 2000}
+    assert ModelConfig.from_dict({**TINY, "rope_scaling": yarn}).context_window == 8000
 
 
 def test_a_geometry_that_no_published_model_has() -> None:

@@ -103,6 +103,11 @@ def test_temperature_zero_takes_the_likeliest() -> None:
     assert draw(3, LOGITS, temperature=0.0) == {item(mx.argmax(LOGITS)): 3}
 
 
+def test_next_to_no_temperature_is_none() -> None:
+    for temperature in (1e-5, 1e-40, 1e-310):
+        assert draw(3, LOGITS, temperature=temperature) == {item(mx.argmax(LOGITS)): 3}
+
+
 def test_a_seed_repeats_and_another_differs() -> None:
     def run(seed: int) -> list[int]:
         params = SamplingParams(temperature=2.0).over(NEUTRAL)
@@ -147,13 +152,16 @@ def test_filters_keep_at_least_the_likeliest() -> None:
 @pytest.mark.parametrize(
     ("params", "error"),
     [
-        ({"temperature": -0.1}, "temperature must be at least 0, not -0.1"),
+        ({"temperature": -0.1}, "temperature must be from 0 to 100, not -0.1"),
         ({"top_p": 1.5}, "top_p must be from 0 to 1, not 1.5"),
         ({"top_p": 0}, "top_p must be more than 0"),
-        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"top_k": -1}, "top_k must be from 0"),
         ({"min_p": 2}, "min_p must be from 0 to 1"),
         ({"presence_penalty": 3}, "presence_penalty must be from -2 to 2"),
-        ({"repetition_penalty": 0}, "repetition_penalty and top_p must be more than 0"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be from 0.01 to 100"),
+        ({"temperature": float("inf")}, "temperature must be from 0 to 100, not inf"),
+        ({"temperature": float("nan")}, "temperature must be from 0 to 100, not nan"),
+        ({"logit_bias": {5: float("nan")}}, "logit_bias of 5 must be finite, not nan"),
     ],
 )
 def test_values_out_of_range_are_refused(params: dict[str, Any], error: str) -> None:

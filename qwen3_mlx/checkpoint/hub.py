@@ -55,7 +55,7 @@ class Source:
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,
-            HfHubHTTPError,
+            HFValidationError,
             LocalEntryNotFoundError,
             RepositoryNotFoundError,
             RevisionNotFoundError,
@@ -81,6 +81,8 @@ class Source:
                 f"{self.name} is not downloaded yet and the hub cannot be reached; "
                 "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
             ) from error
-        except (HfHubHTTPError, OSError) as error:
+        except HFValidationError as error:
+            raise CheckpointError(f"{self.name!r} is no name that the hub can have") from error
+        except Exception as error:  # the hub's library lets those of its HTTP client through
             first_line = str(error).strip().split("\n")[0]
             raise CheckpointError(f"downloading {self.name} failed: {first_line}") from error

@@ -18,6 +18,7 @@ from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.linear import Embedding, Linear
 from qwen3_mlx.model.moe import QuantizedSwitchLinear, SwitchLinear
 from qwen3_mlx.model.qwen3 import Qwen3
 
@@ -48,7 +49,11 @@ def load_model(
         CheckpointError: config and weights do not fit together, or the weights are quantized and
             another quantization is asked for.
     """
-    model = Qwen3(ModelConfig.from_dict(config))
+    geometry = ModelConfig.from_dict(config)
+    last = f"model.layers.{geometry.num_hidden_layers - 1}."
+    if not any(name.startswith(last) for name in weights.tensors):  # however many are promised
+        raise CheckpointError(f"weights and config.json do not match; missing: {last}*")
+    model = Qwen3(geometry)
     stored = StoredFormats.of(config)
     if stored:
         _give_quantized_shape(model, stored, weights)
@@ -96,7 +101,7 @@ def _give_quantized_shape(model: Qwen3, stored: StoredFormats, weights: Weights)
 
 def _compare(model: Qwen3, weights: Weights) -> None:
     """Hold the tensors that the network needs against those that are there."""
-    needed = {name: array.shape for name, array in model.tensors().items()}
+    needed = model.tensors()
     there = weights.tensors
     # The small published checkpoints carry a copy of the embedding that tied heads do not use.
     unused = {"lm_head.weight", "lm_head.scales", "lm_head.biases"}
@@ -104,9 +109,14 @@ def _compare(model: Qwen3, weights: Weights) -> None:
     missing = sorted(needed.keys() - there.keys())
     unexpected = sorted(there.keys() - needed.keys() - (unused if tied else set()))
     misshapen = [
-        f"{name} is {list(there[name].shape)} where {list(shape)} is needed"
-        for name, shape in needed.items()
-        if name in there and there[name].shape != tuple(shape)
+        f"{name} is {list(there[name].shape)} where {list(array.shape)} is needed"
+        for name, array in needed.items()
+        if name in there and there[name].shape != tuple(array.shape)
+    ]
+    mistyped = [
+        f"{name} is {there[name].dtype}"
+        for name, array in needed.items()
+        if name in there and there[name].dtype not in _stored_dtypes(array)
     ]
     complaints = [
         f"{what} {', '.join(names)}"
@@ -114,11 +124,19 @@ def _compare(model: Qwen3, weights: Weights) -> None:
             ("missing:", missing),
             ("unexpected:", unexpected),
             ("misshapen:", misshapen),
+            ("of a dtype that has no place there:", mistyped),
         )
         if names
     ]
     if complaints:
         raise CheckpointError(f"weights and config.json do not match; {'; '.join(complaints)}")
+
+
+def _stored_dtypes(array: mx.array) -> tuple[str, ...]:
+    """Name the dtypes on disk that can become an array of the network."""
+    if mx.issubdtype(array.dtype, mx.floating):
+        return "BF16", "F16", "F32"
+    return ("U32",) if array.dtype == mx.uint32 else ("U8",)  # packed weights; scales as codes
 
 
 def _count_weights(model: Qwen3) -> int:
@@ -176,8 +194,8 @@ def _dequantized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
 
 # The twins, made as small as can be: their weights are replaced at once.
 _PLAIN: dict[type, Callable[[], nn.Module]] = {
-    nn.QuantizedLinear: lambda: nn.Linear(1, 1, bias=False),
-    nn.QuantizedEmbedding: lambda: nn.Embedding(1, 1),
+    nn.QuantizedLinear: lambda: Linear(1, 1, bias=False),
+    nn.QuantizedEmbedding: lambda: Embedding(1, 1),
     QuantizedSwitchLinear: lambda: SwitchLinear(1, 1, 1),
 }
 

@@ -30,6 +30,9 @@ class Format:
         if self.mode not in _FORMATS:
             raise ValueError(f"quantization mode must be one of {', '.join(_FORMATS)}")
         bits, groups = _FORMATS[self.mode]
+        for name in ("bits", "group_size"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         if self.bits not in bits:
             raise ValueError(f"bits must be one of {_listed(bits)}, not {self.bits}")
         if self.group_size not in groups:
@@ -69,7 +72,7 @@ class StoredFormats:
         if not isinstance(section, Mapping):
             raise CheckpointError(f"config.json: quantization is {section!r}, not an object")
         method = section.get("quant_method")
-        if method is not None and "bits" not in config.get("quantization", {}):
+        if method is not None and "bits" not in (config.get("quantization") or {}):
             raise CheckpointError(
                 f"its weights are quantized as {str(method).upper()}, which MLX cannot compute "
                 "with; convert it first: qwen3 convert SOURCE FOLDER"
@@ -82,11 +85,13 @@ class StoredFormats:
         Raises:
             CheckpointError: it is one that MLX does not have.
         """
-        own = self._section.get(path)
+        own = self._section.get(path, True)  # true is how mlx-lm writes "as all others"
+        if not isinstance(own, Mapping | bool):
+            raise CheckpointError(f"config.json: quantization of {path} is {own!r}, not an object")
         section = own if isinstance(own, Mapping) else self._section
         mode = section.get("mode") or "affine"
-        bits, group_size = _DEFAULTS.get(mode, (0, 0))
         try:
+            bits, group_size = _DEFAULTS.get(mode, (0, 0))
             return Format(
                 section.get("bits") or bits, section.get("group_size") or group_size, mode
             )

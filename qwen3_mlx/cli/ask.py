@@ -114,8 +114,6 @@ def ask(  # noqa: PLR0913 - one parameter an option
     )
     messages = [{"role": "system", "content": system}] if system else []
     messages.append({"role": "user", "content": _with_piped(prompt)})
-    if model is None and not quiet:
-        note(_DEMO_NOTE)
     with Bar("loading") as bar:
         llm = qwen3_mlx.load(
             _full_name(model), revision=revision, bits=bits, dtype=dtype, progress=bar
@@ -131,6 +129,8 @@ def ask(  # noqa: PLR0913 - one parameter an option
             stop=stop,
             progress=bar,
         )
+        if model is None and not quiet:
+            note(_DEMO_NOTE)
         with _ctrl_c_closes(stream):
             finish, first = _show(stream, show_thinking=not (hide_thinking or quiet))
         if not quiet:

@@ -1,5 +1,6 @@
 """The `qwen3` command: verbs, and the obvious thing without one."""
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ class _Root(TyperGroup):
             )
         if not args and sys.stdin.isatty():
             args = ["--help"]
-        elif first not in self.commands and first not in ("--help", "--version"):
+        elif first not in self.commands and first not in ("--help", "-h", "--version"):
             args = ["ask", *args]
         return super().parse_args(ctx, args)
 
@@ -88,6 +89,8 @@ def main(args: Sequence[str] | None = None) -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed by the caller: else the next file takes its place
             setattr(sys, name, open(os.devnull, mode))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer outlives a narrow terminal encoding
+        sys.stdout.reconfigure(errors="replace")
     try:
         code = app(args=args, prog_name="qwen3", standalone_mode=False)
     except TyperException as error:  # wrong usage

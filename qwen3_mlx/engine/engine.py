@@ -1,6 +1,7 @@
 """Runs requests on the worker thread: prompt in, tokens to the request's watcher, outcome out."""
 
 import logging
+from collections.abc import Iterator
 
 import mlx.core as mx
 
@@ -29,19 +30,37 @@ class Engine:
 
     def _run(self, request: Request) -> None:
         try:
-            outcome: Outcome | Exception = self._generate(request)
-        except Exception as error:  # noqa: BLE001 - handed to whoever waits for the outcome
+            outcome: Outcome | BaseException = self._generate(request)
+        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the outcome
             _log.debug("a request failed", exc_info=True)
             outcome = error
         mx.clear_cache()
         request.done(outcome)
 
     def _generate(self, request: Request) -> Outcome:
-        total, count = len(request.ids), 0
+        count = 0
+        try:
+            for token in self._tokens(request):
+                count += 1
+                if token in request.end_ids:
+                    return Outcome("stop", count)
+                request.watcher.advance([token])
+                if request.watcher.finished:
+                    return Outcome("stop", count)
+        except Cancelled:
+            return Outcome("cancelled", count)
+        return Outcome("length", count)
 
-        def checkpoint(done: int) -> None:
-            if request.cancelled.is_set():
+    def _tokens(self, request: Request) -> Iterator[int]:
+        """Give the tokens as they are chosen; raises Cancelled when nobody wants more."""
+        total = len(request.ids)
+
+        def go_on() -> None:
+            if request.cancelled.is_set() or self._worker.ending:
                 raise Cancelled
+
+        def report(done: int) -> None:
+            go_on()
             if request.progress:
                 request.progress(done, total)
 
@@ -52,27 +71,10 @@ class Engine:
             vocabulary=self._vocabulary,
             prompt=request.ids,
         )
-        try:
-            logits = prefill(
-                self.model,
-                cache,
-                request.ids,
-                chunk=backend.prefill_chunk(),
-                checkpoint=checkpoint,
-            )
-            for token in decode(self.model, cache, logits, sampler, request.max_tokens):
-                if count == 0 and request.progress:
-                    request.progress(total, total)
-                if request.cancelled.is_set():
-                    break
-                count += 1
-                if token in request.end_ids:
-                    return Outcome("stop", count)
-                request.watcher.advance([token])
-                if request.watcher.finished:
-                    return Outcome("stop", count)
-            else:
-                return Outcome("length", count)
-        except Cancelled:
-            pass
-        return Outcome("cancelled", count)
+        logits = prefill(
+            self.model, cache, request.ids, chunk=backend.prefill_chunk(), checkpoint=report
+        )
+        tokens = decode(self.model, cache, logits, sampler, request.max_tokens)
+        for number, token in enumerate(tokens):
+            go_on() if number else report(total)
+            yield token

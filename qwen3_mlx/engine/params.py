@@ -1,5 +1,6 @@
 """What a caller asks of one generation."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from threading import Event
@@ -41,10 +42,14 @@ class SamplingParams:
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise TypeError(f"{name} must be a number, not {value!r}")
             if not low <= value <= high:
-                bounds = f"at least {low:g}" if high == _NO_END else f"from {low:g} to {high:g}"
-                raise ValueError(f"{name} must be {bounds}, not {value}")
-        if self.repetition_penalty == 0 or self.top_p == 0:
-            raise ValueError("repetition_penalty and top_p must be more than 0")
+                raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value}")
+        if self.top_p == 0:
+            raise ValueError("top_p must be more than 0; temperature 0 takes the likeliest token")
+        for token, bias in (self.logit_bias or {}).items():
+            if type(token) is not int or not isinstance(bias, int | float):
+                raise TypeError(f"logit_bias maps token ids to numbers, not {token!r} to {bias!r}")
+            if not math.isfinite(bias):
+                raise ValueError(f"logit_bias of {token} must be finite, not {bias}")
 
     def over(self, defaults: "SamplingParams") -> "SamplingParams":
         """Fill what is None from `defaults`."""
@@ -56,15 +61,14 @@ class SamplingParams:
         return replace(self, **missing)
 
 
-_NO_END = float("inf")
 _RANGES = {
-    "temperature": (0, _NO_END),
+    "temperature": (0, 100),
     "top_p": (0, 1),
-    "top_k": (0, _NO_END),
+    "top_k": (0, 1 << 31),
     "min_p": (0, 1),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
-    "repetition_penalty": (0, _NO_END),
+    "repetition_penalty": (0.01, 100),
 }
 NEUTRAL = SamplingParams(
     temperature=1.0,
@@ -130,7 +134,7 @@ class Request:
     seed: int
     end_ids: frozenset[int]
     watcher: Watcher
-    done: Callable[[Outcome | Exception], None]
+    done: Callable[[Outcome | BaseException], None]
     room_for: int  # tokens of the reply to allocate cache for at once
     progress: Callable[[int, int], None] | None = None
     cancelled: Event = field(default_factory=Event)

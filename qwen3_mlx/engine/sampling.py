@@ -12,6 +12,7 @@ import mlx.core as mx
 from qwen3_mlx.engine.params import SamplingParams
 
 _ROW = 128
+_COLDEST = 1e-5  # below, dividing by the temperature would leave the range of float32
 
 
 class Sampler:
@@ -60,9 +61,9 @@ class Sampler:
 
     def _choose(self, logits: mx.array) -> mx.array:
         params, vocabulary = self._params, self._vocabulary
-        if params.temperature == 0 or params.top_k == 1:
+        assert params.temperature is not None and params.top_p and params.min_p is not None
+        if params.temperature < _COLDEST or params.top_k == 1:
             return mx.argmax(logits[:vocabulary], keepdims=True).astype(mx.int32)
-        assert params.temperature and params.top_p and params.min_p is not None
         ids = None
         if params.top_k and params.top_k < vocabulary:
             logits, ids = likeliest(logits, params.top_k, vocabulary)

@@ -4,13 +4,17 @@ A lazy array belongs to the thread that made it, so everything that computes run
 on; other threads hand in work and take evaluated results.
 """
 
+import atexit
+import os
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
-from threading import Thread
+from threading import Lock, Thread, current_thread
 from typing import TypeVar
 
 import mlx.core as mx
+
+from qwen3_mlx.errors import Qwen3Error
 
 T = TypeVar("T")
 
@@ -20,12 +24,27 @@ class Worker:
 
     def __init__(self) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self.ending = False  # what runs should come to its end, too
+        self._lock = Lock()  # nothing may be posted behind the end
+        self._process = os.getpid()
         self._thread = Thread(target=self._work, name="qwen3-mlx", daemon=True)
         self._thread.start()
 
     def post(self, job: Callable[[], None]) -> None:
-        """Have `job` done later; it must not raise."""
-        self._jobs.put(job)
+        """Have `job` done later; it must not raise.
+
+        Raises:
+            Qwen3Error: the thread has ended, or is another process's.
+        """
+        if os.getpid() != self._process:
+            raise Qwen3Error(
+                "this LLM was loaded before the process forked, and its thread stayed behind; "
+                "load it in the new process, started with the spawn method"
+            )
+        with self._lock:
+            if self.ending:
+                raise Qwen3Error("this LLM is closed; load it again")
+            self._jobs.put(job)
 
     def call(self, job: Callable[[], T]) -> T:
         """Have `job` done and give its result, or raise its error."""
@@ -41,9 +60,16 @@ class Worker:
         return future.result()
 
     def stop(self) -> None:
-        """End the thread when the jobs given so far are done; may be called twice."""
-        self._jobs.put(None)
-        self._thread.join()
+        """End the thread after the jobs given so far; may be called twice, and from a job."""
+        with self._lock:
+            self.ending = True
+            self._jobs.put(None)
+        if os.getpid() != self._process:
+            return
+        if self._thread is current_thread():  # in a callback, or collected there: it ends later
+            atexit.register(self._thread.join)
+        else:
+            self._thread.join()
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -11,6 +11,7 @@ from typing import Any
 from qwen3_mlx.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
+_LARGEST = 1 << 31  # no size of a network comes near; MLX counts in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,17 @@ class ModelConfig:
         """The factor on q·k. YaRN scales q and k alike, so its factor enters squared."""
         stretch = self.yarn.attention_factor if self.yarn else 1.0
         return stretch**2 / math.sqrt(self.head_dim)
+
+    @property
+    def context_window(self) -> int:
+        """The most tokens of prompt and reply together.
+
+        Who adds YaRN to a config.json often leaves `max_position_embeddings` as it was.
+        """
+        if self.yarn is None:
+            return self.max_position_embeddings
+        stretched = int(self.yarn.factor * self.yarn.original_max_position_embeddings)
+        return max(self.max_position_embeddings, stretched)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
@@ -129,22 +141,41 @@ class _Reader:
 
     def count(self, *names: str) -> int:
         value = self.get(*names)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise CheckpointError(f"{self.where}: {names[0]} is {value!r}, not a positive integer")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _LARGEST:
+            raise CheckpointError(
+                f"{self.where}: {names[0]} is {_shown(value)}, not a positive integer within reason"
+            )
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        value = self.config.get(name, default) if default is not None else self.get(name)
+        value = self.get(name) if default is None else self.config.get(name)
         value = default if value is None else value
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise CheckpointError(f"{self.where}: {name} is {value!r}, not a positive number")
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not 0 < value < _LARGEST
+        ):
+            raise CheckpointError(
+                f"{self.where}: {name} is {_shown(value)}, not a positive number within reason"
+            )
         return float(value)
 
     def flag(self, name: str, *, default: bool | None = None) -> bool:
         value = self.get(name) if default is None else self.config.get(name, default)
         if not isinstance(value, bool):
-            raise CheckpointError(f"{self.where}: {name} is {value!r}, not true or false")
+            raise CheckpointError(f"{self.where}: {name} is {_shown(value)}, not true or false")
         return value
+
+    def items(self, name: str) -> list[Any]:
+        value = self.get(name)
+        if not isinstance(value, list):
+            raise CheckpointError(f"{self.where}: {name} is {_shown(value)}, not a list")
+        return value
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
@@ -155,65 +186,79 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             "config.json: use_sliding_window is true; attention over a sliding window is not "
             "supported"
         )
-    other = set(config.get("layer_types") or ()) - {"full_attention"}
-    if other:
-        raise CheckpointError(
-            f"config.json: layer_types has {', '.join(sorted(map(str, other)))}; "
-            "only full_attention is supported"
-        )
+    if config.get("layer_types") is not None:
+        kinds = _Reader(config).items("layer_types")
+        if other := sorted({_shown(kind) for kind in kinds if kind != "full_attention"}):
+            raise CheckpointError(
+                f"config.json: layer_types has {', '.join(other)}; only 'full_attention' is "
+                "supported"
+            )
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, Yarn | None]:
-    """Give theta and the scaling, from `rope_parameters` or `rope_theta` and `rope_scaling`."""
-    new = config.get("rope_parameters")
-    where = "rope_parameters" if new else "rope_scaling"
-    section = new or config.get("rope_scaling") or {}
-    if not isinstance(section, Mapping):
-        raise CheckpointError(f"config.json: {where} is {section!r}, not an object")
+    """Give theta and the scaling, from `rope_parameters` or `rope_theta` and `rope_scaling`.
+
+    Where both are there, somebody has added `rope_scaling` by hand, so it wins, as it does in
+    transformers.
+    """
+    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+    section: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        part = config.get(name) or {}
+        if not isinstance(part, Mapping):
+            raise CheckpointError(f"config.json: {name} is {_shown(part)}, not an object")
+        kind = part.get("rope_type", part.get("type", "default"))
+        section |= {**part, "rope_type": kind} if part else {}
     theta = _Reader({"rope_theta": config.get("rope_theta"), **section}).number("rope_theta")
-    kind = section.get("rope_type", section.get("type", "default"))
     if section.get("partial_rotary_factor", 1.0) != 1.0:
         raise CheckpointError(f"config.json: {where}.partial_rotary_factor is not supported")
+    kind = section.get("rope_type", "default")
     if kind == "default":
         return theta, None
     if kind != "yarn":
         raise CheckpointError(
-            f"config.json: {where} asks for rope_type {kind!r}; default and yarn are supported"
+            f"config.json: {where} asks for rope_type {_shown(kind)}; default and yarn are "
+            "supported"
         )
+    if theta == 1:
+        raise CheckpointError("config.json: rope_theta is 1, where every angle is the same")
     return theta, _read_yarn(_Reader(section, f"config.json: {where}"), config)
 
 
 def _read_yarn(read: _Reader, config: Mapping[str, Any]) -> Yarn:
     """Read YaRN as transformers 5 does; what is optional there is optional here."""
-    section = read.config
-    original = section.get("original_max_position_embeddings")
-    if original is None:
-        original = _Reader(config).count("max_position_embeddings")
+    stated = read.config.get("original_max_position_embeddings") is not None
+    original = "original_max_position_embeddings" if stated else "max_position_embeddings"
     factor = read.number("factor")
     return Yarn(
         factor=factor,
-        original_max_position_embeddings=int(original),
-        attention_factor=_attention_factor(section, factor),
+        original_max_position_embeddings=(read if stated else _Reader(config)).count(original),
+        attention_factor=_attention_factor(read, factor),
         beta_fast=read.number("beta_fast", default=32.0),
         beta_slow=read.number("beta_slow", default=1.0),
         truncate=read.flag("truncate", default=True),
     )
 
 
-def _attention_factor(section: Mapping[str, Any], factor: float) -> float:
+def _attention_factor(read: _Reader, factor: float) -> float:
     """Give the factor on q and on k: stated, or 0.1·ln(factor) + 1 (YaRN paper, section 3.4)."""
-    if (stated := section.get("attention_factor")) is not None:
-        return float(stated)
+    if read.config.get("attention_factor") is not None:
+        return read.number("attention_factor")
 
     def grown(weight: float) -> float:
         return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
-    mscale, over_all = section.get("mscale"), section.get("mscale_all_dim")
-    return grown(mscale) / grown(over_all) if mscale and over_all else grown(1.0)
+    if read.config.get("mscale") and read.config.get("mscale_all_dim"):
+        return grown(read.number("mscale")) / grown(read.number("mscale_all_dim"))
+    return grown(1.0)
 
 
 def _read_experts(read: _Reader) -> Experts:
-    layers = read.get("mlp_only_layers")
+    layers, count = read.items("mlp_only_layers"), read.count("num_hidden_layers")
+    if wrong := [layer for layer in layers if not isinstance(layer, int) or layer >= count]:
+        raise CheckpointError(
+            f"config.json: mlp_only_layers has {_shown(wrong[0])}; the layers are 0 to {count - 1}"
+        )
     experts = Experts(
         num_experts=read.count("num_experts", "num_local_experts"),
         num_experts_per_tok=read.count("num_experts_per_tok"),

@@ -7,6 +7,8 @@ from itertools import accumulate
 import mlx.core as mx
 import mlx.nn as nn
 
+from qwen3_mlx.model.linear import Linear
+
 _BY_ROW = ("weight", "scales", "biases", "bias")
 
 
@@ -71,4 +73,4 @@ def can_fuse(owner: nn.Module, names: Sequence[str]) -> bool:
         return (type(layer), *quantization, *(layer.get(kind) is None for kind in _BY_ROW))
 
     forms = {form(owner[name]) for name in names}
-    return len(forms) == 1 and type(owner[names[0]]) in (nn.Linear, nn.QuantizedLinear)
+    return len(forms) == 1 and type(owner[names[0]]) in (Linear, nn.QuantizedLinear)

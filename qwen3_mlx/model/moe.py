@@ -10,6 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen3_mlx.model.config import Experts
+from qwen3_mlx.model.linear import Linear
 
 # From this many rows on, sorting them by expert lets each expert's weights be read once.
 _WORTH_SORTING = 64
@@ -104,7 +105,7 @@ class MoE(nn.Module):
         super().__init__()
         self.top_k = config.num_experts_per_tok
         self.normalise = config.norm_topk_prob
-        self.gate = nn.Linear(hidden_size, config.num_experts, bias=False)
+        self.gate = Linear(hidden_size, config.num_experts, bias=False)
         self.switch_mlp = SwitchMLP(config, hidden_size)
 
     def fuse(self) -> None:

@@ -18,6 +18,7 @@ from qwen3_mlx.cache.attention import LayerCache, NoCache, Rotate
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.fused import RowFused, can_fuse
+from qwen3_mlx.model.linear import Embedding, Linear
 from qwen3_mlx.model.moe import MoE, swiglu
 from qwen3_mlx.model.rope import Rope
 
@@ -33,10 +34,10 @@ class Attention(nn.Module):
         # H x E is not D: of the published sizes only 8B and 14B have them equal.
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(hidden, query_size, bias=bias)
-        self.k_proj = nn.Linear(hidden, key_size, bias=bias)
-        self.v_proj = nn.Linear(hidden, key_size, bias=bias)
-        self.o_proj = nn.Linear(query_size, hidden, bias=bias)
+        self.q_proj = Linear(hidden, query_size, bias=bias)
+        self.k_proj = Linear(hidden, key_size, bias=bias)
+        self.v_proj = Linear(hidden, key_size, bias=bias)
+        self.o_proj = Linear(query_size, hidden, bias=bias)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self._qkv: RowFused | None = None
@@ -75,9 +76,9 @@ class MLP(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
         self._gate_up: RowFused | None = None
 
     def fuse(self) -> None:
@@ -128,7 +129,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
         self.layers = [Block(config, index) for index in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rope = Rope(config)
@@ -154,7 +155,7 @@ class Qwen3(nn.Module):
         self.config = config
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
-            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
 
     def __call__(
         self,

@@ -14,7 +14,10 @@ from qwen3_mlx.errors import CheckpointError, Qwen3Error
 
 Tool = Mapping[str, Any]
 # What the expressions of a template can come to.
-_RUN_TIME_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+_RUN_TIME_ERRORS = (
+    *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
 
 
 class ChatTemplate:
@@ -49,16 +52,22 @@ class ChatTemplate:
 
         It lies in chat_template.jinja, or in tokenizer_config.json as older checkpoints have it.
         """
-        if (beside := folder / "chat_template.jinja").is_file():
-            return cls(beside.read_text(encoding="utf-8"))
-        if not (config := folder / "tokenizer_config.json").is_file():
+        beside, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+        place = beside if beside.is_file() else config
+        if not place.is_file():
             return None
         try:
-            source = json.loads(config.read_text(encoding="utf-8")).get("chat_template")
-        except (ValueError, AttributeError) as error:
-            raise CheckpointError(f"{config} is not valid JSON: {error}") from error
-        if isinstance(source, list):  # several, by name
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
+            source: Any = place.read_text(encoding="utf-8")
+            if place == config:
+                source = json.loads(source).get("chat_template")
+            if isinstance(source, list):  # several, by name
+                source = {entry["name"]: entry["template"] for entry in source}.get("default")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{place} cannot be read: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{place}: its chat_template has no name or text") from error
+        if source is not None and not isinstance(source, str):
+            raise CheckpointError(f"{place}: its chat_template is {source!r:.40}, not text")
         return cls(source) if source else None
 
     def render(

@@ -8,6 +8,7 @@ from qwen3_mlx.text.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
 _PROBE = [{"role": "user", "content": "?"}]
+_PROBE_WITH_SYSTEM = [{"role": "system", "content": "?"}, *_PROBE]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,10 @@ class Thinking:
         open_id, close_id = tokenizer.id_of(OPEN), tokenizer.id_of(CLOSE)
         if template is None or open_id is None or close_id is None:
             return cls(False, True, False, None, None)
-        on, off = (template.render(_PROBE, thinking=mode) for mode in (True, False))
+        try:
+            on, off = (template.render(_PROBE, thinking=mode) for mode in (True, False))
+        except Qwen3Error:  # some templates demand a system turn
+            on, off = (template.render(_PROBE_WITH_SYSTEM, thinking=mode) for mode in (True, False))
         opens = on.rstrip().endswith(OPEN)
         # A template that strips the thinking of earlier turns belongs to a model that thinks.
         thinks = on != off or opens or CLOSE in template.source
@@ -49,6 +53,8 @@ class Thinking:
         Raises:
             Qwen3Error: the checkpoint cannot do as wished.
         """
+        if wish is not None and not isinstance(wish, bool):
+            raise TypeError(f"thinking must be True, False or None, not {wish!r}")
         if wish is True and not self.can_think:
             raise Qwen3Error(
                 "this checkpoint cannot think; leave thinking out, or load a hybrid one such as "

@@ -47,7 +47,17 @@ class Tokenizer:
         return count
 
     def encode(self, text: str) -> list[int]:
-        """Give the ids of `text`; the names of special tokens in it become those tokens."""
+        """Give the ids of `text`; the names of special tokens in it become those tokens.
+
+        Raises:
+            ValueError: the text is not valid Unicode, as bytes that are not UTF-8 leave it.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text is not valid Unicode at character {error.start}; is it UTF-8?"
+            ) from error
         ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
         return ids
 
