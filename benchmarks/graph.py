@@ -36,7 +36,7 @@ def dispatches_per_layer() -> dict[str, float]:
     }
 
 
-def build_time(layers: int = 28, repeats: int = 60) -> dict[str, float]:
+def build_time(layers: int = 28, repeats: int = 150) -> dict[str, float]:
     """Measure the seconds to build the graph of one decoded token, of a 0.6B-deep network.
 
     The least of many: what is more comes from the machine's other work.

@@ -48,14 +48,14 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> 
     q [B, H, Q, E] and k, v [B, K, S, E], the last query aligned with the last key; the result is
     [B, H, Q, E].
     """
-    queries, keys = q.shape[2], k.shape[2]
+    queries = q.shape[2]
     if queries == 1:
         # It sees every key: a mask would only keep it from the faster kernels.
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=None)
     most = max(1, min(_FEW_QUERIES, _FEW_ROWS * k.shape[1] // q.shape[1]))
     if queries > _FEW_QUERIES or queries <= most:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
-    parts = []
+    parts, keys = [], k.shape[2]
     for start in range(0, queries, most):
         stop = min(start + most, queries)
         seen = keys - queries + stop

@@ -21,6 +21,7 @@ class KVCache:
         """Make an empty cache; `capacity` tokens are allocated at once by the first write."""
         self.offset = 0
         self._capacity = capacity
+        self._allocated = 0
         self._keys: mx.array | None = None  # [1, K, capacity, E]
         self._values: mx.array | None = None
 
@@ -28,8 +29,8 @@ class KVCache:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
     ) -> mx.array:
         """Store k and v, and answer attention over all seen; see `LayerCache.attend`."""
-        q = rope(q, self.offset + k.shape[2] - q.shape[2])
         keys, values = self._append(rope(k, self.offset), v)
+        q = rope(q, self.offset - q.shape[2])
         return causal_attention(q, keys, values, scale=scale)
 
     def attend_rotated(self, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
@@ -42,23 +43,21 @@ class KVCache:
         self._append(rope(k, self.offset), v)
 
     def _append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        start, self.offset = self.offset, self.offset + k.shape[2]
-        if self._keys is None or self._values is None or self._keys.shape[2] < self.offset:
-            self._keys = self._grown(self._keys, k, start)
-            self._values = self._grown(self._values, v, start)
-        self._keys[:, :, start : self.offset] = k
-        self._values[:, :, start : self.offset] = v
-        return self._keys[:, :, : self.offset], self._values[:, :, : self.offset]
+        start, stop = self.offset, self.offset + k.shape[2]
+        if self._keys is None or self._values is None or self._allocated < stop:
+            self._allocated = self._capacity if self._capacity > stop else _beyond(stop)
+            self._keys = self._moved(self._keys, k)
+            self._values = self._moved(self._values, v)
+        self.offset = stop
+        self._keys[:, :, start:stop] = k
+        self._values[:, :, start:stop] = v
+        return self._keys[:, :, :stop], self._values[:, :, :stop]
 
-    def _grown(self, held: mx.array | None, new: mx.array, seen: int) -> mx.array:
-        # Always beyond the new tokens: a write of exactly the buffer's size would become a view
-        # of the projection's output and keep all of that alive.
-        by_a_quarter = self.offset + max(_SMALLEST_GROWTH, self.offset // 4)
-        capacity = self._capacity if self._capacity > self.offset else by_a_quarter
-        grown = mx.zeros((1, new.shape[1], capacity, new.shape[3]), dtype=new.dtype)
+    def _moved(self, held: mx.array | None, new: mx.array) -> mx.array:
+        buffer = mx.zeros((1, new.shape[1], self._allocated, new.shape[3]), dtype=new.dtype)
         if held is not None:
-            grown[:, :, :seen] = held[:, :, :seen]
-        return grown
+            buffer[:, :, : self.offset] = held[:, :, : self.offset]
+        return buffer
 
     def rewind(self, tokens: int) -> None:
         """Forget the last `tokens` tokens.
@@ -83,3 +82,12 @@ class KVCache:
         if self._keys is None or self._values is None:
             return 0
         return self._keys.nbytes + self._values.nbytes
+
+
+def _beyond(tokens: int) -> int:
+    """Give the capacity to allocate for that many: a quarter more, and at least 256.
+
+    Always more than the tokens: a write of exactly the buffer's size would become a view of the
+    projection's output and keep all of that alive.
+    """
+    return tokens + max(_SMALLEST_GROWTH, tokens // 4)

@@ -4,9 +4,12 @@ Only angles live here. YaRN's attention factor is part of `ModelConfig.attention
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import mlx.core as mx
 
+from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import Rotate
 from qwen3_mlx.model.config import ModelConfig, Yarn
 
@@ -15,12 +18,18 @@ class Rope:
     """The rotation that all layers share; it holds no weights."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.dims = config.head_dim
-        self.base: float | None = config.rope_theta
-        self.periods: mx.array | None = None
+        periods = None
         if config.yarn:
-            self.periods = yarn_periods(config.head_dim, config.rope_theta, config.yarn)
-            self.base = None
+            periods = yarn_periods(config.head_dim, config.rope_theta, config.yarn)
+        self._rotate: Callable[[mx.array, mx.array], mx.array] = partial(
+            _rotate,
+            dims=config.head_dim,
+            base=None if config.yarn else config.rope_theta,
+            periods=periods,
+        )
+        # MLX's CPU build makes a dozen operations of a rotation, unless they are compiled; that
+        # is done once for a shape, so only for the one that comes again with every token.
+        self._rotate_one = self._rotate if backend.on_gpu() else mx.compile(self._rotate)
 
     def one_pass(self) -> Rotate:
         """Give the rotation for one forward pass: `rotate(x, offset)` for x [B, H, L, E].
@@ -34,17 +43,23 @@ class Rope:
             at = arrays.get(offset)
             if at is None:
                 at = arrays[offset] = mx.array(offset, dtype=mx.int32)
-            return mx.fast.rope(
-                x,
-                self.dims,
-                traditional=False,  # Qwen3 rotates halves, not neighbouring pairs
-                base=self.base,
-                scale=1.0,
-                offset=at,
-                freqs=self.periods,
-            )
+            return self._rotate_one(x, at) if x.shape[2] == 1 else self._rotate(x, at)
 
         return rotate
+
+
+def _rotate(
+    x: mx.array, offset: mx.array, *, dims: int, base: float | None, periods: mx.array | None
+) -> mx.array:
+    return mx.fast.rope(
+        x,
+        dims,
+        traditional=False,  # Qwen3 rotates halves, not neighbouring pairs
+        base=base,
+        scale=1.0,
+        offset=offset,
+        freqs=periods,
+    )
 
 
 def yarn_periods(dims: int, base: float, yarn: Yarn) -> mx.array:
