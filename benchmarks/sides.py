@@ -25,8 +25,9 @@ def ours(folder: Path, terms: str, prompt: int, decoded: int) -> dict[str, float
 
     import mlx.core as mx
 
+    from qwen3_mlx.checkpoint.files import read_json
     from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-    from qwen3_mlx.checkpoint.weights import Weights, read_json
+    from qwen3_mlx.checkpoint.weights import Weights
     from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
     from qwen3_mlx.engine.runner import decode, prefill
     from qwen3_mlx.engine.sampling import Sampler

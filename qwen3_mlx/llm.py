@@ -15,10 +15,11 @@ from typing import Any, Self
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
-from qwen3_mlx.checkpoint.weights import Weights, read_json, weight_names
+from qwen3_mlx.checkpoint.weights import Weights, weight_names
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import (
     Outcome,

@@ -11,8 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.weights import Weights, read_json
+from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.runner import decode, prefill
 from qwen3_mlx.engine.sampling import Sampler

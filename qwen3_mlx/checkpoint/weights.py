@@ -1,30 +1,19 @@
 """The tensors of a checkpoint: found and checked by their headers, read one by one.
 
-Only safetensors files are opened: they hold numbers and cannot run code. MLX reads a tensor from
-the file when it is evaluated, so knowing a checkpoint costs no memory.
+MLX reads a tensor from the file when it is evaluated, so knowing a checkpoint costs no memory.
 """
 
-import json
-import math
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 
+from qwen3_mlx.checkpoint.files import Entry, read_header, read_json, read_rows
 from qwen3_mlx.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
-_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
-_ITEM_SIZE = {  # bytes of an element, by the format's name of its dtype
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
-    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
-    **dict.fromkeys(("U32", "I32", "F32"), 4),
-    **dict.fromkeys(("U64", "I64", "F64"), 8),
-}
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.(\w+)")
 
@@ -50,25 +39,33 @@ class Weights:
         Raises:
             CheckpointError: there is none, or one is missing, truncated or broken.
         """
-        self._files: dict[str, Path] = {}
+        self.files = _weight_files(folder)
+        self.stored: dict[str, Entry] = {}
         self._open: dict[Path, dict[str, mx.array]] = {}
-        stored: dict[str, Tensor] = {}
-        for file in _weight_files(folder):
+        for file in self.files:
             for name, entry in read_header(file).items():
-                if name in self._files:
-                    both = f"{self._files[name].name} and {file.name}"
+                if other := self.stored.get(name):
+                    both = f"{other.file.name} and {file.name}"
                     raise CheckpointError(f"{folder} has {name} twice, in {both}")
-                self._files[name] = file
-                stored[name] = Tensor(entry.shape, entry.dtype, (name,))
-        self.tensors = _stack_experts(stored)
+                self.stored[name] = entry
+        self.tensors = _stack_experts(
+            {name: Tensor(entry.shape, entry.dtype, (name,)) for name, entry in self.stored.items()}
+        )
 
     def take(self, name: str) -> mx.array:
         """Give a tensor, unevaluated; each can be taken once, so that nothing is kept alive."""
         parts = [self._take_stored(part) for part in self.tensors[name].parts]
         return parts[0] if len(parts) == 1 else mx.stack(parts)
 
+    def rows(self, stored_name: str, start: int, stop: int) -> mx.array:
+        """Give some rows of a stored tensor, all its axes but the last taken as one.
+
+        They are read at once; 8-bit floats come as their bytes.
+        """
+        return read_rows(self.stored[stored_name], start, stop)
+
     def _take_stored(self, name: str) -> mx.array:
-        file = self._files[name]
+        file = self.stored[name].file
         if file not in self._open:
             arrays = mx.load(str(file), format="safetensors")
             assert isinstance(arrays, dict)  # as it is for safetensors
@@ -123,99 +120,6 @@ def _why_no_weights(folder: Path) -> str:
     if others:
         return f"{folder} has {', '.join(others)}, but only safetensors files are read"
     return f"{folder} has no model.safetensors"
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object from a file.
-
-    Raises:
-        CheckpointError: it is missing or not a JSON object.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path.parent} has no {path.name}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
-    return content
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a file's header says of one tensor; `start` is the place of its bytes in the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        """The bytes of all its elements."""
-        return math.prod(self.shape) * _ITEM_SIZE[self.dtype]
-
-
-def read_header(file: Path) -> dict[str, Entry]:
-    """Read what a safetensors file says it holds, and check that it holds just that.
-
-    The format's own rules are kept: the tensors lie side by side in the file, without gaps and
-    without overlaps, and each takes the bytes that its shape and dtype need.
-
-    Raises:
-        CheckpointError: the file cannot be read, is truncated or broken.
-    """
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(_LONGEST_HEADER, size - 8):
-                raise CheckpointError(
-                    f"{file} is truncated or no safetensors file; download it again"
-                )
-            raw = stream.read(length)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    try:
-        header = json.loads(raw, object_pairs_hook=_without_repeats)
-        metadata = header.pop("__metadata__", None) or {}
-        if not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its metadata is not text")
-        entries = {name: _entry(fields, 8 + length) for name, fields in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{file} has a broken header; download it again") from error
-    place = 8 + length
-    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
-        if entry.start != place:
-            raise CheckpointError(
-                f"{file} has a broken header: {name} does not begin where the tensor before it "
-                "ends; download it again"
-            )
-        place += entry.nbytes
-    if place != size:
-        raise CheckpointError(
-            f"{file} has {size:,} bytes where its header promises {place:,}; download it again"
-        )
-    return entries
-
-
-def _entry(fields: Mapping[str, Any], data: int) -> Entry:
-    start, stop = fields["data_offsets"]
-    shape = tuple(fields["shape"])
-    if any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
-        raise ValueError("offsets and shapes are whole numbers from 0 on")
-    entry = Entry(fields["dtype"], shape, data + start)
-    if entry.nbytes != stop - start:
-        raise ValueError("the bytes are not those of the shape")
-    return entry
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if repeated := [
-        name for name, count in Counter(name for name, _ in pairs).items() if count > 1
-    ]:
-        raise ValueError(f"{repeated[0]} stands twice")
-    return dict(pairs)
 
 
 def _stack_experts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

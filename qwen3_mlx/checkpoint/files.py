@@ -1,0 +1,219 @@
+"""Safetensors and JSON files: headers read and distrusted, rows read, shards written.
+
+Only safetensors files are opened for weights: they hold numbers and cannot run code.
+"""
+
+import json
+import math
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from qwen3_mlx.errors import CheckpointError
+
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_ITEM_SIZE = {  # bytes of an element, by the format's name of its dtype
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
+    **dict.fromkeys(("U32", "I32", "F32"), 4),
+    **dict.fromkeys(("U64", "I64", "F64"), 8),
+}
+_NUMPY = {  # how the bytes of a dtype are read; bfloat16 is unknown to numpy
+    "F16": np.float16,
+    "F32": np.float32,
+    "BF16": np.uint16,
+    "U8": np.uint8,
+    "U32": np.uint32,
+    "I32": np.int32,
+    "F8_E4M3": np.uint8,
+}
+STORED_AS = {
+    mx.bfloat16: "BF16",
+    mx.float16: "F16",
+    mx.float32: "F32",
+    mx.uint32: "U32",
+    mx.uint8: "U8",
+}
+"""The format's names of the dtypes that are written."""
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file.
+
+    Raises:
+        CheckpointError: it is missing or not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent} has no {path.name}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} does not hold a JSON object")
+    return content
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What a file's header says of one tensor; `start` is the place of its bytes in the file."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its elements."""
+        return math.prod(self.shape) * _ITEM_SIZE[self.dtype]
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Read what a safetensors file says it holds, and check that it holds just that.
+
+    The format's own rules are kept: the tensors lie side by side in the file, without gaps and
+    without overlaps, and each takes the bytes that its shape and dtype need.
+
+    Raises:
+        CheckpointError: the file cannot be read, is truncated or broken.
+    """
+    try:
+        size = file.stat().st_size
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > min(_LONGEST_HEADER, size - 8):
+                raise CheckpointError(
+                    f"{file} is truncated or no safetensors file; download it again"
+                )
+            raw = stream.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(raw, object_pairs_hook=_without_repeats)
+        metadata = header.pop("__metadata__", None) or {}
+        if not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not text")
+        entries = {name: _entry(file, fields, 8 + length) for name, fields in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{file} has a broken header; download it again") from error
+    place = 8 + length
+    for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
+        if entry.start != place:
+            raise CheckpointError(
+                f"{file} has a broken header: {name} does not begin where the tensor before it "
+                "ends; download it again"
+            )
+        place += entry.nbytes
+    if place != size:
+        raise CheckpointError(
+            f"{file} has {size:,} bytes where its header promises {place:,}; download it again"
+        )
+    return entries
+
+
+def _entry(file: Path, fields: Mapping[str, Any], data: int) -> Entry:
+    start, stop = fields["data_offsets"]
+    shape = tuple(fields["shape"])
+    if any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
+        raise ValueError("offsets and shapes are whole numbers from 0 on")
+    entry = Entry(file, fields["dtype"], shape, data + start)
+    if entry.nbytes != stop - start:
+        raise ValueError("the bytes are not those of the shape")
+    return entry
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if repeated := [
+        name for name, count in Counter(name for name, _ in pairs).items() if count > 1
+    ]:
+        raise ValueError(f"{repeated[0]} stands twice")
+    return dict(pairs)
+
+
+def read_rows(entry: Entry, start: int, stop: int) -> mx.array:
+    """Read rows [stop - start, last axis] of a tensor, all its axes but the last taken as one.
+
+    Raises:
+        CheckpointError: the dtype is none of a checkpoint's, or the file cannot be read.
+    """
+    if entry.dtype not in _NUMPY:
+        raise CheckpointError(f"{entry.file} has a tensor of dtype {entry.dtype}, which none needs")
+    width = entry.shape[-1] if entry.shape else 1
+    row = width * _ITEM_SIZE[entry.dtype]
+    try:
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.start + start * row)
+            raw = stream.read((stop - start) * row)
+    except OSError as error:
+        raise CheckpointError(f"{entry.file} cannot be read: {error.strerror}") from error
+    if len(raw) != (stop - start) * row:
+        raise CheckpointError(f"{entry.file} has become shorter while it was read")
+    rows = mx.array(np.frombuffer(raw, _NUMPY[entry.dtype]).reshape(-1, width))
+    return rows.view(mx.bfloat16) if entry.dtype == "BF16" else rows
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A tensor that a file shall hold."""
+
+    name: str
+    dtype: mx.Dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all its elements."""
+        return math.prod(self.shape) * self.dtype.size
+
+
+class ShardWriter:
+    """Fills a safetensors file whose tensors are known beforehand, each from its first row on."""
+
+    def __init__(self, stream: Any, tensors: Sequence[Planned]) -> None:
+        """Write the header of `tensors` to an open binary file."""
+        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        place = 0
+        for tensor in tensors:
+            header[tensor.name] = {
+                "dtype": STORED_AS[tensor.dtype],
+                "shape": tensor.shape,
+                "data_offsets": [place, place + tensor.nbytes],
+            }
+            place += tensor.nbytes
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the data are aligned
+        stream.write(len(text).to_bytes(8, "little") + text)
+        self._stream = stream
+        self._next = {
+            tensor.name: 8 + len(text) + header[tensor.name]["data_offsets"][0]
+            for tensor in tensors
+        }
+
+    def append(self, name: str, rows: mx.array) -> None:
+        """Write the next rows of a tensor."""
+        raw = memoryview(np.asarray(rows.view(mx.uint8))).cast("B")
+        self._stream.seek(self._next[name])
+        self._stream.write(raw)
+        self._next[name] += len(raw)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Any]:
+    """Open a file for writing that takes its name only when it is complete, and on the disk."""
+    unfinished = path.with_name(path.name + ".unfinished")
+    try:
+        with unfinished.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
