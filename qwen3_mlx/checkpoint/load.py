@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from qwen3_mlx import backend
 from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
-from qwen3_mlx.checkpoint.weights import Weights
+from qwen3_mlx.checkpoint.weights import Weights, mismatches, refuse_missing_layers
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.linear import Embedding, Linear
@@ -50,9 +50,7 @@ def load_model(
             another quantization is asked for.
     """
     geometry = ModelConfig.from_dict(config)
-    last = f"model.layers.{geometry.num_hidden_layers - 1}."
-    if not any(name.startswith(last) for name in weights.tensors):  # however many are promised
-        raise CheckpointError(f"weights and config.json do not match; missing: {last}*")
+    refuse_missing_layers(geometry, weights.tensors)
     model = Qwen3(geometry)
     stored = StoredFormats.of(config)
     if stored:
@@ -84,6 +82,11 @@ def _leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return leaves
 
 
+def quantizable(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List the modules that can be quantized, by their paths."""
+    return [(path, module) for path, module in _leaves(model) if hasattr(module, "to_quantized")]
+
+
 def _give_quantized_shape(model: Qwen3, stored: StoredFormats, weights: Weights) -> None:
     """Make those modules quantized whose weights are; nothing is computed yet."""
 
@@ -101,33 +104,19 @@ def _give_quantized_shape(model: Qwen3, stored: StoredFormats, weights: Weights)
 
 def _compare(model: Qwen3, weights: Weights) -> None:
     """Hold the tensors that the network needs against those that are there."""
-    needed = model.tensors()
-    there = weights.tensors
-    # The small published checkpoints carry a copy of the embedding that tied heads do not use.
-    unused = {"lm_head.weight", "lm_head.scales", "lm_head.biases"}
-    tied = model.config.tie_word_embeddings
-    missing = sorted(needed.keys() - there.keys())
-    unexpected = sorted(there.keys() - needed.keys() - (unused if tied else set()))
-    misshapen = [
-        f"{name} is {list(there[name].shape)} where {list(array.shape)} is needed"
-        for name, array in needed.items()
-        if name in there and there[name].shape != tuple(array.shape)
-    ]
+    needed, there = model.tensors(), weights.tensors
+    complaints = mismatches(
+        {name: tuple(array.shape) for name, array in needed.items()},
+        {name: tensor.shape for name, tensor in there.items()},
+        tied=model.config.tie_word_embeddings,
+    )
     mistyped = [
         f"{name} is {there[name].dtype}"
         for name, array in needed.items()
         if name in there and there[name].dtype not in _stored_dtypes(array)
     ]
-    complaints = [
-        f"{what} {', '.join(names)}"
-        for what, names in (
-            ("missing:", missing),
-            ("unexpected:", unexpected),
-            ("misshapen:", misshapen),
-            ("of a dtype that has no place there:", mistyped),
-        )
-        if names
-    ]
+    if mistyped:
+        complaints.append(f"of a dtype that has no place there: {', '.join(mistyped)}")
     if complaints:
         raise CheckpointError(f"weights and config.json do not match; {'; '.join(complaints)}")
 

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
+
 from qwen3_mlx.errors import CheckpointError
 
 # What MLX's kernels read: bits and group sizes of each mode.
@@ -45,6 +47,18 @@ class Format:
         """
         is_router = path.endswith("mlp.gate")
         return Format(max(self.bits, _ROUTER_BITS), 64) if is_router else self
+
+    def tensors(self, shape: tuple[int, ...], dtype: mx.Dtype) -> dict[str, tuple[Any, mx.Dtype]]:
+        """Give shape and dtype of each tensor that a weight of that shape becomes."""
+        *outer, inputs = shape
+        packed, groups = (*outer, inputs * self.bits // 32), (*outer, inputs // self.group_size)
+        if self.mode != "affine":
+            return {"weight": (packed, mx.uint32), "scales": (groups, mx.uint8)}
+        return {"weight": (packed, mx.uint32), "scales": (groups, dtype), "biases": (groups, dtype)}
+
+    def as_config(self) -> dict[str, Any]:
+        """Give the format as config.json states it."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
 def _listed(values: tuple[int, ...]) -> str:

@@ -4,7 +4,7 @@ MLX reads a tensor from the file when it is evaluated, so knowing a checkpoint c
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from qwen3_mlx.checkpoint.files import Entry, read_header, read_json, read_rows
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.model.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
@@ -140,3 +141,38 @@ def _stack_experts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
         shape, dtype = kinds.pop()
         tensors[name] = Tensor((len(parts), *shape), dtype, parts)
     return tensors
+
+
+def refuse_missing_layers(config: ModelConfig, names: Iterable[str]) -> None:
+    """Refuse a config.json that promises more layers than there are, before they are built.
+
+    Raises:
+        CheckpointError: the last layer has no tensor.
+    """
+    last = f"model.layers.{config.num_hidden_layers - 1}."
+    if not any(name.startswith(last) for name in names):
+        raise CheckpointError(f"weights and config.json do not match; missing: {last}*")
+
+
+def mismatches(
+    needed: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]], *, tied: bool
+) -> list[str]:
+    """Name what is missing, unexpected or misshapen among the tensors that are `there`.
+
+    The small published checkpoints carry a copy of the embedding that their tied heads do not use.
+    """
+    unused = {"lm_head.weight", "lm_head.scales", "lm_head.biases"} if tied else set()
+    misshapen = [
+        f"{name} is {list(there[name])} where {list(shape)} is needed"
+        for name, shape in needed.items()
+        if name in there and there[name] != shape
+    ]
+    return [
+        f"{what} {', '.join(names)}"
+        for what, names in (
+            ("missing:", sorted(needed.keys() - there.keys())),
+            ("unexpected:", sorted(there.keys() - needed.keys() - unused)),
+            ("misshapen:", misshapen),
+        )
+        if names
+    ]

@@ -1,0 +1,312 @@
+"""How much each group of modules minds being quantized, measured on text, one layer at a time.
+
+The measure is the divergence of the model's output, KL(original ‖ quantized) a token, to second
+order in the change of the weights: ½ δᵀFδ with the Fisher information F of the output. With labels
+y drawn from the model itself, F is the mean of ggᵀ for the gradients g of log p(y), so half the
+mean of (g·δ)² over sequences and drawings is an unbiased estimate (Amari, "Natural Gradient Works
+Efficiently in Learning", 1998). The change of a weight enters by the change of its module's output:
+no gradient of a weight is ever made, and no more than one layer is in memory.
+
+N sequences, L tokens each, R drawings of labels, D hidden, V vocabulary.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from qwen3_mlx.cache.attention import NoCache
+from qwen3_mlx.checkpoint.load import quantizable
+from qwen3_mlx.checkpoint.quantization import Format
+from qwen3_mlx.checkpoint.recipes import group_of
+from qwen3_mlx.checkpoint.sources import Matrix
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.linear import Linear
+from qwen3_mlx.model.moe import SwitchLinear
+from qwen3_mlx.model.qwen3 import Block
+from qwen3_mlx.model.rope import Rope
+
+Progress = Callable[[int, int], None]
+Scores = dict[str, dict[Format, float]]
+"""For each group of modules, the divergence in nats a token that each format brings about."""
+
+DRAWINGS = 4
+_BATCH_TOKENS = 512
+_VOCABULARY_BLOCK = 1 << 22  # numbers of the embedding in memory at once
+
+
+def measure(
+    config: ModelConfig,
+    matrices: Mapping[str, Matrix],
+    ids: mx.array,
+    formats: Sequence[Format],
+    progress: Progress,
+) -> Scores:
+    """Measure each group of modules with each format on ids [N, L].
+
+    `progress(done, total)` counts layers, each of them twice.
+    """
+    rope = Rope(config)
+    layers = config.num_hidden_layers
+    inputs = [_rows_of(matrices["model.embed_tokens.weight"], ids)]
+    for index in range(layers):
+        progress(index, 2 * layers)
+        block = _load_block(config, matrices, index)
+        inputs.append(_through(block, rope, inputs[-1]))
+    scores: Scores = defaultdict(dict)
+    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
+    norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+    norm.weight = _whole(matrices["model.norm.weight"])
+    gradients, scores[head] = _head(matrices[f"{head}.weight"], norm, inputs.pop(), formats)
+    for index in reversed(range(layers)):
+        progress(2 * layers - 1 - index, 2 * layers)
+        block = _load_block(config, matrices, index)
+        gradients, found = _layer(block, rope, inputs.pop(), gradients, formats)
+        scores |= {f"model.layers.{index}.{group}": found[group] for group in found}
+    of_input = _embedding(matrices["model.embed_tokens.weight"], ids, gradients, formats)
+    of_head = scores.get("model.embed_tokens", {})
+    scores["model.embed_tokens"] = {
+        form: score + of_head.get(form, 0.0) for form, score in of_input.items()
+    }
+    progress(2 * layers, 2 * layers)
+    return dict(scores)
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+def _whole(matrix: Matrix) -> mx.array:
+    array = mx.concatenate(list(matrix.blocks(1 << 26))).astype(mx.float32).reshape(matrix.shape)
+    mx.eval(array)
+    return array
+
+
+def _load_block(config: ModelConfig, matrices: Mapping[str, Matrix], index: int) -> Block:
+    block = Block(config, index)
+    prefix = f"model.layers.{index}."
+    named = [(name.removeprefix(prefix), name) for name in matrices if name.startswith(prefix)]
+    block.load_weights([(short, _whole(matrices[name])) for short, name in named])
+    return block
+
+
+def _blocks_of(matrix: Matrix) -> Iterator[tuple[int, mx.array]]:
+    """Give the rows of the embedding in blocks, each with the number of its first row."""
+    start = 0
+    for rows in matrix.blocks(_VOCABULARY_BLOCK):
+        yield start, rows.astype(mx.float32)
+        start += rows.shape[0]
+
+
+def _rows_of(matrix: Matrix, ids: mx.array) -> mx.array:
+    """Gather rows [*ids, D] without holding the matrix."""
+    found = mx.zeros((*ids.shape, matrix.shape[-1]))
+    for start, rows in _blocks_of(matrix):
+        inside = (ids >= start) & (ids < start + rows.shape[0])
+        picked = rows[mx.where(inside, ids - start, 0)]
+        found = mx.where(inside[..., None], picked, found)
+        mx.eval(found)
+    return found
+
+
+def _through(block: Block, rope: Rope, x: mx.array) -> mx.array:
+    parts = []
+    for batch in _batches(x.shape[0], x.shape[1]):
+        parts.append(block(x[batch], None, NoCache(), rope.one_pass()))
+        mx.eval(parts[-1])
+    return mx.concatenate(parts)
+
+
+def _batches(sequences: int, length: int) -> list[slice]:
+    step = max(1, _BATCH_TOKENS // length)
+    return [slice(start, start + step) for start in range(0, sequences, step)]
+
+
+def _change(weight: mx.array, form: Format) -> mx.array:
+    """Give what quantizing adds to a weight."""
+    packed = mx.quantize(weight, form.group_size, form.bits, form.mode)
+    scales, *biases = packed[1:]
+    kept = mx.dequantize(
+        packed[0],
+        scales,
+        biases[0] if biases else None,
+        form.group_size,
+        form.bits,
+        form.mode,
+        dtype=mx.float32,
+    )
+    return kept - weight
+
+
+def _number(array: mx.array) -> float:
+    value = array.item()
+    assert isinstance(value, float)
+    return value
+
+
+def _fitting(weight: mx.array, formats: Sequence[Format]) -> list[Format]:
+    return [form for form in formats if weight.shape[-1] % form.group_size == 0]
+
+
+# --- the head and the embedding -----------------------------------------------------------------
+
+
+def _head(
+    matrix: Matrix, norm: nn.RMSNorm, x: mx.array, formats: Sequence[Format]
+) -> tuple[mx.array, dict[Format, float]]:
+    """Give the gradients [R, N, L, D] of log p(y) for drawn labels y, and the head's own scores.
+
+    The vocabulary is gone through twice: for the normalisation and the drawings (the greatest sum
+    of logit and Gumbel noise is a draw), and for the gradients. What a format does to the logits is
+    known there, so half their variance is the divergence, without drawings.
+    """
+    h = norm(x).reshape(-1, x.shape[-1])  # [N·L, D]
+    greatest = mx.full((DRAWINGS, h.shape[0]), -mx.inf)
+    labels = mx.zeros((DRAWINGS, h.shape[0]), dtype=mx.int32)
+    total = mx.full((h.shape[0],), -mx.inf)  # log of the sum of exponentials
+    for start, rows in _blocks_of(matrix):
+        logits = h @ rows.T
+        total = mx.logaddexp(total, mx.logsumexp(logits, axis=1))
+        for drawing in range(DRAWINGS):
+            noisy = logits + mx.random.gumbel(logits.shape)
+            best, place = noisy.max(axis=1), noisy.argmax(axis=1).astype(mx.int32) + start
+            labels[drawing] = mx.where(best > greatest[drawing], place, labels[drawing])
+            greatest[drawing] = mx.maximum(best, greatest[drawing])
+            mx.eval(labels, greatest, total)
+    mean = mx.zeros_like(h)
+    moments = {form: [mx.zeros_like(total)] * 2 for form in _fitting(h, formats)}
+    for _, rows in _blocks_of(matrix):
+        p = mx.exp(h @ rows.T - total[:, None])
+        mean = mean + p @ rows
+        for form, (first, second) in moments.items():
+            change = h @ _change(rows, form).T
+            moments[form] = [first + (p * change).sum(1), second + (p * change * change).sum(1)]
+            mx.eval(moments[form])
+        mx.eval(mean)
+    scores = {
+        form: 0.5 * _number((second - first * first).mean())
+        for form, (first, second) in moments.items()
+    }
+    of_normed = _rows_of(matrix, labels) - mean  # [R, N·L, D]
+    parts = []
+    for drawing in range(DRAWINGS):
+        _, gradients = mx.vjp(norm, [x], [of_normed[drawing].reshape(x.shape)])
+        mx.eval(gradients)
+        parts.append(gradients[0])
+    return mx.stack(parts), scores
+
+
+def _embedding(
+    matrix: Matrix, ids: mx.array, gradients: mx.array, formats: Sequence[Format]
+) -> dict[Format, float]:
+    rows = _rows_of(matrix, ids)  # each row is quantized by itself
+    return {
+        form: _divergence((gradients * _change(rows, form)).sum((2, 3)), ids.shape[1])
+        for form in _fitting(rows, formats)
+    }
+
+
+def _divergence(products: mx.array, length: int) -> float:
+    """Give the divergence a token for products g·δ [R, N] of whole sequences."""
+    return 0.5 * _number((products * products).mean()) / length
+
+
+# --- a layer ------------------------------------------------------------------------------------
+
+
+class _Tap:
+    """Stands in a layer for a module: notes how it is called, and adds to its output."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        self.weight: mx.array = inner["weight"]
+        self.added: mx.array | None = None
+        self.call: Callable[[nn.Module], mx.array] = lambda module: module(mx.zeros(()))
+        self.out = mx.zeros(())
+        self._inner = inner
+
+    def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
+        """Call the module."""
+        out: mx.array = self._inner(x, *args, **options)
+        if self.added is not None:
+            return out + self.added
+        self.call = lambda module: module(x, *args, **options)
+        self.out = out
+        return out
+
+    def with_weight(self, weight: mx.array) -> nn.Module:
+        """Give the module with another weight and no bias."""
+        experts = isinstance(self._inner, SwitchLinear)
+        twin: nn.Module = SwitchLinear(1, 1, 1) if experts else Linear(1, 1, bias=False)
+        twin.weight = weight
+        return twin
+
+
+def _layer(
+    block: Block, rope: Rope, x: mx.array, gradients: mx.array, formats: Sequence[Format]
+) -> tuple[mx.array, dict[str, dict[Format, float]]]:
+    """Carry gradients [R, N, L, D] back through a layer; give the scores of its groups, too."""
+    taps = _install_taps(block)
+    products: dict[str, dict[Format, list[mx.array]]] = defaultdict(lambda: defaultdict(list))
+    carried = []
+
+    def forward(x: mx.array, *added: mx.array) -> mx.array:
+        for tap, value in zip(taps.values(), added, strict=True):
+            tap.added = value
+        return block(x, None, NoCache(), rope.one_pass())
+
+    for batch in _batches(x.shape[0], x.shape[1]):
+        calls, pulls = [], []
+        for sequence in range(batch.start, min(batch.stop, x.shape[0])):
+            one = x[sequence : sequence + 1]
+            for tap in taps.values():
+                tap.added = None
+            mx.eval(block(one, None, NoCache(), rope.one_pass()))
+            calls.append([tap.call for tap in taps.values()])
+            zeros = [mx.zeros_like(tap.out) for tap in taps.values()]
+            of_drawings = [
+                mx.vjp(forward, [one, *zeros], [gradients[drawing, sequence : sequence + 1]])[1]
+                for drawing in range(DRAWINGS)
+            ]
+            of_input, *of_modules = map(mx.stack, map(list, zip(*of_drawings, strict=True)))
+            mx.eval(of_input, of_modules)
+            carried.append(of_input)
+            pulls.append(of_modules)
+        for place, (name, tap) in enumerate(taps.items()):
+            for form in _fitting(tap.weight, formats):
+                changed = tap.with_weight(_change(tap.weight, form))
+                of_batch = mx.stack(
+                    [
+                        (pull[place] * call[place](changed)).flatten(1).sum(1)  # [R]
+                        for call, pull in zip(calls, pulls, strict=True)
+                    ]
+                )
+                mx.eval(of_batch)
+                products[name][form].append(of_batch)
+    scores: dict[str, dict[Format, float]] = defaultdict(dict)
+    for group, names in _groups(products).items():
+        for form in set.intersection(*(set(products[name]) for name in names)):
+            together = sum(mx.concatenate(products[name][form]) for name in names)
+            assert isinstance(together, mx.array)
+            scores[group][form] = _divergence(together, x.shape[1])
+    return mx.concatenate(carried, axis=1), scores
+
+
+def _install_taps(block: Block) -> dict[str, _Tap]:
+    """Put taps in the place of the modules to measure; the router keeps its bits anyway."""
+    taps = {}
+    for path, module in quantizable(block):
+        if not path.endswith("mlp.gate"):
+            *parents, name = path.split(".")
+            owner: Any = block
+            for parent in parents:
+                owner = owner[parent]
+            owner[name] = taps[path] = _Tap(module)
+    return taps
+
+
+def _groups(names: Iterable[str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        groups[group_of(name)].append(name)
+    return groups
