@@ -10,7 +10,7 @@ from numbers import Integral
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event as Flag
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import mlx.core as mx
 
@@ -39,6 +39,7 @@ from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 _UNBOUNDED_ROOM = 256  # tokens allocated beyond a prompt whose reply may have any length
 
@@ -155,17 +156,28 @@ class LLM:
         Raises:
             ValueError: there is no id, or one is not in the vocabulary.
         """
-        model = self._open_engine().model
         rows = self.config.vocab_size
         if not ids or any(not 0 <= token < rows for token in ids):
             raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
+        tokens = list(ids)
+        return self.compute(
+            lambda model: model(mx.array(tokens, dtype=mx.int32)[None])[0].astype(mx.float32)
+        )
 
-        def compute() -> mx.array:
-            logits = model(mx.array(list(ids), dtype=mx.int32)[None])[0].astype(mx.float32)
-            mx.eval(logits)
-            return logits
+    def compute(self, job: Callable[[Qwen3], T]) -> T:
+        """Run `job` with the network, on the thread that owns it, and give its result, evaluated.
 
-        return self._worker.call(compute)
+        The result is an array, or a tuple, list or dictionary of arrays. Arrays that `job` brings
+        along must be evaluated: a lazy one belongs to the thread that made it.
+        """
+        model = self._open_engine().model
+
+        def run() -> T:
+            result = job(model)
+            mx.eval(result)
+            return result
+
+        return self._worker.call(run)
 
     def render(
         self,

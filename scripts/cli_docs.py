@@ -6,8 +6,10 @@
 import difflib
 import os
 import sys
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -22,11 +24,9 @@ _HEAD = """\
 def reference() -> str:
     """Give the help of the whole command and of each of its verbs."""
     app = import_module("qwen3_mlx.cli.main").app
-    verbs = getattr(get_command(app), "commands", {})
-    shown = [name for name, verb in verbs.items() if not verb.hidden]
     runner = CliRunner()
     sections = [_HEAD]
-    for words in [[], *([name] for name in shown)]:
+    for words in [[], *_verbs(get_command(app))]:
         result = runner.invoke(app, [*words, "--help"], prog_name="qwen3")
         if result.exit_code:
             raise SystemExit(f"qwen3 {' '.join(words)} --help failed: {result.output}")
@@ -34,6 +34,14 @@ def reference() -> str:
         body = "\n".join(lines).strip("\n")
         sections.append(f"## `{' '.join(['qwen3', *words])}`\n\n```text\n{body}\n```\n")
     return "\n".join(sections)
+
+
+def _verbs(group: Any) -> Iterator[list[str]]:
+    """Name the verbs of a command, and theirs in turn, but no hidden ones."""
+    for name, verb in getattr(group, "commands", {}).items():
+        if not verb.hidden:
+            yield [name]
+            yield from ([name, *words] for words in _verbs(verb))
 
 
 def main(arguments: list[str]) -> int:

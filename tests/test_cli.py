@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qwen3_mlx import __version__
-from qwen3_mlx.cli.ask import _full_name
+from qwen3_mlx.cli.ask import full_name
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.main import main
 
@@ -181,9 +181,9 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_sizes_name_the_quantized_checkpoints() -> None:
-    assert _full_name("8B") == "Qwen/Qwen3-8B-MLX-4bit"
-    assert _full_name("someone/else") == "someone/else"
-    assert _full_name(None) is None
+    assert full_name("8B") == "Qwen/Qwen3-8B-MLX-4bit"
+    assert full_name("someone/else") == "someone/else"
+    assert full_name(None) is None
 
 
 def test_a_bar_shows_for_long_work_only(

@@ -377,3 +377,24 @@ def test_chunked_prefill_gives_the_same_reply(tiny: LLM, monkeypatch: pytest.Mon
     expected = tiny.complete(prompt, max_tokens=10, sampling=GREEDY)
     monkeypatch.setattr("qwen3_mlx.backend.prefill_chunk", lambda: 64)
     assert tiny.complete(prompt, max_tokens=10, sampling=GREEDY) == expected
+
+
+def test_a_job_runs_where_the_network_lives(tiny: LLM) -> None:
+    names: list[str] = []
+
+    def job(model: Any) -> dict[str, mx.array]:
+        names.append(threading.current_thread().name)
+        return {"sum": model.model.norm.weight.sum()}
+
+    total = tiny.compute(job)["sum"]
+    assert float(total) == pytest.approx(float(mx.sum(tiny.model.model.norm.weight)))
+    assert names == ["qwen3-mlx"]
+    with pytest.raises(ZeroDivisionError):
+        tiny.compute(lambda model: 1 / 0)
+
+
+def test_a_closed_llm_computes_nothing(tiny_folder: Path) -> None:
+    llm = load(tiny_folder)
+    llm.close()
+    with pytest.raises(Qwen3Error, match="closed"):
+        llm.compute(lambda model: model.model.norm.weight)

@@ -116,7 +116,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
     messages.append({"role": "user", "content": _with_piped(prompt)})
     with Bar("loading") as bar:
         llm = qwen3_mlx.load(
-            _full_name(model), revision=revision, bits=bits, dtype=dtype, progress=bar
+            full_name(model), revision=revision, bits=bits, dtype=dtype, progress=bar
         )
     with llm, Bar("reading the prompt") as bar:
         started = time.perf_counter()
@@ -147,7 +147,7 @@ def _with_piped(prompt: str | None) -> str:
     return text
 
 
-def _full_name(model: str | None) -> str | None:
+def full_name(model: str | None) -> str | None:
     return f"Qwen/Qwen3-{model}-MLX-4bit" if model in _SIZES else model
 
 

@@ -13,10 +13,11 @@ from typer.exceptions import TyperException
 from qwen3_mlx import __version__
 from qwen3_mlx.cli.ask import ask
 from qwen3_mlx.cli.doctor import doctor
+from qwen3_mlx.cli.evaluate import app as evaluate
 from qwen3_mlx.errors import Qwen3Error
 
 # Verbs that later versions bring. Without this, `qwen3 serve` would ask the model about "serve".
-_LATER = ("chat", "convert", "plan", "serve", "bench", "eval")
+_LATER = ("chat", "convert", "plan", "serve", "bench")
 
 
 class _Root(TyperGroup):
@@ -58,6 +59,7 @@ app = typer.Typer(
 )
 app.command("ask", hidden=True)(ask)
 app.command("doctor")(doctor)
+app.add_typer(evaluate, name="eval")
 
 
 def _show_version(wanted: bool) -> None:

@@ -173,7 +173,10 @@ class Qwen3(nn.Module):
         rows = None
         if wanted is not None and len(wanted) < ids.shape[1]:
             rows = mx.array(list(wanted), dtype=mx.int32)
-        x = self.model(ids, cache or [NoCache()] * len(self.layers), rows)
+        return self.head(self.model(ids, cache or [NoCache()] * len(self.layers), rows))
+
+    def head(self, x: mx.array) -> mx.array:
+        """Give the logits [..., V] of the last hidden states x [..., D], any rows of them."""
         tied = self.config.tie_word_embeddings
         logits: mx.array = self.model.embed_tokens.as_linear(x) if tied else self.lm_head(x)
         return logits

@@ -1,0 +1,248 @@
+"""`qwen3 eval`: how good a checkpoint is, and how far from the one it was made from."""
+
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import qwen3_mlx  # whose names resolve on first use
+from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.weights import weight_names
+from qwen3_mlx.cli.ask import full_name
+from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.evaluate.divergence import Divergence, divergence
+from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
+from qwen3_mlx.evaluate.perplexity import Perplexity, perplexity
+from qwen3_mlx.evaluate.picture import Point, check_picture, draw
+from qwen3_mlx.evaluate.windows import WINDOW
+from qwen3_mlx.text.samples import default_text
+
+_TOKENS = 8192
+_WORST = 10  # modules that the table shows
+
+app = typer.Typer(rich_markup_mode="rich")
+
+
+@app.callback(invoke_without_command=True)
+def evaluate(context: typer.Context) -> None:
+    """Measure a checkpoint: its perplexity, or its divergence from another.
+
+    [bold]qwen3 eval perplexity ./0.6b-4bit --text book.txt[/bold]   how well it predicts.
+    [bold]qwen3 eval divergence Qwen/Qwen3-0.6B ./0.6b-4bit[/bold]   what 4 bits cost.
+    """
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+_Text = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        help="A UTF-8 file to read, or - for stdin; else the topics of Python's own help.",
+        show_default=False,
+    ),
+]
+_Tokens = Annotated[
+    int, typer.Option("--tokens", min=0, help="Read at most so many tokens; 0 reads all.")
+]
+_Window = Annotated[int, typer.Option("--window", help="Tokens that are read at once.")]
+_Overlap = Annotated[
+    int | None,
+    typer.Option(
+        "--overlap",
+        help="Tokens of a window that were in the one before; an eighth unless given.",
+        show_default=False,
+    ),
+]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+
+
+@app.command("perplexity")
+def perplexity_command(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, a hub name or a size; else the embedded demo.",
+            envvar="QWEN3_MODEL",
+            show_default=False,
+        ),
+    ] = None,
+    text: _Text = None,
+    tokens: _Tokens = _TOKENS,
+    window: _Window = WINDOW,
+    overlap: _Overlap = None,
+    as_json: _Json = False,
+) -> None:
+    """Tell how well MODEL predicts a text: the lower, the better.
+
+    A perplexity of 8 means: as unsure of each token as if 8 were equally likely.
+    Compare only models with one tokenizer, on one text, with one window.
+    """
+    words = _read_text(text)
+    with _load(model) as llm, Bar("reading") as bar:
+        ids = _ids(llm, words, tokens)
+        found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
+    if as_json:
+        _print_json({"model": model, **_perplexity_facts(found)})
+    else:
+        _print_facts(
+            {
+                "tokens": f"{found.tokens:,}",
+                "mean loss": f"{found.mean_nll:.4f} nats a token",
+                "perplexity": f"{found.perplexity:,.3f}",
+            }
+        )
+
+
+@app.command("divergence")
+def divergence_command(
+    reference: Annotated[
+        str,
+        typer.Argument(metavar="REFERENCE", help="The original: a folder, a hub name or a size."),
+    ],
+    candidate: Annotated[
+        str, typer.Argument(metavar="CANDIDATE", help="What was made of it, likewise.")
+    ],
+    text: _Text = None,
+    tokens: _Tokens = _TOKENS,
+    window: _Window = WINDOW,
+    overlap: _Overlap = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            "--plot",
+            dir_okay=False,
+            help="Draw bits against divergence, and the modules, to a .png or .svg file.",
+            show_default=False,
+        ),
+    ] = None,
+    as_json: _Json = False,
+) -> None:
+    """Tell how far CANDIDATE's predictions are from REFERENCE's: what a quantization cost.
+
+    KL divergence compares the probabilities of all tokens at every place of
+    the text; 0 nats is no difference. It shows a loss that two perplexities can
+    hide. The error of a module is that of its weights alone: the root mean
+    square of their changes, as a share of their own.
+    """
+    if plot:
+        check_picture(plot)
+    words = _read_text(text)
+    with _load(reference) as first, _load(candidate) as second, Bar("comparing") as bar:
+        ids = _ids(first, words, tokens)
+        found = divergence(first, second, ids, window=window, overlap=overlap, progress=bar)
+    modules = _modules(reference, candidate, needed=plot is not None)
+    if as_json:
+        _print_json(
+            {
+                "tokens": found.tokens,
+                "mean_kl": found.mean_kl,
+                "p99_kl": found.p99_kl,
+                "agreement": found.agreement,
+                "reference": {"model": reference, **_perplexity_facts(found.reference)},
+                "candidate": {"model": candidate, **_perplexity_facts(found.candidate)},
+                "bits_per_weight": bits_per_weight(modules) if modules else None,
+                "modules": [asdict(row) for row in modules],
+            }
+        )
+    else:
+        _print_divergence(found, modules)
+    if plot:
+        label = Path(candidate).name
+        draw(plot, [Point(label, bits_per_weight(modules), found.mean_kl)], modules)
+
+
+def _load(model: str | None) -> "qwen3_mlx.LLM":
+    with Bar(f"loading {model or 'the demo'}") as bar:
+        return qwen3_mlx.load(full_name(model), progress=bar)
+
+
+def _read_text(file: Path | None) -> str:
+    if file is None:
+        return default_text()
+    try:
+        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise typer.BadParameter(f"{file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(f"{file} is not UTF-8 text") from error
+
+
+def _ids(llm: "qwen3_mlx.LLM", text: str, most: int) -> list[int]:
+    """Give the ids of a text, or the first `most` of them, and say so; 0 is all."""
+    ids = llm.tokenizer.encode(text)
+    if 0 < most < len(ids):
+        note(f"Reading the first {most:,} of {len(ids):,} tokens (--tokens 0 reads all).")
+        return ids[:most]
+    return ids
+
+
+def _modules(reference: str, candidate: str, *, needed: bool) -> list[ModuleRow]:
+    """Compare the weights; two networks that are not alike have nothing to compare."""
+    with Bar("comparing weights") as bar:
+        try:
+            return module_errors(_folder(reference), _folder(candidate), progress=bar)
+        except Qwen3Error as error:
+            if needed:
+                raise
+            note(f"No table of modules: {error}.")
+            return []
+
+
+def _folder(model: str) -> Path:
+    """Find a checkpoint's files, which are here since it was loaded."""
+    source = Source(full_name(model) or model)
+    folder = source.fetch(DESCRIPTION_FILES)
+    return source.fetch(weight_names(folder) or ["model.safetensors"])
+
+
+def _perplexity_facts(found: Perplexity) -> dict[str, float]:
+    return {**asdict(found), "perplexity": found.perplexity}
+
+
+def _print_divergence(found: Divergence, modules: Sequence[ModuleRow]) -> None:
+    before, after = found.reference.perplexity, found.candidate.perplexity
+    facts = {
+        "tokens": f"{found.tokens:,}",
+        "mean KL divergence": f"{found.mean_kl:.5f} nats a token",
+        "99th percentile": f"{found.p99_kl:.5f} nats",
+        "same likeliest token": f"{100 * found.agreement:.2f} %",
+        "perplexity": f"{before:,.3f} -> {after:,.3f} ({100 * (after / before - 1):+.2f} %)",
+    }
+    if modules:
+        facts["bits per weight"] = f"{bits_per_weight(modules):.2f}"
+    _print_facts(facts)
+    if not modules:
+        return
+    worst = sorted(modules, key=lambda row: -row.error)[:_WORST]
+    table = Table(box=None, title_justify="left", title_style="bold")
+    table.title = f"The {len(worst)} modules with the largest error, of {len(modules)}"
+    table.add_column("module")
+    for heading in ("format", "bits per weight", "error"):
+        table.add_column(heading, justify="right")
+    for row in worst:
+        error = f"{100 * row.error:.3f} %"
+        table.add_row(escape(row.path), row.format, f"{row.bits_per_weight:.2f}", error)
+    console = Console()
+    console.print()
+    console.print(table)
+
+
+def _print_facts(facts: dict[str, str]) -> None:
+    table = Table.grid(padding=(0, 2))
+    for name, fact in facts.items():
+        table.add_row(f"[bold]{name}[/bold]", fact)
+    Console().print(table)
+
+
+def _print_json(facts: dict[str, Any]) -> None:
+    typer.echo(json.dumps(facts, indent=2))

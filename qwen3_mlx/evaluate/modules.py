@@ -1,0 +1,153 @@
+"""How far the stored weights of a checkpoint are from another's, module by module."""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+
+from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
+from qwen3_mlx.checkpoint.weights import Weights, read_json
+from qwen3_mlx.engine.worker import Worker
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.config import ModelConfig
+
+Progress = Callable[[int, int], None]
+
+_BLOCK = 1 << 22  # weights in float32 at once: 16 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleRow:
+    """One matrix of a checkpoint, or one stack of experts.
+
+    `bits_per_weight` counts the scales too; `error` is the root mean square of the differences to
+    the reference's weights, in units of the root mean square of these.
+    """
+
+    path: str
+    format: str
+    weights: int
+    bits_per_weight: float
+    error: float
+
+
+def module_errors(
+    reference: Path, candidate: Path, *, progress: Progress | None = None
+) -> list[ModuleRow]:
+    """Compare the matrices in two checkpoints' folders, after dequantization in float32.
+
+    One module at a time is read. `progress` is told (done, total) modules.
+
+    Raises:
+        CheckpointError: a checkpoint cannot be read.
+        Qwen3Error: they are not of the same network.
+    """
+    first, second = _Stored(reference), _Stored(candidate)
+    paths = sorted(first.paths, key=_natural)
+    if first.paths != second.paths:
+        odd = min(first.paths ^ second.paths, key=_natural)
+        raise Qwen3Error(f"the checkpoints are not of one network: only one has {odd}")
+    rows = []
+    worker = Worker()
+    try:
+        for done, path in enumerate(paths):
+            if progress:
+                progress(done, len(paths))
+            rows.append(worker.call(partial(_row, path, first, second)))
+    finally:
+        worker.stop()
+    if progress:
+        progress(len(paths), len(paths))
+    return rows
+
+
+def bits_per_weight(rows: Sequence[ModuleRow]) -> float:
+    """Give the bits that a weight of all these modules takes on average."""
+    return sum(row.weights * row.bits_per_weight for row in rows) / sum(row.weights for row in rows)
+
+
+class _Stored:
+    """A checkpoint's matrices as they lie on disk."""
+
+    def __init__(self, folder: Path) -> None:
+        config = read_json(folder / "config.json")
+        self._formats = StoredFormats.of(config)
+        self._weights = Weights(folder)
+        self.paths = {
+            name.removesuffix(".weight")
+            for name, tensor in self._weights.tensors.items()
+            if name.endswith(".weight") and len(tensor.shape) > 1
+        }
+        if ModelConfig.from_dict(config).tie_word_embeddings:
+            self.paths.discard("lm_head")  # a copy of the embedding that some files carry
+
+    def take(self, path: str) -> "_Matrix":
+        """Read a module; each can be taken once."""
+        names = [f"{path}.{kind}" for kind in ("weight", "scales", "biases")]
+        parts = [self._weights.take(name) for name in names if name in self._weights.tensors]
+        mx.eval(parts)
+        quantized = self._formats if len(parts) > 1 else None
+        return _Matrix(parts, quantized.format_of(path) if quantized else None)
+
+
+class _Matrix:
+    """Rows of weights, with their scales and biases if they are quantized."""
+
+    def __init__(self, parts: Sequence[mx.array], form: Format | None) -> None:
+        self.bits = 8 * sum(part.nbytes for part in parts)
+        self._parts = [part.reshape(-1, part.shape[-1]) for part in parts]
+        self._form = form
+        packed = self._parts[0].shape[1]
+        self.shape = self._parts[0].shape[0], packed * 32 // form.bits if form else packed
+
+    @property
+    def format(self) -> str:
+        if self._form is None:
+            return str(self._parts[0].dtype).removeprefix("mlx.core.")
+        affine = f"{self._form.bits}-bit g{self._form.group_size}"
+        return affine if self._form.mode == "affine" else self._form.mode
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """Give the rows from `start` to `stop` in float32, unevaluated."""
+        weight, *others = [part[start:stop] for part in self._parts]
+        form = self._form
+        if form is None:
+            return weight.astype(mx.float32)
+        if form.mode == "affine":  # the other modes have scales that are codes, and no biases
+            others = [part.astype(mx.float32) for part in others]
+        scales, biases = others[0], others[1] if len(others) > 1 else None
+        return mx.dequantize(
+            weight, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode
+        ).astype(mx.float32)
+
+
+def _row(path: str, first: _Stored, second: _Stored) -> ModuleRow:
+    mx.clear_cache()
+    reference, candidate = first.take(path), second.take(path)
+    (rows, columns), other = reference.shape, candidate.shape
+    if (rows, columns) != other:
+        raise Qwen3Error(
+            f"the checkpoints are not of one network: {path} has {rows} x {columns} weights in one "
+            f"and {other[0]} x {other[1]} in the other"
+        )
+    difference = total = 0.0
+    step = max(1, _BLOCK // columns)
+    for start in range(0, rows, step):
+        there = reference.rows(start, start + step)
+        off = candidate.rows(start, start + step) - there
+        difference += float((off * off).sum(axis=-1).sum())
+        total += float((there * there).sum(axis=-1).sum())
+    count = rows * columns
+    # A reference of zeros has no unit to give; the error is then an absolute one.
+    error = math.sqrt(difference / (total or count))
+    return ModuleRow(path, candidate.format, count, candidate.bits / count, error)
+
+
+def _natural(path: str) -> list[tuple[int, str]]:
+    """Order layer 2 before layer 10, and the head last."""
+    parts = re.split(r"(\d+)", path.replace("lm_head", "~"))
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

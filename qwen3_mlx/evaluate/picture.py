@@ -1,0 +1,90 @@
+"""A picture of what bits cost: divergence against size, and the error of each module."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.evaluate.modules import ModuleRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_LEAST = 1e-9  # nats; what a logarithmic axis shows in place of no divergence at all
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """A checkpoint in the picture: its bits per weight, and its mean KL divergence in nats."""
+
+    label: str
+    bits: float
+    divergence: float
+
+
+def check_picture(path: Path) -> None:
+    """Find out whether a picture can be drawn to `path`, before the work for it is done.
+
+    Raises:
+        ValueError: the name ends neither in .png nor in .svg, or its folder is not there.
+        Qwen3Error: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in (".png", ".svg"):
+        raise ValueError(f"a picture's name must end in .png or .svg, and {path.name} does not")
+    if not path.parent.is_dir():
+        raise ValueError(f"{path.parent}, where the picture shall go, is no folder")
+    if find_spec("matplotlib") is None:
+        raise Qwen3Error("a picture needs matplotlib: pip install 'qwen3-mlx[plot]'")
+
+
+def draw(path: Path, points: Sequence[Point], modules: Sequence[ModuleRow] = ()) -> None:
+    """Draw points (one or more), and beside them a bar for each module, to a PNG or SVG file.
+
+    The same input gives the same file.
+
+    Raises:
+        ValueError, Qwen3Error: as `check_picture`.
+    """
+    check_picture(path)
+    # Imported where they are used: they take a second. Without pyplot there is no window and no
+    # state.
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    panels = 2 if modules else 1
+    with rc_context({"svg.hashsalt": "qwen3-mlx", "font.size": 9}):
+        figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        _draw_points(axes[0], points)
+        if modules:
+            _draw_modules(axes[1], modules)
+        ending = path.suffix.lower()[1:]
+        metadata = {"Date": None} if ending == "svg" else None
+        figure.savefig(path, format=ending, dpi=150, metadata=metadata)
+
+
+def _draw_points(axes: "Axes", points: Sequence[Point]) -> None:
+    ordered = sorted(points, key=lambda point: point.bits)
+    heights = [max(point.divergence, _LEAST) for point in ordered]
+    axes.plot([point.bits for point in ordered], heights, "o", color="tab:blue")
+    for point, height in zip(ordered, heights, strict=True):
+        place = (point.bits, height)
+        axes.annotate(point.label, place, xytext=(5, 4), textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_xlim(ordered[0].bits - 0.5, ordered[-1].bits + 1)  # with room for the last label
+    axes.set_ylim(min(heights) / 3, max(heights) * 3)
+    axes.grid(alpha=0.2)
+    axes.set(xlabel="bits per weight", ylabel="mean KL divergence (nats)")
+
+
+def _draw_modules(axes: "Axes", modules: Sequence[ModuleRow]) -> None:
+    kinds: dict[str, list[int]] = {}
+    for place, row in enumerate(modules):
+        kinds.setdefault(row.path.rsplit(".", 1)[-1], []).append(place)
+    for kind, places in kinds.items():
+        axes.bar(places, [100 * modules[place].error for place in places], width=1, label=kind)
+    axes.legend(fontsize=7, ncols=5, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)
+    axes.grid(axis="y", alpha=0.2)
+    axes.set(xlabel="module, in the order of the layers", ylabel="error of its weights (%)")
