@@ -16,7 +16,7 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
+from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, read_json, weight_names
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import (
@@ -27,6 +27,7 @@ from qwen3_mlx.engine.params import (
 )
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.fit import refuse_what_cannot_fit
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.streams import AsyncStream, Reply, Stream, collect
@@ -337,14 +338,16 @@ def load(
     Raises:
         ValueError: an argument is out of its range.
         CheckpointError: the checkpoint cannot be found, read or honoured.
+        Qwen3Error: it does not fit; the message shows the sum, and what would.
     """
     wanted = None if bits is None else Format(bits, group_size)
     options = LoadOptions(backend.compute_dtype(dtype), wanted, dequantize)
     place = Source(str(files("qwen3_mlx") / "demo" if source is None else source), revision)
     folder = place.fetch(DESCRIPTION_FILES)
     config = read_json(folder / "config.json")
-    ModelConfig.from_dict(config)  # what cannot be run is refused before gigabytes are fetched
-    StoredFormats.of(config)
+    # What cannot be run, or does not fit, is refused before gigabytes are fetched.
+    network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
+    refuse_what_cannot_fit(place.name, network, stored, options)
     abandoned = Flag()
 
     def follow(done: int, total: int) -> None:

@@ -10,6 +10,11 @@ from qwen3_mlx.cache.attention import Rotate, causal_attention
 _SMALLEST_GROWTH = 256  # tokens
 
 
+def grown_capacity(tokens: int) -> int:
+    """Give the tokens that a cache has room for after growing to hold `tokens`."""
+    return tokens + max(_SMALLEST_GROWTH, tokens // 4)
+
+
 class KVCache:
     """Keys, rotated, and values of the `offset` tokens seen so far.
 
@@ -53,8 +58,8 @@ class KVCache:
     def _grown(self, held: mx.array | None, new: mx.array, seen: int) -> mx.array:
         # Always beyond the new tokens: a write of exactly the buffer's size would become a view
         # of the projection's output and keep all of that alive.
-        by_a_quarter = self.offset + max(_SMALLEST_GROWTH, self.offset // 4)
-        capacity = self._capacity if self._capacity > self.offset else by_a_quarter
+        planned = self._capacity > self.offset
+        capacity = self._capacity if planned else grown_capacity(self.offset)
         grown = mx.zeros((1, new.shape[1], capacity, new.shape[3]), dtype=new.dtype)
         if held is not None:
             grown[:, :, :seen] = held[:, :, :seen]

@@ -12,10 +12,11 @@ from typer.exceptions import TyperException
 from qwen3_mlx import __version__
 from qwen3_mlx.cli.ask import ask
 from qwen3_mlx.cli.doctor import doctor
+from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.errors import Qwen3Error
 
 # Verbs that later versions bring. Without this, `qwen3 serve` would ask the model about "serve".
-_LATER = ("chat", "convert", "plan", "serve", "bench", "eval")
+_LATER = ("chat", "convert", "serve", "bench", "eval")
 
 
 class _Root(TyperGroup):
@@ -56,6 +57,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command("ask", hidden=True)(ask)
+app.command("plan")(plan)
 app.command("doctor")(doctor)
 
 
