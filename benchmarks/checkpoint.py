@@ -10,40 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.published import published_config
 from qwen3_mlx.model.qwen3 import Qwen3
-
-# hidden, intermediate, layers, query heads, key/value heads, tied: of the published config.json
-_GEOMETRY = {
-    "0.6B": (1024, 3072, 28, 16, 8, True),
-    "1.7B": (2048, 6144, 28, 16, 8, True),
-    "4B": (2560, 9728, 36, 32, 8, True),
-    "8B": (4096, 12288, 36, 32, 8, False),
-}
-
-
-def published_config(size: str) -> dict[str, object]:
-    """Give the config.json of a published size: 0.6B, 1.7B, 4B or 8B."""
-    hidden, intermediate, layers, heads, kv_heads, tied = _GEOMETRY[size]
-    return {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
-        "vocab_size": 151936,
-        "hidden_size": hidden,
-        "intermediate_size": intermediate,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "head_dim": 128,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 40960,
-        "tie_word_embeddings": tied,
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "rope_theta": 1000000,
-        "rope_scaling": None,
-        "torch_dtype": "bfloat16",
-        "eos_token_id": 151645,
-    }
 
 
 def random_checkpoint(folder: Path, size: str, bits: int | None = 4) -> Path:

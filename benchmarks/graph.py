@@ -15,8 +15,8 @@ import mlx.nn as nn
 import mlx_lm.models.qwen3
 
 import qwen3_mlx.model.qwen3  # first: the BLAS
-from benchmarks.checkpoint import published_config
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.published import published_config
 
 _KERNELS: list[tuple[Any, str]] = [
     *((mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")),

@@ -7,6 +7,8 @@ Importing this module loads a fast BLAS on Linux, because MLX binds its BLAS sym
 import ctypes
 import os
 import platform
+import re
+import subprocess
 import sys
 import time
 from functools import cache
@@ -84,6 +86,69 @@ def total_memory() -> int:
     except OSError:
         return total
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def memory_limit() -> int:
+    """Give the most bytes that MLX should hold here, whatever else runs.
+
+    On a GPU that is the working set that Metal recommends.
+    """
+    return int(mx.device_info()["max_recommended_working_set_size"]) if on_gpu() else total_memory()
+
+
+def available_memory() -> int:
+    """Give the bytes that MLX can take now, beyond the arrays that it holds."""
+    within_limit = memory_limit() - mx.get_active_memory()
+    return max(0, min(within_limit, _free_memory() + mx.get_cache_memory()))
+
+
+def working_set_of(memory: int) -> int:
+    """Give about what Metal recommends as a working set on a Mac with so many bytes of memory.
+
+    macOS decides it, by machine and version: 0.74 of the memory has been seen with 16 and 24 GB,
+    0.84 with 128 GB, and two thirds on older systems.
+    """
+    return memory * 3 // 4
+
+
+def _free_memory() -> int:
+    """Give the bytes that no program uses, or that the system only keeps for reuse."""
+    try:
+        if sys.platform == "darwin":
+            command = ["/usr/bin/vm_stat"]
+            return _free_on_mac(subprocess.run(command, capture_output=True, text=True).stdout)
+        free = _number_after("MemAvailable:", Path("/proc/meminfo").read_text()) * 1024
+    except (OSError, ValueError):
+        return total_memory()
+    return min(free, _free_in_container())
+
+
+def _free_on_mac(vm_stat: str) -> int:
+    """Add up what is free, and what Activity Monitor calls cached files."""
+    pages = ("Pages free:", "Pages purgeable:", "File-backed pages:")
+    page_size = _number_after("page size of", vm_stat)
+    return page_size * sum(_number_after(name, vm_stat) for name in pages)
+
+
+def _free_in_container(group: Path = Path("/sys/fs/cgroup")) -> int:
+    try:
+        used = int((group / "memory.current").read_text())
+        kept = _number_after("inactive_file", (group / "memory.stat").read_text())
+    except (OSError, ValueError):
+        return total_memory()
+    return total_memory() - used + kept
+
+
+def _number_after(name: str, text: str) -> int:
+    """Give the number that stands behind `name`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    match = re.search(rf"{re.escape(name)}\s*(\d+)", text)
+    if not match:
+        raise ValueError(f"no {name!r}")
+    return int(match[1])
 
 
 def worth_dequantizing(float32_bytes: int) -> bool:

@@ -18,7 +18,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
+from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, weight_names
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import (
@@ -29,6 +29,7 @@ from qwen3_mlx.engine.params import (
 )
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
+from qwen3_mlx.fit import refuse_what_cannot_fit
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.streams import AsyncStream, Reply, Said, Stream, collect
@@ -362,6 +363,7 @@ def load(
     Raises:
         ValueError: an argument is out of its range.
         CheckpointError: the checkpoint cannot be found, read or honoured.
+        Qwen3Error: it does not fit; the message shows the sum, and what would.
     """
     wanted = Format(4 if bits is None else bits, group_size)  # a wrong group size is never silent
     if dequantize is not None and not isinstance(dequantize, bool):
@@ -372,8 +374,9 @@ def load(
     place = Source(str(files("qwen3_mlx") / "demo" if source is None else source), revision)
     folder = place.fetch(DESCRIPTION_FILES)
     config = read_json(folder / "config.json")
-    ModelConfig.from_dict(config)  # what cannot be run is refused before gigabytes are fetched
-    StoredFormats.of(config)
+    # What cannot be run, or does not fit, is refused before gigabytes are fetched.
+    network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
+    refuse_what_cannot_fit(place.name, network, stored, options)
     abandoned = Flag()
 
     def follow(done: int, total: int) -> None:

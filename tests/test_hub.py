@@ -117,6 +117,21 @@ def test_only_the_files_needed_are_downloaded_once(
     assert asked == []
 
 
+def test_planning_fetches_the_config_alone(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    address, asked = hub
+    done = subprocess.run(
+        [sys.executable, "-m", "qwen3_mlx", "plan", "someone/tiny"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={"PATH": "", "HF_HOME": str(tmp_path), "HF_ENDPOINT": address, "NO_PROXY": "*"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("someone/tiny: 0.3 million weights")
+    assert asked == ["config.json"]
+
+
 @pytest.mark.parametrize(
     ("name", "offline", "complaint"),
     [

@@ -24,6 +24,7 @@ _RANKS = {
     "engine": 4,
     "text": 4,
     "streams": 5,
+    "fit": 5,
     "llm": 6,
     "qwen3_mlx": 7,
     "evaluate": 8,

@@ -10,6 +10,15 @@ from qwen3_mlx.cache.attention import Rotate, causal_attention
 _SMALLEST_GROWTH = 256  # tokens
 
 
+def grown_capacity(tokens: int) -> int:
+    """Give the tokens that a cache has room for after growing to hold `tokens`.
+
+    Always more: a write of exactly the buffer's size would become a view of the projection's
+    output and keep all of that alive.
+    """
+    return tokens + max(_SMALLEST_GROWTH, tokens // 4)
+
+
 class KVCache:
     """Keys, rotated, and values of the `offset` tokens seen so far.
 
@@ -45,7 +54,7 @@ class KVCache:
     def _append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         start, stop = self.offset, self.offset + k.shape[2]
         if self._keys is None or self._values is None or self._allocated < stop:
-            self._allocated = self._capacity if self._capacity > stop else _beyond(stop)
+            self._allocated = self._capacity if self._capacity > stop else grown_capacity(stop)
             self._keys = self._moved(self._keys, k)
             self._values = self._moved(self._values, v)
         self.offset = stop
@@ -82,12 +91,3 @@ class KVCache:
         if self._keys is None or self._values is None:
             return 0
         return self._keys.nbytes + self._values.nbytes
-
-
-def _beyond(tokens: int) -> int:
-    """Give the capacity to allocate for that many: a quarter more, and at least 256.
-
-    Always more than the tokens: a write of exactly the buffer's size would become a view of the
-    projection's output and keep all of that alive.
-    """
-    return tokens + max(_SMALLEST_GROWTH, tokens // 4)

@@ -1,11 +1,14 @@
 """How the weights of a checkpoint are quantized, as its config.json tells."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from qwen3_mlx.checkpoint.files import read_json
+from qwen3_mlx.checkpoint.weights import INDEX
 from qwen3_mlx.errors import CheckpointError
 
 # What MLX's kernels read: bits and group sizes of each mode.
@@ -111,3 +114,34 @@ class StoredFormats:
             )
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"config.json: quantization of {path}: {error}") from error
+
+    def leaves_out(self, path: str) -> bool:
+        """Say whether the module at `path` is named as one that is not quantized."""
+        return self._section.get(path) is False
+
+
+def formats_stored(
+    config: Mapping[str, Any], folder: Path | None = None
+) -> Callable[[str], Format | None] | None:
+    """Give the format of each module of an MLX-quantized checkpoint; None for any other.
+
+    The index of the weight files, where `folder` has it, tells which modules are quantized at all;
+    without it, all are but those that config.json excepts.
+
+    Raises:
+        CheckpointError: the weights are quantized in a form that MLX does not compute with.
+    """
+    stored = StoredFormats.of(config)
+    if stored is None:
+        return None
+    index = folder / INDEX if folder else None
+    names = read_json(index).get("weight_map") if index and index.is_file() else None
+
+    def format_of(path: str) -> Format | None:
+        if isinstance(names, dict):
+            kept = f"{path}.scales" not in names
+        else:
+            kept = stored.leaves_out(path)
+        return None if kept else stored.format_of(path)
+
+    return format_of

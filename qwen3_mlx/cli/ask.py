@@ -13,9 +13,9 @@ import qwen3_mlx  # whose names resolve on first use: `--help` loads no tokenize
 from qwen3_mlx import backend
 from qwen3_mlx.cli.console import Bar, note, stderr_text
 from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.model.published import SIZES, ready_name
 from qwen3_mlx.text.events import Finish, Reasoning, Text
 
-_SIZES = ("0.6B", "1.7B", "4B", "8B", "14B", "32B", "30B-A3B", "235B-A22B")
 _DEMO_NOTE = (
     "This is the embedded demo model: it adds, repeats, counts and reverses. "
     'For the real one: qwen3 --model 8B "..."'
@@ -38,7 +38,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
             "--model",
             "-m",
             panel=_MODEL,
-            text=f"A folder, a hub name, or a size: {', '.join(_SIZES)}.",
+            text=f"A folder, a hub name, or a size: {', '.join(SIZES)}.",
             envvar="QWEN3_MODEL",
         ),
     ] = None,
@@ -148,7 +148,8 @@ def _with_piped(prompt: str | None) -> str:
 
 
 def full_name(model: str | None) -> str | None:
-    return f"Qwen/Qwen3-{model}-MLX-4bit" if model in _SIZES else model
+    """Give the hub name that a bare size stands for, and anything else as it is."""
+    return ready_name(model) if model in SIZES else model
 
 
 def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, float]:

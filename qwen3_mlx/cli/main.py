@@ -14,10 +14,11 @@ from qwen3_mlx import __version__
 from qwen3_mlx.cli.ask import ask
 from qwen3_mlx.cli.doctor import doctor
 from qwen3_mlx.cli.evaluate import app as evaluate
+from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.errors import Qwen3Error
 
 # Verbs that later versions bring. Without this, `qwen3 serve` would ask the model about "serve".
-_LATER = ("chat", "convert", "plan", "serve", "bench")
+_LATER = ("chat", "convert", "serve", "bench")
 
 
 class _Root(TyperGroup):
@@ -58,6 +59,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command("ask", hidden=True)(ask)
+app.command("plan")(plan)
 app.command("doctor")(doctor)
 app.add_typer(evaluate, name="eval")
 

@@ -11,6 +11,7 @@ from typing import Any
 from qwen3_mlx.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
+_MOST_LAYERS = 10_000  # more are a mistake, and would take long to find out
 _LARGEST = 1 << 31  # no size of a network comes near; MLX counts in 32 bits
 
 
@@ -111,7 +112,7 @@ class ModelConfig:
             vocab_size=read.count("vocab_size"),
             hidden_size=read.count("hidden_size"),
             intermediate_size=read.count("intermediate_size"),
-            num_hidden_layers=read.count("num_hidden_layers"),
+            num_hidden_layers=read.count("num_hidden_layers", most=_MOST_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -139,9 +140,9 @@ class _Reader:
                 return self.config[name]
         raise CheckpointError(f"{self.where}: {' or '.join(names)} is missing")
 
-    def count(self, *names: str) -> int:
+    def count(self, *names: str, most: int = _LARGEST) -> int:
         value = self.get(*names)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < _LARGEST:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
             raise CheckpointError(
                 f"{self.where}: {names[0]} is {_shown(value)}, not a positive integer within reason"
             )

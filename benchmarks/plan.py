@@ -1,0 +1,93 @@
+"""The plan beside what MLX really holds: python -m benchmarks.plan [SIZE ...]
+
+Random checkpoints of real size, 0.6B and 4B unless others are named, at 4 and 8 bits, each made and
+then loaded in a process of its own with dequantize=False. Compared are the active bytes after
+loading, and after the prefill of a few tokens with room for CONTEXT allocated. Fails where a figure
+is off by more than 2 %.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from qwen3_mlx import backend  # first: the BLAS
+
+# isort: split
+
+import mlx.core as mx
+
+from benchmarks.checkpoint import random_checkpoint
+from qwen3_mlx.checkpoint.files import read_json
+from qwen3_mlx.checkpoint.load import LoadOptions, load_model
+from qwen3_mlx.checkpoint.quantization import formats_stored
+from qwen3_mlx.checkpoint.weights import Weights
+from qwen3_mlx.engine.memory import Workload, make_plan, weight_bytes
+from qwen3_mlx.engine.runner import prefill
+from qwen3_mlx.model.config import ModelConfig
+
+CONTEXT = 4096
+_PROMPT = 4  # tokens: enough to allocate the cache, and quick on a CPU
+_ALLOWED = 0.02
+
+
+def main() -> None:
+    """Make, measure and compare the sizes that the arguments name."""
+    sizes = sys.argv[1:] or ["0.6B", "4B"]
+    facts = backend.describe()
+    print(f"{facts['device']}, {facts['dtype']}, {CONTEXT:,} tokens, {time.strftime('%Y-%m-%d')}")
+    print(f"{'bytes':16}{'planned':>16}{'held':>16}{'off by':>9}")
+    worst = 0.0
+    for size in sizes:
+        for bits in (4, 8):
+            with tempfile.TemporaryDirectory() as scratch:
+                _in_own_process("make", scratch, size, str(bits))
+                figures = json.loads(_in_own_process("measure", scratch))
+            for name, (planned, held) in figures.items():
+                off = held / planned - 1
+                worst = max(worst, abs(off))
+                label = f"{size} {bits} {name}"
+                print(f"{label:16}{planned:>16,}{held:>16,}{off:>+9.3%}", flush=True)
+    sys.exit(f"off by more than {_ALLOWED:.0%}" if worst > _ALLOWED else 0)
+
+
+def measure(folder: Path) -> dict[str, tuple[int, int]]:
+    """Load the checkpoint and read a few tokens; give planned and held bytes after either."""
+    config = read_json(folder / "config.json")
+    network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
+    assert stored is not None
+    dtype = backend.compute_dtype()
+    plan = make_plan(
+        network, weight_bytes(network, stored, dtype.size), Workload(CONTEXT, itemsize=dtype.size)
+    )
+    options = LoadOptions(dtype, dequantize=False)
+    model = load_model(config, Weights(folder), options, lambda *_: None)
+    mx.clear_cache()
+    loaded = mx.get_active_memory()
+    cache = model.make_cache(CONTEXT)
+    logits = prefill(model, cache, range(_PROMPT), chunk=_PROMPT, checkpoint=lambda _: None)
+    mx.eval(logits)
+    return {
+        "load": (plan.weights, loaded),
+        "prefill": (plan.weights + plan.cache, mx.get_active_memory()),
+    }
+
+
+def _in_own_process(*arguments: str) -> str:
+    command = [sys.executable, "-m", "benchmarks.plan", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["make", folder, size, bits]:
+            random_checkpoint(Path(folder), size, int(bits))
+        case ["measure", folder]:
+            print(json.dumps(measure(Path(folder))))
+        case _:
+            main()

@@ -1,0 +1,257 @@
+"""How much memory a model takes: arithmetic over its config, before anything is read or fetched.
+
+    weights + KV cache + prefill activations + reserve
+
+- Weights are exact: every tensor as loading lays it out. n weights of b bits in groups of g take
+  n·b/8 bytes, and each group a scale and a bias in the compute dtype (mxfp4, mxfp8 and nvfp4: a
+  scale of one byte). A tied head is the embedding.
+- The KV cache is exact: 2 · layers · key/value heads · head size · bytes, for every token it has
+  room for. A byte count of 2 (bfloat16) becomes 1.0625 at 8 bits and 0.5625 at 4.
+- Activations are an estimate of what one chunk of a prompt holds at once. On a GPU: what a layer
+  makes, times the three layers that its command buffers keep alive (Qwen3-4B, 2,048 tokens: 0.69 GB
+  by this formula; 0.77 GB is what mlx-lm's published peak of 3.35 GB leaves). On a CPU one layer is
+  alive, but attention is unfused: the float32 scores of every head count, and the keys repeated for
+  each query head (measured on Qwen3-0.6B: within 5 %).
+- The reserve is for what no formula knows: the process, kernels, buffers not yet given back.
+
+Loading itself holds one module's source weights beside the finished ones, when no cache exists yet.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from qwen3_mlx.cache.kv import grown_capacity
+from qwen3_mlx.model.config import ModelConfig
+
+RESERVE = 500_000_000
+_LAYERS_IN_FLIGHT = 3
+_SCORE_BYTES = 4  # the softmax is float32 in any dtype
+_KV_GROUP = 64
+
+
+class Quantized(Protocol):
+    """How a matrix is quantized: what the arithmetic needs of a checkpoint's format."""
+
+    @property
+    def bits(self) -> int:
+        """Bits a weight."""
+
+    @property
+    def group_size(self) -> int:
+        """Weights of a row that share a scale."""
+
+    @property
+    def mode(self) -> str:
+        """The mode of MLX: affine, mxfp4, mxfp8 or nvfp4."""
+
+
+FormatOf = Callable[[str], Quantized | None]  # by module path; None where nothing is quantized
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFormat:
+    """How keys and values are kept: in so many bits, or (None) in the compute dtype."""
+
+    key_bits: int | None = None
+    value_bits: int | None = None
+
+
+CACHE_FORMATS = {
+    "bf16": CacheFormat(),
+    "8": CacheFormat(8, 8),
+    "k8v4": CacheFormat(8, 4),
+    "4": CacheFormat(4, 4),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What shall run, and how: one sequence of `context` tokens, prompt and reply together.
+
+    `itemsize` is the bytes of the compute dtype; `chunk` the prompt's tokens read at once; `fused`
+    whether attention has a fused kernel, as on a GPU; `bounded` whether the length of the reply is
+    known beforehand (max_tokens), so that the cache is allocated at once and does not grow.
+    """
+
+    context: int
+    itemsize: int = 2
+    cache: CacheFormat = CACHE_FORMATS["bf16"]
+    chunk: int = 2048
+    fused: bool = True
+    bounded: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The bytes that a workload takes, term by term."""
+
+    weights: int
+    cache: int
+    activations: int
+    reserve: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return self.weights + self.cache + self.activations + self.reserve
+
+    def __str__(self) -> str:
+        terms = {
+            "weights": self.weights,
+            "cache": self.cache,
+            "activations": self.activations,
+            "reserve": self.reserve,
+        }
+        added = " + ".join(f"{name} {in_gb(size)}" for name, size in terms.items())
+        return f"{added} = {in_gb(self.total)}"
+
+
+def in_gb(size: int) -> str:
+    """Write bytes as GB, of 10^9."""
+    return f"{size / 1e9:,.1f} GB"
+
+
+def make_plan(config: ModelConfig, weights: int, work: Workload) -> Plan:
+    """Plan for a model whose weights take `weights` bytes (see `weight_bytes`)."""
+    return Plan(weights, cache_bytes(config, work), activation_bytes(config, work), RESERVE)
+
+
+def largest_context(
+    config: ModelConfig, weights: int, work: Workload, available: int, limit: int
+) -> int:
+    """Give the longest context, up to `limit` tokens, that fits `available` bytes; 0 if none."""
+
+    def fits(context: int) -> bool:
+        return make_plan(config, weights, replace(work, context=context)).total <= available
+
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+@dataclass(frozen=True, slots=True)
+class _Module:
+    """A module with weights: `count` matrices [rows, columns], or a norm, which has no columns."""
+
+    path: str
+    rows: int
+    columns: int = 0
+    count: int = 1
+    bias: bool = False
+
+    @property
+    def size(self) -> int:
+        return self.count * self.rows * (self.columns or 1) + (self.rows if self.bias else 0)
+
+    def nbytes(self, form: Quantized | None, itemsize: int) -> int:
+        if form is None or not self.columns or self.columns % form.group_size:
+            return self.size * itemsize
+        weights = self.count * self.rows * self.columns
+        group_bytes = 2 * itemsize if form.mode == "affine" else 1
+        packed = weights * form.bits // 8 + weights // form.group_size * group_bytes
+        return packed + (self.rows * itemsize if self.bias else 0)
+
+
+def _modules(config: ModelConfig) -> Iterator[_Module]:
+    """List the modules that have weights, as model/qwen3.py builds them."""
+    hidden, head = config.hidden_size, config.head_dim
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    yield _Module("model.embed_tokens", config.vocab_size, hidden)
+    for index in range(config.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        attention, bias = f"{layer}.self_attn", config.attention_bias
+        yield _Module(f"{attention}.q_proj", queries, hidden, bias=bias)
+        yield _Module(f"{attention}.k_proj", keys, hidden, bias=bias)
+        yield _Module(f"{attention}.v_proj", keys, hidden, bias=bias)
+        yield _Module(f"{attention}.o_proj", hidden, queries, bias=bias)
+        yield _Module(f"{attention}.q_norm", head)
+        yield _Module(f"{attention}.k_norm", head)
+        yield _Module(f"{layer}.input_layernorm", hidden)
+        yield _Module(f"{layer}.post_attention_layernorm", hidden)
+        experts, block, width, count = config.experts, f"{layer}.mlp", config.intermediate_size, 1
+        if experts and experts.in_layer(index):
+            yield _Module(f"{block}.gate", experts.num_experts, hidden)
+            block, width = f"{block}.switch_mlp", experts.moe_intermediate_size
+            count = experts.num_experts
+        yield _Module(f"{block}.gate_proj", width, hidden, count)
+        yield _Module(f"{block}.up_proj", width, hidden, count)
+        yield _Module(f"{block}.down_proj", hidden, width, count)
+    yield _Module("model.norm", hidden)
+    if not config.tie_word_embeddings:
+        yield _Module("lm_head", config.vocab_size, hidden)
+
+
+def count_weights(config: ModelConfig) -> int:
+    """Count the weights of the network."""
+    return sum(module.size for module in _modules(config))
+
+
+def weight_bytes(config: ModelConfig, format_of: FormatOf, itemsize: int = 2) -> int:
+    """Give the bytes of all tensors, where `itemsize` is that of the compute dtype.
+
+    A matrix whose rows are no multiple of its format's group size stays as it is.
+    """
+    return sum(module.nbytes(format_of(module.path), itemsize) for module in _modules(config))
+
+
+def bytes_a_token(config: ModelConfig, format_of: FormatOf, work: Workload) -> int:
+    """Give the bytes read to decode one token with `work.context` tokens in the cache.
+
+    Of a mixture of experts that is what one token goes through; of an embedding that is not the
+    head, too, it is one row. Memory's bandwidth over this is an upper bound of tokens a second.
+    """
+    read = _cache_bytes(config, work.context, work)
+    for module in _modules(config):
+        size = module.nbytes(format_of(module.path), work.itemsize)
+        if config.experts and module.count > 1:
+            size = size * config.experts.num_experts_per_tok // module.count
+        if module.path == "model.embed_tokens" and not config.tie_word_embeddings:
+            size //= module.rows
+        read += size
+    return read
+
+
+def cache_bytes(config: ModelConfig, work: Workload) -> int:
+    """Give the bytes of the KV cache that the workload ends with.
+
+    Where the length of the reply is not known, the cache grows by a quarter at a time, and one
+    buffer, of keys or of values in one layer, is there twice while it is copied.
+    """
+    if work.bounded:
+        return _cache_bytes(config, work.context, work)
+    grown = _cache_bytes(config, grown_capacity(work.context), work)
+    return grown + _cache_bytes(config, work.context, work) // (2 * config.num_hidden_layers)
+
+
+def _cache_bytes(config: ModelConfig, tokens: int, work: Workload) -> int:
+    elements = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
+
+    def nbytes(bits: int | None) -> int:
+        if bits is None:
+            return elements * work.itemsize
+        return elements * bits // 8 + elements // _KV_GROUP * 2 * work.itemsize
+
+    return nbytes(work.cache.key_bits) + nbytes(work.cache.value_bits)
+
+
+def activation_bytes(config: ModelConfig, work: Workload) -> int:
+    """Estimate the most bytes that a chunk of the prompt holds beside weights and cache."""
+    tokens = min(work.chunk, work.context)
+    layer = tokens * _elements_a_token(config) * work.itemsize
+    if work.fused:
+        return _LAYERS_IN_FLIGHT * layer
+    heads = config.num_attention_heads
+    return layer + heads * work.context * (tokens * _SCORE_BYTES + config.head_dim * work.itemsize)
+
+
+def _elements_a_token(config: ModelConfig) -> int:
+    """Count what one layer makes for a token: all that lives until its output is there."""
+    attention = (3 * config.num_attention_heads + 4 * config.num_key_value_heads) * config.head_dim
+    if config.experts:  # rows in, gate, up, their product, rows out, for each expert of a token
+        experts = config.experts
+        row = 3 * config.hidden_size + 3 * experts.moe_intermediate_size
+        return 4 * config.hidden_size + attention + experts.num_experts_per_tok * row
+    return 4 * config.hidden_size + attention + 3 * config.intermediate_size

@@ -1,0 +1,100 @@
+"""Whether a checkpoint fits this machine: told before a byte of its weights is read or fetched."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import mlx.core as mx
+
+from qwen3_mlx import backend
+from qwen3_mlx.checkpoint.load import LoadOptions
+from qwen3_mlx.checkpoint.quantization import Format
+from qwen3_mlx.engine.memory import (
+    FormatOf,
+    Plan,
+    Quantized,
+    Workload,
+    count_weights,
+    in_gb,
+    make_plan,
+    weight_bytes,
+)
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.published import SIZES, published, ready_name
+
+_CONVERSATION = 2048  # tokens; what cannot hold so many is of no use
+_READY = Format(4, 64)
+
+
+def plan_load(network: ModelConfig, stored: FormatOf | None, options: LoadOptions) -> Plan:
+    """Plan for a checkpoint as `options` load it, and a short conversation with it."""
+    quantize, dequantize = options.quantize, options.dequantize
+    if dequantize is None:
+        dequantize = backend.worth_dequantizing(4 * count_weights(network))
+
+    def format_of(path: str) -> Quantized | None:
+        if dequantize:
+            return None
+        if stored:
+            return stored(path)
+        return quantize.for_module(path) if quantize else None
+
+    work = Workload(
+        context=min(_CONVERSATION, network.context_window),
+        itemsize=options.dtype.size,
+        chunk=backend.prefill_chunk(),
+        fused=backend.on_gpu(),
+    )
+    return make_plan(network, weight_bytes(network, format_of, work.itemsize), work)
+
+
+def refuse_what_cannot_fit(
+    name: str, network: ModelConfig, stored: FormatOf | None, options: LoadOptions
+) -> None:
+    """Compare the plan with what the machine can give.
+
+    Raises:
+        Qwen3Error: it is more; the message shows the sum, and what would fit.
+    """
+    plan, available = plan_load(network, stored, options), backend.available_memory()
+    if plan.total <= available:
+        return
+    ways = [
+        *_other_options(network, stored, options, available),
+        _ready_model(available),
+    ]
+    if plan.total <= backend.memory_limit():
+        ways.append("closing other programs would make room")
+    raise Qwen3Error(
+        f"{name} does not fit: {plan} with {_CONVERSATION:,} tokens; "
+        f"this machine can give {in_gb(available)}; {'; '.join(ways)}"
+    )
+
+
+def _other_options(
+    network: ModelConfig, stored: FormatOf | None, options: LoadOptions, available: int
+) -> Iterator[str]:
+    """Name the first way to load the same checkpoint that fits."""
+    others = {}
+    if stored or options.quantize:
+        others["dequantize=False"] = replace(options, dequantize=False)
+    if options.dtype.size > 2:
+        others['dtype="bfloat16"'] = replace(options, dtype=mx.bfloat16)
+    if not stored:
+        for bits in (8, 6, 5, 4, 3):
+            others[f"bits={bits}"] = replace(options, quantize=Format(bits, 64))
+    for words, changed in others.items():
+        if (total := plan_load(network, stored, changed).total) <= available:
+            yield f"{words} would fit ({in_gb(total)})"
+            return
+
+
+def _ready_model(available: int) -> str:
+    """Name the largest of the published sizes that fits as it can be had, quantized to 4 bits."""
+    options = LoadOptions(backend.compute_dtype())
+    plans = {size: plan_load(published(size), lambda _: _READY, options) for size in SIZES}
+    fitting = {size: plan.total for size, plan in plans.items() if plan.total <= available}
+    if not fitting:
+        return "nor does any of the ready 4-bit models"
+    best = max(fitting, key=lambda size: fitting[size])
+    return f"--model {best} fits ({ready_name(best)}, 4-bit, {in_gb(fitting[best])})"

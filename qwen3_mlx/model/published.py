@@ -1,0 +1,91 @@
+"""The sizes that Qwen3 is published in: enough to plan for them, and to make their like.
+
+From the config.json of each Qwen/Qwen3-SIZE on the hub.
+"""
+
+from dataclasses import dataclass
+
+from qwen3_mlx.model.config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class _Geometry:
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    tied: bool = False
+    expert_width: int = 0  # of each of 128 experts, 8 of which a token goes through
+    yarn: bool = True  # the model card tells how to reach beyond the window
+
+
+_GEOMETRIES = {
+    "0.6B": _Geometry(1024, 3072, 28, 16, 8, tied=True, yarn=False),
+    "1.7B": _Geometry(2048, 6144, 28, 16, 8, tied=True, yarn=False),
+    "4B": _Geometry(2560, 9728, 36, 32, 8, tied=True),
+    "8B": _Geometry(4096, 12288, 36, 32, 8),
+    "14B": _Geometry(5120, 17408, 40, 40, 8),
+    "32B": _Geometry(5120, 25600, 64, 64, 8),
+    "30B-A3B": _Geometry(2048, 6144, 48, 32, 4, expert_width=768),
+    "235B-A22B": _Geometry(4096, 12288, 94, 64, 4, expert_width=1536),
+}
+SIZES = tuple(_GEOMETRIES)
+_WINDOW = 40960  # 32,768 of training and output, 8,192 of prompt
+_YARN_LENGTHS = (65536, 131072)  # factors 2 and 4 on a window of 32,768, as the model cards say
+
+
+def published_config(size: str) -> dict[str, object]:
+    """Give what the config.json of a published size says of the network."""
+    geometry = _GEOMETRIES[size]
+    config: dict[str, object] = {
+        "architectures": ["Qwen3MoeForCausalLM" if geometry.expert_width else "Qwen3ForCausalLM"],
+        "model_type": "qwen3_moe" if geometry.expert_width else "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": geometry.hidden,
+        "intermediate_size": geometry.intermediate,
+        "num_hidden_layers": geometry.layers,
+        "num_attention_heads": geometry.heads,
+        "num_key_value_heads": geometry.kv_heads,
+        "head_dim": 128,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": _WINDOW,
+        "tie_word_embeddings": geometry.tied,
+        "attention_bias": False,
+        "hidden_act": "silu",
+        "rope_theta": 1000000,
+        "rope_scaling": None,
+        "torch_dtype": "bfloat16",
+        "eos_token_id": 151645,
+    }
+    if geometry.expert_width:
+        config |= {
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": geometry.expert_width,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    return config
+
+
+def published(size: str) -> ModelConfig:
+    """Give the network of a published size."""
+    return ModelConfig.from_dict(published_config(size))
+
+
+def ready_name(size: str) -> str:
+    """Give the hub name of a published size that is quantized to 4 bits already."""
+    return f"Qwen/Qwen3-{size}-MLX-4bit"
+
+
+def yarn_lengths(config: ModelConfig) -> tuple[int, ...]:
+    """Give the contexts beyond the window for which Qwen publishes YaRN settings.
+
+    Told by the geometry: the sizes from 4B on, with the window of their first release.
+    """
+    shape = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+    shapes = {(g.hidden, g.layers, g.heads) for g in _GEOMETRIES.values() if g.yarn}
+    fits = config.yarn is None and config.max_position_embeddings == _WINDOW and shape in shapes
+    return _YARN_LENGTHS if fits else ()
