@@ -11,7 +11,7 @@ import math
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwen3_mlx import __version__, backend
+from qwen3_mlx.checkpoint import rounding
 from qwen3_mlx.checkpoint.files import Planned, ShardWriter, written_whole
 from qwen3_mlx.checkpoint.load import quantizable
 from qwen3_mlx.checkpoint.quantization import Format
@@ -50,7 +51,8 @@ class Job:
     """What to write, and how.
 
     `formats` has a format for each module whose weights are to be quantized; other numbers become
-    `dtype`. `card` is the text of the README.md that goes with them.
+    `dtype`. Modules with `moments` of their inputs are rounded with care for those; `calibration`
+    names the text they were measured on. `card` is the text of the README.md that goes with it.
     """
 
     source: Path
@@ -58,6 +60,8 @@ class Job:
     config: Mapping[str, Any]
     formats: Formats
     dtype: mx.Dtype
+    moments: Mapping[str, mx.array] = field(default_factory=dict)
+    calibration: str = ""
     card: str = ""
     force: bool = False
     allow_nonfinite: bool = False
@@ -195,6 +199,7 @@ def _go_on_or_begin(job: Job, partial: Path, names: Sequence[str]) -> None:
         "tensors": list(names),
         "formats": {path: form.as_config() for path, form in job.formats.items() if form},
         "dtype": _DTYPE_NAMES[job.dtype],
+        "calibration": job.calibration,
     }
     text = json.dumps(identity, sort_keys=True)
     state = partial / _STATE
@@ -229,7 +234,7 @@ def _write_shards(
             tensors = shards[file]
             writer = ShardWriter(stream, [plan for tensor in tensors for plan in tensor.planned])
             nonfinite: Counter[str] = Counter()
-            for tensor, block in _computed(tensors, job.dtype):
+            for tensor, block in _computed(tensors, job):
                 if nonfinite and tensor.name not in nonfinite and not job.allow_nonfinite:
                     break  # the tensor that has some is counted to its end
                 nonfinite += Counter({tensor.name: block.count_nonfinite()})
@@ -257,11 +262,15 @@ def _refuse_nonfinite(counts: Mapping[str, int], *, allowed: bool) -> None:
 class _Block:
     """Some rows of a tensor on their way to the file; all is in work once it is made."""
 
-    def __init__(self, rows: mx.array, form: Format | None, dtype: mx.Dtype) -> None:
+    def __init__(self, rows: mx.array, tensor: _Tensor, job: Job) -> None:
+        dtype, form = job.dtype, tensor.form
         self._rows = rows.astype(dtype)
         self._exponent = _EXPONENT[dtype]
         self.arrays: Sequence[mx.array] = [self._rows]
-        if form:
+        inputs = job.moments.get(tensor.name.removesuffix(".weight"))
+        if form and inputs is not None and rounding.fits(form, rows.shape[-1]):
+            self.arrays = rounding.quantize(self._rows, form, inputs, dtype)
+        elif form:
             self.arrays = mx.quantize(
                 self._rows, group_size=form.group_size, bits=form.bits, mode=form.mode
             )
@@ -281,7 +290,7 @@ class _Block:
         return int(((bits & self._exponent) == self._exponent).sum().item())  # type: ignore[arg-type]
 
 
-def _computed(tensors: Sequence[_Tensor], dtype: mx.Dtype) -> Iterator[tuple[_Tensor, _Block]]:
+def _computed(tensors: Sequence[_Tensor], job: Job) -> Iterator[tuple[_Tensor, _Block]]:
     """Give all tensors' blocks in order, while some ahead are in work.
 
     On a CPU two streams share that work, because a stream there is one thread.
@@ -293,7 +302,7 @@ def _computed(tensors: Sequence[_Tensor], dtype: mx.Dtype) -> Iterator[tuple[_Te
     blocks = ((tensor, rows) for tensor in tensors for rows in tensor.matrix.blocks(_BLOCK))
     for (tensor, rows), stream in zip(blocks, cycle(streams), strict=False):
         with mx.stream(stream):
-            in_work.append((tensor, _Block(rows, tensor.form, dtype)))
+            in_work.append((tensor, _Block(rows, tensor, job)))
         if len(in_work) == _IN_WORK:
             yield in_work.popleft()
     yield from in_work

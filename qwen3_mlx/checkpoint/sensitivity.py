@@ -11,7 +11,7 @@ N sequences, L tokens each, R drawings of labels, D hidden, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ from qwen3_mlx.cache.attention import NoCache
 from qwen3_mlx.checkpoint.load import quantizable
 from qwen3_mlx.checkpoint.quantization import Format
 from qwen3_mlx.checkpoint.recipes import group_of
+from qwen3_mlx.checkpoint.rounding import moments
 from qwen3_mlx.checkpoint.sources import Matrix
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.linear import Linear
@@ -31,6 +32,8 @@ from qwen3_mlx.model.rope import Rope
 Progress = Callable[[int, int], None]
 Scores = dict[str, dict[Format, float]]
 """For each group of modules, the divergence in nats a token that each format brings about."""
+Moments = dict[str, mx.array]
+"""For each module, what `rounding.moments` says of its inputs."""
 
 DRAWINGS = 4
 _BATCH_TOKENS = 512
@@ -43,8 +46,8 @@ def measure(
     ids: mx.array,
     formats: Sequence[Format],
     progress: Progress,
-) -> Scores:
-    """Measure each group of modules with each format on ids [N, L].
+) -> tuple[Scores, Moments]:
+    """Measure each group of modules with each format on ids [N, L], and all modules' inputs.
 
     `progress(done, total)` counts layers, each of them twice.
     """
@@ -55,23 +58,26 @@ def measure(
         progress(index, 2 * layers)
         block = _load_block(config, matrices, index)
         inputs.append(_through(block, rope, inputs[-1]))
-    scores: Scores = defaultdict(dict)
+    scores: Scores = {}
+    seen: Moments = {}
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
     norm.weight = _whole(matrices["model.norm.weight"])
+    seen[head] = moments(norm(inputs[-1]))
     gradients, scores[head] = _head(matrices[f"{head}.weight"], norm, inputs.pop(), formats)
     for index in reversed(range(layers)):
         progress(2 * layers - 1 - index, 2 * layers)
         block = _load_block(config, matrices, index)
-        gradients, found = _layer(block, rope, inputs.pop(), gradients, formats)
+        gradients, found, of_inputs = _layer(block, rope, inputs.pop(), gradients, formats)
         scores |= {f"model.layers.{index}.{group}": found[group] for group in found}
+        seen |= {f"model.layers.{index}.{name}": of_inputs[name] for name in of_inputs}
     of_input = _embedding(matrices["model.embed_tokens.weight"], ids, gradients, formats)
     of_head = scores.get("model.embed_tokens", {})
     scores["model.embed_tokens"] = {
         form: score + of_head.get(form, 0.0) for form, score in of_input.items()
     }
     progress(2 * layers, 2 * layers)
-    return dict(scores)
+    return scores, seen
 
 
 # --- reading ------------------------------------------------------------------------------------
@@ -222,7 +228,7 @@ class _Tap:
         self.weight: mx.array = inner["weight"]
         self.added: mx.array | None = None
         self.call: Callable[[nn.Module], mx.array] = lambda module: module(mx.zeros(()))
-        self.out = mx.zeros(())
+        self.x = self.out = mx.zeros(())
         self._inner = inner
 
     def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
@@ -231,7 +237,7 @@ class _Tap:
         if self.added is not None:
             return out + self.added
         self.call = lambda module: module(x, *args, **options)
-        self.out = out
+        self.x, self.out = x, out
         return out
 
     def with_weight(self, weight: mx.array) -> nn.Module:
@@ -244,34 +250,23 @@ class _Tap:
 
 def _layer(
     block: Block, rope: Rope, x: mx.array, gradients: mx.array, formats: Sequence[Format]
-) -> tuple[mx.array, dict[str, dict[Format, float]]]:
-    """Carry gradients [R, N, L, D] back through a layer; give the scores of its groups, too."""
+) -> tuple[mx.array, dict[str, dict[Format, float]], Moments]:
+    """Carry gradients [R, N, L, D] back through a layer; give its groups' scores, too."""
     taps = _install_taps(block)
+    seen: Moments = {}
     products: dict[str, dict[Format, list[mx.array]]] = defaultdict(lambda: defaultdict(list))
     carried = []
-
-    def forward(x: mx.array, *added: mx.array) -> mx.array:
-        for tap, value in zip(taps.values(), added, strict=True):
-            tap.added = value
-        return block(x, None, NoCache(), rope.one_pass())
-
     for batch in _batches(x.shape[0], x.shape[1]):
         calls, pulls = [], []
-        for sequence in range(batch.start, min(batch.stop, x.shape[0])):
-            one = x[sequence : sequence + 1]
-            for tap in taps.values():
-                tap.added = None
-            mx.eval(block(one, None, NoCache(), rope.one_pass()))
-            calls.append([tap.call for tap in taps.values()])
-            zeros = [mx.zeros_like(tap.out) for tap in taps.values()]
-            of_drawings = [
-                mx.vjp(forward, [one, *zeros], [gradients[drawing, sequence : sequence + 1]])[1]
-                for drawing in range(DRAWINGS)
-            ]
-            of_input, *of_modules = map(mx.stack, map(list, zip(*of_drawings, strict=True)))
-            mx.eval(of_input, of_modules)
+        for one in range(batch.start, min(batch.stop, x.shape[0])):
+            one_gradients = gradients[:, one : one + 1]
+            of_input, *of_modules = _pull(block, rope, taps, x[one : one + 1], one_gradients)
             carried.append(of_input)
             pulls.append(of_modules)
+            calls.append([tap.call for tap in taps.values()])
+            for name, tap in taps.items():
+                seen[name] = moments(tap.x) + seen.get(name, 0)
+            mx.eval(seen)
         for place, (name, tap) in enumerate(taps.items()):
             for form in _fitting(tap.weight, formats):
                 changed = tap.with_weight(_change(tap.weight, form))
@@ -283,13 +278,47 @@ def _layer(
                 )
                 mx.eval(of_batch)
                 products[name][form].append(of_batch)
-    scores: dict[str, dict[Format, float]] = defaultdict(dict)
-    for group, names in _groups(products).items():
-        for form in set.intersection(*(set(products[name]) for name in names)):
-            together = sum(mx.concatenate(products[name][form]) for name in names)
-            assert isinstance(together, mx.array)
-            scores[group][form] = _divergence(together, x.shape[1])
-    return mx.concatenate(carried, axis=1), scores
+    return mx.concatenate(carried, axis=1), _by_group(products, x.shape[1]), seen
+
+
+def _pull(
+    block: Block, rope: Rope, taps: Mapping[str, _Tap], one: mx.array, gradients: mx.array
+) -> list[mx.array]:
+    """Give the gradients of the input [R, 1, L, D] and of each tapped output of one sequence."""
+
+    def forward(x: mx.array, *added: mx.array) -> mx.array:
+        for tap, value in zip(taps.values(), added, strict=True):
+            tap.added = value
+        return block(x, None, NoCache(), rope.one_pass())
+
+    for tap in taps.values():
+        tap.added = None
+    mx.eval(block(one, None, NoCache(), rope.one_pass()))
+    zeros = [mx.zeros_like(tap.out) for tap in taps.values()]
+    of_drawings = [
+        mx.vjp(forward, [one, *zeros], [gradients[drawing]])[1] for drawing in range(DRAWINGS)
+    ]
+    pulled = list(map(mx.stack, map(list, zip(*of_drawings, strict=True))))
+    mx.eval(pulled)
+    return pulled
+
+
+def _by_group(
+    products: Mapping[str, Mapping[Format, list[mx.array]]], length: int
+) -> dict[str, dict[Format, float]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in products:
+        groups[group_of(name)].append(name)
+    scores: dict[str, dict[Format, float]] = {}
+    for group, names in groups.items():
+        shared = [form for form in products[names[0]] if all(form in products[n] for n in names)]
+        scores[group] = {
+            form: _divergence(
+                mx.stack([mx.concatenate(products[name][form]) for name in names]).sum(0), length
+            )
+            for form in shared
+        }
+    return scores
 
 
 def _install_taps(block: Block) -> dict[str, _Tap]:
@@ -303,10 +332,3 @@ def _install_taps(block: Block) -> dict[str, _Tap]:
                 owner = owner[parent]
             owner[name] = taps[path] = _Tap(module)
     return taps
-
-
-def _groups(names: Iterable[str]) -> dict[str, list[str]]:
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        groups[group_of(name)].append(name)
-    return groups
