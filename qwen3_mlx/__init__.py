@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qwen3_mlx import backend as backend  # first: loads a fast BLAS before anything imports MLX
 
 if TYPE_CHECKING:
+    from qwen3_mlx.conversion import Conversion, convert
     from qwen3_mlx.engine.params import SamplingParams
     from qwen3_mlx.errors import CheckpointError, Qwen3Error
     from qwen3_mlx.llm import LLM, load
@@ -23,6 +24,7 @@ _HOMES = {
     "LLM": "llm",
     "AsyncStream": "streams",
     "CheckpointError": "errors",
+    "Conversion": "conversion",
     "Event": "text.events",
     "Finish": "text.events",
     "Qwen3Error": "errors",
@@ -32,6 +34,7 @@ _HOMES = {
     "Stream": "streams",
     "Text": "text.events",
     "Usage": "text.events",
+    "convert": "conversion",
     "load": "llm",
 }
 
@@ -39,6 +42,7 @@ __all__ = [
     "LLM",
     "AsyncStream",
     "CheckpointError",
+    "Conversion",
     "Event",
     "Finish",
     "Qwen3Error",
@@ -49,6 +53,7 @@ __all__ = [
     "Text",
     "Usage",
     "__version__",
+    "convert",
     "load",
 ]
 

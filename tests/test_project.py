@@ -25,6 +25,7 @@ _RANKS = {
     "text": 4,
     "streams": 5,
     "fit": 5,
+    "conversion": 6,
     "llm": 6,
     "qwen3_mlx": 7,
     "evaluate": 8,

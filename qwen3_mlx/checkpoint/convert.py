@@ -35,7 +35,7 @@ Progress = Callable[[int, int], None]
 _SHARD_BYTES = 1_000_000_000  # at most, but for a single larger tensor
 _BLOCK = 1 << 23  # numbers of a tensor in work at once
 _IN_WORK = 3  # blocks
-_CARRIED = (
+CARRIED = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "LICENSE"),
 )
@@ -52,7 +52,7 @@ class Job:
 
     `formats` has a format for each module whose weights are to be quantized; other numbers become
     `dtype`. Modules with `moments` of their inputs are rounded with care for those; `calibration`
-    names the text they were measured on. `card` is the text of the README.md that goes with it.
+    names the text they were measured on. `card` writes the README.md that goes with it.
     """
 
     source: Path
@@ -62,7 +62,7 @@ class Job:
     dtype: mx.Dtype
     moments: Mapping[str, mx.array] = field(default_factory=dict)
     calibration: str = ""
-    card: str = ""
+    card: "Callable[[Job, Written], str] | None" = None
     force: bool = False
     allow_nonfinite: bool = False
 
@@ -129,20 +129,20 @@ def partial_folder(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
 
 
-def check_output(source: Path, output: Path, *, force: bool) -> None:
+def check_output(source: Path | None, output: Path, *, force: bool) -> None:
     """Refuse a place that a conversion must not write to.
 
     Raises:
         Qwen3Error: it is the source or lies in it, or what is there is not to be replaced.
     """
-    source, output = source.resolve(), output.resolve()
-    if output == source or source in output.parents:
+    source, output = source and source.resolve(), output.resolve()
+    if source and (output == source or source in output.parents):
         raise Qwen3Error(f"{output} lies in the source; give another folder for the result")
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     if not force:
         raise Qwen3Error(f"{output} exists; --force (force=True) replaces it")
-    if not (output / "config.json").is_file() or output in source.parents:
+    if not (output / "config.json").is_file() or (source and output in source.parents):
         raise Qwen3Error(f"{output} is no checkpoint's folder, so it is not replaced")
 
 
@@ -325,11 +325,11 @@ def _write_rest(
             },
         }
         (partial / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
-    for name in _CARRIED:
+    for name in CARRIED:
         if (job.source / name).is_file():
             shutil.copy(job.source / name, partial / name)
     if job.card:
-        (partial / "README.md").write_text(job.card, "utf-8")
+        (partial / "README.md").write_text(job.card(job, written), "utf-8")
     config = output_config(job)
     (partial / "config.json").write_text(json.dumps(config, indent=4) + "\n", "utf-8")
     (partial / _STATE).unlink()

@@ -20,6 +20,26 @@ DESCRIPTION_FILES = (
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def upload(folder: Path, name: str) -> str:
+    """Put a checkpoint's folder on the hub under `name`, as one commit; give its address.
+
+    Raises:
+        CheckpointError: the hub refuses it or cannot be reached.
+        ValueError: the name is none that the hub can have.
+    """
+    if not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no hub name such as somebody/Qwen3-8B-4bit")
+    from huggingface_hub import HfApi
+
+    try:
+        hub = HfApi()
+        hub.create_repo(name, exist_ok=True)
+        return str(hub.upload_folder(repo_id=name, folder_path=folder).commit_url)
+    except Exception as error:  # the hub's library lets those of its HTTP client through
+        first_line = str(error).strip().split("\n")[0]
+        raise CheckpointError(f"uploading to {name} failed: {first_line}") from error
+
+
 class Source:
     """A checkpoint's place; nothing is downloaded until `fetch` names the files."""
 

@@ -1,5 +1,6 @@
 """How the weights of a checkpoint are quantized, as its config.json tells."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,14 @@ class Format:
         if self.group_size not in groups:
             raise ValueError(f"group_size must be one of {_listed(groups)}, not {self.group_size}")
 
+    @classmethod
+    def of(cls, mode: str, bits: int | None, group_size: int | None) -> "Format":
+        """Give a format with what MLX takes for the mode where bits or group size are None."""
+        usual = _DEFAULTS.get(mode, (0, 0))
+        return cls(
+            usual[0] if bits is None else bits, usual[1] if group_size is None else group_size, mode
+        )
+
     def for_module(self, path: str) -> "Format":
         """Give the format to quantize the module at `path` with.
 
@@ -58,6 +67,11 @@ class Format:
         if self.mode != "affine":
             return {"weight": (packed, mx.uint32), "scales": (groups, mx.uint8)}
         return {"weight": (packed, mx.uint32), "scales": (groups, dtype), "biases": (groups, dtype)}
+
+    def nbytes(self, shape: tuple[int, ...], dtype: mx.Dtype) -> int:
+        """Give the bytes that a weight of that shape takes."""
+        parts = self.tensors(shape, dtype).values()
+        return sum(math.prod(size) * kind.size for size, kind in parts)
 
     def as_config(self) -> dict[str, Any]:
         """Give the format as config.json states it."""

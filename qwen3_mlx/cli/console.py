@@ -7,7 +7,14 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _PATIENCE = 0.7  # seconds of work before a bar is worth showing
@@ -32,7 +39,8 @@ class Bar:
     Call it with (done, total), from any thread.
     """
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, what: str, *, in_bytes: bool = False) -> None:
+        self._in_bytes = in_bytes
         self._started = time.monotonic()
         self._what = what
         self._bar: Progress | None = None
@@ -44,9 +52,9 @@ class Bar:
         elif self._bar:
             self._bar.update(self._bar.task_ids[0], completed=done)
         elif sys.stderr.isatty() and time.monotonic() - self._started > _PATIENCE:
-            columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
-            console = Console(stderr=True)
-            self._bar = Progress(*columns, TimeRemainingColumn(), console=console, transient=True)
+            amount = DownloadColumn() if self._in_bytes else TaskProgressColumn()
+            columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.add_task(self._what, total=total, completed=done)
             self._bar.start()
 

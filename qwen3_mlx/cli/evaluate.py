@@ -87,7 +87,7 @@ def perplexity_command(
     A perplexity of 8 means: as unsure of each token as if 8 were equally likely.
     Compare only models with one tokenizer, on one text, with one window.
     """
-    words = _read_text(text)
+    words = read_text(text)
     with _load(model) as llm, Bar("reading") as bar:
         ids = _ids(llm, words, tokens)
         found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
@@ -136,24 +136,17 @@ def divergence_command(
     """
     if plot:
         check_picture(plot)
-    words = _read_text(text)
-    with _load(reference) as first, _load(candidate) as second, Bar("comparing") as bar:
-        ids = _ids(first, words, tokens)
-        found = divergence(first, second, ids, window=window, overlap=overlap, progress=bar)
-    modules = _modules(reference, candidate, needed=plot is not None)
+    found, modules = compare(
+        reference,
+        candidate,
+        read_text(text),
+        tokens=tokens,
+        window=window,
+        overlap=overlap,
+        modules_needed=plot is not None,
+    )
     if as_json:
-        _print_json(
-            {
-                "tokens": found.tokens,
-                "mean_kl": found.mean_kl,
-                "p99_kl": found.p99_kl,
-                "agreement": found.agreement,
-                "reference": {"model": reference, **_perplexity_facts(found.reference)},
-                "candidate": {"model": candidate, **_perplexity_facts(found.candidate)},
-                "bits_per_weight": bits_per_weight(modules) if modules else None,
-                "modules": [asdict(row) for row in modules],
-            }
-        )
+        _print_json(facts_of(reference, candidate, found, modules))
     else:
         _print_divergence(found, modules)
     if plot:
@@ -161,12 +154,46 @@ def divergence_command(
         draw(plot, [Point(label, bits_per_weight(modules), found.mean_kl)], modules)
 
 
+def compare(
+    reference: str,
+    candidate: str,
+    words: str,
+    *,
+    tokens: int = _TOKENS,
+    window: int = WINDOW,
+    overlap: int | None = None,
+    modules_needed: bool = True,
+) -> tuple[Divergence, list[ModuleRow]]:
+    """Compare two checkpoints' predictions on a text, and their weights module by module."""
+    with _load(reference) as first, _load(candidate) as second, Bar("comparing") as bar:
+        ids = _ids(first, words, tokens)
+        found = divergence(first, second, ids, window=window, overlap=overlap, progress=bar)
+    return found, _modules(reference, candidate, needed=modules_needed)
+
+
+def facts_of(
+    reference: str, candidate: str, found: Divergence, modules: Sequence[ModuleRow]
+) -> dict[str, Any]:
+    """Give a comparison as data for programs."""
+    return {
+        "tokens": found.tokens,
+        "mean_kl": found.mean_kl,
+        "p99_kl": found.p99_kl,
+        "agreement": found.agreement,
+        "reference": {"model": reference, **_perplexity_facts(found.reference)},
+        "candidate": {"model": candidate, **_perplexity_facts(found.candidate)},
+        "bits_per_weight": bits_per_weight(modules) if modules else None,
+        "modules": [asdict(row) for row in modules],
+    }
+
+
 def _load(model: str | None) -> "qwen3_mlx.LLM":
     with Bar(f"loading {model or 'the demo'}") as bar:
         return qwen3_mlx.load(full_name(model), progress=bar)
 
 
-def _read_text(file: Path | None) -> str:
+def read_text(file: Path | None) -> str:
+    """Read a text file, or stdin for -, or Python's own help where none is named."""
     if file is None:
         return default_text()
     try:

@@ -12,13 +12,14 @@ from typer.exceptions import TyperException
 
 from qwen3_mlx import __version__
 from qwen3_mlx.cli.ask import ask
+from qwen3_mlx.cli.convert import convert
 from qwen3_mlx.cli.doctor import doctor
 from qwen3_mlx.cli.evaluate import app as evaluate
 from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.errors import Qwen3Error
 
 # Verbs that later versions bring. Without this, `qwen3 serve` would ask the model about "serve".
-_LATER = ("chat", "convert", "serve", "bench")
+_LATER = ("chat", "serve", "bench")
 
 
 class _Root(TyperGroup):
@@ -59,6 +60,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command("ask", hidden=True)(ask)
+app.command("convert")(convert)
 app.command("plan")(plan)
 app.command("doctor")(doctor)
 app.add_typer(evaluate, name="eval")
