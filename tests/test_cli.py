@@ -16,6 +16,7 @@ from qwen3_mlx import __version__
 from qwen3_mlx.cli.ask import full_name
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.main import main
+from tests.support import DEMO
 
 QWEN3 = [sys.executable, "-m", "qwen3_mlx"]
 
@@ -95,7 +96,14 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["x", "--model", "./nowhere"], 1, "is no folder here, nor a hub name"),
         (["x", "--bits", "7"], 1, "bits must be one of"),
         (["serve"], 1, f"`qwen3 serve` is not part of version {__version__}"),
-        (["convert", "a", "b"], 1, "`qwen3 convert` is not part of version"),
+        (["convert", "nowhere", "b"], 1, "is no folder here, nor a hub name"),
+        (
+            ["convert", str(DEMO), "b", "--recipe", "best"],
+            1,
+            "recipe must be one of uniform, mixed",
+        ),
+        (["convert", str(DEMO), str(DEMO / "b")], 1, "lies in the source"),
+        (["convert", str(DEMO)], 2, "Missing argument"),
     ],
 )
 def test_failures_are_one_line(

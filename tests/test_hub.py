@@ -1,5 +1,6 @@
 """Loading by a hub's name, from a hub of our own on this machine."""
 
+import base64
 import hashlib
 import json
 import subprocess
@@ -11,6 +12,9 @@ from threading import Thread
 
 import pytest
 
+from tests.support import DEMO
+
+GIVEN: dict[str, bytes] = {}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -19,6 +23,31 @@ class Hub(BaseHTTPRequestHandler):
 
     folder: Path
     asked: list[str]
+    given: dict[str, bytes]
+
+    def do_POST(self) -> None:
+        """Take an upload, as small files are sent: in the body of a commit."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.path == "/api/repos/create":
+            answer: dict[str, object] = {"url": self._address()}
+        elif self.path.startswith("/api/models/me/made/preupload/"):
+            files = [
+                {**file, "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
+            answer = {"files": files}
+        elif self.path.startswith("/api/models/me/made/commit/"):
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    content = base64.b64decode(line["value"]["content"])
+                    self.given[line["value"]["path"]] = content
+            answer = {"commitUrl": self._address() + "/commit/1", "commitOid": COMMIT}
+        else:  # the check of a model card
+            answer = {"errors": [], "warnings": []}
+        self._send(json.dumps(answer).encode())
+
+    def _address(self) -> str:
+        return f"http://{self.headers['Host']}/me/made"
 
     def do_HEAD(self) -> None:
         self._answer(body=False)
@@ -29,7 +58,9 @@ class Hub(BaseHTTPRequestHandler):
     def _answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
         names = [*(file.name for file in self.folder.iterdir()), "pytorch_model.bin", "README.md"]
-        if path.startswith("/api/models/someone/tiny/tree/"):
+        if path.startswith("/api/models/me/made"):
+            self._send(json.dumps({"id": "me/made", "sha": COMMIT, "siblings": []}).encode())
+        elif path.startswith("/api/models/someone/tiny/tree/"):
             tree = [{"type": "file", "path": name, "size": 1, "oid": COMMIT} for name in names]
             self._send(json.dumps(tree).encode())
         elif path.startswith("/api/models/someone/tiny"):
@@ -76,7 +107,8 @@ def _hash(content: bytes) -> str:
 def hub(tiny_folder: Path) -> Iterator[tuple[str, list[str]]]:
     """Give the address of a running hub, and the list of what is downloaded from it."""
     asked: list[str] = []
-    handler = type("Tiny", (Hub,), {"folder": tiny_folder, "asked": asked})
+    handler = type("Tiny", (Hub,), {"folder": tiny_folder, "asked": asked, "given": GIVEN})
+    GIVEN.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=server.serve_forever)
     thread.start()
@@ -154,3 +186,44 @@ def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "the hub cannot be reached" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def qwen3(*arguments: str, home: Path, endpoint: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "qwen3_mlx", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env={
+            "PATH": "",
+            "HF_HOME": str(home),
+            "HF_ENDPOINT": endpoint,
+            "NO_PROXY": "*",
+            "HF_TOKEN": "hf_token",
+            "HF_HUB_DISABLE_XET": "1",
+        },
+    )
+
+
+def test_converting_by_name_and_uploading(hub: tuple[str, list[str]], tmp_path: Path) -> None:
+    address, asked = hub
+    output = tmp_path / "made"
+    arguments = ("convert", "someone/tiny", str(output), "--upload-to", "me/made")
+    done = qwen3(*arguments, home=tmp_path / "home", endpoint=address)
+    assert done.returncode == 0, done.stderr
+    assert f"{address}/me/made/commit/1" in done.stdout.replace("\n", "")
+    assert "pytorch_model.bin" not in asked
+    assert {name: (output / name).read_bytes() for name in GIVEN} == GIVEN
+    assert set(GIVEN) == {file.name for file in output.iterdir()}
+    assert b"base_model: someone/tiny" in GIVEN["README.md"]
+
+
+def test_an_upload_that_fails_is_one_line(tmp_path: Path) -> None:
+    arguments = ("convert", str(DEMO), str(tmp_path / "made"), "--upload-to")
+    done = qwen3(*arguments, "me/made", home=tmp_path, endpoint="http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert done.stderr.startswith("qwen3: uploading to me/made failed: ")
+    assert (tmp_path / "made" / "config.json").is_file()  # what was made stays
+    done = qwen3(*arguments, "no name", "--force", home=tmp_path, endpoint="http://127.0.0.1:9")
+    assert done.stderr.startswith("qwen3: 'no name' is no hub name")

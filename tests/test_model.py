@@ -230,8 +230,9 @@ def test_experts_sorted_and_unsorted_agree() -> None:
     assert_close(mx.concatenate(parts, axis=1), whole)
 
 
-def test_gradients_reach_every_parameter() -> None:
-    model = make_model()
+@pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
+def test_gradients_reach_every_parameter(config: dict[str, Any]) -> None:
+    model = make_model(config)
     loss = nn.value_and_grad(model, lambda ids: nn.losses.cross_entropy(model(ids), ids).mean())
     _, gradients = loss(IDS)
     for name, gradient in dict(tree_flatten(gradients)).items():

@@ -117,6 +117,7 @@ class MoE(nn.Module):
         # Over all experts, in float32, and only then the choice: as the router was trained.
         weights = mx.softmax(self.gate(rows).astype(mx.float32), axis=-1)
         chosen = mx.argpartition(weights, kth=-self.top_k, axis=-1)[:, -self.top_k :]
+        chosen = mx.stop_gradient(chosen)  # which it is changes in jumps
         weights = mx.take_along_axis(weights, chosen, axis=-1)
         if self.normalise:
             weights = weights / weights.sum(axis=-1, keepdims=True)
