@@ -252,7 +252,7 @@ def _card(name: str | None, recipe: str, job: streaming.Job, written: streaming.
             f"# {job.output.name}",
             "",
             f"Made from {what} with qwen3-mlx {__version__}, recipe `{recipe}`: "
-            f"{written.weights:,} weights in {written.bytes / 1e9:.2f} GB, "
+            f"{written.weights:,} weights in {written.bytes:,} bytes, "
             f"{written.bits_per_weight:.2f} bits per weight.",
             "",
             *rows,

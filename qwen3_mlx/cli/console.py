@@ -33,6 +33,11 @@ def stderr_text(text: str) -> None:
     sys.stderr.flush()
 
 
+def sized(count: int) -> str:
+    """Write a number of bytes."""
+    return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
 class Bar:
     """A progress bar on a terminal, shown only for work that takes a while.
 

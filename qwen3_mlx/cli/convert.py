@@ -12,7 +12,7 @@ from rich.table import Table
 
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.checkpoint.hub import upload
-from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.cli.console import Bar, note, sized
 from qwen3_mlx.cli.evaluate import compare, facts_of, read_text
 from qwen3_mlx.evaluate.picture import Point, check_picture, draw
 
@@ -171,18 +171,20 @@ class _Bars:
     def __enter__(self) -> "_Bars":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
+        if kind is KeyboardInterrupt and self._what == "writing":
+            note("Interrupted; the same command goes on behind what is finished.")
 
 
 def _print(made: "qwen3_mlx.Conversion", facts: dict[str, Any]) -> None:
     table = Table.grid(padding=(0, 2))
     shown = {
         "folder": str(made.output),
-        "size": f"{made.bytes / 1e9:,.2f} GB in {made.tensors:,} tensors",
+        "size": f"{sized(made.bytes)} in {made.tensors:,} tensors",
         "bits per weight": f"{made.bits_per_weight:.2f}",
         "time": f"{made.seconds:,.1f} s",
-        "peak memory": f"{made.peak_memory / 1e9:.2f} GB",
+        "peak memory": sized(made.peak_memory),
     }
     if found := facts.get("report"):
         shown["mean KL divergence"] = f"{found['mean_kl']:.5f} nats a token"
