@@ -228,13 +228,17 @@ def _write_shards(
             f"the result takes {needed / 1e9:.2f} GB more and the disk of {partial.parent} has "
             f"{free / 1e9:.2f} GB free"
         )
+    # A stream of a CPU is one thread, so two of them share the work there.
+    streams = [mx.default_stream(mx.default_device())]
+    if not backend.on_gpu():
+        streams.append(mx.new_stream(mx.default_device()))
     progress(done, total)
     for file in missing:
         with written_whole(partial / file) as stream:
             tensors = shards[file]
             writer = ShardWriter(stream, [plan for tensor in tensors for plan in tensor.planned])
             nonfinite: Counter[str] = Counter()
-            for tensor, block in _computed(tensors, job):
+            for tensor, block in _computed(tensors, job, streams):
                 if nonfinite and tensor.name not in nonfinite and not job.allow_nonfinite:
                     break  # the tensor that has some is counted to its end
                 nonfinite += Counter({tensor.name: block.count_nonfinite()})
@@ -242,16 +246,15 @@ def _write_shards(
                     writer.append(planned.name, rows)
                     done += rows.nbytes
                 progress(done, total)
-            _refuse_nonfinite(nonfinite, allowed=job.allow_nonfinite)
+            _refuse_nonfinite(nonfinite, job)
     mx.clear_cache()
 
 
-def _refuse_nonfinite(counts: Mapping[str, int], *, allowed: bool) -> None:
+def _refuse_nonfinite(counts: Mapping[str, int], job: Job) -> None:
     if counts:
-        told = ", ".join(
-            f"{name} has NaN or infinity in {n:,} places" for name, n in counts.items()
-        )
-        if not allowed:
+        where = ", ".join(f"{name} in {count:,} places" for name, count in counts.items())
+        told = f"NaN or infinity, as {_DTYPE_NAMES[job.dtype]}: {where}"
+        if not job.allow_nonfinite:
             raise CheckpointError(
                 f"{told}; look for a sound copy, or take them as they are with --allow-nonfinite "
                 "(allow_nonfinite=True)"
@@ -290,14 +293,10 @@ class _Block:
         return int(((bits & self._exponent) == self._exponent).sum().item())  # type: ignore[arg-type]
 
 
-def _computed(tensors: Sequence[_Tensor], job: Job) -> Iterator[tuple[_Tensor, _Block]]:
-    """Give all tensors' blocks in order, while some ahead are in work.
-
-    On a CPU two streams share that work, because a stream there is one thread.
-    """
-    streams = [mx.default_stream(mx.default_device())]
-    if not backend.on_gpu():
-        streams.append(mx.new_stream(mx.default_device()))
+def _computed(
+    tensors: Sequence[_Tensor], job: Job, streams: Sequence[mx.Stream]
+) -> Iterator[tuple[_Tensor, _Block]]:
+    """Give all tensors' blocks in order, while some ahead are in work on the streams in turn."""
     in_work: deque[tuple[_Tensor, _Block]] = deque()
     blocks = ((tensor, rows) for tensor in tensors for rows in tensor.matrix.blocks(_BLOCK))
     for (tensor, rows), stream in zip(blocks, cycle(streams), strict=False):
