@@ -19,7 +19,7 @@ from qwen3_mlx.checkpoint import convert as streaming
 from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.quantization import Format
-from qwen3_mlx.checkpoint.recipes import RECIPES, Formats, assign, choose_formats, group_of
+from qwen3_mlx.checkpoint.recipes import RECIPES, assign, choose_formats, group_of
 from qwen3_mlx.checkpoint.sensitivity import measure
 from qwen3_mlx.checkpoint.sources import read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, weight_names
@@ -198,26 +198,27 @@ def _measured(
     refuse_missing_layers(network, matrices)
     mx.random.seed(0)
     scores, moments = measure(network, matrices, ids, _MEASURED, progress)
+    scores = {group: of for group, of in scores.items() if of}
     members: dict[str, list[str]] = {}
     for path in modules:
         members.setdefault(group_of(path), []).append(path)
-
-    def size(group: str, form: Format) -> int:
-        return sum(form.nbytes(modules[path], job.dtype) for path in members[group])
-
-    formats: Formats = dict.fromkeys(modules)
-    # Routers are not measured: they keep 8 bits, because they decide what runs at all.
-    for group in members.keys() - scores.keys():
-        formats |= {path: Format.of("affine", 8, None) for path in members[group]}
-    shapes = {name: array.shape for name, array in Qwen3(network).tensors().items()}
+    # What is not measured are the routers: they decide what runs at all, so they keep 8 bits.
+    formats = choose_formats(modules, "uniform", Format.of("affine", 8, None))
+    shapes = {name: tuple(array.shape) for name, array in Qwen3(network).tensors().items()}
     budget = int(target_bpw * sum(map(math.prod, shapes.values())) / 8)
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
         if group_of(module) not in scores or module not in modules:
             form = formats.get(module)
-            plain = math.prod(shape) * job.dtype.size
-            budget -= form.nbytes(tuple(shape), job.dtype) if form else plain
-    sizes = {group: {form: size(group, form) for form in of} for group, of in scores.items()}
+            size = form.nbytes(shape, job.dtype) if form else math.prod(shape) * job.dtype.size
+            budget -= size
+    sizes = {
+        group: {
+            form: sum(form.nbytes(modules[path], job.dtype) for path in members[group])
+            for form in of
+        }
+        for group, of in scores.items()
+    }
     choice = assign(scores, sizes, budget)
     formats |= {path: form for group, form in choice.items() for path in members[group]}
     digest = blake2b(bytes(memoryview(ids)), digest_size=16).hexdigest()
