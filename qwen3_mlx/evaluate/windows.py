@@ -75,7 +75,7 @@ def read(
     Raises:
         ValueError: the window does not fit a model, or the overlap does not fit the window.
     """
-    limit = min(llm.config.max_position_embeddings for llm in llms)
+    limit = min(llm.config.context_window for llm in llms)
     if not 1 <= window <= limit:
         raise ValueError(f"window must be from 1 to the context of {limit:,}, not {window:,}")
     overlap = window // 8 if overlap is None else overlap
