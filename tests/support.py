@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
+from numpy.typing import NDArray
 
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -73,6 +75,37 @@ def write_tiny(folder: Path, config: dict[str, Any] | None = None, seed: int = 0
         shutil.copy(DEMO / name, folder / name)
     shutil.copy(DEMO / "generation_config.json", folder / "generation_config.json")
     return folder
+
+
+Stored = tuple[str, NDArray[Any]]
+"""A tensor as a file has it: the format's name of its dtype, and its numbers (BF16 as U16)."""
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Stored]) -> None:
+    """Write a file of any dtypes, by the format's definition."""
+    header: dict[str, Any] = {}
+    place = 0
+    for name, (dtype, values) in tensors.items():
+        offsets = [place, place + values.nbytes]
+        header[name] = {"dtype": dtype, "shape": values.shape, "data_offsets": offsets}
+        place += values.nbytes
+    text = json.dumps(header).encode()
+    data = b"".join(np.ascontiguousarray(values).tobytes() for _, values in tensors.values())
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data)
+
+
+def as_bfloat16(values: NDArray[Any]) -> NDArray[np.uint16]:
+    """Cut float32 to bfloat16, as the upper half of its bits."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return (bits >> 16).astype(np.uint16)
+
+
+def float_of(stored: Stored) -> NDArray[np.float32]:
+    """Give the numbers of a stored tensor of plain floats."""
+    dtype, values = stored
+    if dtype == "BF16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
 
 
 def assert_close(found: mx.array, expected: Any, tolerance: float | None = None) -> None:

@@ -115,18 +115,26 @@ def run(job: Job, progress: Progress) -> Written:
     try:
         _write_shards(job, partial, shards, progress)
         _write_rest(job, partial, shards, written)
+        _take_name(partial, job.output.resolve())
     except OSError as error:
         raise Qwen3Error(f"writing {partial} failed: {error.strerror or error}") from error
+    except CheckpointError:  # of a broken source nothing is worth keeping
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     finally:
         if not any(partial.glob("*.safetensors")):  # nothing that would be worth going on from
             shutil.rmtree(partial, ignore_errors=True)
-    _take_name(partial, job.output)
     return written
 
 
 def partial_folder(output: Path) -> Path:
     """Give the folder that a conversion works in until it is finished."""
+    output = output.resolve()
     return output.with_name(output.name + ".partial")
+
+
+def _replaced_folder(output: Path) -> Path:
+    return output.with_name(output.name + ".replaced")
 
 
 def check_output(source: Path | None, output: Path, *, force: bool) -> None:
@@ -138,12 +146,22 @@ def check_output(source: Path | None, output: Path, *, force: bool) -> None:
     source, output = source and source.resolve(), output.resolve()
     if source and (output == source or source in output.parents):
         raise Qwen3Error(f"{output} lies in the source; give another folder for the result")
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+    if output == output.parent:
+        raise Qwen3Error(f"{output} is no place for a result; give another folder")
+    for needed in (partial_folder(output), _replaced_folder(output)):
+        if source and (needed == source or needed in source.parents):
+            raise Qwen3Error(f"{needed} is needed for the work, and the source; rename one of them")
+    if not output.exists() or (output.is_dir() and _is_empty(output)):
         return
     if not force:
         raise Qwen3Error(f"{output} exists; --force (force=True) replaces it")
-    if not (output / "config.json").is_file() or (source and output in source.parents):
+    whole = (output / "config.json").is_file() and any(output.glob("*.safetensors"))
+    if not whole or (source and output in source.parents):
         raise Qwen3Error(f"{output} is no checkpoint's folder, so it is not replaced")
+
+
+def _is_empty(folder: Path) -> bool:
+    return not any(folder.iterdir())
 
 
 # --- the plan -----------------------------------------------------------------------------------
@@ -203,7 +221,9 @@ def _go_on_or_begin(job: Job, partial: Path, names: Sequence[str]) -> None:
     }
     text = json.dumps(identity, sort_keys=True)
     state = partial / _STATE
-    if not state.is_file() or state.read_text("utf-8") != text:
+    if not state.is_file() and partial.exists() and not (partial.is_dir() and _is_empty(partial)):
+        raise Qwen3Error(f"{partial} is needed for the work and is no conversion's; move it away")
+    if not state.is_file() or state.read_text("utf-8", "replace") != text:
         if partial.exists():
             shutil.rmtree(partial)
         try:
@@ -228,11 +248,8 @@ def _write_shards(
             f"the result takes {needed / 1e9:.2f} GB more and the disk of {partial.parent} has "
             f"{free / 1e9:.2f} GB free"
         )
-    # A stream of a CPU is one thread, so two of them share the work there.
-    streams = [mx.default_stream(mx.default_device())]
-    if not backend.on_gpu():
-        streams.append(mx.new_stream(mx.default_device()))
     progress(done, total)
+    streams = _streams()
     for file in missing:
         with written_whole(partial / file) as stream:
             tensors = shards[file]
@@ -246,15 +263,17 @@ def _write_shards(
                     writer.append(planned.name, rows)
                     done += rows.nbytes
                 progress(done, total)
-            _refuse_nonfinite(nonfinite, job)
+            _refuse_nonfinite(nonfinite, job.dtype, allowed=job.allow_nonfinite)
     mx.clear_cache()
 
 
-def _refuse_nonfinite(counts: Mapping[str, int], job: Job) -> None:
+def _refuse_nonfinite(counts: Mapping[str, int], dtype: mx.Dtype, *, allowed: bool) -> None:
     if counts:
-        where = ", ".join(f"{name} in {count:,} places" for name, count in counts.items())
-        told = f"NaN or infinity, as {_DTYPE_NAMES[job.dtype]}: {where}"
-        if not job.allow_nonfinite:
+        told = ", ".join(
+            f"{name} has NaN or infinity in {n:,} places as {_DTYPE_NAMES[dtype]}"
+            for name, n in counts.items()
+        )
+        if not allowed:
             raise CheckpointError(
                 f"{told}; look for a sound copy, or take them as they are with --allow-nonfinite "
                 "(allow_nonfinite=True)"
@@ -293,10 +312,18 @@ class _Block:
         return int(((bits & self._exponent) == self._exponent).sum().item())  # type: ignore[arg-type]
 
 
+def _streams() -> list[mx.Stream]:
+    """Give the streams that share the work: two on a CPU, because a stream there is one thread."""
+    streams = [mx.default_stream(mx.default_device())]
+    if not backend.on_gpu():
+        streams.append(mx.new_stream(mx.default_device()))
+    return streams
+
+
 def _computed(
     tensors: Sequence[_Tensor], job: Job, streams: Sequence[mx.Stream]
 ) -> Iterator[tuple[_Tensor, _Block]]:
-    """Give all tensors' blocks in order, while some ahead are in work on the streams in turn."""
+    """Give all tensors' blocks in order, while some ahead are in work."""
     in_work: deque[tuple[_Tensor, _Block]] = deque()
     blocks = ((tensor, rows) for tensor in tensors for rows in tensor.matrix.blocks(_BLOCK))
     for (tensor, rows), stream in zip(blocks, cycle(streams), strict=False):
@@ -326,12 +353,11 @@ def _write_rest(
         (partial / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
     for name in CARRIED:
         if (job.source / name).is_file():
-            shutil.copy(job.source / name, partial / name)
+            shutil.copyfile(job.source / name, partial / name)
     if job.card:
         (partial / "README.md").write_text(job.card(job, written), "utf-8")
     config = output_config(job)
     (partial / "config.json").write_text(json.dumps(config, indent=4) + "\n", "utf-8")
-    (partial / _STATE).unlink()
 
 
 def output_config(job: Job) -> dict[str, Any]:
@@ -371,10 +397,17 @@ def _quantization(formats: Formats) -> dict[str, Any]:
 
 def _take_name(partial: Path, output: Path) -> None:
     """Put the finished folder where the result is to be; what it replaces goes last."""
-    replaced = output.with_name(output.name + ".replaced")
+    replaced = _replaced_folder(output)
     if output.exists():
+        shutil.rmtree(replaced, ignore_errors=True)  # of an earlier run that was cut short here
         output.rename(replaced)
-    partial.rename(output)
+    try:
+        partial.rename(output)
+    except BaseException:
+        if replaced.exists() and not output.exists():
+            replaced.rename(output)
+        raise
+    (output / _STATE).unlink()
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from qwen3_mlx.errors import CheckpointError
 
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_MOST_AXES = 8  # a checkpoint has three at most; a product of millions would take for ever
 _ITEM_SIZE = {  # bytes of an element, by the format's name of its dtype
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -108,8 +109,8 @@ def read_header(file: Path) -> dict[str, Entry]:
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].nbytes)):
         if entry.start != place:
             raise CheckpointError(
-                f"{file} has a broken header: {name} does not begin where the tensor before it "
-                "ends; download it again"
+                f"{file} has a broken header: {name[:60]!r} does not begin where the tensor before "
+                "it ends; download it again"
             )
         place += entry.nbytes
     if place != size:
@@ -122,6 +123,8 @@ def read_header(file: Path) -> dict[str, Entry]:
 def _entry(file: Path, fields: Mapping[str, Any], data: int) -> Entry:
     start, stop = fields["data_offsets"]
     shape = tuple(fields["shape"])
+    if len(shape) > _MOST_AXES:
+        raise ValueError("a tensor has too many axes")
     if any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
         raise ValueError("offsets and shapes are whole numbers from 0 on")
     entry = Entry(file, fields["dtype"], shape, data + start)
@@ -199,7 +202,7 @@ class ShardWriter:
 
     def append(self, name: str, rows: mx.array) -> None:
         """Write the next rows of a tensor."""
-        raw = memoryview(np.asarray(rows.view(mx.uint8))).cast("B")
+        raw = memoryview(np.ascontiguousarray(rows.view(mx.uint8))).cast("B")
         self._stream.seek(self._next[name])
         self._stream.write(raw)
         self._next[name] += len(raw)

@@ -14,11 +14,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from qwen3_mlx.checkpoint.files import STORED_AS
 from qwen3_mlx.checkpoint.quantization import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.errors import CheckpointError
 
 Read = Callable[[int, int], mx.array]
+_FLOATS = ("BF16", "F16", "F32")
+_WORDS = ("I32", "U32")  # of packed integers; the sign of a word means nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +94,8 @@ def _scheme_of(config: Mapping[str, Any]) -> _Scheme | None:
     """Read how the weights are quantized from a config.json; None where they are not."""
     section = config.get("quantization_config") or {}
     method = section.get("quant_method") if isinstance(section, Mapping) else None
-    if method is None or "bits" in (config.get("quantization") or {}):
+    own = config.get("quantization") or {}
+    if method is None or not isinstance(own, Mapping) or "bits" in own:
         formats = StoredFormats.of(config)
         return _Scheme("weight", ("scales",), _mlx(formats)) if formats else None
     reader = {"fp8": _fp8_scheme, "awq": _awq_scheme, "gptq": _gptq_scheme}.get(str(method))
@@ -114,11 +118,30 @@ def _demand(section: Mapping[str, Any], key: str, allowed: tuple[object, ...], d
     return value
 
 
+def _expect(
+    weights: Weights, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None = None
+) -> tuple[int, ...]:
+    """Give a stored tensor's shape; refuse another dtype or shape, two axes where none is said."""
+    if name not in weights.stored:
+        raise CheckpointError(f"{name} is missing")
+    entry = weights.stored[name]
+    fits = entry.shape == shape if shape is not None else len(entry.shape) == 2
+    if entry.dtype not in dtypes or not fits:
+        wanted = list(shape) if shape is not None else "[rows, columns]"
+        raise CheckpointError(
+            f"{name} is {entry.dtype} {list(entry.shape)} where {' or '.join(dtypes)} {wanted} is "
+            "needed"
+        )
+    return entry.shape
+
+
 # --- plain floats and MLX's formats -------------------------------------------------------------
 
 
 def _plain(weights: Weights, name: str) -> Part:
     entry = weights.stored[name]
+    if entry.dtype not in _FLOATS:
+        raise CheckpointError(f"{name} is {entry.dtype}, and nothing tells what its numbers mean")
     width = entry.shape[-1] if entry.shape else 1
     return Part(
         rows=math.prod(entry.shape[:-1]),
@@ -132,6 +155,10 @@ def _mlx(formats: StoredFormats) -> Decoder:
         form = formats.format_of(_module_name(prefix))
         packed = weights.stored[f"{prefix}.weight"]
         names = [f"{prefix}.{kind}" for kind in ("weight", "scales", "biases")]
+        width = packed.shape[-1] * 32 // form.bits if packed.shape else 0
+        for kind, (shape, dtype) in form.tensors((*packed.shape[:-1], width), mx.float32).items():
+            dtypes = _FLOATS if dtype == mx.float32 else (STORED_AS[dtype],)
+            _expect(weights, f"{prefix}.{kind}", dtypes, shape)
 
         def read(start: int, stop: int) -> mx.array:
             weight, scales = (weights.rows(name, start, stop) for name in names[:2])
@@ -149,7 +176,7 @@ def _mlx(formats: StoredFormats) -> Decoder:
                 dtype=mx.float32,
             )
 
-        return Part(math.prod(packed.shape[:-1]), packed.shape[-1] * 32 // form.bits, read)
+        return Part(math.prod(packed.shape[:-1]), width, read)
 
     return decode
 
@@ -165,7 +192,9 @@ def _module_name(prefix: str) -> str:
 
 def _fp8_scheme(section: Mapping[str, Any]) -> _Scheme:
     block = section.get("weight_block_size")
-    if not (isinstance(block, list) and len(block) == 2 and all(type(n) is int for n in block)):
+    if not (
+        isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    ):
         raise CheckpointError(
             f"config.json: quantization_config.weight_block_size is {block!r}; FP8 weights are "
             "read with a scale for each block, such as [128, 128]"
@@ -176,9 +205,8 @@ def _fp8_scheme(section: Mapping[str, Any]) -> _Scheme:
 def _fp8(weights: Weights, prefix: str, block_rows: int, block_columns: int) -> Part:
     """Give number · scale of its block, which the format calls the inverse scale."""
     codes, scales = f"{prefix}.weight", f"{prefix}.weight_scale_inv"
-    rows, width = weights.stored[codes].shape
-    if weights.stored[codes].dtype != "F8_E4M3":
-        raise CheckpointError(f"{codes} is {weights.stored[codes].dtype}; FP8 weights are F8_E4M3")
+    rows, width = _expect(weights, codes, ("F8_E4M3",))
+    _expect(weights, scales, _FLOATS, (-(-rows // block_rows), -(-width // block_columns)))
 
     def read(start: int, stop: int) -> mx.array:
         first, last = start // block_rows, -(-stop // block_rows)
@@ -226,7 +254,10 @@ def _awq_scheme(section: Mapping[str, Any]) -> _Scheme:
 def _awq(weights: Weights, prefix: str) -> Part:
     """Give (q − zero) · scale; a word of [inputs, outputs / 8] holds eight outputs."""
     names = [f"{prefix}.{kind}" for kind in ("qweight", "qzeros", "scales")]
-    (inputs, words), (groups, _) = (weights.stored[name].shape for name in names[:2])
+    (inputs, words), (groups, _) = (_expect(weights, name, _WORDS) for name in names[:2])
+    _expect(weights, names[1], _WORDS, (groups, words))
+    _expect(weights, names[2], _FLOATS, (groups, 8 * words))
+    group = _group_size(prefix, inputs, groups)
 
     def read(start: int, stop: int) -> mx.array:
         columns = slice(start // 8, -(-stop // 8))
@@ -235,7 +266,7 @@ def _awq(weights: Weights, prefix: str) -> Part:
             for name, rows in zip(names[:2], (inputs, groups), strict=True)
         )
         scales = weights.rows(names[2], 0, groups)[:, 8 * columns.start : 8 * columns.stop]
-        return _affine(q, zeros, scales, mx.arange(inputs) // (inputs // groups))[: stop - start]
+        return _affine(q, zeros, scales, mx.arange(inputs) // group)[: stop - start]
 
     return Part(8 * words, inputs, read)
 
@@ -244,27 +275,44 @@ def _gptq_scheme(section: Mapping[str, Any]) -> _Scheme:
     bits = _demand(section, "bits", (4, 8), None)
     _demand(section, "desc_act", (False,), None)
     _demand(section, "checkpoint_format", ("gptq",), "gptq")
+    _demand(section, "is_marlin_format", (False,), False)
     return _Scheme("qweight", ("qzeros", "scales"), lambda w, prefix: _gptq(w, prefix, bits))
 
 
 def _gptq(weights: Weights, prefix: str, bits: int) -> Part:
     """Give (q − zero) · scale. Stored are [inputs · bits / 32, outputs] words; zeros less one."""
     q_name, z_name, s_name = (f"{prefix}.{kind}" for kind in ("qweight", "qzeros", "scales"))
-    (words, outputs), (groups, _) = (weights.stored[name].shape for name in (q_name, z_name))
+    (words, outputs), (groups, _) = (_expect(weights, name, _WORDS) for name in (q_name, z_name))
     shifts = list(range(0, 32, bits))
     inputs = words * len(shifts)
+    _expect(weights, z_name, _WORDS, (groups, outputs // len(shifts)))
+    _expect(weights, s_name, _FLOATS, (groups, outputs))
+    order = f"{prefix}.g_idx"
+    if ordered := order in weights.stored:
+        _expect(weights, order, ("I32",), (inputs,))
+    else:
+        group = _group_size(prefix, inputs, groups)
 
     def read(start: int, stop: int) -> mx.array:
         packed = weights.rows(q_name, 0, words)[:, start:stop]
         q = _unpacked(packed.T, shifts).T
         zeros = _unpacked(weights.rows(z_name, 0, groups), shifts)[:, start:stop] + 1
         scales = weights.rows(s_name, 0, groups)[:, start:stop]
-        index = mx.arange(inputs) // (inputs // groups)
-        if (order := f"{prefix}.g_idx") in weights.stored:
+        if ordered:
             index = weights.rows(order, 0, 1).flatten()
+            if stray := set(np.array(index).tolist()) - set(range(groups)):
+                raise CheckpointError(f"{order} names group {min(stray)} of {groups}")
+        else:
+            index = mx.arange(inputs) // group
         return _affine(q, zeros, scales, index)
 
     return Part(outputs, inputs, read)
+
+
+def _group_size(prefix: str, inputs: int, groups: int) -> int:
+    if not groups or inputs % groups:
+        raise CheckpointError(f"{prefix} has {inputs} inputs, which are no {groups} groups alike")
+    return inputs // groups
 
 
 def _unpacked(words: mx.array, shifts: list[int]) -> mx.array:
