@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from qwen3_mlx.errors import CheckpointError
 
@@ -26,15 +25,6 @@ _ITEM_SIZE = {  # bytes of an element, by the format's name of its dtype
     **dict.fromkeys(("U32", "I32", "F32"), 4),
     **dict.fromkeys(("U64", "I64", "F64"), 8),
 }
-_NUMPY = {  # how the bytes of a dtype are read; bfloat16 is unknown to numpy
-    "F16": np.float16,
-    "F32": np.float32,
-    "BF16": np.uint16,
-    "U8": np.uint8,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "F8_E4M3": np.uint8,
-}
 STORED_AS = {
     mx.bfloat16: "BF16",
     mx.float16: "F16",
@@ -43,6 +33,8 @@ STORED_AS = {
     mx.uint8: "U8",
 }
 """The format's names of the dtypes that are written."""
+_READ_AS = {name: dtype for dtype, name in STORED_AS.items()}
+_READ_AS |= {"I32": mx.int32, "F8_E4M3": mx.uint8}  # MLX has no 8-bit floats
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -147,7 +139,7 @@ def read_rows(entry: Entry, start: int, stop: int) -> mx.array:
     Raises:
         CheckpointError: the dtype is none of a checkpoint's, or the file cannot be read.
     """
-    if entry.dtype not in _NUMPY:
+    if entry.dtype not in _READ_AS:
         raise CheckpointError(f"{entry.file} has a tensor of dtype {entry.dtype}, which none needs")
     width = entry.shape[-1] if entry.shape else 1
     row = width * _ITEM_SIZE[entry.dtype]
@@ -159,8 +151,8 @@ def read_rows(entry: Entry, start: int, stop: int) -> mx.array:
         raise CheckpointError(f"{entry.file} cannot be read: {error.strerror}") from error
     if len(raw) != (stop - start) * row:
         raise CheckpointError(f"{entry.file} has become shorter while it was read")
-    rows = mx.array(np.frombuffer(raw, _NUMPY[entry.dtype]).reshape(-1, width))
-    return rows.view(mx.bfloat16) if entry.dtype == "BF16" else rows
+    numbers = mx.array(memoryview(raw))  # type: ignore[arg-type]  # which takes buffers, too
+    return numbers.view(_READ_AS[entry.dtype]).reshape(stop - start, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +194,7 @@ class ShardWriter:
 
     def append(self, name: str, rows: mx.array) -> None:
         """Write the next rows of a tensor."""
-        raw = memoryview(np.ascontiguousarray(rows.view(mx.uint8))).cast("B")
+        raw = memoryview(mx.contiguous(rows).view(mx.uint8)).cast("B")
         self._stream.seek(self._next[name])
         self._stream.write(raw)
         self._next[name] += len(raw)
