@@ -21,7 +21,8 @@ _RICHER = {2: 4, 3: 5, 4: 6, 5: 8, 6: 8, 8: 8}  # bits to spend where they matte
 def group_of(path: str) -> str:
     """Name the group of modules that must have one format: q, k, v of a layer, gate and up."""
     parent, _, name = path.rpartition(".")
-    return f"{parent}.{TOGETHER.get(name, name)}"
+    group = TOGETHER.get(name, name)
+    return f"{parent}.{group}" if parent else group
 
 
 def choose_formats(modules: Mapping[str, tuple[int, ...]], recipe: str, form: Format) -> Formats:

@@ -116,7 +116,9 @@ class MoE(nn.Module):
         rows = x.reshape(-1, x.shape[-1])
         # Over all experts, in float32, and only then the choice: as the router was trained.
         weights = mx.softmax(self.gate(rows).astype(mx.float32), axis=-1)
-        chosen = mx.argpartition(weights, kth=-self.top_k, axis=-1)[:, -self.top_k :]
+        # The choice itself has no derivative, and MLX refuses to look for one.
+        order = mx.argpartition(mx.stop_gradient(weights), kth=-self.top_k, axis=-1)
+        chosen = order[:, -self.top_k :]
         weights = mx.take_along_axis(weights, chosen, axis=-1)
         if self.normalise:
             weights = weights / weights.sum(axis=-1, keepdims=True)
