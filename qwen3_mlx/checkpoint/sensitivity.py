@@ -285,7 +285,7 @@ def _layer(
                 products[name][form].append(of_batch)
     scores: dict[str, dict[Format, float]] = defaultdict(dict)
     for group, names in _groups(products).items():
-        for form in set.intersection(*(set(products[name]) for name in names)):
+        for form in (form for form in formats if all(form in products[name] for name in names)):
             together = sum(mx.concatenate(products[name][form]) for name in names)
             assert isinstance(together, mx.array)
             scores[group][form] = _divergence(together, x.shape[1])
