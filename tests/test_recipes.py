@@ -147,6 +147,27 @@ def test_against_trying_all(case: tuple[Scores, Sizes, int]) -> None:
     assert least * (1 - 1e-9) <= total(scores, choice) <= least + max(steps) + 1e-12
 
 
+def test_the_gap_to_the_best_is_mostly_none() -> None:
+    gaps = []
+    for seed in range(100):
+        dice = random.Random(seed)
+        scores: Scores = {}
+        sizes: Sizes = {}
+        for number in range(5):
+            weights, hurt = dice.randint(1000, 9000), 10 ** dice.uniform(-3, 0)
+            rate = dice.uniform(2, 4.5)
+            scores[f"g{number}"] = {form: hurt * rate**-form.bits for form in CHOICES}
+            sizes[f"g{number}"] = {form: weights * (form.bits + 1) // 8 for form in CHOICES}
+        ends = [sum(of[form] for of in sizes.values()) for form in (CHOICES[0], CHOICES[-1])]
+        budget = dice.randint(*ends)
+        least = best(scores, sizes, budget)
+        assert least is not None
+        gaps.append(total(scores, assign(scores, sizes, budget)) / least - 1)
+    gaps.sort()
+    assert gaps[50] < 0.01
+    assert gaps[90] < 0.25
+
+
 def test_many_groups_come_close_to_the_best() -> None:
     """With many groups the gap is small: the bound by prices shows it without trying all."""
     for seed in range(5):
