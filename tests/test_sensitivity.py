@@ -1,5 +1,6 @@
 """What a group's quantization costs: estimated a layer at a time, and measured outright."""
 
+import json
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from qwen3_mlx.checkpoint.sensitivity import Scores, measure
 from qwen3_mlx.checkpoint.sources import Matrix, read_matrices
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
-from tests.support import MOE, TINY, moe_folder, random_ids, write_tiny
+from tests.support import MOE, TINY, moe_folder, random_ids, read_weights, write_tiny
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "tied": TINY,
@@ -24,7 +25,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     # With all experts chosen: what another choice changes, no derivative knows.
     "moe": {**MOE, "num_experts_per_tok": 8},
 }
-FINE, COARSE = Format(5, 32), Format(4, 64)
+FINE, COARSE = Format(6, 32), Format(4, 64)
 
 
 def draw_ids(sequences: int, length: int) -> mx.array:
@@ -34,6 +35,14 @@ def draw_ids(sequences: int, length: int) -> mx.array:
 def opened(folder: Path) -> tuple[ModelConfig, dict[str, Matrix]]:
     config = read_json(folder / "config.json")
     return ModelConfig.from_dict(config), read_matrices(folder, config)
+
+
+def sharpen(folder: Path, factor: float) -> None:
+    """Raise the logits, so that some tokens are likely and others are not."""
+    weights = read_weights(folder)
+    weights["model.norm.weight"] = factor * weights["model.norm.weight"]
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
 
 
 def estimated(folder: Path, ids: mx.array, formats: list[Format]) -> Scores:
@@ -92,6 +101,7 @@ def test_the_estimate_is_the_divergence(
 ) -> None:
     monkeypatch.setattr(sensitivity, "_VOCABULARY_BLOCK", vocabulary_block)
     folder, ids = write_tiny(tmp_path / "model", CONFIGS[kind]), draw_ids(48, 16)
+    sharpen(folder, 6.0)
     scores = estimated(folder, ids, [FINE])
     groups = groups_of(folder)
     assert scores.keys() == groups.keys()
@@ -104,6 +114,21 @@ def test_the_estimate_is_the_divergence(
     assert 0.85 < sum(ratios.values()) / len(ratios) < 1.15
     if "lm_head" in ratios:  # whose divergence is computed without drawings
         assert ratios["lm_head"] == pytest.approx(1, rel=0.02)
+
+
+def test_a_tied_embedding_pays_for_the_head_as_well(tmp_path: Path) -> None:
+    tied, untied = (write_tiny(tmp_path / str(n)) for n in range(2))
+    weights = read_weights(untied)
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    mx.eval(weights)
+    mx.save_safetensors(str(untied / "model.safetensors"), weights)
+    config = {**read_json(tied / "config.json"), "tie_word_embeddings": False}
+    (untied / "config.json").write_text(json.dumps(config))
+    together, apart = (estimated(folder, draw_ids(4, 8), [FINE]) for folder in (tied, untied))
+    head = apart["lm_head"][FINE]
+    assert head > 0
+    embedding = apart["model.embed_tokens"][FINE]
+    assert together["model.embed_tokens"][FINE] == pytest.approx(embedding + head, rel=1e-4)
 
 
 def test_fewer_bits_cost_more(tmp_path: Path) -> None:
