@@ -17,7 +17,16 @@ from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.model.qwen3 import Qwen3
-from tests.support import DEMO, MOE, TINY, assert_close, random_ids, read_weights, write_tiny
+from tests.support import (
+    DEMO,
+    MOE,
+    TINY,
+    assert_close,
+    moe_folder,
+    random_ids,
+    read_weights,
+    write_tiny,
+)
 
 IDS = random_ids(20)
 FORMATS = [
@@ -99,29 +108,6 @@ def test_quantizing_while_loading_is_quantizing_before(
     found = logits(tiny_folder, bits=bits, dequantize=False)
     assert_close(found, logits(folder, dequantize=False))
     assert_close(found, logits(tiny_folder, bits=bits, dequantize=True), 1e-4)
-
-
-def moe_folder(folder: Path, *, shards: int = 1) -> Path:
-    """Write a MoE checkpoint as published: each expert by itself, perhaps over two shards."""
-    write_tiny(folder, MOE)
-    weights = read_weights(folder)
-    published: dict[str, mx.array] = {}
-    for name, value in weights.items():
-        if ".switch_mlp." in name:
-            for expert, part in enumerate(value):
-                published[name.replace("switch_mlp", f"experts.{expert}")] = part
-        else:
-            published[name] = value
-    (folder / "model.safetensors").unlink()
-    names = sorted(published)
-    index: dict[str, str] = {}
-    for shard in range(shards):
-        file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part_of = {name: published[name] for name in names[shard::shards]}
-        mx.save_safetensors(str(folder / file), part_of)
-        index |= dict.fromkeys(part_of, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
-    return folder
 
 
 @pytest.mark.parametrize("shards", [1, 2, 3])

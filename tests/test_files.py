@@ -143,6 +143,11 @@ ABSURD: dict[str, Callable[[], bytes]] = {
         b'"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}',
         b"123",
     ),
+    "an overlap that makes up for a gap": lambda: headed(
+        b'{"a":{"dtype":"U8","shape":[2],"data_offsets":[0,2]},'
+        b'"b":{"dtype":"U8","shape":[2],"data_offsets":[1,3]}}',
+        b"1234",
+    ),
     "more data than told": lambda: sound() + b"\0",
     "less data than told": lambda: sound()[:-1],
     "true for one": lambda: headed(
