@@ -45,7 +45,7 @@ def _write_layers(folder: Path, config: dict[str, Any]) -> None:
         before, layers, after = name.partition(".layers.")
         group = f"{before}{layers}{after.partition('.')[0]}" if layers else name
         groups[group][name] = list(array.shape)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shapes in enumerate(groups.values(), 1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
         _save(folder / file, {name: _random(shape) for name, shape in shapes.items()})

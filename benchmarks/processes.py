@@ -9,8 +9,11 @@ from pathlib import Path
 from typing import Any
 
 
-def json_of(module: str, *arguments: object) -> Any:
-    """Run a module in a process of its own and read the line of JSON that it prints."""
+def json_of(module: str, *arguments: object, dies: bool = False) -> Any:
+    """Run a module in a process of its own and read the line of JSON that it prints.
+
+    With `dies` it must not end well.
+    """
     words = list(map(str, arguments))
     done = subprocess.run(
         [sys.executable, "-m", module, *words],
@@ -19,8 +22,8 @@ def json_of(module: str, *arguments: object) -> Any:
         check=False,
         env=os.environ | {"MLX_ENABLE_TF32": "0"},
     )
-    if done.returncode:
-        sys.exit(f"{module} {' '.join(words)} failed:\n{done.stderr}")
+    if bool(done.returncode) != dies:
+        sys.exit(f"{module} {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout)
 
 
