@@ -142,7 +142,7 @@ def points(made: Sequence[Made]) -> list[Point]:
 
 def exams(folders: dict[str, Path], *, quick: bool) -> dict[str, dict[str, float]]:
     """Examine checkpoints with examples/exam_demo.py: the share of right replies, row by row."""
-    counts = ("--sums", "20", "--others", "10") if quick else ("--sums", "100", "--others", "50")
+    counts = ("--sums", "20", "--others", "10") if quick else ("--sums", "60", "--others", "30")
     return {name: _exam(folder, counts) for name, folder in folders.items()}
 
 
