@@ -114,9 +114,11 @@ def verdicts(made: Sequence[Made]) -> dict[str, float]:
     first = measured[0]
     found = {"auto 4.5 / uniform 4-bit": first.mean_kl / four.mean_kl}
     for one in made:
-        # What is no larger than a mixed recipe's result and closest to it.
+        # What is no larger than a mixed recipe's result, and hardly smaller.
         rivals = [
-            rival for rival in measured if rival.bits_per_weight <= one.bits_per_weight + 1e-6
+            rival
+            for rival in measured
+            if -1e-6 <= one.bits_per_weight - rival.bits_per_weight < 0.15
         ]
         if one.recipe.startswith("mixed") and rivals:
             rival = max(rivals, key=lambda rival: rival.bits_per_weight)
