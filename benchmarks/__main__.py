@@ -5,8 +5,6 @@ Every pair of figures comes from the same run, each side in a process of its own
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from qwen3_mlx import backend  # first: the BLAS
 
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.graph import build_time, dispatches_per_layer
+from benchmarks.processes import json_of
 from benchmarks.sampling import sampling_times
 from benchmarks.startup import startup_times
 
@@ -49,8 +48,8 @@ def main() -> None:
         print("Loading, quantized and quantizing ...", file=sys.stderr)
         bf16 = random_checkpoint(kept / f"random-{options.size}-bf16", options.size, bits=None)
         figures["loading"] = {
-            "4-bit": _json_of("benchmarks.loading", str(folder)),
-            "bits=4 from bf16": _json_of("benchmarks.loading", str(bf16), "4"),
+            "4-bit": json_of("benchmarks.loading", str(folder)),
+            "bits=4 from bf16": json_of("benchmarks.loading", str(bf16), "4"),
         }
     print(table(figures))
     if options.json:
@@ -126,21 +125,7 @@ def _row(label: str, ours: float, peer: float, *, higher_is_better: bool) -> str
 
 def _side(folder: Path, side: str, terms: str, prompt: int, decoded: int) -> dict[str, float]:
     arguments = [side, terms, str(folder), str(prompt), str(decoded)]
-    return _json_of("benchmarks.sides", *arguments)
-
-
-def _json_of(module: str, *arguments: str) -> dict[str, float]:
-    """Run a module in a process of its own and read the line of JSON that it prints."""
-    done = subprocess.run(
-        [sys.executable, "-m", module, *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"MLX_ENABLE_TF32": "0"},
-    )
-    if done.returncode:
-        sys.exit(f"{module} {' '.join(arguments)} failed:\n{done.stderr}")
-    figures: dict[str, float] = json.loads(done.stdout)
+    figures: dict[str, float] = json_of("benchmarks.sides", *arguments)
     return figures
 
 

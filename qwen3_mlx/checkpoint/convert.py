@@ -282,7 +282,10 @@ def _refuse_nonfinite(counts: Mapping[str, int], dtype: mx.Dtype, *, allowed: bo
 
 
 class _Block:
-    """Some rows of a tensor on their way to the file; all is in work once it is made."""
+    """Some rows of a tensor on their way to the file; all is in work once it is made.
+
+    `arrays` are the bytes of what the rows become.
+    """
 
     def __init__(self, rows: mx.array, tensor: _Tensor, job: Job) -> None:
         dtype, form = job.dtype, tensor.form
@@ -296,6 +299,7 @@ class _Block:
             self.arrays = mx.quantize(
                 self._rows, group_size=form.group_size, bits=form.bits, mode=form.mode
             )
+        self.arrays = [array.view(mx.uint8) for array in self.arrays]  # as they are written
         # Of the bits as integers, with a sign and without, those of infinities and of what is no
         # number are the greatest: two maxima are ten times as fast as looking at each number.
         unsigned, signed = _INTEGERS[dtype.size]
@@ -326,8 +330,14 @@ def _computed(
     """Give all tensors' blocks in order, while some ahead are in work."""
     in_work: deque[tuple[_Tensor, _Block]] = deque()
     blocks = ((tensor, rows) for tensor in tensors for rows in tensor.matrix.blocks(_BLOCK))
-    for (tensor, rows), stream in zip(blocks, cycle(streams), strict=False):
+    for stream in cycle(streams):
+        # All that becomes of a block runs on its own stream, its reading included: what ran on
+        # another would wait for the block in work there.
         with mx.stream(stream):
+            following = next(blocks, None)
+            if following is None:
+                break
+            tensor, rows = following
             in_work.append((tensor, _Block(rows, tensor, job)))
         if len(in_work) == _IN_WORK:
             yield in_work.popleft()

@@ -17,11 +17,15 @@ _LEAST = 1e-9  # nats; what a logarithmic axis shows in place of no divergence a
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A checkpoint in the picture: its bits per weight, and its mean KL divergence in nats."""
+    """A checkpoint in the picture: its bits per weight, and its mean KL divergence in nats.
+
+    Points of one `line` are joined, and the legend names it; those of none stand for themselves.
+    """
 
     label: str
     bits: float
     divergence: float
+    line: str = ""
 
 
 def check_picture(path: Path) -> None:
@@ -68,7 +72,13 @@ def draw(path: Path, points: Sequence[Point], modules: Sequence[ModuleRow] = ())
 def _draw_points(axes: "Axes", points: Sequence[Point]) -> None:
     ordered = sorted(points, key=lambda point: point.bits)
     heights = [max(point.divergence, _LEAST) for point in ordered]
-    axes.plot([point.bits for point in ordered], heights, "o", color="tab:blue")
+    lines = list(dict.fromkeys(point.line for point in points))
+    for line in lines:
+        of_line = [place for place in zip(ordered, heights, strict=True) if place[0].line == line]
+        places = [point.bits for point, _ in of_line], [height for _, height in of_line]
+        axes.plot(*places, "o-" if line else "o", label=line)
+    if any(lines):
+        axes.legend()
     for point, height in zip(ordered, heights, strict=True):
         place = (point.bits, height)
         axes.annotate(point.label, place, xytext=(5, 4), textcoords="offset points")
