@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 
 from qwen3_mlx import CheckpointError, Qwen3Error, SamplingParams, convert, load
 from qwen3_mlx.checkpoint.quantization import Format
+from qwen3_mlx.cli.evaluate import compare
 from qwen3_mlx.cli.main import main
 from tests.support import DEMO, MOE, assert_close, random_ids, write_tiny
 
@@ -130,7 +132,7 @@ def test_what_is_there_is_not_lost(tmp_path: Path) -> None:
 def test_the_command_and_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3_mlx.cli.evaluate._TOKENS", 600)
+    monkeypatch.setattr("qwen3_mlx.cli.convert.compare", partial(compare, tokens=600))
     output = tmp_path / "made"
     with pytest.raises(SystemExit) as ended:
         main(["convert", str(DEMO), str(output), "--bits", "6", "--report", "--json"])
