@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+# mlx-lm's process has been seen to wait for ever for threads of MLX's CPU build.
+_PATIENCE = 1800  # seconds
+
 
 def json_of(module: str, *arguments: object, dies: bool = False) -> Any:
     """Run a module in a process of its own and read the line of JSON that it prints.
@@ -15,13 +18,17 @@ def json_of(module: str, *arguments: object, dies: bool = False) -> Any:
     With `dies` it must not end well.
     """
     words = list(map(str, arguments))
-    done = subprocess.run(
-        [sys.executable, "-m", module, *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"MLX_ENABLE_TF32": "0"},
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", module, *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_PATIENCE,
+            env=os.environ | {"MLX_ENABLE_TF32": "0"},
+        )
+    except subprocess.TimeoutExpired:
+        sys.exit(f"{module} {' '.join(words)} was stopped after {_PATIENCE:,} s; run it again")
     if bool(done.returncode) != dies:
         sys.exit(f"{module} {' '.join(words)} ended with {done.returncode}:\n{done.stderr}")
     return json.loads(done.stdout)
