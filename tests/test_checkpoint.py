@@ -127,6 +127,16 @@ def test_the_router_keeps_eight_bits(tmp_path: Path) -> None:
         assert llm.model.lm_head.bits == 2
 
 
+def test_rows_that_do_not_fit_the_group_are_told(
+    tiny_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    load(tiny_folder, bits=4, group_size=128).close()
+    assert "model.embed_tokens" in caplog.text and "mlp.down_proj" not in caplog.text
+    caplog.clear()
+    load(tiny_folder, bits=4).close()
+    assert not caplog.text
+
+
 def test_the_dtype_asked_for(tiny_folder: Path) -> None:
     with load(tiny_folder, dtype="float16") as llm:
         assert llm.model.model.norm.weight.dtype == mx.float16

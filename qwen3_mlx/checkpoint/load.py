@@ -5,6 +5,7 @@ against it, and only then is a tensor read. No more than one module's source wei
 beside the finished ones.
 """
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from qwen3_mlx.model.linear import Embedding, Linear
 from qwen3_mlx.model.moe import QuantizedSwitchLinear, SwitchLinear
 from qwen3_mlx.model.qwen3 import Qwen3
 
+_log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
 
 
@@ -64,11 +66,16 @@ def load_model(
     if dequantize is None:
         dequantize = backend.worth_dequantizing(4 * _count_weights(model))
     paths = [path for path, module in _leaves(model) if module.parameters()]
+    rows = {path: module["weight"].shape[-1] for path, module in quantizable(model)}
     for done, path in enumerate(paths):
         progress(done, len(paths))
         filled = _fill(path, _take(model, path), weights, options, dequantize=dequantize)
         mx.eval(filled.parameters())
         _put(model, path, filled)
+    if wanted := options.quantize:
+        kept = [path for path, size in rows.items() if size % wanted.for_module(path).group_size]
+        if kept:
+            _log.warning("rows that are no multiple of the group stay as they are: %s", kept)
     for layer in model.layers:
         layer.fuse()
     progress(len(paths), len(paths))
