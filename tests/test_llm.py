@@ -253,7 +253,7 @@ def test_a_callback_may_exit_or_close(tiny_folder: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_process_is_told(tiny: LLM) -> None:
+def test_a_forked_process_is_told() -> None:
     program = textwrap.dedent("""
         import os, sys, warnings
         from qwen3_mlx import Qwen3Error, load

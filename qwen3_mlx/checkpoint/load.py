@@ -62,20 +62,23 @@ def load_model(
             "the checkpoint is quantized already; leave bits out, or load the original weights"
         )
     _compare(model, weights)
+    if wanted := options.quantize:
+        kept = [
+            path
+            for path, module in quantizable(model)
+            if module["weight"].shape[-1] % wanted.for_module(path).group_size
+        ]
+        if kept:
+            _log.warning("rows that are no multiple of the group stay as they are: %s", kept)
     dequantize = options.dequantize
     if dequantize is None:
         dequantize = backend.worth_dequantizing(4 * _count_weights(model))
     paths = [path for path, module in _leaves(model) if module.parameters()]
-    rows = {path: module["weight"].shape[-1] for path, module in quantizable(model)}
     for done, path in enumerate(paths):
         progress(done, len(paths))
         filled = _fill(path, _take(model, path), weights, options, dequantize=dequantize)
         mx.eval(filled.parameters())
         _put(model, path, filled)
-    if wanted := options.quantize:
-        kept = [path for path, size in rows.items() if size % wanted.for_module(path).group_size]
-        if kept:
-            _log.warning("rows that are no multiple of the group stay as they are: %s", kept)
     for layer in model.layers:
         layer.fuse()
     progress(len(paths), len(paths))

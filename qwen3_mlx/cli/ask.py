@@ -23,7 +23,8 @@ _DEMO_NOTE = (
 _MODEL, _REPLY, _CHOICE, _SHOW = "Model", "Reply", "Choice of words", "Display"
 
 
-def _option(*names: str, panel: str, text: str, **more: Any) -> Any:
+def option(*names: str, panel: str, text: str, **more: Any) -> Any:
+    """Describe an option that the help shows in `panel`."""
     return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
 
 
@@ -34,7 +35,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
     ] = None,
     model: Annotated[
         str | None,
-        _option(
+        option(
             "--model",
             "-m",
             panel=_MODEL,
@@ -43,22 +44,22 @@ def ask(  # noqa: PLR0913 - one parameter an option
         ),
     ] = None,
     revision: Annotated[
-        str | None, _option("--revision", panel=_MODEL, text="The hub's branch, tag or commit.")
+        str | None, option("--revision", panel=_MODEL, text="The hub's branch, tag or commit.")
     ] = None,
     bits: Annotated[
         int | None,
-        _option("--bits", panel=_MODEL, text="Quantize while loading: 2, 3, 4, 5, 6 or 8."),
+        option("--bits", panel=_MODEL, text="Quantize while loading: 2, 3, 4, 5, 6 or 8."),
     ] = None,
     dtype: Annotated[
         str | None,
-        _option("--dtype", panel=_MODEL, text="Compute in bfloat16, float16 or float32."),
+        option("--dtype", panel=_MODEL, text="Compute in bfloat16, float16 or float32."),
     ] = None,
     system: Annotated[
-        str | None, _option("--system", "-s", panel=_REPLY, text="A system prompt.")
+        str | None, option("--system", "-s", panel=_REPLY, text="A system prompt.")
     ] = None,
     thinking: Annotated[
         bool | None,
-        _option(
+        option(
             "--thinking/--no-thinking",
             panel=_REPLY,
             text="Think before the answer, or answer at once.",
@@ -66,39 +67,39 @@ def ask(  # noqa: PLR0913 - one parameter an option
     ] = None,
     max_tokens: Annotated[
         int | None,
-        _option("--max-tokens", "-n", panel=_REPLY, text="At most so many tokens, thinking too."),
+        option("--max-tokens", "-n", panel=_REPLY, text="At most so many tokens, thinking too."),
     ] = None,
     stop: Annotated[
         list[str] | None,
-        _option("--stop", panel=_REPLY, text="End before this text; may be given again."),
+        option("--stop", panel=_REPLY, text="End before this text; may be given again."),
     ] = None,
     seed: Annotated[
-        int | None, _option("--seed", panel=_CHOICE, text="The same seed, the same reply.")
+        int | None, option("--seed", panel=_CHOICE, text="The same seed, the same reply.")
     ] = None,
     temperature: Annotated[
         float | None,
-        _option("--temperature", "-t", panel=_CHOICE, text="0 takes the likeliest token."),
+        option("--temperature", "-t", panel=_CHOICE, text="0 takes the likeliest token."),
     ] = None,
     top_p: Annotated[
         float | None,
-        _option("--top-p", panel=_CHOICE, text="Only the likeliest that make up this share."),
+        option("--top-p", panel=_CHOICE, text="Only the likeliest that make up this share."),
     ] = None,
     top_k: Annotated[
-        int | None, _option("--top-k", panel=_CHOICE, text="Only the k likeliest; 0 is all.")
+        int | None, option("--top-k", panel=_CHOICE, text="Only the k likeliest; 0 is all.")
     ] = None,
     min_p: Annotated[
         float | None,
-        _option("--min-p", panel=_CHOICE, text="Only those this likely, beside the likeliest."),
+        option("--min-p", panel=_CHOICE, text="Only those this likely, beside the likeliest."),
     ] = None,
     presence_penalty: Annotated[
         float | None,
-        _option("--presence-penalty", panel=_CHOICE, text="Against repetition: 0 to 2."),
+        option("--presence-penalty", panel=_CHOICE, text="Against repetition: 0 to 2."),
     ] = None,
     hide_thinking: Annotated[
-        bool, _option("--hide-thinking", panel=_SHOW, text="Do not show the thinking.")
+        bool, option("--hide-thinking", panel=_SHOW, text="Do not show the thinking.")
     ] = False,
     quiet: Annotated[
-        bool, _option("--quiet", "-q", panel=_SHOW, text="Nothing but the answer, and errors.")
+        bool, option("--quiet", "-q", panel=_SHOW, text="Nothing but the answer, and errors.")
     ] = False,
 ) -> int:
     """Send PROMPT to the model and stream the answer.

@@ -12,6 +12,7 @@ from rich.table import Table
 
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.checkpoint.hub import upload
+from qwen3_mlx.cli.ask import option
 from qwen3_mlx.cli.console import Bar, note, sized
 from qwen3_mlx.cli.evaluate import compare, facts_of, read_text
 from qwen3_mlx.evaluate.picture import Point, check_picture, draw
@@ -19,20 +20,16 @@ from qwen3_mlx.evaluate.picture import Point, check_picture, draw
 _FORMAT, _RECIPE, _WRITING = "Format", "Recipe", "Writing"
 
 
-def _option(*names: str, panel: str, text: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
-
-
 def convert(  # noqa: PLR0913 - one parameter an option
     source: Annotated[str, typer.Argument(help="A folder, or a hub name such as Qwen/Qwen3-8B.")],
     output: Annotated[Path, typer.Argument(help="The folder to make.")],
     bits: Annotated[
         int | None,
-        _option("--bits", "-b", panel=_FORMAT, text="2, 3, 4, 5, 6 or 8 bits a weight; else 4."),
+        option("--bits", "-b", panel=_FORMAT, text="2, 3, 4, 5, 6 or 8 bits a weight; else 4."),
     ] = None,
     group_size: Annotated[
         int | None,
-        _option(
+        option(
             "--group-size",
             "-g",
             panel=_FORMAT,
@@ -40,11 +37,11 @@ def convert(  # noqa: PLR0913 - one parameter an option
         ),
     ] = None,
     mode: Annotated[
-        str, _option("--mode", panel=_FORMAT, text="affine (the usual), mxfp4, mxfp8 or nvfp4.")
+        str, option("--mode", panel=_FORMAT, text="affine (the usual), mxfp4, mxfp8 or nvfp4.")
     ] = "affine",
     dtype: Annotated[
         str | None,
-        _option(
+        option(
             "--dtype",
             panel=_FORMAT,
             text="bfloat16, float16 or float32 for what is not quantized; else the source's.",
@@ -52,11 +49,11 @@ def convert(  # noqa: PLR0913 - one parameter an option
     ] = None,
     dequantize: Annotated[
         bool,
-        _option("--dequantize", panel=_FORMAT, text="Quantize nothing; undo what is quantized."),
+        option("--dequantize", panel=_FORMAT, text="Quantize nothing; undo what is quantized."),
     ] = False,
     recipe: Annotated[
         str,
-        _option(
+        option(
             "--recipe",
             "-r",
             panel=_RECIPE,
@@ -66,7 +63,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     ] = "uniform",
     target_bpw: Annotated[
         float | None,
-        _option(
+        option(
             "--target-bpw",
             panel=_RECIPE,
             text="For auto: bits a weight may take on average, scales and all.",
@@ -74,25 +71,25 @@ def convert(  # noqa: PLR0913 - one parameter an option
     ] = None,
     calibration: Annotated[
         Path | None,
-        _option(
+        option(
             "--calibration",
             panel=_RECIPE,
             text="For auto: a text file to measure on; else the topics of Python's own help.",
         ),
     ] = None,
     revision: Annotated[
-        str | None, _option("--revision", panel=_WRITING, text="The hub's branch, tag or commit.")
+        str | None, option("--revision", panel=_WRITING, text="The hub's branch, tag or commit.")
     ] = None,
     force: Annotated[
-        bool, _option("--force", "-f", panel=_WRITING, text="Replace a checkpoint that is there.")
+        bool, option("--force", "-f", panel=_WRITING, text="Replace a checkpoint that is there.")
     ] = False,
     allow_nonfinite: Annotated[
         bool,
-        _option("--allow-nonfinite", panel=_WRITING, text="Take NaN and infinities as they are."),
+        option("--allow-nonfinite", panel=_WRITING, text="Take NaN and infinities as they are."),
     ] = False,
     report: Annotated[
         bool,
-        _option(
+        option(
             "--report",
             panel=_WRITING,
             text="Afterwards compare the result with the source on text, and add report.json and "
@@ -101,10 +98,10 @@ def convert(  # noqa: PLR0913 - one parameter an option
     ] = False,
     upload_to: Annotated[
         str | None,
-        _option("--upload-to", panel=_WRITING, text="Put the result on the hub under this name."),
+        option("--upload-to", panel=_WRITING, text="Put the result on the hub under this name."),
     ] = None,
     as_json: Annotated[
-        bool, _option("--json", panel=_WRITING, text="Print JSON, for programs.")
+        bool, option("--json", panel=_WRITING, text="Print JSON, for programs.")
     ] = False,
 ) -> None:
     """Write SOURCE as an MLX checkpoint into the folder OUTPUT, some rows at a time.
