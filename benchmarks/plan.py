@@ -25,7 +25,6 @@ from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import formats_stored
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.engine.memory import Workload, make_plan, weight_bytes
-from qwen3_mlx.engine.runner import prefill
 from qwen3_mlx.model.config import ModelConfig
 
 CONTEXT = 4096
@@ -67,7 +66,7 @@ def measure(folder: Path) -> dict[str, tuple[int, int]]:
     mx.clear_cache()
     loaded = mx.get_active_memory()
     cache = model.make_cache(CONTEXT)
-    logits = prefill(model, cache, range(_PROMPT), chunk=_PROMPT, checkpoint=lambda _: None)
+    logits = model(mx.arange(_PROMPT)[None], cache, wanted=[_PROMPT - 1])
     mx.eval(logits)
     return {
         "load": (plan.weights, loaded),

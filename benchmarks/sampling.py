@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
 from qwen3_mlx.engine.params import NEUTRAL, THINKING
-from qwen3_mlx.engine.sampling import Sampler
+from qwen3_mlx.engine.sampling import Sampler, choose
 
 _VOCABULARY, _ROWS = 151_669, 151_936
 
@@ -30,7 +30,10 @@ def sampling_times(repeats: int = 30) -> dict[str, float]:
         token: mx.array = peer(row - mx.logsumexp(row, keepdims=True))
         return token
 
-    steps: dict[str, Callable[[], mx.array]] = {"ours": lambda: ours(logits), "peer": peer_step}
+    steps: dict[str, Callable[[], mx.array]] = {
+        "ours": lambda: choose(logits[None], [ours]),
+        "peer": peer_step,
+    }
     times: dict[str, list[float]] = {side: [] for side in steps}
     for _ in range(repeats):
         for side, step in steps.items():

@@ -28,24 +28,19 @@ def ours(folder: Path, terms: str, prompt: int, decoded: int) -> dict[str, float
     from qwen3_mlx.checkpoint.files import read_json
     from qwen3_mlx.checkpoint.load import LoadOptions, load_model
     from qwen3_mlx.checkpoint.weights import Weights
-    from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
-    from qwen3_mlx.engine.runner import decode, prefill
-    from qwen3_mlx.engine.sampling import Sampler
+    from qwen3_mlx.engine.engine import Engine
+    from qwen3_mlx.engine.params import SamplingParams
 
     options = LoadOptions(backend.compute_dtype())
     model = load_model(read_json(folder / "config.json"), Weights(folder), options, lambda *_: None)
-    greedy = SamplingParams(temperature=0).over(NEUTRAL)
+    engine = Engine(model, vocabulary=model.config.vocab_size)
+    greedy = SamplingParams(temperature=0)
 
     def run(ids: list[int], count: int) -> list[float]:
-        cache = model.make_cache(len(ids) + count)
-        sampler = Sampler(greedy, seed=0, vocabulary=model.config.vocab_size, prompt=ids)
-        started = time.perf_counter()
-        logits = prefill(
-            model, cache, ids, chunk=backend.prefill_chunk(), checkpoint=lambda _: None
-        )
-        times = [started]
-        times += [time.perf_counter() for _ in decode(model, cache, logits, sampler, count)]
-        return times
+        engine.forget()
+        times = [time.perf_counter()]
+        tokens = engine.stream(ids, max_tokens=count, sampling=greedy)
+        return times + [time.perf_counter() for _ in tokens]
 
     return _summary(run, mx, prompt, decoded, model.config.vocab_size)
 

@@ -42,13 +42,12 @@ from qwen3_mlx.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
 Progress = Callable[[int, int], None]
-_UNBOUNDED_ROOM = 256  # tokens allocated beyond a prompt whose reply may have any length
 
 
 class LLM:
     """A loaded checkpoint to talk to; made by `load`.
 
-    Every method may be called from any thread. Generations run one after another.
+    Every method may be called from any thread. Generations run together, a step of all at a time.
     """
 
     def __init__(self, parts: "_Parts", worker: Worker) -> None:
@@ -202,6 +201,10 @@ class LLM:
             add_generation_prompt=add_generation_prompt,
         )
 
+    def forget(self) -> None:
+        """Free the memory of earlier prompts, which is kept for what may go on from them."""
+        self._worker.call(self._open_engine().forget)
+
     def close(self) -> None:
         """Cancel what runs, end the worker thread and free the memory; may be called twice."""
         self._shut()
@@ -256,7 +259,12 @@ class LLM:
         def done(outcome: Outcome | BaseException) -> None:
             if isinstance(outcome, Outcome):
                 parser.close()
-                usage = Usage(len(ids), 0, outcome.completion_tokens, parser.reasoning_tokens)
+                usage = Usage(
+                    len(ids),
+                    outcome.cached_tokens,
+                    outcome.completion_tokens,
+                    parser.reasoning_tokens,
+                )
                 details = {"stop": parser.stopped_by} if parser.stopped_by is not None else {}
                 deliver(Finish(outcome.reason, usage, details))
             else:
@@ -276,7 +284,6 @@ class LLM:
             end_ids=self._end_ids,
             watcher=parser,
             done=done,
-            room_for=ask.max_tokens or _UNBOUNDED_ROOM,
             progress=ask.progress,
             cancelled=cancelled,
         )

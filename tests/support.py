@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,9 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
+from qwen3_mlx.cache.kv import KVCache
+from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
 
@@ -61,6 +64,21 @@ def make_model(config: dict[str, Any] | None = None, seed: int = 0) -> Qwen3:
     model.load_weights(lively)
     mx.eval(model.parameters())
     return model
+
+
+def greedy_tokens(model: Qwen3, ids: Sequence[int], count: int) -> list[int]:
+    """Give the tokens that an engine of its own chooses after `ids`."""
+    engine = Engine(model, vocabulary=model.config.vocab_size)
+    return list(engine.stream(ids, max_tokens=count, sampling=SamplingParams(temperature=0.0)))
+
+
+def prefill(model: Qwen3, cache: Sequence[KVCache], ids: Sequence[int], chunk: int) -> mx.array:
+    """Read a prompt in chunks and give the logits [V] of its last token, evaluated."""
+    for start in range(0, len(ids), chunk):
+        part = list(ids[start : start + chunk])
+        logits = model(mx.array([part]), cache, wanted=[len(part) - 1])
+        mx.eval(logits)
+    return logits[0, -1]
 
 
 def write_tiny(folder: Path, config: dict[str, Any] | None = None, seed: int = 0) -> Path:

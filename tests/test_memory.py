@@ -29,12 +29,11 @@ from qwen3_mlx.engine.memory import (
     make_plan,
     weight_bytes,
 )
-from qwen3_mlx.engine.runner import prefill
 from qwen3_mlx.fit import plan_load
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import SIZES, published, published_config, yarn_lengths
 from qwen3_mlx.model.qwen3 import Qwen3
-from tests.support import DEMO, MOE, TINY, make_model, write_tiny
+from tests.support import DEMO, MOE, TINY, make_model, prefill, write_tiny
 
 FORMATS = [
     None,
@@ -156,7 +155,7 @@ def test_the_cache_is_planned_to_the_byte() -> None:
     model = make_model()
     work = Workload(300, itemsize=4)
     cache = model.make_cache(work.context)
-    mx.eval(prefill(model, cache, range(100), chunk=64, checkpoint=lambda _: None))
+    prefill(model, cache, range(100), 64)
     assert cache_bytes(model.config, work) == sum(layer.nbytes for layer in cache)
 
 
@@ -218,7 +217,7 @@ def test_activations_are_about_what_prefill_holds() -> None:
         mx.clear_cache()
         before = mx.get_active_memory()
         mx.reset_peak_memory()
-        mx.eval(prefill(model, cache, range(context), chunk=256, checkpoint=lambda _: None))
+        prefill(model, cache, range(context), 256)
         peak = mx.get_peak_memory() - before - sum(layer.nbytes for layer in cache)
         work = Workload(context, itemsize=4, chunk=256, fused=False)
         assert 0.5 < activation_bytes(model.config, work) / peak < 2

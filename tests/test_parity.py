@@ -14,12 +14,9 @@ import pytest
 from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.weights import Weights
-from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
-from qwen3_mlx.engine.runner import decode, prefill
-from qwen3_mlx.engine.sampling import Sampler
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.golden import twins
-from tests.support import assert_close
+from tests.support import assert_close, greedy_tokens, prefill
 
 CASES = sorted((Path(__file__).parent / "golden" / "parity").glob("*.npz"))
 TOLERANCE = 1e-4
@@ -42,12 +39,8 @@ def test_logits_and_greedy_tokens(case: Path, tmp_path: Path) -> None:
     model = load_twin(config, tmp_path)
     ids = [int(token) for token in expected["ids"]]
     assert_close(model(mx.array([ids]))[0], expected["logits"], TOLERANCE)
-    cache = model.make_cache()
-    logits = prefill(model, cache, ids, chunk=16, checkpoint=lambda _: None)
-    assert_close(logits, expected["logits"][-1], TOLERANCE)
-    params = SamplingParams(temperature=0.0).over(NEUTRAL)
-    sampler = Sampler(params, seed=0, vocabulary=config["vocab_size"], prompt=ids)
-    assert list(decode(model, cache, logits, sampler, 24)) == expected["greedy"].tolist()
+    assert_close(prefill(model, model.make_cache(), ids, 16), expected["logits"][-1], TOLERANCE)
+    assert greedy_tokens(model, ids, 24) == expected["greedy"].tolist()
 
 
 @pytest.mark.parametrize("rope_key", ["rope_type", "type"])

@@ -10,7 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx.engine.params import NEUTRAL, SamplingParams, sampling_defaults
-from qwen3_mlx.engine.sampling import Sampler, likeliest, penalise, within_min_p, within_top_p
+from qwen3_mlx.engine.sampling import (
+    Sampler,
+    choose,
+    likeliest,
+    penalise,
+    within_min_p,
+    within_top_p,
+)
 from tests.support import assert_close
 
 LOGITS = mx.array(np.random.RandomState(0).randn(5000).astype(np.float32) * 3)
@@ -23,7 +30,7 @@ def item(scalar: mx.array) -> int:
 
 
 def draw_one(sampler: Sampler, logits: mx.array) -> int:
-    return item(sampler(logits))
+    return item(choose(logits[None], [sampler]))
 
 
 def draw(count: int, logits: mx.array, **params: Any) -> Counter[int]:
@@ -48,10 +55,10 @@ def test_the_likeliest_are_those_of_a_whole_sort(
     size: int, padding: int, k: int, seed: int
 ) -> None:
     values = np.random.RandomState(seed).permutation(size + padding).astype(np.float32)
-    best, ids = likeliest(mx.array(values), k, size)
+    best, ids = likeliest(mx.array(values)[None], k, size)
     expected = np.argsort(-values[:size])[:k]
-    assert np.array(ids).tolist() == expected.tolist()
-    assert np.array(best).tolist() == values[expected].tolist()
+    assert np.array(ids)[0].tolist() == expected.tolist()
+    assert np.array(best)[0].tolist() == values[expected].tolist()
 
 
 def reference(logits: np.ndarray, temperature: float, k: int, top_p: float, min_p: float) -> Any:

@@ -51,6 +51,22 @@ class KVCache:
         """Keep k and v [1, K, L, E] without asking anything of them."""
         self._append(rope(k, self.offset), v)
 
+    def reserve(self, capacity: int) -> None:
+        """Have room for `capacity` tokens when the next write needs more than there is."""
+        self._capacity = capacity
+
+    def copy(self, tokens: int) -> "KVCache":
+        """Give a cache of its own that has seen the first `tokens` tokens; both share no buffer.
+
+        The buffers are made by its first write, with the room that is reserved until then.
+        """
+        other = KVCache()
+        other.offset = tokens
+        if tokens and self._keys is not None and self._values is not None:
+            other._keys = self._keys[:, :, :tokens]
+            other._values = self._values[:, :, :tokens]
+        return other
+
     def _append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
         start, stop = self.offset, self.offset + k.shape[2]
         if self._keys is None or self._values is None or self._allocated < stop:

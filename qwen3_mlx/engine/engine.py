@@ -1,80 +1,473 @@
-"""Runs requests on the worker thread: prompt in, tokens to the request's watcher, outcome out."""
+"""Runs requests, any number at once: prompts in, tokens to their watchers, outcomes out."""
 
 import logging
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Lock
+from typing import TYPE_CHECKING, Protocol
 
 import mlx.core as mx
 
 from qwen3_mlx import backend
-from qwen3_mlx.engine.params import Outcome, Request
-from qwen3_mlx.engine.runner import Cancelled, decode, prefill
-from qwen3_mlx.engine.sampling import Sampler
-from qwen3_mlx.engine.worker import Worker
+from qwen3_mlx.cache.prefix import Prefix, PrefixStore
+from qwen3_mlx.engine.memory import Budget, Workload
+from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.runner import Part, chunk_sizes, forward
+from qwen3_mlx.engine.sampling import choose
+from qwen3_mlx.engine.scheduler import Scheduler, Step
+from qwen3_mlx.engine.sequence import Sequence as Running
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 
+if TYPE_CHECKING:
+    from qwen3_mlx.engine.params import Mask
+
 _log = logging.getLogger(__name__)
+_KEPT_SHARE = 4  # kept prefixes may take one part in so many of the room for caches
+_OUT_OF_MEMORY = "the device failed, probably for want of memory ({}); its caches were dropped"
+
+
+class Thread(Protocol):
+    """The thread that owns the network."""
+
+    ending: bool
+
+    def post(self, job: Callable[[], None]) -> None:
+        """Have a job done later; a Qwen3Error if the thread has ended."""
+
+
+@dataclass(slots=True)
+class Flight:
+    """A step that has been handed to the device."""
+
+    choosing: Sequence[Running]  # a token each
+    touched: Sequence[Running]  # whose caches are written
+    tokens: mx.array | None  # [N], those chosen
+    chunk: int  # tokens of a prompt in it
+    arrays: list[mx.array]  # all that must be there when it is done
+    submitted: float = 0.0
 
 
 class Engine:
-    """Takes requests from any thread and runs them one after another."""
+    """Takes requests from any thread; all else happens on the thread that owns the network.
 
-    def __init__(self, model: Qwen3, worker: Worker, *, vocabulary: int) -> None:
-        """Run `model`, which belongs to `worker`; ids from `vocabulary` on are never chosen."""
+    A step is built while the one before it runs, and submitted when that one is done: submitted
+    earlier, it would find the caches in use, and its writes would copy them. So the engine is a
+    token ahead of what it has told, and drops what turns out to be unwanted.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        worker: Thread | None = None,
+        *,
+        vocabulary: int,
+        available: int | None = None,
+    ) -> None:
+        """Run `model`, which belongs to `worker`; ids from `vocabulary` on are never chosen.
+
+        Without a worker `step` is to be called for it to go on, by the thread that made the model.
+        `available` are the bytes that caches and activations may take, with a reserve; None is what
+        the machine can give now.
+        """
         self.model = model
         self._worker = worker
         self._vocabulary = vocabulary
+        work = Workload(
+            context=0,
+            itemsize=model.model.norm.weight.dtype.size,
+            chunk=backend.prefill_chunk(),
+            fused=backend.on_gpu(),
+        )
+        if available is None:
+            available = backend.available_memory()
+        self.budget = Budget.of(model.config, work, available)
+        self.context = self.budget.context
+        self._prefixes = PrefixStore(self.budget.tokens // _KEPT_SHARE)
+        self._scheduler: Scheduler[Running] = Scheduler(self.budget.tokens, self)
+        self._inbox: SimpleQueue[Request] = SimpleQueue()
+        self._lock = Lock()
+        self._posted = False  # whether a turn is in the worker's queue
+        self._flight: Flight | None = None
+        self._building: Sequence[Running] = ()  # those whose caches the step being built writes
+
+    # --- from any thread ------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Run `request` when its turn comes; its watcher and `done` hear of it."""
-        self._worker.post(lambda: self._run(request))
+        """Run `request` when its turn comes; its watcher and `done` hear of it.
 
-    def _run(self, request: Request) -> None:
+        Raises:
+            Qwen3Error: the engine's thread has ended.
+        """
+        self._inbox.put(request)
+        self._post()
+
+    def cancel(self, request: Request) -> None:
+        """End `request` within a step."""
+        request.cancelled.set()
+
+    # --- on the engine's thread -----------------------------------------------------------------
+
+    def step(self) -> bool:
+        """Do the next step; False if there is nothing left to do."""
+        self._welcome()
+        self._dismiss()
         try:
-            outcome: Outcome | BaseException = self._generate(request)
-        except BaseException as error:  # noqa: BLE001 - handed to whoever waits for the outcome
-            _log.debug("a request failed", exc_info=True)
-            outcome = error
+            if self._flight and any(
+                sequence.request.constraint for sequence in self._flight.choosing
+            ):
+                self._land()  # what comes next depends on what was chosen
+            flight = self._build(self._scheduler.next_step())
+            self._land(flight)
+        except Exception as error:  # noqa: BLE001 - those whose step it was hear of it
+            self._drop_all(error)
+        if not self._scheduler.running and not self._scheduler.waiting:
+            mx.clear_cache()
+        return bool(
+            self._flight
+            or self._scheduler.running
+            or self._scheduler.waiting
+            or not self._inbox.empty()
+        )
+
+    def stream(
+        self, ids: Sequence[int], *, max_tokens: int, sampling: SamplingParams, seed: int = 0
+    ) -> Iterator[int]:
+        """Give the tokens that continue `ids`, stepping the engine; for programs without a worker.
+
+        None of them ends the reply. Closing the iterator cancels it.
+        """
+        watcher, outcomes = _Collector(), list[Outcome | BaseException]()
+        request = Request(
+            ids=ids,
+            sampling=sampling.over(NEUTRAL),
+            max_tokens=max_tokens,
+            seed=seed,
+            end_ids=frozenset(),
+            watcher=watcher,
+            done=outcomes.append,
+        )
+        self._inbox.put(request)
+        try:
+            while not outcomes or watcher.tokens:
+                if watcher.tokens:
+                    yield watcher.tokens.pop(0)
+                else:
+                    self.step()
+        finally:
+            request.cancelled.set()
+            while self.step():
+                pass
+        if isinstance(outcomes[0], BaseException):
+            raise outcomes[0]
+
+    def forget(self) -> None:
+        """Give up all kept prefixes."""
+        self._prefixes.clear()
         mx.clear_cache()
-        request.done(outcome)
 
-    def _generate(self, request: Request) -> Outcome:
-        count = 0
+    def _turn(self) -> None:
+        """Do a step and stand in line again: other work of the thread comes in between."""
+        with self._lock:
+            self._posted = False
+        if self._worker and self._worker.ending:
+            self._end_all()
+        elif self.step():
+            try:
+                self._post()
+            except Qwen3Error:  # closed meanwhile
+                self._end_all()
+
+    def _post(self) -> None:
+        with self._lock:
+            if self._worker and not self._posted:
+                self._worker.post(self._turn)
+                self._posted = True
+
+    def _end_all(self) -> None:
+        self._welcome()
+        self._flight = None
+        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
+            self._scheduler.remove(sequence)
+            if not sequence.ended:
+                self._tell(sequence, sequence.outcome("cancelled"))
+
+    def _welcome(self) -> None:
+        while True:
+            try:
+                request = self._inbox.get_nowait()
+            except Empty:
+                return
+            try:
+                self._scheduler.add(Running(request, self._vocabulary, self.context))
+            except Exception as error:  # noqa: BLE001 - this request's alone
+                request.done(error)
+
+    def _dismiss(self) -> None:
+        """End whoever is not wanted any more."""
+        for sequence in (*self._scheduler.waiting, *self._scheduler.running):
+            if sequence.request.cancelled.is_set() and not sequence.ended:
+                self._end(sequence, sequence.outcome("cancelled"))
+
+    # --- a step ---------------------------------------------------------------------------------
+
+    def _build(self, step: Step[Running]) -> Flight | None:
+        """Lay out a forward pass and the choice of tokens after it, and wait for nothing."""
+        # Those whose token is still on the device come first, then those whose ids are known.
+        ahead = [sequence for sequence in step.decoding if sequence.ahead]
+        known = [sequence for sequence in step.decoding if not sequence.ahead]
+        lengths = [1] * len(ahead) + [sequence.unread for sequence in known]
+        chunk = self._chunk(step)
+        if chunk and step.reading:
+            known.append(step.reading)
+            lengths.append(chunk)
+        if not lengths:
+            return None
+        self._building = [*ahead, *known]
+        ids = self._ids(ahead, known, lengths[len(ahead) :])
+        choosing, parts, arrays = [], [], list[mx.array]()
+        for sequence, length in zip(self._building, lengths, strict=True):
+            last = sequence.ahead == 1 or length == sequence.unread
+            wanted = last and sequence.request.max_tokens > 0
+            parts.append(Part(sequence.layers, length, wanted))
+            sequence.seen += length
+            sequence.answering |= last
+            sequence.ahead = int(wanted)
+            if wanted:
+                choosing.append(sequence)
+        logits = forward(self.model, ids, parts)
+        for part in parts:
+            if not part.wanted:  # nothing else reads what it writes
+                arrays += [array for layer in part.layers for array in layer.state]
+        tokens = None
+        if logits is not None:
+            tokens = choose(logits, [s.sampler for s in choosing], self._masks(choosing, logits))
+            arrays.append(tokens)
+        return Flight(choosing, self._building, tokens, chunk, arrays)
+
+    def _ids(
+        self, ahead: Sequence[Running], known: Sequence[Running], lengths: Sequence[int]
+    ) -> mx.array:
+        """Lay the tokens of a step end to end: those on the device, and `lengths` known ones."""
+        pieces = []
+        if ahead:
+            assert self._flight and self._flight.tokens is not None
+            tokens, choosing = self._flight.tokens, self._flight.choosing
+            if len(ahead) < len(choosing):
+                tokens = tokens[mx.array([choosing.index(sequence) for sequence in ahead])]
+            pieces.append(tokens)
+        if known:
+            ids = [
+                token
+                for sequence, length in zip(known, lengths, strict=True)
+                for token in sequence.ids[sequence.seen : sequence.seen + length]
+            ]
+            pieces.append(mx.array(ids, dtype=mx.int32))
+        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
+
+    def _chunk(self, step: Step[Running]) -> int:
+        """Give the tokens of a prompt to read in this step, and tell of those read before."""
+        sequence = step.reading
+        if sequence is None:
+            return 0
+        request = sequence.request
         try:
-            for token in self._tokens(request):
-                count += 1
-                if token in request.end_ids:
-                    return Outcome("stop", count)
-                request.watcher.advance([token])
-                if request.watcher.finished:
-                    return Outcome("stop", count)
-        except Cancelled:
-            return Outcome("cancelled", count)
-        return Outcome("length", count)
-
-    def _tokens(self, request: Request) -> Iterator[int]:
-        """Give the tokens as they are chosen; raises Cancelled when nobody wants more."""
-        total = len(request.ids)
-
-        def go_on() -> None:
-            if request.cancelled.is_set() or self._worker.ending:
-                raise Cancelled
-
-        def report(done: int) -> None:
-            go_on()
             if request.progress:
-                request.progress(done, total)
+                request.progress(min(sequence.seen, len(request.ids)), len(request.ids))
+        except BaseException as error:  # noqa: BLE001 - this request's alone
+            self._end(sequence, error)
+            return 0
+        most = self.budget.chunk(sequence.seen, self._scheduler.held())
+        most = min(most, backend.prefill_chunk())
+        return chunk_sizes(sequence.unread, self._scheduler.chunk(step, most))[0]
 
-        cache = self.model.make_cache(total + request.room_for)
-        sampler = Sampler(
-            request.sampling,
-            seed=request.seed,
-            vocabulary=self._vocabulary,
-            prompt=request.ids,
-        )
-        logits = prefill(
-            self.model, cache, request.ids, chunk=backend.prefill_chunk(), checkpoint=report
-        )
-        tokens = decode(self.model, cache, logits, sampler, request.max_tokens)
-        for number, token in enumerate(tokens):
-            go_on() if number else report(total)
-            yield token
+    def _masks(self, choosing: Sequence[Running], logits: mx.array) -> "dict[int, Mask]":
+        """Ask the constraints, by row, what is allowed, while the device computes the logits."""
+        masks: dict[int, Mask] = {}
+        asked = [(row, s) for row, s in enumerate(choosing) if s.request.constraint]
+        if asked:
+            mx.async_eval(logits)
+        for row, sequence in asked:
+            assert sequence.request.constraint
+            try:
+                mask = sequence.request.constraint.mask()
+                if mask is not None and not mask.any():
+                    raise ValueError("the constraint of this request allows no token")
+            except Exception as error:  # noqa: BLE001 - this request's alone
+                self._end(sequence, error)
+            else:
+                if mask is not None:
+                    masks[row] = mask
+        return masks
+
+    def _land(self, following: Flight | None = None) -> None:
+        """Wait for the step in work, hand `following` to the device, and tell what was chosen."""
+        done = self._flight
+        values = self._wait_for(done) if done else []
+        if following:
+            mx.async_eval(following.arrays)
+            following.submitted = time.perf_counter()
+        self._flight, self._building = following, ()
+        if not done:
+            return
+        for sequence, token in zip(done.choosing, values, strict=True):
+            if not self._in_flight(sequence):
+                sequence.ahead = 0
+            if not sequence.ended:
+                self._take(sequence, token)
+        for sequence in done.touched:
+            if sequence.ended:
+                self._leave(sequence)
+            elif not sequence.request.max_tokens and not sequence.unread:
+                self._end(sequence, sequence.outcome("length"))
+
+    def _wait_for(self, flight: Flight) -> list[int]:
+        mx.eval(flight.arrays)
+        values: list[int] = []
+        if flight.tokens is not None:
+            values = flight.tokens.tolist()  # type: ignore[assignment]
+        flight.arrays, flight.tokens = [], None  # or the next step would find the caches in use
+        if flight.chunk:
+            self._scheduler.observe(flight.chunk, time.perf_counter() - flight.submitted)
+            mx.clear_cache()
+        return values
+
+    def _in_flight(self, sequence: Running) -> bool:
+        return self._flight is not None and sequence in self._flight.touched
+
+    def _take(self, sequence: Running, token: int) -> None:
+        """Take a token that was chosen, and those that its constraint forces to follow it."""
+        request = sequence.request
+        try:
+            if request.progress and len(sequence.ids) == len(request.ids):
+                request.progress(len(request.ids), len(request.ids))
+            if not self._accept(sequence, [token]) and request.constraint:
+                self._force(sequence)
+        except BaseException as error:  # noqa: BLE001 - this request's alone
+            self._end(sequence, error)
+
+    def _force(self, sequence: Running) -> None:
+        constraint = sequence.request.constraint
+        while constraint and (forced := constraint.forced()):
+            if self._accept(sequence, forced[: sequence.request.max_tokens - sequence.chosen]):
+                return
+
+    def _accept(self, sequence: Running, ids: list[int]) -> bool:
+        """Add tokens to a reply and say whether that ends it."""
+        request = sequence.request
+        end = next((place for place, token in enumerate(ids) if token in request.end_ids), None)
+        ids = ids if end is None else ids[: end + 1]
+        sequence.ids += ids
+        if request.constraint:
+            request.constraint.advance(ids)
+        if told := ids[:end]:
+            request.watcher.advance(told)
+        constrained = request.constraint is not None and request.constraint.finished
+        if end is not None or request.watcher.finished or constrained:
+            self._end(sequence, sequence.outcome("stop"))
+        elif len(sequence.ids) - len(request.ids) >= request.max_tokens:
+            self._end(sequence, sequence.outcome("length"))
+        return sequence.ended
+
+    # --- beginnings and ends --------------------------------------------------------------------
+
+    def begin(self, job: Running) -> None:
+        """Give a sequence its caches, with what is kept of its tokens (see `scheduler.Memory`)."""
+        try:
+            if job.cached_tokens is None:
+                self._force(job)
+        except Exception as error:  # noqa: BLE001 - this request's alone
+            self._end(job, error)
+        if job.ended:
+            return
+        # The logits of the last token are needed, so that one is read in any case.
+        most = len(job.ids) - (job.request.max_tokens > 0)
+        if kept := self._prefixes.take(job.ids, most):
+            job.layers, job.room, job.seen = kept.layers, kept.room, len(kept.ids)
+        else:
+            job.layers = self.model.make_cache()
+        job.taken = job.seen
+        if job.cached_tokens is None:
+            job.cached_tokens = min(job.seen, len(job.request.ids))
+
+    def pause(self, job: Running) -> None:
+        """Put a sequence's caches among those kept; it will begin anew from there, or earlier."""
+        self._land()
+        if not job.ended:
+            self._keep(job, job.seen)
+            job.reset()
+
+    def kept(self) -> int:
+        """The tokens that kept prefixes have room for."""
+        return self._prefixes.held
+
+    def reclaim(self, tokens: int) -> None:
+        """Give up kept prefixes for so many tokens, as far as there are any."""
+        self._prefixes.reclaim(tokens)
+        mx.clear_cache()
+
+    def _end(self, sequence: Running, outcome: Outcome | BaseException) -> None:
+        sequence.ended = True
+        well = isinstance(outcome, Outcome) and outcome.reason != "cancelled"
+        failed = isinstance(outcome, BaseException)
+        # Of a cancelled request only what was there before it stays.
+        sequence.worth_keeping = None if well else 0 if failed else sequence.taken
+        self._tell(sequence, outcome)
+        if not self._in_flight(sequence):
+            self._leave(sequence)
+
+    def _leave(self, sequence: Running) -> None:
+        """Let go of a sequence that has ended and that no step in work touches."""
+        if sequence in self._scheduler.running:
+            keep = sequence.seen if sequence.worth_keeping is None else sequence.worth_keeping
+            self._keep(sequence, min(keep, sequence.seen))
+        elif sequence not in self._scheduler.waiting:
+            return
+        self._scheduler.remove(sequence)
+        sequence.reset()
+        mx.clear_cache()
+
+    def _keep(self, sequence: Running, tokens: int) -> None:
+        if tokens:
+            for layer in sequence.layers:
+                layer.rewind(layer.offset - tokens)
+            prompt = len(sequence.request.ids)
+            prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
+            self._prefixes.put(prefix)
+
+    def _tell(self, sequence: Running, outcome: Outcome | BaseException) -> None:
+        if isinstance(outcome, BaseException):
+            _log.debug("a request failed", exc_info=outcome)
+        try:
+            sequence.request.done(outcome)
+        except Exception:  # noqa: BLE001 - the others' steps go on
+            _log.exception("a request's end could not be told")
+
+    def _drop_all(self, error: Exception) -> None:
+        """Drop every cache that a failed step may have touched, and the kept ones."""
+        if isinstance(error, RuntimeError | MemoryError):
+            error = Qwen3Error(_OUT_OF_MEMORY.format(error))
+        touched = {*self._building, *(self._flight.touched if self._flight else ())}
+        self._flight, self._building = None, ()
+        for sequence in touched:
+            if sequence.ended:
+                sequence.worth_keeping = 0
+                self._leave(sequence)
+            else:
+                self._end(sequence, error)
+        self.forget()
+
+
+class _Collector:
+    """Holds the tokens of `Engine.stream` until they are asked for."""
+
+    finished = False
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+
+    def advance(self, ids: Sequence[int]) -> None:
+        """Take the next tokens."""
+        self.tokens += ids

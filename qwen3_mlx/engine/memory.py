@@ -28,6 +28,7 @@ RESERVE = 500_000_000
 _LAYERS_IN_FLIGHT = 3
 _SCORE_BYTES = 4  # the softmax is float32 in any dtype
 _KV_GROUP = 64
+LEAST_CHUNK = 64  # tokens of a prompt; what is less reads all weights for too little
 
 
 class Quantized(Protocol):
@@ -130,6 +131,53 @@ def largest_context(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What caches and activations may take together while the engine runs, in bytes.
+
+    Tokens are counted as room in caches, used or not; all sequences' and the kept prefixes' add up.
+    """
+
+    config: ModelConfig
+    work: Workload
+    available: int  # bytes, without weights and reserve
+
+    @classmethod
+    def of(cls, config: ModelConfig, work: Workload, available: int) -> "Budget":
+        """Divide what the machine can give, `available` bytes beside the weights."""
+        return cls(config, work, max(0, available - RESERVE))
+
+    @property
+    def context(self) -> int:
+        """The longest context, prompt and reply, that can be honoured."""
+        least = replace(self.work, chunk=LEAST_CHUNK)
+        window = self.config.context_window
+        return largest_context(self.config, 0, least, self.available + RESERVE, window)
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that all caches together may have room for."""
+        least = replace(self.work, chunk=LEAST_CHUNK, context=self.context)
+        return max(0, self.available - activation_bytes(self.config, least)) // self._token
+
+    def chunk(self, position: int, held: int) -> int:
+        """Give the tokens of a prompt to read at once behind `position` others.
+
+        `held` tokens have room in caches. What activations would not fit is halved.
+        """
+        free, chunk = self.available - held * self._token, self.work.chunk
+        while chunk > LEAST_CHUNK:
+            work = replace(self.work, chunk=chunk, context=position + chunk)
+            if activation_bytes(self.config, work) <= free:
+                break
+            chunk //= 2
+        return chunk
+
+    @property
+    def _token(self) -> int:
+        return _cache_bytes(self.config, 1, self.work)
 
 
 @dataclass(frozen=True, slots=True)

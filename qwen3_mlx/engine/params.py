@@ -4,7 +4,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from threading import Event
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:  # numpy would cost the start a tenth of a second
+    import numpy as np
+    from numpy.typing import NDArray
+
+    Mask = NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +118,40 @@ class Watcher(Protocol):
         """Take the next tokens; end tokens are not among them."""
 
 
+class Constraint(Protocol):
+    """Steers one generation: a grammar, say, or a budget of thinking."""
+
+    finished: bool  # whether the reply ends here
+
+    def advance(self, ids: Sequence[int]) -> None:
+        """Take the next tokens, chosen or forced; end tokens are among them."""
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens taken."""
+
+    def forced(self) -> list[int]:
+        """Give the ids that must come next; the engine takes them as if they had been chosen."""
+
+    def mask(self) -> "Mask | None":
+        """Give the ids allowed next as bits, 32 to a word, or None for all.
+
+        Asked while the forward pass runs.
+        """
+
+
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a generation ended: stop, length or cancelled."""
+    """How a generation ended: stop, length or cancelled.
+
+    `cached_tokens` of the prompt were in a kept cache and not read again.
+    """
 
     reason: str
     completion_tokens: int
+    cached_tokens: int = 0
+
+
+NORMAL, IDLE = 0, 1  # priorities: least first; idle work runs while there is no other
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +159,8 @@ class Request:
     """One generation: what to continue, how, and whom to tell.
 
     `done` is called once, on the engine's thread, with the outcome or the error that ended it.
-    `sampling` has no None left. `progress(done, total)` is told the prompt tokens processed.
+    `sampling` has no None left. `progress(done, total)` is told the prompt tokens processed. With
+    max_tokens=0 the prompt is only read, and kept for requests that begin with it.
     """
 
     ids: Sequence[int]
@@ -135,6 +170,7 @@ class Request:
     end_ids: frozenset[int]
     watcher: Watcher
     done: Callable[[Outcome | BaseException], None]
-    room_for: int  # tokens of the reply to allocate cache for at once
     progress: Callable[[int, int], None] | None = None
+    constraint: Constraint | None = None
+    priority: int = NORMAL
     cancelled: Event = field(default_factory=Event)

@@ -1,25 +1,30 @@
 """From logits to the next token: a chain of small pure functions, in float32.
 
-V vocabulary, k candidates. One sequence at a time: logits are [V].
+V vocabulary, k candidates, N sequences: logits are [N, V].
 """
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from qwen3_mlx.engine.params import SamplingParams
 
-_ROW = 128
+if TYPE_CHECKING:
+    from qwen3_mlx.engine.params import Mask
+
+_STRETCH = 128
 _COLDEST = 1e-5  # below, dividing by the temperature would leave the range of float32
 
 
 class Sampler:
-    """Chooses the tokens of one sequence.
+    """What one sequence brings to the choice of its tokens: parameters, seed, and tokens seen.
 
-    The same seed, prompt and parameters choose the same tokens: the randomness of a token depends
-    on the seed and its place in the reply alone.
+    The same seed, prompt and parameters choose the same tokens, alone or among others: the
+    randomness of a token depends on the seed and its place in the reply alone.
     """
 
     def __init__(
@@ -33,9 +38,10 @@ class Sampler:
         Raises:
             ValueError: `logit_bias` names an id that is not in the vocabulary.
         """
+        self.vocabulary = vocabulary
+        self.chain = Chain.of(params)
         self._params = params
         self._seed = seed
-        self._vocabulary = vocabulary
         self._drawn = 0
         self._bias = _bias_vector(params.logit_bias or {}, vocabulary)
         self._counts: mx.array | None = None  # of each token in the reply, [V]
@@ -45,82 +51,162 @@ class Sampler:
             self._in_prompt = mx.zeros(vocabulary, dtype=mx.bool_)
             self._in_prompt[mx.array(list(prompt))] = True
 
-    def __call__(self, logits: mx.array) -> mx.array:
-        """Choose a token, unevaluated int32 [1], by logits [V]."""
-        logits = logits.astype(mx.float32)
+    @property
+    def adjusts(self) -> bool:
+        """Whether this sequence changes its logits before any token is ruled out."""
+        return self._bias is not None or self._counts is not None
+
+    def adjust(self, logits: mx.array) -> mx.array:
+        """Apply bias and penalties to logits [V]."""
         if self._bias is not None:
-            logits = logits[: self._vocabulary] + self._bias
+            logits = logits + mx.pad(self._bias, (0, logits.size - self.vocabulary))
         if self._counts is not None and self._in_prompt is not None:
-            known = logits[: self._vocabulary]
-            logits = penalise(known, self._counts, self._in_prompt, self._params)
-        token = self._choose(logits)
+            known = logits[: self.vocabulary]
+            known = penalise(known, self._counts, self._in_prompt, self._params)
+            logits = mx.concatenate([known, logits[self.vocabulary :]])
+        return logits
+
+    def next_key(self) -> tuple[int, int]:
+        """Give the key of the next token's randomness."""
+        digest = blake2b(f"{self._seed}/{self._drawn}".encode(), digest_size=8).digest()
+        self._drawn += 1
+        return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
+
+    def count(self, token: mx.array) -> None:
+        """Take note of a token [1] of the reply."""
         if self._counts is not None:
             self._counts = self._counts.at[token].add(1)
-        self._drawn += 1
-        return token
 
-    def _choose(self, logits: mx.array) -> mx.array:
-        params, vocabulary = self._params, self._vocabulary
-        assert params.temperature is not None and params.top_p and params.min_p is not None
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """The steps from adjusted logits to a token; sequences that agree take them at once."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+
+    @classmethod
+    def of(cls, params: SamplingParams) -> "Chain":
+        """Take what belongs here from parameters that have no None left."""
+        assert params.temperature is not None and params.top_k is not None
+        assert params.top_p is not None and params.min_p is not None
         if params.temperature < _COLDEST or params.top_k == 1:
-            return mx.argmax(logits[:vocabulary], keepdims=True).astype(mx.int32)
+            return GREEDY
+        return cls(params.temperature, params.top_k, params.top_p, params.min_p)
+
+    def __call__(self, logits: mx.array, vocabulary: int, samplers: Sequence[Sampler]) -> mx.array:
+        """Choose tokens, int32 [N], by logits [N, V], one row for each of the samplers."""
+        if self == GREEDY:
+            return mx.argmax(logits[:, :vocabulary], axis=-1).astype(mx.int32)
         ids = None
-        if params.top_k and params.top_k < vocabulary:
-            logits, ids = likeliest(logits, params.top_k, vocabulary)
-        elif params.top_p < 1:
-            ids = mx.argsort(-logits[:vocabulary])
-            logits = logits[ids]
+        if self.top_k and self.top_k < vocabulary:
+            logits, ids = likeliest(logits, self.top_k, vocabulary)
+        elif self.top_p < 1:
+            ids = mx.argsort(-logits[:, :vocabulary], axis=-1)
+            logits = mx.take_along_axis(logits, ids, axis=-1)
         else:
-            logits = logits[:vocabulary]
+            logits = logits[:, :vocabulary]
         # Dividing by the temperature keeps the order, so it can wait until few are left.
-        scaled = logits * (1 / params.temperature)
-        if params.top_p < 1:
-            scaled = within_top_p(scaled, params.top_p)
-        if params.min_p:
-            scaled = within_min_p(scaled, params.min_p)
-        key = mx.random.key(_key_number(self._seed, self._drawn))
-        place = mx.random.categorical(scaled, num_samples=1, key=key)
-        return (place if ids is None else ids[place]).astype(mx.int32)
+        scaled = logits * (1 / self.temperature)
+        if self.top_p < 1:
+            scaled = within_top_p(scaled, self.top_p)
+        if self.min_p:
+            scaled = within_min_p(scaled, self.min_p)
+        # The greatest of the logits with Gumbel noise is a draw from their softmax.
+        width = scaled.shape[-1]
+        noise = mx.vmap(lambda key: mx.random.gumbel((width,), key=key))
+        keys = mx.array([sampler.next_key() for sampler in samplers], dtype=mx.uint32)
+        place = mx.argmax(scaled + noise(keys), axis=-1, keepdims=True)
+        if ids is not None:
+            place = mx.take_along_axis(ids, place, axis=-1)
+        return place[:, 0].astype(mx.int32)
 
 
-def _key_number(seed: int, place: int) -> int:
-    digest = blake2b(f"{seed}/{place}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little")
+GREEDY = Chain(0.0, 0, 1.0, 0.0)
+
+
+def choose(
+    logits: mx.array, samplers: Sequence[Sampler], masks: "Mapping[int, Mask] | None" = None
+) -> mx.array:
+    """Choose the next token of each sequence, unevaluated int32 [N], by logits [N, V].
+
+    `masks` tells, by row, the ids that are allowed: bit i of the packed 32-bit words is id i's.
+    """
+    logits = logits.astype(mx.float32)
+    masks = masks or {}
+    if masks or any(sampler.adjusts for sampler in samplers):
+        rows = [
+            _masked(sampler.adjust(logits[row]), masks.get(row))
+            for row, sampler in enumerate(samplers)
+        ]
+        logits = mx.stack(rows)
+    groups: dict[Chain, list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        groups.setdefault(sampler.chain, []).append(row)
+    vocabulary = samplers[0].vocabulary
+    if len(groups) == 1:
+        tokens = samplers[0].chain(logits, vocabulary, samplers)
+    else:
+        chosen = [
+            chain(logits[mx.array(rows)], vocabulary, [samplers[row] for row in rows])
+            for chain, rows in groups.items()
+        ]
+        order = [row for rows in groups.values() for row in rows]
+        back = sorted(range(len(order)), key=order.__getitem__)
+        tokens = mx.concatenate(chosen)[mx.array(back)]
+    for row, sampler in enumerate(samplers):
+        sampler.count(tokens[row : row + 1]) if sampler.adjusts else None
+    return tokens
+
+
+def _masked(logits: mx.array, mask: "Mask | None") -> mx.array:
+    if mask is None:
+        return logits
+    words = mx.array(mask)
+    allowed = ((words[:, None] >> mx.arange(32, dtype=mx.uint32)) & 1).flatten()[: logits.size]
+    if allowed.size < logits.size:
+        allowed = mx.pad(allowed, (0, logits.size - allowed.size))
+    return mx.where(allowed, logits, -mx.inf)
 
 
 def likeliest(logits: mx.array, k: int, vocabulary: int) -> tuple[mx.array, mx.array]:
     """Give the k greatest of the first `vocabulary` logits, greatest first, and their ids.
 
-    Sorting a whole vocabulary is slow on every device. Cut into rows, its k greatest values lie in
-    the k rows with the greatest maxima, so only those are sorted. Rows with padding in them may
-    push others out, so as many more are taken.
+    Logits are [N, V], both results [N, k]. Sorting a whole vocabulary is slow on every device. Cut
+    into stretches, its k greatest values lie in the k stretches with the greatest maxima, so only
+    those are sorted. Stretches with padding in them may push others out, so as many more are taken.
     """
-    if logits.size % _ROW:
-        logits = mx.pad(logits, (0, -logits.size % _ROW))
-    table = logits.reshape(-1, _ROW)
-    with_padding = table.shape[0] - vocabulary // _ROW
-    if k + with_padding >= table.shape[0]:
-        ids = mx.argsort(-logits[:vocabulary])[:k]
-        return logits[ids], ids
-    most = k + with_padding
-    rows = mx.argpartition(-table.max(axis=1), kth=most - 1)[:most]
-    ids = (rows[:, None] * _ROW + mx.arange(_ROW, dtype=mx.uint32)).flatten()
-    candidates = mx.where(ids < vocabulary, table[rows].flatten(), -mx.inf)
-    best = mx.argpartition(-candidates, kth=k - 1)[:k]
-    best = best[mx.argsort(-candidates[best])]
-    return candidates[best], ids[best]
+    count, width = logits.shape
+    if width % _STRETCH:
+        logits = mx.pad(logits, [(0, 0), (0, -width % _STRETCH)])
+    table = logits.reshape(count, -1, _STRETCH)
+    most = k + table.shape[1] - vocabulary // _STRETCH
+    if most >= table.shape[1]:
+        ids = mx.argsort(-logits[:, :vocabulary], axis=-1)[:, :k]
+        return mx.take_along_axis(logits, ids, axis=-1), ids
+    found = mx.argpartition(-table.max(axis=-1), kth=most - 1, axis=-1)[:, :most]
+    ids = (found[:, :, None] * _STRETCH + mx.arange(_STRETCH, dtype=mx.uint32)).flatten(1)
+    candidates = mx.take_along_axis(logits, ids, axis=-1)
+    candidates = mx.where(ids < vocabulary, candidates, -mx.inf)
+    best = mx.argpartition(-candidates, kth=k - 1, axis=-1)[:, :k]
+    values = mx.take_along_axis(candidates, best, axis=-1)
+    order = mx.argsort(-values, axis=-1)
+    best = mx.take_along_axis(best, order, axis=-1)
+    return mx.take_along_axis(values, order, axis=-1), mx.take_along_axis(ids, best, axis=-1)
 
 
 def within_top_p(logits: mx.array, p: float) -> mx.array:
-    """Rule out all but the fewest whose probabilities reach p; logits are greatest first."""
-    probabilities = mx.softmax(logits)
-    before = mx.cumsum(probabilities) - probabilities
+    """Rule out all but the fewest whose probabilities reach p; each row is greatest first."""
+    probabilities = mx.softmax(logits, axis=-1)
+    before = mx.cumsum(probabilities, axis=-1) - probabilities
     return mx.where(before < p, logits, -mx.inf)
 
 
 def within_min_p(logits: mx.array, p: float) -> mx.array:
-    """Rule out those less than p times as likely as the likeliest."""
-    return mx.where(logits >= logits.max() + math.log(p), logits, -mx.inf)
+    """Rule out those less than p times as likely as their row's likeliest."""
+    return mx.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(p), logits, -mx.inf)
 
 
 def penalise(

@@ -1,0 +1,178 @@
+"""Who runs next: pure decisions over counts of tokens. Nothing here computes or holds an array.
+
+Every step all sequences that are being answered choose a token, and one prompt is read on by a
+chunk. Room in caches is counted in tokens, and nobody starts who has none.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from qwen3_mlx.engine.params import IDLE
+
+_PATIENCE = 0.25  # seconds that a chunk of somebody's prompt may keep the others waiting
+_MOST_RUNNING = 32
+_LEAST_CHUNK = 64
+_MEMORY = 0.7  # how much a new measurement of the speed leaves of the old
+
+
+class Job(Protocol):
+    """What is known of a request here."""
+
+    room: int  # tokens that its caches have room for
+
+    @property
+    def priority(self) -> int:
+        """Who comes first: the least."""
+
+    @property
+    def answering(self) -> bool:
+        """Whether its prompt has been read, so that it chooses a token a step."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether it needs no more steps; it goes when the last one is done."""
+
+    @property
+    def seen(self) -> int:
+        """The tokens in its caches."""
+
+    @property
+    def unread(self) -> int:
+        """The tokens known that are not in its caches yet."""
+
+    def room_for(self, tokens: int) -> int:
+        """Give the room that its caches will have once they hold `tokens`."""
+
+    def first_room(self) -> int:
+        """Give the room that it begins with."""
+
+    def reserve(self, room: int) -> None:
+        """Have so much room at the next write."""
+
+
+J = TypeVar("J", bound=Job)
+J_contra = TypeVar("J_contra", bound=Job, contravariant=True)
+
+
+class Memory(Protocol[J_contra]):
+    """Who holds the caches, and does what is decided here."""
+
+    def begin(self, job: J_contra) -> None:
+        """Give a job its caches, with what is known of its tokens."""
+
+    def pause(self, job: J_contra) -> None:
+        """Take a job's caches away; it will begin anew."""
+
+    def kept(self) -> int:
+        """The tokens that kept prefixes have room for."""
+
+    def reclaim(self, tokens: int) -> None:
+        """Give up kept prefixes for so many tokens, as far as there are any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step(Generic[J]):
+    """What the next forward pass does: a token for each of `decoding`, and a chunk of a prompt."""
+
+    decoding: Sequence[J]
+    reading: J | None
+
+
+class Scheduler(Generic[J]):
+    """Holds those who wait and those who run, and decides each step."""
+
+    def __init__(self, room: int, memory: Memory[J]) -> None:
+        """Share out `room` tokens of cache."""
+        self.room = room
+        self.waiting: list[J] = []
+        self.running: list[J] = []  # whoever loses least by making room for others is last
+        self._memory = memory
+        self._speed = 0.0  # tokens of prompt a second
+        self._stuck = False  # the first of the line found no room, and nothing has changed since
+
+    def add(self, job: J) -> None:
+        """Have a job run when its turn comes: by priority, then in the order of arrival."""
+        self.waiting.append(job)
+        self.waiting.sort(key=lambda waiting: waiting.priority)
+        self._stuck = False
+
+    def remove(self, job: J) -> None:
+        """Forget a job."""
+        (self.running if job in self.running else self.waiting).remove(job)
+        self._stuck = False
+
+    def held(self) -> int:
+        """Count the tokens that caches have room for, those of kept prefixes included."""
+        return sum(job.room for job in self.running) + self._memory.kept()
+
+    def next_step(self) -> Step[J]:
+        """Decide what runs next; admits and pauses as memory allows and priorities demand."""
+        self._put_idle_work_aside()
+        self._admit()
+        for job in list(self.running):
+            if job in self.running and job.answering and not job.complete:
+                self._make_room(job, job.room_for(job.seen + max(1, job.unread)))
+        alive = [job for job in self.running if not job.complete]
+        decoding = [job for job in alive if job.answering]
+        reading = next((job for job in alive if not job.answering), None)
+        if reading:  # whoever else has a prompt to be read is next
+            self.running.remove(reading)
+            self.running.append(reading)
+        return Step(decoding, reading)
+
+    def chunk(self, step: Step[J], limit: int) -> int:
+        """Give the most tokens to read of a prompt, up to `limit`, so that nobody waits long."""
+        if not step.decoding and step.reading and step.reading.priority < IDLE:
+            return limit
+        patient = int(self._speed * _PATIENCE) // _LEAST_CHUNK * _LEAST_CHUNK
+        return min(limit, max(_LEAST_CHUNK, patient))
+
+    def observe(self, tokens: int, seconds: float) -> None:
+        """Learn how long a step with so many tokens of prompt took."""
+        speed = tokens / max(seconds, 1e-6)
+        self._speed = speed if not self._speed else _MEMORY * self._speed + (1 - _MEMORY) * speed
+
+    def _put_idle_work_aside(self) -> None:
+        if any(job.priority < IDLE for job in (*self.waiting, *self.running)):
+            for job in [job for job in self.running if job.priority >= IDLE]:
+                self._pause(job)
+
+    def _admit(self) -> None:
+        self._stuck = self._stuck and bool(self.running)
+        while self.waiting and not self._stuck and len(self.running) < _MOST_RUNNING:
+            job = self.waiting[0]
+            if job.priority >= IDLE and self.running:
+                return
+            self._memory.begin(job)
+            if job not in self.waiting:  # it could not even begin
+                continue
+            self.waiting.remove(job)
+            self.running.append(job)
+            self._stuck = not self._make_room(job, job.first_room())
+
+    def _make_room(self, job: J, room: int) -> bool:
+        """Have a job's caches grow to `room`, if need be at the cost of those that came later.
+
+        False if it has been put back into the line itself.
+        """
+        while (lack := self.held() - job.room + room - self.room) > 0:
+            kept = self._memory.kept()
+            self._memory.reclaim(lack)
+            if self._memory.kept() < kept:
+                continue
+            last = self.running[-1]
+            if last is job and len(self.running) == 1:
+                break  # what one alone may need has been made sure of before it was let in
+            self._pause(last)
+            if last is job:
+                return False
+        job.reserve(room)
+        return True
+
+    def _pause(self, job: J) -> None:
+        self._memory.pause(job)
+        if job in self.running:  # it may have ended meanwhile
+            self.running.remove(job)
+            same = sum(other.priority < job.priority for other in self.waiting)
+            self.waiting.insert(same, job)

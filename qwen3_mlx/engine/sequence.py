@@ -1,0 +1,84 @@
+"""One request as it runs: its tokens, its caches, and what is still to be done."""
+
+from qwen3_mlx.cache.kv import KVCache, grown_capacity
+from qwen3_mlx.engine.params import Outcome, Request
+from qwen3_mlx.engine.sampling import Sampler
+
+_FIRST_ROOM = 256  # tokens of a reply to have room for at once
+
+
+class Sequence:
+    """A request's state, from its arrival to its end.
+
+    `ids` are the prompt and the reply as far as the host knows them. Where the step in work chooses
+    one more, `ahead` is 1. `seen` tokens are in the caches, or will be when that step is done.
+    """
+
+    def __init__(self, request: Request, vocabulary: int, context: int) -> None:
+        """Prepare to run `request`; no more than `context` tokens will be held.
+
+        Raises:
+            ValueError: its `logit_bias` names an id that is not in the vocabulary.
+        """
+        self.request = request
+        self.ids = list(request.ids)
+        self.sampler = Sampler(
+            request.sampling, seed=request.seed, vocabulary=vocabulary, prompt=request.ids
+        )
+        self.cached_tokens: int | None = None  # of the prompt, when it was first begun
+        self.ended = False
+        self.worth_keeping: int | None = None  # tokens, when it has ended; None is all
+        self._most = context + 1  # a write must never fill its buffer
+        self.reset()
+
+    def reset(self) -> None:
+        """Be without caches: to start, or to start anew, with what has been chosen so far."""
+        self.layers: list[KVCache] = []
+        self.room = 0  # tokens that the caches have room for, or will after their next write
+        self.seen = 0
+        self.taken = 0  # tokens that were kept from another request
+        self.ahead = 0
+        self.answering = False  # whether all has been read once, so that tokens are being chosen
+
+    @property
+    def priority(self) -> int:
+        """Who comes first: the least."""
+        return self.request.priority
+
+    @property
+    def unread(self) -> int:
+        """The tokens known that are not in the caches yet."""
+        return len(self.ids) - self.seen
+
+    @property
+    def chosen(self) -> int:
+        """The tokens of the reply, those that the host does not know yet included."""
+        return len(self.ids) - len(self.request.ids) + self.ahead
+
+    @property
+    def complete(self) -> bool:
+        """Whether no forward pass is left to be done for this request."""
+        if self.request.max_tokens == 0:
+            return self.unread == 0
+        return self.ended or self.chosen >= self.request.max_tokens
+
+    def room_for(self, tokens: int) -> int:
+        """Give the room that the caches will have once they hold `tokens`."""
+        return self.room if tokens <= self.room else min(grown_capacity(tokens), self._most)
+
+    def first_room(self) -> int:
+        """Give the room to begin with: for all that is known, and some of what is to come."""
+        if self.room > len(self.ids):
+            return self.room
+        return min(len(self.ids) + _FIRST_ROOM, self._most)
+
+    def reserve(self, room: int) -> None:
+        """Have the caches make so much room at their next write, if they have less."""
+        if room > self.room:
+            self.room = room
+            for layer in self.layers:
+                layer.reserve(room)
+
+    def outcome(self, reason: str) -> Outcome:
+        """Sum up a generation that has ended."""
+        return Outcome(reason, len(self.ids) - len(self.request.ids), self.cached_tokens or 0)
