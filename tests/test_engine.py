@@ -1,0 +1,421 @@
+"""The engine: whatever else runs, each request gets what it would get alone."""
+
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from qwen3_mlx import backend
+from qwen3_mlx.cache.prefix import common_prefix
+from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.memory import RESERVE
+from qwen3_mlx.engine.params import IDLE, NEUTRAL, NORMAL, Outcome, Request, SamplingParams
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.qwen3 import Qwen3
+from tests.support import MOE, TINY, greedy_tokens, make_model, random_ids
+
+MODELS = {"dense": make_model(), "moe": make_model(MOE)}
+GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
+STEM = random_ids(70, seed=1)
+PROMPTS = [
+    STEM + random_ids(3, seed=2),
+    STEM + random_ids(40, seed=3),
+    STEM[:40] + random_ids(20, seed=4),
+    random_ids(1, seed=5),
+    random_ids(17, seed=6),
+    random_ids(150, seed=7),
+]
+MOST = 40
+TOKEN = 2 * 3 * 2 * 64 * 4  # bytes of a token in the caches of the tiny models
+
+
+class Client:
+    """Asks for one reply, and takes note of what it is told."""
+
+    finished = False
+
+    def __init__(self, ids: Sequence[int], max_tokens: int, **fields: Any) -> None:
+        self.tokens: list[int] = []
+        self.outcomes: list[Outcome | BaseException] = []
+        self.read: list[int] = []
+        fields = {"sampling": GREEDY, "seed": 0, "end_ids": frozenset(), **fields}
+        self.request = Request(
+            ids=ids,
+            max_tokens=max_tokens,
+            watcher=self,
+            done=self.outcomes.append,
+            progress=lambda done, _: self.read.append(done),
+            **fields,
+        )
+
+    def advance(self, ids: Sequence[int]) -> None:
+        self.tokens += ids
+
+    @property
+    def outcome(self) -> Outcome:
+        (outcome,) = self.outcomes
+        assert isinstance(outcome, Outcome), outcome
+        return outcome
+
+
+def run(engine: Engine, *clients: Client) -> None:
+    for client in clients:
+        engine.submit(client.request)
+    while engine.step():
+        pass
+
+
+def engine_of(model: Qwen3, **options: Any) -> Engine:
+    return Engine(model, vocabulary=1088, **options)
+
+
+_ALONE: dict[str, list[list[int]]] = {}
+
+
+def alone(kind: str) -> list[list[int]]:
+    """Give what each prompt is answered with when nothing else runs."""
+    if kind not in _ALONE:
+        _ALONE[kind] = [greedy_tokens(MODELS[kind], prompt, MOST) for prompt in PROMPTS]
+    return _ALONE[kind]
+
+
+def follow_a_random_schedule(kind: str, seed: int) -> None:
+    """Let requests join, leave, be cancelled and reuse prefixes at random, in little memory."""
+    rng = random.Random(seed)
+    room = rng.choice([260, 500, 900, 100_000])  # tokens
+    engine = engine_of(MODELS[kind], available=RESERVE + 6_000_000 + room * TOKEN)
+    engine._scheduler.room = max(room, 260)
+    coming = []
+    for _ in range(rng.randint(2, 7)):
+        which = rng.randrange(len(PROMPTS))
+        client = Client(PROMPTS[which], rng.randint(1, MOST), priority=rng.choice([0, 0, 0, IDLE]))
+        cancelled_at = rng.randint(0, 30) if rng.random() < 0.25 else None
+        coming.append((rng.randint(0, 40), cancelled_at, which, client))
+    for number in range(2000):
+        for arrival, cancelled_at, _, client in coming:
+            if arrival == number:
+                engine.submit(client.request)
+            if cancelled_at is not None and number == arrival + cancelled_at:
+                engine.cancel(client.request)
+        if not engine.step() and number > 80:
+            break
+    for _, cancelled_at, which, client in coming:
+        expected = alone(kind)[which]
+        assert client.tokens == expected[: len(client.tokens)], f"seed {seed}"
+        if client.outcome.reason == "cancelled":
+            assert cancelled_at is not None
+        else:
+            assert len(client.tokens) == client.request.max_tokens
+    assert engine._scheduler.running == engine._scheduler.waiting == []
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_few_random_schedules(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
+    for seed in range(12):
+        follow_a_random_schedule(kind, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", MODELS)
+def test_random_schedules(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
+    for seed in range(12, 262):
+        follow_a_random_schedule(kind, seed)
+
+
+def test_a_seed_chooses_the_same_alone_and_among_others() -> None:
+    ways = [
+        SamplingParams(temperature=1.0, top_k=20, top_p=0.9),
+        SamplingParams(temperature=1.0, top_k=20, top_p=0.9),
+        SamplingParams(temperature=0.7, min_p=0.05),
+        SamplingParams(temperature=1.5, presence_penalty=1.0, repetition_penalty=1.2),
+        SamplingParams(temperature=0.0, logit_bias={5: 3.0}),
+    ]
+
+    def clients() -> list[Client]:
+        return [
+            Client(PROMPTS[i], 20, sampling=way.over(NEUTRAL), seed=i) for i, way in enumerate(ways)
+        ]
+
+    together, engine = clients(), engine_of(MODELS["dense"])
+    run(engine, *together)
+    for one, other in zip(clients(), together, strict=True):
+        run(engine_of(MODELS["dense"]), one)
+        assert one.tokens == other.tokens
+
+
+# --- prefixes -----------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_goes_on_is_not_read_again() -> None:
+    engine = engine_of(MODELS["dense"])
+    first = Client(STEM, 30)
+    run(engine, first)
+    longer = STEM + first.tokens + random_ids(20, seed=9)
+    second = Client(longer, 10)
+    run(engine, second)
+    assert second.tokens == greedy_tokens(MODELS["dense"], longer, 10)
+    assert second.outcome.cached_tokens == len(STEM) + 29  # the last token was never read
+    assert second.read[0] == len(STEM) + 29
+    assert first.outcome.cached_tokens == 0
+
+
+def test_a_shared_beginning_is_copied_and_stays() -> None:
+    engine = engine_of(MODELS["dense"])
+    one, other = STEM + random_ids(50, seed=8), STEM + random_ids(50, seed=9)
+    run(engine, Client(one, 5))
+    second, again = Client(other, 5), Client(one, 5)
+    run(engine, second)
+    run(engine, again)
+    assert second.outcome.cached_tokens == len(STEM)
+    assert again.outcome.cached_tokens == len(one) - 1
+    for client in (second, again):
+        assert client.tokens == greedy_tokens(MODELS["dense"], client.request.ids, 5)
+
+
+def test_a_prefix_hit_copies_nothing() -> None:
+    model = MODELS["dense"]
+    engine = engine_of(model)
+    long = random_ids(900) + random_ids(900, seed=1)
+    run(engine, Client(long, 1))
+    held = 1800 * TOKEN
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    hit = Client([*long, 5, 6, 7], 20)
+    run(engine, hit)
+    assert hit.outcome.cached_tokens == 1800
+    assert mx.get_peak_memory() - before < held / 12  # a copy of one buffer would be a sixth
+
+
+def test_idle_work_reads_ahead_and_yields() -> None:
+    engine = engine_of(MODELS["dense"])
+    long = random_ids(600)
+    idle = Client(long, 0, priority=IDLE)
+    engine.submit(idle.request)
+    engine.step()
+    asked = Client(PROMPTS[4], 10, priority=NORMAL)
+    engine.submit(asked.request)
+    while not asked.outcomes:
+        engine.step()
+    assert asked.tokens == alone("dense")[4][:10]
+    assert not idle.outcomes
+    read_by_then = len(idle.read)
+    run(engine)
+    assert idle.outcome == Outcome("length", 0, idle.outcome.cached_tokens)
+    assert idle.read[read_by_then] >= 64  # what had been read was kept
+    later = Client([*long, 1, 2], 5)
+    run(engine, later)
+    assert later.outcome.cached_tokens == 600
+
+
+def test_common_prefixes() -> None:
+    assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
+    assert common_prefix([], [1]) == 0
+    assert common_prefix([1, 2], [1, 2]) == 2
+    assert common_prefix([9, 2], [1, 2]) == 0
+
+
+# --- who waits, and for how long ----------------------------------------------------------------
+
+
+def test_a_long_prompt_delays_nobody_by_more_than_a_chunk() -> None:
+    engine = engine_of(MODELS["dense"])
+    others = [Client(PROMPTS[i], MOST) for i in (0, 3, 4)]
+    for client in others:
+        engine.submit(client.request)
+    while not all(client.tokens for client in others):
+        engine.step()
+    long = Client(random_ids(900) * 2, 5)
+    engine.submit(long.request)
+    while not long.tokens and not any(client.outcomes for client in others):
+        told = [len(client.tokens) for client in others]
+        engine.step()
+        assert [len(client.tokens) - n for client, n in zip(others, told, strict=True)] == [1] * 3
+    assert len(long.read) > 2
+    run(engine)
+    assert long.tokens == greedy_tokens(MODELS["dense"], long.request.ids, 5)
+
+
+def test_prompts_are_read_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
+    long, short = Client(random_ids(900), 2), Client(PROMPTS[4], 2)
+    engine = engine_of(MODELS["dense"])
+    engine.submit(long.request)
+    engine.submit(short.request)
+    while not short.outcomes:
+        engine.step()
+    assert not long.outcomes
+    run(engine)
+    assert long.outcome.reason == "length"
+
+
+def test_who_finds_no_room_waits_and_who_came_last_makes_room() -> None:
+    engine = engine_of(MODELS["dense"])
+    engine._scheduler.room = 700
+    clients = [Client(random_ids(150, seed=s), 300) for s in range(4)]
+    for client in clients:
+        engine.submit(client.request)
+    most = 0
+    while engine.step():
+        most = max(most, engine._scheduler.held())
+    assert most <= 700
+    for client in clients:
+        assert client.tokens == greedy_tokens(MODELS["dense"], client.request.ids, 300)
+
+
+def test_memory_pins_the_context_and_shrinks_chunks() -> None:
+    model = MODELS["dense"]
+    plenty = engine_of(model)
+    assert plenty.context == TINY["max_position_embeddings"]
+    little = engine_of(model, available=RESERVE + 3_000_000)
+    assert 64 < little.context < 2048
+    assert little.budget.chunk(0, 0) > little.budget.chunk(
+        little.context - 64, little.budget.tokens
+    )
+    assert little.budget.chunk(10**6, 10**9) == 64
+
+
+# --- ends ---------------------------------------------------------------------------------------
+
+
+def test_an_error_is_one_requests_alone() -> None:
+    class Failing(Client):
+        def advance(self, ids: Sequence[int]) -> None:
+            raise OSError("the disk is full")
+
+    engine = engine_of(MODELS["dense"])
+    failing, other = Failing(PROMPTS[0], 10), Client(PROMPTS[1], 10)
+    wrong = Client(PROMPTS[2], 10, sampling=SamplingParams(logit_bias={9999: 1.0}).over(NEUTRAL))
+    run(engine, failing, wrong, other)
+    assert isinstance(failing.outcomes[0], OSError)
+    assert isinstance(wrong.outcomes[0], ValueError)
+    assert other.tokens == alone("dense")[1][:10]
+
+
+def test_a_failing_device_costs_those_whose_step_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(MODELS["dense"])
+    run(engine, Client(STEM, 5))
+    clients = [Client(PROMPTS[i], 10) for i in (0, 1)]
+    for client in clients:
+        engine.submit(client.request)
+    for _ in range(4):
+        engine.step()
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("[METAL] Insufficient Memory")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("qwen3_mlx.engine.engine.forward", fail)
+        engine.step()
+    for client in clients:
+        assert isinstance(client.outcomes[0], Qwen3Error)
+        assert "Insufficient Memory" in str(client.outcomes[0])
+    assert engine.kept() == 0
+    again = Client(PROMPTS[0], 10)
+    run(engine, again)
+    assert again.tokens == alone("dense")[0][:10]
+
+
+def test_cancelling_frees_the_memory() -> None:
+    engine = engine_of(MODELS["dense"])
+    run(engine, Client(PROMPTS[3], 3))
+    engine.forget()
+    before = mx.get_active_memory()
+    for steps in (1, 2, 5, 12):
+        client = Client(random_ids(900), 50)
+        engine.submit(client.request)
+        for _ in range(steps):
+            engine.step()
+        engine.cancel(client.request)
+        engine.step()
+        assert client.outcome.reason == "cancelled"
+        run(engine)
+        assert mx.get_active_memory() <= before
+
+
+def test_tokens_of_an_engine_without_a_worker() -> None:
+    engine = engine_of(MODELS["dense"])
+    tokens = engine.stream(PROMPTS[0], max_tokens=20, sampling=SamplingParams(temperature=0.0))
+    assert [next(tokens) for _ in range(5)] == alone("dense")[0][:5]
+    tokens.close()  # type: ignore[attr-defined]
+    assert not engine.step()
+    wrong = SamplingParams(logit_bias={-1: 1.0})
+    with pytest.raises(ValueError, match="logit_bias names -1"):
+        list(engine.stream(PROMPTS[0], max_tokens=1, sampling=wrong))
+
+
+# --- constraints --------------------------------------------------------------------------------
+
+
+class Script:
+    """Allows odd ids only, forces three ids after the fourth token, and ends at the tenth."""
+
+    def __init__(self, forced_first: Sequence[int] = ()) -> None:
+        self.finished = False
+        self.taken: list[int] = []
+        self._first = list(forced_first)
+
+    def advance(self, ids: Sequence[int]) -> None:
+        self.taken += ids
+        self.finished = len(self.taken) >= 10
+
+    def rewind(self, count: int) -> None:
+        del self.taken[len(self.taken) - count :]
+
+    def forced(self) -> list[int]:
+        if not self.taken:
+            return self._first
+        return [2, 4, 6] if len(self.taken) == 4 else []
+
+    def mask(self) -> Any:
+        return np.full(1088 // 32, 0xAAAAAAAA, dtype=np.uint32)
+
+
+def expected_of_a_script(model: Qwen3, prompt: list[int], first: list[int]) -> list[int]:
+    found: list[int] = list(first)
+    while len(found) < 10:
+        if len(found) == 4:
+            found += [2, 4, 6]
+            continue
+        logits = np.array(model(mx.array([prompt + found]))[0, -1])
+        logits[::2] = -np.inf
+        found.append(int(logits.argmax()))
+    return found
+
+
+@pytest.mark.parametrize("first", [[], [8, 10]])
+def test_constraints_mask_force_and_end(first: list[int]) -> None:
+    model = MODELS["dense"]
+    engine = engine_of(model)
+    scripts = [Script(first), Script(first)]
+    steered = [
+        Client(PROMPTS[i], 30, constraint=script) for i, script in zip((0, 4), scripts, strict=True)
+    ]
+    free = Client(PROMPTS[1], 30)
+    run(engine, *steered, free)
+    for client, script, which in zip(steered, scripts, (0, 4), strict=True):
+        assert client.tokens == expected_of_a_script(model, PROMPTS[which], first)
+        assert script.taken == client.tokens
+        assert client.outcome == Outcome("stop", 10, 0)
+    assert free.tokens == alone("dense")[1][:30]
+
+
+def test_a_constraint_ends_in_time_and_fails_alone() -> None:
+    class Impossible(Script):
+        def mask(self) -> Any:
+            return np.zeros(1088 // 32, dtype=np.uint32)
+
+    engine = engine_of(MODELS["dense"])
+    short, impossible = (
+        Client(PROMPTS[0], 6, constraint=Script()),
+        Client(PROMPTS[4], 6, constraint=Impossible()),
+    )
+    free = Client(PROMPTS[1], 8)
+    run(engine, short, impossible, free)
+    assert len(short.tokens) == 6 and short.outcome.reason == "length"  # cut among the forced
+    assert isinstance(impossible.outcomes[0], ValueError)
+    assert free.tokens == alone("dense")[1][:8]
