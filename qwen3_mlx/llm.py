@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from itertools import count
 from numbers import Integral
 from pathlib import Path
 from queue import SimpleQueue
@@ -135,6 +136,40 @@ class LLM:
         ask = _Ask(max_tokens, sampling, seed, stop, progress)
         return collect(self._stream(*self._chat_prompt(messages, thinking), ask))
 
+    def batch(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        *,
+        thinking: bool | None = None,
+        max_tokens: int | None = None,
+        sampling: SamplingParams | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        progress: Progress | None = None,
+    ) -> list[Reply]:
+        """Do as `chat` does for each of the prompts, together, and give the replies in order.
+
+        `seed` is that of each reply. `progress(done, total)` is told the replies that have ended,
+        from another thread. Ctrl-C cancels all; an error in one ends the others, too.
+        """
+        if isinstance(prompts, str):
+            raise TypeError("prompts must be a list; chat() takes a single one")
+        ask = _Ask(max_tokens, sampling, seed, stop, None)
+        rendered = [self._chat_prompt(prompt, thinking) for prompt in prompts]
+        streams: list[Stream] = []
+        ended = count(1)
+
+        def tell() -> None:
+            if progress:
+                progress(next(ended), len(rendered))
+
+        try:
+            streams += (self._stream(prompt, mode, ask, tell) for prompt, mode in rendered)
+            return [collect(stream) for stream in streams]
+        finally:
+            for stream in streams:
+                stream.close()
+
     def complete(
         self,
         prompt: str,
@@ -226,10 +261,18 @@ class LLM:
     ) -> tuple[str, bool]:
         return self.render(messages, thinking), self.thinking.resolve(thinking)
 
-    def _stream(self, prompt: str, mode: bool | None, ask: "_Ask") -> Stream:
+    def _stream(
+        self, prompt: str, mode: bool | None, ask: "_Ask", ended: Callable[[], None] | None = None
+    ) -> Stream:
         events: SimpleQueue[Said] = SimpleQueue()
         cancelled = Flag()
-        self._submit(prompt, mode, ask, events.put, cancelled)
+
+        def deliver(event: Event | BaseException) -> None:
+            if ended and isinstance(event, Finish | BaseException):
+                ended()
+            events.put(event)
+
+        self._submit(prompt, mode, ask, deliver, cancelled)
         return Stream(events, cancelled, self)
 
     def _submit(
@@ -279,7 +322,7 @@ class LLM:
         request = Request(
             ids=ids,
             sampling=(ask.sampling or SamplingParams()).over(defaults),
-            max_tokens=self._room(len(ids), ask.max_tokens),
+            max_tokens=self._room(engine, len(ids), ask.max_tokens),
             seed=secrets.randbits(32) if ask.seed is None else ask.seed,
             end_ids=self._end_ids,
             watcher=parser,
@@ -289,20 +332,23 @@ class LLM:
         )
         engine.submit(request)
 
-    def _room(self, prompt_tokens: int, wish: int | None) -> int:
-        window = self.config.context_window
+    def _room(self, engine: Engine, prompt_tokens: int, wish: int | None) -> int:
+        """Give the tokens that a reply may have."""
         if prompt_tokens == 0:
             raise ValueError("the prompt is empty; give some text")
+        window, why = engine.context, ""
+        if window < self.config.context_window:
+            why = f" (all that memory can hold: {engine.budget})"
         if prompt_tokens >= window:
             raise Qwen3Error(
-                f"the prompt has {prompt_tokens:,} tokens and the context window is {window:,}; "
+                f"the prompt has {prompt_tokens:,} tokens and the context window is {window:,}{why}; "
                 "shorten the prompt"
             )
         room = window - prompt_tokens
         if wish is not None and wish > room:
             raise Qwen3Error(
                 f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
-                f"context window of {window:,} has room for {room:,}"
+                f"context window of {window:,}{why} has room for {room:,}"
             )
         return wish or room
 

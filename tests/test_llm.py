@@ -274,6 +274,57 @@ def test_a_forked_process_is_told() -> None:
     assert "loaded before the process forked" in done.stdout
 
 
+# --- several at once ----------------------------------------------------------------------------
+
+
+def test_a_batch_is_each_alone_in_order(tiny: LLM) -> None:
+    prompts: list[Any] = ["Hello", [{"role": "user", "content": "a b c"}], "x " * 200, "Hello"]
+    told: list[tuple[int, int]] = []
+    replies = tiny.batch(
+        prompts, max_tokens=12, seed=4, thinking=False, progress=lambda *done: told.append(done)
+    )
+    for prompt, reply in zip(prompts, replies, strict=True):
+        alone = tiny.chat(prompt, max_tokens=12, seed=4, thinking=False)
+        assert (reply.text, reply.finish_reason) == (alone.text, alone.finish_reason)
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert tiny.batch([]) == []
+    with pytest.raises(TypeError, match="prompts must be a list"):
+        tiny.batch("Hello")
+
+
+def test_a_batch_with_a_wrong_prompt_is_cancelled(tiny: LLM) -> None:
+    with pytest.raises(Qwen3Error, match="room for"):
+        tiny.batch(["Hello", "a " * 1500], max_tokens=600)
+    started = time.monotonic()
+    assert tiny.chat("Hello", max_tokens=1).usage.completion_tokens == 1
+    assert time.monotonic() - started < 2
+
+
+def test_a_second_turn_reads_what_is_new(tiny: LLM) -> None:
+    turns = [{"role": "user", "content": "word " * 60}]
+    first = tiny.chat(turns, max_tokens=4, sampling=GREEDY)
+    turns += [
+        {"role": "assistant", "content": first.text},
+        {"role": "user", "content": "and now?"},
+    ]
+    warm = tiny.chat(turns, max_tokens=8, sampling=GREEDY)
+    assert warm.usage.cached_tokens >= 60
+    tiny.forget()
+    cold = tiny.chat(turns, max_tokens=8, sampling=GREEDY)
+    assert (cold.text, cold.usage.cached_tokens) == (warm.text, 0)
+
+
+def test_memory_bounds_the_context(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwen3_mlx.llm.refuse_what_cannot_fit", lambda *_: None)
+    monkeypatch.setattr("qwen3_mlx.backend.available_memory", lambda: 504_000_000)
+    with load(tiny_folder) as llm:
+        assert llm.chat("Hello", max_tokens=5).usage.completion_tokens == 5
+        with pytest.raises(Qwen3Error, match=r"window of \d\d\d \(all that memory can hold: cache"):
+            llm.chat("Hello", max_tokens=2000)
+        with pytest.raises(Qwen3Error, match="shorten the prompt"):
+            llm.complete("a " * 1900)
+
+
 # --- threads and asyncio ------------------------------------------------------------------------
 
 

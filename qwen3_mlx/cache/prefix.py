@@ -15,7 +15,7 @@ _SLACK = 16  # tokens at the end of a prompt that a continued conversation may r
 
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """Tokens, and the caches, one a layer, that have seen them.
+    """Tokens, and the caches, one a layer, that have seen them, and perhaps more after them.
 
     The first `prompt` tokens were a request's, the others its reply. `room` is the tokens that the
     caches have room for, or will have after their next write.

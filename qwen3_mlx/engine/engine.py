@@ -431,8 +431,6 @@ class Engine:
 
     def _keep(self, sequence: Running, tokens: int) -> None:
         if tokens:
-            for layer in sequence.layers:
-                layer.rewind(layer.offset - tokens)
             prompt = len(sequence.request.ids)
             prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
             self._prefixes.put(prefix)

@@ -162,6 +162,11 @@ class Budget:
         least = replace(self.work, chunk=LEAST_CHUNK, context=self.context)
         return max(0, self.available - activation_bytes(self.config, least)) // self._token
 
+    def __str__(self) -> str:
+        whole = replace(self.work, chunk=LEAST_CHUNK, context=self.context)
+        cache, activations = cache_bytes(self.config, whole), activation_bytes(self.config, whole)
+        return f"cache {in_gb(cache)} + activations {in_gb(activations)}"
+
     def chunk(self, position: int, held: int) -> int:
         """Give the tokens of a prompt to read at once behind `position` others.
 
