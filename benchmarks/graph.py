@@ -5,18 +5,22 @@ updates, attention and elementwise work. Views (reshape, transpose, split, slice
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.models.qwen3
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 import qwen3_mlx.model.qwen3  # first: the BLAS
+from qwen3_mlx.engine.runner import Part, forward
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import published_config
+from qwen3_mlx.model.qwen3 import Qwen3
 
 _KERNELS: list[tuple[Any, str]] = [
     *((mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")),
@@ -25,6 +29,7 @@ _KERNELS: list[tuple[Any, str]] = [
     (qwen3_mlx.model.qwen3, "swiglu"),
     (mlx_lm.models.qwen3, "swiglu"),
 ]
+_PROMPT = mx.array([[1, 2, 3]])
 _FEW, _MORE = 2, 6  # layers of the models whose counts are compared
 Step = Callable[[], mx.array]
 
@@ -43,7 +48,10 @@ def build_time(layers: int = 28, repeats: int = 150) -> dict[str, float]:
 
     The least of many: what is more comes from the machine's other work.
     """
-    steps = {"ours": our_step(layers), "peer": peer_step(layers)}
+    return _least_times({"ours": our_step(layers), "peer": peer_step(layers)}, repeats)
+
+
+def _least_times(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
     times: dict[str, list[float]] = {side: [] for side in steps}
     for _ in range(repeats):  # in turn, so that both see the same machine
         for side, step in steps.items():
@@ -54,30 +62,66 @@ def build_time(layers: int = 28, repeats: int = 150) -> dict[str, float]:
     return {side: min(values) for side, values in times.items()}
 
 
-def our_step(layers: int) -> Step:
-    """Give a function that builds our next step of decoding, in a small quantized model."""
-    model = qwen3_mlx.model.qwen3.Qwen3(ModelConfig.from_dict(_small_config(layers)))
+def batch_build_times(layers: int = 28, repeats: int = 60) -> dict[int, dict[str, float]]:
+    """Measure the seconds to build a step's graph for 1, 2, 4 and 8 sequences, by batch size.
+
+    Ours runs each sequence over a cache of its own, mlx-lm's a padded batch over a joint one.
+    """
+    ours, peer = our_model(layers), peer_model(layers)
+    found = {}
+    for size in (1, 2, 4, 8):
+        parts = [Part(ours.make_cache(4096), 1, True) for _ in range(size)]
+        for part in parts:
+            mx.eval(ours(_PROMPT, part.layers))
+        padded = [BatchKVCache([0] * size) for _ in range(layers)]
+        mx.eval(peer(mx.repeat(_PROMPT, size, axis=0), cache=padded))
+        ids = mx.full((size,), 4, dtype=mx.int32)
+        column = ids[:, None]
+        mx.eval(ids, column)
+        steps = {
+            "ours": partial(forward, ours, ids, parts),
+            "peer": partial(peer, column, cache=padded),
+        }
+        found[size] = _least_times(steps, repeats)
+    return found
+
+
+def our_model(layers: int) -> Qwen3:
+    """Make our network, narrow and quantized."""
+    model = Qwen3(ModelConfig.from_dict(_small_config(layers)))
     nn.quantize(model, group_size=64, bits=4)
     for layer in model.layers:
         layer.fuse()
+    return model
+
+
+def peer_model(layers: int) -> mlx_lm.models.qwen3.Model:
+    """Make mlx-lm's."""
+    config = _small_config(layers)
+    model = mlx_lm.models.qwen3.Model(mlx_lm.models.qwen3.ModelArgs.from_dict(config))
+    nn.quantize(model, group_size=64, bits=4)
+    return model
+
+
+def our_step(layers: int) -> Step:
+    """Give a function that builds our next step of decoding."""
+    model = our_model(layers)
     cache = model.make_cache(4096)
     return _warmed(lambda ids: model(ids, cache))
 
 
 def peer_step(layers: int) -> Step:
     """Do the same for mlx-lm's model."""
-    config = _small_config(layers)
-    model = mlx_lm.models.qwen3.Model(mlx_lm.models.qwen3.ModelArgs.from_dict(config))
-    nn.quantize(model, group_size=64, bits=4)
-    cache = mlx_lm.models.cache.make_prompt_cache(model)
+    model = peer_model(layers)
+    cache = make_prompt_cache(model)
     return _warmed(lambda ids: model(ids, cache=cache))
 
 
-def _warmed(forward: Callable[[mx.array], mx.array]) -> Step:
-    mx.eval(forward(mx.array([[1, 2, 3]])))
+def _warmed(call: Callable[[mx.array], mx.array]) -> Step:
+    mx.eval(call(_PROMPT))
     token = mx.array([[4]])
-    mx.eval(forward(token))
-    return lambda: forward(token)
+    mx.eval(call(token))
+    return lambda: call(token)
 
 
 def _small_config(layers: int) -> dict[str, Any]:

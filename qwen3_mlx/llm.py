@@ -341,8 +341,8 @@ class LLM:
             why = f" (all that memory can hold: {engine.budget})"
         if prompt_tokens >= window:
             raise Qwen3Error(
-                f"the prompt has {prompt_tokens:,} tokens and the context window is {window:,}{why}; "
-                "shorten the prompt"
+                f"the prompt has {prompt_tokens:,} tokens and the context window is "
+                f"{window:,}{why}; shorten the prompt"
             )
         room = window - prompt_tokens
         if wish is not None and wish > room:
