@@ -157,13 +157,11 @@ class Scheduler(Generic[J]):
         False if it has been put back into the line itself.
         """
         while (lack := self.held() - job.room + room - self.room) > 0:
-            kept = self._memory.kept()
-            self._memory.reclaim(lack)
-            if self._memory.kept() < kept:
-                continue
             last = self.running[-1]
-            if last is job and len(self.running) == 1:
-                break  # what one alone may need has been made sure of before it was let in
+            alone = last is job and len(self.running) == 1
+            if lack <= self._memory.kept() or alone:
+                self._memory.reclaim(lack)
+                break  # what one alone may need was made sure of before it was let in
             self._pause(last)
             if last is job:
                 return False
