@@ -17,7 +17,7 @@ from qwen3_mlx import backend  # first: the BLAS
 # isort: split
 
 from benchmarks.checkpoint import random_checkpoint
-from benchmarks.graph import build_time, dispatches_per_layer
+from benchmarks.graph import batch_build_times, build_time, dispatches_per_layer
 from benchmarks.processes import json_of
 from benchmarks.sampling import sampling_times
 from benchmarks.startup import startup_times
@@ -76,6 +76,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     figures["sampling"] = sampling_times()
     figures["dispatches per layer"] = dispatches_per_layer()
     figures["graph building"] = build_time()
+    figures["graph of several"] = batch_build_times()
     figures["start to first token"] = startup_times()
     figures["date"] = time.strftime("%Y-%m-%d")
     return figures
@@ -107,6 +108,9 @@ def table(figures: dict[str, Any]) -> str:
         lines.append(
             _row(label, pair["ours"] * scale, pair["peer"] * scale, higher_is_better=False)
         )
+    for size, pair in figures["graph of several"].items():
+        label = f"building the graph for {size} sequences, ms"
+        lines.append(_row(label, pair["ours"] * 1e3, pair["peer"] * 1e3, higher_is_better=False))
     plain, quantizing = figures["loading"].values()
     bound = quantizing["result"] + quantizing["largest tensor"]
     lines += [

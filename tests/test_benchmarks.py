@@ -37,11 +37,12 @@ def test_the_table_names_terms_and_ratios() -> None:
             "start to first token": pair,
             "dispatches per layer": pair,
             "graph building": pair,
+            "graph of several": {8: pair},
             "loading": {"4-bit": loading, "bits=4 from bf16": loading},
         }
     )
     assert "decode, tokens/s, equal terms" in shown
-    assert shown.count("2.00x") == 6
+    assert shown.count("2.00x") == 7
     assert "1.10 x files" in shown
 
 

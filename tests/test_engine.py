@@ -212,6 +212,16 @@ def test_idle_work_reads_ahead_and_yields() -> None:
     assert later.outcome.cached_tokens == 600
 
 
+def test_what_is_known_already_is_read_ahead_at_once() -> None:
+    engine = engine_of(MODELS["dense"])
+    ids = random_ids(100)
+    run(engine, Client(ids, 0, priority=IDLE))
+    again = Client(ids, 0, priority=IDLE)
+    run(engine, again)
+    assert again.outcome == Outcome("length", 0, 99)
+    assert engine.kept() == 356  # one cache: the prompt, and room for 256 more
+
+
 def test_common_prefixes() -> None:
     assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
     assert common_prefix([], [1]) == 0
@@ -294,6 +304,14 @@ def test_an_error_is_one_requests_alone() -> None:
     assert isinstance(failing.outcomes[0], OSError)
     assert isinstance(wrong.outcomes[0], ValueError)
     assert other.tokens == alone("dense")[1][:10]
+
+
+def test_what_cannot_be_run_is_refused() -> None:
+    engine = engine_of(MODELS["dense"])
+    empty, long = Client([], 5), Client(PROMPTS[0], 5000)
+    run(engine, empty, long)
+    assert "at least one token" in str(empty.outcomes[0])
+    assert "the request may take 5,073 tokens; the context is 2,048" in str(long.outcomes[0])
 
 
 def test_a_failing_device_costs_those_whose_step_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

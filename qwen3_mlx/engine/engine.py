@@ -382,9 +382,8 @@ class Engine:
             self._end(job, error)
         if job.ended:
             return
-        # The logits of the last token are needed, so that one is read in any case.
-        most = len(job.ids) - (job.request.max_tokens > 0)
-        if kept := self._prefixes.take(job.ids, most):
+        # The last token is read in any case: its logits are needed, and there is a step to end at.
+        if kept := self._prefixes.take(job.ids, len(job.ids) - 1):
             job.layers, job.room, job.seen = kept.layers, kept.room, len(kept.ids)
         else:
             job.layers = self.model.make_cache()

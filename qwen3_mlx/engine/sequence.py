@@ -3,8 +3,9 @@
 from qwen3_mlx.cache.kv import KVCache, grown_capacity
 from qwen3_mlx.engine.params import Outcome, Request
 from qwen3_mlx.engine.sampling import Sampler
+from qwen3_mlx.errors import Qwen3Error
 
-_FIRST_ROOM = 256  # tokens of a reply to have room for at once
+FIRST_ROOM = 256  # tokens of a reply to have room for at once
 
 
 class Sequence:
@@ -18,8 +19,13 @@ class Sequence:
         """Prepare to run `request`; no more than `context` tokens will be held.
 
         Raises:
-            ValueError: its `logit_bias` names an id that is not in the vocabulary.
+            ValueError: it has no ids, or its `logit_bias` names one that is not in the vocabulary.
+            Qwen3Error: prompt and reply are longer than the context.
         """
+        if not request.ids:
+            raise ValueError("a request needs at least one token to go on from")
+        if (tokens := len(request.ids) + request.max_tokens) > context:
+            raise Qwen3Error(f"the request may take {tokens:,} tokens; the context is {context:,}")
         self.request = request
         self.ids = list(request.ids)
         self.sampler = Sampler(
@@ -70,7 +76,7 @@ class Sequence:
         """Give the room to begin with: for all that is known, and some of what is to come."""
         if self.room > len(self.ids):
             return self.room
-        return min(len(self.ids) + _FIRST_ROOM, self._most)
+        return min(len(self.ids) + FIRST_ROOM, self._most)
 
     def reserve(self, room: int) -> None:
         """Have the caches make so much room at their next write, if they have less."""
