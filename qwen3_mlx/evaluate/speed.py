@@ -1,0 +1,98 @@
+"""How fast an engine is: prompts read, tokens decoded, alone and together, and the memory it takes.
+
+Whatever can do what `Side` says can be measured, in the same way.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Protocol
+
+import mlx.core as mx
+
+NEW = 16  # tokens that follow what is kept, as a short message would
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`sequences` at once, each with a prompt of so many tokens.
+
+    With `kept` the prompt is that of the case before, its reply, and `NEW` tokens.
+    """
+
+    sequences: int
+    prompt: int
+    kept: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a case came to."""
+
+    case: Case
+    first_token: float  # seconds until every sequence had its first
+    decode: float  # tokens a second, of all sequences together
+    peak: int  # the most bytes that MLX held
+
+    @property
+    def prefill(self) -> float:
+        """The tokens of prompt read a second."""
+        return self.case.sequences * self.case.prompt / self.first_token
+
+
+class Side(Protocol):
+    """An engine with a model."""
+
+    vocabulary: int
+
+    def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+        """Decode `most` tokens after each prompt, greedily; give those of a step at a time.
+
+        A single prompt that goes on from the one before and its reply costs what is new.
+        """
+
+    def forget(self) -> None:
+        """Let go of what is kept of earlier prompts."""
+
+
+def cases_of(prompts: Sequence[int], together: Sequence[int]) -> list[Case]:
+    """List the cases, cheapest first: each length of prompt alone, the shortest by several."""
+    alone = [Case(1, length, kept) for length in sorted(prompts) for kept in (False, True)]
+    several = [Case(count, min(prompts)) for count in sorted(together)]
+    return sorted([*alone, *several], key=lambda case: case.sequences * case.prompt)
+
+
+def measure(side: Side, cases: Sequence[Case], count: int) -> Iterator[Figures]:
+    """Measure the cases in turn, each over `count` steps in which every sequence got a token."""
+    list(side.answer([_ids(2, 0, side.vocabulary)], 2))  # sets up threads, kernels and buffers
+    said: list[int] = []
+    for case in cases:
+        if case.kept:
+            prompts = [said + _ids(NEW, len(said), side.vocabulary)]
+        else:
+            side.forget()
+            prompts = [_ids(case.prompt, n, side.vocabulary) for n in range(case.sequences)]
+        mx.reset_peak_memory()
+        # The first sequences to begin decode while the last are still read, in small chunks.
+        ahead = 0 if case.sequences == 1 else case.sequences * (case.prompt // 8 + 1)
+        started = time.perf_counter()
+        times: list[float] = []
+        said = list(prompts[0])
+        answer = side.answer(prompts, count + 1 + ahead)
+        for tokens in answer:
+            said += tokens[:1]
+            if len(tokens) == case.sequences:
+                times.append(time.perf_counter())
+            if len(times) > count:
+                break
+        del answer  # ends what has not ended
+        steps = [after - before for before, after in zip(times, times[1:], strict=False)]
+        yield Figures(
+            case, times[0] - started, case.sequences / median(steps), mx.get_peak_memory()
+        )
+
+
+def _ids(count: int, seed: int, vocabulary: int) -> list[int]:
+    """Give ids all over the vocabulary, but for its end, where the special ones are."""
+    return [(7919 * place + 11 + seed) % max(vocabulary - 300, 1) for place in range(count)]
