@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 
 from qwen3_mlx import __version__
 from qwen3_mlx.cli.ask import ask
+from qwen3_mlx.cli.bench import bench
 from qwen3_mlx.cli.convert import convert
 from qwen3_mlx.cli.doctor import doctor
 from qwen3_mlx.cli.evaluate import app as evaluate
@@ -19,7 +20,7 @@ from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.errors import Qwen3Error
 
 # Verbs that later versions bring. Without this, `qwen3 serve` would ask the model about "serve".
-_LATER = ("chat", "serve", "bench")
+_LATER = ("chat", "serve")
 
 
 class _Root(TyperGroup):
@@ -62,6 +63,7 @@ app = typer.Typer(
 app.command("ask", hidden=True)(ask)
 app.command("convert")(convert)
 app.command("plan")(plan)
+app.command("bench")(bench)
 app.command("doctor")(doctor)
 app.add_typer(evaluate, name="eval")
 

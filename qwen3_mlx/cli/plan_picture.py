@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_mlx.engine.memory import Plan
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.evaluate.picture import saved_figure
 
 _TERMS = {
     "weights": "#3b5b92",
@@ -37,31 +37,15 @@ def draw(path: Path, picture: Picture) -> None:
     """Write the picture as PNG or SVG, the same bytes for the same plans.
 
     Raises:
-        ValueError: the file's name ends otherwise.
-        Qwen3Error: matplotlib is missing.
+        ValueError, Qwen3Error: as `check_picture`.
     """
-    if path.suffix not in (".png", ".svg"):
-        raise ValueError(f"--plot draws .png and .svg files, not {path.name}")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise Qwen3Error(
-            "drawing needs matplotlib, which is not installed: pip install 'qwen3-mlx[plot]'"
-        ) from error
-    style: Any = {
-        "svg.hashsalt": "qwen3 plan",  # else ids are random
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(10, 4.6), layout="constrained")
+    with saved_figure(path, width=10, height=4.6) as figure:
         bars, curves = figure.subplots(1, 2, width_ratios=(1, 1.25))
+        for axes in (bars, curves):
+            axes.spines[["top", "right"]].set_visible(False)
         _draw_bars(bars, picture)
         _draw_curves(curves, picture)
         figure.suptitle(picture.title, x=0.01, ha="left", weight="bold")
-        figure.savefig(path, dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
 
 
 def _draw_bars(axes: Any, picture: Picture) -> None:

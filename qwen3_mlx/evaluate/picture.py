@@ -1,6 +1,7 @@
-"""A picture of what bits cost: divergence against size, and the error of each module."""
+"""Pictures of measurements: what bits cost, how fast sides are; and how any picture is saved."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,7 @@ from qwen3_mlx.evaluate.modules import ModuleRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _LEAST = 1e-9  # nats; what a logarithmic axis shows in place of no divergence at all
 
@@ -26,6 +28,15 @@ class Point:
     bits: float
     divergence: float
     line: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A chart: for each line its heights, from 0 up, by place on a doubling scale."""
+
+    title: str
+    places: str  # what they are
+    lines: Mapping[str, Mapping[int, float]]
 
 
 def check_picture(path: Path) -> None:
@@ -51,19 +62,55 @@ def draw(path: Path, points: Sequence[Point], modules: Sequence[ModuleRow] = ())
     Raises:
         ValueError, Qwen3Error: as `check_picture`.
     """
+    panels = 2 if modules else 1
+    with saved_figure(path, width=5.5 * panels) as figure:
+        axes = figure.subplots(1, panels, squeeze=False)[0]
+        _draw_points(axes[0], points)
+        if modules:
+            _draw_modules(axes[1], modules)
+
+
+def draw_speeds(path: Path, title: str, panels: Sequence[Panel]) -> None:
+    """Draw the panels beside each other to a PNG or SVG file, one legend for all.
+
+    Raises:
+        ValueError, Qwen3Error: as `check_picture`.
+    """
+    with saved_figure(path, width=3.7 * len(panels)) as figure:
+        for axes, panel in zip(
+            figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True
+        ):
+            for name, points in panel.lines.items():
+                axes.plot(list(points), list(points.values()), "o-", label=name)
+            axes.set_xscale("log", base=2)
+            places = sorted({place for points in panel.lines.values() for place in points})
+            axes.set_xticks(places, [f"{place:,}" for place in places])
+            axes.minorticks_off()
+            axes.set_ylim(bottom=0)
+            axes.grid(alpha=0.2)
+            axes.set(title=panel.title, xlabel=panel.places)
+        figure.suptitle(title, x=0.01, ha="left", weight="bold")
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False
+        )
+
+
+@contextmanager
+def saved_figure(path: Path, *, width: float, height: float = 4) -> "Iterator[Figure]":
+    """Give a figure to draw into, in inches, and save it: the same drawing gives the same file.
+
+    Raises:
+        ValueError, Qwen3Error: as `check_picture`.
+    """
     check_picture(path)
     # Imported where they are used: they take a second. Without pyplot there is no window and no
     # state.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
-    panels = 2 if modules else 1
     with rc_context({"svg.hashsalt": "qwen3-mlx", "font.size": 9}):
-        figure = Figure(figsize=(5.5 * panels, 4), layout="constrained")
-        axes = figure.subplots(1, panels, squeeze=False)[0]
-        _draw_points(axes[0], points)
-        if modules:
-            _draw_modules(axes[1], modules)
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
         ending = path.suffix.lower()[1:]
         metadata = {"Date": None} if ending == "svg" else None
         figure.savefig(path, format=ending, dpi=150, metadata=metadata)

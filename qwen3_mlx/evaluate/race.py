@@ -11,8 +11,7 @@ from statistics import median
 from threading import Timer
 
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.evaluate.sides import OURS, PEER, Setup, Terms
-from qwen3_mlx.evaluate.speed import Case, Figures
+from qwen3_mlx.evaluate.speed import OURS, PEER, Case, Figures, Setup, Terms
 
 AS_IT_COMES, EQUAL = "out of the box", "equal terms"
 
@@ -21,9 +20,9 @@ AS_IT_COMES, EQUAL = "out of the box", "equal terms"
 class Result:
     """What a side came to: its figures by case, as far as it got in its time."""
 
-    name: str
-    terms: Terms
-    weights: int  # bytes held after loading
+    as_it_comes: bool  # whether nobody chose the terms for it
+    terms: Terms | None = None  # and weights: once it has loaded
+    weights: int = 0  # bytes held then
     figures: dict[Case, Figures] = field(default_factory=dict)
 
 
@@ -44,7 +43,7 @@ def race(
     runs once.
 
     Raises:
-        Qwen3Error: a side failed, or had not one figure in its time.
+        Qwen3Error: a side failed, or ours had not one figure in its time.
     """
     rounds: list[dict[str, Result]] = []
     done = 0
@@ -57,6 +56,8 @@ def race(
     for _ in range(repeats):
         results = {OURS: _run(Setup(OURS, folder, cases, count), seconds, tell)}
         terms = results[OURS].terms
+        if not results[OURS].figures:
+            raise Qwen3Error(f"not one figure was there after {seconds:g} s; give it more time")
         for way in (AS_IT_COMES, EQUAL):
             if way not in against:
                 continue
@@ -71,9 +72,10 @@ def race(
 
 def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> Result:
     """Run a side in a process of its own, until it is done or its time is over."""
-    as_it_comes = setup.name == PEER and setup.terms is None
+    as_it_comes = setup.terms is None
+    off = {"QWEN3_BLAS": "off"} if setup.name == PEER and as_it_comes else {}
     command = [sys.executable, "-m", "qwen3_mlx.evaluate.sides", json.dumps(asdict(setup))]
-    result = None
+    result = Result(as_it_comes)
     with (
         tempfile.TemporaryFile("w+") as complaints,
         subprocess.Popen(
@@ -81,7 +83,7 @@ def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> Result:
             stdout=subprocess.PIPE,
             stderr=complaints,
             text=True,
-            env=os.environ | ({"QWEN3_BLAS": "off"} if as_it_comes else {}),
+            env=os.environ | off,
         ) as process,
     ):
         timer = Timer(seconds, process.kill)
@@ -93,8 +95,8 @@ def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> Result:
                 if "error" in content:
                     raise Qwen3Error(content["error"])
                 if "terms" in content:
-                    result = Result(setup.name, Terms(**content["terms"]), content["weights"])
-                elif result:
+                    result.terms, result.weights = Terms(**content["terms"]), content["weights"]
+                else:
                     figures = content["figures"]
                     case = Case(**figures["case"])
                     result.figures[case] = Figures(**figures | {"case": case})
@@ -107,8 +109,6 @@ def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> Result:
         said = complaints.read().strip().splitlines()
     if code and not late:
         raise Qwen3Error(f"{setup.name} failed: {said[-1] if said else f'it ended with {code}'}")
-    if result is None or not result.figures:
-        raise Qwen3Error(f"{setup.name} had not one figure after {seconds:,.0f} s; give it more")
     return result
 
 

@@ -7,7 +7,7 @@ terms that the side computes on, then each of its figures as it is there; or an 
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,40 +19,11 @@ from qwen3_mlx import backend
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.evaluate.speed import Case, Side, measure
+from qwen3_mlx.evaluate.speed import PEER, Setup, Side, Terms, measure
 from qwen3_mlx.llm import load
 from qwen3_mlx.model.qwen3 import Qwen3
 
-OURS, PEER = "qwen3-mlx", "mlx-lm"
 _GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
-
-
-@dataclass(frozen=True, slots=True)
-class Terms:
-    """What decides how fast a model can be: its numbers, and who multiplies them."""
-
-    dtype: str
-    quantized: bool
-    blas: str
-
-
-@dataclass(frozen=True, slots=True)
-class Setup:
-    """What a side is to do; mlx-lm's model is brought to `terms`, if there are any."""
-
-    name: str
-    folder: str
-    cases: Sequence[Case]
-    count: int
-    terms: Terms | None = None
-
-    @classmethod
-    def from_json(cls, text: str) -> "Setup":
-        """Read what `json.dumps(asdict(setup))` wrote."""
-        content = json.loads(text)
-        cases = [Case(**case) for case in content["cases"]]
-        terms = Terms(**content["terms"]) if content["terms"] else None
-        return cls(content["name"], content["folder"], cases, content["count"], terms)
 
 
 class Ours:

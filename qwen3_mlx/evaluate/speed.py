@@ -3,6 +3,7 @@
 Whatever can do what `Side` says can be measured, in the same way.
 """
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
+OURS, PEER = "qwen3-mlx", "mlx-lm"
 NEW = 16  # tokens that follow what is kept, as a short message would
 
 
@@ -39,6 +41,34 @@ class Figures:
     def prefill(self) -> float:
         """The tokens of prompt read a second."""
         return self.case.sequences * self.case.prompt / self.first_token
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """What decides how fast a model can be: its numbers, and who multiplies them."""
+
+    dtype: str
+    quantized: bool
+    blas: str
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What a side is to do; mlx-lm's model is brought to `terms`, if there are any."""
+
+    name: str
+    folder: str
+    cases: Sequence[Case]
+    count: int
+    terms: Terms | None = None
+
+    @classmethod
+    def from_json(cls, text: str) -> "Setup":
+        """Read what `json.dumps(asdict(setup))` wrote."""
+        content = json.loads(text)
+        cases = [Case(**case) for case in content["cases"]]
+        terms = Terms(**content["terms"]) if content["terms"] else None
+        return cls(content["name"], content["folder"], cases, content["count"], terms)
 
 
 class Side(Protocol):

@@ -1,0 +1,264 @@
+"""`qwen3 bench`: how fast a model is here, and beside mlx-lm on the same files."""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen3_mlx import backend
+from qwen3_mlx.checkpoint.files import read_json
+from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.weights import weight_names
+from qwen3_mlx.cli.ask import full_name
+from qwen3_mlx.cli.console import Bar
+from qwen3_mlx.evaluate.picture import Panel, check_picture, draw_speeds
+from qwen3_mlx.evaluate.race import AS_IT_COMES, EQUAL, Result, race
+from qwen3_mlx.evaluate.speed import NEW, OURS, PEER, Case, Figures, cases_of
+from qwen3_mlx.model.config import ModelConfig
+
+_PROMPTS, _TOGETHER, _COUNT, _MINUTES = "128,1024,4096", "2,4,8", 32, 10.0
+_TERMS = {"both": (AS_IT_COMES, EQUAL), "box": (AS_IT_COMES,), "equal": (EQUAL,)}
+_NAME, _CELL, _RATIO = 38, 14, 8  # columns of text
+_WIDE = _CELL + _RATIO
+
+_Number = Callable[[Figures], float]
+
+
+def bench(  # noqa: PLR0913 - one parameter an option
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="A folder, a hub name or a size; else the embedded demo.",
+            envvar="QWEN3_MODEL",
+            show_default=False,
+        ),
+    ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help=f"Measure this, too: {PEER}.", show_default=False),
+    ] = None,
+    terms: Annotated[
+        str,
+        typer.Option(
+            "--terms", help="Its terms: box (as it comes), equal (our dtype and BLAS), or both."
+        ),
+    ] = "both",
+    prompts: Annotated[
+        str, typer.Option("--prompts", help="Lengths of prompt, in tokens, with commas.")
+    ] = _PROMPTS,
+    together: Annotated[
+        str, typer.Option("--together", help="Numbers of sequences at once, with commas.")
+    ] = _TOGETHER,
+    count: Annotated[
+        int, typer.Option("--decode", min=2, help="Steps of decoding to take the median of.")
+    ] = _COUNT,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Runs of each side, in turn; medians count.")
+    ] = 1,
+    minutes: Annotated[
+        float, typer.Option("--minutes", min=0.01, help="The most time for one run of a side.")
+    ] = _MINUTES,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw it, too: a .png or .svg file.", show_default=False),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+) -> None:
+    """Measure how fast MODEL reads and decodes here, and what memory it takes.
+
+    Each side runs in a process of its own, the cheapest cases first; what its
+    time does not suffice for is left open. The prompts are random tokens.
+    [bold]qwen3 bench 8B --against mlx-lm[/bold]   beside mlx-lm, as it comes and on equal terms.
+    """
+    if against not in (None, PEER):
+        raise ValueError(f"--against knows {PEER}, not {against!r}")
+    if terms not in _TERMS:
+        raise ValueError(f"--terms must be one of {', '.join(_TERMS)}, not {terms!r}")
+    if plot:
+        check_picture(plot)
+    folder = _folder(model)
+    config = ModelConfig.from_dict(read_json(folder / "config.json"))
+    lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
+    cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))
+    ways = _TERMS[terms] if against else ()
+    with Bar("measuring") as bar:
+        results = race(
+            str(folder),
+            cases,
+            count,
+            against=ways,
+            repeats=repeats,
+            seconds=60 * minutes,
+            told=lambda done: bar(done, len(cases) * repeats * (1 + len(ways))),
+        )
+    facts = {
+        "model": model or "demo",
+        "machine": backend.describe(),
+        "decoded": count,
+        "repeats": repeats,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+    if plot:
+        draw_speeds(plot, _title(facts), list(_panels(cases, results)))
+    if as_json:
+        print(json.dumps(facts | {"sides": _everything(results)}, indent=1))
+    else:
+        print(
+            "\n".join(
+                [_title(facts), "", *_table(cases, results), "", *_notes(cases, results, minutes)]
+            )
+        )
+
+
+def _folder(model: str | None) -> Path:
+    """Find a checkpoint's files, and have them fetched if they are not here."""
+    if model is None:
+        return Path(str(files("qwen3_mlx") / "demo"))
+    source = Source(full_name(model) or model)
+    folder = source.fetch(DESCRIPTION_FILES)
+    return source.fetch(weight_names(folder) or ["model.safetensors"])
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    try:
+        numbers = sorted({int(word) for word in text.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise ValueError(f"{option} must be numbers from 1 up, with commas, not {text!r}")
+    return numbers
+
+
+def _lengths(text: str, most: int) -> list[int]:
+    """Read the lengths of prompts; of the default ones, those that the context has room for."""
+    lengths = _numbers("--prompts", text)
+    if text == _PROMPTS:
+        lengths = [length for length in lengths if length <= most] or [max(most, 1)]
+    if lengths[-1] > most:
+        raise ValueError(f"--prompts {lengths[-1]} is too long: the context has room for {most}")
+    return lengths
+
+
+def _rows(cases: Sequence[Case]) -> Iterator[tuple[str, str, Case, _Number, bool]]:
+    """Give the table's rows: group, label, case, number, and whether more of it is better."""
+    alone = [case for case in cases if case.sequences == 1 and not case.kept]
+    several = [case for case in cases if case.sequences > 1]
+    for case in cases:
+        if case.sequences == 1:
+            label = (
+                f"{case.prompt:,} kept and {NEW} new" if case.kept else f"{case.prompt:,} tokens"
+            )
+            yield "first token, s, after a prompt of", label, case, lambda f: f.first_token, False
+    for case in alone:
+        yield "prefill, tokens/s", f"{case.prompt:,} tokens", case, lambda f: f.prefill, True
+    for case in alone:
+        yield "decode, tokens/s", f"after {case.prompt:,}", case, lambda f: f.decode, True
+    for case in several:
+        label = f"{case.sequences} together, after {case.prompt:,}"
+        yield "decode, tokens/s", label, case, lambda f: f.decode, True
+    for case in (*alone, *several):
+        several_at_once = f"{case.sequences} x " if case.sequences > 1 else ""
+        label = f"most, {several_at_once}{case.prompt:,} tokens"
+        yield "memory, GB", label, case, lambda f: f.peak / 1e9, False
+
+
+def _table(cases: Sequence[Case], results: Mapping[str, Result]) -> Iterator[str]:
+    ours, *peers = (name.partition(", ") for name in results)
+    yield f"{'':{_NAME}}{ours[0]:>{_CELL}}" + "".join(f"{name:>{_WIDE}}" for name, _, _ in peers)
+    if peers:
+        yield " " * (_NAME + _CELL) + "".join(f"{way:>{_WIDE}}" for _, _, way in peers)
+    group = ""
+    for heading, label, case, number, more_is_better in _rows(cases):
+        if heading != group:
+            yield heading
+            group = heading
+        numbers = [
+            number(result.figures[case]) if case in result.figures else None
+            for result in results.values()
+        ]
+        yield _line(label, numbers, more_is_better=more_is_better)
+    held = [result.weights / 1e9 or None for result in results.values()]
+    yield _line("weights", held, more_is_better=False)
+
+
+def _line(label: str, numbers: Sequence[float | None], *, more_is_better: bool) -> str:
+    own, *others = numbers
+    line = f"  {label:{_NAME - 2}}{_shown(own):>{_CELL}}"
+    for other in others:
+        ratio = ""
+        if own and other:
+            ratio = f"{own / other if more_is_better else other / own:.2f}x"
+        line += f"{_shown(other):>{_CELL}}{ratio:>{_RATIO}}"
+    return line.rstrip()
+
+
+def _shown(number: float | None) -> str:
+    if number is None:
+        return "-"
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+
+
+def _notes(cases: Sequence[Case], results: Mapping[str, Result], minutes: float) -> Iterator[str]:
+    for name, result in results.items():
+        if terms := result.terms:
+            held = "quantized weights" if terms.quantized else "weights in the same"
+            blas = "" if backend.on_gpu() else f", BLAS {terms.blas}"
+            as_it_comes = " (as it comes)" if name.endswith(EQUAL) and result.as_it_comes else ""
+            yield f"{name}: {terms.dtype}, {held}{blas}{as_it_comes}."
+        if len(result.figures) < len(cases):
+            yield f"{name}: - is what {minutes:g} minutes did not suffice for (see --minutes)."
+    if len(results) > 1:
+        yield f"Ratios: how many times better {OURS} does."
+
+
+def _title(facts: Mapping[str, Any]) -> str:
+    machine = facts["machine"]
+    return (
+        f"{Path(facts['model']).name} on {machine['device']}, {machine['system']}, {facts['date']}"
+    )
+
+
+def _panels(cases: Sequence[Case], results: Mapping[str, Result]) -> Iterator[Panel]:
+    def lines(
+        number: _Number, wanted: Callable[[Case], bool], place: str
+    ) -> dict[str, dict[int, float]]:
+        return {
+            name: {
+                getattr(case, place): number(result.figures[case])
+                for case in cases
+                if wanted(case) and case in result.figures
+            }
+            for name, result in results.items()
+        }
+
+    def alone(case: Case) -> bool:
+        return case.sequences == 1 and not case.kept
+
+    shortest = min(case.prompt for case in cases)
+    tokens = "tokens of prompt"
+    yield Panel("prefill, tokens/s", tokens, lines(lambda f: f.prefill, alone, "prompt"))
+    yield Panel("decode, tokens/s", tokens, lines(lambda f: f.decode, alone, "prompt"))
+    together = lines(
+        lambda f: f.decode, lambda case: case.prompt == shortest and not case.kept, "sequences"
+    )
+    yield Panel(f"decode after {shortest:,}, tokens/s", "sequences together", together)
+
+
+def _everything(results: Mapping[str, Result]) -> dict[str, Any]:
+    return {
+        name: {
+            "terms": asdict(result.terms) if result.terms else None,
+            "weights": result.weights,
+            "figures": [
+                asdict(figures) | {"prefill": figures.prefill}
+                for figures in result.figures.values()
+            ],
+        }
+        for name, result in results.items()
+    }
