@@ -31,8 +31,8 @@ docs: dev ## write docs/cli.md from the command's own --help
 	$(python) scripts/cli_docs.py > docs/cli.md.new
 	mv docs/cli.md.new docs/cli.md
 
-bench: runtime ## measure this package beside mlx-lm; ARGS="--help" tells the options
-	$(python) -m benchmarks $(ARGS)
+bench: dev ## measure this package beside mlx-lm, into docs/benchmarks.md; ARGS="soak" runs a part
+	$(python) -m benchmarks --write docs/benchmarks.md $(ARGS)
 
 clean: ## remove .venv, caches and built files
 	rm -rf .venv .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist

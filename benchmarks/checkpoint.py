@@ -1,10 +1,12 @@
 """A checkpoint of real size and random weights, 4-bit as mlx-lm writes it, or bfloat16 in shards.
 
-Its tokens mean nothing, so it needs no tokenizer.
+Its tokens mean nothing; it has the demo's tokenizer, so that it can be loaded like any.
 """
 
 import json
+import shutil
 from collections import defaultdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ def random_checkpoint(folder: Path, size: str, bits: int | None = 4) -> Path:
         _save(folder / "model.safetensors", model.tensors())
     else:
         _write_layers(folder, config)
+    shutil.copy(str(files("qwen3_mlx") / "demo" / "tokenizer.json"), folder)
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return folder
 

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import table
+from benchmarks.__main__ import PARTS, with_part
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.conversion import report
 from benchmarks.graph import dispatches_per_layer
+from benchmarks.host import table
 from benchmarks.quality import Made, mean_of, most_different, points, read_exam, verdicts
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.model.config import ModelConfig
@@ -22,31 +23,44 @@ def test_a_decoded_token_takes_fewer_kernels_than_mlx_lms() -> None:
     assert count["ours"] <= 0.85 * count["peer"]
 
 
-def test_the_table_names_terms_and_ratios() -> None:
+MACHINE = {"device": "cpu", "system": "Linux", "blas": "none"}
+
+
+def test_the_table_of_the_hosts_work_names_ratios() -> None:
     pair = {"ours": 1.0, "peer": 2.0}
-    speeds = {"decode": 0.5, "prefill": 0.01, "peak_memory": 1}
     loading = {"peak": 11, "result": 10, "files": 10, "largest tensor": 1}
     shown = table(
         {
-            "machine": {"device": "cpu", "system": "Linux", "blas": "none"},
-            "size": "0.6B",
+            "machine": MACHINE,
             "date": "2026-01-01",
-            "ours": speeds,
-            "peer, equal terms": {name: 2 * value for name, value in speeds.items()},
             "sampling": pair,
             "start to first token": pair,
             "dispatches per layer": pair,
             "graph building": pair,
             "graph of several": {8: pair},
-            "loading": {"4-bit": loading, "bits=4 from bf16": loading},
+            "loading": loading,
+            "quantizing": loading,
         }
     )
-    assert "decode, tokens/s, equal terms" in shown
-    assert shown.count("2.00x") == 7
+    assert shown.count("2.00x") == 5
     assert "1.10 x files" in shown
 
 
-MACHINE = {"device": "cpu", "system": "Linux", "blas": "none"}
+def test_a_parts_output_takes_the_place_of_the_last() -> None:
+    document = "# Figures\n<!-- soak -->\nold\n<!-- end -->\nrest\n"
+    written = with_part(document, "soak", "new\n")
+    assert "old" not in written and written.endswith("<!-- end -->\nrest\n")
+    assert "$ python -m benchmarks.soak\nnew\n```" in written
+    assert with_part(written, "soak", "new\n") == written
+    with pytest.raises(ValueError, match="0 places for plan"):
+        with_part(document, "plan", "new")
+
+
+def test_the_document_has_a_place_for_every_part() -> None:
+    document = (Path(__file__).parent.parent / "docs" / "benchmarks.md").read_text("utf-8")
+    for name, command in PARTS.items():
+        assert f"$ {command}\n" in document
+        with_part(document, name, "")
 
 
 def made(recipe: str, name: str, bits: float, kl: float) -> Made:

@@ -1,7 +1,9 @@
 """The engine: whatever else runs, each request gets what it would get alone."""
 
 import random
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +15,7 @@ from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory import RESERVE
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, NORMAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.sampling import Sampler, choose
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import MOE, TINY, greedy_tokens, make_model, random_ids
@@ -72,18 +75,56 @@ def engine_of(model: Qwen3, **options: Any) -> Engine:
     return Engine(model, vocabulary=1088, **options)
 
 
-_ALONE: dict[str, list[list[int]]] = {}
-
-
+@cache
 def alone(kind: str) -> list[list[int]]:
     """Give what each prompt is answered with when nothing else runs."""
-    if kind not in _ALONE:
-        _ALONE[kind] = [greedy_tokens(MODELS[kind], prompt, MOST) for prompt in PROMPTS]
-    return _ALONE[kind]
+    return [greedy_tokens(MODELS[kind], prompt, MOST) for prompt in PROMPTS]
+
+
+@cache
+def logits_alone(kind: str) -> list[Any]:
+    """Give the logits [MOST, V] by which it is chosen, from one pass without any cache."""
+    model = MODELS[kind]
+    passes = [
+        model(mx.array([prompt + reply[:-1]]))[0, len(prompt) - 1 :]
+        for prompt, reply in zip(PROMPTS, alone(kind), strict=True)
+    ]
+    return [np.array(logits) for logits in passes]
+
+
+class Rows:
+    """Takes note of the logits by which each sequence's tokens are chosen."""
+
+    def __init__(self) -> None:
+        self.prompts: dict[Sampler, Sequence[int]] = {}
+        self.of: dict[Sampler, list[mx.array]] = defaultdict(list)
+
+    def sampler(self, *arguments: Any, prompt: Sequence[int], **options: Any) -> Sampler:
+        made = Sampler(*arguments, prompt=prompt, **options)
+        self.prompts[made] = prompt
+        return made
+
+    def choose(self, logits: mx.array, samplers: Sequence[Sampler], masks: Any) -> mx.array:
+        for row, sampler in enumerate(samplers):
+            self.of[sampler].append(logits[row])
+        return choose(logits, samplers, masks)
 
 
 def follow_a_random_schedule(kind: str, seed: int) -> None:
     """Let requests join, leave, be cancelled and reuse prefixes at random, in little memory."""
+    rows = Rows()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwen3_mlx.engine.sequence.Sampler", rows.sampler)
+        patch.setattr("qwen3_mlx.engine.engine.choose", rows.choose)
+        run_a_random_schedule(kind, seed)
+    for sampler, found in rows.of.items():
+        expected = logits_alone(kind)[PROMPTS.index(list(rows.prompts[sampler]))]
+        told = np.array(mx.stack(found))[: len(expected)]  # one more may be chosen than is told
+        assert np.abs(told - expected[: len(told)]).max() < 1e-4, f"seed {seed}"
+
+
+def run_a_random_schedule(kind: str, seed: int) -> None:
+    """Do so, and hold the tokens against those of each prompt alone."""
     rng = random.Random(seed)
     room = rng.choice([260, 500, 900, 100_000])  # tokens
     engine = engine_of(MODELS[kind], available=RESERVE + 6_000_000 + room * TOKEN)
