@@ -219,9 +219,7 @@ def _notes(cases: Sequence[Case], results: Mapping[str, Result], minutes: float)
 
 def _title(facts: Mapping[str, Any]) -> str:
     machine = facts["machine"]
-    return (
-        f"{Path(facts['model']).name} on {machine['device']}, {machine['system']}, {facts['date']}"
-    )
+    return f"{Path(facts['model']).resolve().name} on {machine['device']}, {machine['system']}, {facts['date']}"
 
 
 def _panels(cases: Sequence[Case], results: Mapping[str, Result]) -> Iterator[Panel]:

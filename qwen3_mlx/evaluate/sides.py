@@ -40,7 +40,7 @@ class Ours:
             Request(
                 ids=ids,
                 sampling=_GREEDY,
-                max_tokens=min(most, self._engine.context - len(ids)),
+                max_tokens=max(1, min(most, self._engine.context - len(ids))),
                 seed=0,
                 end_ids=frozenset(),
                 watcher=watcher,
