@@ -218,8 +218,8 @@ def _notes(cases: Sequence[Case], results: Mapping[str, Result], minutes: float)
 
 
 def _title(facts: Mapping[str, Any]) -> str:
-    machine = facts["machine"]
-    return f"{Path(facts['model']).resolve().name} on {machine['device']}, {machine['system']}, {facts['date']}"
+    name, machine = Path(facts["model"]).resolve().name, facts["machine"]
+    return f"{name} on {machine['device']}, {machine['system']}, {facts['date']}"
 
 
 def _panels(cases: Sequence[Case], results: Mapping[str, Result]) -> Iterator[Panel]:
