@@ -22,6 +22,7 @@ from tests.support import MOE, TINY, greedy_tokens, make_model, random_ids
 
 MODELS = {"dense": make_model(), "moe": make_model(MOE)}
 GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
+GREEDY_TOO = SamplingParams(top_k=1).over(NEUTRAL)
 STEM = random_ids(70, seed=1)
 PROMPTS = [
     STEM + random_ids(3, seed=2),
@@ -56,6 +57,9 @@ class Client:
 
     def advance(self, ids: Sequence[int]) -> None:
         self.tokens += ids
+
+    def rewind(self, count: int) -> None:
+        del self.tokens[len(self.tokens) - count :]
 
     @property
     def outcome(self) -> Outcome:
@@ -99,9 +103,10 @@ class Rows:
         self.prompts: dict[Sampler, Sequence[int]] = {}
         self.of: dict[Sampler, list[mx.array]] = defaultdict(list)
 
-    def sampler(self, *arguments: Any, prompt: Sequence[int], **options: Any) -> Sampler:
-        made = Sampler(*arguments, prompt=prompt, **options)
-        self.prompts[made] = prompt
+    def sampler(self, params: SamplingParams, *, prompt: Sequence[int], **options: Any) -> Sampler:
+        made = Sampler(params, prompt=prompt, **options)
+        if params is GREEDY:
+            self.prompts[made] = prompt
         return made
 
     def choose(self, logits: mx.array, samplers: Sequence[Sampler], masks: Any) -> mx.array:
@@ -117,10 +122,21 @@ def follow_a_random_schedule(kind: str, seed: int) -> None:
         patch.setattr("qwen3_mlx.engine.sequence.Sampler", rows.sampler)
         patch.setattr("qwen3_mlx.engine.engine.choose", rows.choose)
         run_a_random_schedule(kind, seed)
-    for sampler, found in rows.of.items():
-        expected = logits_alone(kind)[PROMPTS.index(list(rows.prompts[sampler]))]
+    for sampler, prompt in rows.prompts.items():
+        expected = logits_alone(kind)[PROMPTS.index(list(prompt))]
+        found = rows.of.get(sampler, [mx.array(expected[0])])  # perhaps it never came so far
         told = np.array(mx.stack(found))[: len(expected)]  # one more may be chosen than is told
         assert np.abs(told - expected[: len(told)]).max() < 1e-4, f"seed {seed}"
+
+
+def random_client(kind: str, rng: random.Random) -> tuple[Client, list[int]]:
+    """Give one, with or without whims, and what it is answered with when nothing else runs."""
+    which, most = rng.randrange(len(PROMPTS)), rng.randint(1, MOST)
+    options: dict[str, Any] = {"priority": rng.choice([0, 0, 0, IDLE])}
+    if rng.random() < 0.3:
+        options |= {"sampling": GREEDY_TOO, "constraint": Whims()}
+        return Client(PROMPTS[which], most, **options), whimsical(kind, which)
+    return Client(PROMPTS[which], most, **options), alone(kind)[which]
 
 
 def run_a_random_schedule(kind: str, seed: int) -> None:
@@ -131,25 +147,25 @@ def run_a_random_schedule(kind: str, seed: int) -> None:
     engine._scheduler.room = max(room, 260)
     coming = []
     for _ in range(rng.randint(2, 7)):
-        which = rng.randrange(len(PROMPTS))
-        client = Client(PROMPTS[which], rng.randint(1, MOST), priority=rng.choice([0, 0, 0, IDLE]))
+        client, expected = random_client(kind, rng)
         cancelled_at = rng.randint(0, 30) if rng.random() < 0.25 else None
-        coming.append((rng.randint(0, 40), cancelled_at, which, client))
+        coming.append((rng.randint(0, 40), cancelled_at, client, expected))
     for number in range(2000):
-        for arrival, cancelled_at, _, client in coming:
+        for arrival, cancelled_at, client, _ in coming:
             if arrival == number:
                 engine.submit(client.request)
             if cancelled_at is not None and number == arrival + cancelled_at:
                 engine.cancel(client.request)
         if not engine.step() and number > 80:
             break
-    for _, cancelled_at, which, client in coming:
-        expected = alone(kind)[which]
-        assert client.tokens == expected[: len(client.tokens)], f"seed {seed}"
+    for _, cancelled_at, client, expected in coming:
         if client.outcome.reason == "cancelled":
             assert cancelled_at is not None
         else:
             assert len(client.tokens) == client.request.max_tokens
+        # The whims of a longer reply might have taken the last tokens back.
+        told = client.tokens[: -2 if client.request.constraint else None]
+        assert told == expected[: len(told)], f"seed {seed}"
     assert engine._scheduler.running == engine._scheduler.waiting == []
 
 
@@ -413,6 +429,8 @@ def test_tokens_of_an_engine_without_a_worker() -> None:
 class Script:
     """Allows odd ids only, forces three ids after the fourth token, and ends at the tenth."""
 
+    unwanted, masking = 0, True
+
     def __init__(self, forced_first: Sequence[int] = ()) -> None:
         self.finished = False
         self.taken: list[int] = []
@@ -478,3 +496,113 @@ def test_a_constraint_ends_in_time_and_fails_alone() -> None:
     assert len(short.tokens) == 6 and short.outcome.reason == "length"  # cut among the forced
     assert isinstance(impossible.outcomes[0], ValueError)
     assert free.tokens == alone("dense")[1][:8]
+
+
+class Whims:
+    """Takes back, forces and masks by what was chosen, a few times each."""
+
+    finished = False
+
+    def __init__(self) -> None:
+        self.unwanted = 0
+        self.taken: list[int] = []
+        self._whims = 0
+        self._due: list[int] = []
+        self._forced: list[int] = []
+
+    def advance(self, ids: Sequence[int]) -> None:
+        self.taken += ids
+        self.unwanted = 0
+        if list(ids) == self._forced or self._whims > 8:
+            return
+        if (ids[0] + 5 * len(self.taken)) % 3 == 0:
+            self._whims += 1
+            self._due = [ids[0] // 2, 5, 6][: 1 + self._whims % 3]
+            if self._whims % 2:
+                self.unwanted = min(2, len(self.taken))
+                del self.taken[len(self.taken) - self.unwanted :]
+
+    def rewind(self, count: int) -> None:
+        raise NotImplementedError
+
+    @property
+    def masking(self) -> bool:
+        return self._whims % 3 == 2
+
+    def forced(self) -> list[int]:
+        self._forced, self._due = self._due, []
+        return self._forced
+
+    def mask(self) -> Any:
+        return np.full(1088 // 32, 0xAAAAAAAA, dtype=np.uint32)
+
+
+@cache
+def whimsical(kind: str, which: int) -> list[int]:
+    """Give what a prompt is answered with by whims, a token at a time, without an engine."""
+    model, found, whims = MODELS[kind], list[int](), Whims()
+    while len(found) < MOST:
+        logits = np.array(model(mx.array([PROMPTS[which] + found]))[0, -1])
+        if whims.masking:
+            logits[::2] = -np.inf
+        token = int(logits.argmax())
+        found.append(token)
+        whims.advance([token])
+        if whims.unwanted:
+            del found[len(found) - whims.unwanted :]
+        while forced := whims.forced():
+            found += forced
+            whims.advance(forced)
+    return found[:MOST]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_what_a_constraint_takes_back_or_forces_is_as_if_nothing_had_run_ahead(kind: str) -> None:
+    engine = engine_of(MODELS[kind])
+    clients = [Client(prompt, MOST, constraint=Whims()) for prompt in PROMPTS]
+    free = Client(PROMPTS[1], MOST)
+    run(engine, *clients, free)
+    for which, client in enumerate(clients):
+        assert client.tokens == whimsical(kind, which)
+        assert client.outcome.completion_tokens == MOST
+        assert client.request.constraint.taken == client.tokens  # type: ignore[union-attr]
+    assert free.tokens == alone(kind)[1]
+    later = [Client(PROMPTS[i] + client.tokens, 4) for i, client in enumerate(clients)]
+    run(engine, *later)
+    for client in later:
+        assert client.tokens == greedy_tokens(MODELS[kind], client.request.ids, 4)
+
+
+def test_a_seed_chooses_the_same_with_a_constraint_alone_and_among_others() -> None:
+    way = SamplingParams(temperature=1.0, top_k=50, frequency_penalty=0.5).over(NEUTRAL)
+
+    def client(which: int) -> Client:
+        return Client(PROMPTS[which], 30, sampling=way, seed=which, constraint=Whims())
+
+    together = [client(i) for i in range(4)]
+    run(engine_of(MODELS["dense"]), *together)
+    for which, other in enumerate(together):
+        one = client(which)
+        run(engine_of(MODELS["dense"]), one)
+        assert one.tokens == other.tokens
+
+
+def test_ids_are_masked_or_taken_back_at_the_end_too() -> None:
+    """An end token that is taken back is no end."""
+
+    class Reluctant(Whims):
+        def advance(self, ids: Sequence[int]) -> None:
+            self.taken += ids
+            self.unwanted = 0
+            if ids[0] == end and self._whims == 0:
+                self._whims, self.unwanted, self._due = 1, 1, [7, 8]
+                self.taken.pop()
+
+        masking = False
+
+    plain = alone("dense")[4]
+    end = next(token for token in plain if token not in (7, 8))
+    place = plain.index(end)
+    client = Client(PROMPTS[4], 20, constraint=Reluctant(), end_ids=frozenset([end]))
+    run(engine_of(MODELS["dense"]), client)
+    assert client.tokens[: place + 2] == [*plain[:place], 7, 8]

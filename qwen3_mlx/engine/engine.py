@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
@@ -48,6 +48,7 @@ class Flight:
     chunk: int  # tokens of a prompt in it
     arrays: list[mx.array]  # all that must be there when it is done
     submitted: float = 0.0
+    dropped: list[Running] = field(default_factory=list)  # whose token is not wanted after all
 
 
 class Engine:
@@ -115,10 +116,8 @@ class Engine:
         self._welcome()
         self._dismiss()
         try:
-            if self._flight and any(
-                sequence.request.constraint for sequence in self._flight.choosing
-            ):
-                self._land()  # what comes next depends on what was chosen
+            if self._flight and any(sequence.masking for sequence in self._flight.choosing):
+                self._land()  # what may come next depends on what was chosen
             flight = self._build(self._scheduler.next_step())
             self._land(flight)
         except Exception as error:  # noqa: BLE001 - those whose step it was hear of it
@@ -255,7 +254,7 @@ class Engine:
         if ahead:
             assert self._flight and self._flight.tokens is not None
             tokens, choosing = self._flight.tokens, self._flight.choosing
-            if len(ahead) < len(choosing):
+            if list(ahead) != list(choosing):
                 tokens = tokens[mx.array([choosing.index(sequence) for sequence in ahead])]
             pieces.append(tokens)
         if known:
@@ -286,7 +285,7 @@ class Engine:
     def _masks(self, choosing: Sequence[Running], logits: mx.array) -> "dict[int, Mask]":
         """Ask the constraints, by row, what is allowed, while the device computes the logits."""
         masks: dict[int, Mask] = {}
-        asked = [(row, s) for row, s in enumerate(choosing) if s.request.constraint]
+        asked = [(row, s) for row, s in enumerate(choosing) if s.masking]
         if asked:
             mx.async_eval(logits)
         for row, sequence in asked:
@@ -315,7 +314,7 @@ class Engine:
         for sequence, token in zip(done.choosing, values, strict=True):
             if not self._in_flight(sequence):
                 sequence.ahead = 0
-            if not sequence.ended:
+            if not sequence.ended and sequence not in done.dropped:
                 self._take(sequence, token)
         for sequence in done.touched:
             if sequence.ended:
@@ -338,38 +337,62 @@ class Engine:
         return self._flight is not None and sequence in self._flight.touched
 
     def _take(self, sequence: Running, token: int) -> None:
-        """Take a token that was chosen, and those that its constraint forces to follow it."""
+        """Take a token that was chosen, and do what its constraint wants after it."""
         request = sequence.request
         try:
             if request.progress and len(sequence.ids) == len(request.ids):
                 request.progress(len(request.ids), len(request.ids))
             if not self._accept(sequence, [token]) and request.constraint:
-                self._force(sequence)
+                changed = request.constraint.unwanted > 0
+                if self._force(sequence) or changed or request.constraint.masking:
+                    self._choose_anew(sequence)
         except BaseException as error:  # noqa: BLE001 - this request's alone
             self._end(sequence, error)
 
-    def _force(self, sequence: Running) -> None:
-        constraint = sequence.request.constraint
-        while constraint and (forced := constraint.forced()):
-            if self._accept(sequence, forced[: sequence.request.max_tokens - sequence.chosen]):
-                return
+    def _choose_anew(self, sequence: Running) -> None:
+        """Drop the token that the step in work chooses: it goes on from what is no longer so."""
+        flight = self._flight
+        if flight and flight.tokens is not None and sequence in flight.choosing:
+            row = flight.choosing.index(sequence)
+            sequence.sampler.rewind(flight.tokens[row : row + 1])
+            flight.dropped.append(sequence)
+            sequence.ahead = 0
+        sequence.forget_beyond(len(sequence.ids) - 1)
+
+    def _force(self, sequence: Running) -> bool:
+        """Take the tokens that a constraint forces, and say whether there were any."""
+        constraint, any_forced = sequence.request.constraint, False
+        while constraint and not sequence.ended and (forced := constraint.forced()):
+            self._accept(sequence, forced[: sequence.request.max_tokens - sequence.told])
+            any_forced = True
+        return any_forced
 
     def _accept(self, sequence: Running, ids: list[int]) -> bool:
         """Add tokens to a reply and say whether that ends it."""
-        request = sequence.request
+        request, constraint = sequence.request, sequence.request.constraint
         end = next((place for place, token in enumerate(ids) if token in request.end_ids), None)
         ids = ids if end is None else ids[: end + 1]
         sequence.ids += ids
-        if request.constraint:
-            request.constraint.advance(ids)
+        if constraint:
+            constraint.advance(ids)
+            if constraint.unwanted:
+                self._take_back(sequence, constraint.unwanted, new=len(ids))
+                return False
         if told := ids[:end]:
             request.watcher.advance(told)
-        constrained = request.constraint is not None and request.constraint.finished
-        if end is not None or request.watcher.finished or constrained:
+        if end is not None or request.watcher.finished or (constraint and constraint.finished):
             self._end(sequence, sequence.outcome("stop"))
-        elif len(sequence.ids) - len(request.ids) >= request.max_tokens:
+        elif sequence.told >= request.max_tokens:
             self._end(sequence, sequence.outcome("length"))
         return sequence.ended
+
+    def _take_back(self, sequence: Running, count: int, *, new: int) -> None:
+        """Take back the last `count` tokens, of which the watcher has not heard of `new`."""
+        sequence.sampler.rewind(mx.array(sequence.ids[-count:]))
+        del sequence.ids[-count:]
+        sequence.forget_beyond(len(sequence.ids))
+        if count > new:
+            sequence.request.watcher.rewind(count - new)
 
     # --- beginnings and ends --------------------------------------------------------------------
 
@@ -468,3 +491,7 @@ class _Collector:
     def advance(self, ids: Sequence[int]) -> None:
         """Take the next tokens."""
         self.tokens += ids
+
+    def rewind(self, count: int) -> None:
+        """Forget the last tokens."""
+        del self.tokens[len(self.tokens) - count :]

@@ -117,11 +117,31 @@ class Watcher(Protocol):
     def advance(self, ids: Sequence[int]) -> None:
         """Take the next tokens; end tokens are not among them."""
 
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens taken: the constraint of this generation takes them back.
+
+        They are tokens that the constraint itself would not have shown yet.
+        """
+
 
 class Constraint(Protocol):
-    """Steers one generation: a grammar, say, or a budget of thinking."""
+    """Steers one generation: a grammar, say, or a budget of thinking.
 
-    finished: bool  # whether the reply ends here
+    After each `advance` the engine looks at `finished`, `unwanted`, `forced` and `masking`, in this
+    order. Only while `masking` does a step have to wait for the token of the one before.
+    """
+
+    @property
+    def finished(self) -> bool:
+        """Whether the reply ends here."""
+
+    @property
+    def unwanted(self) -> int:
+        """How many of the last tokens are to be taken back; it has forgotten them itself."""
+
+    @property
+    def masking(self) -> bool:
+        """Whether `mask` is to be asked before the next token is chosen."""
 
     def advance(self, ids: Sequence[int]) -> None:
         """Take the next tokens, chosen or forced; end tokens are among them."""

@@ -77,6 +77,12 @@ class Sampler:
         if self._counts is not None:
             self._counts = self._counts.at[token].add(1)
 
+    def rewind(self, tokens: mx.array) -> None:
+        """Forget the last tokens [n] that were chosen."""
+        self._drawn -= tokens.size
+        if self._counts is not None:
+            self._counts = self._counts.at[tokens].add(-1)
+
 
 @dataclass(frozen=True, slots=True)
 class Chain:

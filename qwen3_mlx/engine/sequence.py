@@ -57,9 +57,19 @@ class Sequence:
         return len(self.ids) - self.seen
 
     @property
+    def told(self) -> int:
+        """The tokens of the reply that the host knows."""
+        return len(self.ids) - len(self.request.ids)
+
+    @property
     def chosen(self) -> int:
-        """The tokens of the reply, those that the host does not know yet included."""
-        return len(self.ids) - len(self.request.ids) + self.ahead
+        """The tokens of the reply, the one that the host does not know yet included."""
+        return self.told + self.ahead
+
+    @property
+    def masking(self) -> bool:
+        """Whether its constraint must be asked before the next token is chosen."""
+        return self.request.constraint is not None and self.request.constraint.masking
 
     @property
     def complete(self) -> bool:
@@ -85,6 +95,13 @@ class Sequence:
             for layer in self.layers:
                 layer.reserve(room)
 
+    def forget_beyond(self, tokens: int) -> None:
+        """Have the caches forget what they have seen, or will have, beyond so many tokens."""
+        if (surplus := self.seen - tokens) > 0:
+            for layer in self.layers:
+                layer.rewind(surplus)
+            self.seen = tokens
+
     def outcome(self, reason: str) -> Outcome:
         """Sum up a generation that has ended."""
-        return Outcome(reason, len(self.ids) - len(self.request.ids), self.cached_tokens or 0)
+        return Outcome(reason, self.told, self.cached_tokens or 0)

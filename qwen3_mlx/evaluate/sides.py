@@ -82,6 +82,10 @@ class _Watcher:
         """Take the next tokens."""
         self._tokens += ids
 
+    def rewind(self, count: int) -> None:
+        """Forget the last tokens."""
+        del self._tokens[len(self._tokens) - count :]
+
     def take(self) -> list[int]:
         """Give them away."""
         tokens, self._tokens = self._tokens, []

@@ -57,6 +57,11 @@ class Parser:
                 self.reasoning_tokens += self._inside
                 self._say(self._detokenizer.add(token))
 
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens, all bytes of a character that is not finished."""
+        self._detokenizer.flush()
+        self.reasoning_tokens -= count * self._inside
+
     def close(self) -> None:
         """Say what is still held back; nothing comes after."""
         if not self.finished:
