@@ -7,15 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from itertools import count
-from numbers import Integral
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Event as Flag
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypeVar, Unpack
 
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.asking import Asked, Options, Progress
 from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
@@ -37,12 +37,12 @@ from qwen3_mlx.streams import AsyncStream, Reply, Said, Stream, collect
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.parser import Parser
+from qwen3_mlx.text.steering import Limits, Steering
 from qwen3_mlx.text.template import ChatTemplate
-from qwen3_mlx.text.thinking import Thinking
+from qwen3_mlx.text.thinking import Thinking, soft_switch
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
-Progress = Callable[[int, int], None]
 
 
 class LLM:
@@ -69,46 +69,18 @@ class LLM:
         """The network; its arrays belong to the worker thread."""
         return self._open_engine().model
 
-    def stream(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        thinking: bool | None = None,
-        max_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        progress: Progress | None = None,
-    ) -> Stream:
-        """Reply to a user's words or a conversation, as a stream of events.
-
-        `thinking` switches the thinking on or off; None is the checkpoint's default. `max_tokens`
-        bounds thinking and answer together; None is what the context has room for. `sampling`
-        beats the defaults of the mode. The same `seed` gives the same reply. `stop` ends the answer
-        (not the thinking) before the first of these strings. `progress(done, total)` is told the
-        prompt tokens read, from another thread.
+    def stream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Stream:
+        """Reply to a user's words or a conversation, as a stream of events; see `Options`.
 
         Raises:
-            ValueError: an argument is out of its range.
+            TypeError, ValueError: an argument is not what it must be.
             Qwen3Error: the checkpoint cannot do as asked, or the prompt does not fit.
         """
-        ask = _Ask(max_tokens, sampling, seed, stop, progress)
-        return self._stream(*self._chat_prompt(messages, thinking), ask)
+        return self._stream(self._chat(messages, Asked(**options)))
 
-    def astream(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        thinking: bool | None = None,
-        max_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        progress: Progress | None = None,
-    ) -> AsyncStream:
+    def astream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
         """Do as `stream` does, for asyncio; to be called with the event loop running."""
-        ask = _Ask(max_tokens, sampling, seed, stop, progress)
-        prompt, mode = self._chat_prompt(messages, thinking)
+        task = self._chat(messages, Asked(**options))
         loop, cancelled = asyncio.get_running_loop(), Flag()
         events: asyncio.Queue[Said] = asyncio.Queue()
 
@@ -118,53 +90,34 @@ class LLM:
             except RuntimeError:  # the loop is closed: nobody reads this any more
                 cancelled.set()
 
-        self._submit(prompt, mode, ask, deliver, cancelled)
-        return AsyncStream(events, cancelled, self)
+        finish = self._submit(task, deliver, cancelled)
+        return AsyncStream(events, cancelled, self, finish)
 
-    def chat(
-        self,
-        messages: str | Sequence[Message],
-        *,
-        thinking: bool | None = None,
-        max_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        progress: Progress | None = None,
-    ) -> Reply:
+    def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Reply:
         """Do as `stream` does, and give the whole reply at once."""
-        ask = _Ask(max_tokens, sampling, seed, stop, progress)
-        return collect(self._stream(*self._chat_prompt(messages, thinking), ask))
+        return collect(self.stream(messages, **options))
 
     def batch(
-        self,
-        prompts: Sequence[str | Sequence[Message]],
-        *,
-        thinking: bool | None = None,
-        max_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        progress: Progress | None = None,
+        self, prompts: Sequence[str | Sequence[Message]], **options: Unpack[Options]
     ) -> list[Reply]:
         """Do as `chat` does for each of the prompts, together, and give the replies in order.
 
-        `seed` is that of each reply. `progress(done, total)` is told the replies that have ended,
-        from another thread. Ctrl-C cancels all; an error in one ends the others, too.
+        `seed` is that of each reply. Ctrl-C cancels all; an error in one ends the others, too.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list; chat() takes a single one")
-        ask = _Ask(max_tokens, sampling, seed, stop, None)
-        rendered = [self._chat_prompt(prompt, thinking) for prompt in prompts]
+        progress = options.pop("progress", None)
+        asked = Asked(**options)
+        tasks = [self._chat(prompt, asked) for prompt in prompts]
         streams: list[Stream] = []
         ended = count(1)
 
         def tell() -> None:
             if progress:
-                progress(next(ended), len(rendered))
+                progress(next(ended), len(tasks))
 
         try:
-            streams += (self._stream(prompt, mode, ask, tell) for prompt, mode in rendered)
+            streams += (self._stream(task, tell) for task in tasks)
             return [collect(stream) for stream in streams]
         finally:
             for stream in streams:
@@ -178,12 +131,15 @@ class LLM:
         sampling: SamplingParams | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        loop_guard: bool = False,
     ) -> Reply:
         """Continue raw text, without a chat template; tags of thinking are text like any other."""
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be a string, not {type(prompt).__name__}")
-        ask = _Ask(max_tokens, sampling, seed, stop, None)
-        return collect(self._stream(prompt, None, ask))
+        asked = Asked(
+            max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop, loop_guard=loop_guard
+        )
+        return collect(self._stream(_Task(prompt, None, False, asked)))
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
@@ -256,14 +212,21 @@ class LLM:
             raise Qwen3Error("this LLM is closed; load it again")
         return self._engine
 
-    def _chat_prompt(
-        self, messages: str | Sequence[Message], thinking: bool | None
-    ) -> tuple[str, bool]:
-        return self.render(messages, thinking), self.thinking.resolve(thinking)
+    def _chat(self, messages: str | Sequence[Message], asked: Asked) -> "_Task":
+        """Lay out a reply to a conversation.
 
-    def _stream(
-        self, prompt: str, mode: bool | None, ask: "_Ask", ended: Callable[[], None] | None = None
-    ) -> Stream:
+        Raises:
+            Qwen3Error: the checkpoint cannot do as asked.
+        """
+        thinks = self.thinking.resolve(asked.thinking)
+        if asked.thinking_budget is not None and not thinks:
+            raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
+        prompt = self.render(messages, asked.thinking)
+        # /think and /no_think are for the model to obey; here they decide how its words are drawn.
+        switched = soft_switch(messages) if thinks and self.thinking.hybrid else None
+        return _Task(prompt, thinks, thinks if switched is None else switched, asked)
+
+    def _stream(self, task: "_Task", ended: Callable[[], None] | None = None) -> Stream:
         events: SimpleQueue[Said] = SimpleQueue()
         cancelled = Flag()
 
@@ -272,31 +235,39 @@ class LLM:
                 ended()
             events.put(event)
 
-        self._submit(prompt, mode, ask, deliver, cancelled)
-        return Stream(events, cancelled, self)
+        finish = self._submit(task, deliver, cancelled)
+        return Stream(events, cancelled, self, finish)
 
     def _submit(
-        self,
-        prompt: str,
-        mode: bool | None,
-        ask: "_Ask",
-        deliver: Callable[[Event | BaseException], None],
-        cancelled: Flag,
-    ) -> None:
-        """Send a prompt to the engine; `mode` is whether it thinks, or None for raw text."""
-        engine = self._open_engine()
-        ids = self.tokenizer.encode(prompt)
+        self, task: "_Task", deliver: Callable[[Event | BaseException], None], cancelled: Flag
+    ) -> Callable[[], None]:
+        """Send a task to the engine, and give what ends its thinking."""
+        engine, asked = self._open_engine(), task.asked
+        ids = self.tokenizer.encode(task.prompt)
         if (greatest := max(ids, default=0)) >= self.config.vocab_size:
             raise Qwen3Error(
                 f"the prompt has token {greatest} and the model knows {self.config.vocab_size:,}: "
                 "tokenizer.json belongs to another checkpoint"
             )
+        room = self._room(engine, len(ids), asked.max_tokens)
+        thinking = None if task.thinks is None else self.thinking
+        inside = bool(task.thinks) and self.thinking.opens_in_prompt
         parser = Parser(
+            self.tokenizer, deliver, thinking=thinking, inside=inside, stop=asked.stop_strings
+        )
+        steering = Steering(
             self.tokenizer,
-            deliver,
-            thinking=None if mode is None else self.thinking,
-            inside=bool(mode) and self.thinking.opens_in_prompt,
-            stop=ask.stop_strings(),
+            thinking,
+            Limits.of(
+                self.tokenizer,
+                thinking,
+                budget=asked.thinking_budget,
+                message=asked.thinking_budget_message,
+                max_tokens=room,
+                guard=asked.loop_guard,
+            ),
+            inside=inside,
+            end_ids=self._end_ids,
         )
 
         def done(outcome: Outcome | BaseException) -> None:
@@ -308,29 +279,29 @@ class LLM:
                     outcome.completion_tokens,
                     parser.reasoning_tokens,
                 )
-                details = {"stop": parser.stopped_by} if parser.stopped_by is not None else {}
-                deliver(Finish(outcome.reason, usage, details))
+                deliver(Finish(outcome.reason, usage, parser.details | steering.details))
             else:
                 deliver(outcome)
 
-        if mode is None:
-            defaults = sampling_defaults(self._generation_config, thinking=False, hybrid=False)
-        else:
-            defaults = sampling_defaults(
-                self._generation_config, thinking=mode, hybrid=self.thinking.hybrid
-            )
+        defaults = sampling_defaults(
+            self._generation_config,
+            thinking=task.draws_as_thinking,
+            hybrid=thinking is not None and thinking.hybrid,
+        )
         request = Request(
             ids=ids,
-            sampling=(ask.sampling or SamplingParams()).over(defaults),
-            max_tokens=self._room(engine, len(ids), ask.max_tokens),
-            seed=secrets.randbits(32) if ask.seed is None else ask.seed,
+            sampling=(asked.sampling or SamplingParams()).over(defaults),
+            max_tokens=room,
+            seed=secrets.randbits(32) if asked.seed is None else asked.seed,
             end_ids=self._end_ids,
             watcher=parser,
             done=done,
-            progress=ask.progress,
+            progress=asked.progress,
+            constraint=steering,
             cancelled=cancelled,
         )
         engine.submit(request)
+        return steering.finish_thinking
 
     def _room(self, engine: Engine, prompt_tokens: int, wish: int | None) -> int:
         """Give the tokens that a reply may have."""
@@ -354,30 +325,13 @@ class LLM:
 
 
 @dataclass(frozen=True, slots=True)
-class _Ask:
-    """What every way to ask for a reply has in common."""
+class _Task:
+    """A prompt to reply to: whether that thinks, or None for raw text; and what was asked for."""
 
-    max_tokens: int | None
-    sampling: SamplingParams | None
-    seed: int | None
-    stop: str | Sequence[str] | None
-    progress: Progress | None
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "seed"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
-                raise TypeError(f"{name} must be a whole number, not {value!r}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
-        if self.sampling is not None and not isinstance(self.sampling, SamplingParams):
-            raise TypeError(f"sampling must be SamplingParams, not {self.sampling!r}")
-
-    def stop_strings(self) -> tuple[str, ...]:
-        stop = (self.stop,) if isinstance(self.stop, str) else self.stop or ()
-        if isinstance(stop, Mapping) or not all(isinstance(text, str) and text for text in stop):
-            raise ValueError(f"stop must be one or more non-empty strings, not {self.stop!r}")
-        return tuple(stop)
+    prompt: str
+    thinks: bool | None
+    draws_as_thinking: bool
+    asked: Asked
 
 
 @dataclass(frozen=True, slots=True)

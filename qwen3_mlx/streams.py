@@ -1,7 +1,7 @@
 """A reply as it comes: streams of events for threads and for asyncio, and the whole at once."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Event as Flag
@@ -29,11 +29,18 @@ class Stream(Iterator[Event]):
     Closing it, leaving its `with` block or dropping it ends the generation.
     """
 
-    def __init__(self, events: "SimpleQueue[Said]", cancelled: Flag, owner: object) -> None:
+    def __init__(
+        self,
+        events: "SimpleQueue[Said]",
+        cancelled: Flag,
+        owner: object,
+        finish_thinking: Callable[[], None],
+    ) -> None:
         """Read `events`; `owner` is kept alive until the last of them."""
         self._events = events
         self._cancelled = cancelled
         self._owner: object = owner
+        self._finish_thinking = finish_thinking
 
     def __next__(self) -> Event:
         event = self._events.get()
@@ -46,6 +53,10 @@ class Stream(Iterator[Event]):
         if isinstance(event, BaseException):
             raise event
         return event
+
+    def finish_thinking(self) -> None:
+        """Have the answer follow now: the thinking is closed within a step; from any thread."""
+        self._finish_thinking()
 
     def close(self) -> None:
         """End the generation within a step; what is left to read is a `Finish`."""
@@ -64,11 +75,18 @@ class Stream(Iterator[Event]):
 class AsyncStream(AsyncIterator[Event]):
     """The same for asyncio; cancelling the task that reads it ends the generation, too."""
 
-    def __init__(self, events: "asyncio.Queue[Said]", cancelled: Flag, owner: object) -> None:
+    def __init__(
+        self,
+        events: "asyncio.Queue[Said]",
+        cancelled: Flag,
+        owner: object,
+        finish_thinking: Callable[[], None],
+    ) -> None:
         """Read `events`; `owner` is kept alive until the last of them."""
         self._events = events
         self._cancelled = cancelled
         self._owner: object = owner
+        self._finish_thinking = finish_thinking
 
     async def __anext__(self) -> Event:
         try:
@@ -85,6 +103,10 @@ class AsyncStream(AsyncIterator[Event]):
         if isinstance(event, BaseException):
             raise event
         return event
+
+    def finish_thinking(self) -> None:
+        """Have the answer follow now: the thinking is closed within a step; from any thread."""
+        self._finish_thinking()
 
     async def aclose(self) -> None:
         """End the generation within a step; what is left to read is a `Finish`."""

@@ -23,6 +23,7 @@ _RANKS = {
     "checkpoint": 4,
     "engine": 4,
     "text": 4,
+    "asking": 5,
     "streams": 5,
     "fit": 5,
     "conversion": 6,

@@ -44,6 +44,11 @@ class Parser:
         self._breaks = ""  # line breaks in the thinking that may yet turn out to be its last
         self._stop = StopStrings(stop)
 
+    @property
+    def details(self) -> dict[str, str]:
+        """What `Finish` tells of the text: the stop string that ended it, if one did."""
+        return {} if self.stopped_by is None else {"stop": self.stopped_by}
+
     def advance(self, ids: Sequence[int]) -> None:
         """Take the next ids of the generation."""
         for token in ids:

@@ -1,12 +1,16 @@
 """What a checkpoint can do about thinking, read from its template and its tokens."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
+_SWITCH = re.compile(r"(?<![\w/])/(no_)?think\b(?![/.]\w)")
 _PROBE = [{"role": "user", "content": "?"}]
 _PROBE_WITH_SYSTEM = [{"role": "system", "content": "?"}, *_PROBE]
 
@@ -66,3 +70,13 @@ class Thinking:
                 "Qwen/Qwen3-8B"
             )
         return self.can_think if wish is None else wish
+
+
+def soft_switch(messages: str | Sequence[Message]) -> bool | None:
+    """Say what the last `/think` or `/no_think` in a user's or the system's words asks for.
+
+    The switches stay in the text: a hybrid model is trained to obey the last of them.
+    """
+    words = (m["content"] for m in normalise(messages) if m["role"] in ("user", "system"))
+    found = [match[1] for text in words for match in _SWITCH.finditer(text)]
+    return found[-1] is None if found else None

@@ -1,0 +1,247 @@
+"""Keeps a reply on its way: a budget for the thinking, an end to loops, an answer after it all.
+
+It knows ids only, so it can steer while the text is still being put together. Its rules for a
+budget are those that Qwen's documentation and the trouble of others have taught:
+
+- Tokens that the model chooses inside the thinking count; the tags and what is forced do not.
+- At the limit the hand-off is forced, as one chunk: Qwen's own text, then the closing tag. A
+  character of which bytes are missing is taken back first.
+- A reply that would end within the thinking is handed off, too, so that there is an answer; until a
+  visible character of it is there, end tokens are ruled out.
+- Thinking that is opened again goes on counting, and is closed at once when the budget is spent.
+"""
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from qwen3_mlx.text.loops import Loops
+from qwen3_mlx.text.thinking import CLOSE, Thinking
+from qwen3_mlx.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Qwen's documentation, "Thinking budget" (its technical report prints a stray dot after the tag).
+HAND_OFF = (
+    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
+    f"thinking directly now.\n{CLOSE}\n\n"
+)
+_PLAIN_CLOSE = f"\n{CLOSE}\n\n"
+_LEAST_ANSWER, _MOST_ANSWER, _ANSWER_SHARE = 1, 256, 4  # tokens kept free for it; its part of all
+
+
+def hand_off_ids(tokenizer: Tokenizer, thinking: Thinking, message: str | None) -> list[int]:
+    """Give the ids that close the thinking; `message` None is Qwen's text, "" the tag alone.
+
+    Raises:
+        ValueError: the message has tags in its midst.
+    """
+    if message is None:
+        text = HAND_OFF
+    else:
+        text = message if CLOSE in message else message + _PLAIN_CLOSE
+    ids = tokenizer.encode(text)
+    if ids.count(thinking.close_id or 0) != 1 or thinking.open_id in ids:
+        raise ValueError(f"thinking_budget_message must have at most one {CLOSE}: {message!r}")
+    return ids
+
+
+def budget_within(budget: int, max_tokens: int, hand_off: Sequence[int]) -> int:
+    """Give the part of a budget that leaves room for the hand-off and an answer.
+
+    Raises:
+        ValueError: there is none.
+    """
+    rest = max_tokens - 1 - len(hand_off)  # 1: the tag that opens the thinking
+    answer = max(_LEAST_ANSWER, min(_MOST_ANSWER, rest // _ANSWER_SHARE))
+    if rest < answer:
+        raise ValueError(
+            f"max_tokens={max_tokens} leaves no room for an answer: to close the thinking takes "
+            f"{1 + len(hand_off)} tokens"
+        )
+    return min(budget, rest - answer)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a reply is held to: at most `budget` tokens of thinking, and no endless repetition.
+
+    `hand_off` are the ids that close the thinking; where it is opened again, the tag alone does.
+    """
+
+    hand_off: Sequence[int]
+    budget: int | None
+    guard: bool
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: Tokenizer,
+        thinking: Thinking | None,
+        *,
+        budget: int | None,
+        message: str | None,
+        max_tokens: int,
+        guard: bool,
+    ) -> "Limits":
+        """Make them of what was asked; an answer finds room within `max_tokens`.
+
+        Raises:
+            ValueError: it cannot, or the message does not close the thinking.
+        """
+        if thinking is None or thinking.close_id is None:
+            return cls((), None, guard)
+        hand_off = hand_off_ids(tokenizer, thinking, message)
+        if budget is not None:
+            budget = budget_within(budget, max_tokens, hand_off)
+        return cls(hand_off, budget, guard)
+
+
+@dataclass(slots=True)
+class _State:
+    """Where a reply stands; copied for every token, so that tokens can be taken back."""
+
+    inside: bool
+    spent: int = 0  # tokens of thinking that the model chose
+    unseen: int = 0  # of the last tokens, those that are bytes of an unfinished character
+    bytes_held: bytes = b""
+    forced: int = 0  # tokens of the hand-off that are still to come back
+    closed_by: str | None = None
+    answered: bool = False  # whether a visible character of the answer is there
+    looped: bool = False
+
+
+class Steering:
+    """A `Constraint` of the engine: holds one reply to its limits."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        thinking: Thinking | None,
+        limits: Limits,
+        *,
+        inside: bool,
+        end_ids: frozenset[int],
+    ) -> None:
+        """Begin; `inside` says that the prompt has opened the thinking."""
+        self.unwanted = 0
+        self._tokenizer = tokenizer
+        self._open_id = thinking.open_id if thinking else None
+        self._close_id = thinking.close_id if thinking else None
+        self._limits = limits
+        self._end_ids = end_ids
+        self._plain_close = tokenizer.encode(_PLAIN_CLOSE)
+        self._asked = False
+        self._due: str | None = None
+        self._now = _State(inside)
+        self._before: list[_State] = []
+        self._loops = Loops() if limits.guard else None
+        self._look()
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer goes in circles."""
+        return self._now.looped and not self._now.inside
+
+    @property
+    def masking(self) -> bool:
+        """Whether end tokens are ruled out: the thinking was closed, and nothing is answered."""
+        now = self._now
+        return now.closed_by is not None and not now.inside and not now.answered
+
+    @property
+    def closed_by(self) -> str | None:
+        """What has closed the thinking, if it was not the model: budget, end, loop or request."""
+        return self._now.closed_by
+
+    @property
+    def details(self) -> dict[str, str]:
+        """What `Finish` tells: what has closed the thinking, and that a loop ended the answer."""
+        closed = {"thinking_closed_by": self.closed_by} if self.closed_by else {}
+        return closed | ({"ended_by": "loop"} if self.finished else {})
+
+    def finish_thinking(self) -> None:
+        """Close the thinking within a step, or as soon as it begins; from any thread."""
+        self._asked = True
+
+    def advance(self, ids: Sequence[int]) -> None:
+        """Take the next tokens."""
+        self.unwanted = 0
+        for token in ids:
+            self._before.append(self._now)
+            self._now = replace(self._now)
+            self._step(token)
+        self._look()
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens taken."""
+        if count:
+            self._now = self._before[-count]
+            del self._before[-count:]
+            if self._loops:
+                self._loops.rewind(count)
+        self._due = None
+
+    def forced(self) -> list[int]:
+        """Give the hand-off, when it is due."""
+        if self._due is None:
+            return []
+        ids = self._limits.hand_off if self._now.closed_by is None else self._plain_close
+        self._now.closed_by = self._now.closed_by or self._due
+        self._now.forced, self._due = len(ids), None
+        return list(ids)
+
+    def mask(self) -> "NDArray[np.uint32] | None":
+        """Allow all but the end tokens."""
+        words = np.full(-(-len(self._tokenizer) // 32), 0xFFFFFFFF, dtype=np.uint32)
+        for token in self._end_ids:
+            words[token // 32] &= ~np.uint32(1 << token % 32)
+        return words
+
+    def _step(self, token: int) -> None:
+        now = self._now
+        chosen = now.forced == 0
+        now.forced -= not chosen
+        now.looped = self._loops is not None and self._loops.add(token) and chosen
+        if token == self._open_id:
+            now.inside, now.unseen, now.bytes_held = True, 0, b""
+        elif token == self._close_id and now.inside:
+            now.inside, now.unseen, now.bytes_held = False, 0, b""
+        elif token in self._end_ids:
+            if now.inside and self._limits.budget is not None:
+                self._due, self.unwanted = "end", now.unseen + 1
+        else:
+            text = self._text_of(token)
+            if now.inside:
+                now.spent += chosen
+            else:
+                now.answered |= bool(text.strip())
+
+    def _text_of(self, token: int) -> str:
+        """Give the text that a token completes, and note what it leaves incomplete."""
+        now, decoder = self._now, codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = decoder.decode(now.bytes_held + self._tokenizer.token_bytes(token))
+        now.bytes_held = decoder.getstate()[0]
+        now.unseen = now.unseen + 1 if now.bytes_held and not text else 0
+        return text
+
+    def _look(self) -> None:
+        """See whether the thinking must end here; what of it has not been seen is taken back."""
+        now, budget = self._now, self._limits.budget
+        if now.inside and not now.forced and self._due is None:
+            if budget is not None and now.spent >= budget:
+                self._due = "budget"
+            elif self._asked:
+                self._due = "request"
+            elif now.looped:
+                self._due = "loop"
+            self.unwanted = now.unseen if self._due else 0
+        if self.unwanted:
+            self._now = self._before[-self.unwanted]
+            del self._before[-self.unwanted :]
+            if self._loops:
+                self._loops.rewind(self.unwanted)
