@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event as Flag
 from typing import Self
@@ -21,6 +21,7 @@ class Reply:
     reasoning: str
     finish_reason: str
     usage: Usage
+    details: dict[str, str] = field(default_factory=dict)
 
 
 class Stream(Iterator[Event]):
@@ -132,5 +133,6 @@ def collect(stream: Stream) -> Reply:
             elif isinstance(event, Reasoning):
                 reasoning.append(event.text)
             else:
-                return Reply("".join(text), "".join(reasoning), event.reason, event.usage)
+                reason, usage, details = event.reason, event.usage, event.details
+                return Reply("".join(text), "".join(reasoning), reason, usage, details)
     raise AssertionError("a stream ends with Finish")

@@ -55,9 +55,15 @@ class Reply:
         while not self.ended:
             if finish_at is not None and len(self.ids) >= finish_at:
                 self.steering.finish_thinking()
-            self._take([choose(self.ids, [END] if self.steering.masking else [])])
+            self._take([choose(self.ids, self._ruled_out())])
             self._force()
         self.parser.close()
+
+    def _ruled_out(self) -> list[int]:
+        mask = self.steering.mask() if self.steering.masking else None
+        if mask is None:
+            return []
+        return [token for token in range(len(TOKENIZER)) if not mask[token // 32] >> token % 32 & 1]
 
     def _hear(self, event: Reasoning | Text) -> None:
         if isinstance(event, Reasoning):

@@ -20,6 +20,12 @@ _DEMO_NOTE = (
     "This is the embedded demo model: it adds, repeats, counts and reverses. "
     'For the real one: qwen3 --model 8B "..."'
 )
+_CLOSED_BY = {
+    "budget": "its budget",
+    "end": "an early end",
+    "loop": "the loop guard",
+    "request": "request",
+}
 _MODEL, _REPLY, _CHOICE, _SHOW = "Model", "Reply", "Choice of words", "Display"
 
 
@@ -64,6 +70,10 @@ def ask(  # noqa: PLR0913 - one parameter an option
             panel=_REPLY,
             text="Think before the answer, or answer at once.",
         ),
+    ] = None,
+    thinking_budget: Annotated[
+        int | None,
+        option("--thinking-budget", panel=_REPLY, text="Think at most so many tokens."),
     ] = None,
     max_tokens: Annotated[
         int | None,
@@ -124,6 +134,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
         stream = llm.stream(
             messages,
             thinking=thinking,
+            thinking_budget=thinking_budget,
             max_tokens=max_tokens,
             sampling=sampling,
             seed=seed,
@@ -207,8 +218,12 @@ def _status(finish: Finish, to_first: float, rest: float) -> str:
         f"first after {to_first:.2f} s",
         f"{backend.peak_memory() / 1e6:,.0f} MB",
     ]
+    if finish.details.get("ended_by") == "loop":
+        parts.append("ended by the loop guard")
     if finish.reason == "length":
         parts.append("cut off at the token limit")
+    if closed_by := finish.details.get("thinking_closed_by"):
+        parts.append(f"thinking closed by {_CLOSED_BY[closed_by]}")
     if finish.reason == "cancelled":
         parts.append("cancelled")
     return " · ".join(parts)

@@ -7,7 +7,7 @@ budget are those that Qwen's documentation and the trouble of others have taught
 - At the limit the hand-off is forced, as one chunk: Qwen's own text, then the closing tag. A
   character of which bytes are missing is taken back first.
 - A reply that would end within the thinking is handed off, too, so that there is an answer; until a
-  visible character of it is there, end tokens are ruled out.
+  visible character of it is there, it can neither end nor think again.
 - Thinking that is opened again goes on counting, and is closed at once when the budget is spent.
 """
 
@@ -134,6 +134,7 @@ class Steering:
         self._close_id = thinking.close_id if thinking else None
         self._limits = limits
         self._end_ids = end_ids
+        self._ruled_out = end_ids | ({self._open_id} if self._open_id is not None else set())
         self._plain_close = tokenizer.encode(_PLAIN_CLOSE)
         self._asked = False
         self._due: str | None = None
@@ -149,7 +150,7 @@ class Steering:
 
     @property
     def masking(self) -> bool:
-        """Whether end tokens are ruled out: the thinking was closed, and nothing is answered."""
+        """Whether some tokens are ruled out: the thinking was closed, and nothing is answered."""
         now = self._now
         return now.closed_by is not None and not now.inside and not now.answered
 
@@ -196,9 +197,9 @@ class Steering:
         return list(ids)
 
     def mask(self) -> "NDArray[np.uint32] | None":
-        """Allow all but the end tokens."""
+        """Allow all but the end tokens, and to think again."""
         words = np.full(-(-len(self._tokenizer) // 32), 0xFFFFFFFF, dtype=np.uint32)
-        for token in self._end_ids:
+        for token in self._ruled_out:
             words[token // 32] &= ~np.uint32(1 << token % 32)
         return words
 

@@ -10,7 +10,7 @@ from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
-_SWITCH = re.compile(r"(?<![\w/])/(no_)?think\b(?![/.]\w)")
+_SWITCH = re.compile(r"(?<![\w/])/(no_)?think(?![\w/]|\.\w)")
 _PROBE = [{"role": "user", "content": "?"}]
 _PROBE_WITH_SYSTEM = [{"role": "system", "content": "?"}, *_PROBE]
 
