@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from qwen3_mlx import backend as backend  # first: loads a fast BLAS before anything imports MLX
 
 if TYPE_CHECKING:
+    from qwen3_mlx.conversation import Conversation
     from qwen3_mlx.conversion import Conversion, convert
     from qwen3_mlx.engine.params import SamplingParams
     from qwen3_mlx.errors import CheckpointError, Qwen3Error
@@ -24,6 +25,7 @@ _HOMES = {
     "LLM": "llm",
     "AsyncStream": "streams",
     "CheckpointError": "errors",
+    "Conversation": "conversation",
     "Conversion": "conversion",
     "Event": "text.events",
     "Finish": "text.events",
@@ -42,6 +44,7 @@ __all__ = [
     "LLM",
     "AsyncStream",
     "CheckpointError",
+    "Conversation",
     "Conversion",
     "Event",
     "Finish",

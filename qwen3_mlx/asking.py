@@ -19,7 +19,9 @@ class Options(TypedDict, total=False):
     `max_tokens` bounds thinking and answer together; None is what the context has room for.
     `sampling` beats the defaults of the mode. The same `seed` gives the same reply. `stop` ends the
     answer (not the thinking) before the first of these strings. `progress(done, total)` is told the
-    prompt tokens read, or for a batch the replies that have ended, from another thread.
+    prompt tokens read, or for a batch the replies that have ended, from another thread. With `idle`
+    the time after the reply is used to read what a next turn will begin with: templates leave out
+    the thinking of earlier turns, so the answer must be read again without it.
     """
 
     thinking: bool | None
@@ -31,6 +33,7 @@ class Options(TypedDict, total=False):
     seed: int | None
     stop: str | Sequence[str] | None
     progress: Progress | None
+    idle: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,25 +53,19 @@ class Asked:
     seed: int | None = None
     stop: str | Sequence[str] | None = None
     progress: Progress | None = None
+    idle: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("max_tokens", "seed", "thinking_budget"):
+        for name, (kind, words) in _KINDS.items():
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, Integral) or isinstance(value, bool)):
-                raise TypeError(f"{name} must be a whole number, not {value!r}")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, not {self.max_tokens}")
-        if self.thinking_budget is not None and self.thinking_budget < 0:
-            raise ValueError(f"thinking_budget must be at least 0, not {self.thinking_budget}")
+            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+            if not fits and not (value is None and kind is not bool):
+                raise TypeError(f"{name} must be {words}, not {value!r}")
+        for name, least in (("max_tokens", 1), ("thinking_budget", 0)):
+            if (number := getattr(self, name)) is not None and number < least:
+                raise ValueError(f"{name} must be at least {least}, not {number}")
         if self.thinking_budget is not None and self.thinking is False:
             raise ValueError("thinking_budget is for thinking, which thinking=False switches off")
-        message = self.thinking_budget_message
-        if message is not None and not isinstance(message, str):
-            raise TypeError(f"thinking_budget_message must be a string, not {message!r}")
-        if not isinstance(self.loop_guard, bool):
-            raise TypeError(f"loop_guard must be True or False, not {self.loop_guard!r}")
-        if self.sampling is not None and not isinstance(self.sampling, SamplingParams):
-            raise TypeError(f"sampling must be SamplingParams, not {self.sampling!r}")
         stop = self.stop_strings
         if isinstance(self.stop, Mapping) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be one or more non-empty strings, not {self.stop!r}")
@@ -77,3 +74,14 @@ class Asked:
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings, none or more."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+_KINDS: dict[str, tuple[type, str]] = {
+    "thinking_budget": (Integral, "a whole number"),
+    "thinking_budget_message": (str, "a string"),
+    "loop_guard": (bool, "True or False"),
+    "max_tokens": (Integral, "a whole number"),
+    "sampling": (SamplingParams, "SamplingParams"),
+    "seed": (Integral, "a whole number"),
+    "idle": (bool, "True or False"),
+}

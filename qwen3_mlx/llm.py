@@ -16,11 +16,13 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.asking import Asked, Options, Progress
+from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, weight_names
+from qwen3_mlx.conversation import Conversation, read_messages
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import (
     Outcome,
@@ -33,7 +35,7 @@ from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.fit import refuse_what_cannot_fit
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.streams import AsyncStream, Reply, Said, Stream, collect
+from qwen3_mlx.streams import AsyncStream, Collected, Reply, Said, Stream, collect
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.parser import Parser
@@ -43,6 +45,8 @@ from qwen3_mlx.text.thinking import Thinking, soft_switch
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 T = TypeVar("T")
+_PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
+_MOST_IDLE = 4096  # tokens to be read ahead
 
 
 class LLM:
@@ -78,6 +82,30 @@ class LLM:
         """
         return self._stream(self._chat(messages, Asked(**options)))
 
+    def conversation(
+        self,
+        *,
+        system: str | None = None,
+        messages: Sequence[Message] = (),
+        file: str | Path | None = None,
+        **options: Unpack[Options],
+    ) -> Conversation:
+        """Begin a conversation: with a system prompt, messages so far, or those saved in a file.
+
+        It keeps its history, and uses the time after a reply to prepare for the next (`idle`).
+        """
+        history = [*messages, *(read_messages(file) if file is not None else [])]
+        if system is not None:
+            history.insert(0, {"role": "system", "content": system})
+
+        def start(
+            messages: Sequence[Message], options: Options, heard: Callable[[Collected], None]
+        ) -> Stream:
+            return self._stream(self._chat(messages, Asked(**options)), heard)
+
+        Asked(**options)  # what is wrong is told now
+        return Conversation(start, messages=history, options={"idle": True, **options})
+
     def astream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
         """Do as `stream` does, for asyncio; to be called with the event loop running."""
         task = self._chat(messages, Asked(**options))
@@ -112,7 +140,7 @@ class LLM:
         streams: list[Stream] = []
         ended = count(1)
 
-        def tell() -> None:
+        def tell(_: Collected) -> None:
             if progress:
                 progress(next(ended), len(tasks))
 
@@ -139,7 +167,7 @@ class LLM:
         asked = Asked(
             max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop, loop_guard=loop_guard
         )
-        return collect(self._stream(_Task(prompt, None, False, asked)))
+        return collect(self._stream(_Task(prompt, None, False, asked, ())))
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
@@ -224,25 +252,32 @@ class LLM:
         prompt = self.render(messages, asked.thinking)
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and self.thinking.hybrid else None
-        return _Task(prompt, thinks, thinks if switched is None else switched, asked)
+        draws_as_thinking = thinks if switched is None else switched
+        return _Task(prompt, thinks, draws_as_thinking, asked, normalise(messages))
 
-    def _stream(self, task: "_Task", ended: Callable[[], None] | None = None) -> Stream:
+    def _stream(self, task: "_Task", heard: Callable[[Collected], None] | None = None) -> Stream:
+        """Start a reply; `heard` is told all that was said, before `Finish` or an error is."""
         events: SimpleQueue[Said] = SimpleQueue()
         cancelled = Flag()
-
-        def deliver(event: Event | BaseException) -> None:
-            if ended and isinstance(event, Finish | BaseException):
-                ended()
-            events.put(event)
-
-        finish = self._submit(task, deliver, cancelled)
+        finish = self._submit(task, events.put, cancelled, heard)
         return Stream(events, cancelled, self, finish)
 
     def _submit(
-        self, task: "_Task", deliver: Callable[[Event | BaseException], None], cancelled: Flag
+        self,
+        task: "_Task",
+        deliver: Callable[[Event | BaseException], None],
+        cancelled: Flag,
+        heard: Callable[[Collected], None] | None = None,
     ) -> Callable[[], None]:
         """Send a task to the engine, and give what ends its thinking."""
-        engine, asked = self._open_engine(), task.asked
+        engine, asked, said = self._open_engine(), task.asked, Collected()
+
+        def tell(event: Event | BaseException) -> None:
+            said.add(event)
+            if heard and isinstance(event, Finish | BaseException):
+                heard(said)
+            deliver(event)
+
         ids = self.tokenizer.encode(task.prompt)
         if (greatest := max(ids, default=0)) >= self.config.vocab_size:
             raise Qwen3Error(
@@ -253,7 +288,7 @@ class LLM:
         thinking = None if task.thinks is None else self.thinking
         inside = bool(task.thinks) and self.thinking.opens_in_prompt
         parser = Parser(
-            self.tokenizer, deliver, thinking=thinking, inside=inside, stop=asked.stop_strings
+            self.tokenizer, tell, thinking=thinking, inside=inside, stop=asked.stop_strings
         )
         steering = Steering(
             self.tokenizer,
@@ -279,9 +314,11 @@ class LLM:
                     outcome.completion_tokens,
                     parser.reasoning_tokens,
                 )
-                deliver(Finish(outcome.reason, usage, parser.details | steering.details))
+                tell(Finish(outcome.reason, usage, parser.details | steering.details))
+                if asked.idle and outcome.reason in ("stop", "length"):
+                    self._read_ahead(engine, task, said.message(), len(ids))
             else:
-                deliver(outcome)
+                tell(outcome)
 
         defaults = sampling_defaults(
             self._generation_config,
@@ -302,6 +339,25 @@ class LLM:
         )
         engine.submit(request)
         return steering.finish_thinking
+
+    def _read_ahead(self, engine: Engine, task: "_Task", reply: Message, already: int) -> None:
+        """Have what a next turn begins with read in idle time; `already` tokens are about known.
+
+        The template is asked what that is: whatever the user says next, what stands before it is
+        the same.
+        """
+        before = [*task.messages, reply]
+        one, other = (
+            self.tokenizer.encode(
+                self.render(
+                    [*before, {"role": "user", "content": words}], add_generation_prompt=False
+                )
+            )
+            for words in _PLACEHOLDERS
+        )
+        ids = one[: common_prefix(one, other)]
+        if len(ids) < engine.context and len(ids) - already <= _MOST_IDLE:
+            engine.read_ahead(ids)
 
     def _room(self, engine: Engine, prompt_tokens: int, wish: int | None) -> int:
         """Give the tokens that a reply may have."""
@@ -332,6 +388,7 @@ class _Task:
     thinks: bool | None
     draws_as_thinking: bool
     asked: Asked
+    messages: Sequence[Message]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from threading import Event as Flag
-from typing import Self
+from typing import Any, Self
 
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
@@ -123,16 +123,46 @@ class AsyncStream(AsyncIterator[Event]):
         self._cancelled.set()
 
 
+class Collected:
+    """All that a reply said, as far as it came."""
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._text: list[str] = []
+        self._reasoning: list[str] = []
+
+    def add(self, event: Event | BaseException) -> None:
+        """Take the next event, or the error that ended the reply."""
+        if isinstance(event, Text):
+            self._text.append(event.text)
+        elif isinstance(event, Reasoning):
+            self._reasoning.append(event.text)
+        else:
+            self.failed = isinstance(event, BaseException)
+
+    @property
+    def text(self) -> str:
+        """The answer."""
+        return "".join(self._text)
+
+    @property
+    def reasoning(self) -> str:
+        """The thinking."""
+        return "".join(self._reasoning)
+
+    def message(self) -> dict[str, Any]:
+        """Give it as an assistant's message, as templates and clients have them."""
+        thought = {"reasoning_content": self.reasoning} if self.reasoning else {}
+        return {"role": "assistant", "content": self.text, **thought}
+
+
 def collect(stream: Stream) -> Reply:
     """Read a stream to its end."""
-    text, reasoning = [], []
+    said = Collected()
     with stream:
         for event in stream:
-            if isinstance(event, Text):
-                text.append(event.text)
-            elif isinstance(event, Reasoning):
-                reasoning.append(event.text)
-            else:
+            said.add(event)
+            if isinstance(event, Finish):
                 reason, usage, details = event.reason, event.usage, event.details
-                return Reply("".join(text), "".join(reasoning), reason, usage, details)
+                return Reply(said.text, said.reasoning, reason, usage, details)
     raise AssertionError("a stream ends with Finish")

@@ -26,13 +26,14 @@ _RANKS = {
     "asking": 5,
     "streams": 5,
     "fit": 5,
+    "conversation": 6,
     "conversion": 6,
-    "llm": 6,
-    "qwen3_mlx": 7,
-    "evaluate": 8,
-    "server": 8,
-    "cli": 9,
-    "__main__": 10,
+    "llm": 7,
+    "qwen3_mlx": 8,
+    "evaluate": 9,
+    "server": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 
 

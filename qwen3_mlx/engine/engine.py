@@ -13,7 +13,7 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.cache.prefix import Prefix, PrefixStore
 from qwen3_mlx.engine.memory import Budget, Workload
-from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.params import IDLE, NEUTRAL, Outcome, Request, SamplingParams
 from qwen3_mlx.engine.runner import Part, chunk_sizes, forward
 from qwen3_mlx.engine.sampling import choose
 from qwen3_mlx.engine.scheduler import Scheduler, Step
@@ -104,6 +104,25 @@ class Engine:
         """
         self._inbox.put(request)
         self._post()
+
+    def read_ahead(self, ids: Sequence[int]) -> None:
+        """Have `ids` read while nothing else is to be done, for requests that begin with them.
+
+        Raises:
+            Qwen3Error: the engine's thread has ended.
+        """
+        self.submit(
+            Request(
+                ids=ids,
+                sampling=NEUTRAL,
+                max_tokens=0,
+                seed=0,
+                end_ids=frozenset(),
+                watcher=_Collector(),
+                done=lambda outcome: None,
+                priority=IDLE,
+            )
+        )
 
     def cancel(self, request: Request) -> None:
         """End `request` within a step."""

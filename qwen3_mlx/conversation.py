@@ -1,0 +1,139 @@
+"""A conversation: its history, and the ways to go on with it, again or differently."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Unpack
+
+from qwen3_mlx.asking import Options
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.streams import Collected, Reply, Stream, collect
+from qwen3_mlx.text.messages import normalise
+
+Message = dict[str, Any]
+Start = Callable[[Sequence[Message], Options, Callable[[Collected], None]], Stream]
+"""Starts a reply to messages; the callback is told all that was said, before `Finish`."""
+
+_VERSION = 1
+
+
+class Conversation:
+    """Messages back and forth, made by `LLM.conversation`.
+
+    `messages` are plain data and may be changed between replies. Options given here hold for every
+    reply, unless a reply is asked for with others. A reply that is cancelled stays as far as it
+    came; one that fails leaves nothing.
+    """
+
+    def __init__(
+        self, start: Start, *, messages: Sequence[Mapping[str, Any]] = (), options: Options
+    ) -> None:
+        """Begin with a history; `start` starts the replies."""
+        self.messages: list[Message] = [dict(message) for message in messages]
+        self.options = options
+        self._start = start
+        self._replying = False
+
+    def stream(self, words: str | None = None, **options: Unpack[Options]) -> Stream:
+        """Say something and stream the reply; without words, reply to the history as it stands.
+
+        Raises:
+            ValueError: there is nothing to reply to.
+            Qwen3Error: the last reply is not finished, or the checkpoint cannot do as asked.
+        """
+        if self._replying:
+            raise Qwen3Error("the last reply is not finished; read its stream to the end, or close")
+        messages = [*self.messages]
+        if words is not None:
+            messages += normalise(words)
+        elif not messages or messages[-1]["role"] not in ("user", "tool"):
+            raise ValueError("there is nothing to reply to; say something")
+        before, self.messages, self._replying = self.messages, messages, True
+
+        def heard(said: Collected) -> None:
+            self._replying = False
+            if said.failed:
+                self.messages = before
+            elif said.text or said.reasoning:
+                self.messages = [*messages, said.message()]
+
+        try:
+            return self._start(messages, {**self.options, **options}, heard)
+        except BaseException:
+            self.messages, self._replying = before, False
+            raise
+
+    def chat(self, words: str | None = None, **options: Unpack[Options]) -> Reply:
+        """Do as `stream` does, and give the whole reply at once."""
+        return collect(self.stream(words, **options))
+
+    def retry(self, **options: Unpack[Options]) -> Stream:
+        """Have the last words replied to anew.
+
+        Raises:
+            ValueError: nothing has been said yet.
+        """
+        self._cut(self._turn(-1) + 1)
+        return self.stream(**options)
+
+    def edit(self, words: str, turn: int = -1, **options: Unpack[Options]) -> Stream:
+        """Say other words in place of a user's turn, and forget what came after it.
+
+        Turns count from 0, or from the end as -1, -2, ...
+
+        Raises:
+            ValueError: there is no such turn.
+        """
+        self._cut(self._turn(turn))
+        return self.stream(words, **options)
+
+    def branch(self, turn: int | None = None) -> "Conversation":
+        """Give another conversation with this history, or with what was before a user's turn."""
+        stop = None if turn is None else self._turn(turn)
+        history = deepcopy(self.messages[:stop])
+        return Conversation(self._start, messages=history, options=self.options)
+
+    def save(self, file: str | Path) -> None:
+        """Write the history as JSON, for `LLM.conversation(file=...)`."""
+        file = Path(file)
+        content = {"format": "qwen3-mlx conversation", "version": _VERSION}
+        beside = file.with_name(f".{file.name}.part")
+        try:
+            with os.fdopen(
+                os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w"
+            ) as out:
+                json.dump(content | {"messages": self.messages}, out, ensure_ascii=False, indent=1)
+            beside.replace(file)
+        except BaseException:
+            beside.unlink(missing_ok=True)
+            raise
+
+    def _cut(self, place: int) -> None:
+        if self._replying:
+            raise Qwen3Error("the last reply is not finished; read its stream to the end, or close")
+        self.messages = self.messages[:place]
+
+    def _turn(self, number: int) -> int:
+        """Give the place of a user's turn among the messages."""
+        places = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        try:
+            return places[number]
+        except IndexError:
+            raise ValueError(f"there is no turn {number}: {len(places)} have been said") from None
+
+
+def read_messages(file: str | Path) -> list[Message]:
+    """Read what `Conversation.save` wrote.
+
+    Raises:
+        Qwen3Error: the file is missing or is something else.
+    """
+    try:
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
+        if content["version"] != _VERSION:
+            raise Qwen3Error(f"{file} was written by a version of qwen3-mlx that is not this one")
+        return normalise(content["messages"]) if content["messages"] else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Qwen3Error(f"{file} is not a saved conversation: {error}") from error
