@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from qwen3_mlx.errors import CheckpointError, Qwen3Error
     from qwen3_mlx.llm import LLM, load
     from qwen3_mlx.streams import AsyncStream, Reply, Stream
-    from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
+    from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall, Usage
 
 __version__ = "0.1.0"
 
@@ -35,6 +35,7 @@ _HOMES = {
     "SamplingParams": "engine.params",
     "Stream": "streams",
     "Text": "text.events",
+    "ToolCall": "text.events",
     "Usage": "text.events",
     "convert": "conversion",
     "load": "llm",
@@ -54,6 +55,7 @@ __all__ = [
     "SamplingParams",
     "Stream",
     "Text",
+    "ToolCall",
     "Usage",
     "__version__",
     "convert",

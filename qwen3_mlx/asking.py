@@ -3,9 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.text.tools import Tool, describe, listed
 
 Progress = Callable[[int, int], None]
 
@@ -16,6 +17,7 @@ class Options(TypedDict, total=False):
     `thinking` switches the thinking on or off; None is the checkpoint's default. It never takes
     more than `thinking_budget` tokens: then it is closed with Qwen's own hand-off, or with
     `thinking_budget_message`, and the answer follows. `loop_guard=False` permits circles.
+    `tools` are functions, or descriptions of them, that the model may call: see `ToolCall`.
     `max_tokens` bounds thinking and answer together; None is what the context has room for.
     `sampling` beats the defaults of the mode. The same `seed` gives the same reply. `stop` ends the
     answer (not the thinking) before the first of these strings. `progress(done, total)` is told the
@@ -28,6 +30,7 @@ class Options(TypedDict, total=False):
     thinking_budget: int | None
     thinking_budget_message: str | None
     loop_guard: bool
+    tools: Sequence[Tool] | None
     max_tokens: int | None
     sampling: SamplingParams | None
     seed: int | None
@@ -48,6 +51,7 @@ class Asked:
     thinking_budget: int | None = None
     thinking_budget_message: str | None = None
     loop_guard: bool = True
+    tools: Sequence[Tool] | None = None
     max_tokens: int | None = None
     sampling: SamplingParams | None = None
     seed: int | None = None
@@ -69,6 +73,18 @@ class Asked:
         stop = self.stop_strings
         if isinstance(self.stop, Mapping) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be one or more non-empty strings, not {self.stop!r}")
+
+    def described_tools(self) -> list[dict[str, Any]]:
+        """Give the tools as the template has them.
+
+        Raises:
+            TypeError, ValueError: one cannot be described, or two have one name.
+        """
+        described = [describe(tool) for tool in listed(self.tools)]
+        names = [tool["function"]["name"] for tool in described]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two tools are called {min(twice)}")
+        return described
 
     @property
     def stop_strings(self) -> tuple[str, ...]:

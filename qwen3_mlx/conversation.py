@@ -56,7 +56,7 @@ class Conversation:
             self._replying = False
             if said.failed:
                 self.messages = before
-            elif said.text or said.reasoning:
+            elif said.text or said.reasoning or said.tool_calls:
                 self.messages = [*messages, said.message()]
 
         try:

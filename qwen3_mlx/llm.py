@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -43,6 +43,7 @@ from qwen3_mlx.text.steering import Limits, Steering
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking, soft_switch
 from qwen3_mlx.text.tokenizer import Tokenizer
+from qwen3_mlx.text.tools import Calls, Tool, answer, describe, functions_of
 
 T = TypeVar("T")
 _PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
@@ -151,6 +152,31 @@ class LLM:
             for stream in streams:
                 stream.close()
 
+    def run(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        max_steps: int = 8,
+        **options: Unpack[Options],
+    ) -> Reply:
+        """Do as `chat` does, and call the tools that the model asks for until it answers.
+
+        `tools` must be functions. What goes wrong in one is told to the model. The reply's
+        `messages` are all that was said on the way.
+
+        Raises:
+            Qwen3Error: the model still calls tools after `max_steps` replies.
+        """
+        functions = functions_of(options.get("tools"))
+        history, said = normalise(messages), list[dict[str, Any]]()
+        for _ in range(max_steps):
+            reply = self.chat([*history, *said], **options)
+            said += reply.messages
+            if reply.finish_reason != "tool_calls":
+                return replace(reply, messages=said)
+            said += [answer(call, functions) for call in reply.tool_calls]
+        raise Qwen3Error(f"the model still calls tools after {max_steps} replies (max_steps)")
+
     def complete(
         self,
         prompt: str,
@@ -167,7 +193,7 @@ class LLM:
         asked = Asked(
             max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop, loop_guard=loop_guard
         )
-        return collect(self._stream(_Task(prompt, None, False, asked, ())))
+        return collect(self._stream(_Task(prompt, None, False, asked)))
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
@@ -202,7 +228,7 @@ class LLM:
         self,
         messages: str | Sequence[Message],
         thinking: bool | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Tool] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
         """Write the prompt for a conversation with the checkpoint's own template.
@@ -216,7 +242,7 @@ class LLM:
         return self._template.render(
             normalise(messages),
             thinking=thinking if self.thinking.hybrid else None,
-            tools=tools,
+            tools=[describe(tool) for tool in tools or ()],
             add_generation_prompt=add_generation_prompt,
         )
 
@@ -249,11 +275,15 @@ class LLM:
         thinks = self.thinking.resolve(asked.thinking)
         if asked.thinking_budget is not None and not thinks:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
-        prompt = self.render(messages, asked.thinking)
+        tools = asked.described_tools()
+        calls = Calls.of(self._template, self.tokenizer, tools) if tools else None
+        if tools and calls is None:
+            raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
+        prompt = self.render(messages, asked.thinking, tools)
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and self.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
-        return _Task(prompt, thinks, draws_as_thinking, asked, normalise(messages))
+        return _Task(prompt, thinks, draws_as_thinking, asked, normalise(messages), tools, calls)
 
     def _stream(self, task: "_Task", heard: Callable[[Collected], None] | None = None) -> Stream:
         """Start a reply; `heard` is told all that was said, before `Finish` or an error is."""
@@ -288,7 +318,12 @@ class LLM:
         thinking = None if task.thinks is None else self.thinking
         inside = bool(task.thinks) and self.thinking.opens_in_prompt
         parser = Parser(
-            self.tokenizer, tell, thinking=thinking, inside=inside, stop=asked.stop_strings
+            self.tokenizer,
+            tell,
+            thinking=thinking,
+            inside=inside,
+            stop=asked.stop_strings,
+            calls=task.calls,
         )
         steering = Steering(
             self.tokenizer,
@@ -303,6 +338,7 @@ class LLM:
             ),
             inside=inside,
             end_ids=self._end_ids,
+            calls=task.calls,
         )
 
         def done(outcome: Outcome | BaseException) -> None:
@@ -314,8 +350,10 @@ class LLM:
                     outcome.completion_tokens,
                     parser.reasoning_tokens,
                 )
-                tell(Finish(outcome.reason, usage, parser.details | steering.details))
-                if asked.idle and outcome.reason in ("stop", "length"):
+                calls = parser.called and outcome.reason == "stop"
+                reason = "tool_calls" if calls else outcome.reason
+                tell(Finish(reason, usage, parser.details | steering.details))
+                if asked.idle and reason in ("stop", "length"):
                     self._read_ahead(engine, task, said.message(), len(ids))
             else:
                 tell(outcome)
@@ -388,7 +426,9 @@ class _Task:
     thinks: bool | None
     draws_as_thinking: bool
     asked: Asked
-    messages: Sequence[Message]
+    messages: Sequence[Message] = ()
+    tools: Sequence[Mapping[str, Any]] = ()
+    calls: Calls | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,7 @@ from queue import SimpleQueue
 from threading import Event as Flag
 from typing import Any, Self
 
-from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall, Usage
 
 Said = Event | BaseException | None
 """What a generation puts into its queue; None stands for the end, once that has been read."""
@@ -15,13 +15,19 @@ Said = Event | BaseException | None
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole reply: what a stream said, collected."""
+    """A whole reply: what a stream said, collected.
+
+    `messages` are those to add to the conversation: the reply itself, and of `LLM.run` all calls
+    and answers of tools before it.
+    """
 
     text: str
     reasoning: str
     finish_reason: str
     usage: Usage
     details: dict[str, str] = field(default_factory=dict)
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    messages: list[dict[str, Any]] = field(default_factory=list)
 
 
 class Stream(Iterator[Event]):
@@ -130,6 +136,7 @@ class Collected:
         self.failed = False
         self._text: list[str] = []
         self._reasoning: list[str] = []
+        self.tool_calls: list[ToolCall] = []
 
     def add(self, event: Event | BaseException) -> None:
         """Take the next event, or the error that ended the reply."""
@@ -137,6 +144,8 @@ class Collected:
             self._text.append(event.text)
         elif isinstance(event, Reasoning):
             self._reasoning.append(event.text)
+        elif isinstance(event, ToolCall):
+            self.tool_calls.append(event)
         else:
             self.failed = isinstance(event, BaseException)
 
@@ -152,8 +161,19 @@ class Collected:
 
     def message(self) -> dict[str, Any]:
         """Give it as an assistant's message, as templates and clients have them."""
-        thought = {"reasoning_content": self.reasoning} if self.reasoning else {}
-        return {"role": "assistant", "content": self.text, **thought}
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": call.id,
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.written},
+                }
+                for call in self.tool_calls
+            ]
+        return message
 
 
 def collect(stream: Stream) -> Reply:
@@ -163,6 +183,13 @@ def collect(stream: Stream) -> Reply:
         for event in stream:
             said.add(event)
             if isinstance(event, Finish):
-                reason, usage, details = event.reason, event.usage, event.details
-                return Reply(said.text, said.reasoning, reason, usage, details)
+                return Reply(
+                    said.text,
+                    said.reasoning,
+                    event.reason,
+                    event.usage,
+                    event.details,
+                    said.tool_calls,
+                    [said.message()],
+                )
     raise AssertionError("a stream ends with Finish")

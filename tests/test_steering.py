@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_mlx.text.events import Reasoning, Text
+from qwen3_mlx.text.events import Reasoning, Text, ToolCall
 from qwen3_mlx.text.loops import Loops
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.steering import HAND_OFF, Limits, Steering, budget_within, hand_off_ids
@@ -65,10 +65,10 @@ class Reply:
             return []
         return [token for token in range(len(TOKENIZER)) if not mask[token // 32] >> token % 32 & 1]
 
-    def _hear(self, event: Reasoning | Text) -> None:
+    def _hear(self, event: Reasoning | Text | ToolCall) -> None:
         if isinstance(event, Reasoning):
             self.reasoning += event.text
-        else:
+        elif isinstance(event, Text):
             self.text += event.text
 
     def _force(self) -> None:

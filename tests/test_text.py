@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
-from qwen3_mlx.text.events import Reasoning, Text
+from qwen3_mlx.text.events import Reasoning, Text, ToolCall
 from qwen3_mlx.text.messages import normalise
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.template import ChatTemplate
@@ -263,7 +263,7 @@ def parse(
     text: str, *, stop: tuple[str, ...] = (), inside: bool = False, raw: bool = False
 ) -> tuple[str, str, Parser]:
     """Parse the ids of `text`; give reasoning, answer and the parser."""
-    said: list[Reasoning | Text] = []
+    said: list[Reasoning | Text | ToolCall] = []
     thinking = None if raw else THINKING
     parser = Parser(TOKENIZER, said.append, thinking=thinking, inside=inside, stop=stop)
     for token in TOKENIZER.encode(text):
@@ -271,7 +271,7 @@ def parse(
         if parser.finished:
             break
     parser.close()
-    assert all(event.text for event in said), "an event without text"
+    assert all(isinstance(event, ToolCall) or event.text for event in said), "one without text"
     reasoning = "".join(event.text for event in said if isinstance(event, Reasoning))
     answer = "".join(event.text for event in said if isinstance(event, Text))
     return reasoning, answer, parser

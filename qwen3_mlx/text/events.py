@@ -1,6 +1,7 @@
 """What a generation says, piece by piece."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,16 @@ class Text:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A tool that the model wants called; `written` are the arguments as it wrote them."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+    written: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens counted. `completion_tokens` are all that the model chose, its end token included;
     `reasoning_tokens` of them stood between `<think>` and `</think>`.
@@ -31,7 +42,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The last event: why it ended (stop, length or cancelled), and the tokens it took.
+    """The last event: why it ended (stop, length, tool_calls or cancelled), and what it took.
 
     `details` may tell more, such as which stop string ended the text.
     """
@@ -41,4 +52,4 @@ class Finish:
     details: dict[str, str] = field(default_factory=dict)
 
 
-Event = Reasoning | Text | Finish
+Event = Reasoning | Text | ToolCall | Finish

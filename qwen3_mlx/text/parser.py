@@ -6,17 +6,22 @@ changes nothing.
 
 from collections.abc import Callable, Sequence
 
-from qwen3_mlx.text.events import Reasoning, Text
+from qwen3_mlx.text.events import Reasoning, Text, ToolCall
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Detokenizer, Tokenizer
+from qwen3_mlx.text.tools import CLOSE, OPEN, Calls
 
-Emit = Callable[[Reasoning | Text], None]
+Emit = Callable[[Reasoning | Text | ToolCall], None]
+_UNREADABLE = "a tool call could not be read and is left in the text"
 
 
 class Parser:
     """Follows one generation; the engine tells it the ids, and stops when it is `finished`.
 
-    The line breaks around the thinking belong to the format and are left out of both texts.
+    The line breaks around the thinking and the calls belong to the format and are left out.
+
+    A call within the thinking may be a draft. It is one if the thinking goes on after it, or is
+    closed; if the reply ends there, it has ended the thinking.
     """
 
     def __init__(
@@ -27,27 +32,40 @@ class Parser:
         thinking: Thinking | None = None,
         inside: bool = False,
         stop: Sequence[str] = (),
+        calls: Calls | None = None,
     ) -> None:
         """Start to parse; `inside` says that the prompt has opened the thinking.
 
-        Without `thinking` every token is text, as in a raw completion.
+        Without `thinking` every token is text, as in a raw completion; without `calls` so are the
+        tags of calls.
         """
         self.finished = False
         self.stopped_by: str | None = None
         self.reasoning_tokens = 0
+        self.called = False
+        self.warning: str | None = None
         self._emit = emit
         self._detokenizer = Detokenizer(tokenizer)
         self._open_id = thinking.open_id if thinking else None
         self._close_id = thinking.close_id if thinking else None
         self._inside = inside
         self._at_seam = inside  # next to a tag, where line breaks are format
-        self._breaks = ""  # line breaks in the thinking that may yet turn out to be its last
+        self._breaks = ""  # line breaks that may yet turn out to be the last
         self._stop = StopStrings(stop)
+        self._calls = calls
+        self._call: list[str] | None = None  # the text of the call that is being written
+        self._drafts: list[ToolCall] = []  # calls that are the last in the thinking, so far
+        self._draft_text = ""
+        self._draft_tokens = 0
+        self._bare = calls.format.bare if calls else None
+        self._bare_held = ""  # may be the beginning of a call without its tag
+        self._untagged = False  # whether the call in work, or the last, had none
 
     @property
     def details(self) -> dict[str, str]:
-        """What `Finish` tells of the text: the stop string that ended it, if one did."""
-        return {} if self.stopped_by is None else {"stop": self.stopped_by}
+        """What `Finish` tells of the text: the stop string that ended it, and a warning."""
+        told = {"stop": self.stopped_by, "warning": self.warning}
+        return {name: words for name, words in told.items() if words is not None}
 
     def advance(self, ids: Sequence[int]) -> None:
         """Take the next ids of the generation."""
@@ -58,8 +76,15 @@ class Parser:
                 self._turn(inside=True)
             elif token == self._close_id and self._inside:
                 self._turn(inside=False)
+            elif self._calls and token == self._calls.open_id:
+                self._open_call()
+            elif self._calls and token == self._calls.close_id and self._call is not None:
+                self._close_call(CLOSE)
+            elif self._calls and token == self._calls.close_id and self._untagged:
+                self._untagged = False  # its call is closed already
             else:
                 self.reasoning_tokens += self._inside
+                self._draft_tokens += self._inside
                 self._say(self._detokenizer.add(token))
 
     def rewind(self, count: int) -> None:
@@ -71,37 +96,145 @@ class Parser:
         """Say what is still held back; nothing comes after."""
         if not self.finished:
             self._say(self._detokenizer.flush())
-            self._say_answer(self._stop.flush())
-            if self._inside and self._breaks and not self._at_seam:
-                self._emit(Reasoning(self._breaks))
+            if self._call is not None:
+                self._close_call("")
+            if self._drafts:  # the reply ends with them: they were meant
+                self.reasoning_tokens -= self._draft_tokens
+                for call in self._drafts:
+                    self._emit_call(call)
+            elif self._inside:
+                self._end_reasoning()
+            else:
+                self._end_answer()
         self.finished = True
 
     def _turn(self, *, inside: bool) -> None:
         self._say(self._detokenizer.flush())
-        if inside:
-            self._say_answer(self._stop.flush())
+        self._abandon_call()
+        if inside and not self._inside:
+            self._end_answer()
         self._inside, self._at_seam, self._breaks = inside, True, ""
 
     def _say(self, text: str) -> None:
+        """Say text, wherever it belongs: to a call, the thinking or the answer."""
+        if self._call is not None:
+            self._call.append(text)
+            if self._untagged and "</function>" in (written := "".join(self._call)):
+                written, end, rest = written.partition("</function>")
+                self._call = [written + end]
+                self._close_call("")
+                self._say(rest)
+            return
+        if self._drafts and not text.strip():
+            self._draft_text += text
+            return
+        self._drop_drafts()
         if self._at_seam:
             text = text.lstrip("\n")
             self._at_seam = not text
-        if not text:
-            return
         if self._inside:
-            text = self._breaks + text
-            kept = text.rstrip("\n")
-            self._breaks = text[len(kept) :]
-            if kept:
-                self._emit(Reasoning(kept))
-            return
-        self._say_answer(self._stop.add(text))
+            self._say_reasoning(text)
+        elif text:
+            self._say_answer(text)
+
+    def _say_reasoning(self, text: str) -> None:
+        text = self._breaks + text
+        kept = text.rstrip("\n")
+        self._breaks = text[len(kept) :]
+        if kept:
+            self._emit(Reasoning(kept))
+
+    def _say_answer(self, text: str) -> None:
+        if self._bare is not None:
+            text, found, rest = self._find_bare_call(text, self._bare)
+            if found:
+                self._say_text(self._stop.add(text))
+                self._open_call()
+                self._untagged, self._call = True, [found]
+                self._say(rest)
+                return
+        self._say_text(self._stop.add(text))
         if self._stop.found is not None:
             self.finished, self.stopped_by = True, self._stop.found
 
-    def _say_answer(self, text: str) -> None:
+    def _find_bare_call(self, text: str, bare: str) -> tuple[str, str, str]:
+        text = self._bare_held + text
+        before, found, rest = text.partition(bare)
+        keep = 0 if found else _overlap(before, bare)
+        self._bare_held = before[len(before) - keep :]
+        return before[: len(before) - keep], found, rest
+
+    def _say_text(self, text: str) -> None:
+        if self._calls:  # which may follow: then the line break before it is format
+            text = self._breaks + text
+            kept = text.rstrip("\n")
+            self._breaks, text = text[len(kept) :], kept
         if text:
             self._emit(Text(text))
+
+    def _end_reasoning(self) -> None:
+        if self._breaks and not self._at_seam:
+            self._emit(Reasoning(self._breaks))
+
+    def _end_answer(self) -> None:
+        held, self._bare_held = self._bare_held, ""
+        self._say_text(self._stop.add(held) + self._stop.flush())
+        if self._breaks:
+            self._emit(Text(self._breaks))
+        self._breaks = ""
+
+    # --- calls ----------------------------------------------------------------------------------
+
+    def _open_call(self) -> None:
+        self._say(self._detokenizer.flush())
+        if self._call is not None:
+            self._close_call("")
+        if self._inside:
+            if not self._drafts:
+                self._draft_tokens = 0
+        else:
+            held, self._bare_held = self._bare_held, ""
+            self._say_text(self._stop.add(held) + self._stop.flush())
+            self._breaks = ""
+        self._call, self._untagged = [], False
+
+    def _close_call(self, end: str) -> None:
+        """Read the call that was written, and closed by `end` or by something else."""
+        assert self._calls and self._call is not None
+        written, self._call = "".join(self._call) + self._detokenizer.flush(), None
+        call = self._calls.read(written, whole=bool(end) or self._untagged)
+        text = written if self._untagged else f"{OPEN}{written}{end}"
+        if call is None:
+            self._drop_drafts()
+            self._say_unreadable(text)
+        elif self._inside:
+            self._drafts.append(call)
+            self._draft_text += text
+        else:
+            self._emit_call(call)
+
+    def _abandon_call(self) -> None:
+        """Make text of calls after which the thinking ends, or of one into which it breaks."""
+        self._drop_drafts()
+        if self._call is not None:
+            self._say_unreadable(OPEN + "".join(self._call))
+
+    def _say_unreadable(self, text: str) -> None:
+        self._call, self._at_seam = None, False
+        if self._inside:
+            self._say_reasoning(text)
+        else:
+            self.warning = _UNREADABLE
+            self._say_text(text)
+
+    def _drop_drafts(self) -> None:
+        text, self._draft_text, self._drafts = self._draft_text, "", []
+        if text:
+            self._say_reasoning(text)
+
+    def _emit_call(self, call: ToolCall) -> None:
+        self.called, self._at_seam, self._breaks = True, True, ""
+        self._emit(call)
 
 
 class StopStrings:

@@ -8,6 +8,7 @@ budget are those that Qwen's documentation and the trouble of others have taught
   character of which bytes are missing is taken back first.
 - A reply that would end within the thinking is handed off, too, so that there is an answer; until a
   visible character of it is there, it can neither end nor think again.
+- A call of a tool ends the thinking, if the reply ends with it.
 - Thinking that is opened again goes on counting, and is closed at once when the budget is spent.
 """
 
@@ -21,6 +22,7 @@ import numpy as np
 from qwen3_mlx.text.loops import Loops
 from qwen3_mlx.text.thinking import CLOSE, Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
+from qwen3_mlx.text.tools import Calls
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -113,6 +115,7 @@ class _State:
     closed_by: str | None = None
     answered: bool = False  # whether a visible character of the answer is there
     looped: bool = False
+    called: bool = False  # whether a call of a tool was the last thing in the thinking
 
 
 class Steering:
@@ -126,6 +129,7 @@ class Steering:
         *,
         inside: bool,
         end_ids: frozenset[int],
+        calls: Calls | None = None,
     ) -> None:
         """Begin; `inside` says that the prompt has opened the thinking."""
         self.unwanted = 0
@@ -134,6 +138,7 @@ class Steering:
         self._close_id = thinking.close_id if thinking else None
         self._limits = limits
         self._end_ids = end_ids
+        self._call_close_id = calls.close_id if calls else None
         self._ruled_out = end_ids | ({self._open_id} if self._open_id is not None else set())
         self._plain_close = tokenizer.encode(_PLAIN_CLOSE)
         self._asked = False
@@ -213,10 +218,14 @@ class Steering:
         elif token == self._close_id and now.inside:
             now.inside, now.unseen, now.bytes_held = False, 0, b""
         elif token in self._end_ids:
-            if now.inside and self._limits.budget is not None:
+            if now.inside and not now.called and self._limits.budget is not None:
                 self._due, self.unwanted = "end", now.unseen + 1
         else:
             text = self._text_of(token)
+            if token == self._call_close_id:
+                now.called = True
+            elif text.strip():
+                now.called = False
             if now.inside:
                 now.spent += chosen
             else:
