@@ -6,6 +6,7 @@ from numbers import Integral
 from typing import Any, TypedDict
 
 from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.text.grammar import Form, Grammar, Grammars
 from qwen3_mlx.text.tools import Tool, describe, listed
 
 Progress = Callable[[int, int], None]
@@ -18,7 +19,9 @@ class Options(TypedDict, total=False):
     more than `thinking_budget` tokens: then it is closed with Qwen's own hand-off, or with
     `thinking_budget_message`, and the answer follows. `loop_guard=False` permits circles.
     `tools` are functions, or descriptions of them, that the model may call: see `ToolCall`.
-    `max_tokens` bounds thinking and answer together; None is what the context has room for.
+    The answer is held to a JSON `schema` (or a pydantic model), a `regex`, one of the texts of
+    `choice`, or a `grammar` in Lark's syntax. `max_tokens` bounds thinking and answer together;
+    None is what the context has room for.
     `sampling` beats the defaults of the mode. The same `seed` gives the same reply. `stop` ends the
     answer (not the thinking) before the first of these strings. `progress(done, total)` is told the
     prompt tokens read, or for a batch the replies that have ended, from another thread. With `idle`
@@ -31,6 +34,10 @@ class Options(TypedDict, total=False):
     thinking_budget_message: str | None
     loop_guard: bool
     tools: Sequence[Tool] | None
+    schema: Form | None
+    regex: str | None
+    choice: Sequence[str] | None
+    grammar: str | None
     max_tokens: int | None
     sampling: SamplingParams | None
     seed: int | None
@@ -52,6 +59,10 @@ class Asked:
     thinking_budget_message: str | None = None
     loop_guard: bool = True
     tools: Sequence[Tool] | None = None
+    schema: Form | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
     max_tokens: int | None = None
     sampling: SamplingParams | None = None
     seed: int | None = None
@@ -70,6 +81,9 @@ class Asked:
                 raise ValueError(f"{name} must be at least {least}, not {number}")
         if self.thinking_budget is not None and self.thinking is False:
             raise ValueError("thinking_budget is for thinking, which thinking=False switches off")
+        forms = [name for name in _FORMS if getattr(self, name) is not None]
+        if len(forms) > 1:
+            raise ValueError(f"an answer can have one form, not {' and '.join(forms)}")
         stop = self.stop_strings
         if isinstance(self.stop, Mapping) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be one or more non-empty strings, not {self.stop!r}")
@@ -86,15 +100,30 @@ class Asked:
             raise ValueError(f"two tools are called {min(twice)}")
         return described
 
+    def form(self, grammars: Grammars) -> Grammar | None:
+        """Make the grammar of the answer, if it shall have a form.
+
+        Raises:
+            TypeError, ValueError: it cannot be had; what is not supported is named.
+        """
+        for name in _FORMS:
+            if (wish := getattr(self, name)) is not None:
+                made: Grammar = getattr(grammars, "lark" if name == "grammar" else name)(wish)
+                return made
+        return None
+
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings, none or more."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
+_FORMS = ("schema", "regex", "choice", "grammar")
 _KINDS: dict[str, tuple[type, str]] = {
     "thinking_budget": (Integral, "a whole number"),
     "thinking_budget_message": (str, "a string"),
+    "regex": (str, "a string"),
+    "grammar": (str, "a string"),
     "loop_guard": (bool, "True or False"),
     "max_tokens": (Integral, "a whole number"),
     "sampling": (SamplingParams, "SamplingParams"),

@@ -5,6 +5,7 @@ import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -25,6 +26,7 @@ from qwen3_mlx.checkpoint.weights import Weights, weight_names
 from qwen3_mlx.conversation import Conversation, read_messages
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import (
+    Constraint,
     Outcome,
     Request,
     SamplingParams,
@@ -35,8 +37,10 @@ from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.fit import refuse_what_cannot_fit
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.streams import AsyncStream, Collected, Reply, Said, Stream, collect
+from qwen3_mlx.streams import AsyncStream, Collected, Reply, Said, Stream, collect, with_parsed
 from qwen3_mlx.text.events import Event, Finish, Usage
+from qwen3_mlx.text.forming import Forming
+from qwen3_mlx.text.grammar import Grammars
 from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.steering import Limits, Steering
@@ -63,6 +67,7 @@ class LLM:
         self._template = parts.template
         self._generation_config = parts.generation_config
         self._end_ids = parts.end_ids
+        self._grammars = Grammars(parts.tokenizer, parts.end_ids)
         self._worker = worker
         # A model may be made for fewer ids than its tokenizer knows, but never chooses others.
         vocabulary = min(len(parts.tokenizer), self.config.vocab_size)
@@ -124,7 +129,7 @@ class LLM:
 
     def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Reply:
         """Do as `stream` does, and give the whole reply at once."""
-        return collect(self.stream(messages, **options))
+        return with_parsed(collect(self.stream(messages, **options)), options.get("schema"))
 
     def batch(
         self, prompts: Sequence[str | Sequence[Message]], **options: Unpack[Options]
@@ -147,7 +152,7 @@ class LLM:
 
         try:
             streams += (self._stream(task, tell) for task in tasks)
-            return [collect(stream) for stream in streams]
+            return [with_parsed(collect(stream), asked.schema) for stream in streams]
         finally:
             for stream in streams:
                 stream.close()
@@ -280,6 +285,9 @@ class LLM:
         if tools and calls is None:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
         prompt = self.render(messages, asked.thinking, tools)
+        asked.form(self._grammars)  # what is wrong with it is told now
+        if calls and calls.by_grammar:
+            self._grammars.call(tools)
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and self.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
@@ -315,6 +323,7 @@ class LLM:
                 "tokenizer.json belongs to another checkpoint"
             )
         room = self._room(engine, len(ids), asked.max_tokens)
+        form, budget = asked.form(self._grammars), asked.thinking_budget
         thinking = None if task.thinks is None else self.thinking
         inside = bool(task.thinks) and self.thinking.opens_in_prompt
         parser = Parser(
@@ -331,15 +340,29 @@ class LLM:
             Limits.of(
                 self.tokenizer,
                 thinking,
-                budget=asked.thinking_budget,
+                budget=room if form and budget is None and task.thinks else budget,
                 message=asked.thinking_budget_message,
                 max_tokens=room,
                 guard=asked.loop_guard,
+                least_answer=len(form.closing() or ()) + 1 if form else 1,
             ),
             inside=inside,
             end_ids=self._end_ids,
             calls=task.calls,
         )
+
+        constraint: Constraint = steering
+        if form or (task.calls and task.calls.by_grammar):
+            constraint = Forming(
+                steering,
+                self.tokenizer,
+                thinking,
+                thinks=bool(task.thinks),
+                max_tokens=room,
+                answer=form,
+                calls=task.calls,
+                call=partial(self._grammars.call, task.tools) if task.calls else None,
+            )
 
         def done(outcome: Outcome | BaseException) -> None:
             if isinstance(outcome, Outcome):
@@ -372,7 +395,7 @@ class LLM:
             watcher=parser,
             done=done,
             progress=asked.progress,
-            constraint=steering,
+            constraint=constraint,
             cancelled=cancelled,
         )
         engine.submit(request)

@@ -1,8 +1,9 @@
 """A reply as it comes: streams of events for threads and for asyncio, and the whole at once."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event as Flag
 from typing import Any, Self
@@ -18,7 +19,8 @@ class Reply:
     """A whole reply: what a stream said, collected.
 
     `messages` are those to add to the conversation: the reply itself, and of `LLM.run` all calls
-    and answers of tools before it.
+    and answers of tools before it. `parsed` is what a `schema` was asked for: data, or an object of
+    its pydantic model; None where the text is not whole.
     """
 
     text: str
@@ -28,6 +30,7 @@ class Reply:
     details: dict[str, str] = field(default_factory=dict)
     tool_calls: list[ToolCall] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
+    parsed: Any = None
 
 
 class Stream(Iterator[Event]):
@@ -193,3 +196,15 @@ def collect(stream: Stream) -> Reply:
                     [said.message()],
                 )
     raise AssertionError("a stream ends with Finish")
+
+
+def with_parsed(reply: Reply, schema: Any) -> Reply:
+    """Add what the text of a reply is as data, or as an object of a pydantic model."""
+    if schema is None or reply.tool_calls:
+        return reply
+    try:
+        data = json.loads(reply.text)
+        validate = getattr(schema, "model_validate", None)
+        return replace(reply, parsed=validate(data) if validate else data)
+    except ValueError:  # cut off; pydantic's errors are of this kind, too
+        return reply

@@ -183,7 +183,10 @@ def test_a_budget_leaves_room_for_an_answer() -> None:
     assert budget_within(1024, 100_000, hand_off) == 1024
     assert budget_within(1024, 125, hand_off) == 75  # 100 but for the hand-off, 25 for the answer
     assert budget_within(1024, 26, hand_off) == 0
-    with pytest.raises(ValueError, match=r"max_tokens=25 leaves no room .* takes 25 tokens"):
+    with pytest.raises(
+        ValueError,
+        match=r"max_tokens=25 leaves no room .* takes 25 tokens, and the answer at least 1",
+    ):
         budget_within(0, 25, hand_off)
 
 

@@ -33,7 +33,7 @@ HAND_OFF = (
     f"thinking directly now.\n{CLOSE}\n\n"
 )
 _PLAIN_CLOSE = f"\n{CLOSE}\n\n"
-_LEAST_ANSWER, _MOST_ANSWER, _ANSWER_SHARE = 1, 256, 4  # tokens kept free for it; its part of all
+_MOST_ANSWER, _ANSWER_SHARE = 256, 4  # tokens kept free for it, at most; its part of all
 
 
 def hand_off_ids(tokenizer: Tokenizer, thinking: Thinking, message: str | None) -> list[int]:
@@ -52,18 +52,20 @@ def hand_off_ids(tokenizer: Tokenizer, thinking: Thinking, message: str | None) 
     return ids
 
 
-def budget_within(budget: int, max_tokens: int, hand_off: Sequence[int]) -> int:
+def budget_within(
+    budget: int, max_tokens: int, hand_off: Sequence[int], least_answer: int = 1
+) -> int:
     """Give the part of a budget that leaves room for the hand-off and an answer.
 
     Raises:
         ValueError: there is none.
     """
     rest = max_tokens - 1 - len(hand_off)  # 1: the tag that opens the thinking
-    answer = max(_LEAST_ANSWER, min(_MOST_ANSWER, rest // _ANSWER_SHARE))
+    answer = max(least_answer, min(_MOST_ANSWER, rest // _ANSWER_SHARE))
     if rest < answer:
         raise ValueError(
             f"max_tokens={max_tokens} leaves no room for an answer: to close the thinking takes "
-            f"{1 + len(hand_off)} tokens"
+            f"{1 + len(hand_off)} tokens, and the answer at least {least_answer}"
         )
     return min(budget, rest - answer)
 
@@ -89,6 +91,7 @@ class Limits:
         message: str | None,
         max_tokens: int,
         guard: bool,
+        least_answer: int = 1,
     ) -> "Limits":
         """Make them of what was asked; an answer finds room within `max_tokens`.
 
@@ -99,7 +102,7 @@ class Limits:
             return cls((), None, guard)
         hand_off = hand_off_ids(tokenizer, thinking, message)
         if budget is not None:
-            budget = budget_within(budget, max_tokens, hand_off)
+            budget = budget_within(budget, max_tokens, hand_off, least_answer)
         return cls(hand_off, budget, guard)
 
 
@@ -147,6 +150,11 @@ class Steering:
         self._before: list[_State] = []
         self._loops = Loops() if limits.guard else None
         self._look()
+
+    @property
+    def inside(self) -> bool:
+        """Whether the reply is thinking."""
+        return self._now.inside
 
     @property
     def finished(self) -> bool:
@@ -213,7 +221,7 @@ class Steering:
         chosen = now.forced == 0
         now.forced -= not chosen
         now.looped = self._loops is not None and self._loops.add(token) and chosen
-        if token == self._open_id:
+        if token == self._open_id and not now.inside:
             now.inside, now.unseen, now.bytes_held = True, 0, b""
         elif token == self._close_id and now.inside:
             now.inside, now.unseen, now.bytes_held = False, 0, b""

@@ -66,6 +66,11 @@ class Tokenizer:
         text: str = self._inner.decode(ids, skip_special_tokens=False)
         return text
 
+    def to_json(self) -> str:
+        """Give the whole tokenizer as tokenizer.json has it."""
+        text: str = self._inner.to_str()
+        return text
+
     def id_of(self, token: str) -> int | None:
         """Give the id of one token by its text, or None."""
         found: int | None = self._inner.token_to_id(token)

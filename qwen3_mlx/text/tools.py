@@ -156,6 +156,11 @@ class Calls:
         coder = "<function=" in template.source
         return cls(open_id, close_id, CoderCalls(tools) if coder else HermesCalls())
 
+    @property
+    def by_grammar(self) -> bool:
+        """Whether calls are JSON, which a grammar can hold to the tools' schemas."""
+        return isinstance(self.format, HermesCalls)
+
     def read(self, text: str, *, whole: bool) -> ToolCall | None:
         """Make a call of what stands between the tags, or give None."""
         found = self.format.read(text, whole=whole)
