@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from qwen3_mlx.conversation import Conversation
     from qwen3_mlx.conversion import Conversion, convert
     from qwen3_mlx.engine.params import SamplingParams
-    from qwen3_mlx.errors import CheckpointError, Qwen3Error
+    from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
     from qwen3_mlx.llm import LLM, load
     from qwen3_mlx.streams import AsyncStream, Reply, Stream
     from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall, Usage
@@ -25,6 +25,7 @@ _HOMES = {
     "LLM": "llm",
     "AsyncStream": "streams",
     "CheckpointError": "errors",
+    "ContextError": "errors",
     "Conversation": "conversation",
     "Conversion": "conversion",
     "Event": "text.events",
@@ -45,6 +46,7 @@ __all__ = [
     "LLM",
     "AsyncStream",
     "CheckpointError",
+    "ContextError",
     "Conversation",
     "Conversion",
     "Event",

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from qwen3_mlx.asking import Options
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.streams import Collected, Reply, Stream, collect
 from qwen3_mlx.text.messages import normalise
 
 Message = dict[str, Any]
-Start = Callable[[Sequence[Message], Options, Callable[[Collected], None]], Stream]
-"""Starts a reply to messages; the callback is told all that was said, before `Finish`."""
+Start = Callable[[Sequence[Message], Options, Callable[[Collected], None], dict[str, str]], Stream]
+"""Starts a reply to messages; the callback is told all that was said, before `Finish`, which tells
+the details that are given."""
 
 _VERSION = 1
 
@@ -28,11 +29,21 @@ class Conversation:
     """
 
     def __init__(
-        self, start: Start, *, messages: Sequence[Mapping[str, Any]] = (), options: Options
+        self,
+        start: Start,
+        *,
+        messages: Sequence[Mapping[str, Any]] = (),
+        options: Options,
+        drop_oldest: bool = False,
     ) -> None:
-        """Begin with a history; `start` starts the replies."""
+        """Begin with a history; `start` starts the replies.
+
+        With `drop_oldest` the oldest turns are dropped, whole, when the context window is full;
+        `Finish` tells how many. Otherwise that is a `ContextError`.
+        """
         self.messages: list[Message] = [dict(message) for message in messages]
         self.options = options
+        self.drop_oldest = drop_oldest
         self._start = start
         self._replying = False
 
@@ -57,13 +68,27 @@ class Conversation:
             if said.failed:
                 self.messages = before
             elif said.text or said.reasoning or said.tool_calls:
-                self.messages = [*messages, said.message()]
+                self.messages.append(said.message())
 
         try:
-            return self._start(messages, {**self.options, **options}, heard)
+            return self._start_within(heard, {**self.options, **options})
         except BaseException:
             self.messages, self._replying = before, False
             raise
+
+    def _start_within(self, heard: Callable[[Collected], None], options: Options) -> Stream:
+        """Start a reply, without the oldest turns if need be and if they may be dropped."""
+        dropped = 0
+        while True:
+            details = {"dropped_turns": str(dropped)} if dropped else {}
+            try:
+                return self._start(self.messages, options, heard, details)
+            except ContextError:
+                turns = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+                if not self.drop_oldest or len(turns) < 2:
+                    raise
+                self.messages = self.messages[: turns[0]] + self.messages[turns[1] :]
+                dropped += 1
 
     def chat(self, words: str | None = None, **options: Unpack[Options]) -> Reply:
         """Do as `stream` does, and give the whole reply at once."""
@@ -93,7 +118,9 @@ class Conversation:
         """Give another conversation with this history, or with what was before a user's turn."""
         stop = None if turn is None else self._turn(turn)
         history = deepcopy(self.messages[:stop])
-        return Conversation(self._start, messages=history, options=self.options)
+        return Conversation(
+            self._start, messages=history, options=self.options, drop_oldest=self.drop_oldest
+        )
 
     def save(self, file: str | Path) -> None:
         """Write the history as JSON, for `LLM.conversation(file=...)`."""

@@ -7,3 +7,7 @@ class Qwen3Error(Exception):
 
 class CheckpointError(Qwen3Error):
     """A checkpoint that cannot be found, read or honoured."""
+
+
+class ContextError(Qwen3Error):
+    """A prompt, or a prompt and the reply asked for, that the context window does not hold."""

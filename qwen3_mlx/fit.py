@@ -26,8 +26,13 @@ _CONVERSATION = 2048  # tokens; what cannot hold so many is of no use
 _READY = Format(4, 64)
 
 
-def plan_load(network: ModelConfig, stored: FormatOf | None, options: LoadOptions) -> Plan:
-    """Plan for a checkpoint as `options` load it, and a short conversation with it."""
+def plan_load(
+    network: ModelConfig,
+    stored: FormatOf | None,
+    options: LoadOptions,
+    context: int = _CONVERSATION,
+) -> Plan:
+    """Plan for a checkpoint as `options` load it, and a conversation of `context` tokens."""
     quantize, dequantize = options.quantize, options.dequantize
     if dequantize is None:
         dequantize = backend.worth_dequantizing(4 * count_weights(network))
@@ -40,7 +45,7 @@ def plan_load(network: ModelConfig, stored: FormatOf | None, options: LoadOption
         return quantize.for_module(path) if quantize else None
 
     work = Workload(
-        context=min(_CONVERSATION, network.context_window),
+        context=min(context, network.context_window),
         itemsize=options.dtype.size,
         chunk=backend.prefill_chunk(),
         fused=backend.on_gpu(),
@@ -49,24 +54,30 @@ def plan_load(network: ModelConfig, stored: FormatOf | None, options: LoadOption
 
 
 def refuse_what_cannot_fit(
-    name: str, network: ModelConfig, stored: FormatOf | None, options: LoadOptions
+    name: str,
+    network: ModelConfig,
+    stored: FormatOf | None,
+    options: LoadOptions,
+    context: int | None = None,
 ) -> None:
     """Compare the plan with what the machine can give.
 
     Raises:
         Qwen3Error: it is more; the message shows the sum, and what would fit.
     """
-    plan, available = plan_load(network, stored, options), backend.available_memory()
+    tokens = context or _CONVERSATION
+    plan, available = plan_load(network, stored, options, tokens), backend.available_memory()
     if plan.total <= available:
         return
     ways = [
         *_other_options(network, stored, options, available),
+        *([f"a shorter context than {context:,} may fit"] if context else []),
         _ready_model(available),
     ]
     if plan.total <= backend.memory_limit():
         ways.append("closing other programs would make room")
     raise Qwen3Error(
-        f"{name} does not fit: {plan} with {_CONVERSATION:,} tokens; "
+        f"{name} does not fit: {plan} with {tokens:,} tokens; "
         f"this machine can give {in_gb(available)}; {'; '.join(ways)}"
     )
 

@@ -4,7 +4,7 @@ import asyncio
 import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.resources import files
 from itertools import count
@@ -33,9 +33,10 @@ from qwen3_mlx.engine.params import (
     sampling_defaults,
 )
 from qwen3_mlx.engine.worker import Worker
-from qwen3_mlx.errors import CheckpointError, Qwen3Error
+from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
 from qwen3_mlx.fit import refuse_what_cannot_fit
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.published import stretched
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.streams import AsyncStream, Collected, Reply, Said, Stream, collect, with_parsed
 from qwen3_mlx.text.events import Event, Finish, Usage
@@ -51,6 +52,7 @@ from qwen3_mlx.text.tools import Calls, Tool, answer, describe, functions_of
 
 T = TypeVar("T")
 _PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
+_LEAST_SHARE = 8  # of the context, one part in so many is a reply's, where turns are dropped
 _MOST_IDLE = 4096  # tokens to be read ahead
 
 
@@ -71,7 +73,9 @@ class LLM:
         self._worker = worker
         # A model may be made for fewer ids than its tokenizer knows, but never chooses others.
         vocabulary = min(len(parts.tokenizer), self.config.vocab_size)
-        self._engine: Engine | None = Engine(parts.model, worker, vocabulary=vocabulary)
+        self._engine: Engine | None = Engine(
+            parts.model, worker, vocabulary=vocabulary, context=parts.context
+        )
         self._shut = weakref.finalize(self, _shut_down, worker)
 
     @property
@@ -84,7 +88,7 @@ class LLM:
 
         Raises:
             TypeError, ValueError: an argument is not what it must be.
-            Qwen3Error: the checkpoint cannot do as asked, or the prompt does not fit.
+            Qwen3Error: the checkpoint cannot do as asked; a ContextError: the prompt does not fit.
         """
         return self._stream(self._chat(messages, Asked(**options)))
 
@@ -94,23 +98,31 @@ class LLM:
         system: str | None = None,
         messages: Sequence[Message] = (),
         file: str | Path | None = None,
+        drop_oldest: bool = False,
         **options: Unpack[Options],
     ) -> Conversation:
         """Begin a conversation: with a system prompt, messages so far, or those saved in a file.
 
-        It keeps its history, and uses the time after a reply to prepare for the next (`idle`).
+        It keeps its history, and uses the time after a reply to prepare for the next (`idle`). With
+        `drop_oldest` it goes on when the context window is full, without its oldest turns.
         """
         history = [*messages, *(read_messages(file) if file is not None else [])]
         if system is not None:
             history.insert(0, {"role": "system", "content": system})
 
         def start(
-            messages: Sequence[Message], options: Options, heard: Callable[[Collected], None]
+            messages: Sequence[Message],
+            options: Options,
+            heard: Callable[[Collected], None],
+            details: dict[str, str],
         ) -> Stream:
-            return self._stream(self._chat(messages, Asked(**options)), heard)
+            task = self._chat(messages, Asked(**options))
+            least = self._open_engine().context // _LEAST_SHARE if drop_oldest else 1
+            return self._stream(replace(task, details=details, least_room=least), heard)
 
         Asked(**options)  # what is wrong is told now
-        return Conversation(start, messages=history, options={"idle": True, **options})
+        kept: Options = {"idle": True, **options}
+        return Conversation(start, messages=history, options=kept, drop_oldest=drop_oldest)
 
     def astream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
         """Do as `stream` does, for asyncio; to be called with the event loop running."""
@@ -322,7 +334,7 @@ class LLM:
                 f"the prompt has token {greatest} and the model knows {self.config.vocab_size:,}: "
                 "tokenizer.json belongs to another checkpoint"
             )
-        room = self._room(engine, len(ids), asked.max_tokens)
+        room = self._room(engine, len(ids), asked.max_tokens, task.least_room)
         form, budget = asked.form(self._grammars), asked.thinking_budget
         thinking = None if task.thinks is None else self.thinking
         inside = bool(task.thinks) and self.thinking.opens_in_prompt
@@ -375,7 +387,8 @@ class LLM:
                 )
                 calls = parser.called and outcome.reason == "stop"
                 reason = "tool_calls" if calls else outcome.reason
-                tell(Finish(reason, usage, parser.details | steering.details))
+                details = parser.details | steering.details | task.details
+                tell(Finish(reason, usage, details))
                 if asked.idle and reason in ("stop", "length"):
                     self._read_ahead(engine, task, said.message(), len(ids))
             else:
@@ -420,21 +433,21 @@ class LLM:
         if len(ids) < engine.context and len(ids) - already <= _MOST_IDLE:
             engine.read_ahead(ids)
 
-    def _room(self, engine: Engine, prompt_tokens: int, wish: int | None) -> int:
-        """Give the tokens that a reply may have."""
+    def _room(self, engine: Engine, prompt_tokens: int, wish: int | None, least: int) -> int:
+        """Give the tokens that a reply may have, at least `least`."""
         if prompt_tokens == 0:
             raise ValueError("the prompt is empty; give some text")
         window, why = engine.context, ""
-        if window < self.config.context_window:
+        if window < self.config.context_window and window == engine.budget.context:
             why = f" (all that memory can hold: {engine.budget})"
-        if prompt_tokens >= window:
-            raise Qwen3Error(
+        if prompt_tokens + (1 if wish else least) > window:
+            raise ContextError(
                 f"the prompt has {prompt_tokens:,} tokens and the context window is "
                 f"{window:,}{why}; shorten the prompt"
             )
         room = window - prompt_tokens
         if wish is not None and wish > room:
-            raise Qwen3Error(
+            raise ContextError(
                 f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
                 f"context window of {window:,}{why} has room for {room:,}"
             )
@@ -452,6 +465,8 @@ class _Task:
     messages: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     calls: Calls | None = None
+    details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
+    least_room: int = 1  # tokens that there must be for a reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -463,6 +478,7 @@ class _Parts:
     template: ChatTemplate | None
     generation_config: Mapping[str, Any]
     end_ids: frozenset[int]
+    context: int | None
 
 
 def load(
@@ -473,6 +489,7 @@ def load(
     group_size: int = 64,
     dtype: str | None = None,
     dequantize: bool | None = None,
+    context: int | None = None,
     progress: Progress | None = None,
 ) -> LLM:
     """Load a checkpoint: a folder, a hub name, or None for the embedded demo.
@@ -485,6 +502,9 @@ def load(
         dtype: bfloat16, float16 or float32; None is bfloat16 on a GPU and float32 on a CPU.
         dequantize: hold quantized weights as `dtype`; None does so on a CPU, where that computes
             faster, if the float32 weights take at most half of the memory.
+        context: the most tokens of prompt and reply together, if not what the model and the memory
+            allow. Beyond the model's window that switches YaRN on, for the checkpoints that it is
+            published for; the quality of short texts may suffer from it.
         progress: told (done, total) modules loaded, from another thread.
 
     Raises:
@@ -493,6 +513,8 @@ def load(
         Qwen3Error: it does not fit; the message shows the sum, and what would.
     """
     wanted = Format(4 if bits is None else bits, group_size)  # a wrong group size is never silent
+    if context is not None and (type(context) is not int or context < 1):
+        raise ValueError(f"context must be a number of tokens from 1 up, not {context!r}")
     if dequantize is not None and not isinstance(dequantize, bool):
         raise TypeError(f"dequantize must be True, False or None, not {dequantize!r}")
     options = LoadOptions(
@@ -501,9 +523,11 @@ def load(
     place = Source(str(files("qwen3_mlx") / "demo" if source is None else source), revision)
     folder = place.fetch(DESCRIPTION_FILES)
     config = read_json(folder / "config.json")
+    if context is not None:
+        config = stretched(config, context)
     # What cannot be run, or does not fit, is refused before gigabytes are fetched.
     network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
-    refuse_what_cannot_fit(place.name, network, stored, options)
+    refuse_what_cannot_fit(place.name, network, stored, options, context)
     abandoned = Flag()
 
     def follow(done: int, total: int) -> None:
@@ -523,7 +547,7 @@ def load(
     worker = Worker()
     try:
         model = worker.call(read_weights)
-        return LLM(_describe(folder, config, model, tokenizer), worker)
+        return LLM(_describe(folder, config, model, tokenizer, context), worker)
     except BaseException:
         abandoned.set()
         worker.stop()
@@ -531,7 +555,11 @@ def load(
 
 
 def _describe(
-    folder: Path, config: Mapping[str, Any], model: Qwen3, tokenizer: Tokenizer
+    folder: Path,
+    config: Mapping[str, Any],
+    model: Qwen3,
+    tokenizer: Tokenizer,
+    context: int | None,
 ) -> _Parts:
     generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.is_file() else {}
@@ -544,7 +572,7 @@ def _describe(
     if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
         end_ids.add(end_of_text)
     template = ChatTemplate.from_folder(folder)
-    return _Parts(model, tokenizer, template, generation_config, frozenset(end_ids))
+    return _Parts(model, tokenizer, template, generation_config, frozenset(end_ids), context)
 
 
 def _end_ids(config: Mapping[str, Any], where: str) -> list[int]:

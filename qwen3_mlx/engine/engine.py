@@ -66,12 +66,13 @@ class Engine:
         *,
         vocabulary: int,
         available: int | None = None,
+        context: int | None = None,
     ) -> None:
         """Run `model`, which belongs to `worker`; ids from `vocabulary` on are never chosen.
 
         Without a worker `step` is to be called for it to go on, by the thread that made the model.
         `available` are the bytes that caches and activations may take, with a reserve; None is what
-        the machine can give now.
+        the machine can give now. No request may be longer than `context`.
         """
         self.model = model
         self._worker = worker
@@ -85,7 +86,7 @@ class Engine:
         if available is None:
             available = backend.available_memory()
         self.budget = Budget.of(model.config, work, available)
-        self.context = self.budget.context
+        self.context = min(self.budget.context, context or self.budget.context)
         self._prefixes = PrefixStore(self.budget.tokens // _KEPT_SHARE)
         self._scheduler: Scheduler[Running] = Scheduler(self.budget.tokens, self)
         self._inbox: SimpleQueue[Request] = SimpleQueue()

@@ -3,8 +3,11 @@
 From the config.json of each Qwen/Qwen3-SIZE on the hub.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 
 
@@ -32,6 +35,7 @@ _GEOMETRIES = {
 }
 SIZES = tuple(_GEOMETRIES)
 _WINDOW = 40960  # 32,768 of training and output, 8,192 of prompt
+_TRAINED = 32768
 _YARN_LENGTHS = (65536, 131072)  # factors 2 and 4 on a window of 32,768, as the model cards say
 
 
@@ -89,3 +93,28 @@ def yarn_lengths(config: ModelConfig) -> tuple[int, ...]:
     shapes = {(g.hidden, g.layers, g.heads) for g in _GEOMETRIES.values() if g.yarn}
     fits = config.yarn is None and config.max_position_embeddings == _WINDOW and shape in shapes
     return _YARN_LENGTHS if fits else ()
+
+
+def stretched(content: Mapping[str, Any], context: int) -> dict[str, Any]:
+    """Give the contents of a config.json with YaRN switched on, where `context` needs it.
+
+    The factor is that of the model cards: the context over the 32,768 tokens of training.
+
+    Raises:
+        Qwen3Error: the context is beyond the window, and beyond what YaRN is published for.
+    """
+    config = ModelConfig.from_dict(content)
+    window, lengths = config.context_window, yarn_lengths(config)
+    if context <= window:
+        return dict(content)
+    if not lengths or context > lengths[-1]:
+        most = f", and with YaRN {lengths[-1]:,}" if lengths else ""
+        raise Qwen3Error(
+            f"context={context:,} is beyond this model: its window is {window:,}{most}"
+        )
+    yarn = {
+        "rope_type": "yarn",
+        "factor": context / _TRAINED,
+        "original_max_position_embeddings": _TRAINED,
+    }
+    return {**content, "rope_scaling": yarn}
