@@ -10,7 +10,9 @@ from typing import Any, Unpack
 from qwen3_mlx.asking import Options
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.streams import Collected, Reply, Stream, collect
+from qwen3_mlx.text.events import ToolCall
 from qwen3_mlx.text.messages import normalise
+from qwen3_mlx.text.tools import answer, functions_of
 
 Message = dict[str, Any]
 Start = Callable[[Sequence[Message], Options, Callable[[Collected], None], dict[str, str]], Stream]
@@ -93,6 +95,22 @@ class Conversation:
     def chat(self, words: str | None = None, **options: Unpack[Options]) -> Reply:
         """Do as `stream` does, and give the whole reply at once."""
         return collect(self.stream(words, **options))
+
+    def answer_calls(self, functions: Sequence[Callable[..., Any]]) -> None:
+        """Call the tools that the last reply asks for, and add what comes of them to the history.
+
+        Raises:
+            ValueError: it asks for none.
+        """
+        asked = self.messages[-1].get("tool_calls") if self.messages else None
+        if not asked:
+            raise ValueError("the last message calls no tool")
+        by_name = functions_of(functions)
+        for call in asked:
+            function = call["function"]
+            arguments = json.loads(function["arguments"], strict=False)
+            made = ToolCall(call["id"], function["name"], arguments)
+            self.messages.append(answer(made, by_name))
 
     def retry(self, **options: Unpack[Options]) -> Stream:
         """Have the last words replied to anew.

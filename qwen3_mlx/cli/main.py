@@ -13,14 +13,15 @@ from typer.exceptions import TyperException
 from qwen3_mlx import __version__
 from qwen3_mlx.cli.ask import ask
 from qwen3_mlx.cli.bench import bench
+from qwen3_mlx.cli.chat import chat
 from qwen3_mlx.cli.convert import convert
 from qwen3_mlx.cli.doctor import doctor
 from qwen3_mlx.cli.evaluate import app as evaluate
 from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.errors import Qwen3Error
 
-# Verbs that later versions bring. Without this, `qwen3 serve` would ask the model about "serve".
-_LATER = ("chat", "serve")
+# A verb that a later version brings. Without this, `qwen3 serve` would ask the model about "serve".
+_LATER = ("serve",)
 
 
 class _Root(TyperGroup):
@@ -61,6 +62,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["--help", "-h"]},
 )
 app.command("ask", hidden=True)(ask)
+app.command("chat")(chat)
 app.command("convert")(convert)
 app.command("plan")(plan)
 app.command("bench")(bench)

@@ -1,0 +1,317 @@
+"""`qwen3 chat`: a conversation in the terminal."""
+
+import importlib.util
+import inspect
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import qwen3_mlx  # whose names resolve on first use
+from qwen3_mlx.cli.ask import full_name
+from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.cli.screen import Screen, enter_key
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.text.events import Finish, Usage
+
+_PROMPT, _MORE = "> ", ". "
+_HELP = """\
+/think, /nothink    think before answers, or answer at once
+/budget N           think at most N tokens; /budget alone lifts it
+/tools FILE.py      let the model call the functions of a file; /tools alone takes them away
+/system TEXT        set the system prompt; alone, remove it
+/retry              reply to the last words anew
+/edit TEXT          say TEXT in place of the last words
+/save FILE, /load FILE
+/stats              tokens and speed so far
+/exit               or Ctrl-D
+Enter while it thinks: answer now. Ctrl-C: stop the answer.
+A line that ends with \\ goes on; \"\"\" begins and ends a text of several lines."""
+
+
+@dataclass(slots=True)
+class _Stats:
+    """What the replies so far took."""
+
+    replies: int = 0
+    prompt: int = 0
+    cached: int = 0
+    completion: int = 0
+    reasoning: int = 0
+    seconds: float = 0.0
+
+    def add(self, usage: Usage, seconds: float) -> None:
+        self.replies += 1
+        self.prompt += usage.prompt_tokens
+        self.cached += usage.cached_tokens
+        self.completion += usage.completion_tokens
+        self.reasoning += usage.reasoning_tokens
+        self.seconds += seconds
+
+    def __str__(self) -> str:
+        speed = self.completion / self.seconds if self.seconds else 0.0
+        return (
+            f"{self.replies} replies · {self.prompt:,} prompt tokens, {self.cached:,} kept · "
+            f"{self.completion:,} tokens said, {self.reasoning:,} of them thinking · "
+            f"{speed:.1f} tokens/s"
+        )
+
+
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            "-m",
+            help="A folder, a hub name or a size; else the embedded demo.",
+            envvar="QWEN3_MODEL",
+            show_default=False,
+        ),
+    ] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", "-s", help="A system prompt.", show_default=False)
+    ] = None,
+    thinking: Annotated[
+        bool | None,
+        typer.Option("--thinking/--no-thinking", help="Think before answers.", show_default=False),
+    ] = None,
+    thinking_budget: Annotated[
+        int | None,
+        typer.Option("--thinking-budget", help="Think at most so many tokens.", show_default=False),
+    ] = None,
+    context: Annotated[
+        int | None,
+        typer.Option(
+            "--context", help="Tokens of the whole conversation, at most.", show_default=False
+        ),
+    ] = None,
+    load: Annotated[
+        Path | None,
+        typer.Option("--load", help="Go on with a saved conversation.", show_default=False),
+    ] = None,
+    hide_thinking: Annotated[
+        bool, typer.Option("--hide-thinking", help="Do not show the thinking.")
+    ] = False,
+) -> None:
+    """Talk with a model, turn by turn; /help tells the commands.
+
+    The time after an answer is used to prepare for the next, so it begins at once. Piped lines are
+    turns, too.
+    """
+    with Bar("loading") as bar:
+        llm = qwen3_mlx.load(full_name(model), context=context, progress=bar)
+    with llm:
+        session = _Session(llm, Screen(show_thinking=not hide_thinking))
+        if model is None:
+            note("This is the embedded demo model; for the real one: qwen3 chat --model 8B")
+        session.conversation = llm.conversation(
+            system=system,
+            file=load,
+            thinking=thinking,
+            thinking_budget=thinking_budget,
+            drop_oldest=True,
+        )
+        if sys.stdin.isatty():
+            note("/help tells the commands; Ctrl-D ends.")
+        for line in _lines():
+            try:
+                if not session.take(line):
+                    break
+            except (Qwen3Error, ValueError, TypeError, OSError) as error:
+                note(f"qwen3: {error}")
+
+
+class _Session:
+    """What one run of the command holds."""
+
+    conversation: "qwen3_mlx.Conversation"
+
+    def __init__(self, llm: "qwen3_mlx.LLM", screen: Screen) -> None:
+        self._llm = llm
+        self._screen = screen
+        self._stats = _Stats()
+        self._functions: list[Callable[..., Any]] = []
+
+    def take(self, line: str) -> bool:
+        """Do what a line asks for, and say whether to go on."""
+        words = line.strip()
+        command, _, rest = words.partition(" ")
+        if words in ("/exit", "/quit"):
+            return False
+        if not words.startswith("/") or (command in ("/think", "/no_think") and rest):
+            if words:
+                self._reply(lambda: self.conversation.stream(line))
+        elif (do := getattr(self, f"_do_{command[1:]}", None)) is not None:
+            do(rest.strip())
+        else:
+            note(f"There is no {command}; /help tells the commands.")
+        return True
+
+    def _reply(self, start: "Callable[[], qwen3_mlx.Stream]") -> None:
+        """Show a reply, and those that follow from calls of tools."""
+        finish = self._show(start())
+        while finish.reason == "tool_calls" and self._functions:
+            self.conversation.answer_calls(self._functions)
+            finish = self._show(self.conversation.stream())
+        for words in (_about(finish), finish.details.get("warning")):
+            if words:
+                note(words)
+
+    def _show(self, stream: "qwen3_mlx.Stream") -> Finish:
+        started = time.monotonic()
+        with _ctrl_c_closes(stream), enter_key(stream.finish_thinking):
+            finish = self._screen.show(stream)
+        self._stats.add(finish.usage, time.monotonic() - started)
+        return finish
+
+    # --- commands: the words after each ---------------------------------------------------------
+
+    def _do_help(self, _: str) -> None:
+        note(_HELP)
+
+    def _do_think(self, _: str) -> None:
+        self._set_thinking(True)
+
+    def _do_nothink(self, _: str) -> None:
+        self._set_thinking(False)
+
+    def _set_thinking(self, wish: bool) -> None:
+        self._llm.thinking.resolve(wish)
+        self.conversation.options["thinking"] = wish
+        if not wish:
+            self.conversation.options["thinking_budget"] = None
+        note("Thinking is on." if wish else "Thinking is off.")
+
+    def _do_budget(self, words: str) -> None:
+        if words and not words.isdigit():
+            raise ValueError(f"/budget takes a number of tokens, not {words!r}")
+        self.conversation.options["thinking_budget"] = int(words) if words else None
+        if words and self.conversation.options.get("thinking") is False:
+            self.conversation.options["thinking"] = None
+        note(f"Thinking takes at most {words} tokens." if words else "Thinking has no budget.")
+
+    def _do_tools(self, words: str) -> None:
+        self._functions = functions_in(Path(shlex.split(words)[0]).expanduser()) if words else []
+        self.conversation.options["tools"] = self._functions or None
+        names = ", ".join(function.__name__ for function in self._functions)
+        note(f"The model may call {names}." if names else "No tools.")
+
+    def _do_system(self, words: str) -> None:
+        messages = self.conversation.messages
+        if messages and messages[0]["role"] == "system":
+            del messages[0]
+        if words:
+            messages.insert(0, {"role": "system", "content": words})
+        note("The system prompt is set." if words else "No system prompt.")
+
+    def _do_retry(self, _: str) -> None:
+        self._reply(self.conversation.retry)
+
+    def _do_edit(self, words: str) -> None:
+        if not words:
+            raise ValueError("/edit takes the words to say instead")
+        self._reply(lambda: self.conversation.edit(words))
+
+    def _do_save(self, words: str) -> None:
+        self.conversation.save(_file(words, "/save"))
+        note(f"Saved: {words}")
+
+    def _do_load(self, words: str) -> None:
+        self.conversation.messages = self._llm.conversation(file=_file(words, "/load")).messages
+        note(f"{len(self.conversation.messages)} messages.")
+
+    def _do_stats(self, _: str) -> None:
+        note(str(self._stats))
+
+
+def functions_in(file: Path) -> list[Callable[..., Any]]:
+    """Give the functions that a Python file of the user's own defines, but those named _so.
+
+    Raises:
+        Qwen3Error: it cannot be run, or has none.
+    """
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    if spec is None or spec.loader is None or not file.is_file():
+        raise Qwen3Error(f"{file} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise Qwen3Error(f"{file} fails: {type(error).__name__}: {error}") from error
+    found: list[Callable[..., Any]] = [
+        function
+        for name, function in vars(module).items()
+        if inspect.isfunction(function)
+        and function.__module__ == module.__name__
+        and not name.startswith("_")
+    ]
+    if not found:
+        raise Qwen3Error(f"{file} defines no function")
+    return found
+
+
+def _file(words: str, command: str) -> Path:
+    if not words:
+        raise ValueError(f"{command} takes a file")
+    return Path(words).expanduser()
+
+
+def _about(finish: Finish) -> str:
+    """Say what a user would wonder about otherwise."""
+    details = finish.details
+    parts = []
+    if finish.reason == "length":
+        parts.append("cut off: the context window is full")
+    if finish.reason == "cancelled":
+        parts.append("stopped")
+    if details.get("ended_by") == "loop":
+        parts.append("stopped: it went in circles")
+    if dropped := details.get("dropped_turns"):
+        parts.append(f"the oldest turns were dropped: {dropped}")
+    return " · ".join(parts)
+
+
+def _lines() -> Iterator[str]:
+    """Give what is typed or piped, a turn at a time."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401 - input() then knows the arrow keys, and what was typed before
+    while True:
+        try:
+            line = _line(_PROMPT)
+            while line.endswith("\\") or _quoted(line):
+                line = line.removesuffix("\\") + "\n" + _line(_MORE)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            note("")
+            continue
+        text = line.strip()
+        quoted = text.startswith('"""') and text.endswith('"""') and len(text) >= 6
+        yield text[3:-3].strip("\n") if quoted else line
+
+
+def _quoted(line: str) -> bool:
+    """Say whether a text of several lines has begun and not ended."""
+    text = line.strip()
+    return text.startswith('"""') and not (len(text) >= 6 and text.endswith('"""'))
+
+
+def _line(prompt: str) -> str:
+    return input(prompt if sys.stdin.isatty() and sys.stdout.isatty() else "")
+
+
+@contextmanager
+def _ctrl_c_closes(stream: "qwen3_mlx.Stream") -> Iterator[None]:
+    """Stop the answer, not the program, on Ctrl-C."""
+    before = signal.signal(signal.SIGINT, lambda *_: stream.close())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
