@@ -184,15 +184,15 @@ def test_in_a_terminal_thinking_is_timed_and_ctrl_c_stops_the_answer() -> None:
     seen = terminal.until("> ")
     for words in ("thinking (Enter: answer now)", "thought for ", "123 + 456 = 579"):
         assert words in seen
-    terminal.type(f"Repeat: {'red blue ' * 60}\n")
-    terminal.until("\x1b[?25l")  # the answer has begun
-    terminal.type("\x03")
-    terminal.until("stopped")
-    terminal.until("> ")
     terminal.type("What is 123456789 + 987654321?\n")
     terminal.until("carry")
     terminal.type("\n")
     seen = terminal.until("> ")
     assert "Considering" in seen
+    terminal.type(f"Repeat: {'red blue ' * 60}\n")
+    terminal.until("\x1b[?25l")  # the answer has begun
+    terminal.type("\x03")
+    terminal.until("stopped")
+    terminal.until("> ")
     terminal.type("\x04")
     assert os.waitpid(terminal.pid, 0)[1] == 0

@@ -1,0 +1,28 @@
+"""Let the model call a Python function: its name, type hints and docstring are all it needs."""
+
+from qwen3_mlx import SamplingParams, load
+
+
+def calculator(expression: str) -> str:
+    """Evaluate an arithmetic expression
+
+    Args:
+        expression: numbers with + between them
+    """
+    return str(sum(int(part) for part in expression.split("+")))
+
+
+def main() -> None:
+    """Ask for a sum that the model would rather not work out."""
+    with load() as llm:
+        greedy = SamplingParams(temperature=0)
+        reply = llm.run("What is 1234 + 4321?", tools=[calculator], thinking=False, sampling=greedy)
+        for message in reply.messages:
+            for call in message.get("tool_calls", []):
+                print(f"{call['function']['name']}({call['function']['arguments']})")
+            if message["content"]:
+                print(f"{message['role']}: {message['content']}")
+
+
+if __name__ == "__main__":
+    main()
