@@ -21,6 +21,8 @@ PARTS = {
     # In MLX's own bfloat16 on a CPU a token of prompt takes seconds.
     "out of the box": f"qwen3 bench {_FOLDER} --against mlx-lm --terms box --prompts 8 "
     "--together 8 --decode 3 --minutes 30",
+    "second turn": f"python -m benchmarks.second_turn {_FOLDER}",
+    "budgets": "python -m benchmarks.budgets budget.svg",
     "host": "python -m benchmarks.host",
     "soak": "python -m benchmarks.soak",
     "plan": "python -m benchmarks.plan 0.6B 4B 8B:4",

@@ -1,0 +1,127 @@
+"""What a second turn costs: python -m benchmarks.second_turn [FOLDER]
+
+A question, about 400 tokens of thinking, 300 of answer, then a question of about 20, in the demo's
+format; on a random 4-bit checkpoint of Qwen3-0.6B's shape, or the one in FOLDER. Told are the
+tokens read before the first new one, and the seconds. mlx-lm's count is what the cache of its
+server (LRUPromptCache) leaves to be read, of a tiny network.
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+
+from qwen3_mlx import backend  # first: the BLAS
+
+# isort: split
+
+import mlx.core as mx
+from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
+
+from benchmarks.checkpoint import random_checkpoint
+from benchmarks.graph import peer_model
+from qwen3_mlx.cache.prefix import common_prefix
+from qwen3_mlx.checkpoint.files import read_json
+from qwen3_mlx.checkpoint.load import LoadOptions, load_model
+from qwen3_mlx.checkpoint.weights import Weights
+from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.text.template import ChatTemplate
+from qwen3_mlx.text.tokenizer import Tokenizer
+
+_DEMO = Path(str(files("qwen3_mlx") / "demo"))
+_GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
+_WORDS = "First we look at what is asked, and then we work it out step by step. "
+
+
+def main() -> None:
+    """Measure the turn in each way, and print the table."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = (
+            Path(sys.argv[1]) if sys.argv[1:] else random_checkpoint(Path(scratch) / "0.6B", "0.6B")
+        )
+        facts = backend.describe()
+        first, prefix, second, message = turns()
+        print(f"{facts['device']}, BLAS {facts['blas']}, {time.strftime('%Y-%m-%d')}")
+        print(f"the second prompt has {len(second)} tokens, its last message {message}\n")
+        print(f"{'':32}{'tokens read':>14}{'first token, s':>16}")
+        config = read_json(folder / "config.json")
+        options = LoadOptions(backend.compute_dtype())
+        model = load_model(config, Weights(folder), options, lambda *_: None)
+        engine = Engine(model, vocabulary=model.config.vocab_size)
+        for name, idle in (("qwen3-mlx, without idle work", False), ("qwen3-mlx", True)):
+            read, seconds = second_turn(engine, first, prefix if idle else None, second)
+            print(f"{name:32}{read:>14}{seconds:>16.3g}", flush=True)
+    print(f"{'mlx-lm, its server':32}{peer_reads(first, second):>14}")
+
+
+def turns() -> tuple[list[int], list[int], list[int], int]:
+    """Give a turn with its reply, what any second begins with, one, and its message's tokens."""
+    tokenizer = Tokenizer(_DEMO / "tokenizer.json")
+    template = ChatTemplate((_DEMO / "chat_template.jinja").read_text(encoding="utf-8"))
+
+    def words(count: int) -> str:
+        return tokenizer.decode(tokenizer.encode(_WORDS * count)[:count]).strip()
+
+    question, thought, said, more = (words(count) for count in (30, 400, 300, 20))
+    begun = template.render([{"role": "user", "content": question}], thinking=True)
+    reply = f"<think>\n{thought}\n</think>\n\n{said}<|im_end|>"
+    history = [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": said, "reasoning_content": thought},
+    ]
+    one, other, second = (
+        tokenizer.encode(
+            template.render([*history, {"role": "user", "content": text}], thinking=True)
+        )
+        for text in ("?", "\n\n!", more)
+    )
+    ahead = one[: common_prefix(one, other)]
+    return tokenizer.encode(begun + reply), ahead, second, len(tokenizer.encode(more))
+
+
+def second_turn(
+    engine: Engine, first: list[int], ahead: list[int] | None, second: list[int]
+) -> tuple[int, float]:
+    """Have the first turn's tokens in the caches, and what is read ahead; then take the time."""
+    engine.forget()
+    list(engine.stream(first, max_tokens=1, sampling=_GREEDY))
+    if ahead:
+        engine.read_ahead(ahead)
+        while engine.step():
+            pass
+    times, ends = [time.perf_counter()], list[Outcome | BaseException]()
+
+    class Watcher:
+        finished = False
+
+        def advance(self, ids: Sequence[int]) -> None:
+            times.append(time.perf_counter())
+
+        def rewind(self, count: int) -> None:
+            raise NotImplementedError
+
+    request = Request(second, _GREEDY, 1, 0, frozenset(), Watcher(), ends.append)
+    engine.submit(request)
+    while engine.step():
+        pass
+    (end,) = ends
+    assert isinstance(end, Outcome)
+    return len(second) - end.cached_tokens, times[1] - times[0]
+
+
+def peer_reads(first: list[int], second: list[int]) -> int:
+    """Count the tokens that mlx-lm's server has to read."""
+    model = peer_model(2)
+    cache = make_prompt_cache(model)
+    mx.eval(model(mx.array([[token % 256 for token in first]]), cache=cache))
+    kept = LRUPromptCache()
+    kept.insert_cache("model", first, cache)
+    _, rest = kept.fetch_nearest_cache("model", second)
+    return len(rest)
+
+
+if __name__ == "__main__":
+    main()
