@@ -1,6 +1,7 @@
 """Take a picture of the demo answering in a terminal: python scripts/terminal_picture.py OUT.svg
 
-The command runs in a real terminal of its own, so what is dim or bold there is so in the picture.
+With a second argument, "chat", it is one of a conversation. The command runs in a real terminal of
+its own, so what is dim or bold there is so in the picture.
 """
 
 import io
@@ -17,19 +18,44 @@ COMMANDS = (
     ["What is 123 + 456?", "--seed", "1"],
     ["--no-thinking", "Reverse: red green blue"],
 )
+TURNS = (
+    "What is 123 + 456?",
+    "/budget 16",
+    "What is 12345 + 54321?",
+    "/nothink",
+    "Who are you?",
+    "/stats",
+)
 _COLUMNS = 96
+_CONTROL = re.compile(r"(\x1b\[\d*[AK]|\x1b\[\?\d+[hl]|\r|\n)")
 _FONT = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # rich would fetch it from a network host
 
 
-def run(arguments: list[str]) -> str:
-    """Run `qwen3` in a terminal and give what it shows."""
+def run(arguments: list[str], turns: tuple[str, ...] = ()) -> str:
+    """Run `qwen3` in a terminal, say the turns, and give what it shows."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(TERM="xterm-256color", COLUMNS=str(_COLUMNS))
         os.environ.pop("QWEN3_MODEL", None)
         os.execv(sys.executable, [sys.executable, "-m", "qwen3_mlx", *arguments])
+    shown = ""
+    for turn in turns:
+        shown += read(terminal, until="> ")
+        os.write(terminal, f"{turn}\n".encode())
+    if turns:
+        shown += read(terminal, until="> ")
+        os.write(terminal, b"\x04")
+    shown += read(terminal, until=None)
+    _, status = os.waitpid(pid, 0)
+    if status:
+        sys.exit(f"the command failed:\n{shown}")
+    return shown
+
+
+def read(terminal: int, until: str | None) -> str:
+    """Read what a terminal shows, to its end or to these words at the end of it."""
     shown = b""
-    while True:
+    while until is None or not shown.decode(errors="replace").endswith(until):
         try:
             piece = os.read(terminal, 4096)
         except OSError:  # Linux's way to say that the terminal was closed
@@ -37,19 +63,34 @@ def run(arguments: list[str]) -> str:
         if not piece:
             break
         shown += piece
-    _, status = os.waitpid(pid, 0)
-    if status:
-        sys.exit(f"the command failed:\n{shown.decode()}")
-    return shown.decode().replace("\r\n", "\n")
+    return shown.decode()
+
+
+def settled(shown: str) -> str:
+    """Give the lines as they stand in the end: what was erased and written anew is gone."""
+    lines, row = [""], 0
+    for piece in _CONTROL.split(shown):
+        if piece == "\n":
+            row += 1
+            lines += [""] * (row + 1 - len(lines))
+        elif piece.endswith("A") and piece.startswith("\x1b["):
+            row = max(0, row - 1)
+        elif piece.endswith("K") and piece.startswith("\x1b["):
+            lines[row] = ""
+        elif piece != "\r" and not piece.startswith("\x1b[?"):
+            lines[row] += piece
+    return "\n".join(lines)
 
 
 def main() -> None:
     """Write the picture."""
     console = Console(record=True, width=_COLUMNS, file=io.StringIO())
-    for arguments in COMMANDS:
+    talking = sys.argv[2:] == ["chat"]
+    for arguments in [["chat"]] if talking else COMMANDS:
         words = " ".join(f'"{word}"' if " " in word else word for word in arguments)
         console.print(Text(f"$ qwen3 {words}", style="bold green"))
-        console.print(Text.from_ansi(run(arguments)))
+        shown = settled(run(arguments, TURNS if talking else ()))
+        console.print(Text.from_ansi(shown))
     picture = console.export_svg(title="qwen3")
     Path(sys.argv[1]).write_text(_FONT.sub("", picture), encoding="utf-8")
 

@@ -44,6 +44,7 @@ class Reply:
         self.reasoning = self.text = ""
         self.ids: list[int] = []
         self.ended = False
+        self.began_inside = inside
         self._most = most
         hand_off = hand_off_ids(TOKENIZER, THINKING, message)
         limits = Limits(hand_off, budget, guard)

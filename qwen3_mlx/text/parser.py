@@ -89,7 +89,7 @@ class Parser:
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` tokens, all bytes of a character that is not finished."""
-        self._detokenizer.flush()
+        self._detokenizer.rewind(count)
         self.reasoning_tokens -= count * self._inside
 
     def close(self) -> None:

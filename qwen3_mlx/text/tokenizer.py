@@ -89,15 +89,27 @@ class Detokenizer:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._before: list[tuple[bytes, int]] = []  # the states before tokens that gave no text
 
     def add(self, token: int) -> str:
         """Give the text that `token` completes; what it leaves incomplete is held back."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+        self._before.append(self._decoder.getstate())
+        text = self._decoder.decode(self._tokenizer.token_bytes(token))
+        if text:
+            self._before.clear()
+        return text
+
+    def rewind(self, count: int) -> None:
+        """Forget the last `count` tokens, all of which gave no text."""
+        if count:
+            self._decoder.setstate(self._before[-count])
+            del self._before[-count:]
 
     def flush(self) -> str:
         """Give what is still held back, as U+FFFD, and start anew."""
         held = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._before.clear()
         return held
 
 
