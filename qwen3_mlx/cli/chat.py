@@ -92,6 +92,10 @@ def chat(
             "--context", help="Tokens of the whole conversation, at most.", show_default=False
         ),
     ] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option("--seed", help="The same seed, the same replies.", show_default=False),
+    ] = None,
     load: Annotated[
         Path | None,
         typer.Option("--load", help="Go on with a saved conversation.", show_default=False),
@@ -116,6 +120,7 @@ def chat(
             file=load,
             thinking=thinking,
             thinking_budget=thinking_budget,
+            seed=seed,
             drop_oldest=True,
         )
         if sys.stdin.isatty():
