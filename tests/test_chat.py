@@ -162,7 +162,8 @@ class Terminal:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
             os.environ.pop("QWEN3_MODEL", None)
-            os.execve(sys.executable, [*CHAT, "--seed", "1"], {**os.environ, "TERM": "xterm", "COLUMNS": "80"})
+            os.environ.update(TERM="xterm", COLUMNS="80")
+            os.execv(sys.executable, [*CHAT, "--seed", "1"])
 
     def until(self, words: str, seconds: float = 60) -> str:
         """Read until these words are there."""
