@@ -8,11 +8,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Event as Flag
 
 import pytest
 
 from qwen3_mlx.cli.chat import functions_in
-from qwen3_mlx.cli.screen import _end_of_block
+from qwen3_mlx.cli.screen import _end_of_block, enter_key
 from qwen3_mlx.errors import Qwen3Error
 
 CHAT = [sys.executable, "-m", "qwen3_mlx", "chat"]
@@ -158,12 +159,12 @@ def test_blocks_of_markdown_end_at_blank_lines(text: str, place: int | None) -> 
 class Terminal:
     """The command in a terminal of its own."""
 
-    def __init__(self) -> None:
+    def __init__(self, *options: str) -> None:
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
             os.environ.pop("QWEN3_MODEL", None)
             os.environ.update(TERM="xterm", COLUMNS="80")
-            os.execv(sys.executable, [*CHAT, "--seed", "1"])
+            os.execv(sys.executable, [*CHAT, *options])
 
     def until(self, words: str, seconds: float = 60) -> str:
         """Read until these words are there."""
@@ -178,22 +179,39 @@ class Terminal:
         os.write(self.descriptor, keys.encode())
 
 
-def test_in_a_terminal_thinking_is_timed_and_ctrl_c_stops_the_answer() -> None:
-    terminal = Terminal()
+def test_in_a_terminal_thinking_is_timed() -> None:
+    terminal = Terminal("--seed", "1")
     terminal.until("> ")
     terminal.type("What is 123 + 456?\n")
     seen = terminal.until("> ")
     for words in ("thinking (Enter: answer now)", "thought for ", "123 + 456 = 579"):
         assert words in seen
-    terminal.type("What is 123456789 + 987654321?\n")
-    terminal.until("ones")
-    terminal.type("\n")
-    seen = terminal.until("> ")
-    assert "Considering" in seen
-    terminal.type(f"Repeat: {'red blue ' * 60}\n")
+    terminal.type("\x04")
+    assert os.waitpid(terminal.pid, 0)[1] == 0
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_folder: Path) -> None:
+    terminal = Terminal("--seed", "1", "-m", str(tiny_folder))  # whose replies are long
+    terminal.until("> ")
+    terminal.type("Hello\n")
     terminal.until("\x1b[?25l")  # the answer has begun
     terminal.type("\x03")
     terminal.until("stopped")
     terminal.until("> ")
     terminal.type("\x04")
     assert os.waitpid(terminal.pid, 0)[1] == 0
+
+
+def test_the_enter_key_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = pty.openpty()
+    pressed = Flag()
+    with open(theirs, encoding="utf-8", closefd=False) as terminal:
+        monkeypatch.setattr(sys, "stdin", terminal)
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        with enter_key(pressed.set):
+            os.write(ours, b"x")
+            assert not pressed.wait(0.3)
+            os.write(ours, b"\n")
+            assert pressed.wait(10)
+    os.close(ours)
+    os.close(theirs)
