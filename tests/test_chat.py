@@ -160,6 +160,7 @@ class Terminal:
     """The command in a terminal of its own."""
 
     def __init__(self, *options: str) -> None:
+        self._rest = ""
         self.pid, self.descriptor = pty.fork()
         if self.pid == 0:
             os.environ.pop("QWEN3_MODEL", None)
@@ -167,13 +168,14 @@ class Terminal:
             os.execv(sys.executable, [*CHAT, *options])
 
     def until(self, words: str, seconds: float = 60) -> str:
-        """Read until these words are there."""
-        seen, end = "", time.monotonic() + seconds
-        while words not in seen:
-            assert time.monotonic() < end, seen
+        """Read until these words are there; what comes after them stays to be read."""
+        end = time.monotonic() + seconds
+        while words not in self._rest:
+            assert time.monotonic() < end, self._rest
             if select.select([self.descriptor], [], [], 0.1)[0]:
-                seen += os.read(self.descriptor, 65536).decode(errors="replace")
-        return seen
+                self._rest += os.read(self.descriptor, 65536).decode(errors="replace")
+        before, words, self._rest = self._rest.partition(words)
+        return before + words
 
     def type(self, keys: str) -> None:
         os.write(self.descriptor, keys.encode())
