@@ -23,6 +23,7 @@ PARTS = {
     "--together 8 --decode 3 --minutes 30",
     "second turn": f"python -m benchmarks.second_turn {_FOLDER}",
     "budgets": "python -m benchmarks.budgets budget.svg",
+    "tools": "python -m benchmarks.tools",
     "host": "python -m benchmarks.host",
     "soak": "python -m benchmarks.soak",
     "plan": "python -m benchmarks.plan 0.6B 4B 8B:4",

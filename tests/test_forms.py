@@ -1,8 +1,10 @@
 """Answers in a form: always valid, whatever the model would rather say."""
 
 import json
+import os
 import re
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 import jsonschema  # type: ignore[import-untyped]
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qwen3_mlx import LLM, SamplingParams
 from qwen3_mlx.text.grammar import Grammars, allows
+from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tools import Calls, describe
 from tests.test_steering import END
 from tests.test_text import TEMPLATE, TOKENIZER
@@ -214,3 +217,17 @@ def test_masks_take_less_than_a_millisecond() -> None:
         times.append(time.perf_counter() - started)
         grammar.advance(token)
     assert sorted(times)[len(times) // 2] < 1e-3
+
+
+@pytest.mark.published
+def test_masks_of_the_published_vocabulary_are_quick() -> None:
+    tokenizer = Tokenizer(Path(os.environ["QWEN3_FILES"]) / "tokenizer.json")
+    ends = frozenset(tokenizer.id_of(name) or 0 for name in ("<|im_end|>", "<|endoftext|>"))
+    grammar, times = Grammars(tokenizer, ends).schema(SCHEMAS[0]), []
+    for token in tokenizer.encode('{"name": "Ann", "age": 12, "kind": "cat", "tags": ["a", "b"]}'):
+        started = time.perf_counter()
+        mask = grammar.mask()
+        times.append(time.perf_counter() - started)
+        assert allows(mask, token)
+        grammar.advance(token)
+    assert grammar.complete and sorted(times)[len(times) // 2] < 1e-3

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,49 @@ def test_published_templates_and_ids(published: Path) -> None:
         text = render(template, case)
         assert text == case["text"]
         assert tokenizer.encode(text) == case["ids"]
+
+
+def random_message(rng: random.Random) -> dict[str, Any]:
+    texts = ["", "Hi", "  a\n\n", "<think>\nx\n</think>\n\ny", "</think>z", "a<think>b", "你好"]
+    texts += ["<tool_response>r</tool_response>", "<tool_response>\nx", "x</think>y</think>z"]
+    message: dict[str, Any] = {
+        "role": rng.choice(["system", "user", "user", "assistant", "assistant", "tool"]),
+        "content": rng.choice(texts),
+    }
+    if rng.random() < 0.1:
+        message["content"] = [{"type": "text", "text": rng.choice(texts)}]
+    if message["role"] == "assistant":
+        if rng.random() < 0.4:
+            message["reasoning_content"] = rng.choice(["", "r", "\nr\n"])
+        if rng.random() < 0.3:
+            calls = [
+                {"name": "f", "arguments": rng.choice([{"b": "<x>'é", "a": 1}, '{"a": 1}', {}])}
+                for _ in range(rng.randint(1, 3))
+            ]
+            bare = rng.random() < 0.2
+            message["tool_calls"] = calls if bare else [{"function": call} for call in calls]
+    return message
+
+
+@pytest.mark.published
+def test_the_demos_template_renders_any_conversation_as_the_published_one(published: Path) -> None:
+    other = ChatTemplate((published / "chat_template.jinja").read_text())
+    tool = {"name": "f", "description": "d<&>", "parameters": {"z": 1, "a": 2}}
+    for seed in range(3000):
+        rng = random.Random(seed)
+        messages = normalise([random_message(rng) for _ in range(rng.randint(1, 7))])
+        options: dict[str, Any] = {
+            "thinking": rng.choice([None, True, False]),
+            "tools": rng.choice([None, [{"type": "function", "function": tool}]]),
+            "add_generation_prompt": rng.random() < 0.7,
+        }
+        rendered = []
+        for template in (TEMPLATE, other):
+            try:
+                rendered.append(template.render(messages, **options))
+            except Qwen3Error:
+                rendered.append("refused")
+        assert rendered[0] == rendered[1]
 
 
 @pytest.mark.published

@@ -123,6 +123,8 @@ def chat(
             seed=seed,
             drop_oldest=True,
         )
+        if context is not None and llm.config.yarn:
+            note("YaRN is on for this context; the quality of short texts may suffer a little.")
         if sys.stdin.isatty():
             note("/help tells the commands; Ctrl-D ends.")
         for line in _lines():

@@ -124,9 +124,9 @@ class Forming:
         if self._steering.inside or given or token == self._open_id:
             return
         if calls and self._call and token == calls.open_id and not self._in_a_call:
-            self._active = self._call()
+            self._active, self._end = self._call(), None
         elif calls and token == calls.close_id:
-            self._active = None
+            self._active = self._end = None
         elif self._active:
             self._active.advance(token)
 

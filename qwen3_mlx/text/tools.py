@@ -76,9 +76,11 @@ def listed(tools: Sequence[Tool] | None) -> list[Tool]:
     Raises:
         TypeError: they are something else, a single one perhaps.
     """
-    if isinstance(tools, str | Mapping) or callable(tools):
-        raise TypeError("tools must be a list of functions or descriptions")
-    return list(tools or ())
+    if tools is None:
+        return []
+    if isinstance(tools, str) or not isinstance(tools, Sequence):
+        raise TypeError(f"tools must be a list of functions or descriptions, not {tools!r}")
+    return list(tools)
 
 
 def _name(tool: Callable[..., Any]) -> str:
