@@ -1,11 +1,9 @@
 """The public API: it composes checkpoint, text and engine, and holds no algorithm of its own."""
 
 import asyncio
-import secrets
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from importlib.resources import files
 from itertools import count
 from pathlib import Path
@@ -17,7 +15,6 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.asking import Asked, Options, Progress
-from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
@@ -26,29 +23,24 @@ from qwen3_mlx.checkpoint.weights import Weights, weight_names
 from qwen3_mlx.conversation import Conversation, read_messages
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import (
-    Constraint,
-    Outcome,
-    Request,
     SamplingParams,
     sampling_defaults,
 )
 from qwen3_mlx.engine.worker import Worker
-from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
+from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.fit import refuse_what_cannot_fit
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import stretched
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.replies import Replies, Task, Words
 from qwen3_mlx.streams import AsyncStream, Collected, Reply, Said, Stream, collect, with_parsed
-from qwen3_mlx.text.events import Event, Finish, Usage
-from qwen3_mlx.text.forming import Forming
+from qwen3_mlx.text.events import Event
 from qwen3_mlx.text.grammar import Grammars
 from qwen3_mlx.text.messages import Message, normalise
-from qwen3_mlx.text.parser import Parser
-from qwen3_mlx.text.steering import Limits, Steering
 from qwen3_mlx.text.template import ChatTemplate
-from qwen3_mlx.text.thinking import Thinking, soft_switch
+from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.text.tools import Calls, Tool, answer, describe, functions_of
+from qwen3_mlx.text.tools import Tool, answer, functions_of
 
 T = TypeVar("T")
 _PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
@@ -62,26 +54,23 @@ class LLM:
     Every method may be called from any thread. Generations run together, a step of all at a time.
     """
 
-    def __init__(self, parts: "_Parts", worker: Worker) -> None:
-        self.config = parts.model.config
-        self.tokenizer = parts.tokenizer
-        self.thinking = Thinking.of(parts.template, parts.tokenizer)
-        self._template = parts.template
-        self._generation_config = parts.generation_config
-        self._end_ids = parts.end_ids
-        self._grammars = Grammars(parts.tokenizer, parts.end_ids)
+    def __init__(
+        self, model: Qwen3, words: Words, worker: Worker, context: int | None = None
+    ) -> None:
+        self.config = model.config
+        self.tokenizer = words.tokenizer
+        self.thinking = words.thinking
         self._worker = worker
         # A model may be made for fewer ids than its tokenizer knows, but never chooses others.
-        vocabulary = min(len(parts.tokenizer), self.config.vocab_size)
-        self._engine: Engine | None = Engine(
-            parts.model, worker, vocabulary=vocabulary, context=parts.context
-        )
+        vocabulary = min(len(words.tokenizer), self.config.vocab_size)
+        engine = Engine(model, worker, vocabulary=vocabulary, context=context)
+        self._replies: Replies | None = Replies(words, engine)
         self._shut = weakref.finalize(self, _shut_down, worker)
 
     @property
     def model(self) -> Qwen3:
         """The network; its arrays belong to the worker thread."""
-        return self._open_engine().model
+        return self._open().engine.model
 
     def stream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Stream:
         """Reply to a user's words or a conversation, as a stream of events; see `Options`.
@@ -90,7 +79,7 @@ class LLM:
             TypeError, ValueError: an argument is not what it must be.
             Qwen3Error: the checkpoint cannot do as asked; a ContextError: the prompt does not fit.
         """
-        return self._stream(self._chat(messages, Asked(**options)))
+        return self._stream(self._open().chat(messages, Asked(**options)))
 
     def conversation(
         self,
@@ -116,8 +105,8 @@ class LLM:
             heard: Callable[[Collected], None],
             details: dict[str, str],
         ) -> Stream:
-            task = self._chat(messages, Asked(**options))
-            least = self._open_engine().context // _LEAST_SHARE if drop_oldest else 1
+            task = self._open().chat(messages, Asked(**options))
+            least = self._open().engine.context // _LEAST_SHARE if drop_oldest else 1
             return self._stream(replace(task, details=details, least_room=least), heard)
 
         Asked(**options)  # what is wrong is told now
@@ -126,7 +115,7 @@ class LLM:
 
     def astream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
         """Do as `stream` does, for asyncio; to be called with the event loop running."""
-        task = self._chat(messages, Asked(**options))
+        task = self._open().chat(messages, Asked(**options))
         loop, cancelled = asyncio.get_running_loop(), Flag()
         events: asyncio.Queue[Said] = asyncio.Queue()
 
@@ -136,7 +125,7 @@ class LLM:
             except RuntimeError:  # the loop is closed: nobody reads this any more
                 cancelled.set()
 
-        finish = self._submit(task, deliver, cancelled)
+        finish = self._open().start(task, deliver, cancelled)
         return AsyncStream(events, cancelled, self, finish)
 
     def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Reply:
@@ -154,7 +143,7 @@ class LLM:
             raise TypeError("prompts must be a list; chat() takes a single one")
         progress = options.pop("progress", None)
         asked = Asked(**options)
-        tasks = [self._chat(prompt, asked) for prompt in prompts]
+        tasks = [self._open().chat(prompt, asked) for prompt in prompts]
         streams: list[Stream] = []
         ended = count(1)
 
@@ -210,7 +199,7 @@ class LLM:
         asked = Asked(
             max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop, loop_guard=loop_guard
         )
-        return collect(self._stream(_Task(prompt, None, False, asked)))
+        return collect(self._stream(Task(prompt, None, False, asked)))
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
@@ -232,7 +221,7 @@ class LLM:
         The result is an array, or a tuple, list or dictionary of arrays. Arrays that `job` brings
         along must be evaluated: a lazy one belongs to the thread that made it.
         """
-        model = self._open_engine().model
+        model = self._open().engine.model
 
         def run() -> T:
             result = job(model)
@@ -253,24 +242,16 @@ class LLM:
         Raises:
             Qwen3Error: there is no template, it refuses, or `thinking` cannot be had.
         """
-        if self._template is None:
-            raise Qwen3Error("this checkpoint has no chat template; use complete() with raw text")
-        self.thinking.resolve(thinking)
-        return self._template.render(
-            normalise(messages),
-            thinking=thinking if self.thinking.hybrid else None,
-            tools=[describe(tool) for tool in tools or ()],
-            add_generation_prompt=add_generation_prompt,
-        )
+        return self._open().render(messages, thinking, tools, add_generation_prompt)
 
     def forget(self) -> None:
         """Free the memory of earlier prompts, which is kept for what may go on from them."""
-        self._worker.call(self._open_engine().forget)
+        self._worker.call(self._open().engine.forget)
 
     def close(self) -> None:
         """Cancel what runs, end the worker thread and free the memory; may be called twice."""
         self._shut()
-        self._engine = None
+        self._replies = None
 
     def __enter__(self) -> Self:
         return self
@@ -278,207 +259,17 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_engine(self) -> Engine:
-        if self._engine is None:
+    def _open(self) -> Replies:
+        if self._replies is None:
             raise Qwen3Error("this LLM is closed; load it again")
-        return self._engine
+        return self._replies
 
-    def _chat(self, messages: str | Sequence[Message], asked: Asked) -> "_Task":
-        """Lay out a reply to a conversation.
-
-        Raises:
-            Qwen3Error: the checkpoint cannot do as asked.
-        """
-        thinks = self.thinking.resolve(asked.thinking)
-        if asked.thinking_budget is not None and not thinks:
-            raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
-        tools = asked.described_tools()
-        calls = Calls.of(self._template, self.tokenizer, tools) if tools else None
-        if tools and calls is None:
-            raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
-        prompt = self.render(messages, asked.thinking, tools)
-        asked.form(self._grammars)  # what is wrong with it is told now
-        if calls and calls.by_grammar:
-            self._grammars.call(tools)
-        # /think and /no_think are for the model to obey; here they decide how its words are drawn.
-        switched = soft_switch(messages) if thinks and self.thinking.hybrid else None
-        draws_as_thinking = thinks if switched is None else switched
-        return _Task(prompt, thinks, draws_as_thinking, asked, normalise(messages), tools, calls)
-
-    def _stream(self, task: "_Task", heard: Callable[[Collected], None] | None = None) -> Stream:
+    def _stream(self, task: Task, heard: Callable[[Collected], None] | None = None) -> Stream:
         """Start a reply; `heard` is told all that was said, before `Finish` or an error is."""
         events: SimpleQueue[Said] = SimpleQueue()
         cancelled = Flag()
-        finish = self._submit(task, events.put, cancelled, heard)
+        finish = self._open().start(task, events.put, cancelled, heard)
         return Stream(events, cancelled, self, finish)
-
-    def _submit(
-        self,
-        task: "_Task",
-        deliver: Callable[[Event | BaseException], None],
-        cancelled: Flag,
-        heard: Callable[[Collected], None] | None = None,
-    ) -> Callable[[], None]:
-        """Send a task to the engine, and give what ends its thinking."""
-        engine, asked, said = self._open_engine(), task.asked, Collected()
-
-        def tell(event: Event | BaseException) -> None:
-            said.add(event)
-            if heard and isinstance(event, Finish | BaseException):
-                heard(said)
-            deliver(event)
-
-        ids = self.tokenizer.encode(task.prompt)
-        if (greatest := max(ids, default=0)) >= self.config.vocab_size:
-            raise Qwen3Error(
-                f"the prompt has token {greatest} and the model knows {self.config.vocab_size:,}: "
-                "tokenizer.json belongs to another checkpoint"
-            )
-        room = self._room(engine, len(ids), asked.max_tokens, task.least_room)
-        form, budget = asked.form(self._grammars), asked.thinking_budget
-        thinking = None if task.thinks is None else self.thinking
-        inside = bool(task.thinks) and self.thinking.opens_in_prompt
-        parser = Parser(
-            self.tokenizer,
-            tell,
-            thinking=thinking,
-            inside=inside,
-            stop=asked.stop_strings,
-            calls=task.calls,
-        )
-        steering = Steering(
-            self.tokenizer,
-            thinking,
-            Limits.of(
-                self.tokenizer,
-                thinking,
-                budget=room if form and budget is None and task.thinks else budget,
-                message=asked.thinking_budget_message,
-                max_tokens=room,
-                guard=asked.loop_guard,
-                least_answer=len(form.closing() or ()) + 1 if form else 1,
-            ),
-            inside=inside,
-            end_ids=self._end_ids,
-            calls=task.calls,
-        )
-
-        constraint: Constraint = steering
-        if form or (task.calls and task.calls.by_grammar):
-            constraint = Forming(
-                steering,
-                self.tokenizer,
-                thinking,
-                thinks=bool(task.thinks),
-                max_tokens=room,
-                answer=form,
-                calls=task.calls,
-                call=partial(self._grammars.call, task.tools) if task.calls else None,
-            )
-
-        def done(outcome: Outcome | BaseException) -> None:
-            if isinstance(outcome, Outcome):
-                parser.close()
-                usage = Usage(
-                    len(ids),
-                    outcome.cached_tokens,
-                    outcome.completion_tokens,
-                    parser.reasoning_tokens,
-                )
-                calls = parser.called and outcome.reason == "stop"
-                reason = "tool_calls" if calls else outcome.reason
-                details = parser.details | steering.details | task.details
-                tell(Finish(reason, usage, details))
-                if asked.idle and reason in ("stop", "length"):
-                    self._read_ahead(engine, task, said.message(), len(ids))
-            else:
-                tell(outcome)
-
-        defaults = sampling_defaults(
-            self._generation_config,
-            thinking=task.draws_as_thinking,
-            hybrid=thinking is not None and thinking.hybrid,
-        )
-        request = Request(
-            ids=ids,
-            sampling=(asked.sampling or SamplingParams()).over(defaults),
-            max_tokens=room,
-            seed=secrets.randbits(32) if asked.seed is None else asked.seed,
-            end_ids=self._end_ids,
-            watcher=parser,
-            done=done,
-            progress=asked.progress,
-            constraint=constraint,
-            cancelled=cancelled,
-        )
-        engine.submit(request)
-        return steering.finish_thinking
-
-    def _read_ahead(self, engine: Engine, task: "_Task", reply: Message, already: int) -> None:
-        """Have what a next turn begins with read in idle time; `already` tokens are about known.
-
-        The template is asked what that is: whatever the user says next, what stands before it is
-        the same.
-        """
-        before = [*task.messages, reply]
-        one, other = (
-            self.tokenizer.encode(
-                self.render(
-                    [*before, {"role": "user", "content": words}], add_generation_prompt=False
-                )
-            )
-            for words in _PLACEHOLDERS
-        )
-        ids = one[: common_prefix(one, other)]
-        if len(ids) < engine.context and len(ids) - already <= _MOST_IDLE:
-            engine.read_ahead(ids)
-
-    def _room(self, engine: Engine, prompt_tokens: int, wish: int | None, least: int) -> int:
-        """Give the tokens that a reply may have, at least `least`."""
-        if prompt_tokens == 0:
-            raise ValueError("the prompt is empty; give some text")
-        window, why = engine.context, ""
-        if window < self.config.context_window and window == engine.budget.context:
-            why = f" (all that memory can hold: {engine.budget})"
-        if prompt_tokens + (1 if wish else least) > window:
-            raise ContextError(
-                f"the prompt has {prompt_tokens:,} tokens and the context window is "
-                f"{window:,}{why}; shorten the prompt"
-            )
-        room = window - prompt_tokens
-        if wish is not None and wish > room:
-            raise ContextError(
-                f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
-                f"context window of {window:,}{why} has room for {room:,}"
-            )
-        return wish or room
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """A prompt to reply to: whether that thinks, or None for raw text; and what was asked for."""
-
-    prompt: str
-    thinks: bool | None
-    draws_as_thinking: bool
-    asked: Asked
-    messages: Sequence[Message] = ()
-    tools: Sequence[Mapping[str, Any]] = ()
-    calls: Calls | None = None
-    details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
-    least_room: int = 1  # tokens that there must be for a reply
-
-
-@dataclass(frozen=True, slots=True)
-class _Parts:
-    """What a checkpoint's folder holds, loaded."""
-
-    model: Qwen3
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    generation_config: Mapping[str, Any]
-    end_ids: frozenset[int]
-    context: int | None
 
 
 def load(
@@ -547,20 +338,14 @@ def load(
     worker = Worker()
     try:
         model = worker.call(read_weights)
-        return LLM(_describe(folder, config, model, tokenizer, context), worker)
+        return LLM(model, _words_of(folder, config, tokenizer), worker, context)
     except BaseException:
         abandoned.set()
         worker.stop()
         raise
 
 
-def _describe(
-    folder: Path,
-    config: Mapping[str, Any],
-    model: Qwen3,
-    tokenizer: Tokenizer,
-    context: int | None,
-) -> _Parts:
+def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> Words:
     generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.is_file() else {}
     try:
@@ -572,7 +357,14 @@ def _describe(
     if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
         end_ids.add(end_of_text)
     template = ChatTemplate.from_folder(folder)
-    return _Parts(model, tokenizer, template, generation_config, frozenset(end_ids), context)
+    return Words(
+        tokenizer,
+        template,
+        Thinking.of(template, tokenizer),
+        generation_config,
+        frozenset(end_ids),
+        Grammars(tokenizer, frozenset(end_ids)),
+    )
 
 
 def _end_ids(config: Mapping[str, Any], where: str) -> list[int]:

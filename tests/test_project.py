@@ -28,6 +28,7 @@ _RANKS = {
     "fit": 5,
     "conversation": 6,
     "conversion": 6,
+    "replies": 6,
     "llm": 7,
     "qwen3_mlx": 8,
     "evaluate": 9,

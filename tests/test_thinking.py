@@ -1,6 +1,7 @@
 """Thinking as a user controls it: budgets, finishing now, soft switches; on real models."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from qwen3_mlx import LLM, Finish, Qwen3Error, Reasoning, SamplingParams, Text
 from qwen3_mlx.streams import Reply
 from qwen3_mlx.text.steering import HAND_OFF
-from qwen3_mlx.text.thinking import soft_switch
+from qwen3_mlx.text.thinking import Thinking, soft_switch
 
 QUESTIONS = ["What is 123 + 456?", "123 + 456 等于多少？"]
 GREEDY = SamplingParams(temperature=0)
@@ -161,7 +162,8 @@ def test_wrong_arguments(
 
 def test_a_budget_is_refused_where_nothing_thinks(demo: LLM) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "thinking", type(demo.thinking)(False, True, False, None, None))
+        never = replace(demo._open()._words, thinking=Thinking(False, True, False, None, None))
+        patch.setattr(demo._open(), "_words", never)
         with pytest.raises(Qwen3Error, match="cannot think; leave thinking_budget out"):
             demo.chat("Hello", thinking_budget=5)
 
