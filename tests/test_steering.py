@@ -1,7 +1,9 @@
 """Thinking under control: budgets, hand-offs and loops, token by token."""
 
+import os
 import random
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -189,6 +191,15 @@ def test_a_budget_leaves_room_for_an_answer() -> None:
         match=r"max_tokens=25 leaves no room .* takes 25 tokens, and the answer at least 1",
     ):
         budget_within(0, 25, hand_off)
+
+
+@pytest.mark.published
+def test_the_hand_off_is_that_of_qwens_documentation() -> None:
+    tokenizer = Tokenizer(Path(os.environ["QWEN3_FILES"]) / "tokenizer.json")
+    thinking = Thinking(True, True, False, 151667, 151668)
+    ids = hand_off_ids(tokenizer, thinking, None)
+    assert ids[:3] == [271, 82796, 279] and ids[-3:] == [624, 151668, 271] and len(ids) == 24
+    assert hand_off_ids(tokenizer, thinking, "") == [198, 151668, 271]
 
 
 @settings(max_examples=60, deadline=None)
