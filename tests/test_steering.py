@@ -13,11 +13,10 @@ from qwen3_mlx.text.events import Reasoning, Text, ToolCall
 from qwen3_mlx.text.loops import Loops
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.steering import HAND_OFF, Limits, Steering, budget_within, hand_off_ids
+from qwen3_mlx.text.template import ChatTemplate
+from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
 from tests.support import DEMO
-
-from qwen3_mlx.text.template import ChatTemplate  # isort: skip
-from qwen3_mlx.text.thinking import Thinking  # isort: skip
 
 TOKENIZER = Tokenizer(DEMO / "tokenizer.json")
 THINKING = Thinking.of(ChatTemplate((DEMO / "chat_template.jinja").read_text()), TOKENIZER)
