@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+_ROOM_TO_LOOK = 32  # tokens
 _NEAR_THE_END = 300  # tokens; from here on it is looked at how many it takes to close
 
 
@@ -155,7 +156,8 @@ class Forming:
         if end is not None and len(end) <= left:
             self._end = end
             return False
-        return before is not None
+        # Where no end is found, it may be again after the next tokens, if there is room for those.
+        return before is not None and left <= len(before) + _ROOM_TO_LOOK
 
     def _go_back(self, count: int) -> None:
         if not count:

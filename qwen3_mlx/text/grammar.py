@@ -26,7 +26,7 @@ _JSON: Any = {
 _MOST_CLOSING = 400  # tokens
 _FEW = 16  # bytes that may come next and are tried
 # What ends a value, or begins the shortest; any byte serves where none of these may come.
-_CLOSERS = b'"}]0' + b"nulltruefalse" + b",: -." + bytes(range(97, 123)) + bytes(range(256))
+_CLOSERS = b'"}],0' + b"nulltruefalse" + b": -." + bytes(range(97, 123)) + bytes(range(256))
 
 Form = Mapping[str, Any] | type | bool
 """A JSON schema: as a dictionary, or a pydantic model."""
