@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import io
 import shlex
 import signal
 import sys
@@ -131,6 +132,8 @@ def chat(
             try:
                 if not session.take(line):
                     break
+            except BrokenPipeError:  # nobody reads on
+                break
             except (Qwen3Error, ValueError, TypeError, OSError) as error:
                 note(f"qwen3: {error}")
 
@@ -287,6 +290,8 @@ def _about(finish: Finish) -> str:
 
 def _lines() -> Iterator[str]:
     """Give what is typed or piped, a turn at a time."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a conversation outlives bytes that are no text
     if sys.stdin.isatty():
         import readline  # noqa: F401 - input() then knows the arrow keys, and what was typed before
     while True:
