@@ -107,8 +107,8 @@ class Replies:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
         prompt = self.render(messages, asked.thinking, tools)
         asked.form(words.grammars)  # what is wrong with it is told now
-        if calls and calls.by_grammar:
-            words.grammars.call(tools)
+        if calls:
+            calls.grammar(words.grammars, tools)
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
@@ -213,7 +213,7 @@ class Replies:
     ) -> Constraint:
         """Put grammars around the steering, where the answer or a call shall have a form."""
         words = self._words
-        if not form and not (task.calls and task.calls.by_grammar):
+        if not form and not task.calls:
             return steering
         return Forming(
             steering,
@@ -223,7 +223,7 @@ class Replies:
             max_tokens=room,
             answer=form,
             calls=task.calls,
-            call=partial(words.grammars.call, task.tools) if task.calls else None,
+            call=partial(task.calls.grammar, words.grammars, task.tools) if task.calls else None,
         )
 
     def _encode(self, prompt: str) -> list[int]:

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 
 from qwen3_mlx import LLM, SamplingParams
 from qwen3_mlx.text.grammar import Grammars, allows
+from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tools import Calls, describe
 from tests.test_steering import END
@@ -180,6 +181,47 @@ def test_a_call_is_held_to_the_schema() -> None:
     assert closing is not None
     calls = Calls.of(TEMPLATE, TOKENIZER, [])
     assert calls and calls.read(TOKENIZER.decode(closing), whole=True)
+
+
+def test_a_coder_call_is_held_to_the_schema() -> None:
+    properties = {
+        "text": {"type": "string"},
+        "count": {"type": "integer"},
+        "kind": {"type": "array", "items": {"enum": ["a", "b"]}},
+        "odd": {"type": "object", "if": {}},
+    }
+    find = {"name": "find", "parameters": {"type": "object", "properties": properties}}
+    tools = [describe(find), describe({"name": "stop"})]
+    written = (
+        "\n<function=find>\n<parameter=count>\n-12\n</parameter>\n<parameter=text>\na <b>\n</p\n"
+        '</parameter>\n<parameter=kind>\n["a", "b"]\n</parameter>\n<parameter=odd>\n{"x": 1}\n'
+        "</parameter>\n</function>\n"
+    )
+    for text in (written, "\n<function=stop>\n</function>\n"):
+        grammar = GRAMMARS.coder_call(tools)
+        for token in TOKENIZER.encode(text):
+            assert allows(grammar.mask(), token)
+            grammar.advance(token)
+        assert grammar.complete
+    for wrong in ("\n<function=go", "\n<function=find>\n<parameter=count>\nmany"):
+        grammar = GRAMMARS.coder_call(tools)
+        allowed = []
+        for token in TOKENIZER.encode(wrong):
+            allowed.append(allows(grammar.mask(), token))
+            if not allowed[-1]:
+                break
+            grammar.advance(token)
+        assert not all(allowed)
+    closing = GRAMMARS.coder_call(tools).closing()
+    calls = Calls.of(ChatTemplate("<function="), TOKENIZER, tools)
+    assert closing and calls and calls.read(TOKENIZER.decode(closing), whole=True)
+    made = calls.read(written, whole=True)
+    assert made and made.arguments == {
+        "count": -12,
+        "text": "a <b>\n</p",
+        "kind": ["a", "b"],
+        "odd": {"x": 1},
+    }
 
 
 def test_what_a_tool_or_a_thought_says_may_come_instead_of_json(demo: LLM) -> None:

@@ -24,9 +24,10 @@ _JSON: Any = {
     "item_separator": ", ",
 }
 _MOST_CLOSING = 400  # tokens
+_TEXT = r"text[lazy]: /(.|\n)*\n<\/parameter>\n/"
 _FEW = 16  # bytes that may come next and are tried
 # What ends a value, or begins the shortest; any byte serves where none of these may come.
-_CLOSERS = b'"}],0' + b"nulltruefalse" + b": -." + bytes(range(97, 123)) + bytes(range(256))
+_CLOSERS = b'"}],0/' + b"nulltruefalse" + b": -." + bytes(range(97, 123)) + bytes(range(256))
 
 Form = Mapping[str, Any] | type | bool
 """A JSON schema: as a dictionary, or a pydantic model."""
@@ -119,6 +120,44 @@ class Grammars:
             )
         form = json.dumps({"x-guidance": _JSON, "anyOf": calls})
         return self.lark(f'start: "\\n" call "\\n"\ncall: %json {form}')
+
+    def coder_call(self, tools: Sequence[Mapping[str, Any]]) -> "Grammar":
+        """Give that of what stands between the tags of a Qwen3-Coder call to one of the tools.
+
+        Parameters come in any order. What is a string is any text up to the closing tag; all else
+        is JSON of its schema, if that is supported.
+        """
+        rules, calls = [_TEXT], []
+        for number, tool in enumerate(tools):
+            function, parameters = tool["function"], []
+            properties = (function["parameters"] or {}).get("properties", {})
+            for place, (name, schema) in enumerate(properties.items()):
+                rule = f"p{number}_{place}"
+                parameters.append(rule)
+                begin = json.dumps(f"<parameter={name}>\n")
+                if self._is_json(schema):
+                    form = json.dumps({"x-guidance": _JSON, **schema})
+                    rules.append(f'{rule}: {begin} j{rule} "\\n</parameter>\\n"')
+                    rules.append(f"j{rule}: %json {form}")
+                else:
+                    rules.append(f"{rule}: {begin} text")
+            some = f"({' | '.join(parameters)})*" if parameters else ""
+            begin = json.dumps(f"<function={function['name']}>\n")
+            rules.append(f'f{number}: {begin} {some} "</function>"')
+            calls.append(f"f{number}")
+        return self.lark("\n".join([f'start: "\\n" ({" | ".join(calls)}) "\\n"', *rules]))
+
+    def _is_json(self, schema: Any) -> bool:
+        """Say whether a parameter is written as JSON, and its schema is supported."""
+        kind = schema.get("type") if isinstance(schema, Mapping) else None
+        kinds = kind if isinstance(kind, list) else [kind]
+        if kind is None or "string" in kinds:
+            return False
+        try:
+            self.schema(schema)
+        except ValueError:
+            return False
+        return True
 
     def _made(self, name: str, write: "Callable[[type[LLMatcher]], str]") -> "Grammar":
         from llguidance import LLMatcher

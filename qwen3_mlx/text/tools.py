@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
 from qwen3_mlx.text.events import ToolCall
+from qwen3_mlx.text.grammar import Grammar, Grammars
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 
@@ -158,10 +159,11 @@ class Calls:
         coder = "<function=" in template.source
         return cls(open_id, close_id, CoderCalls(tools) if coder else HermesCalls())
 
-    @property
-    def by_grammar(self) -> bool:
-        """Whether calls are JSON, which a grammar can hold to the tools' schemas."""
-        return isinstance(self.format, HermesCalls)
+    def grammar(self, grammars: Grammars, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+        """Make the grammar that holds what stands between the tags to the tools' schemas."""
+        if isinstance(self.format, CoderCalls):
+            return grammars.coder_call(tools)
+        return grammars.call(tools)
 
     def read(self, text: str, *, whole: bool) -> ToolCall | None:
         """Make a call of what stands between the tags, or give None."""
