@@ -19,6 +19,8 @@ class Options(TypedDict, total=False):
     more than `thinking_budget` tokens: then it is closed with Qwen's own hand-off, or with
     `thinking_budget_message`, and the answer follows. `loop_guard=False` permits circles.
     `tools` are functions, or descriptions of them, that the model may call: see `ToolCall`.
+    `tool_choice` is "auto", "none", "required" or the name of the tool to be called; without
+    `parallel_tool_calls` a reply ends with its first call.
     The answer is held to a JSON `schema` (or a pydantic model), a `regex`, one of the texts of
     `choice`, or a `grammar` in Lark's syntax. `max_tokens` bounds thinking and answer together;
     None is what the context has room for.
@@ -26,7 +28,8 @@ class Options(TypedDict, total=False):
     answer (not the thinking) before the first of these strings. `progress(done, total)` is told the
     prompt tokens read, or for a batch the replies that have ended, from another thread. With `idle`
     the time after the reply is used to read what a next turn will begin with: templates leave out
-    the thinking of earlier turns, so the answer must be read again without it.
+    the thinking of earlier turns, so the answer must be read again without it. With `logprobs` each
+    piece of text has its `tokens`, with their log probabilities and so many of the likeliest.
     """
 
     thinking: bool | None
@@ -34,6 +37,8 @@ class Options(TypedDict, total=False):
     thinking_budget_message: str | None
     loop_guard: bool
     tools: Sequence[Tool] | None
+    tool_choice: str
+    parallel_tool_calls: bool
     schema: Form | None
     regex: str | None
     choice: Sequence[str] | None
@@ -42,6 +47,7 @@ class Options(TypedDict, total=False):
     sampling: SamplingParams | None
     seed: int | None
     stop: str | Sequence[str] | None
+    logprobs: int | None
     progress: Progress | None
     idle: bool
 
@@ -59,6 +65,8 @@ class Asked:
     thinking_budget_message: str | None = None
     loop_guard: bool = True
     tools: Sequence[Tool] | None = None
+    tool_choice: str = "auto"
+    parallel_tool_calls: bool = True
     schema: Form | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None
@@ -67,38 +75,58 @@ class Asked:
     sampling: SamplingParams | None = None
     seed: int | None = None
     stop: str | Sequence[str] | None = None
+    logprobs: int | None = None
     progress: Progress | None = None
     idle: bool = False
 
     def __post_init__(self) -> None:
-        for name, (kind, words) in _KINDS.items():
-            value = getattr(self, name)
-            fits = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-            if not fits and not (value is None and kind is not bool):
-                raise TypeError(f"{name} must be {words}, not {value!r}")
-        for name, least in (("max_tokens", 1), ("thinking_budget", 0)):
+        self._check_types()
+        for name, least in (("max_tokens", 1), ("thinking_budget", 0), ("logprobs", 0)):
             if (number := getattr(self, name)) is not None and number < least:
                 raise ValueError(f"{name} must be at least {least}, not {number}")
+        if (self.logprobs or 0) > _MOST_LOGPROBS:
+            raise ValueError(f"logprobs must be at most {_MOST_LOGPROBS}, not {self.logprobs}")
+        if self.must_call and not listed(self.tools):
+            raise ValueError(f"tool_choice={self.tool_choice!r} needs tools, and there are none")
         if self.thinking_budget is not None and self.thinking is False:
             raise ValueError("thinking_budget is for thinking, which thinking=False switches off")
         forms = [name for name in _FORMS if getattr(self, name) is not None]
         if len(forms) > 1:
             raise ValueError(f"an answer can have one form, not {' and '.join(forms)}")
+
+    def _check_types(self) -> None:
+        for name, (kind, words) in _KINDS.items():
+            value = getattr(self, name)
+            if value is None and self.__dataclass_fields__[name].default is None:
+                continue
+            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                raise TypeError(f"{name} must be {words}, not {value!r}")
         stop = self.stop_strings
         if isinstance(self.stop, Mapping) or not all(isinstance(s, str) and s for s in stop):
             raise ValueError(f"stop must be one or more non-empty strings, not {self.stop!r}")
 
+    @property
+    def must_call(self) -> bool:
+        """Whether the reply is to call a tool, whatever the model would rather do."""
+        return self.tool_choice not in ("auto", "none")
+
     def described_tools(self) -> list[dict[str, Any]]:
-        """Give the tools as the template has them.
+        """Give the tools as the template has them: none, if none is to be called.
 
         Raises:
-            TypeError, ValueError: one cannot be described, or two have one name.
+            TypeError, ValueError: one cannot be described, two have one name, or none has that
+                which is to be called.
         """
         described = [describe(tool) for tool in listed(self.tools)]
         names = [tool["function"]["name"] for tool in described]
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two tools are called {min(twice)}")
-        return described
+        if self.tool_choice not in ("auto", "none", "required", *names):
+            raise ValueError(
+                f"tool_choice must be auto, none, required or a tool's name "
+                f"({', '.join(names)}), not {self.tool_choice!r}"
+            )
+        return described if self.tool_choice != "none" else []
 
     def form(self, grammars: Grammars) -> Grammar | None:
         """Make the grammar of the answer, if it shall have a form.
@@ -118,6 +146,7 @@ class Asked:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
 
+_MOST_LOGPROBS = 20
 _FORMS = ("schema", "regex", "choice", "grammar")
 _KINDS: dict[str, tuple[type, str]] = {
     "thinking_budget": (Integral, "a whole number"),
@@ -125,6 +154,9 @@ _KINDS: dict[str, tuple[type, str]] = {
     "regex": (str, "a string"),
     "grammar": (str, "a string"),
     "loop_guard": (bool, "True or False"),
+    "tool_choice": (str, "a string"),
+    "parallel_tool_calls": (bool, "True or False"),
+    "logprobs": (Integral, "a whole number"),
     "max_tokens": (Integral, "a whole number"),
     "sampling": (SamplingParams, "SamplingParams"),
     "seed": (Integral, "a whole number"),

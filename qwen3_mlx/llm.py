@@ -43,9 +43,7 @@ from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tools import Tool, answer, functions_of
 
 T = TypeVar("T")
-_PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
 _LEAST_SHARE = 8  # of the context, one part in so many is a reply's, where turns are dropped
-_MOST_IDLE = 4096  # tokens to be read ahead
 
 
 class LLM:
@@ -115,8 +113,19 @@ class LLM:
 
     def astream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
         """Do as `stream` does, for asyncio; to be called with the event loop running."""
-        task = self._open().chat(messages, Asked(**options))
-        loop, cancelled = asyncio.get_running_loop(), Flag()
+        return self.begin(self.prepare(messages, **options), asyncio.get_running_loop())
+
+    def prepare(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Task:
+        """Lay out a reply, for `begin`: what `stream` would refuse is refused."""
+        return self._open().chat(messages, Asked(**options))
+
+    def prepare_text(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Task:
+        """Lay out the continuation of raw text, or of token ids, for `begin`."""
+        return Task(prompt, None, False, Asked(**options))
+
+    def begin(self, task: Task, loop: asyncio.AbstractEventLoop) -> AsyncStream:
+        """Start what was laid out, for a task of `loop` to read; from any thread."""
+        cancelled = Flag()
         events: asyncio.Queue[Said] = asyncio.Queue()
 
         def deliver(event: Event | BaseException) -> None:
@@ -125,8 +134,8 @@ class LLM:
             except RuntimeError:  # the loop is closed: nobody reads this any more
                 cancelled.set()
 
-        finish = self._open().start(task, deliver, cancelled)
-        return AsyncStream(events, cancelled, self, finish)
+        started = self._open().start(task, deliver, cancelled)
+        return AsyncStream(events, cancelled, self, started)
 
     def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Reply:
         """Do as `stream` does, and give the whole reply at once."""
@@ -177,6 +186,8 @@ class LLM:
         history, said = normalise(messages), list[dict[str, Any]]()
         for _ in range(max_steps):
             reply = self.chat([*history, *said], **options)
+            if options.get("tool_choice") != "none":
+                options["tool_choice"] = "auto"  # a call that was demanded has been made
             said += reply.messages
             if reply.finish_reason != "tool_calls":
                 return replace(reply, messages=said)
@@ -191,15 +202,22 @@ class LLM:
         sampling: SamplingParams | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        logprobs: int | None = None,
         loop_guard: bool = False,
     ) -> Reply:
         """Continue raw text, without a chat template; tags of thinking are text like any other."""
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be a string, not {type(prompt).__name__}")
-        asked = Asked(
-            max_tokens=max_tokens, sampling=sampling, seed=seed, stop=stop, loop_guard=loop_guard
+        task = self.prepare_text(
+            prompt,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop=stop,
+            logprobs=logprobs,
+            loop_guard=loop_guard,
         )
-        return collect(self._stream(Task(prompt, None, False, asked)))
+        return collect(self._stream(task))
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
@@ -268,8 +286,8 @@ class LLM:
         """Start a reply; `heard` is told all that was said, before `Finish` or an error is."""
         events: SimpleQueue[Said] = SimpleQueue()
         cancelled = Flag()
-        finish = self._open().start(task, events.put, cancelled, heard)
-        return Stream(events, cancelled, self, finish)
+        started = self._open().start(task, events.put, cancelled, heard)
+        return Stream(events, cancelled, self, started)
 
 
 def load(

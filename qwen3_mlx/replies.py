@@ -15,6 +15,7 @@ from qwen3_mlx.asking import Asked
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import (
+    Chance,
     Constraint,
     Outcome,
     Request,
@@ -22,9 +23,9 @@ from qwen3_mlx.engine.params import (
     sampling_defaults,
 )
 from qwen3_mlx.errors import ContextError, Qwen3Error
-from qwen3_mlx.streams import Collected
+from qwen3_mlx.streams import Collected, Started
 from qwen3_mlx.text.events import Event, Finish, Usage
-from qwen3_mlx.text.forming import Forming
+from qwen3_mlx.text.forming import Calling, Forming
 from qwen3_mlx.text.grammar import Grammar, Grammars
 from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.parser import Parser
@@ -54,13 +55,14 @@ class Words:
 class Task:
     """A prompt to reply to: whether that thinks, or None for raw text; and what was asked for."""
 
-    prompt: str
+    prompt: str | Sequence[int]
     thinks: bool | None
     draws_as_thinking: bool
     asked: Asked
     messages: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     calls: Calls | None = None
+    callable: Sequence[Mapping[str, Any]] = ()  # those of the tools that may be called
     details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
     least_room: int = 1  # tokens that there must be for a reply
 
@@ -102,17 +104,19 @@ class Replies:
         if asked.thinking_budget is not None and not thinks:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
         tools = asked.described_tools()
+        named = [tool for tool in tools if tool["function"]["name"] == asked.tool_choice]
         calls = Calls.of(words.template, words.tokenizer, tools) if tools else None
         if tools and calls is None:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
         prompt = self.render(messages, asked.thinking, tools)
         asked.form(words.grammars)  # what is wrong with it is told now
         if calls:
-            calls.grammar(words.grammars, tools)
+            calls.grammar(words.grammars, named or tools)
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
-        return Task(prompt, thinks, draws_as_thinking, asked, normalise(messages), tools, calls)
+        history = normalise(messages)
+        return Task(prompt, thinks, draws_as_thinking, asked, history, tools, calls, named or tools)
 
     def start(
         self,
@@ -120,8 +124,8 @@ class Replies:
         deliver: Callable[[Event | BaseException], None],
         cancelled: Flag,
         heard: Callable[[Collected], None] | None = None,
-    ) -> Callable[[], None]:
-        """Send a task to the engine, and give what ends its thinking.
+    ) -> Started:
+        """Send a task to the engine.
 
         `deliver` is told the events, or the error that ends the reply; `heard` is told all that was
         said, before `deliver` is told the last.
@@ -144,8 +148,9 @@ class Replies:
             inside=self._begins_inside(task),
             stop=asked.stop_strings,
             calls=task.calls,
+            noting=asked.logprobs is not None,
         )
-        form = asked.form(words.grammars)
+        form = None if asked.must_call else asked.form(words.grammars)
         steering = self._steering(task, room, form)
 
         def done(outcome: Outcome | BaseException) -> None:
@@ -161,6 +166,9 @@ class Replies:
             tell(Finish(reason, usage, parser.details | steering.details | task.details))
             if asked.idle and reason in ("stop", "length"):
                 self._read_ahead(task, said.message(), len(ids))
+
+        def note(chance: Chance) -> None:
+            parser.note(chance.token, chance.logprob, chance.top)
 
         defaults = sampling_defaults(
             words.generation_config,
@@ -178,9 +186,11 @@ class Replies:
             progress=asked.progress,
             constraint=self._constraint(task, room, steering, form),
             cancelled=cancelled,
+            heard=None if asked.logprobs is None else note,
+            alternatives=asked.logprobs or 0,
         )
         self.engine.submit(request)
-        return steering.finish_thinking
+        return Started(len(ids), steering.finish_thinking)
 
     def _begins_inside(self, task: Task) -> bool:
         return bool(task.thinks) and self._words.thinking.opens_in_prompt
@@ -190,10 +200,13 @@ class Replies:
         words, asked = self._words, task.asked
         thinking = None if task.thinks is None else words.thinking
         unbounded = asked.thinking_budget is None
+        # Calls that are left standing in the thinking may be any, and of any number.
+        settled = task.calls is not None and (asked.must_call or not asked.parallel_tool_calls)
+        bounded = form is not None or settled
         limits = Limits.of(
             words.tokenizer,
             thinking,
-            budget=room if form and unbounded and task.thinks else asked.thinking_budget,
+            budget=room if bounded and unbounded and task.thinks else asked.thinking_budget,
             message=asked.thinking_budget_message,
             max_tokens=room,
             guard=asked.loop_guard,
@@ -205,7 +218,7 @@ class Replies:
             limits,
             inside=self._begins_inside(task),
             end_ids=words.end_ids,
-            calls=task.calls,
+            calls=None if settled else task.calls,
         )
 
     def _constraint(
@@ -222,13 +235,23 @@ class Replies:
             thinks=bool(task.thinks),
             max_tokens=room,
             answer=form,
-            calls=task.calls,
-            call=partial(task.calls.grammar, words.grammars, task.tools) if task.calls else None,
+            calling=Calling(
+                task.calls,
+                partial(task.calls.grammar, words.grammars, task.callable),
+                must=task.asked.must_call,
+                only_one=not task.asked.parallel_tool_calls,
+            )
+            if task.calls
+            else None,
         )
 
-    def _encode(self, prompt: str) -> list[int]:
-        ids = self._words.tokenizer.encode(prompt)
+    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
         rows = self.engine.model.config.vocab_size
+        if not isinstance(prompt, str):
+            if outside := [token for token in prompt if not 0 <= token < rows]:
+                raise ValueError(f"token ids are 0 to {rows - 1:,}, not {outside[0]}")
+            return list(prompt)
+        ids = self._words.tokenizer.encode(prompt)
         if (greatest := max(ids, default=0)) >= rows:
             raise Qwen3Error(
                 f"the prompt has token {greatest} and the model knows {rows:,}: "

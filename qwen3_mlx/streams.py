@@ -2,16 +2,32 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event as Flag
 from typing import Any, Self
 
-from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall, Usage
+from qwen3_mlx.text.events import (
+    Event,
+    Finish,
+    Reasoning,
+    Text,
+    TokenLogprob,
+    ToolCall,
+    Usage,
+)
 
 Said = Event | BaseException | None
 """What a generation puts into its queue; None stands for the end, once that has been read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A reply that has been sent to the engine."""
+
+    prompt_tokens: int
+    finish_thinking: Callable[[], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +36,8 @@ class Reply:
 
     `messages` are those to add to the conversation: the reply itself, and of `LLM.run` all calls
     and answers of tools before it. `parsed` is what a `schema` was asked for: data, or an object of
-    its pydantic model; None where the text is not whole.
+    its pydantic model; None where the text is not whole. `logprobs` are those of the answer's
+    tokens, if they were asked for.
     """
 
     text: str
@@ -31,12 +48,14 @@ class Reply:
     tool_calls: list[ToolCall] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
     parsed: Any = None
+    logprobs: Sequence[TokenLogprob] = ()
 
 
 class Stream(Iterator[Event]):
     """The events of one generation as they come; `Finish` is the last.
 
-    Closing it, leaving its `with` block or dropping it ends the generation.
+    `prompt_tokens` are what is read before the first token comes. Closing it, leaving its `with`
+    block or dropping it ends the generation.
     """
 
     def __init__(
@@ -44,13 +63,14 @@ class Stream(Iterator[Event]):
         events: "SimpleQueue[Said]",
         cancelled: Flag,
         owner: object,
-        finish_thinking: Callable[[], None],
+        started: Started,
     ) -> None:
         """Read `events`; `owner` is kept alive until the last of them."""
         self._events = events
         self._cancelled = cancelled
         self._owner: object = owner
-        self._finish_thinking = finish_thinking
+        self.prompt_tokens = started.prompt_tokens
+        self._finish_thinking = started.finish_thinking
 
     def __next__(self) -> Event:
         event = self._events.get()
@@ -90,13 +110,14 @@ class AsyncStream(AsyncIterator[Event]):
         events: "asyncio.Queue[Said]",
         cancelled: Flag,
         owner: object,
-        finish_thinking: Callable[[], None],
+        started: Started,
     ) -> None:
         """Read `events`; `owner` is kept alive until the last of them."""
         self._events = events
         self._cancelled = cancelled
         self._owner: object = owner
-        self._finish_thinking = finish_thinking
+        self.prompt_tokens = started.prompt_tokens
+        self._finish_thinking = started.finish_thinking
 
     async def __anext__(self) -> Event:
         try:
@@ -137,6 +158,7 @@ class Collected:
 
     def __init__(self) -> None:
         self.failed = False
+        self.logprobs: list[TokenLogprob] = []
         self._text: list[str] = []
         self._reasoning: list[str] = []
         self.tool_calls: list[ToolCall] = []
@@ -145,6 +167,7 @@ class Collected:
         """Take the next event, or the error that ended the reply."""
         if isinstance(event, Text):
             self._text.append(event.text)
+            self.logprobs += event.tokens
         elif isinstance(event, Reasoning):
             self._reasoning.append(event.text)
         elif isinstance(event, ToolCall):
@@ -194,6 +217,7 @@ def collect(stream: Stream) -> Reply:
                     event.details,
                     said.tool_calls,
                     [said.message()],
+                    logprobs=said.logprobs,
                 )
     raise AssertionError("a stream ends with Finish")
 

@@ -12,8 +12,9 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.prefix import Prefix, PrefixStore
+from qwen3_mlx.engine.chances import Chances
 from qwen3_mlx.engine.memory import Budget, Workload
-from qwen3_mlx.engine.params import IDLE, NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.params import IDLE, NEUTRAL, Chance, Outcome, Request, SamplingParams
 from qwen3_mlx.engine.runner import Part, chunk_sizes, forward
 from qwen3_mlx.engine.sampling import choose
 from qwen3_mlx.engine.scheduler import Scheduler, Step
@@ -47,6 +48,7 @@ class Flight:
     tokens: mx.array | None  # [N], those chosen
     chunk: int  # tokens of a prompt in it
     arrays: list[mx.array]  # all that must be there when it is done
+    chances: Chances | None = None
     submitted: float = 0.0
     dropped: list[Running] = field(default_factory=list)  # whose token is not wanted after all
 
@@ -260,11 +262,12 @@ class Engine:
         for part in parts:
             if not part.wanted:  # nothing else reads what it writes
                 arrays += [array for layer in part.layers for array in layer.state]
-        tokens = None
+        tokens = chances = None
         if logits is not None:
             tokens = choose(logits, [s.sampler for s in choosing], self._masks(choosing, logits))
-            arrays.append(tokens)
-        return Flight(choosing, self._building, tokens, chunk, arrays)
+            chances = Chances.of(logits, tokens, choosing, self._vocabulary)
+            arrays += [tokens, *(chances.arrays if chances else ())]
+        return Flight(choosing, self._building, tokens, chunk, arrays, chances)
 
     def _ids(
         self, ahead: Sequence[Running], known: Sequence[Running], lengths: Sequence[int]
@@ -325,17 +328,18 @@ class Engine:
         """Wait for the step in work, hand `following` to the device, and tell what was chosen."""
         done = self._flight
         values = self._wait_for(done) if done else []
+        chances = done.chances.read(values, done.choosing) if done and done.chances else {}
         if following:
             mx.async_eval(following.arrays)
             following.submitted = time.perf_counter()
         self._flight, self._building = following, ()
         if not done:
             return
-        for sequence, token in zip(done.choosing, values, strict=True):
+        for row, (sequence, token) in enumerate(zip(done.choosing, values, strict=True)):
             if not self._in_flight(sequence):
                 sequence.ahead = 0
             if not sequence.ended and sequence not in done.dropped:
-                self._take(sequence, token)
+                self._take(sequence, token, chances.get(row))
         for sequence in done.touched:
             if sequence.ended:
                 self._leave(sequence)
@@ -356,13 +360,13 @@ class Engine:
     def _in_flight(self, sequence: Running) -> bool:
         return self._flight is not None and sequence in self._flight.touched
 
-    def _take(self, sequence: Running, token: int) -> None:
+    def _take(self, sequence: Running, token: int, chance: Chance | None) -> None:
         """Take a token that was chosen, and do what its constraint wants after it."""
         request = sequence.request
         try:
             if request.progress and len(sequence.ids) == len(request.ids):
                 request.progress(len(request.ids), len(request.ids))
-            if not self._accept(sequence, [token]) and request.constraint:
+            if not self._accept(sequence, [token], chance) and request.constraint:
                 changed = request.constraint.unwanted > 0
                 if self._force(sequence) or changed or request.constraint.masking:
                     self._choose_anew(sequence)
@@ -387,7 +391,7 @@ class Engine:
             any_forced = True
         return any_forced
 
-    def _accept(self, sequence: Running, ids: list[int]) -> bool:
+    def _accept(self, sequence: Running, ids: list[int], chance: Chance | None = None) -> bool:
         """Add tokens to a reply and say whether that ends it."""
         request, constraint = sequence.request, sequence.request.constraint
         end = next((place for place, token in enumerate(ids) if token in request.end_ids), None)
@@ -399,6 +403,8 @@ class Engine:
                 self._take_back(sequence, constraint.unwanted, new=len(ids))
                 return False
         if told := ids[:end]:
+            if chance and request.heard:
+                request.heard(chance)
             request.watcher.advance(told)
         if end is not None or request.watcher.finished or (constraint and constraint.finished):
             self._end(sequence, sequence.outcome("stop"))

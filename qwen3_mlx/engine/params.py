@@ -171,6 +171,17 @@ class Outcome:
     cached_tokens: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Chance:
+    """How likely a chosen token was, as the model alone sees it: before bias, penalties,
+    temperature and masks. `top` are the likeliest in its place, with their log probabilities.
+    """
+
+    token: int
+    logprob: float
+    top: Sequence[tuple[int, float]]
+
+
 NORMAL, IDLE = 0, 1  # priorities: least first; idle work runs while there is no other
 
 
@@ -179,6 +190,8 @@ class Request:
     """One generation: what to continue, how, and whom to tell.
 
     `done` is called once, on the engine's thread, with the outcome or the error that ended it.
+    `heard` is told how likely each chosen token was, beside so many others (`alternatives`), before
+    the watcher hears of it; forced ones are not among them.
     `sampling` has no None left. `progress(done, total)` is told the prompt tokens processed. With
     max_tokens=0 the prompt is only read, and kept for requests that begin with it.
     """
@@ -194,3 +207,5 @@ class Request:
     constraint: Constraint | None = None
     priority: int = NORMAL
     cancelled: Event = field(default_factory=Event)
+    heard: Callable[[Chance], None] | None = None
+    alternatives: int = 0

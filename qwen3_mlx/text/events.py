@@ -1,21 +1,36 @@
 """What a generation says, piece by piece."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token and its log probability, before sampling parameters and grammars change it.
+
+    `top` are the likeliest in its place, with theirs. What was forced had no choice: 0, and none.
+    """
+
+    token: bytes
+    logprob: float
+    top: Sequence[tuple[bytes, float]] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Reasoning:
-    """A piece of the thinking."""
+    """A piece of the thinking, and its tokens where `logprobs` were asked for."""
 
     text: str
+    tokens: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of the answer."""
+    """A piece of the answer, and its tokens where `logprobs` were asked for."""
 
     text: str
+    tokens: Sequence[TokenLogprob] = ()
 
 
 @dataclass(frozen=True, slots=True)

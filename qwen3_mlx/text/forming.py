@@ -1,6 +1,7 @@
 """Holds an answer to a form: JSON, a pattern, calls of tools; once the thinking is closed."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwen3_mlx.text.grammar import Grammar
@@ -17,10 +18,23 @@ _ROOM_TO_LOOK = 32  # tokens
 _NEAR_THE_END = 300  # tokens; from here on it is looked at how many it takes to close
 
 
+@dataclass(frozen=True, slots=True)
+class Calling:
+    """How tools may be called: what stands between the tags is held to what `grammar` gives.
+
+    With `must` the answer begins with a call; with `only_one` it ends after the first.
+    """
+
+    calls: Calls
+    grammar: Callable[[], Grammar]
+    must: bool = False
+    only_one: bool = False
+
+
 class Forming:
     """A `Constraint` of the engine: `Steering` for the thinking, and grammars for what follows.
 
-    Each answer is held to `answer`, if there is one, and each call of a tool to what `call` gives.
+    Each answer is held to `answer`, if there is one, and the calls of tools to `calling`.
     When `max_tokens` come near, a token after which there would not be room to end the text is
     taken back, and the end is forced; so it is when a loop is noticed.
     """
@@ -34,8 +48,7 @@ class Forming:
         thinks: bool,
         max_tokens: int,
         answer: Grammar | None = None,
-        calls: Calls | None = None,
-        call: Callable[[], Grammar] | None = None,
+        calling: Calling | None = None,
     ) -> None:
         """Begin; `thinks` says that the reply may open the thinking itself."""
         self.unwanted = 0  # how many of the last tokens are to be taken back
@@ -45,8 +58,9 @@ class Forming:
         self._break = tokenizer.encode("\n\n")
         self._max_tokens = max_tokens
         self._answer = answer
-        self._calls = calls
-        self._call = call
+        self._calling = calling
+        self._calls = calling.calls if calling else None
+        self._called = False  # whether a call has been closed
         self._active = None if steering.inside else answer
         self._before: list[tuple[Grammar | None, int]] = []
         self._given = False  # whether the tokens to come are forced, and no grammar's
@@ -57,6 +71,8 @@ class Forming:
     @property
     def finished(self) -> bool:
         """Whether the form is filled, or the answer goes in circles."""
+        if self._called and self._calling and self._calling.only_one:
+            return True
         if self._active is None:
             return self._steering.finished
         whole = self._active.complete or (self._closing and self._active.may_end)
@@ -65,7 +81,7 @@ class Forming:
     @property
     def masking(self) -> bool:
         """Whether only some tokens may come next."""
-        return self._active is not None or self._steering.masking
+        return self._active is not None or self._awaits_call or self._steering.masking
 
     def advance(self, ids: Sequence[int]) -> None:
         """Take the next tokens."""
@@ -84,7 +100,8 @@ class Forming:
             self._closing = True
         elif inside != self._steering.inside:
             self._active = None if self._steering.inside else self._answer
-            self._gap = not self._steering.inside and not given and self._active is not None
+            answering = self._active is not None or self._awaits_call
+            self._gap = not self._steering.inside and not given and answering
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` tokens taken."""
@@ -97,22 +114,26 @@ class Forming:
             self._given = True
         elif self._gap:
             ids, self._gap, self._given = self._break, False, True
+        elif self._awaits_call:
+            ids = tags if len(tags := self._other_beginnings()) == 1 else []
         elif self._active:
             ids = self._forced_by(self._active)
         return ids
 
     def mask(self) -> "NDArray[np.uint32] | None":
         """Give the tokens that may come next."""
-        if self._active is None:
+        if self._active is None and not self._awaits_call:
             return self._steering.mask()
-        mask = self._active.mask()
+        mask = self._active.mask() if self._active else self._steering.no_mask()
         for token in self._other_beginnings():
             mask[token // 32] |= type(mask[0])(1 << token % 32)
         return mask
 
     def _other_beginnings(self) -> list[int]:
         """Give the tags that may come instead of the answer: those of thinking and of a call."""
-        if self._active is not self._answer or self._active is None or self._active.read:
+        if not self._awaits_call and (
+            self._active is not self._answer or self._active is None or self._active.read
+        ):
             return []
         begins = [self._calls.open_id] if self._calls else []
         if self._thinks and not self._before:
@@ -124,12 +145,24 @@ class Forming:
         calls = self._calls
         if self._steering.inside or given or token == self._open_id:
             return
-        if calls and self._call and token == calls.open_id and not self._in_a_call:
-            self._active, self._end = self._call(), None
+        if self._calling and token == self._calling.calls.open_id and not self._in_a_call:
+            self._active, self._end = self._calling.grammar(), None
         elif calls and token == calls.close_id:
             self._active = self._end = None
+            self._called = True
         elif self._active:
             self._active.advance(token)
+
+    @property
+    def _awaits_call(self) -> bool:
+        """Whether nothing but a call may come, or thinking before it."""
+        return (
+            self._calling is not None
+            and self._calling.must
+            and not self._called
+            and not self._steering.inside
+            and not self._in_a_call
+        )
 
     @property
     def _in_a_call(self) -> bool:

@@ -105,7 +105,7 @@ class Grammars:
         calls = []
         for tool in tools:
             function = tool["function"]
-            arguments = function["parameters"] or {"type": "object"}
+            arguments = _closed(function["parameters"] or {"type": "object"})
             try:
                 self.schema(arguments)
             except ValueError:
@@ -170,6 +170,14 @@ class Grammars:
         if matcher.is_error():
             raise ValueError(f"{name}: {_line(matcher.get_error())}")
         return Grammar(matcher, len(self._tokenizer), self._byte_ids)
+
+
+def _closed(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Rule out arguments that a plain schema does not name, where it does not speak of others."""
+    plain = {"type", "properties", "required", "title", "description", "$schema", "$defs"}
+    if arguments.get("properties") and arguments.keys() <= plain:
+        return {**arguments, "additionalProperties": False}
+    return arguments
 
 
 def schema_of(form: Form) -> Any:

@@ -6,7 +6,7 @@ changes nothing.
 
 from collections.abc import Callable, Sequence
 
-from qwen3_mlx.text.events import Reasoning, Text, ToolCall
+from qwen3_mlx.text.events import Reasoning, Text, TokenLogprob, ToolCall
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Detokenizer, Tokenizer
 from qwen3_mlx.text.tools import CLOSE, OPEN, Calls
@@ -33,19 +33,23 @@ class Parser:
         inside: bool = False,
         stop: Sequence[str] = (),
         calls: Calls | None = None,
+        noting: bool = False,
     ) -> None:
         """Start to parse; `inside` says that the prompt has opened the thinking.
 
         Without `thinking` every token is text, as in a raw completion; without `calls` so are the
-        tags of calls.
+        tags of calls. With `noting` each piece of text has its tokens; see `note`.
         """
         self.finished = False
         self.stopped_by: str | None = None
         self.reasoning_tokens = 0
         self.called = False
         self.warning: str | None = None
-        self._emit = emit
+        self._tell = emit
         self._detokenizer = Detokenizer(tokenizer)
+        self._tokenizer = tokenizer
+        self._notes: list[TokenLogprob] | None = [] if noting else None  # of what is not said yet
+        self._note: TokenLogprob | None = None
         self._open_id = thinking.open_id if thinking else None
         self._close_id = thinking.close_id if thinking else None
         self._inside = inside
@@ -83,14 +87,22 @@ class Parser:
             elif self._calls and token == self._calls.close_id and self._untagged:
                 self._untagged = False  # its call is closed already
             else:
+                self._take_note(token)
                 self.reasoning_tokens += self._inside
                 self._draft_tokens += self._inside
                 self._say(self._detokenizer.add(token))
+
+    def note(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> None:
+        """Hear how likely the next token was that `advance` will be told of."""
+        alternatives = [(self._tokenizer.token_bytes(one), chance) for one, chance in top]
+        self._note = TokenLogprob(self._tokenizer.token_bytes(token), logprob, alternatives)
 
     def rewind(self, count: int) -> None:
         """Forget the last `count` tokens, all bytes of a character that is not finished."""
         self._detokenizer.rewind(count)
         self.reasoning_tokens -= count * self._inside
+        if self._notes:
+            del self._notes[-count:]
 
     def close(self) -> None:
         """Say what is still held back; nothing comes after."""
@@ -108,8 +120,23 @@ class Parser:
                 self._end_answer()
         self.finished = True
 
+    def _take_note(self, token: int) -> None:
+        if self._notes is not None:
+            self._notes.append(self._note or TokenLogprob(self._tokenizer.token_bytes(token), 0.0))
+            self._note = None
+
+    def _emit(self, kind: type[Reasoning] | type[Text], text: str) -> None:
+        self._tell(kind(text, tuple(self._notes or ())))
+        self._forget_notes()
+
+    def _forget_notes(self) -> None:
+        """Forget the notes of tokens that are format, or part of a call."""
+        if self._notes:
+            self._notes = []
+
     def _turn(self, *, inside: bool) -> None:
         self._say(self._detokenizer.flush())
+        self._note = None  # that of the tag
         self._abandon_call()
         if inside and not self._inside:
             self._end_answer()
@@ -132,6 +159,8 @@ class Parser:
         if self._at_seam:
             text = text.lstrip("\n")
             self._at_seam = not text
+            if self._at_seam:
+                self._forget_notes()
         if self._inside:
             self._say_reasoning(text)
         elif text:
@@ -142,7 +171,7 @@ class Parser:
         kept = text.rstrip("\n")
         self._breaks = text[len(kept) :]
         if kept:
-            self._emit(Reasoning(kept))
+            self._emit(Reasoning, kept)
 
     def _say_answer(self, text: str) -> None:
         if self._bare is not None:
@@ -170,17 +199,17 @@ class Parser:
             kept = text.rstrip("\n")
             self._breaks, text = text[len(kept) :], kept
         if text:
-            self._emit(Text(text))
+            self._emit(Text, text)
 
     def _end_reasoning(self) -> None:
         if self._breaks and not self._at_seam:
-            self._emit(Reasoning(self._breaks))
+            self._emit(Reasoning, self._breaks)
 
     def _end_answer(self) -> None:
         held, self._bare_held = self._bare_held, ""
         self._say_text(self._stop.add(held) + self._stop.flush())
         if self._breaks:
-            self._emit(Text(self._breaks))
+            self._emit(Text, self._breaks)
         self._breaks = ""
 
     # --- calls ----------------------------------------------------------------------------------
@@ -234,7 +263,8 @@ class Parser:
 
     def _emit_call(self, call: ToolCall) -> None:
         self.called, self._at_seam, self._breaks = True, True, ""
-        self._emit(call)
+        self._forget_notes()
+        self._tell(call)
 
 
 class StopStrings:

@@ -211,10 +211,14 @@ class Steering:
 
     def mask(self) -> "NDArray[np.uint32] | None":
         """Allow all but the end tokens, and to think again."""
-        words = np.full(-(-len(self._tokenizer) // 32), 0xFFFFFFFF, dtype=np.uint32)
+        words = ~self.no_mask()
         for token in self._ruled_out:
             words[token // 32] &= ~np.uint32(1 << token % 32)
         return words
+
+    def no_mask(self) -> "NDArray[np.uint32]":
+        """Give a mask that allows nothing yet."""
+        return np.zeros(-(-len(self._tokenizer) // 32), dtype=np.uint32)
 
     def _step(self, token: int) -> None:
         now = self._now

@@ -1,0 +1,44 @@
+"""How likely the chosen tokens were, for the requests that want to know."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from qwen3_mlx.engine.params import Chance
+from qwen3_mlx.engine.sampling import likeliest
+from qwen3_mlx.engine.sequence import Sequence as Running
+
+
+@dataclass(frozen=True, slots=True)
+class Chances:
+    """What a step computes for them: K of its rows, with the k likeliest of each."""
+
+    rows: Sequence[int]
+    arrays: Sequence[mx.array]  # log probabilities [K]; ids [K, k] and their log probabilities
+
+    @classmethod
+    def of(
+        cls, logits: mx.array, tokens: mx.array, choosing: Sequence[Running], vocabulary: int
+    ) -> "Chances | None":
+        """Lay them out for logits [N, V] and tokens [N], or give None where nobody asks."""
+        rows = [row for row, sequence in enumerate(choosing) if sequence.request.heard]
+        if not rows:
+            return None
+        logits = logits[mx.array(rows), :vocabulary].astype(mx.float32)
+        total = mx.logsumexp(logits, axis=-1, keepdims=True)
+        most = max(choosing[row].request.alternatives for row in rows)
+        values, ids = likeliest(logits, max(1, min(most, vocabulary)), vocabulary)
+        chosen = mx.take_along_axis(logits, tokens[mx.array(rows)][:, None], axis=-1) - total
+        return cls(rows, [chosen[:, 0], ids, values - total])
+
+    def read(self, tokens: Sequence[int], choosing: Sequence[Running]) -> dict[int, Chance]:
+        """Give them by row, when they have been computed."""
+        chosen, ids, values = (np.array(array) for array in self.arrays)
+        found = {}
+        for place, row in enumerate(self.rows):
+            count = choosing[row].request.alternatives
+            top = zip(ids[place, :count].tolist(), values[place, :count].tolist(), strict=True)
+            found[row] = Chance(tokens[row], float(chosen[place]), list(top))
+        return found
