@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test check format docs bench clean runtime dev
+.PHONY: help demo serve test check format docs bench clean runtime server dev
 
 python = .venv/bin/python
 
@@ -12,6 +12,9 @@ help: ## list the targets
 
 demo: runtime ## ask the embedded demo model a question: thinking, then the answer
 	@unset QWEN3_MODEL; .venv/bin/qwen3 "What is 123 + 456?" </dev/null
+
+serve: server ## serve the demo model, and open its page; ARGS="--model 8B --port 9000" goes along
+	@unset QWEN3_MODEL; .venv/bin/qwen3 serve --open $(ARGS)
 
 test: dev ## run the tests; ARGS="-k cache -x" goes to pytest
 	$(python) -m pytest $(ARGS)
@@ -38,5 +41,5 @@ clean: ## remove .venv, caches and built files
 	rm -rf .venv .coverage .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-runtime dev:
+runtime server dev:
 	@scripts/venv.sh $@

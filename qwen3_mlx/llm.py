@@ -33,7 +33,16 @@ from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import stretched
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.replies import Replies, Task, Words
-from qwen3_mlx.streams import AsyncStream, Collected, Reply, Said, Stream, collect, with_parsed
+from qwen3_mlx.streams import (
+    AsyncStream,
+    Collected,
+    Reply,
+    Said,
+    Started,
+    Stream,
+    collect,
+    with_parsed,
+)
 from qwen3_mlx.text.events import Event
 from qwen3_mlx.text.grammar import Grammars
 from qwen3_mlx.text.messages import Message, normalise
@@ -50,6 +59,7 @@ class LLM:
     """A loaded checkpoint to talk to; made by `load`.
 
     Every method may be called from any thread. Generations run together, a step of all at a time.
+    `context` is the most tokens that a prompt and its reply may have together.
     """
 
     def __init__(
@@ -62,6 +72,7 @@ class LLM:
         # A model may be made for fewer ids than its tokenizer knows, but never chooses others.
         vocabulary = min(len(words.tokenizer), self.config.vocab_size)
         engine = Engine(model, worker, vocabulary=vocabulary, context=context)
+        self.context = engine.context
         self._replies: Replies | None = Replies(words, engine)
         self._shut = weakref.finalize(self, _shut_down, worker)
 
@@ -113,7 +124,17 @@ class LLM:
 
     def astream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
         """Do as `stream` does, for asyncio; to be called with the event loop running."""
-        return self.begin(self.prepare(messages, **options), asyncio.get_running_loop())
+        task = self.prepare(messages, **options)
+        loop, cancelled = asyncio.get_running_loop(), Flag()
+        events: asyncio.Queue[Said] = asyncio.Queue()
+
+        def deliver(event: Event | BaseException) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the loop is closed: nobody reads this any more
+                cancelled.set()
+
+        return AsyncStream(events, cancelled, self, self.begin(task, deliver, cancelled))
 
     def prepare(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Task:
         """Lay out a reply, for `begin`: what `stream` would refuse is refused."""
@@ -123,19 +144,19 @@ class LLM:
         """Lay out the continuation of raw text, or of token ids, for `begin`."""
         return Task(prompt, None, False, Asked(**options))
 
-    def begin(self, task: Task, loop: asyncio.AbstractEventLoop) -> AsyncStream:
-        """Start what was laid out, for a task of `loop` to read; from any thread."""
-        cancelled = Flag()
-        events: asyncio.Queue[Said] = asyncio.Queue()
+    def begin(
+        self, task: Task, deliver: Callable[[Event | BaseException], None], cancelled: Flag
+    ) -> Started:
+        """Start what was laid out, below `stream` and `astream`; `cancelled` ends it within a step.
 
-        def deliver(event: Event | BaseException) -> None:
-            try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:  # the loop is closed: nobody reads this any more
-                cancelled.set()
+        `deliver` is told the events, the last of which is `Finish`, or the error that ends them; on
+        another thread, which it must not hold up.
 
-        started = self._open().start(task, deliver, cancelled)
-        return AsyncStream(events, cancelled, self, started)
+        Raises:
+            ValueError: what is asked for leaves no room for an answer.
+            ContextError: the prompt does not fit.
+        """
+        return self._open().start(task, deliver, cancelled)
 
     def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Reply:
         """Do as `stream` does, and give the whole reply at once."""

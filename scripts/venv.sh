@@ -1,5 +1,5 @@
 #!/bin/sh
-# Make .venv and install this project into it: scripts/venv.sh runtime|dev
+# Make .venv and install this project into it: scripts/venv.sh runtime|server|dev
 #
 # .venv/.ready says for which folder, pyproject.toml and kind of use that was done; while it still
 # holds, nothing is done. .venv/.unfinished stands while work goes on: whoever finds it finds a
@@ -152,13 +152,14 @@ install() {
 
 case ${1:-} in
 runtime) target=. tools="" ;;
+server) target='.[server]' tools=" with the server" ;;
 dev) target='.[dev]' tools=" with the development tools" ;;
-*) refuse "usage: scripts/venv.sh runtime|dev" ;;
+*) refuse "usage: scripts/venv.sh runtime|server|dev" ;;
 esac
 state="$(pwd -P) $(cksum <pyproject.toml)"
 ready=$(cat .venv/.ready 2>/dev/null) || ready=''
-case $ready in
-"$state $1" | "$state dev")
+case "$1 $ready" in
+"runtime $state "* | "server $state server" | "$1 $state dev" | "dev $state dev")
     if [ -z "${PYTHON:-}" ] && [ -x .venv/bin/python ]; then exit 0; fi
     if usable; then exit 0; fi
     ;;

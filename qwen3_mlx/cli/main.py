@@ -18,10 +18,8 @@ from qwen3_mlx.cli.convert import convert
 from qwen3_mlx.cli.doctor import doctor
 from qwen3_mlx.cli.evaluate import app as evaluate
 from qwen3_mlx.cli.plan import plan
+from qwen3_mlx.cli.serve import serve
 from qwen3_mlx.errors import Qwen3Error
-
-# A verb that a later version brings. Without this, `qwen3 serve` would ask the model about "serve".
-_LATER = ("serve",)
 
 
 class _Root(TyperGroup):
@@ -29,11 +27,6 @@ class _Root(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         first = args[0] if args else ""
-        if first in _LATER:
-            raise Qwen3Error(
-                f"`qwen3 {first}` is not part of version {__version__}; to send the words to the "
-                "model: qwen3 ask ..."
-            )
         if not args and sys.stdin.isatty():
             args = ["--help"]
         elif first not in self.commands and first not in ("--help", "-h", "--version"):
@@ -65,6 +58,7 @@ app.command("ask", hidden=True)(ask)
 app.command("chat")(chat)
 app.command("convert")(convert)
 app.command("plan")(plan)
+app.command("serve")(serve)
 app.command("bench")(bench)
 app.command("doctor")(doctor)
 app.add_typer(evaluate, name="eval")

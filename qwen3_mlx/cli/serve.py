@@ -1,0 +1,199 @@
+"""`qwen3 serve`: the model for any client, and a page to talk to."""
+
+import ipaddress
+import logging
+import os
+import socket
+import sys
+import webbrowser
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import qwen3_mlx  # whose names resolve on first use
+from qwen3_mlx.cli.ask import full_name, option
+from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.published import SIZES
+from qwen3_mlx.server.settings import REASONING_FIELDS, Settings
+
+_MODEL, _NET, _REPLY, _LOAD = "Model", "Who may come in", "Replies", "Work"
+
+
+def serve(  # noqa: PLR0913 - one parameter an option
+    model: Annotated[
+        str | None,
+        option(
+            "--model",
+            "-m",
+            panel=_MODEL,
+            text=f"A folder, a hub name, or a size: {', '.join(SIZES)}.",
+            envvar="QWEN3_MODEL",
+        ),
+    ] = None,
+    revision: Annotated[
+        str | None, option("--revision", panel=_MODEL, text="The hub's branch, tag or commit.")
+    ] = None,
+    bits: Annotated[
+        int | None,
+        option("--bits", panel=_MODEL, text="Quantize while loading: 2, 3, 4, 5, 6 or 8."),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        option("--dtype", panel=_MODEL, text="Compute in bfloat16, float16 or float32."),
+    ] = None,
+    context: Annotated[
+        int | None,
+        option("--context", panel=_MODEL, text="At most so many tokens, prompt and reply."),
+    ] = None,
+    name: Annotated[
+        str | None, option("--name", panel=_MODEL, text="What clients are to call the model.")
+    ] = None,
+    host: Annotated[
+        str,
+        option("--host", panel=_NET, text="The address to listen at; 0.0.0.0 is the network."),
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, option("--port", "-p", panel=_NET, text="The port; 0 is any. Otherwise 8080.")
+    ] = 8080,
+    api_key: Annotated[
+        str | None,
+        option("--api-key", panel=_NET, text="Let in who has this key.", envvar="QWEN3_API_KEY"),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        option("--allow-host", panel=_NET, text="Another name of this machine; may be repeated."),
+    ] = None,
+    cors_origin: Annotated[
+        list[str] | None,
+        option("--cors-origin", panel=_NET, text="Let pages of this origin in; * is all."),
+    ] = None,
+    max_body: Annotated[
+        int, option("--max-body", panel=_NET, text="The largest request, in MB. Otherwise 32.")
+    ] = 32,
+    thinking: Annotated[
+        bool | None,
+        option("--thinking/--no-thinking", panel=_REPLY, text="Where a request says nothing."),
+    ] = None,
+    thinking_budget: Annotated[
+        int | None,
+        option("--thinking-budget", panel=_REPLY, text="At most so many tokens, likewise."),
+    ] = None,
+    reasoning_field: Annotated[
+        str,
+        option(
+            "--reasoning-field",
+            panel=_REPLY,
+            text=f"Where OpenAI's clients find the thinking: {', '.join(REASONING_FIELDS)}.",
+        ),
+    ] = "both",
+    max_requests: Annotated[
+        int,
+        option("--max-requests", panel=_LOAD, text="Replies at once and waiting. Otherwise 64."),
+    ] = 64,
+    shutdown: Annotated[
+        float,
+        option("--shutdown", panel=_LOAD, text="Seconds for replies to end in. Otherwise 10."),
+    ] = 10.0,
+    log_content: Annotated[
+        bool, option("--log-content", panel=_LOAD, text="Log prompts and replies, too.")
+    ] = False,
+    open_page: Annotated[
+        bool, option("--open", panel=_LOAD, text="Open the page in a browser.")
+    ] = False,
+    quiet: Annotated[
+        bool, option("--quiet", "-q", panel=_LOAD, text="No line for each request.")
+    ] = False,
+) -> None:
+    """Serve the model to clients of OpenAI's, Anthropic's and Ollama's API, and a page to talk to.
+
+    [bold]qwen3 serve[/bold]   the demo model, at http://127.0.0.1:8080
+    [bold]qwen3 serve --model 8B --api-key secret --host 0.0.0.0[/bold]   for the network.
+    [bold]curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json'
+    -d '{"messages": [{"role": "user", "content": "Hello"}]}'[/bold]   asks it.
+
+    Ctrl-C lets replies come to their end, twice does not. Each request is a line of JSON on stderr.
+    """
+    if not (find_spec("fastapi") and find_spec("uvicorn")):
+        raise Qwen3Error("the server needs two more packages: pip install 'qwen3-mlx[server]'")
+    settings = Settings(
+        model=name or _name_of(model),
+        host=host,
+        api_key=api_key or None,
+        allowed_hosts=allow_host or (),
+        cors_origins=cors_origin or (),
+        thinking=thinking,
+        thinking_budget=thinking_budget,
+        reasoning_field=reasoning_field,
+        max_requests=max_requests,
+        max_body=max_body << 20,
+        shutdown=shutdown,
+        log_content=log_content,
+    )
+    _log_to_stderr(quiet=quiet)
+    listener = _listen(host, port)
+    url = _url_of(listener)
+
+    def ready() -> None:
+        note(f"{settings.model} is at {url} - open it to talk to it; Ctrl-C ends it")
+        note(f"for clients: OpenAI {url}/v1 · Anthropic {url} · Ollama {url}")
+        if api_key is None and not _is_local(host):
+            note("whoever reaches this machine may use it: --api-key KEY keeps others out")
+        if open_page and (sys.platform == "darwin" or "DISPLAY" in os.environ):
+            webbrowser.open(url)
+
+    serving = import_module("qwen3_mlx.server.serving")  # FastAPI, for this alone
+    with Bar("loading") as bar:
+        llm = qwen3_mlx.load(
+            full_name(model),
+            revision=revision,
+            bits=bits,
+            dtype=dtype,
+            context=context,
+            progress=bar,
+        )
+    with llm, listener:
+        serving.serve(llm, settings, listener, ready)
+
+
+def _name_of(model: str | None) -> str:
+    if model is None:
+        return "qwen3-demo"
+    folder = Path(model)
+    return folder.resolve().name if folder.is_dir() else str(full_name(model))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        words = getattr(error, "strerror", None) or str(error)
+        raise Qwen3Error(
+            f"cannot listen at {host}, port {port}: {words}; --port takes another, 0 any"
+        ) from error
+
+
+def _url_of(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
+    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _log_to_stderr(*, quiet: bool) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("qwen3_mlx.server").addHandler(handler)
+    logging.getLogger("qwen3_mlx.server").setLevel(
+        logging.DEBUG if os.environ.get("QWEN3_DEBUG") else logging.INFO
+    )
+    logging.getLogger("qwen3_mlx.server.access").disabled = quiet
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what matters is told by our own

@@ -1,0 +1,229 @@
+"""Anthropic's API: messages, and how many tokens they have."""
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from qwen3_mlx.asking import Options
+from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.server.anthropic_wire import (
+    HARMLESS,
+    NOT_SUPPORTED,
+    Counted,
+    CountOut,
+    ErrorOut,
+    MessageOut,
+    MessagesRequest,
+)
+from qwen3_mlx.server.errors import ApiError, refused
+from qwen3_mlx.server.openai import EVENTS, another_model
+from qwen3_mlx.server.service import LiveResponse, Running, Service
+from qwen3_mlx.server.wire import Json, check_unknown, json_bytes, warnings_header
+from qwen3_mlx.streams import Collected
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall, Usage
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
+}
+_STREAM: dict[str, Any] = {"content": {EVENTS: {"schema": {"type": "string"}}}}
+# Clients send it back with the thinking and want it to be there; it proves nothing here.
+_SIGNATURE = "qwen3-mlx"
+
+
+def routes(service: Service) -> APIRouter:
+    """Make the routes of this protocol."""
+    router = APIRouter(prefix="/v1/messages", tags=["Anthropic"], responses=_ERRORS)
+
+    @router.post("", response_model=MessageOut, responses={200: _STREAM})
+    async def messages(asked: MessagesRequest, request: Request) -> Response:
+        return await _Messages(service, asked).respond(request)
+
+    @router.post("/count_tokens", response_model=CountOut)
+    async def count_tokens(asked: Counted) -> Response:
+        def count() -> int:
+            task = service.llm.prepare(asked.library_messages(), **_options(service, asked))
+            return len(service.llm.tokenizer.encode(str(task.prompt)))
+
+        try:
+            warnings = check_unknown(asked, NOT_SUPPORTED, HARMLESS)
+            counted = await asyncio.to_thread(count)
+        except Exception as error:
+            raise refused(error) from error
+        return Json({"input_tokens": counted}, headers=warnings_header(warnings))
+
+    return router
+
+
+def _options(service: Service, asked: Counted) -> Options:
+    """Give what a prompt depends on."""
+    choice = asked.tool_choice
+    if choice and choice.type == "tool" and not choice.name:
+        raise ValueError("tool_choice of type tool needs a name")
+    names = {"auto": "auto", "any": "required", "none": "none"}
+    return {
+        **service.options(asked.wish()),
+        "tools": asked.library_tools() or None,
+        "tool_choice": (choice.name or names[choice.type]) if choice else "auto",
+        "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
+    }
+
+
+class _Messages:
+    """A reply to messages."""
+
+    def __init__(self, service: Service, asked: MessagesRequest) -> None:
+        self._service = service
+        self._asked = asked
+        self._id = f"msg_{secrets.token_hex(12)}"
+        form = asked.output_config.format if asked.output_config else None
+        try:
+            self._warnings = another_model(service, asked.model)
+            self._warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
+            self._messages = asked.library_messages()
+            self._options: Options = {
+                **_options(service, asked),
+                "sampling": SamplingParams(
+                    temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k
+                ),
+                "max_tokens": asked.max_tokens,
+                "stop": asked.stop_sequences,
+                "schema": form.schema_ if form else None,
+                "idle": True,
+            }
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, str(error)) from error
+
+    async def respond(self, request: Request) -> Response:
+        """Answer the request."""
+        prepare = partial(self._service.llm.prepare, self._messages, **self._options)
+        running = await self._service.run(request, [prepare], shorten=True)
+        headers = warnings_header(self._warnings)
+        if self._asked.stream:
+            return LiveResponse(running, self._events(running), EVENTS, headers)
+        await running.complete(request)
+        said, finish = running.said[0], running.finishes[0]
+        assert finish
+        usage = _usage(finish.usage)
+        end = self._end(finish)
+        content = list(_blocks(said))
+        return Json({**self._head(), "content": content, **end, "usage": usage}, headers=headers)
+
+    def _head(self) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "type": "message",
+            "role": "assistant",
+            "model": self._service.settings.model,
+        }
+
+    def _end(self, finish: Finish) -> dict[str, Any]:
+        stop = finish.details.get("stop")
+        reason = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[
+            finish.reason
+        ]
+        if reason == "max_tokens" and finish.usage.completion_tokens < self._asked.max_tokens:
+            reason = "model_context_window_exceeded"
+        return {"stop_reason": "stop_sequence" if stop else reason, "stop_sequence": stop}
+
+    async def _events(self, running: Running) -> AsyncIterator[bytes]:
+        start = Usage(running.prompt_tokens, 0, 0, 0)
+        yield _event(
+            "message_start",
+            message={
+                **self._head(),
+                "content": [],
+                "stop_reason": None,
+                "stop_sequence": None,
+                "usage": _usage(start),
+            },
+        )
+        writer = _Writer()
+        try:
+            async for events in running.batches(self._service.settings.keep_alive):
+                if events:
+                    yield b"".join(part for _, event in events for part in writer.write(event))
+                else:
+                    yield _event("ping")
+            finish = running.finishes[0]
+            assert finish
+            yield _event("message_delta", delta=self._end(finish), usage=_usage(finish.usage))
+            yield _event("message_stop")
+        except ApiError as error:
+            yield _event("error", **error.body("/v1/messages"))
+
+
+class _Writer:
+    """Writes the blocks of a stream, one after another."""
+
+    def __init__(self) -> None:
+        self._index = 0
+        self._open: str | None = None
+
+    def write(self, event: Event) -> Iterator[bytes]:
+        """Give what tells of an event."""
+        if isinstance(event, Reasoning):
+            yield from self._say("thinking", event.text, {"thinking": "", "signature": ""})
+        elif isinstance(event, Text):
+            yield from self._say("text", event.text, {"text": ""})
+        elif isinstance(event, ToolCall):
+            yield from self._close()
+            block = {"type": "tool_use", "id": _tool_id(event), "name": event.name, "input": {}}
+            yield self._start(block)
+            self._open = "tool_use"
+            yield self._delta(type="input_json_delta", partial_json=event.written)
+            yield from self._close()
+        else:
+            yield from self._close()
+
+    def _say(self, kind: str, text: str, empty: Mapping[str, str]) -> Iterator[bytes]:
+        if self._open != kind:
+            yield from self._close()
+            yield self._start({"type": kind, **empty})
+            self._open = kind
+        yield self._delta(type=f"{kind}_delta", **{kind: text})
+
+    def _close(self) -> Iterator[bytes]:
+        if self._open is None:
+            return
+        if self._open == "thinking":
+            yield self._delta(type="signature_delta", signature=_SIGNATURE)
+        yield _event("content_block_stop", index=self._index)
+        self._open = None
+        self._index += 1
+
+    def _start(self, block: Mapping[str, Any]) -> bytes:
+        return _event("content_block_start", index=self._index, content_block=block)
+
+    def _delta(self, **delta: str) -> bytes:
+        return _event("content_block_delta", index=self._index, delta=delta)
+
+
+def _blocks(said: Collected) -> Iterator[dict[str, Any]]:
+    if said.reasoning:
+        yield {"type": "thinking", "thinking": said.reasoning, "signature": _SIGNATURE}
+    if said.text:
+        yield {"type": "text", "text": said.text}
+    for call in said.tool_calls:
+        yield {"type": "tool_use", "id": _tool_id(call), "name": call.name, "input": call.arguments}
+
+
+def _tool_id(call: ToolCall) -> str:
+    return f"toolu_{call.id.removeprefix('call_')}"
+
+
+def _usage(usage: Usage) -> dict[str, int]:
+    return {
+        "input_tokens": usage.prompt_tokens - usage.cached_tokens,
+        "output_tokens": usage.completion_tokens,
+        "cache_read_input_tokens": usage.cached_tokens,
+        "cache_creation_input_tokens": 0,
+    }
+
+
+def _event(kind: str, **data: Any) -> bytes:
+    return f"event: {kind}\ndata: ".encode() + json_bytes({"type": kind, **data}) + b"\n\n"

@@ -1,0 +1,114 @@
+"""The application: all routes over one engine, behind the guard."""
+
+from importlib.resources import files
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+
+from qwen3_mlx import __version__
+from qwen3_mlx.llm import LLM
+from qwen3_mlx.server import anthropic, ollama, openai
+from qwen3_mlx.server.errors import ApiError, of_status, of_validation
+from qwen3_mlx.server.guard import AccessLog, Guard
+from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.settings import Settings
+
+_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+# Nothing from elsewhere, nothing inline, no frames around it.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_PAGE_HEADERS = {
+    "Content-Security-Policy": _POLICY,
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+
+
+def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
+    """Make the application for a loaded checkpoint.
+
+    Raises:
+        Qwen3Error: the checkpoint cannot think as the settings want it to.
+    """
+    llm.thinking.resolve(settings.thinking)
+    service = Service(llm, settings)
+    app = FastAPI(
+        title="qwen3-mlx",
+        version=__version__,
+        docs_url=None,  # those pages load from elsewhere
+        redoc_url=None,
+        openapi_url="/openapi.json",
+    )
+    app.include_router(openai.routes(service))
+    app.include_router(anthropic.routes(service))
+    app.include_router(ollama.routes(service))
+    _add_health(app, service)
+    _add_page(app)
+    _add_errors(app)
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["warnings", "Retry-After"],
+        )
+    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(AccessLog)
+    return app, service
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/health", tags=["Operations"])
+    async def health() -> dict[str, Any]:
+        """Say that the server is at work, and how much."""
+        return {
+            "status": "ok",
+            "model": service.settings.model,
+            "context_length": service.context,
+            "active": service.active,
+            "max_requests": service.settings.max_requests,
+        }
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = files("qwen3_mlx") / "server" / "page"
+    page = {
+        entry.name: (entry.read_bytes(), _TYPES[f".{entry.name.rpartition('.')[2]}"])
+        for entry in folder.iterdir()
+    }
+
+    def served(name: str) -> Response:
+        if name not in page:
+            raise ApiError(404, "there is nothing at this address")
+        content, kind = page[name]
+        return Response(content, media_type=kind, headers=_PAGE_HEADERS)
+
+    @app.get("/", include_in_schema=False)
+    async def index() -> Response:
+        return served("index.html")
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def part(name: str) -> Response:
+        return served(name)
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(ApiError)
+    async def told(request: Request, error: ApiError) -> JSONResponse:
+        return error.response(request.url.path)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return of_validation(error).response(request.url.path)
+
+    @app.exception_handler(HTTPException)
+    async def known(request: Request, error: HTTPException) -> JSONResponse:
+        return of_status(error.status_code, error.detail).response(request.url.path)

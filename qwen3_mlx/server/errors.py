@@ -1,0 +1,109 @@
+"""Errors as the clients of each protocol know them."""
+
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+
+from qwen3_mlx.errors import ContextError, Qwen3Error
+from qwen3_mlx.server.wire import Json
+
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+_PLAIN = {
+    400: "send the request as a JSON object, with Content-Type: application/json",
+    404: "there is nothing at this address",
+    405: "this address does not take this method",
+}
+_KINDS = ("str", "int", "float", "bool", "none")
+
+
+class ApiError(Exception):
+    """What is answered in place of a reply."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+        self.headers = headers
+
+    @classmethod
+    def of(cls, error: BaseException) -> "ApiError":
+        """Say what an error of the library is to a client: its own fault, or ours."""
+        if isinstance(error, ApiError):
+            return error
+        if isinstance(error, ContextError):
+            return cls(400, str(error), code="context_length_exceeded", param="messages")
+        if isinstance(error, ValueError | TypeError):
+            return cls(400, str(error))
+        if isinstance(error, Qwen3Error):
+            return cls(503, str(error), code="unavailable")
+        return cls(500, f"{type(error).__name__}: {error} (a bug?)", code="internal")
+
+    def body(self, path: str) -> dict[str, Any]:
+        """Give it in the form of the protocol to which `path` belongs."""
+        message = self.message
+        if path.startswith("/v1/messages"):
+            fallback = "invalid_request_error" if self.status < 500 else "api_error"
+            kind = _ANTHROPIC_TYPES.get(self.status, fallback)
+            return {"type": "error", "error": {"type": kind, "message": message}}
+        if path.startswith("/api/"):
+            return {"error": message}
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self, path: str) -> Json:
+        """Give it as a whole response."""
+        return Json(self.body(path), self.status, headers=dict(self.headers or {}))
+
+
+def refused(error: BaseException) -> ApiError:
+    """Say what an error means that came before anything was begun: the request cannot be had."""
+    known = ApiError.of(error)
+    return ApiError(400, known.message) if known.status == 503 else known
+
+
+def of_status(status: int, detail: object) -> ApiError:
+    """Say in a sentence what the framework knows by a number."""
+    said = str(detail)
+    if said == HTTPStatus(status).phrase or status in (400, 405):
+        said = _PLAIN.get(status, said)
+    return ApiError(status, said)
+
+
+def of_validation(error: RequestValidationError) -> ApiError:
+    """Name the field that is wrong, and what it may be."""
+    found = error.errors()
+    if found[0]["type"] in ("json_invalid", "model_attributes_type", "missing") and (
+        len(found[0]["loc"]) < 2 or found[0]["type"] == "json_invalid"
+    ):
+        return ApiError(400, _PLAIN[400])
+    # Of a field that may be of several kinds there is an error for each: the furthest is meant.
+    first = _path(found[0]["loc"])
+    same = [one for one in found if _path(one["loc"])[: len(first)] == first]
+    furthest = max(same, key=lambda one: len(_path(one["loc"])))
+    param = ".".join(_path(furthest["loc"]))
+    return ApiError(400, f"{param}: {furthest['msg'].removeprefix('Value error, ')}", param=param)
+
+
+def _path(place: Sequence[str | int]) -> list[str]:
+    """Give the names of the fields in a place, without those of types."""
+    parts = [str(part) for part in place[1:]]
+    return [part for part in parts if "[" not in part and part[:1].islower() and part not in _KINDS]

@@ -1,0 +1,370 @@
+"""The requests and responses of OpenAI's API, as far as they are honoured here."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from qwen3_mlx.server.thinking import UNLIMITED, Said, Wish
+from qwen3_mlx.server.wire import Wire
+
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Count = Annotated[int, Field(ge=1)]
+Budget = Annotated[int, Field(ge=UNLIMITED, description="Tokens of thinking; -1 is no limit.")]
+_MOST_CHOICES = 32
+
+# What asks for something that cannot be had, and the values of it that ask for nothing.
+NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "best_of": (1,),
+    "continue_final_message": (),
+    "echo": (),
+    "function_call": ("none",),
+    "functions": (),
+    "ignore_eos": (),
+    "include_stop_str_in_output": (),
+    "length_penalty": (1,),
+    "min_tokens": (),
+    "modalities": (["text"],),
+    "prediction": (),
+    "prompt_logprobs": (),
+    "service_tier": ("auto", "default"),
+    "store": (),
+    "use_beam_search": (),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+NOT_FOR_TEXT = {name: idle for name, idle in NOT_FOR_CHAT.items() if name != "echo"} | {
+    "suffix": ("",)
+}
+# What is meant for the provider, and asks for nothing in the reply.
+HARMLESS = frozenset(
+    ("cache_prompt", "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier")
+    + ("user", "add_generation_prompt", "skip_special_tokens", "keep_alive", "api_key")
+)
+
+
+class Part(Wire):
+    """A part of a message; only text can be read."""
+
+    type: str = "text"
+    text: str | None = None
+
+
+class Function(Wire):
+    """A call as an assistant made it; `arguments` are JSON text, or an object."""
+
+    name: str
+    arguments: str | dict[str, Any] = "{}"
+
+
+class Call(Wire):
+    """A call in the history."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: Function
+    index: int | None = None
+
+
+class Message(Wire):
+    """A message of the conversation; the thinking of earlier turns goes by either name."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[Part] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    refusal: str | None = None
+    tool_calls: list[Call] | None = None
+    tool_call_id: str | None = None
+
+
+class Described(Wire):
+    """What a model is told of a function."""
+
+    name: Annotated[str, Field(min_length=1)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolIn(Wire):
+    """A function that the model may call."""
+
+    type: Literal["function"] = "function"
+    function: Described
+
+
+class NamedFunction(Wire):
+    """The name of a function."""
+
+    name: str
+
+
+class NamedTool(Wire):
+    """The function that is to be called."""
+
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class JsonSchema(Wire):
+    """A schema that the answer is held to."""
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Wire):
+    """The form of the answer."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(Wire):
+    """vLLM's words for a form: one of these."""
+
+    json_: dict[str, Any] | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
+class StreamOptions(Wire):
+    """What a stream tells beside the reply."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+
+
+class TemplateKwargs(Wire):
+    """vLLM's place for switches of the chat template."""
+
+    enable_thinking: bool | None = None
+
+
+class ReasoningIn(Wire):
+    """OpenRouter's way to speak of thinking."""
+
+    effort: Effort | None = None
+    max_tokens: Budget | None = None
+    enabled: bool | None = None
+    exclude: bool | None = None
+
+
+class ThinkingIn(Wire):
+    """Anthropic's way to speak of it."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Budget | None = None
+
+    @property
+    def switch(self) -> bool | None:
+        """Whether it says on or off."""
+        return {"enabled": True, "disabled": False, "adaptive": None}[self.type]
+
+
+class Sampled(Wire):
+    """What chat and text completions have in common."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    logit_bias: dict[str, float] | None = None
+
+
+class ChatRequest(Sampled):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: list[ToolIn] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    chat_template_kwargs: TemplateKwargs | None = None
+    enable_thinking: bool | None = None
+    thinking: ThinkingIn | None = None
+    thinking_budget: Budget | None = None
+    thinking_token_budget: Budget | None = None
+    thinking_budget_tokens: Budget | None = None
+    thinking_budget_message: str | None = None
+    reasoning_budget_tokens: Budget | None = None
+    reasoning_max_tokens: Budget | None = None
+    reasoning: ReasoningIn | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
+
+    def wish(self) -> Wish:
+        """Give what is said of thinking.
+
+        Raises:
+            ValueError: two fields name different efforts.
+        """
+        reasoning, thinking = self.reasoning or ReasoningIn(), self.thinking
+        template = self.chat_template_kwargs or TemplateKwargs()
+        efforts = {self.reasoning_effort, reasoning.effort} - {None}
+        if len(efforts) > 1:
+            raise ValueError(
+                f"reasoning_effort={self.reasoning_effort} and reasoning.effort="
+                f"{reasoning.effort} contradict each other; send one of them"
+            )
+        budgets = ("thinking_budget", "thinking_token_budget", "thinking_budget_tokens")
+        budgets += ("reasoning_budget_tokens", "reasoning_max_tokens")  # type: ignore[assignment]
+        said: list[Said] = [(name, getattr(self, name)) for name in budgets]
+        said += [
+            ("thinking.budget_tokens", thinking.budget_tokens if thinking else None),
+            ("reasoning.max_tokens", reasoning.max_tokens),
+        ]
+        return Wish(
+            (
+                [("enable_thinking", self.enable_thinking)],
+                [("chat_template_kwargs.enable_thinking", template.enable_thinking)],
+                [
+                    ("thinking.type", thinking.switch if thinking else None),
+                    ("reasoning.enabled", reasoning.enabled),
+                ],
+            ),
+            said,
+            self.reasoning_effort or reasoning.effort,
+        )
+
+
+class TextRequest(Sampled):
+    """`POST /v1/completions`."""
+
+    prompt: str | list[str] | list[int] | list[list[int]]
+    max_tokens: Count | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    echo: bool | None = None
+
+
+# --- what is answered ---------------------------------------------------------------------------
+
+
+class PromptDetails(Wire):
+    """Of the prompt's tokens, those that did not have to be read."""
+
+    cached_tokens: int
+
+
+class CompletionDetails(Wire):
+    """Of the reply's tokens, those of thinking."""
+
+    reasoning_tokens: int
+
+
+class UsageOut(Wire):
+    """Tokens counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class MessageOut(Wire):
+    """A whole reply."""
+
+    role: Literal["assistant"]
+    content: str | None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Call] | None = None
+
+
+class ChoiceOut(Wire):
+    """One of the replies."""
+
+    index: int
+    message: MessageOut
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: dict[str, Any] | None = None
+    finish_details: dict[str, str] | None = None
+
+
+class ChatOut(Wire):
+    """The response to a `ChatRequest` without `stream`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChoiceOut]
+    usage: UsageOut
+    timings: dict[str, float]
+
+
+class TextChoiceOut(Wire):
+    """One of the continuations."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: dict[str, Any] | None = None
+
+
+class TextOut(Wire):
+    """The response to a `TextRequest` without `stream`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoiceOut]
+    usage: UsageOut
+    timings: dict[str, float]
+
+
+class ModelOut(Wire):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    context_length: int
+    thinking: Literal["hybrid", "always", "never"]
+
+
+class ModelsOut(Wire):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[ModelOut]
+
+
+class ErrorDetails(Wire):
+    """What is wrong, and where."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorOut(Wire):
+    """Any response that is not the one asked for."""
+
+    error: ErrorDetails

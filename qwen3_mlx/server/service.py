@@ -1,0 +1,303 @@
+"""The one engine behind all routes: who is let in, what runs, and what is told of it."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from threading import Event as Flag
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from qwen3_mlx.asking import Options
+from qwen3_mlx.errors import ContextError
+from qwen3_mlx.llm import LLM
+from qwen3_mlx.replies import Task
+from qwen3_mlx.server.errors import ApiError, refused
+from qwen3_mlx.server.settings import Settings
+from qwen3_mlx.server.thinking import Wish
+from qwen3_mlx.streams import Collected
+from qwen3_mlx.text.events import Event, Finish, Usage
+
+_LONGEST_WAIT = 60  # seconds that a client is told to stay away
+_MEMORY = 0.8  # how much a new measurement leaves of the old
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """How much of a prompt has been read."""
+
+    done: int
+    total: int
+
+
+Heard = Event | Read | BaseException
+Prepare = Callable[[], Task]
+
+
+class Running:
+    """The replies to one request, numbered from 0, until `close`."""
+
+    def __init__(
+        self, service: "Service", count: int, choices: int, record: dict[str, Any]
+    ) -> None:
+        """Prepare for `count` replies: so many `choices` to each prompt."""
+        self.said = [Collected() for _ in range(count)]
+        self.finishes: list[Finish | None] = [None] * count
+        self.prompt_tokens = 0
+        self.read: Read | None = None
+        self.started = time.perf_counter()
+        self.first: float | None = None  # when the first token came
+        self.cancelled = Flag()
+        self.count = count
+        self._choices = choices
+        self._service = service
+        self._record = record
+        self._loop = asyncio.get_running_loop()
+        self._queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
+        self._closed = False
+
+    def begin(self, tasks: Sequence[Task]) -> None:
+        """Send the tasks to the engine; from any thread."""
+        for index, task in enumerate(tasks):
+            deliver = self._deliverer(index)
+
+            def tell(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
+                deliver(Read(done, total))
+
+            task = replace(task, asked=replace(task.asked, progress=tell))
+            started = self._service.llm.begin(task, deliver, self.cancelled)
+            self.prompt_tokens = started.prompt_tokens
+
+    def _deliverer(self, index: int) -> Callable[[Heard], None]:
+        def deliver(heard: Heard) -> None:
+            try:
+                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, heard))
+            except RuntimeError:  # the loop is closed: nobody reads this any more
+                self.cancelled.set()
+
+        return deliver
+
+    async def batches(self, patience: float) -> AsyncIterator[list[tuple[int, Event]]]:
+        """Give the events as they come, all that are there at once; none when time is up.
+
+        Raises:
+            ApiError: a reply failed, or the server is being shut down.
+        """
+        open_replies = self.count
+        while open_replies:
+            heard = await self._waiting(patience)
+            events: list[tuple[int, Event]] = []
+            for index, event in heard:
+                if isinstance(event, BaseException):
+                    raise ApiError.of(event)
+                if isinstance(event, Read):
+                    self.read = event
+                    continue
+                if isinstance(event, Finish):
+                    if event.reason == "cancelled":
+                        raise ApiError(503, "the server is shutting down", code="unavailable")
+                    self.finishes[index] = event
+                    open_replies -= 1
+                elif self.first is None:
+                    self.first = time.perf_counter()
+                self.said[index].add(event)
+                events.append((index, event))
+            yield events
+
+    async def _waiting(self, patience: float) -> list[tuple[int, Heard]]:
+        try:
+            async with asyncio.timeout(patience):
+                heard = [await self._queue.get()]
+        except TimeoutError:
+            return []
+        while not self._queue.empty():
+            heard.append(self._queue.get_nowait())
+        return heard
+
+    async def complete(self, request: Request) -> None:
+        """Wait for all to be said; end the replies if the client goes away before.
+
+        Raises:
+            ApiError: a reply failed, or nobody waits for it any more.
+        """
+
+        async def gone() -> None:
+            while (await request.receive())["type"] != "http.disconnect":
+                pass
+            self.cancelled.set()
+
+        watching = asyncio.create_task(gone())
+        try:
+            async for _ in self.batches(self._service.settings.keep_alive):
+                pass
+        except ApiError as error:
+            if self.cancelled.is_set() and watching.done():
+                raise ApiError(499, "the client went away") from error
+            raise
+        finally:
+            watching.cancel()
+            self.close()
+
+    @property
+    def usage(self) -> Usage:
+        """What the replies took together; a prompt counts once."""
+        ends = [finish.usage for finish in self.finishes if finish]
+        firsts = [finish.usage for finish in self.finishes[:: self._choices] if finish]
+        return Usage(
+            sum(usage.prompt_tokens for usage in firsts),
+            sum(usage.cached_tokens for usage in firsts),
+            sum(usage.completion_tokens for usage in ends),
+            sum(usage.reasoning_tokens for usage in ends),
+        )
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """How long it took, by the names that llama.cpp's clients know; in milliseconds."""
+        now = time.perf_counter()
+        first = self.first or now
+        usage = self.usage
+        read, made = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
+        reading, making = first - self.started, max(now - first, 1e-9)
+        return {
+            "prompt_n": read,
+            "prompt_ms": round(reading * 1e3, 1),
+            "prompt_per_second": round(read / max(reading, 1e-9), 1),
+            "predicted_n": made,
+            "predicted_ms": round(making * 1e3, 1),
+            "predicted_per_second": round(max(made - self.count, 0) / making, 1),
+        }
+
+    def close(self) -> None:
+        """End what still runs, make room for others, and leave a record; may be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        self.cancelled.set()
+        usage = self.usage
+        self._record |= {
+            "prompt_tokens": usage.prompt_tokens,
+            "cached_tokens": usage.cached_tokens,
+            "completion_tokens": usage.completion_tokens,
+            "reasoning_tokens": usage.reasoning_tokens,
+            "finish": [finish.reason if finish else "cancelled" for finish in self.finishes],
+        }
+        if self._service.settings.log_content:
+            self._record["replies"] = [said.message() for said in self.said]
+        self._service.leave(self)
+
+
+class Service:
+    """A loaded checkpoint, and the requests that it is answering."""
+
+    def __init__(self, llm: LLM, settings: Settings) -> None:
+        self.llm = llm
+        self.settings = settings
+        self.context = llm.context
+        self.created = int(time.time())
+        self._running: set[Running] = set()
+        self._pace = 1.0  # seconds that a request takes, lately
+
+    @property
+    def active(self) -> int:
+        """The replies that run or wait."""
+        return sum(running.count for running in self._running)
+
+    def options(self, wish: Wish) -> Options:
+        """Give what a request says of thinking as the library has it."""
+        settings = self.settings
+        thinking, budget = wish.resolve(
+            self.llm.thinking, settings.thinking, settings.thinking_budget
+        )
+        return {"thinking": thinking, "thinking_budget": budget}
+
+    async def run(
+        self,
+        request: Request,
+        prepares: Sequence[Prepare],
+        *,
+        choices: int = 1,
+        shorten: bool = False,
+    ) -> Running:
+        """Let a request in and send its replies to the engine; to be closed by the caller.
+
+        What is prepared may take its time, and is done on a thread. With `shorten` a reply may be
+        given less than `max_tokens`, where the context has less room.
+
+        Raises:
+            ApiError: there are too many already, or it cannot be had.
+        """
+        record = request.scope.setdefault("record", {})
+        running = Running(self, len(prepares), choices, record)
+        self._admit(running)
+
+        def start() -> None:
+            tasks = [prepare() for prepare in prepares]
+            if self.settings.log_content:
+                record["prompts"] = [task.prompt for task in tasks]
+            try:
+                running.begin(tasks)
+            except ContextError:
+                if not shorten or tasks[0].asked.max_tokens is None:
+                    raise
+                running.begin([replace(t, asked=replace(t.asked, max_tokens=None)) for t in tasks])
+
+        try:
+            await asyncio.to_thread(start)
+        except BaseException as error:
+            running.close()
+            if isinstance(error, Exception):
+                raise refused(error) from error
+            raise
+        return running
+
+    def _admit(self, running: Running) -> None:
+        active, most = self.active, self.settings.max_requests
+        if running.count > most:
+            raise ApiError(400, f"{running.count} replies are asked for, and at most {most} can be")
+        if active + running.count > most:
+            wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
+            raise ApiError(
+                429,
+                f"the server answers or keeps waiting {active} of at most {most} replies, and "
+                f"{running.count} more are asked for; try again in {wait} s",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(wait)},
+            )
+        self._running.add(running)
+
+    def leave(self, running: Running) -> None:
+        """Make room for others."""
+        if running in self._running:
+            self._running.remove(running)
+            took = time.perf_counter() - running.started
+            self._pace = _MEMORY * self._pace + (1 - _MEMORY) * took
+
+    def cancel_all(self) -> None:
+        """End all that runs: the time for a shutdown is over."""
+        for running in self._running:
+            running.cancelled.set()
+
+
+class LiveResponse(StreamingResponse):
+    """A stream of what is being said. However it ends, the replies end with it."""
+
+    def __init__(
+        self,
+        running: Running,
+        content: AsyncIterator[bytes],
+        media_type: str,
+        headers: Mapping[str, str],
+    ) -> None:
+        told = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(content, media_type=media_type, headers=told)
+        self._running = running
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._running.close()

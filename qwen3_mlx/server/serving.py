@@ -1,0 +1,71 @@
+"""Runs the application, until it is told to stop; then what is being said may be finished."""
+
+import asyncio
+import signal
+import socket
+from collections.abc import Callable
+from typing import NoReturn
+
+import uvicorn
+
+from qwen3_mlx.llm import LLM
+from qwen3_mlx.server.app import make_app
+from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.settings import Settings
+
+_LAST_WORDS = 2  # seconds for replies that were cancelled to tell their clients
+
+
+class Server(uvicorn.Server):
+    """A server over sockets that are open already."""
+
+    def __init__(self, llm: LLM, settings: Settings, ready: Callable[[], None]) -> None:
+        app, self._service = make_app(llm, settings)
+        self._deadline = settings.shutdown
+        self._ready = ready
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=max(1, round(settings.shutdown + _LAST_WORDS)),
+        )
+        super().__init__(config)
+
+    @property
+    def service(self) -> Service:
+        """What it serves."""
+        return self._service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets)
+        self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more requests, and end those that are not done in time."""
+        loop = asyncio.get_running_loop()
+        timer = loop.call_later(self._deadline, self._service.cancel_all)
+        await super().shutdown(sockets)
+        timer.cancel()
+
+
+def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable[[], None]) -> None:
+    """Serve until SIGINT or SIGTERM; a second SIGINT does not wait. `ready` is called once.
+
+    Raises:
+        Qwen3Error: the checkpoint cannot think as the settings want it to.
+    """
+    before = signal.signal(signal.SIGTERM, _quit)
+    try:
+        Server(llm, settings, ready).run([listener])
+    except KeyboardInterrupt:  # which the server hands on when all is done
+        pass
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _quit(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

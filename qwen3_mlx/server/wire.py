@@ -1,0 +1,68 @@
+"""What all protocols share of their requests: strict types, and names that are not known."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, ConfigDict
+
+_MOST_HEADER = 1000  # characters
+
+
+class Wire(BaseModel):
+    """Something that a client sends. What it does not know it keeps, to be warned of."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    def unknown(self, prefix: str = "") -> Iterator[str]:
+        """Name the fields that are not known, in here and below."""
+        yield from (prefix + name for name in self.model_extra or {})
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for place, one in enumerate(value if isinstance(value, list) else [value]):
+                if isinstance(one, Wire):
+                    index = f"[{place}]" if isinstance(value, list) else ""
+                    yield from one.unknown(f"{prefix}{name}{index}.")
+
+
+def check_unknown(
+    request: Wire, unsupported: Mapping[str, tuple[Any, ...]], harmless: frozenset[str]
+) -> list[str]:
+    """Refuse what is known and cannot be had, and give warnings of what is not known.
+
+    `unsupported` tells, by name, the values that ask for nothing.
+
+    Raises:
+        ValueError: something cannot be had.
+    """
+    for name, idle in unsupported.items():
+        value = (request.model_extra or {}).get(name)
+        if value not in (None, False, *idle) and value != []:
+            hint = f"; it may be {', '.join(map(repr, idle))}" if idle else "; leave it out"
+            raise ValueError(f"{name} is not supported{hint}")
+    known = harmless | unsupported.keys()
+    names = [name for name in request.unknown() if name not in known]
+    return [f"unknown field {name!r} was ignored" for name in names]
+
+
+def warnings_header(warnings: list[str]) -> dict[str, str]:
+    """Give the header that tells of them, if there are any."""
+    if not warnings:
+        return {}
+    text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
+    return {"warnings": "".join(c if c.isprintable() else "?" for c in text)[:_MOST_HEADER]}
+
+
+def json_bytes(data: Any) -> bytes:
+    """Write data as JSON; halves of characters, which JSON can name, become question marks."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    return text.encode("utf-8", "replace")
+
+
+class Json(JSONResponse):
+    """A response in JSON."""
+
+    def render(self, content: Any) -> bytes:
+        """Write it."""
+        return json_bytes(content)
