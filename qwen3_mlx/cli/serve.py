@@ -169,7 +169,8 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
-        words = getattr(error, "strerror", None) or str(error)
+        number = getattr(error, "errno", None) or 0
+        words = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
         raise Qwen3Error(
             f"cannot listen at {host}, port {port}: {words}; --port takes another, 0 any"
         ) from error

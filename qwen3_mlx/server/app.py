@@ -52,7 +52,8 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
     _add_health(app, service)
     _add_page(app)
     _add_errors(app)
-    if settings.cors_origins:
+    app.add_middleware(Guard, settings=settings)
+    if settings.cors_origins:  # around the guard, so that pages may read what it says
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
@@ -60,7 +61,6 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
             allow_headers=["*"],
             expose_headers=["warnings", "Retry-After"],
         )
-    app.add_middleware(Guard, settings=settings)
     app.add_middleware(AccessLog)
     return app, service
 

@@ -40,13 +40,13 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            self._check(Headers(scope=scope), scope["path"], scope["method"])
+            self._check(Headers(scope=scope), scope["path"])
         except ApiError as error:
             await error.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, self._measured(receive), send)
 
-    def _check(self, headers: Headers, path: str, method: str) -> None:
+    def _check(self, headers: Headers, path: str) -> None:
         host = _name(f"//{headers.get('host', '')}")
         if not self._is_ours(host):
             raise ApiError(
@@ -59,8 +59,7 @@ class Guard:
             )
         if int(headers.get("content-length") or 0) > self._settings.max_body:
             raise self._too_large()
-        preflight = method == "OPTIONS" and "access-control-request-method" in headers
-        if preflight or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
+        if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return
         self._check_key(headers)
 

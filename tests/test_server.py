@@ -1,0 +1,605 @@
+"""The server: who may come in, how it answers what is wrong, and that it goes on."""
+
+import asyncio
+import json
+import logging
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+from qwen3_mlx import LLM, load
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.server.app import make_app
+from qwen3_mlx.server.settings import Settings
+from qwen3_mlx.server.thinking import EFFORTS, Wish
+from qwen3_mlx.text.thinking import Thinking
+from tests.serving import Served, serving
+from tests.test_text import TOKENIZER
+
+HYBRID = Thinking(True, True, False, 1, 2)
+ALWAYS = Thinking(True, False, True, 1, 2)
+NEVER = Thinking(False, True, False, None, None)
+LONG = "Count from 1 to 40, then count from 1 to 40 again."
+
+
+@pytest.fixture(scope="module")
+def served(demo: LLM) -> Iterator[Served]:
+    """A server with the demo."""
+    with serving(demo) as running:
+        yield running
+
+
+def message_of(response: httpx.Response) -> str:
+    """Give what an error says by any protocol."""
+    body = response.json()
+    error = body["error"]
+    return str(error if isinstance(error, str) else error["message"])
+
+
+def data_of(line: str) -> Any:
+    """Give what a line of a stream says."""
+    return json.loads(line.removeprefix("data: "))
+
+
+def until_idle(served: Served, seconds: float = 5) -> None:
+    """Wait until nothing runs any more."""
+    end = time.monotonic() + seconds
+    while served.server.service.active:
+        assert time.monotonic() < end, "something still runs"
+        time.sleep(0.01)
+
+
+# --- thinking by every spelling -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "thinks", "most"),
+    [
+        ({"enable_thinking": False}, False, 0),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, False, 0),
+        ({"thinking": {"type": "disabled"}}, False, 0),
+        ({"reasoning": {"enabled": False}}, False, 0),
+        ({"reasoning_effort": "none"}, False, 0),
+        ({"reasoning": {"effort": "none"}}, False, 0),
+        ({"enable_thinking": True, "reasoning_effort": "none"}, True, None),
+        ({"enable_thinking": False, "reasoning_effort": "high"}, False, 0),
+        (
+            {"enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
+            True,
+            None,
+        ),
+        ({"thinking_budget": 5}, True, 5),
+        ({"thinking_token_budget": 5}, True, 5),
+        ({"thinking_budget_tokens": 5}, True, 5),
+        ({"reasoning_budget_tokens": 5}, True, 5),
+        ({"reasoning_max_tokens": 5}, True, 5),
+        ({"reasoning": {"max_tokens": 5}}, True, 5),
+        ({"thinking": {"type": "enabled", "budget_tokens": 5}}, True, 5),
+        ({"thinking_budget": 5, "reasoning_effort": "high"}, True, 5),
+        ({"thinking_budget": 0}, True, 0),
+        ({"thinking_budget": -1}, True, None),
+        ({"reasoning_effort": "low"}, True, None),
+        ({}, True, None),
+    ],
+)
+def test_thinking_by_every_spelling(
+    served: Served, demo: LLM, fields: dict[str, Any], thinks: bool, most: int | None
+) -> None:
+    reply = served.chat(seed=1, **fields).json()
+    message, usage = reply["choices"][0]["message"], reply["usage"]
+    options: dict[str, Any] = {"thinking": thinks} if most is None or not thinks else {}
+    options |= {"thinking_budget": most} if most is not None and thinks else {}
+    expected = demo.chat("What is 12 + 34?", seed=1, **options)
+    assert message.get("reasoning_content", "") == expected.reasoning
+    assert message["content"] == expected.text
+    assert usage["completion_tokens_details"]["reasoning_tokens"] == (
+        expected.usage.reasoning_tokens
+    )
+    closed = {"thinking_closed_by": "budget"} if most is not None and thinks else None
+    assert reply["choices"][0].get("finish_details") == closed
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"reasoning_effort": "extreme"}, "'none', 'minimal', 'low', 'medium', 'high'"),
+        ({"enable_thinking": "yes"}, "enable_thinking: Input should be a valid boolean"),
+        ({"thinking_budget": -2}, "thinking_budget: Input should be greater than or equal to -1"),
+        ({"thinking": {"type": "off"}}, "'enabled', 'disabled' or 'adaptive'"),
+        ({"enable_thinking": False, "thinking_budget": 9}, "which enable_thinking switches off"),
+        (
+            {"thinking_budget": 5, "reasoning_max_tokens": 6},
+            "thinking_budget=5 and reasoning_max_tokens=6 contradict each other",
+        ),
+        (
+            {"thinking": {"type": "enabled"}, "reasoning": {"enabled": False}},
+            "thinking.type=true and reasoning.enabled=false contradict",
+        ),
+        (
+            {"reasoning_effort": "low", "reasoning": {"effort": "high"}},
+            "reasoning_effort=low and reasoning.effort=high contradict",
+        ),
+        ({"thinking_budget": 9, "max_tokens": 20}, "leaves no room for an answer"),
+    ],
+)
+def test_impossible_thinking_is_refused(
+    served: Served, fields: dict[str, Any], complaint: str
+) -> None:
+    response = served.chat(**fields)
+    assert response.status_code == 400 and complaint in message_of(response)
+
+
+def test_efforts_are_budgets() -> None:
+    for effort, budget in EFFORTS.items():
+        thinking, found = Wish(effort=effort).resolve(HYBRID, None, None)
+        assert thinking is (effort != "none")
+        assert found == (budget if budget > 0 else None)
+
+
+def test_what_the_server_was_started_with_holds_where_nothing_is_said() -> None:
+    assert Wish().resolve(HYBRID, False, None) == (False, None)
+    assert Wish().resolve(HYBRID, True, 7) == (True, 7)
+    assert Wish().resolve(HYBRID, None, 7) == (None, 7)
+    assert Wish(([("on", False)],)).resolve(HYBRID, None, 7) == (False, None)
+    assert Wish(([("on", True)],)).resolve(HYBRID, False, None) == (True, None)
+    assert Wish(budgets=[("budget", -1)]).resolve(HYBRID, None, 7) == (True, None)
+    assert Wish(effort="low").resolve(HYBRID, False, 7) == (True, 512)
+    assert Wish().resolve(NEVER, None, 7) == (None, None)
+    assert Wish(budgets=[("budget", 0)]).resolve(NEVER, None, None) == (None, None)
+    assert Wish(budgets=[("budget", 9)]).resolve(NEVER, None, None) == (True, 9)  # refused later
+    assert Wish(effort="none").resolve(ALWAYS, None, None) == (False, None)  # likewise
+
+
+def test_a_checkpoint_that_cannot_is_not_served_as_if_it_could() -> None:
+    with load() as llm:
+        llm._open()._words = replace(llm._open()._words, thinking=NEVER)
+        llm.thinking = NEVER
+        with serving(llm) as instruct:
+            for fields in ({"enable_thinking": True}, {"reasoning_effort": "low"}):
+                response = instruct.chat(**fields)
+                assert response.status_code == 400
+                assert "this checkpoint cannot think" in message_of(response)
+            assert instruct.get("/v1/models").json()["data"][0]["thinking"] == "never"
+            assert instruct.chat(enable_thinking=False).status_code == 200
+        with pytest.raises(Qwen3Error, match="cannot think"):
+            make_app(llm, Settings(model="demo", thinking=True))
+
+
+@pytest.mark.parametrize(
+    ("field", "found"),
+    [
+        ("both", {"reasoning_content", "reasoning"}),
+        ("reasoning", {"reasoning"}),
+        ("reasoning_content", {"reasoning_content"}),
+        ("none", set()),
+    ],
+)
+def test_where_the_thinking_is_found(demo: LLM, field: str, found: set[str]) -> None:
+    with serving(demo, reasoning_field=field) as running:
+        message = running.chat(seed=1).json()["choices"][0]["message"]
+        assert message.keys() - {"role", "content"} == found
+        hidden = running.chat(seed=1, reasoning={"exclude": True}).json()
+        assert hidden["choices"][0]["message"].keys() == {"role", "content"}
+        assert hidden["usage"]["completion_tokens_details"]["reasoning_tokens"]
+
+
+# --- what is wrong ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "complaint"),
+    [
+        ("/v1/chat/completions", {}, "messages: Field required"),
+        ("/v1/chat/completions", {"messages": []}, "messages: List should have at least 1"),
+        ("/v1/chat/completions", {"messages": [{"role": "pope", "content": ""}]}, "'system'"),
+        ("/v1/chat/completions", [1], "send the request as a JSON object"),
+        ("/v1/messages", {"messages": []}, "messages: List should have at least 1"),
+        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}]}, "max_tokens: Field"),
+        ("/api/chat", {"messages": []}, "messages: List should have at least 1"),
+        ("/v1/completions", {"prompt": []}, "prompt is empty"),
+        ("/v1/completions", {"prompt": [1 << 40]}, "token ids are 0 to"),
+        ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix is not supported"),
+        ("/v1/nothing", {}, "there is nothing at this address"),
+    ],
+)
+def test_what_is_wrong_is_said_in_the_form_of_the_protocol(
+    served: Served, path: str, body: Any, complaint: str
+) -> None:
+    response = served.post(path, body)
+    assert response.status_code in (400, 404) and complaint in message_of(response)
+    answer = response.json()
+    if path.startswith("/v1/messages"):
+        assert answer["type"] == "error" and answer["error"]["type"] == "invalid_request_error"
+    elif path.startswith("/api/"):
+        assert answer.keys() == {"error"}
+    else:
+        assert answer["error"].keys() == {"message", "type", "param", "code"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"functions": [{}]}, "functions is not supported"),
+        ({"modalities": ["audio"]}, "modalities is not supported; it may be ['text']"),
+        ({"store": True}, "store is not supported"),
+        ({"n": 0}, "n: Input should be greater than or equal to 1"),
+        ({"n": 33}, "n: Input should be less than or equal to 32"),
+        ({"max_tokens": 0}, "max_tokens: Input should be greater"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "contradict each other"),
+        ({"max_tokens": 9000}, "max_tokens=9,000 does not fit"),
+        ({"top_logprobs": 3}, "top_logprobs needs logprobs=true"),
+        ({"stream_options": {"include_usage": True}}, "stream_options is for streams"),
+        ({"logit_bias": {"x": 1}}, "'x' is no token id"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias names 99999"),
+        ({"stop": ""}, "stop must be"),
+        ({"response_format": {"type": "json_schema"}}, "needs json_schema"),
+        ({"tool_choice": "required"}, "tool_choice='required' needs tools"),
+        ({"structured_outputs": {"regex": "("}}, "regex: "),
+        (
+            {"structured_outputs": {"regex": "a", "choice": ["b"]}},
+            "an answer can have one form, not regex and choice",
+        ),
+    ],
+)
+def test_what_cannot_be_had_is_refused(
+    served: Served, fields: dict[str, Any], complaint: str
+) -> None:
+    response = served.chat(**fields)
+    assert response.status_code == 400 and complaint in message_of(response)
+
+
+def test_unknown_fields_are_warned_of(served: Served) -> None:
+    response = served.chat(foo=1, store=False, user="me", model="gpt-4o", max_tokens=5)
+    assert response.status_code == 200 and response.json()["model"] == "demo"
+    assert response.headers["warnings"] == (
+        "there is no model 'gpt-4o' here; demo answers; unknown field 'foo' was ignored"
+    )
+    assert "warnings" not in served.chat(max_tokens=5).headers
+    asked: dict[str, Any] = {"max_tokens": 5, "ä\r\nSet-Cookie: x": 1}
+    odd = served.chat(**asked)
+    assert odd.status_code == 200 and "set-cookie" not in odd.headers
+
+
+def test_bodies_that_are_no_json(served: Served) -> None:
+    for content in (b"", b"{", b"\xff\xfe", b"[" * 100_000, b'{"messages": NaN}'):
+        response = httpx.post(
+            f"{served.url}/v1/chat/completions",
+            content=content,
+            headers={"Content-Type": "application/json"},
+        )
+        assert response.status_code == 400, content[:20]
+    lone = '{"max_tokens": 5, "messages": [{"role": "user", "content": "\\ud800"}]}'
+    for path in ("/v1/chat/completions", "/v1/messages", "/api/chat"):
+        response = httpx.post(
+            f"{served.url}{path}", content=lone, headers={"Content-Type": "application/json"}
+        )
+        assert response.status_code in (200, 400)
+    assert served.get("/health").json()["status"] == "ok"
+
+
+# --- who may come in ----------------------------------------------------------------------------
+
+
+def test_only_names_of_ours(served: Served, demo: LLM) -> None:
+    for good in ("localhost", "127.0.0.1:80", "[::1]:8080", "192.168.1.7", "x.localhost"):
+        assert served.get("/health", Host=good).status_code == 200
+    for bad in ("evil.com", "localhost.evil.com", "127.0.0.1.evil.com", "[x", ""):
+        response = served.get("/health", Host=bad)
+        assert response.status_code == 403 and "is not a name of this server" in response.text
+    with serving(demo, allowed_hosts=["mac.local"]) as running:
+        assert running.get("/health", Host="MAC.local:8080").status_code == 200
+
+
+def test_only_pages_of_ours(served: Served, demo: LLM) -> None:
+    host = urlsplit(served.url).netloc
+    assert served.get("/v1/models", Origin=f"http://{host}").status_code == 200
+    for bad in ("http://evil.com", "null", "http://localhost:1"):
+        response = served.get("/v1/models", Origin=bad)
+        assert response.status_code == 403 and "access-control-allow-origin" not in response.headers
+    with serving(demo, cors_origins=["http://app.test"], api_key="k") as running:
+        preflight = httpx.options(
+            f"{running.url}/v1/chat/completions",
+            headers={
+                "Origin": "http://app.test",
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization,content-type",
+            },
+        )
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == "http://app.test"
+        refused = running.get("/v1/models", Origin="http://app.test")
+        assert refused.status_code == 401  # in words that the page may read
+        assert refused.headers["access-control-allow-origin"] == "http://app.test"
+        assert running.get("/v1/models", Origin="http://other.test").status_code == 403
+
+
+def test_only_who_has_the_key(demo: LLM) -> None:
+    with serving(demo, api_key="sésame"[:1] + "ecret") as running:
+        for headers in ({}, {"Authorization": "Bearer x"}, {"x-api-key": "secre"}):
+            for path in ("/v1/models", "/api/tags", "/openapi.json"):
+                response = running.get(path, **headers)
+                assert response.status_code == 401 and "--api-key" in message_of(response)
+        assert running.get("/v1/models", Authorization="Bearer secret").status_code == 200
+        assert running.get("/v1/models", **{"x-api-key": "secret"}).status_code == 200
+        assert running.get("/health").status_code == running.get("/").status_code == 200
+
+
+def test_requests_of_a_size(demo: LLM) -> None:
+    with serving(demo, max_body=1000) as running:
+        assert running.chat("x" * 2000).status_code == 413
+        pieces = (b"x" * 300 for _ in range(10))  # of which the length is not told before
+        response = httpx.post(
+            f"{running.url}/v1/chat/completions",
+            content=pieces,
+            headers={"Content-Type": "application/json"},
+        )
+        assert response.status_code == 413 and "1,000 bytes" in message_of(response)
+        assert running.chat(max_tokens=3).status_code == 200
+
+
+def test_the_page_loads_nothing_from_elsewhere(served: Served) -> None:
+    response = served.get("/")
+    assert response.headers["content-type"].startswith("text/html")
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    found = re.findall(r'(?:src|href)="([^"]+)"', response.text)
+    assert found
+    for name in found:
+        assert name.startswith("/page/")
+        part = served.get(name)
+        assert part.status_code == 200 and part.headers["content-security-policy"] == policy
+    for name in ("..%2fapp.py", "../app.py", "nothing.js"):
+        assert served.get(f"/page/{name}").status_code == 404
+
+
+# --- at work ------------------------------------------------------------------------------------
+
+
+def test_a_client_that_goes_away_is_not_worked_for(served: Served) -> None:
+    body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 4000, "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body) as response:
+        next(response.iter_lines())
+        assert served.server.service.active == 1
+    until_idle(served)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{served.url}/v1/completions", json=_endless(), timeout=0.3)
+    until_idle(served)
+
+
+def _endless() -> dict[str, Any]:
+    """A reply that would take a while, because it cannot end."""
+    never = {str(TOKENIZER.id_of(end)): -100 for end in ("<|im_end|>", "<|endoftext|>")}
+    return {"prompt": "1 2 3", "max_tokens": 8000, "logit_bias": never, "temperature": 1.5}
+
+
+def test_more_than_it_can_take_is_told_to_come_again(demo: LLM) -> None:
+    with serving(demo, max_requests=2) as running, ThreadPoolExecutor() as pool:
+        body = {**_endless(), "stream": True}
+        with (
+            httpx.stream("POST", f"{running.url}/v1/completions", json=body) as one,
+            httpx.stream("POST", f"{running.url}/v1/completions", json=body) as other,
+        ):
+            lines = one.iter_lines(), other.iter_lines()  # kept: their end closes the connection
+            assert all(next(each) for each in lines)
+            for path in ("/v1/chat/completions", "/v1/messages", "/api/chat"):
+                asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
+                response = pool.submit(running.post, path, asked).result()
+                assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+                assert "2 of at most 2 replies" in message_of(response)
+        until_idle(running)
+        assert running.chat(max_tokens=3).status_code == 200
+        assert "at most 2 can be" in message_of(running.chat(n=3))
+
+
+def test_many_at_once_are_each_told_their_own(served: Served, demo: LLM) -> None:
+    questions = [f"What is {n} + {n + 7}?" for n in range(32)]
+    expected = demo.batch(questions, seed=5)
+
+    def ask(question: str) -> tuple[str, str]:
+        body = {"messages": [{"role": "user", "content": question}], "stream": True, "seed": 5}
+        told = {"content": "", "reasoning_content": ""}
+        with httpx.stream(
+            "POST", f"{served.url}/v1/chat/completions", json=body, timeout=60
+        ) as response:
+            lines = [line for line in response.iter_lines() if line]
+        assert lines[-1] == "data: [DONE]"
+        for line in lines[:-1]:
+            for name in told if line[0] != ":" else ():
+                told[name] += data_of(line)["choices"][0]["delta"].get(name, "")
+        return told["reasoning_content"], told["content"]
+
+    with ThreadPoolExecutor(32) as pool:
+        found = list(pool.map(ask, questions))
+    assert found == [(reply.reasoning, reply.text) for reply in expected]
+
+
+def test_a_silent_stream_gives_signs_of_life(demo: LLM) -> None:
+    long = "What is 12 + 34? " * 380  # some chunks of prompt
+    body = {"messages": [{"role": "user", "content": long}], "stream": True, "max_tokens": 3}
+    demo.forget()
+    with serving(demo, keep_alive=0.05) as running:
+        with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=body) as response:
+            lines = [line for line in response.iter_lines() if line]
+        signs = [line for line in lines if line.startswith(": keepalive ")]
+        read = [tuple(map(int, sign.split()[2].split("/"))) for sign in signs]
+        assert read == sorted(read) and len({total for _, total in read}) == 1
+        assert read[-1][0] <= read[-1][1] and lines[len(signs)].startswith("data: ")
+        demo.forget()
+        with httpx.stream("POST", f"{running.url}/v1/messages", json=body) as response:
+            kinds = [line[7:] for line in response.iter_lines() if line.startswith("event: ")]
+        assert kinds[0] == "message_start" and kinds[-1] == "message_stop"
+
+
+def test_the_second_turn_reads_only_what_is_new() -> None:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": "What is 12 + 34?"}]
+    with load() as demo, serving(demo) as served:
+        first = served.post("/v1/chat/completions", {"messages": messages, "seed": 1}).json()
+        time.sleep(0.5)  # in which it reads ahead
+        messages += [first["choices"][0]["message"], {"role": "user", "content": "What is 5 + 6?"}]
+        usage = served.post("/v1/chat/completions", {"messages": messages}).json()["usage"]
+    unread = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+    own = 16  # the tokens of that message
+    assert unread <= own
+
+
+def test_nothing_that_was_said_is_logged_unless_asked(
+    demo: LLM, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="qwen3_mlx.server")
+    with serving(demo) as running:
+        running.chat("What is 12 + 34?", foo="Geheimnis", seed=1)
+    (line,) = [json.loads(record.message) for record in caplog.records]
+    assert line["status"] == 200 and line["prompt_tokens"] == 18 and line["finish"] == ["stop"]
+    assert line["reasoning_tokens"] < line["completion_tokens"]
+    assert not re.search(r"12|Geheimnis", caplog.text.replace(line["time"], ""))
+    caplog.clear()
+    with serving(demo, log_content=True) as running:
+        running.chat("What is 12 + 34?", seed=1)
+    (line,) = [json.loads(record.message) for record in caplog.records]
+    assert "What is 12 + 34?" in line["prompts"][0]
+    assert line["replies"][0]["content"] == "12 + 34 = 46"
+
+
+def test_what_fails_within_is_an_error_and_no_end(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("out of luck")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("qwen3_mlx.engine.engine.forward", fail)
+        response = served.chat()
+        assert response.status_code == 503 and "the device failed" in message_of(response)
+        body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "max_tokens": 9}
+        for path in ("/v1/chat/completions", "/v1/messages", "/api/chat"):
+            assert "the device failed" in served.post(path, body).text
+    with monkeypatch.context() as patched:
+        patched.setattr(served.server.service, "run", fail)
+        response = served.chat()
+        assert response.status_code == 500 and "out of luck" in message_of(response)
+    assert served.chat(max_tokens=3).status_code == 200
+
+
+# --- beginning and end --------------------------------------------------------------------------
+
+
+class Process:
+    """`qwen3 serve` as a user starts it."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.started = time.monotonic()
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "qwen3_mlx", "serve", "--port", "0", *arguments],
+            stderr=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "QWEN3_MODEL": ""} | {"NO_COLOR": "1"},
+        )
+        assert self.process.stderr
+        first = self.process.stderr.readline()
+        self.ready = time.monotonic() - self.started
+        found = re.search(r"http://\S+", first)
+        assert found, first + self.process.stderr.read()
+        self.url = found[0]
+
+    def end(self, number: int = signal.SIGINT) -> tuple[int, str, str]:
+        """Send a signal, and give the exit code and what was written."""
+        self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_replies_end(number: int) -> None:
+    server = Process()
+    assert server.ready < 10  # `make bench` says how fast it is
+    body = {"messages": [{"role": "user", "content": LONG}], "stream": True, "seed": 1}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
+        lines = response.iter_lines()
+        next(lines)
+        ends: list[tuple[int, str, str]] = []
+        ending = threading.Thread(target=lambda: ends.append(server.end(number)))
+        ending.start()
+        assert [line for line in lines if line][-1] == "data: [DONE]"
+    ending.join()
+    ((code, out, err),) = ends
+    assert (code, out) == (0, "") and "Traceback" not in err
+    assert json.loads(err.splitlines()[-1])["finish"] == ["stop"]
+
+
+def test_what_does_not_end_in_time_is_ended() -> None:
+    server = Process("--shutdown", "0.2")
+    body = {**_endless(), "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()
+        next(lines)
+        ends: list[tuple[int, str, str]] = []
+        ending = threading.Thread(target=lambda: ends.append(server.end()))
+        ending.start()
+        assert "the server is shutting down" in [line for line in lines if line][-1]
+    ending.join()
+    assert ends[0][0] == 0 and "Traceback" not in ends[0][2]
+
+
+def test_a_port_that_is_taken_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        result = subprocess.run(
+            [sys.executable, "-m", "qwen3_mlx", "serve", "--port", port],
+            capture_output=True,
+            text=True,
+        )
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "ddress already in use; --port takes another" in result.stderr
+
+
+def test_without_its_packages_it_says_so(tmp_path: Path) -> None:
+    for name in ("fastapi", "uvicorn"):
+        program = (
+            "import sys, importlib.util as u; find = u.find_spec\n"
+            f"u.find_spec = lambda name, *a: None if name == '{name}' else find(name, *a)\n"
+            "from qwen3_mlx.cli.main import main; main(['serve'])"
+        )
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert result.returncode == 1
+        assert result.stderr == (
+            "qwen3: the server needs two more packages: pip install 'qwen3-mlx[server]'\n"
+        )
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    wrong: list[dict[str, Any]] = [
+        {"reasoning_field": "x"},
+        {"max_requests": 0},
+        {"thinking_budget": -1},
+        {"thinking": False, "thinking_budget": 5},
+        {"api_key": "schlüssel"},
+    ]
+    for settings in wrong:
+        with pytest.raises(ValueError, match=next(reversed(settings))):
+            Settings(model="demo", **settings)
+
+
+def test_it_belongs_into_other_applications(demo: LLM) -> None:
+    app, _ = make_app(demo, Settings(model="demo"))
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(app=app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.get("/v1/models")
+
+    assert asyncio.run(ask()).json()["data"][0]["id"] == "demo"
