@@ -131,7 +131,6 @@ def serve(  # noqa: PLR0913 - one parameter an option
         shutdown=shutdown,
         log_content=log_content,
     )
-    _log_to_stderr(quiet=quiet)
     listener = _listen(host, port)
     url = _url_of(listener)
 
@@ -153,6 +152,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
             context=context,
             progress=bar,
         )
+    _log_to_stderr(quiet=quiet)
     with llm, listener:
         serving.serve(llm, settings, listener, ready)
 

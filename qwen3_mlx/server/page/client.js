@@ -1,0 +1,57 @@
+// Talks to the server, by OpenAI's protocol.
+
+const KEY = "qwen3-key";
+
+/** An answer that is not the one asked for. */
+export class ServerError extends Error {}
+
+async function call(path, options = {}) {
+  const key = sessionStorage.getItem(KEY);
+  const headers = { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
+  const response = await fetch(path, { ...options, headers });
+  if (response.ok) return response;
+  if (response.status === 401) {
+    const given = window.prompt("This server wants an API key:");
+    if (given) {
+      sessionStorage.setItem(KEY, given);
+      return call(path, options);
+    }
+  }
+  const body = await response.json().catch(() => null);
+  throw new ServerError(body?.error?.message ?? `the server answers with ${response.status}`);
+}
+
+/** Give the model that is served. */
+export async function model() {
+  return (await (await call("/v1/models")).json()).data[0];
+}
+
+/**
+ * Ask for a reply, and hand over what comes: `progress(done, total)` while the prompt is read, and
+ * `chunk(object)` for each piece of it.
+ */
+export async function complete(request, { signal, progress, chunk }) {
+  const body = { ...request, stream: true, stream_options: { include_usage: true } };
+  const response = await call("/v1/chat/completions", {
+    method: "POST",
+    body: JSON.stringify(body),
+    signal,
+  });
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let text = "";
+  for (;;) {
+    const { value, done } = await reader.read();
+    if (done) throw new ServerError("the connection ended before the reply did");
+    const lines = (text + value).split("\n");
+    text = lines.pop();
+    for (const line of lines) {
+      if (line === "data: [DONE]") return;
+      const read = /^: keepalive (\d+)\/(\d+)$/.exec(line);
+      if (read) progress(Number(read[1]), Number(read[2]));
+      if (!line.startsWith("data: ")) continue;
+      const data = JSON.parse(line.slice(6));
+      if (data.error) throw new ServerError(data.error.message);
+      chunk(data);
+    }
+  }
+}
