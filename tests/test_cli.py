@@ -96,7 +96,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["x", "--model", "./nowhere"], 1, "is no folder here, nor a hub name"),
         (["x", "--bits", "7"], 1, "bits must be one of"),
         (["serve", "--reasoning-field", "x"], 1, "reasoning_field must be one of both,"),
-        (["serve", "--port", "99999"], 1, "cannot listen at 127.0.0.1, port 99999"),
+        (["serve", "--port", "99999"], 2, "Invalid value for '--port'"),
         (["serve", "--host", "nowhere.invalid"], 1, "cannot listen at nowhere.invalid"),
         (["convert", "nowhere", "b"], 1, "is no folder here, nor a hub name"),
         (

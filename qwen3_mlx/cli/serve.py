@@ -55,7 +55,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
         option("--host", panel=_NET, text="The address to listen at; 0.0.0.0 is the network."),
     ] = "127.0.0.1",
     port: Annotated[
-        int, option("--port", "-p", panel=_NET, text="The port; 0 is any. Otherwise 8080.")
+        int, option("--port", "-p", panel=_NET, text="0 is any; otherwise 8080.", min=0, max=65535)
     ] = 8080,
     api_key: Annotated[
         str | None,
@@ -168,9 +168,9 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
-        number = getattr(error, "errno", None) or 0
-        words = os.strerror(number) if number > 0 else getattr(error, "strerror", None) or error
+    except OSError as error:
+        number = error.errno or 0
+        words = os.strerror(number) if number > 0 else error.strerror or error
         raise Qwen3Error(
             f"cannot listen at {host}, port {port}: {words}; --port takes another, 0 any"
         ) from error

@@ -167,6 +167,7 @@ class ReplyView {
     retry.addEventListener("click", () => {
       stop();
       current.messages.splice(current.messages.indexOf(this.message));
+      showMessages();
       reply();
     });
     const copy = copyButton(() => this.message.content, { "data-testid": "copy" });
