@@ -52,6 +52,7 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
     _add_health(app, service)
     _add_page(app)
     _add_errors(app)
+    _describe(app)
     app.add_middleware(Guard, settings=settings)
     if settings.cors_origins:  # around the guard, so that pages may read what it says
         app.add_middleware(
@@ -63,6 +64,23 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
         )
     app.add_middleware(AccessLog)
     return app, service
+
+
+def _describe(app: FastAPI) -> None:
+    """Leave the framework's own form of errors out of the description: it is never sent."""
+    framework = app.openapi
+
+    def described() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            made = framework()
+            for methods in made["paths"].values():
+                for operation in methods.values():
+                    operation["responses"].pop("422", None)
+            for name in ("HTTPValidationError", "ValidationError"):
+                made["components"]["schemas"].pop(name, None)
+        return app.openapi_schema or made
+
+    app.openapi = described  # type: ignore[method-assign]
 
 
 def _add_health(app: FastAPI, service: Service) -> None:

@@ -1,0 +1,232 @@
+"""The API's own description, and requests made up from it and far from it: nothing brings it down.
+
+The default tier takes some; `-m slow` takes 2,000 by the description, and 10,000 that are mutated.
+"""
+
+import gc
+import json
+import random
+import resource
+import socket
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from schemathesis import checks
+from schemathesis.core.result import Ok
+
+from qwen3_mlx import LLM
+from tests.serving import Served, serving
+
+_FEW, _MANY = 8, 400  # requests of each operation
+_TOKENS = 4  # of a reply: what is said is not what is tested here
+_CHECKS = [
+    checks.not_a_server_error,
+    checks.status_code_conformance,
+    checks.content_type_conformance,
+    checks.response_schema_conformance,
+]
+_SETTINGS: dict[str, Any] = {
+    "deadline": None,
+    "suppress_health_check": list(HealthCheck),
+    "database": None,
+    "derandomize": True,
+}
+
+
+@pytest.fixture(scope="module")
+def served(demo: LLM) -> Iterator[Served]:
+    """A server with the demo."""
+    with serving(demo) as running:
+        yield running
+        assert running.get("/health").json()["active"] == 0
+
+
+def hold_to_it(case: Any) -> None:
+    """Make a request, whose answer must be one that was described."""
+    body = case.body
+    if isinstance(body, dict):
+        for name in ("max_tokens", "max_completion_tokens"):
+            if type(body.get(name)) in (int, type(None)) and (body.get(name) or 99) > _TOKENS:
+                body[name] = _TOKENS
+        if body.get("options") is None or isinstance(body["options"], dict):
+            body["options"] = {**(body.get("options") or {}), "num_predict": _TOKENS}
+    case.call_and_validate(checks=_CHECKS, timeout=60)
+
+
+def hold_all_to_it(served: Served, count: int) -> int:
+    """Make so many requests of each operation that is described, and give how many it were."""
+    made = 0
+    description = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
+    for found in description.get_all_operations():
+        assert isinstance(found, Ok)
+
+        @settings(max_examples=count, **_SETTINGS)
+        @given(found.ok().as_strategy())
+        def hold(case: Any) -> None:
+            nonlocal made
+            made += 1
+            hold_to_it(case)
+
+        hold()
+    return made
+
+
+def test_answers_are_as_described(served: Served) -> None:
+    assert hold_all_to_it(served, _FEW) > 5 * _FEW
+
+
+@pytest.mark.slow
+def test_2000_answers_are_as_described(served: Served) -> None:
+    assert hold_all_to_it(served, _MANY) > 2000
+
+
+# --- requests that were never meant ---------------------------------------------------------------
+
+VALID: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": {
+        "model": "demo",
+        "messages": [
+            {"role": "system", "content": "You are brief."},
+            {"role": "user", "content": [{"type": "text", "text": "What is 1 + 2?"}]},
+            {
+                "role": "assistant",
+                "content": None,
+                "reasoning_content": "hm",
+                "tool_calls": [
+                    {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+                ],
+            },
+            {"role": "tool", "tool_call_id": "a", "content": "3"},
+        ],
+        "tools": [
+            {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+        ],
+        "tool_choice": "auto",
+        "max_tokens": _TOKENS,
+        "temperature": 0.7,
+        "top_p": 0.9,
+        "n": 1,
+        "stop": ["x"],
+        "seed": 1,
+        "logprobs": True,
+        "top_logprobs": 2,
+        "logit_bias": {"5": 1.0},
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}},
+        "stream": False,
+        "enable_thinking": False,
+        "reasoning": {"effort": "low"},
+    },
+    "/v1/completions": {"prompt": ["x", "y"], "max_tokens": _TOKENS, "echo": True, "n": 2},
+    "/v1/messages": {
+        "max_tokens": _TOKENS,
+        "system": [{"type": "text", "text": "You are brief."}],
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "What is 1 + 2?"}]},
+            {
+                "role": "assistant",
+                "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}],
+            },
+            {
+                "role": "user",
+                "content": [{"type": "tool_result", "tool_use_id": "a", "content": "3"}],
+            },
+        ],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
+        "stop_sequences": ["x"],
+        "thinking": {"type": "disabled"},
+        "stream": True,
+    },
+    "/api/chat": {
+        "messages": [{"role": "user", "content": "What is 1 + 2?"}],
+        "think": False,
+        "options": {"num_predict": _TOKENS, "stop": ["x"]},
+        "format": "json",
+    },
+}
+_ODD: list[Any] = [
+    *(None, True, False, 0, 1, -1, 1 << 70, 1e308, -0.0, "", "x", "\x00", "\ud800", "<|im_end|>"),
+    *([], {}, [None], {"type": "text"}, {"": None}, [[[]]], "<think>", {"$ref": "#"}, "9" * 5000),
+]
+
+
+def mutated(value: Any, random: random.Random) -> Any:
+    """Change something somewhere in a value."""
+    if isinstance(value, dict | list) and value and random.random() < 0.8:
+        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
+        key = random.choice(keys)
+        made: Any = value.copy()
+        if random.random() < 0.15:
+            del made[key]
+        else:
+            made[key] = mutated(value[key], random)
+        return made
+    return random.choice(_ODD)
+
+
+def attack(served: Served, count: int, seed: int) -> dict[int, int]:
+    """Send mutated requests, some of which break off, and count the answers by status."""
+    found: dict[int, int] = {}
+    draw = random.Random(seed)
+    address = urlsplit(served.url)
+    with httpx.Client(base_url=served.url, timeout=60) as client:
+        for _ in range(count):
+            path, body = draw.choice(list(VALID.items()))
+            for _ in range(draw.choice((1, 1, 2, 4))):
+                body = mutated(body, draw)
+            content = json.dumps(body).encode("utf-8", "replace")
+            if draw.random() < 0.1:
+                content = content[: draw.randrange(len(content) + 1)]
+            if isinstance(body, dict) and draw.random() < 0.3:
+                content = json.dumps({**body, "stream": True, "max_tokens": 200}).encode()
+                break_off(address.hostname or "", address.port or 0, path, content, draw)
+                continue
+            kind = {"Content-Type": "application/json"}
+            status = client.post(path, content=content, headers=kind).status_code
+            found[status] = found.get(status, 0) + 1
+    return found
+
+
+def break_off(host: str, port: int, path: str, content: bytes, draw: random.Random) -> None:
+    """Send a request, or a part of it, read a little of the answer, or nothing, and go away."""
+    request = (
+        f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\n\r\n"
+    ).encode() + content
+    with socket.create_connection((host, port)) as connection:
+        connection.sendall(request[: draw.choice((len(request), draw.randrange(len(request))))])
+        connection.settimeout(draw.choice((0.001, 0.02)))
+        try:
+            connection.recv(draw.choice((1, 4096)))
+        except TimeoutError:
+            pass
+
+
+def check_still_well(served: Served, found: dict[int, int]) -> None:
+    """No answer may be a server's error, and the server must be well and idle soon."""
+    assert max(found) < 500 and found[200] > 10 and found[400] > 10, found
+    for _ in range(600):
+        if not served.get("/health").json()["active"]:
+            break
+    assert served.get("/health").json()["active"] == 0
+    assert served.chat(seed=1).json()["choices"][0]["message"]["content"] == "12 + 34 = 46"
+
+
+def test_mutated_requests_bring_nothing_down(served: Served) -> None:
+    check_still_well(served, attack(served, 300, seed=0))
+
+
+@pytest.mark.slow
+def test_10000_mutated_requests_leave_no_trace(demo: LLM) -> None:
+    with serving(demo) as running:
+        check_still_well(running, attack(running, 2_000, seed=1))
+        demo.forget()
+        gc.collect()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        check_still_well(running, attack(running, 8_000, seed=2))
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 50_000, f"the memory has grown by {grown / 1e3:.0f} MB"  # KiB on Linux
