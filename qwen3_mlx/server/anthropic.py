@@ -30,7 +30,7 @@ from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall, Usag
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
-_STREAM: dict[str, Any] = {"content": {EVENTS: {"schema": {"type": "string"}}}}
+_STREAM: dict[str, Any] = {"content": {EVENTS: {}}}
 # Clients send it back with the thinking and want it to be there; it proves nothing here.
 _SIGNATURE = "qwen3-mlx"
 

@@ -107,7 +107,7 @@ class ErrorOut(Wire):
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
-_STREAM: dict[str, Any] = {"content": {_LINES: {"schema": {"type": "string"}}}}
+_STREAM: dict[str, Any] = {"content": {_LINES: {}}}
 
 
 def routes(service: Service) -> APIRouter:

@@ -45,7 +45,7 @@ _FEW = 16  # tokens of a text completion for which no number is named, as OpenAI
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
-_STREAM: dict[str, Any] = {"content": {EVENTS: {"schema": {"type": "string"}}}}
+_STREAM: dict[str, Any] = {"content": {EVENTS: {}}}
 
 
 def routes(service: Service) -> APIRouter:

@@ -51,7 +51,7 @@ def warnings_header(warnings: list[str]) -> dict[str, str]:
     if not warnings:
         return {}
     text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
-    return {"warnings": "".join(c if c.isprintable() else "?" for c in text)[:_MOST_HEADER]}
+    return {"warnings": "".join(c if c.isprintable() else "?" for c in text)[:_MOST_HEADER].strip()}
 
 
 def json_bytes(data: Any) -> bytes:
