@@ -158,6 +158,14 @@ class LLM:
         """
         return self._open().start(task, deliver, cancelled)
 
+    def soon(self, job: Callable[[], None]) -> None:
+        """Have `job` done, without delay and error, after the step in work; for `deliver` to use.
+
+        Raises:
+            Qwen3Error: this LLM is closed.
+        """
+        self._worker.post(job)
+
     def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Reply:
         """Do as `stream` does, and give the whole reply at once."""
         return with_parsed(collect(self.stream(messages, **options)), options.get("schema"))

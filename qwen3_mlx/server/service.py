@@ -4,6 +4,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from threading import Event as Flag
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from qwen3_mlx.asking import Options
-from qwen3_mlx.errors import ContextError
+from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.replies import Task
 from qwen3_mlx.server.errors import ApiError, refused
@@ -37,6 +38,37 @@ Heard = Event | Read | BaseException
 Prepare = Callable[[], Task]
 
 
+class Mailbox:
+    """Carries what is heard to the event loop: all of a step at once, for waking it costs more."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._letters: list[tuple[Running, int, Heard]] = []
+
+    def put(self, running: "Running", index: int, heard: Heard) -> None:
+        """Take what a reply of `running` says; on the thread that owns the network."""
+        self._letters.append((running, index, heard))
+        if len(self._letters) == 1:
+            try:
+                self._llm.soon(self._send)
+            except Qwen3Error:  # it is being closed: this is the end of all replies
+                self._send()
+
+    def _send(self) -> None:
+        letters, self._letters = self._letters, []
+        loop = letters[0][0].loop
+        try:
+            loop.call_soon_threadsafe(_sort, letters)
+        except RuntimeError:  # the loop is closed: nobody reads this any more
+            for running, _, _ in letters:
+                running.cancelled.set()
+
+
+def _sort(letters: list[tuple["Running", int, Heard]]) -> None:
+    for running, index, heard in letters:
+        running.queue.put_nowait((index, heard))
+
+
 class Running:
     """The replies to one request, numbered from 0, until `close`."""
 
@@ -55,14 +87,14 @@ class Running:
         self._choices = choices
         self._service = service
         self._record = record
-        self._loop = asyncio.get_running_loop()
-        self._queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
+        self.loop = asyncio.get_running_loop()
+        self.queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
         self._closed = False
 
     def begin(self, tasks: Sequence[Task]) -> None:
         """Send the tasks to the engine; from any thread."""
         for index, task in enumerate(tasks):
-            deliver = self._deliverer(index)
+            deliver = partial(self._service.mailbox.put, self, index)
 
             def tell(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
                 deliver(Read(done, total))
@@ -70,15 +102,6 @@ class Running:
             task = replace(task, asked=replace(task.asked, progress=tell))
             started = self._service.llm.begin(task, deliver, self.cancelled)
             self.prompt_tokens = started.prompt_tokens
-
-    def _deliverer(self, index: int) -> Callable[[Heard], None]:
-        def deliver(heard: Heard) -> None:
-            try:
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, (index, heard))
-            except RuntimeError:  # the loop is closed: nobody reads this any more
-                self.cancelled.set()
-
-        return deliver
 
     async def batches(self, patience: float) -> AsyncIterator[list[tuple[int, Event]]]:
         """Give the events as they come, all that are there at once; none when time is up.
@@ -108,13 +131,15 @@ class Running:
             yield events
 
     async def _waiting(self, patience: float) -> list[tuple[int, Heard]]:
-        try:
-            async with asyncio.timeout(patience):
-                heard = [await self._queue.get()]
-        except TimeoutError:
-            return []
-        while not self._queue.empty():
-            heard.append(self._queue.get_nowait())
+        heard = []
+        if self.queue.empty():
+            try:
+                async with asyncio.timeout(patience):
+                    heard = [await self.queue.get()]
+            except TimeoutError:
+                return []
+        while not self.queue.empty():
+            heard.append(self.queue.get_nowait())
         return heard
 
     async def complete(self, request: Request) -> None:
@@ -196,6 +221,7 @@ class Service:
         self.llm = llm
         self.settings = settings
         self.context = llm.context
+        self.mailbox = Mailbox(llm)
         self.created = int(time.time())
         self._running: set[Running] = set()
         self._pace = 1.0  # seconds that a request takes, lately
