@@ -109,7 +109,7 @@ def _add_page(app: FastAPI) -> None:
         content, kind = page[name]
         return Response(content, media_type=kind, headers=_PAGE_HEADERS)
 
-    @app.get("/", include_in_schema=False)
+    @app.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
     async def index() -> Response:
         return served("index.html")
 

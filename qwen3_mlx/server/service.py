@@ -172,7 +172,7 @@ class Running:
         ends = [finish.usage for finish in self.finishes if finish]
         firsts = [finish.usage for finish in self.finishes[:: self._choices] if finish]
         return Usage(
-            sum(usage.prompt_tokens for usage in firsts),
+            sum(usage.prompt_tokens for usage in firsts) or self.prompt_tokens,
             sum(usage.cached_tokens for usage in firsts),
             sum(usage.completion_tokens for usage in ends),
             sum(usage.reasoning_tokens for usage in ends),
