@@ -46,7 +46,7 @@ def main() -> None:
     clients = int(sys.argv[1]) if sys.argv[1:] else 32
     facts = backend.describe()
     print(f"{facts['device']}, BLAS {facts['blas']}, {time.strftime('%Y-%m-%d')}")
-    print(f"{clients} clients at once, the demo model, thinking, Qwen's sampling, at most {_MOST} tokens\n")
+    print(f"{clients} clients at once, the demo model, Qwen's sampling, at most {_MOST} tokens\n")
     print(
         f"{'':26}{'ready, s':>9}{'tokens/s':>10}{'first token, s':>24}"
         f"{'whole':>8}{'right':>7}\n{'':45}{'median    95 %    last':>24}"

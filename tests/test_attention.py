@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 
 from qwen3_mlx import backend
-from qwen3_mlx.cache.attention import causal_attention
+from qwen3_mlx.cache.attention import attention_of_each, causal_attention
 from qwen3_mlx.cache.ragged import ragged_layers
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import TINY, assert_close, make_model, random_ids
@@ -25,15 +25,16 @@ HEADS = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """Record every attention call, and on a GPU run it once more with no fallback allowed."""
+    """Record every attention call of a GPU, and if there is one, allow no fallback."""
     recorded: list[dict[str, Any]] = []
-    original = mx.fast.scaled_dot_product_attention
+    original, fused = mx.fast.scaled_dot_product_attention, backend.on_gpu()
 
     def record(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
         recorded.append({"q": q.shape, "k": k.shape, "v": v.shape, **options})
-        return original(q, k, v, **options, force_fused=backend.on_gpu())
+        return original(q, k, v, **options, force_fused=fused)
 
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(backend, "on_gpu", lambda: True)
     yield recorded
 
 
@@ -63,7 +64,9 @@ def test_every_call_fits_a_fused_kernel(geometry: str, calls: list[dict[str, Any
     sequences = [model.make_cache() for _ in range(3)]
     for lengths in ([7, 1, 12], [1, 1, 1], [1, 3, 1]):
         layers, rows = ragged_layers(sequences, lengths, [1] * 3)
+        before = len(calls)
         mx.eval(model(ids[:, : sum(lengths)], layers, rows))
+        assert len(calls) - before >= 6  # one for each sequence and layer
     assert len(calls) > 100
     for call in calls:
         assert_fused(call)
@@ -77,3 +80,19 @@ def test_split_calls_give_what_one_call_gives(queries: int, heads: tuple[int, in
     k, v = (mx.random.normal((1, heads[1], 30, 128)) for _ in range(2))
     plain: Callable[..., mx.array] = mx.fast.scaled_dot_product_attention
     assert_close(causal_attention(q, k, v, scale=0.1), plain(q, k, v, scale=0.1, mask="causal"))
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=str)
+def test_queries_of_several_find_what_each_finds(
+    heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mx.random.seed(0)
+    q = mx.random.normal((3, heads[0], 1, 128))
+    seen = [
+        (mx.random.normal((1, heads[1], n, 128)), mx.random.normal((1, heads[1], n, 128)))
+        for n in (1, 30, 7)
+    ]
+    each = [causal_attention(q[i : i + 1], k, v, scale=0.1) for i, (k, v) in enumerate(seen)]
+    for gpu in (False, True):
+        monkeypatch.setattr(backend, "on_gpu", lambda gpu=gpu: gpu)
+        assert_close(attention_of_each(q, seen, scale=0.1), mx.concatenate(each))

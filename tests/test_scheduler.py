@@ -63,12 +63,12 @@ def run(plan: Scheduler[Job], steps: int, chunk: int = 64) -> list[str]:
     lines = []
     for _ in range(steps):
         step = plan.next_step()
-        reading = f"[{step.reading}]" if step.reading else ""
+        reading = f"[{step.reading[0]}]" if step.reading else ""
         lines.append(" ".join(map(str, step.decoding)) + reading)
         for job in step.decoding:
             job.take(1)
         if step.reading:
-            step.reading.take(min(chunk, step.reading.unread))
+            step.reading[0].take(min(chunk, step.reading[0].unread))
         for job in [job for job in plan.running if job.complete]:
             plan.remove(job)
     return lines

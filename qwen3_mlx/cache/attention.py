@@ -4,10 +4,12 @@ B batch, L new tokens, S tokens seen, Q queries (the last of the L), H query hea
 K key/value heads, E head size.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import mlx.core as mx
+
+from qwen3_mlx import backend
 
 Rotate = Callable[[mx.array, int | tuple[int, ...]], mx.array]
 
@@ -40,6 +42,27 @@ class NoCache:
         """Answer attention over k and v alone; see `LayerCache.attend`."""
         q, k = rope(q, k.shape[2] - q.shape[2]), rope(k, 0)
         return causal_attention(q, k, v, scale=scale)
+
+
+def attention_of_each(
+    q: mx.array, seen: Sequence[tuple[mx.array, mx.array]], *, scale: float
+) -> mx.array:
+    """Give what each of T queries [T, H, 1, E] finds in keys and values of its own, [T, H, 1, E].
+
+    MLX's CPU build makes a dozen operations of a fused call, and there it is their number that
+    takes the time; so what can be done for all queries at once is.
+    """
+    count, heads, _, size = q.shape
+    if backend.on_gpu():
+        each = zip(mx.split(q, count), seen, strict=True)
+        return mx.concatenate([causal_attention(one, k, v, scale=scale) for one, (k, v) in each])
+    key_heads = seen[0][0].shape[1]
+    grouped = mx.split((q * scale).reshape(count, key_heads, heads // key_heads, size), count)
+    answers = [
+        mx.softmax(one @ k.swapaxes(-1, -2), axis=-1, precise=True) @ v
+        for one, (k, v) in zip(grouped, seen, strict=True)
+    ]
+    return mx.concatenate(answers).reshape(count, heads, 1, size)
 
 
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:

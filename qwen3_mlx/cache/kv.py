@@ -38,18 +38,13 @@ class KVCache:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
     ) -> mx.array:
         """Store k and v, and answer attention over all seen; see `LayerCache.attend`."""
-        keys, values = self._append(rope(k, self.offset), v)
+        keys, values = self.append(rope(k, self.offset), v)
         q = rope(q, self.offset - q.shape[2])
-        return causal_attention(q, keys, values, scale=scale)
-
-    def attend_rotated(self, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
-        """Do the same for q and k that are rotated already."""
-        keys, values = self._append(k, v)
         return causal_attention(q, keys, values, scale=scale)
 
     def store(self, k: mx.array, v: mx.array, *, rope: Rotate) -> None:
         """Keep k and v [1, K, L, E] without asking anything of them."""
-        self._append(rope(k, self.offset), v)
+        self.append(rope(k, self.offset), v)
 
     def reserve(self, capacity: int) -> None:
         """Have room for `capacity` tokens when the next write needs more than there is."""
@@ -67,7 +62,8 @@ class KVCache:
             other._values = self._values[:, :, :tokens]
         return other
 
-    def _append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+    def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
+        """Store v and k, rotated, and give views of all seen, [1, K, S, E] each."""
         start, stop = self.offset, self.offset + k.shape[2]
         if self._keys is None or self._values is None or self._allocated < stop:
             self._allocated = self._capacity if self._capacity > stop else grown_capacity(stop)

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 
 import mlx.core as mx
 
-from qwen3_mlx.cache.attention import Rotate
+from qwen3_mlx.cache.attention import Rotate, attention_of_each
 from qwen3_mlx.cache.kv import KVCache
 
 
@@ -55,11 +55,10 @@ class Ragged:
         offsets = tuple(cache.offset for cache in self.caches)
         q, k, v = (x.transpose(2, 1, 0, 3) for x in (q, k, v))  # the tokens become the batch
         q, k = rope(q, offsets), rope(k, offsets)
-        answers = [
-            cache.attend_rotated(q[i : i + 1], k[i : i + 1], v[i : i + 1], scale=scale)
-            for i, cache in enumerate(self.caches)
-        ]
-        return mx.concatenate(answers).transpose(2, 1, 0, 3)
+        count = len(self.caches)
+        new = zip(self.caches, mx.split(k, count), mx.split(v, count), strict=True)
+        seen = [cache.append(k_new, v_new) for cache, k_new, v_new in new]
+        return attention_of_each(q, seen, scale=scale).transpose(2, 1, 0, 3)
 
 
 def _spans(lengths: Sequence[int]) -> list[slice]:

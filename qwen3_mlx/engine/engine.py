@@ -240,10 +240,9 @@ class Engine:
         ahead = [sequence for sequence in step.decoding if sequence.ahead]
         known = [sequence for sequence in step.decoding if not sequence.ahead]
         lengths = [1] * len(ahead) + [sequence.unread for sequence in known]
-        chunk = self._chunk(step)
-        if chunk and step.reading:
-            known.append(step.reading)
-            lengths.append(chunk)
+        chunks = self._chunks(step)
+        known += chunks
+        lengths += chunks.values()
         if not lengths:
             return None
         self._building = [*ahead, *known]
@@ -267,6 +266,7 @@ class Engine:
             tokens = choose(logits, [s.sampler for s in choosing], self._masks(choosing, logits))
             chances = Chances.of(logits, tokens, choosing, self._vocabulary)
             arrays += [tokens, *(chances.arrays if chances else ())]
+        chunk = sum(chunks.values())
         return Flight(choosing, self._building, tokens, chunk, arrays, chances)
 
     def _ids(
@@ -289,21 +289,32 @@ class Engine:
             pieces.append(mx.array(ids, dtype=mx.int32))
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
 
-    def _chunk(self, step: Step[Running]) -> int:
-        """Give the tokens of a prompt to read in this step, and tell of those read before."""
-        sequence = step.reading
-        if sequence is None:
-            return 0
+    def _chunks(self, step: Step[Running]) -> dict[Running, int]:
+        """Give whose prompts are read on in this step, and by how many tokens.
+
+        It is a chunk of the first, and all of those that find room beside it.
+        """
+        chunks: dict[Running, int] = {}
+        most = left = 0
+        if step.reading:
+            deepest = max(sequence.seen for sequence in step.reading)
+            most = min(self.budget.chunk(deepest, self._scheduler.held()), backend.prefill_chunk())
+            most = left = self._scheduler.chunk(step, most)
+        for sequence in step.reading:
+            if (not chunks or sequence.unread <= left) and self._tell_progress(sequence):
+                chunks[sequence] = min(left, chunk_sizes(sequence.unread, most)[0])
+                left -= chunks[sequence]
+        return chunks
+
+    def _tell_progress(self, sequence: Running) -> bool:
+        """Tell how much of a prompt has been read, and whether that was taken well."""
         request = sequence.request
         try:
             if request.progress:
                 request.progress(min(sequence.seen, len(request.ids)), len(request.ids))
         except BaseException as error:  # noqa: BLE001 - this request's alone
             self._end(sequence, error)
-            return 0
-        most = self.budget.chunk(sequence.seen, self._scheduler.held())
-        most = min(most, backend.prefill_chunk())
-        return chunk_sizes(sequence.unread, self._scheduler.chunk(step, most))[0]
+        return not sequence.ended
 
     def _masks(self, choosing: Sequence[Running], logits: mx.array) -> "dict[int, Mask]":
         """Ask the constraints, by row, what is allowed, while the device computes the logits."""

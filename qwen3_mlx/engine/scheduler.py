@@ -1,7 +1,7 @@
 """Who runs next: pure decisions over counts of tokens. Nothing here computes or holds an array.
 
-Every step all sequences that are being answered choose a token, and one prompt is read on by a
-chunk. Room in caches is counted in tokens, and nobody starts who has none.
+Every step all sequences that are being answered choose a token, and a chunk of prompts is read.
+Room in caches is counted in tokens, and nobody starts who has none.
 """
 
 from collections.abc import Sequence
@@ -73,10 +73,13 @@ class Memory(Protocol[J_contra]):
 
 @dataclass(frozen=True, slots=True)
 class Step(Generic[J]):
-    """What the next forward pass does: a token for each of `decoding`, and a chunk of a prompt."""
+    """What the next forward pass does: a token for each of `decoding`, and a chunk of a prompt.
+
+    That is the first of `reading`; prompts of the others that are short find room beside it.
+    """
 
     decoding: Sequence[J]
-    reading: J | None
+    reading: Sequence[J]
 
 
 class Scheduler(Generic[J]):
@@ -115,15 +118,15 @@ class Scheduler(Generic[J]):
                 self._make_room(job, job.room_for(job.seen + max(1, job.unread)))
         alive = [job for job in self.running if not job.complete]
         decoding = [job for job in alive if job.answering]
-        reading = next((job for job in alive if not job.answering), None)
+        reading = [job for job in alive if not job.answering]
         if reading:  # whoever else has a prompt to be read is next
-            self.running.remove(reading)
-            self.running.append(reading)
+            self.running.remove(reading[0])
+            self.running.append(reading[0])
         return Step(decoding, reading)
 
     def chunk(self, step: Step[J], limit: int) -> int:
-        """Give the most tokens to read of a prompt, up to `limit`, so that nobody waits long."""
-        if not step.decoding and step.reading and step.reading.priority < IDLE:
+        """Give the most tokens to read of prompts, up to `limit`, so that nobody waits long."""
+        if not step.decoding and step.reading and step.reading[0].priority < IDLE:
             return limit
         patient = int(self._speed * _PATIENCE) // _LEAST_CHUNK * _LEAST_CHUNK
         return min(limit, max(_LEAST_CHUNK, patient))
