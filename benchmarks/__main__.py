@@ -25,6 +25,7 @@ PARTS = {
     "budgets": "python -m benchmarks.budgets budget.svg",
     "tools": "python -m benchmarks.tools",
     "host": "python -m benchmarks.host",
+    "server": "python -m benchmarks.server 32",
     "soak": "python -m benchmarks.soak",
     "plan": "python -m benchmarks.plan 0.6B 4B 8B:4",
 }

@@ -15,6 +15,7 @@ from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory import RESERVE
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, NORMAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.runner import Part, forward
 from qwen3_mlx.engine.sampling import Sampler, choose
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -318,6 +319,30 @@ def test_prompts_are_read_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not long.outcomes
     run(engine)
     assert long.outcome.reason == "length"
+
+
+def test_short_prompts_are_read_together_and_beside_a_long_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[list[int]] = []
+
+    def noted(model: Qwen3, ids: mx.array, parts: Sequence[Part]) -> mx.array | None:
+        steps.append([part.length for part in parts])
+        return forward(model, ids, parts)
+
+    monkeypatch.setattr("qwen3_mlx.engine.engine.forward", noted)
+    monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
+    model = MODELS["dense"]
+    shorts = [Client(random_ids(n, seed=n), 4) for n in (20, 30, 10)]
+    run(engine_of(model), *shorts)
+    assert steps[0] == [20, 30, 10] and steps[1] == [1, 1, 1]
+    steps.clear()
+    long = Client(random_ids(150, seed=8), 4)
+    run(engine_of(model), long, *(Client(short.request.ids, 4) for short in shorts))
+    assert sum(steps[0]) <= 64 and max(map(sum, steps)) <= 64 + 4
+    assert [client.tokens for client in shorts] == [
+        greedy_tokens(model, client.request.ids, 4) for client in shorts
+    ]
 
 
 def test_who_finds_no_room_waits_and_who_came_last_makes_room() -> None:

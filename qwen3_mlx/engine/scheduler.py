@@ -159,6 +159,8 @@ class Scheduler(Generic[J]):
 
         False if it has been put back into the line itself.
         """
+        if room <= job.room:
+            return True
         while (lack := self.held() - job.room + room - self.room) > 0:
             last = self.running[-1]
             alone = last is job and len(self.running) == 1
