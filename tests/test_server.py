@@ -469,7 +469,7 @@ def test_nothing_that_was_said_is_logged_unless_asked(
     (line,) = [json.loads(record.message) for record in caplog.records]
     assert line["status"] == 200 and line["prompt_tokens"] == 18 and line["finish"] == ["stop"]
     assert line["reasoning_tokens"] < line["completion_tokens"]
-    assert not re.search(r"12|Geheimnis", caplog.text.replace(line["time"], ""))
+    assert not re.search(r"What is|= 46|Geheimnis", caplog.text)
     caplog.clear()
     with serving(demo, log_content=True) as running:
         running.chat("What is 12 + 34?", seed=1)

@@ -153,7 +153,9 @@ class _Completion(ABC):
 
     async def _chunks(self, running: Running) -> AsyncIterator[bytes]:
         with_usage = bool(self._stream_options and self._stream_options.include_usage)
-        rest: dict[str, Any] = {"usage": None} if with_usage else {}
+        # What all chunks have in common is written once.
+        before = b"data: " + json_bytes(self.head)[:-1] + b',"choices":['
+        after = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
         begun = False
         try:
             async for events in running.batches(self.service.settings.keep_alive):
@@ -164,9 +166,7 @@ class _Completion(ABC):
                 begun = True
                 for index, event in events:
                     chunks += self.told(index, event)
-                yield b"".join(
-                    _data({**self.head, "choices": [chunk], **rest}) for chunk in chunks if chunk
-                )
+                yield b"".join(before + json_bytes(chunk) + after for chunk in chunks if chunk)
             end = {"usage": usage_of(running.usage), "timings": running.timings}
             if with_usage:
                 yield _data({**self.head, "choices": [], **end})
