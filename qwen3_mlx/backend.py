@@ -44,6 +44,7 @@ import mlx.core as mx  # noqa: E402 - only after the BLAS
 
 _GIB = 1 << 30
 _CACHE_LIMIT = 2 * _GIB  # freed buffers kept for reuse; MLX's own limit would be most of the memory
+_NARROW = 512  # columns; the smallest published model has 1,024
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 
@@ -165,6 +166,19 @@ def prefill_chunk() -> int:
     The CPU has no fused attention: its score matrix grows with the chunk.
     """
     return 2048 if on_gpu() else 512
+
+
+def suit_threads(width: int) -> None:
+    """Have OpenBLAS use the threads that pay for matrices of `width` columns: all, or one.
+
+    They wait for work by spinning, and where matrices are small that takes more than it gives: 32
+    streams of the demo run a third faster with one. OPENBLAS_NUM_THREADS rules.
+    """
+    if BLAS.startswith(_OWN_BLAS) or "OPENBLAS_NUM_THREADS" in os.environ:
+        return
+    set_threads = getattr(ctypes.CDLL(BLAS), "openblas_set_num_threads", None)
+    if set_threads:
+        set_threads(1 if width < _NARROW else len(os.sched_getaffinity(0)))
 
 
 def limit_cache() -> None:

@@ -376,6 +376,7 @@ def load(
 
     def read_weights() -> Qwen3:
         backend.limit_cache()
+        backend.suit_threads(network.hidden_size)
         model = load_model(config, Weights(folder), options, follow)
         backend.wire_weights()
         return model

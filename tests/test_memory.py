@@ -394,3 +394,21 @@ def test_on_metal_the_working_set_is_the_limit(monkeypatch: pytest.MonkeyPatch) 
     assert fit.plan_load(published("8B"), None, LoadOptions(mx.bfloat16)).activations == (
         activation_bytes(published("8B"), Workload(2048))
     )
+
+
+def test_threads_suit_the_size_of_the_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Library:
+        threads: list[int] = []
+        openblas_set_num_threads = threads.append
+
+    monkeypatch.setattr(backend, "BLAS", "libopenblas.so.0")
+    monkeypatch.setattr("ctypes.CDLL", lambda name: Library)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    backend.suit_threads(192)
+    backend.suit_threads(1024)
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
+    backend.suit_threads(192)
+    monkeypatch.setattr(backend, "BLAS", "MLX's own")
+    backend.suit_threads(192)
+    assert Library.threads == [1, 3]
