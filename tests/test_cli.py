@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qwen3_mlx import __version__
-from qwen3_mlx.cli.ask import full_name
+from qwen3_mlx.cli.options import full_name
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.main import main
 from tests.support import DEMO

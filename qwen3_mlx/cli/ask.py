@@ -5,15 +5,15 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 import qwen3_mlx  # whose names resolve on first use: `--help` loads no tokenizer and no model
 from qwen3_mlx import backend
 from qwen3_mlx.cli.console import Bar, note, stderr_text
+from qwen3_mlx.cli.options import Bits, Dtype, Model, Revision, full_name, option
 from qwen3_mlx.engine.params import SamplingParams
-from qwen3_mlx.model.published import SIZES, ready_name
 from qwen3_mlx.text.events import Finish, Reasoning, Text
 
 _DEMO_NOTE = (
@@ -26,12 +26,7 @@ _CLOSED_BY = {
     "loop": "the loop guard",
     "request": "request",
 }
-_MODEL, _REPLY, _CHOICE, _SHOW = "Model", "Reply", "Choice of words", "Display"
-
-
-def option(*names: str, panel: str, text: str, **more: Any) -> Any:
-    """Describe an option that the help shows in `panel`."""
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
+_REPLY, _CHOICE, _SHOW = "Reply", "Choice of words", "Display"
 
 
 def ask(  # noqa: PLR0913 - one parameter an option
@@ -39,27 +34,10 @@ def ask(  # noqa: PLR0913 - one parameter an option
         str | None,
         typer.Argument(help="What to say; text piped in follows it.", show_default=False),
     ] = None,
-    model: Annotated[
-        str | None,
-        option(
-            "--model",
-            "-m",
-            panel=_MODEL,
-            text=f"A folder, a hub name, or a size: {', '.join(SIZES)}.",
-            envvar="QWEN3_MODEL",
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, option("--revision", panel=_MODEL, text="The hub's branch, tag or commit.")
-    ] = None,
-    bits: Annotated[
-        int | None,
-        option("--bits", panel=_MODEL, text="Quantize while loading: 2, 3, 4, 5, 6 or 8."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        option("--dtype", panel=_MODEL, text="Compute in bfloat16, float16 or float32."),
-    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    bits: Bits = None,
+    dtype: Dtype = None,
     system: Annotated[
         str | None, option("--system", "-s", panel=_REPLY, text="A system prompt.")
     ] = None,
@@ -157,11 +135,6 @@ def _with_piped(prompt: str | None) -> str:
     if not text.strip():
         raise typer.BadParameter("give a prompt, as an argument or through a pipe")
     return text
-
-
-def full_name(model: str | None) -> str | None:
-    """Give the hub name that a bare size stands for, and anything else as it is."""
-    return ready_name(model) if model in SIZES else model
 
 
 def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, float]:

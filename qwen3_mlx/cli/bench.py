@@ -14,8 +14,8 @@ from qwen3_mlx import backend
 from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.weights import weight_names
-from qwen3_mlx.cli.ask import full_name
 from qwen3_mlx.cli.console import Bar
+from qwen3_mlx.cli.options import ModelArgument, full_name
 from qwen3_mlx.evaluate.picture import Panel, check_picture, draw_speeds
 from qwen3_mlx.evaluate.race import AS_IT_COMES, EQUAL, Result, race
 from qwen3_mlx.evaluate.speed import NEW, OURS, PEER, Case, Figures, cases_of
@@ -30,15 +30,7 @@ _Number = Callable[[Figures], float]
 
 
 def bench(  # noqa: PLR0913 - one parameter an option
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder, a hub name or a size; else the embedded demo.",
-            envvar="QWEN3_MODEL",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelArgument = None,
     against: Annotated[
         str | None,
         typer.Option("--against", help=f"Measure this, too: {PEER}.", show_default=False),

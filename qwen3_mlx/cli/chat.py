@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import typer
 
 import qwen3_mlx  # whose names resolve on first use
-from qwen3_mlx.cli.ask import full_name
 from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.cli.options import Context, Model, full_name
 from qwen3_mlx.cli.screen import Screen, enter_key
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Finish, Usage
@@ -66,16 +66,7 @@ class _Stats:
 
 
 def chat(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            "-m",
-            help="A folder, a hub name or a size; else the embedded demo.",
-            envvar="QWEN3_MODEL",
-            show_default=False,
-        ),
-    ] = None,
+    model: Model = None,
     system: Annotated[
         str | None, typer.Option("--system", "-s", help="A system prompt.", show_default=False)
     ] = None,
@@ -87,12 +78,7 @@ def chat(
         int | None,
         typer.Option("--thinking-budget", help="Think at most so many tokens.", show_default=False),
     ] = None,
-    context: Annotated[
-        int | None,
-        typer.Option(
-            "--context", help="Tokens of the whole conversation, at most.", show_default=False
-        ),
-    ] = None,
+    context: Context = None,
     seed: Annotated[
         int | None,
         typer.Option("--seed", help="The same seed, the same replies.", show_default=False),

@@ -12,9 +12,9 @@ from rich.table import Table
 
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.checkpoint.hub import upload
-from qwen3_mlx.cli.ask import option
 from qwen3_mlx.cli.console import Bar, note, sized
 from qwen3_mlx.cli.evaluate import compare, facts_of, read_text
+from qwen3_mlx.cli.options import option
 from qwen3_mlx.evaluate.picture import Point, check_picture, draw
 
 _FORMAT, _RECIPE, _WRITING = "Format", "Recipe", "Writing"

@@ -15,8 +15,8 @@ from rich.table import Table
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.weights import weight_names
-from qwen3_mlx.cli.ask import full_name
 from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.cli.options import ModelArgument, full_name
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
 from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
@@ -67,15 +67,7 @@ _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")
 
 @app.command("perplexity")
 def perplexity_command(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A folder, a hub name or a size; else the embedded demo.",
-            envvar="QWEN3_MODEL",
-            show_default=False,
-        ),
-    ] = None,
+    model: ModelArgument = None,
     text: _Text = None,
     tokens: _Tokens = _TOKENS,
     window: _Window = WINDOW,

@@ -12,41 +12,20 @@ from pathlib import Path
 from typing import Annotated
 
 import qwen3_mlx  # whose names resolve on first use
-from qwen3_mlx.cli.ask import full_name, option
 from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.cli.options import Bits, Context, Dtype, Model, Revision, full_name, option
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.model.published import SIZES
 from qwen3_mlx.server.settings import REASONING_FIELDS, Settings
 
 _MODEL, _NET, _REPLY, _LOAD = "Model", "Who may come in", "Replies", "Work"
 
 
 def serve(  # noqa: PLR0913 - one parameter an option
-    model: Annotated[
-        str | None,
-        option(
-            "--model",
-            "-m",
-            panel=_MODEL,
-            text=f"A folder, a hub name, or a size: {', '.join(SIZES)}.",
-            envvar="QWEN3_MODEL",
-        ),
-    ] = None,
-    revision: Annotated[
-        str | None, option("--revision", panel=_MODEL, text="The hub's branch, tag or commit.")
-    ] = None,
-    bits: Annotated[
-        int | None,
-        option("--bits", panel=_MODEL, text="Quantize while loading: 2, 3, 4, 5, 6 or 8."),
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        option("--dtype", panel=_MODEL, text="Compute in bfloat16, float16 or float32."),
-    ] = None,
-    context: Annotated[
-        int | None,
-        option("--context", panel=_MODEL, text="At most so many tokens, prompt and reply."),
-    ] = None,
+    model: Model = None,
+    revision: Revision = None,
+    bits: Bits = None,
+    dtype: Dtype = None,
+    context: Context = None,
     name: Annotated[
         str | None, option("--name", panel=_MODEL, text="What clients are to call the model.")
     ] = None,

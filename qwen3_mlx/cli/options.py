@@ -1,0 +1,53 @@
+"""What several verbs have in common: which model, and how it is loaded."""
+
+from typing import Annotated, Any
+
+import typer
+
+from qwen3_mlx.model.published import SIZES, ready_name
+
+_MODEL = "Model"
+_VARIABLE = "QWEN3_MODEL"
+
+
+def option(*names: str, panel: str, text: str, **more: Any) -> Any:
+    """Describe an option that the help shows in `panel`."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
+
+
+Model = Annotated[
+    str | None,
+    option(
+        "--model",
+        "-m",
+        panel=_MODEL,
+        text=f"A folder, a hub name, or a size: {', '.join(SIZES)}.",
+        envvar=_VARIABLE,
+    ),
+]
+ModelArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder, a hub name or a size; else the embedded demo.",
+        envvar=_VARIABLE,
+        show_default=False,
+    ),
+]
+Revision = Annotated[
+    str | None, option("--revision", panel=_MODEL, text="The hub's branch, tag or commit.")
+]
+Bits = Annotated[
+    int | None, option("--bits", panel=_MODEL, text="Quantize while loading: 2, 3, 4, 5, 6 or 8.")
+]
+Dtype = Annotated[
+    str | None, option("--dtype", panel=_MODEL, text="Compute in bfloat16, float16 or float32.")
+]
+Context = Annotated[
+    int | None, option("--context", panel=_MODEL, text="At most so many tokens, prompt and reply.")
+]
+
+
+def full_name(model: str | None) -> str | None:
+    """Give the hub name that a bare size stands for, and anything else as it is."""
+    return ready_name(model) if model in SIZES else model
