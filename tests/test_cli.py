@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from qwen3_mlx import __version__
-from qwen3_mlx.cli.options import full_name
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.main import main
+from qwen3_mlx.cli.options import full_name
 from tests.support import DEMO
 
 QWEN3 = [sys.executable, "-m", "qwen3_mlx"]
