@@ -559,6 +559,23 @@ def test_what_does_not_end_in_time_is_ended() -> None:
     assert ends[0][0] == 0 and "Traceback" not in ends[0][2]
 
 
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    server = Process()
+    body = {**_endless(), "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert server.process.poll() is None
+        ending = threading.Thread(target=server.end)
+        started = time.monotonic()
+        ending.start()
+        assert "the server is shutting down" in [line for line in lines if line][-1]
+    ending.join()
+    assert server.process.returncode == 0 and time.monotonic() - started < 4
+
+
 def test_a_port_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])

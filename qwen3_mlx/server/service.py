@@ -3,7 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from threading import Event as Flag
 from typing import Any
@@ -120,9 +120,9 @@ class Running:
                     self.read = event
                     continue
                 if isinstance(event, Finish):
+                    self.finishes[index] = event
                     if event.reason == "cancelled":
                         raise ApiError(503, "the server is shutting down", code="unavailable")
-                    self.finishes[index] = event
                     open_replies -= 1
                 elif self.first is None:
                     self.first = time.perf_counter()
@@ -172,7 +172,7 @@ class Running:
         ends = [finish.usage for finish in self.finishes if finish]
         firsts = [finish.usage for finish in self.finishes[:: self._choices] if finish]
         return Usage(
-            sum(usage.prompt_tokens for usage in firsts) or self.prompt_tokens,
+            sum(usage.prompt_tokens for usage in firsts),
             sum(usage.cached_tokens for usage in firsts),
             sum(usage.completion_tokens for usage in ends),
             sum(usage.reasoning_tokens for usage in ends),
@@ -201,14 +201,9 @@ class Running:
             return
         self._closed = True
         self.cancelled.set()
-        usage = self.usage
-        self._record |= {
-            "prompt_tokens": usage.prompt_tokens,
-            "cached_tokens": usage.cached_tokens,
-            "completion_tokens": usage.completion_tokens,
-            "reasoning_tokens": usage.reasoning_tokens,
-            "finish": [finish.reason if finish else "cancelled" for finish in self.finishes],
-        }
+        self._record["finish"] = [end.reason if end else "cancelled" for end in self.finishes]
+        if all(self.finishes):  # or the counts are not known
+            self._record |= asdict(self.usage)
         if self._service.settings.log_content:
             self._record["replies"] = [said.message() for said in self.said]
         self._service.leave(self)

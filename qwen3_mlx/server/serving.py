@@ -4,6 +4,7 @@ import asyncio
 import signal
 import socket
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn
 
 import uvicorn
@@ -41,13 +42,19 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
+        self._loop = asyncio.get_running_loop()
         await super().startup(sockets)
         self._ready()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Take a signal: the first lets replies come to their end, another ends them now."""
+        if self.should_exit:
+            self._loop.call_soon_threadsafe(self._service.cancel_all)
+        super().handle_exit(sig, frame)
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and end those that are not done in time."""
-        loop = asyncio.get_running_loop()
-        timer = loop.call_later(self._deadline, self._service.cancel_all)
+        timer = self._loop.call_later(self._deadline, self._service.cancel_all)
         await super().shutdown(sockets)
         timer.cancel()
 
