@@ -374,9 +374,10 @@ def test_the_page_loads_nothing_from_elsewhere(served: Served) -> None:
 
 
 def test_a_client_that_goes_away_is_not_worked_for(served: Served) -> None:
-    body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 4000, "stream": True}
-    with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body) as response:
-        next(response.iter_lines())
+    body = {**_endless(), "stream": True}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=body) as response:
+        lines = response.iter_lines()  # kept: its end closes the connection
+        assert next(lines)
         assert served.server.service.active == 1
     until_idle(served)
     with pytest.raises(httpx.ReadTimeout):
