@@ -210,9 +210,14 @@ def test_it_is_done_once_and_again_only_for_a_reason(machine: Machine) -> None:
     again = machine.run()
     assert (again.returncode, again.stdout, machine.installed()) == (0, "", [])
 
+    assert "with the server" in machine.run("server").stdout
+    assert machine.installed()[-1] == f"{pip} .[server]"
+    assert machine.run("server").stdout == machine.run().stdout == ""
+
     assert machine.run("dev").stdout == _INSTALLING_DEV
     assert machine.installed()[-1] == f"{pip} .[dev]"
-    assert machine.run().stdout == ""  # what serves development serves the demo
+    # What serves development serves the demo and the server.
+    assert machine.run().stdout == machine.run("server").stdout == ""
 
     (machine.project / "pyproject.toml").write_text("[project]\nname = 'x'\n")
     assert machine.run("dev").stdout == _INSTALLING_DEV
