@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
     from qwen3_mlx.llm import LLM, load
     from qwen3_mlx.streams import AsyncStream, Reply, Stream
-    from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall, Usage
+    from qwen3_mlx.text.events import (
+        Event,
+        Finish,
+        Reasoning,
+        Text,
+        TokenLogprob,
+        ToolCall,
+        Usage,
+    )
 
 __version__ = "0.1.0"
 
@@ -36,6 +44,7 @@ _HOMES = {
     "SamplingParams": "engine.params",
     "Stream": "streams",
     "Text": "text.events",
+    "TokenLogprob": "text.events",
     "ToolCall": "text.events",
     "Usage": "text.events",
     "convert": "conversion",
@@ -57,6 +66,7 @@ __all__ = [
     "SamplingParams",
     "Stream",
     "Text",
+    "TokenLogprob",
     "ToolCall",
     "Usage",
     "__version__",

@@ -62,7 +62,7 @@ class Task:
     messages: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     calls: Calls | None = None
-    callable: Sequence[Mapping[str, Any]] = ()  # those of the tools that may be called
+    may_call: Sequence[Mapping[str, Any]] = ()  # those of the tools that may be called
     details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
     least_room: int = 1  # tokens that there must be for a reply
 
@@ -237,7 +237,7 @@ class Replies:
             answer=form,
             calling=Calling(
                 task.calls,
-                partial(task.calls.grammar, words.grammars, task.callable),
+                partial(task.calls.grammar, words.grammars, task.may_call),
                 must=task.asked.must_call,
                 only_one=not task.asked.parallel_tool_calls,
             )
