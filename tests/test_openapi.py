@@ -208,7 +208,8 @@ def break_off(host: str, port: int, path: str, content: bytes, draw: random.Rand
 
 def check_still_well(served: Served, found: dict[int, int]) -> None:
     """No answer may be a server's error, and the server must be well and idle soon."""
-    assert max(found) < 500 and found[200] > 10 and found[400] > 10, found
+    some = sum(found.values()) / 30  # of each kind, or this tests little
+    assert max(found) < 500 and found[200] > some and found[400] > some, found
     for _ in range(600):
         if not served.get("/health").json()["active"]:
             break
@@ -217,7 +218,7 @@ def check_still_well(served: Served, found: dict[int, int]) -> None:
 
 
 def test_mutated_requests_bring_nothing_down(served: Served) -> None:
-    check_still_well(served, attack(served, 300, seed=0))
+    check_still_well(served, attack(served, 150, seed=0))
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import httpx
 import pytest
 
-from qwen3_mlx import LLM, load
+from qwen3_mlx import LLM, backend, load
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.app import make_app
 from qwen3_mlx.server.settings import Settings
@@ -432,8 +432,9 @@ def test_many_at_once_are_each_told_their_own(served: Served, demo: LLM) -> None
     assert found == [(reply.reasoning, reply.text) for reply in expected]
 
 
-def test_a_silent_stream_gives_signs_of_life(demo: LLM) -> None:
-    long = "What is 12 + 34? " * 380  # some chunks of prompt
+def test_a_silent_stream_gives_signs_of_life(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "prefill_chunk", lambda: 128)
+    long = "What is 12 + 34? " * 60  # some chunks of prompt
     body = {"messages": [{"role": "user", "content": long}], "stream": True, "max_tokens": 3}
     demo.forget()
     with serving(demo, keep_alive=0.05) as running:
