@@ -20,8 +20,8 @@ from qwen3_mlx.server.anthropic_wire import (
     MessageOut,
     MessagesRequest,
 )
+from qwen3_mlx.server.completion import EVENTS
 from qwen3_mlx.server.errors import ApiError, refused
-from qwen3_mlx.server.openai import EVENTS, another_model
 from qwen3_mlx.server.service import LiveResponse, Running, Service
 from qwen3_mlx.server.wire import Json, check_unknown, json_bytes, warnings_header
 from qwen3_mlx.streams import Collected
@@ -82,7 +82,7 @@ class _Messages:
         self._id = f"msg_{secrets.token_hex(12)}"
         form = asked.output_config.format if asked.output_config else None
         try:
-            self._warnings = another_model(service, asked.model)
+            self._warnings = service.another_model(asked.model)
             self._warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
             self._messages = asked.library_messages()
             self._options: Options = {

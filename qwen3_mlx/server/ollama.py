@@ -14,7 +14,6 @@ from qwen3_mlx import __version__
 from qwen3_mlx.asking import Options
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.openai import another_model
 from qwen3_mlx.server.service import LiveResponse, Running, Service
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.server.wire import Json, Wire, check_unknown, json_bytes, warnings_header
@@ -170,7 +169,7 @@ class _OllamaChat:
         self._service = service
         self._streams = asked.stream is not False
         try:
-            self._warnings = another_model(service, asked.model)
+            self._warnings = service.another_model(asked.model)
             self._warnings += check_unknown(asked, _NOT_SUPPORTED, _HARMLESS)
             known = _OPTIONS | _OPTIONS_WITHOUT_EFFECT
             self._warnings += [

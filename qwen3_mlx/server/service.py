@@ -226,6 +226,12 @@ class Service:
         """The replies that run or wait."""
         return sum(running.count for running in self._running)
 
+    def another_model(self, name: str | None) -> list[str]:
+        """Warn of a model that is asked for and is not the one that answers."""
+        if name in (None, "", "default", self.settings.model):
+            return []
+        return [f"there is no model {name!r} here; {self.settings.model} answers"]
+
     def options(self, wish: Wish) -> Options:
         """Give what a request says of thinking as the library has it."""
         settings = self.settings

@@ -1,0 +1,151 @@
+"""What OpenAI's two kinds of completion share: being answered whole or as a stream."""
+
+import secrets
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from qwen3_mlx import __version__
+from qwen3_mlx.asking import Options
+from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.openai_wire import Sampled
+from qwen3_mlx.server.service import LiveResponse, Prepare, Running, Service
+from qwen3_mlx.server.wire import Json, json_bytes, warnings_header
+from qwen3_mlx.streams import Collected
+from qwen3_mlx.text.events import Event, Finish, Usage
+
+EVENTS = "text/event-stream"
+
+
+class Completion(ABC):
+    """What both kinds have in common: how they are answered, whole or as a stream."""
+
+    kind: str
+    chunk_kind: str
+    prefix: str
+
+    def __init__(self, service: Service, asked: Sampled) -> None:
+        self.service = service
+        self.warnings = service.another_model(asked.model)
+        self.choices = asked.n or 1
+        self._streams = bool(asked.stream)
+        self._stream_options = asked.stream_options
+        if asked.stream_options and not asked.stream:
+            raise ApiError(400, "stream_options is for streams; set stream", param="stream_options")
+        self.head = {
+            "id": f"{self.prefix}-{secrets.token_hex(12)}",
+            "object": self.chunk_kind if asked.stream else self.kind,
+            "created": int(time.time()),
+            "model": service.settings.model,
+            "system_fingerprint": f"qwen3-mlx-{__version__}",
+        }
+
+    @abstractmethod
+    def prepares(self) -> Sequence[Prepare]:
+        """Give what lays out each of the replies."""
+
+    @abstractmethod
+    def first(self, index: int) -> Mapping[str, Any] | None:
+        """Give the choice that a stream begins with."""
+
+    @abstractmethod
+    def told(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
+        """Give the choices of the chunks that tell of an event."""
+
+    @abstractmethod
+    def choice(self, index: int, said: Collected, finish: Finish) -> Mapping[str, Any]:
+        """Give a whole reply."""
+
+    async def respond(self, request: Request) -> Response:
+        """Answer the request."""
+        running = await self.service.run(request, self.prepares(), choices=self.choices)
+        headers = warnings_header(self.warnings)
+        if self._streams:
+            return LiveResponse(running, self._chunks(running), EVENTS, headers)
+        await running.complete(request)
+        choices = [
+            self.choice(index, said, finish)
+            for index, (said, finish) in enumerate(zip(running.said, running.finishes, strict=True))
+            if finish
+        ]
+        end = {"usage": usage_of(running.usage), "timings": running.timings}
+        return Json({**self.head, "choices": choices, **end}, headers=headers)
+
+    async def _chunks(self, running: Running) -> AsyncIterator[bytes]:
+        with_usage = bool(self._stream_options and self._stream_options.include_usage)
+        # What all chunks have in common is written once.
+        before = b"data: " + json_bytes(self.head)[:-1] + b',"choices":['
+        after = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
+        begun = False
+        try:
+            async for events in running.batches(self.service.settings.keep_alive):
+                if not events:
+                    yield sign_of_life(running)
+                    continue
+                chunks = [] if begun else [self.first(index) for index in range(running.count)]
+                begun = True
+                for index, event in events:
+                    chunks += self.told(index, event)
+                yield b"".join(before + json_bytes(chunk) + after for chunk in chunks if chunk)
+            end = {"usage": usage_of(running.usage), "timings": running.timings}
+            if with_usage:
+                yield _data({**self.head, "choices": [], **end})
+            yield b"data: [DONE]\n\n"
+        except ApiError as error:
+            yield _data(error.body(""))
+
+
+def sampled(asked: Sampled) -> Options:
+    bias = {}
+    for token, value in (asked.logit_bias or {}).items():
+        if not token.isdecimal() or not token.isascii():
+            raise ValueError(f"logit_bias maps token ids to numbers; {token!r} is no token id")
+        bias[int(token)] = value
+    sampling = SamplingParams(
+        temperature=asked.temperature,
+        top_p=asked.top_p,
+        top_k=0 if asked.top_k == -1 else asked.top_k,
+        min_p=asked.min_p,
+        presence_penalty=asked.presence_penalty,
+        frequency_penalty=asked.frequency_penalty,
+        repetition_penalty=asked.repetition_penalty,
+        logit_bias=bias or None,
+    )
+    return {"sampling": sampling, "stop": asked.stop, "seed": asked.seed}
+
+
+def seed_of(seed: int | None, number: int) -> int | None:
+    return None if seed is None else seed + number
+
+
+def usage_of(usage: Usage) -> dict[str, Any]:
+    """Give the counts by OpenAI's names."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "completion_tokens_details": {"reasoning_tokens": usage.reasoning_tokens},
+    }
+
+
+def sign_of_life(running: Running) -> bytes:
+    """Give a comment, which clients pass over, with how much of the prompt has been read."""
+    if running.first is not None:
+        return b": keepalive\n\n"
+    read = running.read
+    done, total = (read.done, read.total) if read else (0, running.prompt_tokens)
+    return f": keepalive {done}/{total}\n\n".encode()
+
+
+def _data(chunk: Mapping[str, Any]) -> bytes:
+    return b"data: " + json_bytes(chunk) + b"\n\n"
+
+
+def shown(token: bytes) -> str:
+    return token.decode("utf-8", "replace")

@@ -1,0 +1,181 @@
+"""Chat completions: requests as the library has them, replies as OpenAI's clients know them."""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from qwen3_mlx.asking import Options
+from qwen3_mlx.server.completion import Completion, sampled, seed_of, shown
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.openai_wire import HARMLESS, NOT_FOR_CHAT, ChatRequest, Message, NamedTool
+from qwen3_mlx.server.service import Prepare, Service
+from qwen3_mlx.server.wire import check_unknown
+from qwen3_mlx.streams import Collected
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCall
+
+_FIELDS = {
+    "both": ("reasoning_content", "reasoning"),
+    "reasoning_content": ("reasoning_content",),
+    "reasoning": ("reasoning",),
+    "none": (),
+}
+
+
+class ChatCompletion(Completion):
+    """A chat completion."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, service: Service, asked: ChatRequest) -> None:
+        super().__init__(service, asked)
+        self._asked = asked
+        self._calls = [0] * self.choices
+        hidden = asked.include_reasoning is False or (asked.reasoning and asked.reasoning.exclude)
+        self._fields = () if hidden else _FIELDS[service.settings.reasoning_field]
+        try:
+            self.warnings += check_unknown(asked, NOT_FOR_CHAT, HARMLESS)
+            self._options: Options = {**_chat_options(asked), **service.options(asked.wish())}
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, str(error)) from error
+
+    def prepares(self) -> Sequence[Prepare]:
+        """Give one for each of the replies, whose seeds follow each other."""
+        messages = [_library_message(message) for message in self._asked.messages]
+        count, seed = self.choices, self._asked.seed
+        options: Options = {**self._options, "idle": count == 1}
+        each: list[Options] = [{**options, "seed": seed_of(seed, index)} for index in range(count)]
+        return [partial(self.service.llm.prepare, messages, **options) for options in each]
+
+    def first(self, index: int) -> Mapping[str, Any]:
+        """Give the role."""
+        return _chunk(index, {"role": "assistant", "content": ""})
+
+    def told(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
+        """Give what an event adds to the message."""
+        if isinstance(event, Text):
+            return [_chunk(index, {"content": event.text}, self._logprobs(event.tokens))]
+        if isinstance(event, Reasoning):
+            delta = dict.fromkeys(self._fields, event.text)
+            return [_chunk(index, delta)] if delta else []
+        if isinstance(event, ToolCall):
+            place = self._calls[index]
+            self._calls[index] += 1
+            named = {
+                "index": place,
+                "id": event.id,
+                "type": "function",
+                "function": {"name": event.name, "arguments": ""},
+            }
+            written = {"index": place, "function": {"arguments": event.written}}
+            return [_chunk(index, {"tool_calls": [part]}) for part in (named, written)]
+        return [_chunk(index, {}, finish=event)]
+
+    def choice(self, index: int, said: Collected, finish: Finish) -> Mapping[str, Any]:
+        """Give the whole message, with null for an answer only where there is none but calls."""
+        message = said.message()
+        thinking = message.pop("reasoning_content", None)
+        if thinking is not None:
+            message |= dict.fromkeys(self._fields, thinking)
+        if said.tool_calls and not said.text:
+            message["content"] = None
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(said.logprobs),
+            "finish_reason": finish.reason,
+            **_details(finish),
+        }
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._asked.logprobs:
+            return None
+        return {
+            "content": [
+                _logprob(token.token, token.logprob)
+                | {"top_logprobs": [_logprob(text, chance) for text, chance in token.top]}
+                for token in tokens
+            ],
+            "refusal": None,
+        }
+
+
+def _library_message(message: Message) -> dict[str, Any]:
+    """Give a message as the library has it."""
+    content = message.content
+    parts = content if isinstance(content, str) or content is None else _parts(content)
+    role = "system" if message.role == "developer" else message.role
+    made: dict[str, Any] = {"role": role, "content": parts}
+    if thinking := message.reasoning_content or message.reasoning:
+        made["reasoning_content"] = thinking
+    if message.tool_calls:
+        made["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+    if message.tool_call_id:
+        made["tool_call_id"] = message.tool_call_id
+    return made
+
+
+def _parts(content: Sequence[Any]) -> list[dict[str, Any]]:
+    return [
+        {"type": part.type} | ({} if part.text is None else {"text": part.text}) for part in content
+    ]
+
+
+def _chat_options(asked: ChatRequest) -> Options:
+    most = {asked.max_tokens, asked.max_completion_tokens} - {None}
+    if len(most) > 1:
+        raise ValueError(
+            f"max_tokens={asked.max_tokens} and max_completion_tokens="
+            f"{asked.max_completion_tokens} contradict each other; send one of them"
+        )
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ValueError("top_logprobs needs logprobs=true")
+    choice = asked.tool_choice or "auto"
+    return {
+        **sampled(asked),
+        **_form(asked),
+        "max_tokens": most.pop() if most else None,
+        "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
+        "tools": [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] or None,
+        "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice,
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "thinking_budget_message": asked.thinking_budget_message,
+    }
+
+
+def _form(asked: ChatRequest) -> Options:
+    """Give the form that the answer is to have, by either way to say it."""
+    form: Options = {}
+    if (wish := asked.response_format) and wish.type != "text":
+        if wish.type == "json_schema" and wish.json_schema is None:
+            raise ValueError("response_format of type json_schema needs json_schema")
+        form["schema"] = wish.json_schema.schema_ if wish.json_schema else {"type": "object"}
+    if outputs := asked.structured_outputs:
+        if outputs.json_object:
+            form["schema"] = {"type": "object"}
+        if outputs.json_ is not None:
+            form["schema"] = outputs.json_
+        form |= {"regex": outputs.regex, "choice": outputs.choice, "grammar": outputs.grammar}
+    return form
+
+
+def _chunk(
+    index: int,
+    delta: Mapping[str, Any],
+    logprobs: Mapping[str, Any] | None = None,
+    finish: Finish | None = None,
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": logprobs,
+        "finish_reason": finish.reason if finish else None,
+        **(_details(finish) if finish else {}),
+    }
+
+
+def _details(finish: Finish) -> dict[str, Any]:
+    return {"finish_details": finish.details} if finish.details else {}
+
+
+def _logprob(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": shown(token), "logprob": logprob, "bytes": list(token)}
