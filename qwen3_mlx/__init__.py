@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from qwen3_mlx.conversion import Conversion, convert
     from qwen3_mlx.engine.params import SamplingParams
     from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
-    from qwen3_mlx.llm import LLM, load
+    from qwen3_mlx.llm import LLM
+    from qwen3_mlx.loading import load
     from qwen3_mlx.streams import AsyncStream, Reply, Stream
     from qwen3_mlx.text.events import (
         Event,
@@ -48,7 +49,7 @@ _HOMES = {
     "ToolCall": "text.events",
     "Usage": "text.events",
     "convert": "conversion",
-    "load": "llm",
+    "load": "loading",
 }
 
 __all__ = [

@@ -6,6 +6,7 @@ from dataclasses import replace
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.cache.quantized import CACHE_FORMATS, PLAIN, CacheFormat
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.checkpoint.quantization import Format
 from qwen3_mlx.engine.memory import (
@@ -31,6 +32,7 @@ def plan_load(
     stored: FormatOf | None,
     options: LoadOptions,
     context: int = _CONVERSATION,
+    cache: CacheFormat = PLAIN,
 ) -> Plan:
     """Plan for a checkpoint as `options` load it, and a conversation of `context` tokens."""
     quantize, dequantize = options.quantize, options.dequantize
@@ -47,6 +49,7 @@ def plan_load(
     work = Workload(
         context=min(context, network.context_window),
         itemsize=options.dtype.size,
+        cache=cache,
         chunk=backend.prefill_chunk(),
         fused=backend.on_gpu(),
     )
@@ -59,6 +62,7 @@ def refuse_what_cannot_fit(
     stored: FormatOf | None,
     options: LoadOptions,
     context: int | None = None,
+    cache: CacheFormat = PLAIN,
 ) -> None:
     """Compare the plan with what the machine can give.
 
@@ -66,10 +70,12 @@ def refuse_what_cannot_fit(
         Qwen3Error: it is more; the message shows the sum, and what would fit.
     """
     tokens = context or _CONVERSATION
-    plan, available = plan_load(network, stored, options, tokens), backend.available_memory()
+    available = backend.available_memory()
+    plan = plan_load(network, stored, options, tokens, cache)
     if plan.total <= available:
         return
     ways = [
+        *_other_cache(network, stored, options, tokens, available),
         *_other_options(network, stored, options, available),
         *([f"a shorter context than {context:,} may fit"] if context else []),
         _ready_model(available),
@@ -97,6 +103,21 @@ def _other_options(
     for words, changed in others.items():
         if (total := plan_load(network, stored, changed).total) <= available:
             yield f"{words} would fit ({in_gb(total)})"
+            return
+
+
+def _other_cache(
+    network: ModelConfig,
+    stored: FormatOf | None,
+    options: LoadOptions,
+    tokens: int,
+    available: int,
+) -> Iterator[str]:
+    """Name the most bits of a quantized cache with which the whole context fits."""
+    for bits in (8, 4):
+        form = CACHE_FORMATS[str(bits)]
+        if (total := plan_load(network, stored, options, tokens, form).total) <= available:
+            yield f"kv_bits={bits} would fit ({in_gb(total)})"
             return
 
 

@@ -2,9 +2,8 @@
 
 import asyncio
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from importlib.resources import files
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -14,23 +13,15 @@ from typing import Any, Self, TypeVar, Unpack
 import mlx.core as mx
 
 from qwen3_mlx import backend
-from qwen3_mlx.asking import Asked, Options, Progress
-from qwen3_mlx.checkpoint.files import read_json
-from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.quantization import Format, formats_stored
-from qwen3_mlx.checkpoint.weights import Weights, weight_names
+from qwen3_mlx.asking import Asked, Options
+from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.conversation import Conversation, read_messages
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import (
     SamplingParams,
-    sampling_defaults,
 )
 from qwen3_mlx.engine.worker import Worker
-from qwen3_mlx.errors import CheckpointError, Qwen3Error
-from qwen3_mlx.fit import refuse_what_cannot_fit
-from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import stretched
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.replies import Replies, Task, Words
 from qwen3_mlx.streams import (
@@ -44,11 +35,7 @@ from qwen3_mlx.streams import (
     with_parsed,
 )
 from qwen3_mlx.text.events import Event
-from qwen3_mlx.text.grammar import Grammars
 from qwen3_mlx.text.messages import Message, normalise
-from qwen3_mlx.text.template import ChatTemplate
-from qwen3_mlx.text.thinking import Thinking
-from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tools import Tool, answer, functions_of
 
 T = TypeVar("T")
@@ -63,7 +50,12 @@ class LLM:
     """
 
     def __init__(
-        self, model: Qwen3, words: Words, worker: Worker, context: int | None = None
+        self,
+        model: Qwen3,
+        words: Words,
+        worker: Worker,
+        context: int | None = None,
+        disk: DiskPrefixes | None = None,
     ) -> None:
         self.config = model.config
         self.tokenizer = words.tokenizer
@@ -71,7 +63,7 @@ class LLM:
         self._worker = worker
         # A model may be made for fewer ids than its tokenizer knows, but never chooses others.
         vocabulary = min(len(words.tokenizer), self.config.vocab_size)
-        engine = Engine(model, worker, vocabulary=vocabulary, context=context)
+        engine = Engine(model, worker, vocabulary=vocabulary, context=context, disk=disk)
         self.context = engine.context
         self._replies: Replies | None = Replies(words, engine)
         self._shut = weakref.finalize(self, _shut_down, worker)
@@ -317,110 +309,6 @@ class LLM:
         cancelled = Flag()
         started = self._open().start(task, events.put, cancelled, heard)
         return Stream(events, cancelled, self, started)
-
-
-def load(
-    source: str | Path | None = None,
-    *,
-    revision: str | None = None,
-    bits: int | None = None,
-    group_size: int = 64,
-    dtype: str | None = None,
-    dequantize: bool | None = None,
-    context: int | None = None,
-    progress: Progress | None = None,
-) -> LLM:
-    """Load a checkpoint: a folder, a hub name, or None for the embedded demo.
-
-    Args:
-        source: a folder in the published or in MLX's format, or a name such as Qwen/Qwen3-8B.
-        revision: the hub's branch, tag or commit.
-        bits: quantize the weights while loading, to 2, 3, 4, 5, 6 or 8 bits.
-        group_size: how many weights share a scale then: 32, 64 or 128.
-        dtype: bfloat16, float16 or float32; None is bfloat16 on a GPU and float32 on a CPU.
-        dequantize: hold quantized weights as `dtype`; None does so on a CPU, where that computes
-            faster, if the float32 weights take at most half of the memory.
-        context: the most tokens of prompt and reply together, if not what the model and the memory
-            allow. Beyond the model's window that switches YaRN on, for the checkpoints that it is
-            published for; the quality of short texts may suffer from it.
-        progress: told (done, total) modules loaded, from another thread.
-
-    Raises:
-        ValueError: an argument is out of its range.
-        CheckpointError: the checkpoint cannot be found, read or honoured.
-        Qwen3Error: it does not fit; the message shows the sum, and what would.
-    """
-    wanted = Format(4 if bits is None else bits, group_size)  # a wrong group size is never silent
-    if context is not None and (type(context) is not int or context < 1):
-        raise ValueError(f"context must be a number of tokens from 1 up, not {context!r}")
-    if dequantize is not None and not isinstance(dequantize, bool):
-        raise TypeError(f"dequantize must be True, False or None, not {dequantize!r}")
-    options = LoadOptions(
-        backend.compute_dtype(dtype), None if bits is None else wanted, dequantize
-    )
-    place = Source(str(files("qwen3_mlx") / "demo" if source is None else source), revision)
-    folder = place.fetch(DESCRIPTION_FILES)
-    config = read_json(folder / "config.json")
-    if context is not None:
-        config = stretched(config, context)
-    # What cannot be run, or does not fit, is refused before gigabytes are fetched.
-    network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
-    refuse_what_cannot_fit(place.name, network, stored, options, context)
-    abandoned = Flag()
-
-    def follow(done: int, total: int) -> None:
-        if abandoned.is_set():
-            raise Qwen3Error("loading was interrupted")
-        if progress:
-            progress(done, total)
-
-    def read_weights() -> Qwen3:
-        backend.limit_cache()
-        backend.suit_threads(network.hidden_size)
-        model = load_model(config, Weights(folder), options, follow)
-        backend.wire_weights()
-        return model
-
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    folder = place.fetch(weight_names(folder) or ["model.safetensors"])
-    worker = Worker()
-    try:
-        model = worker.call(read_weights)
-        return LLM(model, _words_of(folder, config, tokenizer), worker, context)
-    except BaseException:
-        abandoned.set()
-        worker.stop()
-        raise
-
-
-def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> Words:
-    generation = folder / "generation_config.json"
-    generation_config = read_json(generation) if generation.is_file() else {}
-    try:
-        sampling_defaults(generation_config, thinking=False, hybrid=False)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{generation.name}: {error}") from error
-    # Some conversions lose generation_config.json, and with it the second of Qwen3's end tokens.
-    end_ids = {*_end_ids(config, "config.json"), *_end_ids(generation_config, generation.name)}
-    if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
-        end_ids.add(end_of_text)
-    template = ChatTemplate.from_folder(folder)
-    return Words(
-        tokenizer,
-        template,
-        Thinking.of(template, tokenizer),
-        generation_config,
-        frozenset(end_ids),
-        Grammars(tokenizer, frozenset(end_ids)),
-    )
-
-
-def _end_ids(config: Mapping[str, Any], where: str) -> list[int]:
-    stated = config.get("eos_token_id")
-    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
-    if any(type(token) is not int or token < 0 for token in ids):
-        raise CheckpointError(f"{where}: eos_token_id is {stated!r}, not one or more token ids")
-    return ids
 
 
 def _shut_down(worker: Worker) -> None:

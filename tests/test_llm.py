@@ -315,7 +315,7 @@ def test_a_second_turn_reads_what_is_new(tiny: LLM) -> None:
 
 
 def test_memory_bounds_the_context(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwen3_mlx.llm.refuse_what_cannot_fit", lambda *_: None)
+    monkeypatch.setattr("qwen3_mlx.loading.refuse_what_cannot_fit", lambda *_: None)
     monkeypatch.setattr("qwen3_mlx.backend.available_memory", lambda: 504_000_000)
     with load(tiny_folder) as llm:
         assert llm.chat("Hello", max_tokens=5).usage.completion_tokens == 5

@@ -12,13 +12,13 @@ import pytest
 
 from qwen3_mlx import Qwen3Error, backend, fit, load
 from qwen3_mlx.cache.kv import KVCache
+from qwen3_mlx.cache.quantized import CACHE_FORMATS, CacheFormat
 from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.checkpoint.weights import INDEX, Weights
 from qwen3_mlx.engine.memory import (
-    CACHE_FORMATS,
     RESERVE,
     Workload,
     activation_bytes,
@@ -151,9 +151,11 @@ def test_the_plan_counts_the_tensors_of_the_network(size: str) -> None:
     assert count_weights(config) == sum(array.size for array in network.tensors().values())
 
 
-def test_the_cache_is_planned_to_the_byte() -> None:
+@pytest.mark.parametrize("form", CACHE_FORMATS.values(), ids=CACHE_FORMATS)
+def test_the_cache_is_planned_to_the_byte(form: CacheFormat) -> None:
     model = make_model()
-    work = Workload(300, itemsize=4)
+    model.cache_format = form
+    work = Workload(300, itemsize=4, cache=form)
     cache = model.make_cache(work.context)
     prefill(model, cache, range(100), 64)
     assert cache_bytes(model.config, work) == sum(layer.nbytes for layer in cache)
@@ -181,7 +183,7 @@ def test_a_token_of_cache_takes_what_the_formula_says(size: str, kib: int) -> No
     }
     assert sizes["bf16"] == kib
     assert sizes["8"] == kib * 1.0625 / 2
-    assert sizes["4"] == kib * 0.5625 / 2
+    assert sizes["4"] == kib * 0.625 / 2
     assert sizes["k8v4"] == (sizes["8"] + sizes["4"]) / 2
 
 

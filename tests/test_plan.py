@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from qwen3_mlx import backend
-from qwen3_mlx.engine.memory import CACHE_FORMATS
+from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.model.published import published_config
 from tests.test_cli import call
 

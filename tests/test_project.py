@@ -30,11 +30,12 @@ _RANKS = {
     "conversion": 6,
     "replies": 6,
     "llm": 7,
-    "qwen3_mlx": 8,
-    "evaluate": 9,
-    "server": 9,
-    "cli": 10,
-    "__main__": 11,
+    "loading": 8,
+    "qwen3_mlx": 9,
+    "evaluate": 10,
+    "server": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 
 

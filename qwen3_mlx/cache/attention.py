@@ -44,9 +44,7 @@ class NoCache:
         return causal_attention(q, k, v, scale=scale)
 
 
-def attention_of_each(
-    q: mx.array, seen: Sequence[tuple[mx.array, mx.array]], *, scale: float
-) -> mx.array:
+def attention_of_each(q: mx.array, seen: Sequence[Sequence[mx.array]], *, scale: float) -> mx.array:
     """Give what each of T queries [T, H, 1, E] finds in keys and values of its own, [T, H, 1, E].
 
     MLX's CPU build makes a dozen operations of a fused call, and there it is their number that

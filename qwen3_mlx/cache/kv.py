@@ -3,6 +3,9 @@
 B batch (1), L new tokens, S tokens seen, Q queries, H query heads, K key/value heads, E head size.
 """
 
+from collections.abc import Sequence
+from typing import Self
+
 import mlx.core as mx
 
 from qwen3_mlx.cache.attention import Rotate, causal_attention
@@ -22,63 +25,59 @@ def grown_capacity(tokens: int) -> int:
 class KVCache:
     """Keys, rotated, and values of the `offset` tokens seen so far.
 
-    The two buffers are written in place. That holds only while nobody else refers to them: a view
-    kept over a write, or a step still running, makes MLX copy the whole buffer.
+    The buffers are written in place. That holds only while nobody else refers to them: a view kept
+    over a write, or a step still running, makes MLX copy the whole buffer. And it holds for buffers
+    of their own: of slices of a larger one, MLX copies all.
     """
+
+    parts = 2  # arrays in `state`
 
     def __init__(self, capacity: int = 0) -> None:
         """Make an empty cache; `capacity` tokens are allocated at once by the first write."""
         self.offset = 0
         self._capacity = capacity
         self._allocated = 0
-        self._keys: mx.array | None = None  # [1, K, capacity, E]
-        self._values: mx.array | None = None
+        self._buffers: list[mx.array] = []  # [1, K, capacity, .]: keys, values
 
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
     ) -> mx.array:
         """Store k and v, and answer attention over all seen; see `LayerCache.attend`."""
-        keys, values = self.append(rope(k, self.offset), v)
-        q = rope(q, self.offset - q.shape[2])
+        start = self.offset + k.shape[2] - q.shape[2]
+        return self.attend_rotated(rope(q, start), rope(k, self.offset), v, scale=scale)
+
+    def attend_rotated(self, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
+        """Do as `attend` does for q and k that are rotated already."""
+        keys, values = self.append(k, v)
         return causal_attention(q, keys, values, scale=scale)
 
     def store(self, k: mx.array, v: mx.array, *, rope: Rotate) -> None:
         """Keep k and v [1, K, L, E] without asking anything of them."""
         self.append(rope(k, self.offset), v)
 
+    def append(self, k: mx.array, v: mx.array) -> Sequence[mx.array]:
+        """Store k, rotated, and v, and give views of all seen; here [1, K, S, E] of each."""
+        return self._write([k, v])
+
     def reserve(self, capacity: int) -> None:
         """Have room for `capacity` tokens when the next write needs more than there is."""
         self._capacity = capacity
 
-    def copy(self, tokens: int) -> "KVCache":
+    def copy(self, tokens: int) -> Self:
         """Give a cache of its own that has seen the first `tokens` tokens; both share no buffer.
 
         The buffers are made by its first write, with the room that is reserved until then.
         """
-        other = KVCache()
+        other = self._empty()
         other.offset = tokens
-        if tokens and self._keys is not None and self._values is not None:
-            other._keys = self._keys[:, :, :tokens]
-            other._values = self._values[:, :, :tokens]
+        if tokens:
+            other._buffers = [buffer[:, :, :tokens] for buffer in self._buffers]
         return other
 
-    def append(self, k: mx.array, v: mx.array) -> tuple[mx.array, mx.array]:
-        """Store v and k, rotated, and give views of all seen, [1, K, S, E] each."""
-        start, stop = self.offset, self.offset + k.shape[2]
-        if self._keys is None or self._values is None or self._allocated < stop:
-            self._allocated = self._capacity if self._capacity > stop else grown_capacity(stop)
-            self._keys = self._moved(self._keys, k)
-            self._values = self._moved(self._values, v)
-        self.offset = stop
-        self._keys[:, :, start:stop] = k
-        self._values[:, :, start:stop] = v
-        return self._keys[:, :, :stop], self._values[:, :, :stop]
-
-    def _moved(self, held: mx.array | None, new: mx.array) -> mx.array:
-        buffer = mx.zeros((1, new.shape[1], self._allocated, new.shape[3]), dtype=new.dtype)
-        if held is not None:
-            buffer[:, :, : self.offset] = held[:, :, : self.offset]
-        return buffer
+    def fill(self, state: Sequence[mx.array]) -> None:
+        """Have an empty cache see what another's `state` has; as after `copy`."""
+        self.offset = state[0].shape[2]
+        self._buffers = list(state)
 
     def rewind(self, tokens: int) -> None:
         """Forget the last `tokens` tokens.
@@ -92,14 +91,30 @@ class KVCache:
 
     @property
     def state(self) -> tuple[mx.array, ...]:
-        """The keys and values seen, [1, K, S, E] each; not to be kept over the next write."""
-        if self._keys is None or self._values is None:
-            return ()
-        return self._keys[:, :, : self.offset], self._values[:, :, : self.offset]
+        """What is kept of the tokens seen, [1, K, S, .]; not to be held over the next write."""
+        return tuple(buffer[:, :, : self.offset] for buffer in self._buffers)
 
     @property
     def nbytes(self) -> int:
         """The bytes allocated, whether used yet or not."""
-        if self._keys is None or self._values is None:
-            return 0
-        return self._keys.nbytes + self._values.nbytes
+        return sum(buffer.nbytes for buffer in self._buffers)
+
+    def _empty(self) -> Self:
+        return type(self)()
+
+    def _write(self, new: Sequence[mx.array]) -> list[mx.array]:
+        """Append [1, K, L, .] to each buffer, and give views of all seen."""
+        start, stop = self.offset, self.offset + new[0].shape[2]
+        if self._allocated < stop:
+            self._allocated = self._capacity if self._capacity > stop else grown_capacity(stop)
+            held = self._buffers
+            self._buffers = [
+                mx.zeros((1, one.shape[1], self._allocated, one.shape[3]), dtype=one.dtype)
+                for one in new
+            ]
+            for buffer, old in zip(self._buffers, held, strict=False):
+                buffer[:, :, :start] = old[:, :, :start]
+        self.offset = stop
+        for buffer, one in zip(self._buffers, new, strict=True):
+            buffer[:, :, start:stop] = one
+        return [buffer[:, :, :stop] for buffer in self._buffers]

@@ -25,6 +25,7 @@ class Prefix:
     layers: list[KVCache]
     prompt: int
     room: int
+    saved: bool = False  # on disk, or not worth it
 
 
 class PrefixStore:
@@ -76,6 +77,15 @@ class PrefixStore:
         for layer in best.layers:
             layer.rewind(layer.offset - length)
         return Prefix(best.ids[:length], best.layers, min(best.prompt, length), best.room)
+
+    def common(self, ids: Sequence[int], most: int) -> int:
+        """Count the ids at the start, at most `most`, that `take` would give."""
+        longest = max((common_prefix(kept.ids, ids) for kept in self._kept), default=0)
+        return min(most, longest) if longest >= _LEAST else 0
+
+    def unsaved(self) -> Prefix | None:
+        """Give one that is not on disk yet, those in use last first."""
+        return next((prefix for prefix in reversed(self._kept) if not prefix.saved), None)
 
     def reclaim(self, tokens: int) -> int:
         """Give up prefixes until `tokens` tokens are free, and say how many were."""

@@ -56,9 +56,14 @@ class Ragged:
         q, k, v = (x.transpose(2, 1, 0, 3) for x in (q, k, v))  # the tokens become the batch
         q, k = rope(q, offsets), rope(k, offsets)
         count = len(self.caches)
-        new = zip(self.caches, mx.split(k, count), mx.split(v, count), strict=True)
-        seen = [cache.append(k_new, v_new) for cache, k_new, v_new in new]
-        return attention_of_each(q, seen, scale=scale).transpose(2, 1, 0, 3)
+        keys, values = mx.split(k, count), mx.split(v, count)
+        if all(type(cache) is KVCache for cache in self.caches):
+            new = zip(self.caches, keys, values, strict=True)
+            answers = attention_of_each(q, [cache.append(*kv) for cache, *kv in new], scale=scale)
+        else:
+            each = zip(self.caches, mx.split(q, count), keys, values, strict=True)
+            answers = mx.concatenate([c.attend_rotated(*qkv, scale=scale) for c, *qkv in each])
+        return answers.transpose(2, 1, 0, 3)
 
 
 def _spans(lengths: Sequence[int]) -> list[slice]:

@@ -12,7 +12,16 @@ import typer
 import qwen3_mlx  # whose names resolve on first use: `--help` loads no tokenizer and no model
 from qwen3_mlx import backend
 from qwen3_mlx.cli.console import Bar, note, stderr_text
-from qwen3_mlx.cli.options import Bits, Dtype, Model, Revision, full_name, option
+from qwen3_mlx.cli.options import (
+    Bits,
+    Dtype,
+    KvBits,
+    Model,
+    PromptCache,
+    Revision,
+    full_name,
+    option,
+)
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.text.events import Finish, Reasoning, Text
 
@@ -38,6 +47,8 @@ def ask(  # noqa: PLR0913 - one parameter an option
     revision: Revision = None,
     bits: Bits = None,
     dtype: Dtype = None,
+    kv_bits: KvBits = None,
+    prompt_cache: PromptCache = None,
     system: Annotated[
         str | None, option("--system", "-s", panel=_REPLY, text="A system prompt.")
     ] = None,
@@ -105,7 +116,13 @@ def ask(  # noqa: PLR0913 - one parameter an option
     messages.append({"role": "user", "content": _with_piped(prompt)})
     with Bar("loading") as bar:
         llm = qwen3_mlx.load(
-            full_name(model), revision=revision, bits=bits, dtype=dtype, progress=bar
+            full_name(model),
+            revision=revision,
+            bits=bits,
+            dtype=dtype,
+            kv_bits=kv_bits,
+            prompt_cache=prompt_cache,
+            progress=bar,
         )
     with llm, Bar("reading the prompt") as bar:
         started = time.perf_counter()

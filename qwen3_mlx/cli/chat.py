@@ -17,7 +17,7 @@ import typer
 
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.cli.console import Bar, note
-from qwen3_mlx.cli.options import Context, Model, full_name
+from qwen3_mlx.cli.options import Context, KvBits, Model, PromptCache, full_name
 from qwen3_mlx.cli.screen import Screen, enter_key
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Finish, Usage
@@ -65,7 +65,7 @@ class _Stats:
         )
 
 
-def chat(
+def chat(  # noqa: PLR0913 - one parameter an option
     model: Model = None,
     system: Annotated[
         str | None, typer.Option("--system", "-s", help="A system prompt.", show_default=False)
@@ -79,6 +79,8 @@ def chat(
         typer.Option("--thinking-budget", help="Think at most so many tokens.", show_default=False),
     ] = None,
     context: Context = None,
+    kv_bits: KvBits = None,
+    prompt_cache: PromptCache = None,
     seed: Annotated[
         int | None,
         typer.Option("--seed", help="The same seed, the same replies.", show_default=False),
@@ -97,7 +99,13 @@ def chat(
     turns, too.
     """
     with Bar("loading") as bar:
-        llm = qwen3_mlx.load(full_name(model), context=context, progress=bar)
+        llm = qwen3_mlx.load(
+            full_name(model),
+            context=context,
+            kv_bits=kv_bits,
+            prompt_cache=prompt_cache,
+            progress=bar,
+        )
     with llm:
         session = _Session(llm, Screen(show_thinking=not hide_thinking))
         if model is None:

@@ -62,6 +62,14 @@ _Overlap = Annotated[
         show_default=False,
     ),
 ]
+_KvBits = Annotated[
+    str | None,
+    typer.Option(
+        "--kv-bits",
+        help="Read it through a cache of 8, k8v4 or 4 bits.",
+        show_default=False,
+    ),
+]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
@@ -72,6 +80,7 @@ def perplexity_command(
     tokens: _Tokens = _TOKENS,
     window: _Window = WINDOW,
     overlap: _Overlap = None,
+    kv_bits: _KvBits = None,
     as_json: _Json = False,
 ) -> None:
     """Tell how well MODEL predicts a text: the lower, the better.
@@ -80,7 +89,7 @@ def perplexity_command(
     Compare only models with one tokenizer, on one text, with one window.
     """
     words = read_text(text)
-    with _load(model) as llm, Bar("reading") as bar:
+    with _load(model, kv_bits) as llm, Bar("reading") as bar:
         ids = _ids(llm, words, tokens)
         found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
     if as_json:
@@ -179,9 +188,9 @@ def facts_of(
     }
 
 
-def _load(model: str | None) -> "qwen3_mlx.LLM":
+def _load(model: str | None, kv_bits: str | None = None) -> "qwen3_mlx.LLM":
     with Bar(f"loading {model or 'the demo'}") as bar:
-        return qwen3_mlx.load(full_name(model), progress=bar)
+        return qwen3_mlx.load(full_name(model), kv_bits=kv_bits, progress=bar)
 
 
 def read_text(file: Path | None) -> str:

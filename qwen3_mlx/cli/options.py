@@ -1,5 +1,6 @@
 """What several verbs have in common: which model, and how it is loaded."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -45,6 +46,16 @@ Dtype = Annotated[
 ]
 Context = Annotated[
     int | None, option("--context", panel=_MODEL, text="At most so many tokens, prompt and reply.")
+]
+KvBits = Annotated[
+    str | None,
+    option("--kv-bits", panel=_MODEL, text="Keep what has been read in 8, k8v4 or 4 bits."),
+]
+PromptCache = Annotated[
+    Path | None,
+    option(
+        "--prompt-cache", panel=_MODEL, text="Keep long prompts in this folder, as they were read."
+    ),
 ]
 
 

@@ -11,13 +11,13 @@ from typing import Annotated, Any
 import typer
 
 from qwen3_mlx import backend
+from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.plan_picture import Picture, draw
 from qwen3_mlx.engine.memory import (
-    CACHE_FORMATS,
     FormatOf,
     Plan,
     Workload,

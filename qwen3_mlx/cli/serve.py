@@ -13,7 +13,17 @@ from typing import Annotated
 
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.cli.console import Bar, note
-from qwen3_mlx.cli.options import Bits, Context, Dtype, Model, Revision, full_name, option
+from qwen3_mlx.cli.options import (
+    Bits,
+    Context,
+    Dtype,
+    KvBits,
+    Model,
+    PromptCache,
+    Revision,
+    full_name,
+    option,
+)
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.settings import REASONING_FIELDS, Settings
 
@@ -25,6 +35,8 @@ def serve(  # noqa: PLR0913 - one parameter an option
     revision: Revision = None,
     bits: Bits = None,
     dtype: Dtype = None,
+    kv_bits: KvBits = None,
+    prompt_cache: PromptCache = None,
     context: Context = None,
     name: Annotated[
         str | None, option("--name", panel=_MODEL, text="What clients are to call the model.")
@@ -128,6 +140,8 @@ def serve(  # noqa: PLR0913 - one parameter an option
             revision=revision,
             bits=bits,
             dtype=dtype,
+            kv_bits=kv_bits,
+            prompt_cache=prompt_cache,
             context=context,
             progress=bar,
         )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.prefix import Prefix, PrefixStore
 from qwen3_mlx.engine.chances import Chances
 from qwen3_mlx.engine.memory import Budget, Workload
@@ -69,12 +70,14 @@ class Engine:
         vocabulary: int,
         available: int | None = None,
         context: int | None = None,
+        disk: DiskPrefixes | None = None,
     ) -> None:
         """Run `model`, which belongs to `worker`; ids from `vocabulary` on are never chosen.
 
         Without a worker `step` is to be called for it to go on, by the thread that made the model.
         `available` are the bytes that caches and activations may take, with a reserve; None is what
-        the machine can give now. No request may be longer than `context`.
+        the machine can give now. No request may be longer than `context`. Long prompts are also
+        kept on `disk`.
         """
         self.model = model
         self._worker = worker
@@ -82,6 +85,7 @@ class Engine:
         work = Workload(
             context=0,
             itemsize=model.model.norm.weight.dtype.size,
+            cache=model.cache_format,
             chunk=backend.prefill_chunk(),
             fused=backend.on_gpu(),
         )
@@ -90,6 +94,7 @@ class Engine:
         self.budget = Budget.of(model.config, work, available)
         self.context = min(self.budget.context, context or self.budget.context)
         self._prefixes = PrefixStore(self.budget.tokens // _KEPT_SHARE)
+        self._disk = disk
         self._scheduler: Scheduler[Running] = Scheduler(self.budget.tokens, self)
         self._inbox: SimpleQueue[Request] = SimpleQueue()
         self._lock = Lock()
@@ -144,14 +149,10 @@ class Engine:
             self._land(flight)
         except Exception as error:  # noqa: BLE001 - those whose step it was hear of it
             self._drop_all(error)
-        if not self._scheduler.running and not self._scheduler.waiting:
-            mx.clear_cache()
-        return bool(
-            self._flight
-            or self._scheduler.running
-            or self._scheduler.waiting
-            or not self._inbox.empty()
-        )
+        if self._flight or self._scheduler.running or self._scheduler.waiting:
+            return True
+        mx.clear_cache()
+        return self._save(interrupted=lambda: not self._inbox.empty()) or not self._inbox.empty()
 
     def stream(
         self, ids: Sequence[int], *, max_tokens: int, sampling: SamplingParams, seed: int = 0
@@ -214,6 +215,8 @@ class Engine:
             self._scheduler.remove(sequence)
             if not sequence.ended:
                 self._tell(sequence, sequence.outcome("cancelled"))
+        while self._save(interrupted=lambda: False):
+            pass
 
     def _welcome(self) -> None:
         while True:
@@ -443,7 +446,11 @@ class Engine:
         if job.ended:
             return
         # The last token is read in any case: its logits are needed, and there is a step to end at.
-        if kept := self._prefixes.take(job.ids, len(job.ids) - 1):
+        most = len(job.ids) - 1
+        if self._disk and self._disk.common(job.ids, most) > self._prefixes.common(job.ids, most):
+            job.layers = self.model.make_cache()
+            job.seen = self._disk.read(job.ids, most, job.layers)
+        elif kept := self._prefixes.take(job.ids, most):
             job.layers, job.room, job.seen = kept.layers, kept.room, len(kept.ids)
         else:
             job.layers = self.model.make_cache()
@@ -493,6 +500,21 @@ class Engine:
             prompt = len(sequence.request.ids)
             prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
             self._prefixes.put(prefix)
+
+    def _save(self, *, interrupted: Callable[[], bool]) -> bool:
+        """Write the prompt of a kept prefix to disk; False if there is none left to be written."""
+        prefix = self._prefixes.unsaved() if self._disk else None
+        if not self._disk or not prefix:
+            return False
+        ids = prefix.ids[: prefix.prompt]
+        try:
+            if self._disk.wants(ids) and not self._disk.write(ids, prefix.layers, interrupted):
+                return True
+        except OSError as error:
+            _log.warning("prompts are no longer kept on disk: %s", error)
+            self._disk = None
+        prefix.saved = True
+        return True
 
     def _tell(self, sequence: Running, outcome: Outcome | BaseException) -> None:
         if isinstance(outcome, BaseException):

@@ -6,7 +6,7 @@
   n·b/8 bytes, and each group a scale and a bias in the compute dtype (mxfp4, mxfp8 and nvfp4: a
   scale of one byte). A tied head is the embedding.
 - The KV cache is exact: 2 · layers · key/value heads · head size · bytes, for every token it has
-  room for. A byte count of 2 (bfloat16) becomes 1.0625 at 8 bits and 0.5625 at 4.
+  room for. A byte count of 2 (bfloat16) becomes 1.0625 at 8 bits and 0.625 at 4.
 - Activations are an estimate of what one chunk of a prompt holds at once. On a GPU: what a layer
   makes, times the three layers that its command buffers keep alive (Qwen3-4B, 2,048 tokens: 0.69 GB
   by this formula; 0.77 GB is what mlx-lm's published peak of 3.35 GB leaves). On a CPU one layer is
@@ -22,12 +22,12 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 from qwen3_mlx.cache.kv import grown_capacity
+from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.model.config import ModelConfig
 
 RESERVE = 500_000_000
 _LAYERS_IN_FLIGHT = 3
 _SCORE_BYTES = 4  # the softmax is float32 in any dtype
-_KV_GROUP = 64
 LEAST_CHUNK = 64  # tokens of a prompt; what is less reads all weights for too little
 
 
@@ -51,22 +51,6 @@ FormatOf = Callable[[str], Quantized | None]  # by module path; None where nothi
 
 
 @dataclass(frozen=True, slots=True)
-class CacheFormat:
-    """How keys and values are kept: in so many bits, or (None) in the compute dtype."""
-
-    key_bits: int | None = None
-    value_bits: int | None = None
-
-
-CACHE_FORMATS = {
-    "bf16": CacheFormat(),
-    "8": CacheFormat(8, 8),
-    "k8v4": CacheFormat(8, 4),
-    "4": CacheFormat(4, 4),
-}
-
-
-@dataclass(frozen=True, slots=True)
 class Workload:
     """What shall run, and how: one sequence of `context` tokens, prompt and reply together.
 
@@ -77,7 +61,7 @@ class Workload:
 
     context: int
     itemsize: int = 2
-    cache: CacheFormat = CACHE_FORMATS["bf16"]
+    cache: CacheFormat = PLAIN
     chunk: int = 2048
     fused: bool = True
     bounded: bool = True
@@ -280,20 +264,16 @@ def cache_bytes(config: ModelConfig, work: Workload) -> int:
 
 
 def _cache_bytes(config: ModelConfig, tokens: int, work: Workload) -> int:
-    elements = config.num_hidden_layers * config.num_key_value_heads * config.head_dim * tokens
-
-    def nbytes(bits: int | None) -> int:
-        if bits is None:
-            return elements * work.itemsize
-        return elements * bits // 8 + elements // _KV_GROUP * 2 * work.itemsize
-
-    return nbytes(work.cache.key_bits) + nbytes(work.cache.value_bits)
+    heads = config.num_hidden_layers * config.num_key_value_heads
+    return tokens * heads * work.cache.nbytes(config.head_dim, work.itemsize)
 
 
 def activation_bytes(config: ModelConfig, work: Workload) -> int:
     """Estimate the most bytes that a chunk of the prompt holds beside weights and cache."""
     tokens = min(work.chunk, work.context)
     layer = tokens * _elements_a_token(config) * work.itemsize
+    if work.cache != PLAIN:  # the keys and values of one layer, dequantized
+        layer += 2 * config.num_key_value_heads * config.head_dim * work.context * work.itemsize
     if work.fused:
         return _LAYERS_IN_FLIGHT * layer
     heads = config.num_attention_heads

@@ -20,7 +20,7 @@ from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.speed import PEER, Setup, Side, Terms, measure
-from qwen3_mlx.llm import load
+from qwen3_mlx.loading import load
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)

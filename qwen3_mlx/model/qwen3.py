@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten
 
 from qwen3_mlx.cache.attention import LayerCache, NoCache, Rotate
 from qwen3_mlx.cache.kv import KVCache
+from qwen3_mlx.cache.quantized import PLAIN, CacheFormat, new_cache
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.fused import RowFused, can_fuse
 from qwen3_mlx.model.linear import Embedding, Linear
@@ -148,11 +149,12 @@ class Decoder(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """The whole network."""
+    """The whole network; `cache_format` is that of the caches it makes."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, cache_format: CacheFormat = PLAIN) -> None:
         super().__init__()
         self.config = config
+        self.cache_format = cache_format
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -193,4 +195,4 @@ class Qwen3(nn.Module):
 
     def make_cache(self, capacity: int = 0) -> list[KVCache]:
         """Make one empty cache a layer, with room for `capacity` tokens allocated at first use."""
-        return [KVCache(capacity) for _ in self.layers]
+        return [new_cache(self.cache_format, self.config.head_dim, capacity) for _ in self.layers]

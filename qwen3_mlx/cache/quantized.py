@@ -1,0 +1,160 @@
+"""A cache of fewer bits: for long contexts in little memory, not for speed.
+
+Every number of a prompt or reply that attention sees has been through the cache's format, whether
+it came one by one, in chunks or in a batch, so all ways to cut the work give the same.
+
+- 8 bits keep keys and values as good as they were.
+- K8V4 spends less on the values: an error there is an error of one value, one in a key moves the
+  softmax over all.
+- 4 bits rotate queries and keys after RoPE by an orthonormal Hadamard matrix, which changes no
+  score: a few channels of keys are many times larger than the others, and would cost those their
+  resolution; rotated, all channels share the load (QuaRot, arXiv 2404.00456).
+
+Groups lie along the head, so a token is quantized when it comes, and rewinding is exact.
+
+G query heads for a key head; other letters as in `kv.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import mlx.core as mx
+
+from qwen3_mlx.cache.attention import causal_attention
+from qwen3_mlx.cache.kv import KVCache
+
+# Up to so many queries attend to the quantized numbers themselves: more would go through a matrix
+# kernel with a serial loop over the tokens, and there dequantizing for the fused kernel is better.
+_FEW_QUERIES = 3
+_ROTATED_BITS = 4
+_GROUPS = {8: 64, 4: 32}  # numbers that share a scale and a bias; with 64, 4 bits are too coarse
+_SMALLEST_GROUP = 32
+
+
+@dataclass(frozen=True, slots=True)
+class CacheFormat:
+    """How keys and values are kept: in so many bits, or (None, both) in the compute dtype."""
+
+    key_bits: int | None = None
+    value_bits: int | None = None
+
+    @property
+    def rotated(self) -> bool:
+        """Whether keys are rotated before they are quantized."""
+        return self.key_bits == _ROTATED_BITS
+
+    def nbytes(self, head_dim: int, itemsize: int) -> int:
+        """Give the bytes of one key and one value; scales have `itemsize` bytes."""
+        return sum(
+            head_dim * itemsize
+            if bits is None
+            else head_dim * bits // 8 + 2 * itemsize * (head_dim // group_size(head_dim, bits))
+            for bits in (self.key_bits, self.value_bits)
+        )
+
+
+PLAIN = CacheFormat()
+CACHE_FORMATS = {
+    "bf16": PLAIN,
+    "8": CacheFormat(8, 8),
+    "k8v4": CacheFormat(8, 4),
+    "4": CacheFormat(4, 4),
+}
+
+
+def cache_format(kv_bits: int | str | None, head_dim: int) -> CacheFormat:
+    """Give the format that `kv_bits` names: 8, "k8v4", 4, or None for the compute dtype.
+
+    Raises:
+        ValueError: it names none, or heads of `head_dim` numbers cannot be kept so.
+    """
+    if kv_bits is None:
+        return PLAIN
+    form = CACHE_FORMATS.get(str(kv_bits).lower())
+    if form is None or form == PLAIN or isinstance(kv_bits, bool):
+        raise ValueError(f'kv_bits must be 8, "k8v4" or 4, not {kv_bits!r}')
+    if head_dim % _SMALLEST_GROUP:
+        raise ValueError(f"kv_bits needs heads of a multiple of 32 numbers, not {head_dim}")
+    return form
+
+
+def group_size(head_dim: int, bits: int) -> int:
+    """Give how many numbers of a head share a scale."""
+    size = _GROUPS[bits]
+    return size if head_dim % size == 0 else _SMALLEST_GROUP
+
+
+@dataclass(frozen=True, slots=True)
+class _Packing:
+    """How numbers become packed words, scales and biases along the last axis."""
+
+    bits: int
+    group_size: int
+
+    def pack(self, x: mx.array) -> tuple[mx.array, ...]:
+        return mx.quantize(x, self.group_size, self.bits)
+
+    def unpack(self, packed: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
+        words, scales, biases = packed
+        return mx.dequantize(words, scales, biases, self.group_size, self.bits, dtype=dtype)
+
+    def matmul(self, x: mx.array, packed: Sequence[mx.array], *, transpose: bool) -> mx.array:
+        words, scales, biases = packed
+        return mx.quantized_matmul(x, words, scales, biases, transpose, self.group_size, self.bits)
+
+
+class QuantizedKVCache(KVCache):
+    """Keys, rotated, and values in few bits; see the top of this file."""
+
+    parts = 6
+
+    def __init__(self, form: CacheFormat, head_dim: int, capacity: int = 0) -> None:
+        """Make an empty cache; `capacity` tokens are allocated at once by the first write."""
+        assert form.key_bits and form.value_bits
+        super().__init__(capacity)
+        self._form = form
+        self._head_dim = head_dim
+        self._keys = _Packing(form.key_bits, group_size(head_dim, form.key_bits))
+        self._values = _Packing(form.value_bits, group_size(head_dim, form.value_bits))
+
+    def attend_rotated(self, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
+        """Store k and v, and answer attention of q over all seen."""
+        if self._form.rotated:
+            q = mx.hadamard_transform(q)
+        packed = self.append(k, v)
+        keys, values = packed[:3], packed[3:]
+        if q.shape[2] > _FEW_QUERIES:
+            # One layer's at a time, gone when it has been attended to.
+            k, v = self._keys.unpack(keys, v.dtype), self._values.unpack(values, v.dtype)
+            return causal_attention(q, k, v, scale=scale)
+        # The query heads of a key head are rows of one product; q [1, H, Q, E] is [1, K, G·Q, E].
+        _, heads, queries, head_dim = q.shape
+        _, key_heads, seen, _ = keys[0].shape
+        grouped = (q * scale).reshape(1, key_heads, -1, head_dim)
+        scores = self._keys.matmul(grouped, keys, transpose=True)
+        scores = scores.reshape(1, key_heads, -1, queries, seen)
+        if queries > 1:
+            own = mx.arange(seen - queries, seen)[:, None]
+            scores = mx.where(mx.arange(seen) <= own, scores, -mx.inf)
+        shares = mx.softmax(scores, axis=-1, precise=True)
+        # For the values they are not: with few rows MLX splits the tokens among threads.
+        found = self._values.matmul(shares, [part[:, :, None] for part in values], transpose=False)
+        return found.reshape(1, heads, queries, head_dim)
+
+    def append(self, k: mx.array, v: mx.array) -> Sequence[mx.array]:
+        """Store k, rotated by position, and v, and give views of all seen.
+
+        They are packed words, scales and biases, of the keys and then of the values.
+        """
+        if self._form.rotated:
+            k = mx.hadamard_transform(k)
+        return self._write([*self._keys.pack(k), *self._values.pack(v)])
+
+    def _empty(self) -> Self:
+        return type(self)(self._form, self._head_dim)
+
+
+def new_cache(form: CacheFormat, head_dim: int, capacity: int = 0) -> KVCache:
+    """Make an empty cache of one layer, with room for `capacity` tokens allocated at first use."""
+    return QuantizedKVCache(form, head_dim, capacity) if form.key_bits else KVCache(capacity)
