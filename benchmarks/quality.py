@@ -24,7 +24,6 @@ from qwen3_mlx.text.template import ChatTemplate
 DEMO = Path(qwen3_mlx.__file__).parent / "demo"
 _EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 _TOKENS = 8192  # of the held-out topics
-_CONVERSATIONS = 300
 _ROW = re.compile(r"(.+?)\s+(\d+)/(\d+)\s+[\d.]+%")
 
 
@@ -54,7 +53,7 @@ def topics() -> Text:
     return Text(first, [second])
 
 
-def conversations() -> Text:
+def conversations(count: int = 300) -> Text:
     """Write conversations of the demo's curriculum with its template, of two seeds."""
     sys.path.insert(0, str(_EXAMPLES))
     tasks: Any = import_module("demo_tasks")
@@ -63,7 +62,7 @@ def conversations() -> Text:
 
     def write(seed: str) -> list[str]:
         rng, written = Random(seed), []
-        for _ in range(_CONVERSATIONS):
+        for _ in range(count):
             talk = tasks.make_conversation(rng)
             prompt = ""
             if not talk.raw:

@@ -10,9 +10,9 @@ from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import (
     CACHE_FORMATS,
     CacheFormat,
+    Packing,
     QuantizedKVCache,
     cache_format,
-    group_size,
     new_cache,
 )
 from qwen3_mlx.cache.ragged import ragged_layers
@@ -46,10 +46,8 @@ def fill(model: Qwen3, tokens: int) -> list[KVCache]:
     return cache
 
 
-def through(x: mx.array, bits: int) -> mx.array:
-    group = group_size(x.shape[3], bits)
-    words, scales, biases = mx.quantize(x, group, bits)
-    return mx.dequantize(words, scales, biases, group, bits)
+def through(x: mx.array, packing: Packing) -> mx.array:
+    return packing.unpack(packing.pack(x), x.dtype)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -67,11 +65,11 @@ def test_attention_is_that_over_the_dequantized(
     found = cache.attend(
         q, k[:, :, 40 - queries :], v[:, :, 40 - queries :], scale=0.1, rope=unmoved
     )
-    assert form.key_bits and form.value_bits
+    keys, values = form.packings(heads[2])
     if form.rotated:
         q, k = mx.hadamard_transform(q), mx.hadamard_transform(k)
     expected = mx.fast.scaled_dot_product_attention(
-        q, through(k, form.key_bits), through(v, form.value_bits), scale=0.1, mask="causal"
+        q, through(k, keys), through(v, values), scale=0.1, mask="causal"
     )
     assert_close(found, expected)
 
@@ -119,7 +117,7 @@ def test_a_rotation_shares_the_load_of_large_channels() -> None:
     exact = q @ k.swapaxes(-1, -2)
 
     def error(q: mx.array, k: mx.array) -> float:
-        wrong = np.array(q @ through(k, 4).swapaxes(-1, -2) - exact)
+        wrong = np.array(q @ through(k, Packing(4, 64)).swapaxes(-1, -2) - exact)
         return float(np.sqrt((wrong**2).mean()))
 
     rotated = error(mx.hadamard_transform(q), mx.hadamard_transform(k))

@@ -27,9 +27,10 @@ from qwen3_mlx.cache.kv import KVCache
 # Up to so many queries attend to the quantized numbers themselves: more would go through a matrix
 # kernel with a serial loop over the tokens, and there dequantizing for the fused kernel is better.
 _FEW_QUERIES = 3
-_ROTATED_BITS = 4
-_GROUPS = {8: 64, 4: 32}  # numbers that share a scale and a bias; with 64, 4 bits are too coarse
-_SMALLEST_GROUP = 32
+_COARSE_BITS = 4
+# Numbers that share a scale and a bias. Rotated keys are alike all over the head; values of 4 bits
+# are too coarse in groups of 64.
+_GROUP, _SMALLEST_GROUP = 64, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +43,24 @@ class CacheFormat:
     @property
     def rotated(self) -> bool:
         """Whether keys are rotated before they are quantized."""
-        return self.key_bits == _ROTATED_BITS
+        return self.key_bits == _COARSE_BITS
+
+    def packings(self, head_dim: int) -> "tuple[Packing, Packing]":
+        """Say how keys and how values of so many numbers are packed."""
+        assert self.key_bits and self.value_bits
+        fine = self.value_bits == _COARSE_BITS or head_dim % _GROUP
+        return (
+            Packing(self.key_bits, _SMALLEST_GROUP if head_dim % _GROUP else _GROUP),
+            Packing(self.value_bits, _SMALLEST_GROUP if fine else _GROUP),
+        )
 
     def nbytes(self, head_dim: int, itemsize: int) -> int:
         """Give the bytes of one key and one value; scales have `itemsize` bytes."""
+        if self == PLAIN:
+            return 2 * head_dim * itemsize
         return sum(
-            head_dim * itemsize
-            if bits is None
-            else head_dim * bits // 8 + 2 * itemsize * (head_dim // group_size(head_dim, bits))
-            for bits in (self.key_bits, self.value_bits)
+            head_dim * packing.bits // 8 + 2 * itemsize * (head_dim // packing.group_size)
+            for packing in self.packings(head_dim)
         )
 
 
@@ -79,14 +89,8 @@ def cache_format(kv_bits: int | str | None, head_dim: int) -> CacheFormat:
     return form
 
 
-def group_size(head_dim: int, bits: int) -> int:
-    """Give how many numbers of a head share a scale."""
-    size = _GROUPS[bits]
-    return size if head_dim % size == 0 else _SMALLEST_GROUP
-
-
 @dataclass(frozen=True, slots=True)
-class _Packing:
+class Packing:
     """How numbers become packed words, scales and biases along the last axis."""
 
     bits: int
@@ -111,12 +115,10 @@ class QuantizedKVCache(KVCache):
 
     def __init__(self, form: CacheFormat, head_dim: int, capacity: int = 0) -> None:
         """Make an empty cache; `capacity` tokens are allocated at once by the first write."""
-        assert form.key_bits and form.value_bits
         super().__init__(capacity)
         self._form = form
         self._head_dim = head_dim
-        self._keys = _Packing(form.key_bits, group_size(head_dim, form.key_bits))
-        self._values = _Packing(form.value_bits, group_size(head_dim, form.value_bits))
+        self._keys, self._values = form.packings(head_dim)
 
     def attend_rotated(self, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
         """Store k and v, and answer attention of q over all seen."""

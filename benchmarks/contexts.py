@@ -1,0 +1,169 @@
+"""What long contexts take by cache format: python -m benchmarks.contexts [PICTURE]
+
+Measured on six layers of Qwen3-0.6B's shape, with random weights: the bytes of the cache beside the
+formula, the most memory while 8,192 tokens are read, and the time to read 2,000 tokens beside the
+time to restore them from disk. And on the demo checkpoint: the perplexity of replies, as its
+curriculum has them, by cache format. Fails where bytes are off by more than 2 %, the peak of a
+quantized cache is not below the plain one's, or restoring is not 20 times as fast as reading.
+"""
+
+import math
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from qwen3_mlx import backend  # first: the BLAS
+
+# isort: split
+
+import mlx.core as mx
+
+from benchmarks.quality import DEMO, conversations
+from qwen3_mlx import load
+from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.cache.quantized import CACHE_FORMATS, CacheFormat
+from qwen3_mlx.engine.memory import Workload, cache_bytes
+from qwen3_mlx.evaluate.picture import Panel, check_picture, draw_speeds
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.published import published_config
+from qwen3_mlx.model.qwen3 import Qwen3
+
+_LONG, _PROMPT = 8192, 2000  # tokens
+_STOPS = (1024, 2048, 4096, 8192)
+_CHUNK = 512
+_TALKS = 1000
+_REPLY = re.compile(r"(<\|im_start\|>assistant\n.*?<\|im_end\|>)", re.DOTALL)
+_ROLE = 3  # tokens: <|im_start|>, assistant, a line break
+
+
+def main() -> None:
+    """Measure all, print the tables and draw the picture, if one is named."""
+    picture = Path(sys.argv[1]) if sys.argv[1:] else None
+    if picture:
+        check_picture(picture)
+    facts = backend.describe()
+    print(f"{facts['device']}, {facts['dtype']}, BLAS {facts['blas']}, {time.strftime('%Y-%m-%d')}")
+    model = _model()
+    wrong, lines = [], {}
+    print(f"\n{'cache':8}{'planned':>14}{'held':>14}{'off by':>9}{f'peak of {_LONG:,}':>18}")
+    peaks = {}
+    for name, form in CACHE_FORMATS.items():
+        held, peaks[name] = _memory(model, form)
+        planned = {
+            n: cache_bytes(model.config, Workload(n, itemsize=4, cache=form)) for n in _STOPS
+        }
+        off = held[_LONG] / planned[_LONG] - 1
+        print(
+            f"{name:8}{planned[_LONG]:>14,}{held[_LONG]:>14,}{off:>+9.2%}{peaks[name]:>18,}",
+            flush=True,
+        )
+        lines[f"{name}, planned"] = {n: size / 1e6 for n, size in planned.items()}
+        lines[f"{name}, measured"] = {n: size / 1e6 for n, size in held.items()}
+        if abs(off) > 0.02:
+            wrong.append(f"bytes of {name}")
+        if name != "bf16" and peaks[name] >= peaks["bf16"]:
+            wrong.append(f"peak of {name}")
+    read, restored = _restore(model)
+    faster = read / restored
+    print(
+        f"\n{_PROMPT:,} tokens: read in {read:.2f} s, restored from disk in {restored:.3f} s: "
+        f"{faster:.0f} times as fast",
+        flush=True,
+    )
+    if faster < 20:
+        wrong.append("restoring")
+    _perplexities()
+    if picture:
+        panel = Panel("KV cache, MB", "tokens of context", lines)
+        draw_speeds(picture, "six layers of Qwen3-0.6B", [panel])
+    sys.exit(f"not as it should be: {', '.join(wrong)}" if wrong else 0)
+
+
+def _model() -> Qwen3:
+    config = published_config("0.6B") | {"num_hidden_layers": 6, "vocab_size": 1024}
+    model = Qwen3(ModelConfig.from_dict(config))
+    mx.eval(model.parameters())
+    for layer in model.layers:
+        layer.fuse()
+    return model
+
+
+def _memory(model: Qwen3, form: CacheFormat) -> tuple[dict[int, int], int]:
+    """Read a long prompt; give the bytes kept, by length, and the peak above the weights."""
+    model.cache_format = form
+    held = {}
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    cache = model.make_cache(_LONG + 1)
+    for start in range(0, _LONG, _CHUNK):
+        mx.eval(model(mx.arange(start, start + _CHUNK)[None] % 1024, cache, wanted=[_CHUNK - 1]))
+        if (tokens := start + _CHUNK) in _STOPS:
+            held[tokens] = sum(part.nbytes for layer in cache for part in layer.state)
+    return held, mx.get_peak_memory() - before
+
+
+def _restore(model: Qwen3) -> tuple[float, float]:
+    """Give the seconds to read a prompt, and to restore it from disk."""
+    model.cache_format = CACHE_FORMATS["bf16"]
+    ids = [n % 1024 for n in range(_PROMPT)]
+    with tempfile.TemporaryDirectory() as folder:
+        cache = model.make_cache()
+        started = time.perf_counter()
+        for start in range(0, _PROMPT, _CHUNK):
+            part = mx.array([ids[start : start + _CHUNK]])
+            mx.eval(model(part, cache, wanted=[part.size - 1]))
+        read = time.perf_counter() - started
+        DiskPrefixes(Path(folder), "x", limit=10**10).write(ids, cache, lambda: False)
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            disk = DiskPrefixes(Path(folder), "x", limit=10**10)
+            assert disk.read(ids, _PROMPT, model.make_cache()) == _PROMPT
+            times.append(time.perf_counter() - started)
+    return read, min(times)
+
+
+def _perplexities() -> None:
+    """Print the perplexity of the demo's replies by cache format, with the error of its change."""
+    llm = load(DEMO)
+    talks = []
+    for text in conversations(_TALKS).held_out:
+        ids, scored = list[int](), list[bool]()
+        for piece in _REPLY.split(text):
+            new = llm.tokenizer.encode(piece)
+            reply = bool(_REPLY.fullmatch(piece))
+            ids += new
+            scored += [reply and place >= _ROLE for place in range(len(new))]
+        talks.append((ids, scored))
+
+    def losses(form: CacheFormat) -> list[float]:
+        llm.model.cache_format = form
+        found = list[float]()
+        for ids, scored in talks:
+
+            def job(model: Qwen3, ids: list[int] = ids) -> mx.array:
+                logits = model(mx.array([ids]), model.make_cache())[0, :-1].astype(mx.float32)
+                chosen = mx.take_along_axis(logits, mx.array(ids[1:])[:, None], axis=-1)[:, 0]
+                return mx.logsumexp(logits, axis=-1) - chosen
+
+            each: list[float] = llm.compute(job).tolist()  # type: ignore[assignment]
+            found += [loss for loss, wanted in zip(each, scored[1:], strict=True) if wanted]
+        return found
+
+    plain = losses(CACHE_FORMATS["bf16"])
+    count = len(plain)
+    print(f"\nreplies of the demo, {count:,} tokens: perplexity {math.exp(sum(plain) / count):.4f}")
+    for name, form in CACHE_FORMATS.items():
+        if form.key_bits:
+            changes = [a - b for a, b in zip(losses(form), plain, strict=True)]
+            mean = sum(changes) / count
+            spread = math.sqrt(sum((change - mean) ** 2 for change in changes) / count**2)
+            print(f"{name:8}{100 * math.expm1(mean):+.3f} % (standard error {100 * spread:.3f} %)")
+    llm.close()
+
+
+if __name__ == "__main__":
+    main()
