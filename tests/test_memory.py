@@ -184,7 +184,7 @@ def test_a_token_of_cache_takes_what_the_formula_says(size: str, kib: int) -> No
     assert sizes["bf16"] == kib
     assert sizes["8"] == kib * 1.0625 / 2
     assert sizes["4"] == kib * (0.5625 + 0.625) / 4
-    assert sizes["k8v4"] == kib * (1.0625 + 0.625) / 4
+    assert sizes["k8v4"] == kib * (1.0625 + 0.5625) / 4
 
 
 def test_more_of_anything_takes_more() -> None:

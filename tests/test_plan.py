@@ -104,7 +104,7 @@ def test_speed_is_bounded_by_active_experts(capsys: Captured) -> None:
 
 def test_the_cache_shown_can_be_chosen(capsys: Captured) -> None:
     _, out, _ = call(["plan", "8B", "--memory", "16", "--cache", "k8v4"], capsys)
-    assert row_of(out, "cache, k8v4").split()[2:6] == ["0.13", "0.25", "0.51", "1.02"]
+    assert row_of(out, "cache, k8v4").split()[2:6] == ["0.12", "0.25", "0.49", "0.98"]
 
 
 def test_a_folder_is_planned_as_it_is_too(tmp_path: Path, capsys: Captured) -> None:

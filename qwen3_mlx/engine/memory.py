@@ -6,8 +6,8 @@
   n·b/8 bytes, and each group a scale and a bias in the compute dtype (mxfp4, mxfp8 and nvfp4: a
   scale of one byte). A tied head is the embedding.
 - The KV cache is exact: 2 · layers · key/value heads · head size · bytes, for every token it has
-  room for. A byte count of 2 (bfloat16) becomes 1.0625 at 8 bits, and at 4 bits 0.5625 for keys
-  and 0.625 for values.
+  room for. A byte count of 2 (bfloat16) becomes 1.0625 at 8 bits and 0.5625 at 4; for
+  the values beside keys of 4 bits it is 0.625.
 - Activations are an estimate of what one chunk of a prompt holds at once. On a GPU: what a layer
   makes, times the three layers that its command buffers keep alive (Qwen3-4B, 2,048 tokens: 0.69 GB
   by this formula; 0.77 GB is what mlx-lm's published peak of 3.35 GB leaves). On a CPU one layer is
