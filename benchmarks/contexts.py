@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from qwen3_mlx import backend  # first: the BLAS
@@ -27,7 +27,7 @@ from qwen3_mlx import load
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import CACHE_FORMATS, CacheFormat
 from qwen3_mlx.engine.memory import Workload, cache_bytes
-from qwen3_mlx.evaluate.picture import Panel, check_picture, draw_speeds
+from qwen3_mlx.evaluate.picture import check_picture, saved_figure
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import published_config
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -36,6 +36,7 @@ _LONG, _PROMPT = 8192, 2000  # tokens
 _STOPS = (1024, 2048, 4096, 8192)
 _CHUNK = 512
 _TALKS = 1000
+_Sizes = dict[int, int]  # bytes by tokens
 _REPLY = re.compile(r"(<\|im_start\|>assistant\n.*?<\|im_end\|>)", re.DOTALL)
 _ROLE = 3  # tokens: <|im_start|>, assistant, a line break
 
@@ -48,7 +49,7 @@ def main() -> None:
     facts = backend.describe()
     print(f"{facts['device']}, {facts['dtype']}, BLAS {facts['blas']}, {time.strftime('%Y-%m-%d')}")
     model = _model()
-    wrong, lines = [], {}
+    wrong, lines = [], dict[str, tuple[_Sizes, _Sizes]]()
     print(f"\n{'cache':8}{'planned':>14}{'held':>14}{'off by':>9}{f'peak of {_LONG:,}':>18}")
     peaks = {}
     for name, form in CACHE_FORMATS.items():
@@ -61,8 +62,7 @@ def main() -> None:
             f"{name:8}{planned[_LONG]:>14,}{held[_LONG]:>14,}{off:>+9.2%}{peaks[name]:>18,}",
             flush=True,
         )
-        lines[f"{name}, planned"] = {n: size / 1e6 for n, size in planned.items()}
-        lines[f"{name}, measured"] = {n: size / 1e6 for n, size in held.items()}
+        lines[name] = (planned, held)
         if abs(off) > 0.02:
             wrong.append(f"bytes of {name}")
         if name != "bf16" and peaks[name] >= peaks["bf16"]:
@@ -78,9 +78,22 @@ def main() -> None:
         wrong.append("restoring")
     wrong += [f"perplexity of {name}" for name, off in _perplexities() if abs(off) > 0.001]
     if picture:
-        panel = Panel("KV cache, MB", "tokens of context", lines)
-        draw_speeds(picture, "six layers of Qwen3-0.6B", [panel])
+        _draw(picture, lines)
     sys.exit(f"not as it should be: {', '.join(wrong)}" if wrong else 0)
+
+
+def _draw(path: Path, lines: Mapping[str, tuple[_Sizes, _Sizes]]) -> None:
+    """Draw what was planned as lines, and what was measured as points."""
+    with saved_figure(path, width=6) as figure:
+        axes = figure.subplots()
+        for name, (planned, held) in lines.items():
+            (line,) = axes.plot(list(planned), [size / 1e6 for size in planned.values()])
+            measured = [size / 1e6 for size in held.values()]
+            axes.plot(list(held), measured, "o", color=line.get_color(), label=name)
+        axes.set(xlabel="tokens of context", ylabel="MB", xticks=_STOPS, ylim=(0, None))
+        axes.set_title("KV cache of six layers (float32): planned (lines), measured (points)")
+        axes.grid(alpha=0.25)
+        axes.legend()
 
 
 def _model() -> Qwen3:
@@ -92,10 +105,10 @@ def _model() -> Qwen3:
     return model
 
 
-def _memory(model: Qwen3, form: CacheFormat) -> tuple[dict[int, int], int]:
+def _memory(model: Qwen3, form: CacheFormat) -> tuple[_Sizes, int]:
     """Read a long prompt; give the bytes kept, by length, and the peak above the weights."""
     model.cache_format = form
-    held = {}
+    held: _Sizes = {}
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
