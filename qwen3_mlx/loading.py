@@ -17,6 +17,7 @@ from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, weight_names
 from qwen3_mlx.engine.params import sampling_defaults
+from qwen3_mlx.engine.runner import warm_up
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.fit import refuse_what_cannot_fit
@@ -101,6 +102,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
         model = load_model(config, Weights(folder), options, follow)
         model.cache_format = form
         backend.wire_weights()
+        if backend.on_gpu():  # which builds its kernels at their first use
+            warm_up(model)
         return model
 
     tokenizer = Tokenizer(folder / "tokenizer.json")

@@ -8,6 +8,7 @@ import pytest
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import attention_of_each, causal_attention
+from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.cache.ragged import ragged_layers
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import TINY, assert_close, make_model, random_ids
@@ -96,3 +97,34 @@ def test_queries_of_several_find_what_each_finds(
     for gpu in (False, True):
         monkeypatch.setattr(backend, "on_gpu", lambda gpu=gpu: gpu)
         assert_close(attention_of_each(q, seen, scale=0.1), mx.concatenate(each))
+
+
+@pytest.mark.parametrize("form", ["8", "k8v4", "4"])
+@pytest.mark.parametrize("geometry", HEADS)
+def test_a_quantized_cache_keeps_to_its_kernels(
+    geometry: str, form: str, calls: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Few queries go over the packed numbers, in rows that MLX splits; many are fused."""
+    rows: list[tuple[int, bool]] = []
+    original = mx.quantized_matmul
+
+    def record(x: mx.array, w: mx.array, s: mx.array, b: mx.array, *how: Any) -> mx.array:
+        rows.append((x.shape[-2], how[0]))
+        return original(x, w, s, b, *how)
+
+    monkeypatch.setattr(mx, "quantized_matmul", record)
+    model = model_with(*HEADS[geometry])
+    model.cache_format = CACHE_FORMATS[form]
+    ids = mx.array([random_ids(40)])
+    for length in range(1, 20):
+        cache = model.make_cache()
+        model(ids[:, :9], cache)
+        before, fused = len(rows), len(calls)
+        mx.eval(model(ids[:, :length], cache))
+        packed = rows[before:]
+        assert len(packed) == (4 if length <= 3 else 0)  # of 2 layers: keys, then values
+        assert bool(calls[fused:]) == (length > 3)
+        # From 4 rows on, the kernel for values takes all tokens one after another (MLX 0.32).
+        assert all(count == length for count, transpose in packed if not transpose)
+    for call in calls:
+        assert_fused(call)

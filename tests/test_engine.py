@@ -16,7 +16,7 @@ from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory import RESERVE
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, NORMAL, Outcome, Request, SamplingParams
-from qwen3_mlx.engine.runner import Part, forward
+from qwen3_mlx.engine.runner import Part, forward, warm_up
 from qwen3_mlx.engine.sampling import Sampler, choose
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -644,3 +644,12 @@ def test_ids_are_masked_or_taken_back_at_the_end_too() -> None:
     client = Client(PROMPTS[4], 20, constraint=Reluctant(), end_ids=frozenset([end]))
     run(engine_of(MODELS["dense"]), client)
     assert client.tokens[: place + 2] == [*plain[:place], 7, 8]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_warming_up_leaves_nothing(kind: str) -> None:
+    model = model_of(kind)
+    warm_up(model)
+    before = mx.get_active_memory()
+    warm_up(model)
+    assert mx.get_active_memory() == before

@@ -42,3 +42,12 @@ def forward(model: Qwen3, ids: mx.array, parts: Sequence[Part]) -> mx.array | No
         logits = model(ids[None], layers, rows)
     # What nobody asks for is never evaluated, and so never computed.
     return logits[0] if any(part.wanted for part in parts) else None
+
+
+def warm_up(model: Qwen3) -> None:
+    """Run a prompt of 64 tokens and one token more, so that no first request waits for kernels."""
+    layers = model.make_cache()
+    for length in (_CHUNK_MULTIPLE, 1):
+        mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [Part(layers, length, True)]))
+    del layers
+    mx.clear_cache()
