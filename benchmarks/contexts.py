@@ -176,8 +176,8 @@ def _perplexities() -> Iterator[tuple[str, float]]:
             changes = [a - b for a, b in zip(losses(form), plain, strict=True)]
             mean = sum(changes) / count
             spread = math.sqrt(sum((change - mean) ** 2 for change in changes) / count**2)
-            yield name, math.expm1(mean)
             print(f"{name:8}{100 * math.expm1(mean):+.3f} % (standard error {100 * spread:.3f} %)")
+            yield name, math.expm1(mean)
     llm.close()
 
 

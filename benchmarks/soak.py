@@ -72,16 +72,16 @@ def state(llm: LLM) -> dict[str, int]:
     """Give what the process holds, without the prefixes that are kept on purpose."""
     llm.forget()
     gc.collect()
-    give_back()
+    _give_back()
     return {
         "MLX's arrays, bytes": mx.get_active_memory(),
-        "resident, bytes": resident(),
+        "resident, bytes": _resident(),
         "threads": threading.active_count(),
         "open files": len(os.listdir("/dev/fd")),
     }
 
 
-def give_back() -> None:
+def _give_back() -> None:
     """Have glibc give freed memory back to the system, which it otherwise does at random."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
@@ -89,8 +89,7 @@ def give_back() -> None:
             libc.malloc_trim(0)
 
 
-def resident() -> int:
-    """Give the bytes of memory that this process holds now, or 0 where that is not told."""
+def _resident() -> int:
     status = Path("/proc/self/statm")
     if not status.is_file():
         return 0  # macOS tells a process only its peak

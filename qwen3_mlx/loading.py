@@ -72,10 +72,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
         Qwen3Error: it does not fit; the message shows the sum, and what would.
     """
     wanted = Format(4 if bits is None else bits, group_size)  # a wrong group size is never silent
-    if context is not None and (type(context) is not int or context < 1):
-        raise ValueError(f"context must be a number of tokens from 1 up, not {context!r}")
-    if dequantize is not None and not isinstance(dequantize, bool):
-        raise TypeError(f"dequantize must be True, False or None, not {dequantize!r}")
+    _check(context, dequantize, prompt_cache_gb)
     options = LoadOptions(
         backend.compute_dtype(dtype), None if bits is None else wanted, dequantize
     )
@@ -120,6 +117,16 @@ def load(  # noqa: PLR0913 - one keyword a choice
         raise
 
 
+def _check(context: object, dequantize: object, prompt_cache_gb: float) -> None:
+    """Refuse what is wrong in itself, before anything is fetched."""
+    if context is not None and (type(context) is not int or context < 1):
+        raise ValueError(f"context must be a number of tokens from 1 up, not {context!r}")
+    if dequantize is not None and not isinstance(dequantize, bool):
+        raise TypeError(f"dequantize must be True, False or None, not {dequantize!r}")
+    if not prompt_cache_gb > 0:
+        raise ValueError(f"prompt_cache_gb must be more than 0, not {prompt_cache_gb!r}")
+
+
 def _open_disk(
     place: str | Path | None,
     most: float,
@@ -127,8 +134,6 @@ def _open_disk(
     config: Mapping[str, Any],
     held_as: Sequence[object],
 ) -> DiskPrefixes | None:
-    if not most > 0:
-        raise ValueError(f"prompt_cache_gb must be more than 0, not {most!r}")
     if place is None:
         return None
     try:

@@ -81,6 +81,14 @@ def prefill(model: Qwen3, cache: Sequence[KVCache], ids: Sequence[int], chunk: i
     return logits[0, -1]
 
 
+def fill(model: Qwen3, ids: mx.array) -> list[KVCache]:
+    """Give caches that have seen ids [1, L], L perhaps 0."""
+    cache = model.make_cache()
+    if ids.size:
+        model(ids, cache)
+    return cache
+
+
 def write_tiny(folder: Path, config: dict[str, Any] | None = None, seed: int = 0) -> Path:
     """Write a random checkpoint with the demo's tokenizer and template into `folder`."""
     config = dict(config or TINY)

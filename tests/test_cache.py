@@ -9,20 +9,12 @@ from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.ragged import ragged_layers
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import SamplingParams
-from qwen3_mlx.model.qwen3 import Qwen3
-from tests.support import MOE, assert_close, make_model, random_ids
+from tests.support import MOE, assert_close, fill, make_model, random_ids
 
 MODELS = {"dense": make_model(), "moe": make_model(MOE)}
 IDS = mx.array([random_ids(60)])
 WHOLE = {name: model(IDS) for name, model in MODELS.items()}
 mx.eval(WHOLE)
-
-
-def fill(model: Qwen3, tokens: int) -> list[KVCache]:
-    cache = model.make_cache()
-    if tokens:
-        model(IDS[:, :tokens], cache)
-    return cache
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -50,7 +42,7 @@ def test_mixed_sequences_equal_each_alone(kind: str, mix: list[tuple[int, int, i
     mix = [(seen, new, min(wanted, new)) for seen, new, wanted in mix]
     if not any(wanted for *_, wanted in mix):
         mix[-1] = (*mix[-1][:2], 1)
-    sequences = [fill(model, seen) for seen, *_ in mix]
+    sequences = [fill(model, IDS[:, :seen]) for seen, *_ in mix]
     lengths, wanted = [new for _, new, _ in mix], [want for *_, want in mix]
     tokens = mx.concatenate([IDS[:, seen : seen + new] for seen, new, _ in mix], axis=1)
     layers, rows = ragged_layers(sequences, lengths, wanted)
@@ -62,7 +54,7 @@ def test_mixed_sequences_equal_each_alone(kind: str, mix: list[tuple[int, int, i
 def test_single_tokens_of_several_sequences() -> None:
     model = MODELS["dense"]
     starts = [3, 17, 40]
-    sequences = [fill(model, start) for start in starts]
+    sequences = [fill(model, IDS[:, :start]) for start in starts]
     for step in range(3):
         tokens = mx.array([[IDS[0, start + step].item() for start in starts]])
         layers, rows = ragged_layers(sequences, [1, 1, 1])
@@ -78,7 +70,7 @@ def test_wanted_positions_only() -> None:
 
 def test_rewinding_forgets() -> None:
     model = MODELS["dense"]
-    cache = fill(model, 20)
+    cache = fill(model, IDS[:, :20])
     model(mx.array([[5, 6, 7]]), cache)
     for layer in cache:
         layer.rewind(3)

@@ -3,7 +3,6 @@
 The default tier takes some; `-m slow` takes 2,000 by the description, and 10,000 that are mutated.
 """
 
-import gc
 import json
 import random
 import socket
@@ -18,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 from schemathesis.core.result import Ok
 
-from benchmarks.soak import give_back, resident
+from benchmarks.soak import state
 from qwen3_mlx import LLM
 from tests.serving import Served, serving
 
@@ -223,15 +222,9 @@ def test_mutated_requests_bring_nothing_down(served: Served) -> None:
 
 @pytest.mark.slow
 def test_10000_mutated_requests_leave_no_trace(demo: LLM) -> None:
-    def held() -> int:
-        demo.forget()
-        gc.collect()
-        give_back()
-        return resident()
-
     with serving(demo) as running:
         check_still_well(running, attack(running, 4_000, seed=1))
-        before = held()
+        before = state(demo)["resident, bytes"]
         check_still_well(running, attack(running, 6_000, seed=2))
-        grown = held() - before
+        grown = state(demo)["resident, bytes"] - before
     assert grown < 30_000_000, f"the memory has grown by {grown / 1e6:.0f} MB"

@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import (
     CACHE_FORMATS,
     CacheFormat,
@@ -17,7 +16,7 @@ from qwen3_mlx.cache.quantized import (
 )
 from qwen3_mlx.cache.ragged import ragged_layers
 from qwen3_mlx.model.qwen3 import Qwen3
-from tests.support import assert_close, make_model, random_ids
+from tests.support import assert_close, fill, make_model, random_ids
 
 FORMATS = {name: form for name, form in CACHE_FORMATS.items() if form.key_bits}
 IDS = mx.array([random_ids(60)])
@@ -37,13 +36,6 @@ def quantized_model(form: CacheFormat) -> Qwen3:
 MODELS = {name: quantized_model(form) for name, form in FORMATS.items()}
 WHOLE = {name: model(IDS, model.make_cache()) for name, model in MODELS.items()}
 mx.eval(WHOLE)
-
-
-def fill(model: Qwen3, tokens: int) -> list[KVCache]:
-    cache = model.make_cache()
-    if tokens:
-        model(IDS[:, :tokens], cache)
-    return cache
 
 
 def through(x: mx.array, packing: Packing) -> mx.array:
@@ -88,7 +80,7 @@ def test_any_chunking_gives_the_whole(name: str, cuts: list[int]) -> None:
 def test_mixed_sequences_equal_each_alone(name: str) -> None:
     model = MODELS[name]
     for starts, lengths in ([(0, 5, 30), (7, 1, 12)], [(3, 17, 40), (1, 1, 1)]):
-        sequences = [fill(model, start) for start in starts]
+        sequences = [fill(model, IDS[:, :start]) for start in starts]
         spans = [slice(s, s + n) for s, n in zip(starts, lengths, strict=True)]
         layers, rows = ragged_layers(sequences, lengths)
         found = model(mx.concatenate([IDS[:, span] for span in spans], axis=1), layers, rows)
@@ -99,7 +91,7 @@ def test_mixed_sequences_equal_each_alone(name: str) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_rewinding_and_copying_forget(name: str) -> None:
     model = MODELS[name]
-    cache = fill(model, 20)
+    cache = fill(model, IDS[:, :20])
     model(mx.array([[5, 6, 7]]), cache)
     copies = [layer.copy(20) for layer in cache]
     for layer in cache:

@@ -60,21 +60,21 @@ class DiskPrefixes:
 
     def common(self, ids: Sequence[int], most: int) -> int:
         """Count the ids at the start, at most `most`, that `read` would give."""
-        entry = self._longest(ids)
-        return min(most, common_prefix(entry.ids, array("i", ids))) if entry else 0
+        return self._longest(ids, most)[0]
 
     def read(self, ids: Sequence[int], most: int, caches: Sequence[KVCache]) -> int:
         """Fill empty `caches`, one a layer, with the longest start of `ids` that is here.
 
         At most `most` tokens; says how many: 0 if it cannot be read after all.
         """
-        entry, tokens = self._longest(ids), self.common(ids, most)
-        if entry is None or tokens < _LEAST:
+        tokens, entry = self._longest(ids, most)
+        if entry is None:
             return 0
         try:
             stored: Any = mx.load(str(entry.file))
+            count = (len(stored) - 1) // len(caches)  # beside the ids
             parts = [
-                [stored[f"{layer}.{n}"][:, :, :tokens] for n in range(caches[0].parts)]
+                [stored[f"{layer}.{n}"][:, :, :tokens] for n in range(count)]
                 for layer in range(len(caches))
             ]
             mx.eval(parts)
@@ -87,9 +87,13 @@ class DiskPrefixes:
             cache.fill(kept)
         return tokens
 
-    def _longest(self, ids: Sequence[int]) -> _Entry | None:
-        sought = array("i", ids)
-        return max(self._entries, key=lambda entry: common_prefix(entry.ids, sought), default=None)
+    def _longest(self, ids: Sequence[int], most: int) -> tuple[int, _Entry | None]:
+        """Give the entry with the most of the first `most` ids, and how many; 0 if they are few."""
+        sought, best, longest = array("i", ids[:most]), None, _LEAST - 1
+        for entry in self._entries:
+            if (found := common_prefix(entry.ids, sought)) > longest:
+                best, longest = entry, found
+        return (longest, best) if best else (0, None)
 
     def wants(self, ids: Sequence[int]) -> bool:
         """Say whether these ids are worth a file, and in none yet."""
@@ -196,5 +200,5 @@ def _alive(process: int) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        return True
+        pass  # it is another user's
     return True

@@ -30,8 +30,6 @@ class KVCache:
     of their own: of slices of a larger one, MLX copies all.
     """
 
-    parts = 2  # arrays in `state`
-
     def __init__(self, capacity: int = 0) -> None:
         """Make an empty cache; `capacity` tokens are allocated at once by the first write."""
         self.offset = 0

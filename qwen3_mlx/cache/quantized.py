@@ -111,8 +111,6 @@ class Packing:
 class QuantizedKVCache(KVCache):
     """Keys, rotated, and values in few bits; see the top of this file."""
 
-    parts = 6
-
     def __init__(self, form: CacheFormat, head_dim: int, capacity: int = 0) -> None:
         """Make an empty cache; `capacity` tokens are allocated at once by the first write."""
         super().__init__(capacity)

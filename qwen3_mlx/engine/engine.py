@@ -447,13 +447,11 @@ class Engine:
             return
         # The last token is read in any case: its logits are needed, and there is a step to end at.
         most = len(job.ids) - 1
+        job.layers = self.model.make_cache()
         if self._disk and self._disk.common(job.ids, most) > self._prefixes.common(job.ids, most):
-            job.layers = self.model.make_cache()
             job.seen = self._disk.read(job.ids, most, job.layers)
-        elif kept := self._prefixes.take(job.ids, most):
+        if not job.seen and (kept := self._prefixes.take(job.ids, most)):
             job.layers, job.room, job.seen = kept.layers, kept.room, len(kept.ids)
-        else:
-            job.layers = self.model.make_cache()
         job.taken = job.seen
         if job.cached_tokens is None:
             job.cached_tokens = min(job.seen, len(job.request.ids))

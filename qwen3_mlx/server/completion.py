@@ -101,6 +101,7 @@ class Completion(ABC):
 
 
 def sampled(asked: Sampled) -> Options:
+    """Give how tokens are to be chosen as the library has it; a ValueError if it cannot be."""
     bias = {}
     for token, value in (asked.logit_bias or {}).items():
         if not token.isdecimal() or not token.isascii():
@@ -120,6 +121,7 @@ def sampled(asked: Sampled) -> Options:
 
 
 def seed_of(seed: int | None, number: int) -> int | None:
+    """Give the seed of one of several replies."""
     return None if seed is None else seed + number
 
 
@@ -148,4 +150,5 @@ def _data(chunk: Mapping[str, Any]) -> bytes:
 
 
 def shown(token: bytes) -> str:
+    """Give a token as text; what is no whole character is replaced."""
     return token.decode("utf-8", "replace")
