@@ -20,7 +20,6 @@ from qwen3_mlx import backend  # first: the BLAS
 import mlx.core as mx
 
 from benchmarks.checkpoint import random_checkpoint
-from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import formats_stored
 from qwen3_mlx.checkpoint.weights import Weights
@@ -28,6 +27,7 @@ from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory import Workload, make_plan, weight_bytes
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.engine.sequence import FIRST_ROOM
+from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 
 CONTEXT = 4096

@@ -23,11 +23,11 @@ from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.graph import peer_model
 from qwen3_mlx.cache.prefix import common_prefix
-from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.files import read_json
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 

@@ -16,7 +16,6 @@ import mlx.core as mx
 
 from qwen3_mlx import __version__, backend
 from qwen3_mlx.checkpoint import convert as streaming
-from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.quantization import Format
 from qwen3_mlx.checkpoint.recipes import RECIPES, assign, choose_formats, group_of
@@ -24,6 +23,7 @@ from qwen3_mlx.checkpoint.sensitivity import measure
 from qwen3_mlx.checkpoint.sources import read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, weight_names
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.text.samples import default_text

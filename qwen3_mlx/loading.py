@@ -10,7 +10,6 @@ from qwen3_mlx import backend
 from qwen3_mlx.asking import Progress
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import cache_format
-from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.identity import identity
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
@@ -20,6 +19,7 @@ from qwen3_mlx.engine.params import sampling_defaults
 from qwen3_mlx.engine.runner import warm_up
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
+from qwen3_mlx.files import read_json
 from qwen3_mlx.fit import refuse_what_cannot_fit
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.model.config import ModelConfig

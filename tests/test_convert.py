@@ -16,9 +16,9 @@ from mlx.utils import tree_flatten
 from qwen3_mlx import CheckpointError, Qwen3Error, load
 from qwen3_mlx.checkpoint import convert
 from qwen3_mlx.checkpoint.convert import Job, Written, modules_of, run
-from qwen3_mlx.checkpoint.files import ShardWriter, read_header, read_json
 from qwen3_mlx.checkpoint.quantization import Format
 from qwen3_mlx.checkpoint.recipes import choose_formats
+from qwen3_mlx.files import ShardWriter, read_header, read_json
 from tests.support import (
     TINY,
     assert_close,

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx import CheckpointError
-from qwen3_mlx.checkpoint.files import (
+from qwen3_mlx.files import (
     STORED_AS,
     Planned,
     ShardWriter,

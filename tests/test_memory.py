@@ -13,7 +13,6 @@ import pytest
 from qwen3_mlx import Qwen3Error, backend, fit, load
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import CACHE_FORMATS, CacheFormat
-from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, formats_stored
@@ -29,6 +28,7 @@ from qwen3_mlx.engine.memory import (
     make_plan,
     weight_bytes,
 )
+from qwen3_mlx.files import read_json
 from qwen3_mlx.fit import plan_load
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import SIZES, published, published_config, yarn_lengths

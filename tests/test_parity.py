@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.weights import Weights
+from qwen3_mlx.files import read_json
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.golden import twins
 from tests.support import assert_close, greedy_tokens, prefill

@@ -18,6 +18,7 @@ _PACKAGE = _ROOT / "qwen3_mlx"
 _RANKS = {
     "errors": 0,
     "backend": 1,
+    "files": 1,
     "cache": 2,
     "model": 3,
     "checkpoint": 4,

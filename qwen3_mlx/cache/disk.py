@@ -11,24 +11,23 @@ import json
 import logging
 import os
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.prefix import common_prefix
+from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.files import Planned, ShardWriter, read_described
 
 _log = logging.getLogger(__name__)
 _VERSION = "1"
 _LEAST = 256  # tokens; less is read again before anybody notices
 _PATTERN = "prefix-*.safetensors"
-_LARGEST_HEADER = 1 << 22
-_DTYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16", mx.uint32: "U32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +108,8 @@ class DiskPrefixes:
         Raises:
             OSError: it cannot be written.
         """
-        tensors = {
+        tensors = {"ids": mx.array(list(ids), dtype=mx.int32)}
+        tensors |= {
             f"{layer}.{n}": part[:, :, : len(ids)]
             for layer, cache in enumerate(caches)
             for n, part in enumerate(cache.state)
@@ -117,17 +117,17 @@ class DiskPrefixes:
         if sum(part.nbytes for part in tensors.values()) > self._limit:
             return True
         numbers = array("i", ids)
-        name = hashlib.sha256(json.dumps(self._header).encode() + numbers.tobytes()).hexdigest()
-        file = self._folder / f"prefix-{name[:32]}.safetensors"
+        digest = hashlib.sha256(json.dumps(self._header).encode() + numbers.tobytes()).hexdigest()
+        file = self._folder / f"prefix-{digest[:32]}.safetensors"
         new = file.with_name(f"{file.name}.{os.getpid()}.new")
         try:
             with open(new, "wb", opener=_for_the_owner) as out:
-                out.write(self._head(numbers, tensors))
-                out.write(numbers)
-                for part in tensors.values():  # one at a time, so that memory hardly grows
+                planned = [Planned(n, part.dtype, tuple(part.shape)) for n, part in tensors.items()]
+                writer = ShardWriter(out, planned, self._header)
+                for name, part in tensors.items():  # one at a time, so that memory hardly grows
                     if interrupted():
                         return False
-                    out.write(np.array(mx.contiguous(part).view(mx.uint8)).data)
+                    writer.append(name, part)
                 out.flush()
                 os.fsync(out.fileno())
             new.replace(file)
@@ -142,36 +142,17 @@ class DiskPrefixes:
         self._make_room()
         return True
 
-    def _head(self, ids: array[int], tensors: Mapping[str, mx.array]) -> bytes:
-        size = len(ids) * ids.itemsize
-        header: dict[str, Any] = {
-            "__metadata__": self._header,
-            "ids": {"dtype": "I32", "shape": [len(ids)], "data_offsets": [0, size]},
-        }
-        for name, part in tensors.items():
-            places = [size, size := size + part.nbytes]
-            dtype = _DTYPES[part.dtype]
-            header[name] = {"dtype": dtype, "shape": part.shape, "data_offsets": places}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        return len(text).to_bytes(8, "little") + text
-
     def _entry(self, file: Path) -> _Entry | None:
         """Read the header and the ids of a file; None if it is another model's, or not whole."""
         try:
+            tensors, metadata = read_described(file)
+            if metadata != self._header:
+                return None
+            stored, ids = tensors["ids"], array("i")
             with file.open("rb") as stream:
-                length = int.from_bytes(stream.read(8), "little")
-                if length > _LARGEST_HEADER:
-                    return None
-                header = json.loads(stream.read(length))
-                if header.pop("__metadata__") != self._header:
-                    return None
-                end = max(part["data_offsets"][1] for part in header.values())
-                if file.stat().st_size != 8 + length + end:
-                    return None
-                ids = array("i")
-                ids.frombytes(stream.read(header["ids"]["data_offsets"][1]))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+                stream.seek(stored.start)
+                ids.frombytes(stream.read(stored.nbytes))
+        except (OSError, CheckpointError, KeyError, ValueError):
             return None
         return _Entry(file, ids)
 

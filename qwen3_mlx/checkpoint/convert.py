@@ -20,13 +20,13 @@ import mlx.core as mx
 
 from qwen3_mlx import __version__, backend
 from qwen3_mlx.checkpoint import rounding
-from qwen3_mlx.checkpoint.files import Planned, ShardWriter, written_whole
 from qwen3_mlx.checkpoint.load import quantizable
 from qwen3_mlx.checkpoint.quantization import Format
 from qwen3_mlx.checkpoint.recipes import Formats
 from qwen3_mlx.checkpoint.sources import Matrix, read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, mismatches, refuse_missing_layers, weight_names
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
+from qwen3_mlx.files import Planned, ShardWriter, written_whole
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
 

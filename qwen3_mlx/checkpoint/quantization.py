@@ -8,9 +8,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.weights import INDEX
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.files import read_json
 
 # What MLX's kernels read: bits and group sizes of each mode.
 _FORMATS = {

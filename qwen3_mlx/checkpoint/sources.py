@@ -14,10 +14,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qwen3_mlx.checkpoint.files import STORED_AS
 from qwen3_mlx.checkpoint.quantization import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.files import STORED_AS
 
 Read = Callable[[int, int], mx.array]
 _FLOATS = ("BF16", "F16", "F32")

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.files import Entry, read_header, read_json, read_rows
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.files import Entry, read_header, read_json, read_rows
 from qwen3_mlx.model.config import ModelConfig
 
 INDEX = "model.safetensors.index.json"

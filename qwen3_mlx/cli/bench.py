@@ -11,7 +11,6 @@ from typing import Annotated, Any
 import typer
 
 from qwen3_mlx import backend
-from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.weights import weight_names
 from qwen3_mlx.cli.console import Bar
@@ -19,6 +18,7 @@ from qwen3_mlx.cli.options import ModelArgument, full_name
 from qwen3_mlx.evaluate.picture import Panel, check_picture, draw_speeds
 from qwen3_mlx.evaluate.race import AS_IT_COMES, EQUAL, Result, race
 from qwen3_mlx.evaluate.speed import NEW, OURS, PEER, Case, Figures, cases_of
+from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 
 _PROMPTS, _TOGETHER, _COUNT, _MINUTES = "128,1024,4096", "2,4,8", 32, 10.0

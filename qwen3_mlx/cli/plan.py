@@ -12,7 +12,6 @@ import typer
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
-from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.cli.console import note
@@ -29,6 +28,7 @@ from qwen3_mlx.engine.memory import (
     weight_bytes,
 )
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import SIZES, published, yarn_lengths
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.files import read_json
 from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 
 Progress = Callable[[int, int], None]

@@ -30,11 +30,15 @@ STORED_AS = {
     mx.float16: "F16",
     mx.float32: "F32",
     mx.uint32: "U32",
+    mx.int32: "I32",
     mx.uint8: "U8",
 }
 """The format's names of the dtypes that are written."""
 _READ_AS = {name: dtype for dtype, name in STORED_AS.items()}
-_READ_AS |= {"I32": mx.int32, "F8_E4M3": mx.uint8}  # MLX has no 8-bit floats
+_READ_AS |= {"F8_E4M3": mx.uint8}  # MLX has no 8-bit floats
+
+
+_OF_MLX = {"format": "mlx"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,7 +74,12 @@ class Entry:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Read what a safetensors file says it holds, and check that it holds just that.
+    """Read what a safetensors file says it holds; see `read_described`."""
+    return read_described(file)[0]
+
+
+def read_described(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Read what a safetensors file says it holds, and its metadata; check that it holds just that.
 
     The format's own rules are kept: the tensors lie side by side in the file, without gaps and
     without overlaps, and each takes the bytes that its shape and dtype need.
@@ -109,7 +118,7 @@ def read_header(file: Path) -> dict[str, Entry]:
         raise CheckpointError(
             f"{file} has {size:,} bytes where its header promises {place:,}; download it again"
         )
-    return entries
+    return entries, metadata
 
 
 def _entry(file: Path, fields: Mapping[str, Any], data: int) -> Entry:
@@ -172,9 +181,11 @@ class Planned:
 class ShardWriter:
     """Fills a safetensors file whose tensors are known beforehand, each from its first row on."""
 
-    def __init__(self, stream: Any, tensors: Sequence[Planned]) -> None:
+    def __init__(
+        self, stream: Any, tensors: Sequence[Planned], metadata: Mapping[str, str] = _OF_MLX
+    ) -> None:
         """Write the header of `tensors` to an open binary file."""
-        header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+        header: dict[str, Any] = {"__metadata__": dict(metadata)}
         place = 0
         for tensor in tensors:
             header[tensor.name] = {
