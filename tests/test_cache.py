@@ -68,15 +68,14 @@ def test_wanted_positions_only() -> None:
     assert_close(model(IDS, model.make_cache(), wanted=[57, 58, 59]), WHOLE["dense"][:, 57:])
 
 
-def test_rewinding_forgets() -> None:
+def test_what_is_beyond_is_forgotten() -> None:
     model = MODELS["dense"]
     cache = fill(model, IDS[:, :20])
     model(mx.array([[5, 6, 7]]), cache)
     for layer in cache:
-        layer.rewind(3)
+        layer.forget_beyond(20)
+        layer.forget_beyond(21)  # it has no more than 20
     assert_close(model(IDS[:, 20:], cache), WHOLE["dense"][:, 20:])
-    with pytest.raises(ValueError, match="cannot rewind 61 of 60 tokens"):
-        cache[0].rewind(61)
 
 
 def test_growth_is_by_a_quarter_and_at_least_256() -> None:

@@ -89,13 +89,13 @@ def test_mixed_sequences_equal_each_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_rewinding_and_copying_forget(name: str) -> None:
+def test_copies_and_what_forgets_go_on_from_the_same(name: str) -> None:
     model = MODELS[name]
     cache = fill(model, IDS[:, :20])
     model(mx.array([[5, 6, 7]]), cache)
     copies = [layer.copy(20) for layer in cache]
     for layer in cache:
-        layer.rewind(3)
+        layer.forget_beyond(20)
     for one in (cache, copies):
         assert_close(model(IDS[:, 20:], one), WHOLE[name][:, 20:], ROUNDED_ANEW)
 

@@ -16,7 +16,7 @@ Rotate = Callable[[mx.array, int | tuple[int, ...]], mx.array]
 # Metal's kernel for few queries takes up to 8 of them, and up to 32 rows of queries times query
 # heads for each key head; the kernel for many queries starts at 9. Calls that fall between the
 # two run unfused and hold the whole score matrix.
-_FEW_QUERIES = 8
+FEW_QUERIES = 8
 _FEW_ROWS = 32
 
 
@@ -63,6 +63,11 @@ def attention_of_each(q: mx.array, seen: Sequence[Sequence[mx.array]], *, scale:
     return mx.concatenate(answers).reshape(count, heads, 1, size)
 
 
+def most_queries(heads: int, key_heads: int) -> int:
+    """Give the most queries that the kernel for few of them takes."""
+    return max(1, min(FEW_QUERIES, _FEW_ROWS * key_heads // heads))
+
+
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
     """Give softmax(q·kᵀ·scale)·v, each query seeing the keys up to its own position.
 
@@ -73,8 +78,8 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> 
     if queries == 1:
         # It sees every key: a mask would only keep it from the faster kernels.
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=None)
-    most = max(1, min(_FEW_QUERIES, _FEW_ROWS * k.shape[1] // q.shape[1]))
-    if queries > _FEW_QUERIES or queries <= most:
+    most = most_queries(q.shape[1], k.shape[1])
+    if queries > FEW_QUERIES or queries <= most:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
     parts, keys = [], k.shape[2]
     for start in range(0, queries, most):

@@ -62,10 +62,12 @@ class KVCache:
         self._capacity = capacity
 
     def copy(self, tokens: int) -> Self:
-        """Give a cache of its own that has seen the first `tokens` tokens; both share no buffer.
+        """Give a cache of its own that has seen the first `tokens` tokens, or as many as this has.
 
-        The buffers are made by its first write, with the room that is reserved until then.
+        They share no buffer. Its own are made by its first write, with the room that is reserved
+        until then.
         """
+        tokens = min(tokens, self.offset)
         other = self._empty()
         other.offset = tokens
         if tokens:
@@ -77,15 +79,9 @@ class KVCache:
         self.offset = state[0].shape[2]
         self._buffers = list(state)
 
-    def rewind(self, tokens: int) -> None:
-        """Forget the last `tokens` tokens.
-
-        Raises:
-            ValueError: fewer have been seen.
-        """
-        if not 0 <= tokens <= self.offset:
-            raise ValueError(f"cannot rewind {tokens} of {self.offset} tokens")
-        self.offset -= tokens
+    def forget_beyond(self, tokens: int) -> None:
+        """Forget all that was seen behind the first `tokens` tokens."""
+        self.offset = min(self.offset, tokens)
 
     @property
     def state(self) -> tuple[mx.array, ...]:

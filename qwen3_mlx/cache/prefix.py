@@ -75,7 +75,7 @@ class PrefixStore:
             copies = [layer.copy(length) for layer in best.layers]
             return Prefix(best.ids[:length], copies, length, 0)
         for layer in best.layers:
-            layer.rewind(layer.offset - length)
+            layer.forget_beyond(length)
         return Prefix(best.ids[:length], best.layers, min(best.prompt, length), best.room)
 
     def common(self, ids: Sequence[int], most: int) -> int:

@@ -10,7 +10,7 @@ it came one by one, in chunks or in a batch, so all ways to cut the work give th
   score: a few channels of keys are many times larger than the others, and would cost those their
   resolution; rotated, all channels share the load (QuaRot, arXiv 2404.00456).
 
-Groups lie along the head, so a token is quantized when it comes, and rewinding is exact.
+Groups lie along the head, so a token is quantized when it comes, and forgetting is exact.
 
 G query heads for a key head; other letters as in `kv.py`.
 """

@@ -2,8 +2,9 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import TYPE_CHECKING, Protocol
@@ -12,7 +13,7 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.disk import DiskPrefixes
-from qwen3_mlx.cache.prefix import Prefix, PrefixStore
+from qwen3_mlx.cache.prefix import Prefix, PrefixStore, common_prefix
 from qwen3_mlx.engine.chances import Chances
 from qwen3_mlx.engine.memory import Budget, Workload
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, Chance, Outcome, Request, SamplingParams
@@ -20,6 +21,7 @@ from qwen3_mlx.engine.runner import Part, chunk_sizes, forward
 from qwen3_mlx.engine.sampling import choose
 from qwen3_mlx.engine.scheduler import Scheduler, Step
 from qwen3_mlx.engine.sequence import Sequence as Running
+from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 
@@ -44,12 +46,15 @@ class Thread(Protocol):
 class Flight:
     """A step that has been handed to the device."""
 
-    choosing: Sequence[Running]  # a token each
+    choosing: Sequence[Running]  # by row; who has a proposal has several rows, side by side
     touched: Sequence[Running]  # whose caches are written
     tokens: mx.array | None  # [N], those chosen
-    chunk: int  # tokens of a prompt in it
+    size: int  # tokens that it goes over
+    chunk: int  # those of prompts among them
     arrays: list[mx.array]  # all that must be there when it is done
     chances: Chances | None = None
+    proposals: Mapping[Running, list[int]] = field(default_factory=dict)
+    masked: Mapping[Running, object] = field(default_factory=dict)  # in all of their rows
     submitted: float = 0.0
     dropped: list[Running] = field(default_factory=list)  # whose token is not wanted after all
 
@@ -71,13 +76,14 @@ class Engine:
         available: int | None = None,
         context: int | None = None,
         disk: DiskPrefixes | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         """Run `model`, which belongs to `worker`; ids from `vocabulary` on are never chosen.
 
         Without a worker `step` is to be called for it to go on, by the thread that made the model.
         `available` are the bytes that caches and activations may take, with a reserve; None is what
         the machine can give now. No request may be longer than `context`. Long prompts are also
-        kept on `disk`.
+        kept on `disk`. What `speculator` proposes is verified.
         """
         self.model = model
         self._worker = worker
@@ -88,6 +94,7 @@ class Engine:
             cache=model.cache_format,
             chunk=backend.prefill_chunk(),
             fused=backend.on_gpu(),
+            beside=speculator.token_bytes if speculator else 0,
         )
         if available is None:
             available = backend.available_memory()
@@ -95,11 +102,14 @@ class Engine:
         self.context = min(self.budget.context, context or self.budget.context)
         self._prefixes = PrefixStore(self.budget.tokens // _KEPT_SHARE)
         self._disk = disk
+        self._speculator = speculator
+        self._depth = len(model.layers)  # of a sequence's caches, those of `model`
         self._scheduler: Scheduler[Running] = Scheduler(self.budget.tokens, self)
         self._inbox: SimpleQueue[Request] = SimpleQueue()
         self._lock = Lock()
         self._posted = False  # whether a turn is in the worker's queue
         self._flight: Flight | None = None
+        self._landed: float | None = None  # when, if the next step follows at once
         self._building: Sequence[Running] = ()  # those whose caches the step being built writes
 
     # --- from any thread ------------------------------------------------------------------------
@@ -143,14 +153,15 @@ class Engine:
         self._welcome()
         self._dismiss()
         try:
-            if self._flight and any(sequence.masking for sequence in self._flight.choosing):
-                self._land()  # what may come next depends on what was chosen
+            if self._flight and self._must_be_known(self._flight):
+                self._land()
             flight = self._build(self._scheduler.next_step())
             self._land(flight)
         except Exception as error:  # noqa: BLE001 - those whose step it was hear of it
             self._drop_all(error)
         if self._flight or self._scheduler.running or self._scheduler.waiting:
             return True
+        self._landed = None
         mx.clear_cache()
         return self._save(interrupted=lambda: not self._inbox.empty()) or not self._inbox.empty()
 
@@ -237,11 +248,23 @@ class Engine:
 
     # --- a step ---------------------------------------------------------------------------------
 
+    def _must_be_known(self, flight: Flight) -> bool:
+        """Whether the next step depends on what this one chooses."""
+        if flight.proposals or any(sequence.masking for sequence in flight.choosing):
+            return True
+        rows, speculator = len(flight.choosing), self._speculator
+        return speculator is not None and any(
+            speculator.willing(sequence, rows) for sequence in flight.choosing
+        )
+
     def _build(self, step: Step[Running]) -> Flight | None:
         """Lay out a forward pass and the choice of tokens after it, and wait for nothing."""
         # Those whose token is still on the device come first, then those whose ids are known.
         ahead = [sequence for sequence in step.decoding if sequence.ahead]
         known = [sequence for sequence in step.decoding if not sequence.ahead]
+        self._building = known  # a draft model writes their caches
+        proposals, foreseen = self._propose(known, len(step.decoding))
+        known = [sequence for sequence in known if not sequence.ended]
         lengths = [1] * len(ahead) + [sequence.unread for sequence in known]
         chunks = self._chunks(step)
         known += chunks
@@ -249,33 +272,74 @@ class Engine:
         if not lengths:
             return None
         self._building = [*ahead, *known]
-        ids = self._ids(ahead, known, lengths[len(ahead) :])
-        choosing, parts, arrays = [], [], list[mx.array]()
+        ids = self._ids(ahead, known, lengths[len(ahead) :], proposals)
+        choosing, parts, arrays = list[Running](), [], list[mx.array]()
+        proposed: dict[int, int] = {}  # by row
         for sequence, length in zip(self._building, lengths, strict=True):
+            if self._speculator:
+                sequence.lookup.read_on()
             last = sequence.ahead == 1 or length == sequence.unread
+            proposal = proposals.get(sequence, [])
             wanted = last and sequence.request.max_tokens > 0
-            parts.append(Part(sequence.layers, length, wanted))
-            sequence.seen += length
+            rows = 1 + len(proposal) if wanted else 0
+            parts.append(Part(sequence.layers[: self._depth], length + len(proposal), rows))
+            proposed |= dict(enumerate(proposal, len(choosing) + 1))
+            choosing += [sequence] * rows
+            sequence.seen += length + len(proposal)
             sequence.answering |= last
             sequence.ahead = int(wanted)
-            if wanted:
-                choosing.append(sequence)
+            sequence.passes += wanted
         logits = forward(self.model, ids, parts)
         for part in parts:
             if not part.wanted:  # nothing else reads what it writes
                 arrays += [array for layer in part.layers for array in layer.state]
         tokens = chances = None
         if logits is not None:
-            tokens = choose(logits, [s.sampler for s in choosing], self._masks(choosing, logits))
+            masks = self._masks(choosing, logits, foreseen)
+            tokens = choose(logits, [s.sampler for s in choosing], masks, proposed)
             chances = Chances.of(logits, tokens, choosing, self._vocabulary)
             arrays += [tokens, *(chances.arrays if chances else ())]
         chunk = sum(chunks.values())
-        return Flight(choosing, self._building, tokens, chunk, arrays, chances)
+        return Flight(
+            choosing,
+            self._building,
+            tokens,
+            ids.size,
+            chunk,
+            arrays,
+            chances,
+            proposals,
+            foreseen,
+        )
+
+    def _propose(
+        self, known: Sequence[Running], rows: int
+    ) -> "tuple[dict[Running, list[int]], dict[Running, list[Mask | None]]]":
+        """Have it proposed what comes next, and ask the constraints that mask what they allow."""
+        proposals = self._speculator.propose(known, rows) if self._speculator else {}
+        foreseen: dict[Running, list[Mask | None]] = {}
+        for sequence in [proposed for proposed in proposals if proposed.masking]:
+            assert sequence.request.constraint
+            try:
+                masks = sequence.request.constraint.foresee(proposals[sequence])
+                foreseen[sequence] = [_not_empty(mask) for mask in masks]
+                proposals[sequence] = proposals[sequence][: len(masks) - 1]
+                sequence.forget_beyond(len(sequence.ids) - 1)  # what a draft model saw of the rest
+            except Exception as error:  # noqa: BLE001 - this request's alone
+                self._end(sequence, error)
+        return {s: proposal for s, proposal in proposals.items() if proposal}, foreseen
 
     def _ids(
-        self, ahead: Sequence[Running], known: Sequence[Running], lengths: Sequence[int]
+        self,
+        ahead: Sequence[Running],
+        known: Sequence[Running],
+        lengths: Sequence[int],
+        proposals: Mapping[Running, list[int]],
     ) -> mx.array:
-        """Lay the tokens of a step end to end: those on the device, and `lengths` known ones."""
+        """Lay the tokens of a step end to end: those on the device, and `lengths` known ones.
+
+        Behind those of a sequence comes what is proposed to follow them.
+        """
         pieces = []
         if ahead:
             assert self._flight and self._flight.tokens is not None
@@ -287,7 +351,10 @@ class Engine:
             ids = [
                 token
                 for sequence, length in zip(known, lengths, strict=True)
-                for token in sequence.ids[sequence.seen : sequence.seen + length]
+                for token in (
+                    *sequence.ids[sequence.seen : sequence.seen + length],
+                    *proposals.get(sequence, ()),
+                )
             ]
             pieces.append(mx.array(ids, dtype=mx.int32))
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
@@ -319,24 +386,29 @@ class Engine:
             self._end(sequence, error)
         return not sequence.ended
 
-    def _masks(self, choosing: Sequence[Running], logits: mx.array) -> "dict[int, Mask]":
-        """Ask the constraints, by row, what is allowed, while the device computes the logits."""
-        masks: dict[int, Mask] = {}
-        asked = [(row, s) for row, s in enumerate(choosing) if s.masking]
+    def _masks(
+        self,
+        choosing: Sequence[Running],
+        logits: mx.array,
+        foreseen: "Mapping[Running, list[Mask | None]]",
+    ) -> "dict[int, Mask]":
+        """Ask the constraints, by row, what is allowed, while the device computes the logits.
+
+        Those that were asked for a proposal are not asked again.
+        """
+        masks: dict[int, Mask | None] = {}
+        asked = [(row, s) for row, s in enumerate(choosing) if s.masking and s not in foreseen]
         if asked:
             mx.async_eval(logits)
         for row, sequence in asked:
             assert sequence.request.constraint
             try:
-                mask = sequence.request.constraint.mask()
-                if mask is not None and not mask.any():
-                    raise ValueError("the constraint of this request allows no token")
+                masks[row] = _not_empty(sequence.request.constraint.mask())
             except Exception as error:  # noqa: BLE001 - this request's alone
                 self._end(sequence, error)
-            else:
-                if mask is not None:
-                    masks[row] = mask
-        return masks
+        for sequence, ahead in foreseen.items():
+            masks |= dict(enumerate(ahead, choosing.index(sequence)))
+        return {row: mask for row, mask in masks.items() if mask is not None}
 
     def _land(self, following: Flight | None = None) -> None:
         """Wait for the step in work, hand `following` to the device, and tell what was chosen."""
@@ -349,11 +421,13 @@ class Engine:
         self._flight, self._building = following, ()
         if not done:
             return
-        for row, (sequence, token) in enumerate(zip(done.choosing, values, strict=True)):
+        for sequence, group in groupby(range(len(values)), key=done.choosing.__getitem__):
+            rows = list(group)
             if not self._in_flight(sequence):
                 sequence.ahead = 0
             if not sequence.ended and sequence not in done.dropped:
-                self._take(sequence, token, chances.get(row))
+                tokens = [(values[row], chances.get(row)) for row in rows]
+                self._take(sequence, tokens, done)
         for sequence in done.touched:
             if sequence.ended:
                 self._leave(sequence)
@@ -366,26 +440,63 @@ class Engine:
         if flight.tokens is not None:
             values = flight.tokens.tolist()  # type: ignore[assignment]
         flight.arrays, flight.tokens = [], None  # or the next step would find the caches in use
+        now = time.perf_counter()
         if flight.chunk:
-            self._scheduler.observe(flight.chunk, time.perf_counter() - flight.submitted)
+            self._scheduler.observe(flight.chunk, now - flight.submitted)
             mx.clear_cache()
+        elif self._speculator and self._landed is not None:
+            self._speculator.took(flight.size, now - self._landed)
+        self._landed = None if flight.chunk else now
         return values
 
     def _in_flight(self, sequence: Running) -> bool:
         return self._flight is not None and sequence in self._flight.touched
 
-    def _take(self, sequence: Running, token: int, chance: Chance | None) -> None:
-        """Take a token that was chosen, and do what its constraint wants after it."""
-        request = sequence.request
+    def _take(
+        self, sequence: Running, chosen: Sequence[tuple[int, Chance | None]], flight: Flight
+    ) -> None:
+        """Take what was chosen: as many tokens as were proposed, and the one that was not."""
+        tokens, proposal = [token for token, _ in chosen], flight.proposals.get(sequence, [])
+        accepted = common_prefix(tokens, proposal)
+        if proposal and self._speculator:
+            self._speculator.observe(sequence, accepted)
+            sequence.proposed += len(proposal)
+            # What was chosen behind the first that differs stands on a token that never came.
+            sequence.forget_beyond(len(sequence.ids) + accepted)
+        taken = 0
+        for token, chance in chosen[: accepted + 1]:
+            sequence.accepted += taken < accepted
+            taken += 1
+            if not self._take_one(sequence, token, chance, masked=sequence in flight.masked):
+                break
+        if taken < len(tokens):
+            sequence.sampler.rewind(mx.array(tokens[taken:]))
+            sequence.forget_beyond(len(sequence.ids) - 1)
+
+    def _take_one(
+        self, sequence: Running, token: int, chance: Chance | None, *, masked: bool
+    ) -> bool:
+        """Take a token that was chosen, and do what its constraint wants after it.
+
+        Gives whether the next is to be chosen as it would be without it; if `masked`, with the mask
+        that was foreseen.
+        """
+        request, constraint = sequence.request, sequence.request.constraint
         try:
             if request.progress and len(sequence.ids) == len(request.ids):
                 request.progress(len(request.ids), len(request.ids))
-            if not self._accept(sequence, [token], chance) and request.constraint:
-                changed = request.constraint.unwanted > 0
-                if self._force(sequence) or changed or request.constraint.masking:
+            if self._speculator:
+                self._speculator.compare(sequence, token)
+            if self._accept(sequence, [token], chance):
+                return False
+            if constraint:
+                changed = constraint.unwanted > 0
+                if self._force(sequence) or changed or (constraint.masking and not masked):
                     self._choose_anew(sequence)
+                    return False
         except BaseException as error:  # noqa: BLE001 - this request's alone
             self._end(sequence, error)
+        return not sequence.ended
 
     def _choose_anew(self, sequence: Running) -> None:
         """Drop the token that the step in work chooses: it goes on from what is no longer so."""
@@ -401,6 +512,7 @@ class Engine:
         """Take the tokens that a constraint forces, and say whether there were any."""
         constraint, any_forced = sequence.request.constraint, False
         while constraint and not sequence.ended and (forced := constraint.forced()):
+            sequence.forget_beyond(len(sequence.ids))  # a proposal may have been something else
             self._accept(sequence, forced[: sequence.request.max_tokens - sequence.told])
             any_forced = True
         return any_forced
@@ -411,6 +523,8 @@ class Engine:
         end = next((place for place, token in enumerate(ids) if token in request.end_ids), None)
         ids = ids if end is None else ids[: end + 1]
         sequence.ids += ids
+        if self._speculator:
+            sequence.lookup.read_on()
         if constraint:
             constraint.advance(ids)
             if constraint.unwanted:
@@ -429,6 +543,7 @@ class Engine:
     def _take_back(self, sequence: Running, count: int, *, new: int) -> None:
         """Take back the last `count` tokens, of which the watcher has not heard of `new`."""
         sequence.sampler.rewind(mx.array(sequence.ids[-count:]))
+        sequence.lookup.forget(count)
         del sequence.ids[-count:]
         sequence.forget_beyond(len(sequence.ids))
         if count > new:
@@ -448,8 +563,10 @@ class Engine:
         # The last token is read in any case: its logits are needed, and there is a step to end at.
         most = len(job.ids) - 1
         job.layers = self.model.make_cache()
+        if self._speculator:
+            job.layers += self._speculator.make_cache()
         if self._disk and self._disk.common(job.ids, most) > self._prefixes.common(job.ids, most):
-            job.seen = self._disk.read(job.ids, most, job.layers)
+            job.seen = self._disk.read(job.ids, most, job.layers[: self._depth])
         if not job.seen and (kept := self._prefixes.take(job.ids, most)):
             job.layers, job.room, job.seen = kept.layers, kept.room, len(kept.ids)
         job.taken = job.seen
@@ -486,7 +603,7 @@ class Engine:
         """Let go of a sequence that has ended and that no step in work touches."""
         if sequence in self._scheduler.running:
             keep = sequence.seen if sequence.worth_keeping is None else sequence.worth_keeping
-            self._keep(sequence, min(keep, sequence.seen))
+            self._keep(sequence, min(keep, sequence.seen, len(sequence.ids)))
         elif sequence not in self._scheduler.waiting:
             return
         self._scheduler.remove(sequence)
@@ -506,7 +623,9 @@ class Engine:
             return False
         ids = prefix.ids[: prefix.prompt]
         try:
-            if self._disk.wants(ids) and not self._disk.write(ids, prefix.layers, interrupted):
+            if self._disk.wants(ids) and not self._disk.write(
+                ids, prefix.layers[: self._depth], interrupted
+            ):
                 return True
         except OSError as error:
             _log.warning("prompts are no longer kept on disk: %s", error)
@@ -535,6 +654,13 @@ class Engine:
             else:
                 self._end(sequence, error)
         self.forget()
+
+
+def _not_empty(mask: "Mask | None") -> "Mask | None":
+    """Give a mask that allows something, or raise a ValueError."""
+    if mask is not None and not mask.any():
+        raise ValueError("the constraint of this request allows no token")
+    return mask
 
 
 class _Collector:

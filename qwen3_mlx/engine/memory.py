@@ -57,7 +57,8 @@ class Workload:
 
     `itemsize` is the bytes of the compute dtype; `chunk` the prompt's tokens read at once; `fused`
     whether attention has a fused kernel, as on a GPU; `bounded` whether the length of the reply is
-    known beforehand (max_tokens), so that the cache is allocated at once and does not grow.
+    known beforehand (max_tokens), so that the cache is allocated at once and does not grow;
+    `beside` the bytes that a draft model keeps of each token.
     """
 
     context: int
@@ -66,6 +67,7 @@ class Workload:
     chunk: int = 2048
     fused: bool = True
     bounded: bool = True
+    beside: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,8 +267,13 @@ def cache_bytes(config: ModelConfig, work: Workload) -> int:
 
 
 def _cache_bytes(config: ModelConfig, tokens: int, work: Workload) -> int:
+    return tokens * (token_bytes(config, work.cache, work.itemsize) + work.beside)
+
+
+def token_bytes(config: ModelConfig, cache: CacheFormat, itemsize: int) -> int:
+    """Give the bytes of a token in the KV cache; `itemsize` is that of the compute dtype."""
     heads = config.num_hidden_layers * config.num_key_value_heads
-    return tokens * heads * work.cache.nbytes(config.head_dim, work.itemsize)
+    return heads * cache.nbytes(config.head_dim, itemsize)
 
 
 def activation_bytes(config: ModelConfig, work: Workload) -> int:

@@ -146,9 +146,6 @@ class Constraint(Protocol):
     def advance(self, ids: Sequence[int]) -> None:
         """Take the next tokens, chosen or forced; end tokens are among them."""
 
-    def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens taken."""
-
     def forced(self) -> list[int]:
         """Give the ids that must come next; the engine takes them as if they had been chosen."""
 
@@ -158,17 +155,27 @@ class Constraint(Protocol):
         Asked while the forward pass runs.
         """
 
+    def foresee(self, ids: Sequence[int]) -> "list[Mask | None]":
+        """Give the mask for the next token, and those for the tokens that follow `ids`, if they
+        should come: at most one more than ids, and only as far as nothing is sure to be forced.
+        """
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """How a generation ended: stop, length or cancelled.
 
-    `cached_tokens` of the prompt were in a kept cache and not read again.
+    `cached_tokens` of the prompt were in a kept cache and not read again. It took so many forward
+    `passes` in which a token was chosen; of the tokens `proposed` by speculation so many were
+    `accepted`.
     """
 
     reason: str
     completion_tokens: int
     cached_tokens: int = 0
+    passes: int = 0
+    proposed: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ class Part:
 
     layers: Sequence[KVCache]
     length: int
-    wanted: bool  # whether the logits of the last of them are asked for
+    wanted: int  # of how many of them, the last ones, the logits are asked for
 
 
 def chunk_sizes(tokens: int, most: int) -> list[int]:
@@ -35,9 +35,10 @@ def forward(model: Qwen3, ids: mx.array, parts: Sequence[Part]) -> mx.array | No
     `ids` [T] are the parts' tokens, end to end.
     """
     if len(parts) == 1:
-        logits = model(ids[None], parts[0].layers, wanted=[parts[0].length - 1])
+        length, asked = parts[0].length, max(1, parts[0].wanted)
+        logits = model(ids[None], parts[0].layers, wanted=range(length - asked, length))
     else:
-        lengths, wanted = [part.length for part in parts], [int(part.wanted) for part in parts]
+        lengths, wanted = [part.length for part in parts], [part.wanted for part in parts]
         layers, rows = ragged_layers([part.layers for part in parts], lengths, wanted)
         logits = model(ids[None], layers, rows)
     # What nobody asks for is never evaluated, and so never computed.
@@ -48,6 +49,6 @@ def warm_up(model: Qwen3) -> None:
     """Run a prompt of 64 tokens and one token more, so that no first request waits for kernels."""
     layers = model.make_cache()
     for length in (_CHUNK_MULTIPLE, 1):
-        mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [Part(layers, length, True)]))
+        mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [Part(layers, length, 1)]))
     del layers
     mx.clear_cache()

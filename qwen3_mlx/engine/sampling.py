@@ -72,16 +72,15 @@ class Sampler:
         self._drawn += 1
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
-    def count(self, token: mx.array) -> None:
-        """Take note of a token [1] of the reply."""
+    def count(self, tokens: mx.array, by: int = 1) -> None:
+        """Take note of tokens [n] of the reply, each so many times."""
         if self._counts is not None:
-            self._counts = self._counts.at[token].add(1)
+            self._counts = self._counts.at[tokens].add(by)
 
     def rewind(self, tokens: mx.array) -> None:
         """Forget the last tokens [n] that were chosen."""
         self._drawn -= tokens.size
-        if self._counts is not None:
-            self._counts = self._counts.at[tokens].add(-1)
+        self.count(tokens, -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,19 +133,27 @@ GREEDY = Chain(0.0, 0, 1.0, 0.0)
 
 
 def choose(
-    logits: mx.array, samplers: Sequence[Sampler], masks: "Mapping[int, Mask] | None" = None
+    logits: mx.array,
+    samplers: Sequence[Sampler],
+    masks: "Mapping[int, Mask] | None" = None,
+    proposed: Mapping[int, int] | None = None,
 ) -> mx.array:
-    """Choose the next token of each sequence, unevaluated int32 [N], by logits [N, V].
+    """Choose the next token of each row, unevaluated int32 [N], by logits [N, V].
 
-    `masks` tells, by row, the ids that are allowed: bit i of the packed 32-bit words is id i's.
+    A row is a sequence's, or the next of several of the same: then `proposed` has, by row, the
+    token that is supposed to have come before it. `masks` tells, by row, the ids that are allowed:
+    bit i of the packed 32-bit words is id i's.
     """
     logits = logits.astype(mx.float32)
-    masks = masks or {}
+    masks, proposed = masks or {}, proposed or {}
     if masks or any(sampler.adjusts for sampler in samplers):
-        rows = [
-            _masked(sampler.adjust(logits[row]), masks.get(row))
-            for row, sampler in enumerate(samplers)
-        ]
+        rows = []
+        for row, sampler in enumerate(samplers):
+            if row in proposed:
+                sampler.count(mx.array([proposed[row]]))
+            rows.append(_masked(sampler.adjust(logits[row]), masks.get(row)))
+        for row, token in proposed.items():
+            samplers[row].count(mx.array([token]), -1)
         logits = mx.stack(rows)
     groups: dict[Chain, list[int]] = {}
     for row, sampler in enumerate(samplers):

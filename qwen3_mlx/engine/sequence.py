@@ -1,6 +1,7 @@
 """One request as it runs: its tokens, its caches, and what is still to be done."""
 
 from qwen3_mlx.cache.kv import KVCache, grown_capacity
+from qwen3_mlx.engine.lookup import Lookup
 from qwen3_mlx.engine.params import Outcome, Request
 from qwen3_mlx.engine.sampling import Sampler
 from qwen3_mlx.errors import Qwen3Error
@@ -31,7 +32,10 @@ class Sequence:
         self.sampler = Sampler(
             request.sampling, seed=request.seed, vocabulary=vocabulary, prompt=request.ids
         )
+        self.lookup = Lookup(self.ids)
         self.cached_tokens: int | None = None  # of the prompt, when it was first begun
+        self.passes = 0  # in which a token was chosen
+        self.proposed = self.accepted = 0  # tokens
         self.ended = False
         self.worth_keeping: int | None = None  # tokens, when it has ended; None is all
         self._most = context + 1  # a write must never fill its buffer
@@ -97,11 +101,11 @@ class Sequence:
 
     def forget_beyond(self, tokens: int) -> None:
         """Have the caches forget what they have seen, or will have, beyond so many tokens."""
-        if (surplus := self.seen - tokens) > 0:
-            for layer in self.layers:
-                layer.rewind(surplus)
-            self.seen = tokens
+        for layer in self.layers:
+            layer.forget_beyond(tokens)
+        self.seen = min(self.seen, tokens)
 
     def outcome(self, reason: str) -> Outcome:
         """Sum up a generation that has ended."""
-        return Outcome(reason, self.told, self.cached_tokens or 0)
+        counts = (self.passes, self.proposed, self.accepted)
+        return Outcome(reason, self.told, self.cached_tokens or 0, *counts)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwen3_mlx.text.grammar import Grammar
+from qwen3_mlx.text.grammar import Grammar, allows
 from qwen3_mlx.text.steering import Steering
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
@@ -128,6 +128,22 @@ class Forming:
         for token in self._other_beginnings():
             mask[token // 32] |= type(mask[0])(1 << token % 32)
         return mask
+
+    def foresee(self, ids: Sequence[int]) -> "list[NDArray[np.uint32] | None]":
+        """Give the masks for the next token and those behind `ids`, as far as none is forced."""
+        active, masks = self._active, [self.mask()]
+        if active is None or self._other_beginnings():
+            return masks
+        read, mask = active.read, active.mask()
+        for token in ids:
+            if not allows(mask, token):
+                break
+            active.advance(token)
+            if active.complete or active.forced():
+                break
+            masks.append(mask := active.mask())
+        active.rewind(read)
+        return masks
 
     def _other_beginnings(self) -> list[int]:
         """Give the tags that may come instead of the answer: those of thinking and of a call."""

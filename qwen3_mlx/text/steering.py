@@ -216,6 +216,10 @@ class Steering:
             words[token // 32] &= ~np.uint32(1 << token % 32)
         return words
 
+    def foresee(self, ids: Sequence[int]) -> "list[NDArray[np.uint32] | None]":
+        """Give the mask for the next token: only the first of an answer has one."""
+        return [self.mask()]
+
     def no_mask(self) -> "NDArray[np.uint32]":
         """Give a mask that allows nothing yet."""
         return np.zeros(-(-len(self._tokenizer) // 32), dtype=np.uint32)
