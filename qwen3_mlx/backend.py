@@ -222,6 +222,11 @@ def matmul_speed(size: int = 1024) -> float:
     return 2 * size**3 / min(times)
 
 
+def architecture() -> str:
+    """Give MLX's name for the device, as applegpu_g16s (an M4 Pro or Max)."""
+    return str(mx.device_info().get("architecture", "unknown"))
+
+
 def describe() -> dict[str, str]:
     """Tell the machine in words: system, device, BLAS, memory."""
     info = mx.device_info()
@@ -229,7 +234,7 @@ def describe() -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
         "device": f"{mx.default_device().type.name}: {info.get('device_name', 'unknown')}",
-        "architecture": str(info.get("architecture", "unknown")),
+        "architecture": architecture(),
         "blas": "Metal" if on_gpu() else BLAS,
         "memory": f"{total_memory() / _GIB:.1f} GiB",
         "dtype": str(compute_dtype()).removeprefix("mlx.core."),

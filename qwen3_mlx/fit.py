@@ -31,10 +31,11 @@ def plan_load(
     network: ModelConfig,
     stored: FormatOf | None,
     options: LoadOptions,
-    context: int = _CONVERSATION,
+    context: int | None = None,
     cache: CacheFormat = PLAIN,
 ) -> Plan:
     """Plan for a checkpoint as `options` load it, and a conversation of `context` tokens."""
+    context = context or _CONVERSATION
     quantize, dequantize = options.quantize, options.dequantize
     if dequantize is None:
         dequantize = backend.worth_dequantizing(4 * count_weights(network))
@@ -63,14 +64,15 @@ def refuse_what_cannot_fit(
     options: LoadOptions,
     context: int | None = None,
     cache: CacheFormat = PLAIN,
+    beside: int = 0,
 ) -> None:
-    """Compare the plan with what the machine can give.
+    """Compare the plan with what the machine can give; `beside` bytes go to a draft model.
 
     Raises:
         Qwen3Error: it is more; the message shows the sum, and what would fit.
     """
     tokens = context or _CONVERSATION
-    available = backend.available_memory()
+    available = backend.available_memory() - beside
     plan = plan_load(network, stored, options, tokens, cache)
     if plan.total <= available:
         return
@@ -80,11 +82,14 @@ def refuse_what_cannot_fit(
         *([f"a shorter context than {context:,} may fit"] if context else []),
         _ready_model(available),
     ]
-    if plan.total <= backend.memory_limit():
+    if plan.total <= available + beside:
+        ways.append("so it would without a draft model")
+    if plan.total <= backend.memory_limit() - beside:
         ways.append("closing other programs would make room")
     raise Qwen3Error(
         f"{name} does not fit: {plan} with {tokens:,} tokens; "
-        f"this machine can give {in_gb(available)}; {'; '.join(ways)}"
+        f"this machine can give {in_gb(available)}"
+        f"{' beside the draft model' if beside else ''}; {'; '.join(ways)}"
     )
 
 

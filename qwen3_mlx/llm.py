@@ -17,9 +17,8 @@ from qwen3_mlx.asking import Asked, Options
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.conversation import Conversation, read_messages
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import (
-    SamplingParams,
-)
+from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -56,6 +55,7 @@ class LLM:
         worker: Worker,
         context: int | None = None,
         disk: DiskPrefixes | None = None,
+        speculator: Speculator | None = None,
     ) -> None:
         self.config = model.config
         self.tokenizer = words.tokenizer
@@ -63,7 +63,14 @@ class LLM:
         self._worker = worker
         # A model may be made for fewer ids than its tokenizer knows, but never chooses others.
         vocabulary = min(len(words.tokenizer), self.config.vocab_size)
-        engine = Engine(model, worker, vocabulary=vocabulary, context=context, disk=disk)
+        engine = Engine(
+            model,
+            worker,
+            vocabulary=vocabulary,
+            context=context,
+            disk=disk,
+            speculator=speculator,
+        )
         self.context = engine.context
         self._replies: Replies | None = Replies(words, engine)
         self._shut = weakref.finalize(self, _shut_down, worker)

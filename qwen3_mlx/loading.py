@@ -1,6 +1,7 @@
 """From a name to an `LLM`: what is found is checked, fetched, read and put together."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from threading import Event as Flag
@@ -9,18 +10,21 @@ from typing import Any
 from qwen3_mlx import backend
 from qwen3_mlx.asking import Progress
 from qwen3_mlx.cache.disk import DiskPrefixes
-from qwen3_mlx.cache.quantized import cache_format
+from qwen3_mlx.cache.quantized import CacheFormat, cache_format
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.identity import identity
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, weight_names
+from qwen3_mlx.engine.drafting import DraftModel
+from qwen3_mlx.engine.memory import FormatOf, Plan
 from qwen3_mlx.engine.params import sampling_defaults
 from qwen3_mlx.engine.runner import warm_up
+from qwen3_mlx.engine.speculative import Costs, Speculator, costs_of
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import read_json
-from qwen3_mlx.fit import refuse_what_cannot_fit
+from qwen3_mlx.fit import plan_load, refuse_what_cannot_fit
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import stretched
@@ -30,6 +34,8 @@ from qwen3_mlx.text.grammar import Grammars
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
+
+NGRAM = "ngram"  # a way to draft without a model
 
 
 def load(  # noqa: PLR0913 - one keyword a choice
@@ -42,6 +48,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
     dequantize: bool | None = None,
     context: int | None = None,
     kv_bits: int | str | None = None,
+    draft: str | Path | None = None,
     prompt_cache: str | Path | None = None,
     prompt_cache_gb: float = 8,
     progress: Progress | None = None,
@@ -61,6 +68,9 @@ def load(  # noqa: PLR0913 - one keyword a choice
             published for; the quality of short texts may suffer from it.
         kv_bits: keep keys and values of what has been read in 8 bits, "k8v4" (keys 8, values 4) or
             4 bits, for longer contexts in the same memory; None keeps them in `dtype`.
+        draft: verify several proposed tokens in one pass, which changes no reply: "ngram" proposes
+            what followed the same words before; the folder or name of a smaller checkpoint of the
+            family, such as Qwen/Qwen3-0.6B for Qwen/Qwen3-8B, has that one propose, too.
         prompt_cache: a folder where long prompts are kept as they have been read, so that they need
             not be read again after a restart; models may share it.
         prompt_cache_gb: the most that all of them may take there, in GB.
@@ -76,15 +86,23 @@ def load(  # noqa: PLR0913 - one keyword a choice
     options = LoadOptions(
         backend.compute_dtype(dtype), None if bits is None else wanted, dequantize
     )
-    place = Source(str(files("qwen3_mlx") / "demo" if source is None else source), revision)
-    folder = place.fetch(DESCRIPTION_FILES)
-    config = read_json(folder / "config.json")
-    if context is not None:
-        config = stretched(config, context)
+    demo = str(files("qwen3_mlx") / "demo")
+    target = _Found.at(demo if source is None else source, options, kv_bits, revision, context)
+    small = None if draft in (None, NGRAM) else _Found.at(draft, options, kv_bits)
     # What cannot be run, or does not fit, is refused before gigabytes are fetched.
-    network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
-    form = cache_format(kv_bits, network.head_dim)
-    refuse_what_cannot_fit(place.name, network, stored, options, context, form)
+    beside = small.plan(context).held if small else 0
+    refuse_what_cannot_fit(
+        target.place.name,
+        target.network,
+        target.stored,
+        target.options,
+        context,
+        target.cache,
+        beside,
+    )
+    tokenizer = Tokenizer(target.folder / "tokenizer.json")
+    if small:
+        _refuse_another_family(small, target, tokenizer)
     abandoned = Flag()
 
     def follow(done: int, total: int) -> None:
@@ -93,28 +111,87 @@ def load(  # noqa: PLR0913 - one keyword a choice
         if progress:
             progress(done, total)
 
-    def read_weights() -> Qwen3:
+    folder = target.fetch()
+    small_folder = small.fetch() if small else None
+
+    def read_weights() -> tuple[Qwen3, Speculator | None]:
         backend.limit_cache()
-        backend.suit_threads(network.hidden_size)
-        model = load_model(config, Weights(folder), options, follow)
-        model.cache_format = form
+        backend.suit_threads(target.network.hidden_size)
+        model = target.read(folder, follow)
+        speculator = None
+        if draft is not None:
+            drafting = None
+            if small and small_folder:
+                drafting = DraftModel(small.read(small_folder, follow))
+            costs = Costs(costs_of(backend.architecture()))
+            speculator = Speculator(target.network, costs, drafting)
         backend.wire_weights()
         if backend.on_gpu():  # which builds its kernels at their first use
             warm_up(model)
-        return model
+        return model, speculator
 
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    folder = place.fetch(weight_names(folder) or ["model.safetensors"])
-    held_as = (options, form, backend.on_gpu())
-    disk = _open_disk(prompt_cache, prompt_cache_gb, folder, config, held_as)
+    held_as = (target.options, target.cache, backend.on_gpu())
+    disk = _open_disk(prompt_cache, prompt_cache_gb, folder, target.config, held_as)
     worker = Worker()
     try:
-        model = worker.call(read_weights)
-        return LLM(model, _words_of(folder, config, tokenizer), worker, context, disk)
+        model, speculator = worker.call(read_weights)
+        words = _words_of(folder, target.config, tokenizer)
+        return LLM(model, words, worker, context, disk, speculator)
     except BaseException:
         abandoned.set()
         worker.stop()
         raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A checkpoint of which all but the weights is there, and how those shall lie in memory."""
+
+    place: Source
+    folder: Path
+    config: Mapping[str, Any]
+    network: ModelConfig
+    stored: FormatOf | None
+    options: LoadOptions
+    cache: CacheFormat
+
+    @classmethod
+    def at(
+        cls,
+        source: str | Path,
+        options: LoadOptions,
+        kv_bits: int | str | None,
+        revision: str | None = None,
+        context: int | None = None,
+    ) -> "_Found":
+        place = Source(str(source), revision)
+        folder = place.fetch(DESCRIPTION_FILES)
+        config = read_json(folder / "config.json")
+        if context is not None:
+            config = stretched(config, context)
+        network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
+        cache = cache_format(kv_bits, network.head_dim)
+        return cls(place, folder, config, network, stored, options, cache)
+
+    def plan(self, context: int | None) -> Plan:
+        return plan_load(self.network, self.stored, self.options, context, self.cache)
+
+    def fetch(self) -> Path:
+        return self.place.fetch(weight_names(self.folder) or ["model.safetensors"])
+
+    def read(self, folder: Path, progress: Progress) -> Qwen3:
+        model = load_model(self.config, Weights(folder), self.options, progress)
+        model.cache_format = self.cache
+        return model
+
+
+def _refuse_another_family(small: _Found, target: _Found, tokenizer: Tokenizer) -> None:
+    knows = Tokenizer(small.folder / "tokenizer.json").knows_all_of(tokenizer)
+    if not knows or small.network.vocab_size < target.network.vocab_size:
+        raise CheckpointError(
+            f"draft: {small.place.name} has other tokens than {target.place.name}; "
+            f"take a smaller model of its family, or draft={NGRAM!r}"
+        )
 
 
 def _check(context: object, dequantize: object, prompt_cache_gb: float) -> None:

@@ -163,7 +163,14 @@ class Replies:
             )
             calls = parser.called and outcome.reason == "stop"
             reason = "tool_calls" if calls else outcome.reason
-            tell(Finish(reason, usage, parser.details | steering.details | task.details))
+            details = parser.details | steering.details | task.details
+            if self.engine.speculates:
+                details |= {
+                    "forward_passes": str(outcome.passes),
+                    "drafted_tokens": str(outcome.proposed),
+                    "accepted_tokens": str(outcome.accepted),
+                }
+            tell(Finish(reason, usage, details))
             if asked.idle and reason in ("stop", "length"):
                 self._read_ahead(task, said.message(), len(ids))
 

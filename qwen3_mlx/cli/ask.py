@@ -14,6 +14,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.cli.console import Bar, note, stderr_text
 from qwen3_mlx.cli.options import (
     Bits,
+    Draft,
     Dtype,
     KvBits,
     Model,
@@ -48,6 +49,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
     bits: Bits = None,
     dtype: Dtype = None,
     kv_bits: KvBits = None,
+    draft: Draft = None,
     prompt_cache: PromptCache = None,
     system: Annotated[
         str | None, option("--system", "-s", panel=_REPLY, text="A system prompt.")
@@ -121,6 +123,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
             bits=bits,
             dtype=dtype,
             kv_bits=kv_bits,
+            draft=full_name(draft),
             prompt_cache=prompt_cache,
             progress=bar,
         )

@@ -17,7 +17,7 @@ import typer
 
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.cli.console import Bar, note
-from qwen3_mlx.cli.options import Context, KvBits, Model, PromptCache, full_name
+from qwen3_mlx.cli.options import Context, Draft, KvBits, Model, PromptCache, full_name
 from qwen3_mlx.cli.screen import Screen, enter_key
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Finish, Usage
@@ -80,6 +80,7 @@ def chat(  # noqa: PLR0913 - one parameter an option
     ] = None,
     context: Context = None,
     kv_bits: KvBits = None,
+    draft: Draft = None,
     prompt_cache: PromptCache = None,
     seed: Annotated[
         int | None,
@@ -103,6 +104,7 @@ def chat(  # noqa: PLR0913 - one parameter an option
             full_name(model),
             context=context,
             kv_bits=kv_bits,
+            draft=full_name(draft),
             prompt_cache=prompt_cache,
             progress=bar,
         )

@@ -51,6 +51,14 @@ KvBits = Annotated[
     str | None,
     option("--kv-bits", panel=_MODEL, text="Keep what has been read in 8, k8v4 or 4 bits."),
 ]
+Draft = Annotated[
+    str | None,
+    option(
+        "--draft",
+        panel=_MODEL,
+        text="Fewer passes, same reply: ngram, or a smaller model, as 0.6B beside 8B.",
+    ),
+]
 PromptCache = Annotated[
     Path | None,
     option(

@@ -16,6 +16,7 @@ from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.options import (
     Bits,
     Context,
+    Draft,
     Dtype,
     KvBits,
     Model,
@@ -36,6 +37,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     bits: Bits = None,
     dtype: Dtype = None,
     kv_bits: KvBits = None,
+    draft: Draft = None,
     prompt_cache: PromptCache = None,
     context: Context = None,
     name: Annotated[
@@ -141,6 +143,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
             bits=bits,
             dtype=dtype,
             kv_bits=kv_bits,
+            draft=full_name(draft),
             prompt_cache=prompt_cache,
             context=context,
             progress=bar,

@@ -112,6 +112,11 @@ class Engine:
         self._landed: float | None = None  # when, if the next step follows at once
         self._building: Sequence[Running] = ()  # those whose caches the step being built writes
 
+    @property
+    def speculates(self) -> bool:
+        """Whether more than a token may come of a pass."""
+        return self._speculator is not None
+
     # --- from any thread ------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:

@@ -84,6 +84,11 @@ class Plan:
         """The sum."""
         return self.weights + self.cache + self.activations + self.reserve
 
+    @property
+    def held(self) -> int:
+        """What stays: weights and cache."""
+        return self.weights + self.cache
+
     def __str__(self) -> str:
         terms = {
             "weights": self.weights,

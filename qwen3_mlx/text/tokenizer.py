@@ -46,6 +46,13 @@ class Tokenizer:
             count = 1 + max(self._inner.get_vocab(with_added_tokens=True).values())
         return count
 
+    def knows_all_of(self, other: "Tokenizer") -> bool:
+        """Say whether each token of another tokenizer has the same id here."""
+        own, others = (
+            tokenizer._inner.get_vocab(with_added_tokens=True) for tokenizer in (self, other)
+        )
+        return bool(others.items() <= own.items())
+
     def encode(self, text: str) -> list[int]:
         """Give the ids of `text`; the names of special tokens in it become those tokens.
 
