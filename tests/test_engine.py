@@ -97,7 +97,7 @@ def engine_of(model: Qwen3, way: str = "plain", **options: Any) -> Engine:
 class Free(Costs):
     """Has every proposal pay that may come true at all."""
 
-    def of(self, rows: int) -> float:
+    def of(self, rows: int, *, waited: bool) -> float:
         return 1 + rows * 1e-6
 
 

@@ -49,6 +49,7 @@ class Flight:
     choosing: Sequence[Running]  # by row; who has a proposal has several rows, side by side
     touched: Sequence[Running]  # whose caches are written
     tokens: mx.array | None  # [N], those chosen
+    waited: bool  # whether it was built only when the one before it had been told
     size: int  # tokens that it goes over
     chunk: int  # those of prompts among them
     arrays: list[mx.array]  # all that must be there when it is done
@@ -309,6 +310,7 @@ class Engine:
             choosing,
             self._building,
             tokens,
+            self._flight is None,
             ids.size,
             chunk,
             arrays,
@@ -450,7 +452,7 @@ class Engine:
             self._scheduler.observe(flight.chunk, now - flight.submitted)
             mx.clear_cache()
         elif self._speculator and self._landed is not None:
-            self._speculator.took(flight.size, now - self._landed)
+            self._speculator.took(flight.size, now - self._landed, waited=flight.waited)
         self._landed = None if flight.chunk else now
         return values
 

@@ -4,9 +4,8 @@ Only ids here, and no network: prompts and replies repeat names, code and figure
 do, the next tokens can be read off from where they stood last.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-_LEAST = 2  # tokens that must be the same for a place to count
 _LONGEST = 32  # tokens that are compared
 _PLACES = 8  # earlier places that are looked at
 _AT_ONCE = 4096  # tokens indexed in one go: a few milliseconds
@@ -20,8 +19,7 @@ class Lookup:
         self.length = 0  # of the match: tokens before its place that are the last ones, too
         self._ids = ids
         self._place = 0  # where what may come next stood before
-        self._last: dict[tuple[int, int], int] = {}  # where each two tokens ended last
-        self._before: list[int] = []  # by place: where the two tokens that end there ended before
+        self._chains = _Chain(1), _Chain(2)
 
     @property
     def next(self) -> int | None:
@@ -30,25 +28,17 @@ class Lookup:
 
     def read_on(self) -> None:
         """Index more of the ids, and find the match for the last ones once all are."""
-        ids, start = self._ids, len(self._before)
-        if start == len(ids):
+        start = len(self._chains[0])
+        if start == len(self._ids):
             return
-        for place in range(start, min(len(ids), start + _AT_ONCE)):
-            pair = (ids[place - 1], ids[place]) if place else (-1, ids[0])
-            self._before.append(self._last.get(pair, -1))
-            self._last[pair] = place
+        for chain in self._chains:
+            chain.extend(self._ids, min(len(self._ids), start + _AT_ONCE))
         self._match()
 
     def forget(self, count: int) -> None:
         """Take the last `count` ids out; called before they go."""
-        for place in range(len(self._ids) - 1, len(self._ids) - 1 - count, -1):
-            if place < len(self._before):
-                before = self._before.pop()
-                pair = (self._ids[place - 1], self._ids[place]) if place else (-1, self._ids[0])
-                if before < 0:
-                    del self._last[pair]
-                else:
-                    self._last[pair] = before
+        for chain in self._chains:
+            chain.cut(self._ids, len(self._ids) - count)
         self.length = 0
 
     def propose(self, count: int) -> list[int]:
@@ -63,17 +53,55 @@ class Lookup:
 
     def _match(self) -> None:
         """Find the place before which most of the last tokens stood, the latest of equals."""
-        self.length, ids = 0, self._ids
-        end = len(self._before) - 1
-        if end != len(ids) - 1:
+        self.length, ids, end = 0, self._ids, len(self._ids) - 1
+        if len(self._chains[0]) <= end:
             return
-        place = self._before[end] if self._before else -1
+        for chain in reversed(self._chains):
+            for place in chain.before(end):
+                length = chain.width
+                while (
+                    length < min(_LONGEST, place + 1) and ids[place - length] == ids[end - length]
+                ):
+                    length += 1
+                if length > self.length:
+                    self.length, self._place = length, place + 1
+            if self.length:
+                return
+
+
+class _Chain:
+    """By place, where the `width` tokens that end there ended before; the last of each, by them."""
+
+    def __init__(self, width: int) -> None:
+        self.width = width
+        self._last: dict[tuple[int, ...], int] = {}
+        self._before: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._before)
+
+    def extend(self, ids: Sequence[int], stop: int) -> None:
+        for place in range(len(self), stop):
+            gram = self._gram(ids, place)
+            self._before.append(self._last.get(gram, -1))
+            self._last[gram] = place
+
+    def cut(self, ids: Sequence[int], stop: int) -> None:
+        for place in range(len(self) - 1, stop - 1, -1):
+            before, gram = self._before.pop(), self._gram(ids, place)
+            if before < 0:
+                del self._last[gram]
+            else:
+                self._last[gram] = before
+
+    def before(self, place: int) -> Iterator[int]:
+        """Give the places where the tokens that end at `place` ended before, the latest first."""
         for _ in range(_PLACES):
+            place = self._before[place]
             if place < 0:
                 return
-            length = _LEAST
-            while length < min(_LONGEST, place + 1) and ids[place - length] == ids[end - length]:
-                length += 1
-            if length > self.length:
-                self.length, self._place = length, place + 1
-            place = self._before[place]
+            yield place
+
+    def _gram(self, ids: Sequence[int], place: int) -> tuple[int, ...]:
+        """Give the tokens that end at a place; fewer at the beginning."""
+        return tuple(ids[max(0, place + 1 - self.width) : place + 1])

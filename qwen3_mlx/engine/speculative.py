@@ -34,12 +34,14 @@ _OLD = {1: 1.0, 2: 2.0, 6: 6.0, 16: 6.0, 32: 6.0}
 _M3_ULTRA = {1: 1.0, 2: 1.7, 4: 2.3, 8: 6.1}
 _M3_M4 = {1: 1.0, 2: 1.11, 3: 1.31, 4: 1.45, 6: 1.98, 8: 2.45}
 _M5 = {1: 1.0, 3: 1.11, 5: 1.45, 6: 1.7, 8: 2.2}
-_CPU = {1: 1.0, 2: 1.5, 4: 1.7, 8: 2.2}  # measured, float32 with OpenBLAS
+_CPU = {1: 1.0, 2: 1.1, 4: 1.25, 8: 1.3}  # measured: float32, OpenBLAS on two cores
 _FIRST_OF_APPLE, _M3, _M5_GENERATION = 13, 15, 17
 
 _WIDE_CONTEXT = 4096  # tokens; kernels for many queries do not share out a longer one's keys
-_WORTH = 1.05  # how much faster it must promise to be
-_PRIOR_RATE, _PRIOR_WEIGHT = 0.6, 4.0  # of proposals that came true, before any has been seen
+_WORTH = 1.1  # how much faster it must promise to be
+_PRIOR_RATE, _PRIOR_WEIGHT = 0.6, 4.0  # of drafts that came true, before any has been seen
+_PRIOR_RATES = {1: 0.3, 2: 0.5, 3: 0.7}  # of lookup, by the digits of the match's length in binary
+_PRIOR_OF_LONG = 0.8
 _MEMORY = 0.98  # how much a new observation leaves of those before
 _SECONDS_MEMORY = 0.8
 _STALE = 500  # steps after which a width that was not measured again is thought anew of
@@ -61,38 +63,46 @@ def costs_of(architecture: str) -> Mapping[int, float]:
 
 
 class Costs:
-    """What passes of so many rows take: measured, and where not yet, as the table has it."""
+    """What steps of so many rows take: measured, and where not yet, as the table has it.
+
+    A step that `waited` was built only when the one before it had been told.
+    """
 
     def __init__(self, table: Mapping[int, float]) -> None:
         self.table = table
-        self._seconds: dict[int, float] = {}
-        self._seen: dict[int, int] = {}  # when each was measured last; 0: once, with its set-up
+        self._seconds: dict[tuple[bool, int], float] = {}
+        self._seen: dict[tuple[bool, int], int] = {}  # by number of the step: when it was measured
         self._steps = 0
-
-    def observe(self, rows: int, seconds: float) -> None:
-        """Take note of a pass."""
-        self._steps += 1
-        before = self._seconds.get(rows)
-        if before is not None:
-            seconds = min(seconds, 3 * before)  # the machine had something else to do
-            seconds = _SECONDS_MEMORY * before + (1 - _SECONDS_MEMORY) * seconds
-        if before is not None or rows in self._seen:
-            self._seconds[rows] = seconds
-        self._seen[rows] = self._steps
-        for other in [r for r in self._seconds if self._steps - self._seen[r] > _STALE]:
-            del self._seconds[other]
 
     @property
     def measured(self) -> bool:
         """Whether `of` gives seconds."""
         return bool(self._seconds)
 
-    def of(self, rows: int) -> float:
-        """Give the seconds of a pass, or, where none was measured, in passes of one row."""
-        if not self._seconds or rows in self._seconds:
-            return self._seconds.get(rows) or self._expected(rows)
-        nearest = min(self._seconds, key=lambda measured: abs(measured - rows))
-        return self._seconds[nearest] * self._expected(rows) / self._expected(nearest)
+    def observe(self, rows: int, seconds: float, *, waited: bool) -> None:
+        """Take note of a step."""
+        self._steps += 1
+        kind = waited, rows
+        before = self._seconds.get(kind)
+        if before is not None:
+            seconds = min(seconds, 3 * before)  # the machine had something else to do
+            seconds = _SECONDS_MEMORY * before + (1 - _SECONDS_MEMORY) * seconds
+        if kind in self._seen:  # the first also sets up what such a step needs
+            self._seconds[kind] = seconds
+        self._seen[kind] = self._steps
+        for other in [one for one in self._seconds if self._steps - self._seen[one] > _STALE]:
+            del self._seconds[other]
+
+    def of(self, rows: int, *, waited: bool) -> float:
+        """Give the seconds of a step, or, where none was measured, in passes of one row."""
+        expected = self._expected(rows)
+        if not self._seconds:
+            return expected
+        if (waited, rows) in self._seconds:
+            return self._seconds[waited, rows]
+        alike = [one for one in self._seconds if one[0] == waited] or list(self._seconds)
+        nearest = min(alike, key=lambda one: abs(one[1] - rows))
+        return self._seconds[nearest] * expected / self._expected(nearest[1])
 
     def _expected(self, rows: int) -> float:
         low = max(known for known in self.table if known <= rows)
@@ -107,8 +117,13 @@ class Costs:
 class Rate:
     """How often a proposed token was the one that came, of late."""
 
-    hits: float = _PRIOR_RATE * _PRIOR_WEIGHT
+    hits: float
     tries: float = _PRIOR_WEIGHT
+
+    @classmethod
+    def believed(cls, share: float) -> "Rate":
+        """Begin with what is believed."""
+        return cls(share * _PRIOR_WEIGHT)
 
     def observe(self, *, hit: bool) -> None:
         """Take note of a token that was proposed, or would have been."""
@@ -123,11 +138,17 @@ class Rate:
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How many tokens to propose, and the tokens a second that this promises."""
+    """How many tokens to propose, and what a step with them promises: tokens, in seconds."""
 
     count: int
-    yields: float
+    rate: float  # of proposals that come true
+    tokens: float
+    seconds: float
     drafted: bool = False  # by the draft model
+
+    @property
+    def speed(self) -> float:
+        return self.tokens / self.seconds
 
 
 class Speculator:
@@ -140,7 +161,7 @@ class Speculator:
         self._most = most_queries(config.num_attention_heads, config.num_key_value_heads)
         self._size = count_weights(config)
         self._rates: dict[int, Rate] = {}  # of lookup, by the length of the match
-        self._draft_rate = Rate()
+        self._draft_rate = Rate.believed(_PRIOR_RATE)
         self._drafted: dict[Running, int] = {}  # in the step in work
         self._pause, self._waited = _FIRST_PAUSE, 0
 
@@ -154,8 +175,18 @@ class Speculator:
         return self.draft.make_cache() if self.draft else []
 
     def willing(self, sequence: Running, rows: int) -> bool:
-        """Say whether to wait for the token on its way, so as to propose what follows it."""
-        return self._plan(sequence, rows - 1).count > 0
+        """Say whether to wait for the token on its way, so as to propose what follows it.
+
+        `rows` are those of the step that would not wait. What lookup would propose begins with the
+        token on its way, so it will be proposed if that one is right.
+        """
+        plan = self._plan(sequence, rows - 1)
+        if not plan.count:
+            return False
+        right = 1.0 if plan.drafted else plan.rate
+        tokens = right * plan.tokens + (1 - right) * rows
+        seconds = right * plan.seconds + (1 - right) * self._costs.of(rows, waited=True)
+        return tokens / seconds > _WORTH * rows / self._costs.of(rows, waited=False)
 
     def propose(self, sequences: Sequence[Running], rows: int) -> dict[Running, list[int]]:
         """Give what is proposed to go on with, for some of `sequences`.
@@ -190,42 +221,44 @@ class Speculator:
                 self._draft_rate.observe(hit=place < accepted)
             self._pause = _FIRST_PAUSE if accepted else min(2 * self._pause, _LONGEST_PAUSE)
 
-    def took(self, rows: int, seconds: float) -> None:
-        """Take note of what a step of so many rows took, the host's work included."""
-        self._costs.observe(rows, seconds)
+    def took(self, rows: int, seconds: float, *, waited: bool) -> None:
+        """Take note of what a step took, the host's work included."""
+        self._costs.observe(rows, seconds, waited=waited)
 
     def _rate_of(self, sequence: Running) -> Rate:
-        return self._rates.setdefault(sequence.lookup.length.bit_length(), Rate())
+        digits = sequence.lookup.length.bit_length()
+        if digits not in self._rates:
+            self._rates[digits] = Rate.believed(_PRIOR_RATES.get(digits, _PRIOR_OF_LONG))
+        return self._rates[digits]
 
     def _plan(self, sequence: Running, others: int) -> _Plan:
         """Weigh the ways to go on with a sequence, beside `others` rows of a step."""
-        best = _Plan(0, (others + 1) / self._costs.of(others + 1) * _WORTH)
+        plans = [_Plan(0, 0.0, others + 1, self._costs.of(others + 1, waited=True))]
         most = min(
             sequence.request.max_tokens - sequence.told - 1,
             sequence.room - len(sequence.ids) - 1,
         )
         if most < 1:
-            return best
-        plans = [best]
+            return plans[0]
         if sequence.lookup.length:
             plans += self._plans(sequence, self._rate_of(sequence).share, others, most)
         if self.draft:
             if self._waited >= self._pause:
-                return _Plan(min(_TRIAL, most), 0.0, drafted=True)
-            seconds = self._costs.of(1) * self.draft.size / self._size
+                return _Plan(min(_TRIAL, most), 1.0, 1.0, 1e-9, drafted=True)
+            each = self._costs.of(1, waited=True) * self.draft.size / self._size
             if self._costs.measured and self.draft.seconds:
-                seconds = self.draft.seconds
-            plans += self._plans(sequence, self._draft_rate.share, others, most, seconds)
-        return max(plans, key=lambda plan: plan.yields)
+                each = self.draft.seconds
+            plans += self._plans(sequence, self._draft_rate.share, others, most, each)
+        return max(plans, key=lambda plan: plan.speed)
 
     def _plans(
-        self, sequence: Running, rate: float, others: int, most: int, seconds: float = 0.0
+        self, sequence: Running, rate: float, others: int, most: int, each: float = 0.0
     ) -> Iterator[_Plan]:
-        """Give plans for proposals that come true at `rate`; a draft takes `seconds` a token."""
-        wide = not seconds and len(sequence.ids) <= _WIDE_CONTEXT
+        """Give plans for proposals that come true at `rate`; a draft takes `each` seconds."""
+        wide = not each and len(sequence.ids) <= _WIDE_CONTEXT
         for width in self._costs.table:
             if 1 < width <= self._most or (width > FEW_QUERIES and wide):
                 count = min(width - 1, most)
-                tokens = sum(rate**place for place in range(count + 1))
-                taken = self._costs.of(others + 1 + count) + seconds * count
-                yield _Plan(count, (others + tokens) / taken, drafted=seconds > 0)
+                tokens = others + sum(rate**place for place in range(count + 1))
+                seconds = self._costs.of(others + 1 + count, waited=True) + each * count
+                yield _Plan(count, rate, tokens, seconds, drafted=each > 0)

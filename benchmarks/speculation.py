@@ -1,0 +1,169 @@
+"""What speculation brings: python -m benchmarks.speculation
+
+Forward passes and seconds with and without it, by the same engine in the same run; what comes of it
+is compared token by token. Copying: the demo repeats lists, turn after turn, and a network of six
+layers of Qwen3-0.6B's shape, random, goes in circles. Nothing to copy: tokens drawn from a tiny
+random network. With a draft model: sums by the demo, which its own 4-bit conversion drafts.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from random import Random
+
+from qwen3_mlx import backend  # first: the BLAS
+
+# isort: split
+
+import mlx.core as mx
+
+from benchmarks.graph import our_model
+from qwen3_mlx import convert, load
+from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.speculative import Costs, Speculator, costs_of
+from qwen3_mlx.llm import LLM
+from qwen3_mlx.loading import NGRAM
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.published import published_config
+from qwen3_mlx.model.qwen3 import Qwen3
+
+_GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
+_WORDS = "red green blue black white apple river stone cloud tree house bird".split()
+_CONVERSATIONS, _TURNS, _SUMS = 10, 5, 20
+_CIRCLING, _DRAWN = 192, 2000  # tokens
+_REPEATS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What some work took: the tokens that came of it, one by one, passes and seconds."""
+
+    tokens: list[object]
+    passes: int
+    proposed: int
+    accepted: int
+    seconds: float
+
+
+Run = Callable[[], Work]
+
+
+def main() -> None:
+    """Do each piece of work without and with speculation, and print the table."""
+    facts = backend.describe()
+    print(f"{facts['device']}, BLAS {facts['blas']}, {time.strftime('%Y-%m-%d')}\n")
+    print(f"{'':34}{'tokens':>8}{'passes':>8}{'a pass':>8}{'accepted':>10}{'faster':>9}")
+    for name, plain, fast in works():
+        _show(name, plain, fast)
+
+
+def works() -> Iterator[tuple[str, Run, Run]]:
+    """Give each piece of work: its name, and how to do it without speculation and with it."""
+    with tempfile.TemporaryDirectory() as scratch, load() as llm, load(draft=NGRAM) as fast:
+        yield "lists repeated, turn after turn", lambda: repeat(llm), lambda: repeat(fast)
+        small = Path(scratch) / "demo-4bit"
+        convert(str(files("qwen3_mlx") / "demo"), small, bits=4)
+        yield "sums with thinking", lambda: add(llm), lambda: add(fast)
+        with load(draft=small) as drafting:
+            yield "the same, 4-bit draft model", lambda: add(llm), lambda: add(drafting)
+    shape = {**published_config("0.6B"), "num_hidden_layers": 6}
+    mx.random.seed(0)
+    wide = Qwen3(ModelConfig.from_dict(shape))
+    mx.eval(wide.parameters())
+    yield "going in circles, 0.6B's shape", *_pair(wide, _GREEDY, _CIRCLING)
+    yield "nothing to copy, tiny", *_pair(our_model(4), NEUTRAL, _DRAWN)
+
+
+def repeat(llm: LLM) -> Work:
+    """Have the demo repeat lists, each a few times."""
+
+    def details() -> Iterator[tuple[str, int, dict[str, str]]]:
+        rng = Random(1)
+        for seed in range(_CONVERSATIONS):
+            conversation = llm.conversation(thinking=False, seed=seed, idle=False)
+            items = " ".join(rng.sample(_WORDS, 6))
+            for _ in range(_TURNS):
+                reply = conversation.chat(f"Repeat: {items}")
+                yield reply.text, reply.usage.completion_tokens, reply.details
+
+    return _sum(details())
+
+
+def add(llm: LLM) -> Work:
+    """Have the demo add numbers, and think before it answers."""
+
+    def details() -> Iterator[tuple[str, int, dict[str, str]]]:
+        rng = Random(2)
+        for seed in range(_SUMS):
+            a, b = rng.randint(100, 9999), rng.randint(100, 9999)
+            reply = llm.chat(f"What is {a} + {b}?", thinking=True, seed=seed)
+            yield reply.reasoning + reply.text, reply.usage.completion_tokens, reply.details
+
+    return _sum(details())
+
+
+def _sum(replies: Iterator[tuple[str, int, dict[str, str]]]) -> Work:
+    texts: list[object] = []
+    passes = proposed = accepted = 0
+    started = time.perf_counter()
+    for text, tokens, details in replies:
+        texts += [text] + [None] * (tokens - 1)
+        passes += int(details.get("forward_passes", tokens))
+        proposed += int(details.get("drafted_tokens", 0))
+        accepted += int(details.get("accepted_tokens", 0))
+    return Work(texts, passes, proposed, accepted, time.perf_counter() - started)
+
+
+def _pair(model: Qwen3, sampling: SamplingParams, count: int) -> tuple[Run, Run]:
+    return lambda: generate(model, sampling, count), lambda: generate(
+        model, sampling, count, Speculator(model.config, Costs(costs_of(backend.architecture())))
+    )
+
+
+def generate(
+    model: Qwen3, sampling: SamplingParams, count: int, speculator: Speculator | None = None
+) -> Work:
+    """Have a model go on with a few tokens."""
+    engine = Engine(model, vocabulary=model.config.vocab_size, speculator=speculator)
+    tokens, ends = list[object](), list[Outcome | BaseException]()
+
+    class Watcher:
+        finished = False
+
+        def advance(self, ids: object) -> None:
+            tokens.extend(ids)  # type: ignore[arg-type]
+
+        def rewind(self, count: int) -> None:
+            raise NotImplementedError
+
+    request = Request(list(range(64)), sampling, count, 0, frozenset(), Watcher(), ends.append)
+    started = time.perf_counter()
+    engine.submit(request)
+    while engine.step():
+        pass
+    seconds = time.perf_counter() - started
+    (end,) = ends
+    assert isinstance(end, Outcome)
+    return Work(tokens, end.passes, end.proposed, end.accepted, seconds)
+
+
+def _show(name: str, plain: Run, fast: Run) -> None:
+    """Do both a few times, in turn; the quickest of each counts."""
+    runs = [(plain(), fast()) for _ in range(_REPEATS)]
+    if any(slow.tokens != quick.tokens for slow, quick in runs):
+        raise SystemExit(f"{name}: speculation changed what came of it")
+    slow, quick = (min(one, key=lambda work: work.seconds) for one in zip(*runs, strict=True))
+    share = f"{quick.accepted}/{quick.proposed}"
+    print(
+        f"{name:34}{len(quick.tokens):>8,}{quick.passes:>8,}"
+        f"{len(quick.tokens) / quick.passes:>8.2f}{share:>10}{slow.seconds / quick.seconds:>8.2f}x",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
