@@ -22,9 +22,10 @@ import mlx.core as mx
 
 from benchmarks.graph import our_model
 from qwen3_mlx import convert, load
+from qwen3_mlx.engine.costs import Costs, costs_of
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
-from qwen3_mlx.engine.speculative import Costs, Speculator, costs_of
+from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.loading import NGRAM
 from qwen3_mlx.model.config import ModelConfig

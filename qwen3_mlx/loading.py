@@ -16,11 +16,12 @@ from qwen3_mlx.checkpoint.identity import identity
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, weight_names
+from qwen3_mlx.engine.costs import Costs, costs_of
 from qwen3_mlx.engine.drafting import DraftModel
 from qwen3_mlx.engine.memory import FormatOf, Plan
 from qwen3_mlx.engine.params import sampling_defaults
 from qwen3_mlx.engine.runner import warm_up
-from qwen3_mlx.engine.speculative import Costs, Speculator, costs_of
+from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import read_json

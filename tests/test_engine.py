@@ -13,13 +13,14 @@ import pytest
 from qwen3_mlx import backend
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
+from qwen3_mlx.engine.costs import Costs, costs_of
 from qwen3_mlx.engine.drafting import DraftModel
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory import RESERVE
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, NORMAL, Outcome, Request, SamplingParams
 from qwen3_mlx.engine.runner import Part, forward, warm_up
 from qwen3_mlx.engine.sampling import Sampler, choose
-from qwen3_mlx.engine.speculative import Costs, Speculator, costs_of
+from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import MOE, TINY, greedy_tokens, make_model, random_ids

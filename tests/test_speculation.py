@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import qwen3_mlx
-from qwen3_mlx.engine.lookup import Lookup
+from qwen3_mlx.engine.costs import Costs, costs_of
+from qwen3_mlx.engine.lookup import Lookup, Rates
 from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.sequence import Sequence as Running
-from qwen3_mlx.engine.speculative import Costs, Speculator, costs_of
+from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.published import SIZES, published
 from tests.support import DEMO
@@ -36,7 +37,7 @@ from tests.test_engine import (
 
 
 def lookup_of(ids: Sequence[int]) -> Lookup:
-    lookup = Lookup(ids)
+    lookup = Lookup(ids, Rates())
     lookup.read_on()
     return lookup
 
@@ -61,7 +62,7 @@ def test_the_longest_match_counts_and_the_latest_of_equals() -> None:
 def test_what_is_taken_back_was_never_there() -> None:
     rng = random.Random(0)
     ids: list[int] = []
-    lookup = Lookup(ids)
+    lookup = Lookup(ids, Rates())
     for _ in range(300):
         if ids and rng.random() < 0.3:
             count = rng.randint(1, min(4, len(ids)))
@@ -76,7 +77,7 @@ def test_what_is_taken_back_was_never_there() -> None:
 
 def test_a_long_prompt_is_indexed_by_and_by() -> None:
     ids = [n % 5000 for n in range(10_000)]
-    lookup = Lookup(ids)
+    lookup = Lookup(ids, Rates())
     for _ in range(3):
         assert lookup.next is None
         lookup.read_on()
@@ -125,13 +126,16 @@ def test_measured_costs_replace_the_table_and_grow_old() -> None:
     assert costs.of(4, waited=True) == pytest.approx(0.2)
 
 
-def running(ids: Sequence[int], max_tokens: int = 1000) -> Running:
+def running(
+    speculator: Speculator, ids: Sequence[int], max_tokens: int = 1000
+) -> tuple[Running, Lookup]:
     client = Client(ids, max_tokens)
     sequence = Running(client.request, 1088, 100_000)
     sequence.room = len(ids) + 256
-    while sequence.lookup.next is None:
-        sequence.lookup.read_on()
-    return sequence
+    sequence.lookup = lookup = speculator.lookup(sequence.ids)
+    while lookup.next is None:
+        lookup.read_on()
+    return sequence, lookup
 
 
 COPYING = [*range(40), *range(40)]
@@ -141,17 +145,22 @@ def proposed(speculator: Speculator, sequence: Running) -> int:
     return len(speculator.propose([sequence], rows=1).get(sequence, []))
 
 
-def test_the_gate_follows_what_comes_true_and_what_it_costs() -> None:
-    config = published("8B")
-    sequence = running(COPYING)
-    speculator = Speculator(config, Costs(costs_of("applegpu_g16s")))
-    assert speculator.willing(sequence, rows=1)
+def see(lookup: Lookup, *, right: bool) -> None:
+    """Let lookup have been right, or wrong, for a while."""
+    assert lookup.next is not None
     for _ in range(60):
-        speculator.compare(sequence, 999)  # nothing comes true
+        lookup.compare(lookup.next if right else lookup.next + 1)
+
+
+def test_the_gate_follows_what_comes_true_and_what_it_costs() -> None:
+    speculator = Speculator(published("8B"), Costs(costs_of("applegpu_g16s")))
+    sequence, lookup = running(speculator, COPYING)
+    assert speculator.willing(sequence, rows=1)
+    see(lookup, right=False)
     assert not speculator.willing(sequence, rows=1)
     assert proposed(speculator, sequence) == 0
-    for _ in range(60):
-        speculator.compare(sequence, sequence.lookup.next or 0)  # seen without proposing
+    see(lookup, right=True)  # while nothing was proposed
+    assert speculator.willing(sequence, rows=1)
     assert proposed(speculator, sequence) >= 3
     for _ in range(50):
         for rows in (1, 2, 3, 4, 6, 8):
@@ -159,16 +168,24 @@ def test_the_gate_follows_what_comes_true_and_what_it_costs() -> None:
     assert proposed(speculator, sequence) == 0
 
 
+def test_waiting_must_pay_too() -> None:
+    speculator = Speculator(published("8B"), Costs(costs_of("applegpu_g16s")))
+    sequence, lookup = running(speculator, COPYING)
+    see(lookup, right=True)
+    for waited, seconds in ((False, 0.01), (True, 0.05)) * 20:
+        speculator.took(1, seconds, waited=waited)
+    assert proposed(speculator, sequence) > 0  # where waiting is over, yes
+    assert not speculator.willing(sequence, rows=1)
+
+
 def test_old_chips_verify_long_copies_or_none() -> None:
-    config = published("8B")
-    speculator = Speculator(config, Costs(costs_of("applegpu_g13g")))
-    sequence = running(COPYING)
+    speculator = Speculator(published("8B"), Costs(costs_of("applegpu_g13g")))
+    sequence, lookup = running(speculator, COPYING)
     assert proposed(speculator, sequence) == 0
-    for _ in range(60):
-        speculator.compare(sequence, sequence.lookup.next or 0)
+    see(lookup, right=True)
     assert proposed(speculator, sequence) == 31
-    longer = running([n % 5000 for n in range(5100)])
-    assert longer.lookup.length == sequence.lookup.length
+    longer, its_lookup = running(speculator, [n % 5000 for n in range(5100)])
+    assert its_lookup.length == lookup.length
     assert proposed(speculator, longer) == 0  # for many queries and keys there is no good kernel
 
 
@@ -178,11 +195,9 @@ def test_proposals_keep_to_the_kernels_limits_and_to_what_is_left(size: str) -> 
     group = config.num_attention_heads // config.num_key_value_heads
     speculator = Speculator(config, Costs({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 6: 1.0, 8: 1.0}))
     for left in (1000, 3, 2, 1):
-        sequence = running(COPYING, max_tokens=left)
+        sequence, _ = running(speculator, COPYING, max_tokens=left)
         count = proposed(speculator, sequence)
-        assert count <= 7 and (count + 1) * group <= 32 and count < left
         assert count == min(left - 1, max(w for w in (2, 3, 4, 6, 8) if w * group <= 32) - 1)
-    sequence = running(COPYING)
     sequence.room = len(COPYING) + 3
     assert proposed(speculator, sequence) <= 2
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.disk import DiskPrefixes
-from qwen3_mlx.cache.prefix import Prefix, PrefixStore, common_prefix
+from qwen3_mlx.cache.prefix import Prefix, PrefixStore
 from qwen3_mlx.engine.chances import Chances
 from qwen3_mlx.engine.memory import Budget, Workload
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, Chance, Outcome, Request, SamplingParams
@@ -242,7 +242,10 @@ class Engine:
             except Empty:
                 return
             try:
-                self._scheduler.add(Running(request, self._vocabulary, self.context))
+                sequence = Running(request, self._vocabulary, self.context)
+                if self._speculator:
+                    sequence.lookup = self._speculator.lookup(sequence.ids)
+                self._scheduler.add(sequence)
             except Exception as error:  # noqa: BLE001 - this request's alone
                 request.done(error)
 
@@ -282,7 +285,7 @@ class Engine:
         choosing, parts, arrays = list[Running](), [], list[mx.array]()
         proposed: dict[int, int] = {}  # by row
         for sequence, length in zip(self._building, lengths, strict=True):
-            if self._speculator:
+            if sequence.lookup:
                 sequence.lookup.read_on()
             last = sequence.ahead == 1 or length == sequence.unread
             proposal = proposals.get(sequence, [])
@@ -462,48 +465,19 @@ class Engine:
     def _take(
         self, sequence: Running, chosen: Sequence[tuple[int, Chance | None]], flight: Flight
     ) -> None:
-        """Take what was chosen: as many tokens as were proposed, and the one that was not."""
-        tokens, proposal = [token for token, _ in chosen], flight.proposals.get(sequence, [])
-        accepted = common_prefix(tokens, proposal)
-        if proposal and self._speculator:
-            self._speculator.observe(sequence, accepted)
-            sequence.proposed += len(proposal)
-            # What was chosen behind the first that differs stands on a token that never came.
-            sequence.forget_beyond(len(sequence.ids) + accepted)
-        taken = 0
-        for token, chance in chosen[: accepted + 1]:
-            sequence.accepted += taken < accepted
-            taken += 1
-            if not self._take_one(sequence, token, chance, masked=sequence in flight.masked):
-                break
-        if taken < len(tokens):
-            sequence.sampler.rewind(mx.array(tokens[taken:]))
-            sequence.forget_beyond(len(sequence.ids) - 1)
-
-    def _take_one(
-        self, sequence: Running, token: int, chance: Chance | None, *, masked: bool
-    ) -> bool:
-        """Take a token that was chosen, and do what its constraint wants after it.
-
-        Gives whether the next is to be chosen as it would be without it; if `masked`, with the mask
-        that was foreseen.
-        """
-        request, constraint = sequence.request, sequence.request.constraint
+        """Have a sequence take what was chosen for it, and see to what comes of that."""
+        proposal, accepted = flight.proposals.get(sequence, ()), sequence.accepted
         try:
-            if request.progress and len(sequence.ids) == len(request.ids):
-                request.progress(len(request.ids), len(request.ids))
-            if self._speculator:
-                self._speculator.compare(sequence, token)
-            if self._accept(sequence, [token], chance):
-                return False
-            if constraint:
-                changed = constraint.unwanted > 0
-                if self._force(sequence) or changed or (constraint.masking and not masked):
-                    self._choose_anew(sequence)
-                    return False
+            goes_on = sequence.take(chosen, proposal, masked=sequence in flight.masked)
         except BaseException as error:  # noqa: BLE001 - this request's alone
             self._end(sequence, error)
-        return not sequence.ended
+            return
+        if proposal and self._speculator:
+            self._speculator.observe(sequence, sequence.accepted - accepted)
+        if sequence.reason:
+            self._end(sequence, sequence.outcome(sequence.reason))
+        elif not goes_on:
+            self._choose_anew(sequence)
 
     def _choose_anew(self, sequence: Running) -> None:
         """Drop the token that the step in work chooses: it goes on from what is no longer so."""
@@ -515,57 +489,18 @@ class Engine:
             sequence.ahead = 0
         sequence.forget_beyond(len(sequence.ids) - 1)
 
-    def _force(self, sequence: Running) -> bool:
-        """Take the tokens that a constraint forces, and say whether there were any."""
-        constraint, any_forced = sequence.request.constraint, False
-        while constraint and not sequence.ended and (forced := constraint.forced()):
-            sequence.forget_beyond(len(sequence.ids))  # a proposal may have been something else
-            self._accept(sequence, forced[: sequence.request.max_tokens - sequence.told])
-            any_forced = True
-        return any_forced
-
-    def _accept(self, sequence: Running, ids: list[int], chance: Chance | None = None) -> bool:
-        """Add tokens to a reply and say whether that ends it."""
-        request, constraint = sequence.request, sequence.request.constraint
-        end = next((place for place, token in enumerate(ids) if token in request.end_ids), None)
-        ids = ids if end is None else ids[: end + 1]
-        sequence.ids += ids
-        if self._speculator:
-            sequence.lookup.read_on()
-        if constraint:
-            constraint.advance(ids)
-            if constraint.unwanted:
-                self._take_back(sequence, constraint.unwanted, new=len(ids))
-                return False
-        if told := ids[:end]:
-            if chance and request.heard:
-                request.heard(chance)
-            request.watcher.advance(told)
-        if end is not None or request.watcher.finished or (constraint and constraint.finished):
-            self._end(sequence, sequence.outcome("stop"))
-        elif sequence.told >= request.max_tokens:
-            self._end(sequence, sequence.outcome("length"))
-        return sequence.ended
-
-    def _take_back(self, sequence: Running, count: int, *, new: int) -> None:
-        """Take back the last `count` tokens, of which the watcher has not heard of `new`."""
-        sequence.sampler.rewind(mx.array(sequence.ids[-count:]))
-        sequence.lookup.forget(count)
-        del sequence.ids[-count:]
-        sequence.forget_beyond(len(sequence.ids))
-        if count > new:
-            sequence.request.watcher.rewind(count - new)
-
     # --- beginnings and ends --------------------------------------------------------------------
 
     def begin(self, job: Running) -> None:
         """Give a sequence its caches, with what is kept of its tokens (see `scheduler.Memory`)."""
         try:
             if job.cached_tokens is None:
-                self._force(job)
+                job.force()
         except Exception as error:  # noqa: BLE001 - this request's alone
             self._end(job, error)
-        if job.ended:
+            return
+        if job.reason:
+            self._end(job, job.outcome(job.reason))
             return
         # The last token is read in any case: its logits are needed, and there is a step to end at.
         most = len(job.ids) - 1

@@ -5,19 +5,64 @@ do, the next tokens can be read off from where they stood last.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 _LONGEST = 32  # tokens that are compared
 _PLACES = 8  # earlier places that are looked at
 _AT_ONCE = 4096  # tokens indexed in one go: a few milliseconds
+# The share of proposals believed to come true, before any has been seen: by the binary digits of
+# the length of the match.
+_BELIEVED = {1: 0.3, 2: 0.5, 3: 0.7}
+_BELIEVED_OF_LONGER, _WEIGHT = 0.8, 4.0
+_MEMORY = 0.98  # how much a new observation leaves of those before
+
+
+@dataclass(slots=True)
+class Rate:
+    """How often a proposed token was the one that came, of late."""
+
+    hits: float
+    tries: float = _WEIGHT
+
+    @classmethod
+    def believed(cls, share: float) -> "Rate":
+        """Begin with what is believed."""
+        return cls(share * _WEIGHT)
+
+    def observe(self, *, hit: bool) -> None:
+        """Take note of a token that was proposed, or would have been."""
+        self.hits = _MEMORY * self.hits + hit
+        self.tries = _MEMORY * self.tries + 1
+
+    @property
+    def share(self) -> float:
+        """The share of proposals that come true."""
+        return self.hits / self.tries
+
+
+class Rates:
+    """How often what was found came, by the length of the match; of all texts together."""
+
+    def __init__(self) -> None:
+        self._rates: dict[int, Rate] = {}
+
+    def of(self, length: int) -> Rate:
+        """Give that of matches of about `length` tokens."""
+        digits = length.bit_length()
+        if digits not in self._rates:
+            believed = _BELIEVED.get(digits, _BELIEVED_OF_LONGER)
+            self._rates[digits] = Rate.believed(believed)
+        return self._rates[digits]
 
 
 class Lookup:
     """Finds where the last tokens of `ids` stood before. `ids` belong to somebody who tells."""
 
-    def __init__(self, ids: Sequence[int]) -> None:
-        """Begin with nothing indexed; `read_on` does that."""
+    def __init__(self, ids: Sequence[int], rates: Rates) -> None:
+        """Begin with nothing indexed; `read_on` does that. What comes true goes into `rates`."""
         self.length = 0  # of the match: tokens before its place that are the last ones, too
         self._ids = ids
+        self._rates = rates
         self._place = 0  # where what may come next stood before
         self._chains = _Chain(1), _Chain(2)
 
@@ -25,6 +70,16 @@ class Lookup:
     def next(self) -> int | None:
         """The token that may come next, or None where nothing is like this."""
         return self._ids[self._place] if self.length else None
+
+    @property
+    def rate(self) -> Rate:
+        """How often the next token is right where the match is as long as now."""
+        return self._rates.of(self.length)
+
+    def compare(self, token: int) -> None:
+        """See whether the next token was right; called before `token` is there."""
+        if self.length:
+            self.rate.observe(hit=token == self.next)
 
     def read_on(self) -> None:
         """Index more of the ids, and find the match for the last ones once all are."""

@@ -1,8 +1,13 @@
 """One request as it runs: its tokens, its caches, and what is still to be done."""
 
+from collections.abc import Sequence as Listed
+
+import mlx.core as mx
+
 from qwen3_mlx.cache.kv import KVCache, grown_capacity
+from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.lookup import Lookup
-from qwen3_mlx.engine.params import Outcome, Request
+from qwen3_mlx.engine.params import Chance, Outcome, Request
 from qwen3_mlx.engine.sampling import Sampler
 from qwen3_mlx.errors import Qwen3Error
 
@@ -32,10 +37,11 @@ class Sequence:
         self.sampler = Sampler(
             request.sampling, seed=request.seed, vocabulary=vocabulary, prompt=request.ids
         )
-        self.lookup = Lookup(self.ids)
+        self.lookup: Lookup | None = None  # what may come next, where anybody wants to know
         self.cached_tokens: int | None = None  # of the prompt, when it was first begun
         self.passes = 0  # in which a token was chosen
         self.proposed = self.accepted = 0  # tokens
+        self.reason: str | None = None  # why the reply has ended, if it has
         self.ended = False
         self.worth_keeping: int | None = None  # tokens, when it has ended; None is all
         self._most = context + 1  # a write must never fill its buffer
@@ -104,6 +110,86 @@ class Sequence:
         for layer in self.layers:
             layer.forget_beyond(tokens)
         self.seen = min(self.seen, tokens)
+
+    # --- tokens ---------------------------------------------------------------------------------
+
+    def take(
+        self, chosen: Listed[tuple[int, Chance | None]], proposal: Listed[int], *, masked: bool
+    ) -> bool:
+        """Take what was chosen: as many tokens as were proposed, and the one that was not.
+
+        `masked` says that each was chosen with the mask that was foreseen for its place. Gives
+        whether the reply goes on as if it were alone: what its constraint takes back or forces
+        changes what comes next.
+        """
+        tokens = [token for token, _ in chosen]
+        right = common_prefix(tokens, proposal)
+        if proposal:
+            self.proposed += len(proposal)
+            # What was chosen behind the first that differs stands on a token that never came.
+            self.forget_beyond(len(self.ids) + right)
+        taken, goes_on = 0, True
+        while goes_on and taken <= right:
+            self.accepted += taken < right
+            goes_on = self._take_one(*chosen[taken], masked=masked)
+            taken += 1
+        if taken < len(tokens):
+            self.sampler.rewind(mx.array(tokens[taken:]))
+            self.forget_beyond(len(self.ids) - 1)
+        return goes_on
+
+    def force(self) -> bool:
+        """Take the tokens that the constraint forces, and say whether there were any."""
+        constraint, any_forced = self.request.constraint, False
+        while constraint and not self.reason and (forced := constraint.forced()):
+            self.forget_beyond(len(self.ids))  # a proposal may have been something else
+            self._accept(forced[: self.request.max_tokens - self.told])
+            any_forced = True
+        return any_forced
+
+    def _take_one(self, token: int, chance: Chance | None, *, masked: bool) -> bool:
+        request, constraint = self.request, self.request.constraint
+        if request.progress and not self.told:
+            request.progress(len(request.ids), len(request.ids))
+        if self.lookup:
+            self.lookup.compare(token)
+        self._accept([token], chance)
+        if self.reason or not constraint:
+            return not self.reason
+        changed = constraint.unwanted > 0
+        return not (self.force() or changed or (constraint.masking and not masked))
+
+    def _accept(self, ids: list[int], chance: Chance | None = None) -> None:
+        """Add tokens to the reply, and see whether that ends it."""
+        request, constraint = self.request, self.request.constraint
+        end = next((place for place, token in enumerate(ids) if token in request.end_ids), None)
+        ids = ids if end is None else ids[: end + 1]
+        self.ids += ids
+        if self.lookup:
+            self.lookup.read_on()
+        if constraint:
+            constraint.advance(ids)
+            if constraint.unwanted:
+                self._take_back(constraint.unwanted, new=len(ids))
+                return
+        if told := ids[:end]:
+            if chance and request.heard:
+                request.heard(chance)
+            request.watcher.advance(told)
+        if end is not None or request.watcher.finished or (constraint and constraint.finished):
+            self.reason = "stop"
+        elif self.told >= request.max_tokens:
+            self.reason = "length"
+
+    def _take_back(self, count: int, *, new: int) -> None:
+        """Take back the last `count` tokens, of which the watcher has not heard of `new`."""
+        self.sampler.rewind(mx.array(self.ids[-count:]))
+        if self.lookup:
+            self.lookup.forget(count)
+        del self.ids[-count:]
+        self.forget_beyond(len(self.ids))
+        if count > new:
+            self.request.watcher.rewind(count - new)
 
     def outcome(self, reason: str) -> Outcome:
         """Sum up a generation that has ended."""
