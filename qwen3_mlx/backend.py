@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
@@ -213,13 +214,30 @@ def peak_memory() -> int:
 def matmul_speed(size: int = 1024) -> float:
     """Measure float operations a second in a [size, size] product, in the compute dtype."""
     a, b = (mx.random.normal((size, size)).astype(compute_dtype()) for _ in range(2))
-    mx.eval(a, b, a @ b)  # the first product also sets up the device
+    mx.eval(a, b)
+    return 2 * size**3 / _least_seconds(lambda: a @ b)
+
+
+def memory_bandwidth(rows: int = 16384, columns: int = 4096) -> float:
+    """Measure the bytes a second that are read where a matrix meets one row or one column.
+
+    That is what decoding does; its speed over the bytes of a token is at most this.
+    """
+    matrix = mx.random.normal((rows, columns)).astype(compute_dtype())
+    row, column = mx.ones((1, rows), matrix.dtype), mx.ones((columns, 1), matrix.dtype)
+    mx.eval(matrix, row, column)
+    seconds = min(_least_seconds(lambda: row @ matrix), _least_seconds(lambda: matrix @ column))
+    return matrix.nbytes / seconds
+
+
+def _least_seconds(compute: Callable[[], mx.array]) -> float:
+    mx.eval(compute())  # the first also sets up the device
     times = []
     for _ in range(3):
         started = time.perf_counter()
-        mx.eval(a @ b)
+        mx.eval(compute())
         times.append(time.perf_counter() - started)
-    return 2 * size**3 / min(times)
+    return min(times)
 
 
 def architecture() -> str:

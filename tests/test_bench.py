@@ -31,6 +31,9 @@ class Scripted:
     def __init__(self) -> None:
         self.calls: list[tuple[list[list[int]], int] | str] = []
 
+    def turn_to(self, case: Case) -> bool:
+        return case.kv_bits is None
+
     def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
         self.calls.append((list(map(list, prompts)), most))
         for step in range(most + len(prompts) - 1):
@@ -45,16 +48,19 @@ def test_the_cheapest_cases_come_first() -> None:
     assert cases_of([100, 10], [8, 2]) == [
         Case(1, 10),
         Case(1, 10, kept=True),
+        Case(1, 10, copying=True),
         Case(2, 10),
         Case(8, 10),
         Case(1, 100),
         Case(1, 100, kept=True),
+        Case(1, 100, kv_bits=8),
     ]
 
 
 def test_what_is_measured_are_steps_of_all_sequences() -> None:
     side = Scripted()
-    alone, kept, together = measure(side, [Case(1, 10), Case(1, 10, kept=True), Case(3, 4)], 5)
+    cases = [Case(1, 10), Case(1, 10, kept=True), Case(1, 10, kv_bits=8), Case(3, 4)]
+    alone, kept, together = measure(side, cases, 5)
     assert alone.decode == pytest.approx(1 / 0.0022, rel=0.3)
     assert together.decode == pytest.approx(3 / 0.0022, rel=0.3)
     assert together.first_token > 2.5 * alone.first_token  # of the last to begin
@@ -138,7 +144,8 @@ def test_the_command_measures_both(
         del both[0]
     assert list(found["sides"]) == [OURS, *both]
     for side in found["sides"].values():
-        assert len(side["figures"]) == 5 and side["weights"] > 0
+        special = 2 * (side is found["sides"][OURS])
+        assert len(side["figures"]) == 5 + special and side["weights"] > 0
         for figures in side["figures"]:
             assert min(figures[key] for key in ("first_token", "decode", "peak", "prefill")) > 0
     assert found["sides"][OURS]["terms"] == found["sides"]["mlx-lm, equal terms"]["terms"]
@@ -151,7 +158,16 @@ def test_the_table_of_this_package_alone(
 ) -> None:
     code, out, err = call(["bench", str(tiny_folder), *SMALL, "--repeats", "2"], capsys)
     assert (code, err) == (0, "")
-    for words in ("8 kept and 16 new", "2 together, after 8", "most, 2 x 8 tokens", "qwen3-mlx: "):
+    for words in (
+        "8 kept and 16 new",
+        "2 together, after 8",
+        "most, 2 x 8 tokens",
+        "after 8, copying",
+        "after 20, 8-bit cache",
+        "decode, % of what memory's bandwidth allows",
+        "tokens a forward pass, by lookup",
+        "qwen3-mlx: ",
+    ):
         assert words in out, out
     assert "mlx-lm" not in out
 
@@ -165,15 +181,16 @@ def test_what_was_not_reached_is_left_open_and_said() -> None:
     ours = Result(True, TERMS, 10**9, {case: figures(case, 30) for case in cases})
     peer = Result(True, TERMS, 2 * 10**9, {cases[0]: figures(cases[0], 10)})
     results = {OURS: ours, f"{PEER}, {EQUAL}": peer}
-    rows = [line.split() for line in _table(cases, results)]
+    rows = [line.split() for line in _table(cases, results, {cases[0]: 0.875})]
     assert ["after", "8", "30", "10", "3.00x"] in rows
     assert ["2", "together,", "after", "8", "30", "-"] in rows
     assert ["weights", "1", "2", "2.00x"] in rows
+    assert rows[-1] == ["after", "8", "87.5"]
     notes = " ".join(_notes(cases, results, 10))
     assert "mlx-lm, equal terms: float32" in notes and "(as it comes)" in notes
     assert notes.count("10 minutes did not suffice") == 1
     unloaded = {OURS: ours, f"{PEER}, {EQUAL}": Result(as_it_comes=False)}
-    assert ["weights", "1", "-"] in [line.split() for line in _table(cases, unloaded)]
+    assert ["weights", "1", "-"] in [line.split() for line in _table(cases, unloaded, {})]
 
 
 def test_repeats_give_medians() -> None:

@@ -8,13 +8,17 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
+import mlx.core as mx
 import typer
 
 from qwen3_mlx import backend
+from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.quantization import formats_stored
 from qwen3_mlx.checkpoint.weights import weight_names
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.options import ModelArgument, full_name
+from qwen3_mlx.engine.memory import FormatOf, Workload, bytes_a_token
 from qwen3_mlx.evaluate.picture import Panel, check_picture, draw_speeds
 from qwen3_mlx.evaluate.race import AS_IT_COMES, EQUAL, Result, race
 from qwen3_mlx.evaluate.speed import NEW, OURS, PEER, Case, Figures, cases_of
@@ -75,10 +79,12 @@ def bench(  # noqa: PLR0913 - one parameter an option
     if plot:
         check_picture(plot)
     folder = _folder(model)
-    config = ModelConfig.from_dict(read_json(folder / "config.json"))
+    content = read_json(folder / "config.json")
+    config, stored = ModelConfig.from_dict(content), formats_stored(content, folder)
     lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
     cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))
     ways = _TERMS[terms] if against else ()
+    shared = [case for case in cases if not case.special]
     with Bar("measuring") as bar:
         results = race(
             str(folder),
@@ -87,7 +93,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
             against=ways,
             repeats=repeats,
             seconds=60 * minutes,
-            told=lambda done: bar(done, len(cases) * repeats * (1 + len(ways))),
+            told=lambda done: bar(done, repeats * (len(cases) + len(ways) * len(shared))),
         )
     facts = {
         "model": model or "demo",
@@ -96,14 +102,21 @@ def bench(  # noqa: PLR0913 - one parameter an option
         "repeats": repeats,
         "date": time.strftime("%Y-%m-%d"),
     }
+    shares = _shares_of_bandwidth(config, stored, results[OURS])
     if plot:
         draw_speeds(plot, _title(facts), list(_panels(cases, results)))
     if as_json:
-        print(json.dumps(facts | {"sides": _everything(results)}, indent=1))
+        print(json.dumps(facts | {"sides": _everything(results, shares)}, indent=1))
     else:
         print(
             "\n".join(
-                [_title(facts), "", *_table(cases, results), "", *_notes(cases, results, minutes)]
+                [
+                    _title(facts),
+                    "",
+                    *_table(cases, results, shares),
+                    "",
+                    *_notes(cases, results, minutes),
+                ]
             )
         )
 
@@ -140,27 +153,65 @@ def _lengths(text: str, most: int) -> list[int]:
 def _rows(cases: Sequence[Case]) -> Iterator[tuple[str, str, Case, _Number, bool]]:
     """Give the table's rows: group, label, case, number, and whether more of it is better."""
     alone = [case for case in cases if case.sequences == 1 and not case.kept]
+    plain = [case for case in alone if not case.special]
     several = [case for case in cases if case.sequences > 1]
     for case in cases:
-        if case.sequences == 1:
+        if case in plain or case.kept:
             label = (
                 f"{case.prompt:,} kept and {NEW} new" if case.kept else f"{case.prompt:,} tokens"
             )
             yield "first token, s, after a prompt of", label, case, lambda f: f.first_token, False
-    for case in alone:
+    for case in plain:
         yield "prefill, tokens/s", f"{case.prompt:,} tokens", case, lambda f: f.prefill, True
     for case in alone:
-        yield "decode, tokens/s", f"after {case.prompt:,}", case, lambda f: f.decode, True
+        yield (
+            "decode, tokens/s",
+            f"after {case.prompt:,}{_how(case)}",
+            case,
+            lambda f: f.decode,
+            True,
+        )
     for case in several:
         label = f"{case.sequences} together, after {case.prompt:,}"
         yield "decode, tokens/s", label, case, lambda f: f.decode, True
     for case in (*alone, *several):
         several_at_once = f"{case.sequences} x " if case.sequences > 1 else ""
-        label = f"most, {several_at_once}{case.prompt:,} tokens"
+        label = f"most, {several_at_once}{case.prompt:,} tokens{_how(case)}"
         yield "memory, GB", label, case, lambda f: f.peak / 1e9, False
 
 
-def _table(cases: Sequence[Case], results: Mapping[str, Result]) -> Iterator[str]:
+def _how(case: Case) -> str:
+    """Say what is not as usual about a case."""
+    bits = f", {case.kv_bits}-bit cache" if case.kv_bits else ""
+    return bits + (", copying" if case.copying else "")
+
+
+def _shares_of_bandwidth(
+    config: ModelConfig, stored: FormatOf | None, result: Result
+) -> dict[Case, float]:
+    """Say how near passes come to reading weights and cache as fast as the memory gives them.
+
+    The memory's speed is what was measured here; with speculation a pass gives several tokens.
+    """
+    if not result.terms:
+        return {}
+    shares = {}
+    for case, figures in result.figures.items():
+        if case.sequences == 1 and not case.kept:
+            work = Workload(
+                context=case.prompt,
+                itemsize=getattr(mx, result.terms.dtype).size,
+                cache=cache_format(case.kv_bits, config.head_dim),
+            )
+            held = stored if stored and result.terms.quantized else lambda _: None
+            moved = bytes_a_token(config, held, work)
+            shares[case] = figures.decode / figures.a_pass * moved / result.bandwidth
+    return shares
+
+
+def _table(
+    cases: Sequence[Case], results: Mapping[str, Result], shares: Mapping[Case, float]
+) -> Iterator[str]:
     ours, *peers = (name.partition(", ") for name in results)
     yield f"{'':{_NAME}}{ours[0]:>{_CELL}}" + "".join(f"{name:>{_WIDE}}" for name, _, _ in peers)
     if peers:
@@ -177,6 +228,10 @@ def _table(cases: Sequence[Case], results: Mapping[str, Result]) -> Iterator[str
         yield _line(label, numbers, more_is_better=more_is_better)
     held = [result.weights / 1e9 or None for result in results.values()]
     yield _line("weights", held, more_is_better=False)
+    yield "decode, % of what memory's bandwidth allows"
+    for case in (case for case in cases if case in shares):
+        label = f"after {case.prompt:,}{_how(case)}"
+        yield _line(label, [100 * shares[case]], more_is_better=True)
 
 
 def _line(label: str, numbers: Sequence[float | None], *, more_is_better: bool) -> str:
@@ -203,8 +258,12 @@ def _notes(cases: Sequence[Case], results: Mapping[str, Result], minutes: float)
             blas = "" if backend.on_gpu() else f", BLAS {terms.blas}"
             as_it_comes = " (as it comes)" if name.endswith(EQUAL) and result.as_it_comes else ""
             yield f"{name}: {terms.dtype}, {held}{blas}{as_it_comes}."
-        if len(result.figures) < len(cases):
+        if len(result.figures) < sum(name == OURS or not case.special for case in cases):
             yield f"{name}: - is what {minutes:g} minutes did not suffice for (see --minutes)."
+    own = results[OURS]
+    for case in (case for case in own.figures if case.copying):
+        yield f"Copying: {own.figures[case].a_pass:.1f} tokens a forward pass, by lookup."
+    yield f"Memory: {own.bandwidth / 1e9:,.1f} GB/s were read by a matrix times a vector."
     if len(results) > 1:
         yield f"Ratios: how many times better {OURS} does."
 
@@ -228,25 +287,30 @@ def _panels(cases: Sequence[Case], results: Mapping[str, Result]) -> Iterator[Pa
         }
 
     def alone(case: Case) -> bool:
-        return case.sequences == 1 and not case.kept
+        return case == Case(1, case.prompt)
 
     shortest = min(case.prompt for case in cases)
     tokens = "tokens of prompt"
     yield Panel("prefill, tokens/s", tokens, lines(lambda f: f.prefill, alone, "prompt"))
     yield Panel("decode, tokens/s", tokens, lines(lambda f: f.decode, alone, "prompt"))
     together = lines(
-        lambda f: f.decode, lambda case: case.prompt == shortest and not case.kept, "sequences"
+        lambda f: f.decode, lambda case: case == Case(case.sequences, shortest), "sequences"
     )
     yield Panel(f"decode after {shortest:,}, tokens/s", "sequences together", together)
 
 
-def _everything(results: Mapping[str, Result]) -> dict[str, Any]:
+def _everything(results: Mapping[str, Result], shares: Mapping[Case, float]) -> dict[str, Any]:
     return {
         name: {
             "terms": asdict(result.terms) if result.terms else None,
             "weights": result.weights,
+            "bandwidth": result.bandwidth,
             "figures": [
-                asdict(figures) | {"prefill": figures.prefill}
+                asdict(figures)
+                | {
+                    "prefill": figures.prefill,
+                    "share_of_bandwidth": shares.get(figures.case) if name == OURS else None,
+                }
                 for figures in result.figures.values()
             ],
         }

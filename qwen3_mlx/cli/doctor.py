@@ -19,9 +19,10 @@ def doctor() -> None:
     facts = {"qwen3-mlx": __version__, **backend.describe()}
     facts |= {name: _version(name) for name in _PACKAGES}
     worker = Worker()
-    speed = worker.call(backend.matmul_speed)
+    speed, bandwidth = worker.call(lambda: (backend.matmul_speed(), backend.memory_bandwidth()))
     worker.stop()
     facts["matmul"] = f"{speed / 1e9:,.0f} GFLOP/s in {facts['dtype']}"
+    facts["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s read by a matrix times a vector"
     advice = []
     if sys.platform == "darwin":
         facts["wired limit"], wired_advice = _wired_limit()

@@ -24,6 +24,7 @@ class Result:
     terms: Terms | None = None  # and weights: once it has loaded
     weights: int = 0  # bytes held then
     figures: dict[Case, Figures] = field(default_factory=dict)
+    bandwidth: float = 0.0  # of the memory, bytes a second
 
 
 def race(
@@ -96,6 +97,7 @@ def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> Result:
                     raise Qwen3Error(content["error"])
                 if "terms" in content:
                     result.terms, result.weights = Terms(**content["terms"]), content["weights"]
+                    result.bandwidth = content["bandwidth"]
                 else:
                     figures = content["figures"]
                     case = Case(**figures["case"])
@@ -124,6 +126,7 @@ def _median(results: Sequence[Result]) -> Result:
                 first_token=median(one.figures[case].first_token for one in results),
                 decode=median(one.figures[case].decode for one in results),
                 peak=max(one.figures[case].peak for one in results),
+                a_pass=median(one.figures[case].a_pass for one in results),
             )
             for case in common
         },

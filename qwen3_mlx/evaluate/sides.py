@@ -16,10 +16,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qwen3_mlx import backend
+from qwen3_mlx.cache.quantized import cache_format
+from qwen3_mlx.engine.costs import Costs, costs_of
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.evaluate.speed import PEER, Setup, Side, Terms, measure
+from qwen3_mlx.evaluate.speed import PEER, Case, Setup, Side, Terms, measure
 from qwen3_mlx.loading import load
 from qwen3_mlx.model.qwen3 import Qwen3
 
@@ -31,7 +34,21 @@ class Ours:
 
     def __init__(self, model: Qwen3) -> None:
         self.vocabulary = model.config.vocab_size
-        self._engine = Engine(model, vocabulary=self.vocabulary)
+        self._model = model
+        self._engine, self._case = self._made(Case(1, 1)), Case(1, 1)
+
+    def turn_to(self, case: Case) -> bool:
+        """Have an engine that does what the case wants; it goes on as long as that is the same."""
+        if (case.kv_bits, case.copying) != (self._case.kv_bits, self._case.copying):
+            self._engine, self._case = self._made(case), case
+        return True
+
+    def _made(self, case: Case) -> Engine:
+        model = self._model
+        model.cache_format = cache_format(case.kv_bits, model.config.head_dim)
+        costs = Costs(costs_of(backend.architecture()))
+        speculator = Speculator(model.config, costs) if case.copying else None
+        return Engine(model, vocabulary=self.vocabulary, speculator=speculator)
 
     def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
         """Do as `Side` says."""
@@ -129,6 +146,10 @@ class MlxLm:
         finally:
             batch.close()
 
+    def turn_to(self, case: Case) -> bool:
+        """Do as `Side` says."""
+        return not case.special
+
     def _alone(self, ids: list[int], most: int) -> Iterator[list[int]]:
         if ids[: len(self._kept)] != self._kept:
             self.forget()
@@ -161,7 +182,9 @@ def main() -> None:
 
 
 def _measure(side: Side, model: nn.Module, setup: Setup) -> None:
-    _tell({"terms": asdict(_terms_of(model)), "weights": mx.get_active_memory()})
+    held = {"terms": asdict(_terms_of(model)), "weights": mx.get_active_memory()}
+    _tell(held | {"bandwidth": backend.memory_bandwidth()})
+    mx.clear_cache()
     for figures in measure(side, setup.cases, setup.count):
         _tell({"figures": asdict(figures)})
 
