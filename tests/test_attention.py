@@ -10,6 +10,10 @@ from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import attention_of_each, causal_attention
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.cache.ragged import ragged_layers
+from qwen3_mlx.engine.costs import Costs
+from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import TINY, assert_close, make_model, random_ids
 
@@ -126,5 +130,28 @@ def test_a_quantized_cache_keeps_to_its_kernels(
         assert bool(calls[fused:]) == (length > 3)
         # From 4 rows on, the kernel for values takes all tokens one after another (MLX 0.32).
         assert all(count == length for count, transpose in packed if not transpose)
+    for call in calls:
+        assert_fused(call)
+
+
+@pytest.mark.parametrize("form", ["bf16", "8"])
+@pytest.mark.parametrize("geometry", HEADS)
+def test_speculation_and_kept_prefixes_need_no_other_call(
+    geometry: str, form: str, calls: list[dict[str, Any]]
+) -> None:
+    """What is verified at once fits one call of the kernel for few queries."""
+    model = model_with(*HEADS[geometry])
+    model.cache_format = CACHE_FORMATS[form]
+    speculator = Speculator(model.config, Costs(dict.fromkeys(range(1, 9), 1.0)))
+    engine = Engine(model, vocabulary=TINY["vocab_size"], speculator=speculator, available=10**9)
+    ids = random_ids(12) * 4
+    greedy = SamplingParams(temperature=0.0)
+    said = list(engine.stream(ids, max_tokens=40, sampling=greedy))
+    list(engine.stream([*ids, *said, *random_ids(30, seed=1)], max_tokens=3, sampling=greedy))
+    list(engine.stream([*ids[:30], 5, 6], max_tokens=3, sampling=greedy))  # a copied prefix
+    heads, kv_heads = HEADS[geometry]
+    most = min(8, 32 * kv_heads // heads)
+    widths = {call["q"][2] for call in calls}
+    assert widths & set(range(2, most + 1)) or (form == "8" and most <= 3)  # verified
     for call in calls:
         assert_fused(call)
