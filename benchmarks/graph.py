@@ -17,6 +17,7 @@ import mlx_lm.models.qwen3
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 import qwen3_mlx.model.qwen3  # first: the BLAS
+from qwen3_mlx.cache.slotted import Together
 from qwen3_mlx.engine.runner import Part, forward
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import published_config
@@ -78,8 +79,18 @@ def batch_build_times(layers: int = 28, repeats: int = 60) -> dict[int, dict[str
         ids = mx.full((size,), 4, dtype=mx.int32)
         column = ids[:, None]
         mx.eval(ids, column)
-        steps = {
-            "ours": partial(forward, ours, ids, parts),
+        together = Together()
+
+        def step(
+            parts: list[Part] = parts, ids: mx.array = ids, together: Together = together
+        ) -> mx.array:
+            joined = together.layers([part.layers for part in parts], room=10**9)
+            logits = forward(ours, ids, parts, joined)
+            assert logits is not None
+            return logits
+
+        steps: dict[str, Step] = {
+            "ours": step,
             "peer": partial(peer, column, cache=padded),
         }
         found[size] = _least_times(steps, repeats)

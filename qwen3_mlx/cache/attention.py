@@ -63,6 +63,16 @@ def attention_of_each(q: mx.array, seen: Sequence[Sequence[mx.array]], *, scale:
     return mx.concatenate(answers).reshape(count, heads, 1, size)
 
 
+def attention_of_slots(
+    q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | None
+) -> mx.array:
+    """Give what B queries [B, H, 1, E] find in k and v [B, K, S, E], each in a row of its own.
+
+    `mask` [B, H, 1, S] tells the keys of each; with None, all are its own.
+    """
+    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+
+
 def most_queries(heads: int, key_heads: int) -> int:
     """Give the most queries that the kernel for few of them takes."""
     return max(1, min(FEW_QUERIES, _FEW_ROWS * key_heads // heads))

@@ -11,6 +11,7 @@ import mlx.core as mx
 from qwen3_mlx.cache.attention import Rotate, causal_attention
 
 _SMALLEST_GROWTH = 256  # tokens
+_ALL = slice(None)
 
 
 def grown_capacity(tokens: int) -> int:
@@ -55,7 +56,15 @@ class KVCache:
 
     def append(self, k: mx.array, v: mx.array) -> Sequence[mx.array]:
         """Store k, rotated, and v, and give views of all seen; here [1, K, S, E] of each."""
-        return self._write([k, v])
+        start, stop = self.offset, self.offset + k.shape[2]
+        if self._allocated < stop:
+            return self._write([k, v])
+        # What runs for every token, layer and sequence is written out.
+        self.offset = stop
+        keys, values = self._buffers
+        new, seen = (_ALL, _ALL, slice(start, stop)), (_ALL, _ALL, slice(stop))
+        keys[new], values[new] = k, v
+        return keys[seen], values[seen]
 
     def reserve(self, capacity: int) -> None:
         """Have room for `capacity` tokens when the next write needs more than there is."""
@@ -78,6 +87,12 @@ class KVCache:
         """Have an empty cache see what another's `state` has; as after `copy`."""
         self.offset = state[0].shape[2]
         self._buffers = list(state)
+
+    def lend(self) -> Sequence[mx.array]:
+        """Give away what is kept of the tokens seen, until `fill` brings it back."""
+        state = self.state
+        self._buffers, self._allocated = [], 0
+        return state
 
     def forget_beyond(self, tokens: int) -> None:
         """Forget all that was seen behind the first `tokens` tokens."""

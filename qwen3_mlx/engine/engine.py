@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.cache.attention import LayerCache
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.prefix import Prefix, PrefixStore
+from qwen3_mlx.cache.quantized import PLAIN
+from qwen3_mlx.cache.slotted import Together
 from qwen3_mlx.engine.chances import Chances
 from qwen3_mlx.engine.memory import Budget, Workload
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, Chance, Outcome, Request, SamplingParams
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from qwen3_mlx.engine.params import Mask
 
 _log = logging.getLogger(__name__)
+_HOST_BOUND = 2048  # the width of 1.7B: above, the host is done before the device
 _KEPT_SHARE = 4  # kept prefixes may take one part in so many of the room for caches
 _OUT_OF_MEMORY = "the device failed, probably for want of memory ({}); its caches were dropped"
 
@@ -109,6 +113,8 @@ class Engine:
         self._inbox: SimpleQueue[Request] = SimpleQueue()
         self._lock = Lock()
         self._posted = False  # whether a turn is in the worker's queue
+        worth_it = model.config.hidden_size <= _HOST_BOUND and model.cache_format == PLAIN
+        self._together = Together() if worth_it and not speculator else None
         self._flight: Flight | None = None
         self._landed: float | None = None  # when, if the next step follows at once
         self._building: Sequence[Running] = ()  # those whose caches the step being built writes
@@ -298,7 +304,7 @@ class Engine:
             sequence.answering |= last
             sequence.ahead = int(wanted)
             sequence.passes += wanted
-        logits = forward(self.model, ids, parts)
+        logits = forward(self.model, ids, parts, self._joined(parts))
         for part in parts:
             if not part.wanted:  # nothing else reads what it writes
                 arrays += [array for layer in part.layers for array in layer.state]
@@ -321,6 +327,16 @@ class Engine:
             proposals,
             foreseen,
         )
+
+    def _joined(self, parts: Sequence[Part]) -> Sequence[LayerCache] | None:
+        """Give caches that answer for all parts at once, where that is faster."""
+        if not self._together:
+            return None
+        if all(part.length == part.wanted == 1 for part in parts):
+            room = self._scheduler.room - self._scheduler.held()
+            return self._together.layers([part.layers for part in parts], room)
+        self._together.part()
+        return None
 
     def _propose(
         self, known: Sequence[Running], rows: int
@@ -519,6 +535,7 @@ class Engine:
         """Put a sequence's caches among those kept; it will begin anew from there, or earlier."""
         self._land()
         if not job.ended:
+            self._part()
             self._keep(job, job.seen)
             job.reset()
 
@@ -544,6 +561,7 @@ class Engine:
     def _leave(self, sequence: Running) -> None:
         """Let go of a sequence that has ended and that no step in work touches."""
         if sequence in self._scheduler.running:
+            self._part()
             keep = sequence.seen if sequence.worth_keeping is None else sequence.worth_keeping
             self._keep(sequence, min(keep, sequence.seen, len(sequence.ids)))
         elif sequence not in self._scheduler.waiting:
@@ -551,6 +569,11 @@ class Engine:
         self._scheduler.remove(sequence)
         sequence.reset()
         mx.clear_cache()
+
+    def _part(self) -> None:
+        """Have every sequence hold its own caches, before they are used for something else."""
+        if self._together:
+            self._together.part()
 
     def _keep(self, sequence: Running, tokens: int) -> None:
         if tokens:
@@ -589,6 +612,8 @@ class Engine:
             error = Qwen3Error(_OUT_OF_MEMORY.format(error))
         touched = {*self._building, *(self._flight.touched if self._flight else ())}
         self._flight, self._building = None, ()
+        if self._together:
+            self._together.abandon()
         for sequence in touched:
             if sequence.ended:
                 sequence.worth_keeping = 0

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from qwen3_mlx.cache.attention import LayerCache
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.ragged import ragged_layers
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -29,12 +30,19 @@ def chunk_sizes(tokens: int, most: int) -> list[int]:
     return [min(size, tokens - start) for start in range(0, tokens, size)]
 
 
-def forward(model: Qwen3, ids: mx.array, parts: Sequence[Part]) -> mx.array | None:
+def forward(
+    model: Qwen3,
+    ids: mx.array,
+    parts: Sequence[Part],
+    together: Sequence[LayerCache] | None = None,
+) -> mx.array | None:
     """Give the logits [N, V] that the parts want, unevaluated; None if they want none.
 
-    `ids` [T] are the parts' tokens, end to end.
+    `ids` [T] are the parts' tokens, end to end. Where all caches are `together`, these answer.
     """
-    if len(parts) == 1:
+    if together:
+        logits = model(ids[None], together)
+    elif len(parts) == 1:
         length, asked = parts[0].length, max(1, parts[0].wanted)
         logits = model(ids[None], parts[0].layers, wanted=range(length - asked, length))
     else:
