@@ -373,9 +373,9 @@ def test_short_prompts_are_read_together_and_beside_a_long_one(
 ) -> None:
     steps: list[list[int]] = []
 
-    def noted(model: Qwen3, ids: mx.array, parts: Sequence[Part]) -> mx.array | None:
+    def noted(model: Qwen3, ids: mx.array, parts: Sequence[Part], *rest: Any) -> mx.array | None:
         steps.append([part.length for part in parts])
-        return forward(model, ids, parts)
+        return forward(model, ids, parts, *rest)
 
     monkeypatch.setattr("qwen3_mlx.engine.engine.forward", noted)
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)

@@ -22,7 +22,7 @@ from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
 from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.evaluate.speed import PEER, Case, Setup, Side, Terms, measure
+from qwen3_mlx.evaluate.speed import OURS, PEER, Case, Setup, Side, Terms, measure
 from qwen3_mlx.loading import load
 from qwen3_mlx.model.qwen3 import Qwen3
 
@@ -183,7 +183,7 @@ def main() -> None:
 
 def _measure(side: Side, model: nn.Module, setup: Setup) -> None:
     held = {"terms": asdict(_terms_of(model)), "weights": mx.get_active_memory()}
-    _tell(held | {"bandwidth": backend.memory_bandwidth()})
+    _tell(held | {"bandwidth": backend.memory_bandwidth() if setup.name == OURS else 0.0})
     mx.clear_cache()
     for figures in measure(side, setup.cases, setup.count):
         _tell({"figures": asdict(figures)})
