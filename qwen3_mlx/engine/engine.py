@@ -249,7 +249,7 @@ class Engine:
                 return
             try:
                 sequence = Running(request, self._vocabulary, self.context)
-                if self._speculator:
+                if self._speculator and request.max_tokens:
                     sequence.lookup = self._speculator.lookup(sequence.ids)
                 self._scheduler.add(sequence)
             except Exception as error:  # noqa: BLE001 - this request's alone

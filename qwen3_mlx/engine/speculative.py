@@ -13,9 +13,10 @@ its beginning. So a gate weighs what it will probably bring against what such pa
 measured to take, and proposes as many tokens as promise the most tokens a second, or none. How
 often proposals come true is kept track of while none is made, too.
 
-k proposed tokens, rows of a step: tokens of all sequences that it goes over.
+The rows of a step are the tokens of all sequences that it goes over.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -62,6 +63,7 @@ class Speculator:
         self._rates = Rates()  # of lookup
         self._draft_rate = Rate.believed(_DRAFTS_RIGHT)
         self._drafted: dict[Running, int] = {}  # in the step in work
+        self._drafting = 0.0  # seconds of it
         self._pause, self._waited = _FIRST_PAUSE, 0
 
     @property
@@ -105,10 +107,11 @@ class Speculator:
                 drafted[sequence] = plan.count
             elif plan.count and sequence.lookup:
                 found[sequence] = sequence.lookup.propose(plan.count)
-        if self.draft and drafted:
-            found |= self.draft.propose(drafted)
-            self._drafted = drafted
+        self._drafted, started = drafted, time.perf_counter()
+        if self.draft and drafted and (drafts := self.draft.propose(drafted)):
+            found |= drafts
             self._waited = 0
+        self._drafting = time.perf_counter() - started
         return found
 
     def observe(self, sequence: Running, accepted: int) -> None:
@@ -120,8 +123,8 @@ class Speculator:
 
     def took(self, rows: int, seconds: float, *, waited: bool) -> None:
         """Take note of what a step took, the host's work included."""
-        self._costs.observe(rows, seconds, waited=waited)
-        self._waited += 1
+        self._costs.observe(rows, seconds - self._drafting, waited=waited)
+        self._waited, self._drafting = self._waited + 1, 0.0
 
     def _plan(self, sequence: Running, others: int) -> _Plan:
         """Weigh the ways to go on with a sequence, beside `others` rows of a step."""
