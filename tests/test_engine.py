@@ -101,6 +101,9 @@ class Free(Costs):
     def of(self, rows: int, *, waited: bool) -> float:
         return 1 + rows * 1e-6
 
+    def observe(self, rows: int, seconds: float, *, waited: bool) -> None:
+        """Keep to that."""
+
 
 def speculator_of(model: Qwen3, way: str) -> Speculator | None:
     """Make one; the draft model of a dense model is its own weights, and knows most tokens."""
@@ -160,7 +163,7 @@ def follow_a_random_schedule(kind: str, way: str, seed: int) -> None:
     rows = Rows()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwen3_mlx.engine.sequence.Sampler", rows.sampler)
-        patch.setattr("qwen3_mlx.engine.engine.choose", rows.choose)
+        patch.setattr("qwen3_mlx.engine.steps.choose", rows.choose)
         patch.setattr("qwen3_mlx.engine.drafting.choose", rows.choose)
         clients = run_a_random_schedule(kind, way, seed)
     for sampler, prompt in rows.prompts.items():
@@ -189,7 +192,7 @@ def run_a_random_schedule(kind: str, way: str, seed: int) -> list[Client]:
     rng = random.Random(seed)
     room = rng.choice([260, 500, 900, 100_000])  # tokens
     engine = engine_of(model_of(kind), way, available=RESERVE + 6_000_000 + 2 * room * TOKEN)
-    engine._scheduler.room = max(room, 260)
+    engine._steps.scheduler.room = max(room, 260)
     coming = []
     for _ in range(rng.randint(2, 7)):
         client, expected = random_client(kind, rng)
@@ -211,7 +214,7 @@ def run_a_random_schedule(kind: str, way: str, seed: int) -> list[Client]:
         # The whims of a longer reply might have taken the last tokens back.
         told = client.tokens[: -2 if client.request.constraint else None]
         assert told == expected[: len(told)], f"seed {seed}"
-    assert engine._scheduler.running == engine._scheduler.waiting == []
+    assert engine._steps.scheduler.running == engine._steps.scheduler.waiting == []
     return [client for _, _, client, _ in coming]
 
 
@@ -324,7 +327,7 @@ def test_what_is_known_already_is_read_ahead_at_once() -> None:
     again = Client(ids, 0, priority=IDLE)
     run(engine, again)
     assert again.outcome == Outcome("length", 0, 99)  # without a pass
-    assert engine.kept() == 356  # one cache: the prompt, and room for 256 more
+    assert engine._steps.kept() == 356  # one cache: the prompt, and room for 256 more
 
 
 def test_common_prefixes() -> None:
@@ -377,7 +380,7 @@ def test_short_prompts_are_read_together_and_beside_a_long_one(
         steps.append([part.length for part in parts])
         return forward(model, ids, parts, *rest)
 
-    monkeypatch.setattr("qwen3_mlx.engine.engine.forward", noted)
+    monkeypatch.setattr("qwen3_mlx.engine.steps.forward", noted)
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     model = MODELS["dense"]
     shorts = [Client(random_ids(n, seed=n), 4) for n in (20, 30, 10)]
@@ -394,13 +397,13 @@ def test_short_prompts_are_read_together_and_beside_a_long_one(
 
 def test_who_finds_no_room_waits_and_who_came_last_makes_room() -> None:
     engine = engine_of(MODELS["dense"])
-    engine._scheduler.room = 700
+    engine._steps.scheduler.room = 700
     clients = [Client(random_ids(150, seed=s), 300) for s in range(4)]
     for client in clients:
         engine.submit(client.request)
     most = 0
     while engine.step():
-        most = max(most, engine._scheduler.held())
+        most = max(most, engine._steps.scheduler.held())
     assert most <= 700
     for client in clients:
         assert client.tokens == greedy_tokens(MODELS["dense"], client.request.ids, 300)
@@ -456,12 +459,12 @@ def test_a_failing_device_costs_those_whose_step_it_was(monkeypatch: pytest.Monk
         raise RuntimeError("[METAL] Insufficient Memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr("qwen3_mlx.engine.engine.forward", fail)
+        broken.setattr("qwen3_mlx.engine.steps.forward", fail)
         engine.step()
     for client in clients:
         assert isinstance(client.outcomes[0], Qwen3Error)
         assert "Insufficient Memory" in str(client.outcomes[0])
-    assert engine.kept() == 0
+    assert engine._steps.kept() == 0
     again = Client(PROMPTS[0], 10)
     run(engine, again)
     assert again.tokens == alone("dense")[0][:10]

@@ -306,8 +306,8 @@ def test_a_draft_model_that_lags_catches_up_and_a_useless_one_rests(
     assert helped.outcome.accepted > MOST / 2
     useless = Client(PROMPTS[5], 400)
     engine = engine_of(MODELS["moe"], "draft")
-    assert engine._speculator and engine._speculator.draft
-    engine._speculator.draft.size = engine._speculator._size // 2
+    assert engine._steps.speculator and engine._steps.speculator.draft
+    engine._steps.speculator.draft.size = engine._steps.speculator._size // 2
     run(engine, useless)
     assert useless.outcome.accepted <= useless.outcome.proposed < 80
     assert useless.outcome.passes <= 400

@@ -1,40 +1,16 @@
 """Runs requests, any number at once: prompts in, tokens to their watchers, outcomes out."""
 
-import logging
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import groupby
+from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from threading import Lock
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-import mlx.core as mx
-
-from qwen3_mlx import backend
-from qwen3_mlx.cache.attention import LayerCache
 from qwen3_mlx.cache.disk import DiskPrefixes
-from qwen3_mlx.cache.prefix import Prefix, PrefixStore
-from qwen3_mlx.cache.quantized import PLAIN
-from qwen3_mlx.cache.slotted import Together
-from qwen3_mlx.engine.chances import Chances
-from qwen3_mlx.engine.memory import Budget, Workload
-from qwen3_mlx.engine.params import IDLE, NEUTRAL, Chance, Outcome, Request, SamplingParams
-from qwen3_mlx.engine.runner import Part, chunk_sizes, forward
-from qwen3_mlx.engine.sampling import choose
-from qwen3_mlx.engine.scheduler import Scheduler, Step
-from qwen3_mlx.engine.sequence import Sequence as Running
+from qwen3_mlx.engine.params import IDLE, NEUTRAL, Outcome, Request, SamplingParams
 from qwen3_mlx.engine.speculative import Speculator
+from qwen3_mlx.engine.steps import Steps
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
-
-if TYPE_CHECKING:
-    from qwen3_mlx.engine.params import Mask
-
-_log = logging.getLogger(__name__)
-_HOST_BOUND = 2048  # the width of 1.7B: above, the host is done before the device
-_KEPT_SHARE = 4  # kept prefixes may take one part in so many of the room for caches
-_OUT_OF_MEMORY = "the device failed, probably for want of memory ({}); its caches were dropped"
 
 
 class Thread(Protocol):
@@ -46,30 +22,10 @@ class Thread(Protocol):
         """Have a job done later; a Qwen3Error if the thread has ended."""
 
 
-@dataclass(slots=True)
-class Flight:
-    """A step that has been handed to the device."""
-
-    choosing: Sequence[Running]  # by row; who has a proposal has several rows, side by side
-    touched: Sequence[Running]  # whose caches are written
-    tokens: mx.array | None  # [N], those chosen
-    waited: bool  # whether it was built only when the one before it had been told
-    size: int  # tokens that it goes over
-    chunk: int  # those of prompts among them
-    arrays: list[mx.array]  # all that must be there when it is done
-    chances: Chances | None = None
-    proposals: Mapping[Running, list[int]] = field(default_factory=dict)
-    masked: Mapping[Running, object] = field(default_factory=dict)  # in all of their rows
-    submitted: float = 0.0
-    dropped: list[Running] = field(default_factory=list)  # whose token is not wanted after all
-
-
 class Engine:
     """Takes requests from any thread; all else happens on the thread that owns the network.
 
-    A step is built while the one before it runs, and submitted when that one is done: submitted
-    earlier, it would find the caches in use, and its writes would copy them. So the engine is a
-    token ahead of what it has told, and drops what turns out to be unwanted.
+    `budget` is what caches and activations may take, `context` the longest request.
     """
 
     def __init__(
@@ -91,38 +47,13 @@ class Engine:
         kept on `disk`. What `speculator` proposes is verified.
         """
         self.model = model
+        self.speculates = speculator is not None
+        self._steps = Steps(model, vocabulary, available, context, disk, speculator)
+        self.budget, self.context = self._steps.budget, self._steps.context
         self._worker = worker
-        self._vocabulary = vocabulary
-        work = Workload(
-            context=0,
-            itemsize=model.model.norm.weight.dtype.size,
-            cache=model.cache_format,
-            chunk=backend.prefill_chunk(),
-            fused=backend.on_gpu(),
-            beside=speculator.token_bytes if speculator else 0,
-        )
-        if available is None:
-            available = backend.available_memory()
-        self.budget = Budget.of(model.config, work, available)
-        self.context = min(self.budget.context, context or self.budget.context)
-        self._prefixes = PrefixStore(self.budget.tokens // _KEPT_SHARE)
-        self._disk = disk
-        self._speculator = speculator
-        self._depth = len(model.layers)  # of a sequence's caches, those of `model`
-        self._scheduler: Scheduler[Running] = Scheduler(self.budget.tokens, self)
         self._inbox: SimpleQueue[Request] = SimpleQueue()
         self._lock = Lock()
         self._posted = False  # whether a turn is in the worker's queue
-        worth_it = model.config.hidden_size <= _HOST_BOUND and model.cache_format == PLAIN
-        self._together = Together() if worth_it and not speculator else None
-        self._flight: Flight | None = None
-        self._landed: float | None = None  # when, if the next step follows at once
-        self._building: Sequence[Running] = ()  # those whose caches the step being built writes
-
-    @property
-    def speculates(self) -> bool:
-        """Whether more than a token may come of a pass."""
-        return self._speculator is not None
 
     # --- from any thread ------------------------------------------------------------------------
 
@@ -161,21 +92,11 @@ class Engine:
     # --- on the engine's thread -----------------------------------------------------------------
 
     def step(self) -> bool:
-        """Do the next step; False if there is nothing left to do."""
+        """Do the next step, or some idle work; False if there is nothing left to do."""
         self._welcome()
-        self._dismiss()
-        try:
-            if self._flight and self._must_be_known(self._flight):
-                self._land()
-            flight = self._build(self._scheduler.next_step())
-            self._land(flight)
-        except Exception as error:  # noqa: BLE001 - those whose step it was hear of it
-            self._drop_all(error)
-        if self._flight or self._scheduler.running or self._scheduler.waiting:
+        if self._steps.step() or self._steps.save(interrupted=lambda: not self._inbox.empty()):
             return True
-        self._landed = None
-        mx.clear_cache()
-        return self._save(interrupted=lambda: not self._inbox.empty()) or not self._inbox.empty()
+        return not self._inbox.empty()
 
     def stream(
         self, ids: Sequence[int], *, max_tokens: int, sampling: SamplingParams, seed: int = 0
@@ -210,8 +131,7 @@ class Engine:
 
     def forget(self) -> None:
         """Give up all kept prefixes."""
-        self._prefixes.clear()
-        mx.clear_cache()
+        self._steps.forget()
 
     def _turn(self) -> None:
         """Do a step and stand in line again: other work of the thread comes in between."""
@@ -233,12 +153,8 @@ class Engine:
 
     def _end_all(self) -> None:
         self._welcome()
-        self._flight = None
-        for sequence in (*self._scheduler.running, *self._scheduler.waiting):
-            self._scheduler.remove(sequence)
-            if not sequence.ended:
-                self._tell(sequence, sequence.outcome("cancelled"))
-        while self._save(interrupted=lambda: False):
+        self._steps.cancel_all()
+        while self._steps.save(interrupted=lambda: False):
             pass
 
     def _welcome(self) -> None:
@@ -247,387 +163,7 @@ class Engine:
                 request = self._inbox.get_nowait()
             except Empty:
                 return
-            try:
-                sequence = Running(request, self._vocabulary, self.context)
-                if self._speculator and request.max_tokens:
-                    sequence.lookup = self._speculator.lookup(sequence.ids)
-                self._scheduler.add(sequence)
-            except Exception as error:  # noqa: BLE001 - this request's alone
-                request.done(error)
-
-    def _dismiss(self) -> None:
-        """End whoever is not wanted any more."""
-        for sequence in (*self._scheduler.waiting, *self._scheduler.running):
-            if sequence.request.cancelled.is_set() and not sequence.ended:
-                self._end(sequence, sequence.outcome("cancelled"))
-
-    # --- a step ---------------------------------------------------------------------------------
-
-    def _must_be_known(self, flight: Flight) -> bool:
-        """Whether the next step depends on what this one chooses."""
-        if flight.proposals or any(sequence.masking for sequence in flight.choosing):
-            return True
-        rows, speculator = len(flight.choosing), self._speculator
-        return speculator is not None and any(
-            speculator.willing(sequence, rows) for sequence in flight.choosing
-        )
-
-    def _build(self, step: Step[Running]) -> Flight | None:
-        """Lay out a forward pass and the choice of tokens after it, and wait for nothing."""
-        # Those whose token is still on the device come first, then those whose ids are known.
-        ahead = [sequence for sequence in step.decoding if sequence.ahead]
-        known = [sequence for sequence in step.decoding if not sequence.ahead]
-        self._building = known  # a draft model writes their caches
-        proposals, foreseen = self._propose(known, len(step.decoding))
-        known = [sequence for sequence in known if not sequence.ended]
-        lengths = [1] * len(ahead) + [sequence.unread for sequence in known]
-        chunks = self._chunks(step)
-        known += chunks
-        lengths += chunks.values()
-        if not lengths:
-            return None
-        self._building = [*ahead, *known]
-        ids = self._ids(ahead, known, lengths[len(ahead) :], proposals)
-        choosing, parts, arrays = list[Running](), [], list[mx.array]()
-        proposed: dict[int, int] = {}  # by row
-        for sequence, length in zip(self._building, lengths, strict=True):
-            if sequence.lookup:
-                sequence.lookup.read_on()
-            last = sequence.ahead == 1 or length == sequence.unread
-            proposal = proposals.get(sequence, [])
-            wanted = last and sequence.request.max_tokens > 0
-            rows = 1 + len(proposal) if wanted else 0
-            parts.append(Part(sequence.layers[: self._depth], length + len(proposal), rows))
-            proposed |= dict(enumerate(proposal, len(choosing) + 1))
-            choosing += [sequence] * rows
-            sequence.seen += length + len(proposal)
-            sequence.answering |= last
-            sequence.ahead = int(wanted)
-            sequence.passes += wanted
-        logits = forward(self.model, ids, parts, self._joined(parts))
-        for part in parts:
-            if not part.wanted:  # nothing else reads what it writes
-                arrays += [array for layer in part.layers for array in layer.state]
-        tokens = chances = None
-        if logits is not None:
-            masks = self._masks(choosing, logits, foreseen)
-            tokens = choose(logits, [s.sampler for s in choosing], masks, proposed)
-            chances = Chances.of(logits, tokens, choosing, self._vocabulary)
-            arrays += [tokens, *(chances.arrays if chances else ())]
-        chunk = sum(chunks.values())
-        return Flight(
-            choosing,
-            self._building,
-            tokens,
-            self._flight is None,
-            ids.size,
-            chunk,
-            arrays,
-            chances,
-            proposals,
-            foreseen,
-        )
-
-    def _joined(self, parts: Sequence[Part]) -> Sequence[LayerCache] | None:
-        """Give caches that answer for all parts at once, where that is faster."""
-        if not self._together:
-            return None
-        if all(part.length == part.wanted == 1 for part in parts):
-            room = self._scheduler.room - self._scheduler.held()
-            return self._together.layers([part.layers for part in parts], room)
-        self._together.part()
-        return None
-
-    def _propose(
-        self, known: Sequence[Running], rows: int
-    ) -> "tuple[dict[Running, list[int]], dict[Running, list[Mask | None]]]":
-        """Have it proposed what comes next, and ask the constraints that mask what they allow."""
-        proposals = self._speculator.propose(known, rows) if self._speculator else {}
-        foreseen: dict[Running, list[Mask | None]] = {}
-        for sequence in [proposed for proposed in proposals if proposed.masking]:
-            assert sequence.request.constraint
-            try:
-                masks = sequence.request.constraint.foresee(proposals[sequence])
-                foreseen[sequence] = [_not_empty(mask) for mask in masks]
-                proposals[sequence] = proposals[sequence][: len(masks) - 1]
-                sequence.forget_beyond(len(sequence.ids) - 1)  # what a draft model saw of the rest
-            except Exception as error:  # noqa: BLE001 - this request's alone
-                self._end(sequence, error)
-        return {s: proposal for s, proposal in proposals.items() if proposal}, foreseen
-
-    def _ids(
-        self,
-        ahead: Sequence[Running],
-        known: Sequence[Running],
-        lengths: Sequence[int],
-        proposals: Mapping[Running, list[int]],
-    ) -> mx.array:
-        """Lay the tokens of a step end to end: those on the device, and `lengths` known ones.
-
-        Behind those of a sequence comes what is proposed to follow them.
-        """
-        pieces = []
-        if ahead:
-            assert self._flight and self._flight.tokens is not None
-            tokens, choosing = self._flight.tokens, self._flight.choosing
-            if list(ahead) != list(choosing):
-                tokens = tokens[mx.array([choosing.index(sequence) for sequence in ahead])]
-            pieces.append(tokens)
-        if known:
-            ids = [
-                token
-                for sequence, length in zip(known, lengths, strict=True)
-                for token in (
-                    *sequence.ids[sequence.seen : sequence.seen + length],
-                    *proposals.get(sequence, ()),
-                )
-            ]
-            pieces.append(mx.array(ids, dtype=mx.int32))
-        return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
-
-    def _chunks(self, step: Step[Running]) -> dict[Running, int]:
-        """Give whose prompts are read on in this step, and by how many tokens.
-
-        It is a chunk of the first, and all of those that find room beside it.
-        """
-        chunks: dict[Running, int] = {}
-        most = left = 0
-        if step.reading:
-            deepest = max(sequence.seen for sequence in step.reading)
-            most = min(self.budget.chunk(deepest, self._scheduler.held()), backend.prefill_chunk())
-            most = left = self._scheduler.chunk(step, most)
-        for sequence in step.reading:
-            if (not chunks or sequence.unread <= left) and self._tell_progress(sequence):
-                chunks[sequence] = min(left, chunk_sizes(sequence.unread, most)[0])
-                left -= chunks[sequence]
-        return chunks
-
-    def _tell_progress(self, sequence: Running) -> bool:
-        """Tell how much of a prompt has been read, and whether that was taken well."""
-        request = sequence.request
-        try:
-            if request.progress:
-                request.progress(min(sequence.seen, len(request.ids)), len(request.ids))
-        except BaseException as error:  # noqa: BLE001 - this request's alone
-            self._end(sequence, error)
-        return not sequence.ended
-
-    def _masks(
-        self,
-        choosing: Sequence[Running],
-        logits: mx.array,
-        foreseen: "Mapping[Running, list[Mask | None]]",
-    ) -> "dict[int, Mask]":
-        """Ask the constraints, by row, what is allowed, while the device computes the logits.
-
-        Those that were asked for a proposal are not asked again.
-        """
-        masks: dict[int, Mask | None] = {}
-        asked = [(row, s) for row, s in enumerate(choosing) if s.masking and s not in foreseen]
-        if asked:
-            mx.async_eval(logits)
-        for row, sequence in asked:
-            assert sequence.request.constraint
-            try:
-                masks[row] = _not_empty(sequence.request.constraint.mask())
-            except Exception as error:  # noqa: BLE001 - this request's alone
-                self._end(sequence, error)
-        for sequence, ahead in foreseen.items():
-            masks |= dict(enumerate(ahead, choosing.index(sequence)))
-        return {row: mask for row, mask in masks.items() if mask is not None}
-
-    def _land(self, following: Flight | None = None) -> None:
-        """Wait for the step in work, hand `following` to the device, and tell what was chosen."""
-        done = self._flight
-        values = self._wait_for(done) if done else []
-        chances = done.chances.read(values, done.choosing) if done and done.chances else {}
-        if following:
-            mx.async_eval(following.arrays)
-            following.submitted = time.perf_counter()
-        self._flight, self._building = following, ()
-        if not done:
-            return
-        for sequence, group in groupby(range(len(values)), key=done.choosing.__getitem__):
-            rows = list(group)
-            if not self._in_flight(sequence):
-                sequence.ahead = 0
-            if not sequence.ended and sequence not in done.dropped:
-                tokens = [(values[row], chances.get(row)) for row in rows]
-                self._take(sequence, tokens, done)
-        for sequence in done.touched:
-            if sequence.ended:
-                self._leave(sequence)
-            elif not sequence.request.max_tokens and not sequence.unread:
-                self._end(sequence, sequence.outcome("length"))
-
-    def _wait_for(self, flight: Flight) -> list[int]:
-        mx.eval(flight.arrays)
-        values: list[int] = []
-        if flight.tokens is not None:
-            values = flight.tokens.tolist()  # type: ignore[assignment]
-        flight.arrays, flight.tokens = [], None  # or the next step would find the caches in use
-        now = time.perf_counter()
-        if flight.chunk:
-            self._scheduler.observe(flight.chunk, now - flight.submitted)
-            mx.clear_cache()
-        elif self._speculator and self._landed is not None:
-            self._speculator.took(flight.size, now - self._landed, waited=flight.waited)
-        self._landed = None if flight.chunk else now
-        return values
-
-    def _in_flight(self, sequence: Running) -> bool:
-        return self._flight is not None and sequence in self._flight.touched
-
-    def _take(
-        self, sequence: Running, chosen: Sequence[tuple[int, Chance | None]], flight: Flight
-    ) -> None:
-        """Have a sequence take what was chosen for it, and see to what comes of that."""
-        proposal, accepted = flight.proposals.get(sequence, ()), sequence.accepted
-        try:
-            goes_on = sequence.take(chosen, proposal, masked=sequence in flight.masked)
-        except BaseException as error:  # noqa: BLE001 - this request's alone
-            self._end(sequence, error)
-            return
-        if proposal and self._speculator:
-            self._speculator.observe(sequence, sequence.accepted - accepted)
-        if sequence.reason:
-            self._end(sequence, sequence.outcome(sequence.reason))
-        elif not goes_on:
-            self._choose_anew(sequence)
-
-    def _choose_anew(self, sequence: Running) -> None:
-        """Drop the token that the step in work chooses: it goes on from what is no longer so."""
-        flight = self._flight
-        if flight and flight.tokens is not None and sequence in flight.choosing:
-            row = flight.choosing.index(sequence)
-            sequence.sampler.rewind(flight.tokens[row : row + 1])
-            flight.dropped.append(sequence)
-            sequence.ahead = 0
-        sequence.forget_beyond(len(sequence.ids) - 1)
-
-    # --- beginnings and ends --------------------------------------------------------------------
-
-    def begin(self, job: Running) -> None:
-        """Give a sequence its caches, with what is kept of its tokens (see `scheduler.Memory`)."""
-        try:
-            if job.cached_tokens is None:
-                job.force()
-        except Exception as error:  # noqa: BLE001 - this request's alone
-            self._end(job, error)
-            return
-        if job.reason:
-            self._end(job, job.outcome(job.reason))
-            return
-        # The last token is read in any case: its logits are needed, and there is a step to end at.
-        most = len(job.ids) - 1
-        job.layers = self.model.make_cache()
-        if self._speculator:
-            job.layers += self._speculator.make_cache()
-        if self._disk and self._disk.common(job.ids, most) > self._prefixes.common(job.ids, most):
-            job.seen = self._disk.read(job.ids, most, job.layers[: self._depth])
-        if not job.seen and (kept := self._prefixes.take(job.ids, most)):
-            job.layers, job.room, job.seen = kept.layers, kept.room, len(kept.ids)
-        job.taken = job.seen
-        if job.cached_tokens is None:
-            job.cached_tokens = min(job.seen, len(job.request.ids))
-
-    def pause(self, job: Running) -> None:
-        """Put a sequence's caches among those kept; it will begin anew from there, or earlier."""
-        self._land()
-        if not job.ended:
-            self._part()
-            self._keep(job, job.seen)
-            job.reset()
-
-    def kept(self) -> int:
-        """The tokens that kept prefixes have room for."""
-        return self._prefixes.held
-
-    def reclaim(self, tokens: int) -> None:
-        """Give up kept prefixes for so many tokens, as far as there are any."""
-        self._prefixes.reclaim(tokens)
-        mx.clear_cache()
-
-    def _end(self, sequence: Running, outcome: Outcome | BaseException) -> None:
-        sequence.ended = True
-        well = isinstance(outcome, Outcome) and outcome.reason != "cancelled"
-        failed = isinstance(outcome, BaseException)
-        # Of a cancelled request only what was there before it stays.
-        sequence.worth_keeping = None if well else 0 if failed else sequence.taken
-        self._tell(sequence, outcome)
-        if not self._in_flight(sequence):
-            self._leave(sequence)
-
-    def _leave(self, sequence: Running) -> None:
-        """Let go of a sequence that has ended and that no step in work touches."""
-        if sequence in self._scheduler.running:
-            self._part()
-            keep = sequence.seen if sequence.worth_keeping is None else sequence.worth_keeping
-            self._keep(sequence, min(keep, sequence.seen, len(sequence.ids)))
-        elif sequence not in self._scheduler.waiting:
-            return
-        self._scheduler.remove(sequence)
-        sequence.reset()
-        mx.clear_cache()
-
-    def _part(self) -> None:
-        """Have every sequence hold its own caches, before they are used for something else."""
-        if self._together:
-            self._together.part()
-
-    def _keep(self, sequence: Running, tokens: int) -> None:
-        if tokens:
-            prompt = len(sequence.request.ids)
-            prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
-            self._prefixes.put(prefix)
-
-    def _save(self, *, interrupted: Callable[[], bool]) -> bool:
-        """Write the prompt of a kept prefix to disk; False if there is none left to be written."""
-        prefix = self._prefixes.unsaved() if self._disk else None
-        if not self._disk or not prefix:
-            return False
-        ids = prefix.ids[: prefix.prompt]
-        try:
-            if self._disk.wants(ids) and not self._disk.write(
-                ids, prefix.layers[: self._depth], interrupted
-            ):
-                return True
-        except OSError as error:
-            _log.warning("prompts are no longer kept on disk: %s", error)
-            self._disk = None
-        prefix.saved = True
-        return True
-
-    def _tell(self, sequence: Running, outcome: Outcome | BaseException) -> None:
-        if isinstance(outcome, BaseException):
-            _log.debug("a request failed", exc_info=outcome)
-        try:
-            sequence.request.done(outcome)
-        except Exception:  # noqa: BLE001 - the others' steps go on
-            _log.exception("a request's end could not be told")
-
-    def _drop_all(self, error: Exception) -> None:
-        """Drop every cache that a failed step may have touched, and the kept ones."""
-        if isinstance(error, RuntimeError | MemoryError):
-            error = Qwen3Error(_OUT_OF_MEMORY.format(error))
-        touched = {*self._building, *(self._flight.touched if self._flight else ())}
-        self._flight, self._building = None, ()
-        if self._together:
-            self._together.abandon()
-        for sequence in touched:
-            if sequence.ended:
-                sequence.worth_keeping = 0
-                self._leave(sequence)
-            else:
-                self._end(sequence, error)
-        self.forget()
-
-
-def _not_empty(mask: "Mask | None") -> "Mask | None":
-    """Give a mask that allows something, or raise a ValueError."""
-    if mask is not None and not mask.any():
-        raise ValueError("the constraint of this request allows no token")
-    return mask
+            self._steps.add(request)
 
 
 class _Collector:
