@@ -44,6 +44,21 @@ def draw(count: int, logits: mx.array, **params: Any) -> Counter[int]:
     return chosen
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0.0},
+        {"temperature": 0.6, "top_k": 20, "top_p": 0.95},
+        {"top_p": 0.9},
+        {"min_p": 0.01},
+        {"presence_penalty": 1.0, "logit_bias": {7: 2.0}},
+    ],
+)
+def test_half_precision_is_widened_where_it_is_computed_with(params: dict[str, Any]) -> None:
+    half = LOGITS.astype(mx.bfloat16)
+    assert draw(30, half, **params) == draw(30, half.astype(mx.float32), **params)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     size=st.integers(61, 9000),

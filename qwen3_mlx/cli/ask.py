@@ -205,6 +205,8 @@ def _status(finish: Finish, to_first: float, rest: float) -> str:
     count = usage.completion_tokens
     thinking = f" ({usage.reasoning_tokens} thinking)" if usage.reasoning_tokens else ""
     parts = [f"{count} tokens{thinking}"]
+    if passes := finish.details.get("forward_passes"):
+        parts.append(f"{passes} passes")
     if count > 1:
         parts.append(f"{(count - 1) / max(rest, 1e-9):.1f} tokens/s")
     parts += [

@@ -113,8 +113,8 @@ class Chain:
             logits = mx.take_along_axis(logits, ids, axis=-1)
         else:
             logits = logits[:, :vocabulary]
-        # Dividing by the temperature keeps the order, so it can wait until few are left.
-        scaled = logits * (1 / self.temperature)
+        # Neither dtype nor temperature changes the order, so they can wait until few are left.
+        scaled = logits.astype(mx.float32) * (1 / self.temperature)
         if self.top_p < 1:
             scaled = within_top_p(scaled, self.top_p)
         if self.min_p:
@@ -144,10 +144,9 @@ def choose(
     token that is supposed to have come before it. `masks` tells, by row, the ids that are allowed:
     bit i of the packed 32-bit words is id i's.
     """
-    logits = logits.astype(mx.float32)
     masks, proposed = masks or {}, proposed or {}
     if masks or any(sampler.adjusts for sampler in samplers):
-        rows = []
+        rows, logits = [], logits.astype(mx.float32)
         for row, sampler in enumerate(samplers):
             if row in proposed:
                 sampler.count(mx.array([proposed[row]]))

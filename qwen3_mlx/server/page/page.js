@@ -336,6 +336,7 @@ function statsOf({ usage, timings, reason, details = {} }) {
     `${usage.completion_tokens} out`,
     `${timings.predicted_per_second.toFixed(1)} tokens/s`,
   ];
+  if (details.forward_passes) parts.push(`${details.forward_passes} passes`);
   if (reason === "length") parts.push("cut off at the token limit");
   if (details.thinking_closed_by) parts.push(`thinking closed by ${CLOSED_BY[details.thinking_closed_by]}`);
   if (details.ended_by) parts.push("ended by the loop guard");
