@@ -118,18 +118,18 @@ def load(  # noqa: PLR0913 - one keyword a choice
     def read_weights() -> tuple[Qwen3, Speculator | None]:
         backend.limit_cache()
         backend.suit_threads(target.network.hidden_size)
-        model = target.read(folder, follow)
-        speculator = None
-        if draft is not None:
-            drafting = None
-            if small and small_folder:
-                drafting = DraftModel(small.read(small_folder, follow))
-            costs = Costs(costs_of(backend.architecture()))
-            speculator = Speculator(target.network, costs, drafting)
+        models = [target.read(folder, follow)]
+        if small and small_folder:
+            models.append(small.read(small_folder, follow))
         backend.wire_weights()
         if backend.on_gpu():  # which builds its kernels at their first use
-            warm_up(model)
-        return model, speculator
+            for model in models:
+                warm_up(model)
+        if draft is None:
+            return models[0], None
+        costs = Costs(costs_of(backend.architecture()))
+        drafting = DraftModel(models[1]) if small else None
+        return models[0], Speculator(target.network, costs, drafting)
 
     held_as = (target.options, target.cache, backend.on_gpu())
     disk = _open_disk(prompt_cache, prompt_cache_gb, folder, target.config, held_as)
