@@ -36,7 +36,7 @@ _GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
 _WORDS = "red green blue black white apple river stone cloud tree house bird".split()
 _CONVERSATIONS, _TURNS, _SUMS = 10, 5, 20
 _CIRCLING, _DRAWN = 192, 2000  # tokens
-_REPEATS = 4
+_REPEATS = 3
 
 
 @dataclass(frozen=True, slots=True)

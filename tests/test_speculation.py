@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,8 +175,11 @@ def test_waiting_must_pay_too() -> None:
     see(lookup, right=True)
     for waited, seconds in ((False, 0.01), (True, 0.05)) * 20:
         speculator.took(1, seconds, waited=waited)
-    assert proposed(speculator, sequence) > 0  # where waiting is over, yes
     assert not speculator.willing(sequence, rows=1)
+    assert proposed(speculator, sequence) == 0
+    masked = Running(replace(sequence.request, constraint=Script()), 1088, 100_000)
+    masked.room, masked.lookup = sequence.room, lookup
+    assert proposed(speculator, masked) > 0  # which has to wait in any case
 
 
 def test_old_chips_verify_long_copies_or_none() -> None:

@@ -45,6 +45,7 @@ class _Plan:
     tokens: float
     seconds: float
     drafted: bool = False  # by the draft model
+    trial: bool = False  # whatever it promises
 
     @property
     def speed(self) -> float:
@@ -105,6 +106,7 @@ class Speculator:
             rows += plan.count
             if plan.drafted:
                 drafted[sequence] = plan.count
+                self._pause = min(2 * self._pause, _LONGEST_PAUSE) if plan.trial else _FIRST_PAUSE
             elif plan.count and sequence.lookup:
                 found[sequence] = sequence.lookup.propose(plan.count)
         self._drafted, started = drafted, time.perf_counter()
@@ -119,7 +121,6 @@ class Speculator:
         if proposed := self._drafted.pop(sequence, 0):
             for place in range(min(accepted + 1, proposed)):
                 self._draft_rate.observe(hit=place < accepted)
-            self._pause = _FIRST_PAUSE if accepted else min(2 * self._pause, _LONGEST_PAUSE)
 
     def took(self, rows: int, seconds: float, *, waited: bool) -> None:
         """Take note of what a step took, the host's work included."""
@@ -127,8 +128,12 @@ class Speculator:
         self._waited, self._drafting = self._waited + 1, 0.0
 
     def _plan(self, sequence: Running, others: int) -> _Plan:
-        """Weigh the ways to go on with a sequence, beside `others` rows of a step."""
-        plans = [_Plan(0, 0.0, others + 1, self._costs.of(others + 1, waited=True))]
+        """Weigh the ways to go on with a sequence, beside `others` rows of a step.
+
+        Without a proposal the steps to come need not wait, but for those that a mask has wait.
+        """
+        alone = self._costs.of(others + 1, waited=sequence.masking)
+        plans = [_Plan(0, 0.0, others + 1, alone)]
         most = min(
             sequence.request.max_tokens - sequence.told - 1,
             sequence.room - len(sequence.ids) - 1,
@@ -140,7 +145,7 @@ class Speculator:
             plans += self._plans(sequence, lookup.rate.share, others, most)
         if self.draft:
             if self._waited >= self._pause:
-                return _Plan(min(_TRIAL, most), 1.0, 1.0, 1e-9, drafted=True)
+                return _Plan(min(_TRIAL, most), 1.0, 1.0, 1e-9, drafted=True, trial=True)
             each = self._costs.of(1, waited=True) * self.draft.size / self._size
             if self._costs.measured and self.draft.seconds:
                 each = self.draft.seconds
