@@ -125,11 +125,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
         if backend.on_gpu():  # which builds its kernels at their first use
             for model in models:
                 warm_up(model)
-        if draft is None:
-            return models[0], None
-        costs = Costs(costs_of(backend.architecture()))
-        drafting = DraftModel(models[1]) if small else None
-        return models[0], Speculator(target.network, costs, drafting)
+        return models[0], None if draft is None else _speculator_of(*models)
 
     held_as = (target.options, target.cache, backend.on_gpu())
     disk = _open_disk(prompt_cache, prompt_cache_gb, folder, target.config, held_as)
@@ -184,6 +180,11 @@ class _Found:
         model = load_model(self.config, Weights(folder), self.options, progress)
         model.cache_format = self.cache
         return model
+
+
+def _speculator_of(model: Qwen3, small: Qwen3 | None = None) -> Speculator:
+    costs = Costs(costs_of(backend.architecture()))
+    return Speculator(model.config, costs, DraftModel(small) if small else None)
 
 
 def _refuse_another_family(small: _Found, target: _Found, tokenizer: Tokenizer) -> None:
