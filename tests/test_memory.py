@@ -315,6 +315,8 @@ def test_a_refusal_names_what_would_fit(tmp_path: Path, monkeypatch: pytest.Monk
     busy = refusal(5 * 10**9, source=stored, dtype="bfloat16")
     assert "closing other programs would make room" in busy
     assert "nor does any of the ready 4-bit models" in refusal(10**9, source=stored)
+    both = refusal(8 * 10**9, source=stored, draft=stored, dtype="bfloat16")
+    assert "beside the draft model" in both and "so it would without a draft model" in both
 
 
 def test_of_a_hubs_model_no_weight_is_fetched(
