@@ -1,7 +1,7 @@
 """From a name to an `LLM`: what is found is checked, fetched, read and put together."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from threading import Event as Flag
@@ -89,7 +89,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
     )
     demo = str(files("qwen3_mlx") / "demo")
     target = _Found.at(demo if source is None else source, options, kv_bits, revision, context)
-    small = None if draft in (None, NGRAM) else _Found.at(draft, options, kv_bits)
+    small = None if draft in (None, NGRAM) else _Found.at(draft, options, kv_bits).as_stored()
     # What cannot be run, or does not fit, is refused before gigabytes are fetched.
     beside = small.plan(context).held if small else 0
     refuse_what_cannot_fit(
@@ -169,6 +169,10 @@ class _Found:
         network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
         cache = cache_format(kv_bits, network.head_dim)
         return cls(place, folder, config, network, stored, options, cache)
+
+    def as_stored(self) -> "_Found":
+        """Give it without a wish to quantize what is quantized already."""
+        return replace(self, options=replace(self.options, quantize=None)) if self.stored else self
 
     def plan(self, context: int | None) -> Plan:
         return plan_load(self.network, self.stored, self.options, context, self.cache)

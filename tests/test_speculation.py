@@ -359,6 +359,15 @@ def test_a_schema_and_a_budget_are_kept(drafting: qwen3_mlx.LLM) -> None:
     plain.close()
 
 
+def test_a_draft_model_may_be_quantized_already(tiny_folder: Path, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    qwen3_mlx.convert(tiny_folder, small, bits=4)
+    with qwen3_mlx.load(tiny_folder, bits=4, draft=small) as llm:
+        assert llm.chat("Hello", max_tokens=3).usage.completion_tokens == 3
+    with pytest.raises(CheckpointError, match="quantized already; leave bits out"):
+        qwen3_mlx.load(small, bits=4, draft=tiny_folder)
+
+
 def test_another_familys_model_is_refused(tiny_folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(tiny_folder, other)
