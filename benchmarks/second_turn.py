@@ -9,7 +9,6 @@ server (LRUPromptCache) leaves to be read, of a tiny network.
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 
@@ -20,13 +19,14 @@ from qwen3_mlx import backend  # first: the BLAS
 import mlx.core as mx
 from mlx_lm.models.cache import LRUPromptCache, make_prompt_cache
 
+from benchmarks.answers import answer
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.graph import peer_model
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
 from qwen3_mlx.files import read_json
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
@@ -92,24 +92,8 @@ def second_turn(
         engine.read_ahead(ahead)
         while engine.step():
             pass
-    times, ends = [time.perf_counter()], list[Outcome | BaseException]()
-
-    class Watcher:
-        finished = False
-
-        def advance(self, ids: Sequence[int]) -> None:
-            times.append(time.perf_counter())
-
-        def rewind(self, count: int) -> None:
-            raise NotImplementedError
-
-    request = Request(second, _GREEDY, 1, 0, frozenset(), Watcher(), ends.append)
-    engine.submit(request)
-    while engine.step():
-        pass
-    (end,) = ends
-    assert isinstance(end, Outcome)
-    return len(second) - end.cached_tokens, times[1] - times[0]
+    said, end = answer(engine, second, _GREEDY, 1)
+    return len(second) - end.cached_tokens, said.first
 
 
 def peer_reads(first: list[int], second: list[int]) -> int:

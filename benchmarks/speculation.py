@@ -20,11 +20,11 @@ from qwen3_mlx import backend  # first: the BLAS
 
 import mlx.core as mx
 
+from benchmarks.answers import answer
 from benchmarks.graph import our_model
 from qwen3_mlx import convert, load
-from qwen3_mlx.engine.costs import Costs, costs_of
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.loading import NGRAM
@@ -120,8 +120,9 @@ def _sum(replies: Iterator[tuple[str, int, dict[str, str]]]) -> Work:
 
 
 def _pair(model: Qwen3, sampling: SamplingParams, count: int) -> tuple[Run, Run]:
-    return lambda: generate(model, sampling, count), lambda: generate(
-        model, sampling, count, Speculator(model.config, Costs(costs_of(backend.architecture())))
+    return (
+        lambda: generate(model, sampling, count),
+        lambda: generate(model, sampling, count, Speculator(model.config)),
     )
 
 
@@ -130,26 +131,8 @@ def generate(
 ) -> Work:
     """Have a model go on with a few tokens."""
     engine = Engine(model, vocabulary=model.config.vocab_size, speculator=speculator)
-    tokens, ends = list[object](), list[Outcome | BaseException]()
-
-    class Watcher:
-        finished = False
-
-        def advance(self, ids: object) -> None:
-            tokens.extend(ids)  # type: ignore[arg-type]
-
-        def rewind(self, count: int) -> None:
-            raise NotImplementedError
-
-    request = Request(list(range(64)), sampling, count, 0, frozenset(), Watcher(), ends.append)
-    started = time.perf_counter()
-    engine.submit(request)
-    while engine.step():
-        pass
-    seconds = time.perf_counter() - started
-    (end,) = ends
-    assert isinstance(end, Outcome)
-    return Work(tokens, end.passes, end.proposed, end.accepted, seconds)
+    said, end = answer(engine, range(64), sampling, count)
+    return Work(list(said.tokens), end.passes, end.proposed, end.accepted, said.seconds)
 
 
 def _show(name: str, plain: Run, fast: Run) -> None:
