@@ -16,7 +16,6 @@ from qwen3_mlx.checkpoint.identity import identity
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, weight_names
-from qwen3_mlx.engine.costs import Costs, costs_of
 from qwen3_mlx.engine.drafting import DraftModel
 from qwen3_mlx.engine.memory import FormatOf, Plan
 from qwen3_mlx.engine.params import sampling_defaults
@@ -125,7 +124,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
         if backend.on_gpu():  # which builds its kernels at their first use
             for model in models:
                 warm_up(model)
-        return models[0], None if draft is None else _speculator_of(*models)
+        drafting = DraftModel(models[1]) if small else None
+        return models[0], Speculator(target.network, drafting) if draft is not None else None
 
     held_as = (target.options, target.cache, backend.on_gpu())
     disk = _open_disk(prompt_cache, prompt_cache_gb, folder, target.config, held_as)
@@ -184,11 +184,6 @@ class _Found:
         model = load_model(self.config, Weights(folder), self.options, progress)
         model.cache_format = self.cache
         return model
-
-
-def _speculator_of(model: Qwen3, small: Qwen3 | None = None) -> Speculator:
-    costs = Costs(costs_of(backend.architecture()))
-    return Speculator(model.config, costs, DraftModel(small) if small else None)
 
 
 def _refuse_another_family(small: _Found, target: _Found, tokenizer: Tokenizer) -> None:

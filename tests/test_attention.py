@@ -142,7 +142,7 @@ def test_speculation_and_kept_prefixes_need_no_other_call(
     """What is verified at once fits one call of the kernel for few queries."""
     model = model_with(*HEADS[geometry])
     model.cache_format = CACHE_FORMATS[form]
-    speculator = Speculator(model.config, Costs(dict.fromkeys(range(1, 9), 1.0)))
+    speculator = Speculator(model.config, costs=Costs(dict.fromkeys(range(1, 9), 1.0)))
     engine = Engine(model, vocabulary=TINY["vocab_size"], speculator=speculator, available=10**9)
     ids = random_ids(12) * 4
     greedy = SamplingParams(temperature=0.0)

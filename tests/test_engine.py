@@ -112,7 +112,7 @@ def speculator_of(model: Qwen3, way: str) -> Speculator | None:
     draft = DraftModel(model_of("dense")) if way == "draft" else None
     if draft:
         draft.size = 1
-    return Speculator(model.config, Free(costs_of("applegpu_g16s")), draft)
+    return Speculator(model.config, draft, Free(costs_of("applegpu_g16s")))
 
 
 @cache

@@ -154,7 +154,7 @@ def see(lookup: Lookup, *, right: bool) -> None:
 
 
 def test_the_gate_follows_what_comes_true_and_what_it_costs() -> None:
-    speculator = Speculator(published("8B"), Costs(costs_of("applegpu_g16s")))
+    speculator = Speculator(published("8B"), costs=Costs(costs_of("applegpu_g16s")))
     sequence, lookup = running(speculator, COPYING)
     assert speculator.willing(sequence, rows=1)
     see(lookup, right=False)
@@ -170,7 +170,7 @@ def test_the_gate_follows_what_comes_true_and_what_it_costs() -> None:
 
 
 def test_waiting_must_pay_too() -> None:
-    speculator = Speculator(published("8B"), Costs(costs_of("applegpu_g16s")))
+    speculator = Speculator(published("8B"), costs=Costs(costs_of("applegpu_g16s")))
     sequence, lookup = running(speculator, COPYING)
     see(lookup, right=True)
     for waited, seconds in ((False, 0.01), (True, 0.05)) * 20:
@@ -183,7 +183,7 @@ def test_waiting_must_pay_too() -> None:
 
 
 def test_old_chips_verify_long_copies_or_none() -> None:
-    speculator = Speculator(published("8B"), Costs(costs_of("applegpu_g13g")))
+    speculator = Speculator(published("8B"), costs=Costs(costs_of("applegpu_g13g")))
     sequence, lookup = running(speculator, COPYING)
     assert proposed(speculator, sequence) == 0
     see(lookup, right=True)
@@ -197,7 +197,7 @@ def test_old_chips_verify_long_copies_or_none() -> None:
 def test_proposals_keep_to_the_kernels_limits_and_to_what_is_left(size: str) -> None:
     config = published(size)
     group = config.num_attention_heads // config.num_key_value_heads
-    speculator = Speculator(config, Costs({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 6: 1.0, 8: 1.0}))
+    speculator = Speculator(config, costs=Costs({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 6: 1.0, 8: 1.0}))
     for left in (1000, 3, 2, 1):
         sequence, _ = running(speculator, COPYING, max_tokens=left)
         count = proposed(speculator, sequence)

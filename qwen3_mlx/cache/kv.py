@@ -76,11 +76,9 @@ class KVCache:
         They share no buffer. Its own are made by its first write, with the room that is reserved
         until then.
         """
-        tokens = min(tokens, self.offset)
         other = self._empty()
-        other.offset = tokens
-        if tokens:
-            other._buffers = [buffer[:, :, :tokens] for buffer in self._buffers]
+        if tokens := min(tokens, self.offset):
+            other.fill([buffer[:, :, :tokens] for buffer in self._buffers])
         return other
 
     def fill(self, state: Sequence[mx.array]) -> None:

@@ -52,9 +52,7 @@ class Ragged:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
     ) -> mx.array:
         """Rotate all sequences' tokens in one call each for q and k, with a vector of offsets."""
-        offsets = tuple(cache.offset for cache in self.caches)
-        q, k, v = (x.transpose(2, 1, 0, 3) for x in (q, k, v))  # the tokens become the batch
-        q, k = rope(q, offsets), rope(k, offsets)
+        q, k, v = as_batch(q, k, v, self.caches, rope)
         count = len(self.caches)
         keys, values = mx.split(k, count), mx.split(v, count)
         if all(type(cache) is KVCache for cache in self.caches):
@@ -64,6 +62,15 @@ class Ragged:
             each = zip(self.caches, mx.split(q, count), keys, values, strict=True)
             answers = mx.concatenate([c.attend_rotated(*qkv, scale=scale) for c, *qkv in each])
         return answers.transpose(2, 1, 0, 3)
+
+
+def as_batch(
+    q: mx.array, k: mx.array, v: mx.array, caches: Sequence[KVCache], rope: Rotate
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Lay out [1, ., T, E], a token for each of the caches, as [T, ., 1, E], q and k rotated."""
+    offsets = tuple(cache.offset for cache in caches)
+    q, k, v = (x.transpose(2, 1, 0, 3) for x in (q, k, v))
+    return rope(q, offsets), rope(k, offsets), v
 
 
 def _spans(lengths: Sequence[int]) -> list[slice]:

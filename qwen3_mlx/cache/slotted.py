@@ -19,6 +19,7 @@ import numpy as np
 
 from qwen3_mlx.cache.attention import LayerCache, Rotate, attention_of_slots
 from qwen3_mlx.cache.kv import KVCache, grown_capacity
+from qwen3_mlx.cache.ragged import as_batch
 
 _LEAST = 4  # sequences; with fewer the host is as fast without
 _PATIENCE = 4  # steps that they must have been together for
@@ -131,9 +132,7 @@ class _Layer:
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
     ) -> mx.array:
         """Answer for a token of each sequence: q, k, v are [1, ., B, E]."""
-        offsets = tuple(cache.offset for cache in self._caches)
-        q, k, v = (x.transpose(2, 1, 0, 3) for x in (q, k, v))  # the tokens become the batch
-        q, k = rope(q, offsets), rope(k, offsets)
+        q, k, v = as_batch(q, k, v, self._caches, rope)
         for cache in self._caches:
             cache.offset += 1
         keys, values = self._buffers
@@ -146,8 +145,7 @@ class _Layer:
     def part(self, own: Sequence[np.ndarray]) -> None:
         rows = []
         for row, (cache, columns) in enumerate(zip(self._caches, own, strict=True)):
-            count = min(cache.offset, len(columns))
-            which = mx.array(columns[:count])
+            which = mx.array(columns[: cache.offset])
             rows.append([mx.take(joint[row : row + 1], which, axis=2) for joint in self._buffers])
         mx.eval(rows)
         for cache, state in zip(self._caches, rows, strict=True):

@@ -20,9 +20,10 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import FEW_QUERIES, most_queries
 from qwen3_mlx.cache.kv import KVCache
-from qwen3_mlx.engine.costs import Costs
+from qwen3_mlx.engine.costs import Costs, costs_of
 from qwen3_mlx.engine.drafting import DraftModel
 from qwen3_mlx.engine.lookup import Lookup, Rate, Rates
 from qwen3_mlx.engine.memory import count_weights
@@ -55,10 +56,15 @@ class _Plan:
 class Speculator:
     """Decides who is proposed what, for all sequences of an engine."""
 
-    def __init__(self, config: ModelConfig, costs: Costs, draft: DraftModel | None = None) -> None:
-        """Propose by lookup, and with `draft` where that promises more."""
+    def __init__(
+        self, config: ModelConfig, draft: DraftModel | None = None, costs: Costs | None = None
+    ) -> None:
+        """Propose by lookup, and with `draft` where that promises more.
+
+        `costs` are what is believed of passes; None is what the table says of this machine.
+        """
         self.draft = draft
-        self._costs = costs
+        self._costs = costs or Costs(costs_of(backend.architecture()))
         self._most = most_queries(config.num_attention_heads, config.num_key_value_heads)
         self._size = count_weights(config)
         self._rates = Rates()  # of lookup

@@ -194,28 +194,25 @@ class Steps:
             tokens = choose(logits, [s.sampler for s in choosing], masks, proposed)
             chances = Chances.of(logits, tokens, choosing, self._vocabulary)
             arrays += [tokens, *(chances.arrays if chances else ())]
-        chunk = sum(chunks.values())
         return Flight(
             choosing,
-            self._building,
-            tokens,
-            self._flight is None,
-            ids.size,
-            chunk,
-            arrays,
-            chances,
-            proposals,
-            foreseen,
+            touched=self._building,
+            tokens=tokens,
+            waited=self._flight is None,
+            size=ids.size,
+            chunk=sum(chunks.values()),
+            arrays=arrays,
+            chances=chances,
+            proposals=proposals,
+            masked=foreseen,
         )
 
     def _joined(self, parts: Sequence[Part]) -> Sequence[LayerCache] | None:
         """Give caches that answer for all parts at once, where that is faster."""
-        if not self._together:
-            return None
-        if all(part.length == part.wanted == 1 for part in parts):
+        if self._together and all(part.length == part.wanted == 1 for part in parts):
             room = self.scheduler.room - self.scheduler.held()
             return self._together.layers([part.layers for part in parts], room)
-        self._together.part()
+        self._part()
         return None
 
     def _propose(
@@ -327,8 +324,7 @@ class Steps:
         self._flight, self._building = following, ()
         if not done:
             return
-        for sequence, group in groupby(range(len(values)), key=done.choosing.__getitem__):
-            rows = list(group)
+        for sequence, rows in groupby(range(len(values)), key=done.choosing.__getitem__):
             if not self._in_flight(sequence):
                 sequence.ahead = 0
             if not sequence.ended and sequence not in done.dropped:

@@ -17,7 +17,6 @@ from mlx.utils import tree_flatten
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import cache_format
-from qwen3_mlx.engine.costs import Costs, costs_of
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
 from qwen3_mlx.engine.speculative import Speculator
@@ -46,8 +45,7 @@ class Ours:
     def _made(self, case: Case) -> Engine:
         model = self._model
         model.cache_format = cache_format(case.kv_bits, model.config.head_dim)
-        costs = Costs(costs_of(backend.architecture()))
-        speculator = Speculator(model.config, costs) if case.copying else None
+        speculator = Speculator(model.config) if case.copying else None
         return Engine(model, vocabulary=self.vocabulary, speculator=speculator)
 
     def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:

@@ -131,19 +131,19 @@ class Forming:
 
     def foresee(self, ids: Sequence[int]) -> "list[NDArray[np.uint32] | None]":
         """Give the masks for the next token and those behind `ids`, as far as none is forced."""
-        active, masks = self._active, [self.mask()]
+        active = self._active
         if active is None or self._other_beginnings():
-            return masks
-        read, mask = active.read, active.mask()
+            return [self.mask()]
+        read, masks = active.read, [active.mask()]
         for token in ids:
-            if not allows(mask, token):
+            if not allows(masks[-1], token):
                 break
             active.advance(token)
             if active.complete or active.forced():
                 break
-            masks.append(mask := active.mask())
+            masks.append(active.mask())
         active.rewind(read)
-        return masks
+        return list(masks)
 
     def _other_beginnings(self) -> list[int]:
         """Give the tags that may come instead of the answer: those of thinking and of a call."""
