@@ -15,6 +15,8 @@ Progress = Callable[[int, int], None]
 class Options(TypedDict, total=False):
     """The keywords of every way to ask for a reply; all may be left out.
 
+    With `continue_last` the reply continues the last message, which is the assistant's: its answer,
+    or its thinking, where that is all it has.
     `thinking` switches the thinking on or off; None is the checkpoint's default. It never takes
     more than `thinking_budget` tokens: then it is closed with Qwen's own hand-off, or with
     `thinking_budget_message`, and the answer follows. `loop_guard=False` permits circles.
@@ -32,6 +34,7 @@ class Options(TypedDict, total=False):
     piece of text has its `tokens`, with their log probabilities and so many of the likeliest.
     """
 
+    continue_last: bool
     thinking: bool | None
     thinking_budget: int | None
     thinking_budget_message: str | None
@@ -60,6 +63,7 @@ class Asked:
         TypeError, ValueError: something is.
     """
 
+    continue_last: bool = False
     thinking: bool | None = None
     thinking_budget: int | None = None
     thinking_budget_message: str | None = None
@@ -93,6 +97,8 @@ class Asked:
         forms = [name for name in _FORMS if getattr(self, name) is not None]
         if len(forms) > 1:
             raise ValueError(f"an answer can have one form, not {' and '.join(forms)}")
+        if forms and self.continue_last:
+            raise ValueError(f"{forms[0]} is the form of a whole answer, not of a continued one")
 
     def _check_types(self) -> None:
         for name, (kind, words) in _KINDS.items():
@@ -161,4 +167,5 @@ _KINDS: dict[str, tuple[type, str]] = {
     "sampling": (SamplingParams, "SamplingParams"),
     "seed": (Integral, "a whole number"),
     "idle": (bool, "True or False"),
+    "continue_last": (bool, "True or False"),
 }

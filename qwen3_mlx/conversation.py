@@ -52,15 +52,19 @@ class Conversation:
     def stream(self, words: str | None = None, **options: Unpack[Options]) -> Stream:
         """Say something and stream the reply; without words, reply to the history as it stands.
 
+        With `continue_last` and no words the last reply is continued, and its message grows.
+
         Raises:
             ValueError: there is nothing to reply to.
             Qwen3Error: the last reply is not finished, or the checkpoint cannot do as asked.
         """
         if self._replying:
             raise Qwen3Error("the last reply is not finished; read its stream to the end, or close")
-        messages = [*self.messages]
+        messages, continued = [*self.messages], bool(options.get("continue_last"))
         if words is not None:
             messages += normalise(words)
+        elif continued and messages:
+            pass
         elif not messages or messages[-1]["role"] not in ("user", "tool"):
             raise ValueError("there is nothing to reply to; say something")
         before, self.messages, self._replying = self.messages, messages, True
@@ -70,6 +74,7 @@ class Conversation:
             if said.failed:
                 self.messages = before
             elif said.text or said.reasoning or said.tool_calls:
+                self.messages = self.messages[: -1 if continued else None]
                 self.messages.append(said.message())
 
         try:

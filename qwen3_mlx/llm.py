@@ -35,6 +35,7 @@ from qwen3_mlx.streams import (
 )
 from qwen3_mlx.text.events import Event
 from qwen3_mlx.text.messages import Message, normalise
+from qwen3_mlx.text.prompt import Prompt
 from qwen3_mlx.text.tools import Tool, answer, functions_of
 
 T = TypeVar("T")
@@ -214,6 +215,8 @@ class LLM:
         history, said = normalise(messages), list[dict[str, Any]]()
         for _ in range(max_steps):
             reply = self.chat([*history, *said], **options)
+            if options.pop("continue_last", False):
+                history = history[:-1]  # the reply's message has all of it
             if options.get("tool_choice") != "none":
                 options["tool_choice"] = "auto"  # a call that was demanded has been made
             said += reply.messages
@@ -282,13 +285,20 @@ class LLM:
         thinking: bool | None = None,
         tools: Sequence[Tool] | None = None,
         add_generation_prompt: bool = True,
-    ) -> str:
-        """Write the prompt for a conversation with the checkpoint's own template.
+        continue_last: bool = False,
+    ) -> Prompt:
+        """Write the prompt for a conversation with the checkpoint's own template, as it is sent.
+
+        The names of control tokens in messages are text: `tokenizer.encode` of what is returned, a
+        string that remembers them, makes control tokens of those alone that the template wrote.
+        With `continue_last` it ends where the last message does.
 
         Raises:
+            ValueError: the last message cannot be continued.
             Qwen3Error: there is no template, it refuses, or `thinking` cannot be had.
         """
-        return self._open().render(messages, thinking, tools, add_generation_prompt)
+        replies = self._open()
+        return replies.render(messages, thinking, tools, add_generation_prompt, continue_last)
 
     def forget(self) -> None:
         """Free the memory of earlier prompts, which is kept for what may go on from them."""

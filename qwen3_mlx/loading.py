@@ -1,5 +1,6 @@
 """From a name to an `LLM`: what is found is checked, fetched, read and put together."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -31,10 +32,13 @@ from qwen3_mlx.model.published import stretched
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.replies import Words
 from qwen3_mlx.text.grammar import Grammars
-from qwen3_mlx.text.template import ChatTemplate
+from qwen3_mlx.text.prompt import ControlTokens
+from qwen3_mlx.text.template import ChatTemplate, read_tokenizer_config, special_tokens
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
+_ANSWER = "answer"  # to be found again in what a template makes of it
 NGRAM = "ngram"  # a way to draft without a model
 
 
@@ -232,15 +236,58 @@ def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> 
     end_ids = {*_end_ids(config, "config.json"), *_end_ids(generation_config, generation.name)}
     if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
         end_ids.add(end_of_text)
-    template = ChatTemplate.from_folder(folder)
+    end_ids |= _named_end(folder, tokenizer)
+    grammars = Grammars(tokenizer, frozenset(end_ids))
+    template, no_template = (
+        None,
+        "this checkpoint has no chat template; use complete() with raw text",
+    )
+    try:
+        template = ChatTemplate.from_folder(folder)
+        thinking = Thinking.of(template, tokenizer)
+        turn_end_ids = _turn_end(template, tokenizer) if template else frozenset[int]()
+    except Qwen3Error as error:
+        _log.warning("there will be no chat, only complete() with raw text: %s", error)
+        template, no_template = None, str(error)
+        thinking, turn_end_ids = Thinking.of(None, tokenizer), frozenset[int]()
     return Words(
         tokenizer,
         template,
-        Thinking.of(template, tokenizer),
+        ControlTokens(tokenizer.added_tokens, template.source if template else ""),
+        thinking,
         generation_config,
         frozenset(end_ids),
-        Grammars(tokenizer, frozenset(end_ids)),
+        turn_end_ids,
+        grammars,
+        no_template,
     )
+
+
+def _named_end(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Return the id of tokenizer_config's `eos_token`, which fine-tunes often change there only."""
+    name = special_tokens(read_tokenizer_config(folder)).get("eos_token")
+    if name is None:
+        return set()
+    token = tokenizer.id_of(name)
+    if token is None:
+        _log.warning("tokenizer_config.json: its eos_token %r is no token; it ends nothing", name)
+    return set() if token is None else {token}
+
+
+def _turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the id of the special token with which the template ends an assistant's turn."""
+    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    for messages in (turn, [{"role": "system", "content": "?"}, *turn]):
+        try:
+            rendered = template.render(messages, add_generation_prompt=False)
+        except Qwen3Error:  # some templates demand a system turn
+            continue
+        after = rendered.partition(_ANSWER)[2].lstrip()
+        for name, is_special in tokenizer.added_tokens.items():
+            token = tokenizer.id_of(name)
+            if is_special and token is not None and after.startswith(name):
+                return frozenset([token])
+    return frozenset()
 
 
 def _end_ids(config: Mapping[str, Any], where: str) -> list[int]:

@@ -27,8 +27,16 @@ from qwen3_mlx.streams import Collected, Started
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.forming import Calling, Forming
 from qwen3_mlx.text.grammar import Grammar, Grammars
-from qwen3_mlx.text.messages import Message, normalise
+from qwen3_mlx.text.messages import (
+    END_THINK,
+    THINK,
+    Message,
+    normalise,
+    think_block,
+    without_empty_end,
+)
 from qwen3_mlx.text.parser import Parser
+from qwen3_mlx.text.prompt import ControlTokens, Prompt
 from qwen3_mlx.text.steering import Limits, Steering
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking, soft_switch
@@ -41,24 +49,37 @@ _MOST_IDLE = 4096  # tokens to be read ahead
 
 @dataclass(frozen=True, slots=True)
 class Words:
-    """What a checkpoint knows of text: all but its network."""
+    """What a checkpoint knows of text: all but its network.
+
+    `end_ids` end any reply, `turn_end_ids` one to a conversation, too. Without a `template`,
+    `no_template` says why there is none.
+    """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
+    control: ControlTokens
     thinking: Thinking
     generation_config: Mapping[str, Any]
     end_ids: frozenset[int]
+    turn_end_ids: frozenset[int]
     grammars: Grammars
+    no_template: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A prompt to reply to: whether that thinks, or None for raw text; and what was asked for."""
+    """A prompt to reply to: whether that thinks, or None for raw text; and what was asked for.
+
+    The prompt may end `inside` the thinking, or within the answer, which the reply then continues:
+    `continued` is the message that has begun it.
+    """
 
     prompt: str | Sequence[int]
     thinks: bool | None
     draws_as_thinking: bool
     asked: Asked
+    inside: bool = False
+    continued: Message | None = None
     messages: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     calls: Calls | None = None
@@ -80,43 +101,117 @@ class Replies:
         thinking: bool | None = None,
         tools: Sequence[Tool] | None = None,
         add_generation_prompt: bool = True,
-    ) -> str:
+        continue_last: bool = False,
+    ) -> Prompt:
         """Do as `LLM.render` says."""
+        self._words.thinking.resolve(thinking)
+        described = [describe(tool) for tool in tools or ()]
+        history = normalise(messages)
+        if continue_last:
+            return self._render_begun(_begun(history), described)
+        if add_generation_prompt:
+            history = without_empty_end(history)
+        return self._render_whole(history, thinking, described, add_generation_prompt)
+
+    def _render_whole(
+        self,
+        history: Sequence[Message],
+        thinking: bool | None,
+        tools: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
         words = self._words
-        if words.template is None:
-            raise Qwen3Error("this checkpoint has no chat template; use complete() with raw text")
-        words.thinking.resolve(thinking)
-        return words.template.render(
-            normalise(messages),
+        rendered = self._template().render(
+            [words.control.hide_in_message(message) for message in history],
             thinking=thinking if words.thinking.hybrid else None,
-            tools=[describe(tool) for tool in tools or ()],
+            tools=words.control.hide(tools),
             add_generation_prompt=add_generation_prompt,
         )
+        return words.control.prompt(rendered)
+
+    def _template(self) -> ChatTemplate:
+        if self._words.template is None:
+            raise Qwen3Error(self._words.no_template)
+        return self._words.template
+
+    def _render_begun(
+        self, history: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+    ) -> Prompt:
+        """Render up to the end of what the last message says."""
+        control = self._words.control
+        *before, last = (control.hide_in_message(message) for message in history)
+        field = "content" if last["content"] else "reasoning_content"
+        end = f"q{secrets.token_hex(8)}e"
+        rendered = self._template().render(
+            [*before, {**last, field: last[field] + end}],
+            tools=control.hide(tools),
+            add_generation_prompt=False,
+        )
+        prompt, found, _ = rendered.rpartition(end)
+        if not found:
+            raise Qwen3Error(
+                f"the last message cannot be continued: this checkpoint's chat template leaves out "
+                f"its {field}"
+            )
+        return control.prompt(prompt)
 
     def chat(self, messages: str | Sequence[Message], asked: Asked) -> Task:
         """Lay out a reply to a conversation.
 
         Raises:
+            ValueError: the last message is the assistant's, and not to be continued, or cannot be.
             Qwen3Error: the checkpoint cannot do as asked.
         """
         words = self._words
         thinks = words.thinking.resolve(asked.thinking)
-        if asked.thinking_budget is not None and not thinks:
+        history = without_empty_end(normalise(messages))
+        continued, inside = None, thinks and words.thinking.opens_in_prompt
+        if asked.continue_last:
+            history = _begun(history)
+            continued, inside = history[-1], not history[-1]["content"]
+            if inside and not thinks:
+                raise ValueError("the thinking of the last message needs thinking to be continued")
+            thinks = inside
+        elif history[-1]["role"] == "assistant":
+            raise ValueError(
+                "the last message is the assistant's: continue_last=True continues it, another "
+                "message of the user's, or a tool's, would be replied to"
+            )
+        if asked.thinking_budget is not None and not thinks and not continued:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
         tools = asked.described_tools()
         named = [tool for tool in tools if tool["function"]["name"] == asked.tool_choice]
         calls = Calls.of(words.template, words.tokenizer, tools) if tools else None
         if tools and calls is None:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
-        prompt = self.render(messages, asked.thinking, tools)
+        if continued:
+            prompt = self._render_begun(history, tools)
+        else:
+            prompt = self._render_whole(history, asked.thinking, tools)
         asked.form(words.grammars)  # what is wrong with it is told now
         if calls:
             calls.grammar(words.grammars, named or tools)
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
-        history = normalise(messages)
-        return Task(prompt, thinks, draws_as_thinking, asked, history, tools, calls, named or tools)
+        details = {}
+        if continued:
+            draws_as_thinking = bool(_thinking_of(continued))
+            if asked.thinking and not inside:
+                details["warning"] = "the answer had begun, so it was continued without thinking"
+        return Task(
+            prompt,
+            thinks,
+            draws_as_thinking,
+            asked,
+            inside,
+            continued,
+            history,
+            tools,
+            calls,
+            named or tools,
+            details,
+        )
 
     def start(
         self,
@@ -130,7 +225,8 @@ class Replies:
         `deliver` is told the events, or the error that ends the reply; `heard` is told all that was
         said, before `deliver` is told the last.
         """
-        words, asked, said = self._words, task.asked, Collected()
+        words, asked, said = self._words, task.asked, Collected(task.continued)
+        answering = task.continued is not None and not task.inside
 
         def tell(event: Event | BaseException) -> None:
             said.add(event)
@@ -145,7 +241,8 @@ class Replies:
             words.tokenizer,
             tell,
             thinking=thinking,
-            inside=self._begins_inside(task),
+            inside=task.inside,
+            answering=answering,
             stop=asked.stop_strings,
             calls=task.calls,
             noting=asked.logprobs is not None,
@@ -187,7 +284,7 @@ class Replies:
             sampling=(asked.sampling or SamplingParams()).over(defaults),
             max_tokens=room,
             seed=secrets.randbits(32) if asked.seed is None else asked.seed,
-            end_ids=words.end_ids,
+            end_ids=self._end_ids(task),
             watcher=parser,
             done=done,
             progress=asked.progress,
@@ -197,23 +294,24 @@ class Replies:
             alternatives=asked.logprobs or 0,
         )
         self.engine.submit(request)
-        return Started(len(ids), steering.finish_thinking)
+        return Started(len(ids), steering.finish_thinking, task.continued)
 
-    def _begins_inside(self, task: Task) -> bool:
-        return bool(task.thinks) and self._words.thinking.opens_in_prompt
+    def _end_ids(self, task: Task) -> frozenset[int]:
+        words = self._words
+        return words.end_ids if task.thinks is None else words.end_ids | words.turn_end_ids
 
     def _steering(self, task: Task, room: int, form: Grammar | None) -> Steering:
         """Make what holds a reply to its limits; where it has a form, that must find room."""
         words, asked = self._words, task.asked
         thinking = None if task.thinks is None else words.thinking
-        unbounded = asked.thinking_budget is None
+        budget = asked.thinking_budget if task.thinks else None
         # Calls that are left standing in the thinking may be any, and of any number.
         settled = task.calls is not None and (asked.must_call or not asked.parallel_tool_calls)
         bounded = form is not None or settled
         limits = Limits.of(
             words.tokenizer,
             thinking,
-            budget=room if bounded and unbounded and task.thinks else asked.thinking_budget,
+            budget=room if bounded and budget is None and task.thinks else budget,
             message=asked.thinking_budget_message,
             max_tokens=room,
             guard=asked.loop_guard,
@@ -223,8 +321,9 @@ class Replies:
             words.tokenizer,
             thinking,
             limits,
-            inside=self._begins_inside(task),
-            end_ids=words.end_ids,
+            inside=task.inside,
+            answering=task.continued is not None and not task.inside,
+            end_ids=self._end_ids(task),
             calls=None if settled else task.calls,
         )
 
@@ -272,7 +371,7 @@ class Replies:
         The template is asked what that is: whatever the user says next, what stands before it is
         the same.
         """
-        before = [*task.messages, reply]
+        before = [*(task.messages[:-1] if task.continued else task.messages), reply]
         try:
             one, other = (
                 self._words.tokenizer.encode(
@@ -310,3 +409,30 @@ class Replies:
                 f"context window of {window:,}{why} has room for {room:,}"
             )
         return wish or room
+
+
+def _begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with the thinking of the last one apart, which a reply is to continue.
+
+    Raises:
+        ValueError: it is not the assistant's, says nothing, or calls tools.
+    """
+    last = dict(history[-1])
+    if last["role"] != "assistant":
+        raise ValueError(
+            f"continue_last continues a last message of the assistant's, and it is the "
+            f"{last['role']}'s"
+        )
+    if last.get("tool_calls"):
+        raise ValueError("the last message calls tools; add what they answered")
+    opened = last["content"].lstrip()
+    if opened.startswith(THINK) and END_THINK not in opened and not _thinking_of(last):
+        last |= {"content": "", "reasoning_content": opened.removeprefix(THINK).lstrip("\n")}
+    elif not last["content"] and not _thinking_of(last):
+        raise ValueError("continue_last: the last message says nothing that could be continued")
+    return [*history[:-1], last]
+
+
+def _thinking_of(message: Message) -> str:
+    block = think_block(message)
+    return block[1].strip() if block else message.get("reasoning_content") or ""

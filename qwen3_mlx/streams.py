@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event as Flag
@@ -17,6 +17,7 @@ from qwen3_mlx.text.events import (
     ToolCall,
     Usage,
 )
+from qwen3_mlx.text.messages import END_THINK, think_block
 
 Said = Event | BaseException | None
 """What a generation puts into its queue; None stands for the end, once that has been read."""
@@ -24,10 +25,11 @@ Said = Event | BaseException | None
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A reply that has been sent to the engine."""
+    """A reply that has been sent to the engine; perhaps to continue a message."""
 
     prompt_tokens: int
     finish_thinking: Callable[[], None]
+    continued: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +37,10 @@ class Reply:
     """A whole reply: what a stream said, collected.
 
     `messages` are those to add to the conversation: the reply itself, and of `LLM.run` all calls
-    and answers of tools before it. `parsed` is what a `schema` was asked for: data, or an object of
-    its pydantic model; None where the text is not whole. `logprobs` are those of the answer's
-    tokens, if they were asked for.
+    and answers of tools before it. With `continue_last` the first of them takes the place of the
+    message that was continued, of which the text here is the rest. `parsed` is what a `schema` was
+    asked for: data, or an object of its pydantic model; None where the text is not whole.
+    `logprobs` are those of the answer's tokens, if they were asked for.
     """
 
     text: str
@@ -70,6 +73,7 @@ class Stream(Iterator[Event]):
         self._cancelled = cancelled
         self._owner: object = owner
         self.prompt_tokens = started.prompt_tokens
+        self.continued = started.continued
         self._finish_thinking = started.finish_thinking
 
     def __next__(self) -> Event:
@@ -154,10 +158,11 @@ class AsyncStream(AsyncIterator[Event]):
 
 
 class Collected:
-    """All that a reply said, as far as it came."""
+    """All that a reply said, as far as it came; `continued` is the message that it goes on from."""
 
-    def __init__(self) -> None:
+    def __init__(self, continued: Mapping[str, Any] | None = None) -> None:
         self.failed = False
+        self._continued = continued or {}
         self.logprobs: list[TokenLogprob] = []
         self._text: list[str] = []
         self._reasoning: list[str] = []
@@ -186,10 +191,15 @@ class Collected:
         return "".join(self._reasoning)
 
     def message(self) -> dict[str, Any]:
-        """Give it as an assistant's message, as templates and clients have them."""
-        message: dict[str, Any] = {"role": "assistant", "content": self.text}
-        if self.reasoning:
-            message["reasoning_content"] = self.reasoning
+        """Give it as an assistant's message, as templates and clients have them.
+
+        An answer that mentions the tags of thinking says so, or templates would take it apart.
+        """
+        text = self._continued.get("content", "") + self.text
+        reasoning = (self._continued.get("reasoning_content") or "") + self.reasoning
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if reasoning or (END_THINK in text and not think_block(self._continued)):
+            message["reasoning_content"] = reasoning
         if self.tool_calls:
             message["tool_calls"] = [
                 {
@@ -204,7 +214,7 @@ class Collected:
 
 def collect(stream: Stream) -> Reply:
     """Read a stream to its end."""
-    said = Collected()
+    said = Collected(stream.continued)
     with stream:
         for event in stream:
             said.add(event)

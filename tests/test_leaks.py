@@ -1,5 +1,6 @@
 """Nothing leaks: in random replies, cut anywhere, thinking and answer hold what they should."""
 
+import codecs
 import random
 
 import pytest
@@ -30,14 +31,26 @@ def random_ids(rng: random.Random, *, tools: bool) -> list[int]:
     return ids
 
 
+def text_of(ids: list[int]) -> str:
+    """Decode the ids, without bytes at the end that are no whole character."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return decoder.decode(b"".join(TOKENIZER.token_bytes(token) for token in ids))
+
+
 def expected(ids: list[int], inside: bool) -> tuple[str, str]:
-    """Give thinking and answer by cutting the ids at the tags, all at once."""
+    """Give thinking and answer by cutting the ids at the tags, of which one pair counts."""
     spans: list[tuple[bool, bool, list[int]]] = [(inside, inside, [])]  # inside, after a tag, ids
+    over = False
     for token in ids:
-        if token == OPEN or (token == CLOSE and spans[-1][0]):
-            spans.append((token == OPEN, True, []))
+        within, _, span = spans[-1]
+        nothing_yet = not text_of(span).strip("\n" if within else None)
+        if token == OPEN and not over and nothing_yet:
+            spans.append((True, True, []))
+        elif token == CLOSE and within:
+            spans.append((False, True, []))
+            over = True
         else:
-            spans[-1][2].append(token)
+            span.append(token)
     reasoning = answer = ""
     for number, (within, after_tag, span) in enumerate(spans):
         data = b"".join(TOKENIZER.token_bytes(token) for token in span)

@@ -103,16 +103,18 @@ def saying(text: str, then: str = "") -> Chooser:
 
 
 def chosen_thinking(reply: Reply, hand_off: Sequence[int] = HAND_OFF_IDS) -> int:
-    """Count the tokens of thinking that were not forced."""
-    inside, count, place = False, 0, 0
+    """Count the tokens of thinking that were not forced; a reply thinks once."""
+    inside, over, count, place = False, False, 0, 0
     while place < len(reply.ids):
         token = reply.ids[place]
         forced = [
             ids for ids in (list(hand_off), PLAIN_CLOSE) if reply.ids[place:][: len(ids)] == ids
         ]
         place += len(forced[0]) if forced else 1
-        if token in (OPEN, CLOSE) or forced:
-            inside = token == OPEN
+        if token == CLOSE or forced:
+            inside, over = False, True
+        elif token == OPEN and not inside and not over:
+            inside = True
         else:
             count += inside
     return count
@@ -146,12 +148,12 @@ def test_a_reply_that_ends_while_thinking_is_handed_off() -> None:
     assert Reply(saying("<think>\nHm."), budget=None).text == ""
 
 
-def test_thinking_that_is_opened_again_is_closed_again() -> None:
+def test_a_reply_thinks_once() -> None:
     reply = Reply(saying("<think>\n", "a b c d e <think> f g h i j "), budget=3, most=380)
     assert chosen_thinking(reply) <= 3
-    assert reply.text.count("b") > 5 and reply.reasoning.count("Considering") == 1
+    assert reply.text.count("<think> f") > 5 and reply.reasoning.count("Considering") == 1
     again = Reply(saying("<think>\na</think>b<think>\nc d e f g", "h "), budget=6)
-    assert chosen_thinking(again) <= 6 and again.text.startswith("b")
+    assert chosen_thinking(again) <= 6 and again.text.startswith("b<think>\nc d e")
 
 
 def test_a_prompt_may_have_opened_the_thinking() -> None:

@@ -4,15 +4,21 @@ The published templates drop content that is not a string (some older ones fail 
 parts are joined here, and what has no text is refused rather than lost.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Message = Mapping[str, Any]
 ROLES = ("system", "user", "assistant", "tool")
+THINK, END_THINK = "<think>", "</think>"
+_THINKING = ("reasoning_content", "thinking", "reasoning")
 
 
 def normalise(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
     """Give the messages with every content a string; a lone string is a user's message.
+
+    Thinking becomes `reasoning_content`, by whichever name it comes; empty arguments of tool calls
+    become `{}`.
 
     Raises:
         TypeError: something is not a message.
@@ -27,6 +33,29 @@ def normalise(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
     return [_normal(message, index) for index, message in enumerate(messages)]
 
 
+def without_empty_end(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Leave out a last message of the assistant's that says nothing, as some clients send it."""
+    last = messages[-1]
+    said = any(last.get(name) for name in ("content", "reasoning_content", "tool_calls"))
+    empty = last["role"] == "assistant" and not said and len(messages) > 1
+    return list(messages[:-1] if empty else messages)
+
+
+def think_block(message: Message) -> tuple[str, str, str, str] | None:
+    """Return opening, thinking, closing and answer of an assistant's content that has them.
+
+    None where the thinking is told apart already, or the content does not begin with a think block.
+    """
+    content = message.get("content")
+    if message.get("role") != "assistant" or isinstance(message.get("reasoning_content"), str):
+        return None
+    if not isinstance(content, str) or not content.lstrip().startswith(THINK):
+        return None
+    before, opening, rest = content.partition(THINK)
+    thinking, closing, answer = rest.partition(END_THINK)
+    return (before + opening, thinking, closing, answer) if closing else None
+
+
 def _normal(message: object, index: int) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
@@ -35,7 +64,13 @@ def _normal(message: object, index: int) -> dict[str, Any]:
         raise ValueError(
             f"{where} has role {message.get('role')!r}; it must be one of {', '.join(ROLES)}"
         )
-    return {**message, "content": _flat(message.get("content"), where)}
+    made = {**message, "content": _flat(message.get("content"), where)}
+    thinking = next((message[name] for name in _THINKING if message.get(name) is not None), None)
+    if thinking is not None:
+        made["reasoning_content"] = thinking
+    if message.get("tool_calls"):
+        made["tool_calls"] = _calls(message["tool_calls"], where)
+    return made
 
 
 def _flat(content: Any, where: str) -> str:
@@ -55,3 +90,36 @@ def _part(part: Any, where: str) -> str:
         return str(part["text"])
     kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
     raise ValueError(f"{where}: a part of type {kind!r} has no text; Qwen3 reads text only")
+
+
+def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+    if isinstance(calls, str) or not isinstance(calls, Sequence):
+        raise TypeError(f"{where}: tool_calls must be a list, not {calls!r}")
+    made = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, Mapping) else None
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise ValueError(f"{where}: a tool call needs a function with a name, unlike {call!r}")
+        arguments = function.get("arguments")
+        if arguments is None or (isinstance(arguments, str) and _is_nothing(arguments)):
+            function = {**function, "arguments": {}}
+        made.append({**call, "function": function} if "function" in call else dict(function))
+    return made
+
+
+def _is_nothing(arguments: str) -> bool:
+    return arguments.strip() in ("", "null")
+
+
+def arguments_read(function: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call in the history as an object, for templates that need one.
+
+    What is not an object, because it was cut off say, becomes the only argument.
+    """
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments, strict=False)
+        except (ValueError, RecursionError):
+            pass
+    return dict(arguments) if isinstance(arguments, Mapping) else {"arguments": arguments}

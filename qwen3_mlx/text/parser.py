@@ -1,7 +1,7 @@
 """Token ids in, events out: thinking and answer told apart, stop strings found.
 
-What is thinking is decided by token id, never by text, so a tag that stands in somebody's words
-changes nothing.
+What is thinking is decided by token id, never by text. A reply thinks once, before its answer: a
+tag that the model writes after that is text.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,11 +31,12 @@ class Parser:
         *,
         thinking: Thinking | None = None,
         inside: bool = False,
+        answering: bool = False,
         stop: Sequence[str] = (),
         calls: Calls | None = None,
         noting: bool = False,
     ) -> None:
-        """Start to parse; `inside` says that the prompt has opened the thinking.
+        """Start to parse; the prompt may end `inside` the thinking, or `answering` already.
 
         Without `thinking` every token is text, as in a raw completion; without `calls` so are the
         tags of calls. With `noting` each piece of text has its tokens; see `note`.
@@ -53,6 +54,7 @@ class Parser:
         self._open_id = thinking.open_id if thinking else None
         self._close_id = thinking.close_id if thinking else None
         self._inside = inside
+        self._answering = answering  # whether the thinking is over
         self._at_seam = inside  # next to a tag, where line breaks are format
         self._breaks = ""  # line breaks that may yet turn out to be the last
         self._stop = StopStrings(stop)
@@ -76,7 +78,7 @@ class Parser:
         for token in ids:
             if self.finished:
                 return
-            if token == self._open_id:
+            if token == self._open_id and self._may_open():
                 self._turn(inside=True)
             elif token == self._close_id and self._inside:
                 self._turn(inside=False)
@@ -134,12 +136,17 @@ class Parser:
         if self._notes:
             self._notes = []
 
+    def _may_open(self) -> bool:
+        """Whether a tag opens the thinking, or repeats what has just opened it."""
+        return self._at_seam and not self._draft_text if self._inside else not self._answering
+
     def _turn(self, *, inside: bool) -> None:
         self._say(self._detokenizer.flush())
         self._note = None  # that of the tag
         self._abandon_call()
         if inside and not self._inside:
             self._end_answer()
+        self._answering |= self._inside and not inside
         self._inside, self._at_seam, self._breaks = inside, True, ""
 
     def _say(self, text: str) -> None:
@@ -174,6 +181,7 @@ class Parser:
             self._emit(Reasoning, kept)
 
     def _say_answer(self, text: str) -> None:
+        self._answering |= bool(text.strip())
         if self._bare is not None:
             text, found, rest = self._find_bare_call(text, self._bare)
             if found:
@@ -222,6 +230,7 @@ class Parser:
             if not self._drafts:
                 self._draft_tokens = 0
         else:
+            self._answering = True
             held, self._bare_held = self._bare_held, ""
             self._say_text(self._stop.add(held) + self._stop.flush())
             self._breaks = ""

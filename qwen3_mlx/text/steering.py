@@ -9,7 +9,7 @@ budget are those that Qwen's documentation and the trouble of others have taught
 - A reply that would end within the thinking is handed off, too, so that there is an answer; until a
   visible character of it is there, it can neither end nor think again.
 - A call of a tool ends the thinking, if the reply ends with it.
-- Thinking that is opened again goes on counting, and is closed at once when the budget is spent.
+- A reply thinks once: when the thinking is closed or the answer has begun, its tags are text.
 """
 
 import codecs
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen3_mlx.text.loops import Loops
-from qwen3_mlx.text.thinking import CLOSE, Thinking
+from qwen3_mlx.text.thinking import CLOSE, OPEN, Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tools import Calls
 
@@ -46,10 +46,11 @@ def hand_off_ids(tokenizer: Tokenizer, thinking: Thinking, message: str | None) 
         text = HAND_OFF
     else:
         text = message if CLOSE in message else message + _PLAIN_CLOSE
-    ids = tokenizer.encode(text)
-    if ids.count(thinking.close_id or 0) != 1 or thinking.open_id in ids:
+    before, _, after = text.partition(CLOSE)
+    if CLOSE in after or OPEN in text:
         raise ValueError(f"thinking_budget_message must have at most one {CLOSE}: {message!r}")
-    return ids
+    assert thinking.close_id is not None
+    return [*tokenizer.encode_plain(before), thinking.close_id, *tokenizer.encode_plain(after)]
 
 
 def budget_within(
@@ -74,7 +75,7 @@ def budget_within(
 class Limits:
     """What a reply is held to: at most `budget` tokens of thinking, and no endless repetition.
 
-    `hand_off` are the ids that close the thinking; where it is opened again, the tag alone does.
+    `hand_off` are the ids that close the thinking.
     """
 
     hand_off: Sequence[int]
@@ -116,6 +117,7 @@ class _State:
     bytes_held: bytes = b""
     forced: int = 0  # tokens of the hand-off that are still to come back
     closed_by: str | None = None
+    over: bool = False  # whether the thinking is, so that its tags are text
     answered: bool = False  # whether a visible character of the answer is there
     looped: bool = False
     called: bool = False  # whether a call of a tool was the last thing in the thinking
@@ -131,10 +133,11 @@ class Steering:
         limits: Limits,
         *,
         inside: bool,
+        answering: bool = False,
         end_ids: frozenset[int],
         calls: Calls | None = None,
     ) -> None:
-        """Begin; `inside` says that the prompt has opened the thinking."""
+        """Begin; the prompt may end `inside` the thinking, or `answering` already."""
         self.unwanted = 0
         self._tokenizer = tokenizer
         self._open_id = thinking.open_id if thinking else None
@@ -143,10 +146,9 @@ class Steering:
         self._end_ids = end_ids
         self._call_close_id = calls.close_id if calls else None
         self._ruled_out = end_ids | ({self._open_id} if self._open_id is not None else set())
-        self._plain_close = tokenizer.encode(_PLAIN_CLOSE)
         self._asked = False
         self._due: str | None = None
-        self._now = _State(inside)
+        self._now = _State(inside, over=answering)
         self._before: list[_State] = []
         self._loops = Loops() if limits.guard else None
         self._look()
@@ -204,8 +206,8 @@ class Steering:
         """Give the hand-off, when it is due."""
         if self._due is None:
             return []
-        ids = self._limits.hand_off if self._now.closed_by is None else self._plain_close
-        self._now.closed_by = self._now.closed_by or self._due
+        ids = self._limits.hand_off
+        self._now.closed_by = self._due
         self._now.forced, self._due = len(ids), None
         return list(ids)
 
@@ -229,10 +231,10 @@ class Steering:
         chosen = now.forced == 0
         now.forced -= not chosen
         now.looped = self._loops is not None and self._loops.add(token) and chosen
-        if token == self._open_id and not now.inside:
+        if token == self._open_id and not now.inside and not now.over:
             now.inside, now.unseen, now.bytes_held = True, 0, b""
         elif token == self._close_id and now.inside:
-            now.inside, now.unseen, now.bytes_held = False, 0, b""
+            now.inside, now.unseen, now.bytes_held, now.over = False, 0, b"", True
         elif token in self._end_ids:
             if now.inside and not now.called and self._limits.budget is not None:
                 self._due, self.unwanted = "end", now.unseen + 1
@@ -244,8 +246,8 @@ class Steering:
                 now.called = False
             if now.inside:
                 now.spent += chosen
-            else:
-                now.answered |= bool(text.strip())
+            elif text.strip():
+                now.answered = now.over = True
 
     def _text_of(self, token: int) -> str:
         """Give the text that a token completes, and note what it leaves incomplete."""

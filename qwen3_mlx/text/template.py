@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, TemplateSyntaxError
-from jinja2.ext import loopcontrols
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node, Scope
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
+from qwen3_mlx.text.messages import arguments_read
 
 Tool = Mapping[str, Any]
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_SPECIAL_TOKENS = tuple(
+    f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+)
 # What the expressions of a template can come to.
 _RUN_TIME_ERRORS = (
     *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
@@ -20,21 +27,34 @@ _RUN_TIME_ERRORS = (
 )
 
 
+class _Generation(Extension):
+    """`{% generation %}`: marks what a reply is for training; here its body is rendered."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> Node:
+        """Return the body, in which variables are local, as in transformers."""
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return Scope(body, lineno=line)
+
+
 class ChatTemplate:
-    """A Jinja template in the environment that the published ones are written for.
+    """A Jinja template in the environment that transformers gives the published ones.
 
     It runs sandboxed: a checkpoint's template can format text and nothing else.
     """
 
-    def __init__(self, source: str) -> None:
-        """Compile `source`.
+    def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
+        """Compile `source`; `special_tokens`, such as `eos_token`, are variables in it.
 
         Raises:
             CheckpointError: it is not a valid template.
         """
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
         )
+        self._special_tokens = dict(special_tokens or {})
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
@@ -45,30 +65,33 @@ class ChatTemplate:
             raise CheckpointError(
                 f"the checkpoint's chat template is broken in line {error.lineno}: {error.message}"
             ) from error
+        except (TemplateError, *_RUN_TIME_ERRORS) as error:
+            raise CheckpointError(f"the checkpoint's chat template is broken: {error}") from error
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ChatTemplate | None":
         """Read the template of a checkpoint, or give None where it has none (a base model).
 
         It lies in chat_template.jinja, or in tokenizer_config.json as older checkpoints have it.
+
+        Raises:
+            CheckpointError: it cannot be read, or is not a valid template.
         """
-        beside, config = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-        place = beside if beside.is_file() else config
-        if not place.is_file():
-            return None
+        beside, config = folder / "chat_template.jinja", read_tokenizer_config(folder)
+        source: Any = config.get("chat_template")
+        place = folder / TOKENIZER_CONFIG
         try:
-            source: Any = place.read_text(encoding="utf-8")
-            if place == config:
-                source = json.loads(source).get("chat_template")
+            if beside.is_file():
+                place, source = beside, beside.read_text(encoding="utf-8")
             if isinstance(source, list):  # several, by name
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             raise CheckpointError(f"{place} cannot be read: {error}") from error
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{place}: its chat_template has no name or text") from error
         if source is not None and not isinstance(source, str):
             raise CheckpointError(f"{place}: its chat_template is {source!r:.40}, not text")
-        return cls(source) if source else None
+        return cls(source, special_tokens(config)) if source else None
 
     def render(
         self,
@@ -87,37 +110,85 @@ class ChatTemplate:
         try:
             if "<function=" in self.source:  # Qwen3-Coder's, which goes through the arguments
                 messages = [_with_arguments_read(message) for message in messages]
-            return self._template.render(
-                messages=messages,
-                tools=list(tools) if tools else None,
-                add_generation_prompt=add_generation_prompt,
+            variables = {
+                **self._special_tokens,
+                "messages": [_with_other_name(message) for message in messages],
+                "tools": list(tools) if tools else None,
+                "documents": None,
+                "add_generation_prompt": add_generation_prompt,
                 **switch,
-            )
+            }
+            return self._template.render(variables)
         except (TemplateError, *_RUN_TIME_ERRORS) as error:
             raise Qwen3Error(
                 f"the checkpoint's chat template refuses these messages: {error}"
             ) from error
 
 
+def read_tokenizer_config(folder: Path) -> dict[str, Any]:
+    """Return what tokenizer_config.json says; nothing where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    place = folder / TOKENIZER_CONFIG
+    if not place.is_file():
+        return {}
+    try:
+        content = json.loads(place.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{place} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{place} cannot be read: it is not an object")
+    return content
+
+
+def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
+    """Return the special tokens that a tokenizer_config.json names: `eos_token` and so on.
+
+    Each is a string, or an object with its `content`; null where a checkpoint has none.
+    """
+    named = {}
+    for name in _SPECIAL_TOKENS:
+        token = tokenizer_config.get(name)
+        text = token.get("content") if isinstance(token, Mapping) else token
+        if isinstance(text, str):
+            named[name] = text
+    return named
+
+
+def _with_other_name(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Add the thinking under the name that some templates read, as transformers does."""
+    thinking = message.get("reasoning_content")
+    return message if thinking is None else {"thinking": thinking, **message}
+
+
 def _with_arguments_read(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Make objects of arguments of calls that are JSON text, as OpenAI's clients send them."""
+    """Make objects of the arguments of calls, as this template goes through them."""
     if not isinstance(calls := message.get("tool_calls"), list):
         return message
     read = []
     for call in calls:
         function = dict(call.get("function", call))
-        if isinstance(function.get("arguments"), str):
-            try:
-                function["arguments"] = json.loads(function["arguments"])
-            except ValueError as error:
-                raise ValueError(f"the arguments of a tool call are not JSON: {error}") from error
-        read.append({**call, "function": function})
+        read.append({**call, "function": {**function, "arguments": arguments_read(function)}})
     return {**message, "tool_calls": read}
 
 
-def _tojson(value: Any, indent: int | None = None) -> str:
+def _tojson(  # with transformers' signature
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # Jinja's own filter sorts keys and escapes HTML, which no checkpoint was trained on.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _raise_exception(message: str) -> NoReturn:

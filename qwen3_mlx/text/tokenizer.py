@@ -5,12 +5,13 @@ must know where a character ends.
 """
 
 import codecs
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import tokenizers
 
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.text.prompt import Prompt
 
 
 class Tokenizer:
@@ -54,7 +55,9 @@ class Tokenizer:
         return bool(others.items() <= own.items())
 
     def encode(self, text: str) -> list[int]:
-        """Give the ids of `text`; the names of special tokens in it become those tokens.
+        """Give the ids of `text`; the names of control tokens in it become those tokens.
+
+        In a `Prompt` that `LLM.render` gives, only those do that the template has written.
 
         Raises:
             ValueError: the text is not valid Unicode, as bytes that are not UTF-8 leave it.
@@ -65,8 +68,34 @@ class Tokenizer:
             raise ValueError(
                 f"the text is not valid Unicode at character {error.start}; is it UTF-8?"
             ) from error
-        ids: list[int] = self._inner.encode(text, add_special_tokens=False).ids
+        parts = text.parts if isinstance(text, Prompt) else [(text, False)]
+        return [
+            token
+            for part, is_plain in parts
+            for token in (self._plain if is_plain else self._inner)
+            .encode(part, add_special_tokens=False)
+            .ids
+        ]
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Give the ids of `text` without any control token."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids
+
+    @property
+    def added_tokens(self) -> dict[str, bool]:
+        """The tokens beside the vocabulary, by name: whether each is special."""
+        added = self._inner.get_added_tokens_decoder().values()
+        return {token.content: token.special for token in added}
+
+    @cached_property
+    def _plain(self) -> tokenizers.Tokenizer:
+        """The same tokenizer without added tokens; the vocabulary is shared."""
+        plain = tokenizers.Tokenizer(self._inner.model)
+        for step in ("normalizer", "pre_tokenizer"):
+            if (made := getattr(self._inner, step)) is not None:
+                setattr(plain, step, made)
+        return plain
 
     def decode(self, ids: list[int]) -> str:
         """Give the text of `ids`, special tokens included; bytes that are no text become U+FFFD."""
