@@ -244,20 +244,17 @@ def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> 
     )
     try:
         template = ChatTemplate.from_folder(folder)
-        thinking = Thinking.of(template, tokenizer)
-        turn_end_ids = _turn_end(template, tokenizer) if template else frozenset[int]()
-    except Qwen3Error as error:
-        _log.warning("there will be no chat, only complete() with raw text: %s", error)
-        template, no_template = None, str(error)
-        thinking, turn_end_ids = Thinking.of(None, tokenizer), frozenset[int]()
+    except CheckpointError as error:
+        _log.warning("there is no chat, only complete() with raw text: %s", error)
+        no_template = str(error)
     return Words(
         tokenizer,
         template,
         ControlTokens(tokenizer.added_tokens, template.source if template else ""),
-        thinking,
+        Thinking.of(template, tokenizer),
         generation_config,
         frozenset(end_ids),
-        turn_end_ids,
+        _turn_end(template, tokenizer) if template else frozenset(),
         grammars,
         no_template,
     )

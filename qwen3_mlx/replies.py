@@ -173,10 +173,7 @@ class Replies:
                 raise ValueError("the thinking of the last message needs thinking to be continued")
             thinks = inside
         elif history[-1]["role"] == "assistant":
-            raise ValueError(
-                "the last message is the assistant's: continue_last=True continues it, another "
-                "message of the user's, or a tool's, would be replied to"
-            )
+            raise ValueError(_no_turn(history[-1]))
         if asked.thinking_budget is not None and not thinks and not continued:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
         tools = asked.described_tools()
@@ -424,13 +421,23 @@ def _begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             f"{last['role']}'s"
         )
     if last.get("tool_calls"):
-        raise ValueError("the last message calls tools; add what they answered")
+        raise ValueError(_no_turn(last))
     opened = last["content"].lstrip()
     if opened.startswith(THINK) and END_THINK not in opened and not _thinking_of(last):
         last |= {"content": "", "reasoning_content": opened.removeprefix(THINK).lstrip("\n")}
     elif not last["content"] and not _thinking_of(last):
         raise ValueError("continue_last: the last message says nothing that could be continued")
     return [*history[:-1], last]
+
+
+def _no_turn(last: Message) -> str:
+    """Say why there is nothing to reply to where the assistant has spoken last."""
+    if last.get("tool_calls"):
+        return "the last message calls tools: add their answers, as messages with the role tool"
+    return (
+        "the last message is the assistant's: have it continued with continue_last=True, or add a "
+        "message to reply to"
+    )
 
 
 def _thinking_of(message: Message) -> str:

@@ -23,7 +23,13 @@ from qwen3_mlx.server.anthropic_wire import (
 from qwen3_mlx.server.completion import EVENTS
 from qwen3_mlx.server.errors import ApiError, refused
 from qwen3_mlx.server.service import LiveResponse, Running, Service
-from qwen3_mlx.server.wire import Json, check_unknown, json_bytes, warnings_header
+from qwen3_mlx.server.wire import (
+    Json,
+    check_unknown,
+    ends_with_words,
+    json_bytes,
+    warnings_header,
+)
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall, Usage
 
@@ -46,8 +52,14 @@ def routes(service: Service) -> APIRouter:
     @router.post("/count_tokens", response_model=CountOut)
     async def count_tokens(asked: Counted) -> Response:
         def count() -> int:
-            task = service.llm.prepare(asked.library_messages(), **_options(service, asked))
-            return len(service.llm.tokenizer.encode(str(task.prompt)))
+            messages = asked.library_messages()
+            options: Options = {
+                **_options(service, asked),
+                "continue_last": ends_with_words(messages),
+            }
+            prompt = service.llm.prepare(messages, **options).prompt
+            assert isinstance(prompt, str)
+            return len(service.llm.tokenizer.encode(prompt))
 
         try:
             warnings = check_unknown(asked, NOT_SUPPORTED, HARMLESS)
@@ -87,6 +99,7 @@ class _Messages:
             self._messages = asked.library_messages()
             self._options: Options = {
                 **_options(service, asked),
+                "continue_last": ends_with_words(self._messages),
                 "sampling": SamplingParams(
                     temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k
                 ),

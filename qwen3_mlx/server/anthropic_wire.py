@@ -7,7 +7,7 @@ from pydantic import Field
 
 from qwen3_mlx.server.openai_wire import ThinkingIn
 from qwen3_mlx.server.thinking import EFFORTS, Wish
-from qwen3_mlx.server.wire import Wire
+from qwen3_mlx.server.wire import AsSent, Wire
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "container": (),
@@ -15,6 +15,8 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "standard_only"),
 }
 HARMLESS = frozenset(("metadata", "context_management", "betas", "cache_control", "inference_geo"))
+# What a model is told of a tool; the rest is for the provider.
+_LIBRARY_NAMES = {"name": "name", "description": "description", "input_schema": "parameters"}
 _BILLING = "x-anthropic-billing-header:"  # changes from request to request, and means nothing here
 
 
@@ -43,7 +45,7 @@ class Message(Wire):
     content: str | list[Block]
 
 
-class ToolIn(Wire):
+class ToolIn(AsSent):
     """A tool that the model may call."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -132,9 +134,11 @@ class Counted(Wire):
                     f"the tool {tool.name} (type {tool.type}) is not supported: it needs an "
                     "input_schema, and to be run by the client"
                 )
-            function = {"name": tool.name, "parameters": tool.input_schema}
-            if tool.description is not None:
-                function["description"] = tool.description
+            function = {
+                _LIBRARY_NAMES[name]: value
+                for name, value in tool.sent.items()
+                if name in _LIBRARY_NAMES
+            }
             made.append({"type": "function", "function": function})
         return made
 

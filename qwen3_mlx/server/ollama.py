@@ -16,7 +16,14 @@ from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.service import LiveResponse, Running, Service
 from qwen3_mlx.server.thinking import Wish
-from qwen3_mlx.server.wire import Json, Wire, check_unknown, json_bytes, warnings_header
+from qwen3_mlx.server.wire import (
+    Json,
+    Wire,
+    check_unknown,
+    ends_with_words,
+    json_bytes,
+    warnings_header,
+)
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall
 
 _LINES = "application/x-ndjson"
@@ -36,7 +43,7 @@ class CalledFunction(Wire):
     """A call as an assistant made it."""
 
     name: str
-    arguments: dict[str, Any] = {}
+    arguments: Any = {}
     index: int | None = None
 
 
@@ -183,6 +190,7 @@ class _OllamaChat:
                 **_sampled(asked.options or {}, service.context),
                 "schema": {"type": "object"} if asked.format == "json" else asked.format or None,
                 "tools": asked.tools or None,
+                "continue_last": ends_with_words(self._messages),
                 "idle": True,
             }
         except (ValueError, TypeError) as error:

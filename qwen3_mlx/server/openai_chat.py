@@ -9,7 +9,7 @@ from qwen3_mlx.server.completion import Completion, sampled, seed_of, shown
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_wire import HARMLESS, NOT_FOR_CHAT, ChatRequest, Message, NamedTool
 from qwen3_mlx.server.service import Prepare, Service
-from qwen3_mlx.server.wire import check_unknown
+from qwen3_mlx.server.wire import check_unknown, ends_with_words
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCall
 
@@ -34,17 +34,21 @@ class ChatCompletion(Completion):
         self._fields = () if hidden else _FIELDS[service.settings.reasoning_field]
         try:
             self.warnings += check_unknown(asked, NOT_FOR_CHAT, HARMLESS)
-            self._options: Options = {**_chat_options(asked), **service.options(asked.wish())}
+            self._messages = [_library_message(message) for message in asked.messages]
+            self._options: Options = {
+                **_chat_options(asked),
+                **service.options(asked.wish()),
+                "continue_last": _continues(asked, self._messages),
+            }
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
 
     def prepares(self) -> Sequence[Prepare]:
         """Give one for each of the replies, whose seeds follow each other."""
-        messages = [_library_message(message) for message in self._asked.messages]
         count, seed = self.choices, self._asked.seed
         options: Options = {**self._options, "idle": count == 1}
         each: list[Options] = [{**options, "seed": seed_of(seed, index)} for index in range(count)]
-        return [partial(self.service.llm.prepare, messages, **options) for options in each]
+        return [partial(self.service.llm.prepare, self._messages, **options) for options in each]
 
     def first(self, index: int) -> Mapping[str, Any]:
         """Give the role."""
@@ -74,7 +78,7 @@ class ChatCompletion(Completion):
         """Give the whole message, with null for an answer only where there is none but calls."""
         message = said.message()
         thinking = message.pop("reasoning_content", None)
-        if thinking is not None:
+        if thinking:
             message |= dict.fromkeys(self._fields, thinking)
         if said.tool_calls and not said.text:
             message["content"] = None
@@ -114,6 +118,23 @@ def _library_message(message: Message) -> dict[str, Any]:
     return made
 
 
+def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the reply continues the last message: as the client says, or if it is an answer.
+
+    Raises:
+        ValueError: the client says what cannot be.
+    """
+    wishes = [asked.continue_final_message]
+    if asked.add_generation_prompt is not None:
+        wishes.append(not asked.add_generation_prompt)
+    stated = set(wishes) - {None}
+    if len(stated) > 1:
+        raise ValueError(
+            "continue_final_message and add_generation_prompt contradict each other; send one"
+        )
+    return stated.pop() or False if stated else ends_with_words(messages)
+
+
 def _parts(content: Sequence[Any]) -> list[dict[str, Any]]:
     return [
         {"type": part.type} | ({} if part.text is None else {"text": part.text}) for part in content
@@ -135,7 +156,7 @@ def _chat_options(asked: ChatRequest) -> Options:
         **_form(asked),
         "max_tokens": most.pop() if most else None,
         "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
-        "tools": [tool.model_dump(exclude_none=True) for tool in asked.tools or ()] or None,
+        "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
         "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice,
         "parallel_tool_calls": asked.parallel_tool_calls is not False,
         "thinking_budget_message": asked.thinking_budget_message,

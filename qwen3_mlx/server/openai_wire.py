@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qwen3_mlx.server.thinking import UNLIMITED, Said, Wish
-from qwen3_mlx.server.wire import Wire
+from qwen3_mlx.server.wire import AsSent, Wire
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Count = Annotated[int, Field(ge=1)]
@@ -16,7 +16,6 @@ _MOST_CHOICES = 32
 NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
-    "continue_final_message": (),
     "echo": (),
     "function_call": ("none",),
     "functions": (),
@@ -39,7 +38,7 @@ NOT_FOR_TEXT = {name: idle for name, idle in NOT_FOR_CHAT.items() if name != "ec
 # What is meant for the provider, and asks for nothing in the reply.
 HARMLESS = frozenset(
     ("cache_prompt", "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier")
-    + ("user", "add_generation_prompt", "skip_special_tokens", "keep_alive", "api_key")
+    + ("user", "skip_special_tokens", "keep_alive", "api_key")
 )
 
 
@@ -51,10 +50,10 @@ class Part(Wire):
 
 
 class Function(Wire):
-    """A call as an assistant made it; `arguments` are JSON text, or an object."""
+    """A call as an assistant made it; `arguments` are JSON text, or what it stands for."""
 
     name: str
-    arguments: str | dict[str, Any] = "{}"
+    arguments: Any = "{}"
 
 
 class Call(Wire):
@@ -77,9 +76,11 @@ class Message(Wire):
     refusal: str | None = None
     tool_calls: list[Call] | None = None
     tool_call_id: str | None = None
+    prefix: bool | None = None  # DeepSeek's and Qwen's words for a last message to be continued
+    partial: bool | None = None
 
 
-class Described(Wire):
+class Described(AsSent):
     """What a model is told of a function."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -88,11 +89,15 @@ class Described(Wire):
     strict: bool | None = None
 
 
-class ToolIn(Wire):
+class ToolIn(AsSent):
     """A function that the model may call."""
 
     type: Literal["function"] = "function"
     function: Described
+
+    def library_tool(self) -> dict[str, Any]:
+        """Give it as the library has it."""
+        return {**self.sent, "function": self.function.sent}
 
 
 class NamedFunction(Wire):
@@ -191,6 +196,8 @@ class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[list[Message], Field(min_length=1)]
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None

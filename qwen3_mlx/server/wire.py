@@ -1,11 +1,11 @@
 """What all protocols share of their requests: strict types, and names that are not known."""
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Self
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 _MOST_HEADER = 1000  # characters
 
@@ -26,6 +26,25 @@ class Wire(BaseModel):
                     yield from one.unknown(f"{prefix}{name}{index}.")
 
 
+class AsSent(Wire):
+    """Something that a model is shown as the client wrote it: its keys in their order."""
+
+    _sent: dict[str, Any] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep(cls, sent: Any, check: ModelWrapValidatorHandler[Self]) -> Self:
+        made = check(sent)
+        if isinstance(sent, Mapping):
+            made._sent = {name: value for name, value in sent.items() if value is not None}
+        return made
+
+    @property
+    def sent(self) -> dict[str, Any]:
+        """The fields as they were sent, without null."""
+        return self._sent
+
+
 def check_unknown(
     request: Wire, unsupported: Mapping[str, tuple[Any, ...]], harmless: frozenset[str]
 ) -> list[str]:
@@ -44,6 +63,13 @@ def check_unknown(
     known = harmless | unsupported.keys()
     names = [name for name in request.unknown() if name not in known]
     return [f"unknown field {name!r} was ignored" for name in names]
+
+
+def ends_with_words(messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the last message is one of the assistant's that says something: it is continued."""
+    last = messages[-1]
+    said = last.get("content") or last.get("reasoning_content")
+    return last["role"] == "assistant" and bool(said) and not last.get("tool_calls")
 
 
 def warnings_header(warnings: list[str]) -> dict[str, str]:

@@ -11,8 +11,8 @@ from qwen3_mlx.text.tokenizer import Tokenizer
 
 OPEN, CLOSE = "<think>", "</think>"
 _SWITCH = re.compile(r"(?<![\w/])/(no_)?think(?![\w/]|\.\w)")
-_PROBE = [{"role": "user", "content": "?"}]
-_PROBE_WITH_SYSTEM = [{"role": "system", "content": "?"}, *_PROBE]
+_USER = {"role": "user", "content": "?"}
+_PROBES = ([_USER], [{"role": "system", "content": "?"}, _USER])  # some demand a system turn
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +35,10 @@ class Thinking:
         open_id, close_id = tokenizer.id_of(OPEN), tokenizer.id_of(CLOSE)
         if template is None or open_id is None or close_id is None:
             return cls(False, True, False, None, None)
-        try:
-            on, off = (template.render(_PROBE, thinking=mode) for mode in (True, False))
-        except Qwen3Error:  # some templates demand a system turn
-            on, off = (template.render(_PROBE_WITH_SYSTEM, thinking=mode) for mode in (True, False))
+        rendered = [_rendered_both_ways(template, probe) for probe in _PROBES]
+        if not (both := next(filter(None, rendered), None)):
+            return cls(CLOSE in template.source, True, False, open_id, close_id)
+        on, off = both
         opens = on.rstrip().endswith(OPEN)
         # A template that strips the thinking of earlier turns belongs to a model that thinks.
         thinks = on != off or opens or CLOSE in template.source
@@ -70,6 +70,16 @@ class Thinking:
                 "Qwen/Qwen3-8B"
             )
         return self.can_think if wish is None else wish
+
+
+def _rendered_both_ways(
+    template: ChatTemplate, messages: Sequence[Message]
+) -> tuple[str, str] | None:
+    """Render with thinking on, and off; None if the template refuses the messages."""
+    try:
+        return template.render(messages, thinking=True), template.render(messages, thinking=False)
+    except Qwen3Error:
+        return None
 
 
 def soft_switch(messages: str | Sequence[Message]) -> bool | None:
