@@ -639,16 +639,14 @@ def test_no_arguments_stop_a_conversation(
 
 
 @pytest.mark.parametrize("protocol", [as_openai, as_ollama])
-@pytest.mark.parametrize("arguments", [case[0] for case in ARGUMENTS])
-def test_no_arguments_of_clients_stop_a_conversation(
-    coder: LLM, demo: LLM, protocol: Any, arguments: Any
-) -> None:
+def test_no_arguments_of_clients_stop_a_conversation(coder: LLM, demo: LLM, protocol: Any) -> None:
     for llm in (coder, demo):
         with serving(llm) as served:
-            path, body = protocol({"messages": called(None), "tools": None})
-            body["messages"][1]["tool_calls"][0]["function"]["arguments"] = arguments
-            response = served.post(path, body | switched(path, None))
-            assert response.status_code == 200, response.text
+            for arguments, _, _ in ARGUMENTS:
+                path, body = protocol({"messages": called(None), "tools": None})
+                body["messages"][1]["tool_calls"][0]["function"]["arguments"] = arguments
+                response = served.post(path, body | switched(path, None))
+                assert response.status_code == 200, response.text
 
 
 # --- the published files ------------------------------------------------------------------------
