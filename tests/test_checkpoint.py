@@ -267,11 +267,6 @@ def as_integers(weights: dict[str, mx.array]) -> None:
     weights["model.norm.weight"] = mx.zeros(64, dtype=mx.int16)
 
 
-def number_as_template(folder: Path) -> None:
-    (folder / "chat_template.jinja").unlink()
-    edit_json("tokenizer_config.json", chat_template=5)(folder)
-
-
 def npz(folder: Path) -> None:
     index = {"weight_map": {"model.norm.weight": "model.npz"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
@@ -347,7 +342,6 @@ BROKEN = {
         "eos_token_id is '<|im",
     ),
     "hot": (edit_json("generation_config.json", temperature="hot"), "generation_config.json: temp"),
-    "template a number": (number_as_template, "chat_template is 5, not text"),
     "fp8 beside null": (
         edit_json("config.json", quantization=None, quantization_config={"quant_method": "fp8"}),
         "quantized as FP8",

@@ -222,6 +222,15 @@ def test_a_broken_template_blocks_nothing_but_chat(
     assert "there is no chat, only complete()" in caplog.text
 
 
+def test_a_template_that_is_a_number_blocks_nothing_but_chat(tmp_path: Path) -> None:
+    folder = with_template(tmp_path, "", chat_template=5)
+    (folder / "chat_template.jinja").unlink()
+    with load(folder) as llm:
+        assert llm.complete("Hi", max_tokens=2).usage.completion_tokens
+        with pytest.raises(Qwen3Error, match="chat_template is 5, not text"):
+            llm.chat("Hi")
+
+
 # --- end tokens ---------------------------------------------------------------------------------
 
 
