@@ -131,7 +131,7 @@ def test_a_stretched_window_is_marked(tmp_path: Path, capsys: Captured) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["9B"], "Qwen3 has no size 9B; its sizes are 0.6B, 1.7B"),
+        (["9B"], "'9B' is no folder here, nor a hub name such as Qwen/Qwen3-8B, nor one of the"),
         (["nowhere"], "'nowhere' is no folder here, nor a hub name"),
         (["8B", "--revision", "main"], "--revision belongs to hub names"),
         (["8B", "--memory", "0"], "--memory must be GB, from 1 to 100,000, not 0"),

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +29,8 @@ from qwen3_mlx.engine.memory import (
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import SIZES, published, yarn_lengths
+from qwen3_mlx.model.published import SIZES, published, size_named, yarn_lengths
 
-_SIZE = re.compile(r"[\d.]+B(-A[\d.]+B)?", re.IGNORECASE)
 _SHORTEST = 2048
 _MAC_CHUNK = 2048  # tokens of a prompt that a GPU reads at once
 _GIB = 1 << 30
@@ -209,15 +207,12 @@ def plan(  # noqa: PLR0913 - one parameter an option
 def _find(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[str, FormatOf]]:
     """Give a model's name, its network, and the formats to plan it in."""
     formats = {name: _format_of(form) for name, form in _FORMATS.items()}
-    size = next((size for size in SIZES if size.lower() == model.lower()), None)
-    if size:
+    if size := size_named(model):
         if revision is not None:
             raise ValueError(
                 f"--revision belongs to hub names; {size} is planned from what is known"
             )
         return f"Qwen3-{size}", published(size), formats
-    if _SIZE.fullmatch(model) and not Path(model).exists():
-        raise ValueError(f"Qwen3 has no size {model}; its sizes are {', '.join(SIZES)}")
     source = Source(model, revision)
     folder = source.fetch(["config.json"])
     content = read_json(folder / "config.json")
