@@ -41,7 +41,13 @@ def _preload_blas() -> str:
 
 BLAS = _preload_blas()
 
-import mlx.core as mx  # noqa: E402 - only after the BLAS
+try:
+    import mlx.core as mx  # only after the BLAS
+except ImportError as error:
+    raise ImportError(
+        f"MLX cannot be loaded ({error}); on Linux it needs a backend: pip install 'mlx[cpu]', or "
+        "'mlx[cuda12]' or 'mlx[cuda13]' for an NVIDIA GPU"
+    ) from error
 
 _GIB = 1 << 30
 _CACHE_LIMIT = 2 * _GIB  # freed buffers kept for reuse; MLX's own limit would be most of the memory
