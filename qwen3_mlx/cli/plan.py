@@ -66,18 +66,34 @@ class _Machine:
     @classmethod
     def here(cls) -> "_Machine":
         available, most = backend.available_memory(), backend.memory_limit()
-        words = f"This machine can give {in_gb(available)} now"
-        if available < most:
-            words += f", and {in_gb(most)} with nothing else running"
+        if backend.stated_memory():
+            words = f"This process can have {in_gb(available)}, as QWEN3_MEMORY says"
+        elif backend.on_metal():
+            words = (
+                f"This Mac can give {in_gb(available)}, the working set that Metal recommends; "
+                f"{in_gb(backend.free_memory())} of memory are free now"
+            )
+        else:
+            words = f"This machine can give {in_gb(available)} now"
+            if available < most:
+                words += f", and {in_gb(most)} with nothing else running"
         return cls(words, available, backend.prefill_chunk(), backend.on_gpu())
 
     @classmethod
     def mac(cls, memory: float) -> "_Machine":
-        available = backend.working_set_of(int(memory * _GIB))
-        words = (
-            f"A Mac with {memory:g} GB: macOS lets the GPU have about 3/4 by default, "
-            f"{in_gb(available)} of 10^9 bytes"
-        )
+        total = int(memory * _GIB)
+        if backend.on_metal() and total == backend.total_memory():
+            available = backend.working_set()
+            words = (
+                f"This Mac, with {memory:g} GB: its GPU can have {in_gb(available)} of 10^9 bytes"
+            )
+        else:
+            available = backend.working_set_of(total)
+            share = "two thirds" if available == total * 2 // 3 else "three quarters"
+            words = (
+                f"A Mac with {memory:g} GB: macOS lets the GPU have about {share} by default, "
+                f"{in_gb(available)} of 10^9 bytes"
+            )
         return cls(words, available, _MAC_CHUNK, True)
 
 
