@@ -28,7 +28,7 @@ chat='
 import sys, qwen3_mlx
 assert qwen3_mlx.__file__.startswith(sys.prefix), qwen3_mlx.__file__
 with qwen3_mlx.load() as llm:
-    print(llm.chat("What is 12 + 34?", max_tokens=200).text)
+    print(llm.chat("What is 12 + 34?", seed=1, max_tokens=200).text)
 '
 
 # say_if_not WANTED TEXT: fail, and show the text, unless WANTED is in it.
@@ -69,7 +69,7 @@ build() { # by the interpreter $1
 check() { # the interpreter $1
     make_venv "$1" venv &&
         pip install venv "$(echo "$work"/*.whl)$(on_linux && echo '[cpu]' || :)" &&
-        say_if_not 46 "$(venv/bin/qwen3 "What is 12 + 34?" </dev/null 2>&1)" &&
+        say_if_not 46 "$(venv/bin/qwen3 --seed 1 "What is 12 + 34?" </dev/null 2>&1)" &&
         say_if_not 46 "$(venv/bin/python -c "$chat" 2>&1)" &&
         venv/bin/python -c "$import_all" || return
     ! on_linux || check_without_backend
