@@ -23,7 +23,7 @@ from qwen3_mlx.checkpoint.sensitivity import measure
 from qwen3_mlx.checkpoint.sources import read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, weight_names
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import read_json
+from qwen3_mlx.files import memory_of, read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import ready_name, size_named
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -231,7 +231,7 @@ def _measured(
     }
     choice = assign(scores, sizes, budget)
     formats |= {path: form for group, form in choice.items() for path in members[group]}
-    digest = blake2b(bytes(memoryview(ids)), digest_size=16).hexdigest()
+    digest = blake2b(bytes(memory_of(ids)), digest_size=16).hexdigest()
     return replace(job, formats=formats, moments=moments, calibration=digest)
 
 
