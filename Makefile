@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test check format docs bench clean runtime server dev
+.PHONY: help demo serve test check wheel format docs bench clean runtime server dev
 
 python = .venv/bin/python
 
@@ -25,6 +25,9 @@ check: dev ## the gate, as CI runs it: format, lint, types, docs, tests with cov
 	$(python) -m mypy
 	$(python) scripts/cli_docs.py --check docs/cli.md
 	$(python) -m pytest --cov
+
+wheel: ## install the wheel into bare venvs, of the lowest and the newest Python here, and use it
+	@scripts/check_wheel.sh
 
 format: dev ## format the code and mend what the linter can mend
 	$(python) -m ruff check --fix --exit-zero --quiet .

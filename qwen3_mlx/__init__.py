@@ -8,7 +8,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from qwen3_mlx import backend as backend  # first: loads a fast BLAS before anything imports MLX
+try:
+    from qwen3_mlx import backend as backend  # first: loads a fast BLAS before anything imports MLX
+except ImportError:  # raised anew for each public name, and one line of the command: see __main__
+    pass
 
 if TYPE_CHECKING:
     from qwen3_mlx.conversation import Conversation
@@ -79,6 +82,7 @@ __all__ = [
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import_module(f"{__name__}.backend")  # which says in words if MLX cannot be loaded
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

@@ -1,5 +1,13 @@
-"""`python -m qwen3_mlx` is the `qwen3` command."""
+"""The `qwen3` command, also `python -m qwen3_mlx`: says in one line if MLX cannot be loaded."""
+
+import sys
+
+try:
+    import qwen3_mlx.backend  # noqa: F401 - for its error
+except ImportError as error:
+    sys.exit(f"qwen3: {error}")
 
 from qwen3_mlx.cli.main import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ Importing this module loads a fast BLAS on Linux, because MLX binds its BLAS sym
 """
 
 import ctypes
+import math
 import os
 import platform
 import re
@@ -41,10 +42,17 @@ def _preload_blas() -> str:
 
 BLAS = _preload_blas()
 
-import mlx.core as mx  # noqa: E402 - only after the BLAS
+try:
+    import mlx.core as mx  # only after the BLAS
+except ImportError as error:
+    raise ImportError(
+        f"MLX cannot be loaded ({error}); on Linux it needs a backend: pip install 'mlx[cpu]', or "
+        "'mlx[cuda12]' or 'mlx[cuda13]' for an NVIDIA GPU"
+    ) from error
 
 _GIB = 1 << 30
 _CACHE_LIMIT = 2 * _GIB  # freed buffers kept for reuse; MLX's own limit would be most of the memory
+_SMALL_MAC = 36 * _GIB  # up to which macOS gives the GPU a smaller share of the memory
 _NARROW = 512  # columns; the smallest published model has 1,024
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -52,6 +60,11 @@ _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32
 def on_gpu() -> bool:
     """Say whether MLX computes on a GPU."""
     return mx.default_device().type == mx.DeviceType.gpu
+
+
+def on_metal() -> bool:
+    """Say whether that GPU is a Mac's, which shares the memory of all programs."""
+    return on_gpu() and mx.metal.is_available()
 
 
 def compute_dtype(name: str | None = None) -> mx.Dtype:
@@ -93,24 +106,60 @@ def total_memory() -> int:
 def memory_limit() -> int:
     """Give the most bytes that MLX should hold here, whatever else runs.
 
-    On a GPU that is the working set that Metal recommends.
+    QWEN3_MEMORY says it; else it is a GPU's working set, or all memory.
     """
-    return int(mx.device_info()["max_recommended_working_set_size"]) if on_gpu() else total_memory()
+    return stated_memory() or (working_set() if on_gpu() else total_memory())
+
+
+def stated_memory() -> int | None:
+    """Return the bytes that QWEN3_MEMORY, in GB, lets this process plan with; None if it is unset.
+
+    Raises:
+        ValueError: it is not a number of GB.
+    """
+    stated = os.environ.get("QWEN3_MEMORY", "")
+    if not stated:
+        return None
+    try:
+        size = float(stated)
+    except ValueError:
+        size = math.nan
+    if not 0 < size < math.inf:
+        raise ValueError(f"QWEN3_MEMORY must be GB, more than 0, not {stated!r}")
+    return int(size * 1e9)
+
+
+def working_set() -> int:
+    """Return the bytes that Metal recommends to hold on this GPU, or all memory of another GPU."""
+    info = mx.device_info()
+    return int(info.get("max_recommended_working_set_size") or info["total_memory"])
 
 
 def available_memory() -> int:
-    """Give the bytes that MLX can take now, beyond the arrays that it holds."""
+    """Give the bytes that MLX can take now, beyond the arrays that it holds.
+
+    On a CPU no more than is free. A GPU has its working set: of what other programs hold, macOS
+    compresses what they do not use. Nor does it count where QWEN3_MEMORY sets the limit.
+    """
     within_limit = memory_limit() - mx.get_active_memory()
-    return max(0, min(within_limit, _free_memory() + mx.get_cache_memory()))
+    if on_gpu() or stated_memory():
+        return max(0, within_limit)
+    return max(0, min(within_limit, free_memory()))
 
 
 def working_set_of(memory: int) -> int:
-    """Give about what Metal recommends as a working set on a Mac with so many bytes of memory.
+    """Return about what Metal recommends as a working set on a Mac with so many bytes of memory.
 
-    macOS decides it, by machine and version: 0.74 of the memory has been seen with 16 and 24 GB,
-    0.84 with 128 GB, and two thirds on older systems.
+    macOS decides it, by machine and version. Logs that users of llama.cpp published show two thirds
+    of 16 and of 32 GB, three quarters of 64 and of 96 GB; and on newer systems more, 0.74 of 16 GB,
+    0.75 to 0.78 of 36 GB, 0.84 of 128 GB. These are the cautious figures.
     """
-    return memory * 3 // 4
+    return memory * 2 // 3 if memory <= _SMALL_MAC else memory * 3 // 4
+
+
+def free_memory() -> int:
+    """Return the bytes that MLX can take without those of other programs."""
+    return _free_memory() + mx.get_cache_memory()
 
 
 def _free_memory() -> int:
@@ -158,7 +207,7 @@ def worth_dequantizing(float32_bytes: int) -> bool:
 
     MLX's CPU build multiplies float32 matrices many times faster than quantized ones.
     """
-    return not on_gpu() and float32_bytes <= total_memory() // 2
+    return not on_gpu() and float32_bytes <= memory_limit() // 2
 
 
 def prefill_chunk() -> int:
@@ -196,8 +245,7 @@ def wire_weights() -> None:
     """
     mx.clear_cache()
     if on_gpu():
-        most = int(mx.device_info()["max_recommended_working_set_size"])
-        mx.set_wired_limit(min(mx.get_active_memory(), most))
+        mx.set_wired_limit(min(mx.get_active_memory(), working_set()))
 
 
 def unwire() -> None:
@@ -253,11 +301,10 @@ def describe() -> dict[str, str]:
         "python": platform.python_version(),
         "device": f"{mx.default_device().type.name}: {info.get('device_name', 'unknown')}",
         "architecture": architecture(),
-        "blas": "Metal" if on_gpu() else BLAS,
+        "blas": "Metal" if on_metal() else "CUDA" if on_gpu() else BLAS,
         "memory": f"{total_memory() / _GIB:.1f} GiB",
         "dtype": str(compute_dtype()).removeprefix("mlx.core."),
     }
-    if on_gpu():
-        working = int(info["max_recommended_working_set_size"])
-        facts["working set"] = f"{working / _GIB:.1f} GiB recommended by Metal"
+    if on_metal():
+        facts["working set"] = f"{working_set() / _GIB:.1f} GiB recommended by Metal"
     return facts

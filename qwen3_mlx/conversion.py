@@ -23,8 +23,9 @@ from qwen3_mlx.checkpoint.sensitivity import measure
 from qwen3_mlx.checkpoint.sources import read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, weight_names
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import read_json
+from qwen3_mlx.files import memory_of, read_json
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.published import ready_name, size_named
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.text.samples import default_text
 from qwen3_mlx.text.tokenizer import Tokenizer
@@ -102,6 +103,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, "affine"):
         raise ValueError("bits, group_size and mode go with neither recipe 'auto' nor dequantize")
     form = Format.of(mode, bits, group_size)
+    _refuse_a_size(source)
     place, output = Source(str(source), revision), Path(output).expanduser()
     streaming.check_output(place.folder, output, force=force)
     folder = place.fetch(_DESCRIPTION)
@@ -134,6 +136,14 @@ def convert(  # noqa: PLR0913 - one keyword an option
         seconds=time.perf_counter() - started,
         formats={path: form for path, form in job.formats.items() if form},
     )
+
+
+def _refuse_a_size(source: str | Path) -> None:
+    if isinstance(source, str) and (size := size_named(source)):
+        raise ValueError(
+            f"{source} is the size that is ready in 4 bits, {ready_name(size)}; to convert, name "
+            f"the original, Qwen/Qwen3-{size}, or a folder, ./{source}"
+        )
 
 
 def _check_arguments(
@@ -221,7 +231,7 @@ def _measured(
     }
     choice = assign(scores, sizes, budget)
     formats |= {path: form for group, form in choice.items() for path in members[group]}
-    digest = blake2b(bytes(memoryview(ids)), digest_size=16).hexdigest()
+    digest = blake2b(bytes(memory_of(ids)), digest_size=16).hexdigest()
     return replace(job, formats=formats, moments=moments, calibration=digest)
 
 

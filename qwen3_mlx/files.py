@@ -205,10 +205,16 @@ class ShardWriter:
 
     def append(self, name: str, rows: mx.array) -> None:
         """Write the next rows of a tensor."""
-        raw = memoryview(mx.contiguous(rows).view(mx.uint8)).cast("B")
+        raw = memory_of(mx.contiguous(rows).view(mx.uint8)).cast("B")
         self._stream.seek(self._next[name])
         self._stream.write(raw)
         self._next[name] += len(raw)
+
+
+def memory_of(array: mx.array) -> memoryview:
+    """Return an array's values as they lie in memory."""
+    buffer: Any = array  # which MLX's type stubs say from Python 3.12 up only
+    return memoryview(buffer)
 
 
 @contextmanager

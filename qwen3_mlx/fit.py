@@ -1,5 +1,6 @@
 """Whether a checkpoint fits this machine: told before a byte of its weights is read or fetched."""
 
+import logging
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -23,6 +24,7 @@ from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import SIZES, published, ready_name
 
+_log = logging.getLogger(__name__)
 _CONVERSATION = 2048  # tokens; what cannot hold so many is of no use
 _READY = Format(4, 64)
 
@@ -68,6 +70,8 @@ def refuse_what_cannot_fit(
 ) -> None:
     """Compare the plan with what the machine can give; `beside` bytes go to a draft model.
 
+    A Mac gives up to Metal's working set; where less is free, the log warns.
+
     Raises:
         Qwen3Error: it is more; the message shows the sum, and what would fit.
     """
@@ -75,6 +79,7 @@ def refuse_what_cannot_fit(
     available = backend.available_memory() - beside
     plan = plan_load(network, stored, options, tokens, cache)
     if plan.total <= available:
+        _warn_of_other_programs(name, plan.total + beside)
         return
     ways = [
         *_other_cache(network, stored, options, tokens, available),
@@ -84,13 +89,30 @@ def refuse_what_cannot_fit(
     ]
     if plan.total <= available + beside:
         ways.append("so it would without a draft model")
+    stated = backend.stated_memory() is not None
     if plan.total <= backend.memory_limit() - beside:
-        ways.append("closing other programs would make room")
+        alone = stated or backend.on_gpu()  # what other programs hold does not count
+        others = "the other models of this process" if alone else "other programs"
+        ways.append(f"closing {others} would make room")
     raise Qwen3Error(
         f"{name} does not fit: {plan} with {tokens:,} tokens; "
-        f"this machine can give {in_gb(available)}"
+        f"{'QWEN3_MEMORY allows' if stated else 'this machine can give'} {in_gb(available)}"
         f"{' beside the draft model' if beside else ''}; {'; '.join(ways)}"
+        f"{'' if stated else '; QWEN3_MEMORY, in GB, sets another limit'}"
     )
+
+
+def _warn_of_other_programs(name: str, total: int) -> None:
+    if not backend.on_metal() or backend.stated_memory():
+        return
+    if total > (free := backend.free_memory()):
+        _log.warning(
+            "%s takes %s, and %s of memory are free: macOS will compress or swap out what other "
+            "programs hold; closing some makes it faster",
+            name,
+            in_gb(total),
+            in_gb(free),
+        )
 
 
 def _other_options(

@@ -28,7 +28,7 @@ from qwen3_mlx.files import read_json
 from qwen3_mlx.fit import plan_load, refuse_what_cannot_fit
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import stretched
+from qwen3_mlx.model.published import full_name, stretched
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.replies import Words
 from qwen3_mlx.text.grammar import Grammars
@@ -60,9 +60,13 @@ def load(  # noqa: PLR0913 - one keyword a choice
     """Load a checkpoint: a folder, a hub name, or None for the embedded demo.
 
     Args:
-        source: a folder in the published or in MLX's format, or a name such as Qwen/Qwen3-8B.
+        source: a folder in the published or in MLX's format; a hub name such as Qwen/Qwen3-8B; or a
+            size, "8B" or "30b-a3b", which is the hub's checkpoint that is quantized to 4 bits
+            already, Qwen/Qwen3-8B-MLX-4bit. A folder that is called like a size is "./8B", or a
+            Path.
         revision: the hub's branch, tag or commit.
-        bits: quantize the weights while loading, to 2, 3, 4, 5, 6 or 8 bits.
+        bits: quantize the weights while loading, to 2, 3, 4, 5, 6 or 8 bits; a hub's checkpoint
+            is downloaded whole for that, 16 GB of Qwen/Qwen3-8B.
         group_size: how many weights share a scale then: 32, 64 or 128.
         dtype: bfloat16, float16 or float32; None is bfloat16 on a GPU and float32 on a CPU.
         dequantize: hold quantized weights as `dtype`; None does so on a CPU, where that computes
@@ -73,8 +77,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
         kv_bits: keep keys and values of what has been read in 8 bits, "k8v4" (keys 8, values 4) or
             4 bits, for longer contexts in the same memory; None keeps them in `dtype`.
         draft: verify several proposed tokens in one pass, which changes no reply: "ngram" proposes
-            what followed the same words before; the folder or name of a smaller checkpoint of the
-            family, such as Qwen/Qwen3-0.6B for Qwen/Qwen3-8B, has that one propose, too.
+            what followed the same words before; the folder, name or size of a smaller checkpoint of
+            the family, such as "0.6B" for "8B", has that one propose, too.
         prompt_cache: a folder where long prompts are kept as they have been read, so that they need
             not be read again after a restart; models may share it.
         prompt_cache_gb: the most that all of them may take there, in GB.
@@ -165,7 +169,7 @@ class _Found:
         revision: str | None = None,
         context: int | None = None,
     ) -> "_Found":
-        place = Source(str(source), revision)
+        place = Source(full_name(source) if isinstance(source, str) else str(source), revision)
         folder = place.fetch(DESCRIPTION_FILES)
         config = read_json(folder / "config.json")
         if context is not None:

@@ -1,5 +1,6 @@
 #!/bin/sh
 # Make .venv and install this project into it: scripts/venv.sh runtime|server|dev
+# List the interpreters that could serve, "VERSION PATH", lowest first: scripts/venv.sh pythons
 #
 # .venv/.ready says for which folder, pyproject.toml and kind of use that was done; while it still
 # holds, nothing is done. .venv/.unfinished stands while work goes on: whoever finds it finds a
@@ -105,6 +106,17 @@ refuse_python() {
     esac
 }
 
+# One line for each minor version, the first of its candidates that is fit (for uv, bare will do).
+list_pythons() {
+    candidates | while IFS= read -r candidate; do
+        answer=$(ask "$candidate") || continue
+        case $answer in
+        fit*) say "${answer#* }" ;;
+        bare*) ! have_uv || say "${answer#* }" ;;
+        esac
+    done | sort -t . -k 2,2n -u
+}
+
 # Say whether the .venv that is there can be used: finished, of a fitting Python (of the wished one,
 # if one is wished), and with something to install with. It need not be of our making.
 usable() {
@@ -151,11 +163,17 @@ install() {
 }
 
 case ${1:-} in
-runtime) target=. tools="" ;;
-server) target='.[server]' tools=" with the server" ;;
-dev) target='.[dev]' tools=" with the development tools" ;;
-*) refuse "usage: scripts/venv.sh runtime|server|dev" ;;
+runtime) extras='' tools="" ;;
+server) extras=server tools=" with the server" ;;
+dev) extras=dev tools=" with the development tools" ;;
+pythons)
+    list_pythons
+    exit
+    ;;
+*) refuse "usage: scripts/venv.sh runtime|server|dev|pythons" ;;
 esac
+on_mac || extras="${extras:+$extras,}cpu" # which is MLX's backend there
+target=.${extras:+[$extras]}
 state="$(pwd -P) $(cksum <pyproject.toml)"
 ready=$(cat .venv/.ready 2>/dev/null) || ready=''
 case "$1 $ready" in

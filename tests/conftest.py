@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on M5, float32 is otherwise not float32
+os.environ.pop("QWEN3_MEMORY", None)
 
 from collections.abc import Iterator
 from pathlib import Path

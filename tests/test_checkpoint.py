@@ -3,7 +3,7 @@
 import json
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import mlx.nn as nn
 import pytest
 
 from qwen3_mlx import CheckpointError, backend, load
+from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights
@@ -384,6 +385,32 @@ def test_a_broken_folder_is_one_sentence(kind: str, tiny_folder: Path, tmp_path:
     with pytest.raises(CheckpointError, match=complaint) as raised:
         load(folder)
     assert "\n" not in str(raised.value)
+
+
+def test_a_size_is_the_hubs_4_bit_checkpoint(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for the command's -m; a folder that is called like a size is a path."""
+    asked = list[str]()
+
+    def fetch(self: Source, files: Sequence[str]) -> Path:
+        asked.append(self.name)
+        return self.folder or tiny_folder
+
+    monkeypatch.setattr(Source, "fetch", fetch)
+    (tmp_path / "8B").symlink_to(tiny_folder)
+    monkeypatch.chdir(tmp_path)
+    for source in ("8B", "8b", "30b-a3b", "./8B", Path("8B"), str(tmp_path / "8B")):
+        with load(source) as llm:
+            assert llm.chat("Hello", max_tokens=2).usage.completion_tokens
+    names = list(dict.fromkeys(asked))
+    hub = ["Qwen/Qwen3-8B-MLX-4bit", "Qwen/Qwen3-30B-A3B-MLX-4bit"]
+    assert names == [*hub, "./8B", "8B", str(tmp_path / "8B")]
+    asked.clear()
+    with load(tiny_folder, draft="0.6b"):
+        assert "Qwen/Qwen3-0.6B-MLX-4bit" in asked
+    with pytest.raises(CheckpointError, match="'7B' is no folder .* one of the sizes 0.6B, 1.7B"):
+        load("7B")
 
 
 def test_names_that_are_no_checkpoint(tiny_folder: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -12,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from qwen3_mlx import __version__
+from qwen3_mlx import CheckpointError, __version__
+from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.main import main
-from qwen3_mlx.cli.options import full_name
+from qwen3_mlx.model.published import SIZES
 from tests.support import DEMO
 
 QWEN3 = [sys.executable, "-m", "qwen3_mlx"]
@@ -190,10 +192,51 @@ def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
         assert word in out
 
 
-def test_sizes_name_the_quantized_checkpoints() -> None:
-    assert full_name("8B") == "Qwen/Qwen3-8B-MLX-4bit"
-    assert full_name("someone/else") == "someone/else"
-    assert full_name(None) is None
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["Hello", "-m", "8B"], "Qwen/Qwen3-8B-MLX-4bit"),
+        (["Hello", "--model", "8b"], "Qwen/Qwen3-8B-MLX-4bit"),
+        (["Hello", "--draft", "0.6b"], "Qwen/Qwen3-0.6B-MLX-4bit"),
+        (["chat", "-m", "30b-a3b"], "Qwen/Qwen3-30B-A3B-MLX-4bit"),
+        (["chat", "--draft", "1.7b"], "Qwen/Qwen3-1.7B-MLX-4bit"),
+        (["serve", "-m", "235b-a22b"], "Qwen/Qwen3-235B-A22B-MLX-4bit"),
+        (["serve", "--draft", "0.6B"], "Qwen/Qwen3-0.6B-MLX-4bit"),
+        (["bench", "4b"], "Qwen/Qwen3-4B-MLX-4bit"),
+        (["eval", "perplexity", "14b"], "Qwen/Qwen3-14B-MLX-4bit"),
+        (["eval", "divergence", "32b", str(DEMO)], "Qwen/Qwen3-32B-MLX-4bit"),
+        (["Hello", "-m", "someone/else"], "someone/else"),
+    ],
+)
+def test_every_verb_knows_the_sizes(
+    arguments: list[str],
+    name: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fetch = Source.fetch
+
+    def fetch_none(self: Source, files: Sequence[str]) -> Path:
+        if self.folder:
+            return fetch(self, files)
+        raise CheckpointError(f"would fetch {self.name}")
+
+    monkeypatch.setattr(Source, "fetch", fetch_none)
+    for size in SIZES:  # folders that are called so do not count: they are ./8B
+        (tmp_path / size).mkdir()
+        (tmp_path / size.lower()).mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setattr("qwen3_mlx.cli.serve._listen", lambda *_: listener)
+        assert call(arguments, capsys) == (1, "", f"qwen3: would fetch {name}\n")
+
+
+def test_a_size_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(["convert", "8b", str(tmp_path / "out")], capsys)
+    assert (code, out) == (1, "")
+    assert "8b is the size that is ready in 4 bits, Qwen/Qwen3-8B-MLX-4bit" in err
+    assert "name the original, Qwen/Qwen3-8B," in err
 
 
 def test_a_bar_shows_for_long_work_only(

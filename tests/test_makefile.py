@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parent.parent
-_TOOLS = ("cat", "cksum", "cp", "cut", "dirname", "mkdir", "rm")  # besides what the shell has
+_TOOLS = ("cat", "cksum", "cp", "cut", "dirname", "mkdir", "rm", "sort")  # beside the shell's own
 _APPLE = {"uname": "Darwin arm64", "sw_vers": "15.5"}
 _INSTALLING = "Installing qwen3-mlx into .venv (a minute or so) ...\n"
 _INSTALLING_DEV = _INSTALLING.replace("(", "with the development tools (")
@@ -205,17 +205,17 @@ def test_it_is_done_once_and_again_only_for_a_reason(machine: Machine) -> None:
     machine.python("python3.12", "3.12.4")
     pip = "pip -m pip install --quiet --disable-pip-version-check --editable"
     assert machine.run().returncode == 0
-    assert machine.installed() == [f"{pip} ."]
+    assert machine.installed() == [f"{pip} .[cpu]"]
 
     again = machine.run()
     assert (again.returncode, again.stdout, machine.installed()) == (0, "", [])
 
     assert "with the server" in machine.run("server").stdout
-    assert machine.installed()[-1] == f"{pip} .[server]"
+    assert machine.installed()[-1] == f"{pip} .[server,cpu]"
     assert machine.run("server").stdout == machine.run().stdout == ""
 
     assert machine.run("dev").stdout == _INSTALLING_DEV
-    assert machine.installed()[-1] == f"{pip} .[dev]"
+    assert machine.installed()[-1] == f"{pip} .[dev,cpu]"
     # What serves development serves the demo and the server.
     assert machine.run().stdout == machine.run("server").stdout == ""
 
@@ -293,7 +293,31 @@ def test_uv_does_the_work_where_it_is(machine: Machine) -> None:
     assert f"Making .venv with uv and {machine.bin}/python3 (3.12.3) ..." in result.stdout
     commands = machine.installed()
     assert f"uv venv --quiet --allow-existing --python {machine.bin}/python3 .venv" in commands
-    assert "uv pip install --quiet --python .venv/bin/python --editable .[dev]" in commands
+    assert "uv pip install --quiet --python .venv/bin/python --editable .[dev,cpu]" in commands
+
+
+@pytest.mark.parametrize(("kind", "target"), [("runtime", "."), ("dev", ".[dev]")])
+def test_a_mac_needs_no_backend_of_linux(machine: Machine, kind: str, target: str) -> None:
+    machine.answers(**_APPLE)
+    machine.python("python3.13", "3.13.1")
+    assert machine.run(kind).returncode == 0
+    assert machine.installed()[-1].endswith(f"--editable {target}")
+
+
+def test_the_fitting_pythons_are_listed_the_lowest_first(machine: Machine) -> None:
+    for name, version, verdict in (
+        ("python3.13", "3.13.0", "fit"),
+        ("python3.12", "3.12.4", "bare"),
+        ("python3.11", "3.11.7", "fit"),
+        ("python3", "3.11.2", "fit"),
+        ("python", "2.7.18", "old"),
+    ):
+        machine.python(name, version, verdict)
+    lines = [f"3.11.7 {machine.bin}/python3.11", f"3.13.0 {machine.bin}/python3.13"]
+    assert machine.run("pythons").stdout.splitlines() == lines
+    assert machine.run("pythons", PYTHON="python3").stdout == f"3.11.2 {machine.bin}/python3\n"
+    machine.command("uv", ":")  # which needs no venv module
+    assert f"3.12.4 {machine.bin}/python3.12\n" in machine.run("pythons").stdout
 
 
 def test_uv_brings_a_python_where_there_is_none(machine: Machine) -> None:

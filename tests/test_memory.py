@@ -1,6 +1,7 @@
 """The memory plan: equal to what MLX holds, and to the published files; and what it refuses."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from qwen3_mlx import Qwen3Error, backend, fit, load
+from qwen3_mlx import CheckpointError, Qwen3Error, backend, fit, load
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import CACHE_FORMATS, CacheFormat
 from qwen3_mlx.checkpoint.hub import Source
@@ -384,17 +385,103 @@ def test_a_container_has_its_own_limit(tmp_path: Path, monkeypatch: pytest.Monke
     assert backend._free_in_container(tmp_path) == 450
 
 
-def _on_a_gpu(monkeypatch: pytest.MonkeyPatch, working_set: int) -> None:
-    monkeypatch.setattr(backend, "on_gpu", lambda: True)
+def _on_a_mac(monkeypatch: pytest.MonkeyPatch, working_set: int, free: int) -> None:
     info: Callable[[], dict[str, int]] = lambda: {"max_recommended_working_set_size": working_set}  # noqa: E731
     monkeypatch.setattr(mx, "device_info", info)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    monkeypatch.setattr(backend, "on_gpu", lambda: True)
+    monkeypatch.setattr(backend, "_free_memory", lambda: free)
+
+
+def test_a_mac_warns_where_other_programs_hold_the_memory(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    _on_a_mac(monkeypatch, 10**10, free=1_000_000)
+    with load(tiny_folder) as llm:
+        assert llm.chat("Hello", max_tokens=2).usage.completion_tokens
+        assert llm.context == llm.config.context_window  # nor is the cache planned by what is free
+    (message,) = caplog.messages
+    assert re.fullmatch(
+        rf"{tiny_folder} takes 0\.\d GB, and 0\.\d GB of memory are free: macOS will compress or "
+        "swap out what other programs hold; closing some makes it faster",
+        message,
+    )
+    caplog.clear()
+    monkeypatch.setattr(backend, "_free_memory", lambda: 10**10)
+    load(tiny_folder).close()
+    monkeypatch.setattr(backend, "_free_memory", lambda: 1_000_000)
+    monkeypatch.setenv("QWEN3_MEMORY", "4")
+    load(tiny_folder).close()
+    assert not caplog.messages
+    monkeypatch.delenv("QWEN3_MEMORY")
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)  # as where MLX has CUDA
+    load(tiny_folder).close()
+    assert not caplog.messages
+
+
+def test_a_mac_refuses_beyond_its_working_set(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = eight_billion(tmp_path / "8B")
+    _on_a_mac(monkeypatch, 11_453_246_122, free=10**12)  # of a Mac with 16 GB
+    with pytest.raises(
+        Qwen3Error, match=r"this machine can give 11\.5 GB; bits=8 would fit"
+    ) as error:
+        load(folder)
+    assert str(error.value).endswith("; QWEN3_MEMORY, in GB, sets another limit")
+    assert "closing" not in str(error.value)
+    stored = eight_billion(tmp_path / "4bit", quantization={"bits": 4, "group_size": 64})
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):  # so it is to be loaded
+        load(stored)
+    ballast = mx.zeros(1_500_000_000, dtype=mx.uint32)  # never evaluated: nothing is held
+    monkeypatch.setattr(mx, "get_active_memory", lambda: ballast.nbytes)
+    with pytest.raises(Qwen3Error, match="closing the other models of this process would make"):
+        load(stored)
+
+
+def test_what_a_process_may_plan_with_can_be_set(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = eight_billion(tmp_path / "8B", quantization={"bits": 4, "group_size": 64})
+    monkeypatch.setattr(backend, "_free_memory", lambda: 1_000_000)
+    monkeypatch.setattr(backend, "total_memory", lambda: 2 * 10**9)
+    with pytest.raises(
+        Qwen3Error, match=r"this machine can give 0\.0 GB; .*; QWEN3_MEMORY, in GB, s"
+    ):
+        load(folder)
+    monkeypatch.setenv("QWEN3_MEMORY", "8.5")
+    assert backend.memory_limit() == 8_500_000_000
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load(folder, dtype="bfloat16")
+    monkeypatch.setenv("QWEN3_MEMORY", "3")
+    with pytest.raises(Qwen3Error, match=r"; QWEN3_MEMORY allows 3\.0 GB; ") as error:
+        load(folder, dtype="bfloat16")
+    assert "sets another limit" not in str(error.value)
+    with load(tiny_folder) as llm:
+        assert llm.chat("Hello", max_tokens=2).usage.completion_tokens
+
+
+@pytest.mark.parametrize("stated", ["0", "-4", "nan", "inf", "8GB", " "])
+def test_a_wrong_limit_is_refused(
+    stated: str, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN3_MEMORY", stated)
+    with pytest.raises(ValueError, match=f"QWEN3_MEMORY must be GB, more than 0, not '{stated}'"):
+        load(tiny_folder)
+
+
+def test_another_gpu_has_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 80 * 10**9})
+    assert backend.memory_limit() == 80 * 10**9
+    assert backend.available_memory() == 80 * 10**9 - mx.get_active_memory()
+    assert "working set" not in backend.describe()
 
 
 def test_on_metal_the_working_set_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    _on_a_gpu(monkeypatch, 10**15)
-    monkeypatch.setattr(backend, "_free_memory", lambda: 10**12)
+    _on_a_mac(monkeypatch, 10**15, free=10**12)
     assert backend.memory_limit() == 10**15
-    assert backend.available_memory() == 10**12 + mx.get_cache_memory()
+    assert backend.available_memory() == 10**15 - mx.get_active_memory()
     assert fit.plan_load(published("8B"), None, LoadOptions(mx.bfloat16)).activations == (
         activation_bytes(published("8B"), Workload(2048))
     )

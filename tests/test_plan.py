@@ -39,7 +39,7 @@ def test_the_table_tells_what_fits(capsys: Captured) -> None:
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 100
     assert out.startswith("Qwen3-8B: 8.19 billion weights, 36 layers, a window of 40,960 tokens\n")
-    assert "about 3/4 by default, 12.9 GB" in out
+    assert "about two thirds by default, 11.5 GB" in out
     header = row_of(out, "memory in GB").split()
     assert header[-11:] == "2k 4k 8k 16k 32k 40k 64k* 128k* fits up to".split()
     assert row_of(out, "cache, bf16").split()[2:4] == ["0.30", "0.60"]
@@ -49,7 +49,8 @@ def test_the_table_tells_what_fits(capsys: Captured) -> None:
     four = row_of(out, "4 bits").split()
     assert four[2:4] == ["4.61", "6.3"]
     assert four[-2] == "(25.3)"
-    assert re.fullmatch(r"4\d,\d{3}\*", four[-1])  # beyond the window, so with YaRN
+    assert four[-5:-3] == ["10.8", "(12.0)"] and re.fullmatch(r"3\d,\d{3}", four[-1])
+    assert row_of(out, "3 bits").split()[-1].endswith("*")  # beyond the window, so with YaRN
     for word in ("YaRN", "--bandwidth", "bfloat16"):
         assert word in out
 
@@ -68,11 +69,46 @@ def test_this_machine_is_what_load_would_ask(
         assert row_of(out, "cache, fp32").split()[2] == "0.60"
 
 
+@pytest.mark.parametrize(
+    ("memory", "gives"),
+    [("8", "5.7"), ("16", "11.5"), ("24", "17.2"), ("32", "22.9"), ("36", "25.8")]
+    + [("48", "38.7"), ("64", "51.5"), ("96", "77.3"), ("128", "103.1"), ("512", "412.3")],
+)
+def test_what_a_mac_gives_its_gpu(memory: str, gives: str, capsys: Captured) -> None:
+    """In GB of 10^9 bytes: as Metal's recommendedMaxWorkingSetSize, or a little less."""
+    share = "two thirds" if float(memory) <= 36 else "three quarters"
+    _, out, _ = call(["plan", "4B", "--memory", memory], capsys)
+    said = (
+        f"A Mac with {memory} GB: macOS lets the GPU have about {share} by default, {gives} GB of"
+    )
+    assert said in out
+
+
+def test_the_machine_itself_is_asked(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "on_metal", lambda: True)
+    monkeypatch.setattr(backend, "total_memory", lambda: 16 * 2**30)
+    monkeypatch.setattr(backend, "memory_limit", lambda: 12_713_000_000)
+    monkeypatch.setattr(backend, "available_memory", lambda: 12_713_000_000)
+    monkeypatch.setattr(backend, "free_memory", lambda: 3_100_000_000)
+    monkeypatch.setattr(backend, "working_set", lambda: 12_713_000_000)
+    _, out, _ = call(["plan", "8B", "--memory", "16"], capsys)
+    assert "This Mac, with 16 GB: its GPU can have 12.7 GB of 10^9 bytes." in out
+    _, out, _ = call(["plan", "8B", "--memory", "24"], capsys)
+    assert "A Mac with 24 GB: macOS lets the GPU have about two thirds" in out
+    _, out, _ = call(["plan", "8B"], capsys)
+    assert (
+        "This Mac can give 12.7 GB, the working set that Metal recommends; 3.1 GB of memory" in out
+    )
+    monkeypatch.setenv("QWEN3_MEMORY", "12.7")
+    _, out, _ = call(["plan", "8B"], capsys)
+    assert "This process can have 12.7 GB, as QWEN3_MEMORY says." in out
+
+
 def test_json_has_every_format(capsys: Captured) -> None:
     plan = everything(capsys, "4B", "--memory", "16", "--chip", "m4 max")
     assert plan["weights"]["4"] == 2_262_920_192
     assert list(plan["weights"]) == ["bf16", "8", "6", "5", "4", "mxfp4", "3"]
-    assert plan["available"] == 12 * 2**30
+    assert plan["available"] == 16 * 2**30 * 2 // 3
     rows = plan["rows"]
     assert len(rows) == 7 * 4 * 8
     assert {row["cache_format"] for row in rows} == set(CACHE_FORMATS)
@@ -131,7 +167,7 @@ def test_a_stretched_window_is_marked(tmp_path: Path, capsys: Captured) -> None:
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        (["9B"], "Qwen3 has no size 9B; its sizes are 0.6B, 1.7B"),
+        (["9B"], "'9B' is no folder here, nor a hub name such as Qwen/Qwen3-8B, nor one of the"),
         (["nowhere"], "'nowhere' is no folder here, nor a hub name"),
         (["8B", "--revision", "main"], "--revision belongs to hub names"),
         (["8B", "--memory", "0"], "--memory must be GB, from 1 to 100,000, not 0"),

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -75,6 +76,39 @@ def _own_imports(tree: ast.AST) -> Iterator[str]:
     """Name the package's modules that are imported in `tree`, wherever the statement stands."""
     for node in ast.walk(tree):
         yield from (name for name in _imported(node) if name.split(".")[0] == "qwen3_mlx")
+
+
+_NO_BACKEND = "import sys; sys.modules['mlx.core'] = None; "  # importing it is an ImportError
+_MISSING = (
+    r"MLX cannot be loaded \(.*mlx\.core.*\); on Linux it needs a backend: "
+    r"pip install 'mlx\[cpu\]', or 'mlx\[cuda12\]' or 'mlx\[cuda13\]' for an NVIDIA GPU"
+)
+
+
+def _python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=_ROOT)
+
+
+@pytest.mark.parametrize("arguments", [["Hello"], ["--help"], ["doctor"]])
+@pytest.mark.parametrize("name", ["qwen3_mlx", "convert"])
+def test_without_a_backend_the_command_says_so_in_one_line(name: str, arguments: list[str]) -> None:
+    program = f"{_NO_BACKEND} import runpy; runpy.run_module({name!r}, run_name='__main__')"
+    done = _python(program, *arguments)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(f"qwen3: {_MISSING}\n", done.stderr)
+
+
+@pytest.mark.parametrize("name", ["load", "convert", "Qwen3Error", "LLM"])
+def test_without_a_backend_the_package_says_what_to_install(name: str) -> None:
+    done = _python(f"{_NO_BACKEND} import qwen3_mlx; qwen3_mlx.{name}")
+    assert done.returncode == 1
+    assert re.fullmatch(f"ImportError: {_MISSING}", done.stderr.splitlines()[-1])
+
+
+def test_the_command_starts_where_a_missing_backend_is_caught() -> None:
+    scripts = tomllib.loads((_ROOT / "pyproject.toml").read_text("utf-8"))["project"]["scripts"]
+    assert scripts == {"qwen3": "qwen3_mlx.__main__:main"}
 
 
 def test_the_changelog_tells_of_this_version() -> None:

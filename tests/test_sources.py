@@ -196,7 +196,8 @@ def unpacked_stream(words: Array, bits: int) -> Array:
     """Read numbers of so many bits from rows of words: the first are the lowest bits."""
     raw = np.unpackbits(words.view(np.uint8), axis=-1, bitorder="little")
     places = raw.reshape(*words.shape[:-1], -1, bits)
-    return (places.astype(np.int64) << np.arange(bits)).sum(-1)
+    numbers: Array = (places.astype(np.int64) << np.arange(bits)).sum(-1)
+    return numbers
 
 
 def make_mlx(

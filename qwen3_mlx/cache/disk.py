@@ -33,7 +33,7 @@ _PATTERN = "prefix-*.safetensors"
 @dataclass(frozen=True, slots=True)
 class _Entry:
     file: Path
-    ids: array[int]
+    ids: "array[int]"  # quoted: not to be subscripted at run time before Python 3.12
 
 
 class DiskPrefixes:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.model.published import SIZES
 
 DESCRIPTION_FILES = (
     "config.json",
@@ -56,7 +57,8 @@ class Source:
         self.folder = folder if name and folder.exists() else None
         if self.folder is None and (name[:1] in "./~" or not _HUB_NAME.fullmatch(name)):
             raise CheckpointError(
-                f"{name!r} is no folder here, nor a hub name such as Qwen/Qwen3-8B"
+                f"{name!r} is no folder here, nor a hub name such as Qwen/Qwen3-8B, "
+                f"nor one of the sizes {', '.join(SIZES)}"
             )
         if self.folder and not self.folder.is_dir():
             raise CheckpointError(f"{name} is a file; give the checkpoint's folder")

@@ -20,7 +20,6 @@ from qwen3_mlx.cli.options import (
     Model,
     PromptCache,
     Revision,
-    full_name,
     option,
 )
 from qwen3_mlx.engine.params import SamplingParams
@@ -118,12 +117,12 @@ def ask(  # noqa: PLR0913 - one parameter an option
     messages.append({"role": "user", "content": _with_piped(prompt)})
     with Bar("loading") as bar:
         llm = qwen3_mlx.load(
-            full_name(model),
+            model,
             revision=revision,
             bits=bits,
             dtype=dtype,
             kv_bits=kv_bits,
-            draft=full_name(draft),
+            draft=draft,
             prompt_cache=prompt_cache,
             progress=bar,
         )

@@ -17,13 +17,14 @@ from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.quantization import formats_stored
 from qwen3_mlx.checkpoint.weights import weight_names
 from qwen3_mlx.cli.console import Bar
-from qwen3_mlx.cli.options import ModelArgument, full_name
+from qwen3_mlx.cli.options import ModelArgument
 from qwen3_mlx.engine.memory import FormatOf, Workload, bytes_a_token
 from qwen3_mlx.evaluate.picture import Panel, check_picture, draw_speeds
 from qwen3_mlx.evaluate.race import AS_IT_COMES, EQUAL, Result, race
 from qwen3_mlx.evaluate.speed import NEW, OURS, PEER, Case, Figures, cases_of
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.published import full_name
 
 _PROMPTS, _TOGETHER, _COUNT, _MINUTES = "128,1024,4096", "2,4,8", 32, 10.0
 _TERMS = {"both": (AS_IT_COMES, EQUAL), "box": (AS_IT_COMES,), "equal": (EQUAL,)}
@@ -125,7 +126,7 @@ def _folder(model: str | None) -> Path:
     """Find a checkpoint's files, and have them fetched if they are not here."""
     if model is None:
         return Path(str(files("qwen3_mlx") / "demo"))
-    source = Source(full_name(model) or model)
+    source = Source(full_name(model))
     folder = source.fetch(DESCRIPTION_FILES)
     return source.fetch(weight_names(folder) or ["model.safetensors"])
 

@@ -17,7 +17,7 @@ import typer
 
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.cli.console import Bar, note
-from qwen3_mlx.cli.options import Context, Draft, KvBits, Model, PromptCache, full_name
+from qwen3_mlx.cli.options import Context, Draft, KvBits, Model, PromptCache
 from qwen3_mlx.cli.screen import Screen, enter_key
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Finish, Usage
@@ -101,10 +101,10 @@ def chat(  # noqa: PLR0913 - one parameter an option
     """
     with Bar("loading") as bar:
         llm = qwen3_mlx.load(
-            full_name(model),
+            model,
             context=context,
             kv_bits=kv_bits,
-            draft=full_name(draft),
+            draft=draft,
             prompt_cache=prompt_cache,
             progress=bar,
         )

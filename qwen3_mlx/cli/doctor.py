@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwen3_mlx import __version__, backend
+from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.engine.worker import Worker
 
 _PACKAGES = ("mlx", "mlx-lm", "huggingface-hub", "tokenizers", "numpy")
@@ -16,6 +17,7 @@ _SLOW_CPU = 20e9  # float32 operations a second; MLX's own BLAS does 1.4-3 GFLOP
 
 def doctor() -> None:
     """Tell the device, the MLX build and its speed, memory limits, versions, and what to do."""
+    available = backend.available_memory()
     facts = {"qwen3-mlx": __version__, **backend.describe()}
     facts |= {name: _version(name) for name in _PACKAGES}
     worker = Worker()
@@ -32,7 +34,11 @@ def doctor() -> None:
             "MLX's CPU build is slow without a BLAS: apt install libopenblas0-pthread "
             "(or pip install mkl) makes it many times faster"
         )
-    largest = backend.total_memory() // 2 // 4
+    stated = " (QWEN3_MEMORY)" if backend.stated_memory() else ""
+    facts["plans with"] = f"{in_gb(backend.memory_limit())}{stated}, {in_gb(available)} now"
+    if backend.on_metal():
+        facts["free"] = f"{in_gb(backend.free_memory())}; macOS compresses what programs do not use"
+    largest = backend.memory_limit() // 2 // 4
     if not backend.on_gpu():
         facts["dequantize"] = (
             f"quantized models of up to {largest / 1e9:.1f} billion weights run as float32"

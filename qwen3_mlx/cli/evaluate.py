@@ -16,13 +16,14 @@ import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.weights import weight_names
 from qwen3_mlx.cli.console import Bar, note
-from qwen3_mlx.cli.options import ModelArgument, full_name
+from qwen3_mlx.cli.options import ModelArgument
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
 from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
 from qwen3_mlx.evaluate.perplexity import Perplexity, perplexity
 from qwen3_mlx.evaluate.picture import Point, check_picture, draw
 from qwen3_mlx.evaluate.windows import WINDOW
+from qwen3_mlx.model.published import full_name
 from qwen3_mlx.text.samples import default_text
 
 _TOKENS = 8192
@@ -190,7 +191,7 @@ def facts_of(
 
 def _load(model: str | None, kv_bits: str | None = None) -> "qwen3_mlx.LLM":
     with Bar(f"loading {model or 'the demo'}") as bar:
-        return qwen3_mlx.load(full_name(model), kv_bits=kv_bits, progress=bar)
+        return qwen3_mlx.load(model, kv_bits=kv_bits, progress=bar)
 
 
 def read_text(file: Path | None) -> str:
@@ -228,7 +229,7 @@ def _modules(reference: str, candidate: str, *, needed: bool) -> list[ModuleRow]
 
 def _folder(model: str) -> Path:
     """Find a checkpoint's files, which are here since it was loaded."""
-    source = Source(full_name(model) or model)
+    source = Source(full_name(model))
     folder = source.fetch(DESCRIPTION_FILES)
     return source.fetch(weight_names(folder) or ["model.safetensors"])
 

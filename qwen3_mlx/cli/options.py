@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen3_mlx.model.published import SIZES, ready_name
+from qwen3_mlx.model.published import SIZES
 
 _MODEL = "Model"
 _VARIABLE = "QWEN3_MODEL"
@@ -65,8 +65,3 @@ PromptCache = Annotated[
         "--prompt-cache", panel=_MODEL, text="Keep long prompts in this folder, as they were read."
     ),
 ]
-
-
-def full_name(model: str | None) -> str | None:
-    """Give the hub name that a bare size stands for, and anything else as it is."""
-    return ready_name(model) if model in SIZES else model

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,9 +29,8 @@ from qwen3_mlx.engine.memory import (
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import SIZES, published, yarn_lengths
+from qwen3_mlx.model.published import SIZES, published, size_named, yarn_lengths
 
-_SIZE = re.compile(r"[\d.]+B(-A[\d.]+B)?", re.IGNORECASE)
 _SHORTEST = 2048
 _MAC_CHUNK = 2048  # tokens of a prompt that a GPU reads at once
 _GIB = 1 << 30
@@ -68,18 +66,34 @@ class _Machine:
     @classmethod
     def here(cls) -> "_Machine":
         available, most = backend.available_memory(), backend.memory_limit()
-        words = f"This machine can give {in_gb(available)} now"
-        if available < most:
-            words += f", and {in_gb(most)} with nothing else running"
+        if backend.stated_memory():
+            words = f"This process can have {in_gb(available)}, as QWEN3_MEMORY says"
+        elif backend.on_metal():
+            words = (
+                f"This Mac can give {in_gb(available)}, the working set that Metal recommends; "
+                f"{in_gb(backend.free_memory())} of memory are free now"
+            )
+        else:
+            words = f"This machine can give {in_gb(available)} now"
+            if available < most:
+                words += f", and {in_gb(most)} with nothing else running"
         return cls(words, available, backend.prefill_chunk(), backend.on_gpu())
 
     @classmethod
     def mac(cls, memory: float) -> "_Machine":
-        available = backend.working_set_of(int(memory * _GIB))
-        words = (
-            f"A Mac with {memory:g} GB: macOS lets the GPU have about 3/4 by default, "
-            f"{in_gb(available)} of 10^9 bytes"
-        )
+        total = int(memory * _GIB)
+        if backend.on_metal() and total == backend.total_memory():
+            available = backend.working_set()
+            words = (
+                f"This Mac, with {memory:g} GB: its GPU can have {in_gb(available)} of 10^9 bytes"
+            )
+        else:
+            available = backend.working_set_of(total)
+            share = "two thirds" if available == total * 2 // 3 else "three quarters"
+            words = (
+                f"A Mac with {memory:g} GB: macOS lets the GPU have about {share} by default, "
+                f"{in_gb(available)} of 10^9 bytes"
+            )
         return cls(words, available, _MAC_CHUNK, True)
 
 
@@ -209,15 +223,12 @@ def plan(  # noqa: PLR0913 - one parameter an option
 def _find(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[str, FormatOf]]:
     """Give a model's name, its network, and the formats to plan it in."""
     formats = {name: _format_of(form) for name, form in _FORMATS.items()}
-    size = next((size for size in SIZES if size.lower() == model.lower()), None)
-    if size:
+    if size := size_named(model):
         if revision is not None:
             raise ValueError(
                 f"--revision belongs to hub names; {size} is planned from what is known"
             )
         return f"Qwen3-{size}", published(size), formats
-    if _SIZE.fullmatch(model) and not Path(model).exists():
-        raise ValueError(f"Qwen3 has no size {model}; its sizes are {', '.join(SIZES)}")
     source = Source(model, revision)
     folder = source.fetch(["config.json"])
     content = read_json(folder / "config.json")

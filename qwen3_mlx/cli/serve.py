@@ -22,10 +22,10 @@ from qwen3_mlx.cli.options import (
     Model,
     PromptCache,
     Revision,
-    full_name,
     option,
 )
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.published import full_name
 from qwen3_mlx.server.settings import REASONING_FIELDS, Settings
 
 _MODEL, _NET, _REPLY, _LOAD = "Model", "Who may come in", "Replies", "Work"
@@ -138,12 +138,12 @@ def serve(  # noqa: PLR0913 - one parameter an option
     serving = import_module("qwen3_mlx.server.serving")  # FastAPI, for this alone
     with Bar("loading") as bar:
         llm = qwen3_mlx.load(
-            full_name(model),
+            model,
             revision=revision,
             bits=bits,
             dtype=dtype,
             kv_bits=kv_bits,
-            draft=full_name(draft),
+            draft=draft,
             prompt_cache=prompt_cache,
             context=context,
             progress=bar,
@@ -156,8 +156,9 @@ def serve(  # noqa: PLR0913 - one parameter an option
 def _name_of(model: str | None) -> str:
     if model is None:
         return "qwen3-demo"
-    folder = Path(model)
-    return folder.resolve().name if folder.is_dir() else str(full_name(model))
+    name = full_name(model)
+    folder = Path(name)
+    return folder.resolve().name if folder.is_dir() else name
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -84,6 +84,20 @@ def ready_name(size: str) -> str:
     return f"Qwen/Qwen3-{size}-MLX-4bit"
 
 
+def size_named(name: str) -> str | None:
+    """Return the published size that `name` spells, in upper or lower case; None if it is none."""
+    return next((size for size in SIZES if size.lower() == name.lower()), None)
+
+
+def full_name(name: str) -> str:
+    """Return the hub name that a bare size stands for, and anything else as it is.
+
+    A folder that is called like a size is named with a slash: ./8B.
+    """
+    size = size_named(name)
+    return ready_name(size) if size else name
+
+
 def yarn_lengths(config: ModelConfig) -> tuple[int, ...]:
     """Give the contexts beyond the window for which Qwen publishes YaRN settings.
 
