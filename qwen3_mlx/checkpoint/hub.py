@@ -3,20 +3,28 @@
 `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's other variables are honoured by its own library.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from qwen3_mlx.errors import CheckpointError
 
+_log = logging.getLogger(__name__)
 DESCRIPTION_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "model.safetensors.index.json",
 )
+GGUF = (
+    "GGUF is not read; take the safetensors that it was made from, such as Qwen/Qwen3-8B, or a "
+    "build for MLX, such as Qwen/Qwen3-8B-MLX-4bit"
+)
+"""What to say of that format, and the way out."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -58,10 +66,23 @@ class Source:
             raise CheckpointError(
                 f"{name!r} is no folder here, nor a hub name such as Qwen/Qwen3-8B"
             )
+        if self.folder and self.folder.suffix == ".gguf" and self.folder.is_file():
+            raise CheckpointError(f"{name}: {GGUF}")
         if self.folder and not self.folder.is_dir():
             raise CheckpointError(f"{name} is a file; give the checkpoint's folder")
         if self.folder and revision is not None:
             raise ValueError(f"revision belongs to hub names; {name} is a folder")
+
+    def files(self) -> list[str]:
+        """List the files that it has; where the hub cannot be reached, those that are here."""
+        if self.folder is None:
+            from huggingface_hub import HfApi
+
+            try:
+                return sorted(HfApi().list_repo_files(self.name, revision=self._revision))
+            except Exception:  # noqa: BLE001 - the library lets those of its HTTP client through
+                _log.debug("%s: its files could not be listed", self.name, exc_info=True)
+        return sorted(file.name for file in self.fetch([]).iterdir())
 
     def fetch(self, files: Sequence[str]) -> Path:
         """Make sure that those of `files` that the checkpoint has are here; give their folder.

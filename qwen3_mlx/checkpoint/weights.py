@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from qwen3_mlx.checkpoint.hub import GGUF
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import Entry, read_header, read_json, read_rows, same_bytes
 from qwen3_mlx.model.config import ModelConfig
@@ -20,10 +21,6 @@ _log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 _OTHERS = (".bin", ".pt", ".pth", ".gguf", ".npz")
-_GGUF = (
-    "GGUF is not read; take the safetensors that it was made from, such as Qwen/Qwen3-8B, or a "
-    "build for MLX, such as Qwen/Qwen3-8B-MLX-4bit"
-)
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.(\w+)")
 
@@ -159,7 +156,7 @@ def why_none(place: str, files: Iterable[str], needed: str = WHOLE, base: str = 
     """
     others = sorted(file for file in files if file.endswith(_OTHERS))
     if ggufs := [file for file in others if file.endswith(".gguf")]:
-        return f"{place} has {_some(ggufs)}, and {_GGUF}"
+        return f"{place} has {_some(ggufs)}, and {GGUF}"
     if "adapter_config.json" in files:
         return (
             f"{place} is an adapter for {base}, not a whole model; merge it into that first "

@@ -13,9 +13,10 @@ import typer
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import cache_format
-from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.quantization import formats_stored
-from qwen3_mlx.checkpoint.weights import weight_names
+from qwen3_mlx.checkpoint.weights import Weights, untied
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.options import ModelArgument, full_name
 from qwen3_mlx.engine.memory import FormatOf, Workload, bytes_a_token
@@ -79,7 +80,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
     if plot:
         check_picture(plot)
     folder = _folder(model)
-    content = read_json(folder / "config.json")
+    content = untied(read_json(folder / "config.json"), Weights(folder))
     config, stored = ModelConfig.from_dict(content), formats_stored(content, folder)
     lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
     cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))
@@ -126,8 +127,7 @@ def _folder(model: str | None) -> Path:
     if model is None:
         return Path(str(files("qwen3_mlx") / "demo"))
     source = Source(full_name(model) or model)
-    folder = source.fetch(DESCRIPTION_FILES)
-    return source.fetch(weight_names(folder) or ["model.safetensors"])
+    return fetch_weights(source, read_config(source)[0])
 
 
 def _numbers(option: str, text: str) -> list[int]:

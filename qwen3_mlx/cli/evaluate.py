@@ -13,8 +13,8 @@ from rich.markup import escape
 from rich.table import Table
 
 import qwen3_mlx  # whose names resolve on first use
+from qwen3_mlx.checkpoint.description import fetch_weights
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.weights import weight_names
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.options import ModelArgument, full_name
 from qwen3_mlx.errors import Qwen3Error
@@ -229,8 +229,7 @@ def _modules(reference: str, candidate: str, *, needed: bool) -> list[ModuleRow]
 def _folder(model: str) -> Path:
     """Find a checkpoint's files, which are here since it was loaded."""
     source = Source(full_name(model) or model)
-    folder = source.fetch(DESCRIPTION_FILES)
-    return source.fetch(weight_names(folder) or ["model.safetensors"])
+    return fetch_weights(source, source.fetch(DESCRIPTION_FILES))
 
 
 def _perplexity_facts(found: Perplexity) -> dict[str, float]:
