@@ -1,5 +1,6 @@
 """From a name to an `LLM`: what is found is checked, fetched, read and put together."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
@@ -19,7 +20,7 @@ from qwen3_mlx.checkpoint.quantization import Format, formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, are_here, untied
 from qwen3_mlx.engine.drafting import DraftModel
 from qwen3_mlx.engine.memory import FormatOf, Plan
-from qwen3_mlx.engine.params import sampling_defaults
+from qwen3_mlx.engine.params import stated_sampling
 from qwen3_mlx.engine.runner import warm_up
 from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.engine.worker import Worker
@@ -36,6 +37,7 @@ from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
 NGRAM = "ngram"  # a way to draft without a model
 
 
@@ -184,7 +186,7 @@ class _Found:
 
     def read(self, progress: Progress) -> Qwen3:
         model = load_model(self.config, Weights(self.folder), self.options, progress)
-        model.cache_format = self.cache
+        model.cache_format, model.source = self.cache, self.place.name
         return model
 
 
@@ -226,10 +228,9 @@ def _open_disk(
 def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> Words:
     generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.is_file() else {}
-    try:
-        sampling_defaults(generation_config, thinking=False, hybrid=False)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{generation.name}: {error}") from error
+    sampling, complaints = stated_sampling(generation_config)
+    for complaint in complaints:
+        _log.warning("%s: %s", generation.name, complaint)
     # Some conversions lose generation_config.json, and with it the second of Qwen3's end tokens.
     end_ids = {*_end_ids(config, "config.json"), *_end_ids(generation_config, generation.name)}
     if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
@@ -239,7 +240,7 @@ def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> 
         tokenizer,
         template,
         Thinking.of(template, tokenizer),
-        generation_config,
+        sampling,
         frozenset(end_ids),
         Grammars(tokenizer, frozenset(end_ids)),
     )

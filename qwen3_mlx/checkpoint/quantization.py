@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.weights import INDEX
+from qwen3_mlx.checkpoint.weights import INDEX, index_is_stale
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
 
@@ -234,8 +234,8 @@ def formats_stored(
     stored = StoredFormats.of(config)
     if stored is None:
         return None
-    index = folder / INDEX if folder else None
-    names = read_json(index).get("weight_map") if index and index.is_file() else None
+    known = folder and (folder / INDEX).is_file() and not index_is_stale(folder)
+    names = read_json(folder / INDEX).get("weight_map") if folder and known else None
 
     def format_of(path: str) -> Format | None:
         if isinstance(names, dict):

@@ -100,15 +100,22 @@ def weight_names(folder: Path) -> list[str]:
     numbered = [match for name in there if (match := _SHARD.fullmatch(name))]
     if not numbered:
         return there
-    sets = {(match[1], match[3]): match for match in numbered}  # by stem and count
-    _refuse_two_sets(
-        folder, [*([WHOLE] if WHOLE in there else []), *(match[0] for match in sets.values())]
-    )
+    sets: dict[tuple[str, str], str] = {}  # the first file of each, by stem and count
+    for match in numbered:
+        sets.setdefault((match[1], match[3]), match[0])
+    _refuse_two_sets(folder, [*([WHOLE] if WHOLE in there else []), *sets.values()])
     stem, number, count = numbered[0].groups()
     return [
         f"{stem}-{shard:0{len(number)}}-of-{count}.safetensors"
         for shard in range(1, int(count) + 1)
     ]
+
+
+def index_is_stale(folder: Path) -> bool:
+    """Return whether there is an index that says nothing of the weights that are taken."""
+    if not (folder / INDEX).is_file():
+        return False
+    return weight_names(folder) == [WHOLE] and WHOLE not in _indexed(folder / INDEX)
 
 
 def _indexed(index: Path) -> list[str]:
@@ -184,7 +191,7 @@ def has_own_head(weights: Weights) -> bool:
     )
 
 
-def untied(config: Mapping[str, Any], weights: Weights) -> Mapping[str, Any]:
+def untied(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
     """Return a config.json as its weights would have it: with a head of its own, if they have one.
 
     Adapters merged into a tied model, or an extended vocabulary, leave such a head behind while the
@@ -192,7 +199,7 @@ def untied(config: Mapping[str, Any], weights: Weights) -> Mapping[str, Any]:
     copy of the embedding, as some published checkpoints carry it, stays unused.
     """
     if config.get("tie_word_embeddings") is not True or not has_own_head(weights):
-        return config
+        return dict(config)
     _log.warning(
         "config.json ties the head to the embedding, but lm_head holds other numbers; it is used, "
         "as if tie_word_embeddings were false"
