@@ -127,7 +127,9 @@ def _folder(model: str | None) -> Path:
     if model is None:
         return Path(str(files("qwen3_mlx") / "demo"))
     source = Source(full_name(model) or model)
-    return fetch_weights(source, read_config(source)[0])
+    folder, content = read_config(source)
+    formats_stored(content, folder)  # what must be converted first is refused before it is fetched
+    return fetch_weights(source, folder)
 
 
 def _numbers(option: str, text: str) -> list[int]:

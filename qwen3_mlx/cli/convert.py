@@ -13,7 +13,7 @@ from rich.table import Table
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.checkpoint.hub import upload
 from qwen3_mlx.cli.console import Bar, note, sized
-from qwen3_mlx.cli.evaluate import compare, facts_of, read_text
+from qwen3_mlx.cli.evaluate import compare, facts_of, read_text, refuse_unloadable
 from qwen3_mlx.cli.options import option
 from qwen3_mlx.evaluate.picture import Point, check_picture, draw
 
@@ -116,6 +116,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     picture = output / "report.svg"
     if report:
         check_picture(Path(picture.name))
+        refuse_unloadable(source)
     text = None if calibration is None else read_text(calibration)
     with _Bars() as bars:
         made = qwen3_mlx.convert(

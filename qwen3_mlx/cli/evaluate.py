@@ -15,6 +15,7 @@ from rich.table import Table
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.checkpoint.description import fetch_weights
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.quantization import formats_stored
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.options import ModelArgument, full_name
 from qwen3_mlx.errors import Qwen3Error
@@ -23,6 +24,7 @@ from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
 from qwen3_mlx.evaluate.perplexity import Perplexity, perplexity
 from qwen3_mlx.evaluate.picture import Point, check_picture, draw
 from qwen3_mlx.evaluate.windows import WINDOW
+from qwen3_mlx.files import read_json
 from qwen3_mlx.text.samples import default_text
 
 _TOKENS = 8192
@@ -166,6 +168,7 @@ def compare(
     modules_needed: bool = True,
 ) -> tuple[Divergence, list[ModuleRow]]:
     """Compare two checkpoints' predictions on a text, and their weights module by module."""
+    refuse_unloadable(candidate)
     with _load(reference) as first, _load(candidate) as second, Bar("comparing") as bar:
         ids = _ids(first, words, tokens)
         found = divergence(first, second, ids, window=window, overlap=overlap, progress=bar)
@@ -191,6 +194,17 @@ def facts_of(
 def _load(model: str | None, kv_bits: str | None = None) -> "qwen3_mlx.LLM":
     with Bar(f"loading {model or 'the demo'}") as bar:
         return qwen3_mlx.load(full_name(model), kv_bits=kv_bits, progress=bar)
+
+
+def refuse_unloadable(model: str) -> None:
+    """Refuse what is to be loaded later, if its weights cannot be computed with.
+
+    Raises:
+        CheckpointError: they must be converted first, or are not read at all.
+    """
+    folder = Source(full_name(model) or model).fetch(DESCRIPTION_FILES)
+    if (folder / "config.json").is_file():  # of what is none, loading says more
+        formats_stored(read_json(folder / "config.json"), folder)
 
 
 def read_text(file: Path | None) -> str:
