@@ -56,6 +56,7 @@ def test_a_config_that_leaves_out_what_transformers_has_defaults_for(
     base = {**TINY, **sizes}
     if kind == "moe":
         base = {**MOE, **sizes, "num_attention_heads": 8, "num_key_value_heads": 4}
+        base["head_dim"] = MOE["hidden_size"] // 8
         base |= {"num_experts_per_tok": 8, "norm_topk_prob": False}
     folder = write_tiny(tmp_path / "stated", base)
     expected = logits(folder)

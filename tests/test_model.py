@@ -187,6 +187,11 @@ def test_what_is_missing_has_the_default_of_transformers(key: str) -> None:
     assert ModelConfig.from_dict(missing) == ModelConfig.from_dict({**base, key: None}) == expected
 
 
+def test_a_head_size_that_is_not_stated_is_a_share_where_there_are_experts() -> None:
+    config = {**MOE, "num_attention_heads": 2, "head_dim": None}
+    assert ModelConfig.from_dict(config).head_dim == MOE["hidden_size"] // 2
+
+
 def test_key_value_heads_that_are_not_stated() -> None:
     """A dense network has transformers' 32; null means as many as there are heads."""
     wide = {**TINY, "num_attention_heads": 64}

@@ -62,12 +62,12 @@ class Source:
         self._revision = revision
         folder = Path(name).expanduser()
         self.folder = folder if name and folder.exists() else None
+        if name.lower().endswith(".gguf") and not (self.folder and self.folder.is_dir()):
+            raise CheckpointError(f"{name}: {GGUF}")
         if self.folder is None and (name[:1] in "./~" or not _HUB_NAME.fullmatch(name)):
             raise CheckpointError(
                 f"{name!r} is no folder here, nor a hub name such as Qwen/Qwen3-8B"
             )
-        if self.folder and self.folder.suffix == ".gguf" and self.folder.is_file():
-            raise CheckpointError(f"{name}: {GGUF}")
         if self.folder and not self.folder.is_dir():
             raise CheckpointError(f"{name} is a file; give the checkpoint's folder")
         if self.folder and revision is not None:

@@ -115,14 +115,17 @@ class ModelConfig:
                 f"config.json: num_attention_heads ({heads}) is not a multiple of "
                 f"num_key_value_heads ({kv_heads})"
             )
-        head_dim = read.count("head_dim", default=128)  # whatever the hidden size
+        hidden = read.count("hidden_size")
+        # Where it is missing, transformers has a number for dense networks, and a share for others.
+        share = 128 if model_type == "qwen3" else hidden // heads
+        head_dim = read.count("head_dim", default=share)
         if head_dim % 2:
             raise CheckpointError(f"config.json: head_dim ({head_dim}) is odd")
         theta, yarn = _read_rope(config)
         return cls(
             model_type=model_type,
             vocab_size=read.count("vocab_size"),
-            hidden_size=read.count("hidden_size"),
+            hidden_size=hidden,
             intermediate_size=read.count("intermediate_size"),
             num_hidden_layers=read.count("num_hidden_layers", most=_MOST_LAYERS),
             num_attention_heads=heads,
