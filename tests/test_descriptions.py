@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from qwen3_mlx import CheckpointError, SamplingParams, convert, load
+from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.files import read_json
 from tests.support import (
     MOE,
@@ -265,3 +266,24 @@ def test_weights_that_must_be_converted_are_refused_before_work(
     assert (code, out) == (1, "")
     assert "quantized as FP8, which MLX cannot compute with; convert it first" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_report_compares_with_the_revision_that_was_converted(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked: list[str | None] = []
+
+    def fetch(place: Source, files: object) -> Path:
+        if place.folder is None:
+            asked.append(place._revision)
+        return place.folder or tiny_folder
+
+    monkeypatch.setattr(Source, "fetch", fetch)
+    monkeypatch.setattr("qwen3_mlx.cli.convert.read_text", lambda _: "What is 1 + 2? " * 20)
+    arguments = ["convert", "someone/tiny", str(tmp_path / "out"), "--revision", "v2", "--report"]
+    code, _, err = call(arguments, capsys)
+    assert code == 0, err
+    assert set(asked) == {"v2"}

@@ -239,6 +239,9 @@ def test_an_upload_that_fails_is_one_line(tmp_path: Path) -> None:
     assert (tmp_path / "made" / "config.json").is_file()  # what was made stays
     done = qwen3(*arguments, "no name", "--force", home=tmp_path, endpoint="http://127.0.0.1:9")
     assert done.stderr.startswith("qwen3: 'no name' is no hub name")
+    other = ("convert", str(DEMO), str(tmp_path / "other"), "--upload-to", "no name")
+    assert qwen3(*other, home=tmp_path, endpoint="http://127.0.0.1:9").returncode == 1
+    assert not (tmp_path / "other").exists()  # said before any work
 
 
 def edited(source: Path, folder: Path, **config: object) -> Path:

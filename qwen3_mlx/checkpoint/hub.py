@@ -28,6 +28,12 @@ GGUF = (
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
+def check_name(name: str) -> None:
+    """Raise a ValueError if the hub can have no checkpoint of that name."""
+    if not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no hub name such as somebody/Qwen3-8B-4bit")
+
+
 def upload(folder: Path, name: str) -> str:
     """Put a checkpoint's folder on the hub under `name`, as one commit; give its address.
 
@@ -35,8 +41,7 @@ def upload(folder: Path, name: str) -> str:
         CheckpointError: the hub refuses it or cannot be reached.
         ValueError: the name is none that the hub can have.
     """
-    if not _HUB_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no hub name such as somebody/Qwen3-8B-4bit")
+    check_name(name)
     from huggingface_hub import HfApi
 
     try:

@@ -156,7 +156,9 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def why_none(place: str, files: Iterable[str], needed: str = WHOLE, base: str = "its base") -> str:
+def why_none(
+    place: str, files: Collection[str], needed: str = WHOLE, base: str = "another model"
+) -> str:
     """Return a sentence for what lacks the file `needed`, by the files that it has instead.
 
     Where these are an adapter, `base` names the model that it is for.
