@@ -16,6 +16,7 @@ import mlx.core as mx
 import pytest
 
 from tests.support import DEMO, read_weights
+from tests.test_tied import with_head
 
 GIVEN: dict[str, bytes] = {}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -323,3 +324,13 @@ def test_planning_says_that_a_head_may_be_its_own(tiny_folder: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert "ties the head to the embedding, but there is an lm_head" in done.stderr
     assert sorted(asked) == ["config.json", "model.safetensors.index.json"]
+
+
+def test_a_head_of_its_own_is_seen_when_it_has_been_fetched(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = with_head(tiny_folder, tmp_path / "own", like="other")
+    with serving(folder) as (address, _):
+        said = [ask("someone/tiny", tmp_path / "home", address).stderr for _ in range(2)]
+    for stderr in said:  # fetched first, and here the second time
+        assert stderr.count("lm_head holds other numbers; it is used") == 1
