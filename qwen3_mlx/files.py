@@ -18,7 +18,7 @@ import mlx.core as mx
 from qwen3_mlx.errors import CheckpointError
 
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
-_BLOCK = 1 << 23  # bytes of a tensor that are compared at once
+_BLOCK = 1 << 20  # bytes of a tensor that are compared at once
 _MOST_AXES = 8  # a checkpoint has three at most; a product of millions would take for ever
 _ITEM_SIZE = {  # bytes of an element, by the format's name of its dtype
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
