@@ -16,14 +16,15 @@ import mlx.core as mx
 
 from qwen3_mlx import __version__, backend
 from qwen3_mlx.checkpoint import convert as streaming
+from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.quantization import Format
 from qwen3_mlx.checkpoint.recipes import RECIPES, assign, choose_formats, group_of
 from qwen3_mlx.checkpoint.sensitivity import measure
 from qwen3_mlx.checkpoint.sources import read_matrices
-from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, weight_names
+from qwen3_mlx.checkpoint.weights import INDEX, Weights, refuse_missing_layers, untied
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import memory_of, read_json
+from qwen3_mlx.files import memory_of
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import ready_name, size_named
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -106,10 +107,10 @@ def convert(  # noqa: PLR0913 - one keyword an option
     _refuse_a_size(source)
     place, output = Source(str(source), revision), Path(output).expanduser()
     streaming.check_output(place.folder, output, force=force)
-    folder = place.fetch(_DESCRIPTION)
-    config = read_json(folder / "config.json")
+    folder, stated = read_config(place, _DESCRIPTION)
+    folder = fetch_weights(place, folder, also=_DESCRIPTION)
+    config = untied(stated, Weights(folder))
     network = ModelConfig.from_dict(config)
-    folder = place.fetch([*_DESCRIPTION, *(weight_names(folder) or ["model.safetensors"])])
     job = streaming.Job(
         source=folder,
         output=output,

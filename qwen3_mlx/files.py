@@ -18,6 +18,7 @@ import mlx.core as mx
 from qwen3_mlx.errors import CheckpointError
 
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
+_BLOCK = 1 << 20  # bytes of a tensor that are compared at once
 _MOST_AXES = 8  # a checkpoint has three at most; a product of millions would take for ever
 _ITEM_SIZE = {  # bytes of an element, by the format's name of its dtype
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -162,6 +163,24 @@ def read_rows(entry: Entry, start: int, stop: int) -> mx.array:
         raise CheckpointError(f"{entry.file} has become shorter while it was read")
     numbers = mx.array(memoryview(raw))  # type: ignore[arg-type]  # which takes buffers, too
     return numbers.view(_READ_AS[entry.dtype]).reshape(stop - start, width)
+
+
+def same_bytes(one: Entry, other: Entry) -> bool:
+    """Return whether two tensors are stored alike: dtype, shape and bytes.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    try:
+        with one.file.open("rb") as first, other.file.open("rb") as second:
+            first.seek(one.start)
+            second.seek(other.start)
+            sizes = (min(_BLOCK, one.nbytes - place) for place in range(0, one.nbytes, _BLOCK))
+            return all(first.read(size) == second.read(size) for size in sizes)
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True, slots=True)

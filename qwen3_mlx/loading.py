@@ -12,14 +12,15 @@ from qwen3_mlx import backend
 from qwen3_mlx.asking import Progress
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import CacheFormat, cache_format
-from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.identity import identity
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.quantization import Format, formats_stored
-from qwen3_mlx.checkpoint.weights import Weights, weight_names
+from qwen3_mlx.checkpoint.weights import Weights, are_here, untied
 from qwen3_mlx.engine.drafting import DraftModel
 from qwen3_mlx.engine.memory import FormatOf, Plan
-from qwen3_mlx.engine.params import sampling_defaults
+from qwen3_mlx.engine.params import stated_sampling
 from qwen3_mlx.engine.runner import warm_up
 from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.engine.worker import Worker
@@ -99,15 +100,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
     small = None if draft in (None, NGRAM) else _Found.at(draft, options, kv_bits).as_stored()
     # What cannot be run, or does not fit, is refused before gigabytes are fetched.
     beside = small.plan(context).held if small else 0
-    refuse_what_cannot_fit(
-        target.place.name,
-        target.network,
-        target.stored,
-        target.options,
-        context,
-        target.cache,
-        beside,
-    )
+    target.refuse_if_too_large(context, beside)
     tokenizer = Tokenizer(target.folder / "tokenizer.json")
     if small:
         _refuse_another_family(small, target, tokenizer)
@@ -119,15 +112,14 @@ def load(  # noqa: PLR0913 - one keyword a choice
         if progress:
             progress(done, total)
 
-    folder = target.fetch()
-    small_folder = small.fetch() if small else None
+    target = target.fetched()
+    target.refuse_if_too_large(context, beside)  # its weights may have a head of their own
+    small = small.fetched() if small else None
 
     def read_weights() -> tuple[Qwen3, Speculator | None]:
         backend.limit_cache()
         backend.suit_threads(target.network.hidden_size)
-        models = [target.read(folder, follow)]
-        if small and small_folder:
-            models.append(small.read(small_folder, follow))
+        models = [found.read(follow) for found in (target, small) if found]
         backend.wire_weights()
         if backend.on_gpu():  # which builds its kernels at their first use
             for model in models:
@@ -136,11 +128,11 @@ def load(  # noqa: PLR0913 - one keyword a choice
         return models[0], Speculator(target.network, drafting) if draft is not None else None
 
     held_as = (target.options, target.cache, backend.on_gpu())
-    disk = _open_disk(prompt_cache, prompt_cache_gb, folder, target.config, held_as)
+    disk = _open_disk(prompt_cache, prompt_cache_gb, target.folder, target.config, held_as)
     worker = Worker()
     try:
         model, speculator = worker.call(read_weights)
-        words = _words_of(folder, target.config, tokenizer)
+        words = _words_of(target.folder, target.config, tokenizer)
         return LLM(model, words, worker, context, disk, speculator)
     except BaseException:
         abandoned.set()
@@ -170,8 +162,9 @@ class _Found:
         context: int | None = None,
     ) -> "_Found":
         place = Source(full_name(source) if isinstance(source, str) else str(source), revision)
-        folder = place.fetch(DESCRIPTION_FILES)
-        config = read_json(folder / "config.json")
+        folder, config = read_config(place)
+        if are_here(folder):
+            config = untied(config, Weights(folder))
         if context is not None:
             config = stretched(config, context)
         network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
@@ -185,12 +178,21 @@ class _Found:
     def plan(self, context: int | None) -> Plan:
         return plan_load(self.network, self.stored, self.options, context, self.cache)
 
-    def fetch(self) -> Path:
-        return self.place.fetch(weight_names(self.folder) or ["model.safetensors"])
+    def fetched(self) -> "_Found":
+        """Return it with its weights here, and with a head of its own if they have one."""
+        judged = are_here(self.folder)
+        folder = fetch_weights(self.place, self.folder)
+        config = self.config if judged else untied(self.config, Weights(folder))
+        return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
 
-    def read(self, folder: Path, progress: Progress) -> Qwen3:
-        model = load_model(self.config, Weights(folder), self.options, progress)
-        model.cache_format = self.cache
+    def refuse_if_too_large(self, context: int | None, beside: int) -> None:
+        refuse_what_cannot_fit(
+            self.place.name, self.network, self.stored, self.options, context, self.cache, beside
+        )
+
+    def read(self, progress: Progress) -> Qwen3:
+        model = load_model(self.config, Weights(self.folder), self.options, progress)
+        model.cache_format, model.source = self.cache, self.place.name
         return model
 
 
@@ -232,10 +234,9 @@ def _open_disk(
 def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> Words:
     generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.is_file() else {}
-    try:
-        sampling_defaults(generation_config, thinking=False, hybrid=False)
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{generation.name}: {error}") from error
+    sampling, complaints = stated_sampling(generation_config)
+    for complaint in complaints:
+        _log.warning("%s: %s", generation.name, complaint)
     # Some conversions lose generation_config.json, and with it the second of Qwen3's end tokens.
     end_ids = {*_end_ids(config, "config.json"), *_end_ids(generation_config, generation.name)}
     if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
@@ -256,7 +257,7 @@ def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> 
         template,
         ControlTokens(tokenizer.added_tokens, template.source if template else ""),
         Thinking.of(template, tokenizer),
-        generation_config,
+        sampling,
         frozenset(end_ids),
         _turn_end(template, tokenizer) if template else frozenset(),
         grammars,

@@ -59,7 +59,7 @@ class Words:
     template: ChatTemplate | None
     control: ControlTokens
     thinking: Thinking
-    generation_config: Mapping[str, Any]
+    sampling: Mapping[str, Any]  # that generation_config.json states
     end_ids: frozenset[int]
     turn_end_ids: frozenset[int]
     grammars: Grammars
@@ -272,7 +272,7 @@ class Replies:
             parser.note(chance.token, chance.logprob, chance.top)
 
         defaults = sampling_defaults(
-            words.generation_config,
+            words.sampling,
             thinking=task.draws_as_thinking,
             hybrid=thinking is not None and thinking.hybrid,
         )
@@ -289,6 +289,7 @@ class Replies:
             cancelled=cancelled,
             heard=None if asked.logprobs is None else note,
             alternatives=asked.logprobs or 0,
+            doubtful=lambda: steering.looped,
         )
         self.engine.submit(request)
         return Started(len(ids), steering.finish_thinking, task.continued)

@@ -295,12 +295,48 @@ def remove(name: str) -> Callable[[Path], None]:
     return lambda folder: (folder / name).unlink()
 
 
+def only(name: str, **content: Any) -> Callable[[Path], None]:
+    """Leave nothing but one file, with this JSON in it."""
+
+    def edit(folder: Path) -> None:
+        empty(folder)
+        (folder / name).write_text(json.dumps(content))
+
+    return edit
+
+
+def add_a_shard(folder: Path) -> None:
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+
+
+def two_sets(folder: Path) -> None:
+    add_a_shard(folder)
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00003.safetensors")
+
+
+def whole_beside_index(folder: Path) -> None:
+    """Leave weights in one file, and others in a shard that an index names."""
+    shard = "model-00001-of-00001.safetensors"
+    shutil.copy(folder / "model.safetensors", folder / shard)
+    index = {"weight_map": dict.fromkeys(read_weights(folder), shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def prefix(weights: dict[str, mx.array], words: str, *, take: bool = False) -> None:
+    """Give all names a prefix, or take it from them."""
+    named = {name.removeprefix(words) if take else words + name: weights[name] for name in weights}
+    weights.clear()
+    weights.update(named)
+
+
 def three_wrongs(weights: dict[str, mx.array]) -> None:
     del weights["model.norm.weight"], weights["model.layers.1.mlp.up_proj.weight"]
     weights["model.extra.weight"] = mx.zeros(3)
     weights["model.layers.0.mlp.gate_proj.weight"] = mx.zeros((2, 2))
 
 
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True}
 BROKEN = {
     "empty": (empty, r"has no config\.json"),
     "no weights": (remove("model.safetensors"), r"has no model\.safetensors"),
@@ -342,25 +378,62 @@ BROKEN = {
         edit_json("config.json", eos_token_id="<|im_end|>"),
         "eos_token_id is '<|im",
     ),
-    "hot": (edit_json("generation_config.json", temperature="hot"), "generation_config.json: temp"),
     "fp8 beside null": (
-        edit_json("config.json", quantization=None, quantization_config={"quant_method": "fp8"}),
+        edit_json("config.json", quantization=None, quantization_config=FP8),
         "quantized as FP8",
     ),
     "npz": (npz, "names model.npz; only safetensors"),
     "another model": (edit_json("config.json", model_type="llama"), "model_type is 'llama'"),
-    "fp8": (
-        edit_json("config.json", quantization_config={"quant_method": "fp8"}),
-        "quantized as FP8.* qwen3 convert",
-    ),
-    "awq": (
-        edit_json("config.json", quantization_config={"quant_method": "awq", "bits": 4}),
-        "quantized as AWQ.* qwen3 convert",
-    ),
+    "fp8": (edit_json("config.json", quantization_config=FP8), "quantized as FP8.* qwen3 convert"),
+    "awq": (edit_json("config.json", quantization_config=AWQ), "quantized as AWQ.* qwen3 convert"),
     "gptq": (
         edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
         "quantized as GPTQ.* qwen3 convert",
     ),
+    "gptq that a conversion refuses": (
+        edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 3}),
+        "quantized as GPTQ with bits 3, and only 4 and 8 can be read; take the original weights",
+    ),
+    "bitsandbytes": (
+        edit_json("config.json", quantization_config={"quant_method": "bitsandbytes"}),
+        "quantized as 'bitsandbytes', which is not read .* take the original weights",
+    ),
+    "compressed-tensors of old": (
+        edit_json("config.json", compression_config={"format": "pack-quantized"}),
+        "quantized as 'compressed-tensors', which is not read",
+    ),
+    "gguf": (only("model-Q4_K_M.gguf"), "broken has model-Q4_K_M.gguf, and GGUF is not read; take"),
+    "gguf beside a config": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "model.gguf"),
+        "broken has model.gguf, and GGUF is not read; take the safetensors",
+    ),
+    "adapter of peft": (
+        only("adapter_config.json", base_model_name_or_path="Qwen/Qwen3-8B"),
+        "broken is an adapter for Qwen/Qwen3-8B, not a whole model; merge it .*merge_and_unload",
+    ),
+    "adapter of mlx-lm": (
+        only("adapter_config.json", model="mlx-community/Qwen3-8B-4bit", fine_tune_type="lora"),
+        "broken is an adapter for mlx-community/Qwen3-8B-4bit, not a whole model.*mlx_lm.fuse",
+    ),
+    "adapter beside a config": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "adapter_config.json")
+            and (folder / "adapter_config.json").write_text("{}")
+        ),
+        "broken is an adapter for another model",
+    ),
+    "whole and shards": (add_a_shard, "has model.safetensors and model-00001-of-00002.safetensors"),
+    "two sets of shards": (two_sets, "model-00001-of-00002.safetensors and model-00001-of-00003"),
+    "whole and indexed": (whole_beside_index, "has model.safetensors and model-00001-of-00001.sa"),
+    "compiled": (
+        edit_weights(lambda weights: prefix(weights, "_orig_mod.")),
+        r"missing: model\.layers\.2\.\*; among .* is _orig_mod\.model\.layers\.2\.input_layernorm",
+    ),
+    "without its prefix": (
+        edit_weights(lambda weights: prefix(weights, "model.", take=True)),
+        r"missing: model\.layers\.2\.\*; among .* is layers\.2\.input_layernorm\.weight",
+    ),
+    "no tensors": (edit_weights(lambda weights: weights.clear()), "that are there is none"),
     "no such format": (
         edit_json("config.json", quantization={"bits": 7, "group_size": 64}),
         "bits must be one of 2, 3, 4, 5, 6, 8, not 7",
@@ -422,6 +495,13 @@ def test_names_that_are_no_checkpoint(tiny_folder: Path, tmp_path: Path) -> None
         load("")
     with pytest.raises(CheckpointError, match="is a file"):
         load(tiny_folder / "config.json")
+    file = tmp_path / "Qwen3-8B-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    for name in (str(file), "someone/Qwen3-8B-GGUF/Qwen3-8B-Q4_K_M.gguf"):
+        with pytest.raises(
+            CheckpointError, match="_M.gguf: GGUF is not read; take the safetensors"
+        ):
+            load(name)
     with pytest.raises(ValueError, match="revision belongs to hub names"):
         load(tiny_folder, revision="main")
 

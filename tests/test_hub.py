@@ -3,16 +3,20 @@
 import base64
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import mlx.core as mx
 import pytest
 
-from tests.support import DEMO
+from tests.support import DEMO, read_weights
+from tests.test_tied import with_head
 
 GIVEN: dict[str, bytes] = {}
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -103,19 +107,28 @@ def _hash(content: bytes) -> str:
     return hashlib.sha1(content).hexdigest()
 
 
-@pytest.fixture
-def hub(tiny_folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Give the address of a running hub, and the list of what is downloaded from it."""
+@contextmanager
+def serving(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Serve a folder as someone/tiny: give the hub's address and the list of what is downloaded."""
     asked: list[str] = []
-    handler = type("Tiny", (Hub,), {"folder": tiny_folder, "asked": asked, "given": GIVEN})
+    handler = type("Tiny", (Hub,), {"folder": folder, "asked": asked, "given": GIVEN})
     GIVEN.clear()
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=server.serve_forever)
     thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", asked
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+@pytest.fixture
+def hub(tiny_folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Serve the tiny checkpoint."""
+    with serving(tiny_folder) as running:
+        yield running
 
 
 def ask(name: str, home: Path, endpoint: str, **more: str) -> subprocess.CompletedProcess[str]:
@@ -227,3 +240,97 @@ def test_an_upload_that_fails_is_one_line(tmp_path: Path) -> None:
     assert (tmp_path / "made" / "config.json").is_file()  # what was made stays
     done = qwen3(*arguments, "no name", "--force", home=tmp_path, endpoint="http://127.0.0.1:9")
     assert done.stderr.startswith("qwen3: 'no name' is no hub name")
+    other = ("convert", str(DEMO), str(tmp_path / "other"), "--upload-to", "no name")
+    assert qwen3(*other, home=tmp_path, endpoint="http://127.0.0.1:9").returncode == 1
+    assert not (tmp_path / "other").exists()  # said before any work
+
+
+def edited(source: Path, folder: Path, **config: object) -> Path:
+    """Copy a checkpoint, and change its config.json."""
+    shutil.copytree(source, folder)
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | config))
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["ask", "convert", "plan", "eval"])
+def test_what_is_not_read_is_refused_before_its_weights_are_fetched(
+    verb: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    section = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    folder = edited(tiny_folder, tmp_path / "bnb", quantization_config=section)
+    arguments = {
+        "ask": ["Hello", "--model", "someone/tiny"],
+        "convert": ["convert", "someone/tiny", str(tmp_path / "out")],
+        "plan": ["plan", "someone/tiny"],
+        "eval": ["eval", "perplexity", "someone/tiny"],
+    }[verb]
+    with serving(folder) as (address, asked):
+        done = qwen3(*arguments, home=tmp_path / "home", endpoint=address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines()[-1] == (  # behind the bars of what is fetched
+        "qwen3: config.json: the weights are quantized as 'bitsandbytes', which is not read "
+        "(FP8, AWQ, GPTQ and MLX's own formats are); take the original weights, or a build for MLX "
+        "such as Qwen/Qwen3-8B-MLX-4bit"
+    )
+    assert "config.json" in asked
+    assert not [name for name in asked if name.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("kind", ["gguf", "adapter", "gguf beside a config"])
+def test_a_name_that_is_no_whole_checkpoint_says_what_it_is(
+    kind: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "served"
+    if kind == "gguf beside a config":
+        edited(tiny_folder, folder)
+        (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
+    else:
+        folder.mkdir()
+        name = "adapter_config.json" if kind == "adapter" else "model-Q4_K_M.gguf"
+        (folder / name).write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
+    with serving(folder) as (address, asked):
+        done = qwen3("Hello", "--model", "someone/tiny", home=tmp_path / "home", endpoint=address)
+    assert done.returncode == 1
+    expected = {"adapter": "someone/tiny is an adapter for Qwen/Qwen3-8B, not a whole model"}
+    gguf = "someone/tiny has model-Q4_K_M.gguf, and GGUF is not read; take the safetensors"
+    assert expected.get(kind, gguf) in done.stderr.splitlines()[-1]
+    assert not [name for name in asked if name.endswith((".gguf", ".safetensors"))]
+
+
+def test_an_index_of_files_that_are_gone(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_folder, tmp_path / "stale")
+    shard = "model-00001-of-00002.safetensors"
+    index = {"weight_map": dict.fromkeys(read_weights(folder), shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with serving(folder) as (address, asked):
+        done = ask("someone/tiny", tmp_path / "home", address)
+    assert done.returncode == 0, done.stderr
+    assert "names files that are not there; model.safetensors is read" in done.stderr
+    assert asked.count("model.safetensors") == 1
+
+
+def test_planning_says_that_a_head_may_be_its_own(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_folder, tmp_path / "shards")
+    weights = read_weights(folder)
+    weights["lm_head.weight"] = 2 * weights["model.embed_tokens.weight"]
+    shard = "model-00001-of-00001.safetensors"
+    mx.save_safetensors(str(folder / shard), weights)
+    (folder / "model.safetensors").unlink()
+    index = {"weight_map": dict.fromkeys(weights, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with serving(folder) as (address, asked):
+        done = qwen3("plan", "someone/tiny", home=tmp_path / "home", endpoint=address)
+    assert done.returncode == 0, done.stderr
+    assert "ties the head to the embedding, but there is an lm_head" in done.stderr
+    assert sorted(asked) == ["config.json", "model.safetensors.index.json"]
+
+
+def test_a_head_of_its_own_is_seen_when_it_has_been_fetched(
+    tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = with_head(tiny_folder, tmp_path / "own", like="other")
+    with serving(folder) as (address, _):
+        said = [ask("someone/tiny", tmp_path / "home", address).stderr for _ in range(2)]
+    for stderr in said:  # fetched first, and here the second time
+        assert stderr.count("lm_head holds other numbers; it is used") == 1

@@ -9,7 +9,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.config import ModelConfig, unknown_rope_keys
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import MOE, TINY, assert_close, make_model, random_ids
 
@@ -23,6 +23,7 @@ EXPLICIT = {
     "beta_slow": 1.0,
     "truncate": False,
 }
+FACTOR = "attention_factor"  # which has no place beside attn_factor
 
 
 def logits_of(config: dict[str, Any], reference: Qwen3) -> mx.array:
@@ -68,6 +69,27 @@ YARN_CHANGES: dict[str, Any] = {
     "beta_fast": 4.0,
     "beta_slow": 0.5,
     "truncate": True,
+    "attn_factor": 0.7,
+}
+# What transformers 5.24 has where config.json says nothing, or null.
+DEFAULTS: dict[str, Any] = {
+    "head_dim": 128,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "rope_theta": 10000.0,
+    "use_sliding_window": False,
+}
+EXPERT_DEFAULTS: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": False,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
 }
 # Bounds a conversation, but changes no number.
 HARMLESS = {"max_position_embeddings"}
@@ -94,9 +116,11 @@ def test_every_key_of_the_experts_changes_the_logits(key: str) -> None:
 @pytest.mark.parametrize("base", [TINY, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("key", YARN_CHANGES)
 def test_every_key_of_yarn_changes_the_logits(key: str, base: dict[str, Any]) -> None:
-    config = {**base, "rope_scaling": EXPLICIT}
-    reference = make_model(config)
-    changed = {**base, "rope_scaling": {**EXPLICIT, key: YARN_CHANGES[key]}}
+    stated = {
+        name: value for name, value in EXPLICIT.items() if key != "attn_factor" or name != FACTOR
+    }
+    reference = make_model({**base, "rope_scaling": stated})
+    changed = {**base, "rope_scaling": {**stated, key: YARN_CHANGES[key]}}
     assert differ(logits_of(changed, reference), reference(IDS))
 
 
@@ -111,20 +135,28 @@ def test_no_field_of_the_config_is_left_out() -> None:
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
-        ({"use_sliding_window": True, "sliding_window": 512}, "use_sliding_window is true"),
         ({"layer_types": ["sliding_attention"]}, "layer_types has 'sliding_attention'"),
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_type 'linear'"),
         ({"rope_scaling": {"type": "yarn"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": "yarn"}, "rope_scaling is 'yarn', not an object"),
         ({"rope_scaling": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"head_dim": None}, "head_dim is missing"),
-        ({"rope_theta": None}, "rope_theta is missing"),
+        ({"hidden_size": None}, "hidden_size is missing"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention is an obj"),
+        ({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 2}, "window"),
+        (
+            {**MOE, "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 3},
+            "wind",
+        ),
+        (
+            {"rope_scaling": {**EXPLICIT, "attention_factor": 1.0, "attn_factor": 1.0}},
+            "has both attention_factor and attn_factor",
+        ),
         ({"hidden_size": "64"}, "hidden_size is '64', not a positive integer"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ({"num_attention_heads": 3}, "not a multiple of num_key_value_heads"),
         ({"head_dim": 63}, "head_dim .63. is odd"),
-        ({**MOE, "norm_topk_prob": None}, "norm_topk_prob is missing"),
-        ({**MOE, "num_experts": None}, "num_experts or num_local_experts is missing"),
+        ({**MOE, "norm_topk_prob": "yes"}, "norm_topk_prob is 'yes', not true or false"),
         ({**MOE, "num_experts_per_tok": 9}, "is more than num_experts"),
         ({**MOE, "mlp_only_layers": 5}, "mlp_only_layers is 5, not a list"),
         ({**MOE, "mlp_only_layers": ["0"]}, "mlp_only_layers has '0'; the layers are 0 to 2"),
@@ -144,6 +176,60 @@ def test_no_field_of_the_config_is_left_out() -> None:
 def test_what_cannot_be_honoured_is_refused(change: dict[str, Any], complaint: str) -> None:
     with pytest.raises(CheckpointError, match=complaint):
         ModelConfig.from_dict({**TINY, **change})
+
+
+@pytest.mark.parametrize("key", [*DEFAULTS, *EXPERT_DEFAULTS])
+def test_what_is_missing_has_the_default_of_transformers(key: str) -> None:
+    base = {**MOE, "num_attention_heads": 8} if key in EXPERT_DEFAULTS else TINY
+    stated = {**base, key: {**DEFAULTS, **EXPERT_DEFAULTS}[key]}
+    missing = {name: value for name, value in base.items() if name != key}
+    expected = ModelConfig.from_dict(stated)
+    assert ModelConfig.from_dict(missing) == ModelConfig.from_dict({**base, key: None}) == expected
+
+
+def test_a_head_size_that_is_not_stated_is_a_share_where_there_are_experts() -> None:
+    config = {**MOE, "num_attention_heads": 2, "head_dim": None}
+    assert ModelConfig.from_dict(config).head_dim == MOE["hidden_size"] // 2
+
+
+def test_key_value_heads_that_are_not_stated() -> None:
+    """A dense network has transformers' 32; null means as many as there are heads."""
+    wide = {**TINY, "num_attention_heads": 64}
+    assert ModelConfig.from_dict({**wide, "num_key_value_heads": None}).num_key_value_heads == 64
+    del wide["num_key_value_heads"]
+    assert ModelConfig.from_dict(wide).num_key_value_heads == 32
+
+
+def test_a_window_that_no_layer_has() -> None:
+    """As in transformers, where the layers from `max_window_layers` on attend to a window."""
+    plain = ModelConfig.from_dict(TINY)
+    sliding = {**TINY, "use_sliding_window": True, "max_window_layers": 3}
+    for window in ({"sliding_window": 512}, {"sliding_window": None, "max_window_layers": 0}):
+        assert ModelConfig.from_dict({**sliding, **window}) == plain
+    full = {"layer_types": ["full_attention"] * 3, "sliding_window": 512, "max_window_layers": 0}
+    assert ModelConfig.from_dict({**sliding, **full}) == plain
+    del sliding["sliding_window"]  # which is 4,096 then
+    assert ModelConfig.from_dict(sliding) == plain
+    with pytest.raises(CheckpointError, match="use_sliding_window is true"):
+        ModelConfig.from_dict({**sliding, "max_window_layers": 2})
+
+
+def test_the_scaling_of_deepseek_r1_0528_scales_no_attention() -> None:
+    """Its `attn_factor` is the inverse of YaRN's own factor, and vLLM multiplies them."""
+    scaling = {**YARN, "attn_factor": 0.8782488562869419, "beta_fast": 32, "beta_slow": 1}
+    yarn = ModelConfig.from_dict({**TINY, "rope_scaling": scaling}).yarn
+    assert yarn and yarn.attention_factor == pytest.approx(1, abs=1e-12)
+
+
+def test_unknown_rope_keys_are_named() -> None:
+    scaling = {**YARN, "extrapolation_factor": 1.0, "finetuned": True}
+    assert unknown_rope_keys({**TINY, "rope_scaling": scaling}) == [
+        "extrapolation_factor",
+        "finetuned",
+    ]
+    untyped = {key: value for key, value in YARN.items() if key != "rope_type"}
+    assert unknown_rope_keys({**TINY, "rope_scaling": untyped}) == sorted(untyped)
+    assert unknown_rope_keys({**TINY, "rope_scaling": EXPLICIT}) == unknown_rope_keys(TINY) == []
 
 
 def test_both_spellings_are_one() -> None:

@@ -151,8 +151,16 @@ def test_a_folder_is_planned_as_it_is_too(tmp_path: Path, capsys: Captured) -> N
     assert plan["weights"]["as it is"] - plan["weights"]["4"] == pytest.approx(
         8.19e9 / 16, rel=0.01
     )
-    write_config(tmp_path, quantization_config={"quant_method": "fp8"})
-    assert "as it is" not in everything(capsys, folder)["weights"]
+    write_config(
+        tmp_path, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}
+    )
+    code, out, err = call(["plan", folder, "--json"], capsys)
+    assert code == 0
+    assert "as it is" not in json.loads(out)["weights"]
+    assert err == (
+        f"Its weights are FP8, which must be converted first: qwen3 convert {folder} FOLDER. "
+        "This is the plan of what that makes.\n"
+    )
 
 
 def test_a_stretched_window_is_marked(tmp_path: Path, capsys: Captured) -> None:

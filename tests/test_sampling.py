@@ -1,6 +1,10 @@
 """The chain from logits to a token."""
 
+import json
+import shutil
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -9,7 +13,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_mlx.engine.params import NEUTRAL, SamplingParams, sampling_defaults
+from qwen3_mlx import LLM, load
+from qwen3_mlx.engine.params import (
+    DIRECT,
+    NEUTRAL,
+    SamplingParams,
+    sampling_defaults,
+    stated_sampling,
+)
 from qwen3_mlx.engine.sampling import (
     Sampler,
     choose,
@@ -20,6 +31,7 @@ from qwen3_mlx.engine.sampling import (
 )
 from tests.support import assert_close
 
+PUBLISHED = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 LOGITS = mx.array(np.random.RandomState(0).randn(5000).astype(np.float32) * 3)
 
 
@@ -198,17 +210,73 @@ def test_values_of_another_type_are_refused(params: dict[str, Any]) -> None:
 
 
 def test_defaults_follow_the_mode_on_a_hybrid_checkpoint() -> None:
-    stated = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "repetition_penalty": 1.1, "x": 1}
+    stated, _ = stated_sampling({**PUBLISHED, "repetition_penalty": 1.1, "min_p": 0.1, "x": 1})
     thinking = sampling_defaults(stated, thinking=True, hybrid=True)
     direct = sampling_defaults(stated, thinking=False, hybrid=True)
     assert (thinking.temperature, thinking.top_p, thinking.top_k) == (0.6, 0.95, 20)
     assert (direct.temperature, direct.top_p, direct.top_k) == (0.7, 0.8, 20)
     assert direct.repetition_penalty == thinking.repetition_penalty == 1.1
+    assert direct.min_p == thinking.min_p == 0.1
 
 
 def test_defaults_of_a_one_mode_checkpoint_are_its_own() -> None:
     own = sampling_defaults({"temperature": 0.3}, thinking=False, hybrid=False)
     assert (own.temperature, own.top_p, own.top_k, own.min_p) == (0.3, 0.8, 20, 0.0)
-    greedy = sampling_defaults({"do_sample": False}, thinking=False, hybrid=False)
-    assert greedy.temperature == 0.0
+    published = sampling_defaults(PUBLISHED, thinking=False, hybrid=False)
+    assert (published.temperature, published.top_p, published.top_k) == (0.6, 0.95, 20)
     assert SamplingParams(temperature=1.2).over(own).temperature == 1.2
+
+
+# What a hybrid checkpoint's generation_config.json states, and how it draws without thinking.
+STATED: dict[str, tuple[dict[str, Any], SamplingParams, list[str]]] = {
+    "published for thinking": (PUBLISHED, DIRECT, []),
+    "published for the other": ({"temperature": 0.7, "top_p": 0.8, "top_k": 20}, DIRECT, []),
+    "nothing": ({}, DIRECT, []),
+    "a fine-tune's": (
+        {"temperature": 1.5, "top_p": 0.99, "top_k": 500},
+        SamplingParams(temperature=1.5, top_p=0.99, top_k=500),
+        [],
+    ),
+    "one of them": ({"temperature": 1.5}, replace(DIRECT, temperature=1.5), []),
+    "greedy": ({**PUBLISHED, "do_sample": False}, SamplingParams(temperature=0.0), []),
+    "all": (
+        {"temperature": 1.5, "top_p": 1.0, "top_k": -1},
+        SamplingParams(temperature=1.5, top_p=1.0, top_k=0),
+        ["top_k is -1, which is taken as 0"],
+    ),
+    "a float": (
+        {"temperature": 0.6, "top_p": 0.95, "top_k": 20.0},
+        DIRECT,
+        ["top_k is 20.0, which is taken as 20"],
+    ),
+    "out of range": (
+        {"temperature": "hot", "top_p": 0, "top_k": 2.5, "min_p": 7},
+        DIRECT,
+        [
+            "temperature must be a number, not 'hot'; the default is taken",
+            "top_p must be more than 0; temperature 0 takes the likeliest token; the default is",
+            "top_k must be a number, not 2.5; the default is taken",
+            "min_p must be from 0 to 1, not 7; the default is taken",
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", STATED)
+def test_what_a_checkpoint_states_is_how_it_draws(
+    kind: str, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stated, meant, warnings = STATED[kind]
+    folder = shutil.copytree(tiny_folder, tmp_path / "stated")
+    (folder / "generation_config.json").write_text(json.dumps(stated))
+
+    def draw(llm: LLM, sampling: SamplingParams | None) -> str:
+        return llm.chat("Hi", thinking=False, seed=3, max_tokens=40, sampling=sampling).text
+
+    with load(folder) as llm:
+        found = draw(llm, None)
+        assert found == draw(llm, meant)
+        assert (found == draw(llm, DIRECT)) == (meant == DIRECT)
+    said = [record.getMessage() for record in caplog.records]
+    for warning, expected in zip(said, warnings, strict=True):
+        assert warning.startswith(f"generation_config.json: {expected}")

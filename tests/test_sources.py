@@ -153,13 +153,18 @@ def packed_along(values: Array, bits: int, axis: int) -> Array:
 
 
 def make_gptq(
-    inputs: int, outputs: int, bits: int, order: str = "sorted", seed: int = 0
+    inputs: int, outputs: int, bits: int, order: str = "sorted", seed: int = 0, version: int = 1
 ) -> tuple[dict[str, Stored], Array]:
+    """Pack random numbers as gptqmodel does: version 1 has the zeros' words less 0x1111... ."""
     random = np.random.RandomState(seed)
     groups = inputs // 128
     q = random.randint(0, 1 << bits, (inputs, outputs))
-    zeros = random.randint(1, 1 << bits, (groups, outputs))
+    zeros = random.randint(0, 1 << bits, (groups, outputs))
     scales = scales_of(random, (groups, outputs), "F16")
+    stored_zeros = packed_along(zeros, bits, 1)
+    if version == 1:
+        ones = sum(1 << bit for bit in range(0, 32, bits))
+        stored_zeros = (stored_zeros.view(np.uint32) - np.uint32(ones)).view(np.int32)
     index = np.arange(inputs) // 128
     if order == "permuted":
         index = random.permutation(index)
@@ -169,7 +174,7 @@ def make_gptq(
         expected[:, i] = number * float_of(scales)[index[i]]
     tensors = {
         "qweight": ("I32", np.ascontiguousarray(packed_along(q, bits, 0))),
-        "qzeros": ("I32", np.ascontiguousarray(packed_along(zeros - 1, bits, 1))),
+        "qzeros": ("I32", np.ascontiguousarray(stored_zeros)),
         "scales": scales,
         "g_idx": ("I32", index.astype(np.int32)),
     }
@@ -178,11 +183,15 @@ def make_gptq(
     return tensors, expected
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("order", ["sorted", "permuted", "missing"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_gptq(bits: int, order: str, tmp_path: Path) -> None:
-    tensors, expected = make_gptq(256, 136, bits, order)
-    found = read(tmp_path, named(UP, tensors), {**GPTQ, "bits": bits})
+def test_gptq(bits: int, order: str, version: int, tmp_path: Path) -> None:
+    tensors, expected = make_gptq(256, 136, bits, order, version=version)
+    section = {**GPTQ, "bits": bits, "desc_act": order == "permuted"}
+    if version == 2:
+        section["checkpoint_format"] = "gptq_v2"
+    found = read(tmp_path, named(UP, tensors), section)
     assert set(found) == {f"{UP}.weight"}
     assert_same(whole(found[f"{UP}.weight"]), expected)
 
@@ -358,20 +367,29 @@ def test_any_size_of_blocks_gives_the_whole(kind: str, tmp_path: Path) -> None:
 # --- what is refused ----------------------------------------------------------------------------
 
 REFUSED = {
-    "awq gemv": ({**AWQ, "version": "gemv"}, "version is 'gemv'; only 'gemm'"),
-    "awq 8 bits": ({**AWQ, "bits": 8}, "bits is 8; only 4"),
-    "awq symmetric": ({**AWQ, "zero_point": False}, "zero_point is False; only True"),
-    "awq silent": ({"quant_method": "awq"}, "bits is None; only 4"),
-    "gptq act order": ({**GPTQ, "desc_act": True}, "desc_act is True; only False"),
-    "gptq silent": ({"quant_method": "gptq", "bits": 4}, "desc_act is None; only False"),
-    "gptq 3 bits": ({**GPTQ, "bits": 3}, "bits is 3; only 4 and 8"),
-    "gptq v2": ({**GPTQ, "checkpoint_format": "gptq_v2"}, "checkpoint_format is 'gptq_v2'"),
-    "gptq marlin": ({**GPTQ, "is_marlin_format": True}, "is_marlin_format is True; only False"),
-    "fp8 without blocks": ({"quant_method": "fp8"}, "weight_block_size is None"),
-    "fp8 blocks of nothing": ({**FP8, "weight_block_size": [0, 128]}, r"_block_size is \[0, 128\]"),
-    "fp8 blocks no pair": ({**FP8, "weight_block_size": 128}, "weight_block_size is 128"),
+    "awq gemv": ({**AWQ, "version": "gemv"}, "AWQ with version 'gemv', and only 'gemm'"),
+    "awq 8 bits": ({**AWQ, "bits": 8}, "AWQ with bits 8, and only 4 can be read; take the orig"),
+    "awq symmetric": ({**AWQ, "zero_point": False}, "AWQ with zero_point False, and only True"),
+    "awq silent": ({"quant_method": "awq"}, "AWQ with bits None, and only 4"),
+    "gptq 3 bits": ({**GPTQ, "bits": 3}, "GPTQ with bits 3, and only 4 and 8"),
+    "gptq v3": ({**GPTQ, "checkpoint_format": "gptq_v3"}, "GPTQ with checkpoint_format 'gptq_v3'"),
+    "gptq marlin": ({**GPTQ, "is_marlin_format": True}, "is_marlin_format True, and only False"),
+    "gptq packed": ({**GPTQ, "pack_dtype": "int16"}, "pack_dtype 'int16', and only 'int32'"),
+    "gptq dynamic": ({**GPTQ, "dynamic": {"+:.*down.*": {"bits": 8}}}, "GPTQ with `dynamic`"),
+    "gptq without order": (
+        {**GPTQ, "desc_act": True},
+        f"{UP}.g_idx is missing, and desc_act is true",
+    ),
+    "fp8 without blocks": ({"quant_method": "fp8"}, "FP8 with weight_block_size None"),
+    "fp8 blocks of nothing": ({**FP8, "weight_block_size": [0, 128]}, r"_block_size \[0, 128\]"),
+    "fp8 blocks no pair": ({**FP8, "weight_block_size": 128}, "FP8 with weight_block_size 128"),
+    "bitsandbytes of old": ({"load_in_4bit": True}, "quantized as 'bitsandbytes', which is not"),
     **{
-        method: ({"quant_method": method, "bits": 4}, f"quantized as '{method}' are not read")
+        method: (
+            {"quant_method": method, "bits": 4},
+            rf"quantized as '{method}', which is not read \(FP8, AWQ, GPTQ and MLX's own formats "
+            r"are\); take the original weights, or a build for MLX",
+        )
         for method in ("compressed-tensors", "bitsandbytes", "mxfp4", "hqq", "exl2", "torchao")
     },
     "a number": (5, "quantization is 5, not an object"),
@@ -383,6 +401,8 @@ REFUSED = {
 def test_other_formats_are_refused_by_name(kind: str, tmp_path: Path) -> None:
     section, complaint = REFUSED[kind]
     tensors, _ = make_mlx((8, 64), 4, 64)
+    if kind == "gptq without order":
+        tensors = make_gptq(256, 64, 4, "missing")[0]
     with pytest.raises(CheckpointError, match=complaint) as raised:
         read(tmp_path, named(UP, tensors), section)  # type: ignore[arg-type]
     assert "\n" not in str(raised.value)

@@ -3,6 +3,7 @@
 `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's other variables are honoured by its own library.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +11,28 @@ from pathlib import Path
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.published import SIZES
 
+_log = logging.getLogger(__name__)
 DESCRIPTION_FILES = (
     "config.json",
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "added_tokens.json",
     "chat_template.jinja",
     "model.safetensors.index.json",
 )
+GGUF = (
+    "GGUF is not read; take the safetensors that it was made from, such as Qwen/Qwen3-8B, or a "
+    "build for MLX, such as Qwen/Qwen3-8B-MLX-4bit"
+)
+"""What to say of that format, and the way out."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_name(name: str) -> None:
+    """Raise a ValueError if the hub can have no checkpoint of that name."""
+    if not _HUB_NAME.fullmatch(name):
+        raise ValueError(f"{name!r} is no hub name such as somebody/Qwen3-8B-4bit")
 
 
 def upload(folder: Path, name: str) -> str:
@@ -28,8 +42,7 @@ def upload(folder: Path, name: str) -> str:
         CheckpointError: the hub refuses it or cannot be reached.
         ValueError: the name is none that the hub can have.
     """
-    if not _HUB_NAME.fullmatch(name):
-        raise ValueError(f"{name!r} is no hub name such as somebody/Qwen3-8B-4bit")
+    check_name(name)
     from huggingface_hub import HfApi
 
     try:
@@ -55,6 +68,8 @@ class Source:
         self._revision = revision
         folder = Path(name).expanduser()
         self.folder = folder if name and folder.exists() else None
+        if name.lower().endswith(".gguf") and not (self.folder and self.folder.is_dir()):
+            raise CheckpointError(f"{name}: {GGUF}")
         if self.folder is None and (name[:1] in "./~" or not _HUB_NAME.fullmatch(name)):
             raise CheckpointError(
                 f"{name!r} is no folder here, nor a hub name such as Qwen/Qwen3-8B, "
@@ -64,6 +79,17 @@ class Source:
             raise CheckpointError(f"{name} is a file; give the checkpoint's folder")
         if self.folder and revision is not None:
             raise ValueError(f"revision belongs to hub names; {name} is a folder")
+
+    def files(self) -> list[str]:
+        """List the files that it has; where the hub cannot be reached, those that are here."""
+        if self.folder is None:
+            from huggingface_hub import HfApi
+
+            try:
+                return sorted(HfApi().list_repo_files(self.name, revision=self._revision))
+            except Exception:  # noqa: BLE001 - the library lets those of its HTTP client through
+                _log.debug("%s: its files could not be listed", self.name, exc_info=True)
+        return sorted(file.name for file in self.fetch([]).iterdir())
 
     def fetch(self, files: Sequence[str]) -> Path:
         """Make sure that those of `files` that the checkpoint has are here; give their folder.

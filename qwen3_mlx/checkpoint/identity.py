@@ -8,7 +8,10 @@ from typing import Any
 
 from qwen3_mlx.checkpoint.weights import weight_names
 
-_TEXT = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json")
+_TEXT = (
+    *("tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
+    *("chat_template.jinja", "chat_template.json"),
+)
 _BLOCK = 4096  # bytes
 _BLOCKS = 256  # of each weight file, at equal distances
 

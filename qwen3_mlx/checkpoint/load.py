@@ -45,7 +45,8 @@ def load_model(
 ) -> Qwen3:
     """Build the network that `config` describes and fill it with `weights`.
 
-    `progress(done, total)` is told the modules finished. The result is evaluated.
+    `progress(done, total)` is told the modules finished. The result is evaluated. Whether the head
+    is tied is what `config` says; see `weights.untied`.
 
     Raises:
         CheckpointError: config and weights do not fit together, or the weights are quantized and

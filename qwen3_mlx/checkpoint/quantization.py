@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.weights import INDEX
+from qwen3_mlx.checkpoint.weights import INDEX, index_is_stale
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
 
@@ -82,6 +82,97 @@ def _listed(values: tuple[int, ...]) -> str:
     return ", ".join(map(str, values))
 
 
+# --- what the files of a checkpoint hold --------------------------------------------------------
+
+MLX = "mlx"
+# The other methods that a conversion reads. Of each, the keys of its section that must have one of
+# some values, and what it means that a key is missing.
+_READ: Mapping[str, Mapping[str, tuple[tuple[object, ...], object]]] = {
+    "fp8": {},
+    "awq": {
+        "bits": ((4,), None),
+        "version": (("gemm",), "gemm"),
+        "zero_point": ((True,), None),
+    },
+    "gptq": {
+        "bits": ((4, 8), None),
+        "checkpoint_format": (("gptq", "gptq_v2"), "gptq"),
+        "is_marlin_format": ((False,), False),
+        "pack_dtype": (("int32",), "int32"),
+    },
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Quantization:
+    """How the weights of a checkpoint are quantized: the method, and its section of config.json."""
+
+    method: str
+    section: Mapping[str, Any]
+
+
+def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
+    """Return how the weights are quantized, by config.json alone; None where they are not.
+
+    Raises:
+        CheckpointError: neither loading nor converting reads that; the message names the method.
+    """
+    found = _stated(config)
+    if found is None or found.method == MLX:
+        return found
+    method, section = found.method, found.section
+    if method not in _READ:
+        raise _unreadable(method)
+    for key, (allowed, default) in _READ[method].items():
+        value = default if section.get(key) is None else section[key]
+        if (value.lower() if isinstance(value, str) else value) not in allowed:
+            only = " and ".join(map(repr, allowed))
+            raise _unreadable(method, f" with {key} {value!r}, and only {only} can be read")
+    if section.get("dynamic"):
+        raise _unreadable(method, " with `dynamic`, formats of their own for some modules")
+    if method == "fp8" and not _is_block(block := section.get("weight_block_size")):
+        raise _unreadable(
+            method, f" with weight_block_size {block!r}, and needed is one such as [128, 128]"
+        )
+    return found
+
+
+def _stated(config: Mapping[str, Any]) -> Quantization | None:
+    """Return the method and its section, whatever it is.
+
+    MLX's own formats stand in `quantization`, and mlx-lm writes them to `quantization_config` too.
+    """
+    own, foreign = config.get("quantization"), config.get("quantization_config")
+    method: object = None
+    if not foreign and (foreign := config.get("compression_config")):  # an older spelling
+        method = "compressed-tensors"
+    if not (section := own or foreign):
+        return None
+    if not isinstance(section, Mapping):
+        raise CheckpointError(f"config.json: quantization is {section!r}, not an object")
+    if (own and "bits" in own) or not isinstance(foreign, Mapping):
+        return Quantization(MLX, section)
+    if foreign.get("load_in_4bit") or foreign.get("load_in_8bit"):  # older files state no method
+        method = "bitsandbytes"
+    method = foreign.get("quant_method") or method
+    return Quantization(str(method).lower(), foreign) if method else Quantization(MLX, section)
+
+
+def _is_block(block: object) -> bool:
+    return (
+        isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
+    )
+
+
+def _unreadable(method: str, how: str = "") -> CheckpointError:
+    named = method.upper() if method in _READ else repr(method)
+    how = how or f", which is not read ({', '.join(_READ).upper()} and MLX's own formats are)"
+    return CheckpointError(
+        f"config.json: the weights are quantized as {named}{how}; take the original weights, or a "
+        "build for MLX such as Qwen/Qwen3-8B-MLX-4bit"
+    )
+
+
 class StoredFormats:
     """The formats of an MLX-quantized checkpoint: one for all, and exceptions by module path."""
 
@@ -92,23 +183,18 @@ class StoredFormats:
     def of(cls, config: Mapping[str, Any]) -> "StoredFormats | None":
         """Read the section from a config.json; None where nothing is quantized.
 
-        mlx-lm writes it as `quantization`, and again as `quantization_config`.
-
         Raises:
             CheckpointError: the weights are quantized in a form that MLX does not compute with.
         """
-        section = config.get("quantization") or config.get("quantization_config")
-        if not section:
+        found = quantization_of(config)
+        if found is None:
             return None
-        if not isinstance(section, Mapping):
-            raise CheckpointError(f"config.json: quantization is {section!r}, not an object")
-        method = section.get("quant_method")
-        if method is not None and "bits" not in (config.get("quantization") or {}):
+        if found.method != MLX:
             raise CheckpointError(
-                f"its weights are quantized as {str(method).upper()}, which MLX cannot compute "
+                f"its weights are quantized as {found.method.upper()}, which MLX cannot compute "
                 "with; convert it first: qwen3 convert SOURCE FOLDER"
             )
-        return cls(section)
+        return cls(found.section)
 
     def format_of(self, path: str) -> Format:
         """Give the format of the quantized module at `path`.
@@ -148,8 +234,8 @@ def formats_stored(
     stored = StoredFormats.of(config)
     if stored is None:
         return None
-    index = folder / INDEX if folder else None
-    names = read_json(index).get("weight_map") if index and index.is_file() else None
+    known = folder and (folder / INDEX).is_file() and not index_is_stale(folder)
+    names = read_json(folder / INDEX).get("weight_map") if folder and known else None
 
     def format_of(path: str) -> Format | None:
         if isinstance(names, dict):

@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from qwen3_mlx.checkpoint.quantization import StoredFormats
+from qwen3_mlx.checkpoint.quantization import MLX, StoredFormats, quantization_of
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import STORED_AS
@@ -91,31 +91,14 @@ def read_matrices(folder: Path, config: Mapping[str, Any]) -> dict[str, Matrix]:
 
 
 def _scheme_of(config: Mapping[str, Any]) -> _Scheme | None:
-    """Read how the weights are quantized from a config.json; None where they are not."""
-    section = config.get("quantization_config") or {}
-    method = section.get("quant_method") if isinstance(section, Mapping) else None
-    own = config.get("quantization") or {}
-    if method is None or not isinstance(own, Mapping) or "bits" in own:
-        formats = StoredFormats.of(config)
-        return _Scheme("weight", ("scales",), _mlx(formats)) if formats else None
-    reader = {"fp8": _fp8_scheme, "awq": _awq_scheme, "gptq": _gptq_scheme}.get(str(method))
-    if reader is None:
-        raise CheckpointError(
-            f"config.json: weights quantized as {method!r} are not read; fp8, awq, gptq and MLX's "
-            "own formats are"
-        )
-    return reader(section)
-
-
-def _demand(section: Mapping[str, Any], key: str, allowed: tuple[object, ...], default: Any) -> Any:
-    value = section.get(key, default)
-    value = value.lower() if isinstance(value, str) else value
-    if value not in allowed:
-        raise CheckpointError(
-            f"config.json: quantization_config.{key} is {section.get(key)!r}; only "
-            f"{' and '.join(map(repr, allowed))} can be read"
-        )
-    return value
+    """Return how quantized modules are stored, by config.json; None where there are none."""
+    found = quantization_of(config)
+    if found is None:
+        return None
+    if found.method == MLX:
+        return _Scheme("weight", ("scales",), _mlx(StoredFormats(found.section)))
+    schemes = {"fp8": _fp8_scheme, "awq": _awq_scheme, "gptq": _gptq_scheme}
+    return schemes[found.method](found.section)
 
 
 def _expect(
@@ -191,14 +174,7 @@ def _module_name(prefix: str) -> str:
 
 
 def _fp8_scheme(section: Mapping[str, Any]) -> _Scheme:
-    block = section.get("weight_block_size")
-    if not (
-        isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    ):
-        raise CheckpointError(
-            f"config.json: quantization_config.weight_block_size is {block!r}; FP8 weights are "
-            "read with a scale for each block, such as [128, 128]"
-        )
+    block = section["weight_block_size"]
     return _Scheme("weight", ("weight_scale_inv",), lambda w, prefix: _fp8(w, prefix, *block))
 
 
@@ -244,10 +220,7 @@ _E4M3 = _e4m3_values()
 _AWQ_SHIFTS = [4 * place for place in (0, 4, 1, 5, 2, 6, 3, 7)]
 
 
-def _awq_scheme(section: Mapping[str, Any]) -> _Scheme:
-    _demand(section, "bits", (4,), None)
-    _demand(section, "version", ("gemm",), "gemm")
-    _demand(section, "zero_point", (True,), None)
+def _awq_scheme(_: Mapping[str, Any]) -> _Scheme:
     return _Scheme("qweight", ("qzeros", "scales"), _awq)
 
 
@@ -272,15 +245,22 @@ def _awq(weights: Weights, prefix: str) -> Part:
 
 
 def _gptq_scheme(section: Mapping[str, Any]) -> _Scheme:
-    bits = _demand(section, "bits", (4, 8), None)
-    _demand(section, "desc_act", (False,), None)
-    _demand(section, "checkpoint_format", ("gptq",), "gptq")
-    _demand(section, "is_marlin_format", (False,), False)
-    return _Scheme("qweight", ("qzeros", "scales"), lambda w, prefix: _gptq(w, prefix, bits))
+    bits, second = section["bits"], str(section.get("checkpoint_format")).lower() == "gptq_v2"
+    ordered = bool(section.get("desc_act"))
+
+    def decode(weights: Weights, prefix: str) -> Part:
+        if ordered and f"{prefix}.g_idx" not in weights.stored:
+            raise CheckpointError(f"{prefix}.g_idx is missing, and desc_act is true")
+        return _gptq(weights, prefix, bits, less_one=not second)
+
+    return _Scheme("qweight", ("qzeros", "scales"), decode)
 
 
-def _gptq(weights: Weights, prefix: str, bits: int) -> Part:
-    """Give (q − zero) · scale. Stored are [inputs · bits / 32, outputs] words; zeros less one."""
+def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> Part:
+    """Return (q − zero) · scale. Stored are [inputs · bits / 32, outputs] words.
+
+    The first version of the format has the zeros less one.
+    """
     q_name, z_name, s_name = (f"{prefix}.{kind}" for kind in ("qweight", "qzeros", "scales"))
     (words, outputs), (groups, _) = (_expect(weights, name, _WORDS) for name in (q_name, z_name))
     shifts = list(range(0, 32, bits))
@@ -296,7 +276,12 @@ def _gptq(weights: Weights, prefix: str, bits: int) -> Part:
     def read(start: int, stop: int) -> mx.array:
         packed = weights.rows(q_name, 0, words)[:, start:stop]
         q = _unpacked(packed.T, shifts).T
-        zeros = _unpacked(weights.rows(z_name, 0, groups), shifts)[:, start:stop] + 1
+        stored = weights.rows(z_name, 0, groups).view(mx.uint32)
+        if less_one:
+            # The writers subtract from a word as a whole, so that a zero of 0 borrows from its
+            # neighbour; added to the word, the carry gives it back.
+            stored = stored + sum(1 << shift for shift in shifts)
+        zeros = _unpacked(stored, shifts)[:, start:stop]
         scales = weights.rows(s_name, 0, groups)[:, start:stop]
         if ordered:
             index = weights.rows(order, 0, 1).flatten()

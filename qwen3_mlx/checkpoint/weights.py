@@ -3,18 +3,24 @@
 MLX reads a tensor from the file when it is evaluated, so knowing a checkpoint costs no memory.
 """
 
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
+from qwen3_mlx.checkpoint.hub import GGUF
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import Entry, read_header, read_json, read_rows
+from qwen3_mlx.files import Entry, read_header, read_json, read_rows, same_bytes
 from qwen3_mlx.model.config import ModelConfig
 
+_log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
+WHOLE = "model.safetensors"
+_OTHERS = (".bin", ".pt", ".pth", ".gguf", ".npz")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.(\w+)")
 
@@ -77,29 +83,67 @@ class Weights:
 def weight_names(folder: Path) -> list[str]:
     """List the weight files that belong to the checkpoint: those its index names, or what is there.
 
+    Where an index names files that are not there, and the weights lie in one file, that is taken:
+    the index is an older one's.
+
     Raises:
-        CheckpointError: the index is broken.
+        CheckpointError: the index is broken, or nothing says which of the files are meant.
     """
-    index = folder / INDEX
-    if index.is_file():
-        names = read_json(index).get("weight_map")
-        if not isinstance(names, dict) or not names:
-            raise CheckpointError(f"{index} has no weight_map")
-        files = set(map(str, names.values()))
-        if any(Path(file).name != file for file in files):
-            raise CheckpointError(f"{index} names files outside its folder")
-        if others := sorted(file for file in files if not file.endswith(".safetensors")):
-            raise CheckpointError(f"{index} names {others[0]}; only safetensors files are read")
-        return sorted(files)
-    names = sorted(file.name for file in folder.glob("model*.safetensors"))
-    numbered = next((match for name in names if (match := _SHARD.fullmatch(name))), None)
+    there = sorted(file.name for file in folder.glob("model*.safetensors"))
+    if (folder / INDEX).is_file():
+        names = _indexed(folder / INDEX)
+        if WHOLE in names or WHOLE not in there:
+            return names
+        if not set(names) <= set(there):
+            return [WHOLE]
+        _refuse_two_sets(folder, [WHOLE, names[0]])
+    numbered = [match for name in there if (match := _SHARD.fullmatch(name))]
     if not numbered:
-        return names
-    stem, number, count = numbered.groups()
+        return there
+    sets: dict[tuple[str, str], str] = {}  # the first file of each, by stem and count
+    for match in numbered:
+        sets.setdefault((match[1], match[3]), match[0])
+    _refuse_two_sets(folder, [*([WHOLE] if WHOLE in there else []), *sets.values()])
+    stem, number, count = numbered[0].groups()
     return [
         f"{stem}-{shard:0{len(number)}}-of-{count}.safetensors"
         for shard in range(1, int(count) + 1)
     ]
+
+
+def index_is_stale(folder: Path) -> bool:
+    """Return whether there is an index that says nothing of the weights that are taken."""
+    if not (folder / INDEX).is_file():
+        return False
+    return weight_names(folder) == [WHOLE] and WHOLE not in _indexed(folder / INDEX)
+
+
+def _indexed(index: Path) -> list[str]:
+    """Return the files that an index names."""
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise CheckpointError(f"{index} has no weight_map")
+    files = set(map(str, names.values()))
+    if any(Path(file).name != file for file in files):
+        raise CheckpointError(f"{index} names files outside its folder")
+    if others := sorted(file for file in files if not file.endswith(".safetensors")):
+        raise CheckpointError(f"{index} names {others[0]}; only safetensors files are read")
+    return sorted(files)
+
+
+def _refuse_two_sets(folder: Path, examples: Collection[str]) -> None:
+    """Refuse weights that are there twice, `examples` being a file of each set."""
+    if len(examples) > 1:
+        raise CheckpointError(
+            f"{folder} has {' and '.join(examples)}, which are not parts of one set of weights; "
+            "move away what does not belong to this checkpoint"
+        )
+
+
+def are_here(folder: Path) -> bool:
+    """Return whether all weight files of a checkpoint are in its folder."""
+    names = weight_names(folder)
+    return bool(names) and all((folder / name).is_file() for name in names)
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -108,19 +152,61 @@ def _weight_files(folder: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; download it again")
     if not names:
-        raise CheckpointError(_why_no_weights(folder))
+        raise CheckpointError(why_none(str(folder), [file.name for file in folder.iterdir()]))
     return [folder / name for name in names]
 
 
-def _why_no_weights(folder: Path) -> str:
-    others = sorted(
-        file.name
-        for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf", "*.npz")
-        for file in folder.glob(pattern)
+def why_none(
+    place: str, files: Collection[str], needed: str = WHOLE, base: str = "another model"
+) -> str:
+    """Return a sentence for what lacks the file `needed`, by the files that it has instead.
+
+    Where these are an adapter, `base` names the model that it is for.
+    """
+    others = sorted(file for file in files if file.endswith(_OTHERS))
+    if ggufs := [file for file in others if file.endswith(".gguf")]:
+        return f"{place} has {_some(ggufs)}, and {GGUF}"
+    if "adapter_config.json" in files:
+        return (
+            f"{place} is an adapter for {base}, not a whole model; merge it into that first "
+            "(peft: merge_and_unload, mlx-lm: mlx_lm.fuse) and give the result"
+        )
+    if others and needed == WHOLE:
+        return f"{place} has {_some(others)}, but only safetensors files are read"
+    return f"{place} has no {needed}"
+
+
+def _some(files: list[str]) -> str:
+    return ", ".join(files[:3]) + (" and others" if len(files) > 3 else "")
+
+
+# --- a head of its own --------------------------------------------------------------------------
+
+
+def has_own_head(weights: Weights) -> bool:
+    """Return whether `lm_head` is there and is no copy of the embedding."""
+    return any(
+        (copied := weights.stored.get(name.replace("lm_head", "model.embed_tokens", 1))) is None
+        or not same_bytes(entry, copied)
+        for name, entry in weights.stored.items()
+        if name.startswith("lm_head.")
     )
-    if others:
-        return f"{folder} has {', '.join(others)}, but only safetensors files are read"
-    return f"{folder} has no model.safetensors"
+
+
+def untied(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """Return a config.json as its weights would have it: with a head of its own, if they have one.
+
+    Adapters merged into a tied model, or an extended vocabulary, leave such a head behind while the
+    config still ties it to the embedding. As in transformers, the weights win, with a warning; a
+    copy of the embedding, as some published checkpoints carry it, stays unused.
+    """
+    if config.get("tie_word_embeddings") is not True or not has_own_head(weights):
+        return dict(config)
+    _log.warning(
+        "config.json ties the head to the embedding, but lm_head holds other numbers; it is used, "
+        "as if tie_word_embeddings were false"
+    )
+    return {**config, "tie_word_embeddings": False}
 
 
 def _stack_experts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -149,9 +235,13 @@ def refuse_missing_layers(config: ModelConfig, names: Iterable[str]) -> None:
     Raises:
         CheckpointError: the last layer has no tensor.
     """
-    last = f"model.layers.{config.num_hidden_layers - 1}."
-    if not any(name.startswith(last) for name in names):
-        raise CheckpointError(f"weights and config.json do not match; missing: {last}*")
+    last = f"layers.{config.num_hidden_layers - 1}."
+    if not any(name.startswith(f"model.{last}") for name in names):
+        like = min(names, key=lambda name: (last not in name, name), default="none")
+        raise CheckpointError(
+            f"weights and config.json do not match; missing: model.{last}*; among the names that "
+            f"are there is {like}"
+        )
 
 
 def mismatches(

@@ -13,9 +13,10 @@ import typer
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import cache_format
-from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.quantization import formats_stored
-from qwen3_mlx.checkpoint.weights import weight_names
+from qwen3_mlx.checkpoint.weights import Weights, untied
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.options import ModelArgument
 from qwen3_mlx.engine.memory import FormatOf, Workload, bytes_a_token
@@ -80,7 +81,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
     if plot:
         check_picture(plot)
     folder = _folder(model)
-    content = read_json(folder / "config.json")
+    content = untied(read_json(folder / "config.json"), Weights(folder))
     config, stored = ModelConfig.from_dict(content), formats_stored(content, folder)
     lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
     cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))
@@ -127,8 +128,9 @@ def _folder(model: str | None) -> Path:
     if model is None:
         return Path(str(files("qwen3_mlx") / "demo"))
     source = Source(full_name(model))
-    folder = source.fetch(DESCRIPTION_FILES)
-    return source.fetch(weight_names(folder) or ["model.safetensors"])
+    folder, content = read_config(source)
+    formats_stored(content, folder)  # what must be converted first is refused before it is fetched
+    return fetch_weights(source, folder)
 
 
 def _numbers(option: str, text: str) -> list[int]:

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 import qwen3_mlx  # whose names resolve on first use
-from qwen3_mlx.checkpoint.hub import upload
+from qwen3_mlx.checkpoint.hub import check_name, upload
 from qwen3_mlx.cli.console import Bar, note, sized
-from qwen3_mlx.cli.evaluate import compare, facts_of, read_text
+from qwen3_mlx.cli.evaluate import compare, facts_of, read_text, refuse_unloadable
 from qwen3_mlx.cli.options import option
 from qwen3_mlx.evaluate.picture import Point, check_picture, draw
 
@@ -116,6 +116,9 @@ def convert(  # noqa: PLR0913 - one parameter an option
     picture = output / "report.svg"
     if report:
         check_picture(Path(picture.name))
+        refuse_unloadable(source, revision)
+    if upload_to:
+        check_name(upload_to)
     text = None if calibration is None else read_text(calibration)
     with _Bars() as bars:
         made = qwen3_mlx.convert(
@@ -137,7 +140,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     facts = {key: value for key, value in asdict(made).items() if key != "formats"}
     facts["output"] = str(made.output)
     if report:
-        found, modules = compare(source, str(output), read_text(None))
+        found, modules = compare(source, str(output), read_text(None), revision=revision)
         draw(picture, [Point(output.name, made.bits_per_weight, found.mean_kl)], modules)
         facts["report"] = facts_of(source, str(output), found, modules)
         (output / "report.json").write_text(json.dumps(facts["report"], indent=2), "utf-8")

@@ -13,8 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 import qwen3_mlx  # whose names resolve on first use
+from qwen3_mlx.checkpoint.description import fetch_weights
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.weights import weight_names
+from qwen3_mlx.checkpoint.quantization import formats_stored
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.options import ModelArgument
 from qwen3_mlx.errors import Qwen3Error
@@ -23,6 +24,7 @@ from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
 from qwen3_mlx.evaluate.perplexity import Perplexity, perplexity
 from qwen3_mlx.evaluate.picture import Point, check_picture, draw
 from qwen3_mlx.evaluate.windows import WINDOW
+from qwen3_mlx.files import read_json
 from qwen3_mlx.model.published import full_name
 from qwen3_mlx.text.samples import default_text
 
@@ -165,12 +167,22 @@ def compare(
     window: int = WINDOW,
     overlap: int | None = None,
     modules_needed: bool = True,
+    revision: str | None = None,
 ) -> tuple[Divergence, list[ModuleRow]]:
-    """Compare two checkpoints' predictions on a text, and their weights module by module."""
-    with _load(reference) as first, _load(candidate) as second, Bar("comparing") as bar:
+    """Compare two checkpoints' predictions on a text, and their weights module by module.
+
+    `revision` is the reference's.
+    """
+    refuse_unloadable(candidate)
+    with (
+        _load(reference, revision=revision) as first,
+        _load(candidate) as second,
+        Bar("comparing") as bar,
+    ):
         ids = _ids(first, words, tokens)
         found = divergence(first, second, ids, window=window, overlap=overlap, progress=bar)
-    return found, _modules(reference, candidate, needed=modules_needed)
+    folders = _folder(reference, revision), _folder(candidate)
+    return found, _modules(*folders, needed=modules_needed)
 
 
 def facts_of(
@@ -189,9 +201,22 @@ def facts_of(
     }
 
 
-def _load(model: str | None, kv_bits: str | None = None) -> "qwen3_mlx.LLM":
+def _load(
+    model: str | None, kv_bits: str | None = None, revision: str | None = None
+) -> "qwen3_mlx.LLM":
     with Bar(f"loading {model or 'the demo'}") as bar:
-        return qwen3_mlx.load(model, kv_bits=kv_bits, progress=bar)
+        return qwen3_mlx.load(model, revision=revision, kv_bits=kv_bits, progress=bar)
+
+
+def refuse_unloadable(model: str, revision: str | None = None) -> None:
+    """Refuse what is to be loaded later, if its weights cannot be computed with.
+
+    Raises:
+        CheckpointError: they must be converted first, or are not read at all.
+    """
+    folder = Source(full_name(model), revision).fetch(DESCRIPTION_FILES)
+    if (folder / "config.json").is_file():  # of what is none, loading says more
+        formats_stored(read_json(folder / "config.json"), folder)
 
 
 def read_text(file: Path | None) -> str:
@@ -215,11 +240,11 @@ def _ids(llm: "qwen3_mlx.LLM", text: str, most: int) -> list[int]:
     return ids
 
 
-def _modules(reference: str, candidate: str, *, needed: bool) -> list[ModuleRow]:
+def _modules(reference: Path, candidate: Path, *, needed: bool) -> list[ModuleRow]:
     """Compare the weights; two networks that are not alike have nothing to compare."""
     with Bar("comparing weights") as bar:
         try:
-            return module_errors(_folder(reference), _folder(candidate), progress=bar)
+            return module_errors(reference, candidate, progress=bar)
         except Qwen3Error as error:
             if needed:
                 raise
@@ -227,11 +252,10 @@ def _modules(reference: str, candidate: str, *, needed: bool) -> list[ModuleRow]
             return []
 
 
-def _folder(model: str) -> Path:
+def _folder(model: str, revision: str | None = None) -> Path:
     """Find a checkpoint's files, which are here since it was loaded."""
-    source = Source(full_name(model))
-    folder = source.fetch(DESCRIPTION_FILES)
-    return source.fetch(weight_names(folder) or ["model.safetensors"])
+    source = Source(full_name(model), revision)
+    return fetch_weights(source, source.fetch(DESCRIPTION_FILES))
 
 
 def _perplexity_facts(found: Perplexity) -> dict[str, float]:

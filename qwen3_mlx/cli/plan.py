@@ -11,8 +11,10 @@ import typer
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
+from qwen3_mlx.checkpoint.description import read_config
 from qwen3_mlx.checkpoint.hub import Source
-from qwen3_mlx.checkpoint.quantization import Format, formats_stored
+from qwen3_mlx.checkpoint.quantization import MLX, Format, formats_stored, quantization_of
+from qwen3_mlx.checkpoint.weights import INDEX, Weights, are_here, untied
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.plan_picture import Picture, draw
 from qwen3_mlx.engine.memory import (
@@ -26,7 +28,6 @@ from qwen3_mlx.engine.memory import (
     make_plan,
     weight_bytes,
 )
-from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import SIZES, published, size_named, yarn_lengths
@@ -202,7 +203,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Tell how much memory a model takes, in each format and context, and what of it fits.
 
-    Nothing is loaded; of a hub's model only config.json is fetched.
+    Nothing is loaded; of a hub's model config.json is fetched, and at most the index of its files.
     """
     if cache not in CACHE_FORMATS:
         raise ValueError(f"--cache must be one of {', '.join(CACHE_FORMATS)}, not {cache!r}")
@@ -230,16 +231,32 @@ def _find(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[str,
             )
         return f"Qwen3-{size}", published(size), formats
     source = Source(model, revision)
-    folder = source.fetch(["config.json"])
-    content = read_json(folder / "config.json")
-    config = ModelConfig.from_dict(content)
-    try:
-        stored = formats_stored(content, folder)
-    except CheckpointError:  # FP8 and the like: planned as what a conversion can make of them
-        stored = None
-    if stored:
+    folder, content = read_config(source, ["config.json"])
+    config = ModelConfig.from_dict(_judged(content, source, folder))
+    quantization = quantization_of(content)
+    if quantization and quantization.method == MLX and (stored := formats_stored(content, folder)):
         formats = {"as it is": stored, **formats}
+    elif quantization:
+        note(
+            f"Its weights are {quantization.method.upper()}, which must be converted first: "
+            f"qwen3 convert {model} FOLDER. This is the plan of what that makes."
+        )
     return source.name, config, formats
+
+
+def _judged(content: Mapping[str, Any], source: Source, folder: Path) -> Mapping[str, Any]:
+    """Return a config.json, untied if the weights have a head of their own, or say they may."""
+    if content.get("tie_word_embeddings") is not True:
+        return content
+    if are_here(folder):
+        return untied(content, Weights(folder))
+    index = source.fetch(["config.json", INDEX]) / INDEX
+    if index.is_file() and "lm_head.weight" in (read_json(index).get("weight_map") or {}):
+        note(
+            "config.json ties the head to the embedding, but there is an lm_head; if it is no copy "
+            "of the embedding, it is loaded beside that, and takes as much again."
+        )
+    return content
 
 
 def _format_of(form: Format | None) -> FormatOf:

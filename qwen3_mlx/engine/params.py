@@ -91,22 +91,53 @@ THINKING = SamplingParams(temperature=0.6, top_p=0.95, top_k=20, min_p=0.0)
 DIRECT = SamplingParams(temperature=0.7, top_p=0.8, top_k=20, min_p=0.0)
 
 
-def sampling_defaults(
-    generation_config: Mapping[str, Any], *, thinking: bool, hybrid: bool
-) -> SamplingParams:
-    """Give the defaults for a reply that thinks or does not.
+# Of those, what the published generation_config.json files state, one of which serves two modes.
+_PUBLISHED = [
+    {"temperature": mode.temperature, "top_p": mode.top_p, "top_k": mode.top_k}
+    for mode in (THINKING, DIRECT)
+]
 
-    A checkpoint that can do both has one generation_config.json for two modes that need different
-    values, so there the mode's temperature, top_p and top_k win over it. One that can do only one
-    knows best.
+
+def stated_sampling(generation_config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Return the sampling that a generation_config.json states, and a sentence for each oddity.
+
+    What cannot be used is left out; what other programs understand is taken as they do.
     """
-    known = {entry.name for entry in fields(SamplingParams)} - {"logit_bias"}
-    stated = {key: value for key, value in generation_config.items() if key in known}
+    stated: dict[str, Any] = {}
+    complaints = []
+    for name in _RANGES:
+        value = generation_config.get(name)
+        if value is None:
+            continue
+        meant: Any = value
+        if name == "top_k" and isinstance(value, float) and value.is_integer():
+            meant = int(value)
+        if name == "top_k" and meant == -1:  # vLLM's way to write all
+            meant = 0
+        try:
+            SamplingParams(**{name: meant})
+        except (ValueError, TypeError) as error:
+            complaints.append(f"{error}; the default is taken")
+            continue
+        if type(meant) is not type(value) or meant != value:
+            complaints.append(f"{name} is {value!r}, which is taken as {meant}")
+        stated[name] = meant
     if generation_config.get("do_sample") is False:
         stated["temperature"] = 0.0
-    own = SamplingParams(**stated)
+    return stated, complaints
+
+
+def sampling_defaults(stated: Mapping[str, Any], *, thinking: bool, hybrid: bool) -> SamplingParams:
+    """Return the defaults for a reply that thinks or does not, by what a checkpoint states.
+
+    A checkpoint that can do both is published with one generation_config.json for two modes that
+    need different values, so there the mode's temperature, top_p and top_k win over the published
+    ones. Others are a fine-tune's own and win, as those of a checkpoint with one mode do.
+    """
+    if hybrid and {name: stated.get(name) for name in _PUBLISHED[0]} in _PUBLISHED:
+        stated = {name: value for name, value in stated.items() if name not in _PUBLISHED[0]}
     mode = THINKING if thinking else DIRECT
-    return (mode.over(own) if hybrid else own.over(mode)).over(NEUTRAL)
+    return SamplingParams(**stated).over(mode).over(NEUTRAL)
 
 
 class Watcher(Protocol):
@@ -200,7 +231,8 @@ class Request:
     `heard` is told how likely each chosen token was, beside so many others (`alternatives`), before
     the watcher hears of it; forced ones are not among them.
     `sampling` has no None left. `progress(done, total)` is told the prompt tokens processed. With
-    max_tokens=0 the prompt is only read, and kept for requests that begin with it.
+    max_tokens=0 the prompt is only read, and kept for requests that begin with it. `doubtful()`
+    says that the reply looks like that of a broken network, so that its logits are checked again.
     """
 
     ids: Sequence[int]
@@ -216,3 +248,4 @@ class Request:
     cancelled: Event = field(default_factory=Event)
     heard: Callable[[Chance], None] | None = None
     alternatives: int = 0
+    doubtful: Callable[[], bool] | None = None

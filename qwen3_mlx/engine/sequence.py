@@ -43,6 +43,7 @@ class Sequence:
         self.proposed = self.accepted = 0  # tokens
         self.reason: str | None = None  # why the reply has ended, if it has
         self.ended = False
+        self.doubted = False  # whether its logits have been checked because it was doubtful
         self.worth_keeping: int | None = None  # tokens, when it has ended; None is all
         self._most = context + 1  # a write must never fill its buffer
         self.reset()

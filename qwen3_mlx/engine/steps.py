@@ -28,7 +28,7 @@ from qwen3_mlx.engine.sampling import choose
 from qwen3_mlx.engine.scheduler import Scheduler, Step
 from qwen3_mlx.engine.sequence import Sequence as Running
 from qwen3_mlx.engine.speculative import Speculator
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class Flight:
     masked: Mapping[Running, object] = field(default_factory=dict)  # in all of their rows
     submitted: float = 0.0
     dropped: list[Running] = field(default_factory=list)  # whose token is not wanted after all
+    logits: mx.array | None = None  # [N, V]
+    finite: mx.array | None = None  # [N], if a request's first token is among those chosen
 
 
 class Steps:
@@ -188,12 +190,15 @@ class Steps:
         for part in parts:
             if not part.wanted:  # nothing else reads what it writes
                 arrays += [array for layer in part.layers for array in layer.state]
-        tokens = chances = None
+        tokens = chances = finite = None
         if logits is not None:
             masks = self._masks(choosing, logits, foreseen)
             tokens = choose(logits, [s.sampler for s in choosing], masks, proposed)
             chances = Chances.of(logits, tokens, choosing, self._vocabulary)
             arrays += [tokens, *(chances.arrays if chances else ())]
+            if any(sequence.passes == 1 for sequence in choosing):
+                finite = mx.isfinite(logits[:, : self._vocabulary]).all(axis=-1)
+                arrays.append(finite)
         return Flight(
             choosing,
             touched=self._building,
@@ -205,6 +210,8 @@ class Steps:
             chances=chances,
             proposals=proposals,
             masked=foreseen,
+            logits=logits,
+            finite=finite,
         )
 
     def _joined(self, parts: Sequence[Part]) -> Sequence[LayerCache] | None:
@@ -360,7 +367,14 @@ class Steps:
         """Have a sequence take what was chosen for it, and see to what comes of that."""
         proposal, accepted = flight.proposals.get(sequence, ()), sequence.accepted
         try:
+            if flight.finite is not None:
+                self._refuse_nonfinite(sequence, flight, flight.finite)
             goes_on = sequence.take(chosen, proposal, masked=sequence in flight.masked)
+            if not sequence.doubted and sequence.request.doubtful and sequence.request.doubtful():
+                assert flight.logits is not None
+                sequence.doubted = True
+                finite = mx.isfinite(flight.logits[:, : self._vocabulary]).all(axis=-1)
+                self._refuse_nonfinite(sequence, flight, finite)
         except BaseException as error:  # noqa: BLE001 - this request's alone
             self._end(sequence, error)
             return
@@ -370,6 +384,19 @@ class Steps:
             self._end(sequence, sequence.outcome(sequence.reason))
         elif not goes_on:
             self._choose_anew(sequence)
+
+    def _refuse_nonfinite(self, sequence: Running, flight: Flight, finite: mx.array) -> None:
+        """Raise a CheckpointError if the logits of a sequence's rows are not `finite` [N]."""
+        # A list is read from what is evaluated; an element would be a computation of its own, which
+        # waits for the step in work.
+        if not finite.tolist()[flight.choosing.index(sequence)]:  # type: ignore[index]
+            dtype = self.model.model.norm.weight.dtype
+            wider = "" if dtype == mx.float32 else ', or load it with dtype="float32"'
+            raise CheckpointError(
+                f"the logits of {self.model.source} have NaN or infinity among them, so it cannot "
+                "choose a token: its weights are damaged, or computing exceeds the range of "
+                f"{str(dtype).removeprefix('mlx.core.')}; download or convert it again{wider}"
+            )
 
     def _choose_anew(self, sequence: Running) -> None:
         """Drop the token that the step in work chooses: it goes on from what is no longer so."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
-from qwen3_mlx.checkpoint.weights import Weights
+from qwen3_mlx.checkpoint.weights import Weights, has_own_head
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.files import read_json
@@ -83,7 +83,7 @@ class _Stored:
             for name, tensor in self._weights.tensors.items()
             if name.endswith(".weight") and len(tensor.shape) > 1
         }
-        if ModelConfig.from_dict(config).tie_word_embeddings:
+        if ModelConfig.from_dict(config).tie_word_embeddings and not has_own_head(self._weights):
             self.paths.discard("lm_head")  # a copy of the embedding that some files carry
 
     def take(self, path: str) -> "_Matrix":

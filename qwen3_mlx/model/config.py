@@ -1,6 +1,8 @@
-"""What a checkpoint's config.json says of the network: read, checked, and nothing assumed.
+"""What a checkpoint's config.json says of the network: read and checked.
 
-Both spellings are read: the published one (transformers 4) and the one transformers 5 writes.
+Both spellings are read: the published one (transformers 4) and the one transformers 5 writes. A key
+that is missing or null has the default of transformers' Qwen3Config and Qwen3MoeConfig (5.24); only
+the sizes that make the network have none.
 """
 
 import math
@@ -13,6 +15,15 @@ from qwen3_mlx.errors import CheckpointError
 MODEL_TYPES = ("qwen3", "qwen3_moe")
 _MOST_LAYERS = 10_000  # more are a mistake, and would take long to find out
 _LARGEST = 1 << 31  # no size of a network comes near; MLX counts in 32 bits
+_THETA = 10_000.0
+_WINDOW = 32_768
+_FULL_BELOW = 28  # layers, where a sliding window begins above `max_window_layers`
+# The keys of rope_scaling and rope_parameters that are read, by rope_type.
+_ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_YARN_KEYS = _ROPE_KEYS | {
+    *("factor", "original_max_position_embeddings", "attention_factor", "attn_factor"),
+    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,30 +108,33 @@ class ModelConfig:
                 f"{' and '.join(MODEL_TYPES)}"
             )
         _refuse_unsupported(config)
-        heads, kv_heads = read.count("num_attention_heads"), read.count("num_key_value_heads")
+        heads = read.count("num_attention_heads")
+        kv_heads = read.count("num_key_value_heads", default=_missing_kv_heads(config, heads))
         if heads % kv_heads:
             raise CheckpointError(
                 f"config.json: num_attention_heads ({heads}) is not a multiple of "
                 f"num_key_value_heads ({kv_heads})"
             )
-        head_dim = read.count("head_dim")
+        hidden = read.count("hidden_size")
+        # Where it is missing, transformers has a number for dense networks, and a share for others.
+        share = 128 if model_type == "qwen3" else hidden // heads
+        head_dim = read.count("head_dim", default=share)
         if head_dim % 2:
             raise CheckpointError(f"config.json: head_dim ({head_dim}) is odd")
         theta, yarn = _read_rope(config)
         return cls(
             model_type=model_type,
             vocab_size=read.count("vocab_size"),
-            hidden_size=read.count("hidden_size"),
+            hidden_size=hidden,
             intermediate_size=read.count("intermediate_size"),
             num_hidden_layers=read.count("num_hidden_layers", most=_MOST_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=read.number("rms_norm_eps"),
-            max_position_embeddings=read.count("max_position_embeddings"),
+            rms_norm_eps=read.number("rms_norm_eps", default=1e-6),
+            max_position_embeddings=read.count("max_position_embeddings", default=_WINDOW),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
-            # Left out by some published configs (Coder-30B-A3B): Qwen3 is trained without biases.
-            attention_bias=read.flag("attention_bias", default=False),
+            attention_bias=read.flag("attention_bias"),
             rope_theta=theta,
             yarn=yarn,
             experts=_read_experts(read) if model_type == "qwen3_moe" else None,
@@ -134,14 +148,16 @@ class _Reader:
         self.config = config
         self.where = where
 
-    def get(self, *names: str) -> Any:
+    def get(self, *names: str, default: Any = None) -> Any:
         for name in names:
             if self.config.get(name) is not None:
                 return self.config[name]
-        raise CheckpointError(f"{self.where}: {' or '.join(names)} is missing")
+        if default is None:
+            raise CheckpointError(f"{self.where}: {' or '.join(names)} is missing")
+        return default
 
-    def count(self, *names: str, most: int = _LARGEST) -> int:
-        value = self.get(*names)
+    def count(self, *names: str, most: int = _LARGEST, default: int | None = None) -> int:
+        value = self.get(*names, default=default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
             raise CheckpointError(
                 f"{self.where}: {names[0]} is {_shown(value)}, not a positive integer within reason"
@@ -149,8 +165,7 @@ class _Reader:
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
-        value = self.get(name) if default is None else self.config.get(name)
-        value = default if value is None else value
+        value = self.get(name, default=default)
         if (
             not isinstance(value, int | float)
             or isinstance(value, bool)
@@ -161,14 +176,14 @@ class _Reader:
             )
         return float(value)
 
-    def flag(self, name: str, *, default: bool | None = None) -> bool:
-        value = self.get(name) if default is None else self.config.get(name, default)
+    def flag(self, name: str, *, default: bool = False) -> bool:
+        value = self.get(name, default=default)
         if not isinstance(value, bool):
             raise CheckpointError(f"{self.where}: {name} is {_shown(value)}, not true or false")
         return value
 
     def items(self, name: str) -> list[Any]:
-        value = self.get(name)
+        value = self.get(name, default=[])
         if not isinstance(value, list):
             raise CheckpointError(f"{self.where}: {name} is {_shown(value)}, not a list")
         return value
@@ -179,14 +194,16 @@ def _shown(value: object) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+def _missing_kv_heads(config: Mapping[str, Any], heads: int) -> int:
+    """Return transformers' number where none is stated; null means as many as there are heads."""
+    if config.get("model_type") == "qwen3_moe":
+        return 4
+    return heads if "num_key_value_heads" in config else 32
+
+
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
-    if (act := config.get("hidden_act")) != "silu":
+    if (act := config.get("hidden_act")) not in (None, "silu"):
         raise CheckpointError(f"config.json: hidden_act is {act!r}; Qwen3 uses silu")
-    if config.get("use_sliding_window") and config.get("sliding_window") is not None:
-        raise CheckpointError(
-            "config.json: use_sliding_window is true; attention over a sliding window is not "
-            "supported"
-        )
     if config.get("layer_types") is not None:
         kinds = _Reader(config).items("layer_types")
         if other := sorted({_shown(kind) for kind in kinds if kind != "full_attention"}):
@@ -194,13 +211,42 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
                 f"config.json: layer_types has {', '.join(other)}; only 'full_attention' is "
                 "supported"
             )
+    elif _slides(config):
+        raise CheckpointError(
+            "config.json: use_sliding_window is true; attention over a sliding window is not "
+            "supported"
+        )
 
 
-def _read_rope(config: Mapping[str, Any]) -> tuple[float, Yarn | None]:
-    """Give theta and the scaling, from `rope_parameters` or `rope_theta` and `rope_scaling`.
+def _slides(config: Mapping[str, Any]) -> bool:
+    """Return whether a layer attends to a window only, where `layer_types` does not.
 
-    Where both are there, somebody has added `rope_scaling` by hand, so it wins, as it does in
-    transformers.
+    In a dense network the layers below `max_window_layers` do not; in a mixture of experts all do.
+    """
+    if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
+        return False
+    read = _Reader(config)
+    below = read.count("max_window_layers", default=_FULL_BELOW)
+    return config.get("model_type") == "qwen3_moe" or below < read.count("num_hidden_layers")
+
+
+def unknown_rope_keys(config: Mapping[str, Any]) -> list[str]:
+    """Name the keys of config.json's rope sections that change nothing here.
+
+    Raises:
+        CheckpointError: a section is not an object.
+    """
+    section, _ = _rope_section(config)
+    known = _YARN_KEYS if section.get("rope_type") == "yarn" else _ROPE_KEYS
+    return sorted(section.keys() - known)
+
+
+def _rope_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return what `rope_parameters` and `rope_scaling` state together, and which of them rules.
+
+    Where both are there, `rope_scaling` has been added by hand to a config that transformers 5
+    wrote, so it wins. What it leaves out, above all rope_theta, is still that of `rope_parameters`;
+    transformers 5.24 replaces the whole section there, and falls back to a theta of 10,000.
     """
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     section: dict[str, Any] = {}
@@ -208,11 +254,24 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, Yarn | None]:
         part = config.get(name) or {}
         if not isinstance(part, Mapping):
             raise CheckpointError(f"config.json: {name} is {_shown(part)}, not an object")
+        if nested := [key for key, value in part.items() if isinstance(value, Mapping)]:
+            raise CheckpointError(
+                f"config.json: {name}.{nested[0]} is an object; only one rope for all layers is "
+                "supported"
+            )
         kind = part.get("rope_type", part.get("type", "default"))
         section |= {**part, "rope_type": kind} if part else {}
-    theta = _Reader({"rope_theta": config.get("rope_theta"), **section}).number("rope_theta")
-    if section.get("partial_rotary_factor", 1.0) != 1.0:
-        raise CheckpointError(f"config.json: {where}.partial_rotary_factor is not supported")
+    return section, where
+
+
+def _read_rope(config: Mapping[str, Any]) -> tuple[float, Yarn | None]:
+    """Return theta and the scaling, from `rope_parameters` or `rope_theta` and `rope_scaling`."""
+    section, where = _rope_section(config)
+    theta = _Reader(section).number(
+        "rope_theta", default=_Reader(config).number("rope_theta", default=_THETA)
+    )
+    if {**config, **section}.get("partial_rotary_factor") not in (None, 1):
+        raise CheckpointError("config.json: partial_rotary_factor is not supported")
     kind = section.get("rope_type", "default")
     if kind == "default":
         return theta, None
@@ -231,9 +290,10 @@ def _read_yarn(read: _Reader, config: Mapping[str, Any]) -> Yarn:
     stated = read.config.get("original_max_position_embeddings") is not None
     original = "original_max_position_embeddings" if stated else "max_position_embeddings"
     factor = read.number("factor")
+    window = (read if stated else _Reader(config)).count(original, default=_WINDOW)
     return Yarn(
         factor=factor,
-        original_max_position_embeddings=(read if stated else _Reader(config)).count(original),
+        original_max_position_embeddings=window,
         attention_factor=_attention_factor(read, factor),
         beta_fast=read.number("beta_fast", default=32.0),
         beta_slow=read.number("beta_slow", default=1.0),
@@ -242,16 +302,27 @@ def _read_yarn(read: _Reader, config: Mapping[str, Any]) -> Yarn:
 
 
 def _attention_factor(read: _Reader, factor: float) -> float:
-    """Give the factor on q and on k: stated, or 0.1·ln(factor) + 1 (YaRN paper, section 3.4)."""
+    """Return the factor on q and on k: stated, or 0.1·ln(factor) + 1 (YaRN paper, section 3.4).
+
+    `attn_factor` multiplies that, as in vLLM. DeepSeek-R1-0528-Qwen3-8B states its inverse there,
+    so that nothing is scaled; transformers does not know the key and warns.
+    """
     if read.config.get("attention_factor") is not None:
+        if read.config.get("attn_factor") is not None:
+            raise CheckpointError(
+                f"{read.where} has both attention_factor and attn_factor; leave one of them out"
+            )
         return read.number("attention_factor")
-
-    def grown(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
-
     if read.config.get("mscale") and read.config.get("mscale_all_dim"):
-        return grown(read.number("mscale")) / grown(read.number("mscale_all_dim"))
-    return grown(1.0)
+        whole, part = (_mscale(factor, read.number(key)) for key in ("mscale", "mscale_all_dim"))
+        plain = whole / part
+    else:
+        plain = _mscale(factor, 1.0)
+    return plain * read.number("attn_factor", default=1.0)
+
+
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
 def _read_experts(read: _Reader) -> Experts:
@@ -261,11 +332,11 @@ def _read_experts(read: _Reader) -> Experts:
             f"config.json: mlp_only_layers has {_shown(wrong[0])}; the layers are 0 to {count - 1}"
         )
     experts = Experts(
-        num_experts=read.count("num_experts", "num_local_experts"),
-        num_experts_per_tok=read.count("num_experts_per_tok"),
-        moe_intermediate_size=read.count("moe_intermediate_size"),
+        num_experts=read.count("num_experts", "num_local_experts", default=128),
+        num_experts_per_tok=read.count("num_experts_per_tok", default=8),
+        moe_intermediate_size=read.count("moe_intermediate_size", default=768),
         norm_topk_prob=read.flag("norm_topk_prob"),
-        decoder_sparse_step=read.count("decoder_sparse_step"),
+        decoder_sparse_step=read.count("decoder_sparse_step", default=1),
         mlp_only_layers=tuple(layers),
     )
     if experts.num_experts_per_tok > experts.num_experts:

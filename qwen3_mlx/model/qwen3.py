@@ -149,12 +149,13 @@ class Decoder(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """The whole network; `cache_format` is that of the caches it makes."""
+    """The whole network; `cache_format` is that of the caches it makes, `source` names it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.cache_format: CacheFormat = PLAIN
+        self.source = "this checkpoint"
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)

@@ -175,6 +175,11 @@ class Steering:
         return self._now.closed_by
 
     @property
+    def looped(self) -> bool:
+        """Whether going in circles has ended the thinking or the answer."""
+        return self._now.closed_by == "loop" or self.finished
+
+    @property
     def details(self) -> dict[str, str]:
         """What `Finish` tells: what has closed the thinking, and that a loop ended the answer."""
         closed = {"thinking_closed_by": self.closed_by} if self.closed_by else {}

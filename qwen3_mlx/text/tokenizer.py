@@ -5,23 +5,29 @@ must know where a character ends.
 """
 
 import codecs
+import json
+from collections.abc import Iterator, Mapping
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.text.prompt import Prompt
 
+_SETTINGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+
 
 class Tokenizer:
     """The byte-level BPE tokenizer of a checkpoint."""
 
     def __init__(self, path: Path) -> None:
-        """Read a tokenizer.json.
+        """Read a tokenizer.json, and the tokens that only the files beside it add.
 
         Raises:
-            CheckpointError: it is missing, broken, or not byte-level.
+            CheckpointError: it is missing, broken, or not byte-level, or a token that another file
+                adds has not the id that it would get.
         """
         if not path.is_file():
             raise CheckpointError(f"{path.parent} has no {path.name}, so text cannot be read")
@@ -33,6 +39,7 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a byte-level tokenizer, as all Qwen3 have")
         self._inner.no_truncation()  # whatever the file was saved with: no prompt is cut short
         self._inner.no_padding()
+        self._add_tokens(path.parent)
         self._added = {
             token: added.content.encode()
             for token, added in self._inner.get_added_tokens_decoder().items()
@@ -112,6 +119,19 @@ class Tokenizer:
         found: int | None = self._inner.token_to_id(token)
         return found
 
+    def _add_tokens(self, folder: Path) -> None:
+        """Add what tokenizer_config.json and added_tokens.json have and tokenizer.json lacks."""
+        known = {added.content for added in self._inner.get_added_tokens_decoder().values()}
+        for file, token, added in sorted(_added_elsewhere(folder), key=lambda entry: entry[1]):
+            if added.content not in known:  # each in turn gets the next free id, or its own
+                self._inner.add_tokens([added])
+                known.add(added.content)
+            if (found := self.id_of(added.content)) != token:
+                raise CheckpointError(
+                    f"{file} has {added.content!r} as token {token}, and by tokenizer.json it is "
+                    f"{found}; these files are not of one checkpoint"
+                )
+
     def _token_bytes(self, token: int) -> bytes:
         if token in self._added:
             return self._added[token]
@@ -147,6 +167,38 @@ class Detokenizer:
         self._decoder.reset()
         self._before.clear()
         return held
+
+
+def _added_elsewhere(folder: Path) -> Iterator[tuple[str, int, tokenizers.AddedToken]]:
+    """Yield the file, id and settings of the tokens that a tokenizer's other files add."""
+    config, plain = folder / "tokenizer_config.json", folder / "added_tokens.json"
+    if config.is_file():
+        listed = _object(_read_json(config), config).get("added_tokens_decoder")
+        for token, added in _object(listed, config).items():
+            settings = dict(_object(added, config))
+            content = settings.pop("content", None)
+            settings = {name: bool(settings[name]) for name in settings if name in _SETTINGS}
+            if not token.isdecimal() or not isinstance(content, str):
+                raise CheckpointError(f"{config}: added_tokens_decoder has {token!r}: {added!r}")
+            yield config.name, int(token), tokenizers.AddedToken(content, **settings)
+    if plain.is_file():
+        for content, token in _object(_read_json(plain), plain).items():
+            if type(token) is not int:
+                raise CheckpointError(f"{plain} has {content!r}: {token!r}, which is no token's id")
+            yield plain.name, token, tokenizers.AddedToken(content, normalized=False)
+
+
+def _read_json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} cannot be read as JSON: {error}") from error
+
+
+def _object(value: object, file: Path) -> Mapping[str, Any]:
+    if value is not None and not isinstance(value, Mapping):
+        raise CheckpointError(f"{file} has {value!r} where an object is needed")
+    return value or {}
 
 
 def _byte_alphabet() -> dict[int, str]:

@@ -1,0 +1,67 @@
+"""What a checkpoint says of itself, judged before its weights are fetched."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.quantization import quantization_of
+from qwen3_mlx.checkpoint.weights import INDEX, WHOLE, index_is_stale, weight_names, why_none
+from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.files import read_json
+from qwen3_mlx.model.config import ModelConfig, unknown_rope_keys
+
+_log = logging.getLogger(__name__)
+_ADAPTER = "adapter_config.json"
+
+
+def read_config(
+    place: Source, files: Sequence[str] = DESCRIPTION_FILES
+) -> tuple[Path, dict[str, Any]]:
+    """Fetch the files that describe a checkpoint; return their folder and its config.json, checked.
+
+    Raises:
+        CheckpointError: it is no Qwen3 that can be read: another network, a GGUF file, an adapter,
+            or weights quantized by a method that is not read.
+    """
+    folder = place.fetch(files)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(_what_is_there(place, needed="config.json"))
+    config = read_json(folder / "config.json")
+    ModelConfig.from_dict(config)
+    quantization_of(config)
+    if unknown := unknown_rope_keys(config):
+        _log.warning(
+            "%s: config.json has keys for rope that are not known and change nothing: %s",
+            place.name,
+            ", ".join(unknown),
+        )
+    return folder, config
+
+
+def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path:
+    """Make sure that the weights of a checkpoint described in `folder` are here; return where.
+
+    Raises:
+        CheckpointError: it has none that are read.
+    """
+    names = weight_names(folder)
+    folder = place.fetch([*also, *(names or [WHOLE])])
+    if not all((folder / name).is_file() for name in names):  # the index may be an older one's
+        folder = place.fetch([*also, WHOLE])
+    if not weight_names(folder):
+        raise CheckpointError(_what_is_there(place, needed=WHOLE))
+    if index_is_stale(folder):
+        _log.warning("%s: %s names files that are not there; %s is read", place.name, INDEX, WHOLE)
+    return folder
+
+
+def _what_is_there(place: Source, *, needed: str) -> str:
+    """Return a sentence for a checkpoint that lacks a file, by the files that it has."""
+    files = place.files()
+    base = None
+    if _ADAPTER in files:  # peft writes the first key, mlx-lm the second
+        adapter = read_json(place.fetch([_ADAPTER]) / _ADAPTER)
+        base = adapter.get("base_model_name_or_path") or adapter.get("model")
+    return why_none(place.name, files, needed, str(base or "another model"))
