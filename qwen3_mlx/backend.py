@@ -1,9 +1,11 @@
 """The machine: device, dtype, BLAS and memory limits. The one place that asks where we run.
 
 Importing this module loads a fast BLAS on Linux, because MLX binds its BLAS symbols when
-`mlx.core` is first imported; nothing else in the package runs at import.
+`mlx.core` is first imported, and has the end of the process wait for what MLX still computes;
+nothing else in the package runs at import.
 """
 
+import atexit
 import ctypes
 import os
 import platform
@@ -52,6 +54,18 @@ _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32
 def on_gpu() -> bool:
     """Say whether MLX computes on a GPU."""
     return mx.default_device().type == mx.DeviceType.gpu
+
+
+@atexit.register
+def wait_for_work(*streams: "mx.Stream | mx.ThreadLocalStream") -> None:
+    """Wait for what this thread has in flight on `streams`; without any, on its default stream.
+
+    OpenBLAS joins its threads when the process ends. One that is in the middle of a product then
+    never returns, and the process hangs.
+    """
+    if not on_gpu():
+        for stream in streams or (None,):
+            mx.synchronize(stream)
 
 
 def compute_dtype(name: str | None = None) -> mx.Dtype:

@@ -74,6 +74,7 @@ class LLM:
         self.context = engine.context
         self._replies: Replies | None = Replies(words, engine)
         self._shut = weakref.finalize(self, _shut_down, worker)
+        self._shut.atexit = False  # at the end of the process the worker sees to itself
 
     @property
     def model(self) -> Qwen3:

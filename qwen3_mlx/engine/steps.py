@@ -128,7 +128,11 @@ class Steps:
         mx.clear_cache()
 
     def cancel_all(self) -> None:
-        """End whatever runs or waits."""
+        """End whatever runs or waits, when the step in work is done."""
+        try:
+            mx.eval(self._flight.arrays if self._flight else [])
+        except RuntimeError as error:
+            _log.debug("the last step failed: %s", error)
         self._flight = None
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             self.scheduler.remove(sequence)
