@@ -13,11 +13,11 @@ from typing import Any, Self, TypeVar, Unpack
 import mlx.core as mx
 
 from qwen3_mlx import backend
-from qwen3_mlx.asking import Asked, Options
+from qwen3_mlx.arguments import plain, refuse_unknown, token_ids
+from qwen3_mlx.asking import Asked, Options, TextOptions
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.conversation import Conversation, read_messages
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
@@ -38,6 +38,7 @@ from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.tools import Tool, answer, functions_of
 
 T = TypeVar("T")
+_OF_CONVERSATION = ("system", "messages", "file", "drop_oldest")
 _LEAST_SHARE = 8  # of the context, one part in so many is a reply's, where turns are dropped
 
 
@@ -88,7 +89,7 @@ class LLM:
             TypeError, ValueError: an argument is not what it must be.
             Qwen3Error: the checkpoint cannot do as asked; a ContextError: the prompt does not fit.
         """
-        return self._stream(self._open().chat(messages, Asked(**options)))
+        return self._stream(self._open().chat(messages, Asked.of(options)))
 
     def conversation(
         self,
@@ -114,11 +115,11 @@ class LLM:
             heard: Callable[[Collected], None],
             details: dict[str, str],
         ) -> Stream:
-            task = self._open().chat(messages, Asked(**options))
+            task = self._open().chat(messages, Asked.of(options))
             least = self._open().engine.context // _LEAST_SHARE if drop_oldest else 1
             return self._stream(replace(task, details=details, least_room=least), heard)
 
-        Asked(**options)  # what is wrong is told now
+        Asked.of(options, *_OF_CONVERSATION)  # what is wrong is told now
         kept: Options = {"idle": True, **options}
         return Conversation(start, messages=history, options=kept, drop_oldest=drop_oldest)
 
@@ -138,11 +139,12 @@ class LLM:
 
     def prepare(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Task:
         """Lay out a reply, for `begin`: what `stream` would refuse is refused."""
-        return self._open().chat(messages, Asked(**options))
+        return self._open().chat(messages, Asked.of(options))
 
     def prepare_text(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Task:
         """Lay out the continuation of raw text, or of token ids, for `begin`."""
-        return Task(prompt, None, False, Asked(**options))
+        words = prompt if isinstance(prompt, str) else token_ids(prompt)
+        return Task(words, None, False, Asked.of(options))
 
     def begin(
         self, task: Task, deliver: Callable[[Event | BaseException], None], cancelled: Flag
@@ -180,7 +182,7 @@ class LLM:
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list; chat() takes a single one")
         progress = options.pop("progress", None)
-        asked = Asked(**options)
+        asked = Asked.of(options)
         tasks = [self._open().chat(prompt, asked) for prompt in prompts]
         streams: list[Stream] = []
         ended = count(1)
@@ -211,6 +213,7 @@ class LLM:
         Raises:
             Qwen3Error: the model still calls tools after `max_steps` replies.
         """
+        Asked.of(options, "max_steps")
         functions = functions_of(options.get("tools"))
         history, said = normalise(messages), list[dict[str, Any]]()
         for _ in range(max_steps):
@@ -223,30 +226,16 @@ class LLM:
             said += [answer(call, functions) for call in reply.tool_calls]
         raise Qwen3Error(f"the model still calls tools after {max_steps} replies (max_steps)")
 
-    def complete(
-        self,
-        prompt: str,
-        *,
-        max_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        logprobs: int | None = None,
-        loop_guard: bool = False,
-    ) -> Reply:
-        """Continue raw text, without a chat template; tags of thinking are text like any other."""
+    def complete(self, prompt: str, **options: Unpack[TextOptions]) -> Reply:
+        """Continue raw text, without a chat template; tags of thinking are text like any other.
+
+        The loop guard is off, unless it is asked for.
+        """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be a string, not {type(prompt).__name__}")
-        task = self.prepare_text(
-            prompt,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            seed=seed,
-            stop=stop,
-            logprobs=logprobs,
-            loop_guard=loop_guard,
-        )
-        return collect(self._stream(task))
+        refuse_unknown(options, TextOptions.__annotations__)
+        stated: TextOptions = {"loop_guard": False, **options}
+        return collect(self._stream(self.prepare_text(prompt, **stated)))
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
@@ -289,7 +278,7 @@ class LLM:
         Raises:
             Qwen3Error: there is no template, it refuses, or `thinking` cannot be had.
         """
-        return self._open().render(messages, thinking, tools, add_generation_prompt)
+        return self._open().render(messages, plain(thinking), tools, add_generation_prompt)
 
     def forget(self) -> None:
         """Free the memory of earlier prompts, which is kept for what may go on from them."""

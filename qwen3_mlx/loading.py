@@ -8,6 +8,7 @@ from threading import Event as Flag
 from typing import Any
 
 from qwen3_mlx import backend
+from qwen3_mlx.arguments import plain
 from qwen3_mlx.asking import Progress
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import CacheFormat, cache_format
@@ -81,6 +82,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
         CheckpointError: the checkpoint cannot be found, read or honoured.
         Qwen3Error: it does not fit; the message shows the sum, and what would.
     """
+    bits, group_size, context, kv_bits = map(plain, (bits, group_size, context, kv_bits))
+    dequantize, prompt_cache_gb = plain(dequantize), plain(prompt_cache_gb)
     wanted = Format(4 if bits is None else bits, group_size)  # a wrong group size is never silent
     _check(context, dequantize, prompt_cache_gb)
     options = LoadOptions(

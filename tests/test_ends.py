@@ -28,7 +28,8 @@ import mlx.core as mx
 from qwen3_mlx import load
 llm = load(sys.argv[1])
 llm.chat("Hello", max_tokens=1)
-stream = llm.stream("Hello " * 200, max_tokens=600)
+options = {"temperature": 0, "loop_guard": False, "max_tokens": 600}  # which end no reply early
+stream = llm.stream("Hello " * 200, **options)
 """
 _ENDS = {  # the last lines of a program, and its exit code
     "stream open": ("next(stream)", 0),
@@ -50,18 +51,19 @@ _ENDS = {  # the last lines of a program, and its exit code
     ),
     "several models": ("other = load(sys.argv[1]); next(other.stream('Hello')); next(stream)", 0),
     "own work": (
-        "a = mx.random.normal((512, 512))\nfor _ in range(20): a = a @ a\nmx.async_eval(a)",
+        "llm.close()\na = mx.random.normal((512, 512))\nfor _ in range(20): a = a @ a\n"
+        "mx.async_eval(a)",
         0,
     ),
     "interrupted": ("print('ready', flush=True)\nfor event in stream: pass", -signal.SIGINT),
     "batch interrupted": (
-        "print('ready', flush=True)\nllm.batch(['Hello ' * n for n in (9, 99, 200)])",
+        "print('ready', flush=True)\nllm.batch(['Hello ' * n for n in (9, 99, 200)], **options)",
         -signal.SIGINT,
     ),
     "end interrupted": (  # while it waits for the job in work
-        "llm.soon(lambda: [print('ready', flush=True), mx.eval(long())])\n"
-        "def long():\n    a = mx.random.normal((1024, 1024))\n    for _ in range(30): a = a @ a\n"
-        "    return a",
+        "def long():\n    a = mx.random.normal((1024, 1024))\n    for _ in range(200): a = a @ a\n"
+        "    return a\n"
+        "llm.soon(lambda: [print('ready', flush=True), mx.eval(long())])",
         130,
     ),
 }

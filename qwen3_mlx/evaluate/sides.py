@@ -135,8 +135,8 @@ class MlxLm:
     def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
         """Do as `Side` says."""
         try:
-            yield from self._alone(prompts[0], most) if len(prompts) == 1 else self._batch(
-                prompts, most
+            yield from (
+                self._alone(prompts[0], most) if len(prompts) == 1 else self._batch(prompts, most)
             )
         finally:  # it is a step ahead, and the process may end with this one
             backend.wait_for_work(self._stream)
