@@ -244,9 +244,9 @@ class LLM:
             ValueError: there is no id, or one is not in the vocabulary.
         """
         rows = self.config.vocab_size
-        if not ids or any(not 0 <= token < rows for token in ids):
+        tokens = token_ids(ids.tolist() if isinstance(ids, mx.array) else ids)
+        if not tokens or any(not 0 <= token < rows for token in tokens):
             raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
-        tokens = list(ids)
         return self.compute(
             lambda model: model(mx.array(tokens, dtype=mx.int32)[None])[0].astype(mx.float32)
         )
