@@ -212,3 +212,14 @@ def test_defaults_of_a_one_mode_checkpoint_are_its_own() -> None:
     greedy = sampling_defaults({"do_sample": False}, thinking=False, hybrid=False)
     assert greedy.temperature == 0.0
     assert SamplingParams(temperature=1.2).over(own).temperature == 1.2
+
+
+def test_forced_tokens_are_counted_and_take_their_places() -> None:
+    params = SamplingParams(temperature=2.0, frequency_penalty=1.0).over(NEUTRAL)
+    chosen, mixed = (Sampler(params, seed=3, vocabulary=5000, prompt=[0]) for _ in range(2))
+    reply = [draw_one(chosen, LOGITS) for _ in range(6)]
+    assert [draw_one(mixed, LOGITS) for _ in range(2)] == reply[:2]
+    mixed.force(mx.array([7, 7, 7]))
+    mixed.rewind(mx.array([7, 7, 7]))
+    mixed.force(mx.array(reply[2:5]))
+    assert draw_one(mixed, LOGITS) == reply[5]

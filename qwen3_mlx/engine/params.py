@@ -26,7 +26,8 @@ class SamplingParams:
 
     `repetition_penalty` divides the logits of tokens in prompt and reply (multiplies them if
     negative); `presence_penalty` and `frequency_penalty` are subtracted from those of tokens in the
-    reply, once or once an occurrence. `logit_bias` maps token ids to what is added to their logits.
+    reply, once or once an occurrence. Tokens that a form, a call or a budget of thinking forces
+    count like chosen ones. `logit_bias` maps token ids to what is added to their logits.
 
     Raises:
         ValueError: a value is out of its range.
