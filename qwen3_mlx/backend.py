@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import RLock
 
 # Plain `cblas_*` exports are what MLX's CPU build links to. numpy's and scipy's private OpenBLAS
 # rename theirs and do not serve. The order is by measured speed on x86-64.
@@ -202,22 +203,28 @@ def limit_cache() -> None:
         mx.set_cache_limit(min(_CACHE_LIMIT, total_memory() // 8))
 
 
-def wire_weights() -> None:
-    """Keep what is resident now, the weights, from being paged out.
+_wired = 0  # bytes: the weights of all models that are loaded
+_wiring = RLock()  # a collection may unwire a model in the middle of this
 
-    Called once, after the weights are evaluated and before any KV cache exists: wiring more than
-    the model needs has been tied to panics of the whole machine (ml-explore/mlx#3186).
+
+def wire(weights: int) -> None:
+    """Keep `weights` bytes more, a model's weights, from being paged out.
+
+    Called once a model, after its weights are evaluated: wiring more than the models need has been
+    tied to panics of the whole machine (ml-explore/mlx#3186).
     """
+    global _wired
     mx.clear_cache()
-    if on_gpu():
-        most = int(mx.device_info()["max_recommended_working_set_size"])
-        mx.set_wired_limit(min(mx.get_active_memory(), most))
+    with _wiring:
+        _wired += weights
+        if on_gpu():
+            most = int(mx.device_info()["max_recommended_working_set_size"])
+            mx.set_wired_limit(min(_wired, most))
 
 
-def unwire() -> None:
-    """Let go of what `wire_weights` wired."""
-    if on_gpu():
-        mx.set_wired_limit(0)
+def unwire(weights: int) -> None:
+    """Let go of what `wire` wired for one model, and of nothing else."""
+    wire(-weights)
 
 
 def peak_memory() -> int:

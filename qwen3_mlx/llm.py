@@ -3,7 +3,9 @@
 import asyncio
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -18,6 +20,7 @@ from qwen3_mlx.asking import Asked, Options, TextOptions
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.conversation import Conversation, read_messages
 from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.ledger import Share, release
 from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
@@ -57,6 +60,7 @@ class LLM:
         context: int | None = None,
         disk: DiskPrefixes | None = None,
         speculator: Speculator | None = None,
+        wired: int = 0,
     ) -> None:
         self.config = model.config
         self.tokenizer = words.tokenizer
@@ -74,7 +78,7 @@ class LLM:
         )
         self.context = engine.context
         self._replies: Replies | None = Replies(words, engine)
-        self._shut = weakref.finalize(self, _shut_down, worker)
+        self._shut = weakref.finalize(self, _shut_down, worker, engine.share, wired)
         self._shut.atexit = False  # at the end of the process the worker sees to itself
 
     @property
@@ -240,16 +244,28 @@ class LLM:
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
 
+        They are the network's own: with `kv_bits`, too, they are computed through a plain cache. It
+        is done a chunk at a time between the steps of what runs.
+
         Raises:
-            ValueError: there is no id, or one is not in the vocabulary.
+            TypeError, ValueError: there is no id, or one is no whole number or not in the
+                vocabulary.
+            Qwen3Error: the memory that is free does not suffice; the message shows the sum. A
+                ContextError: there are more ids than the context has.
         """
         rows = self.config.vocab_size
         tokens = token_ids(ids.tolist() if isinstance(ids, mx.array) else ids)
         if not tokens or any(not 0 <= token < rows for token in tokens):
             raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
-        return self.compute(
-            lambda model: model(mx.array(tokens, dtype=mx.int32)[None])[0].astype(mx.float32)
-        )
+        engine, call = self._open().engine, self._worker.call
+        logits = call(partial(engine.logits, tokens))
+        try:
+            while call(partial(engine.read_on, logits)):
+                pass
+        finally:
+            with suppress(Qwen3Error):  # closed meanwhile
+                self._worker.post(partial(engine.take_back, logits))
+        return logits.values
 
     def compute(self, job: Callable[[Qwen3], T]) -> T:
         """Run `job` with the network, on the thread that owns it, and give its result, evaluated.
@@ -308,6 +324,7 @@ class LLM:
         return Stream(events, cancelled, self, started)
 
 
-def _shut_down(worker: Worker) -> None:
+def _shut_down(worker: Worker, share: Share, wired: int) -> None:
     worker.stop()
-    backend.unwire()
+    release(share)
+    backend.unwire(wired)

@@ -117,13 +117,17 @@ def load(  # noqa: PLR0913 - one keyword a choice
     folder = target.fetch()
     small_folder = small.fetch() if small else None
 
+    wired = 0
+
     def read_weights() -> tuple[Qwen3, Speculator | None]:
+        nonlocal wired
         backend.limit_cache()
         backend.suit_threads(target.network.hidden_size)
         models = [target.read(folder, follow)]
         if small and small_folder:
             models.append(small.read(small_folder, follow))
-        backend.wire_weights()
+        wired = sum(array.nbytes for model in models for array in model.tensors().values())
+        backend.wire(wired)
         if backend.on_gpu():  # which builds its kernels at their first use
             for model in models:
                 warm_up(model)
@@ -136,10 +140,11 @@ def load(  # noqa: PLR0913 - one keyword a choice
     try:
         model, speculator = worker.call(read_weights)
         words = _words_of(folder, target.config, tokenizer)
-        return LLM(model, words, worker, context, disk, speculator)
+        return LLM(model, words, worker, context, disk, speculator, wired)
     except BaseException:
         abandoned.set()
         worker.stop()
+        backend.unwire(wired)
         raise
 
 

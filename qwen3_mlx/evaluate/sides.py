@@ -46,7 +46,12 @@ class Ours:
         model = self._model
         model.cache_format = cache_format(case.kv_bits, model.config.head_dim)
         speculator = Speculator(model.config) if case.copying else None
-        return Engine(model, vocabulary=self.vocabulary, speculator=speculator)
+        return Engine(
+            model,
+            vocabulary=self.vocabulary,
+            available=backend.available_memory(),  # nothing else runs: no share of it is needed
+            speculator=speculator,
+        )
 
     def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
         """Do as `Side` says."""
