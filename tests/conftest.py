@@ -6,7 +6,6 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on M5, float32 is otherwise not
 
 from collections.abc import Iterator
 from pathlib import Path
-from weakref import WeakSet
 
 import pytest
 
@@ -38,4 +37,4 @@ def tiny(tiny_folder: Path) -> Iterator[LLM]:
 @pytest.fixture
 def whole_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no other LLM of the process be sure of any memory."""
-    monkeypatch.setattr(ledger, "_shares", WeakSet())
+    monkeypatch.setattr(ledger, "_shares", [])

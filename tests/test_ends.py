@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import httpx
 import pytest
 
 from qwen3_mlx import backend
 from qwen3_mlx.evaluate.speed import PEER, Case, Setup, Terms
 from tests.support import TINY, write_tiny
+from tests.test_server import Process
 
 _PATIENCE = 60  # seconds; an end takes less than one
 _WIDE = TINY | {"hidden_size": 512, "num_hidden_layers": 2}  # for which OpenBLAS uses all cores
@@ -131,3 +133,19 @@ def test_two_hundred_ends(wide_folder: Path) -> None:
     for number in range(200):
         name = list(_ENDS)[number % len(_ENDS)]
         check_end(name, wide_folder, pause=random.Random(number).uniform(0, 0.3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_server_ends(signals: int, wide_folder: Path) -> None:
+    for number in range(10):
+        server = Process("--model", str(wide_folder), "--shutdown", "0.2")
+        body = {"prompt": "Hello " * 200, "max_tokens": 600, "temperature": 0, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=60) as answer:
+            if number % 2:
+                next(answer.iter_lines())
+            if signals == 2:
+                server.process.send_signal(signal.SIGINT)
+                time.sleep(random.Random(number).uniform(0, 0.3))
+            code, _, errors = server.end()
+        assert code == 0 and "Traceback" not in errors

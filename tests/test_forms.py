@@ -331,15 +331,20 @@ def test_penalties_count_what_is_forced(forced: str, tiny: LLM) -> None:
     leading, other, opening = (tiny.tokenizer.encode(text)[0] for text in ("Q", "x", "<think>"))
     bias = {leading: 65.0, other: 50.0, opening: 90.0 if forced == "thinking" else 0.0}
 
-    def chosen(**penalty: float) -> str:
+    def chosen(penalty: float) -> str:
         reply = tiny.chat(
-            "Say it.", temperature=0, logit_bias=bias, max_tokens=90, **penalty, **ways[forced]
+            "Say it.",
+            temperature=0,
+            frequency_penalty=penalty,
+            logit_bias=bias,
+            max_tokens=90,
+            **ways[forced],
         )
         letters = [call.arguments["letter"] for call in reply.tool_calls]
         return letters[0] if letters else reply.text[-1]
 
-    assert chosen() == "Q"
-    assert chosen(frequency_penalty=2) == "x"
+    assert chosen(0) == "Q"
+    assert chosen(2) == "x"
 
 
 def test_penalised_replies_are_the_same_alone_together_and_with_speculation(

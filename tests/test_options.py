@@ -161,12 +161,13 @@ def test_numpy_scalars_are_fields_of_sampling() -> None:
     assert found == SamplingParams(**FIELDS)
     assert type(found.top_k) is int and type(found.temperature) is float
     assert {type(token) for token in found.logit_bias or ()} == {int}
-    assert SamplingParams(temperature=np.float32(0.5), top_k=np.uint8(3)).top_k == 3
+    half: dict[str, Any] = {"temperature": np.float32(0.5), "top_k": np.uint8(3)}
+    assert SamplingParams(**half) == SamplingParams(temperature=0.5, top_k=3)
     for wrong in (np.True_, np.str_("hot"), np.array([1.0])):
         with pytest.raises(TypeError, match="temperature must be a number"):
             SamplingParams(temperature=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="top_p must be from 0 to 1, not nan"):
-        SamplingParams(top_p=np.float32("nan"))
+        SamplingParams(top_p=np.float64("nan"))
     with pytest.raises(TypeError, match=r"logit_bias maps token ids to numbers; \[5\] does not"):
         SamplingParams(logit_bias=[5])  # type: ignore[arg-type]
 
@@ -202,7 +203,8 @@ def test_numpy_scalars_are_arguments_of_load_and_convert(tiny_folder: Path, tmp_
     with load(tiny_folder, **numbers) as llm:
         assert llm.context == 256
         assert isinstance(list(llm.stream("Hello", max_tokens=2))[-1], Finish)
-    made = convert(tiny_folder, tmp_path / "made", bits=np.int64(8), group_size=np.int64(32))
+    form: dict[str, Any] = {"bits": np.int64(8), "group_size": np.int64(32)}
+    made = convert(tiny_folder, tmp_path / "made", **form)
     assert {form.bits for form in made.formats.values()} == {8}
     with pytest.raises(ValueError, match="context must be a number of tokens from 1 up, not True"):
         load(tiny_folder, context=np.True_)  # type: ignore[arg-type]

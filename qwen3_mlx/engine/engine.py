@@ -4,8 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Protocol
+from weakref import finalize
 
 from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.engine.ledger import release
 from qwen3_mlx.engine.logits import Logits
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, Outcome, Request, SamplingParams
 from qwen3_mlx.engine.speculative import Speculator
@@ -53,6 +55,7 @@ class Engine:
         self._steps = Steps(model, vocabulary, available, context, disk, speculator)
         self.budget, self.context = self._steps.budget, self._steps.context
         self.share = self._steps.share
+        finalize(self, release, self.share).atexit = False
         self._worker = worker
         self._inbox: SimpleQueue[Request] = SimpleQueue()
         self._lock = Lock()

@@ -6,7 +6,6 @@ What is left beyond that is divided equally, anew with each engine that comes or
 
 from collections.abc import Callable
 from threading import RLock
-from weakref import WeakSet
 
 
 class Share:
@@ -18,7 +17,7 @@ class Share:
         self.held = 0  # by its caches now
 
 
-_shares: WeakSet[Share] = WeakSet()  # an engine that is collected gives its share back
+_shares: list[Share] = []
 _lock = RLock()  # a collection may release one in the middle of what is done here
 
 
@@ -40,15 +39,14 @@ def claim(free: Callable[[], int], least_of: Callable[[int], int]) -> Share:
         others, beyond = list(_shares), max(0, unpromised - share.least)
         for one in (share, *others):
             one.available = max(one.least, one.held) + beyond // (len(others) + 1)
-        _shares.add(share)
+        _shares.append(share)
         return share
 
 
 def release(share: Share) -> None:
     """Divide a share among the other engines; it may be released twice."""
     with _lock:
-        freed, share.least, share.available, share.held = share.available, 0, 0, 0
-        _shares.discard(share)
-        others = list(_shares)
-        for other in others:
-            other.available += freed // len(others)
+        if share in _shares:
+            _shares.remove(share)
+            for other in _shares:
+                other.available += share.available // len(_shares)
