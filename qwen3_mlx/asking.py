@@ -1,10 +1,11 @@
 """What can be asked of a reply: the keywords of `stream`, `chat` and the like, checked."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
+from qwen3_mlx.arguments import plain, refuse_unknown
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.text.grammar import Form, Grammar, Grammars
 from qwen3_mlx.text.tools import Tool, describe, listed
@@ -12,7 +13,26 @@ from qwen3_mlx.text.tools import Tool, describe, listed
 Progress = Callable[[int, int], None]
 
 
-class Options(TypedDict, total=False):
+class TextOptions(TypedDict, total=False):
+    """The keywords that go with raw text, too; see `Options`."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    repetition_penalty: float | None
+    logit_bias: Mapping[int, float] | None
+    sampling: SamplingParams | None
+    seed: int | None
+    stop: str | Sequence[str] | None
+    logprobs: int | None
+    loop_guard: bool
+
+
+class Options(TextOptions, total=False):
     """The keywords of every way to ask for a reply; all may be left out.
 
     With `continue_last` the reply continues the last message, which is the assistant's: its answer,
@@ -26,7 +46,10 @@ class Options(TypedDict, total=False):
     The answer is held to a JSON `schema` (or a pydantic model), a `regex`, one of the texts of
     `choice`, or a `grammar` in Lark's syntax. `max_tokens` bounds thinking and answer together;
     None is what the context has room for.
-    `sampling` beats the defaults of the mode. The same `seed` gives the same reply. `stop` ends the
+    `temperature`, `top_p`, `top_k`, `min_p`, `presence_penalty`, `frequency_penalty`,
+    `repetition_penalty` and `logit_bias` are the fields of `SamplingParams`, which explains them;
+    `sampling` states several at once. What is stated beats the defaults of the mode, and stating
+    one twice, differently, is refused. The same `seed` gives the same reply. `stop` ends the
     answer (not the thinking) before the first of these strings. `progress(done, total)` is told the
     prompt tokens read, or for a batch the replies that have ended, from another thread. With `idle`
     the time after the reply is used to read what a next turn will begin with: templates leave out
@@ -38,7 +61,6 @@ class Options(TypedDict, total=False):
     thinking: bool | None
     thinking_budget: int | None
     thinking_budget_message: str | None
-    loop_guard: bool
     tools: Sequence[Tool] | None
     tool_choice: str
     parallel_tool_calls: bool
@@ -46,11 +68,6 @@ class Options(TypedDict, total=False):
     regex: str | None
     choice: Sequence[str] | None
     grammar: str | None
-    max_tokens: int | None
-    sampling: SamplingParams | None
-    seed: int | None
-    stop: str | Sequence[str] | None
-    logprobs: int | None
     progress: Progress | None
     idle: bool
 
@@ -82,6 +99,18 @@ class Asked:
     logprobs: int | None = None
     progress: Progress | None = None
     idle: bool = False
+
+    @classmethod
+    def of(cls, options: Options, *others: str) -> "Asked":
+        """Check options as they are given; the method that takes them has the keywords `others`.
+
+        Raises:
+            TypeError, ValueError: one does not exist, is not what it must be, or is stated twice.
+        """
+        refuse_unknown(options, [*Options.__annotations__, *others])
+        asked: dict[str, Any] = {name: plain(value) for name, value in spread(options).items()}
+        sampling = SamplingParams(**{name: asked.pop(name, None) for name in _SAMPLING})
+        return cls(**asked, sampling=sampling)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -149,9 +178,38 @@ class Asked:
     @property
     def stop_strings(self) -> tuple[str, ...]:
         """The stop strings, none or more."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        stop = self.stop
+        return (stop,) if isinstance(stop, str) else () if stop is None else tuple(stop)
 
 
+def spread(options: Options) -> Options:
+    """Return the options with each field that `sampling` states as an option of its own.
+
+    `sampling=None` says that all of them are the defaults.
+
+    Raises:
+        TypeError: `sampling` is no SamplingParams.
+        ValueError: it states a field differently from the option of that name.
+    """
+    stated: dict[str, Any] = dict(options)
+    if "sampling" not in stated:
+        return options
+    sampling = stated.pop("sampling")
+    if sampling is None:
+        return cast(Options, {**dict.fromkeys(_SAMPLING), **stated})
+    if not isinstance(sampling, SamplingParams):
+        raise TypeError(f"sampling must be SamplingParams, not {sampling!r}")
+    for name in _SAMPLING:
+        if (value := getattr(sampling, name)) is not None:
+            if stated.get(name) not in (None, value):
+                raise ValueError(
+                    f"{name} is {stated[name]!r} and, in sampling, {value!r}; state it once"
+                )
+            stated[name] = value
+    return cast(Options, stated)
+
+
+_SAMPLING = [entry.name for entry in fields(SamplingParams)]
 _MOST_LOGPROBS = 20
 _FORMS = ("schema", "regex", "choice", "grammar")
 _KINDS: dict[str, tuple[type, str]] = {
@@ -164,7 +222,6 @@ _KINDS: dict[str, tuple[type, str]] = {
     "parallel_tool_calls": (bool, "True or False"),
     "logprobs": (Integral, "a whole number"),
     "max_tokens": (Integral, "a whole number"),
-    "sampling": (SamplingParams, "SamplingParams"),
     "seed": (Integral, "a whole number"),
     "idle": (bool, "True or False"),
     "continue_last": (bool, "True or False"),

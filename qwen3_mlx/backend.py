@@ -1,9 +1,11 @@
 """The machine: device, dtype, BLAS and memory limits. The one place that asks where we run.
 
 Importing this module loads a fast BLAS on Linux, because MLX binds its BLAS symbols when
-`mlx.core` is first imported; nothing else in the package runs at import.
+`mlx.core` is first imported, and has the end of the process wait for what MLX still computes;
+nothing else in the package runs at import.
 """
 
+import atexit
 import ctypes
 import math
 import os
@@ -15,6 +17,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from threading import RLock
 
 # Plain `cblas_*` exports are what MLX's CPU build links to. numpy's and scipy's private OpenBLAS
 # rename theirs and do not serve. The order is by measured speed on x86-64.
@@ -65,6 +68,18 @@ def on_gpu() -> bool:
 def on_metal() -> bool:
     """Say whether that GPU is a Mac's, which shares the memory of all programs."""
     return on_gpu() and mx.metal.is_available()
+
+
+@atexit.register
+def wait_for_work(*streams: "mx.Stream | mx.ThreadLocalStream") -> None:
+    """Wait for what this thread has in flight on `streams`; without any, on its default stream.
+
+    OpenBLAS joins its threads when the process ends. One that is in the middle of a product then
+    never returns, and the process hangs.
+    """
+    if not on_gpu():
+        for stream in streams or (None,):
+            mx.synchronize(stream)
 
 
 def compute_dtype(name: str | None = None) -> mx.Dtype:
@@ -237,21 +252,27 @@ def limit_cache() -> None:
         mx.set_cache_limit(min(_CACHE_LIMIT, total_memory() // 8))
 
 
-def wire_weights() -> None:
-    """Keep what is resident now, the weights, from being paged out.
+_wired = 0  # bytes: the weights of all models that are loaded
+_wiring = RLock()  # a collection may unwire a model in the middle of this
 
-    Called once, after the weights are evaluated and before any KV cache exists: wiring more than
-    the model needs has been tied to panics of the whole machine (ml-explore/mlx#3186).
+
+def wire(weights: int) -> None:
+    """Keep `weights` bytes more, a model's weights, from being paged out.
+
+    Called once a model, after its weights are evaluated: wiring more than the models need has been
+    tied to panics of the whole machine (ml-explore/mlx#3186).
     """
+    global _wired
     mx.clear_cache()
-    if on_gpu():
-        mx.set_wired_limit(min(mx.get_active_memory(), working_set()))
+    with _wiring:
+        _wired += weights
+        if on_gpu():
+            mx.set_wired_limit(min(_wired, working_set()))
 
 
-def unwire() -> None:
-    """Let go of what `wire_weights` wired."""
-    if on_gpu():
-        mx.set_wired_limit(0)
+def unwire(weights: int) -> None:
+    """Let go of what `wire` wired for one model, and of nothing else."""
+    wire(-weights)
 
 
 def peak_memory() -> int:

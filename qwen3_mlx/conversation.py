@@ -7,7 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Unpack
 
-from qwen3_mlx.asking import Options
+from qwen3_mlx.asking import Options, spread
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.streams import Collected, Reply, Stream, collect
 from qwen3_mlx.text.events import ToolCall
@@ -26,8 +26,8 @@ class Conversation:
     """Messages back and forth, made by `LLM.conversation`.
 
     `messages` are plain data and may be changed between replies. Options given here hold for every
-    reply, unless a reply is asked for with others. A reply that is cancelled stays as far as it
-    came; one that fails leaves nothing.
+    reply, unless a reply is asked for with others; the fields of `sampling` count one by one. A
+    reply that is cancelled stays as far as it came; one that fails leaves nothing.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Conversation:
                 self.messages.append(said.message())
 
         try:
-            return self._start_within(heard, {**self.options, **options})
+            return self._start_within(heard, {**spread(self.options), **spread(options)})
         except BaseException:
             self.messages, self._replying = before, False
             raise

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwen3_mlx import __version__, backend
+from qwen3_mlx.arguments import plain
 from qwen3_mlx.checkpoint import convert as streaming
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
@@ -100,6 +101,9 @@ def convert(  # noqa: PLR0913 - one keyword an option
         Qwen3Error: the result cannot be written.
     """
     started = time.perf_counter()
+    bits, group_size, target_bpw, dequantize = map(
+        plain, (bits, group_size, target_bpw, dequantize)
+    )
     _check_arguments(recipe, target_bpw, calibration, quantizing=not dequantize)
     if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, "affine"):
         raise ValueError("bits, group_size and mode go with neither recipe 'auto' nor dequantize")

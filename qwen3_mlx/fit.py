@@ -10,6 +10,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS, PLAIN, CacheFormat
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.checkpoint.quantization import Format
+from qwen3_mlx.engine.ledger import owed
 from qwen3_mlx.engine.memory import (
     FormatOf,
     Plan,
@@ -76,7 +77,7 @@ def refuse_what_cannot_fit(
         Qwen3Error: it is more; the message shows the sum, and what would fit.
     """
     tokens = context or _CONVERSATION
-    available = backend.available_memory() - beside
+    available = backend.available_memory() - owed() - beside
     plan = plan_load(network, stored, options, tokens, cache)
     if plan.total <= available:
         _warn_of_other_programs(name, plan.total + beside)
@@ -89,6 +90,10 @@ def refuse_what_cannot_fit(
     ]
     if plan.total <= available + beside:
         ways.append("so it would without a draft model")
+    if owed() and plan.total <= available + owed():
+        ways.append(
+            "closing another LLM of this process, or loading it with less context, would do"
+        )
     stated = backend.stated_memory() is not None
     if plan.total <= backend.memory_limit() - beside:
         alone = stated or backend.on_gpu()  # what other programs hold does not count

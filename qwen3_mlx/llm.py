@@ -3,7 +3,9 @@
 import asyncio
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from queue import SimpleQueue
@@ -13,11 +15,12 @@ from typing import Any, Self, TypeVar, Unpack
 import mlx.core as mx
 
 from qwen3_mlx import backend
-from qwen3_mlx.asking import Asked, Options
+from qwen3_mlx.arguments import plain, refuse_unknown, token_ids
+from qwen3_mlx.asking import Asked, Options, TextOptions
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.conversation import Conversation, read_messages
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.ledger import Share, release
 from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
@@ -39,6 +42,7 @@ from qwen3_mlx.text.prompt import Prompt
 from qwen3_mlx.text.tools import Tool, answer, functions_of
 
 T = TypeVar("T")
+_OF_CONVERSATION = ("system", "messages", "file", "drop_oldest")
 _LEAST_SHARE = 8  # of the context, one part in so many is a reply's, where turns are dropped
 
 
@@ -57,6 +61,7 @@ class LLM:
         context: int | None = None,
         disk: DiskPrefixes | None = None,
         speculator: Speculator | None = None,
+        wired: int = 0,
     ) -> None:
         self.config = model.config
         self.tokenizer = words.tokenizer
@@ -74,7 +79,8 @@ class LLM:
         )
         self.context = engine.context
         self._replies: Replies | None = Replies(words, engine)
-        self._shut = weakref.finalize(self, _shut_down, worker)
+        self._shut = weakref.finalize(self, _shut_down, worker, engine.share, wired)
+        self._shut.atexit = False  # at the end of the process the worker sees to itself
 
     @property
     def model(self) -> Qwen3:
@@ -88,7 +94,7 @@ class LLM:
             TypeError, ValueError: an argument is not what it must be.
             Qwen3Error: the checkpoint cannot do as asked; a ContextError: the prompt does not fit.
         """
-        return self._stream(self._open().chat(messages, Asked(**options)))
+        return self._stream(self._open().chat(messages, Asked.of(options)))
 
     def conversation(
         self,
@@ -114,11 +120,11 @@ class LLM:
             heard: Callable[[Collected], None],
             details: dict[str, str],
         ) -> Stream:
-            task = self._open().chat(messages, Asked(**options))
+            task = self._open().chat(messages, Asked.of(options))
             least = self._open().engine.context // _LEAST_SHARE if drop_oldest else 1
             return self._stream(replace(task, details=details, least_room=least), heard)
 
-        Asked(**options)  # what is wrong is told now
+        Asked.of(options, *_OF_CONVERSATION)  # what is wrong is told now
         kept: Options = {"idle": True, **options}
         return Conversation(start, messages=history, options=kept, drop_oldest=drop_oldest)
 
@@ -138,11 +144,12 @@ class LLM:
 
     def prepare(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Task:
         """Lay out a reply, for `begin`: what `stream` would refuse is refused."""
-        return self._open().chat(messages, Asked(**options))
+        return self._open().chat(messages, Asked.of(options))
 
     def prepare_text(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Task:
         """Lay out the continuation of raw text, or of token ids, for `begin`."""
-        return Task(prompt, None, False, Asked(**options))
+        words = prompt if isinstance(prompt, str) else token_ids(prompt)
+        return Task(words, None, False, Asked.of(options))
 
     def begin(
         self, task: Task, deliver: Callable[[Event | BaseException], None], cancelled: Flag
@@ -180,7 +187,7 @@ class LLM:
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list; chat() takes a single one")
         progress = options.pop("progress", None)
-        asked = Asked(**options)
+        asked = Asked.of(options)
         tasks = [self._open().chat(prompt, asked) for prompt in prompts]
         streams: list[Stream] = []
         ended = count(1)
@@ -211,6 +218,7 @@ class LLM:
         Raises:
             Qwen3Error: the model still calls tools after `max_steps` replies.
         """
+        Asked.of(options, "max_steps")
         functions = functions_of(options.get("tools"))
         history, said = normalise(messages), list[dict[str, Any]]()
         for _ in range(max_steps):
@@ -225,44 +233,42 @@ class LLM:
             said += [answer(call, functions) for call in reply.tool_calls]
         raise Qwen3Error(f"the model still calls tools after {max_steps} replies (max_steps)")
 
-    def complete(
-        self,
-        prompt: str,
-        *,
-        max_tokens: int | None = None,
-        sampling: SamplingParams | None = None,
-        seed: int | None = None,
-        stop: str | Sequence[str] | None = None,
-        logprobs: int | None = None,
-        loop_guard: bool = False,
-    ) -> Reply:
-        """Continue raw text, without a chat template; tags of thinking are text like any other."""
+    def complete(self, prompt: str, **options: Unpack[TextOptions]) -> Reply:
+        """Continue raw text, without a chat template; tags of thinking are text like any other.
+
+        The loop guard is off, unless it is asked for.
+        """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be a string, not {type(prompt).__name__}")
-        task = self.prepare_text(
-            prompt,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            seed=seed,
-            stop=stop,
-            logprobs=logprobs,
-            loop_guard=loop_guard,
-        )
-        return collect(self._stream(task))
+        refuse_unknown(options, TextOptions.__annotations__)
+        stated: TextOptions = {"loop_guard": False, **options}
+        return collect(self._stream(self.prepare_text(prompt, **stated)))
 
     def logits(self, ids: Sequence[int]) -> mx.array:
         """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
 
+        They are the network's own: with `kv_bits`, too, they are computed through a plain cache. It
+        is done a chunk at a time between the steps of what runs.
+
         Raises:
-            ValueError: there is no id, or one is not in the vocabulary.
+            TypeError, ValueError: there is no id, or one is no whole number or not in the
+                vocabulary.
+            Qwen3Error: the memory that is free does not suffice; the message shows the sum. A
+                ContextError: there are more ids than the context has.
         """
         rows = self.config.vocab_size
-        if not ids or any(not 0 <= token < rows for token in ids):
+        tokens = token_ids(ids.tolist() if isinstance(ids, mx.array) else ids)
+        if not tokens or any(not 0 <= token < rows for token in tokens):
             raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
-        tokens = list(ids)
-        return self.compute(
-            lambda model: model(mx.array(tokens, dtype=mx.int32)[None])[0].astype(mx.float32)
-        )
+        engine, call = self._open().engine, self._worker.call
+        logits = call(partial(engine.logits, tokens))
+        try:
+            while call(partial(engine.read_on, logits)):
+                pass
+        finally:
+            with suppress(Qwen3Error):  # closed meanwhile
+                self._worker.post(partial(engine.take_back, logits))
+        return logits.values
 
     def compute(self, job: Callable[[Qwen3], T]) -> T:
         """Run `job` with the network, on the thread that owns it, and give its result, evaluated.
@@ -298,7 +304,9 @@ class LLM:
             Qwen3Error: there is no template, it refuses, or `thinking` cannot be had.
         """
         replies = self._open()
-        return replies.render(messages, thinking, tools, add_generation_prompt, continue_last)
+        return replies.render(
+            messages, plain(thinking), tools, add_generation_prompt, plain(continue_last)
+        )
 
     def forget(self) -> None:
         """Free the memory of earlier prompts, which is kept for what may go on from them."""
@@ -328,6 +336,7 @@ class LLM:
         return Stream(events, cancelled, self, started)
 
 
-def _shut_down(worker: Worker) -> None:
+def _shut_down(worker: Worker, share: Share, wired: int) -> None:
     worker.stop()
-    backend.unwire()
+    release(share)
+    backend.unwire(wired)

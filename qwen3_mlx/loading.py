@@ -9,6 +9,7 @@ from threading import Event as Flag
 from typing import Any
 
 from qwen3_mlx import backend
+from qwen3_mlx.arguments import plain
 from qwen3_mlx.asking import Progress
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import CacheFormat, cache_format
@@ -90,6 +91,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
         CheckpointError: the checkpoint cannot be found, read or honoured.
         Qwen3Error: it does not fit; the message shows the sum, and what would.
     """
+    bits, group_size, context, kv_bits = map(plain, (bits, group_size, context, kv_bits))
+    dequantize, prompt_cache_gb = plain(dequantize), plain(prompt_cache_gb)
     wanted = Format(4 if bits is None else bits, group_size)  # a wrong group size is never silent
     _check(context, dequantize, prompt_cache_gb)
     options = LoadOptions(
@@ -116,11 +119,15 @@ def load(  # noqa: PLR0913 - one keyword a choice
     target.refuse_if_too_large(context, beside)  # its weights may have a head of their own
     small = small.fetched() if small else None
 
+    wired = 0
+
     def read_weights() -> tuple[Qwen3, Speculator | None]:
+        nonlocal wired
         backend.limit_cache()
         backend.suit_threads(target.network.hidden_size)
         models = [found.read(follow) for found in (target, small) if found]
-        backend.wire_weights()
+        wired = sum(array.nbytes for model in models for array in model.tensors().values())
+        backend.wire(wired)
         if backend.on_gpu():  # which builds its kernels at their first use
             for model in models:
                 warm_up(model)
@@ -133,10 +140,11 @@ def load(  # noqa: PLR0913 - one keyword a choice
     try:
         model, speculator = worker.call(read_weights)
         words = _words_of(target.folder, target.config, tokenizer)
-        return LLM(model, words, worker, context, disk, speculator)
+        return LLM(model, words, worker, context, disk, speculator, wired)
     except BaseException:
         abandoned.set()
         worker.stop()
+        backend.unwire(wired)
         raise
 
 

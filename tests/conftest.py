@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qwen3_mlx import LLM, load
+from qwen3_mlx.engine import ledger
 from tests.support import write_tiny
 
 
@@ -32,3 +33,9 @@ def tiny(tiny_folder: Path) -> Iterator[LLM]:
     """That checkpoint, loaded."""
     with load(tiny_folder) as llm:
         yield llm
+
+
+@pytest.fixture
+def whole_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have no other LLM of the process be sure of any memory."""
+    monkeypatch.setattr(ledger, "_shares", [])

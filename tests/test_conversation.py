@@ -214,7 +214,7 @@ def test_yarn_is_switched_on_for_those_it_is_published_for() -> None:
 
 
 def test_a_context_that_memory_cannot_hold_is_refused(
-    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, whole_memory: None
 ) -> None:
     monkeypatch.setattr("qwen3_mlx.backend.available_memory", lambda: 530_000_000)
     load(tiny_folder, context=64).close()

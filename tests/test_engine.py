@@ -668,6 +668,56 @@ def test_a_seed_chooses_the_same_with_a_constraint_alone_and_among_others() -> N
         assert one.tokens == other.tokens
 
 
+def check_counts(engine: Engine) -> int:
+    """Compare what the penalties count with the tokens of the replies that run."""
+    checked = 0
+    for sequence in engine._steps.scheduler.running:
+        ids = sequence.ids[len(sequence.request.ids) :]
+        flight = engine._steps._flight
+        if sequence.ahead:  # what the step in work chooses is counted, too
+            assert flight and flight.tokens is not None
+            rows = [row for row, other in enumerate(flight.choosing) if other is sequence]
+            ids = ids + [int(flight.tokens[row].item()) for row in rows]  # type: ignore[arg-type]
+        expected = np.bincount(ids, minlength=1088) if ids else np.zeros(1088)
+        assert np.array(sequence.sampler._counts).tolist() == expected.tolist()
+        assert sequence.sampler._place == len(ids)
+        checked += len(ids)
+    return checked
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_penalties_count_the_tokens_of_the_reply_whatever_became_of_others(way: str) -> None:
+    sampling = SamplingParams(temperature=0.7, frequency_penalty=0.3, presence_penalty=0.1)
+    engine, checked = engine_of(MODELS["dense"], way), 0
+    for number, prompt in enumerate(PROMPTS):
+        constraint = Whims() if number % 3 else Script([8, 10])
+        client = Client(
+            prompt, MOST, sampling=sampling.over(NEUTRAL), seed=number, constraint=constraint
+        )
+        engine.submit(client.request)
+    while engine.step():
+        checked += check_counts(engine)
+    assert checked > 1000
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_penalised_replies_with_whims_are_the_same_alone_together_and_speculated(way: str) -> None:
+    sampling = SamplingParams(temperature=0.7, frequency_penalty=0.3, repetition_penalty=1.1)
+
+    def clients() -> list[Client]:
+        return [
+            Client(prompt, MOST, sampling=sampling.over(NEUTRAL), seed=3, constraint=Whims())
+            for prompt in PROMPTS
+        ]
+
+    plain, together = clients(), clients()
+    for client in plain:
+        run(engine_of(MODELS["dense"]), client)
+    run(engine_of(MODELS["dense"], way), *together)
+    for one, other in zip(plain, together, strict=True):
+        assert one.tokens == other.tokens
+
+
 def test_ids_are_masked_or_taken_back_at_the_end_too() -> None:
     """An end token that is taken back is no end."""
 

@@ -11,7 +11,7 @@ import jsonschema  # type: ignore[import-untyped]
 import pytest
 from pydantic import BaseModel, ConfigDict
 
-from qwen3_mlx import LLM, SamplingParams
+from qwen3_mlx import LLM, SamplingParams, load
 from qwen3_mlx.text.grammar import Grammars, allows
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
@@ -306,3 +306,63 @@ def test_masks_of_the_published_vocabulary_are_quick() -> None:
         assert allows(mask, token)
         grammar.advance(token)
     assert grammar.complete and sorted(times)[len(times) // 2] < 1e-3
+
+
+# --- penalties ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("forced", ["form", "thinking", "call"])
+def test_penalties_count_what_is_forced(forced: str, tiny: LLM) -> None:
+    """The letter that leads by far has been forced so often that the other one is chosen."""
+
+    def QQQQQQQQQQQQ(letter: Literal["Q", "x"]) -> str:
+        return letter
+
+    ways: dict[str, dict[str, Any]] = {
+        "form": {"regex": f"{'Q' * 12}(Q|x)", "thinking": False},
+        "thinking": {
+            "thinking": True,
+            "thinking_budget": 0,
+            "thinking_budget_message": "Q" * 12,
+            "regex": "(Q|x)",
+        },
+        "call": {"tools": [QQQQQQQQQQQQ], "tool_choice": "required", "thinking": False},
+    }
+    leading, other, opening = (tiny.tokenizer.encode(text)[0] for text in ("Q", "x", "<think>"))
+    bias = {leading: 65.0, other: 50.0, opening: 90.0 if forced == "thinking" else 0.0}
+
+    def chosen(penalty: float) -> str:
+        reply = tiny.chat(
+            "Say it.",
+            temperature=0,
+            frequency_penalty=penalty,
+            logit_bias=bias,
+            max_tokens=90,
+            **ways[forced],
+        )
+        letters = [call.arguments["letter"] for call in reply.tool_calls]
+        return letters[0] if letters else reply.text[-1]
+
+    assert chosen(0) == "Q"
+    assert chosen(2) == "x"
+
+
+def test_penalised_replies_are_the_same_alone_together_and_with_speculation(
+    tiny: LLM, tiny_folder: Path
+) -> None:
+    options: dict[str, Any] = {
+        "schema": SCHEMAS[0],
+        "thinking_budget": 6,
+        "max_tokens": 120,
+        "seed": 8,
+        "temperature": 0.8,
+        "frequency_penalty": 0.4,
+        "presence_penalty": 0.2,
+        "repetition_penalty": 1.1,
+    }
+    prompts = ["Hello", "a b c a b c a b c", "1 2 3 4"]
+    alone = [tiny.chat(prompt, **options) for prompt in prompts]
+    with load(tiny_folder, draft="ngram") as drafting:
+        for replies in (tiny.batch(prompts, **options), drafting.batch(prompts, **options)):
+            for reply, expected in zip(replies, alone, strict=True):
+                assert (reply.reasoning, reply.text) == (expected.reasoning, expected.text)

@@ -314,7 +314,9 @@ def test_a_second_turn_reads_what_is_new(tiny: LLM) -> None:
     assert (cold.text, cold.usage.cached_tokens) == (warm.text, 0)
 
 
-def test_memory_bounds_the_context(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_bounds_the_context(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, whole_memory: None
+) -> None:
     monkeypatch.setattr("qwen3_mlx.loading.refuse_what_cannot_fit", lambda *_: None)
     monkeypatch.setattr("qwen3_mlx.backend.available_memory", lambda: 504_000_000)
     with load(tiny_folder) as llm:

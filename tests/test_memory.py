@@ -36,6 +36,8 @@ from qwen3_mlx.model.published import SIZES, published, published_config, yarn_l
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import DEMO, MOE, TINY, make_model, prefill, write_tiny
 
+pytestmark = pytest.mark.usefixtures("whole_memory")
+
 FORMATS = [
     None,
     *(Format(bits, 64) for bits in (2, 3, 4, 5, 6, 8)),

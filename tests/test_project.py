@@ -17,6 +17,7 @@ _ROOT = Path(__file__).parent.parent
 _PACKAGE = _ROOT / "qwen3_mlx"
 # A room may import those below it, and nothing beside it. `qwen3_mlx` is the public face.
 _RANKS = {
+    "arguments": 0,
     "errors": 0,
     "backend": 1,
     "files": 1,

@@ -280,3 +280,14 @@ def test_what_a_checkpoint_states_is_how_it_draws(
     said = [record.getMessage() for record in caplog.records]
     for warning, expected in zip(said, warnings, strict=True):
         assert warning.startswith(f"generation_config.json: {expected}")
+
+
+def test_forced_tokens_are_counted_and_take_their_places() -> None:
+    params = SamplingParams(temperature=2.0, frequency_penalty=1.0).over(NEUTRAL)
+    chosen, mixed = (Sampler(params, seed=3, vocabulary=5000, prompt=[0]) for _ in range(2))
+    reply = [draw_one(chosen, LOGITS) for _ in range(6)]
+    assert [draw_one(mixed, LOGITS) for _ in range(2)] == reply[:2]
+    mixed.force(mx.array([7, 7, 7]))
+    mixed.rewind(mx.array([7, 7, 7]))
+    mixed.force(mx.array(reply[2:5]))
+    assert draw_one(mixed, LOGITS) == reply[5]

@@ -385,4 +385,4 @@ def test_a_draft_model_is_loaded_beside_and_its_memory_counted() -> None:
     with qwen3_mlx.load(draft=DEMO) as llm, qwen3_mlx.load() as plain:
         assert llm.chat("What is 5 + 6?", seed=1).text == plain.chat("What is 5 + 6?", seed=1).text
         budgets = [one._open().engine.budget for one in (llm, plain)]
-        assert budgets[0]._token == 2 * budgets[1]._token
+        assert budgets[0].bytes_of(1) == 2 * budgets[1].bytes_of(1)

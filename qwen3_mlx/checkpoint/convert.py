@@ -112,8 +112,9 @@ def run(job: Job, progress: Progress) -> Written:
     shards = _shards(tensors)
     partial = partial_folder(job.output)
     _go_on_or_begin(job, partial, [tensor.name for tensor in tensors])
+    streams = _streams()
     try:
-        _write_shards(job, partial, shards, progress)
+        _write_shards(job, partial, shards, streams, progress)
         _write_rest(job, partial, shards, written)
         _take_name(partial, job.output.resolve())
     except OSError as error:
@@ -122,6 +123,7 @@ def run(job: Job, progress: Progress) -> Written:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
+        backend.wait_for_work(*streams)  # an error or Ctrl-C leaves blocks in work
         if not any(partial.glob("*.safetensors")):  # nothing that would be worth going on from
             shutil.rmtree(partial, ignore_errors=True)
     return written
@@ -237,7 +239,11 @@ def _go_on_or_begin(job: Job, partial: Path, names: Sequence[str]) -> None:
 
 
 def _write_shards(
-    job: Job, partial: Path, shards: Mapping[str, list[_Tensor]], progress: Progress
+    job: Job,
+    partial: Path,
+    shards: Mapping[str, list[_Tensor]],
+    streams: Sequence[mx.Stream],
+    progress: Progress,
 ) -> None:
     sizes = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in shards.items()}
     missing = [file for file in shards if not (partial / file).is_file()]
@@ -249,7 +255,6 @@ def _write_shards(
             f"{free / 1e9:.2f} GB free"
         )
     progress(done, total)
-    streams = _streams()
     for file in missing:
         with written_whole(partial / file) as stream:
             tensors = shards[file]

@@ -4,8 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from threading import Lock
 from typing import Protocol
+from weakref import finalize
 
 from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.engine.ledger import release
+from qwen3_mlx.engine.logits import Logits
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, Outcome, Request, SamplingParams
 from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.engine.steps import Steps
@@ -25,7 +28,8 @@ class Thread(Protocol):
 class Engine:
     """Takes requests from any thread; all else happens on the thread that owns the network.
 
-    `budget` is what caches and activations may take, `context` the longest request.
+    `budget` is what caches and activations may take when it is made, `context` the longest request;
+    `share` is what they may take as other engines come and go.
     """
 
     def __init__(
@@ -50,6 +54,8 @@ class Engine:
         self.speculates = speculator is not None
         self._steps = Steps(model, vocabulary, available, context, disk, speculator)
         self.budget, self.context = self._steps.budget, self._steps.context
+        self.share = self._steps.share
+        finalize(self, release, self.share).atexit = False
         self._worker = worker
         self._inbox: SimpleQueue[Request] = SimpleQueue()
         self._lock = Lock()
@@ -132,6 +138,22 @@ class Engine:
     def forget(self) -> None:
         """Give up all kept prefixes."""
         self._steps.forget()
+
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """Begin to compute the logits of all ids; `read_on` goes on, `take_back` ends it.
+
+        Raises:
+            Qwen3Error: they do not fit; a ContextError: there are more ids than the context has.
+        """
+        return self._steps.logits(ids)
+
+    def read_on(self, logits: Logits) -> bool:
+        """Compute a chunk more, and say whether some are left."""
+        return self._steps.read_on(logits)
+
+    def take_back(self, logits: Logits) -> None:
+        """Use the memory that was set aside for `logits` for caches again."""
+        self._steps.take_back(logits)
 
     def _turn(self) -> None:
         """Do a step and stand in line again: other work of the thread comes in between."""

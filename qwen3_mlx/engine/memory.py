@@ -152,29 +152,36 @@ class Budget:
     def tokens(self) -> int:
         """The tokens that all caches together may have room for."""
         least = replace(self.work, chunk=LEAST_CHUNK, context=self.context)
-        return max(0, self.available - activation_bytes(self.config, least)) // self._token
+        return max(0, self.available - activation_bytes(self.config, least)) // self.bytes_of(1)
 
     def __str__(self) -> str:
         whole = replace(self.work, chunk=LEAST_CHUNK, context=self.context)
         cache, activations = cache_bytes(self.config, whole), activation_bytes(self.config, whole)
         return f"cache {in_gb(cache)} + activations {in_gb(activations)}"
 
+    def least(self, context: int) -> int:
+        """Give the bytes that one request of `context` tokens takes, read in the least chunks."""
+        work = replace(self.work, chunk=LEAST_CHUNK, context=context)
+        return min(
+            self.available, cache_bytes(self.config, work) + activation_bytes(self.config, work)
+        )
+
+    def bytes_of(self, tokens: int) -> int:
+        """Give the bytes of caches with room for so many tokens."""
+        return _cache_bytes(self.config, tokens, self.work)
+
     def chunk(self, position: int, held: int) -> int:
         """Give the tokens of a prompt to read at once behind `position` others.
 
         `held` tokens have room in caches. What activations would not fit is halved.
         """
-        free, chunk = self.available - held * self._token, self.work.chunk
+        free, chunk = self.available - self.bytes_of(held), self.work.chunk
         while chunk > LEAST_CHUNK:
             work = replace(self.work, chunk=chunk, context=position + chunk)
             if activation_bytes(self.config, work) <= free:
                 break
             chunk //= 2
         return chunk
-
-    @property
-    def _token(self) -> int:
-        return _cache_bytes(self.config, 1, self.work)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field, fields, replace
 from threading import Event
 from typing import TYPE_CHECKING, Any, Protocol
 
+from qwen3_mlx.arguments import plain
+
 if TYPE_CHECKING:  # numpy would cost the start a tenth of a second
     import numpy as np
     from numpy.typing import NDArray
@@ -24,7 +26,8 @@ class SamplingParams:
 
     `repetition_penalty` divides the logits of tokens in prompt and reply (multiplies them if
     negative); `presence_penalty` and `frequency_penalty` are subtracted from those of tokens in the
-    reply, once or once an occurrence. `logit_bias` maps token ids to what is added to their logits.
+    reply, once or once an occurrence. Tokens that a form, a call or a budget of thinking forces
+    count like chosen ones. `logit_bias` maps token ids to what is added to their logits.
 
     Raises:
         ValueError: a value is out of its range.
@@ -41,7 +44,8 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
+            object.__setattr__(self, name, value)
             if value is None:
                 continue
             whole = name == "top_k"
@@ -51,11 +55,8 @@ class SamplingParams:
                 raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value}")
         if self.top_p == 0:
             raise ValueError("top_p must be more than 0; temperature 0 takes the likeliest token")
-        for token, bias in (self.logit_bias or {}).items():
-            if type(token) is not int or not isinstance(bias, int | float):
-                raise TypeError(f"logit_bias maps token ids to numbers, not {token!r} to {bias!r}")
-            if not math.isfinite(bias):
-                raise ValueError(f"logit_bias of {token} must be finite, not {bias}")
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _checked(self.logit_bias))
 
     def over(self, defaults: "SamplingParams") -> "SamplingParams":
         """Fill what is None from `defaults`."""
@@ -65,6 +66,18 @@ class SamplingParams:
             if getattr(self, entry.name) is None
         }
         return replace(self, **missing)
+
+
+def _checked(logit_bias: Any) -> dict[int, float]:
+    if not isinstance(logit_bias, Mapping):
+        raise TypeError(f"logit_bias maps token ids to numbers; {logit_bias!r} does not")
+    biases = {plain(token): plain(bias) for token, bias in logit_bias.items()}
+    for token, bias in biases.items():
+        if type(token) is not int or not isinstance(bias, int | float):
+            raise TypeError(f"logit_bias maps token ids to numbers, not {token!r} to {bias!r}")
+        if not math.isfinite(bias):
+            raise ValueError(f"logit_bias of {token} must be finite, not {bias}")
+    return biases
 
 
 _RANGES = {

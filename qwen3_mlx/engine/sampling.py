@@ -23,6 +23,8 @@ _COLDEST = 1e-5  # below, dividing by the temperature would leave the range of f
 class Sampler:
     """What one sequence brings to the choice of its tokens: parameters, seed, and tokens seen.
 
+    All tokens of the reply count for the penalties, forced ones too, as in vLLM.
+
     The same seed, prompt and parameters choose the same tokens, alone or among others: the
     randomness of a token depends on the seed and its place in the reply alone.
     """
@@ -42,7 +44,7 @@ class Sampler:
         self.chain = Chain.of(params)
         self._params = params
         self._seed = seed
-        self._drawn = 0
+        self._place = 0  # in the reply, of the next token; where nothing is drawn it is not counted
         self._bias = _bias_vector(params.logit_bias or {}, vocabulary)
         self._counts: mx.array | None = None  # of each token in the reply, [V]
         self._in_prompt: mx.array | None = None
@@ -68,8 +70,8 @@ class Sampler:
 
     def next_key(self) -> tuple[int, int]:
         """Give the key of the next token's randomness."""
-        digest = blake2b(f"{self._seed}/{self._drawn}".encode(), digest_size=8).digest()
-        self._drawn += 1
+        digest = blake2b(f"{self._seed}/{self._place}".encode(), digest_size=8).digest()
+        self._place += 1
         return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
 
     def count(self, tokens: mx.array, by: int = 1) -> None:
@@ -77,9 +79,14 @@ class Sampler:
         if self._counts is not None:
             self._counts = self._counts.at[tokens].add(by)
 
+    def force(self, tokens: mx.array) -> None:
+        """Take note of tokens [n] that come next without being chosen."""
+        self._place += tokens.size
+        self.count(tokens)
+
     def rewind(self, tokens: mx.array) -> None:
-        """Forget the last tokens [n] that were chosen."""
-        self._drawn -= tokens.size
+        """Forget the last tokens [n], chosen or forced."""
+        self._place -= tokens.size
         self.count(tokens, -1)
 
 

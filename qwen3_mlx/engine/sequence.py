@@ -144,7 +144,7 @@ class Sequence:
         constraint, any_forced = self.request.constraint, False
         while constraint and not self.reason and (forced := constraint.forced()):
             self.forget_beyond(len(self.ids))  # a proposal may have been something else
-            self._accept(forced[: self.request.max_tokens - self.told])
+            self._accept(forced[: self.request.max_tokens - self.told], forced=True)
             any_forced = True
         return any_forced
 
@@ -160,12 +160,16 @@ class Sequence:
         changed = constraint.unwanted > 0
         return not (self.force() or changed or (constraint.masking and not masked))
 
-    def _accept(self, ids: list[int], chance: Chance | None = None) -> None:
+    def _accept(
+        self, ids: list[int], chance: Chance | None = None, *, forced: bool = False
+    ) -> None:
         """Add tokens to the reply, and see whether that ends it."""
         request, constraint = self.request, self.request.constraint
         end = next((place for place, token in enumerate(ids) if token in request.end_ids), None)
         ids = ids if end is None else ids[: end + 1]
         self.ids += ids
+        if forced:  # what is chosen was counted as it was chosen
+            self.sampler.force(mx.array(ids))
         if self.lookup:
             self.lookup.read_on()
         if constraint:

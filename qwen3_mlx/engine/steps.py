@@ -8,7 +8,7 @@ ahead of what it has told, and drops what turns out to be unwanted.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -21,14 +21,16 @@ from qwen3_mlx.cache.prefix import Prefix, PrefixStore
 from qwen3_mlx.cache.quantized import PLAIN
 from qwen3_mlx.cache.slotted import Together
 from qwen3_mlx.engine.chances import Chances
-from qwen3_mlx.engine.memory import Budget, Workload
+from qwen3_mlx.engine.ledger import Share, claim
+from qwen3_mlx.engine.logits import Logits, plan_logits
+from qwen3_mlx.engine.memory import RESERVE, Budget, Workload
 from qwen3_mlx.engine.params import Chance, Outcome, Request
 from qwen3_mlx.engine.runner import Part, chunk_sizes, forward
 from qwen3_mlx.engine.sampling import choose
 from qwen3_mlx.engine.scheduler import Scheduler, Step
 from qwen3_mlx.engine.sequence import Sequence as Running
 from qwen3_mlx.engine.speculative import Speculator
-from qwen3_mlx.errors import CheckpointError, Qwen3Error
+from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 
 if TYPE_CHECKING:
@@ -84,10 +86,18 @@ class Steps:
             fused=backend.on_gpu(),
             beside=speculator.token_bytes if speculator else 0,
         )
+
+        def least_of(free: int) -> int:
+            budget = Budget(model.config, work, free)
+            return budget.least(min(budget.context, context or budget.context))
+
         if available is None:
-            available = backend.available_memory()
-        self.budget = Budget.of(model.config, work, available)
+            self.share = claim(lambda: backend.available_memory() - RESERVE, least_of)
+        else:  # which is the caller's to give
+            self.share = Share(available - RESERVE)
+        self.budget = Budget(model.config, work, max(0, self.share.available))
         self.context = min(self.budget.context, context or self.budget.context)
+        self._set_aside = 0  # bytes
         self.scheduler: Scheduler[Running] = Scheduler(self.budget.tokens, self)
         self._prefixes = PrefixStore(self.budget.tokens // _KEPT_SHARE)
         self._disk = disk
@@ -110,6 +120,7 @@ class Steps:
 
     def step(self) -> bool:
         """Do the next step; False if there is nothing left to do."""
+        self._keep_to_share()
         self._dismiss()
         try:
             if self._flight and self._must_be_known(self._flight):
@@ -129,8 +140,50 @@ class Steps:
         self._prefixes.clear()
         mx.clear_cache()
 
+    def logits(self, ids: Sequence[int]) -> Logits:
+        """Begin to compute the logits of all ids, and set their memory aside.
+
+        Raises:
+            ContextError: there are more than the context has.
+            Qwen3Error: they take more memory than is free.
+        """
+        if len(ids) > self.context:
+            raise ContextError(
+                f"{len(ids):,} ids are more than the context window of {self.context:,}; "
+                "ask for the logits of fewer"
+            )
+        config = self.model.config
+        free = self.budget.available - self.budget.bytes_of(self.scheduler.held() - self.kept())
+        total, chunk = plan_logits(config, self.budget.work, len(ids), free)
+        self._set_aside += total
+        self._keep_to_share()
+        self.reclaim(self.scheduler.held() - self.scheduler.room)
+        return Logits(self.model, ids, total, chunk)
+
+    def read_on(self, logits: Logits) -> bool:
+        """Compute a chunk more, a short one beside requests, and say whether some are left."""
+        running, chunk = self.scheduler.running, logits.chunk
+        return logits.advance(self.scheduler.chunk(Step(running, []), chunk) if running else chunk)
+
+    def take_back(self, logits: Logits) -> None:
+        """Use the memory of logits for caches again."""
+        self._set_aside -= logits.nbytes
+
+    def _keep_to_share(self) -> None:
+        """Take note of what caches hold, and keep to what they may take now."""
+        self.share.held = self.budget.bytes_of(self.scheduler.held())
+        available = max(0, self.share.available - self._set_aside)
+        if available != self.budget.available:
+            self.budget = replace(self.budget, available=available)
+            self.scheduler.room = self.budget.tokens
+            self._prefixes.limit = self.budget.tokens // _KEPT_SHARE
+
     def cancel_all(self) -> None:
-        """End whatever runs or waits."""
+        """End whatever runs or waits, when the step in work is done."""
+        try:
+            mx.eval(self._flight.arrays if self._flight else [])
+        except RuntimeError as error:
+            _log.debug("the last step failed: %s", error)
         self._flight = None
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             self.scheduler.remove(sequence)

@@ -6,6 +6,7 @@ on; other threads hand in work and take evaluated results.
 
 import atexit
 import os
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -14,7 +15,10 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from qwen3_mlx import backend
 from qwen3_mlx.errors import Qwen3Error
+
+_INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended
 
 T = TypeVar("T")
 
@@ -29,6 +33,7 @@ class Worker:
         self._process = os.getpid()
         self._thread = Thread(target=self._work, name="qwen3-mlx", daemon=True)
         self._thread.start()
+        atexit.register(self._end)  # which runs even if no LLM has been made yet to be finalized
 
     def post(self, job: Callable[[], None]) -> None:
         """Have `job` done later; it must not raise.
@@ -66,13 +71,22 @@ class Worker:
             self._jobs.put(None)
         if os.getpid() != self._process:
             return
-        if self._thread is current_thread():  # in a callback, or collected there: it ends later
-            atexit.register(self._thread.join)
-        else:
+        if self._thread is not current_thread():  # else in a callback, or collected there
             self._thread.join()
+            atexit.unregister(self._end)
+
+    def _end(self) -> None:
+        """Stop before the process exits, however often it is interrupted."""
+        try:
+            self.stop()
+        except KeyboardInterrupt:  # an ordinary exit would hang in OpenBLAS while this one computes
+            for file in (sys.stdout, sys.stderr):
+                file.flush()
+            os._exit(_INTERRUPTED)
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
             del job  # or its result would live until the next one
+        backend.wait_for_work()
         mx.clear_streams()  # MLX's own clean-up at the end of a thread races with the exit

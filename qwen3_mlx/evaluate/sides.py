@@ -46,7 +46,12 @@ class Ours:
         model = self._model
         model.cache_format = cache_format(case.kv_bits, model.config.head_dim)
         speculator = Speculator(model.config) if case.copying else None
-        return Engine(model, vocabulary=self.vocabulary, speculator=speculator)
+        return Engine(
+            model,
+            vocabulary=self.vocabulary,
+            available=backend.available_memory(),  # nothing else runs: no share of it is needed
+            speculator=speculator,
+        )
 
     def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
         """Do as `Side` says."""
@@ -112,7 +117,7 @@ class MlxLm:
 
     def __init__(self, folder: str, terms: Terms | None) -> None:
         # Imported where they are used: nothing else in this package may need them.
-        from mlx_lm.generate import BatchGenerator, generate_step
+        from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.utils import dequantize_model, load_model
 
@@ -121,6 +126,7 @@ class MlxLm:
             generate_step,
             make_prompt_cache,
         )
+        self._stream = generation_stream
         self.model, _ = load_model(Path(folder))
         if terms:
             if not terms.quantized:
@@ -133,9 +139,14 @@ class MlxLm:
 
     def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
         """Do as `Side` says."""
-        if len(prompts) == 1:
-            yield from self._alone(prompts[0], most)
-            return
+        try:
+            yield from (
+                self._alone(prompts[0], most) if len(prompts) == 1 else self._batch(prompts, most)
+            )
+        finally:  # it is a step ahead, and the process may end with this one
+            backend.wait_for_work(self._stream)
+
+    def _batch(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
         batch = self._batches(self.model, stop_tokens=[])
         try:
             batch.insert(prompts, [most] * len(prompts))

@@ -1,0 +1,81 @@
+"""The logits that follow every token of a text, computed between the steps of an engine.
+
+The text goes through a cache of its own, a chunk at a time. That cache is plain, whatever those of
+the engine are, so the logits are the network's. N tokens, L of a chunk, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+
+from qwen3_mlx.cache.kv import KVCache
+from qwen3_mlx.cache.quantized import PLAIN
+from qwen3_mlx.engine.memory import (
+    LEAST_CHUNK,
+    Workload,
+    activation_bytes,
+    cache_bytes,
+    in_gb,
+)
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.qwen3 import Qwen3
+
+_BLOCK = 1 << 23  # logits computed at once: 32 MiB in float32
+_ITEMSIZE = 4  # of the result, float32
+
+
+def plan_logits(config: ModelConfig, work: Workload, tokens: int, free: int) -> tuple[int, int]:
+    """Return the bytes that the logits of so many tokens take, and the chunk to compute them by.
+
+    Raises:
+        Qwen3Error: they are more than are free; the message shows the sum.
+    """
+    block = min(tokens * config.vocab_size, max(config.vocab_size, _BLOCK)) * 2 * _ITEMSIZE
+    logits = tokens * config.vocab_size * _ITEMSIZE + block
+    work = replace(work, context=tokens, cache=PLAIN, beside=0)
+    while True:
+        cache, activations = cache_bytes(config, work), activation_bytes(config, work)
+        if (total := logits + cache + activations) <= free:
+            return total, work.chunk
+        if work.chunk <= LEAST_CHUNK:
+            raise Qwen3Error(
+                f"the logits of {tokens:,} tokens do not fit: logits {in_gb(logits)} + cache "
+                f"{in_gb(cache)} + activations {in_gb(activations)} = {in_gb(total)}, and "
+                f"{in_gb(free)} are free; ask for those of fewer ids at a time"
+            )
+        work = replace(work, chunk=max(LEAST_CHUNK, work.chunk // 2))
+
+
+class Logits:
+    """The logits [N, V], float32, of ids [N], as far as they are computed.
+
+    They take `nbytes` with all that they need, if they are computed by `chunk` ids at a time.
+    """
+
+    def __init__(self, model: Qwen3, ids: Sequence[int], nbytes: int, chunk: int) -> None:
+        """Begin with nothing computed, on the thread that owns `model`; see `plan_logits`."""
+        self.nbytes = nbytes
+        self.chunk = chunk
+        self._model = model
+        self._ids = ids
+        self._cache = [KVCache(len(ids) + 1) for _ in model.layers]  # a write never fills a buffer
+        self._done = 0
+        self.values = mx.zeros((len(ids), model.config.vocab_size))
+
+    def advance(self, chunk: int) -> bool:
+        """Compute those of the next `chunk` ids, and say whether some are left."""
+        ids = self._ids[self._done : self._done + chunk]
+        hidden = self._model.model(mx.array([ids], dtype=mx.int32), self._cache, None)[0]  # [L, D]
+        mx.eval(hidden, [layer.state for layer in self._cache])
+        rows = max(1, _BLOCK // self._model.config.vocab_size)
+        for start in range(0, len(ids), rows):
+            block = self._model.head(hidden[start : start + rows]).astype(mx.float32)
+            first = self._done + start
+            # Written in place: nothing else holds the array.
+            self.values[first : first + block.shape[0]] = block
+            mx.eval(self.values)
+        self._done += len(ids)
+        mx.clear_cache()
+        return self._done < len(self._ids)
