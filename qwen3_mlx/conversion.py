@@ -107,6 +107,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     folder = place.fetch(_DESCRIPTION)
     config = read_json(folder / "config.json")
     network = ModelConfig.from_dict(config)
+    backend.refuse_fork()
     folder = place.fetch([*_DESCRIPTION, *(weight_names(folder) or ["model.safetensors"])])
     job = streaming.Job(
         source=folder,

@@ -111,6 +111,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
         if progress:
             progress(done, total)
 
+    backend.refuse_fork()
     folder = target.fetch()
     small_folder = small.fetch() if small else None
 

@@ -135,7 +135,7 @@ class Replies:
         def tell(event: Event | BaseException) -> None:
             said.add(event)
             if heard and isinstance(event, Finish | BaseException):
-                heard(said)
+                event = _error_of(partial(heard, said)) or event
             deliver(event)
 
         ids = self._encode(task.prompt)
@@ -154,10 +154,11 @@ class Replies:
         steering = self._steering(task, room, form)
 
         def done(outcome: Outcome | BaseException) -> None:
+            if not isinstance(outcome, BaseException):
+                outcome = _error_of(parser.close) or outcome  # it tells what was held back
             if isinstance(outcome, BaseException):
                 tell(outcome)
                 return
-            parser.close()
             usage = Usage(
                 len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
             )
@@ -310,3 +311,12 @@ class Replies:
                 f"context window of {window:,}{why} has room for {room:,}"
             )
         return wish or room
+
+
+def _error_of(call: Callable[[], None]) -> BaseException | None:
+    """Call what may raise anything, and return that: the last event of a reply must follow."""
+    try:
+        call()
+    except BaseException as error:  # noqa: BLE001 - see above
+        return error
+    return None

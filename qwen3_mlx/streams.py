@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event as Flag
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from qwen3_mlx.text.events import (
     Event,
@@ -64,15 +64,22 @@ class Stream(Iterator[Event]):
         cancelled: Flag,
         owner: object,
         started: Started,
+        *,
+        check_wait: Callable[[], None],
     ) -> None:
-        """Read `events`; `owner` is kept alive until the last of them."""
+        """Read `events`; `owner` is kept alive until the last of them.
+
+        `check_wait` raises on the thread that the events come from.
+        """
         self._events = events
         self._cancelled = cancelled
         self._owner: object = owner
         self.prompt_tokens = started.prompt_tokens
         self._finish_thinking = started.finish_thinking
+        self._check_wait = check_wait
 
     def __next__(self) -> Event:
+        self._check_wait()
         event = self._events.get()
         if event is None:
             self._events.put(None)  # for whoever else reads this stream
@@ -81,7 +88,7 @@ class Stream(Iterator[Event]):
             self._events.put(None)
             self._owner = None
         if isinstance(event, BaseException):
-            raise event
+            _raise(event)
         return event
 
     def finish_thinking(self) -> None:
@@ -132,7 +139,7 @@ class AsyncStream(AsyncIterator[Event]):
             self._events.put_nowait(None)
             self._owner = None
         if isinstance(event, BaseException):
-            raise event
+            _raise(event)
         return event
 
     def finish_thinking(self) -> None:
@@ -151,6 +158,13 @@ class AsyncStream(AsyncIterator[Event]):
 
     def __del__(self) -> None:
         self._cancelled.set()
+
+
+def _raise(error: BaseException) -> NoReturn:
+    """Raise an error that ended a reply; one that would pass for the end of a loop is wrapped."""
+    if isinstance(error, StopIteration | StopAsyncIteration):
+        raise RuntimeError(f"a callback raised {type(error).__name__}") from error
+    raise error
 
 
 class Collected:
