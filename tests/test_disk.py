@@ -91,7 +91,7 @@ def test_what_is_another_models_or_broken_is_ignored(tmp_path: Path) -> None:
         (2).to_bytes(8, "little") + b"[]",
         (2).to_bytes(8, "little") + b"{}",
         whole[: 8 + header // 2],
-        whole.replace(b'"qwen3_mlx_prefix":"1"', b'"qwen3_mlx_prefix":"2"'),
+        whole.replace(b'"qwen3_mlx_prefix":"2"', b'"qwen3_mlx_prefix":"1"'),
     ):
         file.write_bytes(broken)
         assert found() == 0
