@@ -1,0 +1,36 @@
+"""Nothing waits for ever: whatever callbacks, the collector, forks or faults do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIMIT = 300  # seconds; each takes less than 20 on two idle cores
+
+
+def run_apart(module: str, *arguments: str | Path) -> None:
+    """Run a module in a process of its own, and show what it said if it fails or hangs."""
+    command = [sys.executable, "-X", "faulthandler", "-m", module, *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            pytest.fail(f"{module} {arguments} hangs: {process.communicate()[0][-2000:]}")
+    assert process.returncode == 0, said[-4000:]
+
+
+@pytest.mark.parametrize(
+    "case", ["progress", "deliver", "soon", "nested", "closing", "tools", "finalizer"]
+)
+def test_callbacks_may_do_anything(case: str) -> None:
+    run_apart("tests.hanging", case)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_is_refused(tmp_path: Path) -> None:
+    run_apart("tests.hanging", "fork", tmp_path)
