@@ -153,12 +153,8 @@ class Replies:
         form = None if asked.must_call else asked.form(words.grammars)
         steering = self._steering(task, room, form)
 
-        def done(outcome: Outcome | BaseException) -> None:
-            if not isinstance(outcome, BaseException):
-                outcome = _error_of(parser.close) or outcome  # it tells what was held back
-            if isinstance(outcome, BaseException):
-                tell(outcome)
-                return
+        def finish(outcome: Outcome) -> None:
+            parser.close()
             usage = Usage(
                 len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
             )
@@ -174,6 +170,17 @@ class Replies:
             tell(Finish(reason, usage, details))
             if asked.idle and reason in ("stop", "length"):
                 self._read_ahead(task, said.message(), len(ids))
+
+        def done(outcome: Outcome | BaseException) -> None:
+            error: BaseException | None
+            if isinstance(outcome, BaseException):
+                error = outcome
+            else:
+                error = _error_of(partial(finish, outcome))
+            if error and not said.ended:
+                tell(error)
+            elif error:
+                raise error
 
         def note(chance: Chance) -> None:
             parser.note(chance.token, chance.logprob, chance.top)

@@ -171,7 +171,7 @@ class Collected:
     """All that a reply said, as far as it came."""
 
     def __init__(self) -> None:
-        self.failed = False
+        self.ended = self.failed = False
         self.logprobs: list[TokenLogprob] = []
         self._text: list[str] = []
         self._reasoning: list[str] = []
@@ -187,7 +187,7 @@ class Collected:
         elif isinstance(event, ToolCall):
             self.tool_calls.append(event)
         else:
-            self.failed = isinstance(event, BaseException)
+            self.ended, self.failed = True, isinstance(event, BaseException)
 
     @property
     def text(self) -> str:

@@ -212,12 +212,18 @@ def callbacks(llm: LLM) -> list[Callable[[Callable[[], object]], object]]:
         if error := outcome.get():
             raise error
 
+    def without_result(do: Callable[[], object]) -> Callable[[int, int], None]:
+        def callback(done: int, total: int) -> None:
+            do()
+
+        return callback
+
     def by_compute(do: Callable[[], object]) -> None:
         llm.compute(lambda _: do() and None)
 
     return [
-        lambda do: llm.chat("Hello", max_tokens=4, progress=lambda *_: do()),
-        lambda do: llm.batch(["Hello", "Hi"], max_tokens=4, progress=lambda *_: do()),
+        lambda do: llm.chat("Hello", max_tokens=4, progress=without_result(do)),
+        lambda do: llm.batch(["Hello", "Hi"], max_tokens=4, progress=without_result(do)),
         by_soon,
         by_compute,
     ]
@@ -323,7 +329,7 @@ def fork() -> None:
         child = os.fork()
         if not child:
             for use in (load, lambda: convert(DEMO, f"{folder}/b", dequantize=True)):
-                assert "forked" in str(raised_by(use))  # type: ignore[arg-type]
+                assert "forked" in str(raised_by(use))
             os._exit(0)
         deadline = time.monotonic() + 20
         while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:

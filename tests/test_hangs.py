@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-LIMIT = 300  # seconds; each takes less than 20 on two idle cores
+LIMIT = 900  # seconds; most take less than 20 on two idle cores
 
 
 def run_apart(module: str, *arguments: str | Path) -> None:
@@ -34,3 +34,13 @@ def test_callbacks_may_do_anything(case: str) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_fork_is_refused(tmp_path: Path) -> None:
     run_apart("tests.hanging", "fork", tmp_path)
+
+
+def test_whatever_fails_in_a_step_ends_in_an_error(tmp_path: Path) -> None:
+    run_apart("tests.faults", "plain", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain", "ngram", "draft"])
+def test_whatever_fails_again_ends_in_an_error(way: str, tmp_path: Path) -> None:
+    run_apart("tests.faults", way, tmp_path, "all")

@@ -192,8 +192,7 @@ class Steps:
         choosing, parts, arrays = list[Running](), [], list[mx.array]()
         proposed: dict[int, int] = {}  # by row
         for sequence, length in zip(self._building, lengths, strict=True):
-            if sequence.lookup:
-                sequence.lookup.read_on()
+            self._look_up(sequence)
             last = sequence.ahead == 1 or length == sequence.unread
             proposal = proposals.get(sequence, [])
             wanted = last and sequence.request.max_tokens > 0
@@ -251,7 +250,16 @@ class Steps:
                 sequence.forget_beyond(len(sequence.ids) - 1)  # what a draft model saw of the rest
             except BaseException as error:  # noqa: BLE001 - this request's alone
                 self._end(sequence, error)
-        return {s: proposal for s, proposal in proposals.items() if proposal}, foreseen
+        kept = {s: proposal for s, proposal in proposals.items() if proposal and not s.ended}
+        return kept, {s: masks for s, masks in foreseen.items() if not s.ended}
+
+    def _look_up(self, sequence: Running) -> None:
+        """Find what may come next where that is looked for; no more after an error."""
+        lookup, sequence.lookup = sequence.lookup, None
+        if lookup:
+            with _optional("looking up what may come next"):
+                lookup.read_on()
+                sequence.lookup = lookup
 
     def _ids(
         self,
@@ -505,24 +513,24 @@ class Steps:
     def _keep(self, sequence: Running, tokens: int) -> None:
         if tokens:
             prompt = len(sequence.request.ids)
-            prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
             with _optional("keeping a prompt"):
+                prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
                 self._prefixes.put(prefix)
 
     def save(self, *, interrupted: Callable[[], bool]) -> bool:
         """Write the prompt of a kept prefix to disk; False if there is none left to be written."""
-        if not self._disk or not (prefix := self._prefixes.unsaved()):
+        if not self._disk:
             return False
-        ids = prefix.ids[: prefix.prompt]
         try:
-            if self._disk.wants(ids) and not self._disk.write(
+            if not (prefix := self._prefixes.unsaved()):
+                return False
+            ids = prefix.ids[: prefix.prompt]
+            prefix.saved = not self._disk.wants(ids) or self._disk.write(
                 ids, prefix.layers[: self._depth], interrupted
-            ):
-                return True
+            )
         except Exception as error:  # noqa: BLE001 - work goes on without it
             _log.warning("prompts are no longer kept on disk: %s", str(error) or repr(error))
             self._disk = None
-        prefix.saved = True
         return True
 
     def _tell(self, request: Request, outcome: Outcome | BaseException) -> None:
