@@ -153,7 +153,9 @@ class Replies:
         form = None if asked.must_call else asked.form(words.grammars)
         steering = self._steering(task, room, form)
 
-        def finish(outcome: Outcome) -> None:
+        def done(outcome: Outcome | BaseException) -> None:
+            if isinstance(outcome, BaseException):
+                raise outcome
             parser.close()
             usage = Usage(
                 len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
@@ -171,17 +173,6 @@ class Replies:
             if asked.idle and reason in ("stop", "length"):
                 self._read_ahead(task, said.message(), len(ids))
 
-        def done(outcome: Outcome | BaseException) -> None:
-            error: BaseException | None
-            if isinstance(outcome, BaseException):
-                error = outcome
-            else:
-                error = _error_of(partial(finish, outcome))
-            if error and not said.ended:
-                tell(error)
-            elif error:
-                raise error
-
         def note(chance: Chance) -> None:
             parser.note(chance.token, chance.logprob, chance.top)
 
@@ -197,7 +188,7 @@ class Replies:
             seed=secrets.randbits(32) if asked.seed is None else asked.seed,
             end_ids=words.end_ids,
             watcher=parser,
-            done=done,
+            done=partial(_end, done, said, tell),
             progress=asked.progress,
             constraint=self._constraint(task, room, steering, form),
             cancelled=cancelled,
@@ -327,3 +318,18 @@ def _error_of(call: Callable[[], None]) -> BaseException | None:
     except BaseException as error:  # noqa: BLE001 - see above
         return error
     return None
+
+
+def _end(
+    done: Callable[[Outcome | BaseException], None],
+    said: Collected,
+    tell: Callable[[BaseException], None],
+    outcome: Outcome | BaseException,
+) -> None:
+    """Call `done`; what it raises is the last event of the reply, unless there was one."""
+    try:
+        done(outcome)
+    except BaseException as error:
+        if said.ended:
+            raise
+        tell(error)
