@@ -27,7 +27,10 @@ AVAILABLE = 520_000_000  # bytes: not all can run at once, so some are put aside
 LIMIT = 60  # seconds that a fault, and all that follows from it, may take
 GREEDY = SamplingParams(temperature=0.0)
 SYSTEM = {"role": "system", "content": "Be brief. " + "apple pear plum " * 60}
-OPTIONAL = ("disk.", "prefixes.", "clear_cache", "lookup.read_on")
+OPTIONAL = (
+    *("disk.", "prefixes.take", "prefixes.put", "prefixes.common", "prefixes.unsaved"),
+    *("Prefix", "clear_cache", "lookup.read_on"),
+)
 """What only saves time: no request fails with it."""
 OUTSIDE = ("qwen3_mlx", "mlx", __name__)
 ONE = ("make_cache", "force", "progress", "sequence.take", "mask", "foresee", "Running")

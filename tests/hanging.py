@@ -16,7 +16,15 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
+import mlx.core as mx
+
 from qwen3_mlx import LLM, Qwen3Error, SamplingParams, convert, load
+from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.cache.prefix import PrefixStore
+from qwen3_mlx.engine import steps
+from qwen3_mlx.engine.scheduler import Scheduler
+from qwen3_mlx.engine.sequence import Sequence
+from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.text.events import Event, Finish
 from tests.support import DEMO
 
@@ -59,7 +67,7 @@ def raising(error: BaseException, *, after: int = 0) -> Callable[..., None]:
     """Give a callback that takes anything, and raises from some call on."""
     calls = iter(range(10_000))
 
-    def callback(*_: Any) -> None:
+    def callback(*_: Any, **__: Any) -> None:
         if next(calls) >= after:
             raise error
 
@@ -282,6 +290,43 @@ def tools() -> None:
         with others_go_on(llm):
             found = raised_by(lambda: llm.run("What is 1 + 2?", tools=[leave], **demand))
             assert isinstance(found, SystemExit)
+
+
+# --- what fails each time it is called ----------------------------------------------------------
+
+
+def failing() -> None:
+    """Parts of the engine fail for as long as some requests last: those end, and others follow."""
+    parts = [
+        *((Qwen3, "make_cache"), (steps, "forward"), (steps, "choose"), (steps, "Running")),
+        *((Scheduler, name) for name in ("add", "next_step", "remove", "held", "chunk")),
+        *((PrefixStore, name) for name in ("take", "put", "common", "reclaim", "unsaved", "clear")),
+        *((DiskPrefixes, name) for name in ("common", "read", "wants", "write")),
+        *((Sequence, name) for name in ("take", "force", "reset", "outcome", "reserve")),
+        *((mx, name) for name in ("clear_cache", "eval", "async_eval")),
+    ]
+    for part, name in parts:
+        with load(prompt_cache=sys.argv[2]) as llm:
+            expected, whole = answer(llm), getattr(part, name)
+            setattr(part, name, raising(RuntimeError("struck")))
+            outcomes = list[str | BaseException]()
+
+            def ask(llm: LLM = llm, outcomes: Any = outcomes) -> None:
+                try:
+                    outcomes.append(answer(llm))
+                except (Qwen3Error, RuntimeError) as error:
+                    outcomes.append(error)
+
+            asking = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+            for thread in asking:
+                thread.start()
+            for thread in asking:
+                thread.join()
+            setattr(part, name, whole)
+            assert len(outcomes) == 3
+            for outcome in outcomes:
+                assert outcome == expected or "struck" in str(outcome), (name, outcome)
+            assert answer(llm) == expected
 
 
 # --- the collector, forks -----------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Nothing waits for ever: whatever callbacks, the collector, forks or faults do."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +20,8 @@ def run_apart(module: str, *arguments: str | Path) -> None:
         try:
             said, _ = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:
-            process.kill()
-            pytest.fail(f"{module} {arguments} hangs: {process.communicate()[0][-2000:]}")
+            process.send_signal(signal.SIGABRT)  # faulthandler shows where its threads are
+            pytest.fail(f"{module} {arguments} hangs: {process.communicate()[0][-4000:]}")
     assert process.returncode == 0, said[-4000:]
 
 
@@ -29,6 +30,10 @@ def run_apart(module: str, *arguments: str | Path) -> None:
 )
 def test_callbacks_may_do_anything(case: str) -> None:
     run_apart("tests.hanging", case)
+
+
+def test_parts_of_the_engine_may_fail_for_a_while(tmp_path: Path) -> None:
+    run_apart("tests.hanging", "failing", tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
