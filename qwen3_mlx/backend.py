@@ -19,6 +19,8 @@ from functools import cache
 from pathlib import Path
 from threading import RLock
 
+from qwen3_mlx.errors import Qwen3Error
+
 # Plain `cblas_*` exports are what MLX's CPU build links to. numpy's and scipy's private OpenBLAS
 # rename theirs and do not serve. The order is by measured speed on x86-64.
 _BLAS_LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.2", "libmkl_rt.so.3", "libblis.so.4")
@@ -278,6 +280,25 @@ def unwire(weights: int) -> None:
 def peak_memory() -> int:
     """Give the most bytes that MLX has held at once."""
     return mx.get_peak_memory()
+
+
+def refuse_fork() -> None:
+    """Check that MLX can compute in this process; to be called before it first does.
+
+    Raises:
+        Qwen3Error: the process was forked from one that did, and MLX's threads stayed behind.
+    """
+    if _first_process() != os.getpid():
+        raise Qwen3Error(
+            "this process was forked from one that computes with MLX, whose threads stayed behind; "
+            "start it with multiprocessing's spawn method"
+        )
+
+
+@cache
+def _first_process() -> int:
+    """Give the process that asked first; its forks remember the answer."""
+    return os.getpid()
 
 
 def matmul_speed(size: int = 1024) -> float:

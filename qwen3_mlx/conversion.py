@@ -115,6 +115,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     folder = fetch_weights(place, folder, also=_DESCRIPTION)
     config = untied(stated, Weights(folder))
     network = ModelConfig.from_dict(config)
+    backend.refuse_fork()
     job = streaming.Job(
         source=folder,
         output=output,

@@ -130,6 +130,7 @@ class LLM:
 
     def astream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
         """Do as `stream` does, for asyncio; to be called with the event loop running."""
+        self._worker.check_wait()  # the loop that runs here would wait for its own thread
         task = self.prepare(messages, **options)
         loop, cancelled = asyncio.get_running_loop(), Flag()
         events: asyncio.Queue[Said] = asyncio.Queue()
@@ -166,7 +167,9 @@ class LLM:
         return self._open().start(task, deliver, cancelled)
 
     def soon(self, job: Callable[[], None]) -> None:
-        """Have `job` done, without delay and error, after the step in work; for `deliver` to use.
+        """Have `job` done, without delay, after the step in work; for `deliver` to use.
+
+        An error that it raises is logged.
 
         Raises:
             Qwen3Error: this LLM is closed.
@@ -333,7 +336,7 @@ class LLM:
         events: SimpleQueue[Said] = SimpleQueue()
         cancelled = Flag()
         started = self._open().start(task, events.put, cancelled, heard)
-        return Stream(events, cancelled, self, started)
+        return Stream(events, cancelled, self, started, check_wait=self._worker.check_wait)
 
 
 def _shut_down(worker: Worker, share: Share, wired: int) -> None:

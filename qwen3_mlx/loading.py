@@ -115,6 +115,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
         if progress:
             progress(done, total)
 
+    backend.refuse_fork()
     target = target.fetched()
     target.refuse_if_too_large(context, beside)  # its weights may have a head of their own
     small = small.fetched() if small else None

@@ -228,7 +228,7 @@ class Replies:
         def tell(event: Event | BaseException) -> None:
             said.add(event)
             if heard and isinstance(event, Finish | BaseException):
-                heard(said)
+                event = _error_of(partial(heard, said)) or event
             deliver(event)
 
         ids = self._encode(task.prompt)
@@ -249,8 +249,7 @@ class Replies:
 
         def done(outcome: Outcome | BaseException) -> None:
             if isinstance(outcome, BaseException):
-                tell(outcome)
-                return
+                raise outcome
             parser.close()
             usage = Usage(
                 len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
@@ -283,7 +282,7 @@ class Replies:
             seed=secrets.randbits(32) if asked.seed is None else asked.seed,
             end_ids=self._end_ids(task),
             watcher=parser,
-            done=done,
+            done=partial(_end, done, said, tell),
             progress=asked.progress,
             constraint=self._constraint(task, room, steering, form),
             cancelled=cancelled,
@@ -444,3 +443,27 @@ def _no_turn(last: Message) -> str:
 def _thinking_of(message: Message) -> str:
     block = think_block(message)
     return block[1].strip() if block else message.get("reasoning_content") or ""
+
+
+def _error_of(call: Callable[[], None]) -> BaseException | None:
+    """Call what may raise anything, and return that: the last event of a reply must follow."""
+    try:
+        call()
+    except BaseException as error:  # noqa: BLE001 - see above
+        return error
+    return None
+
+
+def _end(
+    done: Callable[[Outcome | BaseException], None],
+    said: Collected,
+    tell: Callable[[BaseException], None],
+    outcome: Outcome | BaseException,
+) -> None:
+    """Call `done`; what it raises is the last event of the reply, unless there was one."""
+    try:
+        done(outcome)
+    except BaseException as error:
+        if said.ended:
+            raise
+        tell(error)

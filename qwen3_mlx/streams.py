@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event as Flag
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from qwen3_mlx.text.events import (
     Event,
@@ -67,16 +67,23 @@ class Stream(Iterator[Event]):
         cancelled: Flag,
         owner: object,
         started: Started,
+        *,
+        check_wait: Callable[[], None],
     ) -> None:
-        """Read `events`; `owner` is kept alive until the last of them."""
+        """Read `events`; `owner` is kept alive until the last of them.
+
+        `check_wait` raises on the thread that the events come from.
+        """
         self._events = events
         self._cancelled = cancelled
         self._owner: object = owner
         self.prompt_tokens = started.prompt_tokens
         self.continued = started.continued
         self._finish_thinking = started.finish_thinking
+        self._check_wait = check_wait
 
     def __next__(self) -> Event:
+        self._check_wait()
         event = self._events.get()
         if event is None:
             self._events.put(None)  # for whoever else reads this stream
@@ -85,7 +92,7 @@ class Stream(Iterator[Event]):
             self._events.put(None)
             self._owner = None
         if isinstance(event, BaseException):
-            raise event
+            _raise(event)
         return event
 
     def finish_thinking(self) -> None:
@@ -136,7 +143,7 @@ class AsyncStream(AsyncIterator[Event]):
             self._events.put_nowait(None)
             self._owner = None
         if isinstance(event, BaseException):
-            raise event
+            _raise(event)
         return event
 
     def finish_thinking(self) -> None:
@@ -157,11 +164,18 @@ class AsyncStream(AsyncIterator[Event]):
         self._cancelled.set()
 
 
+def _raise(error: BaseException) -> NoReturn:
+    """Raise an error that ended a reply; one that would pass for the end of a loop is wrapped."""
+    if isinstance(error, StopIteration | StopAsyncIteration):
+        raise RuntimeError(f"a callback raised {type(error).__name__}") from error
+    raise error
+
+
 class Collected:
     """All that a reply said, as far as it came; `continued` is the message that it goes on from."""
 
     def __init__(self, continued: Mapping[str, Any] | None = None) -> None:
-        self.failed = False
+        self.ended = self.failed = False
         self._continued = continued or {}
         self.logprobs: list[TokenLogprob] = []
         self._text: list[str] = []
@@ -178,7 +192,7 @@ class Collected:
         elif isinstance(event, ToolCall):
             self.tool_calls.append(event)
         else:
-            self.failed = isinstance(event, BaseException)
+            self.ended, self.failed = True, isinstance(event, BaseException)
 
     @property
     def text(self) -> str:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from qwen3_mlx.checkpoint.identity import identity
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.files import ShardWriter, read_described
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import assert_close, make_model, prefill, random_ids, write_tiny
 
@@ -91,7 +93,7 @@ def test_what_is_another_models_or_broken_is_ignored(tmp_path: Path) -> None:
         (2).to_bytes(8, "little") + b"[]",
         (2).to_bytes(8, "little") + b"{}",
         whole[: 8 + header // 2],
-        whole.replace(b'"qwen3_mlx_prefix":"1"', b'"qwen3_mlx_prefix":"2"'),
+        whole.replace(b'"qwen3_mlx_prefix":"2"', b'"qwen3_mlx_prefix":"1"'),
     ):
         file.write_bytes(broken)
         assert found() == 0
@@ -155,10 +157,13 @@ def test_a_kill_in_the_middle_is_cleared_away(tmp_path: Path) -> None:
         process.wait()
         half = tmp_path / f"prefix-half.safetensors.{process.pid}.new"
     half.write_bytes(b"half")
+    other_half = half.with_name(f"prefix-half.safetensors.{process.pid}.a_b.new")
+    other_half.write_bytes(b"half")
     living = tmp_path / f"prefix-living.safetensors.{os.getpid()}.new"
     living.write_bytes(b"another process is at it")
     disk = DiskPrefixes(tmp_path, "a", limit=LIMIT)
     assert not half.exists()
+    assert not other_half.exists()
     assert living.exists()
     found = [disk.common(random_ids(2000, seed=seed), 2000) for seed in range(4)]
     assert set(found) <= {0, 2000}
@@ -224,6 +229,111 @@ def test_a_new_process_need_not_read_it_again(tiny_folder: Path, tmp_path: Path)
         with load(tiny_folder, prompt_cache=tmp_path / "kept", **changed) as llm:
             assert not llm.chat(LONG, max_tokens=1).usage.cached_tokens
     assert (tmp_path / "kept").stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("where", ["ids", "first", "middle", "checksum", "dtype"])
+def test_a_damaged_prompt_is_read_anew(
+    where: str, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def reply() -> tuple[str, int]:
+        with load(tiny_folder, prompt_cache=tmp_path) as llm:
+            reply = llm.chat(LONG, max_tokens=8, sampling=GREEDY)
+            return reply.text + reply.reasoning, reply.usage.cached_tokens
+
+    right, _ = reply()
+    (file,) = kept(tmp_path)
+    whole = file.read_bytes()
+    tensors, _ = read_described(file)
+    if where == "dtype":
+        damaged = whole.replace(b'"F32"', b'"I32"', 1)
+    else:
+        place = {
+            "ids": tensors["ids"].start + tensors["ids"].nbytes - 1,  # the last one's
+            "first": tensors["0.0"].start,
+            "middle": len(whole) // 2,
+            "checksum": len(whole) - 1,
+        }[where]
+        damaged = whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+    file.write_bytes(damaged)
+    assert reply() == (right, 0)
+    assert ["it was damaged, and is removed" in record.message for record in caplog.records] == [
+        True
+    ]
+    assert kept(tmp_path) == [file]
+    assert file.read_bytes() == whole  # written anew
+    caplog.clear()
+    assert reply()[1]
+    assert not caplog.records
+
+
+def test_an_earlier_versions_files_are_left_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    with load(tiny_folder, prompt_cache=tmp_path) as llm:
+        llm.chat(LONG, max_tokens=1)
+    (file,) = kept(tmp_path)
+    old = tmp_path / "prefix-old.safetensors"
+    old.write_bytes(file.read_bytes().replace(b'prefix":"2"', b'prefix":"1"'))
+    file.unlink()
+    os.utime(old, (1, 1))
+    with load(tiny_folder, prompt_cache=tmp_path) as llm:
+        assert not llm.chat(LONG, max_tokens=1).usage.cached_tokens
+    assert kept(tmp_path) == sorted([file, old])
+    room = 1.5 * file.stat().st_size / 1e9
+    with load(tiny_folder, prompt_cache=tmp_path, prompt_cache_gb=room) as llm:
+        llm.chat("another " + LONG, max_tokens=1)
+    assert old not in kept(tmp_path)
+
+
+def test_models_of_one_process_share_a_folder(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Both write the same prompt at the same time: each waits for the other in the middle."""
+    both = threading.Barrier(2, timeout=60)
+    append = ShardWriter.append
+
+    def meet(writer: ShardWriter, name: str, rows: mx.array) -> None:
+        if name == "0.0":
+            both.wait()
+        append(writer, name, rows)
+
+    monkeypatch.setattr(ShardWriter, "append", meet)
+    with load(tiny_folder, prompt_cache=tmp_path) as one:
+        with load(tiny_folder, prompt_cache=tmp_path) as other:
+            for llm in (one, other):
+                llm.chat(LONG, max_tokens=1)
+            one.close()
+    monkeypatch.undo()
+    assert not caplog.records
+    assert len(kept(tmp_path)) == 1
+    with load(tiny_folder, prompt_cache=tmp_path) as llm:
+        assert llm.chat(LONG, max_tokens=1).usage.cached_tokens
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no memory"), TypeError("what?")])
+@pytest.mark.parametrize("method", ["read", "write", "common", "wants"])
+def test_whatever_fails_on_disk_work_goes_on(
+    method: str,
+    error: Exception,
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with load(tiny_folder, prompt_cache=tmp_path) as llm:
+        right = llm.chat(LONG, max_tokens=4, sampling=GREEDY)
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(DiskPrefixes, method, fail)
+    with load(tiny_folder, prompt_cache=tmp_path) as llm:
+        for _ in range(2):
+            reply = llm.chat(LONG, max_tokens=4, sampling=GREEDY)
+            assert (reply.text, reply.reasoning) == (right.text, right.reasoning)
+        llm.chat("another " + LONG, max_tokens=4)
+    assert caplog.records
 
 
 def test_when_it_cannot_be_written_work_goes_on(

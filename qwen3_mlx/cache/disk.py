@@ -1,21 +1,23 @@
 """Long prefixes on disk: what was read once is there after a restart.
 
-Each is a safetensors file: the ids, and what every layer's cache keeps of them. Its header says for
-which model, template and cache it was made, and what does not say the same is left alone. A file
-takes its name when it is whole, so what was cut off in the middle is never believed, and cleared
-away at the next start.
+Each is a safetensors file: the ids, what every layer's cache keeps of them, and last a checksum of
+all before it. Its header says for which model, template and cache it was made, and what does not
+say the same is left alone. A file takes its name when it is whole, so what was cut off in the
+middle is never believed, and cleared away at the next start. One that was damaged is removed.
 """
 
 import hashlib
 import json
 import logging
 import os
+import tempfile
+import zlib
 from array import array
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
@@ -25,9 +27,11 @@ from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import Planned, ShardWriter, read_described
 
 _log = logging.getLogger(__name__)
-_VERSION = "1"
+_VERSION = "2"
 _LEAST = 256  # tokens; less is read again before anybody notices
 _PATTERN = "prefix-*.safetensors"
+_CHECKSUM, _CHECKSUM_BYTES = "checksum", 4  # the last tensor
+_BLOCK = 1 << 20  # bytes read at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +56,7 @@ class DiskPrefixes:
         self._limit = limit
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in folder.glob(f"{_PATTERN}.*.new"):
-            process = file.suffixes[-2][1:]
+            process = file.name.split(".")[2]
             if process.isdecimal() and not _alive(int(process)):
                 file.unlink(missing_ok=True)
         self._entries = [entry for file in folder.glob(_PATTERN) if (entry := self._entry(file))]
@@ -70,17 +74,22 @@ class DiskPrefixes:
         if entry is None:
             return 0
         try:
+            if not _intact(entry.file):
+                entry.file.unlink(missing_ok=True)
+                raise ValueError("it was damaged, and is removed")
             stored: Any = mx.load(str(entry.file))
-            count = (len(stored) - 1) // len(caches)  # beside the ids
+            count = (len(stored) - 2) // len(caches)  # beside the ids and the checksum
             parts = [
                 [stored[f"{layer}.{n}"][:, :, :tokens] for n in range(count)]
                 for layer in range(len(caches))
             ]
             mx.eval(parts)
             os.utime(entry.file)
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
-            _log.debug("%s cannot be read: %s", entry.file, error)
-            self._entries.remove(entry)  # another process may have made room
+        except Exception as error:  # noqa: BLE001 - all can be read anew
+            if not isinstance(error, FileNotFoundError):  # another process may have made room
+                reason = str(error) or repr(error)
+                _log.warning("a kept prompt is read anew: %s: %s", entry.file, reason)
+            self._entries.remove(entry)
             return 0
         for cache, kept in zip(caches, parts, strict=True):
             cache.fill(kept)
@@ -119,15 +128,20 @@ class DiskPrefixes:
         numbers = array("i", ids)
         digest = hashlib.sha256(json.dumps(self._header).encode() + numbers.tobytes()).hexdigest()
         file = self._folder / f"prefix-{digest[:32]}.safetensors"
-        new = file.with_name(f"{file.name}.{os.getpid()}.new")
+        # Several processes, or several models of one, may be writing the same prompt.
+        handle, path = tempfile.mkstemp(".new", f"{file.name}.{os.getpid()}.", self._folder)
+        new = Path(path)  # open to the owner alone
         try:
-            with open(new, "wb", opener=_for_the_owner) as out:
+            with os.fdopen(handle, "wb") as out:
                 planned = [Planned(n, part.dtype, tuple(part.shape)) for n, part in tensors.items()]
-                writer = ShardWriter(out, planned, self._header)
+                planned.append(Planned(_CHECKSUM, mx.uint32, (1,)))
+                summed = _Summed(out)
+                writer = ShardWriter(summed, planned, self._header)
                 for name, part in tensors.items():  # one at a time, so that memory hardly grows
                     if interrupted():
                         return False
                     writer.append(name, part)
+                writer.append(_CHECKSUM, mx.array([summed.checksum], dtype=mx.uint32))
                 out.flush()
                 os.fsync(out.fileno())
             new.replace(file)
@@ -171,8 +185,28 @@ class DiskPrefixes:
             self._entries = [entry for entry in self._entries if entry.file != file]
 
 
-def _for_the_owner(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
+class _Summed:
+    """Passes on what is written to a file from its start to its end, and sums it up."""
+
+    def __init__(self, out: BinaryIO) -> None:
+        self.checksum = 0
+        self._out = out
+
+    def seek(self, place: int) -> None:
+        assert place == self._out.tell()
+
+    def write(self, data: bytes) -> None:
+        self.checksum = zlib.crc32(data, self.checksum)
+        self._out.write(data)
+
+
+def _intact(file: Path) -> bool:
+    """Say whether a file is as it was written: its last bytes are the checksum of all before."""
+    left, checksum, block = file.stat().st_size - _CHECKSUM_BYTES, 0, memoryview(bytearray(_BLOCK))
+    with file.open("rb", buffering=0) as stream:
+        while left > 0 and (count := stream.readinto(block[: min(left, _BLOCK)])):
+            checksum, left = zlib.crc32(block[:count], checksum), left - count
+        return stream.read() == checksum.to_bytes(_CHECKSUM_BYTES, "little")
 
 
 def _alive(process: int) -> bool:

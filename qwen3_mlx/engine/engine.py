@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
-from threading import Lock
+from threading import RLock
 from typing import Protocol
 from weakref import finalize
 
@@ -58,7 +58,7 @@ class Engine:
         finalize(self, release, self.share).atexit = False
         self._worker = worker
         self._inbox: SimpleQueue[Request] = SimpleQueue()
-        self._lock = Lock()
+        self._lock = RLock()  # a finalizer may submit something in the middle of `_post`
         self._posted = False  # whether a turn is in the worker's queue
 
     # --- from any thread ------------------------------------------------------------------------
@@ -159,13 +159,16 @@ class Engine:
         """Do a step and stand in line again: other work of the thread comes in between."""
         with self._lock:
             self._posted = False
-        if self._worker and self._worker.ending:
-            self._end_all()
-        elif self.step():
-            try:
-                self._post()
-            except Qwen3Error:  # closed meanwhile
+        try:
+            if self._worker and self._worker.ending:
                 self._end_all()
+            elif self.step():
+                try:
+                    self._post()
+                except Qwen3Error:  # closed meanwhile
+                    self._end_all()
+        except BaseException as error:  # noqa: BLE001 - or requests would wait for ever
+            self._steps.give_up(error, [*self._arrived()])
 
     def _post(self) -> None:
         with self._lock:
@@ -180,12 +183,16 @@ class Engine:
             pass
 
     def _welcome(self) -> None:
+        for request in self._arrived():
+            self._steps.add(request)
+
+    def _arrived(self) -> Iterator[Request]:
         while True:
             try:
                 request = self._inbox.get_nowait()
             except Empty:
                 return
-            self._steps.add(request)
+            yield request
 
 
 class _Collector:

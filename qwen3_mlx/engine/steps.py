@@ -7,7 +7,8 @@ ahead of what it has told, and drops what turns out to be unwanted.
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import LayerCache
 from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.prefix import Prefix, PrefixStore
 from qwen3_mlx.cache.quantized import PLAIN
 from qwen3_mlx.cache.slotted import Together
@@ -40,6 +42,7 @@ _log = logging.getLogger(__name__)
 _HOST_BOUND = 2048  # the width of 1.7B: above, the host is done before the device
 _KEPT_SHARE = 4  # kept prefixes may take one part in so many of the room for caches
 _OUT_OF_MEMORY = "the device failed, probably for want of memory ({}); its caches were dropped"
+_FAULT = "the engine failed ({}: {}); this is a bug, and the caches that it was at were dropped"
 
 
 @dataclass(slots=True)
@@ -107,6 +110,7 @@ class Steps:
         self._flight: Flight | None = None
         self._landed: float | None = None  # when, if the next step follows at once
         self._building: Sequence[Running] = ()  # those whose caches the step being built writes
+        self._landing: Sequence[Running] = ()  # those of the step that is being told
 
     def add(self, request: Request) -> None:
         """Have a request run when its turn comes, or hear at once why it cannot."""
@@ -115,14 +119,14 @@ class Steps:
             if self.speculator and request.max_tokens:
                 sequence.lookup = self.speculator.lookup(sequence.ids)
             self.scheduler.add(sequence)
-        except Exception as error:  # noqa: BLE001 - this request's alone
-            request.done(error)
+        except BaseException as error:  # noqa: BLE001 - this request's alone
+            self._tell(request, error)
 
     def step(self) -> bool:
         """Do the next step; False if there is nothing left to do."""
-        self._keep_to_share()
-        self._dismiss()
         try:
+            self._keep_to_share()
+            self._dismiss()
             if self._flight and self._must_be_known(self._flight):
                 self._land()
             flight = self._build(self.scheduler.next_step())
@@ -132,13 +136,13 @@ class Steps:
         if self._flight or self.scheduler.running or self.scheduler.waiting:
             return True
         self._landed = None
-        mx.clear_cache()
+        _free_buffers()
         return False
 
     def forget(self) -> None:
         """Give up all kept prefixes."""
         self._prefixes.clear()
-        mx.clear_cache()
+        _free_buffers()
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Begin to compute the logits of all ids, and set their memory aside.
@@ -188,7 +192,24 @@ class Steps:
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             self.scheduler.remove(sequence)
             if not sequence.ended:
-                self._tell(sequence, sequence.outcome("cancelled"))
+                self._tell(sequence.request, sequence.outcome("cancelled"))
+
+    def give_up(self, error: BaseException, arrived: Sequence[Request]) -> None:
+        """End whatever runs, waits or has just `arrived` with an error, and drop all caches.
+
+        For an error that nothing else has taken care of, so it calls little that may fail again.
+        """
+        open_ones = [s for s in (*self.scheduler.running, *self.scheduler.waiting) if not s.ended]
+        self.scheduler.running.clear()
+        self.scheduler.waiting.clear()
+        self._flight, self._building, self._landing = None, (), ()
+        if self._together:
+            self._together.abandon()
+        for sequence in open_ones:
+            sequence.ended = True
+        for request in (*(sequence.request for sequence in open_ones), *arrived):
+            self._tell(request, _failure(error))
+        self.forget()
 
     def _dismiss(self) -> None:
         """End whoever is not wanted any more."""
@@ -200,7 +221,7 @@ class Steps:
 
     def _must_be_known(self, flight: Flight) -> bool:
         """Whether the next step depends on what this one chooses."""
-        if flight.proposals or any(sequence.masking for sequence in flight.choosing):
+        if flight.proposals or any(self._masking(sequence) for sequence in flight.choosing):
             return True
         rows, speculator = len(flight.choosing), self.speculator
         return speculator is not None and any(
@@ -226,8 +247,7 @@ class Steps:
         choosing, parts, arrays = list[Running](), [], list[mx.array]()
         proposed: dict[int, int] = {}  # by row
         for sequence, length in zip(self._building, lengths, strict=True):
-            if sequence.lookup:
-                sequence.lookup.read_on()
+            self._look_up(sequence)
             last = sequence.ahead == 1 or length == sequence.unread
             proposal = proposals.get(sequence, [])
             wanted = last and sequence.request.max_tokens > 0
@@ -281,16 +301,25 @@ class Steps:
         """Have it proposed what comes next, and ask the constraints that mask what they allow."""
         proposals = self.speculator.propose(known, rows) if self.speculator else {}
         foreseen: dict[Running, list[Mask | None]] = {}
-        for sequence in [proposed for proposed in proposals if proposed.masking]:
+        for sequence in [proposed for proposed in proposals if self._masking(proposed)]:
             assert sequence.request.constraint
             try:
                 masks = sequence.request.constraint.foresee(proposals[sequence])
                 foreseen[sequence] = [_not_empty(mask) for mask in masks]
                 proposals[sequence] = proposals[sequence][: len(masks) - 1]
                 sequence.forget_beyond(len(sequence.ids) - 1)  # what a draft model saw of the rest
-            except Exception as error:  # noqa: BLE001 - this request's alone
+            except BaseException as error:  # noqa: BLE001 - this request's alone
                 self._end(sequence, error)
-        return {s: proposal for s, proposal in proposals.items() if proposal}, foreseen
+        kept = {s: proposal for s, proposal in proposals.items() if proposal and not s.ended}
+        return kept, {s: masks for s, masks in foreseen.items() if not s.ended}
+
+    def _look_up(self, sequence: Running) -> None:
+        """Find what may come next where that is looked for; no more after an error."""
+        lookup, sequence.lookup = sequence.lookup, None
+        if lookup:
+            with _optional("looking up what may come next"):
+                lookup.read_on()
+                sequence.lookup = lookup
 
     def _ids(
         self,
@@ -349,6 +378,14 @@ class Steps:
             self._end(sequence, error)
         return not sequence.ended
 
+    def _masking(self, sequence: Running) -> bool:
+        """Whether the constraint of a sequence is to be asked for a mask."""
+        try:
+            return sequence.masking
+        except BaseException as error:  # noqa: BLE001 - this request's alone
+            self._end(sequence, error)
+            return False
+
     def _masks(
         self,
         choosing: Sequence[Running],
@@ -360,14 +397,18 @@ class Steps:
         Those that were asked for a proposal are not asked again.
         """
         masks: dict[int, Mask | None] = {}
-        asked = [(row, s) for row, s in enumerate(choosing) if s.masking and s not in foreseen]
+        asked = [
+            (row, sequence)
+            for row, sequence in enumerate(choosing)
+            if sequence not in foreseen and self._masking(sequence)
+        ]
         if asked:
             mx.async_eval(logits)
         for row, sequence in asked:
             assert sequence.request.constraint
             try:
                 masks[row] = _not_empty(sequence.request.constraint.mask())
-            except Exception as error:  # noqa: BLE001 - this request's alone
+            except BaseException as error:  # noqa: BLE001 - this request's alone
                 self._end(sequence, error)
         for sequence, ahead in foreseen.items():
             masks |= dict(enumerate(ahead, choosing.index(sequence)))
@@ -384,6 +425,7 @@ class Steps:
         self._flight, self._building = following, ()
         if not done:
             return
+        self._landing = done.touched
         for sequence, rows in groupby(range(len(values)), key=done.choosing.__getitem__):
             if not self._in_flight(sequence):
                 sequence.ahead = 0
@@ -395,6 +437,7 @@ class Steps:
                 self._leave(sequence)
             elif not sequence.request.max_tokens and not sequence.unread:
                 self._end(sequence, sequence.outcome("length"))
+        self._landing = ()
 
     def _wait_for(self, flight: Flight) -> list[int]:
         mx.eval(flight.arrays)
@@ -405,7 +448,7 @@ class Steps:
         now = time.perf_counter()
         if flight.chunk:
             self.scheduler.observe(flight.chunk, now - flight.submitted)
-            mx.clear_cache()
+            _free_buffers()
         elif self.speculator and self._landed is not None:
             self.speculator.took(flight.size, now - self._landed, waited=flight.waited)
         self._landed = None if flight.chunk else now
@@ -423,6 +466,8 @@ class Steps:
             if flight.finite is not None:
                 self._refuse_nonfinite(sequence, flight, flight.finite)
             goes_on = sequence.take(chosen, proposal, masked=sequence in flight.masked)
+            if proposal and self.speculator:
+                self.speculator.observe(sequence, sequence.accepted - accepted)
             if not sequence.doubted and sequence.request.doubtful and sequence.request.doubtful():
                 assert flight.logits is not None
                 sequence.doubted = True
@@ -431,8 +476,6 @@ class Steps:
         except BaseException as error:  # noqa: BLE001 - this request's alone
             self._end(sequence, error)
             return
-        if proposal and self.speculator:
-            self.speculator.observe(sequence, sequence.accepted - accepted)
         if sequence.reason:
             self._end(sequence, sequence.outcome(sequence.reason))
         elif not goes_on:
@@ -468,24 +511,40 @@ class Steps:
         try:
             if job.cached_tokens is None:
                 job.force()
-        except Exception as error:  # noqa: BLE001 - this request's alone
+        except BaseException as error:  # noqa: BLE001 - this request's alone
             self._end(job, error)
             return
         if job.reason:
             self._end(job, job.outcome(job.reason))
             return
-        # The last token is read in any case: its logits are needed, and there is a step to end at.
-        most = len(job.ids) - 1
-        job.layers = self.model.make_cache()
-        if self.speculator:
-            job.layers += self.speculator.make_cache()
-        if self._disk and self._disk.common(job.ids, most) > self._prefixes.common(job.ids, most):
-            job.seen = self._disk.read(job.ids, most, job.layers[: self._depth])
-        if not job.seen and (kept := self._prefixes.take(job.ids, most)):
-            job.layers, job.room, job.seen = kept.layers, kept.room, len(kept.ids)
+        try:
+            job.layers = self._make_layers()
+            self._restore(job)
+        except Exception as error:  # noqa: BLE001 - this request's alone
+            self._end(job, _failure(error))
+            return
         job.taken = job.seen
         if job.cached_tokens is None:
             job.cached_tokens = min(job.seen, len(job.request.ids))
+
+    def _make_layers(self) -> list[KVCache]:
+        layers = self.model.make_cache()
+        return layers + self.speculator.make_cache() if self.speculator else layers
+
+    def _restore(self, job: Running) -> None:
+        """Fill a sequence's caches with what is kept of its tokens, on disk or in memory."""
+        # The last token is read in any case: its logits are needed, and there is a step to end at.
+        most = len(job.ids) - 1
+        disk, prefixes = self._disk, self._prefixes
+        try:
+            if disk and disk.common(job.ids, most) > prefixes.common(job.ids, most):
+                job.seen = disk.read(job.ids, most, job.layers[: self._depth])
+            if not job.seen and (kept := prefixes.take(job.ids, most)):
+                job.layers, job.room, job.seen = kept.layers, kept.room, len(kept.ids)
+        except Exception as error:  # noqa: BLE001 - all can be read anew
+            _log.warning("a kept prompt cannot be restored: %s", str(error) or repr(error))
+            job.reset()
+            job.layers = self._make_layers()
 
     def pause(self, job: Running) -> None:
         """Put a sequence's caches among those kept; it will begin anew from there, or earlier."""
@@ -502,7 +561,7 @@ class Steps:
     def reclaim(self, tokens: int) -> None:
         """Give up kept prefixes for so many tokens, as far as there are any."""
         self._prefixes.reclaim(tokens)
-        mx.clear_cache()
+        _free_buffers()
 
     def _end(self, sequence: Running, outcome: Outcome | BaseException) -> None:
         sequence.ended = True
@@ -510,7 +569,7 @@ class Steps:
         failed = isinstance(outcome, BaseException)
         # Of a cancelled request only what was there before it stays.
         sequence.worth_keeping = None if well else 0 if failed else sequence.taken
-        self._tell(sequence, outcome)
+        self._tell(sequence.request, outcome)
         if not self._in_flight(sequence):
             self._leave(sequence)
 
@@ -524,7 +583,7 @@ class Steps:
             return
         self.scheduler.remove(sequence)
         sequence.reset()
-        mx.clear_cache()
+        _free_buffers()
 
     def _part(self) -> None:
         """Have every sequence hold its own caches, before they are used for something else."""
@@ -534,40 +593,40 @@ class Steps:
     def _keep(self, sequence: Running, tokens: int) -> None:
         if tokens:
             prompt = len(sequence.request.ids)
-            prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
-            self._prefixes.put(prefix)
+            with _optional("keeping a prompt"):
+                prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
+                self._prefixes.put(prefix)
 
     def save(self, *, interrupted: Callable[[], bool]) -> bool:
         """Write the prompt of a kept prefix to disk; False if there is none left to be written."""
-        prefix = self._prefixes.unsaved() if self._disk else None
-        if not self._disk or not prefix:
+        if not self._disk:
             return False
-        ids = prefix.ids[: prefix.prompt]
         try:
-            if self._disk.wants(ids) and not self._disk.write(
+            if not (prefix := self._prefixes.unsaved()):
+                return False
+            ids = prefix.ids[: prefix.prompt]
+            prefix.saved = not self._disk.wants(ids) or self._disk.write(
                 ids, prefix.layers[: self._depth], interrupted
-            ):
-                return True
-        except OSError as error:
-            _log.warning("prompts are no longer kept on disk: %s", error)
+            )
+        except Exception as error:  # noqa: BLE001 - work goes on without it
+            _log.warning("prompts are no longer kept on disk: %s", str(error) or repr(error))
             self._disk = None
-        prefix.saved = True
         return True
 
-    def _tell(self, sequence: Running, outcome: Outcome | BaseException) -> None:
+    def _tell(self, request: Request, outcome: Outcome | BaseException) -> None:
+        try:
+            request.done(outcome)
+        except BaseException:  # noqa: BLE001 - the others' steps go on
+            _log.exception("a request's end could not be told")
         if isinstance(outcome, BaseException):
             _log.debug("a request failed", exc_info=outcome)
-        try:
-            sequence.request.done(outcome)
-        except Exception:  # noqa: BLE001 - the others' steps go on
-            _log.exception("a request's end could not be told")
 
     def _drop_all(self, error: Exception) -> None:
         """Drop every cache that a failed step may have touched, and the kept ones."""
-        if isinstance(error, RuntimeError | MemoryError):
-            error = Qwen3Error(_OUT_OF_MEMORY.format(error))
-        touched = {*self._building, *(self._flight.touched if self._flight else ())}
-        self._flight, self._building = None, ()
+        touched = {*self._landing, *self._building, *(self._flight.touched if self._flight else ())}
+        if not touched:  # it failed in between: whose fault it is cannot be said
+            touched = {*self.scheduler.running} or {*self.scheduler.waiting}
+        self._flight, self._building, self._landing = None, (), ()
         if self._together:
             self._together.abandon()
         for sequence in touched:
@@ -575,8 +634,35 @@ class Steps:
                 sequence.worth_keeping = 0
                 self._leave(sequence)
             else:
-                self._end(sequence, error)
+                self._end(sequence, _failure(error))
         self.forget()
+
+
+@contextmanager
+def _optional(what: str) -> Iterator[None]:
+    """Go on without what is done in here, if it fails: it would only have saved time."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - see above
+        _log.warning("%s failed, and is done without: %s", what, str(error) or repr(error))
+
+
+def _free_buffers() -> None:
+    """Give the memory of freed arrays back."""
+    with _optional("freeing memory"):
+        mx.clear_cache()
+
+
+def _failure(error: BaseException) -> Qwen3Error:
+    """Say what an error of a step means to the requests that had a part in it."""
+    if isinstance(error, Qwen3Error):
+        return error
+    if isinstance(error, RuntimeError | MemoryError):
+        failure = Qwen3Error(_OUT_OF_MEMORY.format(str(error) or repr(error)))
+    else:
+        failure = Qwen3Error(_FAULT.format(type(error).__name__, error))
+    failure.__cause__ = error
+    return failure
 
 
 def _not_empty(mask: "Mask | None") -> "Mask | None":

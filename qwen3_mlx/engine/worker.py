@@ -5,12 +5,14 @@ on; other threads hand in work and take evaluated results.
 """
 
 import atexit
+import logging
 import os
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
-from queue import SimpleQueue
-from threading import Lock, Thread, current_thread
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from threading import Thread, current_thread
 from typing import TypeVar
 
 import mlx.core as mx
@@ -22,21 +24,34 @@ _INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+_CLOSED = "this LLM is closed; load it again"
+
 
 class Worker:
-    """A thread that does the jobs given to it one after another."""
+    """A thread that does the jobs given to it one after another.
+
+    There is no lock: the garbage collector may call `stop`, or anything else, in the middle of any
+    of these methods, on the same thread.
+    """
 
     def __init__(self) -> None:
+        """Start the thread.
+
+        Raises:
+            Qwen3Error: this process was forked from one that uses MLX.
+        """
+        backend.refuse_fork()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self.ending = False  # what runs should come to its end, too
-        self._lock = Lock()  # nothing may be posted behind the end
+        self._ended = False  # what is posted from now on may be left undone
         self._process = os.getpid()
         self._thread = Thread(target=self._work, name="qwen3-mlx", daemon=True)
         self._thread.start()
         atexit.register(self._end)  # which runs even if no LLM has been made yet to be finalized
 
     def post(self, job: Callable[[], None]) -> None:
-        """Have `job` done later; it must not raise.
+        """Have `job` done later; an error that it raises is logged.
 
         Raises:
             Qwen3Error: the thread has ended, or is another process's.
@@ -46,13 +61,31 @@ class Worker:
                 "this LLM was loaded before the process forked, and its thread stayed behind; "
                 "load it in the new process, started with the spawn method"
             )
-        with self._lock:
-            if self.ending:
-                raise Qwen3Error("this LLM is closed; load it again")
-            self._jobs.put(job)
+        if self.ending:
+            raise Qwen3Error(_CLOSED)
+        self._jobs.put(job)
+        if self._ended:  # between the two lines above: the job may have come too late
+            raise Qwen3Error(_CLOSED)
+
+    def check_wait(self) -> None:
+        """Check that the current thread may wait for what this one does.
+
+        Raises:
+            Qwen3Error: it is the same thread, so that it would wait for ever.
+        """
+        if self._thread is current_thread():
+            raise Qwen3Error(
+                "this is a callback on the thread that computes for this LLM, and waiting here "
+                "for the same LLM would never end; call it from another thread, or afterwards"
+            )
 
     def call(self, job: Callable[[], T]) -> T:
-        """Have `job` done and give its result, or raise its error."""
+        """Have `job` done and give its result, or raise its error.
+
+        Raises:
+            Qwen3Error: the thread has ended, or it is the current one.
+        """
+        self.check_wait()
         future: Future[T] = Future()
 
         def run() -> None:
@@ -66,11 +99,10 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after the jobs given so far; may be called twice, and from a job."""
-        with self._lock:
-            self.ending = True
-            self._jobs.put(None)
         if os.getpid() != self._process:
             return
+        self.ending = True
+        self._jobs.put(None)
         if self._thread is not current_thread():  # else in a callback, or collected there
             self._thread.join()
             atexit.unregister(self._end)
@@ -86,7 +118,21 @@ class Worker:
 
     def _work(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            _do(job)
             del job  # or its result would live until the next one
+        self._ended = True
+        with suppress(Empty):
+            while True:  # a job that was being posted when the end came may stand behind it
+                if job := self._jobs.get_nowait():
+                    _do(job)
         backend.wait_for_work()
         mx.clear_streams()  # MLX's own clean-up at the end of a thread races with the exit
+
+
+def _do(job: Callable[[], None]) -> None:
+    """Do a job; whatever it raises, the thread goes on with the next."""
+    try:
+        job()
+    except BaseException:  # noqa: BLE001 - the thread is everybody's
+        with suppress(BaseException):  # of a handler of the log
+            _log.exception("a job of the thread that computes failed")
