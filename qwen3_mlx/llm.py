@@ -115,6 +115,7 @@ class LLM:
         ) -> Stream:
             task = self._open().chat(messages, Asked(**options))
             least = self._open().engine.context // _LEAST_SHARE if drop_oldest else 1
+            details = task.details | details
             return self._stream(replace(task, details=details, least_room=least), heard)
 
         Asked(**options)  # what is wrong is told now

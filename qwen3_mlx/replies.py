@@ -110,13 +110,17 @@ class Replies:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
         prompt = self.render(messages, asked.thinking, tools)
         asked.form(words.grammars)  # what is wrong with it is told now
-        if calls:
-            calls.grammar(words.grammars, named or tools)
+        details = {}
+        if calls and (warnings := calls.grammar(words.grammars, named or tools).warnings):
+            details["warning"] = "; ".join(warnings)
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
         history = normalise(messages)
-        return Task(prompt, thinks, draws_as_thinking, asked, history, tools, calls, named or tools)
+        may_call = named or tools
+        return Task(
+            prompt, thinks, draws_as_thinking, asked, history, tools, calls, may_call, details
+        )
 
     def start(
         self,
@@ -164,6 +168,8 @@ class Replies:
             calls = parser.called and outcome.reason == "stop"
             reason = "tool_calls" if calls else outcome.reason
             details = parser.details | steering.details | task.details
+            if parser.warning and "warning" in task.details:
+                details["warning"] += f"; {parser.warning}"
             if self.engine.speculates:
                 details |= {
                     "forward_passes": str(outcome.passes),

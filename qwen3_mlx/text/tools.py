@@ -17,6 +17,7 @@ from qwen3_mlx.text.events import ToolCall
 from qwen3_mlx.text.grammar import Grammar, Grammars
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
+from qwen3_mlx.text.tool_schema import kind_of, kinds_of, parameters_of, properties_of
 
 Tool = Callable[..., Any] | Mapping[str, Any]
 """A Python function, or its description: OpenAI's, or its `function` part alone."""
@@ -228,35 +229,40 @@ class CoderCalls:
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         """Take the described tools."""
-        functions = [tool["function"] for tool in tools]
-        self._properties = {
-            function["name"]: function["parameters"].get("properties", {}) for function in functions
-        }
+        self._kinds: dict[str, dict[str, frozenset[str]]] = {}
+        for tool in tools:
+            root = parameters_of(tool["function"])
+            self._kinds[tool["function"]["name"]] = {
+                name: kinds_of(schema, root) for name, schema in properties_of(root).items()
+            }
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
         """Do as `CallFormat` says."""
         match = _FUNCTION.fullmatch(text)
         if not match or not (whole or "</function>" in text):
             return None
-        properties = self._properties.get(match[1].strip(), {})
+        kinds = self._kinds.get(match[1].strip(), {})
         arguments = {
-            name.strip(): _typed(value, properties.get(name.strip(), {}))
+            name.strip(): _typed(value, kinds.get(name.strip(), frozenset()))
             for name, value in _PARAMETER.findall(match[2])
         }
         return match[1].strip(), arguments, json.dumps(arguments, ensure_ascii=False)
 
 
-def _typed(text: str, schema: Mapping[str, Any]) -> Any:
-    """Read a value as its schema says; text that is nothing of the kind stays text."""
-    kinds = schema.get("type", "string" if "enum" not in schema else None)
-    kinds = kinds if isinstance(kinds, list) else [kinds]
+def _typed(text: str, kinds: frozenset[str]) -> Any:
+    """Read a value as one of the JSON types that it may have; text that is none stays text."""
+    others = kinds - {"string"}
+    if not others:
+        return text
+    word = text.strip()
+    if "boolean" in others and word.lower() in ("true", "false"):
+        word = word.lower()  # models write Python's, too
     try:
-        value = json.loads(text.strip() if kinds != ["boolean"] else text.strip().lower())
-    except ValueError:
+        value = json.loads(word)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
         return text
-    if "string" in kinds and not (value is None and "null" in kinds):
-        return text
-    return value
+    return text if "string" in kinds and kind_of(value) not in others else value
 
 
 # --- executing ----------------------------------------------------------------------------------
