@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,8 +66,12 @@ class Grammars:
         # Imported and made where it is first needed: Qwen3's vocabulary takes more than a second.
         from llguidance import LLTokenizer
 
+        # Special tokens go by names that no text has: theirs in a form are text like any other.
+        tokenizer = json.loads(self._tokenizer.to_json())
+        for token in tokenizer["added_tokens"]:
+            token["content"] = f"\uffff{token['id']}"
         return LLTokenizer(
-            self._tokenizer.to_json(), n_vocab=len(self._tokenizer), eos_token=self._end_ids
+            json.dumps(tokenizer), n_vocab=len(self._tokenizer), eos_token=self._end_ids
         )
 
     @cached_property
@@ -177,8 +180,8 @@ class Grammars:
             raise ValueError(f"{name}: {_line(str(error))}") from error
         if matcher.is_error():
             raise ValueError(f"{name}: {_line(matcher.get_error())}")
-        made = Grammar(matcher, self._vocabulary, self._byte_ids, name=name)
-        made.mask()  # raises an error where nothing can be said at all
+        made = Grammar(matcher, len(self._tokenizer), self._byte_ids, name=name)
+        made.mask()  # raises an error where no text matches at all
         return made
 
 
@@ -302,7 +305,7 @@ class Grammar:
     def __init__(
         self,
         matcher: "LLMatcher",
-        vocabulary: "LLTokenizer",
+        vocabulary: int,
         byte_ids: Mapping[int, int],
         *,
         name: str,
@@ -339,13 +342,13 @@ class Grammar:
 
     def forced(self) -> list[int]:
         """Give the tokens that alone can come next."""
-        ids = [] if self.complete else self._forced_in(self._matcher)
+        ids = [] if self.complete else list(self._matcher.compute_ff_tokens())
         self._raise_error()
         return ids
 
     def mask(self) -> "NDArray[np.uint32]":
         """Give the ids that may come next, 32 to a word; end tokens where the text may end."""
-        mask = _mask_of(self._matcher, self._vocabulary.vocab_size)
+        mask = _mask_of(self._matcher, self._vocabulary)
         self._raise_error()
         return mask
 
@@ -354,20 +357,13 @@ class Grammar:
         found = map(_line, self._matcher.get_grammar_warnings())
         return [words for words in found if not words.startswith("Unknown format")]
 
-    def _forced_in(self, matcher: "LLMatcher") -> list[int]:
-        """Give the forced tokens up to the first special one: its name may be meant as text, which
-        the mask allows by other tokens.
-        """
-        special = self._vocabulary.is_special_token
-        return list(takewhile(lambda token: not special(token), matcher.compute_ff_tokens()))
-
     def _raise_error(self) -> None:
         if not self._matcher.is_error():
             return
-        words = _line(self._matcher.get_error()).removesuffix("<non-verbose/>").strip()
+        words = f"{_line(self._matcher.get_error())}; try a simpler one"
         if words.startswith("NoExtension"):
-            words = "nothing that can be said matches it"
-        place = f" (after {self.read} tokens)" if self.read else ""
+            words = "no text matches it"
+        place = f" (seen after {self.read} tokens)" if self.read else ""
         raise ValueError(f"{self._name}: {words}{place}")
 
     def closing(self, most: int = _MOST_CLOSING) -> list[int] | None:
@@ -376,7 +372,7 @@ class Grammar:
         while not matcher.is_accepting():
             if len(ids) >= most or matcher.is_error():
                 return None
-            if not (more := self._forced_in(matcher)):
+            if not (more := list(matcher.compute_ff_tokens())):
                 more = self._towards_the_end(matcher)
             if not more:
                 return None
@@ -386,7 +382,7 @@ class Grammar:
 
     def _towards_the_end(self, matcher: "LLMatcher") -> list[int]:
         """Give the byte that ends the text, or else the likeliest to bring its end near."""
-        mask = _mask_of(matcher, self._vocabulary.vocab_size)
+        mask = _mask_of(matcher, self._vocabulary)
         near = [self._byte_ids[byte] for byte in _CLOSERS if byte in self._byte_ids]
         possible = [token for token in dict.fromkeys(near) if allows(mask, token)]
         for token in possible if len(possible) <= _FEW else ():
@@ -398,6 +394,8 @@ class Grammar:
 
 
 def _line(text: str) -> str:
+    """Return what an error of llguidance says, without the state that it shows behind it."""
+    text = text.partition("\n<")[0].partition("; following special tokens")[0]
     return " ".join(text.split())
 
 
