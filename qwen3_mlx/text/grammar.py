@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, lru_cache
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -45,6 +46,8 @@ _HOLDING = frozenset(
 _LARK_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//.*')
 _MOST_CLOSING = 400  # tokens
 _TEXT = r"text[lazy]: /(.|\n)*\n<\/parameter>\n/"
+_SHOWN = re.compile(r"\n<|\n +\d+ \| |; following special tokens")
+_LONGEST_LINE = 300  # characters
 _FEW = 16  # bytes that may come next and are tried
 # What ends a value, or begins the shortest; any byte serves where none of these may come.
 _CLOSERS = b'"}],0/' + b"nulltruefalse" + b": -." + bytes(range(97, 123)) + bytes(range(256))
@@ -69,7 +72,7 @@ class Grammars:
         # Special tokens go by names that no text has: theirs in a form are text like any other.
         tokenizer = json.loads(self._tokenizer.to_json())
         for token in tokenizer["added_tokens"]:
-            token["content"] = f"\uffff{token['id']}"
+            token |= {"content": f"\uffff{token['id']}", "special": True}
         return LLTokenizer(
             json.dumps(tokenizer), n_vocab=len(self._tokenizer), eos_token=self._end_ids
         )
@@ -394,9 +397,8 @@ class Grammar:
 
 
 def _line(text: str) -> str:
-    """Return what an error of llguidance says, without the state that it shows behind it."""
-    text = text.partition("\n<")[0].partition("; following special tokens")[0]
-    return " ".join(text.split())
+    """Return the sentence of an error of llguidance, without the sources and states it shows."""
+    return shorten(_SHOWN.split(text)[0], _LONGEST_LINE, placeholder=" ...")
 
 
 def allows(mask: "NDArray[np.uint32]", token: int) -> bool:
