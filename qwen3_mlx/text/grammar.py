@@ -70,11 +70,15 @@ class Grammars:
         from llguidance import LLTokenizer
 
         # Special tokens go by names that no text has: theirs in a form are text like any other.
-        tokenizer = json.loads(self._tokenizer.to_json())
-        for token in tokenizer["added_tokens"]:
+        text = self._tokenizer.to_json()
+        start = text.index("[", text.index('"added_tokens":'))
+        tokens, end = json.JSONDecoder().raw_decode(text, start)
+        for token in tokens:
             token |= {"content": f"\uffff{token['id']}", "special": True}
         return LLTokenizer(
-            json.dumps(tokenizer), n_vocab=len(self._tokenizer), eos_token=self._end_ids
+            text[:start] + json.dumps(tokens) + text[end:],
+            n_vocab=len(self._tokenizer),
+            eos_token=self._end_ids,
         )
 
     @cached_property

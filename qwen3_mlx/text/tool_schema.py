@@ -26,9 +26,21 @@ def parameters_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def properties_of(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the schemas of a tool's arguments by name, if it names any."""
-    properties = parameters.get("properties")
-    return properties if isinstance(properties, Mapping) else {}
+    """Return the schemas of a tool's arguments by name, as far as it names any."""
+    found: dict[str, list[Any]] = {}
+    rest, followed = [parameters], set()
+    for part in rest:  # which grows
+        if not isinstance(part, Mapping):
+            continue
+        if isinstance(properties := part.get("properties"), Mapping):
+            for name, schema in properties.items():
+                found.setdefault(name, []).append(schema)
+        if isinstance(ref := part.get("$ref"), str) and ref not in followed:
+            followed.add(ref)
+            rest.append(_referred(ref, parameters))
+        for key in ("allOf", "anyOf", "oneOf"):
+            rest += parts if isinstance(parts := part.get(key), list) else ()
+    return {name: each[0] if len(each) == 1 else {"anyOf": each} for name, each in found.items()}
 
 
 def kind_of(value: Any) -> str:
