@@ -122,6 +122,7 @@ class LLM:
         ) -> Stream:
             task = self._open().chat(messages, Asked.of(options))
             least = self._open().engine.context // _LEAST_SHARE if drop_oldest else 1
+            details = task.details | details
             return self._stream(replace(task, details=details, least_room=least), heard)
 
         Asked.of(options, *_OF_CONVERSATION)  # what is wrong is told now

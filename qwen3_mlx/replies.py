@@ -186,16 +186,15 @@ class Replies:
         else:
             prompt = self._render_whole(history, asked.thinking, tools)
         asked.form(words.grammars)  # what is wrong with it is told now
-        if calls:
-            calls.grammar(words.grammars, named or tools)
+        may_call = named or tools
+        warnings = [*calls.grammar(words.grammars, may_call).warnings] if calls else []
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
-        details = {}
         if continued:
             draws_as_thinking = bool(_thinking_of(continued))
             if asked.thinking and not inside:
-                details["warning"] = "the answer had begun, so it was continued without thinking"
+                warnings.append("the answer had begun, so it was continued without thinking")
         return Task(
             prompt,
             thinks,
@@ -206,8 +205,8 @@ class Replies:
             history,
             tools,
             calls,
-            named or tools,
-            details,
+            may_call,
+            {"warning": "; ".join(warnings)} if warnings else {},
         )
 
     def start(
@@ -257,6 +256,8 @@ class Replies:
             calls = parser.called and outcome.reason == "stop"
             reason = "tool_calls" if calls else outcome.reason
             details = parser.details | steering.details | task.details
+            if parser.warning and "warning" in task.details:
+                details["warning"] += f"; {parser.warning}"
             if self.engine.speculates:
                 details |= {
                     "forward_passes": str(outcome.passes),

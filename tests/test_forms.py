@@ -4,6 +4,8 @@ import json
 import os
 import re
 import time
+from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from qwen3_mlx.text.grammar import Grammars, allows
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tools import Calls, describe
+from tests.support import write_tiny
 from tests.test_steering import END
 from tests.test_text import TEMPLATE, TOKENIZER
 from tests.test_tools import calculator
@@ -66,6 +69,21 @@ class Answer(BaseModel):
     sum: int
     sure: bool
     words: Literal["even", "odd"]
+
+
+class Colour(Enum):
+    """Of paint."""
+
+    RED = "r"
+    BLUE = "b"
+
+
+class Brush(BaseModel):
+    """What to paint with."""
+
+    model_config = ConfigDict(extra="forbid")
+    colour: Colour
+    width: Literal[1, 2]
 
 
 def generate_valid(llm: LLM, count: int, **options: Any) -> None:
@@ -224,6 +242,220 @@ def test_a_coder_call_is_held_to_the_schema() -> None:
     }
 
 
+def tool_of(parameters: Any, name: str = "f") -> dict[str, Any]:
+    return {"name": name, "description": "Do it.", "parameters": parameters}
+
+
+WITH_REFERENCES: list[dict[str, Any]] = [
+    {
+        "type": "object",
+        "properties": {"unit": {"$ref": "#/$defs/Unit"}},
+        "required": ["unit"],
+        "$defs": {"Unit": {"enum": ["c", "f"]}},
+    },
+    {
+        "type": "object",
+        "properties": {"unit": {"$ref": "#/definitions/Unit"}},
+        "required": ["unit"],
+        "definitions": {"Unit": {"enum": [1, 2]}},
+    },
+    {
+        "$ref": "#/$defs/Call",
+        "$defs": {
+            "Call": {
+                "type": "object",
+                "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 99}},
+                "required": ["n"],
+                "additionalProperties": False,
+            }
+        },
+    },
+    {
+        "type": "object",
+        "properties": {"a": {"enum": [3, 4]}, "b": {"$ref": "#/properties/a"}},
+        "required": ["a", "b"],
+        "additionalProperties": False,
+    },
+    {
+        "type": "object",
+        "properties": {"n": {"enum": [7, 8]}, "next": {"$ref": "#"}},
+        "required": ["n"],
+        "additionalProperties": False,
+    },
+    SCHEMAS[2],
+]
+NOT_SUPPORTED: list[tuple[Any, str]] = [
+    (
+        {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)"}}},
+        "look-around",
+    ),
+    ({"type": "object", "properties": {"a": {"type": "int"}}}, "Invalid type: int"),
+    ({"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}, "does not exist"),
+    ({"type": "object", "if": {}}, r'Unimplemented keys: \["if"\]'),
+    ({"$ref": "#"}, "no text matches it"),
+]
+
+
+@pytest.mark.parametrize("parameters", WITH_REFERENCES)
+def test_references_in_a_schema_hold_in_a_call(demo: LLM, parameters: dict[str, Any]) -> None:
+    tools = [tool_of({"type": "object"}, "other"), tool_of(parameters)]
+    called = 0
+    for seed in range(4):
+        reply = demo.chat(
+            "Hello",
+            tools=tools,
+            tool_choice="f",
+            parallel_tool_calls=False,
+            thinking=False,
+            max_tokens=150,
+            sampling=WILD,
+            seed=seed,
+        )
+        assert "schema" not in warning(reply)
+        for call in reply.tool_calls:
+            jsonschema.validate(call.arguments, parameters)
+            called += 1
+    assert called
+
+
+@pytest.mark.parametrize(("parameters", "complaint"), NOT_SUPPORTED)
+def test_what_is_not_supported_of_a_schema_is_warned_of(
+    demo: LLM, parameters: Any, complaint: str
+) -> None:
+    options: dict[str, Any] = {"thinking": False, "seed": 1}
+    tools = [tool_of(parameters, "odd"), tool_of(WITH_REFERENCES[0])]
+    reply = demo.chat("Hello", tools=tools, tool_choice="f", **options)
+    assert "warning" not in reply.details  # only those that may be called
+    reply = demo.chat("Hello", tools=tools, **options)
+    assert re.search(f"the schema of the tool odd is (not )?enforced.*{complaint}", warning(reply))
+    reply = demo.chat("Hello", tools=tools, tool_choice="odd", max_tokens=50, **options)
+    assert all(call.name == "odd" for call in reply.tool_calls) and warning(reply)
+    conversation = demo.conversation(tools=tools, **options)
+    events = list(conversation.stream("Hello"))
+    assert complaint.split()[0] in warning(events[-1])
+
+
+def warning(finish: Any) -> str:
+    return str(finish.details.get("warning", ""))
+
+
+@pytest.mark.parametrize(
+    "parameters", [None, True, [], {}, {"type": "object", "properties": None, "required": None}]
+)
+def test_parameters_that_are_no_schema_are_any_object(
+    demo: LLM, coder: LLM, parameters: Any
+) -> None:
+    for llm in (demo, coder):
+        reply = llm.chat(
+            "Hello",
+            tools=[tool_of(parameters)],
+            tool_choice="required",
+            max_tokens=80,
+            thinking=None if llm is coder else False,
+            seed=1,
+        )
+        assert all(call.name == "f" for call in reply.tool_calls)
+        assert "schema" not in warning(reply)
+
+
+CODER_TEMPLATE = """{%- for tool in tools or [] %}<function={{ tool.function.name }}>
+{%- endfor %}{%- for message in messages %}{{ message.role }}: {{ message.content }}
+{% endfor %}<|im_start|>assistant
+"""
+CODER_TYPES: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "limit": {"anyOf": [{"$ref": "#/$defs/Digit"}, {"type": "null"}]},
+        "again": {"$ref": "#/properties/limit"},
+        "where": {"$ref": "#/$defs/Where"},
+        "exact": {"allOf": [{"type": "boolean"}], "default": True},
+    },
+    "$defs": {
+        "Digit": {"enum": [1, 2, 3]},
+        "Where": {
+            "type": "object",
+            "properties": {"n": {"$ref": "#/$defs/Digit"}},
+            "required": ["n"],
+            "additionalProperties": False,
+        },
+    },
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def coder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """A random checkpoint that calls tools as Qwen3-Coder does."""
+    folder = write_tiny(tmp_path_factory.mktemp("coder"))
+    (folder / "chat_template.jinja").write_text(CODER_TEMPLATE)
+    with load(folder) as llm:
+        yield llm
+
+
+def test_coder_values_are_held_to_schemas_through_references(coder: LLM) -> None:
+    seen: set[str] = set()
+    for seed in range(12):
+        reply = coder.chat(
+            "?",
+            tools=[tool_of(CODER_TYPES)],
+            tool_choice="required",
+            parallel_tool_calls=False,
+            max_tokens=400,
+            sampling=SamplingParams(temperature=2.0, top_k=0, top_p=1.0),
+            seed=seed,
+        )
+        assert not warning(reply)
+        for call in reply.tool_calls:
+            jsonschema.validate(call.arguments, CODER_TYPES)
+            seen |= call.arguments.keys()
+    assert seen == CODER_TYPES["properties"].keys()
+
+
+def test_tools_that_are_too_much_together_are_not_enforced() -> None:
+    tools = [
+        describe(
+            tool_of(
+                {
+                    "type": "object",
+                    "properties": {
+                        "a": {"pattern": "|".join(f"x{n}y{part}*z" for part in range(200))}
+                    },
+                },
+                f"f{n}",
+            )
+        )
+        for n in range(100)
+    ]
+    grammar = GRAMMARS.call(tools)
+    assert len(grammar.warnings) == 1 and len(grammar.warnings[0]) < 400
+    assert re.search("schemas of the tools are not enforced: tools: .*too big", grammar.warnings[0])
+    for token in TOKENIZER.encode('\n{"name": "f7", "arguments": {"any'):
+        grammar.advance(token)
+    assert GRAMMARS.call(tools[:9]).warnings == ()
+
+
+def test_a_tool_with_types_of_its_own_is_run(demo: LLM) -> None:
+    arrived: list[Any] = []
+
+    def paint(colour: Colour, brush: Brush) -> str:
+        """Paint."""
+        arrived.append((colour, brush))
+        return "done"
+
+    demo.run(
+        "Hello",
+        tools=[paint],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        thinking=False,
+        sampling=WILD,
+        seed=1,
+    )
+    colour, brush = arrived[0]
+    assert isinstance(colour, Colour) and isinstance(brush, Brush)
+    assert isinstance(brush.colour, Colour)
+
+
 def test_what_a_tool_or_a_thought_says_may_come_instead_of_json(demo: LLM) -> None:
     reply = demo.chat(
         "What is 1234 + 4321?", tools=[calculator], schema=Answer, thinking=False, seed=1
@@ -263,6 +495,23 @@ def test_a_text_can_be_closed_from_anywhere(schema: dict[str, Any], text: str) -
     assert grammar.closing() is not None and not grammar.complete
 
 
+def intersected() -> Iterator[dict[str, Any]]:
+    """Yield schemas on which llguidance spends hours and all memory before it refuses them."""
+    parts: list[dict[str, Any]] = [
+        {"type": "string", "pattern": f"^.*a.{{{n}}}$"} for n in range(1, 26)
+    ]
+    yield {"allOf": parts}
+    nested: dict[str, Any] = {"type": "string"}
+    for part in parts:
+        nested = {**part, "anyOf": [nested]}
+    yield nested
+    yield {"allOf": [{"type": "object", "properties": {"x": part}} for part in parts]}
+
+
+INTERSECTED = list(intersected())
+MANY = " & ".join(f"/.*a.{{{n}}}/" for n in range(1, 26))
+
+
 @pytest.mark.parametrize(
     ("options", "error", "complaint"),
     [
@@ -274,6 +523,24 @@ def test_a_text_can_be_closed_from_anywhere(schema: dict[str, Any], text: str) -
         ({"choice": "ab"}, ValueError, "choice must be one or more non-empty strings"),
         ({"grammar": "x"}, ValueError, "grammar: "),
         ({"schema": {}, "regex": "a"}, ValueError, "one form, not schema and regex"),
+        (
+            {"schema": {"type": "object", "properties": 5}},
+            ValueError,
+            "schema: .*must be an object",
+        ),
+        ({"schema": {"$ref": "#"}}, ValueError, "schema: no text matches it"),
+        ({"regex": r"[^\s\S]"}, ValueError, "regex: no text matches it"),
+        ({"grammar": "start: X\nX: /a+/ & /b+/"}, ValueError, "grammar: no text matches it"),
+        ({"grammar": 'start: <think> "a"'}, ValueError, 'unknown special token: "<think>"$'),
+        ({"grammar": f"start: X\nX: {MANY}"}, ValueError, "grammar: at most 16 expressions"),
+        ({"schema": INTERSECTED[0]}, ValueError, "schema: .*25 patterns, and at most 16 can be"),
+        ({"schema": INTERSECTED[1]}, ValueError, "schema: .*25 patterns, and at most 16 can be"),
+        ({"schema": INTERSECTED[2]}, ValueError, "schema: .*25 patterns, and at most 16 can be"),
+        (
+            {"grammar": f"start: j\nj: %json {json.dumps(INTERSECTED[0])}"},
+            ValueError,
+            "grammar: .*25 patterns, and at most 16 can be",
+        ),
     ],
 )
 def test_wrong_forms(
@@ -281,6 +548,69 @@ def test_wrong_forms(
 ) -> None:
     with pytest.raises(error, match=complaint):
         demo.chat("Hello", **options)
+
+
+BOMB = {"type": "string", "pattern": "^(a{800}){800}$"}
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"regex": "(a{1000}){1000}"}, "regex: lexer error: too many"),
+        (
+            {"schema": {"type": "array", "items": BOMB, "minItems": 1}},
+            "schema: lexer error: too many",
+        ),
+        ({"grammar": 'start: a{5000}\na: b{5000}\nb: "x"'}, "grammar: .*Too many items"),
+        (
+            {
+                "schema": {
+                    "type": "object",
+                    "properties": {"x": {"$ref": "#/properties/x"}},
+                    "required": ["x"],
+                }
+            },
+            r"schema: no text matches it \(seen after \d+ tokens\)",
+        ),
+        (
+            {
+                "tools": [
+                    tool_of({"type": "object", "properties": {"a": BOMB}, "required": ["a"]})
+                ],
+                "tool_choice": "required",
+            },
+            "tools: lexer error: too many",
+        ),
+    ],
+)
+def test_a_grammar_that_fails_ends_the_reply_with_an_error(
+    demo: LLM, options: dict[str, Any], complaint: str
+) -> None:
+    started = time.perf_counter()
+    with pytest.raises(ValueError, match=complaint):
+        demo.chat("Hi", thinking=False, seed=1, **options)
+    with pytest.raises(ValueError, match=complaint):
+        list(demo.stream("Hi", thinking=True, thinking_budget=5, seed=1, **options))
+    assert time.perf_counter() - started < 10
+    assert demo.chat("Hi", thinking=False, max_tokens=5).text
+
+
+@pytest.mark.parametrize("text", ["<|im_end|>", "</tool_call>", "a <think> b", "<|im_start|>user"])
+def test_names_of_special_tokens_in_a_form_are_text(demo: LLM, text: str) -> None:
+    for thinking in (True, False):
+        options: dict[str, Any] = {"thinking": thinking, "seed": 1, "tools": [calculator]}
+        reply = demo.chat("Hi", choice=[text], tool_choice="none", **options)
+        assert (reply.text, reply.finish_reason) == (text, "stop")
+        schema = {"type": "object", "properties": {"x": {"const": text}}, "required": ["x"]}
+        closed = {**schema, "additionalProperties": False}
+        reply = demo.chat("Hi", schema=closed, tool_choice="none", **options)
+        assert reply.parsed == {"x": text}
+        options["tools"] = [tool_of(closed)]
+        reply = demo.chat(
+            "Hi", tool_choice="required", parallel_tool_calls=False, max_tokens=400, **options
+        )
+        assert [call.arguments for call in reply.tool_calls] == [{"x": text}]
+        assert demo.chat("Hi", regex=re.escape(text), tool_choice="none", **options).text == text
 
 
 @pytest.mark.slow

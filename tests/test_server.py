@@ -262,6 +262,106 @@ def test_what_cannot_be_had_is_refused(
     assert response.status_code == 400 and complaint in message_of(response)
 
 
+PROTOCOLS = ("/v1/chat/completions", "/v1/messages", "/api/chat")
+
+
+def with_tool(path: str, parameters: Any, **fields: Any) -> dict[str, Any]:
+    """Give a request by any protocol, with the calculator that has these parameters."""
+    body: dict[str, Any] = {"messages": [{"role": "user", "content": "What is 1234 + 4321?"}]}
+    tool = {"name": "calculator", "description": "Evaluate an arithmetic expression"}
+    if path == "/v1/messages":
+        tools: list[Any] = [{**tool, "input_schema": parameters}]
+        body |= {"max_tokens": 200, "temperature": 0, "thinking": {"type": "disabled"}}
+    else:
+        tools = [{"type": "function", "function": {**tool, "parameters": parameters}}]
+        body |= {"stream": False}
+    if path == "/v1/chat/completions":
+        body |= {"max_tokens": 200, "temperature": 0, "enable_thinking": False}
+    if path == "/api/chat":
+        body |= {"think": False, "options": {"temperature": 0, "num_predict": 200}}
+    return {**body, "tools": tools, **fields}
+
+
+def call_of(body: Any) -> Any:
+    """Give the arguments of the first call in a whole reply by any protocol."""
+    if "content" in body:
+        return next(block["input"] for block in body["content"] if block["type"] == "tool_use")
+    message = body["message"] if "message" in body else body["choices"][0]["message"]
+    arguments = message["tool_calls"][0]["function"]["arguments"]
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+EXPRESSION = {"type": "string", "description": "the expression"}
+
+
+@pytest.mark.parametrize("path", PROTOCOLS)
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"properties": {"expression": {"$ref": "#/$defs/Text"}}, "$defs": {"Text": EXPRESSION}},
+        {
+            "properties": {"expression": {"$ref": "#/definitions/a~1b"}},
+            "definitions": {"a/b": EXPRESSION},
+        },
+        {"properties": {"expression": EXPRESSION, "next": {"$ref": "#"}}},
+        {"properties": {"expression": EXPRESSION, "other": {"$ref": "#/properties/expression"}}},
+    ],
+)
+def test_tools_whose_schemas_have_references_are_called(
+    served: Served, path: str, more: dict[str, Any]
+) -> None:
+    parameters = {"type": "object", "required": ["expression"], **more}
+    response = served.post(path, with_tool(path, parameters))
+    assert response.status_code == 200 and "warnings" not in response.headers
+    assert call_of(response.json())["expression"].split() == ["1234", "+", "4321"]
+
+
+@pytest.mark.parametrize("path", PROTOCOLS)
+def test_schemas_that_are_not_supported_are_warned_of(served: Served, path: str) -> None:
+    odd = {**EXPRESSION, "pattern": "^(?!x)"}
+    parameters = {"type": "object", "properties": {"expression": odd}, "required": ["expression"]}
+    for stream in (False, True):
+        response = served.post(path, with_tool(path, parameters, stream=stream))
+        assert response.status_code == 200
+        assert "the schema of the tool calculator is not enforced" in response.headers["warnings"]
+        if not stream:
+            assert isinstance(call_of(response.json()), dict)
+    if path == "/v1/chat/completions":
+        details = served.post(path, with_tool(path, parameters)).json()["choices"][0]
+        assert "look-around" in details["finish_details"]["warning"]
+
+
+@pytest.mark.parametrize("path", PROTOCOLS)
+def test_a_form_that_fails_is_an_error(served: Served, path: str) -> None:
+    for pattern, words in (
+        ("^(a{800}){800}$", "too many expressions"),
+        (r"[^\s\S]", "Regex is empty"),
+    ):
+        schema = {"type": "string", "pattern": pattern}
+        form: dict[str, Any] = {"format": schema}
+        if path == "/v1/messages":
+            form = {"output_config": {"format": {"type": "json_schema", "schema": schema}}}
+        if path == "/v1/chat/completions":
+            form = {"structured_outputs": {"json": schema}}
+        body = {**with_tool(path, {}), "tools": None, **form}
+        response = served.post(path, body)
+        assert response.status_code == 400 and re.search(f"schema: .*{words}", message_of(response))
+        response = served.post(path, {**body, "stream": True})
+        assert re.search(f"schema: .*{words}", response.text)
+    assert served.chat("Who are you?", max_tokens=5).status_code == 200
+
+
+@pytest.mark.parametrize("path", PROTOCOLS)
+@pytest.mark.parametrize("parameters", [None, {}, {"type": "object", "properties": None}])
+def test_tools_of_which_nothing_is_said_are_called(
+    served: Served, path: str, parameters: Any
+) -> None:
+    if parameters is None and path == "/v1/messages":
+        parameters = {"type": "object", "properties": {}, "required": None}  # there it must be one
+    response = served.post(path, with_tool(path, parameters))
+    assert response.status_code == 200 and "warnings" not in response.headers
+
+
 def test_unknown_fields_are_warned_of(served: Served) -> None:
     response = served.chat(foo=1, store=False, user="me", model="gpt-4o", max_tokens=5)
     assert response.status_code == 200 and response.json()["model"] == "demo"

@@ -3,14 +3,19 @@
 import json
 import random
 from collections.abc import Sequence
+from enum import Enum
+from random import Random
 from typing import Annotated, Any, Literal
 
+import jsonschema  # type: ignore[import-untyped]
 import pytest
+from pydantic import BaseModel
 
 from qwen3_mlx import LLM, Qwen3Error, SamplingParams
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.template import ChatTemplate
+from qwen3_mlx.text.tool_schema import kinds_of
 from qwen3_mlx.text.tools import Calls, CoderCalls, HermesCalls, answer, describe, functions_of
 from tests.test_text import TEMPLATE, THINKING, TOKENIZER
 
@@ -63,7 +68,7 @@ def test_a_function_is_described_by_its_hints_and_words() -> None:
             "properties": {
                 "a": {"type": "integer", "description": "the first number"},
                 "b": {"type": "integer", "description": "the second"},
-                "operation": {"enum": ["add", "multiply"]},
+                "operation": {"enum": ["add", "multiply"], "type": "string"},
             },
             "required": ["a", "b"],
         },
@@ -77,7 +82,9 @@ def test_kinds_of_parameters() -> None:
         words: Annotated[list[str], "some words"],
         maybe: float | None = None,
         either: int | str = 1,
-        table: dict[str, int] | None = None,
+        table: dict | None = None,  # type: ignore[type-arg]
+        counts: dict[str, int] | None = None,
+        null: int | None = 1,
     ) -> None:
         """:param plain: anything
         :param maybe: a number
@@ -95,7 +102,65 @@ def test_kinds_of_parameters() -> None:
         "maybe": {"type": "number", "description": "a number"},
         "either": {"anyOf": [{"type": "integer"}, {"type": "string"}]},
         "table": {"type": "object"},
+        "counts": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "null": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
     }
+    assert json.dumps(properties["words"]).startswith('{"type": "array", "items": ')
+
+
+class Unit(Enum):
+    """A unit of temperature."""
+
+    CELSIUS = "C"
+    FAHRENHEIT = "F"
+
+
+class Place(BaseModel):
+    """Where to look."""
+
+    city: str
+    unit: Unit = Unit.CELSIUS
+    near: list["Place"] = []
+
+
+def weather(
+    place: Place, unit: Unit, other: Unit | None = None, days: set[int] | None = None
+) -> str:
+    """Tell the weather.
+
+    Args:
+        place: where
+        unit: how to write it
+    """
+    assert isinstance(place, Place) and isinstance(unit, Unit)
+    return f"{place.city} {place.unit.name} {unit.name} {other} {days}"
+
+
+def test_enums_and_nested_models_are_described() -> None:
+    parameters = describe(weather)["function"]["parameters"]
+    jsonschema.Draft202012Validator.check_schema(parameters)
+    right = {"place": {"city": "Ulm", "unit": "F", "near": [{"city": "Bonn"}]}, "unit": "C"}
+    jsonschema.validate(right, parameters)
+    for wrong in ({"city": "Ulm", "unit": "K"}, {"city": "Ulm", "near": [{"city": 1}]}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate({"place": wrong, "unit": "C"}, parameters)
+    assert parameters["properties"]["unit"]["enum"] == ["C", "F"]
+    assert parameters["required"] == ["place", "unit"]
+
+
+def test_arguments_arrive_as_the_types_of_the_function() -> None:
+    functions = functions_of([weather])
+    for arguments, words in (
+        ({"place": {"city": "Ulm", "unit": "F"}, "unit": "C"}, "Ulm FAHRENHEIT CELSIUS None None"),
+        (
+            {"place": {"city": "Ulm"}, "unit": "C", "other": None, "days": [1, 1]},
+            "Ulm CELSIUS CELSIUS None {1}",
+        ),
+        ({"place": {"city": "Ulm"}, "unit": "K"}, "Error: TypeError: unit: Input should be 'C' or"),
+        ({"place": {}, "unit": "C"}, "Error: TypeError: place.city: Field required"),
+        ({"unit": "C"}, "Error: TypeError: weather() missing 1 required"),
+    ):
+        assert answer(ToolCall("1", "weather", arguments), functions)["content"].startswith(words)
 
 
 def test_descriptions_are_taken_in_both_forms() -> None:
@@ -107,13 +172,19 @@ def test_descriptions_are_taken_in_both_forms() -> None:
 def test_what_is_no_tool_is_refused() -> None:
     def many(*values: int) -> None: ...
 
-    def odd(value: complex) -> None: ...
+    def odd(value: Random) -> None: ...
+
+    def unknown(value: "Nowhere") -> None: ...  # type: ignore[name-defined]  # noqa: F821
+
+    def by_place(value: int, /) -> None: ...
 
     for wrong, error, words in (
         (5, TypeError, "must be a function or a description"),
         ({"description": "d"}, ValueError, "needs a function with a name"),
         (many, TypeError, "takes \\*values"),
-        (odd, TypeError, r"odd\(value\) is of type .*complex"),
+        (odd, TypeError, r"odd\(value\) is of type .*Random"),
+        (unknown, TypeError, "parameters of the tool unknown are not known: .*Nowhere"),
+        (by_place, TypeError, "takes value by its position only"),
     ):
         with pytest.raises(error, match=words):
             describe(wrong)  # type: ignore[arg-type]
@@ -177,6 +248,102 @@ def test_coder_calls_are_typed_by_the_schema() -> None:
     assert wrong and wrong[1] == {"count": "many"}
     assert CODER.format.read("<function=find>\n<parameter=count>\n12", whole=False) is None
     assert CODER.format.read("nothing", whole=True) is None
+
+
+class Filter(BaseModel):
+    """A nested model."""
+
+    key: str
+    n: int = 1
+
+
+class Search(BaseModel):
+    """What pydantic makes of Python's types."""
+
+    path: str
+    unit: Unit
+    where: Filter
+    limit: int | None = None
+    ratio: float | None = None
+    recursive: bool | None = None
+    tags: list[str] | None = None
+    either: int | str = 0
+    level: Literal["1", "2"] = "1"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("path", "123", "123"),
+        ("path", "null", "null"),
+        ("unit", "C", "C"),
+        ("where", '{"key": "12", "n": 2}', {"key": "12", "n": 2}),
+        ("limit", "5", 5),
+        ("limit", "null", None),
+        ("ratio", "5", 5),
+        ("ratio", "0.5", 0.5),
+        ("ratio", "NaN", "NaN"),
+        ("recursive", "True", True),
+        ("recursive", "false", False),
+        ("tags", '["True", "b"]', ["True", "b"]),
+        ("either", "7", 7),
+        ("either", "seven", "seven"),
+        ("either", "1.5", "1.5"),
+        ("level", "1", "1"),
+    ],
+)
+def test_coder_values_are_typed_through_references_and_alternatives(
+    name: str, text: str, value: Any
+) -> None:
+    tool = describe({"name": "search", "parameters": Search.model_json_schema()})
+    calls = Calls.of(ChatTemplate("<tool_call>\n<function="), TOKENIZER, [tool])
+    written = f"<function=search>\n<parameter={name}>\n{text}\n</parameter>\n</function>"
+    found = parse(f"<tool_call>\n{written}\n</tool_call>", calls)[2]
+    assert found == [("search", {name: value})]
+    assert type(found[0][1][name]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "kinds"),
+    [
+        ({}, ""),
+        (True, ""),
+        (None, ""),
+        ({"type": "str"}, ""),
+        ({"type": 5}, ""),
+        ({"description": "anything"}, ""),
+        ({"type": "number"}, "integer number"),
+        ({"type": ["string", "null"]}, "null string"),
+        ({"type": "string", "nullable": True}, "null string"),
+        ({"enum": ["1", 2, None]}, "integer null string"),
+        ({"enum": ["1", "2"], "type": "string"}, "string"),
+        ({"const": True}, "boolean"),
+        ({"properties": {"a": {}}}, "object"),
+        ({"items": {}}, "array"),
+        ({"anyOf": [{"type": "integer"}, {"const": "auto"}]}, "integer string"),
+        ({"oneOf": [{"$ref": "#/$defs/n"}, {"type": "null"}]}, "integer null number"),
+        ({"anyOf": [{"type": "integer"}, {}]}, ""),
+        ({"allOf": [{"type": ["string", "integer"]}, {"type": "number"}]}, "integer"),
+        ({"$ref": "#/$defs/n"}, "integer number"),
+        ({"$ref": "#/$defs/a~1b%20c"}, "array"),
+        ({"$ref": "#/properties/first/anyOf/1"}, "boolean"),
+        ({"$ref": "#"}, "object"),
+        ({"$ref": "#/$defs/loop"}, ""),
+        ({"$ref": "#/$defs/none"}, ""),
+        ({"$ref": "other.json#/$defs/n"}, ""),
+    ],
+)
+def test_kinds_of_values(schema: Any, kinds: str) -> None:
+    root = {
+        "type": "object",
+        "properties": {"first": {"anyOf": [{"type": "null"}, {"type": "boolean"}]}},
+        "$defs": {
+            "n": {"type": "number"},
+            "a/b c": {"type": "array"},
+            "loop": {"anyOf": [{"$ref": "#/$defs/loop"}, {"type": "null"}]},
+        },
+    }
+    assert " ".join(sorted(kinds_of(schema, root))) == kinds
 
 
 # --- parsed -------------------------------------------------------------------------------------

@@ -115,7 +115,7 @@ class _Messages:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
         running = await self._service.run(request, [prepare], shorten=True)
-        headers = warnings_header(self._warnings)
+        headers = warnings_header(self._warnings + running.warnings)
         if self._asked.stream:
             return LiveResponse(running, self._events(running), EVENTS, headers)
         await running.complete(request)

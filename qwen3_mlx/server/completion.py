@@ -64,7 +64,7 @@ class Completion(ABC):
     async def respond(self, request: Request) -> Response:
         """Answer the request."""
         running = await self.service.run(request, self.prepares(), choices=self.choices)
-        headers = warnings_header(self.warnings)
+        headers = warnings_header(self.warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._chunks(running), EVENTS, headers)
         await running.complete(request)

@@ -200,7 +200,7 @@ class _OllamaChat:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
         running = await self._service.run(request, [prepare], shorten=True)
-        headers = warnings_header(self._warnings)
+        headers = warnings_header(self._warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._lines(running), _LINES, headers)
         await running.complete(request)

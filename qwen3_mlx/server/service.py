@@ -79,6 +79,7 @@ class Running:
         self.said = [Collected() for _ in range(count)]
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
+        self.warnings: list[str] = []  # of the request, once it has been prepared
         self.read: Read | None = None
         self.started = time.perf_counter()
         self.first: float | None = None  # when the first token came
@@ -262,6 +263,8 @@ class Service:
 
         def start() -> None:
             tasks = [prepare() for prepare in prepares]
+            if warning := tasks[0].details.get("warning"):
+                running.warnings.append(warning)
             if self.settings.log_content:
                 record["prompts"] = [task.prompt for task in tasks]
             try:

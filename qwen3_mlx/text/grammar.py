@@ -5,13 +5,22 @@ much less than a millisecond.
 """
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from qwen3_mlx.text.tokenizer import Tokenizer
+from qwen3_mlx.text.tool_schema import (
+    kinds_of,
+    on_its_own,
+    parameters_of,
+    parts_of,
+    properties_of,
+)
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -23,8 +32,22 @@ _JSON: Any = {
     "key_separator": ": ",
     "item_separator": ", ",
 }
+# Of a tool's schema what is not supported is left out, with a warning: the model can call it still.
+_TOOL_JSON: Any = {**_JSON, "lenient": True, "coerce_one_of": True}
+# Bounds what a regular expression may unfold to: with this, to 0.3 s and 60 MB at most.
+_LEXER_FUEL = 300_000
+# Intersected patterns take time exponential in their number, before llguidance counts any fuel:
+# 16 take 0.2 s, 20 take 8 s and 24 more memory than there is.
+_MOST_INTERSECTED = 16
+_COMBINING = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
+_HOLDING = frozenset(
+    ("pattern", "properties", "patternProperties", "additionalProperties", "items", "prefixItems")
+)
+_LARK_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//.*')
 _MOST_CLOSING = 400  # tokens
 _TEXT = r"text[lazy]: /(.|\n)*\n<\/parameter>\n/"
+_SHOWN = re.compile(r"\n<|\n +\d+ \| |; following special tokens")
+_LONGEST_LINE = 300  # characters
 _FEW = 16  # bytes that may come next and are tried
 # What ends a value, or begins the shortest; any byte serves where none of these may come.
 _CLOSERS = b'"}],0/' + b"nulltruefalse" + b": -." + bytes(range(97, 123)) + bytes(range(256))
@@ -39,14 +62,23 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._end_ids = sorted(token for token in end_ids if token < len(tokenizer))
+        self._checked = lru_cache(maxsize=256)(self._check)
 
     @cached_property
     def _vocabulary(self) -> "LLTokenizer":
         # Imported and made where it is first needed: Qwen3's vocabulary takes more than a second.
         from llguidance import LLTokenizer
 
+        # Special tokens go by names that no text has: theirs in a form are text like any other.
+        text = self._tokenizer.to_json()
+        start = text.index("[", text.index('"added_tokens":'))
+        tokens, end = json.JSONDecoder().raw_decode(text, start)
+        for token in tokens:
+            token |= {"content": f"\uffff{token['id']}", "special": True}
         return LLTokenizer(
-            self._tokenizer.to_json(), n_vocab=len(self._tokenizer), eos_token=self._end_ids
+            text[:start] + json.dumps(tokens) + text[end:],
+            n_vocab=len(self._tokenizer),
+            eos_token=self._end_ids,
         )
 
     @cached_property
@@ -62,10 +94,8 @@ class Grammars:
         Raises:
             ValueError: it is no schema, or has keywords that are not supported: they are named.
         """
-        text = json.dumps(schema_of(schema))
-        return self._made(
-            "schema", lambda matcher: matcher.grammar_from_json_schema(text, overrides=_JSON)
-        )
+        found = schema_of(schema)
+        return self._made("schema", lambda matcher: _schema_grammar(matcher, found))
 
     def regex(self, pattern: str) -> "Grammar":
         """Give that of the texts which match a pattern as a whole.
@@ -95,89 +125,168 @@ class Grammars:
         Raises:
             ValueError: it is none, or not supported.
         """
-        return self._made(name, lambda matcher: matcher.grammar_from_lark(text))
+        return self._made(name, lambda matcher: _lark_grammar(matcher, text))
 
     def call(self, tools: Sequence[Mapping[str, Any]]) -> "Grammar":
         """Give that of what stands between the tags of a Hermes call to one of the tools.
 
-        Where a tool's schema has keywords that are not supported, its arguments are any object.
+        What is not supported of a tool's schema is not enforced; the grammar's `warnings` say so.
         """
-        calls = []
-        for tool in tools:
-            function = tool["function"]
-            arguments = _closed(function["parameters"] or {"type": "object"})
-            try:
-                self.schema(arguments)
-            except ValueError:
-                arguments = {"type": "object"}
-            calls.append(
-                {
-                    "type": "object",
-                    "properties": {"name": {"const": function["name"]}, "arguments": arguments},
-                    "required": ["name", "arguments"],
-                    "additionalProperties": False,
-                }
-            )
-        form = json.dumps({"x-guidance": _JSON, "anyOf": calls})
-        return self.lark(f'start: "\\n" call "\\n"\ncall: %json {form}')
+        return self._of_tools(tools, _hermes_rules)
 
     def coder_call(self, tools: Sequence[Mapping[str, Any]]) -> "Grammar":
         """Give that of what stands between the tags of a Qwen3-Coder call to one of the tools.
 
-        Parameters come in any order. What is a string is any text up to the closing tag; all else
-        is JSON of its schema, if that is supported.
+        Parameters come in any order. What may be a string is any text up to the closing tag; all
+        else is JSON of its schema, as far as that is supported.
         """
-        rules, calls = [_TEXT], []
-        for number, tool in enumerate(tools):
-            function, parameters = tool["function"], []
-            properties = (function["parameters"] or {}).get("properties", {})
-            for place, (name, schema) in enumerate(properties.items()):
-                rule = f"p{number}_{place}"
-                parameters.append(rule)
-                begin = json.dumps(f"<parameter={name}>\n")
-                if self._is_json(schema):
-                    form = json.dumps({"x-guidance": _JSON, **schema})
-                    rules.append(f'{rule}: {begin} j{rule} "\\n</parameter>\\n"')
-                    rules.append(f"j{rule}: %json {form}")
-                else:
-                    rules.append(f"{rule}: {begin} text")
-            some = f"({' | '.join(parameters)})*" if parameters else ""
-            begin = json.dumps(f"<function={function['name']}>\n")
-            rules.append(f'f{number}: {begin} {some} "</function>"')
-            calls.append(f"f{number}")
-        return self.lark("\n".join([f'start: "\\n" ({" | ".join(calls)}) "\\n"', *rules]))
+        return self._of_tools(tools, _coder_rules)
 
-    def _is_json(self, schema: Any) -> bool:
-        """Say whether a parameter is written as JSON, and its schema is supported."""
-        kind = schema.get("type") if isinstance(schema, Mapping) else None
-        kinds = kind if isinstance(kind, list) else [kind]
-        if kind is None or "string" in kinds:
-            return False
+    def _of_tools(self, tools: Sequence[Mapping[str, Any]], write: "_Write") -> "Grammar":
+        warnings: list[str] = []
+
+        def held(name: str, schema: Mapping[str, Any], fallback: Mapping[str, Any]) -> str:
+            document = _document(schema)
+            refusal, unsupported = self._checked(document)
+            if refusal:
+                warnings.append(f"the schema of the tool {name} is not enforced: {refusal}")
+                return _document(fallback)
+            if unsupported:
+                warnings.append(f"the schema of the tool {name} is enforced in part: {unsupported}")
+            return document
+
+        def free(_: str, __: Mapping[str, Any], fallback: Mapping[str, Any]) -> str:
+            return _document(fallback)
+
         try:
-            self.schema(schema)
-        except ValueError:
-            return False
-        return True
+            grammar = self._made("tools", lambda m: m.grammar_from_lark(write(tools, held)))
+        except ValueError as error:  # each alone is supported, all together are too much
+            warnings = [f"the schemas of the tools are not enforced: {error}"]
+            grammar = self._made("tools", lambda m: m.grammar_from_lark(write(tools, free)))
+        grammar.warnings = tuple(dict.fromkeys(warnings))
+        return grammar
+
+    def _check(self, document: str) -> tuple[str, str]:
+        """Say why a tool's JSON schema cannot be enforced, and which parts of it cannot be."""
+        try:
+            made = self._made(
+                "schema", lambda matcher: _schema_grammar(matcher, json.loads(document), _TOOL_JSON)
+            )
+        except ValueError as error:
+            return str(error), ""
+        return "", "; ".join(made.unsupported())
 
     def _made(self, name: str, write: "Callable[[type[LLMatcher]], str]") -> "Grammar":
-        from llguidance import LLMatcher
+        from llguidance import LLMatcher, LLParserLimits
 
+        limits = LLParserLimits(initial_lexer_fuel=_LEXER_FUEL, verbose_errors=False)
         try:
             grammar = write(LLMatcher)
-            matcher = LLMatcher(self._vocabulary, grammar)
-        except (ValueError, TypeError) as error:
+            matcher = LLMatcher(self._vocabulary, grammar, log_level=0, limits=limits)
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{name}: {_line(str(error))}") from error
         if matcher.is_error():
             raise ValueError(f"{name}: {_line(matcher.get_error())}")
-        return Grammar(matcher, len(self._tokenizer), self._byte_ids)
+        made = Grammar(matcher, len(self._tokenizer), self._byte_ids, name=name)
+        made.mask()  # raises an error where no text matches at all
+        return made
+
+
+_Held = Callable[[str, Mapping[str, Any], Mapping[str, Any]], str]
+_Write = Callable[[Sequence[Mapping[str, Any]], _Held], str]
+
+
+def _hermes_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
+    """Write the grammar of a Hermes call; the arguments of each tool are a document of their own,
+    so that references within its schema find their place.
+    """
+    rules = []
+    for number, tool in enumerate(tools):
+        function = tool["function"]
+        name = json.dumps(function["name"], ensure_ascii=False)
+        begin = json.dumps(f'{{"name": {name}, "arguments": ')
+        document = held(function["name"], _closed(parameters_of(function)), {"type": "object"})
+        rules += [f'c{number}: {begin} a{number} "}}"', f"a{number}: %json {document}"]
+    calls = " | ".join(f"c{number}" for number in range(len(tools)))
+    return "\n".join([f'start: "\\n" ({calls}) "\\n"', *rules])
+
+
+def _coder_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
+    """Write the grammar of a Qwen3-Coder call."""
+    rules = [_TEXT]
+    for number, tool in enumerate(tools):
+        function, parameters = tool["function"], []
+        root = parameters_of(function)
+        for place, (name, schema) in enumerate(properties_of(root).items()):
+            rule = f"p{number}_{place}"
+            parameters.append(rule)
+            begin = json.dumps(f"<parameter={name}>\n")
+            kinds = kinds_of(schema, root)
+            if kinds and "string" not in kinds:
+                own = on_its_own(schema, root)
+                document = held(function["name"], own, {"type": sorted(kinds)})
+                rules.append(f'{rule}: {begin} j{rule} "\\n</parameter>\\n"')
+                rules.append(f"j{rule}: %json {document}")
+            else:
+                rules.append(f"{rule}: {begin} text")
+        some = f"({' | '.join(parameters)})*" if parameters else ""
+        begin = json.dumps(f"<function={function['name']}>\n")
+        rules.append(f'f{number}: {begin} {some} "</function>"')
+    calls = " | ".join(f"f{number}" for number in range(len(tools)))
+    return "\n".join([f'start: "\\n" ({calls}) "\\n"', *rules])
+
+
+def _document(schema: Mapping[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": _TOOL_JSON})
 
 
 def _closed(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
     """Rule out arguments that a plain schema does not name, where it does not speak of others."""
-    plain = {"type", "properties", "required", "title", "description", "$schema", "$defs"}
+    plain = {
+        "type",
+        "properties",
+        "required",
+        "title",
+        "description",
+        "$schema",
+        "$defs",
+        "definitions",
+    }
     if arguments.get("properties") and arguments.keys() <= plain:
         return {**arguments, "additionalProperties": False}
     return arguments
+
+
+def _schema_grammar(matcher: "type[LLMatcher]", schema: Any, options: Any = _JSON) -> str:
+    _check_patterns(schema)
+    return matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+
+
+def _lark_grammar(matcher: "type[LLMatcher]", text: str) -> str:
+    for place in re.finditer(r"%json\s*", text):
+        try:
+            _check_patterns(json.JSONDecoder().raw_decode(text, place.end())[0])
+        except json.JSONDecodeError:
+            continue  # llguidance says where
+    if _LARK_LITERAL.sub("", text).count("&") >= _MOST_INTERSECTED:
+        raise ValueError(f"at most {_MOST_INTERSECTED} expressions can be intersected (&)")
+    return matcher.grammar_from_lark(text)
+
+
+def _check_patterns(schema: Any) -> None:
+    """Raise a ValueError where more patterns may hold for one value than can be intersected."""
+    patterns, combined = set(), False
+    for part in parts_of(schema):
+        if isinstance(pattern := part.get("pattern"), str):
+            patterns.add(pattern)
+        keys = part.keys()
+        several = isinstance(every := part.get("allOf"), list) and len(every) > 1
+        combined |= several or (bool(keys & _COMBINING) and len(keys & (_COMBINING | _HOLDING)) > 1)
+    if combined and len(patterns) > _MOST_INTERSECTED:
+        raise ValueError(
+            f"it combines schemas and has {len(patterns)} patterns, and at most "
+            f"{_MOST_INTERSECTED} can be intersected"
+        )
 
 
 def schema_of(form: Form) -> Any:
@@ -194,13 +303,26 @@ def schema_of(form: Form) -> Any:
 
 
 class Grammar:
-    """Where a text stands in its grammar; met by the engine through `Steering`."""
+    """Where a text stands in its grammar; met by the engine through `Steering`.
 
-    def __init__(self, matcher: "LLMatcher", vocabulary: int, byte_ids: Mapping[int, int]) -> None:
+    What fails at run time, such as an expression that unfolds to too much, is a ValueError: it ends
+    the reply.
+    """
+
+    def __init__(
+        self,
+        matcher: "LLMatcher",
+        vocabulary: int,
+        byte_ids: Mapping[int, int],
+        *,
+        name: str,
+    ) -> None:
         self.read = 0  # tokens taken
+        self.warnings: Sequence[str] = ()  # what it does not enforce
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._byte_ids = byte_ids
+        self._name = name
 
     @property
     def complete(self) -> bool:
@@ -217,6 +339,7 @@ class Grammar:
         if not self._matcher.is_stopped():
             self._matcher.consume_token(token)
             self.read += 1
+            self._raise_error()
 
     def rewind(self, read: int) -> None:
         """Go back to where `read` tokens had been taken."""
@@ -226,11 +349,29 @@ class Grammar:
 
     def forced(self) -> list[int]:
         """Give the tokens that alone can come next."""
-        return [] if self.complete else list(self._matcher.compute_ff_tokens())
+        ids = [] if self.complete else list(self._matcher.compute_ff_tokens())
+        self._raise_error()
+        return ids
 
     def mask(self) -> "NDArray[np.uint32]":
         """Give the ids that may come next, 32 to a word; end tokens where the text may end."""
-        return _mask_of(self._matcher, self._vocabulary)
+        mask = _mask_of(self._matcher, self._vocabulary)
+        self._raise_error()
+        return mask
+
+    def unsupported(self) -> list[str]:
+        """Return what of a schema is not enforced; an unknown `format` is but an annotation."""
+        found = map(_line, self._matcher.get_grammar_warnings())
+        return [words for words in found if not words.startswith("Unknown format")]
+
+    def _raise_error(self) -> None:
+        if not self._matcher.is_error():
+            return
+        words = f"{_line(self._matcher.get_error())}; try a simpler one"
+        if words.startswith("NoExtension"):
+            words = "no text matches it"
+        place = f" (seen after {self.read} tokens)" if self.read else ""
+        raise ValueError(f"{self._name}: {words}{place}")
 
     def closing(self, most: int = _MOST_CLOSING) -> list[int] | None:
         """Give tokens that end the text soon, at most `most`, or None if none were found."""
@@ -260,7 +401,8 @@ class Grammar:
 
 
 def _line(text: str) -> str:
-    return " ".join(text.split())
+    """Return the sentence of an error of llguidance, without the sources and states it shows."""
+    return shorten(_SHOWN.split(text)[0], _LONGEST_LINE, placeholder=" ...")
 
 
 def allows(mask: "NDArray[np.uint32]", token: int) -> bool:

@@ -11,18 +11,18 @@ import secrets
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
+from typing import Any, Protocol, Union, get_args, get_origin
 
 from qwen3_mlx.text.events import ToolCall
 from qwen3_mlx.text.grammar import Grammar, Grammars
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
+from qwen3_mlx.text.tool_schema import kind_of, kinds_of, parameters_of, properties_of
 
 Tool = Callable[..., Any] | Mapping[str, Any]
 """A Python function, or its description: OpenAI's, or its `function` part alone."""
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_PLAIN = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\n?(.*?)\s*(?:</function>\s*)?", re.DOTALL)
 _PARAMETER = re.compile(
     r"<parameter=([^>\n]+)>\n?(.*?)(?:\n?</parameter>|(?=<parameter=)|\Z)", re.DOTALL
@@ -53,23 +53,20 @@ def describe(tool: Tool) -> dict[str, Any]:
     if not callable(tool):
         raise TypeError(f"a tool must be a function or a description, not {tool!r}")
     words, about = _read_docstring(inspect.getdoc(tool) or "")
-    hints = get_type_hints(tool, include_extras=True)
-    properties, required = {}, []
-    for name, parameter in inspect.signature(tool).parameters.items():
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"the tool {_name(tool)} takes *{name}: a model needs named parameters")
-        properties[name] = _schema_of(hints.get(name, str), f"{_name(tool)}({name})")
-        if name in about:
-            properties[name].setdefault("description", about[name])
-        if parameter.default is parameter.empty:
-            required.append(name)
+    parameters = _parameters(tool)
+    hints = {name: _hint(parameter) for name, parameter in parameters.items()}
+    properties, shared = _schemas(hints, _name(tool))
+    for name, hint in hints.items():
+        said = [one for one in getattr(hint, "__metadata__", ()) if isinstance(one, str)]
+        if description := next(iter(said), about.get(name)):
+            properties[name].setdefault("description", description)
+    schema: dict[str, Any] = {"type": "object", "properties": properties}
+    schema["required"] = [
+        name for name, parameter in parameters.items() if parameter.default is parameter.empty
+    ]
     return {
         "type": "function",
-        "function": {
-            "name": _name(tool),
-            "description": words,
-            "parameters": {"type": "object", "properties": properties, "required": required},
-        },
+        "function": {"name": _name(tool), "description": words, "parameters": schema | shared},
     }
 
 
@@ -102,27 +99,69 @@ def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
     return " ".join(words.split()), about
 
 
-def _schema_of(hint: Any, where: str) -> dict[str, Any]:
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Annotated:
-        words = next((extra for extra in inner[1:] if isinstance(extra, str)), None)
-        return _schema_of(inner[0], where) | ({"description": words} if words else {})
-    if hint in _PLAIN:
-        return {"type": _PLAIN[hint]}
-    if origin is Literal:
-        return {"enum": list(inner)}
-    if origin in (Union, types.UnionType):
-        kinds = [_schema_of(one, where) for one in inner if one is not type(None)]
-        return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
-    if hint is list or origin in (list, Sequence, tuple, set):
-        return {"type": "array", "items": _schema_of(inner[0], where) if inner else {}}
-    if hint is dict or origin in (dict, Mapping):
-        return {"type": "object"}
-    if hint is Any:
-        return {}
-    if callable(made := getattr(hint, "model_json_schema", None)):  # a pydantic model
-        return dict(made())
-    raise TypeError(f"{where} is of type {hint!r}, which cannot be written as JSON schema")
+def _parameters(tool: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """Return the parameters of a function, whose annotations are resolved.
+
+    Raises:
+        TypeError: they cannot be, or a model cannot give one of them by its name.
+    """
+    try:
+        parameters = inspect.signature(tool, eval_str=True).parameters
+    except (NameError, AttributeError, TypeError, ValueError) as error:
+        raise TypeError(
+            f"the parameters of the tool {_name(tool)} are not known: {error}"
+        ) from error
+    for name, parameter in parameters.items():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            raise TypeError(f"the tool {_name(tool)} takes *{name}: a model needs named parameters")
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise TypeError(
+                f"the tool {_name(tool)} takes {name} by its position only, not by name"
+            )
+    return parameters
+
+
+def _hint(parameter: inspect.Parameter) -> Any:
+    """Return the type that a model is to give: without None where that means to leave it out."""
+    hint = str if parameter.annotation is parameter.empty else parameter.annotation
+    if parameter.default is None and get_origin(hint) in (Union, types.UnionType):
+        return Union[tuple(one for one in get_args(hint) if one is not type(None))]  # noqa: UP007
+    return hint
+
+
+def _schemas(
+    hints: Mapping[str, Any], name: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Return the JSON schema of each parameter by name, and `$defs` that they share.
+
+    Raises:
+        TypeError: the type of one cannot be written as JSON schema.
+    """
+    from pydantic import TypeAdapter
+    from pydantic.errors import PydanticUserError
+    from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
+
+    class AsWritten(GenerateJsonSchema):
+        def sort(self, value: JsonSchemaValue, parent_key: str | None = None) -> JsonSchemaValue:
+            return value  # `type` comes first
+
+        def dict_schema(self, schema: Any) -> JsonSchemaValue:
+            made = super().dict_schema(schema)
+            return {key: value for key, value in made.items() if value is not True}
+
+    properties, shared = {}, dict[str, Any]()
+    for parameter, hint in hints.items():
+        try:
+            schema = TypeAdapter(hint).json_schema(schema_generator=AsWritten)
+        except (PydanticUserError, NameError) as error:
+            raise TypeError(
+                f"{name}({parameter}) is of type {hint!r}, which cannot be written as JSON schema"
+            ) from error
+        for kind, definition in schema.pop("$defs", {}).items():
+            if shared.setdefault(kind, definition) != definition:
+                raise TypeError(f"{name} takes two types called {kind}: rename one of them")
+        properties[parameter] = schema
+    return properties, {"$defs": shared} if shared else {}
 
 
 # --- what the model writes ----------------------------------------------------------------------
@@ -230,35 +269,40 @@ class CoderCalls:
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         """Take the described tools."""
-        functions = [tool["function"] for tool in tools]
-        self._properties = {
-            function["name"]: function["parameters"].get("properties", {}) for function in functions
-        }
+        self._kinds: dict[str, dict[str, frozenset[str]]] = {}
+        for tool in tools:
+            root = parameters_of(tool["function"])
+            self._kinds[tool["function"]["name"]] = {
+                name: kinds_of(schema, root) for name, schema in properties_of(root).items()
+            }
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
         """Do as `CallFormat` says."""
         match = _FUNCTION.fullmatch(text)
         if not match or not (whole or "</function>" in text):
             return None
-        properties = self._properties.get(match[1].strip(), {})
+        kinds = self._kinds.get(match[1].strip(), {})
         arguments = {
-            name.strip(): _typed(value, properties.get(name.strip(), {}))
+            name.strip(): _typed(value, kinds.get(name.strip(), frozenset()))
             for name, value in _PARAMETER.findall(match[2])
         }
         return match[1].strip(), arguments, json.dumps(arguments, ensure_ascii=False)
 
 
-def _typed(text: str, schema: Mapping[str, Any]) -> Any:
-    """Read a value as its schema says; text that is nothing of the kind stays text."""
-    kinds = schema.get("type", "string" if "enum" not in schema else None)
-    kinds = kinds if isinstance(kinds, list) else [kinds]
+def _typed(text: str, kinds: frozenset[str]) -> Any:
+    """Read a value as one of the JSON types that it may have; text that is none stays text."""
+    others = kinds - {"string"}
+    if not others:
+        return text
+    word = text.strip()
+    if "boolean" in others and word.lower() in ("true", "false"):
+        word = word.lower()  # models write Python's, too
     try:
-        value = json.loads(text.strip() if kinds != ["boolean"] else text.strip().lower())
-    except ValueError:
+        value = json.loads(word)
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
         return text
-    if "string" in kinds and not (value is None and "null" in kinds):
-        return text
-    return value
+    return text if "string" in kinds and kind_of(value) not in others else value
 
 
 # --- executing ----------------------------------------------------------------------------------
@@ -282,11 +326,33 @@ def answer(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> dict[
         said = f"Error: there is no tool {call.name}; there are {', '.join(functions) or 'none'}"
     else:
         try:
-            result = function(**call.arguments)
+            result = function(**_converted(call.arguments, function))
             said = result if isinstance(result, str) else _written(result)
         except Exception as error:  # noqa: BLE001 - the model may do better
             said = f"Error: {type(error).__name__}: {error}"
     return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": said}
+
+
+def _converted(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Return arguments as the function's annotations have them: objects of its own types.
+
+    Raises:
+        TypeError: one cannot be read as its type.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    converted = dict(arguments)
+    for name, parameter in _parameters(function).items():
+        if name not in arguments or parameter.annotation is parameter.empty:
+            continue
+        try:
+            converted[name] = TypeAdapter(parameter.annotation).validate_python(arguments[name])
+        except ValidationError as error:
+            said = (
+                f"{'.'.join(map(str, (name, *one['loc'])))}: {one['msg']}" for one in error.errors()
+            )
+            raise TypeError("; ".join(said)) from error
+    return converted
 
 
 def _written(result: Any) -> str:
