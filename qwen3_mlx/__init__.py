@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         Text,
         TokenLogprob,
         ToolCall,
+        ToolCallDelta,
         Usage,
     )
 
@@ -47,6 +48,7 @@ _HOMES = {
     "Text": "text.events",
     "TokenLogprob": "text.events",
     "ToolCall": "text.events",
+    "ToolCallDelta": "text.events",
     "Usage": "text.events",
     "convert": "conversion",
     "load": "loading",
@@ -69,6 +71,7 @@ __all__ = [
     "Text",
     "TokenLogprob",
     "ToolCall",
+    "ToolCallDelta",
     "Usage",
     "__version__",
     "convert",

@@ -149,6 +149,7 @@ class Replies:
             stop=asked.stop_strings,
             calls=task.calls,
             noting=asked.logprobs is not None,
+            partial_calls=asked.partial_calls,
         )
         form = None if asked.must_call else asked.form(words.grammars)
         steering = self._steering(task, room, form)
@@ -157,11 +158,11 @@ class Replies:
             if isinstance(outcome, BaseException):
                 tell(outcome)
                 return
-            parser.close()
+            parser.close(cut=outcome.reason != "stop")
             usage = Usage(
                 len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
             )
-            calls = parser.called and outcome.reason == "stop"
+            calls = parser.called and not parser.cut_off and outcome.reason == "stop"
             reason = "tool_calls" if calls else outcome.reason
             details = parser.details | steering.details | task.details
             if self.engine.speculates:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 from qwen3_mlx import LLM, Qwen3Error, SamplingParams
-from qwen3_mlx.text.events import Reasoning, Text, ToolCall
+from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tools import Calls, CoderCalls, HermesCalls, answer, describe, functions_of
@@ -189,7 +189,7 @@ XML = "<function=find>\n<parameter=count>\n12\n</parameter>\n</function>"
 def parse(
     text: str, calls: Calls | None = CALLS, cuts: Sequence[int] = (), inside: bool = False
 ) -> tuple[str, str, list[tuple[str, dict[str, Any]]], Parser]:
-    said: list[Reasoning | Text | ToolCall] = []
+    said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
     parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=calls, inside=inside)
     ids = TOKENIZER.encode(text)
     for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True):

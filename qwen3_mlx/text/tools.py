@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Protocol, Union, get_args, get_origin, get_type_hints
 
+from qwen3_mlx.text.arguments import Arguments, CoderArguments, HermesArguments
 from qwen3_mlx.text.events import ToolCall
 from qwen3_mlx.text.grammar import Grammar, Grammars
 from qwen3_mlx.text.template import ChatTemplate
@@ -139,6 +140,9 @@ class CallFormat(Protocol):
         What is not `whole` lacks its closing tag, and may have been cut off.
         """
 
+    def follow(self) -> Arguments:
+        """Return what follows the arguments of one call while it is written."""
+
 
 @dataclass(frozen=True, slots=True)
 class Calls:
@@ -193,6 +197,10 @@ class HermesCalls:
                 return call["name"], arguments, _arguments_text(candidate, arguments)
         return None
 
+    def follow(self) -> Arguments:
+        """Do as `CallFormat` says."""
+        return HermesArguments()
+
 
 def _mended(text: str) -> Iterator[str]:
     """Give the text, and then the text with the slips mended that models make at its end."""
@@ -236,14 +244,32 @@ class CoderCalls:
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
         """Do as `CallFormat` says."""
         match = _FUNCTION.fullmatch(text)
-        if not match or not (whole or "</function>" in text):
+        if not match or not (whole or _is_closed(text)):
             return None
-        properties = self._properties.get(match[1].strip(), {})
-        arguments = {
-            name.strip(): _typed(value, properties.get(name.strip(), {}))
+        called = match[1].strip()
+        arguments = [
+            (name.strip(), self._value(called, name.strip(), value))
             for name, value in _PARAMETER.findall(match[2])
-        }
-        return match[1].strip(), arguments, json.dumps(arguments, ensure_ascii=False)
+        ]
+        # A parameter that comes twice stays so in the text, as it was streamed; the last counts.
+        written = ", ".join(f"{_written(name)}: {_written(value)}" for name, value in arguments)
+        return called, dict(arguments), f"{{{written}}}"
+
+    def follow(self) -> Arguments:
+        """Do as `CallFormat` says."""
+        return CoderArguments(self._value)
+
+    def _value(self, function: str, parameter: str, text: str) -> Any:
+        """Read the value of a parameter."""
+        return _typed(text, self._properties.get(function, {}).get(parameter, {}))
+
+
+def _is_closed(text: str) -> bool:
+    """Say whether a call ends with the tag of its function, outside of any value."""
+    before, tag, after = text.rpartition("</function>")
+    return bool(tag and not after.strip()) and (
+        before.rfind("<parameter=") <= before.rfind("</parameter>")
+    )
 
 
 def _typed(text: str, schema: Mapping[str, Any]) -> Any:
