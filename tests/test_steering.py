@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
+from qwen3_mlx.text.events import Reasoning, Text, ToolCall
 from qwen3_mlx.text.loops import Loops
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.steering import HAND_OFF, Limits, Steering, budget_within, hand_off_ids
