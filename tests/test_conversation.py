@@ -97,7 +97,7 @@ def test_a_call_that_is_not_whole_is_not_made(demo: LLM) -> None:
         made.append(words)
         return "noted"
 
-    history = [
+    history: list[dict[str, Any]] = [
         {"role": "user", "content": "Note it."},
         {
             "role": "assistant",

@@ -4,6 +4,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
@@ -15,7 +16,7 @@ from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tools import Calls, CoderCalls, HermesCalls, answer, describe, functions_of
-from tests.support import DEMO
+from tests.support import DEMO, write_tiny
 from tests.test_text import TEMPLATE, THINKING, TOKENIZER
 
 GREEDY = SamplingParams(temperature=0)
@@ -542,6 +543,50 @@ def test_partial_calls_are_for_those_who_ask(demo: LLM) -> None:
         assert not reply.text and not reply.logprobs
     with pytest.raises(TypeError, match="partial_calls must be True or False"):
         demo.chat("Hello", partial_calls=1)  # type: ignore[arg-type]
+
+
+FIND: dict[str, Any] = {
+    "name": "find",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string"},
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+            "exact": {"type": "boolean"},
+        },
+    },
+}
+
+
+def test_calls_in_the_tags_of_qwen3_coder_stream_or_are_cut_off(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    template = folder / "chat_template.jinja"
+    template.write_text("{#- <function= #}" + template.read_text())
+    ended = []
+    with load(folder) as llm:
+        for seed in range(12):
+            events = list(
+                llm.stream(
+                    "Find something!",
+                    tools=[FIND],
+                    tool_choice="required",
+                    parallel_tool_calls=False,
+                    thinking=False,
+                    sampling=SamplingParams(temperature=1.5),
+                    max_tokens=60,
+                    seed=seed,
+                    partial_calls=True,
+                )
+            )
+            last = events[-1]
+            assert isinstance(last, Finish)
+            ended.append(last.reason)
+            told = "".join(event.text for event in events if isinstance(event, ToolCallDelta))
+            made = [event for event in events if isinstance(event, ToolCall)]
+            assert [one.written for one in made] == ([told] if made else [])
+            assert is_json(told) == bool(made) == (last.reason == "tool_calls")
+            assert ("cut off" in last.details.get("warning", "")) == (not made)
+    assert set(ended) == {"length", "tool_calls"}
 
 
 # --- run ----------------------------------------------------------------------------------------

@@ -249,6 +249,8 @@ class Parser:
     def _take_rest_of_bare_call(self, text: str) -> str | None:
         """Return what of `text` stands behind the end of a call without its tag, if it ends."""
         assert self._calls and self._call is not None
+        if _END not in "".join(self._call[-len(_END) :]) + text:  # each piece has a character
+            return None
         before = "".join(self._call)
         written, end = before + text, max(0, len(before) + 1 - len(_END))
         while (place := written.find(_END, end)) >= 0:
@@ -260,6 +262,8 @@ class Parser:
     def _say_arguments(self, text: str) -> None:
         """Take text of the call in work, and tell what it makes certain of the arguments."""
         assert self._call is not None
+        if not text:
+            return
         self._call.append(text)
         if self._arguments and (piece := self._arguments.add(text)):
             self._told_arguments += piece
