@@ -380,10 +380,25 @@ def test_a_call_that_is_demanded_may_find_no_room(demo: LLM, choice: str) -> Non
                 assert "a tool call was cut off" in reply.details["warning"]
 
 
-def test_a_whole_call_before_one_that_is_cut_off_is_given() -> None:
-    found = parse(f"{CALL}\n<tool_call>\n{{", CALLS)
-    assert found[:3] == ("", "<tool_call>\n{", [F])
-    assert found[3].cut_off and found[3].called
+def test_a_whole_call_before_one_that_is_cut_off_is_given(demo: LLM) -> None:
+    made = []
+
+    def calculator(expression: str) -> str:
+        """Evaluate an arithmetic expression"""
+        made.append(expression)
+        return "46"
+
+    again = SamplingParams(temperature=0, logit_bias={demo.tokenizer.id_of("<tool_call>") or 0: 99})
+    asked: dict[str, Any] = {**CUT, "tools": [calculator], "sampling": again, "max_tokens": 44}
+    reply = demo.chat(**asked)
+    assert [call.arguments for call in reply.tool_calls] == [WHOLE]
+    assert reply.finish_reason == "length" and "cut off" in reply.details["warning"]
+    assert reply.text.startswith("<tool_call>")
+    assert demo.run(**asked).finish_reason == "length" and not made
+    events = list(demo.stream(**asked, partial_calls=True))
+    told = dict.fromkeys(event.id for event in events if isinstance(event, ToolCallDelta))
+    (call,) = [event for event in events if isinstance(event, ToolCall)]
+    assert next(iter(told)) == call.id and len(told) == 2
 
 
 def test_a_loop_within_a_call_does_not_close_it(demo: LLM) -> None:
