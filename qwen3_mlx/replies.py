@@ -162,8 +162,11 @@ class Replies:
             usage = Usage(
                 len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
             )
-            calls = parser.called and not parser.cut_off and outcome.reason == "stop"
-            reason = "tool_calls" if calls else outcome.reason
+            reason = outcome.reason
+            if reason == "stop" and parser.cut_off and steering.finished:
+                reason = "length"  # the loop guard has cut off a call: not all is there
+            elif reason == "stop" and parser.called and not parser.cut_off:
+                reason = "tool_calls"
             details = parser.details | steering.details | task.details
             if self.engine.speculates:
                 details |= {

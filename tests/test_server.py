@@ -378,6 +378,34 @@ def test_a_call_that_is_cut_off_is_no_call_by_ollama(served: Served, most: int) 
         assert last["done_reason"] == ("stop" if most == 24 else "length")
 
 
+def test_a_call_that_the_context_cuts_off_is_no_call(demo: LLM) -> None:
+    question: Any = [{"role": "user", "content": CALL}]
+    prompt = demo.render(question, thinking=False, tools=[CALCULATOR])
+    context = len(demo.tokenizer.encode(prompt)) + 18
+    with load(context=context, dequantize=False) as llm, serving(llm) as small:
+        choice = small.chat(CALL, **DIRECT).json()["choices"][0]
+        claude = small.post("/v1/messages", anthropic_request(20_000)).json()
+        llama = small.post("/api/chat", ollama_request(-1, stream=False)).json()
+    assert choice["finish_reason"] == llama["done_reason"] == "length"
+    assert claude["stop_reason"] == "model_context_window_exceeded"
+    assert "cut off" in choice["finish_details"]["warning"]
+    assert [block["type"] for block in claude["content"]] == ["text"]
+    assert "tool_calls" not in choice["message"] and "tool_calls" not in llama["message"]
+
+
+def test_a_call_that_goes_in_circles_is_no_call(served: Served) -> None:
+    bias = {str(TOKENIZER.encode("x")[0]): 100}
+    asked = {**DIRECT, "tool_choice": "required", "logit_bias": bias}
+    choice = served.chat(CALL, **asked).json()["choices"][0]
+    assert choice["finish_reason"] == "length" and "tool_calls" not in choice["message"]
+    assert choice["finish_details"]["ended_by"] == "loop"
+    chunks = events_of(served.chat(CALL, **asked, stream=True))
+    choices = [one for chunk in chunks for one in chunk["choices"]]
+    calls = [call for one in choices for call in one["delta"].get("tool_calls", [])]
+    assert not is_json("".join(call["function"]["arguments"] for call in calls))
+    assert choices[-1]["finish_reason"] == "length"
+
+
 def test_calls_of_several_replies_stream_by_their_numbers(served: Served) -> None:
     asked: dict[str, Any] = {"seed": 1, "n": 3, **DIRECT, "temperature": 0.9}
     told: dict[int, dict[int, str]] = {}

@@ -413,7 +413,7 @@ def test_a_loop_within_a_call_does_not_close_it(demo: LLM) -> None:
         sampling=sampling,
         max_tokens=2000,
     )
-    assert (reply.finish_reason, reply.tool_calls) == ("stop", [])
+    assert (reply.finish_reason, reply.tool_calls) == ("length", [])
     assert reply.details["ended_by"] == "loop" and "cut off" in reply.details["warning"]
     assert reply.text.endswith("xxx")
 
@@ -556,6 +556,8 @@ def test_partial_calls_are_for_those_who_ask(demo: LLM) -> None:
         reply = demo.chat(**asked, partial_calls=True, logprobs=1)
         assert [one.written for one in reply.tool_calls] == [call.written]
         assert not reply.text and not reply.logprobs
+    stopped = list(demo.stream(**CUT, tools=[calculator], stop=["12", "expr"], partial_calls=True))
+    assert [event.arguments for event in stopped if isinstance(event, ToolCall)] == [WHOLE]
     with pytest.raises(TypeError, match="partial_calls must be True or False"):
         demo.chat("Hello", partial_calls=1)  # type: ignore[arg-type]
 

@@ -135,7 +135,9 @@ class _Messages:
         reason = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[
             finish.reason
         ]
-        if reason == "max_tokens" and finish.usage.completion_tokens < self._asked.max_tokens:
+        made = finish.usage.completion_tokens
+        full = finish.usage.prompt_tokens + made >= self._service.context
+        if reason == "max_tokens" and full and made < self._asked.max_tokens:
             reason = "model_context_window_exceeded"
         return {"stop_reason": "stop_sequence" if stop else reason, "stop_sequence": stop}
 
