@@ -18,6 +18,8 @@ _VALUE_END = re.compile(r"\n?</parameter>|(?=<parameter=)")
 # What may turn out to be no part of a value: white space and tags at the end of the text so far.
 _UNSURE = re.compile(r"\s*(?:</function>\s*|<[a-z/]*=?)?\Z")
 
+_OF_EACH_TYPE = ("0", "0.5", "true", "null", "[]", "{}", '""', " a\n")
+
 
 class Arguments(Protocol):
     """Follows the text of one call."""
@@ -109,9 +111,7 @@ class CoderArguments:
     def _begin(self, parameter: str) -> str:
         """Begin a parameter, and return what stands before its value."""
         self._parameter = parameter
-        self._is_text = all(
-            self._value(probe) == probe for probe in ("0", "true", "null", "[]", '""', " a\n")
-        )
+        self._is_text = all(self._value(probe) == probe for probe in _OF_EACH_TYPE)
         before, self._between = self._between, ", "
         return f"{before}{_json(parameter)}: " + '"' * self._is_text
 
