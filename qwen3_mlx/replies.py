@@ -105,7 +105,8 @@ class Replies:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
         tools = asked.described_tools()
         named = [tool for tool in tools if tool["function"]["name"] == asked.tool_choice]
-        calls = Calls.of(words.template, words.tokenizer, tools) if tools else None
+        partial = asked.partial_calls
+        calls = Calls.of(words.template, words.tokenizer, tools, partial=partial) if tools else None
         if tools and calls is None:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
         prompt = self.render(messages, asked.thinking, tools)
@@ -149,7 +150,6 @@ class Replies:
             stop=asked.stop_strings,
             calls=task.calls,
             noting=asked.logprobs is not None,
-            partial_calls=asked.partial_calls,
         )
         form = None if asked.must_call else asked.form(words.grammars)
         steering = self._steering(task, room, form)
@@ -162,11 +162,7 @@ class Replies:
             usage = Usage(
                 len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
             )
-            reason = outcome.reason
-            if reason == "stop" and parser.cut_off and steering.finished:
-                reason = "length"  # the loop guard has cut off a call: not all is there
-            elif reason == "stop" and parser.called and not parser.cut_off:
-                reason = "tool_calls"
+            reason = _reason(outcome, parser, looped=steering.finished)
             details = parser.details | steering.details | task.details
             if self.engine.speculates:
                 details |= {
@@ -314,3 +310,12 @@ class Replies:
                 f"context window of {window:,}{why} has room for {room:,}"
             )
         return wish or room
+
+
+def _reason(outcome: Outcome, parser: Parser, *, looped: bool) -> str:
+    """Return why a reply has ended, by what it said."""
+    if outcome.reason != "stop":
+        return outcome.reason
+    if parser.cut_off:
+        return "length" if looped else "stop"  # the loop guard has cut off the call
+    return "tool_calls" if parser.called else "stop"

@@ -4,6 +4,7 @@ import json
 import random
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +22,7 @@ from tests.test_text import TEMPLATE, THINKING, TOKENIZER
 
 GREEDY = SamplingParams(temperature=0)
 CALLS = Calls.of(TEMPLATE, TOKENIZER, [])
+PARTIAL = Calls.of(TEMPLATE, TOKENIZER, [], partial=True)
 CODER = Calls.of(
     ChatTemplate("<tool_call>\n<function="),
     TOKENIZER,
@@ -302,7 +304,7 @@ def test_a_value_may_hold_the_tag_that_ends_a_call() -> None:
 def test_a_call_in_thinking_that_is_cut_off_stays_a_draft(calls: str) -> None:
     for cut in (False, True):
         said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
-        parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=CALLS, partial_calls=True)
+        parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=PARTIAL)
         parser.advance(TOKENIZER.encode(f"<think>\nhm\n{calls}"))
         parser.close(cut=cut)
         made = [event for event in said if not isinstance(event, Reasoning)]
@@ -451,7 +453,9 @@ def streamed(
 ) -> tuple[list[tuple[str, str]], list[ToolCall], str]:
     """Give what was told of each call, by name, then the calls made, and the text."""
     said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
-    parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=calls, partial_calls=partial)
+    assert calls
+    calls = replace(calls, partial=partial)
+    parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=calls)
     for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         parser.advance(ids[start:stop])
     parser.close(cut=True)

@@ -39,13 +39,11 @@ class Parser:
         stop: Sequence[str] = (),
         calls: Calls | None = None,
         noting: bool = False,
-        partial_calls: bool = False,
     ) -> None:
         """Start to parse; `inside` says that the prompt has opened the thinking.
 
         Without `thinking` every token is text, as in a raw completion; without `calls` so are the
-        tags of calls. With `noting` each piece of text has its tokens; see `note`. With
-        `partial_calls` the arguments of calls are told as they are written, too.
+        tags of calls. With `noting` each piece of text has its tokens; see `note`.
         """
         self.finished = False
         self.stopped_by: str | None = None
@@ -69,7 +67,7 @@ class Parser:
         self._call_id = ""
         self._arguments: Arguments | None = None  # follows it, where it is no draft
         self._told_arguments = ""  # of the call in work, or the last
-        self._partial_calls = partial_calls
+        self._partial_calls = calls is not None and calls.partial
         self._drafts: list[ToolCall] = []  # calls that are the last in the thinking, so far
         self._draft_text = ""
         self._draft_tokens = 0

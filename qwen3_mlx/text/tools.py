@@ -146,22 +146,31 @@ class CallFormat(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What a parser needs to know of calls: the tags' ids, and how to read what is between."""
+    """What a parser needs to know of calls: the tags' ids, and how to read what is between.
+
+    With `partial` their arguments are told as they are written, too.
+    """
 
     open_id: int
     close_id: int
     format: CallFormat
+    partial: bool = False
 
     @classmethod
     def of(
-        cls, template: ChatTemplate | None, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]
+        cls,
+        template: ChatTemplate | None,
+        tokenizer: Tokenizer,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        partial: bool = False,
     ) -> "Calls | None":
         """Find out how a checkpoint writes calls, or give None where it has no tags for them."""
         open_id, close_id = tokenizer.id_of(OPEN), tokenizer.id_of(CLOSE)
         if template is None or open_id is None or close_id is None:
             return None
         coder = "<function=" in template.source
-        return cls(open_id, close_id, CoderCalls(tools) if coder else HermesCalls())
+        return cls(open_id, close_id, CoderCalls(tools) if coder else HermesCalls(), partial)
 
     def grammar(self, grammars: Grammars, tools: Sequence[Mapping[str, Any]]) -> Grammar:
         """Make the grammar that holds what stands between the tags to the tools' schemas."""
