@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Text,
         TokenLogprob,
         ToolCall,
+        ToolCallDelta,
         Usage,
     )
 
@@ -50,6 +51,7 @@ _HOMES = {
     "Text": "text.events",
     "TokenLogprob": "text.events",
     "ToolCall": "text.events",
+    "ToolCallDelta": "text.events",
     "Usage": "text.events",
     "convert": "conversion",
     "load": "loading",
@@ -72,6 +74,7 @@ __all__ = [
     "Text",
     "TokenLogprob",
     "ToolCall",
+    "ToolCallDelta",
     "Usage",
     "__version__",
     "convert",

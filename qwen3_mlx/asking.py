@@ -42,7 +42,8 @@ class Options(TextOptions, total=False):
     `thinking_budget_message`, and the answer follows. `loop_guard=False` permits circles.
     `tools` are functions, or descriptions of them, that the model may call: see `ToolCall`.
     `tool_choice` is "auto", "none", "required" or the name of the tool to be called; without
-    `parallel_tool_calls` a reply ends with its first call.
+    `parallel_tool_calls` a reply ends with its first call. With `partial_calls` a stream also has
+    the arguments of calls as they are written: see `ToolCallDelta`.
     The answer is held to a JSON `schema` (or a pydantic model), a `regex`, one of the texts of
     `choice`, or a `grammar` in Lark's syntax. `max_tokens` bounds thinking and answer together;
     None is what the context has room for.
@@ -64,6 +65,7 @@ class Options(TextOptions, total=False):
     tools: Sequence[Tool] | None
     tool_choice: str
     parallel_tool_calls: bool
+    partial_calls: bool
     schema: Form | None
     regex: str | None
     choice: Sequence[str] | None
@@ -88,6 +90,7 @@ class Asked:
     tools: Sequence[Tool] | None = None
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
+    partial_calls: bool = False
     schema: Form | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None
@@ -220,6 +223,7 @@ _KINDS: dict[str, tuple[type, str]] = {
     "loop_guard": (bool, "True or False"),
     "tool_choice": (str, "a string"),
     "parallel_tool_calls": (bool, "True or False"),
+    "partial_calls": (bool, "True or False"),
     "logprobs": (Integral, "a whole number"),
     "max_tokens": (Integral, "a whole number"),
     "seed": (Integral, "a whole number"),

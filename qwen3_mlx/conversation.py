@@ -20,6 +20,7 @@ Start = Callable[[Sequence[Message], Options, Callable[[Collected], None], dict[
 the details that are given."""
 
 _VERSION = 1
+_NOT_WHOLE = "Error: the arguments are not a whole JSON object, so the tool was not called"
 
 
 class Conversation:
@@ -104,6 +105,8 @@ class Conversation:
     def answer_calls(self, functions: Sequence[Callable[..., Any]]) -> None:
         """Call the tools that the last reply asks for, and add what comes of them to the history.
 
+        A call whose arguments are not a whole JSON object is not made; the model is shown why.
+
         Raises:
             ValueError: it asks for none.
         """
@@ -113,9 +116,13 @@ class Conversation:
         by_name = functions_of(functions)
         for call in asked:
             function = call["function"]
-            arguments = json.loads(function["arguments"], strict=False)
-            made = ToolCall(call["id"], function["name"], arguments)
-            self.messages.append(answer(made, by_name))
+            arguments = _arguments_of(function)
+            made = ToolCall(call["id"], function["name"], arguments or {})
+            if arguments is None:
+                about = {"tool_call_id": made.id, "name": made.name, "content": _NOT_WHOLE}
+                self.messages.append({"role": "tool", **about})
+            else:
+                self.messages.append(answer(made, by_name))
 
     def retry(self, **options: Unpack[Options]) -> Stream:
         """Have the last words replied to anew.
@@ -172,6 +179,16 @@ class Conversation:
             return places[number]
         except IndexError:
             raise ValueError(f"there is no turn {number}: {len(places)} have been said") from None
+
+
+def _arguments_of(function: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the arguments of a call in the history, or None where they are not whole."""
+    arguments = function["arguments"]
+    try:
+        read = json.loads(arguments, strict=False) if isinstance(arguments, str) else arguments
+    except ValueError:
+        return None
+    return read if isinstance(read, dict) else None
 
 
 def read_messages(file: str | Path) -> list[Message]:

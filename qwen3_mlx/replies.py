@@ -178,7 +178,12 @@ class Replies:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
         tools = asked.described_tools()
         named = [tool for tool in tools if tool["function"]["name"] == asked.tool_choice]
-        calls = Calls.of(words.template, words.tokenizer, tools) if tools else None
+        stream_calls = asked.partial_calls
+        calls = (
+            Calls.of(words.template, words.tokenizer, tools, partial=stream_calls)
+            if tools
+            else None
+        )
         if tools and calls is None:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
         if continued:
@@ -249,12 +254,11 @@ class Replies:
         def done(outcome: Outcome | BaseException) -> None:
             if isinstance(outcome, BaseException):
                 raise outcome
-            parser.close()
+            parser.close(cut=outcome.reason != "stop")
             usage = Usage(
                 len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
             )
-            calls = parser.called and outcome.reason == "stop"
-            reason = "tool_calls" if calls else outcome.reason
+            reason = _reason(outcome, parser, looped=steering.finished)
             details = parser.details | steering.details | task.details
             if parser.warning and "warning" in task.details:
                 details["warning"] += f"; {parser.warning}"
@@ -468,3 +472,12 @@ def _end(
         if said.ended:
             raise
         tell(error)
+
+
+def _reason(outcome: Outcome, parser: Parser, *, looped: bool) -> str:
+    """Return why a reply has ended, by what it said."""
+    if outcome.reason != "stop":
+        return outcome.reason
+    if parser.cut_off:
+        return "length" if looped else "stop"  # the loop guard has cut off the call
+    return "tool_calls" if parser.called else "stop"

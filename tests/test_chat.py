@@ -12,6 +12,7 @@ from threading import Event as Flag
 
 import pytest
 
+from qwen3_mlx import LLM
 from qwen3_mlx.cli.chat import functions_in
 from qwen3_mlx.cli.screen import _end_of_block, enter_key
 from qwen3_mlx.errors import Qwen3Error
@@ -85,6 +86,21 @@ def test_piped_lines_are_turns_and_stdout_has_the_answers(tmp_path: Path) -> Non
         "system",
         *["user", "assistant"] * 2,
     ]
+
+
+def test_a_call_that_the_context_cuts_off_is_not_made(demo: LLM, tmp_path: Path) -> None:
+    tool, trace = tmp_path / "tool.py", tmp_path / "trace"
+    tool.write_text(
+        TOOL.replace("    return", f"    open({str(trace)!r}, 'w').close()\n    return")
+    )
+    question = "What is 1234 + 4321?"
+    prompt = demo.render(question, thinking=False, tools=functions_in(tool))
+    tokens = len(demo.tokenizer.encode(prompt))
+    for room, called in ((24, False), (200, True)):
+        options = ("--no-thinking", "--context", str(tokens + room))
+        done = talk(f"/tools {tool}", question, options=options)
+        assert ("a tool call was cut off" in done.stderr) == (not called)
+        assert trace.exists() == called and done.returncode == 0
 
 
 def test_what_goes_wrong_is_told_and_the_conversation_goes_on(tmp_path: Path) -> None:

@@ -83,6 +83,7 @@ def test_impossible_logprobs_are_refused(demo: LLM, wrong: object) -> None:
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("choice", ["required", "weather", "calculator"])
 def test_a_call_that_is_demanded_is_made(demo: LLM, choice: str, thinking: bool) -> None:
+    made = 0
     for seed in range(8):
         reply = demo.chat(
             "Hello, who are you?",
@@ -93,10 +94,16 @@ def test_a_call_that_is_demanded_is_made(demo: LLM, choice: str, thinking: bool)
             sampling=SamplingParams(temperature=1.3),
             max_tokens=200,
         )
+        assert bool(reply.reasoning) <= thinking
+        if not reply.tool_calls:  # its arguments went on and on
+            assert reply.finish_reason == "length" and "cut off" in reply.details["warning"]
+            continue
+        made += 1
         first = reply.tool_calls[0]
         assert first.name in (("weather", "calculator") if choice == "required" else (choice,))
         assert first.arguments.keys() == {"city" if first.name == "weather" else "expression"}
-        assert bool(reply.reasoning) <= thinking and "<" not in reply.text
+        assert "<" not in reply.text
+    assert made >= 6
 
 
 def test_a_call_that_is_demanded_waits_for_the_thinking_to_end(demo: LLM) -> None:

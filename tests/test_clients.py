@@ -115,6 +115,25 @@ def test_openai_tools_there_and_back(client: Any, stream: bool) -> None:
     assert "1023" in str(final.choices[0].message.content)
 
 
+def test_openai_streams_arguments(client: Any) -> None:
+    asked: Any = {"model": "demo", "messages": CALL, "tools": [TOOL], "temperature": 0}
+    asked["extra_body"] = {"enable_thinking": False}
+    with client.chat.completions.stream(**asked) as events:
+        pieces = [
+            event.arguments_delta
+            for event in events
+            if event.type == "tool_calls.function.arguments.delta"
+        ]
+    assert len(pieces) > 5 and json.loads("".join(pieces)) == {"expression": "345 + 678"}
+    cut = list(client.chat.completions.create(**asked, stream=True, max_tokens=17))
+    choices = [choice for chunk in cut for choice in chunk.choices]
+    calls = [call for choice in choices for call in choice.delta.tool_calls or ()]
+    written = "".join(call.function.arguments for call in calls)
+    assert calls[0].function.name == "calculator" and choices[-1].finish_reason == "length"
+    with pytest.raises(ValueError):
+        json.loads(written)
+
+
 def test_openai_demands_a_call(client: Any) -> None:
     reply = client.chat.completions.create(
         model="demo",
@@ -284,6 +303,24 @@ def test_anthropic_tools_there_and_back(claude: Any, stream: bool) -> None:
         **{**asked, "messages": SUM, "tool_choice": {"type": "tool", "name": "calculator"}}
     )
     assert forced.content[0].name == "calculator"
+
+
+def test_anthropic_streams_arguments(claude: Any) -> None:
+    tool = {"name": "calculator", "description": "Calculates.", "input_schema": PARAMETERS}
+    asked: Any = {"model": "demo", "messages": CALL, "tools": [tool]}
+    asked |= {"thinking": {"type": "disabled"}, "extra_body": {"temperature": 0.0}}
+    for most, reason in ((300, "tool_use"), (17, "max_tokens")):
+        with claude.messages.stream(**asked, max_tokens=most) as events:
+            pieces = [event.partial_json for event in events if event.type == "input_json"]
+            final = events.get_final_message()
+        (block,) = final.content
+        assert (block.type, final.stop_reason) == ("tool_use", reason) and len(pieces) > 2
+        if reason == "tool_use":
+            assert json.loads("".join(pieces)) == block.input == {"expression": "345 + 678"}
+        else:  # its client reads what is whole of an input: half a text is not
+            assert block.input == {}
+            with pytest.raises(ValueError):
+                json.loads("".join(pieces))
 
 
 def test_anthropic_counts_stops_and_errors(claude: Any) -> None:

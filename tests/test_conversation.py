@@ -88,6 +88,34 @@ def test_after_calls_of_tools_the_thinking_stays(demo: LLM) -> None:
     assert conversation.messages[-1]["role"] == "assistant"
 
 
+def test_a_call_that_is_not_whole_is_not_made(demo: LLM) -> None:
+    """By this program none gets into the history; by others it may."""
+    made = []
+
+    def note(words: str = "") -> str:
+        """Note something."""
+        made.append(words)
+        return "noted"
+
+    history: list[dict[str, Any]] = [
+        {"role": "user", "content": "Note it."},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [
+                {"id": name, "type": "function", "function": {"name": "note", "arguments": written}}
+                for name, written in (("a", '{"words": "12'), ("b", ""), ("c", "[1]"), ("d", None))
+            ],
+        },
+    ]
+    talk = demo.conversation(messages=history)
+    talk.answer_calls([note])
+    assert not made
+    assert [message["tool_call_id"] for message in talk.messages[2:]] == ["a", "b", "c", "d"]
+    for message in talk.messages[2:]:
+        assert message["content"].startswith("Error: the arguments are not a whole JSON object")
+
+
 def test_retry_edit_and_branch(demo: LLM) -> None:
     conversation = demo.conversation(sampling=GREEDY, thinking=False)
     first = conversation.chat("What is 5 + 6?")

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from qwen3_mlx.text.events import Reasoning, Text, ToolCall
+from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.parser import Parser
 from tests.test_steering import CLOSE, END, OPEN, Reply
 from tests.test_text import THINKING, TOKENIZER
@@ -67,7 +67,7 @@ def expected(ids: list[int], inside: bool) -> tuple[str, str]:
 def check_a_reply(rng: random.Random) -> None:
     ids, inside = random_ids(rng, tools=False), rng.random() < 0.3
     ids = ids[: rng.randint(1, len(ids))]
-    said: list[Reasoning | Text | ToolCall] = []
+    said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
     parser = Parser(TOKENIZER, said.append, thinking=THINKING, inside=inside)
     place = 0
     while place < len(ids):
@@ -86,7 +86,7 @@ def check_a_reply_with_tools(rng: random.Random) -> None:
     ids = random_ids(rng, tools=True)
     found = []
     for _ in range(2):
-        said: list[Reasoning | Text | ToolCall] = []
+        said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
         parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=CALLS)
         place = 0
         while place < len(ids):

@@ -182,6 +182,23 @@ def test_tools_are_called_and_answered(page: Any) -> None:
     assert "1023" in at(page, "answer").nth(1).inner_text()
 
 
+def test_a_call_that_is_cut_off_is_shown_as_text(page: Any) -> None:
+    at(page, "settings").click()
+    at(page, "tools").fill(json.dumps([TOOL]))
+    at(page, "mode").select_option("off")
+    at(page, "temperature").fill("0")
+    at(page, "max-tokens").fill("18")
+    say(page, "What is 345 + 678?")
+    assert at(page, "tool-call").count() == 0
+    assert 'calculator({"expression": "34' in at(page, "answer").inner_text()
+    assert "a tool call was cut off" in at(page, "stats").inner_text()
+    at(page, "max-tokens").fill("")
+    at(page, "prompt").fill("What is 345 + 678?")
+    at(page, "send").click()
+    complete(page, 2)
+    assert "345 + 678" in at(page, "tool-call").inner_text()
+
+
 def test_what_the_server_refuses_is_told(page: Any) -> None:
     say(page, SUM)
     at(page, "prompt").fill("What is 12 + 34? " * 2000)

@@ -322,8 +322,8 @@ def random_conversation(rng: random.Random, *, tags: bool) -> tuple[list[Any], l
             messages.append(reply)
     messages.append({"role": "user", "content": words()})
     schema = {"type": "object", "properties": {words(): {"description": words()}}}
-    function = {"name": "f", "description": words(), "parameters": schema}
-    tools = [{"type": "function", "function": function}] if rng.random() < 0.4 else None
+    described = {"name": "f", "description": words(), "parameters": schema}
+    tools = [{"type": "function", "function": described}] if rng.random() < 0.4 else None
     return messages, tools
 
 
@@ -444,11 +444,11 @@ def test_a_message_of_ones_own_for_the_budget_ends_nothing(demo: LLM) -> None:
 
 # --- a message that is continued ----------------------------------------------------------------
 
-BEGUN = [
+BEGUN: list[dict[str, Any]] = [
     {"role": "user", "content": "What is 12 + 34?"},
     {"role": "assistant", "content": "12 + 34 ="},
 ]
-QUESTION = [{"role": "user", "content": "What is 12 + 34?"}]
+QUESTION: list[dict[str, Any]] = [{"role": "user", "content": "What is 12 + 34?"}]
 
 
 def test_an_answer_is_continued(demo: LLM) -> None:

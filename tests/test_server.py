@@ -362,6 +362,172 @@ def test_tools_of_which_nothing_is_said_are_called(
     assert response.status_code == 200 and "warnings" not in response.headers
 
 
+CALCULATOR: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "calculator",
+        "description": "Calculate.",
+        "parameters": {
+            "type": "object",
+            "properties": {"expression": {"type": "string"}},
+            "required": ["expression"],
+        },
+    },
+}
+CALL = "What is 12 + 34? Use the calculator."
+DIRECT: dict[str, Any] = {"tools": [CALCULATOR], "enable_thinking": False, "temperature": 0}
+
+
+def anthropic_request(most: int, **fields: Any) -> dict[str, Any]:
+    """Ask for the same call by Anthropic's protocol."""
+    function = CALCULATOR["function"]
+    tool = {"name": function["name"], "input_schema": function["parameters"]}
+    off = {"type": "disabled"}
+    return {
+        "messages": [{"role": "user", "content": CALL}],
+        "max_tokens": most,
+        "tools": [{**tool, "description": function["description"]}],
+        "thinking": off,
+        "temperature": 0,
+        **fields,
+    }
+
+
+def ollama_request(most: int, **fields: Any) -> dict[str, Any]:
+    """And by Ollama's."""
+    return {
+        "messages": [{"role": "user", "content": CALL}],
+        "tools": [CALCULATOR],
+        "think": False,
+        "options": {"num_predict": most, "temperature": 0},
+        **fields,
+    }
+
+
+def events_of(response: httpx.Response) -> list[Any]:
+    """Give what the events of a stream say."""
+    lines = [line for line in response.text.splitlines() if line.startswith("data: {")]
+    return [data_of(line) for line in lines]
+
+
+def is_json(text: str) -> bool:
+    """Say whether text is JSON."""
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+# Of 24 tokens the twelfth begins the arguments, and the 22nd ends them.
+@pytest.mark.parametrize("most", [5, 12, 17, 20, 21, 22, 24])
+def test_a_call_that_is_cut_off_is_no_call_by_openai(served: Served, most: int) -> None:
+    whole = most > 21
+    reason = "tool_calls" if most == 24 else "length"
+    choice = served.chat(CALL, max_tokens=most, **DIRECT).json()["choices"][0]
+    assert choice["finish_reason"] == reason
+    assert bool(choice["message"].get("tool_calls")) == whole
+    assert ("cut off" in str(choice.get("finish_details"))) == (not whole)
+    assert bool(choice["message"]["content"]) == (not whole)
+    chunks = events_of(served.chat(CALL, max_tokens=most, stream=True, **DIRECT))
+    choices = [one for chunk in chunks for one in chunk["choices"]]
+    calls = [call for one in choices for call in one["delta"].get("tool_calls", [])]
+    written = "".join(call["function"]["arguments"] for call in calls)
+    content = "".join(one["delta"].get("content") or "" for one in choices)
+    assert is_json(written) == whole and bool(calls) == (most >= 12) == (not content)
+    assert choices[-1]["finish_reason"] == reason
+    assert ("cut off" in str(choices[-1].get("finish_details"))) == (not whole)
+    if calls:
+        named = {"name": "calculator", "arguments": ""}
+        first = {"index": 0, "id": calls[0]["id"], "type": "function", "function": named}
+        assert calls[0] == first and '{"expression": "12 + 34"}'.startswith(written)
+        assert all(call.keys() == {"index", "function"} for call in calls[1:])
+        assert len(calls) > 8 or most < 20
+
+
+@pytest.mark.parametrize("most", [5, 12, 17, 20, 21, 22, 24])
+def test_a_call_that_is_cut_off_is_no_call_by_anthropic(served: Served, most: int) -> None:
+    whole = most > 21
+    reason = "tool_use" if most == 24 else "max_tokens"
+    reply = served.post("/v1/messages", anthropic_request(most)).json()
+    assert reply["stop_reason"] == reason
+    assert [block["type"] for block in reply["content"]] == ["tool_use" if whole else "text"]
+    events = events_of(served.post("/v1/messages", anthropic_request(most, stream=True)))
+    blocks = [e["content_block"] for e in events if e["type"] == "content_block_start"]
+    assert [block["type"] for block in blocks] == ["tool_use" if most >= 12 else "text"]
+    deltas = [e["delta"] for e in events if e["type"] == "content_block_delta"]
+    written = "".join(delta.get("partial_json", "") for delta in deltas)
+    assert is_json(written) == whole and (len(deltas) > 8 or most < 20)
+    assert [e["type"] for e in events][-3:] == [
+        "content_block_stop",
+        "message_delta",
+        "message_stop",
+    ]
+    assert events[-2]["delta"]["stop_reason"] == reason
+
+
+@pytest.mark.parametrize("most", [5, 12, 17, 20, 21, 22, 24])
+def test_a_call_that_is_cut_off_is_no_call_by_ollama(served: Served, most: int) -> None:
+    whole = most > 21
+    reply = served.post("/api/chat", ollama_request(most, stream=False)).json()
+    lines = served.post("/api/chat", ollama_request(most)).text.splitlines()
+    parts = [json.loads(line) for line in lines]
+    for messages, last in (([reply], reply), (parts, parts[-1])):
+        called = [part for part in messages if part["message"].get("tool_calls")]
+        assert len(called) == whole  # its protocol has whole calls only
+        assert last["done_reason"] == ("stop" if most == 24 else "length")
+
+
+def test_a_call_that_the_context_cuts_off_is_no_call(demo: LLM) -> None:
+    question: Any = [{"role": "user", "content": CALL}]
+    prompt = demo.render(question, thinking=False, tools=[CALCULATOR])
+    context = len(demo.tokenizer.encode(prompt)) + 18
+    with load(context=context, dequantize=False) as llm, serving(llm) as small:
+        choice = small.chat(CALL, **DIRECT).json()["choices"][0]
+        claude = small.post("/v1/messages", anthropic_request(20_000)).json()
+        llama = small.post("/api/chat", ollama_request(-1, stream=False)).json()
+    assert choice["finish_reason"] == llama["done_reason"] == "length"
+    assert claude["stop_reason"] == "model_context_window_exceeded"
+    assert "cut off" in choice["finish_details"]["warning"]
+    assert [block["type"] for block in claude["content"]] == ["text"]
+    assert "tool_calls" not in choice["message"] and "tool_calls" not in llama["message"]
+
+
+def test_a_call_that_goes_in_circles_is_no_call(served: Served) -> None:
+    bias = {str(TOKENIZER.encode("x")[0]): 100}
+    asked = {**DIRECT, "tool_choice": "required", "logit_bias": bias}
+    choice = served.chat(CALL, **asked).json()["choices"][0]
+    assert choice["finish_reason"] == "length" and "tool_calls" not in choice["message"]
+    assert choice["finish_details"]["ended_by"] == "loop"
+    chunks = events_of(served.chat(CALL, **asked, stream=True))
+    choices = [one for chunk in chunks for one in chunk["choices"]]
+    calls = [call for one in choices for call in one["delta"].get("tool_calls", [])]
+    assert not is_json("".join(call["function"]["arguments"] for call in calls))
+    assert choices[-1]["finish_reason"] == "length"
+
+
+def test_calls_of_several_replies_stream_by_their_numbers(served: Served) -> None:
+    asked: dict[str, Any] = {"seed": 1, "n": 3, **DIRECT, "temperature": 0.9}
+    told: dict[int, dict[int, str]] = {}
+    usage: dict[str, Any] = {}
+    response = served.chat(CALL, stream=True, stream_options={"include_usage": True}, **asked)
+    for chunk in events_of(response):
+        usage = chunk["usage"] or usage
+        for choice in chunk["choices"]:
+            for call in choice["delta"].get("tool_calls", []):
+                calls = told.setdefault(choice["index"], {})
+                calls[call["index"]] = calls.get(call["index"], "") + call["function"]["arguments"]
+    whole = served.chat(CALL, **asked).json()
+    assert told == {
+        choice["index"]: {
+            place: call["function"]["arguments"]
+            for place, call in enumerate(choice["message"]["tool_calls"])
+        }
+        for choice in whole["choices"]
+    }
+    assert usage["completion_tokens"] == whole["usage"]["completion_tokens"]
+
+
 def test_unknown_fields_are_warned_of(served: Served) -> None:
     response = served.chat(foo=1, store=False, user="me", model="gpt-4o", max_tokens=5)
     assert response.status_code == 200 and response.json()["model"] == "demo"

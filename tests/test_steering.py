@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_mlx.text.events import Reasoning, Text, ToolCall
+from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.loops import Loops
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.steering import HAND_OFF, Limits, Steering, budget_within, hand_off_ids
@@ -67,7 +67,7 @@ class Reply:
             return []
         return [token for token in range(len(TOKENIZER)) if not mask[token // 32] >> token % 32 & 1]
 
-    def _hear(self, event: Reasoning | Text | ToolCall) -> None:
+    def _hear(self, event: Reasoning | Text | ToolCall | ToolCallDelta) -> None:
         if isinstance(event, Reasoning):
             self.reasoning += event.text
         elif isinstance(event, Text):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
-from qwen3_mlx.text.events import Reasoning, Text, ToolCall
+from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.messages import normalise
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.template import ChatTemplate
@@ -307,7 +307,7 @@ def parse(
     text: str, *, stop: tuple[str, ...] = (), inside: bool = False, raw: bool = False
 ) -> tuple[str, str, Parser]:
     """Parse the ids of `text`; give reasoning, answer and the parser."""
-    said: list[Reasoning | Text | ToolCall] = []
+    said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
     thinking = None if raw else THINKING
     parser = Parser(TOKENIZER, said.append, thinking=thinking, inside=inside, stop=stop)
     for token in TOKENIZER.encode(text):

@@ -2,25 +2,32 @@
 
 import json
 import random
+import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import Enum
+from pathlib import Path
 from random import Random
 from typing import Annotated, Any, Literal
 
 import jsonschema  # type: ignore[import-untyped]
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import BaseModel
 
-from qwen3_mlx import LLM, Qwen3Error, SamplingParams
-from qwen3_mlx.text.events import Reasoning, Text, ToolCall
+from qwen3_mlx import LLM, Finish, Qwen3Error, SamplingParams, load
+from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tool_schema import kinds_of
 from qwen3_mlx.text.tools import Calls, CoderCalls, HermesCalls, answer, describe, functions_of
+from tests.support import DEMO, write_tiny
 from tests.test_text import TEMPLATE, THINKING, TOKENIZER
 
 GREEDY = SamplingParams(temperature=0)
 CALLS = Calls.of(TEMPLATE, TOKENIZER, [])
+PARTIAL = Calls.of(TEMPLATE, TOKENIZER, [], partial=True)
 CODER = Calls.of(
     ChatTemplate("<tool_call>\n<function="),
     TOKENIZER,
@@ -356,7 +363,7 @@ XML = "<function=find>\n<parameter=count>\n12\n</parameter>\n</function>"
 def parse(
     text: str, calls: Calls | None = CALLS, cuts: Sequence[int] = (), inside: bool = False
 ) -> tuple[str, str, list[tuple[str, dict[str, Any]]], Parser]:
-    said: list[Reasoning | Text | ToolCall] = []
+    said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
     parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=calls, inside=inside)
     ids = TOKENIZER.encode(text)
     for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True):
@@ -431,6 +438,345 @@ def test_tokens_of_a_call_that_ends_the_thinking_are_no_thinking() -> None:
     before = parse("<think>\nhm\n")[3].reasoning_tokens
     assert parse(f"<think>\nhm\n{CALL}")[3].reasoning_tokens == before
     assert parse(f"<think>\nhm\n{CALL} no")[3].reasoning_tokens > before + 5
+
+
+# --- cut off ------------------------------------------------------------------------------------
+
+TEXT = "<function=find>\n<parameter=text>\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (f"{TEXT}rm -rf /ho", f"{TEXT}rm -rf /ho"),
+        (f"{TEXT}a </function>", f"{TEXT}a </function>"),
+        (f"{TEXT}a </function> b", f"{TEXT}a </function> b"),
+        (f"<tool_call>\n{TEXT}a </function> b", f"<tool_call>\n{TEXT}a </function> b"),
+        (f"<tool_call>\n{TEXT}a\n</function>", f"<tool_call>\n{TEXT}a\n</function>"),
+        ("<tool_call>\n<function=find>\n", "<tool_call>\n<function=find>\n"),
+    ],
+)
+def test_coder_calls_that_are_cut_off_are_text(text: str, words: str) -> None:
+    found = parse(text, CODER)
+    assert found[:3] == ("", words, []) and "cut off" in found[3].details["warning"]
+
+
+def test_a_value_may_hold_the_tag_that_ends_a_call() -> None:
+    call = f"{TEXT}a </function> b\n</parameter>\n</function>"
+    for text in (call, f"<tool_call>\n{call}", f"<tool_call>\n{call}\n</tool_call>"):
+        assert parse(text, CODER)[:3] == ("", "", [("find", {"text": "a </function> b"})])
+
+
+@pytest.mark.parametrize("calls", [f"{CALL}\n", CALL, CALL.removesuffix("\n</tool_call>")])
+def test_a_call_in_thinking_that_is_cut_off_stays_a_draft(calls: str) -> None:
+    for cut in (False, True):
+        said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
+        parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=PARTIAL)
+        parser.advance(TOKENIZER.encode(f"<think>\nhm\n{calls}"))
+        parser.close(cut=cut)
+        made = [event for event in said if not isinstance(event, Reasoning)]
+        assert bool(made) == (not cut) == parser.called
+        reasoning = "".join(event.text for event in said if isinstance(event, Reasoning))
+        assert reasoning == (f"hm\n{calls}" if cut else "hm")
+
+
+CUT: dict[str, Any] = {
+    "messages": "What is 12 + 34? Use the calculator.",
+    "thinking": False,
+    "sampling": GREEDY,
+}
+WHOLE = {"expression": "12 + 34"}
+
+
+def test_a_call_that_is_cut_off_by_the_limit_is_not_made(demo: LLM) -> None:
+    """The demo writes 24 tokens: the tag, the call of 22, and the tag that ends it."""
+    made = []
+
+    def calculator(expression: str) -> str:
+        """Evaluate an arithmetic expression"""
+        made.append(expression)
+        return "46"
+
+    for most in range(1, 22):
+        asked = {**CUT, "tools": [calculator], "max_tokens": most}
+        (batched,) = demo.batch([asked.pop("messages")], **asked)
+        for reply in (demo.chat(CUT["messages"], **asked), batched):
+            assert (reply.finish_reason, reply.tool_calls) == ("length", [])
+            assert "a tool call was cut off" in reply.details["warning"]
+            assert reply.text.startswith("<tool_call>")
+        last = demo.run(CUT["messages"], **asked)
+        assert last.finish_reason == "length" and len(last.messages) == 1
+        talk = demo.conversation(**asked)
+        assert talk.chat(CUT["messages"]).finish_reason == "length"
+        assert talk.messages[-1] == {"role": "assistant", "content": batched.text}
+        with pytest.raises(ValueError, match="calls no tool"):
+            talk.answer_calls([calculator])
+        assert talk.chat("What is 1 + 2?", tools=None, max_tokens=None).text
+    for most in (22, 23):  # only the tag that ends it is missing
+        reply = demo.chat(**CUT, tools=[calculator], max_tokens=most)
+        assert [call.arguments for call in reply.tool_calls] == [WHOLE]
+        assert (reply.finish_reason, reply.details) == ("length", {})
+    assert demo.chat(**CUT, tools=[calculator], max_tokens=24).finish_reason == "tool_calls"
+    assert not made
+
+
+def test_a_call_that_is_cut_off_by_the_context_is_not_made() -> None:
+    with load(dequantize=False) as llm:
+        prompt = llm.tokenizer.encode(
+            llm.render(CUT["messages"], thinking=False, tools=[calculator])
+        )
+    for room in (12, 20):
+        with load(DEMO, context=len(prompt) + room, dequantize=False) as llm:
+            reply = llm.chat(**CUT, tools=[calculator])
+        assert (reply.finish_reason, reply.tool_calls) == ("length", [])
+        assert "a tool call was cut off" in reply.details["warning"]
+
+
+@pytest.mark.parametrize("choice", ["required", "calculator"])
+def test_a_call_that_is_demanded_may_find_no_room(demo: LLM, choice: str) -> None:
+    for thinking, most in ((False, 1), (False, 5), (False, 15), (True, 45)):
+        for seed in range(3):
+            reply = demo.chat(
+                "Count from 3 to 30.",
+                tools=[calculator],
+                tool_choice=choice,
+                thinking=thinking,
+                max_tokens=most,
+                seed=seed,
+            )
+            assert reply.finish_reason == "length" or reply.tool_calls
+            if not reply.tool_calls:
+                assert "a tool call was cut off" in reply.details["warning"]
+
+
+def test_a_whole_call_before_one_that_is_cut_off_is_given(demo: LLM) -> None:
+    made = []
+
+    def calculator(expression: str) -> str:
+        """Evaluate an arithmetic expression"""
+        made.append(expression)
+        return "46"
+
+    again = SamplingParams(temperature=0, logit_bias={demo.tokenizer.id_of("<tool_call>") or 0: 99})
+    asked: dict[str, Any] = {**CUT, "tools": [calculator], "sampling": again, "max_tokens": 44}
+    reply = demo.chat(**asked)
+    assert [call.arguments for call in reply.tool_calls] == [WHOLE]
+    assert reply.finish_reason == "length" and "cut off" in reply.details["warning"]
+    assert reply.text.startswith("<tool_call>")
+    assert demo.run(**asked).finish_reason == "length" and not made
+    events = list(demo.stream(**asked, partial_calls=True))
+    told = dict.fromkeys(event.id for event in events if isinstance(event, ToolCallDelta))
+    (call,) = [event for event in events if isinstance(event, ToolCall)]
+    assert next(iter(told)) == call.id and len(told) == 2
+
+
+def test_a_loop_within_a_call_does_not_close_it(demo: LLM) -> None:
+    """A token that is likelier than all others is written for ever; a call of it is not made."""
+    token = TOKENIZER.encode("x")[0]
+    sampling = SamplingParams(temperature=0, logit_bias={token: 1000.0})
+    reply = demo.chat(
+        "What is 12 + 34?",
+        tools=[calculator],
+        tool_choice="required",
+        thinking=False,
+        sampling=sampling,
+        max_tokens=2000,
+    )
+    assert (reply.finish_reason, reply.tool_calls) == ("length", [])
+    assert reply.details["ended_by"] == "loop" and "cut off" in reply.details["warning"]
+    assert reply.text.endswith("xxx")
+
+
+# --- as they are written ------------------------------------------------------------------------
+
+WRITTEN = [
+    (CALLS, '{"name": "f", "arguments": {"a": 1}}'),
+    (CALLS, '{"name":"f" , "arguments" :  {"a": {"b": [1, "}"]}, "c": "\\"{\\\\"} }'),
+    (CALLS, '{"name": "f", "arguments": {}}'),
+    (CALLS, '{"name": "f", "arguments": {"a": "你好 👍"}},'),
+    (CALLS, '{"name": "f", "arguments": {"a": 1}'),
+    (CALLS, '{"arguments": {"a": 1}, "name": "f"}'),
+    (CALLS, '{"name": "f", "arguments": "{\\"a\\": 1}"}'),
+    (CALLS, '{"name": "f"}'),
+    (CALLS, '{"name": "f", "arguments": {"a": 1}, "arguments": {"a": 2}}'),
+    (CALLS, '{"name": "f", "arguments": {"a": "x}'),
+    (CODER, "<function=find>\n</function>"),
+    (CODER, f'{TEXT}one\n\ttwo <b> "q" </p 你好\n\n</parameter>\n</function>'),
+    (CODER, f"{TEXT}1\n</parameter>\n<parameter=count>\n12\n</parameter>\n</function>"),
+    (
+        CODER,
+        "<function=find>\n<parameter=places>\n[1, 2]\n</parameter>\n<parameter=limit>\nnull\n"
+        "</parameter>\n<parameter=kind>\na\n</parameter>\n</function>",
+    ),
+    (CODER, f"{TEXT}a </function> b\n</parameter>\n</function>"),
+    (CODER, f"{TEXT}a\n</parameter>\n{TEXT[16:]}b\n</parameter>\n</function>"),
+    (CODER, f"{TEXT}no end \n</function>"),
+    (CODER, f"{TEXT}a<parameter=count>3</function>"),
+]
+
+
+def streamed(
+    ids: Sequence[int], calls: Calls | None, cuts: Sequence[int] = (), *, partial: bool = True
+) -> tuple[list[tuple[str, str]], list[ToolCall], str]:
+    """Give what was told of each call, by name, then the calls made, and the text."""
+    said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
+    assert calls
+    calls = replace(calls, partial=partial)
+    parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=calls)
+    for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True):
+        parser.advance(ids[start:stop])
+    parser.close(cut=True)
+    told: dict[str, tuple[str, str]] = {}
+    for event in said:
+        if isinstance(event, ToolCallDelta):
+            name, text = told.get(event.id, (event.name, ""))
+            assert event.name == name and event.text
+            told[event.id] = name, text + event.text
+        elif isinstance(event, ToolCall) and partial:
+            assert told[event.id] == (event.name, event.written)
+    text = "".join(event.text for event in said if isinstance(event, Text))
+    return list(told.values()), [event for event in said if isinstance(event, ToolCall)], text
+
+
+def is_json(text: str) -> bool:
+    """Say whether text is JSON."""
+    try:
+        json.loads(text, strict=False)
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(("calls", "call"), WRITTEN)
+def test_arguments_come_as_they_are_written(calls: Calls, call: str) -> None:
+    tagged = f"Well.\n<tool_call>\n{call}\n</tool_call>"
+    bare = [f"{call} and {call}"] * (calls is CODER)
+    rng = random.Random(0)
+    for text in (tagged, f"{tagged}\n{tagged}", *bare):
+        ids = TOKENIZER.encode(text)
+        told, made, words = streamed(ids, calls)
+        plain = streamed(ids, calls, partial=False)
+        assert [(one.name, one.arguments, one.written) for one in plain[1]] == [
+            (one.name, one.arguments, one.written) for one in made
+        ]
+        assert not plain[0] and (words == plain[2] or len(told) > len(made))
+        for _ in range(10):
+            cuts = sorted(rng.sample(range(len(ids) + 1), rng.randint(0, min(9, len(ids)))))
+            again = streamed(ids, calls, cuts)
+            assert (again[0], again[2]) == (told, words)
+        for end in range(len(ids)):
+            pieces, whole, _ = streamed(ids[:end], calls)
+            assert sum(is_json(written) for _, written in pieces) == len(whole)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    arguments=st.dictionaries(st.text(max_size=6), VALUES, max_size=4),
+    ascii_only=st.booleans(),
+    at=st.floats(0, 1),
+)
+def test_any_arguments_come_whole_or_cannot_be_read(
+    arguments: dict[str, Any], ascii_only: bool, at: float
+) -> None:
+    written = unicodedata.normalize("NFC", json.dumps(arguments, ensure_ascii=ascii_only))
+    ids = TOKENIZER.encode(f'<tool_call>\n{{"name": "f", "arguments": {written}}}\n</tool_call>')
+    assert streamed(ids, CALLS)[0] == [("f", written)]
+    told, made, _ = streamed(ids[: round(at * len(ids))], CALLS)
+    for _, part in told:
+        assert written.startswith(part.rstrip("\ufffd")) and is_json(part) == bool(made)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(alphabet='ab \n<>/"\\你parmetfuncion=', max_size=40), at=st.floats(0, 1))
+def test_any_text_of_a_coder_call_comes_whole_or_cannot_be_read(text: str, at: float) -> None:
+    ids = TOKENIZER.encode(f"<tool_call>\n{TEXT}{text}\n</parameter>\n</function>\n</tool_call>")
+    told, made, _ = streamed(ids, CODER)
+    assert len(made) == 1 and told == [("find", made[0].written)]
+    pieces, whole, _ = streamed(ids[: round(at * len(ids))], CODER)
+    for _, part in pieces:
+        assert made[0].written.startswith(part.rstrip("\ufffd"))
+        assert is_json(part) == bool(whole)
+
+
+def test_a_draft_is_not_streamed() -> None:
+    ids = TOKENIZER.encode(f"<think>\n{CALL}\nno\n</think>\n\nYes.")
+    assert streamed(ids, CALLS) == ([], [], "Yes.")
+
+
+def test_partial_calls_are_for_those_who_ask(demo: LLM) -> None:
+    for thinking in (False, True):
+        asked: dict[str, Any] = {**CUT, "tools": [calculator], "thinking": thinking}
+        plain = list(demo.stream(**asked))
+        assert not any(isinstance(event, ToolCallDelta) for event in plain)
+        events = list(demo.stream(**asked, partial_calls=True))
+        pieces = [event for event in events if isinstance(event, ToolCallDelta)]
+        (call,) = [event for event in events if isinstance(event, ToolCall)]
+        assert len(pieces) > 5
+        assert "".join(event.text for event in pieces) == call.written
+        assert {(event.id, event.name) for event in pieces} == {(call.id, call.name)}
+        assert isinstance(events[-1], Finish) and events[-1].reason == "tool_calls"
+        rest = [event for event in events if not isinstance(event, ToolCallDelta)]
+        assert [type(event) for event in rest] == [type(event) for event in plain]
+        reply = demo.chat(**asked, partial_calls=True, logprobs=1)
+        assert [one.written for one in reply.tool_calls] == [call.written]
+        assert not reply.text and not reply.logprobs
+    stopped = list(demo.stream(**CUT, tools=[calculator], stop=["12", "expr"], partial_calls=True))
+    assert [event.arguments for event in stopped if isinstance(event, ToolCall)] == [WHOLE]
+    with pytest.raises(TypeError, match="partial_calls must be True or False"):
+        demo.chat("Hello", partial_calls=1)  # type: ignore[arg-type]
+
+
+FIND: dict[str, Any] = {
+    "name": "find",
+    "parameters": {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string"},
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+            "exact": {"type": "boolean"},
+        },
+    },
+}
+
+
+def test_calls_in_the_tags_of_qwen3_coder_stream_or_are_cut_off(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    template = folder / "chat_template.jinja"
+    template.write_text("{#- <function= #}" + template.read_text())
+    # Without the usual token of the tag that ends a call, more parameters are written.
+    wild = SamplingParams(temperature=1.5, logit_bias={TOKENIZER.encode("</function>")[0]: -100})
+    ended = []
+    with load(folder) as llm:
+        for seed in range(12):
+            events = list(
+                llm.stream(
+                    "Find something!",
+                    tools=[FIND],
+                    tool_choice="required",
+                    parallel_tool_calls=False,
+                    thinking=False,
+                    sampling=wild,
+                    max_tokens=60,
+                    seed=seed,
+                    partial_calls=True,
+                )
+            )
+            last = events[-1]
+            assert isinstance(last, Finish)
+            ended.append(last.reason)
+            told = "".join(event.text for event in events if isinstance(event, ToolCallDelta))
+            made = [event for event in events if isinstance(event, ToolCall)]
+            assert [one.written for one in made] == ([told] if made else [])
+            assert is_json(told) == bool(made) == (last.reason == "tool_calls")
+            assert ("cut off" in last.details.get("warning", "")) == (not made)
+    assert set(ended) == {"length", "tool_calls"}
 
 
 # --- run ----------------------------------------------------------------------------------------

@@ -273,7 +273,7 @@ def _about(finish: Finish) -> str:
     """Say what a user would wonder about otherwise."""
     details = finish.details
     parts = []
-    if finish.reason == "length":
+    if finish.reason == "length" and "ended_by" not in details:
         parts.append("cut off: the context window is full")
     if finish.reason == "cancelled":
         parts.append("stopped")

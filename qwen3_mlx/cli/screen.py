@@ -50,7 +50,7 @@ class Screen:
             elif isinstance(event, ToolCall):
                 blocks.close()
                 self._console.print(Plain(f"{event.name}({event.written})", style="cyan"))
-            else:
+            elif isinstance(event, Finish):
                 finish = event
         blocks.close()
         return finish

@@ -31,7 +31,15 @@ from qwen3_mlx.server.wire import (
     warnings_header,
 )
 from qwen3_mlx.streams import Collected
-from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall, Usage
+from qwen3_mlx.text.events import (
+    Event,
+    Finish,
+    Reasoning,
+    Text,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
@@ -106,6 +114,7 @@ class _Messages:
                 "max_tokens": asked.max_tokens,
                 "stop": asked.stop_sequences,
                 "schema": form.schema_ if form else None,
+                "partial_calls": bool(asked.stream),
                 "idle": True,
             }
         except (ValueError, TypeError) as error:
@@ -139,7 +148,9 @@ class _Messages:
         reason = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[
             finish.reason
         ]
-        if reason == "max_tokens" and finish.usage.completion_tokens < self._asked.max_tokens:
+        made = finish.usage.completion_tokens
+        full = finish.usage.prompt_tokens + made >= self._service.context
+        if reason == "max_tokens" and full and made < self._asked.max_tokens:
             reason = "model_context_window_exceeded"
         return {"stop_reason": "stop_sequence" if stop else reason, "stop_sequence": stop}
 
@@ -183,13 +194,12 @@ class _Writer:
             yield from self._say("thinking", event.text, {"thinking": "", "signature": ""})
         elif isinstance(event, Text):
             yield from self._say("text", event.text, {"text": ""})
-        elif isinstance(event, ToolCall):
-            yield from self._close()
-            block = {"type": "tool_use", "id": _tool_id(event), "name": event.name, "input": {}}
-            yield self._start(block)
-            self._open = "tool_use"
-            yield self._delta(type="input_json_delta", partial_json=event.written)
-            yield from self._close()
+        elif isinstance(event, ToolCallDelta):
+            if self._open != event.id:
+                yield from self._close()
+                yield self._start({"type": "tool_use", **_tool(event), "input": {}})
+                self._open = event.id
+            yield self._delta(type="input_json_delta", partial_json=event.text)
         else:
             yield from self._close()
 
@@ -222,11 +232,11 @@ def _blocks(said: Collected) -> Iterator[dict[str, Any]]:
     if said.text:
         yield {"type": "text", "text": said.text}
     for call in said.tool_calls:
-        yield {"type": "tool_use", "id": _tool_id(call), "name": call.name, "input": call.arguments}
+        yield {"type": "tool_use", **_tool(call), "input": call.arguments}
 
 
-def _tool_id(call: ToolCall) -> str:
-    return f"toolu_{call.id.removeprefix('call_')}"
+def _tool(call: ToolCall | ToolCallDelta) -> dict[str, str]:
+    return {"id": f"toolu_{call.id.removeprefix('call_')}", "name": call.name}
 
 
 def _usage(usage: Usage) -> dict[str, int]:

@@ -1,6 +1,6 @@
 """Chat completions: requests as the library has them, replies as OpenAI's clients know them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,7 +11,7 @@ from qwen3_mlx.server.openai_wire import HARMLESS, NOT_FOR_CHAT, ChatRequest, Me
 from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.wire import check_unknown, ends_with_words
 from qwen3_mlx.streams import Collected
-from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCall
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCallDelta
 
 _FIELDS = {
     "both": ("reasoning_content", "reasoning"),
@@ -29,7 +29,7 @@ class ChatCompletion(Completion):
     def __init__(self, service: Service, asked: ChatRequest) -> None:
         super().__init__(service, asked)
         self._asked = asked
-        self._calls = [0] * self.choices
+        self._calls: list[list[str]] = [[] for _ in range(self.choices)]  # ids of those begun
         hidden = asked.include_reasoning is False or (asked.reasoning and asked.reasoning.exclude)
         self._fields = () if hidden else _FIELDS[service.settings.reasoning_field]
         try:
@@ -61,18 +61,9 @@ class ChatCompletion(Completion):
         if isinstance(event, Reasoning):
             delta = dict.fromkeys(self._fields, event.text)
             return [_chunk(index, delta)] if delta else []
-        if isinstance(event, ToolCall):
-            place = self._calls[index]
-            self._calls[index] += 1
-            named = {
-                "index": place,
-                "id": event.id,
-                "type": "function",
-                "function": {"name": event.name, "arguments": ""},
-            }
-            written = {"index": place, "function": {"arguments": event.written}}
-            return [_chunk(index, {"tool_calls": [part]}) for part in (named, written)]
-        return [_chunk(index, {}, finish=event)]
+        if isinstance(event, ToolCallDelta):
+            return [_chunk(index, {"tool_calls": [part]}) for part in self._parts(index, event)]
+        return [_chunk(index, {}, finish=event)] if isinstance(event, Finish) else []
 
     def choice(self, index: int, said: Collected, finish: Finish) -> Mapping[str, Any]:
         """Give the whole message, with null for an answer only where there is none but calls."""
@@ -89,6 +80,20 @@ class ChatCompletion(Completion):
             "finish_reason": finish.reason,
             **_details(finish),
         }
+
+    def _parts(self, index: int, delta: ToolCallDelta) -> Iterator[dict[str, Any]]:
+        """Yield what a piece of a call adds: the first of them names the tool."""
+        begun = self._calls[index]
+        if delta.id not in begun:
+            begun.append(delta.id)
+            named = {"name": delta.name, "arguments": ""}
+            yield {
+                "index": len(begun) - 1,
+                "id": delta.id,
+                "type": "function",
+                "function": named,
+            }
+        yield {"index": len(begun) - 1, "function": {"arguments": delta.text}}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         if not self._asked.logprobs:
@@ -159,6 +164,7 @@ def _chat_options(asked: ChatRequest) -> Options:
         "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
         "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice,
         "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "partial_calls": bool(asked.stream),
         "thinking_budget_message": asked.thinking_budget_message,
     }
 

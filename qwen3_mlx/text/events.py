@@ -44,6 +44,20 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCallDelta:
+    """A piece of a call's arguments as they are written, where `partial_calls` asks for them.
+
+    The pieces of one `id` joined are the `written` of the `ToolCall` that follows them. Without the
+    last of them they are not JSON, so a call that is cut off, which no `ToolCall` follows, cannot
+    be taken for a whole one.
+    """
+
+    id: str
+    name: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Usage:
     """Tokens counted. `completion_tokens` are all that the model chose, its end token included;
     `reasoning_tokens` of them stood between `<think>` and `</think>`.
@@ -67,4 +81,4 @@ class Finish:
     details: dict[str, str] = field(default_factory=dict)
 
 
-Event = Reasoning | Text | ToolCall | Finish
+Event = Reasoning | Text | ToolCall | ToolCallDelta | Finish

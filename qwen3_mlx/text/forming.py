@@ -35,8 +35,9 @@ class Forming:
     """A `Constraint` of the engine: `Steering` for the thinking, and grammars for what follows.
 
     Each answer is held to `answer`, if there is one, and the calls of tools to `calling`.
-    When `max_tokens` come near, a token after which there would not be room to end the text is
-    taken back, and the end is forced; so it is when a loop is noticed.
+    When `max_tokens` come near, a token after which there would not be room to end the answer is
+    taken back, and the end is forced; so it is when a loop is noticed. A call is never ended so:
+    half an argument is another order, so a call that finds no room stays cut off.
     """
 
     def __init__(
@@ -73,10 +74,10 @@ class Forming:
         """Whether the form is filled, or the answer goes in circles."""
         if self._called and self._calling and self._calling.only_one:
             return True
-        if self._active is None:
+        if self._active is None or self._in_a_call:
             return self._steering.finished
         whole = self._active.complete or (self._closing and self._active.may_end)
-        return whole and self._active is self._answer and self._active.read > 0
+        return whole and self._active.read > 0
 
     @property
     def masking(self) -> bool:
@@ -94,7 +95,7 @@ class Forming:
         self.unwanted = self._steering.unwanted
         if self.unwanted:
             self._go_back(self.unwanted)
-        elif self._active and not self._closing and self._leaves_no_room(self._active):
+        elif self._answering and not self._closing and self._leaves_no_room(self._answering):
             self.unwanted = len(ids)
             self.rewind(len(ids))
             self._closing = True
@@ -184,6 +185,11 @@ class Forming:
     def _in_a_call(self) -> bool:
         return self._active is not None and self._active is not self._answer
 
+    @property
+    def _answering(self) -> Grammar | None:
+        """The grammar of the answer, while that is being written."""
+        return None if self._in_a_call else self._active
+
     def _forced_by(self, active: Grammar) -> list[int]:
         if self._in_a_call and active.complete:
             assert self._calls
@@ -194,8 +200,8 @@ class Forming:
         return [] if self._other_beginnings() else active.forced()
 
     def _leaves_no_room(self, active: Grammar) -> bool:
-        """Say whether the text must be ended as it was before the last tokens; know how, if so."""
-        left = self._max_tokens - len(self._before) - self._in_a_call  # 1 for its tag
+        """Say whether the answer must end as it was before the last tokens; know how, if so."""
+        left = self._max_tokens - len(self._before)
         if left > _NEAR_THE_END and not self._steering.finished:
             return False
         before, end = self._end, active.closing()

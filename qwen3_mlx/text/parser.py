@@ -4,15 +4,20 @@ What is thinking is decided by token id, never by text. A reply thinks once, bef
 tag that the model writes after that is text.
 """
 
+import secrets
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from qwen3_mlx.text.events import Reasoning, Text, TokenLogprob, ToolCall
+from qwen3_mlx.text.arguments import Arguments
+from qwen3_mlx.text.events import Reasoning, Text, TokenLogprob, ToolCall, ToolCallDelta
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Detokenizer, Tokenizer
 from qwen3_mlx.text.tools import CLOSE, OPEN, Calls
 
-Emit = Callable[[Reasoning | Text | ToolCall], None]
+Emit = Callable[[Reasoning | Text | ToolCall | ToolCallDelta], None]
 _UNREADABLE = "a tool call could not be read and is left in the text"
+_END = "</function>"
+_CUT_OFF = "a tool call was cut off by the end of the reply: it is incomplete and was not made"
 
 
 class Parser:
@@ -21,7 +26,7 @@ class Parser:
     The line breaks around the thinking and the calls belong to the format and are left out.
 
     A call within the thinking may be a draft. It is one if the thinking goes on after it, or is
-    closed; if the reply ends there, it has ended the thinking.
+    closed; if the reply ends there, it has ended the thinking. One that is cut off is text.
     """
 
     def __init__(
@@ -45,6 +50,7 @@ class Parser:
         self.stopped_by: str | None = None
         self.reasoning_tokens = 0
         self.called = False
+        self.cut_off = False  # whether the reply ended within a call
         self.warning: str | None = None
         self._tell = emit
         self._detokenizer = Detokenizer(tokenizer)
@@ -60,6 +66,10 @@ class Parser:
         self._stop = StopStrings(stop)
         self._calls = calls
         self._call: list[str] | None = None  # the text of the call that is being written
+        self._call_id = ""
+        self._arguments: Arguments | None = None  # follows it, where it is no draft
+        self._told_arguments = ""  # of the call in work, or the last
+        self._partial_calls = calls is not None and calls.partial
         self._drafts: list[ToolCall] = []  # calls that are the last in the thinking, so far
         self._draft_text = ""
         self._draft_tokens = 0
@@ -106,12 +116,17 @@ class Parser:
         if self._notes:
             del self._notes[-count:]
 
-    def close(self) -> None:
-        """Say what is still held back; nothing comes after."""
+    def close(self, *, cut: bool = False) -> None:
+        """Say what is still held back; nothing comes after.
+
+        `cut` says that the reply did not end by itself, so the thinking might have gone on.
+        """
         if not self.finished:
             self._say(self._detokenizer.flush())
             if self._call is not None:
-                self._close_call("")
+                self._close_call("", at_the_end=True)
+            if cut:
+                self._drop_drafts()
             if self._drafts:  # the reply ends with them: they were meant
                 self.reasoning_tokens -= self._draft_tokens
                 for call in self._drafts:
@@ -152,10 +167,9 @@ class Parser:
     def _say(self, text: str) -> None:
         """Say text, wherever it belongs: to a call, the thinking or the answer."""
         if self._call is not None:
-            self._call.append(text)
-            if self._untagged and "</function>" in (written := "".join(self._call)):
-                written, end, rest = written.partition("</function>")
-                self._call = [written + end]
+            rest = self._take_rest_of_bare_call(text) if self._untagged else None
+            self._say_arguments(text[: len(text) - len(rest or "")])
+            if rest is not None:
                 self._close_call("")
                 self._say(rest)
             return
@@ -187,8 +201,8 @@ class Parser:
             if found:
                 self._say_text(self._stop.add(text))
                 self._open_call()
-                self._untagged, self._call = True, [found]
-                self._say(rest)
+                self._untagged = True
+                self._say(found + rest)
                 return
         self._say_text(self._stop.add(text))
         if self._stop.found is not None:
@@ -234,17 +248,51 @@ class Parser:
             held, self._bare_held = self._bare_held, ""
             self._say_text(self._stop.add(held) + self._stop.flush())
             self._breaks = ""
-        self._call, self._untagged = [], False
+        assert self._calls
+        self._call, self._untagged, self._told_arguments = [], False, ""
+        self._call_id = f"call_{secrets.token_hex(12)}"
+        self._arguments = None if self._inside else self._calls.format.follow()
 
-    def _close_call(self, end: str) -> None:
+    def _take_rest_of_bare_call(self, text: str) -> str | None:
+        """Return what of `text` stands behind the end of a call without its tag, if it ends."""
+        assert self._calls and self._call is not None
+        if _END not in "".join(self._call[-len(_END) :]) + text:  # each piece has a character
+            return None
+        before = "".join(self._call)
+        written, end = before + text, max(0, len(before) + 1 - len(_END))
+        while (place := written.find(_END, end)) >= 0:
+            end = place + len(_END)
+            if self._calls.format.read(written[:end], whole=False):  # it stands in no value
+                return written[end:]
+        return None
+
+    def _say_arguments(self, text: str) -> None:
+        """Take text of the call in work, and tell what it makes certain of the arguments."""
+        assert self._call is not None
+        if not text:
+            return
+        self._call.append(text)
+        if self._arguments and (piece := self._arguments.add(text)):
+            self._told_arguments += piece
+            if self._partial_calls:
+                self._tell(ToolCallDelta(self._call_id, self._arguments.name or "", piece))
+
+    def _close_call(self, end: str, *, at_the_end: bool = False) -> None:
         """Read the call that was written, and closed by `end` or by something else."""
         assert self._calls and self._call is not None
         written, self._call = "".join(self._call) + self._detokenizer.flush(), None
-        call = self._calls.read(written, whole=bool(end) or self._untagged)
+        call = self._calls.read(written, whole=bool(end))
         text = written if self._untagged else f"{OPEN}{written}{end}"
+        if call and (told := self._told_arguments):
+            assert self._arguments
+            call = replace(call, id=self._call_id)
+            if call.name != self._arguments.name or not call.written.startswith(told):
+                call = None  # a key came twice: what can be read in two ways is not acted on
         if call is None:
             self._drop_drafts()
             self._say_unreadable(text)
+            if at_the_end:
+                self.cut_off, self.warning = True, _CUT_OFF
         elif self._inside:
             self._drafts.append(call)
             self._draft_text += text
@@ -263,7 +311,10 @@ class Parser:
             self._say_reasoning(text)
         else:
             self.warning = _UNREADABLE
-            self._say_text(text)
+            if self._partial_calls and self._told_arguments:
+                self._forget_notes()  # it has been told as a call that never ends
+            else:
+                self._say_text(text)
 
     def _drop_drafts(self) -> None:
         text, self._draft_text, self._drafts = self._draft_text, "", []
@@ -273,6 +324,9 @@ class Parser:
     def _emit_call(self, call: ToolCall) -> None:
         self.called, self._at_seam, self._breaks = True, True, ""
         self._forget_notes()
+        if self._partial_calls:
+            rest = call.written[len(self._told_arguments) :]
+            self._tell(ToolCallDelta(call.id, call.name, rest))
         self._tell(call)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Union, get_args, get_origin
 
+from qwen3_mlx.text.arguments import Arguments, CoderArguments, HermesArguments
 from qwen3_mlx.text.events import ToolCall
 from qwen3_mlx.text.grammar import Grammar, Grammars
 from qwen3_mlx.text.template import ChatTemplate
@@ -180,25 +181,37 @@ class CallFormat(Protocol):
         What is not `whole` lacks its closing tag, and may have been cut off.
         """
 
+    def follow(self) -> Arguments:
+        """Return what follows the arguments of one call while it is written."""
+
 
 @dataclass(frozen=True, slots=True)
 class Calls:
-    """What a parser needs to know of calls: the tags' ids, and how to read what is between."""
+    """What a parser needs to know of calls: the tags' ids, and how to read what is between.
+
+    With `partial` their arguments are told as they are written, too.
+    """
 
     open_id: int
     close_id: int
     format: CallFormat
+    partial: bool = False
 
     @classmethod
     def of(
-        cls, template: ChatTemplate | None, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]
+        cls,
+        template: ChatTemplate | None,
+        tokenizer: Tokenizer,
+        tools: Sequence[Mapping[str, Any]],
+        *,
+        partial: bool = False,
     ) -> "Calls | None":
         """Find out how a checkpoint writes calls, or give None where it has no tags for them."""
         open_id, close_id = tokenizer.id_of(OPEN), tokenizer.id_of(CLOSE)
         if template is None or open_id is None or close_id is None:
             return None
         coder = "<function=" in template.source
-        return cls(open_id, close_id, CoderCalls(tools) if coder else HermesCalls())
+        return cls(open_id, close_id, CoderCalls(tools) if coder else HermesCalls(), partial)
 
     def grammar(self, grammars: Grammars, tools: Sequence[Mapping[str, Any]]) -> Grammar:
         """Make the grammar that holds what stands between the tags to the tools' schemas."""
@@ -233,6 +246,10 @@ class HermesCalls:
             if isinstance(call.get("name"), str) and isinstance(arguments, dict):
                 return call["name"], arguments, _arguments_text(candidate, arguments)
         return None
+
+    def follow(self) -> Arguments:
+        """Do as `CallFormat` says."""
+        return HermesArguments()
 
 
 def _mended(text: str) -> Iterator[str]:
@@ -279,14 +296,32 @@ class CoderCalls:
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
         """Do as `CallFormat` says."""
         match = _FUNCTION.fullmatch(text)
-        if not match or not (whole or "</function>" in text):
+        if not match or not (whole or _is_closed(text)):
             return None
-        kinds = self._kinds.get(match[1].strip(), {})
-        arguments = {
-            name.strip(): _typed(value, kinds.get(name.strip(), frozenset()))
+        called = match[1].strip()
+        arguments = [
+            (name.strip(), self._value(called, name.strip(), value))
             for name, value in _PARAMETER.findall(match[2])
-        }
-        return match[1].strip(), arguments, json.dumps(arguments, ensure_ascii=False)
+        ]
+        # A parameter that comes twice stays so in the text, as it was streamed; the last counts.
+        written = ", ".join(f"{_written(name)}: {_written(value)}" for name, value in arguments)
+        return called, dict(arguments), f"{{{written}}}"
+
+    def follow(self) -> Arguments:
+        """Do as `CallFormat` says."""
+        return CoderArguments(self._value)
+
+    def _value(self, function: str, parameter: str, text: str) -> Any:
+        """Read the value of a parameter."""
+        return _typed(text, self._kinds.get(function, {}).get(parameter, frozenset()))
+
+
+def _is_closed(text: str) -> bool:
+    """Say whether a call ends with the tag of its function, outside of any value."""
+    before, tag, after = text.rpartition("</function>")
+    return bool(tag and not after.strip()) and (
+        before.rfind("<parameter=") <= before.rfind("</parameter>")
+    )
 
 
 def _typed(text: str, kinds: frozenset[str]) -> Any:

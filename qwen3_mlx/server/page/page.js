@@ -203,10 +203,16 @@ function callView(call) {
 }
 
 function pretty(text) {
+  const value = parsed(text);
+  return value ? JSON.stringify(value, null, 2) : text;
+}
+
+/** Give the object that JSON text stands for, or nothing where it is cut off. */
+function parsed(text) {
   try {
-    return JSON.stringify(JSON.parse(text), null, 2);
+    return JSON.parse(text);
   } catch {
-    return text;
+    return undefined;
   }
 }
 
@@ -309,9 +315,20 @@ function draw(turn) {
   if (follow) toBottom();
 }
 
+/** Make text of calls that were cut off: they ask for nothing. */
+function settleCalls(message) {
+  message.tool_calls = message.tool_calls?.filter(({ function: { name, arguments: written } }) => {
+    if (parsed(written)) return true;
+    message.content += `${name}(${written}`;
+    return false;
+  });
+  if (!message.tool_calls?.length) delete message.tool_calls;
+}
+
 function end(turn) {
   const message = turn.message;
   delete message.live;
+  settleCalls(message);
   cancelAnimationFrame(turn.frame);
   if (turn.usage) message.thoughtTokens = turn.usage.completion_tokens_details.reasoning_tokens;
   if (running === turn) {

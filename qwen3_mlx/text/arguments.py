@@ -1,0 +1,139 @@
+"""The arguments of a call while it is being written: what of their JSON is certain already.
+
+What is given is a prefix of the call's arguments (`ToolCall.written`) and never all of them: the
+brace that closes them is held back until the call is whole, so that no cut call can be parsed.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from typing import Any, Protocol
+
+_HERMES = re.compile(
+    r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)', re.DOTALL
+)
+_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>")
+_PARAMETER = re.compile(r"<parameter=([^>\n]+)>(?:\n|(?=[^\n]))")
+_VALUE_END = re.compile(r"\n?</parameter>|(?=<parameter=)")
+# What may turn out to be no part of a value: white space and tags at the end of the text so far.
+_UNSURE = re.compile(r"\s*(?:</function>\s*|<[a-z/]*=?)?\Z")
+
+_OF_EACH_TYPE = ("0", "0.5", "true", "null", "[]", "{}", '""', " a\n")
+
+
+class Arguments(Protocol):
+    """Follows the text of one call."""
+
+    @property
+    def name(self) -> str | None:
+        """The name of the tool, once the first of its arguments is given."""
+
+    def add(self, text: str) -> str:
+        """Take the next text of the call, and return what it makes certain of the arguments."""
+
+
+class HermesArguments:
+    """Follows `{"name": ..., "arguments": {...}}`; a call of another form gives nothing."""
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self._before = ""  # what stands before the arguments
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self._over = False
+
+    def add(self, text: str) -> str:
+        """Do as `Arguments` says."""
+        if self.name is None and not self._over:
+            self._before += text
+            if (begin := _HERMES.match(self._before)) is None:
+                return ""
+            text = self._before[begin.end() :]
+            try:
+                self.name = json.loads(begin[1], strict=False)
+            except ValueError:
+                self._over = True
+        return "" if self._over else text[: self._certain(text)]
+
+    def _certain(self, text: str) -> int:
+        """Return how many of the characters stand before the brace that closes the arguments."""
+        for place, char in enumerate(text):
+            if self._escaped:
+                self._escaped = False
+            elif self._in_string:
+                self._escaped, self._in_string = char == "\\", char != '"'
+            elif char == '"':
+                self._in_string = True
+            elif char in "{[":
+                self._depth += 1
+            elif char in "}]":
+                self._depth -= 1
+                if self._depth == 0:
+                    self._over = True
+                    return place
+        return len(text)
+
+
+class CoderArguments:
+    """Follows Qwen3-Coder's tags; a text comes as it is written, any other value once it is whole.
+
+    `typed(name, parameter, text)` reads a value by the schema of the tool that is called.
+    """
+
+    def __init__(self, typed: Callable[[str, str, str], Any]) -> None:
+        self.name: str | None = None
+        self._typed = typed
+        self._rest = ""  # what has not been made use of yet
+        self._parameter: str | None = None  # the one that is being written
+        self._is_text = False
+        self._between = ""
+
+    def add(self, text: str) -> str:
+        """Do as `Arguments` says."""
+        self._rest += text
+        given = ""
+        if self.name is None:
+            if (begin := _FUNCTION.match(self._rest)) is None:
+                return ""
+            self.name, given = begin[1].strip(), "{"
+            self._rest = self._rest[begin.end() :]
+        while True:
+            if self._parameter is None:
+                if (begin := _PARAMETER.search(self._rest)) is None:
+                    return given
+                given += self._begin(begin[1].strip())
+                self._rest = self._rest[begin.end() :]
+            if (end := _VALUE_END.search(self._rest)) is None:
+                return given + self._text_so_far()
+            given += self._whole_value(self._rest[: end.start()])
+            self._rest = self._rest[end.end() :]
+
+    def _begin(self, parameter: str) -> str:
+        """Begin a parameter, and return what stands before its value."""
+        self._parameter = parameter
+        self._is_text = all(self._value(probe) == probe for probe in _OF_EACH_TYPE)
+        before, self._between = self._between, ", "
+        return f"{before}{_json(parameter)}: " + '"' * self._is_text
+
+    def _text_so_far(self) -> str:
+        """Return what is certain of a text."""
+        if not self._is_text:
+            return ""
+        unsure = _UNSURE.search(self._rest)
+        certain = self._rest[: unsure.start()] if unsure else self._rest
+        self._rest = self._rest[len(certain) :]
+        return _json(certain)[1:-1]
+
+    def _whole_value(self, text: str) -> str:
+        """Return the value of the parameter, or what is left of it."""
+        given = _json(text)[1:] if self._is_text else _json(self._value(text))
+        self._parameter = None
+        return given
+
+    def _value(self, text: str) -> Any:
+        assert self.name is not None and self._parameter is not None
+        return self._typed(self.name, self._parameter, text)
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
