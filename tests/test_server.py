@@ -333,7 +333,10 @@ def test_schemas_that_are_not_supported_are_warned_of(served: Served, path: str)
 
 @pytest.mark.parametrize("path", PROTOCOLS)
 def test_a_form_that_fails_is_an_error(served: Served, path: str) -> None:
-    for pattern, words in (("^(a{800}){800}$", "too many expressions"), (r"[^\s\S]", "Regex is empty")):
+    for pattern, words in (
+        ("^(a{800}){800}$", "too many expressions"),
+        (r"[^\s\S]", "Regex is empty"),
+    ):
         schema = {"type": "string", "pattern": pattern}
         form: dict[str, Any] = {"format": schema}
         if path == "/v1/messages":
