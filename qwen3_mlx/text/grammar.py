@@ -63,7 +63,7 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._end_ids = sorted(token for token in end_ids if token < len(tokenizer))
-        self._checked = lru_cache(maxsize=256)(self._check)
+        self._checked = lru_cache(maxsize=1024)(self._check)
 
     @cached_property
     def _vocabulary(self) -> "LLTokenizer":
@@ -168,7 +168,7 @@ class Grammars:
         return grammar
 
     def _check(self, document: str) -> tuple[str, str]:
-        """Say why a tool's JSON schema cannot be enforced, and which parts of it cannot be."""
+        """Return why a tool's JSON schema cannot be enforced, and which parts of it are not."""
         try:
             made = self._made(
                 "schema", lambda matcher: _schema_grammar(matcher, json.loads(document), _TOOL_JSON)
