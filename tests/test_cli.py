@@ -259,7 +259,7 @@ def test_nothing_heavy_is_imported_for_an_answer(tiny_folder: Path) -> None:
     script = (
         "import sys; from qwen3_mlx import load; "
         f"load({str(tiny_folder)!r}).chat('Hello', max_tokens=2); "
-        "print([m for m in ('transformers', 'torch', 'mlx_lm', 'huggingface_hub') "
+        "print([m for m in ('transformers', 'torch', 'mlx_lm', 'huggingface_hub', 'pydantic') "
         "if m in sys.modules])"
     )
     done = subprocess.run(

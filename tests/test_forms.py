@@ -392,12 +392,24 @@ def coder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         yield llm
 
 
-def test_coder_values_are_held_to_schemas_through_references(coder: LLM) -> None:
+@pytest.mark.parametrize(
+    "parameters", [CODER_TYPES, {"$ref": "#/$defs/All", "$defs": {"All": {"$ref": "#/$defs/It"}}}]
+)
+def test_coder_values_are_held_to_schemas_through_references(
+    coder: LLM, parameters: dict[str, Any]
+) -> None:
+    if "$ref" in parameters:
+        own = {key: value for key, value in CODER_TYPES.items() if key != "$defs"}
+        own["properties"] = {**own["properties"], "again": {"$ref": "#/$defs/It/properties/limit"}}
+        parameters = {
+            **parameters,
+            "$defs": CODER_TYPES["$defs"] | parameters["$defs"] | {"It": own},
+        }
     seen: set[str] = set()
     for seed in range(12):
         reply = coder.chat(
             "?",
-            tools=[tool_of(CODER_TYPES)],
+            tools=[tool_of(parameters)],
             tool_choice="required",
             parallel_tool_calls=False,
             max_tokens=400,
@@ -406,7 +418,7 @@ def test_coder_values_are_held_to_schemas_through_references(coder: LLM) -> None
         )
         assert not warning(reply)
         for call in reply.tool_calls:
-            jsonschema.validate(call.arguments, CODER_TYPES)
+            jsonschema.validate(call.arguments, parameters)
             seen |= call.arguments.keys()
     assert seen == CODER_TYPES["properties"].keys()
 

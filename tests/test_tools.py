@@ -353,6 +353,13 @@ def test_kinds_of_values(schema: Any, kinds: str) -> None:
     assert " ".join(sorted(kinds_of(schema, root))) == kinds
 
 
+def test_kinds_of_values_nested_without_end() -> None:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(5000):
+        schema = {"anyOf": [schema]}
+    assert kinds_of(schema, {}) == frozenset()
+
+
 # --- parsed -------------------------------------------------------------------------------------
 
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'

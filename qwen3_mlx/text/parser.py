@@ -68,7 +68,7 @@ class Parser:
         self._call: list[str] | None = None  # the text of the call that is being written
         self._call_id = ""
         self._arguments: Arguments | None = None  # follows it, where it is no draft
-        self._told_arguments = ""  # of the call in work, or the last
+        self._streamed_arguments = ""  # of the call in work, or the last
         self._partial_calls = calls is not None and calls.partial
         self._drafts: list[ToolCall] = []  # calls that are the last in the thinking, so far
         self._draft_text = ""
@@ -168,7 +168,7 @@ class Parser:
         """Say text, wherever it belongs: to a call, the thinking or the answer."""
         if self._call is not None:
             rest = self._take_rest_of_bare_call(text) if self._untagged else None
-            self._say_arguments(text[: len(text) - len(rest or "")])
+            self._stream_arguments(text[: len(text) - len(rest or "")])
             if rest is not None:
                 self._close_call("")
                 self._say(rest)
@@ -249,7 +249,7 @@ class Parser:
             self._say_text(self._stop.add(held) + self._stop.flush())
             self._breaks = ""
         assert self._calls
-        self._call, self._untagged, self._told_arguments = [], False, ""
+        self._call, self._untagged, self._streamed_arguments = [], False, ""
         self._call_id = f"call_{secrets.token_hex(12)}"
         self._arguments = None if self._inside else self._calls.format.follow()
 
@@ -266,14 +266,14 @@ class Parser:
                 return written[end:]
         return None
 
-    def _say_arguments(self, text: str) -> None:
-        """Take text of the call in work, and tell what it makes certain of the arguments."""
+    def _stream_arguments(self, text: str) -> None:
+        """Take text of the call in work, and stream what it makes certain of the arguments."""
         assert self._call is not None
         if not text:
             return
         self._call.append(text)
         if self._arguments and (piece := self._arguments.add(text)):
-            self._told_arguments += piece
+            self._streamed_arguments += piece
             if self._partial_calls:
                 self._tell(ToolCallDelta(self._call_id, self._arguments.name or "", piece))
 
@@ -283,10 +283,10 @@ class Parser:
         written, self._call = "".join(self._call) + self._detokenizer.flush(), None
         call = self._calls.read(written, whole=bool(end))
         text = written if self._untagged else f"{OPEN}{written}{end}"
-        if call and (told := self._told_arguments):
+        if call and (streamed := self._streamed_arguments):
             assert self._arguments
             call = replace(call, id=self._call_id)
-            if call.name != self._arguments.name or not call.written.startswith(told):
+            if call.name != self._arguments.name or not call.written.startswith(streamed):
                 call = None  # a key came twice: what can be read in two ways is not acted on
         if call is None:
             self._drop_drafts()
@@ -311,8 +311,8 @@ class Parser:
             self._say_reasoning(text)
         else:
             self.warning = _UNREADABLE
-            if self._partial_calls and self._told_arguments:
-                self._forget_notes()  # it has been told as a call that never ends
+            if self._partial_calls and self._streamed_arguments:
+                self._forget_notes()  # it was streamed as a call that never ends
             else:
                 self._say_text(text)
 
@@ -325,7 +325,7 @@ class Parser:
         self.called, self._at_seam, self._breaks = True, True, ""
         self._forget_notes()
         if self._partial_calls:
-            rest = call.written[len(self._told_arguments) :]
+            rest = call.written[len(self._streamed_arguments) :]
             self._tell(ToolCallDelta(call.id, call.name, rest))
         self._tell(call)
 

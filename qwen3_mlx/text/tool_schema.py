@@ -48,19 +48,24 @@ def kind_of(value: Any) -> str:
     return _KINDS.get(type(value), "")
 
 
-def kinds_of(
-    schema: Any, root: Mapping[str, Any], followed: frozenset[str] = frozenset()
-) -> frozenset[str]:
+def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
     """Return the JSON types that a value of `schema` may have; none where it does not say.
 
     They are gathered through references into `root` and through alternatives; "number" comes with
     "integer".
     """
+    try:
+        return _kinds_of(schema, root, frozenset())
+    except RecursionError:
+        return frozenset()
+
+
+def _kinds_of(schema: Any, root: Mapping[str, Any], followed: frozenset[str]) -> frozenset[str]:
     if not isinstance(schema, Mapping):
         return frozenset()
 
     def within(part: Any) -> frozenset[str]:
-        return kinds_of(part, root, followed)
+        return _kinds_of(part, root, followed)
 
     said: list[frozenset[str]] = []
     kind = schema.get("type")
@@ -74,7 +79,7 @@ def kinds_of(
     if "const" in schema:
         said.append(frozenset((kind_of(schema["const"]),)))
     if isinstance(ref := schema.get("$ref"), str) and ref not in followed:
-        said.append(kinds_of(_referred(ref, root), root, followed | {ref}))
+        said.append(_kinds_of(_referred(ref, root), root, followed | {ref}))
     for key in ("anyOf", "oneOf"):
         if isinstance(parts := schema.get(key), list):
             alternatives = [within(part) for part in parts]

@@ -189,7 +189,7 @@ class CallFormat(Protocol):
 class Calls:
     """What a parser needs to know of calls: the tags' ids, and how to read what is between.
 
-    With `partial` their arguments are told as they are written, too.
+    With `partial` their arguments are streamed as they are written.
     """
 
     open_id: int
