@@ -130,8 +130,7 @@ class Conversation:
         Raises:
             ValueError: nothing has been said yet.
         """
-        self._cut(self._turn(-1) + 1)
-        return self.stream(**options)
+        return self._from(self._turn(-1) + 1, None, options)
 
     def edit(self, words: str, turn: int = -1, **options: Unpack[Options]) -> Stream:
         """Say other words in place of a user's turn, and forget what came after it.
@@ -141,8 +140,7 @@ class Conversation:
         Raises:
             ValueError: there is no such turn.
         """
-        self._cut(self._turn(turn))
-        return self.stream(words, **options)
+        return self._from(self._turn(turn), words, options)
 
     def branch(self, turn: int | None = None) -> "Conversation":
         """Give another conversation with this history, or with what was before a user's turn."""
@@ -167,10 +165,16 @@ class Conversation:
             beside.unlink(missing_ok=True)
             raise
 
-    def _cut(self, place: int) -> None:
+    def _from(self, place: int, words: str | None, options: Options) -> Stream:
+        """Say something behind the first messages; if that cannot be, all stay as they are."""
         if self._replying:
             raise Qwen3Error("the last reply is not finished; read its stream to the end, or close")
-        self.messages = self.messages[:place]
+        before, self.messages = self.messages, self.messages[:place]
+        try:
+            return self.stream(words, **options)
+        except BaseException:
+            self.messages = before
+            raise
 
     def _turn(self, number: int) -> int:
         """Give the place of a user's turn among the messages."""

@@ -38,7 +38,7 @@ from qwen3_mlx.streams import (
 )
 from qwen3_mlx.text.events import Event
 from qwen3_mlx.text.messages import Message, normalise
-from qwen3_mlx.text.prompt import Prompt
+from qwen3_mlx.text.tokenizer import Prompt
 from qwen3_mlx.text.tools import Tool, answer, functions_of
 
 T = TypeVar("T")

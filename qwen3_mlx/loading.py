@@ -40,7 +40,7 @@ from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-_ANSWER = "answer"  # to be found again in what a template makes of it
+_ANSWER = "xq7wanswer"  # to be found again in what a template makes of it
 NGRAM = "ngram"  # a way to draft without a model
 
 
@@ -264,7 +264,7 @@ def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> 
     return Words(
         tokenizer,
         template,
-        ControlTokens(tokenizer.added_tokens, template.source if template else ""),
+        ControlTokens(tokenizer, template.source if template else ""),
         Thinking.of(template, tokenizer),
         sampling,
         frozenset(end_ids),
@@ -276,13 +276,13 @@ def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> 
 
 def _named_end(folder: Path, tokenizer: Tokenizer) -> set[int]:
     """Return the id of tokenizer_config's `eos_token`, which fine-tunes often change there only."""
-    name = special_tokens(read_tokenizer_config(folder)).get("eos_token")
-    if name is None:
-        return set()
-    token = tokenizer.id_of(name)
-    if token is None:
-        _log.warning("tokenizer_config.json: its eos_token %r is no token; it ends nothing", name)
-    return set() if token is None else {token}
+    config = read_tokenizer_config(folder)
+    token = tokenizer.id_of(special_tokens(config).get("eos_token", ""))
+    if token is not None:
+        return {token}
+    if stated := config.get("eos_token"):
+        _log.warning("tokenizer_config.json: its eos_token %r is no token; it ends nothing", stated)
+    return set()
 
 
 def _turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:

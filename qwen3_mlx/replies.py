@@ -36,11 +36,11 @@ from qwen3_mlx.text.messages import (
     without_empty_end,
 )
 from qwen3_mlx.text.parser import Parser
-from qwen3_mlx.text.prompt import ControlTokens, Prompt
+from qwen3_mlx.text.prompt import ControlTokens, Hiding
 from qwen3_mlx.text.steering import Limits, Steering
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking, soft_switch
-from qwen3_mlx.text.tokenizer import Tokenizer
+from qwen3_mlx.text.tokenizer import Prompt, Tokenizer
 from qwen3_mlx.text.tools import Calls, Tool, describe
 
 _PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
@@ -108,52 +108,54 @@ class Replies:
         described = [describe(tool) for tool in tools or ()]
         history = normalise(messages)
         if continue_last:
-            return self._render_begun(_begun(history), described)
+            return self._render_begun(_begun(history), thinking, described)
         if add_generation_prompt:
             history = without_empty_end(history)
-        return self._render_whole(history, thinking, described, add_generation_prompt)
+        return self._rendered(history, thinking, described, add_generation_prompt)
 
-    def _render_whole(
+    def _rendered(
         self,
         history: Sequence[Message],
         thinking: bool | None,
         tools: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
+        end: str = "",
     ) -> Prompt:
+        """Render messages, up to `end` where that is given."""
         words = self._words
-        rendered = self._template().render(
-            [words.control.hide_in_message(message) for message in history],
-            thinking=thinking if words.thinking.hybrid else None,
-            tools=words.control.hide(tools),
-            add_generation_prompt=add_generation_prompt,
-        )
-        return words.control.prompt(rendered)
-
-    def _template(self) -> ChatTemplate:
-        if self._words.template is None:
-            raise Qwen3Error(self._words.no_template)
-        return self._words.template
+        if words.template is None:
+            raise Qwen3Error(words.no_template)
+        hiding = Hiding(words.control)
+        try:
+            rendered = words.template.render(
+                [hiding.hide_in_message(message) for message in words.template.prepared(history)],
+                thinking=thinking if words.thinking.hybrid else None,
+                tools=hiding.hide(tools),
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Qwen3Error as error:
+            raise Qwen3Error(hiding.show(str(error))) from error
+        if end:
+            rendered, found, _ = rendered.rpartition(end)
+            if not found:
+                raise Qwen3Error(
+                    "the last message cannot be continued: this checkpoint's chat template leaves "
+                    "it out"
+                )
+        return hiding.prompt(rendered)
 
     def _render_begun(
-        self, history: Sequence[Message], tools: Sequence[Mapping[str, Any]]
+        self,
+        history: Sequence[Message],
+        thinking: bool | None,
+        tools: Sequence[Mapping[str, Any]],
     ) -> Prompt:
         """Render up to the end of what the last message says."""
-        control = self._words.control
-        *before, last = (control.hide_in_message(message) for message in history)
+        *before, last = history
         field = "content" if last["content"] else "reasoning_content"
         end = f"q{secrets.token_hex(8)}e"
-        rendered = self._template().render(
-            [*before, {**last, field: last[field] + end}],
-            tools=control.hide(tools),
-            add_generation_prompt=False,
-        )
-        prompt, found, _ = rendered.rpartition(end)
-        if not found:
-            raise Qwen3Error(
-                f"the last message cannot be continued: this checkpoint's chat template leaves out "
-                f"its {field}"
-            )
-        return control.prompt(prompt)
+        marked = {**last, field: last[field] + end}
+        return self._rendered([*before, marked], thinking, tools, False, end)
 
     def chat(self, messages: str | Sequence[Message], asked: Asked) -> Task:
         """Lay out a reply to a conversation.
@@ -186,10 +188,8 @@ class Replies:
         )
         if tools and calls is None:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
-        if continued:
-            prompt = self._render_begun(history, tools)
-        else:
-            prompt = self._render_whole(history, asked.thinking, tools)
+        render = self._render_begun if continued else self._rendered
+        prompt = render(history, asked.thinking, tools)
         asked.form(words.grammars)  # what is wrong with it is told now
         may_call = named or tools
         warnings = [*calls.grammar(words.grammars, may_call).warnings] if calls else []
@@ -227,7 +227,6 @@ class Replies:
         said, before `deliver` is told the last.
         """
         words, asked, said = self._words, task.asked, Collected(task.continued)
-        answering = task.continued is not None and not task.inside
 
         def tell(event: Event | BaseException) -> None:
             said.add(event)
@@ -243,7 +242,7 @@ class Replies:
             tell,
             thinking=thinking,
             inside=task.inside,
-            answering=answering,
+            begun=_is_begun(task.continued),
             stop=asked.stop_strings,
             calls=task.calls,
             noting=asked.logprobs is not None,
@@ -324,7 +323,7 @@ class Replies:
             thinking,
             limits,
             inside=task.inside,
-            answering=task.continued is not None and not task.inside,
+            answering=_is_begun(task.continued) and not task.inside,
             end_ids=self._end_ids(task),
             calls=None if settled else task.calls,
         )
@@ -379,7 +378,8 @@ class Replies:
                 self._words.tokenizer.encode(
                     self.render(
                         [*before, {"role": "user", "content": words}],
-                        tools=task.tools,
+                        task.asked.thinking,
+                        task.tools,
                         add_generation_prompt=False,
                     )
                 )
@@ -435,13 +435,18 @@ def _begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*history[:-1], last]
 
 
+def _is_begun(continued: Message | None) -> bool:
+    """Whether a message that is continued says something already."""
+    return bool(continued and (continued["content"] or _thinking_of(continued)))
+
+
 def _no_turn(last: Message) -> str:
     """Say why there is nothing to reply to where the assistant has spoken last."""
     if last.get("tool_calls"):
         return "the last message calls tools: add their answers, as messages with the role tool"
     return (
-        "the last message is the assistant's: have it continued with continue_last=True, or add a "
-        "message to reply to"
+        "the last message is the assistant's: add a message to reply to, or have it continued "
+        "(continue_last=True)"
     )
 
 

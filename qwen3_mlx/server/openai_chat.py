@@ -137,7 +137,12 @@ def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> boo
         raise ValueError(
             "continue_final_message and add_generation_prompt contradict each other; send one"
         )
-    return stated.pop() or False if stated else ends_with_words(messages)
+    continues = ends_with_words(messages)
+    if continues and False in stated:
+        raise ValueError("the last message is the assistant's: it can be continued, not replied to")
+    if True in stated and messages[-1]["role"] != "assistant":
+        raise ValueError("continue_final_message needs a last message of the assistant's")
+    return continues
 
 
 def _parts(content: Sequence[Any]) -> list[dict[str, Any]]:

@@ -97,7 +97,8 @@ class ToolIn(AsSent):
 
     def library_tool(self) -> dict[str, Any]:
         """Give it as the library has it."""
-        return {**self.sent, "function": self.function.sent}
+        parts = {"type": self.type, "function": self.function.sent}
+        return {name: parts.pop(name) for name in self.sent if name in parts} | parts
 
 
 class NamedFunction(Wire):

@@ -7,6 +7,8 @@ from typing import Any, Self
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
+from qwen3_mlx.text.messages import normalise, without_empty_end
+
 _MOST_HEADER = 1000  # characters
 
 
@@ -67,7 +69,7 @@ def check_unknown(
 
 def ends_with_words(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Whether the last message is one of the assistant's that says something: it is continued."""
-    last = messages[-1]
+    last = without_empty_end(normalise(messages))[-1]
     said = last.get("content") or last.get("reasoning_content")
     return last["role"] == "assistant" and bool(said) and not last.get("tool_calls")
 

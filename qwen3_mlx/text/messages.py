@@ -34,11 +34,15 @@ def normalise(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def without_empty_end(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out a last message of the assistant's that says nothing, as some clients send it."""
-    last = messages[-1]
-    said = any(last.get(name) for name in ("content", "reasoning_content", "tool_calls"))
-    empty = last["role"] == "assistant" and not said and len(messages) > 1
-    return list(messages[:-1] if empty else messages)
+    """Leave out last messages of the assistant's that say nothing, as some clients send them."""
+    kept = list(messages)
+    while len(kept) > 1 and kept[-1]["role"] == "assistant" and not _says_something(kept[-1]):
+        kept.pop()
+    return kept
+
+
+def _says_something(message: Message) -> bool:
+    return any(message.get(name) for name in ("content", "reasoning_content", "tool_calls"))
 
 
 def think_block(message: Message) -> tuple[str, str, str, str] | None:
@@ -64,9 +68,12 @@ def _normal(message: object, index: int) -> dict[str, Any]:
         raise ValueError(
             f"{where} has role {message.get('role')!r}; it must be one of {', '.join(ROLES)}"
         )
-    made = {**message, "content": _flat(message.get("content"), where)}
-    thinking = next((message[name] for name in _THINKING if message.get(name) is not None), None)
+    made = {name: value for name, value in message.items() if value is not None}
+    made["content"] = _flat(message.get("content"), where)
+    thinking = next((made[name] for name in _THINKING if name in made), None)
     if thinking is not None:
+        if not isinstance(thinking, str):
+            raise TypeError(f"{where}: reasoning_content must be text, not {thinking!r}")
         made["reasoning_content"] = thinking
     if message.get("tool_calls"):
         made["tool_calls"] = _calls(message["tool_calls"], where)

@@ -36,12 +36,12 @@ class Parser:
         *,
         thinking: Thinking | None = None,
         inside: bool = False,
-        answering: bool = False,
+        begun: bool = False,
         stop: Sequence[str] = (),
         calls: Calls | None = None,
         noting: bool = False,
     ) -> None:
-        """Start to parse; the prompt may end `inside` the thinking, or `answering` already.
+        """Start to parse; the prompt may end `inside` the thinking, or have `begun` what comes.
 
         Without `thinking` every token is text, as in a raw completion; without `calls` so are the
         tags of calls. With `noting` each piece of text has its tokens; see `note`.
@@ -60,8 +60,8 @@ class Parser:
         self._open_id = thinking.open_id if thinking else None
         self._close_id = thinking.close_id if thinking else None
         self._inside = inside
-        self._answering = answering  # whether the thinking is over
-        self._at_seam = inside  # next to a tag, where line breaks are format
+        self._answering = begun and not inside  # whether the thinking is over
+        self._at_seam = inside and not begun  # next to a tag, where line breaks are format
         self._breaks = ""  # line breaks that may yet turn out to be the last
         self._stop = StopStrings(stop)
         self._calls = calls

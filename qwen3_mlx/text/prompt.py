@@ -7,55 +7,75 @@ replaced by placeholders before a template renders the messages, and encoded as 
 
 import re
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from qwen3_mlx.text.messages import Message, think_block
+from qwen3_mlx.text.tokenizer import Prompt, Tokenizer
 
-_TAGS = ("think", "tool_call", "tool_response")  # which the templates of some checkpoints leave out
-
-
-class Prompt(str):
-    """A rendered prompt: the text, and which parts of it are encoded without control tokens.
-
-    `parts` are (text, is_plain), which joined are the whole; `Tokenizer.encode` honours them.
-    """
-
-    parts: Sequence[tuple[str, bool]]
-
-    def __new__(cls, parts: Sequence[tuple[str, bool]]) -> "Prompt":
-        """Join the parts."""
-        prompt = super().__new__(cls, "".join(text for text, _ in parts))
-        prompt.parts = tuple(parts)
-        return prompt
+_TAGS = frozenset(
+    f"<{slash}{tag}>" for tag in ("think", "tool_call", "tool_response") for slash in ("", "/")
+)
+_DELIMITERS = "<|/>"
 
 
 class ControlTokens:
-    """The names of a checkpoint's control tokens, kept apart from the same words in messages."""
+    """Which of a checkpoint's added tokens control a conversation."""
 
-    def __init__(self, added: Mapping[str, bool], template: str) -> None:
-        """Take the added tokens' names with whether they are special, and the chat template.
+    def __init__(self, tokenizer: Tokenizer, template: str) -> None:
+        """Take those that are special, that look like it, or that the chat template writes.
 
-        Those that are special, or that the template writes, are control tokens. Others may be mere
-        vocabulary, and stay what they are.
+        Other added tokens are vocabulary: they stay what they are in any text.
         """
-        tags = {f"<{slash}{tag}>" for tag in _TAGS for slash in ("", "/")}
-        self._names = [
+        self.tokenizer = tokenizer
+        self._names = frozenset(
             name
-            for name, special in added.items()
-            if special or name in tags or (name in template and not name.isspace())
-        ]
-        self._control = _any_of(self._names)
-        self._added = _any_of(added)
+            for name, is_special in tokenizer.added_tokens.items()
+            if is_special
+            or name in _TAGS
+            or (name.startswith("<|") and name.endswith("|>"))
+            or (not name[:1].isalnum() and not name.isspace() and name in template)
+        )
+        lengths = range(2, max(map(len, self._names), default=0))
+        self._lengths = lengths
+        self._beginnings = {name[:n] for name in self._names for n in lengths if n < len(name)}
+        self._ends = {name[-n:] for name in self._names for n in lengths if n < len(name)}
+        self._inner = {name.strip(_DELIMITERS) for name in self._names} - {""}
+
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Return where control tokens stand in a text."""
+        spans = self.tokenizer.added_spans(text)
+        return [span for span in spans if self._is_control(text[slice(*span)])]
+
+    def may_join(self, text: str) -> tuple[bool, bool]:
+        """Whether text could be part of a control token with what comes before it, and after it.
+
+        Some templates write `'<' ~ key ~ '>'`.
+        """
+        if text.strip(_DELIMITERS) in self._inner:
+            return True, True
+        before = any(text[:n] in self._ends for n in self._lengths)
+        return before, any(text[-n:] in self._beginnings for n in self._lengths)
+
+    def _is_control(self, name: str) -> bool:
+        # What is found but has no such name has become one by Unicode's normal form.
+        return name in self._names or name not in self.tokenizer.added_tokens
+
+
+class Hiding:
+    """Hides the control tokens in the messages of one conversation while they are rendered."""
+
+    def __init__(self, control: ControlTokens) -> None:
+        self._control = control
         # Letters and digits alone: what a template does to text, JSON included, leaves them whole.
         self._mark = f"q{secrets.token_hex(8)}n"
         self._placeholder = re.compile(rf"{self._mark}(\d+)q")
-        self._numbers = {name: number for number, name in enumerate(self._names)}
+        self._hidden: list[str] = []
 
     def hide(self, value: Any) -> Any:
-        """Replace the names of control tokens in text, or in all text of lists and mappings."""
+        """Replace control tokens in text, or in all text of lists and mappings."""
         if isinstance(value, str):
-            return self._control.sub(lambda found: self._placeholder_of(found[0]), value)
+            return self._hide_text(value)
         if isinstance(value, Mapping):
             return {self.hide(key): self.hide(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -67,34 +87,60 @@ class ControlTokens:
 
         Clients that do not tell thinking and answer apart send it back so, and templates know it.
         """
-        hidden: dict[str, Any] = self.hide({**message})
+        hidden = {name: self.hide(value) for name, value in message.items() if name != "role"}
         if block := think_block(message):
             opening, thinking, closing, answer = block
             hidden["content"] = f"{opening}{self.hide(thinking)}{closing}{self.hide(answer)}"
-        return hidden
+        return {"role": message["role"], **hidden}
+
+    def show(self, text: str) -> str:
+        """Put the hidden text back."""
+        return self._placeholder.sub(lambda found: self._hidden[int(found[1])], text)
 
     def prompt(self, rendered: str) -> Prompt:
-        """Put the names back into rendered text, as plain text."""
-        if not self._placeholder.search(rendered):
-            return Prompt([(rendered, False)])
-        parts, controlled = list[tuple[str, bool]](), ""
-        for piece in self._added.split(rendered):
-            if self._placeholder.search(piece):
-                parts.append((controlled, False))
-                parts.append((self._placeholder.sub(self._name_of, piece), True))
-                controlled = ""
-            else:
-                controlled += piece
+        """Put the hidden text back into rendered messages, as plain text."""
+        parts, controlled, place = list[tuple[str, bool]](), "", 0
+        spans = self._control.tokenizer.added_spans(rendered) if self._hidden else []
+        for start, stop in [*spans, (len(rendered), len(rendered))]:
+            between = rendered[place:start]
+            if self._placeholder.search(between):
+                parts += [(controlled, False), (self.show(between), True)]
+                controlled, between = "", ""
+            controlled += between + rendered[start:stop]
+            place = stop
         return Prompt([part for part in (*parts, (controlled, False)) if part[0]])
 
-    def _placeholder_of(self, name: str) -> str:
-        return f"{self._mark}{self._numbers[name]}q"
+    def _hide_text(self, text: str) -> str:
+        pieces, place = list[str](), 0
+        for start, stop in self._control.spans(text):
+            pieces += [text[place:start], self._placeholder_of(text[start:stop])]
+            place = stop
+        pieces.append(text[place:])
+        before, after = self._control.may_join(text)
+        if before:
+            pieces.insert(0, self._placeholder_of(""))
+        if after:
+            pieces.append(self._placeholder_of(""))
+        return text if len(pieces) == 1 else _Words("".join(pieces), text)
 
-    def _name_of(self, placeholder: re.Match[str]) -> str:
-        return self._names[int(placeholder[1])]
+    def _placeholder_of(self, text: str) -> str:
+        self._hidden.append(text)
+        return f"{self._mark}{len(self._hidden) - 1}q"
 
 
-def _any_of(names: Collection[str]) -> re.Pattern[str]:
-    """Compile a pattern with one group that finds the longest of the names."""
-    longest_first = sorted(names, key=len, reverse=True)
-    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+class _Words(str):
+    """Text with placeholders; templates that ask how it begins or ends see what it stands for.
+
+    The published ones know a tool's answer in a user's message by its tags.
+    """
+
+    def __new__(cls, text: str, shown: str) -> "_Words":
+        words = super().__new__(cls, text)
+        words._shown = shown  # type: ignore[attr-defined]
+        return words
+
+    def startswith(self, *arguments: Any) -> bool:
+        return self._shown.startswith(*arguments)  # type: ignore[attr-defined, no-any-return]
+
+    def endswith(self, *arguments: Any) -> bool:
+        return self._shown.endswith(*arguments)  # type: ignore[attr-defined, no-any-return]

@@ -82,7 +82,8 @@ class ChatTemplate:
         place = folder / TOKENIZER_CONFIG
         try:
             if beside.is_file():
-                place, source = beside, beside.read_text(encoding="utf-8")
+                place = beside
+                source = beside.read_text(encoding="utf-8")
             if isinstance(source, list):  # several, by name
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")
         except (OSError, ValueError) as error:
@@ -92,6 +93,15 @@ class ChatTemplate:
         if source is not None and not isinstance(source, str):
             raise CheckpointError(f"{place}: its chat_template is {source!r:.40}, not text")
         return cls(source, special_tokens(config)) if source else None
+
+    def prepared(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """Return the messages as this template reads them; of Qwen3-Coder's, arguments are objects.
+
+        It goes through them, where others show their text.
+        """
+        if "<function=" not in self.source:
+            return list(messages)
+        return [_with_arguments_read(message) for message in messages]
 
     def render(
         self,
@@ -107,9 +117,8 @@ class ChatTemplate:
             Qwen3Error: the template refuses the messages.
         """
         switch = {} if thinking is None else {"enable_thinking": thinking}
+        messages = self.prepared(messages)
         try:
-            if "<function=" in self.source:  # Qwen3-Coder's, which goes through the arguments
-                messages = [_with_arguments_read(message) for message in messages]
             variables = {
                 **self._special_tokens,
                 "messages": [_with_other_name(message) for message in messages],
@@ -135,7 +144,7 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
     if not place.is_file():
         return {}
     try:
-        content = json.loads(place.read_text(encoding="utf-8"))
+        content = json.loads(place.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{place} cannot be read: {error}") from error
     if not isinstance(content, dict):

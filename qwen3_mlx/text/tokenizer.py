@@ -6,7 +6,7 @@ must know where a character ends.
 
 import codecs
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,26 @@ from typing import Any
 import tokenizers
 
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.text.prompt import Prompt
 
 _SETTINGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
+
+
+class Prompt(str):
+    """A rendered prompt: the text, and which parts of it are encoded without control tokens.
+
+    `parts` are (text, is_plain), which joined are the whole; `Tokenizer.encode` honours them.
+    """
+
+    parts: Sequence[tuple[str, bool]]
+
+    def __new__(cls, parts: Sequence[tuple[str, bool]]) -> "Prompt":
+        """Join the parts."""
+        prompt = super().__new__(cls, "".join(text for text, _ in parts))
+        prompt.parts = tuple(parts)
+        return prompt
+
+    def __getnewargs__(self) -> tuple[Any]:  # to be copied and pickled by
+        return (self.parts,)
 
 
 class Tokenizer:
@@ -69,31 +86,43 @@ class Tokenizer:
         Raises:
             ValueError: the text is not valid Unicode, as bytes that are not UTF-8 leave it.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"the text is not valid Unicode at character {error.start}; is it UTF-8?"
-            ) from error
         parts = text.parts if isinstance(text, Prompt) else [(text, False)]
         return [
             token
             for part, is_plain in parts
-            for token in (self._plain if is_plain else self._inner)
-            .encode(part, add_special_tokens=False)
-            .ids
+            for token in _ids(self._plain if is_plain else self._inner, part)
         ]
 
     def encode_plain(self, text: str) -> list[int]:
-        """Give the ids of `text` without any control token."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
-        return ids
+        """Give the ids of `text` without any control token; raises what `encode` does."""
+        return _ids(self._plain, text)
 
-    @property
+    def added_spans(self, text: str) -> list[tuple[int, int]]:
+        """Give where added tokens stand in a text, as (start, stop) in characters."""
+        if not any(first in text for first in self._first_characters):
+            return []
+        spans: list[tuple[int, int]] = self._finder.encode(text, add_special_tokens=False).offsets
+        return spans
+
+    @cached_property
     def added_tokens(self) -> dict[str, bool]:
         """The tokens beside the vocabulary, by name: whether each is special."""
         added = self._inner.get_added_tokens_decoder().values()
         return {token.content: token.special for token in added}
+
+    @cached_property
+    def _first_characters(self) -> frozenset[str]:
+        return frozenset(name[:1] for name in self.added_tokens)
+
+    @cached_property
+    def _finder(self) -> tokenizers.Tokenizer:
+        """A tokenizer that knows nothing but the added tokens, and leaves out what is between."""
+        added = list(self._inner.get_added_tokens_decoder().values())
+        finder = tokenizers.Tokenizer(tokenizers.models.BPE())
+        if self._inner.normalizer and any(token.normalized for token in added):
+            finder.normalizer = self._inner.normalizer
+        finder.add_tokens(added)
+        return finder
 
     @cached_property
     def _plain(self) -> tokenizers.Tokenizer:
@@ -137,6 +166,17 @@ class Tokenizer:
             return self._added[token]
         text = self._inner.id_to_token(token)
         return b"" if text is None else bytes(self._bytes_of[char] for char in text)
+
+
+def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the text is not valid Unicode at character {error.start}; is it UTF-8?"
+        ) from error
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
 
 
 class Detokenizer:

@@ -47,10 +47,8 @@ def describe(tool: Tool) -> dict[str, Any]:
         function = tool.get("function", tool)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"a tool's description needs a function with a name, unlike {tool!r}")
-        if "parameters" not in function:
-            function = {**function, "parameters": {"type": "object", "properties": {}}}
         whole = tool if "function" in tool and "type" in tool else {"type": "function"}
-        return {**whole, "function": function}  # in the order in which they were given
+        return {**whole, "function": {**function}}  # all of it, in the order in which it was given
     if not callable(tool):
         raise TypeError(f"a tool must be a function or a description, not {tool!r}")
     words, about = _read_docstring(inspect.getdoc(tool) or "")
