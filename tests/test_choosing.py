@@ -96,7 +96,7 @@ def test_a_call_that_is_demanded_is_made(demo: LLM, choice: str, thinking: bool)
         first = reply.tool_calls[0]
         assert first.name in (("weather", "calculator") if choice == "required" else (choice,))
         assert first.arguments.keys() == {"city" if first.name == "weather" else "expression"}
-        assert bool(reply.reasoning) <= thinking and "<" not in reply.text
+        assert bool(reply.reasoning) <= thinking and "<tool_call>" not in reply.text
 
 
 def test_a_call_that_is_demanded_waits_for_the_thinking_to_end(demo: LLM) -> None:
