@@ -58,6 +58,11 @@ _ENDS = {  # the last lines of a program, and its exit code
         "mx.async_eval(a)",
         0,
     ),
+    "forked": (
+        "import os, warnings; warnings.simplefilter('ignore')\nnext(stream)\n"
+        "if os.fork() == 0: sys.exit(5)\nsys.exit(os.waitstatus_to_exitcode(os.wait()[1]))",
+        5,
+    ),
     "interrupted": ("print('ready', flush=True)\nfor event in stream: pass", -signal.SIGINT),
     "batch interrupted": (
         "print('ready', flush=True)\nllm.batch(['Hello ' * n for n in (9, 99, 200)], **options)",
@@ -106,7 +111,8 @@ def check_end(name: str, folder: Path, pause: float = 0.0) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["stream open", "exit in the loop", "own work", "interrupted", "end interrupted"]
+    "name",
+    ["stream open", "exit in the loop", "own work", "forked", "interrupted", "end interrupted"],
 )
 def test_a_program_ends(name: str, wide_folder: Path) -> None:
     check_end(name, wide_folder)
