@@ -72,7 +72,6 @@ def on_metal() -> bool:
     return on_gpu() and mx.metal.is_available()
 
 
-@atexit.register
 def wait_for_work(*streams: "mx.Stream | mx.ThreadLocalStream") -> None:
     """Wait for what this thread has in flight on `streams`; without any, on its default stream.
 
@@ -82,6 +81,12 @@ def wait_for_work(*streams: "mx.Stream | mx.ThreadLocalStream") -> None:
     if not on_gpu():
         for stream in streams or (None,):
             mx.synchronize(stream)
+
+
+@atexit.register
+def _wait_at_exit(process: int = os.getpid()) -> None:
+    if os.getpid() == process:  # in a forked one MLX has no thread that would ever be done
+        wait_for_work()
 
 
 def compute_dtype(name: str | None = None) -> mx.Dtype:

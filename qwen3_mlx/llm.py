@@ -3,7 +3,6 @@
 import asyncio
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -266,12 +265,8 @@ class LLM:
             raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
         engine, call = self._open().engine, self._worker.call
         logits = call(partial(engine.logits, tokens))
-        try:
-            while call(partial(engine.read_on, logits)):
-                pass
-        finally:
-            with suppress(Qwen3Error):  # closed meanwhile
-                self._worker.post(partial(engine.take_back, logits))
+        while call(partial(engine.read_on, logits)):
+            pass
         return logits.values
 
     def compute(self, job: Callable[[Qwen3], T]) -> T:

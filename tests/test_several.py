@@ -306,3 +306,14 @@ def test_closing_ends_logits_in_time(folder: Path, monkeypatch: pytest.MonkeyPat
     thread.join(10)
     assert not thread.is_alive()
     assert len(errors) == 1 and "this LLM is closed" in str(errors[0])
+
+
+def test_what_is_forgotten_is_owed_again(folder: Path, room_for: Callable[[int], None]) -> None:
+    weights, least = sizes_of(folder)
+    room_for(weights + least)
+    with load(folder) as llm:
+        llm.complete("a " * 290, max_tokens=40)
+        (share,) = shares_of(llm)
+        assert share.held > 0 and ledger.owed() == share.least - share.held
+        llm.forget()
+        assert share.held == 0 and ledger.owed() == share.least

@@ -150,7 +150,7 @@ def test_soft_switches_are_the_models_to_obey(demo: LLM) -> None:
             "thinking_budget_message must have at most one",
         ),
         ({"loop_guard": 1}, TypeError, "loop_guard must be True or False, not 1"),
-        ({"budget": 1}, TypeError, "unexpected keyword argument 'budget'"),
+        ({"budget": 1}, TypeError, "no option 'budget'; did you mean thinking_budget"),
     ],
 )
 def test_wrong_arguments(

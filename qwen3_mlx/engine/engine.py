@@ -140,7 +140,7 @@ class Engine:
         self._steps.forget()
 
     def logits(self, ids: Sequence[int]) -> Logits:
-        """Begin to compute the logits of all ids; `read_on` goes on, `take_back` ends it.
+        """Begin to compute the logits of all ids; `read_on` goes on.
 
         Raises:
             Qwen3Error: they do not fit; a ContextError: there are more ids than the context has.
@@ -150,10 +150,6 @@ class Engine:
     def read_on(self, logits: Logits) -> bool:
         """Compute a chunk more, and say whether some are left."""
         return self._steps.read_on(logits)
-
-    def take_back(self, logits: Logits) -> None:
-        """Use the memory that was set aside for `logits` for caches again."""
-        self._steps.take_back(logits)
 
     def _turn(self) -> None:
         """Do a step and stand in line again: other work of the thread comes in between."""

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
+from weakref import WeakSet
 
 import mlx.core as mx
 
@@ -100,7 +101,7 @@ class Steps:
             self.share = Share(available - RESERVE)
         self.budget = Budget(model.config, work, max(0, self.share.available))
         self.context = min(self.budget.context, context or self.budget.context)
-        self._set_aside = 0  # bytes
+        self._beside: WeakSet[Logits] = WeakSet()  # whose memory is free when they are collected
         self.scheduler: Scheduler[Running] = Scheduler(self.budget.tokens, self)
         self._prefixes = PrefixStore(self.budget.tokens // _KEPT_SHARE)
         self._disk = disk
@@ -137,12 +138,14 @@ class Steps:
             return True
         self._landed = None
         _free_buffers()
+        self._keep_to_share()
         return False
 
     def forget(self) -> None:
         """Give up all kept prefixes."""
         self._prefixes.clear()
         _free_buffers()
+        self._keep_to_share()
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Begin to compute the logits of all ids, and set their memory aside.
@@ -156,27 +159,26 @@ class Steps:
                 f"{len(ids):,} ids are more than the context window of {self.context:,}; "
                 "ask for the logits of fewer"
             )
+        self._keep_to_share()
         config = self.model.config
         free = self.budget.available - self.budget.bytes_of(self.scheduler.held() - self.kept())
         total, chunk = plan_logits(config, self.budget.work, len(ids), free)
-        self._set_aside += total
+        logits = Logits(self.model, ids, total, chunk)
+        self._beside.add(logits)
         self._keep_to_share()
         self.reclaim(self.scheduler.held() - self.scheduler.room)
-        return Logits(self.model, ids, total, chunk)
+        return logits
 
     def read_on(self, logits: Logits) -> bool:
         """Compute a chunk more, a short one beside requests, and say whether some are left."""
         running, chunk = self.scheduler.running, logits.chunk
         return logits.advance(self.scheduler.chunk(Step(running, []), chunk) if running else chunk)
 
-    def take_back(self, logits: Logits) -> None:
-        """Use the memory of logits for caches again."""
-        self._set_aside -= logits.nbytes
-
     def _keep_to_share(self) -> None:
         """Take note of what caches hold, and keep to what they may take now."""
         self.share.held = self.budget.bytes_of(self.scheduler.held())
-        available = max(0, self.share.available - self._set_aside)
+        available = self.share.available - sum(logits.nbytes for logits in self._beside)
+        available = max(0, available)
         if available != self.budget.available:
             self.budget = replace(self.budget, available=available)
             self.scheduler.room = self.budget.tokens

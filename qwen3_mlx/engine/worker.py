@@ -109,6 +109,8 @@ class Worker:
 
     def _end(self) -> None:
         """Stop before the process exits, however often it is interrupted."""
+        if os.getpid() != self._process:
+            return
         try:
             self.stop()
         except KeyboardInterrupt:  # an ordinary exit would hang in OpenBLAS while this one computes
