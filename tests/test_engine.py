@@ -579,6 +579,36 @@ def test_a_constraint_ends_in_time_and_fails_alone() -> None:
     assert free.tokens == alone("dense")[1][:8]
 
 
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize(
+    "name", ["advance", "forced", "mask", "foresee", "masking", "finished", "unwanted"]
+)
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_a_constraint_may_raise_anything_anywhere(way: str, name: str, after: int) -> None:
+    """It is the end of that request, told once; the others get their replies."""
+
+    class Raising:
+        def __init__(self) -> None:
+            self.left = after
+            self.script = Script()
+
+        def __getattr__(self, asked: str) -> Any:
+            if asked == name:
+                self.left -= 1
+                if self.left < 0:
+                    raise SystemExit(3)
+            return getattr(self.script, asked)
+
+    engine = engine_of(MODELS["dense"], way)
+    failing = Client(PROMPTS[0], 12, constraint=Raising())
+    others = [Client(PROMPTS[i], 12) for i in (1, 2)]
+    run(engine, failing, *others)
+    (outcome,) = failing.outcomes
+    assert isinstance(outcome, SystemExit | Outcome)
+    assert [other.tokens for other in others] == [alone("dense")[i][:12] for i in (1, 2)]
+    assert engine._steps.scheduler.held() == engine._steps.kept()
+
+
 class Whims:
     """Takes back, forces and masks by what was chosen, a few times each."""
 
