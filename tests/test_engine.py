@@ -3,6 +3,7 @@
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -436,6 +437,23 @@ def test_an_error_is_one_requests_alone() -> None:
     assert isinstance(failing.outcomes[0], OSError)
     assert isinstance(wrong.outcomes[0], ValueError)
     assert other.tokens == alone("dense")[1][:10]
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+@pytest.mark.parametrize("name", ["progress", "heard", "done", "advance"])
+def test_callbacks_may_raise_what_ends_programs(name: str, error: BaseException) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    engine, failing, other = engine_of(MODELS["dense"]), Client(PROMPTS[0], 10), Client(STEM, 10)
+    if name == "advance":
+        failing.advance = fail  # type: ignore[method-assign]
+    else:
+        failing.request = replace(failing.request, **{name: fail, "alternatives": 1})
+    run(engine, failing, other)
+    assert failing.outcomes == ([] if name == "done" else [error])
+    assert other.tokens == greedy_tokens(MODELS["dense"], STEM, 10)
+    assert engine._steps.scheduler.held() == engine._steps.kept()
 
 
 def test_what_cannot_be_run_is_refused() -> None:
