@@ -447,9 +447,10 @@ def test_callbacks_may_raise_what_ends_programs(name: str, error: BaseException)
 
     engine, failing, other = engine_of(MODELS["dense"]), Client(PROMPTS[0], 10), Client(STEM, 10)
     if name == "advance":
-        failing.advance = fail  # type: ignore[method-assign]
+        failing.advance = fail  # type: ignore[method-assign, assignment]
     else:
-        failing.request = replace(failing.request, **{name: fail, "alternatives": 1})
+        changed: dict[str, Any] = {name: fail, "alternatives": 1}
+        failing.request = replace(failing.request, **changed)
     run(engine, failing, other)
     assert failing.outcomes == ([] if name == "done" else [error])
     assert other.tokens == greedy_tokens(MODELS["dense"], STEM, 10)
