@@ -49,6 +49,8 @@ class LLM:
     """A loaded checkpoint to talk to; made by `load`.
 
     Every method may be called from any thread. Generations run together, a step of all at a time.
+    Callbacks (`progress`, say) run on the thread that computes: what they raise ends their request,
+    and a call that would wait there for the same LLM, such as `chat`, raises a `Qwen3Error`.
     `context` is the most tokens that a prompt and its reply may have together.
     """
 

@@ -3,6 +3,7 @@
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -438,6 +439,24 @@ def test_an_error_is_one_requests_alone() -> None:
     assert other.tokens == alone("dense")[1][:10]
 
 
+@pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
+@pytest.mark.parametrize("name", ["progress", "heard", "done", "advance"])
+def test_callbacks_may_raise_what_ends_programs(name: str, error: BaseException) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    engine, failing, other = engine_of(MODELS["dense"]), Client(PROMPTS[0], 10), Client(STEM, 10)
+    if name == "advance":
+        failing.advance = fail  # type: ignore[method-assign, assignment]
+    else:
+        changed: dict[str, Any] = {name: fail, "alternatives": 1}
+        failing.request = replace(failing.request, **changed)
+    run(engine, failing, other)
+    assert failing.outcomes == ([] if name == "done" else [error])
+    assert other.tokens == greedy_tokens(MODELS["dense"], STEM, 10)
+    assert engine._steps.scheduler.held() == engine._steps.kept()
+
+
 def test_what_cannot_be_run_is_refused() -> None:
     engine = engine_of(MODELS["dense"])
     empty, long = Client([], 5), Client(PROMPTS[0], 5000)
@@ -577,6 +596,36 @@ def test_a_constraint_ends_in_time_and_fails_alone() -> None:
     assert len(short.tokens) == 6 and short.outcome.reason == "length"  # cut among the forced
     assert isinstance(impossible.outcomes[0], ValueError)
     assert free.tokens == alone("dense")[1][:8]
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize(
+    "name", ["advance", "forced", "mask", "foresee", "masking", "finished", "unwanted"]
+)
+@pytest.mark.parametrize("way", WAYS[:2])
+def test_a_constraint_may_raise_anything_anywhere(way: str, name: str, after: int) -> None:
+    """It is the end of that request, told once; the others get their replies."""
+
+    class Raising:
+        def __init__(self) -> None:
+            self.left = after
+            self.script = Script()
+
+        def __getattr__(self, asked: str) -> Any:
+            if asked == name:
+                self.left -= 1
+                if self.left < 0:
+                    raise SystemExit(3)
+            return getattr(self.script, asked)
+
+    engine = engine_of(MODELS["dense"], way)
+    failing = Client(PROMPTS[0], 12, constraint=Raising())
+    others = [Client(PROMPTS[i], 12) for i in (1, 2)]
+    run(engine, failing, *others)
+    (outcome,) = failing.outcomes
+    assert isinstance(outcome, SystemExit | Outcome)
+    assert [other.tokens for other in others] == [alone("dense")[i][:12] for i in (1, 2)]
+    assert engine._steps.scheduler.held() == engine._steps.kept()
 
 
 class Whims:

@@ -42,6 +42,7 @@ class Sequence:
         self.passes = 0  # in which a token was chosen
         self.proposed = self.accepted = 0  # tokens
         self.reason: str | None = None  # why the reply has ended, if it has
+        self.failure: BaseException | None = None  # of its constraint, to end with
         self.ended = False
         self.doubted = False  # whether its logits have been checked because it was doubtful
         self.worth_keeping: int | None = None  # tokens, when it has ended; None is all
@@ -80,7 +81,11 @@ class Sequence:
     @property
     def masking(self) -> bool:
         """Whether its constraint must be asked before the next token is chosen."""
-        return self.request.constraint is not None and self.request.constraint.masking
+        try:
+            return self.request.constraint is not None and self.request.constraint.masking
+        except BaseException as error:  # noqa: BLE001 - this request's alone
+            self.failure = error
+            return False
 
     @property
     def complete(self) -> bool:

@@ -214,8 +214,10 @@ class Steps:
         self.forget()
 
     def _dismiss(self) -> None:
-        """End whoever is not wanted any more."""
+        """End whoever is not wanted any more, or whose constraint has failed."""
         for sequence in (*self.scheduler.waiting, *self.scheduler.running):
+            if sequence.failure and not sequence.ended:
+                self._end(sequence, sequence.failure)
             if sequence.request.cancelled.is_set() and not sequence.ended:
                 self._end(sequence, sequence.outcome("cancelled"))
 
@@ -223,7 +225,7 @@ class Steps:
 
     def _must_be_known(self, flight: Flight) -> bool:
         """Whether the next step depends on what this one chooses."""
-        if flight.proposals or any(self._masking(sequence) for sequence in flight.choosing):
+        if flight.proposals or any(sequence.masking for sequence in flight.choosing):
             return True
         rows, speculator = len(flight.choosing), self.speculator
         return speculator is not None and any(
@@ -303,7 +305,7 @@ class Steps:
         """Have it proposed what comes next, and ask the constraints that mask what they allow."""
         proposals = self.speculator.propose(known, rows) if self.speculator else {}
         foreseen: dict[Running, list[Mask | None]] = {}
-        for sequence in [proposed for proposed in proposals if self._masking(proposed)]:
+        for sequence in [proposed for proposed in proposals if proposed.masking]:
             assert sequence.request.constraint
             try:
                 masks = sequence.request.constraint.foresee(proposals[sequence])
@@ -380,14 +382,6 @@ class Steps:
             self._end(sequence, error)
         return not sequence.ended
 
-    def _masking(self, sequence: Running) -> bool:
-        """Whether the constraint of a sequence is to be asked for a mask."""
-        try:
-            return sequence.masking
-        except BaseException as error:  # noqa: BLE001 - this request's alone
-            self._end(sequence, error)
-            return False
-
     def _masks(
         self,
         choosing: Sequence[Running],
@@ -399,11 +393,7 @@ class Steps:
         Those that were asked for a proposal are not asked again.
         """
         masks: dict[int, Mask | None] = {}
-        asked = [
-            (row, sequence)
-            for row, sequence in enumerate(choosing)
-            if sequence not in foreseen and self._masking(sequence)
-        ]
+        asked = [(row, s) for row, s in enumerate(choosing) if s.masking and s not in foreseen]
         if asked:
             mx.async_eval(logits)
         for row, sequence in asked:
@@ -465,6 +455,8 @@ class Steps:
         """Have a sequence take what was chosen for it, and see to what comes of that."""
         proposal, accepted = flight.proposals.get(sequence, ()), sequence.accepted
         try:
+            if sequence.failure:
+                raise sequence.failure
             if flight.finite is not None:
                 self._refuse_nonfinite(sequence, flight, flight.finite)
             goes_on = sequence.take(chosen, proposal, masked=sequence in flight.masked)

@@ -56,6 +56,8 @@ class Mailbox:
 
     def _send(self) -> None:
         letters, self._letters = self._letters, []
+        if not letters:  # sent already, when this was asked for at the very end
+            return
         loop = letters[0][0].loop
         try:
             loop.call_soon_threadsafe(_sort, letters)
