@@ -117,9 +117,8 @@ class Replies:
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
         history = normalise(messages)
-        may_call = named or tools
         return Task(
-            prompt, thinks, draws_as_thinking, asked, history, tools, calls, may_call, details
+            prompt, thinks, draws_as_thinking, asked, history, tools, calls, named or tools, details
         )
 
     def start(
