@@ -23,7 +23,7 @@ from qwen3_mlx.checkpoint.quantization import Format
 from qwen3_mlx.checkpoint.recipes import RECIPES, assign, choose_formats, group_of
 from qwen3_mlx.checkpoint.sensitivity import measure
 from qwen3_mlx.checkpoint.sources import read_matrices
-from qwen3_mlx.checkpoint.weights import INDEX, Weights, refuse_missing_layers, untied
+from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, untied
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import memory_of
 from qwen3_mlx.model.config import ModelConfig
@@ -113,7 +113,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     streaming.check_output(place.folder, output, force=force)
     folder, stated = read_config(place, _DESCRIPTION)
     folder = fetch_weights(place, folder, also=_DESCRIPTION)
-    config = untied(stated, Weights(folder))
+    config = untied(stated, folder)
     network = ModelConfig.from_dict(config)
     backend.refuse_fork()
     job = streaming.Job(

@@ -173,7 +173,7 @@ class _Found:
         place = Source(full_name(source) if isinstance(source, str) else str(source), revision)
         folder, config = read_config(place)
         if are_here(folder):
-            config = untied(config, Weights(folder))
+            config = untied(config, folder)
         if context is not None:
             config = stretched(config, context)
         network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
@@ -191,7 +191,7 @@ class _Found:
         """Return it with its weights here, and with a head of its own if they have one."""
         judged = are_here(self.folder)
         folder = fetch_weights(self.place, self.folder)
-        config = self.config if judged else untied(self.config, Weights(folder))
+        config = self.config if judged else untied(self.config, folder)
         return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
 
     def refuse_if_too_large(self, context: int | None, beside: int) -> None:

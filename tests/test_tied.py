@@ -84,7 +84,8 @@ def test_converting_keeps_it_and_says_so(
 
 
 def test_the_measured_recipe_measures_it(own: Path, tmp_path: Path) -> None:
-    made = convert(own, tmp_path / "out", recipe="auto", target_bpw=8)
+    text = " ".join(f"{n} + {n} = {2 * n}." for n in range(100))
+    made = convert(own, tmp_path / "out", recipe="auto", target_bpw=8, calibration=text)
     assert "lm_head" in made.formats
     assert not states(tmp_path / "out")
 

@@ -193,14 +193,17 @@ def has_own_head(weights: Weights) -> bool:
     )
 
 
-def untied(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+def untied(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return a config.json as its weights would have it: with a head of its own, if they have one.
 
     Adapters merged into a tied model, or an extended vocabulary, leave such a head behind while the
     config still ties it to the embedding. As in transformers, the weights win, with a warning; a
     copy of the embedding, as some published checkpoints carry it, stays unused.
+
+    Raises:
+        CheckpointError: a weight file is broken; only those of a tied model are looked at.
     """
-    if config.get("tie_word_embeddings") is not True or not has_own_head(weights):
+    if config.get("tie_word_embeddings") is not True or not has_own_head(Weights(folder)):
         return dict(config)
     _log.warning(
         "config.json ties the head to the embedding, but lm_head holds other numbers; it is used, "

@@ -16,7 +16,7 @@ from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.quantization import formats_stored
-from qwen3_mlx.checkpoint.weights import Weights, untied
+from qwen3_mlx.checkpoint.weights import untied
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.options import ModelArgument
 from qwen3_mlx.engine.memory import FormatOf, Workload, bytes_a_token
@@ -81,7 +81,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
     if plot:
         check_picture(plot)
     folder = _folder(model)
-    content = untied(read_json(folder / "config.json"), Weights(folder))
+    content = untied(read_json(folder / "config.json"), folder)
     config, stored = ModelConfig.from_dict(content), formats_stored(content, folder)
     lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
     cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))

@@ -14,7 +14,7 @@ from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.checkpoint.description import read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.quantization import MLX, Format, formats_stored, quantization_of
-from qwen3_mlx.checkpoint.weights import INDEX, Weights, are_here, untied
+from qwen3_mlx.checkpoint.weights import INDEX, are_here, untied
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.plan_picture import Picture, draw
 from qwen3_mlx.engine.memory import (
@@ -249,7 +249,7 @@ def _judged(content: Mapping[str, Any], source: Source, folder: Path) -> Mapping
     if content.get("tie_word_embeddings") is not True:
         return content
     if are_here(folder):
-        return untied(content, Weights(folder))
+        return untied(content, folder)
     index = source.fetch(["config.json", INDEX]) / INDEX
     if index.is_file() and "lm_head.weight" in (read_json(index).get("weight_map") or {}):
         note(
