@@ -24,7 +24,8 @@ from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.replies import Replies, Task, Words
+from qwen3_mlx.prompts import Words, render
+from qwen3_mlx.replies import Replies, Task
 from qwen3_mlx.streams import (
     AsyncStream,
     Collected,
@@ -304,9 +305,13 @@ class LLM:
             ValueError: the last message cannot be continued.
             Qwen3Error: there is no template, it refuses, or `thinking` cannot be had.
         """
-        replies = self._open()
-        return replies.render(
-            messages, plain(thinking), tools, add_generation_prompt, plain(continue_last)
+        return render(
+            self._open().words,
+            messages,
+            plain(thinking),
+            tools,
+            add_generation_prompt,
+            plain(continue_last),
         )
 
     def forget(self) -> None:

@@ -1,7 +1,7 @@
 """From what is asked to a request for the engine, and from its tokens to events.
 
-Here text and engine meet: prompts are rendered and encoded, followers of a reply are put together,
-and what a next turn will begin with is read ahead.
+Here text and engine meet: prompts are encoded, followers of a reply are put together, and what a
+next turn will begin with is read ahead.
 """
 
 import secrets
@@ -23,47 +23,28 @@ from qwen3_mlx.engine.params import (
     sampling_defaults,
 )
 from qwen3_mlx.errors import ContextError, Qwen3Error
+from qwen3_mlx.prompts import (
+    Words,
+    begun,
+    is_begun,
+    render,
+    render_begun,
+    render_whole,
+    thinking_of,
+    why_no_turn,
+)
 from qwen3_mlx.streams import Collected, Started
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.forming import Calling, Forming
-from qwen3_mlx.text.grammar import Grammar, Grammars
-from qwen3_mlx.text.messages import (
-    END_THINK,
-    THINK,
-    Message,
-    normalise,
-    think_block,
-    without_empty_end,
-)
+from qwen3_mlx.text.grammar import Grammar
+from qwen3_mlx.text.messages import Message, normalise, without_empty_end
 from qwen3_mlx.text.parser import Parser
-from qwen3_mlx.text.prompt import ControlTokens, Hiding
 from qwen3_mlx.text.steering import Limits, Steering
-from qwen3_mlx.text.template import ChatTemplate
-from qwen3_mlx.text.thinking import Thinking, soft_switch
-from qwen3_mlx.text.tokenizer import Prompt, Tokenizer
-from qwen3_mlx.text.tools import Calls, Tool, describe
+from qwen3_mlx.text.thinking import soft_switch
+from qwen3_mlx.text.tools import Calls
 
 _PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
 _MOST_IDLE = 4096  # tokens to be read ahead
-
-
-@dataclass(frozen=True, slots=True)
-class Words:
-    """What a checkpoint knows of text: all but its network.
-
-    `end_ids` end any reply, `turn_end_ids` one to a conversation, too. Without a `template`,
-    `no_template` says why there is none.
-    """
-
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    control: ControlTokens
-    thinking: Thinking
-    sampling: Mapping[str, Any]  # that generation_config.json states
-    end_ids: frozenset[int]
-    turn_end_ids: frozenset[int]
-    grammars: Grammars
-    no_template: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,69 +74,7 @@ class Replies:
 
     def __init__(self, words: Words, engine: Engine) -> None:
         self.engine = engine
-        self._words = words
-
-    def render(
-        self,
-        messages: str | Sequence[Message],
-        thinking: bool | None = None,
-        tools: Sequence[Tool] | None = None,
-        add_generation_prompt: bool = True,
-        continue_last: bool = False,
-    ) -> Prompt:
-        """Do as `LLM.render` says."""
-        self._words.thinking.resolve(thinking)
-        described = [describe(tool) for tool in tools or ()]
-        history = normalise(messages)
-        if continue_last:
-            return self._render_begun(_begun(history), thinking, described)
-        if add_generation_prompt:
-            history = without_empty_end(history)
-        return self._rendered(history, thinking, described, add_generation_prompt)
-
-    def _rendered(
-        self,
-        history: Sequence[Message],
-        thinking: bool | None,
-        tools: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
-        end: str = "",
-    ) -> Prompt:
-        """Render messages, up to `end` where that is given."""
-        words = self._words
-        if words.template is None:
-            raise Qwen3Error(words.no_template)
-        hiding = Hiding(words.control)
-        try:
-            rendered = words.template.render(
-                [hiding.hide_in_message(message) for message in words.template.prepared(history)],
-                thinking=thinking if words.thinking.hybrid else None,
-                tools=hiding.hide(tools),
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Qwen3Error as error:
-            raise Qwen3Error(hiding.show(str(error))) from error
-        if end:
-            rendered, found, _ = rendered.rpartition(end)
-            if not found:
-                raise Qwen3Error(
-                    "the last message cannot be continued: this checkpoint's chat template leaves "
-                    "it out"
-                )
-        return hiding.prompt(rendered)
-
-    def _render_begun(
-        self,
-        history: Sequence[Message],
-        thinking: bool | None,
-        tools: Sequence[Mapping[str, Any]],
-    ) -> Prompt:
-        """Render up to the end of what the last message says."""
-        *before, last = history
-        field = "content" if last["content"] else "reasoning_content"
-        end = f"q{secrets.token_hex(8)}e"
-        marked = {**last, field: last[field] + end}
-        return self._rendered([*before, marked], thinking, tools, False, end)
+        self.words = words
 
     def chat(self, messages: str | Sequence[Message], asked: Asked) -> Task:
         """Lay out a reply to a conversation.
@@ -164,18 +83,18 @@ class Replies:
             ValueError: the last message is the assistant's, and not to be continued, or cannot be.
             Qwen3Error: the checkpoint cannot do as asked.
         """
-        words = self._words
+        words = self.words
         thinks = words.thinking.resolve(asked.thinking)
         history = without_empty_end(normalise(messages))
         continued, inside = None, thinks and words.thinking.opens_in_prompt
         if asked.continue_last:
-            history = _begun(history)
+            history = begun(history)
             continued, inside = history[-1], not history[-1]["content"]
             if inside and not thinks:
                 raise ValueError("the thinking of the last message needs thinking to be continued")
             thinks = inside
         elif history[-1]["role"] == "assistant":
-            raise ValueError(_no_turn(history[-1]))
+            raise ValueError(why_no_turn(history[-1]))
         if asked.thinking_budget is not None and not thinks and not continued:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
         tools = asked.described_tools()
@@ -188,8 +107,8 @@ class Replies:
         )
         if tools and calls is None:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
-        render = self._render_begun if continued else self._rendered
-        prompt = render(history, asked.thinking, tools)
+        show = render_begun if continued else render_whole
+        prompt = show(words, history, asked.thinking, tools)
         asked.form(words.grammars)  # what is wrong with it is told now
         may_call = named or tools
         warnings = [*calls.grammar(words.grammars, may_call).warnings] if calls else []
@@ -197,7 +116,7 @@ class Replies:
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
         if continued:
-            draws_as_thinking = bool(_thinking_of(continued))
+            draws_as_thinking = bool(thinking_of(continued))
             if asked.thinking and not inside:
                 warnings.append("the answer had begun, so it was continued without thinking")
         return Task(
@@ -226,7 +145,7 @@ class Replies:
         `deliver` is told the events, or the error that ends the reply; `heard` is told all that was
         said, before `deliver` is told the last.
         """
-        words, asked, said = self._words, task.asked, Collected(task.continued)
+        words, asked, said = self.words, task.asked, Collected(task.continued)
 
         def tell(event: Event | BaseException) -> None:
             said.add(event)
@@ -242,7 +161,7 @@ class Replies:
             tell,
             thinking=thinking,
             inside=task.inside,
-            begun=_is_begun(task.continued),
+            begun=is_begun(task.continued),
             stop=asked.stop_strings,
             calls=task.calls,
             noting=asked.logprobs is not None,
@@ -298,12 +217,12 @@ class Replies:
         return Started(len(ids), steering.finish_thinking, task.continued)
 
     def _end_ids(self, task: Task) -> frozenset[int]:
-        words = self._words
+        words = self.words
         return words.end_ids if task.thinks is None else words.end_ids | words.turn_end_ids
 
     def _steering(self, task: Task, room: int, form: Grammar | None) -> Steering:
         """Make what holds a reply to its limits; where it has a form, that must find room."""
-        words, asked = self._words, task.asked
+        words, asked = self.words, task.asked
         thinking = None if task.thinks is None else words.thinking
         budget = asked.thinking_budget if task.thinks else None
         # Calls that are left standing in the thinking may be any, and of any number.
@@ -323,7 +242,7 @@ class Replies:
             thinking,
             limits,
             inside=task.inside,
-            answering=_is_begun(task.continued) and not task.inside,
+            answering=is_begun(task.continued) and not task.inside,
             end_ids=self._end_ids(task),
             calls=None if settled else task.calls,
         )
@@ -332,7 +251,7 @@ class Replies:
         self, task: Task, room: int, steering: Steering, form: Grammar | None
     ) -> Constraint:
         """Put grammars around the steering, where the answer or a call shall have a form."""
-        words = self._words
+        words = self.words
         if not form and not task.calls:
             return steering
         return Forming(
@@ -358,7 +277,7 @@ class Replies:
             if outside := [token for token in prompt if not 0 <= token < rows]:
                 raise ValueError(f"token ids are 0 to {rows - 1:,}, not {outside[0]}")
             return list(prompt)
-        ids = self._words.tokenizer.encode(prompt)
+        ids = self.words.tokenizer.encode(prompt)
         if (greatest := max(ids, default=0)) >= rows:
             raise Qwen3Error(
                 f"the prompt has token {greatest} and the model knows {rows:,}: "
@@ -375,8 +294,9 @@ class Replies:
         before = [*(task.messages[:-1] if task.continued else task.messages), reply]
         try:
             one, other = (
-                self._words.tokenizer.encode(
-                    self.render(
+                self.words.tokenizer.encode(
+                    render(
+                        self.words,
                         [*before, {"role": "user", "content": words}],
                         task.asked.thinking,
                         task.tools,
@@ -411,48 +331,6 @@ class Replies:
                 f"context window of {window:,}{why} has room for {room:,}"
             )
         return wish or room
-
-
-def _begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with the thinking of the last one apart, which a reply is to continue.
-
-    Raises:
-        ValueError: it is not the assistant's, says nothing, or calls tools.
-    """
-    last = dict(history[-1])
-    if last["role"] != "assistant":
-        raise ValueError(
-            f"continue_last continues a last message of the assistant's, and it is the "
-            f"{last['role']}'s"
-        )
-    if last.get("tool_calls"):
-        raise ValueError(_no_turn(last))
-    opened = last["content"].lstrip()
-    if opened.startswith(THINK) and END_THINK not in opened and not _thinking_of(last):
-        last |= {"content": "", "reasoning_content": opened.removeprefix(THINK).lstrip("\n")}
-    elif not last["content"] and not _thinking_of(last):
-        raise ValueError("continue_last: the last message says nothing that could be continued")
-    return [*history[:-1], last]
-
-
-def _is_begun(continued: Message | None) -> bool:
-    """Whether a message that is continued says something already."""
-    return bool(continued and (continued["content"] or _thinking_of(continued)))
-
-
-def _no_turn(last: Message) -> str:
-    """Say why there is nothing to reply to where the assistant has spoken last."""
-    if last.get("tool_calls"):
-        return "the last message calls tools: add their answers, as messages with the role tool"
-    return (
-        "the last message is the assistant's: add a message to reply to, or have it continued "
-        "(continue_last=True)"
-    )
-
-
-def _thinking_of(message: Message) -> str:
-    block = think_block(message)
-    return block[1].strip() if block else message.get("reasoning_content") or ""
 
 
 def _error_of(call: Callable[[], None]) -> BaseException | None:

@@ -29,6 +29,7 @@ _RANKS = {
     "asking": 5,
     "streams": 5,
     "fit": 5,
+    "prompts": 5,
     "conversation": 6,
     "conversion": 6,
     "replies": 6,

@@ -162,8 +162,8 @@ def test_wrong_arguments(
 
 def test_a_budget_is_refused_where_nothing_thinks(demo: LLM) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        never = replace(demo._open()._words, thinking=Thinking(False, True, False, None, None))
-        patch.setattr(demo._open(), "_words", never)
+        never = replace(demo._open().words, thinking=Thinking(False, True, False, None, None))
+        patch.setattr(demo._open(), "words", never)
         with pytest.raises(Qwen3Error, match="cannot think; leave thinking_budget out"):
             demo.chat("Hello", thinking_budget=5)
 
