@@ -116,8 +116,9 @@ def load(  # noqa: PLR0913 - one keyword a choice
             progress(done, total)
 
     backend.refuse_fork()
-    target = target.fetched()
-    target.refuse_if_too_large(context, beside)  # its weights may have a head of their own
+    described, target = target.network, target.fetched()
+    if target.network != described:  # its weights have a head of their own
+        target.refuse_if_too_large(context, beside)
     small = small.fetched() if small else None
 
     wired = 0

@@ -126,7 +126,7 @@ def test_an_unforeseen_error_is_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr("qwen3_mlx.engine.steps.forward", fail)
+    monkeypatch.setattr("qwen3_mlx.llm.LLM.stream", fail)
     arguments = ["x", "-q", "-m", str(tiny_folder)]
     code, _, err = call(arguments, capsys)
     assert code == 1

@@ -300,7 +300,9 @@ NOT_SUPPORTED: list[tuple[Any, str]] = [
 def test_references_in_a_schema_hold_in_a_call(demo: LLM, parameters: dict[str, Any]) -> None:
     tools = [tool_of({"type": "object"}, "other"), tool_of(parameters)]
     called = 0
-    for seed in range(4):
+    for seed in range(40):  # most that are begun find no end
+        if called > 2:
+            break
         reply = demo.chat(
             "Hello",
             tools=tools,
@@ -406,7 +408,9 @@ def test_coder_values_are_held_to_schemas_through_references(
             "$defs": CODER_TYPES["$defs"] | parameters["$defs"] | {"It": own},
         }
     seen: set[str] = set()
-    for seed in range(12):
+    for seed in range(40):  # most that are begun find no end
+        if seen == CODER_TYPES["properties"].keys():
+            break
         reply = coder.chat(
             "?",
             tools=[tool_of(parameters)],

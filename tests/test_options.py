@@ -25,6 +25,11 @@ FIELDS: dict[str, Any] = {
 REST: dict[str, Any] = {"max_tokens": 24, "seed": 5}
 
 
+def add(a: int, b: int) -> int:
+    """Add numbers."""
+    return a + b
+
+
 async def _astreamed(llm: LLM, options: dict[str, Any]) -> str:
     stream = llm.astream("Hello", thinking=False, **options)
     return "".join([event.text async for event in stream if isinstance(event, Text)])
@@ -40,7 +45,7 @@ WAYS: dict[str, Callable[[LLM, dict[str, Any]], str]] = {
     "stream": _streamed,
     "astream": lambda llm, options: asyncio.run(_astreamed(llm, options)),
     "batch": lambda llm, options: llm.batch(["Hello"], thinking=False, **options)[0].text,
-    "run": lambda llm, options: llm.run("Hello", tools=[len], thinking=False, **options).text,
+    "run": lambda llm, options: llm.run("Hello", tools=[add], thinking=False, **options).text,
     "complete": lambda llm, options: llm.complete("Hello", **options).text,
     "conversation": lambda llm, options: (
         llm.conversation(thinking=False, **options).chat("Hello").text
