@@ -504,7 +504,7 @@ def test_a_call_that_is_cut_off_by_the_limit_is_not_made(demo: LLM) -> None:
         made.append(expression)
         return "46"
 
-    for most in range(1, 22):
+    for most in (1, 2, 11, 12, 13, 20, 21):
         asked = {**CUT, "tools": [calculator], "max_tokens": most}
         (batched,) = demo.batch([asked.pop("messages")], **asked)
         for reply in (demo.chat(CUT["messages"], **asked), batched):
