@@ -8,6 +8,7 @@ import pytest
 
 from qwen3_mlx import LLM, CheckpointError, SamplingParams, load
 from qwen3_mlx.model.qwen3 import Qwen3
+from tests.serving import serving
 from tests.support import read_weights, write_tiny
 from tests.test_cli import call, no_terminal  # noqa: F401 - which acts on every test here
 
@@ -78,3 +79,18 @@ def test_circles_of_a_sound_network_are_no_damage(own: LLM) -> None:
     bias = SamplingParams(temperature=0.0, logit_bias={50: 1000.0})
     reply = own.chat("Hello", thinking=False, sampling=bias, max_tokens=1500)
     assert reply.finish_reason == "stop"
+
+
+def test_a_form_that_fails_with_the_network_names_the_checkpoint(own: LLM) -> None:
+    long = {"type": "array", "items": {"type": "integer"}, "minItems": 200}
+    with own.stream("Hello", thinking=False, schema=long, max_tokens=900) as stream:
+        next(stream)
+        own.compute(spoil)
+        with pytest.raises(CheckpointError, match="have NaN or infinity among them"):
+            list(stream)
+
+
+def test_clients_are_not_told_to_try_again(damaged: Path) -> None:
+    with load(damaged) as llm, serving(llm) as served:
+        response = served.chat("Hello", max_tokens=4)
+        assert response.status_code == 500 and "have NaN or infinity" in response.text

@@ -468,6 +468,17 @@ def test_vocabulary_that_a_fine_tune_added_is_no_control(tmp_path: Path) -> None
         assert llm.tokenizer.id_of("</think>") not in ids
 
 
+def test_forms_with_a_word_that_was_added_though_it_was_there(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    word, token = next(item for item in content["model"]["vocab"].items() if item[0] == "ar")
+    settings = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized", "special"), False)
+    content["added_tokens"].append({"id": token, "content": word, **settings})
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    with load(folder) as llm:
+        assert llm.chat("Hi", thinking=False, choice=["are <|im_end|>"]).text == "are <|im_end|>"
+
+
 def test_a_name_by_unicodes_normal_form_is_text(tmp_path: Path) -> None:
     with load(with_added(tmp_path, ("<|TASK|>", True))) as llm:
         ids = llm.tokenizer.encode(llm.render("a <|TAS\u212a|> b <|TASK|>"))

@@ -463,17 +463,31 @@ class Steps:
             if proposal and self.speculator:
                 self.speculator.observe(sequence, sequence.accepted - accepted)
             if not sequence.doubted and sequence.request.doubtful and sequence.request.doubtful():
-                assert flight.logits is not None
                 sequence.doubted = True
-                finite = mx.isfinite(flight.logits[:, : self._vocabulary]).all(axis=-1)
-                self._refuse_nonfinite(sequence, flight, finite)
+                self._check_logits(sequence, flight)
         except BaseException as error:  # noqa: BLE001 - this request's alone
-            self._end(sequence, error)
+            self._end(sequence, self._cause(error, sequence, flight))
             return
         if sequence.reason:
             self._end(sequence, sequence.outcome(sequence.reason))
         elif not goes_on:
             self._choose_anew(sequence)
+
+    def _check_logits(self, sequence: Running, flight: Flight) -> None:
+        assert flight.logits is not None
+        finite = mx.isfinite(flight.logits[:, : self._vocabulary]).all(axis=-1)
+        self._refuse_nonfinite(sequence, flight, finite)
+
+    def _cause(self, error: BaseException, sequence: Running, flight: Flight) -> BaseException:
+        """Return what has made a sequence fail: a grammar also fails where a network is broken."""
+        if isinstance(error, ValueError):
+            try:
+                self._check_logits(sequence, flight)
+            except CheckpointError as broken:
+                return broken
+            except Exception:  # noqa: BLE001 - the first error is the one to be known
+                return error
+        return error
 
     def _refuse_nonfinite(self, sequence: Running, flight: Flight, finite: mx.array) -> None:
         """Raise a CheckpointError if the logits of a sequence's rows are not `finite` [N]."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 
-from qwen3_mlx.errors import ContextError, Qwen3Error
+from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
 from qwen3_mlx.server.wire import Json
 
 _ANTHROPIC_TYPES = {
@@ -53,6 +53,8 @@ class ApiError(Exception):
             return cls(400, str(error), code="context_length_exceeded", param="messages")
         if isinstance(error, ValueError | TypeError):
             return cls(400, str(error))
+        if isinstance(error, CheckpointError):  # which no second try will mend
+            return cls(500, str(error), code="internal")
         if isinstance(error, Qwen3Error):
             return cls(503, str(error), code="unavailable")
         return cls(500, f"{type(error).__name__}: {error} (a bug?)", code="internal")

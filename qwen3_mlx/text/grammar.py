@@ -70,12 +70,14 @@ class Grammars:
         # Imported and made where it is first needed: Qwen3's vocabulary takes more than a second.
         from llguidance import LLTokenizer
 
-        # Special tokens go by names that no text has: theirs in a form are text like any other.
+        # Added tokens go by names that no text has: theirs in a form are text like any other. Those
+        # that are words of the vocabulary, too, cannot be renamed, and are text already.
         text = self._tokenizer.to_json()
         start = text.index("[", text.index('"added_tokens":'))
         tokens, end = json.JSONDecoder().raw_decode(text, start)
         for token in tokens:
-            token |= {"content": f"\uffff{token['id']}", "special": True}
+            if not self._tokenizer.is_word(token["content"]):
+                token |= {"content": f"\uffff{token['id']}", "special": True}
         return LLTokenizer(
             text[:start] + json.dumps(tokens) + text[end:],
             n_vocab=len(self._tokenizer),

@@ -104,6 +104,10 @@ class Tokenizer:
         spans: list[tuple[int, int]] = self._finder.encode(text, add_special_tokens=False).offsets
         return spans
 
+    def is_word(self, token: str) -> bool:
+        """Say whether a token is of the vocabulary, and not only added to it."""
+        return self._inner.model.token_to_id(token) is not None
+
     @cached_property
     def added_tokens(self) -> dict[str, bool]:
         """The tokens beside the vocabulary, by name: whether each is special."""
