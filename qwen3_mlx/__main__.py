@@ -4,10 +4,11 @@ import sys
 
 try:
     import qwen3_mlx.backend  # noqa: F401 - for its error
+    from qwen3_mlx.cli.main import main
 except ImportError as error:
     sys.exit(f"qwen3: {error}")
-
-from qwen3_mlx.cli.main import main
+except KeyboardInterrupt:
+    sys.exit(130)
 
 if __name__ == "__main__":
     main()

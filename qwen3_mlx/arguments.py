@@ -18,6 +18,8 @@ def token_ids(ids: Iterable[Any]) -> list[int]:
     Raises:
         TypeError: one of them is no whole number.
     """
+    if isinstance(ids, bytes | str) or not isinstance(ids, Iterable):
+        raise TypeError(f"token ids must be whole numbers, not {ids!r}")
     found = [plain(token) for token in ids]
     for token in found:
         if type(token) is not int:

@@ -133,7 +133,8 @@ class LLM:
 
     def astream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
         """Do as `stream` does, for asyncio; to be called with the event loop running."""
-        self._worker.check_wait()  # the loop that runs here would wait for its own thread
+        with self._worker.wait():  # or the loop that runs here would wait for its own thread
+            pass
         task = self.prepare(messages, **options)
         loop, cancelled = asyncio.get_running_loop(), Flag()
         events: asyncio.Queue[Said] = asyncio.Queue()
@@ -339,7 +340,7 @@ class LLM:
         events: SimpleQueue[Said] = SimpleQueue()
         cancelled = Flag()
         started = self._open().start(task, events.put, cancelled, heard)
-        return Stream(events, cancelled, self, started, check_wait=self._worker.check_wait)
+        return Stream(events, cancelled, self, started, wait=self._worker.wait)
 
 
 def _shut_down(worker: Worker, share: Share, wired: int) -> None:

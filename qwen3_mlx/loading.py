@@ -41,6 +41,7 @@ from qwen3_mlx.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
 _ANSWER = "xq7wanswer"  # to be found again in what a template makes of it
+_MOST_GB = 1e9
 NGRAM = "ngram"  # a way to draft without a model
 
 
@@ -221,8 +222,8 @@ def _check(context: object, dequantize: object, prompt_cache_gb: float) -> None:
         raise ValueError(f"context must be a number of tokens from 1 up, not {context!r}")
     if dequantize is not None and not isinstance(dequantize, bool):
         raise TypeError(f"dequantize must be True, False or None, not {dequantize!r}")
-    if not prompt_cache_gb > 0:
-        raise ValueError(f"prompt_cache_gb must be more than 0, not {prompt_cache_gb!r}")
+    if not isinstance(prompt_cache_gb, int | float) or not 0 < prompt_cache_gb < _MOST_GB:
+        raise ValueError(f"prompt_cache_gb must be more than 0 GB, not {prompt_cache_gb!r}")
 
 
 def _open_disk(

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event as Flag
@@ -68,11 +69,11 @@ class Stream(Iterator[Event]):
         owner: object,
         started: Started,
         *,
-        check_wait: Callable[[], None],
+        wait: Callable[[], AbstractContextManager[None]],
     ) -> None:
         """Read `events`; `owner` is kept alive until the last of them.
 
-        `check_wait` raises on the thread that the events come from.
+        `wait` gives the context to wait in for events; it raises where they would never come.
         """
         self._events = events
         self._cancelled = cancelled
@@ -80,11 +81,11 @@ class Stream(Iterator[Event]):
         self.prompt_tokens = started.prompt_tokens
         self.continued = started.continued
         self._finish_thinking = started.finish_thinking
-        self._check_wait = check_wait
+        self._wait = wait
 
     def __next__(self) -> Event:
-        self._check_wait()
-        event = self._events.get()
+        with self._wait():
+            event = self._events.get()
         if event is None:
             self._events.put(None)  # for whoever else reads this stream
             raise StopIteration

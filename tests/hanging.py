@@ -203,6 +203,25 @@ def nested() -> None:
             assert isinstance(last, Finish)
 
 
+def circle() -> None:
+    """Callbacks of two models may wait for the other one's, but not in a circle."""
+    with load() as one, load() as other:
+
+        def ask(llm: LLM, then: Callable[[], object]) -> object:
+            def progress(done: int, total: int) -> None:
+                then()
+
+            return llm.chat("Hello", max_tokens=4, progress=progress)
+
+        assert ask(one, lambda: answer(other))
+        found = raised_by(lambda: ask(one, lambda: ask(other, lambda: answer(one))))
+        assert isinstance(found, Qwen3Error) and "would never end" in str(found), found
+        found = raised_by(lambda: ask(one, lambda: ask(other, one.forget)))
+        assert isinstance(found, Qwen3Error) and "would never end" in str(found), found
+        assert ask(one, load().close)  # whose thread is not waited for here
+        assert answer(one) and answer(other)
+
+
 def callbacks(llm: LLM) -> list[Callable[[Callable[[], object]], object]]:
     """Give the ways in which somebody's code comes to run on the thread that computes."""
 
@@ -365,10 +384,43 @@ def end_while_posting(*, on_worker: bool) -> None:
     worker._thread.join()
 
 
+def fork_while_busy() -> None:
+    """A child cannot use its parent's model, whatever that was doing."""
+    with load() as llm:
+        done = threading.Event()
+
+        def talk() -> None:
+            while not done.is_set():
+                llm.chat("Hello there", max_tokens=20)
+
+        threads = [threading.Thread(target=talk) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(30):
+            child = os.fork()
+            if not child:
+                os._exit("its thread stayed behind" not in str(raised_by(lambda: llm.chat("x"))))
+            check_child(child)
+        done.set()
+        for thread in threads:
+            thread.join()
+
+
+def check_child(child: int) -> None:
+    """Wait for a forked process, which must end soon and well."""
+    deadline = time.monotonic() + 20
+    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
+        time.sleep(0.01)
+    if not ended[0]:
+        os.kill(child, 9)
+    assert ended == (child, 0)
+
+
 def fork() -> None:
     """In a fork of a process that computes, loading and converting are refused in words."""
     warnings.simplefilter("ignore")
     folder = sys.argv[2]
+    fork_while_busy()
     for begin in (lambda: load().close(), lambda: convert(DEMO, f"{folder}/a", dequantize=True)):
         begin()
         child = os.fork()
@@ -376,12 +428,7 @@ def fork() -> None:
             for use in (load, lambda: convert(DEMO, f"{folder}/b", dequantize=True)):
                 assert "forked" in str(raised_by(use))
             os._exit(0)
-        deadline = time.monotonic() + 20
-        while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline:
-            time.sleep(0.05)
-        if not ended[0]:
-            os.kill(child, 9)
-        assert ended == (child, 0)
+        check_child(child)
 
 
 if __name__ == "__main__":

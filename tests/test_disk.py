@@ -283,6 +283,14 @@ def test_an_earlier_versions_files_are_left_alone(tiny_folder: Path, tmp_path: P
     assert old not in kept(tmp_path)
 
 
+def test_files_of_others_in_the_folder_are_left_alone(tiny_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / f"prefix-a.safetensors.{10**20}.x.new").touch()
+    (tmp_path / "prefix-a.safetensors.4194303.q.new").mkdir()
+    with load(tiny_folder, prompt_cache=tmp_path) as llm:
+        assert llm.chat("Hello", max_tokens=2).usage.completion_tokens
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 def test_models_of_one_process_share_a_folder(
     tiny_folder: Path,
     tmp_path: Path,

@@ -26,7 +26,7 @@ def run_apart(module: str, *arguments: str | Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["progress", "deliver", "soon", "nested", "closing", "tools", "finalizer"]
+    "case", ["progress", "deliver", "soon", "nested", "circle", "closing", "tools", "finalizer"]
 )
 def test_callbacks_may_do_anything(case: str) -> None:
     run_apart("tests.hanging", case)

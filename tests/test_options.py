@@ -190,7 +190,17 @@ def test_ids_may_be_an_array(tiny: LLM) -> None:
         assert_close(tiny.logits(ids), expected, 0)  # type: ignore[arg-type]
     task = tiny.prepare_text(np.array([5, 6, 7]))  # type: ignore[arg-type]
     assert task.prompt == [5, 6, 7]
-    for wrong in ([1.5], np.array([1.0]), "abc", [True], np.array([[1, 2]]), [None]):
+    for wrong in (
+        [1.5],
+        np.array([1.0]),
+        "abc",
+        b"ab",
+        None,
+        3,
+        [True],
+        np.array([[1, 2]]),
+        [None],
+    ):
         with pytest.raises(TypeError, match="token ids must be whole numbers, not"):
             tiny.logits(wrong)  # type: ignore[arg-type]
 

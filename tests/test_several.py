@@ -124,6 +124,20 @@ def test_what_is_promised_to_one_llm_is_no_other_ones(
         assert shares_of(llm)[0].available == weights + 3 * least
 
 
+def test_an_engine_that_cannot_be_made_gives_back(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    gc.collect()
+    before = ledger.owed()
+    with monkeypatch.context() as patched, pytest.raises(MemoryError):
+        patched.setattr("qwen3_mlx.engine.steps.PrefixStore", fail)
+        load(folder)
+    assert ledger.owed() == before
+
+
 def test_a_smaller_context_leaves_more_for_others(
     folder: Path, room_for: Callable[[int], None]
 ) -> None:

@@ -867,7 +867,7 @@ def test_a_run_that_never_answers_is_ended(demo: LLM) -> None:
         (calculator, TypeError, "tools must be a list"),
         ([calculator, calculator], ValueError, "two tools are called calculator"),
         ([{"name": "f"}], TypeError, "to run tools they must be functions"),
-        ([], TypeError, "to run tools they must be functions"),
+        ([], TypeError, "run needs tools"),
     ],
 )
 def test_wrong_tools(demo: LLM, tools: Any, error: type[Exception], complaint: str) -> None:

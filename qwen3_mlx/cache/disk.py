@@ -57,8 +57,9 @@ class DiskPrefixes:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in folder.glob(f"{_PATTERN}.*.new"):
             process = file.name.split(".")[2]
-            if process.isdecimal() and not _alive(int(process)):
-                file.unlink(missing_ok=True)
+            with suppress(OSError):  # of a folder that somebody has called so
+                if process.isdecimal() and not _alive(int(process)):
+                    file.unlink()
         self._entries = [entry for file in folder.glob(_PATTERN) if (entry := self._entry(file))]
 
     def common(self, ids: Sequence[int], most: int) -> int:
@@ -214,6 +215,6 @@ def _alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        pass  # it is another user's
+    except (PermissionError, OverflowError):
+        pass  # it is another user's, or no number of a process
     return True

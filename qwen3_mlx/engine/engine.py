@@ -21,6 +21,9 @@ class Thread(Protocol):
 
     ending: bool
 
+    def check_process(self) -> None:
+        """Check that this is the thread's process; a Qwen3Error if not."""
+
     def post(self, job: Callable[[], None]) -> None:
         """Have a job done later; a Qwen3Error if the thread has ended."""
 
@@ -69,6 +72,8 @@ class Engine:
         Raises:
             Qwen3Error: the engine's thread has ended.
         """
+        if self._worker:
+            self._worker.check_process()
         self._inbox.put(request)
         self._post()
 

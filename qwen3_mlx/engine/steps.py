@@ -24,7 +24,7 @@ from qwen3_mlx.cache.prefix import Prefix, PrefixStore
 from qwen3_mlx.cache.quantized import PLAIN
 from qwen3_mlx.cache.slotted import Together
 from qwen3_mlx.engine.chances import Chances
-from qwen3_mlx.engine.ledger import Share, claim
+from qwen3_mlx.engine.ledger import Share, claim, release
 from qwen3_mlx.engine.logits import Logits, plan_logits
 from qwen3_mlx.engine.memory import RESERVE, Budget, Workload
 from qwen3_mlx.engine.params import Chance, Outcome, Request
@@ -99,6 +99,15 @@ class Steps:
             self.share = claim(lambda: backend.available_memory() - RESERVE, least_of)
         else:  # which is the caller's to give
             self.share = Share(available - RESERVE)
+        try:
+            self._set_up(model, work, context, disk)
+        except BaseException:
+            release(self.share)
+            raise
+
+    def _set_up(
+        self, model: Qwen3, work: Workload, context: int | None, disk: DiskPrefixes | None
+    ) -> None:
         self.budget = Budget(model.config, work, max(0, self.share.available))
         self.context = min(self.budget.context, context or self.budget.context)
         self._beside: WeakSet[Logits] = WeakSet()  # whose memory is free when they are collected
@@ -107,7 +116,7 @@ class Steps:
         self._disk = disk
         self._depth = len(model.layers)  # of a sequence's caches, those of `model`
         worth_it = model.config.hidden_size <= _HOST_BOUND and model.cache_format == PLAIN
-        self._together = Together() if worth_it and not speculator else None
+        self._together = Together() if worth_it and not self.speculator else None
         self._flight: Flight | None = None
         self._landed: float | None = None  # when, if the next step follows at once
         self._building: Sequence[Running] = ()  # those whose caches the step being built writes

@@ -8,9 +8,9 @@ import atexit
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread
 from typing import TypeVar
@@ -25,7 +25,14 @@ _INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
+_FREE = nullcontext()
 _CLOSED = "this LLM is closed; load it again"
+
+
+class _WorkerThread(Thread):
+    """The thread of a worker; a callback on it may wait for that of another worker."""
+
+    waits_for: "_WorkerThread | None" = None
 
 
 class Worker:
@@ -46,7 +53,7 @@ class Worker:
         self.ending = False  # what runs should come to its end, too
         self._ended = False  # what is posted from now on may be left undone
         self._process = os.getpid()
-        self._thread = Thread(target=self._work, name="qwen3-mlx", daemon=True)
+        self._thread = _WorkerThread(target=self._work, name="qwen3-mlx", daemon=True)
         self._thread.start()
         atexit.register(self._end)  # which runs even if no LLM has been made yet to be finalized
 
@@ -56,28 +63,49 @@ class Worker:
         Raises:
             Qwen3Error: the thread has ended, or is another process's.
         """
-        if os.getpid() != self._process:
-            raise Qwen3Error(
-                "this LLM was loaded before the process forked, and its thread stayed behind; "
-                "load it in the new process, started with the spawn method"
-            )
+        self.check_process()
         if self.ending:
             raise Qwen3Error(_CLOSED)
         self._jobs.put(job)
         if self._ended:  # between the two lines above: the job may have come too late
             raise Qwen3Error(_CLOSED)
 
-    def check_wait(self) -> None:
-        """Check that the current thread may wait for what this one does.
+    def check_process(self) -> None:
+        """Check that this is the process of the thread; to be called before any lock is taken.
 
         Raises:
-            Qwen3Error: it is the same thread, so that it would wait for ever.
+            Qwen3Error: it was forked from that one.
         """
-        if self._thread is current_thread():
+        if os.getpid() != self._process:
             raise Qwen3Error(
-                "this is a callback on the thread that computes for this LLM, and waiting here "
-                "for the same LLM would never end; call it from another thread, or afterwards"
+                "this LLM was loaded before the process forked, and its thread stayed behind; "
+                "load it in the new process, started with the spawn method"
             )
+
+    def wait(self) -> AbstractContextManager[None]:
+        """Return the context in which the current thread waits for what this one does.
+
+        Raises:
+            Qwen3Error: this one waits for the current thread, or is it, so that neither would end.
+        """
+        current = current_thread()
+        return self._wait_on(current) if isinstance(current, _WorkerThread) else _FREE
+
+    @contextmanager
+    def _wait_on(self, current: _WorkerThread) -> Iterator[None]:
+        thread: _WorkerThread | None = self._thread
+        current.waits_for = thread  # before the others are looked at: they do the same
+        try:
+            while thread and thread is not current:
+                thread = thread.waits_for
+            if thread:
+                raise Qwen3Error(
+                    "this is a callback on the thread that computes for this LLM, and waiting here "
+                    "for the same LLM would never end; call it from another thread, or afterwards"
+                )
+            yield
+        finally:
+            current.waits_for = None
 
     def call(self, job: Callable[[], T]) -> T:
         """Have `job` done and give its result, or raise its error.
@@ -85,7 +113,6 @@ class Worker:
         Raises:
             Qwen3Error: the thread has ended, or it is the current one.
         """
-        self.check_wait()
         future: Future[T] = Future()
 
         def run() -> None:
@@ -94,8 +121,9 @@ class Worker:
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 future.set_exception(error)
 
-        self.post(run)
-        return future.result()
+        with self.wait():
+            self.post(run)
+            return future.result()
 
     def stop(self) -> None:
         """End the thread after the jobs given so far; may be called twice, and from a job."""
@@ -103,7 +131,8 @@ class Worker:
             return
         self.ending = True
         self._jobs.put(None)
-        if self._thread is not current_thread():  # else in a callback, or collected there
+        # In a callback, or collected there, it ends later: nor may it wait for another worker.
+        if not isinstance(current_thread(), _WorkerThread):
             self._thread.join()
             atexit.unregister(self._end)
 

@@ -347,9 +347,11 @@ def functions_of(tools: Sequence[Tool] | None) -> dict[str, Callable[..., Any]]:
     Raises:
         TypeError: one of the tools is only described, or there is none.
     """
-    if not all(map(callable, described := listed(tools))) or not described:
+    if not (given := listed(tools)):
+        raise TypeError("run needs tools: functions that the model may call; chat() needs none")
+    if not all(map(callable, given)):
         raise TypeError("to run tools they must be functions: descriptions cannot be called")
-    return {_name(tool): tool for tool in described if callable(tool)}
+    return {_name(tool): tool for tool in given if callable(tool)}
 
 
 def answer(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
