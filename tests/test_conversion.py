@@ -57,7 +57,9 @@ def test_dequantizing_back(tiny_folder: Path, tmp_path: Path) -> None:
     assert_close(logits(plain.output), logits(quantized.output), 1e-4)
 
 
-@pytest.mark.parametrize("config", [None, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize(
+    "config", [None, pytest.param(MOE, marks=pytest.mark.slow)], ids=["dense", "moe"]
+)
 def test_the_measured_recipe_is_closer_at_its_size(
     config: dict[str, Any] | None, tmp_path: Path
 ) -> None:

@@ -95,7 +95,12 @@ def groups_of(folder: Path) -> dict[str, list[str]]:
 
 
 @pytest.mark.parametrize(
-    ("kind", "vocabulary_block"), [("tied", 1 << 22), ("untied", 1 << 14), ("moe", 1 << 22)]
+    ("kind", "vocabulary_block"),
+    [
+        ("tied", 1 << 22),
+        ("untied", 1 << 14),
+        pytest.param("moe", 1 << 22, marks=pytest.mark.slow),
+    ],
 )
 def test_the_estimate_is_the_divergence(
     kind: str, vocabulary_block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -237,7 +237,7 @@ def test_fewer_passes_give_the_same(kind: str, way: str) -> None:
 @pytest.mark.parametrize("way", FAST)
 def test_what_is_drawn_is_the_same_with_penalties_too(way: str) -> None:
     accepted = 0
-    for seed, sampling in enumerate(SAMPLED * 3):
+    for seed, sampling in enumerate(SAMPLED * 2):
         heard: dict[str, list[Any]] = {"plain": [], way: []}
         clients = {
             name: Client(
@@ -258,7 +258,7 @@ def test_what_is_drawn_is_the_same_with_penalties_too(way: str) -> None:
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
         accepted += clients[way].outcome.accepted
-    assert accepted > 50
+    assert accepted > 30
 
 
 @pytest.mark.parametrize("way", FAST)
@@ -346,7 +346,7 @@ COUNTS = {"forward_passes", "drafted_tokens", "accepted_tokens"}
 def test_a_schema_and_a_budget_are_kept(drafting: qwen3_mlx.LLM) -> None:
     plain = qwen3_mlx.load()
     schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
-    for seed in range(4):
+    for seed in range(2):
         for asked in ({"schema": schema}, {"thinking_budget": 12}, {"regex": "(ab){3,9}c"}):
             options: dict[str, Any] = {"seed": seed, "max_tokens": 120, **asked}
             fast = drafting.chat("What is 12 + 34?", **options)

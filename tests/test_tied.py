@@ -83,6 +83,7 @@ def test_converting_keeps_it_and_says_so(
     assert len(warnings(caplog)) == 1 + (bits is not None)  # the result needs no warning
 
 
+@pytest.mark.slow
 def test_the_measured_recipe_measures_it(own: Path, tmp_path: Path) -> None:
     text = " ".join(f"{n} + {n} = {2 * n}." for n in range(100))
     made = convert(own, tmp_path / "out", recipe="auto", target_bpw=8, calibration=text)
