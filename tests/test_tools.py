@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from qwen3_mlx import LLM, Finish, Qwen3Error, SamplingParams, load
+from qwen3_mlx.streams import collect
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.template import ChatTemplate
@@ -428,13 +429,53 @@ def test_calls_are_told_apart(text: str, reasoning: str, words: str, made: list[
         (f"I look.\n\n{XML}\n</tool_call>", "I look.", 1),
         (f"{XML}\n{XML}", "", 2),
         ("a <function b", "a <function b", 0),
+        ("It begins with <function=name>, then more.", None, 0),
+        ("It is <function=find>, then <function=find>\n.", None, 0),
+        (
+            f"Not <function=name>\n<parameter=a>\n but {XML}",
+            "Not <function=name>\n<parameter=a>\n but ",
+            1,
+        ),
         ("a <function=find", "a <function=find", 0),
         ("<function", "<function", 0),
     ],
 )
-def test_coder_calls_without_their_tag(text: str, words: str, made: int) -> None:
+def test_coder_calls_without_their_tag(text: str, words: str | None, made: int) -> None:
+    words = text if words is None else words
     found = parse(text, CODER)
     assert found[:3] == ("", words, [("find", {"count": 12})] * made)
+    assert not found[3].details
+    assert CODER and streamed(TOKENIZER.encode(text), CODER)[2] == words
+    for end in range(len(text)) if "tool_call" not in text else ():  # nothing is lost
+        part = streamed(TOKENIZER.encode(text[:end]), CODER)
+        assert part[1] or part[2] == text[:end]
+
+
+def test_coder_calls_without_their_tag_are_made_whole_or_stay_text(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    template = folder / "chat_template.jinja"
+    template.write_text("{#- <function= #}" + template.read_text())
+    value = "Close it with </parameter> and </function> or <parameter=count>\n7, and go on"
+    call = f"<function=find>\n<parameter=text>\n{value}\n</parameter>\n</function>"
+    talk = "A call begins with <function=name> and its end is a tag. This goes on."
+    opening = TOKENIZER.id_of("<tool_call>")
+    assert opening is not None
+    with load(folder) as llm:
+        for text in (call, talk):
+            for most in range(4, len(TOKENIZER.encode(text)) + 2, 3):
+                asked: dict[str, Any] = {
+                    "tools": [FIND],
+                    "choice": [text],
+                    "logit_bias": {opening: -100},
+                    "max_tokens": most,
+                    "thinking": False,
+                }
+                for reply in (
+                    llm.chat("Hi", **asked),
+                    collect(llm.stream("Hi", **asked, partial_calls=True)),
+                ):
+                    assert [one.arguments for one in reply.tool_calls] in ([], [{"text": value}])
+                    assert reply.tool_calls or text.startswith(reply.text) and reply.text
 
 
 def test_without_tools_tags_are_text() -> None:
@@ -700,16 +741,73 @@ def test_any_arguments_come_whole_or_cannot_be_read(
         assert written.startswith(part.rstrip("\ufffd")) and is_json(part) == bool(made)
 
 
-@settings(max_examples=100, deadline=None)
-@given(text=st.text(alphabet='ab \n<>/"\\你parmetfuncion=', max_size=40), at=st.floats(0, 1))
-def test_any_text_of_a_coder_call_comes_whole_or_cannot_be_read(text: str, at: float) -> None:
-    ids = TOKENIZER.encode(f"<tool_call>\n{TEXT}{text}\n</parameter>\n</function>\n</tool_call>")
-    told, made, _ = streamed(ids, CODER)
-    assert len(made) == 1 and told == [("find", made[0].written)]
-    pieces, whole, _ = streamed(ids[: round(at * len(ids))], CODER)
-    for _, part in pieces:
-        assert made[0].written.startswith(part.rstrip("\ufffd"))
-        assert is_json(part) == bool(whole)
+CODER_PIECES = st.sampled_from(
+    [
+        *(
+            "</parameter>",
+            "<parameter=count>",
+            "<parameter=text>",
+            "</function>",
+            "<function=find>",
+        ),
+        *("\n", "\n\n", " ", "a", "<", "</", "你", "\\", '"', "</tool", "</param", "7"),
+    ]
+)
+CODER_TEXTS = (
+    st.lists(CODER_PIECES, max_size=9)
+    .map("".join)
+    .filter(lambda text: "\n</parameter>\n" not in f"\n{text}\n")
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(CODER_TEXTS, max_size=3))
+def test_any_text_of_a_coder_call_comes_whole_or_cannot_be_read(texts: list[str]) -> None:
+    arguments = dict(zip(("text", "other", "third"), texts, strict=False))
+    parameters = "".join(
+        f"<parameter={name}>\n{text}\n</parameter>\n" for name, text in arguments.items()
+    )
+    call = f"<function=find>\n{parameters}</function>"
+    for tags in (("<tool_call>\n", "\n</tool_call>"), ("", "")):
+        ids = TOKENIZER.encode(call.join(tags))
+        told, made, words = streamed(ids, CODER)
+        assert [one.arguments for one in made] == [arguments] and not words
+        assert told == [("find", made[0].written)]
+        for end in range(len(ids)):
+            pieces, whole, _ = streamed(ids[:end], CODER)
+            assert [one.arguments for one in whole] in ([], [arguments])
+            assert bool(whole) <= (call in TOKENIZER.decode(ids[:end]))
+            for _, part in pieces:
+                assert made[0].written.startswith(part.rstrip("\ufffd"))
+                assert is_json(part) == bool(whole)
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ("<parameter=text>\na\n</parameter>\n", {"text": "a"}),
+        ("<parameter=text>\na\n</function>\n", {"text": "a"}),
+        ("<parameter=text>\na</parameter>\n</function>\n", {"text": "a"}),
+        ("<parameter=text>\na\n</parameter></function>", {"text": "a"}),
+        ("<parameter=text>\n</parameter>\n</function>", {"text": ""}),
+        (
+            "<parameter=count>\n7\n</parameter>\n\n<parameter=text>\na\n</function>",
+            {"count": 7, "text": "a"},
+        ),
+        ("<parameter=text>\na", None),
+        ("<parameter=text>\na\n</parameter>\nb\n</parameter>\n</function>", None),
+        ("<parameter=text>\na\n<parameter=count>\n7\n", None),
+    ],
+)
+def test_slips_in_a_coder_call_that_its_own_tag_closes(
+    written: str, arguments: dict[str, Any] | None
+) -> None:
+    call = f"<tool_call>\n<function=find>\n{written}"
+    _, made, words = streamed(TOKENIZER.encode(f"{call}</tool_call>"), CODER)
+    assert [one.arguments for one in made] == ([] if arguments is None else [arguments])
+    assert made or words == "" or words.startswith(call)
+    if "</parameter>\n</function>" not in written:
+        assert not streamed(TOKENIZER.encode(call), CODER)[1]
 
 
 def test_a_draft_is_not_streamed() -> None:

@@ -46,7 +46,7 @@ _HOLDING = frozenset(
 )
 _LARK_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//.*')
 _MOST_CLOSING = 400  # tokens
-_TEXT = r"text[lazy]: /(.|\n)*\n<\/parameter>\n/"
+_TEXT = r"text[lazy]: /((.|\n)*\n)?<\/parameter>\n/"
 _SHOWN = re.compile(r"\n<|\n +\d+ \| |; following special tokens")
 _LONGEST_LINE = 300  # characters
 _FEW = 16  # bytes that may come next and are tried

@@ -73,7 +73,7 @@ class Parser:
         self._drafts: list[ToolCall] = []  # calls that are the last in the thinking, so far
         self._draft_text = ""
         self._draft_tokens = 0
-        self._bare = calls.format.bare if calls else None
+        self._bare = calls.format.bare if calls else ()
         self._bare_held = ""  # may be the beginning of a call without its tag
         self._untagged = False  # whether the call in work, or the last, had none
 
@@ -196,24 +196,28 @@ class Parser:
 
     def _say_answer(self, text: str) -> None:
         self._answering |= bool(text.strip())
-        if self._bare is not None:
-            text, found, rest = self._find_bare_call(text, self._bare)
-            if found:
-                self._say_text(self._stop.add(text))
-                self._open_call()
-                self._untagged = True
-                self._say(found + rest)
-                return
+        text, call = self._find_bare_call(text)
         self._say_text(self._stop.add(text))
         if self._stop.found is not None:
             self.finished, self.stopped_by = True, self._stop.found
+        elif call:
+            self._open_call()
+            self._untagged = True
+            self._say(call)
 
-    def _find_bare_call(self, text: str, bare: str) -> tuple[str, str, str]:
-        text = self._bare_held + text
-        before, found, rest = text.partition(bare)
-        keep = 0 if found else _overlap(before, bare)
-        self._bare_held = before[len(before) - keep :]
-        return before[: len(before) - keep], found, rest
+    def _find_bare_call(self, text: str) -> tuple[str, str]:
+        """Return what can be said of the text, and from where a call without its tag begins."""
+        text, self._bare_held = self._bare_held + text, ""
+        place = text.find("<")
+        while place >= 0:
+            if text.startswith(self._bare, place):
+                return text[:place], text[place:]
+            rest = text[place:]
+            if any(begin.startswith(rest) for begin in self._bare):
+                self._bare_held = text[place:]
+                return text[:place], ""
+            place = text.find("<", place + 1)
+        return text, ""
 
     def _say_text(self, text: str) -> None:
         if self._calls:  # which may follow: then the line break before it is format
@@ -311,7 +315,7 @@ class Parser:
             self._say_reasoning(text)
         else:
             self.warning = _UNREADABLE
-            if self._partial_calls and self._streamed_arguments:
+            if self._partial_calls and self._streamed_arguments and not self._untagged:
                 self._forget_notes()  # it was streamed as a call that never ends
             else:
                 self._say_text(text)

@@ -13,7 +13,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Union, get_args, get_origin
 
-from qwen3_mlx.text.arguments import Arguments, CoderArguments, HermesArguments
+from qwen3_mlx.text.arguments import (
+    Arguments,
+    CoderArguments,
+    HermesArguments,
+    coder_parameters,
+)
 from qwen3_mlx.text.events import ToolCall
 from qwen3_mlx.text.grammar import Grammar, Grammars
 from qwen3_mlx.text.template import ChatTemplate
@@ -24,10 +29,6 @@ Tool = Callable[..., Any] | Mapping[str, Any]
 """A Python function, or its description: OpenAI's, or its `function` part alone."""
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\n?(.*?)\s*(?:</function>\s*)?", re.DOTALL)
-_PARAMETER = re.compile(
-    r"<parameter=([^>\n]+)>\n?(.*?)(?:\n?</parameter>|(?=<parameter=)|\Z)", re.DOTALL
-)
 
 
 # --- what the model is told ---------------------------------------------------------------------
@@ -170,8 +171,8 @@ class CallFormat(Protocol):
     """How a checkpoint writes calls."""
 
     @property
-    def bare(self) -> str | None:
-        """Text that begins a call of which the tag was left out."""
+    def bare(self) -> tuple[str, ...]:
+        """The texts that begin a call of which the tag was left out, each with `<` first."""
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
         """Give name, arguments and their text, of what stands between the tags, or None.
@@ -229,7 +230,7 @@ class Calls:
 class HermesCalls:
     """`{"name": ..., "arguments": {...}}`."""
 
-    bare: str | None = None
+    bare: tuple[str, ...] = ()
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
         """Do as `CallFormat` says; slips that can mean one thing only are mended."""
@@ -280,10 +281,14 @@ def _arguments_text(call: str, arguments: dict[str, Any]) -> str:
 class CoderCalls:
     """`<function=NAME>` with a `<parameter=NAME>` for each argument, typed by the schema."""
 
-    bare: str | None = "<function="
-
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         """Take the described tools."""
+        # An answer may speak of `<function=`: only a known tool and what follows it make a call.
+        self.bare = tuple(
+            f"<function={tool['function']['name']}>{after}"
+            for tool in tools
+            for after in ("\n<parameter=", "\n</function>", "</function>")
+        )
         self._kinds: dict[str, dict[str, frozenset[str]]] = {}
         for tool in tools:
             root = parameters_of(tool["function"])
@@ -293,14 +298,11 @@ class CoderCalls:
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
         """Do as `CallFormat` says."""
-        match = _FUNCTION.fullmatch(text)
-        if not match or not (whole or _is_closed(text)):
+        found = coder_parameters(text, whole=whole)
+        if found is None:
             return None
-        called = match[1].strip()
-        arguments = [
-            (name.strip(), self._value(called, name.strip(), value))
-            for name, value in _PARAMETER.findall(match[2])
-        ]
+        called, parameters = found
+        arguments = [(name, self._value(called, name, value)) for name, value in parameters]
         # A parameter that comes twice stays so in the text, as it was streamed; the last counts.
         written = ", ".join(f"{_written(name)}: {_written(value)}" for name, value in arguments)
         return called, dict(arguments), f"{{{written}}}"
@@ -312,14 +314,6 @@ class CoderCalls:
     def _value(self, function: str, parameter: str, text: str) -> Any:
         """Read the value of a parameter."""
         return _typed(text, self._kinds.get(function, {}).get(parameter, frozenset()))
-
-
-def _is_closed(text: str) -> bool:
-    """Say whether a call ends with the tag of its function, outside of any value."""
-    before, tag, after = text.rpartition("</function>")
-    return bool(tag and not after.strip()) and (
-        before.rfind("<parameter=") <= before.rfind("</parameter>")
-    )
 
 
 def _typed(text: str, kinds: frozenset[str]) -> Any:
