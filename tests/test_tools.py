@@ -1,9 +1,10 @@
 """Tools: described to the model, called by it, executed and answered."""
 
+import functools
 import json
 import random
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -907,6 +908,53 @@ def test_answers_of_tools() -> None:
         assert answer(ToolCall("1", name, arguments), functions)["content"].startswith(words)
     with pytest.raises(TypeError, match="must be functions"):
         functions_of([{"name": "f"}])
+
+
+def test_tools_that_do_not_return_their_result_are_refused(demo: LLM) -> None:
+    async def later(expression: str) -> str:
+        return expression
+
+    def pieces(expression: str) -> Iterator[str]:
+        yield expression
+
+    class Later:
+        async def __call__(self, expression: str) -> str:
+            return expression
+
+    for tool, words in (
+        (later, "the tool later is an async function"),
+        (functools.partial(later, expression="1"), "the tool later is an async function"),
+        (pieces, "the tool pieces is a generator"),
+        (Later(), "the tool Later is an async function"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            demo.run("Hello", tools=[tool])
+    assert demo.chat("Hello", tools=[later], thinking=False, max_tokens=3).usage
+
+
+def test_lone_surrogates_of_a_tool_are_shown_to_the_model(demo: LLM) -> None:
+    def calculator(expression: str) -> str:
+        """Evaluate an arithmetic expression"""
+        if results:
+            raise ValueError("\udfff")
+        results.append(expression)
+        return "4\ud8006"
+
+    results: list[str] = []
+    for words in ("4\\ud8006", "Error: ValueError: \\udfff"):
+        reply = demo.run("What is 12 + 34?", tools=[calculator], thinking=False, sampling=GREEDY)
+        assert reply.messages[1]["content"] == words
+
+
+def test_partial_functions_and_models_are_tools() -> None:
+    described = describe(functools.partial(calculate, b=2))["function"]
+    assert described["name"] == "calculate" and described["description"].startswith("Calculate")
+    assert described["parameters"]["required"] == ["a"]
+    described = describe(Filter)["function"]
+    assert (described["name"], described["description"]) == ("Filter", "A nested model.")
+    assert described["parameters"] == Filter.model_json_schema()
+    made = answer(ToolCall("1", "Filter", {"key": "a"}), functions_of([Filter]))
+    assert made["content"] == json.dumps("key='a' n=1")
 
 
 def calculator(expression: str) -> str:

@@ -52,7 +52,9 @@ _LARK_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//.*')
 _MOST_CLOSING = 400  # tokens
 _MOST_PROBED = 100  # tokens
 _TEXT = r"text[lazy]: /((.|\n)*\n)?<\/parameter>\n/"
-_SHOWN = re.compile(r"\n<|\n +\d+ \| |; following special tokens|; consider making|; try avoiding")
+_SHOWN = re.compile(
+    r"\n<|\n +\d+ \| |; following special tokens|; consider making|; try avoiding|: \(And "
+)
 _SIMPLER = "try a simpler one, with fewer alternatives, optional parts or repetitions"
 _LONGEST_LINE = 300  # characters
 _FEW = 16  # bytes that may come next and are tried

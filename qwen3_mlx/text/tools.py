@@ -11,6 +11,7 @@ import secrets
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, Union, get_args, get_origin
 
 from qwen3_mlx.text.arguments import (
@@ -38,7 +39,8 @@ def describe(tool: Tool) -> dict[str, Any]:
     """Give a tool's description as templates and clients have it.
 
     Of a function that is its name, its docstring, and its parameters by their type hints; what the
-    docstring says of a parameter (in an `Args:` section or as `:param name:`) goes with it.
+    docstring says of a parameter (in an `Args:` section or as `:param name:`) goes with it. The
+    parameters of a pydantic model are its schema.
 
     Raises:
         TypeError: it is neither, or a parameter's type cannot be written as JSON schema.
@@ -52,7 +54,10 @@ def describe(tool: Tool) -> dict[str, Any]:
         return {**whole, "function": {**function}}  # all of it, in the order in which it was given
     if not callable(tool):
         raise TypeError(f"a tool must be a function or a description, not {tool!r}")
-    words, about = _read_docstring(inspect.getdoc(tool) or "")
+    words, about = _read_docstring(inspect.getdoc(_underlying(tool)) or "")
+    if callable(model_schema := getattr(tool, "model_json_schema", None)):
+        model = {"name": _name(tool), "description": words, "parameters": model_schema()}
+        return {"type": "function", "function": model}
     parameters = _parameters(tool)
     hints = {name: _hint(parameter) for name, parameter in parameters.items()}
     properties, shared = _schemas(hints, _name(tool))
@@ -83,7 +88,13 @@ def listed(tools: Sequence[Tool] | None) -> list[Tool]:
     return list(tools)
 
 
+def _underlying(tool: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function whose name and words a tool has: of a `partial`, what it calls."""
+    return _underlying(tool.func) if isinstance(tool, partial) else tool
+
+
 def _name(tool: Callable[..., Any]) -> str:
+    tool = _underlying(tool)
     return str(getattr(tool, "__name__", type(tool).__name__))
 
 
@@ -339,11 +350,29 @@ def functions_of(tools: Sequence[Tool] | None) -> dict[str, Callable[..., Any]]:
     """Give the functions by their names.
 
     Raises:
-        TypeError: one of the tools is only described, or there is none.
+        TypeError: one of the tools is only described, or does not return a result when it is
+            called, or there is none.
     """
     if not all(map(callable, described := listed(tools))) or not described:
         raise TypeError("to run tools they must be functions: descriptions cannot be called")
-    return {_name(tool): tool for tool in described if callable(tool)}
+    functions = {_name(tool): tool for tool in described if callable(tool)}
+    for name, function in functions.items():
+        if kind := _deferred(function):
+            raise TypeError(
+                f"the tool {name} is {kind}, which does not return its result when it is called: "
+                f"give a plain function that does, or call the tools of `chat` yourself"
+            )
+    return functions
+
+
+def _deferred(function: Callable[..., Any]) -> str | None:
+    """Return what a function is that gives its result later, if it is one."""
+    for called in (function, getattr(function, "__call__", None)):  # noqa: B004 - objects, too
+        if inspect.iscoroutinefunction(called):
+            return "an async function"
+        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+            return "a generator"
+    return None
 
 
 def answer(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
@@ -357,6 +386,7 @@ def answer(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> dict[
             said = result if isinstance(result, str) else _written(result)
         except Exception as error:  # noqa: BLE001 - the model may do better
             said = f"Error: {type(error).__name__}: {error}"
+    said = said.encode(errors="backslashreplace").decode()  # lone surrogates are no text
     return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": said}
 
 
