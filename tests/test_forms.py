@@ -242,6 +242,29 @@ def test_a_coder_call_is_held_to_the_schema() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "\n", "a</parameter>", "a\n</parameter> b", "</parameter><parameter=count>\n1"),
+        *("a\n</parameter></function>", "a\n<parameter=text>\nb", "</function>\n", "\n</function>"),
+    ],
+)
+def test_a_coder_call_is_read_as_its_grammar_has_it(value: str) -> None:
+    properties = {"text": {"type": "string"}, "count": {"type": "integer"}}
+    tools = [describe({"name": "find", "parameters": {"properties": properties}})]
+    begun = f"\n<function=find>\n<parameter=text>\n{value}\n</parameter>\n"
+    calls = Calls.of(ChatTemplate("<function="), TOKENIZER, tools)
+    grammar = GRAMMARS.coder_call(tools)
+    for token in TOKENIZER.encode(f"{begun}<parameter=count>\n7\n</parameter>\n</function>\n"):
+        assert allows(grammar.mask(), token) and not grammar.complete
+        grammar.advance(token)
+    assert grammar.complete
+    made = calls and calls.read(
+        f"{begun}<parameter=count>\n7\n</parameter>\n</function>", whole=False
+    )
+    assert made and made.arguments == {"text": value, "count": 7}
+
+
 def tool_of(parameters: Any, name: str = "f") -> dict[str, Any]:
     return {"name": name, "description": "Do it.", "parameters": parameters}
 
@@ -646,7 +669,7 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         ({"type": "string", "pattern": "^((a{99}){99}){99}$"}, "too many expressions"),
         (
             {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(520)}},
-            "max is 2000; try a simpler one",
+            "an object can have at most 500 optional properties, not 520",
         ),
     ],
 )
@@ -707,6 +730,18 @@ def test_a_call_has_an_object_of_what_the_tool_names(
         sampling=WILD,
     )
     assert [call.arguments for call in reply.tool_calls] == [arguments] and not warning(reply)
+
+
+def test_the_grammar_of_calls_is_compiled_once(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_it, compiled = Grammars.call, []
+
+    def counted(grammars: Grammars, tools: Any) -> Any:
+        compiled.append(tools)
+        return compile_it(grammars, tools)
+
+    monkeypatch.setattr(Grammars, "call", counted)
+    reply = demo.chat("What is 1 + 2?", tools=[calculator], tool_choice="required", thinking=False)
+    assert reply.tool_calls and len(compiled) == 1
 
 
 def test_thousands_of_choices(demo: LLM) -> None:

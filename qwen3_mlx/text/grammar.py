@@ -44,6 +44,8 @@ _LEXER_FUEL = 300_000
 _MOST_INTERSECTED = 16
 # A multiple of 100,003 takes 0.2 s and 20 MB, one of 3,000,017 takes 77 s and 1.8 GB.
 _MOST_REMAINDERS = 100_000
+# Each takes four of the 2,000 items that llguidance follows; 10,000 take 12 s to compile.
+_MOST_OPTIONAL = 500
 _COMBINING = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
 _HOLDING = frozenset(
     ("pattern", "properties", "patternProperties", "additionalProperties", "items", "prefixItems")
@@ -279,8 +281,7 @@ def _arguments(schema: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _schema_grammar(matcher: "type[LLMatcher]", schema: Any, options: Any = _JSON) -> str:
-    _check_patterns(schema)
-    _check_multiples(schema)
+    _check_costs(schema)
     return matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
 
 
@@ -290,14 +291,33 @@ def _lark_grammar(matcher: "type[LLMatcher]", text: str) -> str:
             schema = json.JSONDecoder().raw_decode(text, place.end())[0]
         except json.JSONDecodeError:
             continue  # llguidance says where
-        _check_patterns(schema)
-        _check_multiples(schema)
+        _check_costs(schema)
     rules = _LARK_LITERAL.sub("", text)
     if "<[" in rules:
         raise ValueError("tokens cannot be named by their numbers (<[...]>); write their text")
     if rules.count("&") >= _MOST_INTERSECTED:
         raise ValueError(f"at most {_MOST_INTERSECTED} expressions can be intersected (&)")
     return matcher.grammar_from_lark(text)
+
+
+def _check_costs(schema: Any) -> None:
+    """Raise a ValueError where llguidance would take a schema, for too much time or memory."""
+    _check_patterns(schema)
+    _check_multiples(schema)
+    _check_properties(schema)
+
+
+def _check_properties(schema: Any) -> None:
+    """Raise a ValueError where an object has more optional properties than can be followed."""
+    for part in parts_of(schema):
+        properties, required = part.get("properties"), part.get("required")
+        if isinstance(properties, Mapping) and len(properties) > _MOST_OPTIONAL:
+            count = len(properties.keys() - (required if isinstance(required, list) else []))
+            if count > _MOST_OPTIONAL:
+                raise ValueError(
+                    f"an object can have at most {_MOST_OPTIONAL} optional properties, "
+                    f"not {count:,}"
+                )
 
 
 def _check_multiples(schema: Any) -> None:
