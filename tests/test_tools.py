@@ -401,7 +401,7 @@ F = ("f", {"a": 1})
         (f"<think>\n{CALL}\n</think>\n\n{CALL}", CALL, "", [F]),
         (f"<think>\n{BAD}\n", f"{BAD}\n", "", []),
         (BAD, "", BAD, []),
-        (f"a\n{BAD}\nb", "", f"a{BAD}\nb", []),
+        (f"a\n{BAD}\nb", "", f"a\n{BAD}\nb", []),
         (f"a {CALL} b", "", "a  b", [F]),
         ('<tool_call>\n{"name": "f", "arguments": {"a": 1}}', "", "", [F]),
         ('<tool_call>\n{"name": "f", "argum', "", '<tool_call>\n{"name": "f", "argum', []),
@@ -450,6 +450,26 @@ def test_coder_calls_without_their_tag(text: str, words: str | None, made: int) 
     for end in range(len(text)) if "tool_call" not in text else ():  # nothing is lost
         part = streamed(TOKENIZER.encode(text[:end]), CODER)
         assert part[1] or part[2] == text[:end]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It is\n<function=find>\n<parameter=text>\na\n</parameter>\n... and so on.\n",
+        "Say <function=find>\n<parameter=of which there are many.\n",
+        f"{XML.removesuffix('</function>')}\nthen </function> ",
+    ],
+)
+def test_what_only_begins_like_a_coder_call_is_text_and_hides_no_call(text: str) -> None:
+    ids = TOKENIZER.encode(f"{text}{XML}\nDone.")
+    rng = random.Random(0)
+    for _ in range(20):
+        cuts = sorted(rng.sample(range(len(ids) + 1), rng.randint(0, 6)))
+        _, words, made, parser = parse(f"{text}{XML}\nDone.", CODER, cuts)
+        assert (words, made) == (f"{text.removesuffix(chr(10))}Done.", [("find", {"count": 12})])
+        assert "could not be read" in parser.details["warning"]
+    said = [streamed(ids[:end], CODER)[2] for end in range(len(TOKENIZER.encode(text)))]
+    assert all(text.startswith(part) for part in said) and max(map(len, said)) > len(text) // 2
 
 
 def test_coder_calls_without_their_tag_are_made_whole_or_stay_text(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ _HERMES = re.compile(
 )
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\n")
 _PARAMETER = re.compile(r"\s*<parameter=(.*?)>(?=\n)")
+# What may stand where a parameter, or the end of the call, is to begin, as far as it is written.
+_BETWEEN = re.compile(r"\s*(?:</function>|<parameter=[^\n]*\Z|<(?:/[a-z]*|[a-z]*)\Z|\Z)")
 _FUNCTION_END = re.compile(r"\s*</function>\s*\Z")
 # A value stands between the line break after its tag and this; see `Grammars.coder_call`.
 _VALUE_END = "\n</parameter>\n"
@@ -32,12 +34,18 @@ class Arguments(Protocol):
     def name(self) -> str | None:
         """The name of the tool, once the first of its arguments is given."""
 
+    @property
+    def broken(self) -> bool:
+        """Whether nothing that could follow makes a whole call of the text."""
+
     def add(self, text: str) -> str:
         """Take the next text of the call, and return what it makes certain of the arguments."""
 
 
 class HermesArguments:
     """Follows `{"name": ..., "arguments": {...}}`; a call of another form gives nothing."""
+
+    broken = False  # the call's own tag says where it ends, and it is read there
 
     def __init__(self) -> None:
         self.name: str | None = None
@@ -111,6 +119,7 @@ class CoderArguments:
 
     def __init__(self, typed: Callable[[str, str, str], Any]) -> None:
         self.name: str | None = None
+        self.broken = False
         self._typed = typed
         self._rest = ""  # what has not been made use of yet
         self._parameter: str | None = None  # the one that is being written
@@ -131,6 +140,7 @@ class CoderArguments:
         while True:
             if self._parameter is None:
                 if (begin := _PARAMETER.match(self._rest)) is None:
+                    self.broken = not _BETWEEN.match(self._rest)
                     return given
                 given += self._begin(begin[1].strip())
                 self._rest = self._rest[begin.end() :]
