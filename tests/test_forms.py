@@ -265,6 +265,19 @@ def test_a_coder_call_is_read_as_its_grammar_has_it(value: str) -> None:
     assert made and made.arguments == {"text": value, "count": 7}
 
 
+def test_an_empty_text_in_a_coder_call_needs_no_line() -> None:
+    properties = {"text": {"type": "string"}}
+    tools = [describe({"name": "find", "parameters": {"properties": properties}})]
+    call = "\n<function=find>\n<parameter=text>\n</parameter>\n</function>\n"
+    grammar = GRAMMARS.coder_call(tools)
+    for token in TOKENIZER.encode(call):
+        assert allows(grammar.mask(), token)
+        grammar.advance(token)
+    calls = Calls.of(ChatTemplate("<function="), TOKENIZER, tools)
+    made = calls and calls.read(call, whole=False)
+    assert grammar.complete and made and made.arguments == {"text": ""}
+
+
 def tool_of(parameters: Any, name: str = "f") -> dict[str, Any]:
     return {"name": name, "description": "Do it.", "parameters": parameters}
 
