@@ -64,7 +64,7 @@ class Task:
     messages: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     calls: Calls | None = None
-    may_call: Sequence[Mapping[str, Any]] = ()  # those of the tools that may be called
+    call_grammar: Grammar | None = None  # of a call, from which each is copied
     details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
     least_room: int = 1  # tokens that there must be for a reply
 
@@ -110,8 +110,8 @@ class Replies:
         show = render_begun if continued else render_whole
         prompt = show(words, history, asked.thinking, tools)
         asked.form(words.grammars)  # what is wrong with it is told now
-        may_call = named or tools
-        warnings = [*calls.grammar(words.grammars, may_call).warnings] if calls else []
+        call_grammar = calls.grammar(words.grammars, named or tools) if calls else None
+        warnings = [*call_grammar.warnings] if call_grammar else []
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
@@ -129,7 +129,7 @@ class Replies:
             history,
             tools,
             calls,
-            may_call,
+            call_grammar,
             {"warning": "; ".join(warnings)} if warnings else {},
         )
 
@@ -168,6 +168,7 @@ class Replies:
         )
         form = None if asked.must_call else asked.form(words.grammars)
         steering = self._steering(task, room, form)
+        failures: list[str] = []  # of the grammars of calls
 
         def done(outcome: Outcome | BaseException) -> None:
             if isinstance(outcome, BaseException):
@@ -178,8 +179,9 @@ class Replies:
             )
             reason = _reason(outcome, parser, looped=steering.finished)
             details = parser.details | steering.details | task.details
-            if parser.warning and "warning" in task.details:
-                details["warning"] += f"; {parser.warning}"
+            warnings = [task.details.get("warning"), *dict.fromkeys(failures), parser.warning]
+            if warning := "; ".join(filter(None, warnings)):
+                details["warning"] = warning
             if self.engine.speculates:
                 details |= {
                     "forward_passes": str(outcome.passes),
@@ -207,7 +209,7 @@ class Replies:
             watcher=parser,
             done=partial(_end, done, said, tell),
             progress=asked.progress,
-            constraint=self._constraint(task, room, steering, form),
+            constraint=self._constraint(task, room, steering, form, failures),
             cancelled=cancelled,
             heard=None if asked.logprobs is None else note,
             alternatives=asked.logprobs or 0,
@@ -248,9 +250,17 @@ class Replies:
         )
 
     def _constraint(
-        self, task: Task, room: int, steering: Steering, form: Grammar | None
+        self,
+        task: Task,
+        room: int,
+        steering: Steering,
+        form: Grammar | None,
+        failures: list[str],
     ) -> Constraint:
-        """Put grammars around the steering, where the answer or a call shall have a form."""
+        """Put grammars around the steering, where the answer or a call shall have a form.
+
+        What fails in the grammar of a call is added to `failures`.
+        """
         words = self.words
         if not form and not task.calls:
             return steering
@@ -263,11 +273,11 @@ class Replies:
             answer=form,
             calling=Calling(
                 task.calls,
-                partial(task.calls.grammar, words.grammars, task.may_call),
+                partial(task.call_grammar.copy, failures),
                 must=task.asked.must_call,
                 only_one=not task.asked.parallel_tool_calls,
             )
-            if task.calls
+            if task.calls and task.call_grammar
             else None,
         )
 

@@ -155,6 +155,9 @@ def test_functions_of_a_file(tmp_path: Path) -> None:
         file.write_text(text)
         with pytest.raises(Qwen3Error, match=words):
             functions_in(file)
+    file.write_text("async def later(x: str) -> str:\n    return x")
+    done = talk(f"/tools {file}")
+    assert "qwen3: the tool later is an async function" in done.stderr
 
 
 @pytest.mark.parametrize(

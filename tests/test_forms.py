@@ -242,6 +242,42 @@ def test_a_coder_call_is_held_to_the_schema() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("", "\n", "a</parameter>", "a\n</parameter> b", "</parameter><parameter=count>\n1"),
+        *("a\n</parameter></function>", "a\n<parameter=text>\nb", "</function>\n", "\n</function>"),
+    ],
+)
+def test_a_coder_call_is_read_as_its_grammar_has_it(value: str) -> None:
+    properties = {"text": {"type": "string"}, "count": {"type": "integer"}}
+    tools = [describe({"name": "find", "parameters": {"properties": properties}})]
+    begun = f"\n<function=find>\n<parameter=text>\n{value}\n</parameter>\n"
+    calls = Calls.of(ChatTemplate("<function="), TOKENIZER, tools)
+    grammar = GRAMMARS.coder_call(tools)
+    for token in TOKENIZER.encode(f"{begun}<parameter=count>\n7\n</parameter>\n</function>\n"):
+        assert allows(grammar.mask(), token) and not grammar.complete
+        grammar.advance(token)
+    assert grammar.complete
+    made = calls and calls.read(
+        f"{begun}<parameter=count>\n7\n</parameter>\n</function>", whole=False
+    )
+    assert made and made.arguments == {"text": value, "count": 7}
+
+
+def test_an_empty_text_in_a_coder_call_needs_no_line() -> None:
+    properties = {"text": {"type": "string"}}
+    tools = [describe({"name": "find", "parameters": {"properties": properties}})]
+    call = "\n<function=find>\n<parameter=text>\n</parameter>\n</function>\n"
+    grammar = GRAMMARS.coder_call(tools)
+    for token in TOKENIZER.encode(call):
+        assert allows(grammar.mask(), token)
+        grammar.advance(token)
+    calls = Calls.of(ChatTemplate("<function="), TOKENIZER, tools)
+    made = calls and calls.read(call, whole=False)
+    assert grammar.complete and made and made.arguments == {"text": ""}
+
+
 def tool_of(parameters: Any, name: str = "f") -> dict[str, Any]:
     return {"name": name, "description": "Do it.", "parameters": parameters}
 
@@ -292,7 +328,12 @@ NOT_SUPPORTED: list[tuple[Any, str]] = [
     ({"type": "object", "properties": {"a": {"type": "int"}}}, "Invalid type: int"),
     ({"type": "object", "properties": {"a": {"$ref": "#/$defs/none"}}}, "does not exist"),
     ({"type": "object", "if": {}}, r'Unimplemented keys: \["if"\]'),
-    ({"$ref": "#"}, "no text matches it"),
+    ({"$ref": "#"}, "circular references"),
+    ({"type": "array", "items": {"type": "integer"}}, "the arguments of a tool are an object"),
+    (
+        {"type": "object", "properties": {"a": {"type": "integer", "multipleOf": 3000017}}},
+        "multipleOf is supported up to 100,000",
+    ),
 ]
 
 
@@ -447,7 +488,7 @@ def test_tools_that_are_too_much_together_are_not_enforced() -> None:
     assert re.search("schemas of the tools are not enforced: tools: .*too big", grammar.warnings[0])
     for token in TOKENIZER.encode('\n{"name": "f7", "arguments": {"any'):
         grammar.advance(token)
-    assert GRAMMARS.call(tools[:9]).warnings == ()
+    assert GRAMMARS.call(tools[:9]).warnings == []
 
 
 def test_a_tool_with_types_of_its_own_is_run(demo: LLM) -> None:
@@ -537,6 +578,23 @@ MANY = " & ".join(f"/.*a.{{{n}}}/" for n in range(1, 26))
         ({"regex": 5}, TypeError, "regex must be a string, not 5"),
         ({"choice": []}, ValueError, "choice must be one or more non-empty strings"),
         ({"choice": "ab"}, ValueError, "choice must be one or more non-empty strings"),
+        ({"choice": (c for c in "ab")}, ValueError, "choice must be one or more .*generator"),
+        ({"grammar": "start: <[1]>"}, ValueError, "grammar: tokens cannot be named by their num"),
+        (
+            {"schema": {"type": "integer", "multipleOf": 3000017}},
+            ValueError,
+            "schema: multipleOf is supported up to 100,000 .*, not 3,000,017",
+        ),
+        (
+            {"schema": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 99.67}]}},
+            ValueError,
+            "schema: multipleOf is supported up to 100,000",
+        ),
+        (
+            {"grammar": 'start: a\na: %json {"type": "integer", "multipleOf": 3000017}'},
+            ValueError,
+            "grammar: multipleOf is supported up to 100,000",
+        ),
         ({"grammar": "x"}, ValueError, "grammar: "),
         ({"schema": {}, "regex": "a"}, ValueError, "one form, not schema and regex"),
         (
@@ -589,13 +647,8 @@ BOMB = {"type": "string", "pattern": "^(a{800}){800}$"}
             r"schema: no text matches it \(seen after \d+ tokens\)",
         ),
         (
-            {
-                "tools": [
-                    tool_of({"type": "object", "properties": {"a": BOMB}, "required": ["a"]})
-                ],
-                "tool_choice": "required",
-            },
-            "tools: lexer error: too many",
+            {"schema": {"enum": [{"k": n} for n in range(2100)]}},
+            "schema: Parser Error: .*; try a simpler one, with fewer alternatives",
         ),
     ],
 )
@@ -609,6 +662,104 @@ def test_a_grammar_that_fails_ends_the_reply_with_an_error(
         list(demo.stream("Hi", thinking=True, thinking_budget=5, seed=1, **options))
     assert time.perf_counter() - started < 10
     assert demo.chat("Hi", thinking=False, max_tokens=5).text
+
+
+@pytest.fixture(scope="module")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
+    """A random checkpoint whose template leaves the tools out, for schemas of any size."""
+    folder = write_tiny(tmp_path_factory.mktemp("brief"))
+    (folder / "chat_template.jinja").write_text("{{ messages[-1].content }}<|im_start|>assistant")
+    with load(folder) as llm:
+        yield llm
+
+
+@pytest.mark.parametrize(
+    ("schema", "complaint"),
+    [
+        ({"enum": [{"k": n} for n in range(2100)]}, "max is 2000; try a simpler one"),
+        ({"type": "array", "items": {"enum": [1]}, "minItems": 20000}, "Too many items"),
+        ({"$ref": "#/properties/a"}, "no text matches it"),
+        ({"type": "string", "pattern": "^((a{99}){99}){99}$"}, "too many expressions"),
+        (
+            {"type": "object", "properties": {f"p{n}": {"type": "integer"} for n in range(520)}},
+            "an object can have at most 500 optional properties, not 520",
+        ),
+    ],
+)
+def test_a_schema_that_fails_while_it_is_followed_is_not_enforced(
+    brief: LLM, schema: Any, complaint: str
+) -> None:
+    tool = tool_of({"type": "object", "properties": {"a": schema}, "required": ["a"]})
+    reply = brief.chat("Hi", tools=[tool], tool_choice="required", max_tokens=20, seed=1)
+    assert re.match(f"the schema of the tool f is not enforced: .*{complaint}", warning(reply))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_schema_that_fails_in_a_call_is_not_enforced_there(demo: LLM, together: bool) -> None:
+    """Its shortest call is fine, and what is optional fails once it is begun."""
+    tools = [tool_of({"type": "object", "properties": {"a": BOMB}})]
+    tools += [tool_of(WITH_REFERENCES[0], "other")] * together
+    tokenizer = demo.tokenizer
+    ends = [n for n in range(len(tokenizer)) if b"{}" in tokenizer.token_bytes(n)]
+    brace, quote = tokenizer.encode("}")[0], tokenizer.encode('"')[0]
+    options: dict[str, Any] = {
+        "tools": tools,
+        "tool_choice": "f",
+        "thinking": False,
+        "max_tokens": 300,
+        "parallel_tool_calls": False,
+        "logit_bias": {**dict.fromkeys(ends, -100.0), brace: 15.0, quote: 20.0},
+    }
+    for seed in range(4):
+        reply = demo.chat("Hi", seed=seed, **options)
+        assert warning(reply).startswith(
+            "the schema of a tool was not enforced in a call: tools: lexer error: too many"
+        )
+        assert warning(reply).count("not enforced") == 1
+        if not reply.tool_calls:
+            assert "cut off" in warning(reply)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "arguments"),
+    [
+        (None, {}),
+        ({"type": "object"}, {}),
+        ({"type": "object", "properties": {}, "required": []}, {}),
+        ({"properties": {"a": {"enum": [1]}}, "required": ["a"]}, {"a": 1}),
+        ({"enum": [{"a": 1}, 5]}, {"a": 1}),
+    ],
+)
+def test_a_call_has_an_object_of_what_the_tool_names(
+    demo: LLM, parameters: Any, arguments: dict[str, Any]
+) -> None:
+    reply = demo.chat(
+        "Hi",
+        tools=[tool_of(parameters)],
+        tool_choice="required",
+        parallel_tool_calls=False,
+        thinking=False,
+        seed=1,
+        sampling=WILD,
+    )
+    assert [call.arguments for call in reply.tool_calls] == [arguments] and not warning(reply)
+
+
+def test_the_grammar_of_calls_is_compiled_once(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_it, compiled = Grammars.call, []
+
+    def counted(grammars: Grammars, tools: Any) -> Any:
+        compiled.append(tools)
+        return compile_it(grammars, tools)
+
+    monkeypatch.setattr(Grammars, "call", counted)
+    reply = demo.chat("What is 1 + 2?", tools=[calculator], tool_choice="required", thinking=False)
+    assert reply.tool_calls and len(compiled) == 1
+
+
+def test_thousands_of_choices(demo: LLM) -> None:
+    choices = ["value", *(f"value {n}" for n in range(20_000))]
+    assert demo.chat("Hi", choice=choices, thinking=False, seed=1).text in choices
 
 
 @pytest.mark.parametrize("text", ["<|im_end|>", "</tool_call>", "a <think> b", "<|im_start|>user"])

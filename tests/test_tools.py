@@ -1,9 +1,10 @@
 """Tools: described to the model, called by it, executed and answered."""
 
+import functools
 import json
 import random
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from enum import Enum
 from pathlib import Path
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from qwen3_mlx import LLM, Finish, Qwen3Error, SamplingParams, load
+from qwen3_mlx.streams import collect
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.template import ChatTemplate
@@ -399,7 +401,7 @@ F = ("f", {"a": 1})
         (f"<think>\n{CALL}\n</think>\n\n{CALL}", CALL, "", [F]),
         (f"<think>\n{BAD}\n", f"{BAD}\n", "", []),
         (BAD, "", BAD, []),
-        (f"a\n{BAD}\nb", "", f"a{BAD}\nb", []),
+        (f"a\n{BAD}\nb", "", f"a\n{BAD}\nb", []),
         (f"a {CALL} b", "", "a  b", [F]),
         ('<tool_call>\n{"name": "f", "arguments": {"a": 1}}', "", "", [F]),
         ('<tool_call>\n{"name": "f", "argum', "", '<tool_call>\n{"name": "f", "argum', []),
@@ -428,13 +430,73 @@ def test_calls_are_told_apart(text: str, reasoning: str, words: str, made: list[
         (f"I look.\n\n{XML}\n</tool_call>", "I look.", 1),
         (f"{XML}\n{XML}", "", 2),
         ("a <function b", "a <function b", 0),
+        ("It begins with <function=name>, then more.", None, 0),
+        ("It is <function=find>, then <function=find>\n.", None, 0),
+        (
+            f"Not <function=name>\n<parameter=a>\n but {XML}",
+            "Not <function=name>\n<parameter=a>\n but ",
+            1,
+        ),
         ("a <function=find", "a <function=find", 0),
         ("<function", "<function", 0),
     ],
 )
-def test_coder_calls_without_their_tag(text: str, words: str, made: int) -> None:
+def test_coder_calls_without_their_tag(text: str, words: str | None, made: int) -> None:
+    words = text if words is None else words
     found = parse(text, CODER)
     assert found[:3] == ("", words, [("find", {"count": 12})] * made)
+    assert not found[3].details
+    assert CODER and streamed(TOKENIZER.encode(text), CODER)[2] == words
+    for end in range(len(text)) if "tool_call" not in text else ():  # nothing is lost
+        part = streamed(TOKENIZER.encode(text[:end]), CODER)
+        assert part[1] or part[2] == text[:end]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It is\n<function=find>\n<parameter=text>\na\n</parameter>\n... and so on.\n",
+        "Say <function=find>\n<parameter=of which there are many.\n",
+        f"{XML.removesuffix('</function>')}\nthen </function> ",
+    ],
+)
+def test_what_only_begins_like_a_coder_call_is_text_and_hides_no_call(text: str) -> None:
+    ids = TOKENIZER.encode(f"{text}{XML}\nDone.")
+    rng = random.Random(0)
+    for _ in range(20):
+        cuts = sorted(rng.sample(range(len(ids) + 1), rng.randint(0, 6)))
+        _, words, made, parser = parse(f"{text}{XML}\nDone.", CODER, cuts)
+        assert (words, made) == (f"{text.removesuffix(chr(10))}Done.", [("find", {"count": 12})])
+        assert "could not be read" in parser.details["warning"]
+    said = [streamed(ids[:end], CODER)[2] for end in range(len(TOKENIZER.encode(text)))]
+    assert all(text.startswith(part) for part in said) and max(map(len, said)) > len(text) // 2
+
+
+def test_coder_calls_without_their_tag_are_made_whole_or_stay_text(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path)
+    template = folder / "chat_template.jinja"
+    template.write_text("{#- <function= #}" + template.read_text())
+    value = "Close it with </parameter> and </function> or <parameter=count>\n7, and go on"
+    call = f"<function=find>\n<parameter=text>\n{value}\n</parameter>\n</function>"
+    talk = "A call begins with <function=name> and its end is a tag. This goes on."
+    opening = TOKENIZER.id_of("<tool_call>")
+    assert opening is not None
+    with load(folder) as llm:
+        for text in (call, talk):
+            for most in range(4, len(TOKENIZER.encode(text)) + 2, 3):
+                asked: dict[str, Any] = {
+                    "tools": [FIND],
+                    "choice": [text],
+                    "logit_bias": {opening: -100},
+                    "max_tokens": most,
+                    "thinking": False,
+                }
+                for reply in (
+                    llm.chat("Hi", **asked),
+                    collect(llm.stream("Hi", **asked, partial_calls=True)),
+                ):
+                    assert [one.arguments for one in reply.tool_calls] in ([], [{"text": value}])
+                    assert reply.tool_calls or text.startswith(reply.text) and reply.text
 
 
 def test_without_tools_tags_are_text() -> None:
@@ -700,16 +762,73 @@ def test_any_arguments_come_whole_or_cannot_be_read(
         assert written.startswith(part.rstrip("\ufffd")) and is_json(part) == bool(made)
 
 
-@settings(max_examples=100, deadline=None)
-@given(text=st.text(alphabet='ab \n<>/"\\你parmetfuncion=', max_size=40), at=st.floats(0, 1))
-def test_any_text_of_a_coder_call_comes_whole_or_cannot_be_read(text: str, at: float) -> None:
-    ids = TOKENIZER.encode(f"<tool_call>\n{TEXT}{text}\n</parameter>\n</function>\n</tool_call>")
-    told, made, _ = streamed(ids, CODER)
-    assert len(made) == 1 and told == [("find", made[0].written)]
-    pieces, whole, _ = streamed(ids[: round(at * len(ids))], CODER)
-    for _, part in pieces:
-        assert made[0].written.startswith(part.rstrip("\ufffd"))
-        assert is_json(part) == bool(whole)
+CODER_PIECES = st.sampled_from(
+    [
+        *(
+            "</parameter>",
+            "<parameter=count>",
+            "<parameter=text>",
+            "</function>",
+            "<function=find>",
+        ),
+        *("\n", "\n\n", " ", "a", "<", "</", "你", "\\", '"', "</tool", "</param", "7"),
+    ]
+)
+CODER_TEXTS = (
+    st.lists(CODER_PIECES, max_size=9)
+    .map("".join)
+    .filter(lambda text: "\n</parameter>\n" not in f"\n{text}\n")
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.lists(CODER_TEXTS, max_size=3))
+def test_any_text_of_a_coder_call_comes_whole_or_cannot_be_read(texts: list[str]) -> None:
+    arguments = dict(zip(("text", "other", "third"), texts, strict=False))
+    parameters = "".join(
+        f"<parameter={name}>\n{text}\n</parameter>\n" for name, text in arguments.items()
+    )
+    call = f"<function=find>\n{parameters}</function>"
+    for tags in (("<tool_call>\n", "\n</tool_call>"), ("", "")):
+        ids = TOKENIZER.encode(call.join(tags))
+        told, made, words = streamed(ids, CODER)
+        assert [one.arguments for one in made] == [arguments] and not words
+        assert told == [("find", made[0].written)]
+        for end in range(len(ids)):
+            pieces, whole, _ = streamed(ids[:end], CODER)
+            assert [one.arguments for one in whole] in ([], [arguments])
+            assert bool(whole) <= (call in TOKENIZER.decode(ids[:end]))
+            for _, part in pieces:
+                assert made[0].written.startswith(part.rstrip("\ufffd"))
+                assert is_json(part) == bool(whole)
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ("<parameter=text>\na\n</parameter>\n", {"text": "a"}),
+        ("<parameter=text>\na\n</function>\n", {"text": "a"}),
+        ("<parameter=text>\na</parameter>\n</function>\n", {"text": "a"}),
+        ("<parameter=text>\na\n</parameter></function>", {"text": "a"}),
+        ("<parameter=text>\n</parameter>\n</function>", {"text": ""}),
+        (
+            "<parameter=count>\n7\n</parameter>\n\n<parameter=text>\na\n</function>",
+            {"count": 7, "text": "a"},
+        ),
+        ("<parameter=text>\na", None),
+        ("<parameter=text>\na\n</parameter>\nb\n</parameter>\n</function>", None),
+        ("<parameter=text>\na\n<parameter=count>\n7\n", None),
+    ],
+)
+def test_slips_in_a_coder_call_that_its_own_tag_closes(
+    written: str, arguments: dict[str, Any] | None
+) -> None:
+    call = f"<tool_call>\n<function=find>\n{written}"
+    _, made, words = streamed(TOKENIZER.encode(f"{call}</tool_call>"), CODER)
+    assert [one.arguments for one in made] == ([] if arguments is None else [arguments])
+    assert made or words == "" or words.startswith(call)
+    if "</parameter>\n</function>" not in written:
+        assert not streamed(TOKENIZER.encode(call), CODER)[1]
 
 
 def test_a_draft_is_not_streamed() -> None:
@@ -809,6 +928,53 @@ def test_answers_of_tools() -> None:
         assert answer(ToolCall("1", name, arguments), functions)["content"].startswith(words)
     with pytest.raises(TypeError, match="must be functions"):
         functions_of([{"name": "f"}])
+
+
+def test_tools_that_do_not_return_their_result_are_refused(demo: LLM) -> None:
+    async def later(expression: str) -> str:
+        return expression
+
+    def pieces(expression: str) -> Iterator[str]:
+        yield expression
+
+    class Later:
+        async def __call__(self, expression: str) -> str:
+            return expression
+
+    for tool, words in (
+        (later, "the tool later is an async function"),
+        (functools.partial(later, expression="1"), "the tool later is an async function"),
+        (pieces, "the tool pieces is a generator"),
+        (Later(), "the tool Later is an async function"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            demo.run("Hello", tools=[tool])
+    assert demo.chat("Hello", tools=[later], thinking=False, max_tokens=3).usage
+
+
+def test_lone_surrogates_of_a_tool_are_shown_to_the_model(demo: LLM) -> None:
+    def calculator(expression: str) -> str:
+        """Evaluate an arithmetic expression"""
+        if results:
+            raise ValueError("\udfff")
+        results.append(expression)
+        return "4\ud8006"
+
+    results: list[str] = []
+    for words in ("4\\ud8006", "Error: ValueError: \\udfff"):
+        reply = demo.run("What is 12 + 34?", tools=[calculator], thinking=False, sampling=GREEDY)
+        assert reply.messages[1]["content"] == words
+
+
+def test_partial_functions_and_models_are_tools() -> None:
+    described = describe(functools.partial(calculate, b=2))["function"]
+    assert described["name"] == "calculate" and described["description"].startswith("Calculate")
+    assert described["parameters"]["required"] == ["a"]
+    described = describe(Filter)["function"]
+    assert (described["name"], described["description"]) == ("Filter", "A nested model.")
+    assert described["parameters"] == Filter.model_json_schema()
+    made = answer(ToolCall("1", "Filter", {"key": "a"}), functions_of([Filter]))
+    assert made["content"] == json.dumps("key='a' n=1")
 
 
 def calculator(expression: str) -> str:

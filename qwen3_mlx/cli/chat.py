@@ -21,6 +21,7 @@ from qwen3_mlx.cli.options import Context, Draft, KvBits, Model, PromptCache
 from qwen3_mlx.cli.screen import Screen, enter_key
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Finish, Usage
+from qwen3_mlx.text.tools import functions_of
 
 _PROMPT, _MORE = "> ", ". "
 _HELP = """\
@@ -242,6 +243,7 @@ def functions_in(file: Path) -> list[Callable[..., Any]]:
 
     Raises:
         Qwen3Error: it cannot be run, or has none.
+        TypeError: one of them is async or a generator.
     """
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None or not file.is_file():
@@ -260,6 +262,7 @@ def functions_in(file: Path) -> list[Callable[..., Any]]:
     ]
     if not found:
         raise Qwen3Error(f"{file} defines no function")
+    functions_of(found)  # refuses those that cannot be run
     return found
 
 

@@ -5,8 +5,10 @@ much less than a millisecond.
 """
 
 import json
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from decimal import Decimal
 from functools import cached_property, lru_cache
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -40,14 +42,22 @@ _LEXER_FUEL = 300_000
 # Intersected patterns take time exponential in their number, before llguidance counts any fuel:
 # 16 take 0.2 s, 20 take 8 s and 24 more memory than there is.
 _MOST_INTERSECTED = 16
+# A multiple of 100,003 takes 0.2 s and 20 MB, one of 3,000,017 takes 77 s and 1.8 GB.
+_MOST_REMAINDERS = 100_000
+# Each takes four of the 2,000 items that llguidance follows; 10,000 take 12 s to compile.
+_MOST_OPTIONAL = 500
 _COMBINING = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
 _HOLDING = frozenset(
     ("pattern", "properties", "patternProperties", "additionalProperties", "items", "prefixItems")
 )
 _LARK_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*"|/(?:[^/\\\n]|\\.)+/|//.*')
 _MOST_CLOSING = 400  # tokens
-_TEXT = r"text[lazy]: /(.|\n)*\n<\/parameter>\n/"
-_SHOWN = re.compile(r"\n<|\n +\d+ \| |; following special tokens")
+_MOST_PROBED = 100  # tokens
+_TEXT = r"text[lazy]: /((.|\n)*\n)?<\/parameter>\n/"
+_SHOWN = re.compile(
+    r"\n<|\n +\d+ \| |; following special tokens|; consider making|; try avoiding|: \(And "
+)
+_SIMPLER = "try a simpler one, with fewer alternatives, optional parts or repetitions"
 _LONGEST_LINE = 300  # characters
 _FEW = 16  # bytes that may come next and are tried
 # What ends a value, or begins the shortest; any byte serves where none of these may come.
@@ -108,7 +118,7 @@ class Grammars:
         """
         return self._made("regex", lambda matcher: matcher.grammar_from_regex(pattern))
 
-    def choice(self, choices: Sequence[str]) -> "Grammar":
+    def choice(self, choices: Collection[str]) -> "Grammar":
         """Give that of a few texts.
 
         Raises:
@@ -116,11 +126,13 @@ class Grammars:
         """
         if (
             isinstance(choices, str)
+            or not isinstance(choices, Collection)
             or not choices
             or not all(isinstance(c, str) and c for c in choices)
         ):
             raise ValueError(f"choice must be one or more non-empty strings, not {choices!r}")
-        return self.lark(f"start: {' | '.join(json.dumps(choice) for choice in choices)}", "choice")
+        texts = " | ".join(json.dumps(choice) for choice in choices)
+        return self.lark(f"start: ONE\nONE: {texts}", "choice")  # a terminal holds thousands
 
     def lark(self, text: str, name: str = "grammar") -> "Grammar":
         """Give that of a grammar in Lark's syntax, whose first rule is `start`.
@@ -151,6 +163,8 @@ class Grammars:
         def held(name: str, schema: Mapping[str, Any], fallback: Mapping[str, Any]) -> str:
             document = _document(schema)
             refusal, unsupported = self._checked(document)
+            if fallback is _OBJECT and schema.get("type") != "object":
+                refusal = "the arguments of a tool are an object"
             if refusal:
                 warnings.append(f"the schema of the tool {name} is not enforced: {refusal}")
                 return _document(fallback)
@@ -161,12 +175,16 @@ class Grammars:
         def free(_: str, __: Mapping[str, Any], fallback: Mapping[str, Any]) -> str:
             return _document(fallback)
 
+        def spare() -> Grammar:
+            return self._made("tools", lambda m: m.grammar_from_lark(write(tools, free)))
+
         try:
             grammar = self._made("tools", lambda m: m.grammar_from_lark(write(tools, held)))
         except ValueError as error:  # each alone is supported, all together are too much
             warnings = [f"the schemas of the tools are not enforced: {error}"]
-            grammar = self._made("tools", lambda m: m.grammar_from_lark(write(tools, free)))
-        grammar.warnings = tuple(dict.fromkeys(warnings))
+            grammar = spare()
+        grammar.warnings = list(dict.fromkeys(warnings))
+        grammar.spare = spare
         return grammar
 
     def _check(self, document: str) -> tuple[str, str]:
@@ -175,6 +193,7 @@ class Grammars:
             made = self._made(
                 "schema", lambda matcher: _schema_grammar(matcher, json.loads(document), _TOOL_JSON)
             )
+            made.probe()
         except ValueError as error:
             return str(error), ""
         return "", "; ".join(made.unsupported())
@@ -195,6 +214,10 @@ class Grammars:
         return made
 
 
+_OBJECT = {"type": "object"}
+_PLAIN = frozenset(
+    ("type", "properties", "required", "title", "description", "$schema", "$defs", "definitions")
+)
 _Held = Callable[[str, Mapping[str, Any], Mapping[str, Any]], str]
 _Write = Callable[[Sequence[Mapping[str, Any]], _Held], str]
 
@@ -208,7 +231,7 @@ def _hermes_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
         function = tool["function"]
         name = json.dumps(function["name"], ensure_ascii=False)
         begin = json.dumps(f'{{"name": {name}, "arguments": ')
-        document = held(function["name"], _closed(parameters_of(function)), {"type": "object"})
+        document = held(function["name"], _arguments(parameters_of(function)), _OBJECT)
         rules += [f'c{number}: {begin} a{number} "}}"', f"a{number}: %json {document}"]
     calls = " | ".join(f"c{number}" for number in range(len(tools)))
     return "\n".join([f'start: "\\n" ({calls}) "\\n"', *rules])
@@ -216,10 +239,13 @@ def _hermes_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
 
 def _coder_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
     """Write the grammar of a Qwen3-Coder call."""
-    rules = [_TEXT]
+    rules = [_TEXT, r"other: /<parameter=[^>\n]+>\n/ text"]
     for number, tool in enumerate(tools):
-        function, parameters = tool["function"], []
+        function, parameters = tool["function"], list[str]()
         root = parameters_of(function)
+        if (kinds := kinds_of(root, root)) and "object" not in kinds:
+            held(function["name"], root, _OBJECT)  # which warns
+            parameters.append("other")
         for place, (name, schema) in enumerate(properties_of(root).items()):
             rule = f"p{number}_{place}"
             parameters.append(rule)
@@ -243,37 +269,70 @@ def _document(schema: Mapping[str, Any]) -> str:
     return json.dumps({**schema, "x-guidance": _TOOL_JSON})
 
 
-def _closed(arguments: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rule out arguments that a plain schema does not name, where it does not speak of others."""
-    plain = {
-        "type",
-        "properties",
-        "required",
-        "title",
-        "description",
-        "$schema",
-        "$defs",
-        "definitions",
-    }
-    if arguments.get("properties") and arguments.keys() <= plain:
-        return {**arguments, "additionalProperties": False}
-    return arguments
+def _arguments(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the schema of a tool with what goes without saying: it is of an object.
+
+    Arguments that a plain schema does not name are ruled out, where it does not speak of others.
+    """
+    if schema.keys() <= _PLAIN:
+        schema = {**schema, "additionalProperties": False}
+    kinds = kinds_of(schema, schema)
+    return {**schema, "type": "object"} if not kinds or "object" in kinds else schema
 
 
 def _schema_grammar(matcher: "type[LLMatcher]", schema: Any, options: Any = _JSON) -> str:
-    _check_patterns(schema)
+    _check_costs(schema)
     return matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
 
 
 def _lark_grammar(matcher: "type[LLMatcher]", text: str) -> str:
     for place in re.finditer(r"%json\s*", text):
         try:
-            _check_patterns(json.JSONDecoder().raw_decode(text, place.end())[0])
+            schema = json.JSONDecoder().raw_decode(text, place.end())[0]
         except json.JSONDecodeError:
             continue  # llguidance says where
-    if _LARK_LITERAL.sub("", text).count("&") >= _MOST_INTERSECTED:
+        _check_costs(schema)
+    rules = _LARK_LITERAL.sub("", text)
+    if "<[" in rules:
+        raise ValueError("tokens cannot be named by their numbers (<[...]>); write their text")
+    if rules.count("&") >= _MOST_INTERSECTED:
         raise ValueError(f"at most {_MOST_INTERSECTED} expressions can be intersected (&)")
     return matcher.grammar_from_lark(text)
+
+
+def _check_costs(schema: Any) -> None:
+    """Raise a ValueError where llguidance would take a schema, for too much time or memory."""
+    _check_patterns(schema)
+    _check_multiples(schema)
+    _check_properties(schema)
+
+
+def _check_properties(schema: Any) -> None:
+    """Raise a ValueError where an object has more optional properties than can be followed."""
+    for part in parts_of(schema):
+        properties, required = part.get("properties"), part.get("required")
+        if isinstance(properties, Mapping) and len(properties) > _MOST_OPTIONAL:
+            count = len(properties.keys() - (required if isinstance(required, list) else []))
+            if count > _MOST_OPTIONAL:
+                raise ValueError(
+                    f"an object can have at most {_MOST_OPTIONAL} optional properties, "
+                    f"not {count:,}"
+                )
+
+
+def _check_multiples(schema: Any) -> None:
+    """Raise a ValueError where counting the remainders of a number would take too many states."""
+    found = 1
+    for part in parts_of(schema):
+        number = part.get("multipleOf")
+        if isinstance(number, int | float) and math.isfinite(number) and number > 0:
+            digits = Decimal(str(number)).normalize().as_tuple().digits
+            found = math.lcm(found, int("".join(map(str, digits))))
+    if found > _MOST_REMAINDERS:
+        raise ValueError(
+            f"multipleOf is supported up to {_MOST_REMAINDERS:,} (the least common multiple of "
+            f"all in a schema, without the zeros at its ends), not {found:,}"
+        )
 
 
 def _check_patterns(schema: Any) -> None:
@@ -309,7 +368,7 @@ class Grammar:
     """Where a text stands in its grammar; met by the engine through `Steering`.
 
     What fails at run time, such as an expression that unfolds to too much, is a ValueError: it ends
-    the reply.
+    the reply. If the grammar has a `spare`, the text goes on in that, with a warning.
     """
 
     def __init__(
@@ -320,12 +379,24 @@ class Grammar:
         *,
         name: str,
     ) -> None:
-        self.read = 0  # tokens taken
-        self.warnings: Sequence[str] = ()  # what it does not enforce
+        self.warnings: list[str] = []  # what it does not enforce
+        self.spare: Callable[[], Grammar] | None = None
+        self._taken: list[int] = []  # tokens
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._byte_ids = byte_ids
         self._name = name
+
+    def copy(self, warnings: list[str]) -> "Grammar":
+        """Return this grammar where it stands; what fails from there on is added to `warnings`."""
+        made = Grammar(self._matcher.deep_copy(), self._vocabulary, self._byte_ids, name=self._name)
+        made.spare, made.warnings, made._taken = self.spare, warnings, self._taken[:]
+        return made
+
+    @property
+    def read(self) -> int:
+        """How many tokens were taken."""
+        return len(self._taken)
 
     @property
     def complete(self) -> bool:
@@ -340,45 +411,65 @@ class Grammar:
     def advance(self, token: int) -> None:
         """Take the next token, one that may come."""
         if not self._matcher.is_stopped():
+            self._taken.append(token)
             self._matcher.consume_token(token)
-            self.read += 1
-            self._raise_error()
+            self._recover()
 
     def rewind(self, read: int) -> None:
         """Go back to where `read` tokens had been taken."""
         if self.read > read:
             self._matcher.rollback(self.read - read)
-            self.read = read
+            del self._taken[read:]
 
     def forced(self) -> list[int]:
         """Give the tokens that alone can come next."""
         ids = [] if self.complete else list(self._matcher.compute_ff_tokens())
-        self._raise_error()
-        return ids
+        return self.forced() if self._recover() else ids
 
     def mask(self) -> "NDArray[np.uint32]":
         """Give the ids that may come next, 32 to a word; end tokens where the text may end."""
         mask = _mask_of(self._matcher, self._vocabulary)
-        self._raise_error()
-        return mask
+        return self.mask() if self._recover() else mask
 
     def unsupported(self) -> list[str]:
         """Return what of a schema is not enforced; an unknown `format` is but an annotation."""
         found = map(_line, self._matcher.get_grammar_warnings())
         return [words for words in found if not words.startswith("Unknown format")]
 
-    def _raise_error(self) -> None:
+    def probe(self) -> None:
+        """Raise the ValueError that the likeliest way to an end of the text runs into, if any."""
+        probed = self.copy([])
+        probed._walk(_MOST_PROBED)
+        probed._recover()
+
+    def _recover(self) -> bool:
+        """Go on in the spare grammar if this one has failed, and say whether it has.
+
+        Raises:
+            ValueError: it has, and there is no spare, or none in which the text goes on.
+        """
         if not self._matcher.is_error():
-            return
-        words = f"{_line(self._matcher.get_error())}; try a simpler one"
+            return False
+        words = f"{_line(self._matcher.get_error())}; {_SIMPLER}"
         if words.startswith("NoExtension"):
             words = "no text matches it"
         place = f" (seen after {self.read} tokens)" if self.read else ""
-        raise ValueError(f"{self._name}: {words}{place}")
+        complaint = f"{self._name}: {words}{place}"
+        if self.spare is None:
+            raise ValueError(complaint)
+        self._matcher, self.spare = self.spare()._matcher, None
+        self._matcher.consume_tokens(self._taken)
+        self.warnings.append(f"the schema of a tool was not enforced in a call: {complaint}")
+        return self._recover() or True
 
     def closing(self, most: int = _MOST_CLOSING) -> list[int] | None:
         """Give tokens that end the text soon, at most `most`, or None if none were found."""
-        matcher, ids = self._matcher.deep_copy(), list[int]()
+        walked = self.copy([])
+        return walked._walk(most)
+
+    def _walk(self, most: int) -> list[int] | None:
+        """Go on to an end of the text that is near; return the tokens as `closing` says."""
+        matcher, ids = self._matcher, list[int]()
         while not matcher.is_accepting():
             if len(ids) >= most or matcher.is_error():
                 return None

@@ -63,6 +63,7 @@ class Parser:
         self._answering = begun and not inside  # whether the thinking is over
         self._at_seam = inside and not begun  # next to a tag, where line breaks are format
         self._breaks = ""  # line breaks that may yet turn out to be the last
+        self._breaks_before_call = ""  # which are format, if it can be read
         self._stop = StopStrings(stop)
         self._calls = calls
         self._call: list[str] | None = None  # the text of the call that is being written
@@ -73,7 +74,7 @@ class Parser:
         self._drafts: list[ToolCall] = []  # calls that are the last in the thinking, so far
         self._draft_text = ""
         self._draft_tokens = 0
-        self._bare = calls.format.bare if calls else None
+        self._bare = calls.format.bare if calls else ()
         self._bare_held = ""  # may be the beginning of a call without its tag
         self._untagged = False  # whether the call in work, or the last, had none
 
@@ -172,6 +173,8 @@ class Parser:
             if rest is not None:
                 self._close_call("")
                 self._say(rest)
+            elif self._untagged and self._arguments and self._arguments.broken:
+                self._release_bare_call()
             return
         if self._drafts and not text.strip():
             self._draft_text += text
@@ -196,24 +199,31 @@ class Parser:
 
     def _say_answer(self, text: str) -> None:
         self._answering |= bool(text.strip())
-        if self._bare is not None:
-            text, found, rest = self._find_bare_call(text, self._bare)
-            if found:
-                self._say_text(self._stop.add(text))
-                self._open_call()
-                self._untagged = True
-                self._say(found + rest)
-                return
+        text, call = self._find_bare_call(text)
+        self._say_up_to_stop(text)
+        if call and not self.finished:
+            self._open_call()
+            self._untagged = True
+            self._say(call)
+
+    def _say_up_to_stop(self, text: str) -> None:
         self._say_text(self._stop.add(text))
         if self._stop.found is not None:
             self.finished, self.stopped_by = True, self._stop.found
 
-    def _find_bare_call(self, text: str, bare: str) -> tuple[str, str, str]:
-        text = self._bare_held + text
-        before, found, rest = text.partition(bare)
-        keep = 0 if found else _overlap(before, bare)
-        self._bare_held = before[len(before) - keep :]
-        return before[: len(before) - keep], found, rest
+    def _find_bare_call(self, text: str) -> tuple[str, str]:
+        """Return what can be said of the text, and from where a call without its tag begins."""
+        text, self._bare_held = self._bare_held + text, ""
+        place = text.find("<")
+        while place >= 0:
+            if text.startswith(self._bare, place):
+                return text[:place], text[place:]
+            rest = text[place:]
+            if any(begin.startswith(rest) for begin in self._bare):
+                self._bare_held = text[place:]
+                return text[:place], ""
+            place = text.find("<", place + 1)
+        return text, ""
 
     def _say_text(self, text: str) -> None:
         if self._calls:  # which may follow: then the line break before it is format
@@ -247,7 +257,7 @@ class Parser:
             self._answering = True
             held, self._bare_held = self._bare_held, ""
             self._say_text(self._stop.add(held) + self._stop.flush())
-            self._breaks = ""
+            self._breaks_before_call, self._breaks = self._breaks, ""
         assert self._calls
         self._call, self._untagged, self._streamed_arguments = [], False, ""
         self._call_id = f"call_{secrets.token_hex(12)}"
@@ -265,6 +275,15 @@ class Parser:
             if self._calls.format.read(written[:end], whole=False):  # it stands in no value
                 return written[end:]
         return None
+
+    def _release_bare_call(self) -> None:
+        """Make text of a call without its tag that was none; one may begin further on."""
+        assert self._call is not None
+        text, self._call, self._untagged = "".join(self._call), None, False
+        self.warning, self._breaks = _UNREADABLE, self._breaks_before_call
+        self._say_up_to_stop(text[0])
+        if not self.finished:
+            self._say(text[1:])
 
     def _stream_arguments(self, text: str) -> None:
         """Take text of the call in work, and stream what it makes certain of the arguments."""
@@ -311,9 +330,10 @@ class Parser:
             self._say_reasoning(text)
         else:
             self.warning = _UNREADABLE
-            if self._partial_calls and self._streamed_arguments:
+            if self._partial_calls and self._streamed_arguments and not self._untagged:
                 self._forget_notes()  # it was streamed as a call that never ends
             else:
+                self._breaks = self._breaks_before_call
                 self._say_text(text)
 
     def _drop_drafts(self) -> None:

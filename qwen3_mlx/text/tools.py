@@ -11,9 +11,15 @@ import secrets
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, Union, get_args, get_origin
 
-from qwen3_mlx.text.arguments import Arguments, CoderArguments, HermesArguments
+from qwen3_mlx.text.arguments import (
+    Arguments,
+    CoderArguments,
+    HermesArguments,
+    coder_parameters,
+)
 from qwen3_mlx.text.events import ToolCall
 from qwen3_mlx.text.grammar import Grammar, Grammars
 from qwen3_mlx.text.template import ChatTemplate
@@ -24,10 +30,6 @@ Tool = Callable[..., Any] | Mapping[str, Any]
 """A Python function, or its description: OpenAI's, or its `function` part alone."""
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\n?(.*?)\s*(?:</function>\s*)?", re.DOTALL)
-_PARAMETER = re.compile(
-    r"<parameter=([^>\n]+)>\n?(.*?)(?:\n?</parameter>|(?=<parameter=)|\Z)", re.DOTALL
-)
 
 
 # --- what the model is told ---------------------------------------------------------------------
@@ -37,7 +39,8 @@ def describe(tool: Tool) -> dict[str, Any]:
     """Give a tool's description as templates and clients have it.
 
     Of a function that is its name, its docstring, and its parameters by their type hints; what the
-    docstring says of a parameter (in an `Args:` section or as `:param name:`) goes with it.
+    docstring says of a parameter (in an `Args:` section or as `:param name:`) goes with it. The
+    parameters of a pydantic model are its schema.
 
     Raises:
         TypeError: it is neither, or a parameter's type cannot be written as JSON schema.
@@ -51,7 +54,10 @@ def describe(tool: Tool) -> dict[str, Any]:
         return {**whole, "function": {**function}}  # all of it, in the order in which it was given
     if not callable(tool):
         raise TypeError(f"a tool must be a function or a description, not {tool!r}")
-    words, about = _read_docstring(inspect.getdoc(tool) or "")
+    words, about = _read_docstring(inspect.getdoc(_underlying(tool)) or "")
+    if callable(model_schema := getattr(tool, "model_json_schema", None)):
+        model = {"name": _name(tool), "description": words, "parameters": model_schema()}
+        return {"type": "function", "function": model}
     parameters = _parameters(tool)
     hints = {name: _hint(parameter) for name, parameter in parameters.items()}
     properties, shared = _schemas(hints, _name(tool))
@@ -82,7 +88,13 @@ def listed(tools: Sequence[Tool] | None) -> list[Tool]:
     return list(tools)
 
 
+def _underlying(tool: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function whose name and words a tool has: of a `partial`, what it calls."""
+    return _underlying(tool.func) if isinstance(tool, partial) else tool
+
+
 def _name(tool: Callable[..., Any]) -> str:
+    tool = _underlying(tool)
     return str(getattr(tool, "__name__", type(tool).__name__))
 
 
@@ -170,8 +182,8 @@ class CallFormat(Protocol):
     """How a checkpoint writes calls."""
 
     @property
-    def bare(self) -> str | None:
-        """Text that begins a call of which the tag was left out."""
+    def bare(self) -> tuple[str, ...]:
+        """The texts that begin a call of which the tag was left out, each with `<` first."""
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
         """Give name, arguments and their text, of what stands between the tags, or None.
@@ -229,7 +241,7 @@ class Calls:
 class HermesCalls:
     """`{"name": ..., "arguments": {...}}`."""
 
-    bare: str | None = None
+    bare: tuple[str, ...] = ()
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
         """Do as `CallFormat` says; slips that can mean one thing only are mended."""
@@ -280,10 +292,14 @@ def _arguments_text(call: str, arguments: dict[str, Any]) -> str:
 class CoderCalls:
     """`<function=NAME>` with a `<parameter=NAME>` for each argument, typed by the schema."""
 
-    bare: str | None = "<function="
-
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
         """Take the described tools."""
+        # An answer may speak of `<function=`: only a known tool and what follows it make a call.
+        self.bare = tuple(
+            f"<function={tool['function']['name']}>{after}"
+            for tool in tools
+            for after in ("\n<parameter=", "\n</function>", "</function>")
+        )
         self._kinds: dict[str, dict[str, frozenset[str]]] = {}
         for tool in tools:
             root = parameters_of(tool["function"])
@@ -293,14 +309,11 @@ class CoderCalls:
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
         """Do as `CallFormat` says."""
-        match = _FUNCTION.fullmatch(text)
-        if not match or not (whole or _is_closed(text)):
+        found = coder_parameters(text, whole=whole)
+        if found is None:
             return None
-        called = match[1].strip()
-        arguments = [
-            (name.strip(), self._value(called, name.strip(), value))
-            for name, value in _PARAMETER.findall(match[2])
-        ]
+        called, parameters = found
+        arguments = [(name, self._value(called, name, value)) for name, value in parameters]
         # A parameter that comes twice stays so in the text, as it was streamed; the last counts.
         written = ", ".join(f"{_written(name)}: {_written(value)}" for name, value in arguments)
         return called, dict(arguments), f"{{{written}}}"
@@ -312,14 +325,6 @@ class CoderCalls:
     def _value(self, function: str, parameter: str, text: str) -> Any:
         """Read the value of a parameter."""
         return _typed(text, self._kinds.get(function, {}).get(parameter, frozenset()))
-
-
-def _is_closed(text: str) -> bool:
-    """Say whether a call ends with the tag of its function, outside of any value."""
-    before, tag, after = text.rpartition("</function>")
-    return bool(tag and not after.strip()) and (
-        before.rfind("<parameter=") <= before.rfind("</parameter>")
-    )
 
 
 def _typed(text: str, kinds: frozenset[str]) -> Any:
@@ -345,13 +350,31 @@ def functions_of(tools: Sequence[Tool] | None) -> dict[str, Callable[..., Any]]:
     """Give the functions by their names.
 
     Raises:
-        TypeError: one of the tools is only described, or there is none.
+        TypeError: one of the tools is only described, or does not return a result when it is
+            called, or there is none.
     """
     if not (given := listed(tools)):
         raise TypeError("run needs tools: functions that the model may call; chat() needs none")
     if not all(map(callable, given)):
         raise TypeError("to run tools they must be functions: descriptions cannot be called")
-    return {_name(tool): tool for tool in given if callable(tool)}
+    functions = {_name(tool): tool for tool in given if callable(tool)}
+    for name, function in functions.items():
+        if kind := _deferred(function):
+            raise TypeError(
+                f"the tool {name} is {kind}, which does not return its result when it is called: "
+                f"give a plain function that does, or call the tools of `chat` yourself"
+            )
+    return functions
+
+
+def _deferred(function: Callable[..., Any]) -> str | None:
+    """Return what a function is that gives its result later, if it is one."""
+    for called in (function, getattr(function, "__call__", None)):  # noqa: B004 - objects, too
+        if inspect.iscoroutinefunction(called):
+            return "an async function"
+        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+            return "a generator"
+    return None
 
 
 def answer(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
@@ -365,6 +388,7 @@ def answer(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> dict[
             said = result if isinstance(result, str) else _written(result)
         except Exception as error:  # noqa: BLE001 - the model may do better
             said = f"Error: {type(error).__name__}: {error}"
+    said = said.encode(errors="backslashreplace").decode()  # lone surrogates are no text
     return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": said}
 
 
