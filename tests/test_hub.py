@@ -16,6 +16,7 @@ import mlx.core as mx
 import pytest
 
 from tests.support import DEMO, read_weights
+from tests.test_descriptions import shards_of
 from tests.test_tied import with_head
 
 GIVEN: dict[str, bytes] = {}
@@ -308,6 +309,52 @@ def test_an_index_of_files_that_are_gone(tiny_folder: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "names files that are not there; model.safetensors is read" in done.stderr
     assert asked.count("model.safetensors") == 1
+
+
+def test_a_broken_index_beside_whole_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_folder, tmp_path / "broken")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.bin"}}')
+    with serving(folder) as (address, asked):
+        done = ask("someone/tiny", tmp_path / "home", address)
+    assert done.returncode == 0, done.stderr
+    assert "names x.bin, and only safetensors files are read; model.safetensors is" in done.stderr
+    assert asked.count("model.safetensors") == 1
+
+
+def test_a_variant_beside_whole_weights_is_not_fetched(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_folder, tmp_path / "variant")
+    shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
+    with serving(folder) as (address, asked):
+        done = ask("someone/tiny", tmp_path / "home", address)
+    assert done.returncode == 0, done.stderr
+    assert "model.fp16.safetensors" not in asked
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards_beside_whole_weights_are_refused_unfetched(
+    index: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = edited(tiny_folder, tmp_path / "two")
+    shards_of(folder, index=index)
+    with serving(folder) as (address, asked):
+        done = ask("someone/tiny", tmp_path / "home", address)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "qwen3: someone/tiny has model.safetensors and model-00001-of-00002.safetensors, which are "
+        "not parts of one set of weights; give a folder without the files that do not belong to "
+        "this checkpoint"
+    )
+    assert not [name for name in asked if name.endswith(".safetensors")]
+
+
+def test_shards_without_an_index_are_fetched(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_folder, tmp_path / "shards")
+    shards_of(folder, index=False)
+    (folder / "model.safetensors").unlink()
+    with serving(folder) as (address, asked):
+        done = ask("someone/tiny", tmp_path / "home", address)
+    assert done.returncode == 0, done.stderr
+    assert len([name for name in asked if name.endswith(".safetensors")]) == 2
 
 
 def test_planning_says_that_a_head_may_be_its_own(tiny_folder: Path, tmp_path: Path) -> None:

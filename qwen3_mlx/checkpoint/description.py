@@ -7,7 +7,7 @@ from typing import Any
 
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.quantization import quantization_of
-from qwen3_mlx.checkpoint.weights import INDEX, WHOLE, index_is_stale, weight_names, why_none
+from qwen3_mlx.checkpoint.weights import WHOLE, are_here, index_fault, weight_names, why_none
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig, unknown_rope_keys
@@ -46,14 +46,13 @@ def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path
     Raises:
         CheckpointError: it has none that are read.
     """
-    names = weight_names(folder)
+    files = None if are_here(folder) else place.listed()
+    names = weight_names(folder, files, place=place.name)
     folder = place.fetch([*also, *(names or [WHOLE])])
-    if not all((folder / name).is_file() for name in names):  # the index may be an older one's
-        folder = place.fetch([*also, WHOLE])
     if not weight_names(folder):
         raise CheckpointError(_what_is_there(place, needed=WHOLE))
-    if index_is_stale(folder):
-        _log.warning("%s: %s names files that are not there; %s is read", place.name, INDEX, WHOLE)
+    if fault := index_fault(folder):
+        _log.warning("%s: %s; %s is read", place.name, fault, WHOLE)
     return folder
 
 

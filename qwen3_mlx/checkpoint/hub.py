@@ -80,16 +80,24 @@ class Source:
         if self.folder and revision is not None:
             raise ValueError(f"revision belongs to hub names; {name} is a folder")
 
+    def listed(self) -> list[str] | None:
+        """List the files that it has; None where the hub cannot be reached."""
+        if self.folder:
+            return sorted(file.name for file in self.folder.iterdir())
+        from huggingface_hub import HfApi
+
+        try:
+            return sorted(HfApi().list_repo_files(self.name, revision=self._revision))
+        except Exception:  # noqa: BLE001 - the library lets those of its HTTP client through
+            _log.debug("%s: its files could not be listed", self.name, exc_info=True)
+            return None
+
     def files(self) -> list[str]:
         """List the files that it has; where the hub cannot be reached, those that are here."""
-        if self.folder is None:
-            from huggingface_hub import HfApi
-
-            try:
-                return sorted(HfApi().list_repo_files(self.name, revision=self._revision))
-            except Exception:  # noqa: BLE001 - the library lets those of its HTTP client through
-                _log.debug("%s: its files could not be listed", self.name, exc_info=True)
-        return sorted(file.name for file in self.fetch([]).iterdir())
+        files = self.listed()
+        if files is None:
+            files = sorted(file.name for file in self.fetch([]).iterdir())
+        return files
 
     def fetch(self, files: Sequence[str]) -> Path:
         """Make sure that those of `files` that the checkpoint has are here; give their folder.

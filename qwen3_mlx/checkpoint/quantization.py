@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.weights import INDEX, index_is_stale
+from qwen3_mlx.checkpoint.weights import INDEX, index_fault
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
 
@@ -234,7 +234,7 @@ def formats_stored(
     stored = StoredFormats.of(config)
     if stored is None:
         return None
-    known = folder and (folder / INDEX).is_file() and not index_is_stale(folder)
+    known = folder and (folder / INDEX).is_file() and not index_fault(folder)
     names = read_json(folder / INDEX).get("weight_map") if folder and known else None
 
     def format_of(path: str) -> Format | None:

@@ -21,6 +21,7 @@ _log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 _OTHERS = (".bin", ".pt", ".pth", ".gguf", ".npz")
+_OF_MODEL = re.compile(r"model[^/]*\.safetensors")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.(\w+)")
 
@@ -80,30 +81,37 @@ class Weights:
         return self._open[file].pop(name)
 
 
-def weight_names(folder: Path) -> list[str]:
+def weight_names(
+    folder: Path, files: Collection[str] | None = None, *, place: str = ""
+) -> list[str]:
     """List the weight files that belong to the checkpoint: those its index names, or what is there.
 
-    Where an index names files that are not there, and the weights lie in one file, that is taken:
-    the index is an older one's.
+    `files` are those that the checkpoint has at `place`, where not all are in `folder`. Where an
+    index is broken or names files that are not there, and the weights lie in one file, that is
+    taken.
 
     Raises:
         CheckpointError: the index is broken, or nothing says which of the files are meant.
     """
-    there = sorted(file.name for file in folder.glob("model*.safetensors"))
-    if (folder / INDEX).is_file():
-        names = _indexed(folder / INDEX)
+    present = {file.name for file in folder.iterdir()} if files is None else set(files)
+    there = sorted(filter(_OF_MODEL.fullmatch, present))
+    place = place or str(folder)
+    names, fault = _indexed(folder)
+    if fault and WHOLE not in there:
+        raise CheckpointError(f"{place}: {fault}")
+    if names:
         if WHOLE in names or WHOLE not in there:
             return names
-        if not set(names) <= set(there):
+        if not set(names) <= present:
             return [WHOLE]
-        _refuse_two_sets(folder, [WHOLE, names[0]])
+        _refuse_two_sets(place, [WHOLE, names[0]])
     numbered = [match for name in there if (match := _SHARD.fullmatch(name))]
-    if not numbered:
-        return there
+    if not numbered:  # a variant such as model.fp16.safetensors is not fetched
+        return [WHOLE] if files is not None and WHOLE in there else there
     sets: dict[tuple[str, str], str] = {}  # the first file of each, by stem and count
     for match in numbered:
         sets.setdefault((match[1], match[3]), match[0])
-    _refuse_two_sets(folder, [*([WHOLE] if WHOLE in there else []), *sets.values()])
+    _refuse_two_sets(place, [*([WHOLE] if WHOLE in there else []), *sets.values()])
     stem, number, count = numbered[0].groups()
     return [
         f"{stem}-{shard:0{len(number)}}-of-{count}.safetensors"
@@ -111,38 +119,50 @@ def weight_names(folder: Path) -> list[str]:
     ]
 
 
-def index_is_stale(folder: Path) -> bool:
-    """Return whether there is an index that says nothing of the weights that are taken."""
+def index_fault(folder: Path, files: Collection[str] | None = None) -> str:
+    """Return why an index says nothing of the weights that are taken; "" if it does, or is none.
+
+    `files` are those that the checkpoint has, where not all of them are in `folder`.
+    """
+    names, fault = _indexed(folder)
+    if names and WHOLE not in names and weight_names(folder, files) == [WHOLE]:
+        return f"{INDEX} names files that are not there"
+    return fault
+
+
+def _indexed(folder: Path) -> tuple[list[str], str]:
+    """Return the files that an index names; or none, and what is wrong with it if it is there."""
     if not (folder / INDEX).is_file():
-        return False
-    return weight_names(folder) == [WHOLE] and WHOLE not in _indexed(folder / INDEX)
-
-
-def _indexed(index: Path) -> list[str]:
-    """Return the files that an index names."""
-    names = read_json(index).get("weight_map")
+        return [], ""
+    try:
+        names = read_json(folder / INDEX).get("weight_map")
+    except CheckpointError:
+        return [], f"{INDEX} cannot be read as JSON"
     if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{index} has no weight_map")
+        return [], f"{INDEX} has no weight_map"
     files = set(map(str, names.values()))
     if any(Path(file).name != file for file in files):
-        raise CheckpointError(f"{index} names files outside its folder")
+        return [], f"{INDEX} names files outside its folder"
     if others := sorted(file for file in files if not file.endswith(".safetensors")):
-        raise CheckpointError(f"{index} names {others[0]}; only safetensors files are read")
-    return sorted(files)
+        return [], f"{INDEX} names {others[0]}, and only safetensors files are read"
+    return sorted(files), ""
 
 
-def _refuse_two_sets(folder: Path, examples: Collection[str]) -> None:
+def _refuse_two_sets(place: str, examples: Collection[str]) -> None:
     """Refuse weights that are there twice, `examples` being a file of each set."""
     if len(examples) > 1:
         raise CheckpointError(
-            f"{folder} has {' and '.join(examples)}, which are not parts of one set of weights; "
-            "move away what does not belong to this checkpoint"
+            f"{place} has {' and '.join(examples)}, which are not parts of one set of weights; "
+            "give a folder without the files that do not belong to this checkpoint"
         )
 
 
 def are_here(folder: Path) -> bool:
     """Return whether all weight files of a checkpoint are in its folder."""
-    names = weight_names(folder)
+    try:
+        names = weight_names(folder)
+    except CheckpointError:  # reading them says more
+        return False
     return bool(names) and all((folder / name).is_file() for name in names)
 
 
