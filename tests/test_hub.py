@@ -278,6 +278,39 @@ def test_what_is_not_read_is_refused_before_its_weights_are_fetched(
     assert not [name for name in asked if name.endswith(".safetensors")]
 
 
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"quant_algo": "FP8"}, "config.json: the weights are quantized without quant_method ("),
+        (
+            {"quant_type": "int4_weight_only"},
+            "without quant_method (quant_type), which is not read",
+        ),
+        ({"bits": 4, "group_size": 128, "sym": True}, "(bits, group_size, sym), which is not read"),
+        (None, "hf_quant_config.json: the weights are quantized as modelopt's NVFP4, which is not"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["ask", "plan", "convert"])
+def test_a_quantization_of_no_name_is_refused_unfetched(
+    verb: str, section: dict[str, object] | None, words: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = edited(tiny_folder, tmp_path / "quantized", quantization_config=section)
+    if section is None:
+        stated = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+        (folder / "hf_quant_config.json").write_text(json.dumps(stated))
+    arguments = {
+        "ask": ["Hello", "--model", "someone/tiny"],
+        "convert": ["convert", "someone/tiny", str(tmp_path / "out")],
+        "plan": ["plan", "someone/tiny"],
+    }[verb]
+    with serving(folder) as (address, asked):
+        done = qwen3(*arguments, home=tmp_path / "home", endpoint=address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr.splitlines()[-1]
+    assert "take the original weights, or a build for MLX" in done.stderr
+    assert not [name for name in asked if name.endswith(".safetensors")]
+
+
 @pytest.mark.parametrize("kind", ["gguf", "adapter", "gguf beside a config"])
 def test_a_name_that_is_no_whole_checkpoint_says_what_it_is(
     kind: str, tiny_folder: Path, tmp_path: Path

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.quantization import quantization_of
+from qwen3_mlx.checkpoint.quantization import MODELOPT, quantization_of, refuse_modelopt
 from qwen3_mlx.checkpoint.weights import WHOLE, are_here, index_fault, weight_names, why_none
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
@@ -25,12 +25,13 @@ def read_config(
         CheckpointError: it is no Qwen3 that can be read: another network, a GGUF file, an adapter,
             or weights quantized by a method that is not read.
     """
-    folder = place.fetch(files)
+    folder = place.fetch([*files, MODELOPT])
     if not (folder / "config.json").is_file():
         raise CheckpointError(_what_is_there(place, needed="config.json"))
     config = read_json(folder / "config.json")
     ModelConfig.from_dict(config)
-    quantization_of(config)
+    if quantization_of(config) is None and (folder / MODELOPT).is_file():
+        refuse_modelopt(read_json(folder / MODELOPT))
     if unknown := unknown_rope_keys(config):
         _log.warning(
             "%s: config.json has keys for rope that are not known and change nothing: %s",
