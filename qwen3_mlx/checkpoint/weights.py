@@ -14,7 +14,7 @@ import mlx.core as mx
 
 from qwen3_mlx.checkpoint.hub import GGUF
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import Entry, read_header, read_json, read_rows, same_bytes
+from qwen3_mlx.files import Entry, read_header, read_json, read_rows, same_numbers
 from qwen3_mlx.model.config import ModelConfig
 
 _log = logging.getLogger(__name__)
@@ -207,9 +207,9 @@ def has_own_head(weights: Weights) -> bool:
     """Return whether `lm_head` is there and is no copy of the embedding."""
     return any(
         (copied := weights.stored.get(name.replace("lm_head", "model.embed_tokens", 1))) is None
-        or not same_bytes(entry, copied)
+        or not same_numbers(entry, copied)
         for name, entry in weights.stored.items()
-        if name.startswith("lm_head.")
+        if name.startswith("lm_head.") and name != "lm_head.bias"  # which no Qwen3 has
     )
 
 
@@ -221,15 +221,32 @@ def untied(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     copy of the embedding, as some published checkpoints carry it, stays unused.
 
     Raises:
-        CheckpointError: a weight file is broken; only those of a tied model are looked at.
+        CheckpointError: a weight file is broken, or the head is of another shape than config.json
+            has it; only those of a tied model are looked at.
     """
-    if config.get("tie_word_embeddings") is not True or not has_own_head(Weights(folder)):
+    if config.get("tie_word_embeddings") is not True:
         return dict(config)
+    weights = Weights(folder)
+    if not has_own_head(weights):
+        return dict(config)
+    _refuse_another_shape(weights, [config["vocab_size"], config["hidden_size"]])
     _log.warning(
         "config.json ties the head to the embedding, but lm_head holds other numbers; it is used, "
         "as if tie_word_embeddings were false"
     )
     return {**config, "tie_word_embeddings": False}
+
+
+def _refuse_another_shape(weights: Weights, needed: list[int]) -> None:
+    if head := weights.stored.get("lm_head.weight"):
+        packed = "lm_head.scales" in weights.stored  # several numbers in a word
+        shape = [*head.shape[:1], *needed[1:]] if packed else list(head.shape)
+        if shape != needed:
+            raise CheckpointError(
+                "config.json ties the head to the embedding, but there is an lm_head.weight "
+                f"{list(head.shape)} where {needed} is needed; look for a copy of this checkpoint "
+                "whose weights and config.json match"
+            )
 
 
 def _stack_experts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
