@@ -406,6 +406,42 @@ def test_planning_says_that_a_head_may_be_its_own(tiny_folder: Path, tmp_path: P
     assert sorted(asked) == ["config.json", "model.safetensors.index.json"]
 
 
+@pytest.mark.parametrize("index", ["stale", "broken"])
+def test_planning_says_nothing_of_a_head_that_is_not_known(
+    index: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = edited(tiny_folder, tmp_path / "whole")
+    names = dict.fromkeys(("lm_head.weight",), "model-00001-of-00001.safetensors")
+    text = json.dumps({"weight_map": names}) if index == "stale" else "{"
+    (folder / "model.safetensors.index.json").write_text(text)
+    with serving(folder) as (address, _):
+        done = qwen3("plan", "someone/tiny", home=tmp_path / "home", endpoint=address)
+    assert done.returncode == 0, done.stderr
+    assert "lm_head" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "complaint"),
+    [
+        ("model-Q4_K_M.gguf", "someone/tiny has model-Q4_K_M.gguf, and GGUF is not read"),
+        ("model.pt", "has model.pt, pytorch_model.bin, but only safetensors files are read"),
+        ("adapter_config.json", "is an adapter for another model, not a whole model"),
+    ],
+)
+def test_planning_refuses_weights_that_are_not_read(
+    file: str, complaint: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = edited(tiny_folder, tmp_path / "other", tie_word_embeddings=False)
+    (folder / "model.safetensors").unlink()
+    (folder / file).write_text("{}")
+    with serving(folder) as (address, _):
+        done = qwen3("plan", "someone/tiny", home=tmp_path / "home", endpoint=address)
+        load = qwen3("Hi", "--model", "someone/tiny", home=tmp_path / "home", endpoint=address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert complaint in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1] == load.stderr.splitlines()[-1]
+
+
 def test_a_head_of_its_own_is_seen_when_it_has_been_fetched(
     tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -1,19 +1,27 @@
 """What a checkpoint says of itself, judged before its weights are fetched."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.quantization import MODELOPT, quantization_of, refuse_modelopt
-from qwen3_mlx.checkpoint.weights import WHOLE, are_here, index_fault, weight_names, why_none
+from qwen3_mlx.checkpoint.weights import (
+    ADAPTER,
+    INDEX,
+    WHOLE,
+    are_here,
+    index_fault,
+    instead_of_weights,
+    weight_names,
+    why_none,
+)
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig, unknown_rope_keys
 
 _log = logging.getLogger(__name__)
-_ADAPTER = "adapter_config.json"
 
 
 def read_config(
@@ -57,11 +65,30 @@ def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path
     return folder
 
 
+def tensors_listed(place: Source, folder: Path) -> Collection[str] | None:
+    """Return the names of a checkpoint's tensors, by its index; None where none can be relied on.
+
+    No weights are fetched. A checkpoint of a config.json alone is let pass.
+
+    Raises:
+        CheckpointError: its weights are of a kind that is not read, or there twice.
+    """
+    files = place.listed()
+    if files and INDEX in files:
+        folder = place.fetch(["config.json", INDEX])
+    names = weight_names(folder, files, place=place.name)
+    if files and not names and instead_of_weights(files):
+        raise CheckpointError(_what_is_there(place, needed=WHOLE))
+    if not (folder / INDEX).is_file() or index_fault(folder, files):
+        return None
+    return set(read_json(folder / INDEX)["weight_map"])
+
+
 def _what_is_there(place: Source, *, needed: str) -> str:
     """Return a sentence for a checkpoint that lacks a file, by the files that it has."""
     files = place.files()
     base = None
-    if _ADAPTER in files:  # peft writes the first key, mlx-lm the second
-        adapter = read_json(place.fetch([_ADAPTER]) / _ADAPTER)
+    if ADAPTER in files:  # peft writes the first key, mlx-lm the second
+        adapter = read_json(place.fetch([ADAPTER]) / ADAPTER)
         base = adapter.get("base_model_name_or_path") or adapter.get("model")
     return why_none(place.name, files, needed, str(base or "another model"))

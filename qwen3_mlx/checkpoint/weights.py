@@ -20,6 +20,7 @@ from qwen3_mlx.model.config import ModelConfig
 _log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
+ADAPTER = "adapter_config.json"
 _OTHERS = (".bin", ".pt", ".pth", ".gguf", ".npz")
 _OF_MODEL = re.compile(r"model[^/]*\.safetensors")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
@@ -176,6 +177,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def instead_of_weights(files: Collection[str]) -> list[str]:
+    """List the files that hold weights of a kind that is not read, or of an adapter."""
+    return sorted(file for file in files if file.endswith(_OTHERS) or file == ADAPTER)
+
+
 def why_none(
     place: str, files: Collection[str], needed: str = WHOLE, base: str = "another model"
 ) -> str:
@@ -186,7 +192,7 @@ def why_none(
     others = sorted(file for file in files if file.endswith(_OTHERS))
     if ggufs := [file for file in others if file.endswith(".gguf")]:
         return f"{place} has {_some(ggufs)}, and {GGUF}"
-    if "adapter_config.json" in files:
+    if ADAPTER in files:
         return (
             f"{place} is an adapter for {base}, not a whole model; merge it into that first "
             "(peft: merge_and_unload, mlx-lm: mlx_lm.fuse) and give the result"
