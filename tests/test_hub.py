@@ -311,7 +311,7 @@ def test_a_quantization_of_no_name_is_refused_unfetched(
     assert not [name for name in asked if name.endswith(".safetensors")]
 
 
-@pytest.mark.parametrize("kind", ["gguf", "adapter", "gguf beside a config"])
+@pytest.mark.parametrize("kind", ["gguf", "adapter", "adapter's weights", "gguf beside a config"])
 def test_a_name_that_is_no_whole_checkpoint_says_what_it_is(
     kind: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -321,15 +321,63 @@ def test_a_name_that_is_no_whole_checkpoint_says_what_it_is(
         (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
     else:
         folder.mkdir()
-        name = "adapter_config.json" if kind == "adapter" else "model-Q4_K_M.gguf"
-        (folder / name).write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
+        names = {"adapter": "adapter_config.json", "adapter's weights": "adapter_model.safetensors"}
+        (folder / names.get(kind, "model-Q4_K_M.gguf")).write_text(
+            '{"base_model_name_or_path": "Qwen/Qwen3-8B"}'
+        )
     with serving(folder) as (address, asked):
         done = qwen3("Hello", "--model", "someone/tiny", home=tmp_path / "home", endpoint=address)
     assert done.returncode == 1
-    expected = {"adapter": "someone/tiny is an adapter for Qwen/Qwen3-8B, not a whole model"}
+    expected = {
+        "adapter": "someone/tiny is an adapter for Qwen/Qwen3-8B, not a whole model",
+        "adapter's weights": "someone/tiny is an adapter for another model, not a whole model",
+    }
     gguf = "someone/tiny has model-Q4_K_M.gguf, and GGUF is not read; take the safetensors"
     assert expected.get(kind, gguf) in done.stderr.splitlines()[-1]
     assert not [name for name in asked if name.endswith((".gguf", ".safetensors"))]
+    if kind in ("gguf", "adapter's weights"):  # nothing is fetched, so there is no bar either
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["plan", "convert", "bench", "eval"])
+def test_what_has_no_config_is_refused_in_one_line(verb: str, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "model.gguf").write_text("")
+    arguments = {
+        "plan": ["plan", "someone/tiny"],
+        "convert": ["convert", "someone/tiny", str(tmp_path / "out"), "--report"],
+        "bench": ["bench", "someone/tiny"],
+        "eval": ["eval", "divergence", str(DEMO), "someone/tiny", "--tokens", "10"],
+    }[verb]
+    with serving(folder) as (address, _):
+        done = qwen3(*arguments, home=tmp_path / "home", endpoint=address)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("qwen3: someone/tiny has model.gguf,")
+    assert "No files matched" not in done.stderr and "Fetching" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf.co/Qwen/Qwen3-8B",
+        "https://huggingface.co/Qwen/Qwen3-8B",
+        "https://huggingface.co/Qwen/Qwen3-8B/tree/main",
+    ],
+)
+def test_an_address_of_the_hub_is_no_name(name: str, tmp_path: Path) -> None:
+    done = ask(name, tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert done.stderr == f"qwen3: {name} is an address; give the name alone, Qwen/Qwen3-8B\n"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapters.safetensors"])
+def test_the_file_of_an_adapter_says_what_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    done = ask(str(tmp_path / name), tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "is of an adapter for another model, not a whole model; merge it" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_index_of_files_that_are_gone(tiny_folder: Path, tmp_path: Path) -> None:

@@ -5,10 +5,9 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.quantization import MODELOPT, quantization_of, refuse_modelopt
 from qwen3_mlx.checkpoint.weights import (
-    ADAPTER,
     INDEX,
     WHOLE,
     are_here,
@@ -33,8 +32,8 @@ def read_config(
         CheckpointError: it is no Qwen3 that can be read: another network, a GGUF file, an adapter,
             or weights quantized by a method that is not read.
     """
-    folder = place.fetch([*files, MODELOPT])
-    if not (folder / "config.json").is_file():
+    folder = None if place.lacks("config.json") else place.fetch([*files, MODELOPT])
+    if folder is None or not (folder / "config.json").is_file():
         raise CheckpointError(_what_is_there(place, needed="config.json"))
     config = read_json(folder / "config.json")
     ModelConfig.from_dict(config)
@@ -57,7 +56,7 @@ def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path
     """
     files = None if are_here(folder) else place.listed()
     names = weight_names(folder, files, place=place.name)
-    folder = place.fetch([*also, *(names or [WHOLE])])
+    folder = place.fetch([*also, *(names or [WHOLE])]) if names or files is None else folder
     if not weight_names(folder):
         raise CheckpointError(_what_is_there(place, needed=WHOLE))
     if fault := index_fault(folder):
@@ -88,7 +87,7 @@ def _what_is_there(place: Source, *, needed: str) -> str:
     """Return a sentence for a checkpoint that lacks a file, by the files that it has."""
     files = place.files()
     base = None
-    if ADAPTER in files:  # peft writes the first key, mlx-lm the second
-        adapter = read_json(place.fetch([ADAPTER]) / ADAPTER)
+    if ADAPTER_CONFIG in files:  # peft writes the first key, mlx-lm the second
+        adapter = read_json(place.fetch([ADAPTER_CONFIG]) / ADAPTER_CONFIG)
         base = adapter.get("base_model_name_or_path") or adapter.get("model")
     return why_none(place.name, files, needed, str(base or "another model"))

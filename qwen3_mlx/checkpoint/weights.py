@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.hub import GGUF
+from qwen3_mlx.checkpoint.hub import ADAPTER_FILES, GGUF, NO_WHOLE_MODEL
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import Entry, read_header, read_json, read_rows, same_numbers
 from qwen3_mlx.model.config import ModelConfig
@@ -20,7 +20,6 @@ from qwen3_mlx.model.config import ModelConfig
 _log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
-ADAPTER = "adapter_config.json"
 _OTHERS = (".bin", ".pt", ".pth", ".gguf", ".npz")
 _OF_MODEL = re.compile(r"model[^/]*\.safetensors")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
@@ -179,7 +178,7 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def instead_of_weights(files: Collection[str]) -> list[str]:
     """List the files that hold weights of a kind that is not read, or of an adapter."""
-    return sorted(file for file in files if file.endswith(_OTHERS) or file == ADAPTER)
+    return sorted(file for file in files if file.endswith(_OTHERS) or file in ADAPTER_FILES)
 
 
 def why_none(
@@ -192,11 +191,8 @@ def why_none(
     others = sorted(file for file in files if file.endswith(_OTHERS))
     if ggufs := [file for file in others if file.endswith(".gguf")]:
         return f"{place} has {_some(ggufs)}, and {GGUF}"
-    if ADAPTER in files:
-        return (
-            f"{place} is an adapter for {base}, not a whole model; merge it into that first "
-            "(peft: merge_and_unload, mlx-lm: mlx_lm.fuse) and give the result"
-        )
+    if not set(ADAPTER_FILES).isdisjoint(files):
+        return f"{place} is an adapter for {base}, {NO_WHOLE_MODEL}"
     if others and needed == WHOLE:
         return f"{place} has {_some(others)}, but only safetensors files are read"
     return f"{place} has no {needed}"

@@ -214,8 +214,11 @@ def refuse_unloadable(model: str | Path, revision: str | None = None) -> None:
     Raises:
         CheckpointError: they must be converted first, or are not read at all.
     """
-    folder = Source(full_name(model), revision).fetch(DESCRIPTION_FILES)
-    if (folder / "config.json").is_file():  # of what is none, loading says more
+    source = Source(full_name(model), revision)
+    if source.lacks("config.json"):
+        return  # loading says more
+    folder = source.fetch(DESCRIPTION_FILES)
+    if (folder / "config.json").is_file():
         formats_stored(read_json(folder / "config.json"), folder)
 
 
