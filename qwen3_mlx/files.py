@@ -11,14 +11,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from qwen3_mlx.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
-_BLOCK = 1 << 20  # bytes of a tensor that are compared at once
+_BLOCK = 1 << 20  # elements of a tensor that are compared at once
 _MOST_AXES = 8  # a checkpoint has three at most; a product of millions would take for ever
 _ITEM_SIZE = {  # bytes of an element, by the format's name of its dtype
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
@@ -36,6 +39,7 @@ STORED_AS = {
 }
 """The format's names of the dtypes that are written."""
 _READ_AS = {name: dtype for dtype, name in STORED_AS.items()}
+_FLOATS = {"BF16", "F16", "F32"}
 _READ_AS |= {"F8_E4M3": mx.uint8}  # MLX has no 8-bit floats
 
 
@@ -152,35 +156,53 @@ def read_rows(entry: Entry, start: int, stop: int) -> mx.array:
     if entry.dtype not in _READ_AS:
         raise CheckpointError(f"{entry.file} has a tensor of dtype {entry.dtype}, which none needs")
     width = entry.shape[-1] if entry.shape else 1
-    row = width * _ITEM_SIZE[entry.dtype]
-    try:
-        with entry.file.open("rb", buffering=0) as stream:
-            stream.seek(entry.start + start * row)
-            raw = stream.read((stop - start) * row)
-    except OSError as error:
-        raise CheckpointError(f"{entry.file} cannot be read: {error.strerror}") from error
-    if len(raw) != (stop - start) * row:
-        raise CheckpointError(f"{entry.file} has become shorter while it was read")
+    raw = _read_elements(entry, start * width, stop * width)
     numbers = mx.array(memoryview(raw))  # type: ignore[arg-type]  # which takes buffers, too
     return numbers.view(_READ_AS[entry.dtype]).reshape(stop - start, width)
 
 
-def same_bytes(one: Entry, other: Entry) -> bool:
-    """Return whether two tensors are stored alike: dtype, shape and bytes.
+def _read_elements(entry: Entry, start: int, stop: int) -> bytes:
+    size = _ITEM_SIZE[entry.dtype]
+    try:
+        with entry.file.open("rb", buffering=0) as stream:
+            stream.seek(entry.start + start * size)
+            raw = stream.read((stop - start) * size)
+    except OSError as error:
+        raise CheckpointError(f"{entry.file} cannot be read: {error.strerror}") from error
+    if len(raw) != (stop - start) * size:
+        raise CheckpointError(f"{entry.file} has become shorter while it was read")
+    return raw
+
+
+def same_numbers(one: Entry, other: Entry) -> bool:
+    """Return whether two tensors have one shape and the same numbers, in whatever floats.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    if one.shape != other.shape:
         return False
-    try:
-        with one.file.open("rb") as first, other.file.open("rb") as second:
-            first.seek(one.start)
-            second.seek(other.start)
-            sizes = (min(_BLOCK, one.nbytes - place) for place in range(0, one.nbytes, _BLOCK))
-            return all(first.read(size) == second.read(size) for size in sizes)
-    except OSError as error:
-        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+    import numpy as np  # imported where it is used, which is seldom: it would delay the start
+
+    count = math.prod(one.shape)
+    for start in range(0, count, _BLOCK):
+        stop = min(start + _BLOCK, count)
+        first, second = (_read_elements(entry, start, stop) for entry in (one, other))
+        if one.dtype == other.dtype and first == second:
+            continue
+        if not {one.dtype, other.dtype} <= _FLOATS or not np.array_equal(
+            _as_floats(first, one.dtype), _as_floats(second, other.dtype), equal_nan=True
+        ):
+            return False
+    return True
+
+
+def _as_floats(raw: bytes, dtype: str) -> "NDArray[Any]":
+    import numpy as np
+
+    if dtype == "BF16":  # the upper half of a float32
+        return (np.frombuffer(raw, np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return np.frombuffer(raw, np.float16 if dtype == "F16" else np.float32)
 
 
 @dataclass(frozen=True, slots=True)

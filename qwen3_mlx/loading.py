@@ -172,7 +172,7 @@ class _Found:
         revision: str | None = None,
         context: int | None = None,
     ) -> "_Found":
-        place = Source(full_name(source) if isinstance(source, str) else str(source), revision)
+        place = Source(full_name(source), revision)
         folder, config = read_config(place)
         if are_here(folder):
             config = untied(config, folder)

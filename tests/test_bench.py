@@ -172,6 +172,21 @@ def test_the_table_of_this_package_alone(
     assert "mlx-lm" not in out
 
 
+def test_a_folder_that_is_called_like_a_size(
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "8B").symlink_to(tiny_folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    few = ("--prompts", "8", "--together", "", "--decode", "2")
+    code, out, err = call(["bench", "./8B", *few], capsys)
+    assert code == 0, err
+    assert "after 8" in out
+
+
 def figures(case: Case, decode: float) -> Figures:
     return Figures(case, first_token=2.0, decode=decode, peak=10**9)
 

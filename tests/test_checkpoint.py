@@ -269,11 +269,13 @@ def as_integers(weights: dict[str, mx.array]) -> None:
 
 
 def npz(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "model.npz"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
 def point_elsewhere(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
     index = {"weight_map": {"model.norm.weight": "../../secret.safetensors"}}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
@@ -382,7 +384,7 @@ BROKEN = {
         edit_json("config.json", quantization=None, quantization_config=FP8),
         "quantized as FP8",
     ),
-    "npz": (npz, "names model.npz; only safetensors"),
+    "npz": (npz, "names model.npz, and only safetensors"),
     "another model": (edit_json("config.json", model_type="llama"), "model_type is 'llama'"),
     "fp8": (edit_json("config.json", quantization_config=FP8), "quantized as FP8.* qwen3 convert"),
     "awq": (edit_json("config.json", quantization_config=AWQ), "quantized as AWQ.* qwen3 convert"),

@@ -15,6 +15,7 @@ from qwen3_mlx.checkpoint.quantization import Format
 from qwen3_mlx.cli.evaluate import compare
 from qwen3_mlx.cli.main import main
 from tests.support import DEMO, MOE, assert_close, random_ids, write_tiny
+from tests.test_cli import call
 
 IDS = random_ids(30)
 ROOT = Path(__file__).parent.parent
@@ -145,6 +146,18 @@ def test_the_command_and_its_report(
     report = json.loads((output / "report.json").read_text())
     assert report["modules"][0]["error"] > 0
     assert (output / "report.svg").read_text().startswith("<?xml")
+
+
+def test_a_result_that_is_called_like_a_size(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwen3_mlx.cli.convert.compare", partial(compare, tokens=100))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = call(["convert", str(DEMO), "0.6b", "--report"], capsys)
+    assert code == 0, err
+    assert Path("0.6b/report.json").is_file()
+    assert "Try it: qwen3 --model ./0.6b " in err
 
 
 def test_the_script_is_the_command(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from qwen3_mlx import CheckpointError, Qwen3Error, load
+from qwen3_mlx import convert as convert_folder
 from qwen3_mlx.checkpoint import convert
 from qwen3_mlx.checkpoint.convert import Job, Written, modules_of, run
 from qwen3_mlx.checkpoint.quantization import Format
@@ -244,6 +245,46 @@ def test_the_newer_spelling_becomes_readable_by_mlx_lm(
     assert_close(our_logits(tmp_path / "found"), our_logits(tmp_path / "expected"), 0)
     if not (yarn and kind == "moe"):  # mlx-lm does not apply YaRN to these
         assert_close(our_logits(tmp_path / "found"), reference, 1e-4)
+
+
+@pytest.mark.parametrize("kind", ["tied", "moe"])
+@pytest.mark.parametrize("value", ["missing", None])
+def test_defaults_are_stated_for_mlx_lm(
+    kind: str, value: str | None, sources: dict[str, Path], tmp_path: Path, lm: Any
+) -> None:
+    source = shutil.copytree(sources[kind], tmp_path / "source")
+    config = read_json(source / "config.json")
+    own = ("rms_norm_eps", "rope_theta", "max_position_embeddings", "attention_bias")
+    experts = ("decoder_sparse_step", "mlp_only_layers", "norm_topk_prob", "num_experts_per_tok")
+    for key in (*own, *experts, *(["tie_word_embeddings"] if kind == "moe" else [])):
+        config.pop(key, None)
+        if value is None:
+            config[key] = None
+    if kind == "moe":  # whose head_dim is by default the hidden size over the heads
+        config |= {"head_dim": None, "num_attention_heads": 1, "num_key_value_heads": 1}
+        source = write_tiny(tmp_path / "experts", config)
+    (source / "config.json").write_text(json.dumps(config))
+    convert_folder(source, tmp_path / "out", dtype="float32")
+    assert_close(our_logits(tmp_path / "out"), reference_logits(lm, tmp_path / "out"), 1e-4)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_scaling": {"rope_type": None, "type": "yarn", "factor": 4.0, "beta_fast": None}},
+        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 5000.0}},
+    ],
+)
+def test_yarn_is_stated_as_mlx_lm_reads_it(
+    rope: dict[str, Any], tied: Path, tmp_path: Path, lm: Any
+) -> None:
+    source = shutil.copytree(tied, tmp_path / "source")
+    config = {**read_json(source / "config.json"), **rope}  # with a rope_theta of its own, too
+    (source / "config.json").write_text(json.dumps(config))
+    convert_folder(source, tmp_path / "out", dtype="float32", dequantize=True)
+    found = our_logits(tmp_path / "out")
+    assert_close(found, our_logits(source), 1e-4)
+    assert_close(found, reference_logits(lm, tmp_path / "out"), 1e-4)
 
 
 # --- files --------------------------------------------------------------------------------------

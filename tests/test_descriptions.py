@@ -138,6 +138,26 @@ def test_an_index_of_shards_that_are_gone_is_an_older_one(
     assert_close(logits(tmp_path / "out"), logits(tiny_folder), 0)
 
 
+@pytest.mark.parametrize(
+    ("index", "fault"),
+    [
+        ("{", "cannot be read as JSON"),
+        ('{"weight_map": {}}', "has no weight_map"),
+        ('{"weight_map": {"a": "x.bin"}}', "names x.bin, and only safetensors files are read"),
+        ('{"weight_map": {"a": "../x.safetensors"}}', "names files outside its folder"),
+    ],
+)
+def test_a_broken_index_beside_whole_weights(
+    index: str, fault: str, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "broken")
+    (folder / INDEX).write_text(index)
+    assert_close(logits(folder), logits(tiny_folder), 0)
+    assert messages(caplog) == [f"{folder}: {INDEX} {fault}; model.safetensors is read"]
+    convert(folder, tmp_path / "out", dequantize=True, dtype="float32")
+    assert_close(logits(tmp_path / "out"), logits(tiny_folder), 0)
+
+
 @pytest.mark.parametrize("index", [True, False])
 def test_two_sets_of_weights_are_refused(index: bool, tiny_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "two")

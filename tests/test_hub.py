@@ -16,6 +16,7 @@ import mlx.core as mx
 import pytest
 
 from tests.support import DEMO, read_weights
+from tests.test_descriptions import shards_of
 from tests.test_tied import with_head
 
 GIVEN: dict[str, bytes] = {}
@@ -277,7 +278,40 @@ def test_what_is_not_read_is_refused_before_its_weights_are_fetched(
     assert not [name for name in asked if name.endswith(".safetensors")]
 
 
-@pytest.mark.parametrize("kind", ["gguf", "adapter", "gguf beside a config"])
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"quant_algo": "FP8"}, "config.json: the weights are quantized without quant_method ("),
+        (
+            {"quant_type": "int4_weight_only"},
+            "without quant_method (quant_type), which is not read",
+        ),
+        ({"bits": 4, "group_size": 128, "sym": True}, "(bits, group_size, sym), which is not read"),
+        (None, "hf_quant_config.json: the weights are quantized as modelopt's NVFP4, which is not"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["ask", "plan", "convert"])
+def test_a_quantization_of_no_name_is_refused_unfetched(
+    verb: str, section: dict[str, object] | None, words: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = edited(tiny_folder, tmp_path / "quantized", quantization_config=section)
+    if section is None:
+        stated = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4"}}
+        (folder / "hf_quant_config.json").write_text(json.dumps(stated))
+    arguments = {
+        "ask": ["Hello", "--model", "someone/tiny"],
+        "convert": ["convert", "someone/tiny", str(tmp_path / "out")],
+        "plan": ["plan", "someone/tiny"],
+    }[verb]
+    with serving(folder) as (address, asked):
+        done = qwen3(*arguments, home=tmp_path / "home", endpoint=address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert words in done.stderr.splitlines()[-1]
+    assert "take the original weights, or a build for MLX" in done.stderr
+    assert not [name for name in asked if name.endswith(".safetensors")]
+
+
+@pytest.mark.parametrize("kind", ["gguf", "adapter", "adapter's weights", "gguf beside a config"])
 def test_a_name_that_is_no_whole_checkpoint_says_what_it_is(
     kind: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
@@ -287,15 +321,63 @@ def test_a_name_that_is_no_whole_checkpoint_says_what_it_is(
         (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
     else:
         folder.mkdir()
-        name = "adapter_config.json" if kind == "adapter" else "model-Q4_K_M.gguf"
-        (folder / name).write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
+        names = {"adapter": "adapter_config.json", "adapter's weights": "adapter_model.safetensors"}
+        (folder / names.get(kind, "model-Q4_K_M.gguf")).write_text(
+            '{"base_model_name_or_path": "Qwen/Qwen3-8B"}'
+        )
     with serving(folder) as (address, asked):
         done = qwen3("Hello", "--model", "someone/tiny", home=tmp_path / "home", endpoint=address)
     assert done.returncode == 1
-    expected = {"adapter": "someone/tiny is an adapter for Qwen/Qwen3-8B, not a whole model"}
+    expected = {
+        "adapter": "someone/tiny is an adapter for Qwen/Qwen3-8B, not a whole model",
+        "adapter's weights": "someone/tiny is an adapter for another model, not a whole model",
+    }
     gguf = "someone/tiny has model-Q4_K_M.gguf, and GGUF is not read; take the safetensors"
     assert expected.get(kind, gguf) in done.stderr.splitlines()[-1]
     assert not [name for name in asked if name.endswith((".gguf", ".safetensors"))]
+    if kind in ("gguf", "adapter's weights"):  # nothing is fetched, so there is no bar either
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("verb", ["plan", "convert", "bench", "eval"])
+def test_what_has_no_config_is_refused_in_one_line(verb: str, tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    (folder / "model.gguf").write_text("")
+    arguments = {
+        "plan": ["plan", "someone/tiny"],
+        "convert": ["convert", "someone/tiny", str(tmp_path / "out"), "--report"],
+        "bench": ["bench", "someone/tiny"],
+        "eval": ["eval", "divergence", str(DEMO), "someone/tiny", "--tokens", "10"],
+    }[verb]
+    with serving(folder) as (address, _):
+        done = qwen3(*arguments, home=tmp_path / "home", endpoint=address)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("qwen3: someone/tiny has model.gguf,")
+    assert "No files matched" not in done.stderr and "Fetching" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "hf.co/Qwen/Qwen3-8B",
+        "https://huggingface.co/Qwen/Qwen3-8B",
+        "https://huggingface.co/Qwen/Qwen3-8B/tree/main",
+    ],
+)
+def test_an_address_of_the_hub_is_no_name(name: str, tmp_path: Path) -> None:
+    done = ask(name, tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert done.stderr == f"qwen3: {name} is an address; give the name alone, Qwen/Qwen3-8B\n"
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapters.safetensors"])
+def test_the_file_of_an_adapter_says_what_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"")
+    done = ask(str(tmp_path / name), tmp_path, "http://127.0.0.1:9")
+    assert done.returncode == 1
+    assert "is of an adapter for another model, not a whole model; merge it" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_index_of_files_that_are_gone(tiny_folder: Path, tmp_path: Path) -> None:
@@ -308,6 +390,52 @@ def test_an_index_of_files_that_are_gone(tiny_folder: Path, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "names files that are not there; model.safetensors is read" in done.stderr
     assert asked.count("model.safetensors") == 1
+
+
+def test_a_broken_index_beside_whole_weights(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_folder, tmp_path / "broken")
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.bin"}}')
+    with serving(folder) as (address, asked):
+        done = ask("someone/tiny", tmp_path / "home", address)
+    assert done.returncode == 0, done.stderr
+    assert "names x.bin, and only safetensors files are read; model.safetensors is" in done.stderr
+    assert asked.count("model.safetensors") == 1
+
+
+def test_a_variant_beside_whole_weights_is_not_fetched(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_folder, tmp_path / "variant")
+    shutil.copy(folder / "model.safetensors", folder / "model.fp16.safetensors")
+    with serving(folder) as (address, asked):
+        done = ask("someone/tiny", tmp_path / "home", address)
+    assert done.returncode == 0, done.stderr
+    assert "model.fp16.safetensors" not in asked
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards_beside_whole_weights_are_refused_unfetched(
+    index: bool, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = edited(tiny_folder, tmp_path / "two")
+    shards_of(folder, index=index)
+    with serving(folder) as (address, asked):
+        done = ask("someone/tiny", tmp_path / "home", address)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == (
+        "qwen3: someone/tiny has model.safetensors and model-00001-of-00002.safetensors, which are "
+        "not parts of one set of weights; give a folder without the files that do not belong to "
+        "this checkpoint"
+    )
+    assert not [name for name in asked if name.endswith(".safetensors")]
+
+
+def test_shards_without_an_index_are_fetched(tiny_folder: Path, tmp_path: Path) -> None:
+    folder = edited(tiny_folder, tmp_path / "shards")
+    shards_of(folder, index=False)
+    (folder / "model.safetensors").unlink()
+    with serving(folder) as (address, asked):
+        done = ask("someone/tiny", tmp_path / "home", address)
+    assert done.returncode == 0, done.stderr
+    assert len([name for name in asked if name.endswith(".safetensors")]) == 2
 
 
 def test_planning_says_that_a_head_may_be_its_own(tiny_folder: Path, tmp_path: Path) -> None:
@@ -324,6 +452,42 @@ def test_planning_says_that_a_head_may_be_its_own(tiny_folder: Path, tmp_path: P
     assert done.returncode == 0, done.stderr
     assert "ties the head to the embedding, but there is an lm_head" in done.stderr
     assert sorted(asked) == ["config.json", "model.safetensors.index.json"]
+
+
+@pytest.mark.parametrize("index", ["stale", "broken"])
+def test_planning_says_nothing_of_a_head_that_is_not_known(
+    index: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = edited(tiny_folder, tmp_path / "whole")
+    names = dict.fromkeys(("lm_head.weight",), "model-00001-of-00001.safetensors")
+    text = json.dumps({"weight_map": names}) if index == "stale" else "{"
+    (folder / "model.safetensors.index.json").write_text(text)
+    with serving(folder) as (address, _):
+        done = qwen3("plan", "someone/tiny", home=tmp_path / "home", endpoint=address)
+    assert done.returncode == 0, done.stderr
+    assert "lm_head" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "complaint"),
+    [
+        ("model-Q4_K_M.gguf", "someone/tiny has model-Q4_K_M.gguf, and GGUF is not read"),
+        ("model.pt", "has model.pt, pytorch_model.bin, but only safetensors files are read"),
+        ("adapter_config.json", "is an adapter for another model, not a whole model"),
+    ],
+)
+def test_planning_refuses_weights_that_are_not_read(
+    file: str, complaint: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    folder = edited(tiny_folder, tmp_path / "other", tie_word_embeddings=False)
+    (folder / "model.safetensors").unlink()
+    (folder / file).write_text("{}")
+    with serving(folder) as (address, _):
+        done = qwen3("plan", "someone/tiny", home=tmp_path / "home", endpoint=address)
+        load = qwen3("Hi", "--model", "someone/tiny", home=tmp_path / "home", endpoint=address)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert complaint in done.stderr.splitlines()[-1]
+    assert done.stderr.splitlines()[-1] == load.stderr.splitlines()[-1]
 
 
 def test_a_head_of_its_own_is_seen_when_it_has_been_fetched(

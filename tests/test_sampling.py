@@ -237,6 +237,12 @@ STATED: dict[str, tuple[dict[str, Any], SamplingParams, list[str]]] = {
         SamplingParams(temperature=1.5, top_p=0.99, top_k=500),
         [],
     ),
+    "one beside what is no number": (
+        {"temperature": 0.6, "top_p": 0.95, "top_k": 20.5},
+        DIRECT,
+        ["top_k must be a number, not 20.5; the default is taken"],
+    ),
+    "some of the published": ({"temperature": 0.6}, DIRECT, []),
     "one of them": ({"temperature": 1.5}, replace(DIRECT, temperature=1.5), []),
     "greedy": ({**PUBLISHED, "do_sample": False}, SamplingParams(temperature=0.0), []),
     "all": (

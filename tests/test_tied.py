@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from qwen3_mlx import convert, load
+from qwen3_mlx import CheckpointError, convert, load
 from qwen3_mlx.files import read_json
 from tests.support import assert_close, random_ids, read_weights
 from tests.test_cli import call
@@ -39,8 +39,6 @@ def with_head(source: Path, folder: Path, *, like: str, tie: bool = True) -> Pat
     weights = read_weights(folder)
     copy = weights[EMBEDDING]
     weights[HEAD] = copy if like == "copy" else copy.at[-1].add(0.5)  # the last row alone
-    if like == "wider":
-        weights[HEAD] = copy.astype(mx.float32)
     mx.eval(weights)
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     config = read_json(folder / "config.json")
@@ -102,9 +100,54 @@ def test_a_copy_of_the_embedding_stays_tied(
     assert not warnings(caplog)
 
 
-def test_a_head_of_another_dtype_is_its_own(tiny_folder: Path, tmp_path: Path) -> None:
-    folder = with_head(tiny_folder, tmp_path / "wider", like="wider")
-    assert_close(logits(folder), logits(tiny_folder))
+@pytest.mark.parametrize("kind", ["another dtype", "another zero"])
+def test_a_head_with_the_numbers_of_the_embedding_stays_tied(
+    kind: str, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "same")
+    weights = read_weights(folder)
+    embedding = weights[EMBEDDING].astype(mx.bfloat16).at[0, 0].multiply(0)
+    weights[EMBEDDING] = embedding
+    if kind == "another dtype":
+        weights[HEAD] = embedding.astype(mx.float32)
+    else:
+        zero = mx.zeros_like(embedding[:1, :1])
+        row = mx.concatenate([-zero, embedding[:1, 1:]], axis=1)
+        weights[HEAD] = mx.concatenate([row, embedding[1:]])
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    with load(folder) as llm:
+        assert llm.config.tie_word_embeddings
+    convert(folder, tmp_path / "out", dequantize=True)
+    assert states(tmp_path / "out")
+    assert not warnings(caplog)
+
+
+@pytest.mark.parametrize("kind", ["more rows", "no rows", "bias"])
+def test_a_head_that_fits_nowhere_is_refused_in_a_sentence(
+    kind: str, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    folder = shutil.copytree(tiny_folder, tmp_path / "misfit")
+    weights = read_weights(folder)
+    embedding = weights[EMBEDDING]
+    if kind == "bias":
+        weights |= {HEAD: embedding, "lm_head.bias": mx.zeros(len(embedding))}
+    else:
+        weights[HEAD] = (
+            mx.concatenate([embedding, embedding[:8]])
+            if "more" in kind
+            else mx.zeros((0, embedding.shape[1]))
+        )
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    words = "unexpected: lm_head.bias" if kind == "bias" else r"an lm_head\.weight \[.*is needed;"
+    for attempt in (lambda: load(folder), lambda: convert(folder, tmp_path / "out")):
+        with pytest.raises(CheckpointError, match=words):
+            attempt()
+    assert not warnings(caplog)
+    if kind != "bias":
+        code, _, err = call(["plan", str(folder)], capsys)
+        assert code == 1 and "lm_head.weight" in err
 
 
 @pytest.mark.parametrize("kind", ["weight", "scales", "biases", "copy"])

@@ -11,7 +11,7 @@ import math
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -379,25 +379,38 @@ def output_config(job: Job) -> dict[str, Any]:
     """Give the result's config.json: the source's, with the quantization as MLX programs read it.
 
     Keys that only newer versions of other libraries write are stated in the older spelling as
-    well, for programs that know no other.
+    well, for programs that know no other, and defaults that were left out are stated for those that
+    have none or others.
     """
+    network = ModelConfig.from_dict(job.config)
     config = {
         key: value
         for key, value in job.config.items()
         if key not in ("quantization", "quantization_config", "dtype")
     }
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" not in config and "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-        scaled = rope.get("rope_type", "default") != "default"
-        scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-        config.setdefault("rope_scaling", scaling if scaled else None)
-    if "num_local_experts" in config:
-        config.setdefault("num_experts", config["num_local_experts"])
+    known = {**asdict(network), **(asdict(network.experts) if network.experts else {})}
+    for key in known.keys() - {"yarn", "experts"}:
+        if config.get(key) is None:
+            config[key] = known[key]
+    config["rope_theta"] = network.rope_theta
+    config["rope_scaling"] = _rope_scaling(config, network)
     config["torch_dtype"] = _DTYPE_NAMES[job.dtype]
     if section := _quantization(job.formats):
         config["quantization"] = config["quantization_config"] = section
     return config
+
+
+def _rope_scaling(config: Mapping[str, Any], network: ModelConfig) -> dict[str, Any] | None:
+    """State the scaling that is in force, whichever section and spelling it comes from."""
+    if network.yarn is None:
+        return None
+    stated = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
+    window = network.yarn.original_max_position_embeddings
+    return {
+        **{key: value for key, value in stated.items() if value is not None and key != "type"},
+        "rope_type": "yarn",
+        "original_max_position_embeddings": window,
+    }
 
 
 def _quantization(formats: Formats) -> dict[str, Any]:

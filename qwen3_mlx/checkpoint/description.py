@@ -1,19 +1,26 @@
 """What a checkpoint says of itself, judged before its weights are fetched."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.quantization import quantization_of
-from qwen3_mlx.checkpoint.weights import INDEX, WHOLE, index_is_stale, weight_names, why_none
+from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.quantization import MODELOPT, quantization_of, refuse_modelopt
+from qwen3_mlx.checkpoint.weights import (
+    INDEX,
+    WHOLE,
+    are_here,
+    index_fault,
+    instead_of_weights,
+    weight_names,
+    why_none,
+)
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig, unknown_rope_keys
 
 _log = logging.getLogger(__name__)
-_ADAPTER = "adapter_config.json"
 
 
 def read_config(
@@ -25,12 +32,13 @@ def read_config(
         CheckpointError: it is no Qwen3 that can be read: another network, a GGUF file, an adapter,
             or weights quantized by a method that is not read.
     """
-    folder = place.fetch(files)
-    if not (folder / "config.json").is_file():
+    folder = None if place.lacks("config.json") else place.fetch([*files, MODELOPT])
+    if folder is None or not (folder / "config.json").is_file():
         raise CheckpointError(_what_is_there(place, needed="config.json"))
     config = read_json(folder / "config.json")
     ModelConfig.from_dict(config)
-    quantization_of(config)
+    if quantization_of(config) is None and (folder / MODELOPT).is_file():
+        refuse_modelopt(read_json(folder / MODELOPT))
     if unknown := unknown_rope_keys(config):
         _log.warning(
             "%s: config.json has keys for rope that are not known and change nothing: %s",
@@ -46,22 +54,40 @@ def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path
     Raises:
         CheckpointError: it has none that are read.
     """
-    names = weight_names(folder)
-    folder = place.fetch([*also, *(names or [WHOLE])])
-    if not all((folder / name).is_file() for name in names):  # the index may be an older one's
-        folder = place.fetch([*also, WHOLE])
+    files = None if are_here(folder) else place.listed()
+    names = weight_names(folder, files, place=place.name)
+    folder = place.fetch([*also, *(names or [WHOLE])]) if names or files is None else folder
     if not weight_names(folder):
         raise CheckpointError(_what_is_there(place, needed=WHOLE))
-    if index_is_stale(folder):
-        _log.warning("%s: %s names files that are not there; %s is read", place.name, INDEX, WHOLE)
+    if fault := index_fault(folder):
+        _log.warning("%s: %s; %s is read", place.name, fault, WHOLE)
     return folder
+
+
+def tensors_listed(place: Source, folder: Path) -> Collection[str] | None:
+    """Return the names of a checkpoint's tensors, by its index; None where none can be relied on.
+
+    No weights are fetched. A checkpoint of a config.json alone is let pass.
+
+    Raises:
+        CheckpointError: its weights are of a kind that is not read, or there twice.
+    """
+    files = place.listed()
+    if files and INDEX in files:
+        folder = place.fetch(["config.json", INDEX])
+    names = weight_names(folder, files, place=place.name)
+    if files and not names and instead_of_weights(files):
+        raise CheckpointError(_what_is_there(place, needed=WHOLE))
+    if not (folder / INDEX).is_file() or index_fault(folder, files):
+        return None
+    return set(read_json(folder / INDEX)["weight_map"])
 
 
 def _what_is_there(place: Source, *, needed: str) -> str:
     """Return a sentence for a checkpoint that lacks a file, by the files that it has."""
     files = place.files()
     base = None
-    if _ADAPTER in files:  # peft writes the first key, mlx-lm the second
-        adapter = read_json(place.fetch([_ADAPTER]) / _ADAPTER)
+    if ADAPTER_CONFIG in files:  # peft writes the first key, mlx-lm the second
+        adapter = read_json(place.fetch([ADAPTER_CONFIG]) / ADAPTER_CONFIG)
         base = adapter.get("base_model_name_or_path") or adapter.get("model")
     return why_none(place.name, files, needed, str(base or "another model"))

@@ -26,7 +26,18 @@ GGUF = (
     "build for MLX, such as Qwen/Qwen3-8B-MLX-4bit"
 )
 """What to say of that format, and the way out."""
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapters.safetensors")
+"""The files of adapters, as peft and mlx-lm name them."""
+NO_WHOLE_MODEL = (
+    "not a whole model; merge it into that first (peft: merge_and_unload, mlx-lm: mlx_lm.fuse) and "
+    "give the result"
+)
+"""What to say of an adapter for another model, and the way out."""
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ADDRESS = re.compile(
+    rf"(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/({_HUB_NAME.pattern}).*"
+)
 
 
 def check_name(name: str) -> None:
@@ -66,8 +77,11 @@ class Source:
         """
         self.name = name
         self._revision = revision
+        self._listed: list[str] | None = None
         folder = Path(name).expanduser()
         self.folder = folder if name and folder.exists() else None
+        if self.folder is None and (address := _HUB_ADDRESS.fullmatch(name)):
+            raise CheckpointError(f"{name} is an address; give the name alone, {address[1]}")
         if name.lower().endswith(".gguf") and not (self.folder and self.folder.is_dir()):
             raise CheckpointError(f"{name}: {GGUF}")
         if self.folder is None and (name[:1] in "./~" or not _HUB_NAME.fullmatch(name)):
@@ -75,21 +89,51 @@ class Source:
                 f"{name!r} is no folder here, nor a hub name such as Qwen/Qwen3-8B, "
                 f"nor one of the sizes {', '.join(SIZES)}"
             )
+        if self.folder and self.folder.name in ADAPTER_FILES:
+            raise CheckpointError(f"{name} is of an adapter for another model, {NO_WHOLE_MODEL}")
         if self.folder and not self.folder.is_dir():
             raise CheckpointError(f"{name} is a file; give the checkpoint's folder")
         if self.folder and revision is not None:
             raise ValueError(f"revision belongs to hub names; {name} is a folder")
 
-    def files(self) -> list[str]:
-        """List the files that it has; where the hub cannot be reached, those that are here."""
-        if self.folder is None:
+    def listed(self) -> list[str] | None:
+        """List the files that it has; None where the hub cannot be reached."""
+        if self.folder:
+            return sorted(file.name for file in self.folder.iterdir())
+        if self._listed is None:
             from huggingface_hub import HfApi
 
             try:
-                return sorted(HfApi().list_repo_files(self.name, revision=self._revision))
+                files = HfApi().list_repo_files(self.name, revision=self._revision)
+                self._listed = sorted(files)
             except Exception:  # noqa: BLE001 - the library lets those of its HTTP client through
                 _log.debug("%s: its files could not be listed", self.name, exc_info=True)
-        return sorted(file.name for file in self.fetch([]).iterdir())
+        return self._listed
+
+    def lacks(self, file: str) -> bool:
+        """Return whether a file is known to be missing; the hub is asked only where it is not here.
+
+        Fetching what is not there would end in lines of the hub's library.
+        """
+        if self.folder is None:
+            from huggingface_hub import try_to_load_from_cache
+
+            try:
+                if isinstance(
+                    try_to_load_from_cache(self.name, file, revision=self._revision), str
+                ):
+                    return False
+            except ValueError:  # a name that the hub cannot have: fetching says so
+                return False
+        files = self.listed()
+        return files is not None and file not in files
+
+    def files(self) -> list[str]:
+        """List the files that it has; where the hub cannot be reached, those that are here."""
+        files = self.listed()
+        if files is None:
+            files = sorted(file.name for file in self.fetch([]).iterdir())
+        return files
 
     def fetch(self, files: Sequence[str]) -> Path:
         """Make sure that those of `files` that the checkpoint has are here; give their folder.

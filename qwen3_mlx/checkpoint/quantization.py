@@ -8,7 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.weights import INDEX, index_is_stale
+from qwen3_mlx.checkpoint.weights import INDEX, index_fault
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
 
@@ -84,7 +84,10 @@ def _listed(values: tuple[int, ...]) -> str:
 
 # --- what the files of a checkpoint hold --------------------------------------------------------
 
+MODELOPT = "hf_quant_config.json"
 MLX = "mlx"
+_MLX_KEYS = {"bits", "group_size", "mode"}  # and the paths of modules
+_UNNAMED = ""
 # The other methods that a conversion reads. Of each, the keys of its section that must have one of
 # some values, and what it means that a key is missing.
 _READ: Mapping[str, Mapping[str, tuple[tuple[object, ...], object]]] = {
@@ -121,18 +124,21 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     if found is None or found.method == MLX:
         return found
     method, section = found.method, found.section
+    if method == _UNNAMED:
+        raise _unreadable(f"without quant_method ({', '.join(section)})")
     if method not in _READ:
-        raise _unreadable(method)
+        raise _unreadable(f"as {method!r}")
+    name = f"as {method.upper()}"
     for key, (allowed, default) in _READ[method].items():
         value = default if section.get(key) is None else section[key]
         if (value.lower() if isinstance(value, str) else value) not in allowed:
             only = " and ".join(map(repr, allowed))
-            raise _unreadable(method, f" with {key} {value!r}, and only {only} can be read")
+            raise _unreadable(name, f" with {key} {value!r}, and only {only} can be read")
     if section.get("dynamic"):
-        raise _unreadable(method, " with `dynamic`, formats of their own for some modules")
+        raise _unreadable(name, " with `dynamic`, formats of their own for some modules")
     if method == "fp8" and not _is_block(block := section.get("weight_block_size")):
         raise _unreadable(
-            method, f" with weight_block_size {block!r}, and needed is one such as [128, 128]"
+            name, f" with weight_block_size {block!r}, and needed is one such as [128, 128]"
         )
     return found
 
@@ -150,12 +156,20 @@ def _stated(config: Mapping[str, Any]) -> Quantization | None:
         return None
     if not isinstance(section, Mapping):
         raise CheckpointError(f"config.json: quantization is {section!r}, not an object")
-    if (own and "bits" in own) or not isinstance(foreign, Mapping):
+    if own and "bits" in own:
         return Quantization(MLX, section)
+    if not isinstance(foreign, Mapping):
+        return Quantization(MLX if _is_mlx(section) else _UNNAMED, section)
     if foreign.get("load_in_4bit") or foreign.get("load_in_8bit"):  # older files state no method
         method = "bitsandbytes"
-    method = foreign.get("quant_method") or method
-    return Quantization(str(method).lower(), foreign) if method else Quantization(MLX, section)
+    if method := foreign.get("quant_method") or method:
+        return Quantization(str(method).lower(), foreign)
+    return Quantization(MLX if _is_mlx(section) else _UNNAMED, section)
+
+
+def _is_mlx(section: Mapping[str, Any]) -> bool:
+    """Return whether a section that names no method has none but the keys of MLX's formats."""
+    return all(key in _MLX_KEYS or key == "lm_head" or "." in key for key in section)
 
 
 def _is_block(block: object) -> bool:
@@ -164,11 +178,22 @@ def _is_block(block: object) -> bool:
     )
 
 
-def _unreadable(method: str, how: str = "") -> CheckpointError:
-    named = method.upper() if method in _READ else repr(method)
+def refuse_modelopt(stated: Mapping[str, Any]) -> None:
+    """Refuse what the contents of a hf_quant_config.json say, beside a config.json that is silent.
+
+    Raises:
+        CheckpointError: it says that the weights are quantized.
+    """
+    section = stated.get("quantization")
+    method = section.get("quant_algo") if isinstance(section, Mapping) else section
+    if method:
+        raise _unreadable(f"as modelopt's {method}", where=MODELOPT)
+
+
+def _unreadable(form: str, how: str = "", *, where: str = "config.json") -> CheckpointError:
     how = how or f", which is not read ({', '.join(_READ).upper()} and MLX's own formats are)"
     return CheckpointError(
-        f"config.json: the weights are quantized as {named}{how}; take the original weights, or a "
+        f"{where}: the weights are quantized {form}{how}; take the original weights, or a "
         "build for MLX such as Qwen/Qwen3-8B-MLX-4bit"
     )
 
@@ -234,7 +259,7 @@ def formats_stored(
     stored = StoredFormats.of(config)
     if stored is None:
         return None
-    known = folder and (folder / INDEX).is_file() and not index_is_stale(folder)
+    known = folder and (folder / INDEX).is_file() and not index_fault(folder)
     names = read_json(folder / INDEX).get("weight_map") if folder and known else None
 
     def format_of(path: str) -> Format | None:

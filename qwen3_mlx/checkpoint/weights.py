@@ -12,15 +12,16 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.hub import GGUF
+from qwen3_mlx.checkpoint.hub import ADAPTER_FILES, GGUF, NO_WHOLE_MODEL
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import Entry, read_header, read_json, read_rows, same_bytes
+from qwen3_mlx.files import Entry, read_header, read_json, read_rows, same_numbers
 from qwen3_mlx.model.config import ModelConfig
 
 _log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
 _OTHERS = (".bin", ".pt", ".pth", ".gguf", ".npz")
+_OF_MODEL = re.compile(r"model[^/]*\.safetensors")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.(\w+)")
 
@@ -80,30 +81,37 @@ class Weights:
         return self._open[file].pop(name)
 
 
-def weight_names(folder: Path) -> list[str]:
+def weight_names(
+    folder: Path, files: Collection[str] | None = None, *, place: str = ""
+) -> list[str]:
     """List the weight files that belong to the checkpoint: those its index names, or what is there.
 
-    Where an index names files that are not there, and the weights lie in one file, that is taken:
-    the index is an older one's.
+    `files` are those that the checkpoint has at `place`, where not all are in `folder`. Where an
+    index is broken or names files that are not there, and the weights lie in one file, that is
+    taken.
 
     Raises:
         CheckpointError: the index is broken, or nothing says which of the files are meant.
     """
-    there = sorted(file.name for file in folder.glob("model*.safetensors"))
-    if (folder / INDEX).is_file():
-        names = _indexed(folder / INDEX)
+    present = {file.name for file in folder.iterdir()} if files is None else set(files)
+    there = sorted(filter(_OF_MODEL.fullmatch, present))
+    place = place or str(folder)
+    names, fault = _indexed(folder)
+    if fault and WHOLE not in there:
+        raise CheckpointError(f"{place}: {fault}")
+    if names:
         if WHOLE in names or WHOLE not in there:
             return names
-        if not set(names) <= set(there):
+        if not set(names) <= present:
             return [WHOLE]
-        _refuse_two_sets(folder, [WHOLE, names[0]])
+        _refuse_two_sets(place, [WHOLE, names[0]])
     numbered = [match for name in there if (match := _SHARD.fullmatch(name))]
-    if not numbered:
-        return there
+    if not numbered:  # a variant such as model.fp16.safetensors is not fetched
+        return [WHOLE] if files is not None and WHOLE in there else there
     sets: dict[tuple[str, str], str] = {}  # the first file of each, by stem and count
     for match in numbered:
         sets.setdefault((match[1], match[3]), match[0])
-    _refuse_two_sets(folder, [*([WHOLE] if WHOLE in there else []), *sets.values()])
+    _refuse_two_sets(place, [*([WHOLE] if WHOLE in there else []), *sets.values()])
     stem, number, count = numbered[0].groups()
     return [
         f"{stem}-{shard:0{len(number)}}-of-{count}.safetensors"
@@ -111,38 +119,50 @@ def weight_names(folder: Path) -> list[str]:
     ]
 
 
-def index_is_stale(folder: Path) -> bool:
-    """Return whether there is an index that says nothing of the weights that are taken."""
+def index_fault(folder: Path, files: Collection[str] | None = None) -> str:
+    """Return why an index says nothing of the weights that are taken; "" if it does, or is none.
+
+    `files` are those that the checkpoint has, where not all of them are in `folder`.
+    """
+    names, fault = _indexed(folder)
+    if names and WHOLE not in names and weight_names(folder, files) == [WHOLE]:
+        return f"{INDEX} names files that are not there"
+    return fault
+
+
+def _indexed(folder: Path) -> tuple[list[str], str]:
+    """Return the files that an index names; or none, and what is wrong with it if it is there."""
     if not (folder / INDEX).is_file():
-        return False
-    return weight_names(folder) == [WHOLE] and WHOLE not in _indexed(folder / INDEX)
-
-
-def _indexed(index: Path) -> list[str]:
-    """Return the files that an index names."""
-    names = read_json(index).get("weight_map")
+        return [], ""
+    try:
+        names = read_json(folder / INDEX).get("weight_map")
+    except CheckpointError:
+        return [], f"{INDEX} cannot be read as JSON"
     if not isinstance(names, dict) or not names:
-        raise CheckpointError(f"{index} has no weight_map")
+        return [], f"{INDEX} has no weight_map"
     files = set(map(str, names.values()))
     if any(Path(file).name != file for file in files):
-        raise CheckpointError(f"{index} names files outside its folder")
+        return [], f"{INDEX} names files outside its folder"
     if others := sorted(file for file in files if not file.endswith(".safetensors")):
-        raise CheckpointError(f"{index} names {others[0]}; only safetensors files are read")
-    return sorted(files)
+        return [], f"{INDEX} names {others[0]}, and only safetensors files are read"
+    return sorted(files), ""
 
 
-def _refuse_two_sets(folder: Path, examples: Collection[str]) -> None:
+def _refuse_two_sets(place: str, examples: Collection[str]) -> None:
     """Refuse weights that are there twice, `examples` being a file of each set."""
     if len(examples) > 1:
         raise CheckpointError(
-            f"{folder} has {' and '.join(examples)}, which are not parts of one set of weights; "
-            "move away what does not belong to this checkpoint"
+            f"{place} has {' and '.join(examples)}, which are not parts of one set of weights; "
+            "give a folder without the files that do not belong to this checkpoint"
         )
 
 
 def are_here(folder: Path) -> bool:
     """Return whether all weight files of a checkpoint are in its folder."""
-    names = weight_names(folder)
+    try:
+        names = weight_names(folder)
+    except CheckpointError:  # reading them says more
+        return False
     return bool(names) and all((folder / name).is_file() for name in names)
 
 
@@ -156,6 +176,11 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
+def instead_of_weights(files: Collection[str]) -> list[str]:
+    """List the files that hold weights of a kind that is not read, or of an adapter."""
+    return sorted(file for file in files if file.endswith(_OTHERS) or file in ADAPTER_FILES)
+
+
 def why_none(
     place: str, files: Collection[str], needed: str = WHOLE, base: str = "another model"
 ) -> str:
@@ -166,11 +191,8 @@ def why_none(
     others = sorted(file for file in files if file.endswith(_OTHERS))
     if ggufs := [file for file in others if file.endswith(".gguf")]:
         return f"{place} has {_some(ggufs)}, and {GGUF}"
-    if "adapter_config.json" in files:
-        return (
-            f"{place} is an adapter for {base}, not a whole model; merge it into that first "
-            "(peft: merge_and_unload, mlx-lm: mlx_lm.fuse) and give the result"
-        )
+    if not set(ADAPTER_FILES).isdisjoint(files):
+        return f"{place} is an adapter for {base}, {NO_WHOLE_MODEL}"
     if others and needed == WHOLE:
         return f"{place} has {_some(others)}, but only safetensors files are read"
     return f"{place} has no {needed}"
@@ -187,9 +209,9 @@ def has_own_head(weights: Weights) -> bool:
     """Return whether `lm_head` is there and is no copy of the embedding."""
     return any(
         (copied := weights.stored.get(name.replace("lm_head", "model.embed_tokens", 1))) is None
-        or not same_bytes(entry, copied)
+        or not same_numbers(entry, copied)
         for name, entry in weights.stored.items()
-        if name.startswith("lm_head.")
+        if name.startswith("lm_head.") and name != "lm_head.bias"  # which no Qwen3 has
     )
 
 
@@ -201,15 +223,32 @@ def untied(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     copy of the embedding, as some published checkpoints carry it, stays unused.
 
     Raises:
-        CheckpointError: a weight file is broken; only those of a tied model are looked at.
+        CheckpointError: a weight file is broken, or the head is of another shape than config.json
+            has it; only those of a tied model are looked at.
     """
-    if config.get("tie_word_embeddings") is not True or not has_own_head(Weights(folder)):
+    if config.get("tie_word_embeddings") is not True:
         return dict(config)
+    weights = Weights(folder)
+    if not has_own_head(weights):
+        return dict(config)
+    _refuse_another_shape(weights, [config["vocab_size"], config["hidden_size"]])
     _log.warning(
         "config.json ties the head to the embedding, but lm_head holds other numbers; it is used, "
         "as if tie_word_embeddings were false"
     )
     return {**config, "tie_word_embeddings": False}
+
+
+def _refuse_another_shape(weights: Weights, needed: list[int]) -> None:
+    if head := weights.stored.get("lm_head.weight"):
+        packed = "lm_head.scales" in weights.stored  # several numbers in a word
+        shape = [*head.shape[:1], *needed[1:]] if packed else list(head.shape)
+        if shape != needed:
+            raise CheckpointError(
+                "config.json ties the head to the embedding, but there is an lm_head.weight "
+                f"{list(head.shape)} where {needed} is needed; look for a copy of this checkpoint "
+                "whose weights and config.json match"
+            )
 
 
 def _stack_experts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

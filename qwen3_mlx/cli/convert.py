@@ -16,6 +16,7 @@ from qwen3_mlx.cli.console import Bar, note, sized
 from qwen3_mlx.cli.evaluate import compare, facts_of, read_text, refuse_unloadable
 from qwen3_mlx.cli.options import option
 from qwen3_mlx.evaluate.picture import Point, check_picture, draw
+from qwen3_mlx.model.published import folder_name
 
 _FORMAT, _RECIPE, _WRITING = "Format", "Recipe", "Writing"
 
@@ -140,7 +141,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     facts = {key: value for key, value in asdict(made).items() if key != "formats"}
     facts["output"] = str(made.output)
     if report:
-        found, modules = compare(source, str(output), read_text(None), revision=revision)
+        found, modules = compare(source, output, read_text(None), revision=revision)
         draw(picture, [Point(output.name, made.bits_per_weight, found.mean_kl)], modules)
         facts["report"] = facts_of(source, str(output), found, modules)
         (output / "report.json").write_text(json.dumps(facts["report"], indent=2), "utf-8")
@@ -194,4 +195,4 @@ def _print(made: "qwen3_mlx.Conversion", facts: dict[str, Any]) -> None:
     for name, fact in shown.items():
         table.add_row(f"[bold]{name}[/bold]", fact)
     Console().print(table)
-    note(f'Try it: qwen3 --model {made.output} "Why is the sky blue?"')
+    note(f'Try it: qwen3 --model {folder_name(made.output)} "Why is the sky blue?"')

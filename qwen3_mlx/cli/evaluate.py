@@ -160,7 +160,7 @@ def divergence_command(
 
 def compare(
     reference: str,
-    candidate: str,
+    candidate: str | Path,
     words: str,
     *,
     tokens: int = _TOKENS,
@@ -202,20 +202,23 @@ def facts_of(
 
 
 def _load(
-    model: str | None, kv_bits: str | None = None, revision: str | None = None
+    model: str | Path | None, kv_bits: str | None = None, revision: str | None = None
 ) -> "qwen3_mlx.LLM":
     with Bar(f"loading {model or 'the demo'}") as bar:
         return qwen3_mlx.load(model, revision=revision, kv_bits=kv_bits, progress=bar)
 
 
-def refuse_unloadable(model: str, revision: str | None = None) -> None:
+def refuse_unloadable(model: str | Path, revision: str | None = None) -> None:
     """Refuse what is to be loaded later, if its weights cannot be computed with.
 
     Raises:
         CheckpointError: they must be converted first, or are not read at all.
     """
-    folder = Source(full_name(model), revision).fetch(DESCRIPTION_FILES)
-    if (folder / "config.json").is_file():  # of what is none, loading says more
+    source = Source(full_name(model), revision)
+    if source.lacks("config.json"):
+        return  # loading says more
+    folder = source.fetch(DESCRIPTION_FILES)
+    if (folder / "config.json").is_file():
         formats_stored(read_json(folder / "config.json"), folder)
 
 
@@ -252,7 +255,7 @@ def _modules(reference: Path, candidate: Path, *, needed: bool) -> list[ModuleRo
             return []
 
 
-def _folder(model: str, revision: str | None = None) -> Path:
+def _folder(model: str | Path, revision: str | None = None) -> Path:
     """Find a checkpoint's files, which are here since it was loaded."""
     source = Source(full_name(model), revision)
     return fetch_weights(source, source.fetch(DESCRIPTION_FILES))

@@ -11,10 +11,10 @@ import typer
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
-from qwen3_mlx.checkpoint.description import read_config
+from qwen3_mlx.checkpoint.description import read_config, tensors_listed
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.quantization import MLX, Format, formats_stored, quantization_of
-from qwen3_mlx.checkpoint.weights import INDEX, are_here, untied
+from qwen3_mlx.checkpoint.weights import are_here, untied
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.plan_picture import Picture, draw
 from qwen3_mlx.engine.memory import (
@@ -28,7 +28,6 @@ from qwen3_mlx.engine.memory import (
     make_plan,
     weight_bytes,
 )
-from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import SIZES, published, size_named, yarn_lengths
 
@@ -245,13 +244,15 @@ def _find(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[str,
 
 
 def _judged(content: Mapping[str, Any], source: Source, folder: Path) -> Mapping[str, Any]:
-    """Return a config.json, untied if the weights have a head of their own, or say they may."""
-    if content.get("tie_word_embeddings") is not True:
-        return content
+    """Return a config.json, untied if the weights have a head of their own, or say they may.
+
+    Raises:
+        CheckpointError: the weights are of a kind that is not read.
+    """
     if are_here(folder):
         return untied(content, folder)
-    index = source.fetch(["config.json", INDEX]) / INDEX
-    if index.is_file() and "lm_head.weight" in (read_json(index).get("weight_map") or {}):
+    tensors = tensors_listed(source, folder) or ()
+    if content.get("tie_word_embeddings") is True and "lm_head.weight" in tensors:
         note(
             "config.json ties the head to the embedding, but there is an lm_head; if it is no copy "
             "of the embedding, it is loaded beside that, and takes as much again."

@@ -145,9 +145,11 @@ def sampling_defaults(stated: Mapping[str, Any], *, thinking: bool, hybrid: bool
 
     A checkpoint that can do both is published with one generation_config.json for two modes that
     need different values, so there the mode's temperature, top_p and top_k win over the published
-    ones. Others are a fine-tune's own and win, as those of a checkpoint with one mode do.
+    ones, be they all there or some. Others are a fine-tune's own and win, as those of a checkpoint
+    with one mode do.
     """
-    if hybrid and {name: stated.get(name) for name in _PUBLISHED[0]} in _PUBLISHED:
+    known = {(name, stated[name]) for name in _PUBLISHED[0] if name in stated}
+    if hybrid and any(known <= published.items() for published in _PUBLISHED):
         stated = {name: value for name, value in stated.items() if name not in _PUBLISHED[0]}
     mode = THINKING if thinking else DIRECT
     return SamplingParams(**stated).over(mode).over(NEUTRAL)

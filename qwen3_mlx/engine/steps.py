@@ -504,7 +504,9 @@ class Steps:
         # waits for the step in work.
         if not finite.tolist()[flight.choosing.index(sequence)]:  # type: ignore[index]
             dtype = self.model.model.norm.weight.dtype
-            wider = "" if dtype == mx.float32 else ', or load it with dtype="float32"'
+            wider = (
+                "" if dtype == mx.float32 else ', or load it with --dtype float32 (dtype="float32")'
+            )
             raise CheckpointError(
                 f"the logits of {self.model.source} have NaN or infinity among them, so it cannot "
                 "choose a token: its weights are damaged, or computing exceeds the range of "

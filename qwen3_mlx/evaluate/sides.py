@@ -184,7 +184,7 @@ def main() -> None:
             peer = MlxLm(setup.folder, setup.terms)
             _measure(peer, peer.model, setup)
         else:
-            with load(setup.folder) as llm:
+            with load(Path(setup.folder)) as llm:
                 llm.compute(lambda model: _measure(Ours(model), model, setup))
     except Qwen3Error as error:
         _tell({"error": str(error)})

@@ -259,7 +259,7 @@ def _rope_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
                 f"config.json: {name}.{nested[0]} is an object; only one rope for all layers is "
                 "supported"
             )
-        kind = part.get("rope_type", part.get("type", "default"))
+        kind = part.get("rope_type") or part.get("type") or "default"
         section |= {**part, "rope_type": kind} if part else {}
     return section, where
 

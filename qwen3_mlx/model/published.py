@@ -5,6 +5,7 @@ From the config.json of each Qwen/Qwen3-SIZE on the hub.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qwen3_mlx.errors import Qwen3Error
@@ -89,13 +90,18 @@ def size_named(name: str) -> str | None:
     return next((size for size in SIZES if size.lower() == name.lower()), None)
 
 
-def full_name(name: str) -> str:
+def full_name(name: str | Path) -> str:
     """Return the hub name that a bare size stands for, and anything else as it is.
 
-    A folder that is called like a size is named with a slash: ./8B.
+    A folder that is called like a size is a Path, or is named with a slash: ./8B.
     """
-    size = size_named(name)
-    return ready_name(size) if size else name
+    size = size_named(name) if isinstance(name, str) else None
+    return ready_name(size) if size else str(name)
+
+
+def folder_name(folder: Path) -> str:
+    """Return a folder's path as text that is not taken for a size."""
+    return f"./{folder}" if size_named(str(folder)) else str(folder)
 
 
 def yarn_lengths(config: ModelConfig) -> tuple[int, ...]:
