@@ -104,8 +104,9 @@ class Source:
             from huggingface_hub import HfApi
 
             try:
-                files = HfApi().list_repo_files(self.name, revision=self._revision)
-                self._listed = sorted(files)
+                # Where the hub cannot be reached this fails at once; other calls try for long.
+                found = HfApi().model_info(self.name, revision=self._revision)
+                self._listed = sorted(file.rfilename for file in found.siblings or ())
             except Exception:  # noqa: BLE001 - the library lets those of its HTTP client through
                 _log.debug("%s: its files could not be listed", self.name, exc_info=True)
         return self._listed
