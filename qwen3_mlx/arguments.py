@@ -1,7 +1,8 @@
-"""Arguments as callers write them: numpy's scalars, lists of ids, keywords that do not exist."""
+"""Arguments as callers write them: numpy's scalars, lists of ids, options, functions as tools."""
 
+import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
@@ -39,3 +40,22 @@ def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
             closest = get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f"did you mean {closest[0]}?" if closest else f"there are {', '.join(known)}"
             raise TypeError(f"there is no option {name!r}; {hint}")
+
+
+def refuse_deferred(name: str, function: Callable[..., Any]) -> None:
+    """Refuse a tool that does not return its result when it is called.
+
+    Raises:
+        TypeError: it is an async function or a generator.
+    """
+    for called in (function, getattr(function, "__call__", None)):  # noqa: B004 - objects, too
+        kind = None
+        if inspect.iscoroutinefunction(called):
+            kind = "an async function"
+        elif inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
+            kind = "a generator"
+        if kind:
+            raise TypeError(
+                f"the tool {name} is {kind}, which does not return its result when it is called: "
+                f"give a plain function that does, or call the tools of `chat` yourself"
+            )

@@ -16,12 +16,12 @@ from typing import Annotated, Any
 import typer
 
 import qwen3_mlx  # whose names resolve on first use
+from qwen3_mlx.arguments import refuse_deferred
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.options import Context, Draft, KvBits, Model, PromptCache
 from qwen3_mlx.cli.screen import Screen, enter_key
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Finish, Usage
-from qwen3_mlx.text.tools import functions_of
 
 _PROMPT, _MORE = "> ", ". "
 _HELP = """\
@@ -262,7 +262,8 @@ def functions_in(file: Path) -> list[Callable[..., Any]]:
     ]
     if not found:
         raise Qwen3Error(f"{file} defines no function")
-    functions_of(found)  # refuses those that cannot be run
+    for function in found:
+        refuse_deferred(function.__name__, function)
     return found
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, Union, get_args, get_origin
 
+from qwen3_mlx.arguments import refuse_deferred
 from qwen3_mlx.text.arguments import (
     Arguments,
     CoderArguments,
@@ -359,22 +360,8 @@ def functions_of(tools: Sequence[Tool] | None) -> dict[str, Callable[..., Any]]:
         raise TypeError("to run tools they must be functions: descriptions cannot be called")
     functions = {_name(tool): tool for tool in given if callable(tool)}
     for name, function in functions.items():
-        if kind := _deferred(function):
-            raise TypeError(
-                f"the tool {name} is {kind}, which does not return its result when it is called: "
-                f"give a plain function that does, or call the tools of `chat` yourself"
-            )
+        refuse_deferred(name, function)
     return functions
-
-
-def _deferred(function: Callable[..., Any]) -> str | None:
-    """Return what a function is that gives its result later, if it is one."""
-    for called in (function, getattr(function, "__call__", None)):  # noqa: B004 - objects, too
-        if inspect.iscoroutinefunction(called):
-            return "an async function"
-        if inspect.isgeneratorfunction(called) or inspect.isasyncgenfunction(called):
-            return "a generator"
-    return None
 
 
 def answer(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
