@@ -39,7 +39,8 @@ class Options(TextOptions, total=False):
     or its thinking, where that is all it has.
     `thinking` switches the thinking on or off; None is the checkpoint's default. It never takes
     more than `thinking_budget` tokens: then it is closed with Qwen's own hand-off, or with
-    `thinking_budget_message`, and the answer follows. `loop_guard=False` permits circles.
+    `thinking_budget_message`, and the answer follows. A budget for which `max_tokens` leave no room
+    is refused, or with `thinking_budget_bends` gives way. `loop_guard=False` permits circles.
     `tools` are functions, or descriptions of them, that the model may call: see `ToolCall`.
     `tool_choice` is "auto", "none", "required" or the name of the tool to be called; without
     `parallel_tool_calls` a reply ends with its first call. With `partial_calls` a stream also has
@@ -62,6 +63,7 @@ class Options(TextOptions, total=False):
     thinking: bool | None
     thinking_budget: int | None
     thinking_budget_message: str | None
+    thinking_budget_bends: bool
     tools: Sequence[Tool] | None
     tool_choice: str
     parallel_tool_calls: bool
@@ -86,6 +88,7 @@ class Asked:
     thinking: bool | None = None
     thinking_budget: int | None = None
     thinking_budget_message: str | None = None
+    thinking_budget_bends: bool = False
     loop_guard: bool = True
     tools: Sequence[Tool] | None = None
     tool_choice: str = "auto"
@@ -218,6 +221,7 @@ _FORMS = ("schema", "regex", "choice", "grammar")
 _KINDS: dict[str, tuple[type, str]] = {
     "thinking_budget": (Integral, "a whole number"),
     "thinking_budget_message": (str, "a string"),
+    "thinking_budget_bends": (bool, "True or False"),
     "regex": (str, "a string"),
     "grammar": (str, "a string"),
     "loop_guard": (bool, "True or False"),

@@ -67,6 +67,7 @@ class Task:
     call_grammar: Grammar | None = None  # of a call, from which each is copied
     details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
     least_room: int = 1  # tokens that there must be for a reply
+    shortens: bool = False  # whether `max_tokens` may be more than there is room for
 
 
 class Replies:
@@ -154,7 +155,7 @@ class Replies:
             deliver(event)
 
         ids = self._encode(task.prompt)
-        room = self._room(len(ids), asked.max_tokens, task.least_room)
+        room = self._room(len(ids), task)
         thinking = None if task.thinks is None else words.thinking
         parser = Parser(
             words.tokenizer,
@@ -216,7 +217,7 @@ class Replies:
             doubtful=lambda: steering.looped,
         )
         self.engine.submit(request)
-        return Started(len(ids), steering.finish_thinking, task.continued)
+        return Started(len(ids), room, steering.finish_thinking, task.continued)
 
     def _end_ids(self, task: Task) -> frozenset[int]:
         words = self.words
@@ -238,6 +239,7 @@ class Replies:
             max_tokens=room,
             guard=asked.loop_guard,
             least_answer=len(form.closing() or ()) + 1 if form else 1,
+            bends=budget is None or asked.thinking_budget_bends,
         )
         return Steering(
             words.tokenizer,
@@ -321,8 +323,9 @@ class Replies:
         except Qwen3Error:  # the template wants no such turn, or the engine was closed meanwhile
             return
 
-    def _room(self, prompt_tokens: int, wish: int | None, least: int) -> int:
-        """Give the tokens that a reply may have, at least `least`."""
+    def _room(self, prompt_tokens: int, task: Task) -> int:
+        """Give the tokens that a reply may have."""
+        wish, least = task.asked.max_tokens, task.least_room
         if prompt_tokens == 0:
             raise ValueError("the prompt is empty; give some text")
         engine = self.engine
@@ -335,12 +338,12 @@ class Replies:
                 f"{window:,}{why}; shorten the prompt"
             )
         room = window - prompt_tokens
-        if wish is not None and wish > room:
+        if wish is not None and wish > room and not task.shortens:
             raise ContextError(
                 f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
                 f"context window of {window:,}{why} has room for {room:,}"
             )
-        return wish or room
+        return min(wish or room, room)
 
 
 def _error_of(call: Callable[[], None]) -> BaseException | None:

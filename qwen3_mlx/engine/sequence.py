@@ -43,6 +43,7 @@ class Sequence:
         self.proposed = self.accepted = 0  # tokens
         self.reason: str | None = None  # why the reply has ended, if it has
         self.failure: BaseException | None = None  # of its constraint, to end with
+        self.begun = False  # whether a token was chosen
         self.ended = False
         self.doubted = False  # whether its logits have been checked because it was doubtful
         self.worth_keeping: int | None = None  # tokens, when it has ended; None is all
@@ -155,8 +156,9 @@ class Sequence:
 
     def _take_one(self, token: int, chance: Chance | None, *, masked: bool) -> bool:
         request, constraint = self.request, self.request.constraint
-        if request.progress and not self.told:
+        if request.progress and not self.begun:  # others may have been forced before
             request.progress(len(request.ids), len(request.ids))
+        self.begun = True
         if self.lookup:
             self.lookup.compare(token)
         self._accept([token], chance)

@@ -20,7 +20,7 @@ from qwen3_mlx.server.anthropic_wire import (
     MessageOut,
     MessagesRequest,
 )
-from qwen3_mlx.server.completion import EVENTS
+from qwen3_mlx.server.completion import EVENTS, stops
 from qwen3_mlx.server.errors import ApiError, refused
 from qwen3_mlx.server.service import LiveResponse, Running, Service
 from qwen3_mlx.server.wire import (
@@ -59,10 +59,12 @@ def routes(service: Service) -> APIRouter:
 
     @router.post("/count_tokens", response_model=CountOut)
     async def count_tokens(asked: Counted) -> Response:
+        warnings = service.another_model(asked.model)
+
         def count() -> int:
             messages = asked.library_messages()
             options: Options = {
-                **_options(service, asked),
+                **_options(service, asked, warnings),
                 "continue_last": ends_with_words(messages),
             }
             prompt = service.llm.prepare(messages, **options).prompt
@@ -70,7 +72,7 @@ def routes(service: Service) -> APIRouter:
             return len(service.llm.tokenizer.encode(prompt))
 
         try:
-            warnings = check_unknown(asked, NOT_SUPPORTED, HARMLESS)
+            warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
             counted = await asyncio.to_thread(count)
         except Exception as error:
             raise refused(error) from error
@@ -79,14 +81,14 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _options(service: Service, asked: Counted) -> Options:
-    """Give what a prompt depends on."""
+def _options(service: Service, asked: Counted, warnings: list[str]) -> Options:
+    """Give what a prompt depends on, and add to the warnings of its request."""
     choice = asked.tool_choice
-    if choice and choice.type == "tool" and not choice.name:
-        raise ValueError("tool_choice of type tool needs a name")
+    if choice and (choice.type == "tool") != bool(choice.name):
+        raise ValueError("tool_choice of type tool needs a name, and no other type has one")
     names = {"auto": "auto", "any": "required", "none": "none"}
     return {
-        **service.options(asked.wish()),
+        **service.options(asked.wish(), warnings),
         "tools": asked.library_tools() or None,
         "tool_choice": (choice.name or names[choice.type]) if choice else "auto",
         "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
@@ -106,13 +108,15 @@ class _Messages:
             self._warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
             self._messages = asked.library_messages()
             self._options: Options = {
-                **_options(service, asked),
+                **_options(service, asked, self._warnings),
                 "continue_last": ends_with_words(self._messages),
                 "sampling": SamplingParams(
-                    temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k
+                    temperature=asked.temperature,
+                    top_p=asked.top_p,
+                    top_k=0 if asked.top_k == -1 else asked.top_k,
                 ),
                 "max_tokens": asked.max_tokens,
-                "stop": asked.stop_sequences,
+                "stop": stops(asked.stop_sequences),
                 "schema": form.schema_ if form else None,
                 "partial_calls": bool(asked.stream),
                 "idle": True,
@@ -123,7 +127,7 @@ class _Messages:
     async def respond(self, request: Request) -> Response:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
-        running = await self._service.run(request, [prepare], shorten=True)
+        running = await self._service.run(request, [prepare])
         headers = warnings_header(self._warnings + running.warnings)
         if self._asked.stream:
             return LiveResponse(running, self._events(running), EVENTS, headers)

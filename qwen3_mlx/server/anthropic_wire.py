@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qwen3_mlx.server.openai_wire import ThinkingIn
-from qwen3_mlx.server.thinking import EFFORTS, Wish
+from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.server.wire import AsSent, Wire
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -14,9 +14,10 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "mcp_servers": (),
     "service_tier": ("auto", "standard_only"),
 }
-HARMLESS = frozenset(("metadata", "context_management", "betas", "cache_control", "inference_geo"))
+HARMLESS = frozenset(("metadata", "betas", "cache_control", "inference_geo"))
 # What a model is told of a tool; the rest is for the provider.
 _LIBRARY_NAMES = {"name": "name", "description": "description", "input_schema": "parameters"}
+_EFFORT = "output_config.effort"
 _BILLING = "x-anthropic-billing-header:"  # changes from request to request, and means nothing here
 
 
@@ -94,10 +95,17 @@ class Counted(Wire):
         """Give what is said of thinking; an effort wins over a budget, as it does elsewhere."""
         thinking, config = self.thinking, self.output_config
         switch = thinking.switch if thinking else None
-        budget = thinking.budget_tokens if thinking else None
-        if config and config.effort and switch is not False:
-            budget = EFFORTS[config.effort]
-        return Wish(([("thinking.type", switch)],), [("thinking.budget_tokens", budget)])
+        budget = ("thinking.budget_tokens", thinking.budget_tokens if thinking else None)
+        effort = config.effort if config and switch is not False else None
+        overruled = effort and budget[1] is not None
+        return Wish(
+            ([("thinking.type", switch)],),
+            [] if overruled else [budget],
+            config.effort if config else None,
+            _EFFORT,
+            thinking.adaptive if thinking else None,
+            [(budget, f"{_EFFORT}={effort}")] if overruled else (),
+        )
 
     def library_messages(self) -> list[dict[str, Any]]:
         """Give the messages as the library has them.
@@ -151,7 +159,7 @@ class MessagesRequest(Counted):
     stop_sequences: list[str] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
 
 
 class UsageOut(Wire):

@@ -20,6 +20,7 @@ from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Usage
 
 EVENTS = "text/event-stream"
+_LONGEST_ID = 20  # digits
 
 
 class Completion(ABC):
@@ -104,8 +105,9 @@ def sampled(asked: Sampled) -> Options:
     """Give how tokens are to be chosen as the library has it; a ValueError if it cannot be."""
     bias = {}
     for token, value in (asked.logit_bias or {}).items():
-        if not token.isdecimal() or not token.isascii():
-            raise ValueError(f"logit_bias maps token ids to numbers; {token!r} is no token id")
+        if not token.isdecimal() or not token.isascii() or len(token) > _LONGEST_ID:
+            known = token if len(token) <= _LONGEST_ID else f"{token[:_LONGEST_ID]}..."
+            raise ValueError(f"logit_bias maps token ids to numbers; {known!r} is no token id")
         bias[int(token)] = value
     sampling = SamplingParams(
         temperature=asked.temperature,
@@ -117,12 +119,18 @@ def sampled(asked: Sampled) -> Options:
         repetition_penalty=asked.repetition_penalty,
         logit_bias=bias or None,
     )
-    return {"sampling": sampling, "stop": asked.stop, "seed": asked.seed}
+    return {"sampling": sampling, "stop": stops(asked.stop), "seed": seed_of(asked.seed, 0)}
+
+
+def stops(said: str | Sequence[str] | None) -> list[str] | None:
+    """Give the strings to stop at; empty ones, which some clients send for none, say nothing."""
+    strings = [said] if isinstance(said, str) else said or ()
+    return [one for one in strings if one] or None
 
 
 def seed_of(seed: int | None, number: int) -> int | None:
-    """Give the seed of one of several replies."""
-    return None if seed is None else seed + number
+    """Give the seed of one of several replies; -1 is local servers' word for a random one."""
+    return None if seed is None or seed == -1 else seed + number
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
@@ -138,7 +146,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
 
 def sign_of_life(running: Running) -> bytes:
     """Give a comment, which clients pass over, with how much of the prompt has been read."""
-    if running.first is not None:
+    if running.spoken:
         return b": keepalive\n\n"
     read = running.read
     done, total = (read.done, read.total) if read else (0, running.prompt_tokens)

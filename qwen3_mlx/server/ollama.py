@@ -186,7 +186,7 @@ class _OllamaChat:
             ]
             self._messages = [_library_message(message) for message in asked.messages]
             self._options: Options = {
-                **service.options(_wish(asked.think)),
+                **service.options(_wish(asked.think), self._warnings),
                 **_sampled(asked.options or {}, service.context),
                 "schema": {"type": "object"} if asked.format == "json" else asked.format or None,
                 "tools": asked.tools or None,
@@ -199,7 +199,7 @@ class _OllamaChat:
     async def respond(self, request: Request) -> Response:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
-        running = await self._service.run(request, [prepare], shorten=True)
+        running = await self._service.run(request, [prepare])
         headers = warnings_header(self._warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._lines(running), _LINES, headers)
@@ -254,7 +254,7 @@ class _OllamaChat:
 
 def _wish(think: bool | str | None) -> Wish:
     if isinstance(think, str):
-        return Wish(effort=think)
+        return Wish(effort=think, effort_name="think")
     return Wish(([("think", think)],))
 
 

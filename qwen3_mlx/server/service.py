@@ -13,7 +13,7 @@ from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from qwen3_mlx.asking import Options
-from qwen3_mlx.errors import ContextError, Qwen3Error
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.replies import Task
 from qwen3_mlx.server.errors import ApiError, refused
@@ -85,6 +85,7 @@ class Running:
         self.read: Read | None = None
         self.started = time.perf_counter()
         self.first: float | None = None  # when the first token came
+        self.spoken = False  # whether an event came
         self.cancelled = Flag()
         self.count = count
         self._choices = choices
@@ -102,9 +103,15 @@ class Running:
             def tell(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
                 deliver(Read(done, total))
 
-            task = replace(task, asked=replace(task.asked, progress=tell))
-            started = self._service.llm.begin(task, deliver, self.cancelled)
+            asked = replace(task.asked, progress=tell)
+            begun = replace(task, asked=asked, shortens=True)
+            started = self._service.llm.begin(begun, deliver, self.cancelled)
             self.prompt_tokens = started.prompt_tokens
+            if asked.max_tokens is not None and started.room < asked.max_tokens:
+                self.warnings.append(
+                    f"max_tokens={asked.max_tokens:,} was shortened to {started.room:,}: after "
+                    f"{started.prompt_tokens:,} tokens of prompt the context has room for no more"
+                )
 
     async def batches(self, patience: float) -> AsyncIterator[list[tuple[int, Event]]]:
         """Give the events as they come, all that are there at once; none when time is up.
@@ -121,14 +128,17 @@ class Running:
                     raise ApiError.of(event)
                 if isinstance(event, Read):
                     self.read = event
+                    if event.done < event.total:  # all of it is read when the first token comes
+                        continue
+                self.first = self.first or time.perf_counter()
+                if isinstance(event, Read):
                     continue
+                self.spoken = True
                 if isinstance(event, Finish):
                     self.finishes[index] = event
                     if event.reason == "cancelled":
                         raise ApiError(503, "the server is shutting down", code="unavailable")
                     open_replies -= 1
-                elif self.first is None:
-                    self.first = time.perf_counter()
                 self.said[index].add(event)
                 events.append((index, event))
             yield events
@@ -235,13 +245,16 @@ class Service:
             return []
         return [f"there is no model {name!r} here; {self.settings.model} answers"]
 
-    def options(self, wish: Wish) -> Options:
-        """Give what a request says of thinking as the library has it."""
+    def options(self, wish: Wish, warnings: list[str]) -> Options:
+        """Give what a request says of thinking as the library has it, and add to its warnings."""
         settings = self.settings
-        thinking, budget = wish.resolve(
-            self.llm.thinking, settings.thinking, settings.thinking_budget
-        )
-        return {"thinking": thinking, "thinking_budget": budget}
+        found = wish.resolve(self.llm.thinking, settings.thinking, settings.thinking_budget)
+        warnings += found.warnings
+        return {
+            "thinking": found.thinking,
+            "thinking_budget": found.budget,
+            "thinking_budget_bends": found.bends,
+        }
 
     async def run(
         self,
@@ -249,12 +262,11 @@ class Service:
         prepares: Sequence[Prepare],
         *,
         choices: int = 1,
-        shorten: bool = False,
     ) -> Running:
         """Let a request in and send its replies to the engine; to be closed by the caller.
 
-        What is prepared may take its time, and is done on a thread. With `shorten` a reply may be
-        given less than `max_tokens`, where the context has less room.
+        What is prepared may take its time, and is done on a thread. A reply gets less than
+        `max_tokens`, with a warning, where the context has less room.
 
         Raises:
             ApiError: there are too many already, or it cannot be had.
@@ -269,12 +281,7 @@ class Service:
                 running.warnings.append(warning)
             if self.settings.log_content:
                 record["prompts"] = [task.prompt for task in tasks]
-            try:
-                running.begin(tasks)
-            except ContextError:
-                if not shorten or tasks[0].asked.max_tokens is None:
-                    raise
-                running.begin([replace(t, asked=replace(t.asked, max_tokens=None)) for t in tasks])
+            running.begin(tasks)
 
         try:
             await asyncio.to_thread(start)
