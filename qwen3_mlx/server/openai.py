@@ -1,5 +1,6 @@
 """OpenAI's API: chat completions, text completions, models."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -40,11 +41,13 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/models", response_model=ModelsOut)
     async def models() -> dict[str, Any]:
-        return {"object": "list", "data": [_model(service)]}
+        model = _model(service)
+        ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
+        return {"object": "list", "data": [model], **ends}
 
     @router.get("/models/{name:path}", response_model=ModelOut)
     async def model(name: str) -> dict[str, Any]:
-        if name != service.settings.model:
+        if name not in ("default", service.settings.model):
             raise ApiError(
                 404,
                 f"there is no model {name!r} here; there is {service.settings.model}",
@@ -56,13 +59,18 @@ def routes(service: Service) -> APIRouter:
 
 
 def _model(service: Service) -> dict[str, Any]:
+    """Describe the model that is served, in OpenAI's words and in Anthropic's."""
     thinking = service.llm.thinking
     only = "always" if thinking.can_think else "never"
     return {
         "id": service.settings.model,
         "object": "model",
+        "type": "model",
+        "display_name": service.settings.model,
         "created": service.created,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
         "owned_by": "qwen3-mlx",
         "context_length": service.context,
+        "max_input_tokens": service.context,
         "thinking": "hybrid" if thinking.hybrid else only,
     }

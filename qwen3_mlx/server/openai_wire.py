@@ -375,13 +375,17 @@ class TextOut(Wire):
 
 
 class ModelOut(Wire):
-    """A model that is served."""
+    """A model that is served, as OpenAI's clients know it and as Anthropic's do."""
 
     id: str
     object: Literal["model"]
+    type: Literal["model"]
+    display_name: str
     created: int
+    created_at: str
     owned_by: str
     context_length: int
+    max_input_tokens: int
     thinking: Literal["hybrid", "always", "never"]
 
 
@@ -390,6 +394,9 @@ class ModelsOut(Wire):
 
     object: Literal["list"]
     data: list[ModelOut]
+    first_id: str
+    last_id: str
+    has_more: bool
 
 
 class ErrorDetails(Wire):

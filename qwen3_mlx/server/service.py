@@ -84,7 +84,7 @@ class Running:
         self.warnings: list[str] = []  # of the request, once it has been prepared
         self.read: Read | None = None
         self.started = time.perf_counter()
-        self.first: float | None = None  # when the first token came
+        self.first: float | None = None  # when the first token was chosen
         self.spoken = False  # whether an event came
         self.cancelled = Flag()
         self.count = count
@@ -101,6 +101,8 @@ class Running:
             deliver = partial(self._service.mailbox.put, self, index)
 
             def tell(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
+                if done == total and self.first is None:  # told so with the first token
+                    self.first = time.perf_counter()
                 deliver(Read(done, total))
 
             asked = replace(task.asked, progress=tell)
@@ -128,10 +130,6 @@ class Running:
                     raise ApiError.of(event)
                 if isinstance(event, Read):
                     self.read = event
-                    if event.done < event.total:  # all of it is read when the first token comes
-                        continue
-                self.first = self.first or time.perf_counter()
-                if isinstance(event, Read):
                     continue
                 self.spoken = True
                 if isinstance(event, Finish):
@@ -195,17 +193,16 @@ class Running:
     def timings(self) -> dict[str, float]:
         """How long it took, by the names that llama.cpp's clients know; in milliseconds."""
         now = time.perf_counter()
-        first = self.first or now
-        usage = self.usage
+        first, usage = self.first or now, self.usage
         read, made = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
-        reading, making = first - self.started, max(now - first, 1e-9)
+        reading, making = first - self.started, now - first
         return {
             "prompt_n": read,
             "prompt_ms": round(reading * 1e3, 1),
             "prompt_per_second": round(read / max(reading, 1e-9), 1),
             "predicted_n": made,
             "predicted_ms": round(making * 1e3, 1),
-            "predicted_per_second": round(max(made - self.count, 0) / making, 1),
+            "predicted_per_second": round(max(made - self.count, 0) / making, 1) if making else 0.0,
         }
 
     def close(self) -> None:

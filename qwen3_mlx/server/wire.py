@@ -59,7 +59,8 @@ def check_unknown(
     """
     for name, idle in unsupported.items():
         value = (request.model_extra or {}).get(name)
-        if value not in (None, False, *idle) and value != []:
+        off = value is False and not any(one is True for one in idle)
+        if value is not None and not off and value not in idle and value != []:
             hint = f"; it may be {', '.join(map(repr, idle))}" if idle else "; leave it out"
             raise ValueError(f"{name} is not supported{hint}")
     known = harmless | unsupported.keys()
