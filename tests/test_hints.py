@@ -18,6 +18,7 @@ from tests.serving import Served, serving
 from tests.support import write_tiny
 
 SUM: list[dict[str, Any]] = [{"role": "user", "content": "What is 12 + 34?"}]
+LONG = "What is 123456 + 654321?"
 CALCULATOR: dict[str, Any] = {
     "name": "calculator",
     "description": "Calculate.",
@@ -157,11 +158,11 @@ def test_a_budget_that_no_request_names_bends(demo: LLM) -> None:
             for path in ("/v1/chat/completions", "/v1/messages", "/api/chat"):
                 response = running.post(path, short(path, most))
                 assert not warnings_of(response)
-        # The tag alone closes the thinking, so that something can be answered.
-        choice = running.chat(max_tokens=16, temperature=0).json()["choices"][0]
-        assert choice["message"]["content"] and choice["message"]["reasoning_content"]
-        assert choice["finish_details"] == {"thinking_closed_by": "budget"}
-        assert "limited time" not in choice["message"]["reasoning_content"]
+        for most in (16, 60):  # the tag alone closes the thinking, so that an answer finds room
+            choice = running.chat(LONG, max_tokens=most, temperature=0).json()["choices"][0]
+            assert choice["message"]["content"] and choice["message"]["reasoning_content"]
+            assert choice["finish_details"] == {"thinking_closed_by": "budget"}
+            assert "limited time" not in choice["message"]["reasoning_content"]
         assert running.chat(max_tokens=16, thinking_budget=64).status_code == 400
 
 
