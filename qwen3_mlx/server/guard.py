@@ -10,7 +10,7 @@ import ipaddress
 import json
 import logging
 import time
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
@@ -88,7 +88,7 @@ class Guard:
 
     def _may_come_from(self, origin: str, host: str) -> bool:
         allowed = self._settings.cors_origins
-        return "*" in allowed or origin in allowed or urlsplit(origin).netloc == host
+        return "*" in allowed or origin in allowed or _parts(origin).netloc == host
 
     def _too_large(self) -> ApiError:
         return ApiError(
@@ -149,7 +149,11 @@ class AccessLog:
 
 
 def _name(url: str) -> str:
+    return (_parts(url).hostname or "").lower()
+
+
+def _parts(url: str) -> SplitResult:
     try:
-        return (urlsplit(url).hostname or "").lower()
-    except ValueError:
-        return ""
+        return urlsplit(url)
+    except ValueError:  # as of "http://["
+        return urlsplit("")

@@ -2,7 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from threading import Event as Flag
@@ -24,6 +26,7 @@ from qwen3_mlx.text.events import Event, Finish, Usage
 
 _LONGEST_WAIT = 60  # seconds that a client is told to stay away
 _MEMORY = 0.8  # how much a new measurement leaves of the old
+_READERS = 2  # threads for large bodies, which together take as many times the memory of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,13 +74,38 @@ def _sort(letters: list[tuple["Running", int, Heard]]) -> None:
         running.queue.put_nowait((index, heard))
 
 
+class Place:
+    """A request among the others, from before its body is read until `leave`."""
+
+    def __init__(self, service: "Service", record: dict[str, Any]) -> None:
+        self.count = 1  # of replies that it asks for, as far as is known
+        self.record = record
+        self.cancelled = Flag()
+        self.kept = False  # by replies that run, and leave it when they end
+        self._service = service
+
+    def widen(self, count: int) -> None:
+        """Count as so many replies.
+
+        Raises:
+            ApiError: there are too many.
+        """
+        if count > 1:
+            self._service.check_room(count, beside=self)
+            self.count = count
+
+    def leave(self) -> None:
+        """Make room for others; may be called twice."""
+        self._service.leave(self)
+
+
 class Running:
     """The replies to one request, numbered from 0, until `close`."""
 
-    def __init__(
-        self, service: "Service", count: int, choices: int, record: dict[str, Any]
-    ) -> None:
-        """Prepare for `count` replies: so many `choices` to each prompt."""
+    def __init__(self, service: "Service", place: Place, choices: int) -> None:
+        """Prepare for the replies that `place` counts: so many `choices` to each prompt."""
+        count = place.count
+        place.kept = True
         self.said = [Collected() for _ in range(count)]
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
@@ -85,11 +113,12 @@ class Running:
         self.read: Read | None = None
         self.started = time.perf_counter()
         self.first: float | None = None  # when the first token came
-        self.cancelled = Flag()
+        self.cancelled = place.cancelled
         self.count = count
         self._choices = choices
         self._service = service
-        self._record = record
+        self._place = place
+        self._record = place.record
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
         self._closed = False
@@ -209,7 +238,8 @@ class Running:
             self._record |= asdict(self.usage)
         if self._service.settings.log_content:
             self._record["replies"] = [said.message() for said in self.said]
-        self._service.leave(self)
+        self._service.note_pace(time.perf_counter() - self.started)
+        self._place.leave()
 
 
 class Service:
@@ -221,13 +251,14 @@ class Service:
         self.context = llm.context
         self.mailbox = Mailbox(llm)
         self.created = int(time.time())
-        self._running: set[Running] = set()
+        self.readers = ThreadPoolExecutor(_READERS, "qwen3-body")
+        self._places: set[Place] = set()
         self._pace = 1.0  # seconds that a request takes, lately
 
     @property
     def active(self) -> int:
         """The replies that run or wait."""
-        return sum(running.count for running in self._running)
+        return sum(place.count for place in self._places)
 
     def another_model(self, name: str | None) -> list[str]:
         """Warn of a model that is asked for and is not the one that answers."""
@@ -243,32 +274,65 @@ class Service:
         )
         return {"thinking": thinking, "thinking_budget": budget}
 
+    @contextmanager
+    def place(self, request: Request) -> Iterator[Place]:
+        """Let a request in; unless replies that run keep its place, it leaves it at the end.
+
+        Raises:
+            ApiError: there are too many already.
+        """
+        self.check_room(1)
+        place = Place(self, request.scope.setdefault("record", {}))
+        self._places.add(place)
+        try:
+            yield place
+        finally:
+            if not place.kept:
+                place.leave()
+
+    def check_room(self, count: int, beside: Place | None = None) -> None:
+        """Check that there is room for so many replies, without what `beside` counts already.
+
+        Raises:
+            ApiError: there is not.
+        """
+        active, most = self.active - (beside.count if beside else 0), self.settings.max_requests
+        if count > most:
+            raise ApiError(400, f"{count:,} replies are asked for, and at most {most} can be")
+        if active + count > most:
+            wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
+            raise ApiError(
+                429,
+                f"the server answers or keeps waiting {active} of at most {most} replies, and "
+                f"{count} more are asked for; try again in {wait} s",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(wait)},
+            )
+
     async def run(
         self,
-        request: Request,
+        place: Place,
         prepares: Sequence[Prepare],
         *,
         choices: int = 1,
         shorten: bool = False,
     ) -> Running:
-        """Let a request in and send its replies to the engine; to be closed by the caller.
+        """Send the replies to a request to the engine; to be closed by the caller.
 
         What is prepared may take its time, and is done on a thread. With `shorten` a reply may be
         given less than `max_tokens`, where the context has less room.
 
         Raises:
-            ApiError: there are too many already, or it cannot be had.
+            ApiError: it cannot be had.
         """
-        record = request.scope.setdefault("record", {})
-        running = Running(self, len(prepares), choices, record)
-        self._admit(running)
+        running = Running(self, place, choices)
 
         def start() -> None:
             tasks = [prepare() for prepare in prepares]
             if warning := tasks[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
-                record["prompts"] = [task.prompt for task in tasks]
+                place.record["prompts"] = [task.prompt for task in tasks]
             try:
                 running.begin(tasks)
             except ContextError:
@@ -285,32 +349,18 @@ class Service:
             raise
         return running
 
-    def _admit(self, running: Running) -> None:
-        active, most = self.active, self.settings.max_requests
-        if running.count > most:
-            raise ApiError(400, f"{running.count} replies are asked for, and at most {most} can be")
-        if active + running.count > most:
-            wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
-            raise ApiError(
-                429,
-                f"the server answers or keeps waiting {active} of at most {most} replies, and "
-                f"{running.count} more are asked for; try again in {wait} s",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(wait)},
-            )
-        self._running.add(running)
+    def note_pace(self, took: float) -> None:
+        """Note how many seconds a request has taken."""
+        self._pace = _MEMORY * self._pace + (1 - _MEMORY) * took
 
-    def leave(self, running: Running) -> None:
+    def leave(self, place: Place) -> None:
         """Make room for others."""
-        if running in self._running:
-            self._running.remove(running)
-            took = time.perf_counter() - running.started
-            self._pace = _MEMORY * self._pace + (1 - _MEMORY) * took
+        self._places.discard(place)
 
     def cancel_all(self) -> None:
         """End all that runs: the time for a shutdown is over."""
-        for running in self._running:
-            running.cancelled.set()
+        for place in self._places:
+            place.cancelled.set()
 
 
 class LiveResponse(StreamingResponse):
