@@ -264,7 +264,7 @@ class Service:
         """Warn of a model that is asked for and is not the one that answers."""
         if name in (None, "", "default", self.settings.model):
             return []
-        return [f"there is no model {name!r} here; {self.settings.model} answers"]
+        return [f"there is no model {name!r:.200} here; {self.settings.model} answers"]
 
     def options(self, wish: Wish) -> Options:
         """Give what a request says of thinking as the library has it."""
