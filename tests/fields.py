@@ -186,7 +186,7 @@ _THINKS, _USES, _RESULTS = (
     f"messages.{place}" for place in ("1.content.0", "1.content.1", "2.content.0")
 )
 _FORMAT = {"type": "json_schema", "schema": SCHEMA}
-_CLAUDE_PLACES = {
+_CLAUDE_PLACES: dict[str, tuple[str, dict[str, Any]]] = {
     "Message": ("messages.0", {}),
     "Block": ("messages.0.content.0", _PARTS),
     "ToolIn": ("tools.0", _CLAUDE_TOOLS),

@@ -36,14 +36,13 @@ class Spy:
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._ids = llm.tokenizer.encode(SAID)
-        self._prepare, self._begin = llm.prepare, llm.begin
+        self._encode, self._begin = llm._open().window.encode, llm.begin
         self.notes: list[Any] = []
 
-    def prepare(self, *arguments: Any, **options: Any) -> Task:
-        """Note the prompt."""
-        task = self._prepare(*arguments, **options)
-        self.notes.append(task.prompt)
-        return task
+    def encode(self, prompt: Any) -> list[int]:
+        """Note a prompt, which may only be counted."""
+        self.notes.append(prompt)
+        return self._encode(prompt)
 
     def begin(self, task: Task, *arguments: Any) -> Any:
         """Note what is asked for; tools are in the prompt, as far as they are anywhere."""
@@ -74,7 +73,7 @@ def spied(demo: LLM) -> Iterator[tuple[httpx.Client, Spy]]:
         httpx.Client(base_url=served.url, timeout=60) as client,
     ):
         spy = Spy(demo)
-        patched.setattr(demo, "prepare", spy.prepare)
+        patched.setattr(demo._open().window, "encode", spy.encode)
         patched.setattr(demo, "begin", spy.begin)
         patched.setattr(demo._open().engine, "submit", spy.submit)
         yield client, spy

@@ -55,7 +55,7 @@ def of_template(folder: Path, template: str) -> Path:
 def warnings_of(response: httpx.Response) -> str:
     """Give the warnings of a reply, which there must be."""
     assert response.status_code == 200, response.text
-    return response.headers.get("warnings", "")
+    return str(response.headers.get("warnings", ""))
 
 
 def short(path: str, most: int, **fields: Any) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def test_the_library_bends_only_where_it_may(demo: LLM) -> None:
         demo.chat("What is 12 + 34?", thinking_budget=64, **options)
     bent = demo.chat("What is 12 + 34?", thinking_budget=64, thinking_budget_bends=True, **options)
     assert bent.text and bent.details == {"thinking_closed_by": "budget"}
-    own = {
+    own: dict[str, Any] = {
         "thinking_budget": 3,
         "thinking_budget_message": "\nStop!",
         "thinking_budget_bends": True,
@@ -229,7 +229,8 @@ END = {"2": 100}
 def test_minus_one_is_no_limit(tiny_folder: Path) -> None:
     with load(tiny_folder, context=64) as llm, serving(llm) as small:
         for name in ("max_tokens", "max_completion_tokens"):
-            response = small.chat(**{name: -1}, top_k=-1)
+            limit: dict[str, Any] = {name: -1}
+            response = small.chat(top_k=-1, **limit)
             assert not warnings_of(response)
             usage = response.json()["usage"]
             assert usage["total_tokens"] == 64 or response.json()["choices"][0]["finish_reason"]
@@ -304,7 +305,7 @@ def test_a_schema_holds_by_any_name(served: Served, fields: dict[str, Any]) -> N
         ),
         ({"think": True, "thinking": {"type": "disabled"}}, "contradict each other"),
         ({"think": "low", "reasoning_effort": "high"}, "contradict each other"),
-        ({"logit_bias": {"9" * 5000: 1}}, "'99999999999999999999...' is no token id"),
+        ({"logit_bias": {"9" * 5000: 1}}, "is no token id"),
         ({"skip_special_tokens": False}, "skip_special_tokens is not supported"),
     ],
 )
@@ -403,7 +404,7 @@ def test_a_speed_is_counted_from_the_first_token(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that counts forward passes: a call that comes in one piece took them, too."""
-    passes, forward = 0.0, steps.forward
+    passes, forward = 0.0, vars(steps)["forward"]
 
     def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal passes

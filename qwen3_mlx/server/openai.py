@@ -7,6 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from qwen3_mlx.server.completion import EVENTS
+from qwen3_mlx.server.entry import answered, takes
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_chat import ChatCompletion
 from qwen3_mlx.server.openai_text import TextCompletion
@@ -24,20 +25,22 @@ from qwen3_mlx.server.service import Service
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
-_STREAM: dict[str, Any] = {"content": {EVENTS: {}}}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
 
 
 def routes(service: Service) -> APIRouter:
     """Make the routes of this protocol."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=_ERRORS)
 
-    @router.post("/chat/completions", response_model=ChatOut, responses={200: _STREAM})
-    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
-        return await ChatCompletion(service, asked).respond(request)
+    @router.post(
+        "/chat/completions", response_model=ChatOut, responses=_STREAM, **takes(ChatRequest)
+    )
+    async def chat_completions(request: Request) -> Response:
+        return await answered(service, request, ChatRequest, ChatCompletion)
 
-    @router.post("/completions", response_model=TextOut, responses={200: _STREAM})
-    async def completions(asked: TextRequest, request: Request) -> Response:
-        return await TextCompletion(service, asked).respond(request)
+    @router.post("/completions", response_model=TextOut, responses=_STREAM, **takes(TextRequest))
+    async def completions(request: Request) -> Response:
+        return await answered(service, request, TextRequest, TextCompletion)
 
     @router.get("/models", response_model=ModelsOut)
     async def models() -> dict[str, Any]:

@@ -3,10 +3,10 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from threading import Event as Flag
-from typing import Any
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -17,13 +17,14 @@ from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.replies import Task
 from qwen3_mlx.server.errors import ApiError, refused
+from qwen3_mlx.server.places import Place, Places
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Usage
 
-_LONGEST_WAIT = 60  # seconds that a client is told to stay away
-_MEMORY = 0.8  # how much a new measurement leaves of the old
+_AT_ONCE = 16 << 10  # bytes that take little longer than to wake a thread for them
+_READERS = 2  # threads for large bodies, which together take as many times the memory of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Read:
 
 Heard = Event | Read | BaseException
 Prepare = Callable[[], Task]
+T = TypeVar("T")
 
 
 class Mailbox:
@@ -74,10 +76,10 @@ def _sort(letters: list[tuple["Running", int, Heard]]) -> None:
 class Running:
     """The replies to one request, numbered from 0, until `close`."""
 
-    def __init__(
-        self, service: "Service", count: int, choices: int, record: dict[str, Any]
-    ) -> None:
-        """Prepare for `count` replies: so many `choices` to each prompt."""
+    def __init__(self, service: "Service", place: Place, choices: int) -> None:
+        """Prepare for the replies that `place` counts: so many `choices` to each prompt."""
+        count = place.count
+        place.kept = True
         self.said = [Collected() for _ in range(count)]
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
@@ -86,11 +88,12 @@ class Running:
         self.started = time.perf_counter()
         self.first: float | None = None  # when the first token was chosen
         self.spoken = False  # whether an event came
-        self.cancelled = Flag()
+        self.cancelled = place.cancelled
         self.count = count
         self._choices = choices
         self._service = service
-        self._record = record
+        self._place = place
+        self._record = place.record
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
         self._closed = False
@@ -216,7 +219,7 @@ class Running:
             self._record |= asdict(self.usage)
         if self._service.settings.log_content:
             self._record["replies"] = [said.message() for said in self.said]
-        self._service.leave(self)
+        self._place.leave(time.perf_counter() - self.started)
 
 
 class Service:
@@ -228,19 +231,19 @@ class Service:
         self.context = llm.context
         self.mailbox = Mailbox(llm)
         self.created = int(time.time())
-        self._running: set[Running] = set()
-        self._pace = 1.0  # seconds that a request takes, lately
+        self._readers = ThreadPoolExecutor(_READERS, "qwen3-body")
+        self.places = Places(settings.max_requests)
 
     @property
     def active(self) -> int:
         """The replies that run or wait."""
-        return sum(running.count for running in self._running)
+        return self.places.active
 
     def another_model(self, name: str | None) -> list[str]:
         """Warn of a model that is asked for and is not the one that answers."""
         if name in (None, "", "default", self.settings.model):
             return []
-        return [f"there is no model {name!r} here; {self.settings.model} answers"]
+        return [f"there is no model {name!r:.200} here; {self.settings.model} answers"]
 
     def options(self, wish: Wish, warnings: list[str]) -> Options:
         """Give what a request says of thinking as the library has it, and add to its warnings."""
@@ -253,31 +256,35 @@ class Service:
             "thinking_budget_bends": found.bends,
         }
 
+    async def aside(self, size: int, job: Callable[[], T]) -> T:
+        """Do a job whose time grows with so many bytes of JSON: at once if few, or on a thread."""
+        if size <= _AT_ONCE:
+            return job()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, job)
+
     async def run(
         self,
-        request: Request,
+        place: Place,
         prepares: Sequence[Prepare],
         *,
         choices: int = 1,
     ) -> Running:
-        """Let a request in and send its replies to the engine; to be closed by the caller.
+        """Send the replies to a request to the engine; to be closed by the caller.
 
         What is prepared may take its time, and is done on a thread. A reply gets less than
         `max_tokens`, with a warning, where the context has less room.
 
         Raises:
-            ApiError: there are too many already, or it cannot be had.
+            ApiError: it cannot be had.
         """
-        record = request.scope.setdefault("record", {})
-        running = Running(self, len(prepares), choices, record)
-        self._admit(running)
+        running = Running(self, place, choices)
 
         def start() -> None:
             tasks = [prepare() for prepare in prepares]
             if warning := tasks[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
-                record["prompts"] = [task.prompt for task in tasks]
+                place.record["prompts"] = [task.prompt for task in tasks]
             running.begin(tasks)
 
         try:
@@ -289,32 +296,9 @@ class Service:
             raise
         return running
 
-    def _admit(self, running: Running) -> None:
-        active, most = self.active, self.settings.max_requests
-        if running.count > most:
-            raise ApiError(400, f"{running.count} replies are asked for, and at most {most} can be")
-        if active + running.count > most:
-            wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
-            raise ApiError(
-                429,
-                f"the server answers or keeps waiting {active} of at most {most} replies, and "
-                f"{running.count} more are asked for; try again in {wait} s",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(wait)},
-            )
-        self._running.add(running)
-
-    def leave(self, running: Running) -> None:
-        """Make room for others."""
-        if running in self._running:
-            self._running.remove(running)
-            took = time.perf_counter() - running.started
-            self._pace = _MEMORY * self._pace + (1 - _MEMORY) * took
-
     def cancel_all(self) -> None:
         """End all that runs: the time for a shutdown is over."""
-        for running in self._running:
-            running.cancelled.set()
+        self.places.cancel_all()
 
 
 class LiveResponse(StreamingResponse):
