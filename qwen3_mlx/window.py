@@ -77,7 +77,7 @@ class Window:
                 f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
                 f"context window of {self._described()} has room for {room:,}"
             )
-        return min(wish or room, room)
+        return room if wish is None else min(wish, room)
 
     def _too_long(self, counted: str) -> ContextError:
         return ContextError(

@@ -97,7 +97,8 @@ def test_hints_are_ignored_by_what_cannot_think(tmp_path: Path) -> None:
         for path, fields in demands:
             response = instruct.post(path, short(path, 2, **fields))
             assert response.status_code == 400 and "this checkpoint cannot think" in response.text
-        for off in ({"enable_thinking": False}, {"think": False}, {"reasoning_effort": "none"}):
+        idle = {"enable_thinking": False}, {"think": False}, {"reasoning_budget_tokens": -1}
+        for off in (*idle, {"reasoning_effort": "none"}, {"thinking_budget": 0}):
             body = short("/v1/chat/completions", 2, **off)
             assert not warnings_of(instruct.post("/v1/chat/completions", body))
 
@@ -211,6 +212,8 @@ def test_more_than_there_is_room_for_is_shortened_by_all(tiny_folder: Path) -> N
             told = warnings_of(small.post(path, body))
             assert told.startswith("max_tokens=200,000 was shortened to ")
         # Of several prompts each is read once, and has the room that it has.
+        thrice = warnings_of(small.chat(max_tokens=200_000, n=3))
+        assert thrice.count("was shortened") == 1
         several = {"prompt": ["Once", "upon a time " * 5], "max_tokens": 90, "logit_bias": END}
         assert "max_tokens=90 was shortened to" in warnings_of(
             small.post("/v1/completions", several)

@@ -113,10 +113,12 @@ class Running:
             started = self._service.llm.begin(begun, deliver, self.cancelled)
             self.prompt_tokens = started.prompt_tokens
             if asked.max_tokens is not None and started.room < asked.max_tokens:
-                self.warnings.append(
+                warning = (
                     f"max_tokens={asked.max_tokens:,} was shortened to {started.room:,}: after "
                     f"{started.prompt_tokens:,} tokens of prompt the context has room for no more"
                 )
+                if warning not in self.warnings:  # each choice has the same
+                    self.warnings.append(warning)
 
     async def batches(self, patience: float) -> AsyncIterator[list[tuple[int, Event]]]:
         """Give the events as they come, all that are there at once; none when time is up.

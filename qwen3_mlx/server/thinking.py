@@ -75,8 +75,8 @@ class Wish:
         effort, why = self._effort(thinking, switch, said)
         if wanted is None and budget is None and effort is not None:
             wanted = effort != "none"
-        elif wanted is None and budget is not None and budget != 0:
-            wanted = True
+        elif wanted is None and budget not in (None, 0):
+            wanted = True if thinking.can_think or budget != UNLIMITED else None
         if budget is None and effort not in (None, "none"):
             budget = EFFORTS[str(effort)]
         if wanted is None:
