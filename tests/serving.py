@@ -14,6 +14,9 @@ from qwen3_mlx import LLM
 from qwen3_mlx.server.serving import Server
 from qwen3_mlx.server.settings import Settings
 
+# There is nothing to verify, and to load the certificates for it takes 20 ms of each request.
+_PLAIN: dict[str, Any] = {"timeout": 60, "verify": False}
+
 
 @dataclass(frozen=True, slots=True)
 class Served:
@@ -24,11 +27,11 @@ class Served:
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         """Send JSON, with no patience for what hangs."""
-        return httpx.post(f"{self.url}{path}", json=body, headers=headers, timeout=60)
+        return httpx.post(f"{self.url}{path}", json=body, headers=headers, **_PLAIN)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
         """Ask for something."""
-        return httpx.get(f"{self.url}{path}", headers=headers, timeout=60)
+        return httpx.get(f"{self.url}{path}", headers=headers, **_PLAIN)
 
     def chat(self, words: str = "What is 12 + 34?", **fields: Any) -> httpx.Response:
         """Say something by OpenAI's API."""
