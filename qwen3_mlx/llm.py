@@ -18,6 +18,7 @@ from qwen3_mlx.arguments import plain, refuse_unknown, token_ids
 from qwen3_mlx.asking import Asked, Options, TextOptions
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.conversation import Conversation, read_messages
+from qwen3_mlx.engine.activity import Activity
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.ledger import Share, release
 from qwen3_mlx.engine.speculative import Speculator
@@ -169,6 +170,10 @@ class LLM:
             ContextError: the prompt does not fit.
         """
         return self._open().start(task, deliver, cancelled)
+
+    def activity(self) -> Activity:
+        """Return what the engine is doing; from any thread, at once, whatever it computes."""
+        return self._open().engine.activity()
 
     def soon(self, job: Callable[[], None]) -> None:
         """Have `job` done, without delay, after the step in work; for `deliver` to use.

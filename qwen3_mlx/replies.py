@@ -67,6 +67,7 @@ class Task:
     call_grammar: Grammar | None = None  # of a call, from which each is copied
     details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
     least_room: int = 1  # tokens that there must be for a reply
+    client: str = ""  # whose it is
 
 
 class Replies:
@@ -214,6 +215,7 @@ class Replies:
             heard=None if asked.logprobs is None else note,
             alternatives=asked.logprobs or 0,
             doubtful=lambda: steering.looped,
+            client=task.client,
         )
         self.engine.submit(request)
         return Started(len(ids), steering.finish_thinking, task.continued)

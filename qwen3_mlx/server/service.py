@@ -12,18 +12,23 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from qwen3_mlx import __version__
 from qwen3_mlx.asking import Options
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.replies import Task
 from qwen3_mlx.server.errors import ApiError, refused
+from qwen3_mlx.server.guard import reason_of
+from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.streams import Collected
-from qwen3_mlx.text.events import Event, Finish, Usage
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
 _LONGEST_WAIT = 60  # seconds that a client is told to stay away
 _MEMORY = 0.8  # how much a new measurement leaves of the old
+_MOST_UNREAD = 1 << 17  # pieces of a reply that a client has not taken: some 25 MB
+_STUCK = 120  # seconds without a step, though there is work
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,16 +73,28 @@ class Mailbox:
 
 def _sort(letters: list[tuple["Running", int, Heard]]) -> None:
     for running, index, heard in letters:
-        running.queue.put_nowait((index, heard))
+        running.hear(index, heard)
+
+
+def _weight(heard: Heard) -> int:
+    """Count the pieces that an event takes in memory."""
+    tokens = heard.tokens if isinstance(heard, Text | Reasoning) else ()
+    return 1 + sum(1 + len(token.top) for token in tokens)
 
 
 class Running:
     """The replies to one request, numbered from 0, until `close`."""
 
     def __init__(
-        self, service: "Service", count: int, choices: int, record: dict[str, Any]
+        self,
+        service: "Service",
+        count: int,
+        choices: int,
+        record: dict[str, Any],
+        client: str = "",
     ) -> None:
         """Prepare for `count` replies: so many `choices` to each prompt."""
+        self.client = client
         self.said = [Collected() for _ in range(count)]
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
@@ -92,7 +109,12 @@ class Running:
         self._record = record
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
-        self._closed = False
+        self._unread = 0  # pieces in the queue
+        self._sent = self._ends = 0  # replies that the engine was given, and those it has ended
+        self._failed = self._closed = False
+        self._ended_by: ApiError | None = None  # what the server has cancelled the replies for
+        timeout = service.settings.request_timeout
+        self._timer = self.loop.call_later(timeout, self._time_is_up) if timeout else None
 
     def begin(self, tasks: Sequence[Task]) -> None:
         """Send the tasks to the engine; from any thread."""
@@ -102,9 +124,61 @@ class Running:
             def tell(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
                 deliver(Read(done, total))
 
-            task = replace(task, asked=replace(task.asked, progress=tell))
+            task = replace(task, asked=replace(task.asked, progress=tell), client=self.client)
             started = self._service.llm.begin(task, deliver, self.cancelled)
+            self._sent += 1
             self.prompt_tokens = started.prompt_tokens
+
+    def hear(self, index: int, heard: Heard) -> None:
+        """Take what a reply says. The last that the engine says makes room for other requests.
+
+        How long a client takes to read the rest is its own affair, within bounds.
+        """
+        if not self._closed:
+            self.queue.put_nowait((index, heard))
+            self._unread += _weight(heard)
+        if self._unread > _MOST_UNREAD:
+            self._cancel_for(ApiError(408, "the client took too little of the reply for too long"))
+        if isinstance(heard, BaseException):
+            self.cancelled.set()  # the other replies to the same request
+        if isinstance(heard, Finish | BaseException):
+            self._ends += 1
+            self._leave_if_done()
+
+    def _leave_if_done(self) -> None:
+        if self._ends == self._sent and (self._closed or self._sent == self.count):
+            if self._timer:
+                self._timer.cancel()
+            self._service.leave(self)
+
+    def _time_is_up(self) -> None:
+        seconds = f"{self._service.settings.request_timeout:g}"
+        self._cancel_for(
+            ApiError(
+                504,
+                f"the reply had not begun after {seconds} s, and is not waited for any longer "
+                "(--request-timeout); ask for less, or when the server has less to do",
+                code="timeout",
+            )
+        )
+
+    def _cancel_for(self, reason: ApiError) -> None:
+        if not self._ended_by:
+            self._ended_by = reason
+            self.cancelled.set()
+
+    def _end_of(self, finish: Finish) -> Finish:
+        """Return how a reply ends: what time has cut off is as long as it may be.
+
+        Raises:
+            ApiError: it was cancelled for another reason, or before it had begun.
+        """
+        if finish.reason != "cancelled":
+            return finish
+        reason = self._ended_by or ApiError(503, "the server is shutting down", code="unavailable")
+        if reason.status != 504 or self.first is None:
+            raise reason
+        return replace(finish, reason="length", details={**finish.details, "ended_by": "timeout"})
 
     async def batches(self, patience: float) -> AsyncIterator[list[tuple[int, Event]]]:
         """Give the events as they come, all that are there at once; none when time is up.
@@ -117,21 +191,29 @@ class Running:
             heard = await self._waiting(patience)
             events: list[tuple[int, Event]] = []
             for index, event in heard:
+                self._unread -= _weight(event)
                 if isinstance(event, BaseException):
-                    raise ApiError.of(event)
+                    self._failed = True
+                    raise self._noted(ApiError.of(event))
                 if isinstance(event, Read):
                     self.read = event
                     continue
                 if isinstance(event, Finish):
+                    try:
+                        event = self._end_of(event)
+                    except ApiError as error:
+                        raise self._noted(error) from None
                     self.finishes[index] = event
-                    if event.reason == "cancelled":
-                        raise ApiError(503, "the server is shutting down", code="unavailable")
                     open_replies -= 1
                 elif self.first is None:
                     self.first = time.perf_counter()
                 self.said[index].add(event)
                 events.append((index, event))
             yield events
+
+    def _noted(self, error: ApiError) -> ApiError:
+        self._record.setdefault("error", reason_of(error))
+        return error
 
     async def _waiting(self, patience: float) -> list[tuple[int, Heard]]:
         heard = []
@@ -204,12 +286,19 @@ class Running:
             return
         self._closed = True
         self.cancelled.set()
-        self._record["finish"] = [end.reason if end else "cancelled" for end in self.finishes]
+        if self._sent:
+            other = "error" if self._failed else "cancelled"
+            self._record["finish"] = [end.reason if end else other for end in self.finishes]
+            if not all(self.finishes):
+                self._record.setdefault("error", "the client went away")
+        if self.first:
+            self._record["first_ms"] = round((self.first - self.started) * 1e3, 1)
+            self._record["tokens_per_second"] = self.timings["predicted_per_second"]
         if all(self.finishes):  # or the counts are not known
             self._record |= asdict(self.usage)
         if self._service.settings.log_content:
             self._record["replies"] = [said.message() for said in self.said]
-        self._service.leave(self)
+        self._leave_if_done()
 
 
 class Service:
@@ -221,6 +310,9 @@ class Service:
         self.context = llm.context
         self.mailbox = Mailbox(llm)
         self.created = int(time.time())
+        self.keys = Keys(settings.api_key, settings.key_file)
+        self.stopping = False
+        self._started = time.monotonic()
         self._running: set[Running] = set()
         self._pace = 1.0  # seconds that a request takes, lately
 
@@ -260,7 +352,9 @@ class Service:
             ApiError: there are too many already, or it cannot be had.
         """
         record = request.scope.setdefault("record", {})
-        running = Running(self, len(prepares), choices, record)
+        record["model"] = self.settings.model
+        caller = request.scope.get("caller", "")
+        running = Running(self, len(prepares), choices, record, caller)
         self._admit(running)
 
         def start() -> None:
@@ -289,6 +383,7 @@ class Service:
         active, most = self.active, self.settings.max_requests
         if running.count > most:
             raise ApiError(400, f"{running.count} replies are asked for, and at most {most} can be")
+        self._check_share(running)
         if active + running.count > most:
             wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
             raise ApiError(
@@ -299,6 +394,48 @@ class Service:
                 headers={"Retry-After": str(wait)},
             )
         self._running.add(running)
+
+    def _check_share(self, running: Running) -> None:
+        """Check that a client has no more replies than one client may."""
+        most = self.settings.most_per_client
+        has = sum(other.count for other in self._running if other.client == running.client)
+        if running.count > most:
+            raise ApiError(
+                400,
+                f"{running.count} replies are asked for, and one client can have at most {most} "
+                "(--max-per-client)",
+            )
+        if has + running.count > most:
+            wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
+            raise ApiError(
+                429,
+                f"this client has {has} of at most {most} replies that one client may have, and "
+                f"{running.count} more are asked for; try again in {wait} s",
+                code="rate_limit_exceeded",
+                headers={"Retry-After": str(wait)},
+            )
+
+    def health(self) -> dict[str, Any]:
+        """Return what the server is doing; it waits for nothing."""
+        doing = self.llm.activity()
+        status = "stopping" if self.stopping else "stuck" if doing.silent > _STUCK else "ok"
+        return {
+            "status": status,
+            "model": self.settings.model,
+            "version": __version__,
+            "uptime_seconds": round(time.monotonic() - self._started, 1),
+            "context_length": self.context,
+            "active": self.active,
+            "max_requests": self.settings.max_requests,
+            "running": doing.running,
+            "waiting": doing.waiting,
+            "tokens_per_second": doing.tokens_per_second,
+            "memory": {
+                "used": doing.device_bytes,
+                "caches": doing.cache_bytes,
+                "caches_limit": doing.cache_limit,
+            },
+        }
 
     def leave(self, running: Running) -> None:
         """Make room for others."""
