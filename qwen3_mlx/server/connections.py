@@ -105,6 +105,11 @@ class Connections:
     def __len__(self) -> int:
         return len(self._open)
 
+    @property
+    def all(self) -> "frozenset[Connection]":
+        """Those that are open."""
+        return frozenset(self._open)
+
     def add(self, connection: "Connection") -> bool:
         """Count a connection, at the cost of an idle one if need be; False if there is no room."""
         if len(self._open) >= self.limits.connections:

@@ -17,6 +17,7 @@ from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
 
 _LAST_WORDS = 2  # seconds for replies that were cancelled to tell their clients
+BACKLOG = 128
 _TICKS = 10  # of a tenth of a second, from one look at all connections to the next
 
 
@@ -60,28 +61,31 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Begin to listen."""
-        self._loop = asyncio.get_running_loop()
-        self._loop.set_exception_handler(self.connections.on_error)
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_exception_handler(self.connections.on_error)
         await super().startup(sockets)
+        for listener in sockets or ():
+            # More may wait to be accepted than are accepted at once, which asyncio takes for one.
+            listener.listen(BACKLOG)
         self._ready()
 
     async def on_tick(self, counter: int) -> bool:
         """Do what is done every tenth of a second."""
         if counter % _TICKS == 0:
-            self.connections.sweep(self._loop.time())
+            self.connections.sweep(self.loop.time())
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take a signal: the first lets replies come to their end, another ends them now."""
         if self.should_exit:
-            self._loop.call_soon_threadsafe(self._service.cancel_all)
+            self.loop.call_soon_threadsafe(self._service.cancel_all)
         self._service.stopping = True
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take no more requests, and end those that are not done in time."""
         self._service.stopping = True
-        timer = self._loop.call_later(self._deadline, self._service.cancel_all)
+        timer = self.loop.call_later(self._deadline, self._service.cancel_all)
         await super().shutdown(sockets)
         timer.cancel()
 
