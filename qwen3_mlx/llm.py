@@ -152,6 +152,15 @@ class LLM:
         """Lay out a reply, for `begin`: what `stream` would refuse is refused."""
         return self._open().chat(messages, Asked.of(options))
 
+    def count_tokens(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> int:
+        """Count the tokens of the prompt that `stream` would reply to.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be.
+            ContextError: it has several times the tokens of the context.
+        """
+        return self._open().count_tokens(messages, Asked.of(options))
+
     def prepare_text(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Task:
         """Lay out the continuation of raw text, or of token ids, for `begin`."""
         words = prompt if isinstance(prompt, str) else token_ids(prompt)

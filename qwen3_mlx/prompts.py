@@ -126,6 +126,16 @@ def _rendered(
         raise Qwen3Error(hiding.show(str(error))) from error
 
 
+def least_tokens(words: Words, history: Sequence[Message]) -> int:
+    """Return how many tokens a prompt has at least, by what no template leaves out.
+
+    That is something for each message, and its content, but for white space around it and for the
+    thinking of the assistant's.
+    """
+    texts = (message["content"].rpartition(END_THINK)[2].strip() for message in history)
+    return len(history) + sum(map(words.tokenizer.least_tokens, filter(None, texts)))
+
+
 def begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the messages with the thinking of the last one apart, which a reply is to continue.
 

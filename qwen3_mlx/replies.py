@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event as Flag
+from threading import Thread
 from typing import Any
 
 from qwen3_mlx.asking import Asked
@@ -22,7 +23,7 @@ from qwen3_mlx.engine.params import (
     SamplingParams,
     sampling_defaults,
 )
-from qwen3_mlx.errors import ContextError, Qwen3Error
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.prompts import (
     Words,
     begun,
@@ -42,8 +43,10 @@ from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.steering import Limits, Steering
 from qwen3_mlx.text.thinking import soft_switch
 from qwen3_mlx.text.tools import Calls
+from qwen3_mlx.window import MOST_COUNTED, Window
 
 _PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
+_LONG = 100_000  # characters of a prompt, from which on encoding it would hold up other replies
 _MOST_IDLE = 4096  # tokens to be read ahead
 
 
@@ -76,6 +79,7 @@ class Replies:
     def __init__(self, words: Words, engine: Engine) -> None:
         self.engine = engine
         self.words = words
+        self.window = Window(words, engine)
 
     def chat(self, messages: str | Sequence[Message], asked: Asked) -> Task:
         """Lay out a reply to a conversation.
@@ -87,6 +91,7 @@ class Replies:
         words = self.words
         thinks = words.thinking.resolve(asked.thinking)
         history = without_empty_end(normalise(messages))
+        self.window.check(history)
         continued, inside = None, thinks and words.thinking.opens_in_prompt
         if asked.continue_last:
             history = begun(history)
@@ -134,6 +139,14 @@ class Replies:
             {"warning": "; ".join(warnings)} if warnings else {},
         )
 
+    def count_tokens(self, messages: str | Sequence[Message], asked: Asked) -> int:
+        """Do as `LLM.count_tokens` says."""
+        history = normalise(messages)
+        self.window.check(history, MOST_COUNTED)
+        tools, goes_on = asked.described_tools(), asked.continue_last
+        prompt = render(self.words, history, asked.thinking, tools, continue_last=goes_on)
+        return len(self.window.encode(prompt))
+
     def start(
         self,
         task: Task,
@@ -154,8 +167,8 @@ class Replies:
                 event = _error_of(partial(heard, said)) or event
             deliver(event)
 
-        ids = self._encode(task.prompt)
-        room = self._room(len(ids), asked.max_tokens, task.least_room)
+        ids = self.window.encode(task.prompt)
+        room = self.window.room(len(ids), asked.max_tokens, task.least_room)
         thinking = None if task.thinks is None else words.thinking
         parser = Parser(
             words.tokenizer,
@@ -191,7 +204,11 @@ class Replies:
                 }
             tell(Finish(reason, usage, details))
             if asked.idle and reason in ("stop", "length"):
-                self._read_ahead(task, said.message(), len(ids))
+                job = partial(self._read_ahead, task, said.message(), len(ids))
+                if len(task.prompt) < _LONG:
+                    job()
+                else:
+                    Thread(target=job, name="qwen3-ahead", daemon=True).start()
 
         def note(chance: Chance) -> None:
             parser.note(chance.token, chance.logprob, chance.top)
@@ -283,20 +300,6 @@ class Replies:
             else None,
         )
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        rows = self.engine.model.config.vocab_size
-        if not isinstance(prompt, str):
-            if outside := [token for token in prompt if not 0 <= token < rows]:
-                raise ValueError(f"token ids are 0 to {rows - 1:,}, not {outside[0]}")
-            return list(prompt)
-        ids = self.words.tokenizer.encode(prompt)
-        if (greatest := max(ids, default=0)) >= rows:
-            raise Qwen3Error(
-                f"the prompt has token {greatest} and the model knows {rows:,}: "
-                "tokenizer.json belongs to another checkpoint"
-            )
-        return ids
-
     def _read_ahead(self, task: Task, reply: Message, already: int) -> None:
         """Have what a next turn begins with read in idle time; `already` tokens are about known.
 
@@ -322,27 +325,6 @@ class Replies:
                 self.engine.read_ahead(ids)
         except Qwen3Error:  # the template wants no such turn, or the engine was closed meanwhile
             return
-
-    def _room(self, prompt_tokens: int, wish: int | None, least: int) -> int:
-        """Give the tokens that a reply may have, at least `least`."""
-        if prompt_tokens == 0:
-            raise ValueError("the prompt is empty; give some text")
-        engine = self.engine
-        window, why = engine.context, ""
-        if window < engine.model.config.context_window and window == engine.budget.context:
-            why = f" (all that memory can hold: {engine.budget})"
-        if prompt_tokens + (1 if wish else least) > window:
-            raise ContextError(
-                f"the prompt has {prompt_tokens:,} tokens and the context window is "
-                f"{window:,}{why}; shorten the prompt"
-            )
-        room = window - prompt_tokens
-        if wish is not None and wish > room:
-            raise ContextError(
-                f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
-                f"context window of {window:,}{why} has room for {room:,}"
-            )
-        return wish or room
 
 
 def _error_of(call: Callable[[], None]) -> BaseException | None:

@@ -15,6 +15,7 @@ import pytest
 
 from qwen3_mlx import LLM
 from qwen3_mlx.engine.scheduler import Scheduler
+from qwen3_mlx.server.service import Running
 from qwen3_mlx.server.settings import Settings
 from tests.serving import Served, serving
 from tests.test_scheduler import House, Job
@@ -205,6 +206,20 @@ def test_how_many_one_client_may_have(settings: dict[str, Any], most: int) -> No
 # --- time ---------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[Running]:
+    """The requests that a server will take."""
+    made = list[Running]()
+
+    class Noted(Running):
+        def __init__(self, *how: Any) -> None:
+            super().__init__(*how)
+            made.append(self)
+
+    monkeypatch.setattr("qwen3_mlx.server.service.Running", Noted)
+    return made
+
+
 ENDS: list[tuple[str, Any]] = [
     ("/v1/chat/completions", lambda body: body["choices"][0]["finish_reason"]),
     ("/v1/completions", lambda body: body["choices"][0]["finish_reason"]),
@@ -214,20 +229,22 @@ ENDS: list[tuple[str, Any]] = [
 
 
 @pytest.mark.parametrize(("path", "reason"), ENDS)
-def test_a_reply_that_takes_too_long_ends_as_it_is(tiny: LLM, path: str, reason: Any) -> None:
+def test_a_reply_that_takes_too_long_ends_as_it_is(
+    tiny: LLM, path: str, reason: Any, made: list[Running]
+) -> None:
     messages = [{"role": "user", "content": "x"}]
     body: dict[str, Any] = {"messages": messages, "max_tokens": 1500, "stream": False}
     body = endless(stream=False, max_tokens=1500) if path == "/v1/completions" else body
     with serving(tiny, request_timeout=3600) as served, ThreadPoolExecutor() as pool:
         response = pool.submit(served.post, path, body)
-        time_is_up(served)
+        time_is_up(served, made)
         assert reason(response.result().json()) == "length"
 
 
-def test_the_end_of_its_time_is_told(tiny: LLM) -> None:
+def test_the_end_of_its_time_is_told(tiny: LLM, made: list[Running]) -> None:
     with serving(tiny, request_timeout=3600) as served, ThreadPoolExecutor() as pool:
         streamed = pool.submit(served.chat, max_tokens=1500, stream=True)
-        time_is_up(served)
+        time_is_up(served, made)
         lines = [line for line in streamed.result().text.splitlines() if line.startswith("data: ")]
         assert lines[-1] == "data: [DONE]"
         (choice,) = json.loads(lines[-2][6:])["choices"]
@@ -236,13 +253,13 @@ def test_the_end_of_its_time_is_told(tiny: LLM) -> None:
         assert not served.server.service.active
 
 
-def time_is_up(served: Served) -> None:
+def time_is_up(served: Served, made: list[Running]) -> None:
     """Have the time of a request be over when its reply has begun."""
-    service, end = served.server.service, time.monotonic() + 60
-    while not (found := [running for running in service._running if running.first]):
+    end = time.monotonic() + 60
+    while not made or not made[0].first:
         assert time.monotonic() < end, "no reply has begun"
         time.sleep(0.001)
-    served.server.loop.call_soon_threadsafe(found[0]._time_is_up)
+    served.server.loop.call_soon_threadsafe(made[0]._time_is_up)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat"])

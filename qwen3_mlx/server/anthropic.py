@@ -21,8 +21,9 @@ from qwen3_mlx.server.anthropic_wire import (
     MessagesRequest,
 )
 from qwen3_mlx.server.completion import EVENTS
+from qwen3_mlx.server.entry import answered, takes
 from qwen3_mlx.server.errors import ApiError, refused
-from qwen3_mlx.server.service import LiveResponse, Running, Service
+from qwen3_mlx.server.service import LiveResponse, Place, Running, Service
 from qwen3_mlx.server.wire import (
     Json,
     check_unknown,
@@ -53,28 +54,15 @@ def routes(service: Service) -> APIRouter:
     """Make the routes of this protocol."""
     router = APIRouter(prefix="/v1/messages", tags=["Anthropic"], responses=_ERRORS)
 
-    @router.post("", response_model=MessageOut, responses={200: _STREAM})
-    async def messages(asked: MessagesRequest, request: Request) -> Response:
-        return await _Messages(service, asked).respond(request)
+    stream = {200: _STREAM}
 
-    @router.post("/count_tokens", response_model=CountOut)
-    async def count_tokens(asked: Counted) -> Response:
-        def count() -> int:
-            messages = asked.library_messages()
-            options: Options = {
-                **_options(service, asked),
-                "continue_last": ends_with_words(messages),
-            }
-            prompt = service.llm.prepare(messages, **options).prompt
-            assert isinstance(prompt, str)
-            return len(service.llm.tokenizer.encode(prompt))
+    @router.post("", response_model=MessageOut, responses=stream, **takes(MessagesRequest))
+    async def messages(request: Request) -> Response:
+        return await answered(service, request, MessagesRequest, _Messages)
 
-        try:
-            warnings = check_unknown(asked, NOT_SUPPORTED, HARMLESS)
-            counted = await asyncio.to_thread(count)
-        except Exception as error:
-            raise refused(error) from error
-        return Json({"input_tokens": counted}, headers=warnings_header(warnings))
+    @router.post("/count_tokens", response_model=CountOut, **takes(Counted))
+    async def count_tokens(request: Request) -> Response:
+        return await answered(service, request, Counted, _Count)
 
     return router
 
@@ -91,6 +79,31 @@ def _options(service: Service, asked: Counted) -> Options:
         "tool_choice": (choice.name or names[choice.type]) if choice else "auto",
         "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
     }
+
+
+class _Count:
+    """The number of tokens that a prompt has."""
+
+    def __init__(self, service: Service, asked: Counted) -> None:
+        self._service = service
+        try:
+            self._warnings = check_unknown(asked, NOT_SUPPORTED, HARMLESS)
+            self._messages = asked.library_messages()
+            self._options: Options = {
+                **_options(service, asked),
+                "continue_last": ends_with_words(self._messages),
+            }
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, str(error)) from error
+
+    async def respond(self, request: Request, place: Place) -> Response:
+        """Answer the request."""
+        count = partial(self._service.llm.count_tokens, self._messages, **self._options)
+        try:
+            counted = await asyncio.to_thread(count)
+        except Exception as error:
+            raise refused(error) from error
+        return Json({"input_tokens": counted}, headers=warnings_header(self._warnings))
 
 
 class _Messages:
@@ -120,10 +133,10 @@ class _Messages:
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
 
-    async def respond(self, request: Request) -> Response:
+    async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
-        running = await self._service.run(request, [prepare], shorten=True)
+        running = await self._service.run(place, [prepare], shorten=True)
         headers = warnings_header(self._warnings + running.warnings)
         if self._asked.stream:
             return LiveResponse(running, self._events(running), EVENTS, headers)

@@ -7,7 +7,7 @@ from pydantic import Field
 
 from qwen3_mlx.server.openai_wire import ThinkingIn
 from qwen3_mlx.server.thinking import EFFORTS, Wish
-from qwen3_mlx.server.wire import AsSent, Wire
+from qwen3_mlx.server.wire import AsSent, Messages, Parts, Posted, Stops, Tools, Wire
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "container": (),
@@ -32,17 +32,17 @@ class Block(Wire):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: "str | list[Block] | None" = None
+    content: "str | Parts[Block] | None" = None
     is_error: bool | None = None
     cache_control: dict[str, Any] | None = None
-    citations: list[Any] | None = None
+    citations: Parts[Any] | None = None
 
 
 class Message(Wire):
     """A message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Parts[Block]
 
 
 class ToolIn(AsSent):
@@ -79,13 +79,13 @@ class OutputConfig(Wire):
     format: OutputFormat | None = None
 
 
-class Counted(Wire):
+class Counted(Posted):
     """What a prompt is made of."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
-    system: str | list[Block] | None = None
-    tools: list[ToolIn] | None = None
+    messages: Annotated[Messages[Message], Field(min_length=1)]
+    system: str | Parts[Block] | None = None
+    tools: Tools[ToolIn] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingIn | None = None
     output_config: OutputConfig | None = None
@@ -148,7 +148,7 @@ class MessagesRequest(Counted):
 
     max_tokens: Annotated[int, Field(ge=1)]
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Stops | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=0, le=1 << 31)] | None = None

@@ -14,12 +14,13 @@ from qwen3_mlx.asking import Options
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_wire import Sampled
-from qwen3_mlx.server.service import LiveResponse, Prepare, Running, Service
+from qwen3_mlx.server.service import LiveResponse, Place, Prepare, Running, Service
 from qwen3_mlx.server.wire import Json, json_bytes, warnings_header
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Usage
 
 EVENTS = "text/event-stream"
+_MOST_DIGITS = 18  # of a token's id
 
 
 class Completion(ABC):
@@ -61,9 +62,9 @@ class Completion(ABC):
     def choice(self, index: int, said: Collected, finish: Finish) -> Mapping[str, Any]:
         """Give a whole reply."""
 
-    async def respond(self, request: Request) -> Response:
+    async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
-        running = await self.service.run(request, self.prepares(), choices=self.choices)
+        running = await self.service.run(place, self.prepares(), choices=self.choices)
         headers = warnings_header(self.warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._chunks(running), EVENTS, headers)
@@ -104,8 +105,8 @@ def sampled(asked: Sampled) -> Options:
     """Give how tokens are to be chosen as the library has it; a ValueError if it cannot be."""
     bias = {}
     for token, value in (asked.logit_bias or {}).items():
-        if not token.isdecimal() or not token.isascii():
-            raise ValueError(f"logit_bias maps token ids to numbers; {token!r} is no token id")
+        if not token.isdecimal() or not token.isascii() or len(token) > _MOST_DIGITS:
+            raise ValueError(f"logit_bias maps token ids to numbers; {token!r:.60} is no token id")
         bias[int(token)] = value
     sampling = SamplingParams(
         temperature=asked.temperature,

@@ -33,6 +33,7 @@ _GIVEN_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]*)?")
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
 _MOST_REASON = 200  # characters
+_ELSEWHERE = ("cross-site", "same-site")  # than the page, a browser says
 
 
 class Guard:
@@ -68,6 +69,9 @@ class Guard:
             hint = f"; --allow-host {host} makes it one" if host else ""
             raise ApiError(403, f"{host or sent!r} is not a name of this server{hint}")
         origin = headers.get("origin")
+        if origin is None and scope["method"] == "POST":
+            if headers.get("sec-fetch-site") in _ELSEWHERE:
+                origin = "elsewhere"  # a page that a browser let go without saying which
         if origin and not self._may_come_from(origin, f"{scope['scheme']}://{sent}"):
             raise ApiError(
                 403, f"pages of {origin} may not use this server; --cors-origin {origin} lets them"

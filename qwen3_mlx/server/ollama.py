@@ -13,11 +13,16 @@ from pydantic import Field
 from qwen3_mlx import __version__
 from qwen3_mlx.asking import Options
 from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.server.entry import answered, takes
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.service import LiveResponse, Running, Service
+from qwen3_mlx.server.service import LiveResponse, Place, Running, Service
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.server.wire import (
     Json,
+    Messages,
+    Parts,
+    Posted,
+    Tools,
     Wire,
     check_unknown,
     ends_with_words,
@@ -61,22 +66,22 @@ class OllamaMessage(Wire):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    images: list[Any] | None = None
-    tool_calls: list[Called] | None = None
+    images: Parts[Any] | None = None
+    tool_calls: Parts[Called] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
 
-class OllamaRequest(Wire):
+class OllamaRequest(Posted):
     """`POST /api/chat`."""
 
     model: str | None = None
-    messages: Annotated[list[OllamaMessage], Field(min_length=1)]
+    messages: Annotated[Messages[OllamaMessage], Field(min_length=1)]
     stream: bool | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
     format: Literal["json", ""] | dict[str, Any] | None = None
     options: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: Tools[dict[str, Any]] | None = None
 
 
 class OllamaMessageOut(Wire):
@@ -120,9 +125,11 @@ def routes(service: Service) -> APIRouter:
     """Make the routes of this protocol."""
     router = APIRouter(prefix="/api", tags=["Ollama"], responses=_ERRORS)
 
-    @router.post("/chat", response_model=OllamaOut, responses={200: _STREAM})
-    async def chat(asked: OllamaRequest, request: Request) -> Response:
-        return await _OllamaChat(service, asked).respond(request)
+    @router.post(
+        "/chat", response_model=OllamaOut, responses={200: _STREAM}, **takes(OllamaRequest)
+    )
+    async def chat(request: Request) -> Response:
+        return await answered(service, request, OllamaRequest, _OllamaChat)
 
     @router.get("/tags")
     async def tags() -> dict[str, Any]:
@@ -196,10 +203,10 @@ class _OllamaChat:
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
 
-    async def respond(self, request: Request) -> Response:
+    async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
-        running = await self._service.run(request, [prepare], shorten=True)
+        running = await self._service.run(place, [prepare], shorten=True)
         headers = warnings_header(self._warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._lines(running), _LINES, headers)

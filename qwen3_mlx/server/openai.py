@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from qwen3_mlx.server.completion import EVENTS
+from qwen3_mlx.server.entry import answered, takes
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_chat import ChatCompletion
 from qwen3_mlx.server.openai_text import TextCompletion
@@ -30,13 +31,17 @@ def routes(service: Service) -> APIRouter:
     """Make the routes of this protocol."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=_ERRORS)
 
-    @router.post("/chat/completions", response_model=ChatOut, responses={200: _STREAM})
-    async def chat_completions(asked: ChatRequest, request: Request) -> Response:
-        return await ChatCompletion(service, asked).respond(request)
+    stream = {200: _STREAM}
 
-    @router.post("/completions", response_model=TextOut, responses={200: _STREAM})
-    async def completions(asked: TextRequest, request: Request) -> Response:
-        return await TextCompletion(service, asked).respond(request)
+    @router.post(
+        "/chat/completions", response_model=ChatOut, responses=stream, **takes(ChatRequest)
+    )
+    async def chat_completions(request: Request) -> Response:
+        return await answered(service, request, ChatRequest, ChatCompletion)
+
+    @router.post("/completions", response_model=TextOut, responses=stream, **takes(TextRequest))
+    async def completions(request: Request) -> Response:
+        return await answered(service, request, TextRequest, TextCompletion)
 
     @router.get("/models", response_model=ModelsOut)
     async def models() -> dict[str, Any]:

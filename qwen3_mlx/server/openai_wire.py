@@ -5,12 +5,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qwen3_mlx.server.thinking import UNLIMITED, Said, Wish
-from qwen3_mlx.server.wire import AsSent, Wire
+from qwen3_mlx.server.wire import AsSent, FailFast, Messages, Parts, Posted, Stops, Tools, Wire
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Count = Annotated[int, Field(ge=1)]
 Budget = Annotated[int, Field(ge=UNLIMITED, description="Tokens of thinking; -1 is no limit.")]
 _MOST_CHOICES = 32
+_MOST_BIASES = 10_000
 
 # What asks for something that cannot be had, and the values of it that ask for nothing.
 NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
@@ -69,12 +70,12 @@ class Message(Wire):
     """A message of the conversation; the thinking of earlier turns goes by either name."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Parts[Part] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Parts[Call] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = None  # DeepSeek's and Qwen's words for a last message to be continued
     partial: bool | None = None
@@ -174,13 +175,13 @@ class ThinkingIn(Wire):
         return {"enabled": True, "disabled": False, "adaptive": None}[self.type]
 
 
-class Sampled(Wire):
+class Sampled(Posted):
     """What chat and text completions have in common."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -190,20 +191,25 @@ class Sampled(Wire):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=_MOST_BIASES)] | None = None
+
+    @property
+    def replies(self) -> int:
+        """How many replies are asked for."""
+        return self.n or 1
 
 
 class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Messages[Message], Field(min_length=1)]
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[ToolIn] | None = None
+    tools: Tools[ToolIn] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
@@ -259,10 +265,16 @@ class ChatRequest(Sampled):
 class TextRequest(Sampled):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | FailFast[str] | FailFast[int] | FailFast[FailFast[int]]
     max_tokens: Count | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
+
+    @property
+    def replies(self) -> int:
+        """How many replies are asked for: `n` to each prompt."""
+        several = isinstance(self.prompt, list) and not isinstance((*self.prompt, 0)[0], int)
+        return (self.n or 1) * (len(self.prompt) if several else 1)
 
 
 # --- what is answered ---------------------------------------------------------------------------

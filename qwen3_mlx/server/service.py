@@ -2,7 +2,9 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from threading import Event as Flag
@@ -29,6 +31,7 @@ _LONGEST_WAIT = 60  # seconds that a client is told to stay away
 _MEMORY = 0.8  # how much a new measurement leaves of the old
 _MOST_UNREAD = 1 << 17  # pieces of a reply that a client has not taken: some 25 MB
 _STUCK = 120  # seconds without a step, though there is work
+_READERS = 2  # threads for large bodies, which together take as many times the memory of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +85,41 @@ def _weight(heard: Heard) -> int:
     return 1 + sum(1 + len(token.top) for token in tokens)
 
 
+class Place:
+    """A request among the others, from before its body is read until `leave`."""
+
+    def __init__(self, service: "Service", scope: Scope) -> None:
+        record: dict[str, Any] = scope.setdefault("record", {})
+        record["model"] = service.settings.model
+        self.client: str = scope.get("caller", "")
+        self.count = 1  # of replies that it asks for, as far as is known
+        self.record = record
+        self.cancelled = Flag()
+        self.kept = False  # by replies that run, and leave it when they end
+        self._service = service
+
+    def widen(self, count: int) -> None:
+        """Count as so many replies.
+
+        Raises:
+            ApiError: there are too many.
+        """
+        if count > 1:
+            self._service.check_room(count, self.client, beside=self)
+            self.count = count
+
+    def leave(self) -> None:
+        """Make room for others; may be called twice."""
+        self._service.leave(self)
+
+
 class Running:
     """The replies to one request, numbered from 0, until `close`."""
 
-    def __init__(
-        self,
-        service: "Service",
-        count: int,
-        choices: int,
-        record: dict[str, Any],
-        client: str = "",
-    ) -> None:
-        """Prepare for `count` replies: so many `choices` to each prompt."""
-        self.client = client
+    def __init__(self, service: "Service", place: Place, choices: int) -> None:
+        """Prepare for the replies that `place` counts: so many `choices` to each prompt."""
+        count = place.count
+        place.kept = True
         self.said = [Collected() for _ in range(count)]
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
@@ -102,16 +127,17 @@ class Running:
         self.read: Read | None = None
         self.started = time.perf_counter()
         self.first: float | None = None  # when the first token came
-        self.cancelled = Flag()
+        self.cancelled = place.cancelled
         self.count = count
         self._choices = choices
         self._service = service
-        self._record = record
+        self._place = place
+        self._record = place.record
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
         self._unread = 0  # pieces in the queue
         self._sent = self._ends = 0  # replies that the engine was given, and those it has ended
-        self._failed = self._closed = False
+        self._failed = self._closed = self._left = False
         self._ended_by: ApiError | None = None  # what the server has cancelled the replies for
         timeout = service.settings.request_timeout
         self._timer = self.loop.call_later(timeout, self._time_is_up) if timeout else None
@@ -124,7 +150,9 @@ class Running:
             def tell(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
                 deliver(Read(done, total))
 
-            task = replace(task, asked=replace(task.asked, progress=tell), client=self.client)
+            task = replace(
+                task, asked=replace(task.asked, progress=tell), client=self._place.client
+            )
             started = self._service.llm.begin(task, deliver, self.cancelled)
             self._sent += 1
             self.prompt_tokens = started.prompt_tokens
@@ -146,10 +174,13 @@ class Running:
             self._leave_if_done()
 
     def _leave_if_done(self) -> None:
-        if self._ends == self._sent and (self._closed or self._sent == self.count):
+        done = self._ends == self._sent and (self._closed or self._sent == self.count)
+        if done and not self._left:
+            self._left = True
             if self._timer:
                 self._timer.cancel()
-            self._service.leave(self)
+            self._service.note_pace(time.perf_counter() - self.started)
+            self._place.leave()
 
     def _time_is_up(self) -> None:
         seconds = f"{self._service.settings.request_timeout:g}"
@@ -313,19 +344,20 @@ class Service:
         self.keys = Keys(settings.api_key, settings.key_file)
         self.stopping = False
         self._started = time.monotonic()
-        self._running: set[Running] = set()
+        self.readers = ThreadPoolExecutor(_READERS, "qwen3-body")
+        self._places: set[Place] = set()
         self._pace = 1.0  # seconds that a request takes, lately
 
     @property
     def active(self) -> int:
         """The replies that run or wait."""
-        return sum(running.count for running in self._running)
+        return sum(place.count for place in self._places)
 
     def another_model(self, name: str | None) -> list[str]:
         """Warn of a model that is asked for and is not the one that answers."""
         if name in (None, "", "default", self.settings.model):
             return []
-        return [f"there is no model {name!r} here; {self.settings.model} answers"]
+        return [f"there is no model {name!r:.200} here; {self.settings.model} answers"]
 
     def options(self, wish: Wish) -> Options:
         """Give what a request says of thinking as the library has it."""
@@ -335,34 +367,61 @@ class Service:
         )
         return {"thinking": thinking, "thinking_budget": budget}
 
+    @contextmanager
+    def place(self, request: Request) -> Iterator[Place]:
+        """Let a request in; unless replies that run keep its place, it leaves it at the end.
+
+        Raises:
+            ApiError: there are too many already.
+        """
+        place = Place(self, request.scope)
+        self.check_room(1, place.client)
+        self._places.add(place)
+        try:
+            yield place
+        finally:
+            if not place.kept:
+                place.leave()
+
+    def check_room(self, count: int, client: str, beside: Place | None = None) -> None:
+        """Check that there is room for a client's replies, without what `beside` counts already.
+
+        Raises:
+            ApiError: there is not.
+        """
+        active, most = self.active - (beside.count if beside else 0), self.settings.max_requests
+        if count > most:
+            raise ApiError(400, f"{count:,} replies are asked for, and at most {most} can be")
+        self._check_share(client, count, beside)
+        if active + count > most:
+            raise self._too_many(
+                f"the server answers or keeps waiting {active} of at most {most} replies", count
+            )
+
     async def run(
         self,
-        request: Request,
+        place: Place,
         prepares: Sequence[Prepare],
         *,
         choices: int = 1,
         shorten: bool = False,
     ) -> Running:
-        """Let a request in and send its replies to the engine; to be closed by the caller.
+        """Send the replies to a request to the engine; to be closed by the caller.
 
         What is prepared may take its time, and is done on a thread. With `shorten` a reply may be
         given less than `max_tokens`, where the context has less room.
 
         Raises:
-            ApiError: there are too many already, or it cannot be had.
+            ApiError: it cannot be had.
         """
-        record = request.scope.setdefault("record", {})
-        record["model"] = self.settings.model
-        caller = request.scope.get("caller", "")
-        running = Running(self, len(prepares), choices, record, caller)
-        self._admit(running)
+        running = Running(self, place, choices)
 
         def start() -> None:
             tasks = [prepare() for prepare in prepares]
             if warning := tasks[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
-                record["prompts"] = [task.prompt for task in tasks]
+                place.record["prompts"] = [task.prompt for task in tasks]
             try:
                 running.begin(tasks)
             except ContextError:
@@ -379,41 +438,30 @@ class Service:
             raise
         return running
 
-    def _admit(self, running: Running) -> None:
-        active, most = self.active, self.settings.max_requests
-        if running.count > most:
-            raise ApiError(400, f"{running.count} replies are asked for, and at most {most} can be")
-        self._check_share(running)
-        if active + running.count > most:
-            wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
-            raise ApiError(
-                429,
-                f"the server answers or keeps waiting {active} of at most {most} replies, and "
-                f"{running.count} more are asked for; try again in {wait} s",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(wait)},
-            )
-        self._running.add(running)
-
-    def _check_share(self, running: Running) -> None:
+    def _check_share(self, client: str, count: int, beside: Place | None) -> None:
         """Check that a client has no more replies than one client may."""
         most = self.settings.most_per_client
-        has = sum(other.count for other in self._running if other.client == running.client)
-        if running.count > most:
+        others = [place for place in self._places if place.client == client and place != beside]
+        has = sum(place.count for place in others)
+        if count > most:
             raise ApiError(
                 400,
-                f"{running.count} replies are asked for, and one client can have at most {most} "
+                f"{count:,} replies are asked for, and one client can have at most {most} "
                 "(--max-per-client)",
             )
-        if has + running.count > most:
-            wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
-            raise ApiError(
-                429,
-                f"this client has {has} of at most {most} replies that one client may have, and "
-                f"{running.count} more are asked for; try again in {wait} s",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(wait)},
+        if has + count > most:
+            raise self._too_many(
+                f"this client has {has} of at most {most} replies that one client may have", count
             )
+
+    def _too_many(self, what: str, count: int) -> ApiError:
+        wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
+        return ApiError(
+            429,
+            f"{what}, and {count} more are asked for; try again in {wait} s",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": str(wait)},
+        )
 
     def health(self) -> dict[str, Any]:
         """Return what the server is doing; it waits for nothing."""
@@ -437,17 +485,18 @@ class Service:
             },
         }
 
-    def leave(self, running: Running) -> None:
+    def note_pace(self, took: float) -> None:
+        """Note how many seconds a request has taken."""
+        self._pace = _MEMORY * self._pace + (1 - _MEMORY) * took
+
+    def leave(self, place: Place) -> None:
         """Make room for others."""
-        if running in self._running:
-            self._running.remove(running)
-            took = time.perf_counter() - running.started
-            self._pace = _MEMORY * self._pace + (1 - _MEMORY) * took
+        self._places.discard(place)
 
     def cancel_all(self) -> None:
         """End all that runs: the time for a shutdown is over."""
-        for running in self._running:
-            running.cancelled.set()
+        for place in self._places:
+            place.cancelled.set()
 
 
 class LiveResponse(StreamingResponse):
