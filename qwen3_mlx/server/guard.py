@@ -32,6 +32,8 @@ REQUEST_ID = "x-request-id"
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]*)?")
 _QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+# Behind these a library or a template speaks, and may cite what it was given.
+_CITED = re.compile(r"((?:schema|regex|grammar|choice|refuses these messages): ).*")
 _MOST_REASON = 200  # characters
 _ELSEWHERE = ("cross-site", "same-site")  # than the page, a browser says
 
@@ -191,7 +193,7 @@ def note_error(scope: Scope, error: ApiError) -> None:
 def reason_of(error: ApiError) -> str:
     """Return the message of an error for the log, without what it quotes of the request."""
     first = error.message.partition("\n")[0]
-    return _QUOTED.sub("'...'", first)[:_MOST_REASON]
+    return _CITED.sub(r"\1...", _QUOTED.sub("'...'", first))[:_MOST_REASON]
 
 
 def address_of(client: tuple[str, int] | None) -> str | None:
