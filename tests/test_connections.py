@@ -329,7 +329,7 @@ def test_the_limit_of_descriptors_is_raised_as_far_as_may_be(
 
 
 def test_a_client_that_has_ended_its_side_is_answered_where_that_is_quick(served: Served) -> None:
-    with connected(served, WHOLE) as connection:
+    with connected(served, WHOLE.replace(b"health", b"openapi.json")) as connection:
         connection.shutdown(socket.SHUT_WR)
         response = all_of(connection)
     assert status_of(response) == 200 and response.endswith(b"}")

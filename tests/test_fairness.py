@@ -107,7 +107,7 @@ def test_what_was_put_back_comes_before_turns() -> None:
     line.plan.add(second)
     while not line.paused:
         line.step()
-    line.plan.add(newcomer := Job("new", 60, reply=5, client="b"))
+    line.plan.add(newcomer := Job("new", 5, reply=5, client="b"))
     while second not in line.plan.running:
         assert newcomer not in line.plan.running
         line.step()
