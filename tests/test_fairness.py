@@ -157,7 +157,7 @@ def test_a_client_leaves_slots_to_others(demo: LLM) -> None:
             kept = [began(stack, served, "10.0.0.1") for _ in range(3)]
             refused = served.post(path, asked, **{"X-Forwarded-For": "10.0.0.1"})
             assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-            assert "this client has 3 of at most 3 replies" in str(refused.json()[key])
+            assert "this client has 3 of its 3 replies" in str(refused.json()[key])
             other = served.post(path, asked, **{"X-Forwarded-For": "10.0.0.1, 10.0.0.2"})
             assert other.status_code == 200
             many = served.chat(n=4, max_tokens=3)

@@ -23,7 +23,8 @@ from qwen3_mlx.server.anthropic_wire import (
 from qwen3_mlx.server.completion import EVENTS
 from qwen3_mlx.server.entry import answered, takes
 from qwen3_mlx.server.errors import ApiError, refused
-from qwen3_mlx.server.service import LiveResponse, Place, Running, Service
+from qwen3_mlx.server.places import Place
+from qwen3_mlx.server.service import LiveResponse, Running, Service
 from qwen3_mlx.server.wire import (
     Json,
     check_unknown,
@@ -45,7 +46,7 @@ from qwen3_mlx.text.events import (
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
-_STREAM: dict[str, Any] = {"content": {EVENTS: {}}}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
 # Clients send it back with the thinking and want it to be there; it proves nothing here.
 _SIGNATURE = "qwen3-mlx"
 
@@ -54,9 +55,7 @@ def routes(service: Service) -> APIRouter:
     """Make the routes of this protocol."""
     router = APIRouter(prefix="/v1/messages", tags=["Anthropic"], responses=_ERRORS)
 
-    stream = {200: _STREAM}
-
-    @router.post("", response_model=MessageOut, responses=stream, **takes(MessagesRequest))
+    @router.post("", response_model=MessageOut, responses=_STREAM, **takes(MessagesRequest))
     async def messages(request: Request) -> Response:
         return await answered(service, request, MessagesRequest, _Messages)
 

@@ -5,7 +5,6 @@ values in it, which is seen without reading them, then the fields, then the repl
 large body is read on one of a few threads, so that neither the event loop nor memory suffers.
 """
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -15,19 +14,18 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from qwen3_mlx.server.errors import ApiError, of_validation
-from qwen3_mlx.server.service import Place, Service
+from qwen3_mlx.server.places import Place
+from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import Posted
 
-_AT_ONCE = 16 << 10  # bytes that take less time than to wake a thread for them
-# Nothing that fits the context has more values than this: each token id of a prompt is one, and
-# what a message or a tool has besides its text is some tokens of the prompt, too.
-_LEAST_VALUES = 250_000
-_VALUES_A_TOKEN = 2
+# No prompt that fits the context has more of the signs of values than this: each token id has one,
+# and so, about, has each token of a schema; a message has more tokens than signs.
+_VALUES = 250_000
+_VALUES_A_TOKEN = 1.1
 _BOM = b"\xef\xbb\xbf"
 _KINDS: dict[type, str] = {list: "a list", str: "a string", bool: "true or false", int: "a number"}
 
 Body = TypeVar("Body", bound=Posted)
-T = TypeVar("T")
 
 
 class Reply(Protocol):
@@ -62,10 +60,12 @@ async def answered(
         ApiError: the body cannot be read, or there are too many requests.
     """
     sent = await request.body()
-    with service.place(request) as place:
-        asked = await _aside(service, sent, lambda: parsed(sent, body, service.context))
+    record = request.scope.setdefault("record", {})
+    record["model"] = service.settings.model
+    with service.places.one(record, request.scope.get("caller", "")) as place:
+        asked = await service.aside(len(sent), lambda: parsed(sent, body, service.context))
         place.widen(asked.replies)
-        reply = await _aside(service, sent, lambda: make(service, asked))
+        reply = await service.aside(len(sent), lambda: make(service, asked))
         return await reply.respond(request, place)
 
 
@@ -76,7 +76,7 @@ def parsed(sent: bytes, body: type[Body], context: int) -> Body:
         ApiError: they are no JSON, have more values than any prompt of the context's tokens needs,
             or a field is wrong.
     """
-    most = max(_LEAST_VALUES, _VALUES_A_TOKEN * context)
+    most = max(_VALUES, round(_VALUES_A_TOKEN * context))
     values = sum(sent.count(sign) for sign in (b",", b"[", b"{"))
     if values > most:
         raise ApiError(
@@ -106,10 +106,3 @@ def _json(sent: bytes) -> Any:
     elif why.startswith("number out of range"):
         why = f"a number has too many digits ({why})"
     raise ApiError(400, f"the request cannot be read as JSON: {why}")
-
-
-async def _aside(service: Service, sent: bytes, job: Callable[[], T]) -> T:
-    """Do a job whose time grows with the body: at once if that is small, or on a thread."""
-    if len(sent) <= _AT_ONCE:
-        return job()
-    return await asyncio.get_running_loop().run_in_executor(service.readers, job)

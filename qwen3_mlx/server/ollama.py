@@ -15,7 +15,8 @@ from qwen3_mlx.asking import Options
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.server.entry import answered, takes
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.service import LiveResponse, Place, Running, Service
+from qwen3_mlx.server.places import Place
+from qwen3_mlx.server.service import LiveResponse, Running, Service
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.server.wire import (
     Json,

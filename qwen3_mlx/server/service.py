@@ -2,13 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from threading import Event as Flag
-from typing import Any
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -22,15 +20,15 @@ from qwen3_mlx.replies import Task
 from qwen3_mlx.server.errors import ApiError, refused
 from qwen3_mlx.server.guard import reason_of
 from qwen3_mlx.server.keys import Keys
+from qwen3_mlx.server.places import Place, Places
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
-_LONGEST_WAIT = 60  # seconds that a client is told to stay away
-_MEMORY = 0.8  # how much a new measurement leaves of the old
 _MOST_UNREAD = 1 << 17  # pieces of a reply that a client has not taken: some 25 MB
 _STUCK = 120  # seconds without a step, though there is work
+_AT_ONCE = 16 << 10  # bytes that take little longer than to wake a thread for them
 _READERS = 2  # threads for large bodies, which together take as many times the memory of one
 
 
@@ -44,6 +42,7 @@ class Read:
 
 Heard = Event | Read | BaseException
 Prepare = Callable[[], Task]
+T = TypeVar("T")
 
 
 class Mailbox:
@@ -83,34 +82,6 @@ def _weight(heard: Heard) -> int:
     """Count the pieces that an event takes in memory."""
     tokens = heard.tokens if isinstance(heard, Text | Reasoning) else ()
     return 1 + sum(1 + len(token.top) for token in tokens)
-
-
-class Place:
-    """A request among the others, from before its body is read until `leave`."""
-
-    def __init__(self, service: "Service", scope: Scope) -> None:
-        record: dict[str, Any] = scope.setdefault("record", {})
-        record["model"] = service.settings.model
-        self.client: str = scope.get("caller", "")
-        self.count = 1  # of replies that it asks for, as far as is known
-        self.record = record
-        self.cancelled = Flag()
-        self.kept = False  # by replies that run, and leave it when they end
-        self._service = service
-
-    def widen(self, count: int) -> None:
-        """Count as so many replies.
-
-        Raises:
-            ApiError: there are too many.
-        """
-        if count > 1:
-            self._service.check_room(count, self.client, beside=self)
-            self.count = count
-
-    def leave(self) -> None:
-        """Make room for others; may be called twice."""
-        self._service.leave(self)
 
 
 class Running:
@@ -179,8 +150,7 @@ class Running:
             self._left = True
             if self._timer:
                 self._timer.cancel()
-            self._service.note_pace(time.perf_counter() - self.started)
-            self._place.leave()
+            self._place.leave(time.perf_counter() - self.started)
 
     def _time_is_up(self) -> None:
         seconds = f"{self._service.settings.request_timeout:g}"
@@ -344,14 +314,13 @@ class Service:
         self.keys = Keys(settings.api_key, settings.key_file)
         self.stopping = False
         self._started = time.monotonic()
-        self.readers = ThreadPoolExecutor(_READERS, "qwen3-body")
-        self._places: set[Place] = set()
-        self._pace = 1.0  # seconds that a request takes, lately
+        self._readers = ThreadPoolExecutor(_READERS, "qwen3-body")
+        self.places = Places(settings.max_requests, settings.most_per_client)
 
     @property
     def active(self) -> int:
         """The replies that run or wait."""
-        return sum(place.count for place in self._places)
+        return self.places.active
 
     def another_model(self, name: str | None) -> list[str]:
         """Warn of a model that is asked for and is not the one that answers."""
@@ -367,36 +336,11 @@ class Service:
         )
         return {"thinking": thinking, "thinking_budget": budget}
 
-    @contextmanager
-    def place(self, request: Request) -> Iterator[Place]:
-        """Let a request in; unless replies that run keep its place, it leaves it at the end.
-
-        Raises:
-            ApiError: there are too many already.
-        """
-        place = Place(self, request.scope)
-        self.check_room(1, place.client)
-        self._places.add(place)
-        try:
-            yield place
-        finally:
-            if not place.kept:
-                place.leave()
-
-    def check_room(self, count: int, client: str, beside: Place | None = None) -> None:
-        """Check that there is room for a client's replies, without what `beside` counts already.
-
-        Raises:
-            ApiError: there is not.
-        """
-        active, most = self.active - (beside.count if beside else 0), self.settings.max_requests
-        if count > most:
-            raise ApiError(400, f"{count:,} replies are asked for, and at most {most} can be")
-        self._check_share(client, count, beside)
-        if active + count > most:
-            raise self._too_many(
-                f"the server answers or keeps waiting {active} of at most {most} replies", count
-            )
+    async def aside(self, size: int, job: Callable[[], T]) -> T:
+        """Do a job whose time grows with so many bytes of JSON: at once if few, or on a thread."""
+        if size <= _AT_ONCE:
+            return job()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, job)
 
     async def run(
         self,
@@ -438,31 +382,6 @@ class Service:
             raise
         return running
 
-    def _check_share(self, client: str, count: int, beside: Place | None) -> None:
-        """Check that a client has no more replies than one client may."""
-        most = self.settings.most_per_client
-        others = [place for place in self._places if place.client == client and place != beside]
-        has = sum(place.count for place in others)
-        if count > most:
-            raise ApiError(
-                400,
-                f"{count:,} replies are asked for, and one client can have at most {most} "
-                "(--max-per-client)",
-            )
-        if has + count > most:
-            raise self._too_many(
-                f"this client has {has} of at most {most} replies that one client may have", count
-            )
-
-    def _too_many(self, what: str, count: int) -> ApiError:
-        wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
-        return ApiError(
-            429,
-            f"{what}, and {count} more are asked for; try again in {wait} s",
-            code="rate_limit_exceeded",
-            headers={"Retry-After": str(wait)},
-        )
-
     def health(self) -> dict[str, Any]:
         """Return what the server is doing; it waits for nothing."""
         doing = self.llm.activity()
@@ -485,18 +404,9 @@ class Service:
             },
         }
 
-    def note_pace(self, took: float) -> None:
-        """Note how many seconds a request has taken."""
-        self._pace = _MEMORY * self._pace + (1 - _MEMORY) * took
-
-    def leave(self, place: Place) -> None:
-        """Make room for others."""
-        self._places.discard(place)
-
     def cancel_all(self) -> None:
         """End all that runs: the time for a shutdown is over."""
-        for place in self._places:
-            place.cancelled.set()
+        self.places.cancel_all()
 
 
 class LiveResponse(StreamingResponse):
