@@ -109,6 +109,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
             "context_length": service.context,
             "active": service.active,
             "max_requests": service.settings.max_requests,
+            "preparing": service.preparing.state,
         }
 
 

@@ -18,10 +18,12 @@ from qwen3_mlx.asking import Options
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.replies import Task
-from qwen3_mlx.server.errors import ApiError, refused
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.preparing import Preparing
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.streams import Collected
+from qwen3_mlx.text.compiling import Caller
 from qwen3_mlx.text.events import Event, Finish, Usage
 
 _LONGEST_WAIT = 60  # seconds that a client is told to stay away
@@ -38,7 +40,7 @@ class Read:
 
 
 Heard = Event | Read | BaseException
-Prepare = Callable[[], Task]
+Prepare = Callable[[Caller], Task]
 
 
 class Mailbox:
@@ -77,9 +79,10 @@ def _sort(letters: list[tuple["Running", int, Heard]]) -> None:
 class Place:
     """A request among the others, from before its body is read until `leave`."""
 
-    def __init__(self, service: "Service", record: dict[str, Any]) -> None:
+    def __init__(self, service: "Service", request: Request) -> None:
         self.count = 1  # of replies that it asks for, as far as is known
-        self.record = record
+        self.request = request
+        self.record: dict[str, Any] = request.scope.setdefault("record", {})
         self.cancelled = Flag()
         self.kept = False  # by replies that run, and leave it when they end
         self._service = service
@@ -252,6 +255,8 @@ class Service:
         self.mailbox = Mailbox(llm)
         self.created = int(time.time())
         self.readers = ThreadPoolExecutor(_READERS, "qwen3-body")
+        self.preparing = Preparing()
+        llm.load_grammars()  # now, for it would hold up all that runs
         self._places: set[Place] = set()
         self._pace = 1.0  # seconds that a request takes, lately
 
@@ -282,7 +287,7 @@ class Service:
             ApiError: there are too many already.
         """
         self.check_room(1)
-        place = Place(self, request.scope.setdefault("record", {}))
+        place = Place(self, request)
         self._places.add(place)
         try:
             yield place
@@ -327,8 +332,8 @@ class Service:
         """
         running = Running(self, place, choices)
 
-        def start() -> None:
-            tasks = [prepare() for prepare in prepares]
+        def start(caller: Caller) -> None:
+            tasks = [prepare(caller) for prepare in prepares]
             if warning := tasks[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
@@ -341,11 +346,9 @@ class Service:
                 running.begin([replace(t, asked=replace(t.asked, max_tokens=None)) for t in tasks])
 
         try:
-            await asyncio.to_thread(start)
-        except BaseException as error:
+            await self.preparing.do(place.request, place.cancelled, start)
+        except BaseException:
             running.close()
-            if isinstance(error, Exception):
-                raise refused(error) from error
             raise
         return running
 
