@@ -13,32 +13,44 @@ import signal
 import socket
 import sys
 import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llguidance import LLTokenizer
 
 STACK = 7 << 18  # bytes; less than any thread has that compiles what was tried
 MEMORY = 3 << 27  # bytes
 IDLE = 60.0  # seconds, after which it ends
 
 
-def answer(connection: socket.socket) -> None:
+def serve(connection: socket.socket) -> None:
     """Try what comes, until nothing comes any more."""
-    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+    from llguidance import LLTokenizer
 
     # What takes long depends on the grammar, hardly on the vocabulary: single bytes will do.
     vocabulary = LLTokenizer("byte")
     connection.settimeout(IDLE)
-    with contextlib.suppress(OSError):  # nobody asks any more
+    with contextlib.suppress(OSError):  # the other end is gone, or has nothing to ask
         while message := receive(connection):
             asked = json.loads(message)
-            limits = LLParserLimits(**asked["limits"])
             signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
-            try:
-                matcher = LLMatcher(vocabulary, asked["grammar"], log_level=0, limits=limits)
-                wrong = matcher.get_error()
-                matcher.compute_bitmask()
-            except Exception as error:  # noqa: BLE001 - whatever it is, this is no such grammar
-                wrong = str(error)
+            wrong = wrong_with(asked["grammar"], vocabulary, asked["limits"])
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.sendall(framed(json.dumps(wrong).encode()))
+
+
+def wrong_with(grammar: str, vocabulary: "LLTokenizer", limits: dict[str, Any]) -> str:
+    """Return what is wrong with a grammar, "" if nothing is."""
+    from llguidance import LLMatcher, LLParserLimits
+
+    try:
+        limited = LLParserLimits(**limits)
+        matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limited)
+        wrong: str = matcher.get_error()
+        matcher.compute_bitmask()  # for its time alone: what comes to nothing is seen later
+    except Exception as error:  # noqa: BLE001 - whatever it is, this is no grammar
+        return str(error)
+    return wrong
 
 
 def framed(message: bytes) -> bytes:
@@ -67,7 +79,7 @@ def main() -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
     threading.stack_size(STACK)
-    thread = threading.Thread(target=answer, args=[socket.socket(fileno=0)])
+    thread = threading.Thread(target=serve, args=[socket.socket(fileno=0)])
     thread.start()
     thread.join()
 
