@@ -22,7 +22,8 @@ from qwen3_mlx.server.anthropic_wire import (
 from qwen3_mlx.server.completion import EVENTS
 from qwen3_mlx.server.entry import answered, takes
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.service import LiveResponse, Place, Running, Service
+from qwen3_mlx.server.places import Place
+from qwen3_mlx.server.service import LiveResponse, Running, Service
 from qwen3_mlx.server.wire import (
     Json,
     check_unknown,
@@ -44,7 +45,7 @@ from qwen3_mlx.text.events import (
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
-_STREAM: dict[str, Any] = {"content": {EVENTS: {}}}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
 # Clients send it back with the thinking and want it to be there; it proves nothing here.
 _SIGNATURE = "qwen3-mlx"
 
@@ -53,9 +54,7 @@ def routes(service: Service) -> APIRouter:
     """Make the routes of this protocol."""
     router = APIRouter(prefix="/v1/messages", tags=["Anthropic"], responses=_ERRORS)
 
-    stream = {200: _STREAM}
-
-    @router.post("", response_model=MessageOut, responses=stream, **takes(MessagesRequest))
+    @router.post("", response_model=MessageOut, responses=_STREAM, **takes(MessagesRequest))
     async def messages(request: Request) -> Response:
         return await answered(service, request, MessagesRequest, _Messages)
 
@@ -133,7 +132,7 @@ class _Messages:
     async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
-        running = await self._service.run(place, [prepare], shorten=True)
+        running = await self._service.run(request, place, [prepare], shorten=True)
         headers = warnings_header(self._warnings + running.warnings)
         if self._asked.stream:
             return LiveResponse(running, self._events(running), EVENTS, headers)

@@ -4,6 +4,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -14,13 +15,15 @@ from qwen3_mlx.asking import Options
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_wire import Sampled
-from qwen3_mlx.server.service import LiveResponse, Place, Prepare, Running, Service
-from qwen3_mlx.server.wire import Json, json_bytes, warnings_header
+from qwen3_mlx.server.places import Place
+from qwen3_mlx.server.service import LiveResponse, Prepare, Running, Service
+from qwen3_mlx.server.wire import json_bytes, warnings_header
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Usage
 
 EVENTS = "text/event-stream"
 _MOST_DIGITS = 18  # of a token's id
+_TOKEN = 64  # bytes that a token may take in a reply, or many more, if there are logprobs
 
 
 class Completion(ABC):
@@ -64,18 +67,25 @@ class Completion(ABC):
 
     async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
-        running = await self.service.run(place, self.prepares(), choices=self.choices)
+        running = await self.service.run(request, place, self.prepares(), choices=self.choices)
         headers = warnings_header(self.warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._chunks(running), EVENTS, headers)
         await running.complete(request)
-        choices = [
-            self.choice(index, said, finish)
+        size = running.usage.completion_tokens * _TOKEN
+        content = await self.service.aside(size, partial(self._whole, running))
+        return Response(content, media_type="application/json", headers=headers)
+
+    def _whole(self, running: Running) -> bytes:
+        """Write the replies, each by itself: other threads wait while one is written."""
+        choices = (
+            json_bytes(self.choice(index, said, finish))
             for index, (said, finish) in enumerate(zip(running.said, running.finishes, strict=True))
             if finish
-        ]
-        end = {"usage": usage_of(running.usage), "timings": running.timings}
-        return Json({**self.head, "choices": choices, **end}, headers=headers)
+        )
+        end = json_bytes({"usage": usage_of(running.usage), "timings": running.timings})
+        before = json_bytes(self.head)[:-1] + b',"choices":['
+        return before + b",".join(choices) + b"]," + end[1:]
 
     async def _chunks(self, running: Running) -> AsyncIterator[bytes]:
         with_usage = bool(self._stream_options and self._stream_options.include_usage)

@@ -5,7 +5,6 @@ values in it, which is seen without reading them, then the fields, then the repl
 large body is read on one of a few threads, so that neither the event loop nor memory suffers.
 """
 
-import asyncio
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -15,10 +14,10 @@ from pydantic import ValidationError
 from pydantic_core import from_json
 
 from qwen3_mlx.server.errors import ApiError, of_validation
-from qwen3_mlx.server.service import Place, Service
+from qwen3_mlx.server.places import Place
+from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import Posted
 
-_AT_ONCE = 16 << 10  # bytes that take less time than to wake a thread for them
 # Nothing that fits the context has more values than this: each token id of a prompt is one, and
 # what a message or a tool has besides its text is some tokens of the prompt, too.
 _LEAST_VALUES = 250_000
@@ -27,7 +26,6 @@ _BOM = b"\xef\xbb\xbf"
 _KINDS: dict[type, str] = {list: "a list", str: "a string", bool: "true or false", int: "a number"}
 
 Body = TypeVar("Body", bound=Posted)
-T = TypeVar("T")
 
 
 class Reply(Protocol):
@@ -62,10 +60,10 @@ async def answered(
         ApiError: the body cannot be read, or there are too many requests.
     """
     sent = await request.body()
-    with service.place(request) as place:
-        asked = await _aside(service, sent, lambda: parsed(sent, body, service.context))
+    with service.places.one(request.scope.setdefault("record", {})) as place:
+        asked = await service.aside(len(sent), lambda: parsed(sent, body, service.context))
         place.widen(asked.replies)
-        reply = await _aside(service, sent, lambda: make(service, asked))
+        reply = await service.aside(len(sent), lambda: make(service, asked))
         return await reply.respond(request, place)
 
 
@@ -106,10 +104,3 @@ def _json(sent: bytes) -> Any:
     elif why.startswith("number out of range"):
         why = f"a number has too many digits ({why})"
     raise ApiError(400, f"the request cannot be read as JSON: {why}")
-
-
-async def _aside(service: Service, sent: bytes, job: Callable[[], T]) -> T:
-    """Do a job whose time grows with the body: at once if that is small, or on a thread."""
-    if len(sent) <= _AT_ONCE:
-        return job()
-    return await asyncio.get_running_loop().run_in_executor(service.readers, job)

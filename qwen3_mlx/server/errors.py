@@ -96,10 +96,11 @@ def of_status(status: int, detail: object) -> ApiError:
 def of_validation(error: ValidationError) -> ApiError:
     """Name the field that is wrong, and what it may be."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    # Of a field that may be of several kinds there is an error for each: the furthest is meant.
+    # Of a field that may be of several kinds there is an error for each: the furthest is meant, and
+    # of these one that has the right kind.
     first = _path(found[0]["loc"])
     same = [one for one in found[:_FIRST] if _path(one["loc"])[: len(first)] == first]
-    furthest = max(same, key=lambda one: len(_path(one["loc"])))
+    furthest = max(same, key=lambda one: (len(_path(one["loc"])), not one["type"].endswith("type")))
     param = ".".join(_path(furthest["loc"]))
     return ApiError(400, f"{param}: {furthest['msg'].removeprefix('Value error, ')}", param=param)
 

@@ -23,6 +23,7 @@ _log = logging.getLogger(__name__)
 access = logging.getLogger("qwen3_mlx.server.access")
 OPEN_PATHS = ("/health", "/")
 OPEN_FOLDER = "/page/"
+_ELSEWHERE = ("cross-site", "same-site")  # than the page, a browser says
 
 
 class Guard:
@@ -40,19 +41,21 @@ class Guard:
             await self._app(scope, receive, send)
             return
         try:
-            self._check(Headers(scope=scope), scope["path"])
+            self._check(Headers(scope=scope), scope["path"], scope["method"])
         except ApiError as error:
             await error.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, self._measured(receive), send)
 
-    def _check(self, headers: Headers, path: str) -> None:
+    def _check(self, headers: Headers, path: str, method: str) -> None:
         host = _name(f"//{headers.get('host', '')}")
         if not self._is_ours(host):
             raise ApiError(
                 403, f"{host!r} is not a name of this server; --allow-host {host} makes it one"
             )
         origin = headers.get("origin")
+        if origin is None and method == "POST" and headers.get("sec-fetch-site") in _ELSEWHERE:
+            origin = "elsewhere"  # a page that a browser let go without saying which
         if origin and not self._may_come_from(origin, headers["host"]):
             raise ApiError(
                 403, f"pages of {origin} may not use this server; --cors-origin {origin} lets them"

@@ -15,7 +15,8 @@ from qwen3_mlx.asking import Options
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.server.entry import answered, takes
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.service import LiveResponse, Place, Running, Service
+from qwen3_mlx.server.places import Place
+from qwen3_mlx.server.service import LiveResponse, Running, Service
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.server.wire import (
     Json,
@@ -206,7 +207,7 @@ class _OllamaChat:
     async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
-        running = await self._service.run(place, [prepare], shorten=True)
+        running = await self._service.run(request, place, [prepare], shorten=True)
         headers = warnings_header(self._warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._lines(running), _LINES, headers)

@@ -24,22 +24,20 @@ from qwen3_mlx.server.service import Service
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
-_STREAM: dict[str, Any] = {"content": {EVENTS: {}}}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
 
 
 def routes(service: Service) -> APIRouter:
     """Make the routes of this protocol."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=_ERRORS)
 
-    stream = {200: _STREAM}
-
     @router.post(
-        "/chat/completions", response_model=ChatOut, responses=stream, **takes(ChatRequest)
+        "/chat/completions", response_model=ChatOut, responses=_STREAM, **takes(ChatRequest)
     )
     async def chat_completions(request: Request) -> Response:
         return await answered(service, request, ChatRequest, ChatCompletion)
 
-    @router.post("/completions", response_model=TextOut, responses=stream, **takes(TextRequest))
+    @router.post("/completions", response_model=TextOut, responses=_STREAM, **takes(TextRequest))
     async def completions(request: Request) -> Response:
         return await answered(service, request, TextRequest, TextCompletion)
 

@@ -2,13 +2,11 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from threading import Event as Flag
-from typing import Any
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
@@ -19,6 +17,7 @@ from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.replies import Task
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.places import Place, Places
 from qwen3_mlx.server.preparing import Preparing
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import Wish
@@ -26,8 +25,7 @@ from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.compiling import Caller
 from qwen3_mlx.text.events import Event, Finish, Usage
 
-_LONGEST_WAIT = 60  # seconds that a client is told to stay away
-_MEMORY = 0.8  # how much a new measurement leaves of the old
+_AT_ONCE = 16 << 10  # bytes that take little longer than to wake a thread for them
 _READERS = 2  # threads for large bodies, which together take as many times the memory of one
 
 
@@ -41,6 +39,7 @@ class Read:
 
 Heard = Event | Read | BaseException
 Prepare = Callable[[Caller], Task]
+T = TypeVar("T")
 
 
 class Mailbox:
@@ -74,32 +73,6 @@ class Mailbox:
 def _sort(letters: list[tuple["Running", int, Heard]]) -> None:
     for running, index, heard in letters:
         running.queue.put_nowait((index, heard))
-
-
-class Place:
-    """A request among the others, from before its body is read until `leave`."""
-
-    def __init__(self, service: "Service", request: Request) -> None:
-        self.count = 1  # of replies that it asks for, as far as is known
-        self.request = request
-        self.record: dict[str, Any] = request.scope.setdefault("record", {})
-        self.cancelled = Flag()
-        self.kept = False  # by replies that run, and leave it when they end
-        self._service = service
-
-    def widen(self, count: int) -> None:
-        """Count as so many replies.
-
-        Raises:
-            ApiError: there are too many.
-        """
-        if count > 1:
-            self._service.check_room(count, beside=self)
-            self.count = count
-
-    def leave(self) -> None:
-        """Make room for others; may be called twice."""
-        self._service.leave(self)
 
 
 class Running:
@@ -241,8 +214,7 @@ class Running:
             self._record |= asdict(self.usage)
         if self._service.settings.log_content:
             self._record["replies"] = [said.message() for said in self.said]
-        self._service.note_pace(time.perf_counter() - self.started)
-        self._place.leave()
+        self._place.leave(time.perf_counter() - self.started)
 
 
 class Service:
@@ -254,22 +226,21 @@ class Service:
         self.context = llm.context
         self.mailbox = Mailbox(llm)
         self.created = int(time.time())
-        self.readers = ThreadPoolExecutor(_READERS, "qwen3-body")
+        self._readers = ThreadPoolExecutor(_READERS, "qwen3-body")
+        self.places = Places(settings.max_requests)
         self.preparing = Preparing()
         llm.load_grammars()  # now, for it would hold up all that runs
-        self._places: set[Place] = set()
-        self._pace = 1.0  # seconds that a request takes, lately
 
     @property
     def active(self) -> int:
         """The replies that run or wait."""
-        return sum(place.count for place in self._places)
+        return self.places.active
 
     def another_model(self, name: str | None) -> list[str]:
         """Warn of a model that is asked for and is not the one that answers."""
         if name in (None, "", "default", self.settings.model):
             return []
-        return [f"there is no model {name!r} here; {self.settings.model} answers"]
+        return [f"there is no model {name!r:.200} here; {self.settings.model} answers"]
 
     def options(self, wish: Wish) -> Options:
         """Give what a request says of thinking as the library has it."""
@@ -279,43 +250,15 @@ class Service:
         )
         return {"thinking": thinking, "thinking_budget": budget}
 
-    @contextmanager
-    def place(self, request: Request) -> Iterator[Place]:
-        """Let a request in; unless replies that run keep its place, it leaves it at the end.
-
-        Raises:
-            ApiError: there are too many already.
-        """
-        self.check_room(1)
-        place = Place(self, request)
-        self._places.add(place)
-        try:
-            yield place
-        finally:
-            if not place.kept:
-                place.leave()
-
-    def check_room(self, count: int, beside: Place | None = None) -> None:
-        """Check that there is room for so many replies, without what `beside` counts already.
-
-        Raises:
-            ApiError: there is not.
-        """
-        active, most = self.active - (beside.count if beside else 0), self.settings.max_requests
-        if count > most:
-            raise ApiError(400, f"{count:,} replies are asked for, and at most {most} can be")
-        if active + count > most:
-            wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
-            raise ApiError(
-                429,
-                f"the server answers or keeps waiting {active} of at most {most} replies, and "
-                f"{count} more are asked for; try again in {wait} s",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(wait)},
-            )
+    async def aside(self, size: int, job: Callable[[], T]) -> T:
+        """Do a job whose time grows with so many bytes of JSON: at once if few, or on a thread."""
+        if size <= _AT_ONCE:
+            return job()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, job)
 
     async def run(
         self,
+        request: Request,
         place: Place,
         prepares: Sequence[Prepare],
         *,
@@ -346,24 +289,15 @@ class Service:
                 running.begin([replace(t, asked=replace(t.asked, max_tokens=None)) for t in tasks])
 
         try:
-            await self.preparing.do(place.request, place.cancelled, start)
+            await self.preparing.do(request, place.cancelled, start)
         except BaseException:
             running.close()
             raise
         return running
 
-    def note_pace(self, took: float) -> None:
-        """Note how many seconds a request has taken."""
-        self._pace = _MEMORY * self._pace + (1 - _MEMORY) * took
-
-    def leave(self, place: Place) -> None:
-        """Make room for others."""
-        self._places.discard(place)
-
     def cancel_all(self) -> None:
         """End all that runs: the time for a shutdown is over."""
-        for place in self._places:
-            place.cancelled.set()
+        self.places.cancel_all()
 
 
 class LiveResponse(StreamingResponse):

@@ -118,7 +118,8 @@ def warnings_header(warnings: list[str]) -> dict[str, str]:
     """Give the header that tells of them, if there are any."""
     if not warnings:
         return {}
-    text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
+    text = "; ".join(warning[:_MOST_HEADER] for warning in warnings)[:_MOST_HEADER]
+    text = text.encode("ascii", "backslashreplace").decode()
     return {"warnings": "".join(c if c.isprintable() else "?" for c in text)[:_MOST_HEADER].strip()}
 
 
