@@ -82,10 +82,13 @@ def occupied(lanes: list[compiling._Lane]) -> Iterator[None]:
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must become true, as long as that takes on a busy machine."""
+    """Wait for what must become true, for as long as that may take on a busy machine."""
     pause = threading.Event()
-    while not condition():
-        pause.wait(0.02)
+    for _ in range(2000):
+        if condition():
+            return
+        pause.wait(0.03)
+    pytest.fail("it did not become true within a minute")
 
 
 @pytest.mark.parametrize(

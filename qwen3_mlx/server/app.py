@@ -104,7 +104,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     async def health() -> dict[str, Any]:
         """Say that the server is at work, and how much."""
         return {
-            "status": "ok",
+            "status": "stuck" if service.preparing.is_stuck else "ok",
             "model": service.settings.model,
             "context_length": service.context,
             "active": service.active,

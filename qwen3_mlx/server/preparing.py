@@ -43,6 +43,11 @@ class Preparing:
             "stuck": sum(age > _PATIENCE + 1 for age in ages),
         }
 
+    @property
+    def is_stuck(self) -> bool:
+        """Whether no request can be prepared any more."""
+        return bool(self.state["stuck"] >= _AT_ONCE)
+
     async def do(self, request: Request, cancelled: Flag, work: Callable[[Caller], T]) -> T:
         """Do some work for a request on a thread, and return what it does.
 
@@ -66,6 +71,7 @@ class Preparing:
         except ApiError:
             raise
         except Exception as error:
+            _check(job, gone=watching.done())  # if it was given up, that is why it has failed
             raise refused(error) from error
         finally:
             watching.cancel()
