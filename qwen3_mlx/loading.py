@@ -33,7 +33,7 @@ from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import full_name, stretched
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.prompts import Words
-from qwen3_mlx.text.grammar import Grammars
+from qwen3_mlx.text.grammars import Grammars
 from qwen3_mlx.text.prompt import ControlTokens
 from qwen3_mlx.text.template import ChatTemplate, read_tokenizer_config, special_tokens
 from qwen3_mlx.text.thinking import Thinking

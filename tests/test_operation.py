@@ -184,7 +184,11 @@ def test_health_tells_what_is_being_done(demo: LLM, monkeypatch: pytest.MonkeyPa
         assert after["tokens_per_second"] > 0
         assert after["memory"]["used"] > 0 and after["memory"]["caches_limit"] > 0
         release = threading.Event()
-        demo.soon(lambda: release.wait(60) and None)
+
+        def hold() -> None:
+            release.wait(60)
+
+        demo.soon(hold)
         try:
             asking = threading.Thread(target=served.chat, kwargs={"max_tokens": 3})
             asking.start()
@@ -192,7 +196,7 @@ def test_health_tells_what_is_being_done(demo: LLM, monkeypatch: pytest.MonkeyPa
             while (found := served.get("/health").json())["waiting"] != 1:
                 assert time.monotonic() < end, found
             assert found["active"] == 1 and found["running"] == 0 and found["status"] == "ok"
-            monkeypatch.setattr("qwen3_mlx.server.service._STUCK", 0)
+            monkeypatch.setattr("qwen3_mlx.server.health._STUCK", 0)
             stuck = served.get("/health")
             assert stuck.status_code == 503 and stuck.json()["status"] == "stuck"
         finally:

@@ -18,6 +18,7 @@ from qwen3_mlx.server import anthropic, ollama, openai
 from qwen3_mlx.server.entry import reference
 from qwen3_mlx.server.errors import ApiError, of_status
 from qwen3_mlx.server.guard import REQUEST_ID, AccessLog, Guard, note_error
+from qwen3_mlx.server.health import health_of
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.wire import Posted
@@ -103,7 +104,7 @@ def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health", tags=["Operations"])
     async def health() -> JSONResponse:
         """Say that the server is at work, and how much; 503 when it is not."""
-        found = service.health()
+        found = health_of(service)
         return JSONResponse(found, 200 if found["status"] == "ok" else 503)
 
 

@@ -53,7 +53,7 @@ class Places:
 
     @contextmanager
     def one(self, record: dict[str, Any], client: str) -> Iterator[Place]:
-        """Let a client's request in; unless replies that run keep its place, it leaves it at the end.
+        """Let a client's request in; unless replies that run keep its place, it leaves it at last.
 
         Raises:
             ApiError: there are too many already.

@@ -12,22 +12,22 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from qwen3_mlx import __version__
 from qwen3_mlx.asking import Options
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.replies import Task
-from qwen3_mlx.server.errors import ApiError, refused
+from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.guard import reason_of
 from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.places import Place, Places
+from qwen3_mlx.server.preparing import Preparing
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.streams import Collected
+from qwen3_mlx.text.compiling import Caller
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
 _MOST_UNREAD = 1 << 17  # pieces of a reply that a client has not taken: some 25 MB
-_STUCK = 120  # seconds without a step, though there is work
 _AT_ONCE = 16 << 10  # bytes that take little longer than to wake a thread for them
 _READERS = 2  # threads for large bodies, which together take as many times the memory of one
 
@@ -41,7 +41,7 @@ class Read:
 
 
 Heard = Event | Read | BaseException
-Prepare = Callable[[], Task]
+Prepare = Callable[[Caller], Task]
 T = TypeVar("T")
 
 
@@ -109,7 +109,7 @@ class Running:
         self._unread = 0  # pieces in the queue
         self._sent = self._ends = 0  # replies that the engine was given, and those it has ended
         self._failed = self._closed = self._left = False
-        self._ended_by: ApiError | None = None  # what the server has cancelled the replies for
+        self.ended_by: ApiError | None = None  # what the server has cancelled the replies for
         timeout = service.settings.request_timeout
         self._timer = self.loop.call_later(timeout, self._time_is_up) if timeout else None
 
@@ -164,8 +164,8 @@ class Running:
         )
 
     def _cancel_for(self, reason: ApiError) -> None:
-        if not self._ended_by:
-            self._ended_by = reason
+        if not self.ended_by:
+            self.ended_by = reason
             self.cancelled.set()
 
     def _end_of(self, finish: Finish) -> Finish:
@@ -176,7 +176,7 @@ class Running:
         """
         if finish.reason != "cancelled":
             return finish
-        reason = self._ended_by or ApiError(503, "the server is shutting down", code="unavailable")
+        reason = self.ended_by or ApiError(503, "the server is shutting down", code="unavailable")
         if reason.status != 504 or self.first is None:
             raise reason
         return replace(finish, reason="length", details={**finish.details, "ended_by": "timeout"})
@@ -313,9 +313,11 @@ class Service:
         self.created = int(time.time())
         self.keys = Keys(settings.api_key, settings.key_file)
         self.stopping = False
-        self._started = time.monotonic()
+        self.started = time.monotonic()
         self._readers = ThreadPoolExecutor(_READERS, "qwen3-body")
         self.places = Places(settings.max_requests, settings.most_per_client)
+        self.preparing = Preparing()
+        llm.load_grammars()  # now, for it would hold up all that runs
 
     @property
     def active(self) -> int:
@@ -344,6 +346,7 @@ class Service:
 
     async def run(
         self,
+        request: Request,
         place: Place,
         prepares: Sequence[Prepare],
         *,
@@ -360,8 +363,8 @@ class Service:
         """
         running = Running(self, place, choices)
 
-        def start() -> None:
-            tasks = [prepare() for prepare in prepares]
+        def start(caller: Caller) -> None:
+            tasks = [prepare(caller) for prepare in prepares]
             if warning := tasks[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
@@ -374,35 +377,13 @@ class Service:
                 running.begin([replace(t, asked=replace(t.asked, max_tokens=None)) for t in tasks])
 
         try:
-            await asyncio.to_thread(start)
+            await self.preparing.do(request, place.cancelled, start)
         except BaseException as error:
             running.close()
-            if isinstance(error, Exception):
-                raise refused(error) from error
+            if isinstance(error, ApiError) and running.ended_by:
+                raise running.ended_by from error
             raise
         return running
-
-    def health(self) -> dict[str, Any]:
-        """Return what the server is doing; it waits for nothing."""
-        doing = self.llm.activity()
-        status = "stopping" if self.stopping else "stuck" if doing.silent > _STUCK else "ok"
-        return {
-            "status": status,
-            "model": self.settings.model,
-            "version": __version__,
-            "uptime_seconds": round(time.monotonic() - self._started, 1),
-            "context_length": self.context,
-            "active": self.active,
-            "max_requests": self.settings.max_requests,
-            "running": doing.running,
-            "waiting": doing.waiting,
-            "tokens_per_second": doing.tokens_per_second,
-            "memory": {
-                "used": doing.device_bytes,
-                "caches": doing.cache_bytes,
-                "caches_limit": doing.cache_limit,
-            },
-        }
 
     def cancel_all(self) -> None:
         """End all that runs: the time for a shutdown is over."""
