@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.text.grammar import Grammars
+from qwen3_mlx.text.grammars import Grammars
 from qwen3_mlx.text.messages import (
     END_THINK,
     THINK,

@@ -35,6 +35,7 @@ from qwen3_mlx.prompts import (
     why_no_turn,
 )
 from qwen3_mlx.streams import Collected, Started
+from qwen3_mlx.text.compiling import PATIENT, Caller
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.forming import Calling, Forming
 from qwen3_mlx.text.grammar import Grammar
@@ -67,10 +68,12 @@ class Task:
     messages: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     calls: Calls | None = None
-    call_grammar: Grammar | None = None  # of a call, from which each is copied
+    form: Grammar | None = None  # of the answer, from which that of each reply is copied
+    call_grammar: Grammar | None = None  # of a call, likewise
     details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
     least_room: int = 1  # tokens that there must be for a reply
     shortens: bool = False  # whether `max_tokens` may be more than there is room for
+    client: str = ""  # whose it is
 
 
 class Replies:
@@ -81,8 +84,15 @@ class Replies:
         self.words = words
         self.window = Window(words, engine)
 
-    def chat(self, messages: str | Sequence[Message], asked: Asked) -> Task:
-        """Lay out a reply to a conversation.
+    def text(self, prompt: str | Sequence[int], asked: Asked, caller: Caller = PATIENT) -> Task:
+        """Lay out the continuation of raw text, or of token ids."""
+        form = asked.form(self.words.grammars.on_behalf_of(caller))
+        return Task(prompt, None, False, asked, form=form)
+
+    def chat(
+        self, messages: str | Sequence[Message], asked: Asked, caller: Caller = PATIENT
+    ) -> Task:
+        """Lay out a reply to a conversation; the caller may go away meanwhile.
 
         Raises:
             ValueError: the last message is the assistant's, and not to be continued, or cannot be.
@@ -115,8 +125,9 @@ class Replies:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
         show = render_begun if continued else render_whole
         prompt = show(words, history, asked.thinking, tools)
-        asked.form(words.grammars)  # what is wrong with it is told now
-        call_grammar = calls.grammar(words.grammars, named or tools) if calls else None
+        grammars = words.grammars.on_behalf_of(caller)
+        form = asked.form(grammars)
+        call_grammar = calls.grammar(grammars, named or tools) if calls else None
         warnings = [*call_grammar.warnings] if call_grammar else []
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
@@ -135,6 +146,7 @@ class Replies:
             history,
             tools,
             calls,
+            None if asked.must_call else form,
             call_grammar,
             {"warning": "; ".join(warnings)} if warnings else {},
         )
@@ -180,7 +192,7 @@ class Replies:
             calls=task.calls,
             noting=asked.logprobs is not None,
         )
-        form = None if asked.must_call else asked.form(words.grammars)
+        form = task.form and task.form.copy([])
         steering = self._steering(task, room, form)
         failures: list[str] = []  # of the grammars of calls
 
@@ -232,6 +244,7 @@ class Replies:
             heard=None if asked.logprobs is None else note,
             alternatives=asked.logprobs or 0,
             doubtful=lambda: steering.looped,
+            client=task.client,
         )
         self.engine.submit(request)
         return Started(len(ids), room, steering.finish_thinking, task.continued)

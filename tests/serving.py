@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 
 from qwen3_mlx import LLM
+from qwen3_mlx.server.connections import Limits
 from qwen3_mlx.server.serving import Server
 from qwen3_mlx.server.settings import Settings
 
@@ -40,11 +41,12 @@ class Served:
 
 
 @contextmanager
-def serving(llm: LLM, **settings: Any) -> Iterator[Served]:
+def serving(llm: LLM, limits: Limits | None = None, **settings: Any) -> Iterator[Served]:
     """Serve `llm` at a port of its own."""
     listener = socket.create_server(("127.0.0.1", 0))
     ready = Event()
-    server = Server(llm, Settings(**{"model": "demo", "shutdown": 1.0, **settings}), ready.set)
+    asked = Settings(**{"model": "demo", "shutdown": 1.0, **settings})
+    server = Server(llm, asked, ready.set, limits)
     thread = Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     try:

@@ -248,6 +248,7 @@ class Request:
     `sampling` has no None left. `progress(done, total)` is told the prompt tokens processed. With
     max_tokens=0 the prompt is only read, and kept for requests that begin with it. `doubtful()`
     says that the reply looks like that of a broken network, so that its logits are checked again.
+    Requests that wait take turns by `client`.
     """
 
     ids: Sequence[int]
@@ -264,3 +265,4 @@ class Request:
     heard: Callable[[Chance], None] | None = None
     alternatives: int = 0
     doubtful: Callable[[], bool] | None = None
+    client: str = ""

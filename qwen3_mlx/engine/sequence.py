@@ -65,6 +65,11 @@ class Sequence:
         return self.request.priority
 
     @property
+    def client(self) -> str:
+        """Whose request it is."""
+        return self.request.client
+
+    @property
     def unread(self) -> int:
         """The tokens known that are not in the caches yet."""
         return len(self.ids) - self.seen

@@ -1,6 +1,5 @@
 """Anthropic's API: messages, and how many tokens they have."""
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from functools import partial
@@ -22,7 +21,7 @@ from qwen3_mlx.server.anthropic_wire import (
 )
 from qwen3_mlx.server.completion import EVENTS, stops
 from qwen3_mlx.server.entry import answered, takes
-from qwen3_mlx.server.errors import ApiError, refused
+from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.places import Place
 from qwen3_mlx.server.service import LiveResponse, Running, Service
 from qwen3_mlx.server.wire import (
@@ -99,10 +98,8 @@ class _Count:
     async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
         count = partial(self._service.llm.count_tokens, self._messages, **self._options)
-        try:
-            counted = await asyncio.to_thread(count)
-        except Exception as error:
-            raise refused(error) from error
+        do = self._service.preparing.do
+        counted = await do(request, place.cancelled, lambda _: count())
         return Json({"input_tokens": counted}, headers=warnings_header(self._warnings))
 
 
@@ -138,7 +135,7 @@ class _Messages:
     async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
-        running = await self._service.run(place, [prepare])
+        running = await self._service.run(request, place, [prepare])
         headers = warnings_header(self._warnings + running.warnings)
         if self._asked.stream:
             return LiveResponse(running, self._events(running), EVENTS, headers)

@@ -17,7 +17,8 @@ from qwen3_mlx.llm import LLM
 from qwen3_mlx.server import anthropic, ollama, openai
 from qwen3_mlx.server.entry import reference
 from qwen3_mlx.server.errors import ApiError, of_status
-from qwen3_mlx.server.guard import AccessLog, Guard
+from qwen3_mlx.server.guard import REQUEST_ID, AccessLog, Guard, note_error
+from qwen3_mlx.server.health import health_of
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.wire import Posted
@@ -58,14 +59,14 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
     _add_page(app)
     _add_errors(app)
     _describe(app)
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, settings=settings, keys=service.keys)
     if settings.cors_origins:  # around the guard, so that pages may read what it says
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["warnings", "Retry-After"],
+            expose_headers=["warnings", "Retry-After", REQUEST_ID],
         )
     app.add_middleware(AccessLog)
     return app, service
@@ -101,15 +102,10 @@ def _bodies(kind: type[Posted]) -> Iterator[type[Posted]]:
 
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health", tags=["Operations"])
-    async def health() -> dict[str, Any]:
-        """Say that the server is at work, and how much."""
-        return {
-            "status": "ok",
-            "model": service.settings.model,
-            "context_length": service.context,
-            "active": service.active,
-            "max_requests": service.settings.max_requests,
-        }
+    async def health() -> JSONResponse:
+        """Say that the server is at work, and how much; 503 when it is not."""
+        found = health_of(service)
+        return JSONResponse(found, 200 if found["status"] == "ok" else 503)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -135,10 +131,14 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
+    def answered(request: Request, error: ApiError) -> JSONResponse:
+        note_error(request.scope, error)
+        return error.response(request.url.path)
+
     @app.exception_handler(ApiError)
     async def told(request: Request, error: ApiError) -> JSONResponse:
-        return error.response(request.url.path)
+        return answered(request, error)
 
     @app.exception_handler(HTTPException)
     async def known(request: Request, error: HTTPException) -> JSONResponse:
-        return of_status(error.status_code, error.detail).response(request.url.path)
+        return answered(request, of_status(error.status_code, error.detail))

@@ -67,7 +67,7 @@ class Completion(ABC):
 
     async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
-        running = await self.service.run(place, self.prepares(), choices=self.choices)
+        running = await self.service.run(request, place, self.prepares(), choices=self.choices)
         headers = warnings_header(self.warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._chunks(running), EVENTS, headers)

@@ -60,7 +60,9 @@ async def answered(
         ApiError: the body cannot be read, or there are too many requests.
     """
     sent = await request.body()
-    with service.places.one(request.scope.setdefault("record", {})) as place:
+    record = request.scope.setdefault("record", {})
+    record["model"] = service.settings.model
+    with service.places.one(record, request.scope.get("caller", "")) as place:
         asked = await service.aside(len(sent), lambda: parsed(sent, body, service.context))
         place.widen(asked.replies)
         reply = await service.aside(len(sent), lambda: make(service, asked))

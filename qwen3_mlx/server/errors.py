@@ -16,6 +16,7 @@ _ANTHROPIC_TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 _OPENAI_TYPES = {429: "rate_limit_error"}
 _PLAIN = {

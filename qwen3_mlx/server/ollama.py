@@ -207,7 +207,7 @@ class _OllamaChat:
     async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
-        running = await self._service.run(place, [prepare])
+        running = await self._service.run(request, place, [prepare])
         headers = warnings_header(self._warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._lines(running), _LINES, headers)

@@ -14,7 +14,8 @@ _MEMORY = 0.8  # how much a new measurement leaves of the old
 class Place:
     """A request among the others, until `leave`; it counts for as many as the replies it wants."""
 
-    def __init__(self, places: "Places", record: dict[str, Any]) -> None:
+    def __init__(self, places: "Places", record: dict[str, Any], client: str) -> None:
+        self.client = client
         self.count = 1  # as far as is known
         self.record = record
         self.cancelled = Flag()
@@ -28,7 +29,7 @@ class Place:
             ApiError: there are too many.
         """
         if count > 1:
-            self._places.check_room(count, beside=self)
+            self._places.check_room(count, self.client, beside=self)
             self.count = count
 
     def leave(self, took: float | None = None) -> None:
@@ -39,8 +40,9 @@ class Place:
 class Places:
     """All places that are taken; for the event loop alone."""
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int, most_per_client: int) -> None:
         self._most = most
+        self._most_per_client = most_per_client
         self._taken: set[Place] = set()
         self._pace = 1.0  # seconds that a request takes, lately
 
@@ -50,14 +52,14 @@ class Places:
         return sum(place.count for place in self._taken)
 
     @contextmanager
-    def one(self, record: dict[str, Any]) -> Iterator[Place]:
-        """Let a request in; unless replies that run keep its place, it leaves it at the end.
+    def one(self, record: dict[str, Any], client: str) -> Iterator[Place]:
+        """Let a client's request in; unless replies that run keep its place, it leaves it at last.
 
         Raises:
             ApiError: there are too many already.
         """
-        self.check_room(1)
-        place = Place(self, record)
+        self.check_room(1, client)
+        place = Place(self, record, client)
         self._taken.add(place)
         try:
             yield place
@@ -65,24 +67,38 @@ class Places:
             if not place.kept:
                 place.leave()
 
-    def check_room(self, count: int, beside: Place | None = None) -> None:
-        """Check that there is room for so many replies, without what `beside` counts already.
+    def check_room(self, count: int, client: str, beside: Place | None = None) -> None:
+        """Check that there is room for a client's replies, without what `beside` counts already.
 
         Raises:
             ApiError: there is not.
         """
-        active = self.active - (beside.count if beside else 0)
         if count > self._most:
             raise ApiError(400, f"{count:,} replies are asked for, and at most {self._most} can be")
-        if active + count > self._most:
-            wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
+        if count > self._most_per_client:
             raise ApiError(
-                429,
-                f"the server answers or keeps waiting {active} of at most {self._most} replies, "
-                f"and {count} more are asked for; try again in {wait} s",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(wait)},
+                400,
+                f"{count:,} replies are asked for, and one client can have at most "
+                f"{self._most_per_client} (--max-per-client)",
             )
+        others = [place for place in self._taken if place is not beside]
+        own = sum(place.count for place in others if place.client == client)
+        if own + count > self._most_per_client:
+            raise self._too_many(f"this client has {own} of its {self._most_per_client}", count)
+        active = sum(place.count for place in others)
+        if active + count > self._most:
+            raise self._too_many(
+                f"the server answers or keeps waiting {active} of at most {self._most}", count
+            )
+
+    def _too_many(self, what: str, count: int) -> ApiError:
+        wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
+        return ApiError(
+            429,
+            f"{what} replies, and {count} more are asked for; try again in {wait} s",
+            code="rate_limit_exceeded",
+            headers={"Retry-After": str(wait)},
+        )
 
     def leave(self, place: Place, took: float | None) -> None:
         """Make room for others."""

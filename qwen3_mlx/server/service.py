@@ -16,13 +16,18 @@ from qwen3_mlx.asking import Options
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.replies import Task
-from qwen3_mlx.server.errors import ApiError, refused
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.guard import reason_of
+from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.places import Place, Places
+from qwen3_mlx.server.preparing import Preparing
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.streams import Collected
-from qwen3_mlx.text.events import Event, Finish, Usage
+from qwen3_mlx.text.compiling import Caller
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
+_MOST_UNREAD = 1 << 17  # pieces of a reply that a client has not taken: some 25 MB
 _AT_ONCE = 16 << 10  # bytes that take little longer than to wake a thread for them
 _READERS = 2  # threads for large bodies, which together take as many times the memory of one
 
@@ -36,7 +41,7 @@ class Read:
 
 
 Heard = Event | Read | BaseException
-Prepare = Callable[[], Task]
+Prepare = Callable[[Caller], Task]
 T = TypeVar("T")
 
 
@@ -70,7 +75,13 @@ class Mailbox:
 
 def _sort(letters: list[tuple["Running", int, Heard]]) -> None:
     for running, index, heard in letters:
-        running.queue.put_nowait((index, heard))
+        running.hear(index, heard)
+
+
+def _weight(heard: Heard) -> int:
+    """Count the pieces that an event takes in memory."""
+    tokens = heard.tokens if isinstance(heard, Text | Reasoning) else ()
+    return 1 + sum(1 + len(token.top) for token in tokens)
 
 
 class Running:
@@ -96,7 +107,12 @@ class Running:
         self._record = place.record
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
-        self._closed = False
+        self._unread = 0  # pieces in the queue
+        self._sent = self._ends = 0  # replies that the engine was given, and those it has ended
+        self._failed = self._closed = self._left = False
+        self.ended_by: ApiError | None = None  # what the server has cancelled the replies for
+        timeout = service.settings.request_timeout
+        self._timer = self.loop.call_later(timeout, self._time_is_up) if timeout else None
 
     def begin(self, tasks: Sequence[Task]) -> None:
         """Send the tasks to the engine; from any thread."""
@@ -109,8 +125,9 @@ class Running:
                 deliver(Read(done, total))
 
             asked = replace(task.asked, progress=tell)
-            begun = replace(task, asked=asked, shortens=True)
+            begun = replace(task, asked=asked, shortens=True, client=self._place.client)
             started = self._service.llm.begin(begun, deliver, self.cancelled)
+            self._sent += 1
             self.prompt_tokens = started.prompt_tokens
             if asked.max_tokens is not None and started.room < asked.max_tokens:
                 warning = (
@@ -119,6 +136,59 @@ class Running:
                 )
                 if warning not in self.warnings:  # each choice has the same
                     self.warnings.append(warning)
+
+    def hear(self, index: int, heard: Heard) -> None:
+        """Take what a reply says. The last that the engine says makes room for other requests.
+
+        How long a client takes to read the rest is its own affair, within bounds.
+        """
+        if not self._closed:
+            self.queue.put_nowait((index, heard))
+            self._unread += _weight(heard)
+        if self._unread > _MOST_UNREAD:
+            self._cancel_for(ApiError(408, "the client took too little of the reply for too long"))
+        if isinstance(heard, BaseException):
+            self.cancelled.set()  # the other replies to the same request
+        if isinstance(heard, Finish | BaseException):
+            self._ends += 1
+            self._leave_if_done()
+
+    def _leave_if_done(self) -> None:
+        done = self._ends == self._sent and (self._closed or self._sent == self.count)
+        if done and not self._left:
+            self._left = True
+            if self._timer:
+                self._timer.cancel()
+            self._place.leave(time.perf_counter() - self.started)
+
+    def _time_is_up(self) -> None:
+        seconds = f"{self._service.settings.request_timeout:g}"
+        self._cancel_for(
+            ApiError(
+                504,
+                f"the reply had not begun after {seconds} s, and is not waited for any longer "
+                "(--request-timeout); ask for less, or when the server has less to do",
+                code="timeout",
+            )
+        )
+
+    def _cancel_for(self, reason: ApiError) -> None:
+        if not self.ended_by:
+            self.ended_by = reason
+            self.cancelled.set()
+
+    def _end_of(self, finish: Finish) -> Finish:
+        """Return how a reply ends: what time has cut off is as long as it may be.
+
+        Raises:
+            ApiError: it was cancelled for another reason, or before it had begun.
+        """
+        if finish.reason != "cancelled":
+            return finish
+        reason = self.ended_by or ApiError(503, "the server is shutting down", code="unavailable")
+        if reason.status != 504 or self.first is None:
+            raise reason
+        return replace(finish, reason="length", details={**finish.details, "ended_by": "timeout"})
 
     async def batches(self, patience: float) -> AsyncIterator[list[tuple[int, Event]]]:
         """Give the events as they come, all that are there at once; none when time is up.
@@ -131,20 +201,28 @@ class Running:
             heard = await self._waiting(patience)
             events: list[tuple[int, Event]] = []
             for index, event in heard:
+                self._unread -= _weight(event)
                 if isinstance(event, BaseException):
-                    raise ApiError.of(event)
+                    self._failed = True
+                    raise self._noted(ApiError.of(event))
                 if isinstance(event, Read):
                     self.read = event
                     continue
                 self.spoken = True
                 if isinstance(event, Finish):
+                    try:
+                        event = self._end_of(event)
+                    except ApiError as error:
+                        raise self._noted(error) from None
                     self.finishes[index] = event
-                    if event.reason == "cancelled":
-                        raise ApiError(503, "the server is shutting down", code="unavailable")
                     open_replies -= 1
                 self.said[index].add(event)
                 events.append((index, event))
             yield events
+
+    def _noted(self, error: ApiError) -> ApiError:
+        self._record.setdefault("error", reason_of(error))
+        return error
 
     async def _waiting(self, patience: float) -> list[tuple[int, Heard]]:
         heard = []
@@ -216,12 +294,19 @@ class Running:
             return
         self._closed = True
         self.cancelled.set()
-        self._record["finish"] = [end.reason if end else "cancelled" for end in self.finishes]
+        if self._sent:
+            other = "error" if self._failed else "cancelled"
+            self._record["finish"] = [end.reason if end else other for end in self.finishes]
+            if not all(self.finishes):
+                self._record.setdefault("error", "the client went away")
+        if self.first:
+            self._record["first_ms"] = round((self.first - self.started) * 1e3, 1)
+            self._record["tokens_per_second"] = self.timings["predicted_per_second"]
         if all(self.finishes):  # or the counts are not known
             self._record |= asdict(self.usage)
         if self._service.settings.log_content:
             self._record["replies"] = [said.message() for said in self.said]
-        self._place.leave(time.perf_counter() - self.started)
+        self._leave_if_done()
 
 
 class Service:
@@ -233,8 +318,13 @@ class Service:
         self.context = llm.context
         self.mailbox = Mailbox(llm)
         self.created = int(time.time())
+        self.keys = Keys(settings.api_key, settings.key_file)
+        self.stopping = False
+        self.started = time.monotonic()
         self._readers = ThreadPoolExecutor(_READERS, "qwen3-body")
-        self.places = Places(settings.max_requests)
+        self.places = Places(settings.max_requests, settings.most_per_client)
+        self.preparing = Preparing()
+        llm.load_grammars()  # now, for it would hold up all that runs
 
     @property
     def active(self) -> int:
@@ -266,6 +356,7 @@ class Service:
 
     async def run(
         self,
+        request: Request,
         place: Place,
         prepares: Sequence[Prepare],
         *,
@@ -281,8 +372,8 @@ class Service:
         """
         running = Running(self, place, choices)
 
-        def start() -> None:
-            tasks = [prepare() for prepare in prepares]
+        def start(caller: Caller) -> None:
+            tasks = [prepare(caller) for prepare in prepares]
             if warning := tasks[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
@@ -290,11 +381,11 @@ class Service:
             running.begin(tasks)
 
         try:
-            await asyncio.to_thread(start)
+            await self.preparing.do(request, place.cancelled, start)
         except BaseException as error:
             running.close()
-            if isinstance(error, Exception):
-                raise refused(error) from error
+            if isinstance(error, ApiError) and running.ended_by:
+                raise running.ended_by from error
             raise
         return running
 

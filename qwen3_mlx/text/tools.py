@@ -22,7 +22,8 @@ from qwen3_mlx.text.arguments import (
     coder_parameters,
 )
 from qwen3_mlx.text.events import ToolCall
-from qwen3_mlx.text.grammar import Grammar, Grammars
+from qwen3_mlx.text.grammar import Grammar
+from qwen3_mlx.text.grammars import Grammars
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tool_schema import kind_of, kinds_of, parameters_of, properties_of
