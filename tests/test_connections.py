@@ -123,6 +123,16 @@ def test_heads_up_to_the_limit_are_taken(served: Served) -> None:
         assert connection.recv(12) == b"HTTP/1.1 200"
 
 
+def test_requests_without_end_are_no_queue_without_end(served: Served) -> None:
+    with connected(served, WHOLE * 3000) as connection:
+        with suppress(OSError):
+            for _ in range(20):
+                connection.sendall(WHOLE * 3000)
+        answered = all_of(connection).count(b"HTTP/1.1 200")
+    assert answered < 60_000
+    assert served.get("/health").status_code == 200
+
+
 # --- times --------------------------------------------------------------------------------------
 
 
@@ -169,6 +179,16 @@ def test_a_reply_that_takes_long_is_no_idle_connection(demo: LLM) -> None:
             loop.call_soon_threadsafe(look_in_an_hour)
             response = until(connection, b"completion_tokens")
         assert active == [1] and status_of(response) == 200
+
+
+def test_half_a_body_does_not_hold_up_the_end(demo: LLM) -> None:
+    body = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 90\r\n\r\n{"
+    with serving(demo, shutdown=600) as served:
+        with connected(served, body) as part:
+            wait_until(lambda: len(served.server.connections), "it has not come")
+            wait_until(lambda: next(iter(served.server.connections.all)).cycle, "it has no head")
+            served.server.should_exit = True
+            assert status_of(all_of(part)) == 503
 
 
 # --- readers that take their time -----------------------------------------------------------------

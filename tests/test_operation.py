@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from qwen3_mlx import LLM
+from qwen3_mlx.engine.activity import Meter
 from qwen3_mlx.server import keys as keys_module
 from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.settings import Settings
@@ -206,6 +207,21 @@ def test_health_tells_what_is_being_done(demo: LLM, monkeypatch: pytest.MonkeyPa
         served.server.service.stopping = True
         stopping = served.get("/health")
         assert stopping.status_code == 503 and stopping.json()["status"] == "stopping"
+
+
+def test_a_speed_is_that_of_the_last_seconds() -> None:
+    now = 100.5
+    meter = Meter(lambda: now)
+    assert meter.rate == 0
+    for second in range(20):
+        now = 100.5 + second
+        meter.add(30)
+        meter.add(20)
+    assert meter.rate == pytest.approx(50, rel=0.1)
+    now += 5
+    assert meter.rate == pytest.approx(25, rel=0.2)
+    now += 60
+    assert meter.rate == 0
 
 
 # --- keys ---------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ _MOST_CONNECTIONS = 1024
 _MOST_ACCEPTED = 128  # at once, before any of them is looked at
 _OWN_FILES = 32  # descriptors for the rest: weights, kept prompts, pipes, the log
 _PIECE = 1 << 14  # bytes looked at between two counts of what a head has
+_MOST_PIPELINED = 64  # requests that are sent before the response to another
 _FARE = 1 << 15  # bytes that a client must take of a response for it to count as progress
 _FAREWELL = 2.0  # seconds that a refused client has to read why
 _SELDOM = 60.0  # seconds between two lines of the log on the same matter
@@ -186,6 +187,8 @@ class Connection(HttpToolsProtocol):
             super().data_received(piece)
             if self._beside > self._limits.head:
                 self.refuse(431, f"the head is larger than {self._limits.head:,} bytes")
+            elif len(self.pipeline) > _MOST_PIPELINED:
+                self.refuse(400, f"more than {_MOST_PIPELINED} requests wait for a response")
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Answer a client that has only ended its own side, if that is done at once.
@@ -225,6 +228,15 @@ class Connection(HttpToolsProtocol):
         """Begin to wait for the next request, which may have come already."""
         self.since = self.loop.time()
         super().on_response_complete()
+
+    def shutdown(self) -> None:
+        """End, after the response if the request is whole: the rest of another may never come."""
+        if self._refused:
+            self.transport.abort()
+        elif self._answering and self.cycle.more_body:
+            self.refuse(503, "the server is shutting down", 0)
+        else:
+            super().shutdown()
 
     # --- what is checked ------------------------------------------------------------------------
 
@@ -278,6 +290,8 @@ class Connection(HttpToolsProtocol):
 
     def refuse(self, status: int, reason: str, farewell: float = _FAREWELL) -> None:
         """Answer, and close after the `farewell`, without a look at what else is sent."""
+        if self._refused:
+            return
         self._refused = True
         if self._answering:
             if self.cycle.response_started:  # an answer would stand in the middle of another
