@@ -865,9 +865,8 @@ def test_without_its_packages_it_says_so(tmp_path: Path) -> None:
         )
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert result.returncode == 1
-        assert result.stderr == (
-            "qwen3: the server needs two more packages: pip install 'qwen3-mlx[server]'\n"
-        )
+        assert result.stderr.startswith("qwen3: the server needs more packages: ")
+        assert " install 'fastapi>=0.130' 'httptools>=0.6' 'uvicorn>=0.35'\n" in result.stderr
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

@@ -17,7 +17,7 @@ from qwen3_mlx.checkpoint.description import fetch_weights
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.quantization import formats_stored
 from qwen3_mlx.cli.console import Bar, note
-from qwen3_mlx.cli.options import ModelArgument
+from qwen3_mlx.cli.options import ModelArgument, load
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
 from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
@@ -204,8 +204,7 @@ def facts_of(
 def _load(
     model: str | Path | None, kv_bits: str | None = None, revision: str | None = None
 ) -> "qwen3_mlx.LLM":
-    with Bar(f"loading {model or 'the demo'}") as bar:
-        return qwen3_mlx.load(model, revision=revision, kv_bits=kv_bits, progress=bar)
+    return load(model, what=f"loading {model or 'the demo'}", revision=revision, kv_bits=kv_bits)
 
 
 def refuse_unloadable(model: str | Path, revision: str | None = None) -> None:
