@@ -15,6 +15,7 @@ from qwen3_mlx.cli.console import YARN_NOTE, Bar, note, stderr_text
 from qwen3_mlx.cli.options import (
     Bits,
     Context,
+    Dequantize,
     Draft,
     Dtype,
     HideThinking,
@@ -62,6 +63,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
     revision: Revision = None,
     bits: Bits = None,
     dtype: Dtype = None,
+    dequantize: Dequantize = None,
     context: Context = None,
     kv_bits: KvBits = None,
     draft: Draft = None,
@@ -102,6 +104,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
         revision=revision,
         bits=bits,
         dtype=dtype,
+        dequantize=dequantize,
         context=context,
         kv_bits=kv_bits,
         draft=draft,

@@ -21,6 +21,7 @@ from qwen3_mlx.cli.console import YARN_NOTE, note
 from qwen3_mlx.cli.options import (
     Bits,
     Context,
+    Dequantize,
     Draft,
     Dtype,
     HideThinking,
@@ -95,6 +96,7 @@ def chat(  # noqa: PLR0913 - one parameter an option
     revision: Revision = None,
     bits: Bits = None,
     dtype: Dtype = None,
+    dequantize: Dequantize = None,
     context: Context = None,
     kv_bits: KvBits = None,
     draft: Draft = None,
@@ -135,13 +137,15 @@ def chat(  # noqa: PLR0913 - one parameter an option
         revision=revision,
         bits=bits,
         dtype=dtype,
+        dequantize=dequantize,
         context=context,
         kv_bits=kv_bits,
         draft=draft,
         prompt_cache=prompt_cache,
     )
     with llm:
-        session = _Session(llm, Screen(show_thinking=not (hide_thinking or quiet)))
+        screen = Screen(show_thinking=not (hide_thinking or quiet))
+        session = _Session(llm, screen, max_tokens, quiet=quiet)
         session.conversation = llm.conversation(
             system=system,
             file=file,
@@ -179,7 +183,15 @@ class _Session:
 
     conversation: "qwen3_mlx.Conversation"
 
-    def __init__(self, llm: "qwen3_mlx.LLM", screen: Screen) -> None:
+    def __init__(
+        self,
+        llm: "qwen3_mlx.LLM",
+        screen: Screen,
+        max_tokens: int | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        self._max_tokens, self._quiet = max_tokens, quiet
         self._llm = llm
         self._screen = screen
         self._stats = _Stats()
@@ -206,8 +218,8 @@ class _Session:
         while finish.reason == "tool_calls" and self._functions:
             self.conversation.answer_calls(self._functions)
             finish = self._show(self.conversation.stream())
-        for words in (_about(finish), finish.details.get("warning")):
-            if words:
+        for words in (_about(finish, self._max_tokens), finish.details.get("warning")):
+            if words and not self._quiet:
                 note(words)
 
     def _show(self, stream: "qwen3_mlx.Stream") -> Finish:
@@ -312,12 +324,13 @@ def _file(words: str, command: str) -> Path:
     return Path(words).expanduser()
 
 
-def _about(finish: Finish) -> str:
+def _about(finish: Finish, max_tokens: int | None) -> str:
     """Say what a user would wonder about otherwise."""
     details = finish.details
     parts = []
     if finish.reason == "length" and "ended_by" not in details:
-        parts.append("cut off: the context window is full")
+        short = max_tokens is not None and finish.usage.completion_tokens >= max_tokens
+        parts.append(f"cut off: {'--max-tokens' if short else 'the context window is full'}")
     if finish.reason == "cancelled":
         parts.append("stopped")
     if details.get("ended_by") == "loop":

@@ -112,7 +112,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except TyperException as error:  # wrong usage
         code = _complain(f"{error.format_message()} (see qwen3 --help)", error.exit_code)
     except (Qwen3Error, ValueError, TypeError) as error:
-        code = _complain(str(error), 1)
+        code = _complain(in_options(str(error), _keywords()), 1)
     except KeyboardInterrupt:
         code = _complain(interrupt.LINE, 130)
     except OSError as error:  # a full disk under our stdout, say
@@ -125,6 +125,12 @@ def main(args: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _keywords() -> set[str]:
+    """Return the keywords of the library that are options of a verb, by the same name."""
+    group: Any = typer.main.get_command(app)
+    return {option.name for verb in group.commands.values() for option in verb.params}
+
+
 def _complain(message: str, code: int) -> int:
-    typer.echo(f"qwen3: {in_options(' '.join(message.split()))}", err=True)
+    typer.echo(f"qwen3: {' '.join(message.split())}", err=True)
     return code

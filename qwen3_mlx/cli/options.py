@@ -47,6 +47,14 @@ Bits = Annotated[
 Dtype = Annotated[
     str | None, option("--dtype", panel=_MODEL, text="Compute in bfloat16, float16 or float32.")
 ]
+Dequantize = Annotated[
+    bool | None,
+    option(
+        "--dequantize/--no-dequantize",
+        panel=_MODEL,
+        text="Hold quantized weights as --dtype; on a CPU the small are, and run faster.",
+    ),
+]
 Context = Annotated[
     int | None, option("--context", panel=_MODEL, text="At most so many tokens, prompt and reply.")
 ]

@@ -15,6 +15,7 @@ from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.options import (
     Bits,
     Context,
+    Dequantize,
     Draft,
     Dtype,
     KvBits,
@@ -37,6 +38,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     revision: Revision = None,
     bits: Bits = None,
     dtype: Dtype = None,
+    dequantize: Dequantize = None,
     kv_bits: KvBits = None,
     draft: Draft = None,
     prompt_cache: PromptCache = None,
@@ -143,6 +145,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
         revision=revision,
         bits=bits,
         dtype=dtype,
+        dequantize=dequantize,
         kv_bits=kv_bits,
         draft=draft,
         prompt_cache=prompt_cache,

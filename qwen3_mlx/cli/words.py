@@ -7,7 +7,7 @@ from difflib import get_close_matches
 from typer.exceptions import TyperException
 
 _BOTH = re.compile(r"(--[a-z-]+(?: \w+)?) \(\w+=[^()]*\)")  # "--force (force=True)"
-_KEYWORD = re.compile(r"\b([a-z]+(?:_[a-z]+)*)=(\"[^\"]*\"|'[^']*'|[\w.,-]*\w)")
+_KEYWORD = re.compile(r"\b([a-z_]+)=(\"[^\"]*\"|'[^']*'|[\w.,-]*\w)")
 _CALL = re.compile(r"(?:[;,] or|;) [^;,]*\b\w+\(\)[^;,]*")  # a way out that only Python has
 _CLOSE = 0.75  # of difflib: two letters of four that have changed places
 _ELSEWHERE = {"help": "--help", "version": "--version"}  # verbs of other programs
@@ -19,9 +19,16 @@ class WrongUsage(TyperException):
     exit_code = 2
 
 
-def in_options(message: str) -> str:
-    """Return an error's message with options in the place of keywords and without Python's ways."""
-    return _KEYWORD.sub(_option, _CALL.sub("", _BOTH.sub(r"\1", message)))
+def in_options(message: str, keywords: Collection[str]) -> str:
+    """Return an error's message with options in the place of the `keywords` that have one.
+
+    A way out that only a program has, a call of a function, is left out.
+    """
+
+    def option(match: re.Match[str]) -> str:
+        return _option(match) if match[1] in keywords else match[0]
+
+    return _KEYWORD.sub(option, _CALL.sub("", _BOTH.sub(r"\1", message)))
 
 
 def _option(match: re.Match[str]) -> str:
