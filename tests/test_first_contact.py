@@ -21,7 +21,7 @@ _ROOT = Path(__file__).parent.parent
 KEYWORDS = _keywords()
 __all__ = ["no_terminal"]  # a fixture of every test here
 # Runs in the command's process before all else: Ctrl-C comes when MODULE is about to be imported,
-# or when the thread that loads calls FUNCTION, which then takes half a minute.
+# or when the thread that loads calls FUNCTION, which then takes minutes.
 _CUSTOMIZED = """
 import os, signal, sys, threading, time
 
@@ -36,7 +36,7 @@ class Finder:
 def profile(frame, event, _):
     if event == "call" and frame.f_code.co_name == os.environ["FUNCTION"]:
         press()
-        time.sleep(30)
+        time.sleep(300)
 
 sys.meta_path.insert(0, Finder())
 if "FUNCTION" in os.environ:
@@ -53,7 +53,7 @@ def interrupted(folder: Path, *command: str, **moment: str) -> subprocess.Comple
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=25,  # less than what was interrupted would take
+        timeout=120,  # less than what was interrupted would take
         check=False,
         env=clean | {"PYTHONPATH": f"{folder}:{_ROOT}"} | moment,
     )
