@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parent.parent
-_TOOLS = ("cat", "cksum", "cp", "cut", "dirname", "mkdir", "rm", "sleep", "sort")  # beside the shell's own
+_TOOLS = (
+    "cat",
+    "cksum",
+    "cp",
+    "cut",
+    "dirname",
+    "mkdir",
+    "rm",
+    "sleep",
+    "sort",
+)  # beside the shell's own
 _APPLE = {"uname": "Darwin arm64", "sw_vers": "15.5"}
 _INSTALLING = "Installing qwen3-mlx into .venv (a minute or two) ...\n"
 _INSTALLING_DEV = _INSTALLING.replace("(", "with the development tools (")

@@ -43,6 +43,12 @@ class _Root(TyperGroup):
                 f"qwen3 -- {first}, and several words in quotes"
             )
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # of which typer would make an exit without a word
+            raise typer.Exit(_complain(interrupt.LINE, 130)) from None
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._teaching = True
         super().format_help(ctx, formatter)
@@ -114,7 +120,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except (Qwen3Error, ValueError, TypeError) as error:
         code = _complain(in_options(str(error), _keywords()), 1)
     except KeyboardInterrupt:
-        code = _complain(interrupt.LINE, 130)
+        code = 130
     except OSError as error:  # a full disk under our stdout, say
         code = _complain(str(error), 1)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered cannot be written either
