@@ -1,9 +1,11 @@
 """The first hour with the command: Ctrl-C at any moment, slips of the keyboard, what to install."""
 
 import ast
+import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError
@@ -12,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 
-from qwen3_mlx import extras
+from qwen3_mlx import LLM, backend, extras, load
 from qwen3_mlx.cli.main import _keywords, app
 from qwen3_mlx.cli.words import in_options
 from tests.test_cli import call, no_terminal
@@ -192,6 +194,50 @@ def test_quiet_chat_says_the_answers_alone(
 
 def _end() -> str:
     raise EOFError
+
+
+def test_bytes_that_are_no_text_are_found_where_they_are_typed(
+    demo: LLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(["repeat \udcff", "-q"], capsys)
+    assert (code, err) == (1, "qwen3: the text is not valid Unicode at character 7; is it UTF-8?\n")
+    turns = [{"role": "system", "content": "ok"}, {"role": "user", "content": "ab\udcff"}]
+    with pytest.raises(ValueError, match=r"of messages\[1\] is not valid Unicode at character 2;"):
+        demo.chat(turns)
+
+
+def test_an_llm_says_what_it_is(tiny_folder: Path) -> None:
+    with load(tiny_folder) as llm:
+        assert repr(llm) == f"<LLM {tiny_folder}, context 2,048>"
+    assert repr(llm) == "<LLM, closed>"
+
+
+def test_misshapen_weights_are_named_once_for_all_layers(
+    tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "narrow"
+    shutil.copytree(tiny_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    code, _, err = call(["Hello", "-m", str(folder)], capsys)
+    assert code == 1 and err.count("model.layers.*.mlp.up_proj.weight is [128, 64] where") == 1
+    assert "layers.0." not in err and len(err) < 600
+
+
+# --- what the doctor says -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("blas", ["libopenblas.so.0", "MLX's own"])
+def test_the_doctor_advises_only_what_is_missing(
+    blas: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "on_gpu", lambda: False)
+    monkeypatch.setattr(backend, "matmul_speed", lambda: 1e9)  # as on a busy machine
+    monkeypatch.setattr(backend, "memory_bandwidth", lambda: 1e9)
+    monkeypatch.setattr(backend, "BLAS", blas)
+    code, out, _ = call(["doctor"], capsys)
+    assert code == 0 and ("libopenblas0-pthread" in out) == (blas == "MLX's own")
+    assert "models of the hub" in out
 
 
 # --- what errors advise -------------------------------------------------------------------------
