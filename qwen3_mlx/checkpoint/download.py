@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import BufferedRandom
 from pathlib import Path
 from threading import Event as Flag
 from threading import Lock
-from typing import IO, Any
+from typing import Any
 
 from qwen3_mlx.errors import CheckpointError
 
@@ -150,7 +151,7 @@ def _fetch(file: _File, count: Callable[[int], None], stopped: Flag) -> None:
         file.partial.replace(file.blob)
 
 
-def _read(file: _File, target: IO[bytes], count: Callable[[int], None], stopped: Flag) -> None:
+def _read(file: _File, target: BufferedRandom, count: Callable[[int], None], stopped: Flag) -> None:
     """Append what is still missing, or all of it where the hub cannot send a part."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
@@ -186,7 +187,7 @@ def _may_pass(error: Exception) -> bool:
     return response is None or response.status_code in _PASSING
 
 
-def _check(file: _File, target: IO[bytes]) -> None:
+def _check(file: _File, target: BufferedRandom) -> None:
     """Compare with the checksum that large files are named by, and drop what differs."""
     target.seek(0)
     if not _SHA256.fullmatch(file.blob.name):
@@ -199,7 +200,7 @@ def _check(file: _File, target: IO[bytes]) -> None:
 
 
 @contextmanager
-def _alone_with(target: IO[bytes]) -> Iterator[None]:
+def _alone_with(target: BufferedRandom) -> Iterator[None]:
     """Wait until no other process writes to this file; closing it lets the next one in."""
     import fcntl
 

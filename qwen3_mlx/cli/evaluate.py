@@ -29,6 +29,7 @@ from qwen3_mlx.model.published import full_name
 from qwen3_mlx.text.samples import default_text
 
 _TOKENS = 8192
+_FEW = 100  # tokens, on which a perplexity is mostly chance
 _WORST = 10  # modules that the table shows
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -95,6 +96,8 @@ def perplexity_command(
     with _load(model, kv_bits) as llm, Bar("reading") as bar:
         ids = _ids(llm, words, tokens)
         found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
+    if found.tokens < _FEW:
+        note(f"Measured on {found.tokens} tokens only, which says little; give a longer text.")
     if as_json:
         _print_json({"model": model, **_perplexity_facts(found)})
     else:
