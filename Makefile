@@ -12,11 +12,15 @@ help: ## list the targets
 
 demo: runtime ## ask the embedded demo model a question: thinking, then the answer
 	@unset QWEN3_MODEL; .venv/bin/qwen3 "What is 123 + 456?" </dev/null
+	@echo
+	@echo 'Go on: .venv/bin/qwen3 chat, or make serve for the page in a browser.'
+	@echo 'After source .venv/bin/activate it is just qwen3: qwen3 --model 8B "Why is the sky blue?"'
 
 serve: server ## serve the demo model, and open its page; ARGS="--model 8B --port 9000" goes along
 	@unset QWEN3_MODEL; .venv/bin/qwen3 serve --open $(ARGS)
 
-test: dev ## run the tests; ARGS="-k cache -x" goes to pytest
+test: dev ## run the tests, some minutes; ARGS="-k cache -x" goes to pytest
+	@$(if $(ARGS),:,echo 'This takes about eight minutes on two cores; ARGS="-k cache" runs a part.')
 	$(python) -m pytest $(ARGS)
 
 check: dev ## the gate, as CI runs it: format, lint, types, docs, tests with coverage

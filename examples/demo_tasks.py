@@ -718,3 +718,8 @@ PARAGRAPHS = (
     "每天早上它把两个数加起来，写下进位，就很高兴。",
     "湖边的房子有一扇绿色的门和两个窗户。冬天屋顶上有雪，夏天孩子们数水上的船。老狗睡在火旁边，梦见森林。",
 )
+
+
+if __name__ == "__main__":
+    for seed in range(5):
+        print(json.dumps(make_conversation(Random(seed)).messages, ensure_ascii=False))

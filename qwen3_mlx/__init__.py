@@ -8,6 +8,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from qwen3_mlx import interrupt
+
+interrupt.end_at_once()
 try:
     from qwen3_mlx import backend as backend  # first: loads a fast BLAS before anything imports MLX
 except ImportError:  # raised anew for each public name, and one line of the command: see __main__

@@ -7,7 +7,7 @@ try:
     from qwen3_mlx.cli.main import main
 except ImportError as error:
     sys.exit(f"qwen3: {error}")
-except KeyboardInterrupt:
+except KeyboardInterrupt:  # where `qwen3_mlx.interrupt` could not see that this is the command
     sys.exit(130)
 
 if __name__ == "__main__":

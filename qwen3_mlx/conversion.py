@@ -93,7 +93,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
         dequantize: quantize nothing; quantized weights become `dtype`.
         force: replace a checkpoint's folder that is there.
         allow_nonfinite: take NaN and infinities as they are, with a warning in the log.
-        progress: told (what, done, total): layers measured, bytes written.
+        progress: told (what, done, total): bytes downloaded, from other threads; layers measured;
+            bytes written.
 
     Raises:
         ValueError: an argument is out of its range, or two do not go together.
@@ -109,7 +110,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
         raise ValueError("bits, group_size and mode go with neither recipe 'auto' nor dequantize")
     form = Format.of(mode, bits, group_size)
     _refuse_a_size(source)
-    place, output = Source(str(source), revision), Path(output).expanduser()
+    place = Source(str(source), revision, _told(progress, "downloading"))
+    output = Path(output).expanduser()
     streaming.check_output(place.folder, output, force=force)
     folder, stated = read_config(place, _DESCRIPTION)
     folder = fetch_weights(place, folder, also=_DESCRIPTION)

@@ -86,6 +86,11 @@ class LLM:
         self._shut = weakref.finalize(self, _shut_down, worker, engine.share, wired)
         self._shut.atexit = False  # at the end of the process the worker sees to itself
 
+    def __repr__(self) -> str:
+        if self._replies is None:
+            return "<LLM, closed>"
+        return f"<LLM {self.model.source}, context {self.context:,}>"
+
     @property
     def model(self) -> Qwen3:
         """The network; its arrays belong to the worker thread."""

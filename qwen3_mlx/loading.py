@@ -59,6 +59,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
     prompt_cache: str | Path | None = None,
     prompt_cache_gb: float = 8,
     progress: Progress | None = None,
+    download_progress: Progress | None = None,
 ) -> LLM:
     """Load a checkpoint: a folder, a hub name, or None for the embedded demo.
 
@@ -86,6 +87,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
             not be read again after a restart; models may share it.
         prompt_cache_gb: the most that all of them may take there, in GB.
         progress: told (done, total) modules loaded, from another thread.
+        download_progress: called with (done, total) bytes while files of the hub are downloaded,
+            from other threads; a download that broke goes on where it stopped.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -100,8 +103,13 @@ def load(  # noqa: PLR0913 - one keyword a choice
         backend.compute_dtype(dtype), None if bits is None else wanted, dequantize
     )
     demo = str(files("qwen3_mlx") / "demo")
-    target = _Found.at(demo if source is None else source, options, kv_bits, revision, context)
-    small = None if draft in (None, NGRAM) else _Found.at(draft, options, kv_bits).as_stored()
+    target = _Found.at(
+        Source(demo if source is None else full_name(source), revision, download_progress),
+        options,
+        kv_bits,
+        context,
+    )
+    small = _draft_model(draft, options, kv_bits, download_progress)
     # What cannot be run, or does not fit, is refused before gigabytes are fetched.
     beside = small.plan(context).held if small else 0
     target.refuse_if_too_large(context, beside)
@@ -166,13 +174,11 @@ class _Found:
     @classmethod
     def at(
         cls,
-        source: str | Path,
+        place: Source,
         options: LoadOptions,
         kv_bits: int | str | None,
-        revision: str | None = None,
         context: int | None = None,
     ) -> "_Found":
-        place = Source(full_name(source), revision)
         folder, config = read_config(place)
         if are_here(folder):
             config = untied(config, folder)
@@ -205,6 +211,18 @@ class _Found:
         model = load_model(self.config, Weights(self.folder), self.options, progress)
         model.cache_format, model.source = self.cache, self.place.name
         return model
+
+
+def _draft_model(
+    draft: str | Path | None,
+    options: LoadOptions,
+    kv_bits: int | str | None,
+    progress: Progress | None,
+) -> _Found | None:
+    if draft is None or draft == NGRAM:
+        return None
+    place = Source(full_name(draft), progress=progress)
+    return _Found.at(place, options, kv_bits).as_stored()
 
 
 def _refuse_another_family(small: _Found, target: _Found, tokenizer: Tokenizer) -> None:
@@ -260,12 +278,13 @@ def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> 
     grammars = Grammars(tokenizer, frozenset(end_ids))
     template, no_template = (
         None,
-        "this checkpoint has no chat template; use complete() with raw text",
+        "this checkpoint has no chat template; take one that has, such as Qwen/Qwen3-8B, "
+        "or continue raw text with complete()",
     )
     try:
         template = ChatTemplate.from_folder(folder)
     except CheckpointError as error:
-        _log.warning("there is no chat, only complete() with raw text: %s", error)
+        _log.warning("there is no chat, only raw text: %s", error)
         no_template = str(error)
     return Words(
         tokenizer,

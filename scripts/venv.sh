@@ -154,6 +154,15 @@ make_venv() {
     fi
 }
 
+# A line every ten seconds, for as long as this script runs: the installers are quiet.
+show_life() {
+    seconds=0
+    while sleep 10 >/dev/null 2>&1 && kill -0 "$$" 2>/dev/null; do
+        seconds=$((seconds + 10))
+        say "  still installing, $seconds s ..."
+    done
+}
+
 install() {
     if have_uv; then
         uv pip install --quiet --python .venv/bin/python --editable "$1"
@@ -187,7 +196,11 @@ check_machine
 if ! usable; then make_venv; fi
 : >.venv/.unfinished
 rm -f .venv/.ready
-say "Installing qwen3-mlx into .venv$tools (a minute or so) ..."
+say "Installing qwen3-mlx into .venv$tools (a minute or two) ..."
+show_life &
+life=$!
+# Not TERM, which is lost between the fork and the reset of the traps above.
+trap 'kill -KILL "$life" 2>/dev/null || :' EXIT
 if ! install "$target"; then
     rm .venv/.unfinished # failed, but not interrupted: the next run goes on from here
     refuse "The installation failed; what is above says why."

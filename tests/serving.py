@@ -50,7 +50,7 @@ def serving(llm: LLM, limits: Limits | None = None, **settings: Any) -> Iterator
     thread = Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     try:
-        assert ready.wait(10)
+        assert ready.wait(60)
         yield Served(f"http://127.0.0.1:{listener.getsockname()[1]}", server)
     finally:
         server.should_exit = True

@@ -92,7 +92,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["--bogus", "x"], 2, "No such option: --bogus"),
         (["x", "--top-k", "many"], 2, "Invalid value for '--top-k'"),
-        (["a", "b"], 2, "unexpected extra argument"),
+        (["a", "b", "-q"], 2, 'put the prompt in quotes: qwen3 "a b"'),
         ([""], 2, "give a prompt"),
         (["x", "--temperature", "-1"], 1, "temperature must be from 0 to 100, not -1.0"),
         (["x", "--model", "./nowhere"], 1, "is no folder here, nor a hub name"),

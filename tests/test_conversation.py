@@ -19,7 +19,7 @@ QUESTIONS = ["What is 123 + 456?", "What is 5 + 6?", "Who are you?", "What is 99
 
 def settle(llm: LLM) -> None:
     """Wait until the idle work is done."""
-    for _ in range(500):
+    for _ in range(6000):
         if not llm._worker.call(lambda: llm._open().engine._steps.scheduler.waiting):
             if not llm._worker.call(lambda: llm._open().engine._steps.scheduler.running):
                 return

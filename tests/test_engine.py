@@ -223,8 +223,7 @@ def run_a_random_schedule(kind: str, way: str, seed: int) -> list[Client]:
 @pytest.mark.parametrize("way", WAYS)
 def test_a_few_random_schedules(way: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
-    for seed in range(2 if kind in MODELS else 1):
-        follow_a_random_schedule(kind, way, seed)
+    follow_a_random_schedule(kind, way, seed=0)
 
 
 @pytest.mark.slow

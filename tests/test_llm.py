@@ -29,11 +29,17 @@ def greedy(logits: mx.array) -> int:
     return token
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 10) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+def running(llm: LLM) -> bool:
+    """Return whether any sequence is computed."""
+    scheduler = llm._open().engine._steps.scheduler
+    return bool(llm._worker.call(lambda: scheduler.running or scheduler.waiting))
 
 
 def test_a_stream_is_the_reply_in_pieces(tiny: LLM) -> None:
@@ -166,9 +172,8 @@ def test_leaving_the_loop_or_dropping_the_stream_cancels(tiny: LLM) -> None:
         assert not isinstance(event, Finish)
         break
     gc.collect()
-    started = time.monotonic()  # the next one waits for the worker: it must be free at once
-    tiny.chat("Hello", max_tokens=1)
-    assert time.monotonic() - started < 2
+    tiny.chat("Hello", max_tokens=1)  # long before that one would have come to its end
+    assert not running(tiny)
 
 
 def test_cancelling_during_prefill(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -295,9 +300,8 @@ def test_a_batch_is_each_alone_in_order(tiny: LLM) -> None:
 def test_a_batch_with_a_wrong_prompt_is_cancelled(tiny: LLM) -> None:
     with pytest.raises(Qwen3Error, match="room for"):
         tiny.batch(["Hello", "a " * 1500], max_tokens=600)
-    started = time.monotonic()
     assert tiny.chat("Hello", max_tokens=1).usage.completion_tokens == 1
-    assert time.monotonic() - started < 2
+    assert not running(tiny)
 
 
 def test_a_second_turn_reads_what_is_new(tiny: LLM) -> None:

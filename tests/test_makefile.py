@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 
 _ROOT = Path(__file__).parent.parent
-_TOOLS = ("cat", "cksum", "cp", "cut", "dirname", "mkdir", "rm", "sort")  # beside the shell's own
+_TOOLS = (
+    "cat",
+    "cksum",
+    "cp",
+    "cut",
+    "dirname",
+    "mkdir",
+    "rm",
+    "sleep",
+    "sort",
+)  # beside the shell's own
 _APPLE = {"uname": "Darwin arm64", "sw_vers": "15.5"}
-_INSTALLING = "Installing qwen3-mlx into .venv (a minute or so) ...\n"
+_INSTALLING = "Installing qwen3-mlx into .venv (a minute or two) ...\n"
 _INSTALLING_DEV = _INSTALLING.replace("(", "with the development tools (")
 # A Python that answers the probe, makes a venv of itself, and installs by writing what was asked.
 _PYTHON = """\
@@ -252,6 +262,17 @@ def test_a_failed_installation_is_tried_again(machine: Machine) -> None:
     (machine.bin / "network").touch()
     assert machine.run().stdout == _INSTALLING
     assert machine.run().stdout == ""
+
+
+def test_a_long_installation_shows_that_it_goes_on(machine: Machine) -> None:
+    (machine.bin / "sleep").unlink()
+    slept = "$FAKES/slept"
+    machine.command("sleep", f'[ ! -e "{slept}" ] && : >"{slept}"')  # once, and then no more
+    machine.python("python3.12", "3.12.4", pip=f'while [ ! -e "{slept}" ]; do :; done')
+    result = machine.run()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"Making .venv with {machine.bin}/python3.12 (3.12.4) ...\n")
+    assert "  still installing, 10 s ...\n" in result.stdout
 
 
 def test_a_venv_of_somebody_else_is_used_unless_it_is_too_old(machine: Machine) -> None:

@@ -19,6 +19,8 @@ _PACKAGE = _ROOT / "qwen3_mlx"
 _RANKS = {
     "arguments": 0,
     "errors": 0,
+    "extras": 0,
+    "interrupt": 0,
     "backend": 1,
     "files": 1,
     "cache": 2,

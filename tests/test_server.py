@@ -28,6 +28,7 @@ from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import EFFORTS, Wish
 from qwen3_mlx.text.thinking import Thinking
 from tests.serving import Served, serving
+from tests.test_conversation import settle
 from tests.test_text import TOKENIZER
 
 HYBRID = Thinking(True, True, False, 1, 2)
@@ -55,7 +56,7 @@ def data_of(line: str) -> Any:
     return json.loads(line.removeprefix("data: "))
 
 
-def until_idle(served: Served, seconds: float = 5) -> None:
+def until_idle(served: Served, seconds: float = 60) -> None:
     """Wait until nothing runs any more."""
     end = time.monotonic() + seconds
     while served.server.service.active:
@@ -720,7 +721,7 @@ def test_the_second_turn_reads_only_what_is_new() -> None:
     messages: list[dict[str, Any]] = [{"role": "user", "content": "What is 12 + 34?"}]
     with load() as demo, serving(demo) as served:
         first = served.post("/v1/chat/completions", {"messages": messages, "seed": 1}).json()
-        time.sleep(0.5)  # in which it reads ahead
+        settle(demo)  # it reads ahead
         messages += [first["choices"][0]["message"], {"role": "user", "content": "What is 5 + 6?"}]
         usage = served.post("/v1/chat/completions", {"messages": messages}).json()["usage"]
     unread = usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
@@ -773,7 +774,6 @@ class Process:
     """`qwen3 serve` as a user starts it."""
 
     def __init__(self, *arguments: str) -> None:
-        self.started = time.monotonic()
         self.process = subprocess.Popen(
             [sys.executable, "-m", "qwen3_mlx", "serve", "--port", "0", *arguments],
             stderr=subprocess.PIPE,
@@ -783,7 +783,6 @@ class Process:
         )
         assert self.process.stderr
         first = self.process.stderr.readline()
-        self.ready = time.monotonic() - self.started
         found = re.search(r"http://\S+", first)
         assert found, first + self.process.stderr.read()
         self.url = found[0]
@@ -791,14 +790,13 @@ class Process:
     def end(self, number: int = signal.SIGINT) -> tuple[int, str, str]:
         """Send a signal, and give the exit code and what was written."""
         self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=30)
+        out, err = self.process.communicate(timeout=120)
         return self.process.returncode, out, err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_replies_end(number: int) -> None:
     server = Process()
-    assert server.ready < 10  # `make bench` says how fast it is
     body = {"messages": [{"role": "user", "content": LONG}], "stream": True, "seed": 1}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
         lines = response.iter_lines()
@@ -828,20 +826,21 @@ def test_what_does_not_end_in_time_is_ended() -> None:
 
 
 def test_a_second_ctrl_c_does_not_wait() -> None:
-    server = Process()
+    server = Process("--shutdown", "600")
     body = {**_endless(), "stream": True}
-    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
         lines = response.iter_lines()
         next(lines)
         server.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        with pytest.raises(httpx.TransportError):
+            while True:  # until it listens no more
+                httpx.get(f"{server.url}/health", timeout=120)
         assert server.process.poll() is None
-        ending = threading.Thread(target=server.end)
-        started = time.monotonic()
+        ending = threading.Thread(target=server.end)  # which waits for less than those 600 s
         ending.start()
         assert "the server is shutting down" in [line for line in lines if line][-1]
     ending.join()
-    assert server.process.returncode == 0 and time.monotonic() - started < 4
+    assert server.process.returncode == 0
 
 
 def test_a_port_that_is_taken_is_one_line() -> None:
@@ -865,9 +864,8 @@ def test_without_its_packages_it_says_so(tmp_path: Path) -> None:
         )
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
         assert result.returncode == 1
-        assert result.stderr == (
-            "qwen3: the server needs two more packages: pip install 'qwen3-mlx[server]'\n"
-        )
+        assert result.stderr.startswith("qwen3: the server needs more packages: ")
+        assert " install 'fastapi>=0.130' 'httptools>=0.6' 'uvicorn>=0.35'\n" in result.stderr
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

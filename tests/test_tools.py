@@ -781,7 +781,7 @@ CODER_TEXTS = (
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(texts=st.lists(CODER_TEXTS, max_size=3))
 def test_any_text_of_a_coder_call_comes_whole_or_cannot_be_read(texts: list[str]) -> None:
     arguments = dict(zip(("text", "other", "third"), texts, strict=False))

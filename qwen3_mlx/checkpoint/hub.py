@@ -8,6 +8,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from qwen3_mlx.checkpoint.download import Progress, download, no_bar
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.published import SIZES
 
@@ -68,8 +69,13 @@ def upload(folder: Path, name: str) -> str:
 class Source:
     """A checkpoint's place; nothing is downloaded until `fetch` names the files."""
 
-    def __init__(self, name: str, revision: str | None = None) -> None:
+    def __init__(
+        self, name: str, revision: str | None = None, progress: Progress | None = None
+    ) -> None:
         """Take a folder's path or a hub name such as Qwen/Qwen3-8B.
+
+        While files are downloaded, `progress` is called with the bytes that are here and those of
+        all files.
 
         Raises:
             CheckpointError: it is neither.
@@ -77,7 +83,9 @@ class Source:
         """
         self.name = name
         self._revision = revision
+        self._progress = progress
         self._listed: list[str] | None = None
+        self._commit: str | None = None
         folder = Path(name).expanduser()
         self.folder = folder if name and folder.exists() else None
         if self.folder is None and (address := _HUB_ADDRESS.fullmatch(name)):
@@ -107,6 +115,7 @@ class Source:
                 # Where the hub cannot be reached this fails at once; other calls try for long.
                 found = HfApi().model_info(self.name, revision=self._revision)
                 self._listed = sorted(file.rfilename for file in found.siblings or ())
+                self._commit = found.sha
             except Exception:  # noqa: BLE001 - the library lets those of its HTTP client through
                 _log.debug("%s: its files could not be listed", self.name, exc_info=True)
         return self._listed
@@ -155,9 +164,18 @@ class Source:
         )
 
         try:
-            return Path(
-                snapshot_download(self.name, revision=self._revision, allow_patterns=list(files))
+            if missing := self._missing(files):
+                download(self.name, self._commit or "", missing, self._progress)
+            return Path(  # which has nothing left to download, but knows the cache's links
+                snapshot_download(
+                    self.name,
+                    revision=self._revision,
+                    allow_patterns=list(files),
+                    tqdm_class=no_bar(),
+                )
             )
+        except CheckpointError:
+            raise
         except GatedRepoError as error:
             raise CheckpointError(
                 f"{self.name} asks for its terms to be accepted: do so on its page, "
@@ -179,3 +197,15 @@ class Source:
         except Exception as error:  # the hub's library lets those of its HTTP client through
             first_line = str(error).strip().split("\n")[0]
             raise CheckpointError(f"downloading {self.name} failed: {first_line}") from error
+
+    def _missing(self, files: Sequence[str]) -> list[str]:
+        """List those of `files` that the hub has and that are not in the cache, as far as known."""
+        from huggingface_hub import try_to_load_from_cache
+
+        listed = self.listed() or ()
+        return [
+            file
+            for file in dict.fromkeys(files)
+            if file in listed
+            and not isinstance(try_to_load_from_cache(self.name, file, revision=self._commit), str)
+        ]

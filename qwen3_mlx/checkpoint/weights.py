@@ -23,6 +23,7 @@ WHOLE = "model.safetensors"
 _OTHERS = (".bin", ".pt", ".pth", ".gguf", ".npz")
 _OF_MODEL = re.compile(r"model[^/]*\.safetensors")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
+_NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer, or an expert
 _EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.(\w+)")
 
 
@@ -294,11 +295,9 @@ def mismatches(
     The small published checkpoints carry a copy of the embedding that their tied heads do not use.
     """
     unused = {"lm_head.weight", "lm_head.scales", "lm_head.biases"} if tied else set()
-    misshapen = [
-        f"{name} is {list(there[name])} where {list(shape)} is needed"
-        for name, shape in needed.items()
-        if name in there and there[name] != shape
-    ]
+    misshapen = _folded(
+        {name: (there[name], shape) for name, shape in needed.items() if name in there}
+    )
     return [
         f"{what} {', '.join(names)}"
         for what, names in (
@@ -307,4 +306,17 @@ def mismatches(
             ("misshapen:", misshapen),
         )
         if names
+    ]
+
+
+def _folded(shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> list[str]:
+    """Say of each tensor that has another shape than is needed what it has, the layers together."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, (has, needs) in shapes.items():
+        if has != needs:
+            words = f"{list(has)} where {list(needs)} is needed"
+            alike.setdefault((_NUMBER.sub(".*", name), words), []).append(name)
+    return [
+        f"{names[0] if len(names) == 1 else pattern} is {words}"
+        for (pattern, words), names in alike.items()
     ]

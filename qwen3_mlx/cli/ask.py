@@ -9,19 +9,35 @@ from typing import Annotated
 
 import typer
 
-import qwen3_mlx  # whose names resolve on first use: `--help` loads no tokenizer and no model
+import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx import backend
-from qwen3_mlx.cli.console import Bar, note, stderr_text
+from qwen3_mlx.cli.console import YARN_NOTE, Bar, note, stderr_text
 from qwen3_mlx.cli.options import (
     Bits,
+    Context,
+    Dequantize,
     Draft,
     Dtype,
+    HideThinking,
     KvBits,
+    MaxTokens,
+    MinP,
     Model,
+    PresencePenalty,
     PromptCache,
+    Quiet,
     Revision,
-    option,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    Thinking,
+    ThinkingBudget,
+    TopK,
+    TopP,
+    load,
 )
+from qwen3_mlx.cli.words import WrongUsage
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.text.events import Finish, Reasoning, Text
 
@@ -35,10 +51,10 @@ _CLOSED_BY = {
     "loop": "the loop guard",
     "request": "request",
 }
-_REPLY, _CHOICE, _SHOW = "Reply", "Choice of words", "Display"
 
 
 def ask(  # noqa: PLR0913 - one parameter an option
+    ctx: typer.Context,
     prompt: Annotated[
         str | None,
         typer.Argument(help="What to say; text piped in follows it.", show_default=False),
@@ -47,60 +63,24 @@ def ask(  # noqa: PLR0913 - one parameter an option
     revision: Revision = None,
     bits: Bits = None,
     dtype: Dtype = None,
+    dequantize: Dequantize = None,
+    context: Context = None,
     kv_bits: KvBits = None,
     draft: Draft = None,
     prompt_cache: PromptCache = None,
-    system: Annotated[
-        str | None, option("--system", "-s", panel=_REPLY, text="A system prompt.")
-    ] = None,
-    thinking: Annotated[
-        bool | None,
-        option(
-            "--thinking/--no-thinking",
-            panel=_REPLY,
-            text="Think before the answer, or answer at once.",
-        ),
-    ] = None,
-    thinking_budget: Annotated[
-        int | None,
-        option("--thinking-budget", panel=_REPLY, text="Think at most so many tokens."),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        option("--max-tokens", "-n", panel=_REPLY, text="At most so many tokens, thinking too."),
-    ] = None,
-    stop: Annotated[
-        list[str] | None,
-        option("--stop", panel=_REPLY, text="End before this text; may be given again."),
-    ] = None,
-    seed: Annotated[
-        int | None, option("--seed", panel=_CHOICE, text="The same seed, the same reply.")
-    ] = None,
-    temperature: Annotated[
-        float | None,
-        option("--temperature", "-t", panel=_CHOICE, text="0 takes the likeliest token."),
-    ] = None,
-    top_p: Annotated[
-        float | None,
-        option("--top-p", panel=_CHOICE, text="Only the likeliest that make up this share."),
-    ] = None,
-    top_k: Annotated[
-        int | None, option("--top-k", panel=_CHOICE, text="Only the k likeliest; 0 is all.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        option("--min-p", panel=_CHOICE, text="Only those this likely, beside the likeliest."),
-    ] = None,
-    presence_penalty: Annotated[
-        float | None,
-        option("--presence-penalty", panel=_CHOICE, text="Against repetition: 0 to 2."),
-    ] = None,
-    hide_thinking: Annotated[
-        bool, option("--hide-thinking", panel=_SHOW, text="Do not show the thinking.")
-    ] = False,
-    quiet: Annotated[
-        bool, option("--quiet", "-q", panel=_SHOW, text="Nothing but the answer, and errors.")
-    ] = False,
+    system: System = None,
+    thinking: Thinking = None,
+    thinking_budget: ThinkingBudget = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    seed: Seed = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    presence_penalty: PresencePenalty = None,
+    hide_thinking: HideThinking = False,
+    quiet: Quiet = False,
 ) -> int:
     """Send PROMPT to the model and stream the answer.
 
@@ -114,18 +94,22 @@ def ask(  # noqa: PLR0913 - one parameter an option
         presence_penalty=presence_penalty,
     )
     messages = [{"role": "system", "content": system}] if system else []
+    if ctx.args:  # which are the words after the first
+        words = " ".join([prompt or "", *ctx.args])
+        raise WrongUsage(f'put the prompt in quotes: qwen3 "{words}"')
     messages.append({"role": "user", "content": _with_piped(prompt)})
-    with Bar("loading") as bar:
-        llm = qwen3_mlx.load(
-            model,
-            revision=revision,
-            bits=bits,
-            dtype=dtype,
-            kv_bits=kv_bits,
-            draft=draft,
-            prompt_cache=prompt_cache,
-            progress=bar,
-        )
+    llm = load(
+        model,
+        quiet=quiet,
+        revision=revision,
+        bits=bits,
+        dtype=dtype,
+        dequantize=dequantize,
+        context=context,
+        kv_bits=kv_bits,
+        draft=draft,
+        prompt_cache=prompt_cache,
+    )
     with llm, Bar("reading the prompt") as bar:
         started = time.perf_counter()
         stream = llm.stream(
@@ -136,10 +120,12 @@ def ask(  # noqa: PLR0913 - one parameter an option
             sampling=sampling,
             seed=seed,
             stop=stop,
-            progress=bar,
+            progress=None if quiet else bar,
         )
         if model is None and not quiet:
             note(_DEMO_NOTE)
+        if context is not None and llm.config.yarn and not quiet:
+            note(YARN_NOTE)
         with _ctrl_c_closes(stream):
             finish, first = _show(stream, show_thinking=not (hide_thinking or quiet))
         if not quiet:

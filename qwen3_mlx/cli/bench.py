@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import mlx.core as mx
 import typer
 
-from qwen3_mlx import backend
+from qwen3_mlx import backend, interrupt
 from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
@@ -87,6 +87,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
     cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))
     ways = _TERMS[terms] if against else ()
     shared = [case for case in cases if not case.special]
+    interrupt.unwind()  # so that the sides' processes end, too
     with Bar("measuring") as bar:
         results = race(
             str(folder),
@@ -127,10 +128,11 @@ def _folder(model: str | None) -> Path:
     """Find a checkpoint's files, and have them fetched if they are not here."""
     if model is None:
         return Path(str(files("qwen3_mlx") / "demo"))
-    source = Source(full_name(model))
-    folder, content = read_config(source)
-    formats_stored(content, folder)  # what must be converted first is refused before it is fetched
-    return fetch_weights(source, folder)
+    with Bar("downloading", in_bytes=True) as bar:
+        source = Source(full_name(model), progress=bar)
+        folder, content = read_config(source)
+        formats_stored(content, folder)  # what must be converted is refused before it is fetched
+        return fetch_weights(source, folder)
 
 
 def _numbers(option: str, text: str) -> list[int]:

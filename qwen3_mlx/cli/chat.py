@@ -17,9 +17,34 @@ import typer
 
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.arguments import refuse_deferred
-from qwen3_mlx.cli.console import Bar, note
-from qwen3_mlx.cli.options import Context, Draft, KvBits, Model, PromptCache
+from qwen3_mlx.cli.console import YARN_NOTE, note
+from qwen3_mlx.cli.options import (
+    Bits,
+    Context,
+    Dequantize,
+    Draft,
+    Dtype,
+    HideThinking,
+    KvBits,
+    MaxTokens,
+    MinP,
+    Model,
+    PresencePenalty,
+    PromptCache,
+    Quiet,
+    Revision,
+    Seed,
+    Stop,
+    System,
+    Temperature,
+    Thinking,
+    ThinkingBudget,
+    TopK,
+    TopP,
+    load,
+)
 from qwen3_mlx.cli.screen import Screen, enter_key
+from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Finish, Usage
 
@@ -68,63 +93,72 @@ class _Stats:
 
 def chat(  # noqa: PLR0913 - one parameter an option
     model: Model = None,
-    system: Annotated[
-        str | None, typer.Option("--system", "-s", help="A system prompt.", show_default=False)
-    ] = None,
-    thinking: Annotated[
-        bool | None,
-        typer.Option("--thinking/--no-thinking", help="Think before answers.", show_default=False),
-    ] = None,
-    thinking_budget: Annotated[
-        int | None,
-        typer.Option("--thinking-budget", help="Think at most so many tokens.", show_default=False),
-    ] = None,
+    revision: Revision = None,
+    bits: Bits = None,
+    dtype: Dtype = None,
+    dequantize: Dequantize = None,
     context: Context = None,
     kv_bits: KvBits = None,
     draft: Draft = None,
     prompt_cache: PromptCache = None,
-    seed: Annotated[
-        int | None,
-        typer.Option("--seed", help="The same seed, the same replies.", show_default=False),
-    ] = None,
-    load: Annotated[
+    system: System = None,
+    thinking: Thinking = None,
+    thinking_budget: ThinkingBudget = None,
+    max_tokens: MaxTokens = None,
+    stop: Stop = None,
+    seed: Seed = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    presence_penalty: PresencePenalty = None,
+    file: Annotated[
         Path | None,
         typer.Option("--load", help="Go on with a saved conversation.", show_default=False),
     ] = None,
-    hide_thinking: Annotated[
-        bool, typer.Option("--hide-thinking", help="Do not show the thinking.")
-    ] = False,
+    hide_thinking: HideThinking = False,
+    quiet: Quiet = False,
 ) -> None:
     """Talk with a model, turn by turn; /help tells the commands.
 
     The time after an answer is used to prepare for the next, so it begins at once. Piped lines are
     turns, too.
     """
-    with Bar("loading") as bar:
-        llm = qwen3_mlx.load(
-            model,
-            context=context,
-            kv_bits=kv_bits,
-            draft=draft,
-            prompt_cache=prompt_cache,
-            progress=bar,
-        )
+    sampling = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        presence_penalty=presence_penalty,
+    )
+    llm = load(
+        model,
+        quiet=quiet,
+        revision=revision,
+        bits=bits,
+        dtype=dtype,
+        dequantize=dequantize,
+        context=context,
+        kv_bits=kv_bits,
+        draft=draft,
+        prompt_cache=prompt_cache,
+    )
     with llm:
-        session = _Session(llm, Screen(show_thinking=not hide_thinking))
-        if model is None:
-            note("This is the embedded demo model; for the real one: qwen3 chat --model 8B")
+        screen = Screen(show_thinking=not (hide_thinking or quiet))
+        session = _Session(llm, screen, max_tokens, quiet=quiet)
         session.conversation = llm.conversation(
             system=system,
-            file=load,
+            file=file,
             thinking=thinking,
             thinking_budget=thinking_budget,
+            max_tokens=max_tokens,
+            sampling=sampling,
+            stop=stop,
             seed=seed,
             drop_oldest=True,
         )
-        if context is not None and llm.config.yarn:
-            note("YaRN is on for this context; the quality of short texts may suffer a little.")
-        if sys.stdin.isatty():
-            note("/help tells the commands; Ctrl-D ends.")
+        if not quiet:
+            _greet(model, yarn=context is not None and llm.config.yarn is not None)
         for line in _lines():
             try:
                 if not session.take(line):
@@ -135,12 +169,29 @@ def chat(  # noqa: PLR0913 - one parameter an option
                 note(f"qwen3: {error}")
 
 
+def _greet(model: str | None, *, yarn: bool) -> None:
+    if model is None:
+        note("This is the embedded demo model; for the real one: qwen3 chat --model 8B")
+    if yarn:
+        note(YARN_NOTE)
+    if sys.stdin.isatty():
+        note("/help tells the commands; Ctrl-D ends.")
+
+
 class _Session:
     """What one run of the command holds."""
 
     conversation: "qwen3_mlx.Conversation"
 
-    def __init__(self, llm: "qwen3_mlx.LLM", screen: Screen) -> None:
+    def __init__(
+        self,
+        llm: "qwen3_mlx.LLM",
+        screen: Screen,
+        max_tokens: int | None = None,
+        *,
+        quiet: bool = False,
+    ) -> None:
+        self._max_tokens, self._quiet = max_tokens, quiet
         self._llm = llm
         self._screen = screen
         self._stats = _Stats()
@@ -167,8 +218,8 @@ class _Session:
         while finish.reason == "tool_calls" and self._functions:
             self.conversation.answer_calls(self._functions)
             finish = self._show(self.conversation.stream())
-        for words in (_about(finish), finish.details.get("warning")):
-            if words:
+        for words in (_about(finish, self._max_tokens), finish.details.get("warning")):
+            if words and not self._quiet:
                 note(words)
 
     def _show(self, stream: "qwen3_mlx.Stream") -> Finish:
@@ -273,12 +324,13 @@ def _file(words: str, command: str) -> Path:
     return Path(words).expanduser()
 
 
-def _about(finish: Finish) -> str:
+def _about(finish: Finish, max_tokens: int | None) -> str:
     """Say what a user would wonder about otherwise."""
     details = finish.details
     parts = []
     if finish.reason == "length" and "ended_by" not in details:
-        parts.append("cut off: the context window is full")
+        short = max_tokens is not None and finish.usage.completion_tokens >= max_tokens
+        parts.append(f"cut off: {'--max-tokens' if short else 'the context window is full'}")
     if finish.reason == "cancelled":
         parts.append("stopped")
     if details.get("ended_by") == "loop":

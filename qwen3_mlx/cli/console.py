@@ -14,9 +14,11 @@ from rich.progress import (
     TaskProgressColumn,
     TextColumn,
     TimeRemainingColumn,
+    TransferSpeedColumn,
 )
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+YARN_NOTE = "YaRN is on for this context; the quality of short texts may suffer a little."
 _PATIENCE = 0.7  # seconds of work before a bar is worth showing
 
 
@@ -57,8 +59,12 @@ class Bar:
         elif self._bar:
             self._bar.update(self._bar.task_ids[0], completed=done)
         elif sys.stderr.isatty() and time.monotonic() - self._started > _PATIENCE:
-            amount = DownloadColumn() if self._in_bytes else TaskProgressColumn()
-            columns = TextColumn("{task.description}"), BarColumn(), amount, TimeRemainingColumn()
+            amount = (
+                [DownloadColumn(), TransferSpeedColumn()]
+                if self._in_bytes
+                else [TaskProgressColumn()]
+            )
+            columns = TextColumn("{task.description}"), BarColumn(), *amount, TimeRemainingColumn()
             self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
             self._bar.add_task(self._what, total=total, completed=done)
             self._bar.start()

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 import qwen3_mlx  # whose names resolve on first use
+from qwen3_mlx import interrupt
 from qwen3_mlx.checkpoint.hub import check_name, upload
 from qwen3_mlx.cli.console import Bar, note, sized
 from qwen3_mlx.cli.evaluate import compare, facts_of, read_text, refuse_unloadable
@@ -19,6 +20,7 @@ from qwen3_mlx.evaluate.picture import Point, check_picture, draw
 from qwen3_mlx.model.published import folder_name
 
 _FORMAT, _RECIPE, _WRITING = "Format", "Recipe", "Writing"
+_DOWNLOADING = "downloading"
 
 
 def convert(  # noqa: PLR0913 - one parameter an option
@@ -166,7 +168,10 @@ class _Bars:
         if what != self._what or self._bar is None:
             self._stack.close()
             self._what = what
-            self._bar = self._stack.enter_context(Bar(what, in_bytes=what == "writing"))
+            in_bytes = what in (_DOWNLOADING, "writing")
+            self._bar = self._stack.enter_context(Bar(what, in_bytes=in_bytes))
+            if what != _DOWNLOADING:
+                interrupt.unwind()
         self._bar(done, total)
 
     def __enter__(self) -> "_Bars":
@@ -176,6 +181,7 @@ class _Bars:
         self._stack.close()
         if kind is KeyboardInterrupt and self._what == "writing":
             note("Interrupted; the same command goes on behind what is finished.")
+            raise typer.Exit(130)
 
 
 def _print(made: "qwen3_mlx.Conversion", facts: dict[str, Any]) -> None:

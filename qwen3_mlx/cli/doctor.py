@@ -1,8 +1,10 @@
 """`qwen3 doctor`: what this machine is, how fast MLX computes on it, and what to do about it."""
 
+import shutil
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -29,7 +31,7 @@ def doctor() -> None:
     if sys.platform == "darwin":
         facts["wired limit"], wired_advice = _wired_limit()
         advice += wired_advice
-    if not backend.on_gpu() and speed < _SLOW_CPU:
+    if not backend.on_gpu() and speed < _SLOW_CPU and backend.BLAS.startswith("MLX's own"):
         advice.append(
             "MLX's CPU build is slow without a BLAS: apt install libopenblas0-pthread "
             "(or pip install mkl) makes it many times faster"
@@ -43,6 +45,7 @@ def doctor() -> None:
         facts["dequantize"] = (
             f"quantized models of up to {largest / 1e9:.1f} billion weights run as float32"
         )
+    facts["downloads"] = _downloads()
     table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():
         table.add_row(f"[bold]{name}[/bold]", fact)
@@ -56,6 +59,22 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _downloads() -> str:
+    """Say what the hub's cache holds, and what its disk has room for."""
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE).expanduser()
+    models = [folder for folder in cache.glob("models--*") if folder.is_dir()]
+    held = sum(file.stat().st_size for model in models for file in model.glob("blobs/*"))
+    disk = cache
+    while not disk.exists():
+        disk = disk.parent
+    return (
+        f"{len(models)} models of the hub, {in_gb(held)}, in {cache}; "
+        f"{in_gb(shutil.disk_usage(disk).free)} free there"
+    )
 
 
 def _wired_limit() -> tuple[str, list[str]]:

@@ -17,7 +17,7 @@ from qwen3_mlx.checkpoint.description import fetch_weights
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.quantization import formats_stored
 from qwen3_mlx.cli.console import Bar, note
-from qwen3_mlx.cli.options import ModelArgument
+from qwen3_mlx.cli.options import ModelArgument, load
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
 from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
@@ -29,6 +29,7 @@ from qwen3_mlx.model.published import full_name
 from qwen3_mlx.text.samples import default_text
 
 _TOKENS = 8192
+_FEW = 100  # tokens, on which a perplexity is mostly chance
 _WORST = 10  # modules that the table shows
 
 app = typer.Typer(rich_markup_mode="rich")
@@ -95,6 +96,8 @@ def perplexity_command(
     with _load(model, kv_bits) as llm, Bar("reading") as bar:
         ids = _ids(llm, words, tokens)
         found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
+    if found.tokens < _FEW:
+        note(f"Measured on {found.tokens} tokens only, which says little; give a longer text.")
     if as_json:
         _print_json({"model": model, **_perplexity_facts(found)})
     else:
@@ -204,8 +207,7 @@ def facts_of(
 def _load(
     model: str | Path | None, kv_bits: str | None = None, revision: str | None = None
 ) -> "qwen3_mlx.LLM":
-    with Bar(f"loading {model or 'the demo'}") as bar:
-        return qwen3_mlx.load(model, revision=revision, kv_bits=kv_bits, progress=bar)
+    return load(model, what=f"loading {model or 'the demo'}", revision=revision, kv_bits=kv_bits)
 
 
 def refuse_unloadable(model: str | Path, revision: str | None = None) -> None:

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from qwen3_mlx import __version__
+from qwen3_mlx import __version__, interrupt
 from qwen3_mlx.cli.ask import ask
 from qwen3_mlx.cli.bench import bench
 from qwen3_mlx.cli.chat import chat
@@ -19,6 +19,7 @@ from qwen3_mlx.cli.doctor import doctor
 from qwen3_mlx.cli.evaluate import app as evaluate
 from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.cli.serve import serve
+from qwen3_mlx.cli.words import WrongUsage, in_options, verb_meant
 from qwen3_mlx.errors import Qwen3Error
 
 
@@ -30,8 +31,23 @@ class _Root(TyperGroup):
         if not args and sys.stdin.isatty():
             args = ["--help"]
         elif first not in self.commands and first not in ("--help", "-h", "--version"):
+            self._refuse_typo(first)
             args = ["ask", *args]
         return super().parse_args(ctx, args)
+
+    def _refuse_typo(self, first: str) -> None:
+        """Refuse a first word by which a verb was probably meant."""
+        if meant := verb_meant(first, [name for name in self.commands if name != "ask"]):
+            raise WrongUsage(
+                f"there is no verb {first!r}; did you mean qwen3 {meant}? As a prompt: "
+                f"qwen3 -- {first}, and several words in quotes"
+            )
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # of which typer would make an exit without a word
+            raise typer.Exit(_complain(interrupt.LINE, 130)) from None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._teaching = True
@@ -54,7 +70,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-app.command("ask", hidden=True)(ask)
+app.command("ask", hidden=True, context_settings={"allow_extra_args": True})(ask)
 app.command("chat")(chat)
 app.command("convert")(convert)
 app.command("plan")(plan)
@@ -95,12 +111,14 @@ def main(args: Sequence[str] | None = None) -> None:
             setattr(sys, name, open(os.devnull, mode))
     if isinstance(sys.stdout, io.TextIOWrapper):  # an answer outlives a narrow terminal encoding
         sys.stdout.reconfigure(errors="replace")
+    # The hub's library speaks of what it does; what matters of that is said by our own errors.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         code = app(args=args, prog_name="qwen3", standalone_mode=False)
     except TyperException as error:  # wrong usage
         code = _complain(f"{error.format_message()} (see qwen3 --help)", error.exit_code)
     except (Qwen3Error, ValueError, TypeError) as error:
-        code = _complain(str(error), 1)
+        code = _complain(in_options(str(error), _keywords()), 1)
     except KeyboardInterrupt:
         code = 130
     except OSError as error:  # a full disk under our stdout, say
@@ -111,6 +129,12 @@ def main(args: Sequence[str] | None = None) -> None:
             raise
         code = _complain(f"{type(error).__name__}: {error} (a bug? QWEN3_DEBUG=1 shows where)", 1)
     sys.exit(code)
+
+
+def _keywords() -> set[str]:
+    """Return the keywords of the library that are options of a verb, by the same name."""
+    group: Any = typer.main.get_command(app)
+    return {option.name for verb in group.commands.values() for option in verb.params}
 
 
 def _complain(message: str, code: int) -> int:

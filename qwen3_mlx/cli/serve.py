@@ -11,20 +11,22 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-import qwen3_mlx  # whose names resolve on first use
-from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.options import (
     Bits,
     Context,
+    Dequantize,
     Draft,
     Dtype,
     KvBits,
     Model,
     PromptCache,
     Revision,
+    load,
     option,
 )
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.extras import install_command
 from qwen3_mlx.model.published import full_name
 from qwen3_mlx.server.keys import read_keys
 from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, own_names
@@ -40,6 +42,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     revision: Revision = None,
     bits: Bits = None,
     dtype: Dtype = None,
+    dequantize: Dequantize = None,
     kv_bits: KvBits = None,
     draft: Draft = None,
     prompt_cache: PromptCache = None,
@@ -141,7 +144,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     Ctrl-C lets replies come to their end, twice does not. Each request is a line of JSON on stderr.
     """
     if not (find_spec("fastapi") and find_spec("uvicorn")):
-        raise Qwen3Error("the server needs two more packages: pip install 'qwen3-mlx[server]'")
+        raise Qwen3Error(f"the server needs more packages: {install_command('server')}")
     settings = Settings(
         model=name or _name_of(model),
         host=host,
@@ -178,18 +181,18 @@ def serve(  # noqa: PLR0913 - one parameter an option
             webbrowser.open(url)
 
     serving = import_module("qwen3_mlx.server.serving")  # FastAPI, for this alone
-    with Bar("loading") as bar:
-        llm = qwen3_mlx.load(
-            model,
-            revision=revision,
-            bits=bits,
-            dtype=dtype,
-            kv_bits=kv_bits,
-            draft=draft,
-            prompt_cache=prompt_cache,
-            context=context,
-            progress=bar,
-        )
+    llm = load(
+        model,
+        quiet=quiet,
+        revision=revision,
+        bits=bits,
+        dtype=dtype,
+        dequantize=dequantize,
+        kv_bits=kv_bits,
+        draft=draft,
+        prompt_cache=prompt_cache,
+        context=context,
+    )
     _log_to_stderr(quiet=quiet)
     with llm, listener:
         serving.serve(llm, settings, listener, ready)

@@ -52,7 +52,8 @@ class SamplingParams:
             if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
                 raise TypeError(f"{name} must be a number, not {value!r}")
             if not low <= value <= high:
-                raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value}")
+                most = f"{high:,}" if whole else f"{high:g}"
+                raise ValueError(f"{name} must be from {low:g} to {most}, not {value}")
         if self.top_p == 0:
             raise ValueError("top_p must be more than 0; temperature 0 takes the likeliest token")
         if self.logit_bias is not None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.modules import ModuleRow
+from qwen3_mlx.extras import install_command
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,7 +52,7 @@ def check_picture(path: Path) -> None:
     if not path.parent.is_dir():
         raise ValueError(f"{path.parent}, where the picture shall go, is no folder")
     if find_spec("matplotlib") is None:
-        raise Qwen3Error("a picture needs matplotlib: pip install 'qwen3-mlx[plot]'")
+        raise Qwen3Error(f"a picture needs matplotlib: {install_command('plot')}")
 
 
 def draw(path: Path, points: Sequence[Point], modules: Sequence[ModuleRow] = ()) -> None:

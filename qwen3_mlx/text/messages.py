@@ -22,15 +22,31 @@ def normalise(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
 
     Raises:
         TypeError: something is not a message.
-        ValueError: there is no message, a role is unknown, or a part is not text.
+        ValueError: there is no message, a role is unknown, a part is not text, or text is not
+            valid Unicode.
     """
     if isinstance(messages, str):
+        _check_unicode(messages, "the text")
         return [{"role": "user", "content": messages}]
     if not isinstance(messages, Sequence):
         raise TypeError(f"messages must be a string or a list, not {type(messages).__name__}")
     if not messages:
         raise ValueError("messages is empty; give at least one")
-    return [_normal(message, index) for index, message in enumerate(messages)]
+    normal = [_normal(message, index) for index, message in enumerate(messages)]
+    for index, message in enumerate(normal):
+        what = "the text" if len(normal) == 1 else f"the text of messages[{index}]"
+        _check_unicode(message["content"], what)
+    return normal
+
+
+def _check_unicode(text: str, what: str) -> None:
+    """Raise a ValueError with the place in this text; that in the whole prompt tells nothing."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} is not valid Unicode at character {error.start}; is it UTF-8?"
+        ) from error
 
 
 def without_empty_end(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
