@@ -44,6 +44,7 @@ def _json(body: Any) -> bytes:
 
 
 CASES: dict[str, tuple[str, Callable[[], bytes]]] = {
+    "a word": (CHAT, lambda: _json(_said("hi"))),  # what the machine itself makes others wait
     "1M bad messages": (CHAT, lambda: b'{"messages":[' + b"0," * 999_999 + b"0]}"),
     "100,000 prompts": (TEXT, lambda: _json({"n": 32, "prompt": ["a"] * 100_000})),
     "32 x 30,000 prompts": (TEXT, lambda: _json({"n": 32, "prompt": ["a"] * 30_000})),

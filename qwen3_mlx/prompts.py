@@ -126,14 +126,19 @@ def _rendered(
         raise Qwen3Error(hiding.show(str(error))) from error
 
 
-def least_tokens(words: Words, history: Sequence[Message]) -> int:
+def least_tokens(words: Words, history: Sequence[Message], enough: int) -> int:
     """Return how many tokens a prompt has at least, by what no template leaves out.
 
     That is something for each message, and its content, but for white space around it and for the
-    thinking of the assistant's.
+    thinking of the assistant's. More than `enough` are not counted.
     """
-    texts = (message["content"].rpartition(END_THINK)[2].strip() for message in history)
-    return len(history) + sum(map(words.tokenizer.least_tokens, filter(None, texts)))
+    least = len(history)
+    for message in history:
+        if least > enough:
+            break
+        text = message["content"].rpartition(END_THINK)[2].strip()
+        least += words.tokenizer.least_tokens(text, enough)
+    return least
 
 
 def begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from qwen3_mlx.prompts import Words, least_tokens
 from qwen3_mlx.text.messages import Message
 from qwen3_mlx.text.tokenizer import TooLong
 
-MOST_COUNTED = 4
+MOST_COUNTED = 2
 """Times the window that a prompt is encoded for, to say how much too long it is."""
 
 
@@ -29,8 +29,8 @@ class Window:
         Raises:
             ContextError: they cannot.
         """
-        least = least_tokens(self._words, history)
-        if least > times * self._engine.context:
+        most = times * self._engine.context
+        if (least := least_tokens(self._words, history, most)) > most:
             raise self._too_long(f"{least:,} tokens or more")
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:

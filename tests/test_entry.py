@@ -145,7 +145,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "50,000 turns": (
         CHAT,
         lambda: json.dumps({"messages": turns(50_000)}).encode(),
-        "100,000 tokens or more and the context window is 8,192; shorten the prompt",
+        "50,000 tokens or more and the context window is 8,192; shorten the prompt",
     ),
     "50,000 turns counted": (
         COUNT,
@@ -348,6 +348,18 @@ def test_pieces_have_the_tokens_of_the_whole(text: str, size: int) -> None:
     assert ids == TOKENIZER.encode(text)
 
 
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.sampled_from([*_BITS, "<|im_", "<<"]), max_size=60).map("".join))
+def test_added_tokens_are_found_in_windows(text: str) -> None:
+    longest = max(map(len, TOKENIZER.added_tokens))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(TOKENIZER.__dict__, "_window", None)
+        whole = TOKENIZER.added_spans(text)
+        for window in (longest + 1, longest + 7):
+            patch.setitem(TOKENIZER.__dict__, "_window", window)
+            assert TOKENIZER.added_spans(text) == whole
+
+
 def test_long_texts_are_cut(demo: LLM) -> None:
     text = Path(__file__).read_text() * 30
     assert len(list(pieces(text))) > 3
@@ -396,7 +408,7 @@ def test_tokens_are_counted_as_they_are_used(demo: LLM) -> None:
     assert (
         counted == demo.chat("What is 12 + 34?", thinking=False, max_tokens=1).usage.prompt_tokens
     )
-    assert demo.count_tokens("x y " * 8000) > demo.context  # to know how much is too much
+    assert demo.count_tokens("x y " * 4000) > demo.context  # to know how much is too much
 
 
 def test_a_long_conversation_is_read_ahead_beside_the_engine(

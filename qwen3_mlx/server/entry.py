@@ -18,10 +18,10 @@ from qwen3_mlx.server.places import Place
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import Posted
 
-# Nothing that fits the context has more values than this: each token id of a prompt is one, and
-# what a message or a tool has besides its text is some tokens of the prompt, too.
-_LEAST_VALUES = 250_000
-_VALUES_A_TOKEN = 2
+# No prompt that fits the context has more of the signs of values than this: each token id has one,
+# and so, about, has each token of a schema; a message has more tokens than signs.
+_VALUES = 250_000
+_VALUES_A_TOKEN = 1.1
 _BOM = b"\xef\xbb\xbf"
 _KINDS: dict[type, str] = {list: "a list", str: "a string", bool: "true or false", int: "a number"}
 
@@ -74,7 +74,7 @@ def parsed(sent: bytes, body: type[Body], context: int) -> Body:
         ApiError: they are no JSON, have more values than any prompt of the context's tokens needs,
             or a field is wrong.
     """
-    most = max(_LEAST_VALUES, _VALUES_A_TOKEN * context)
+    most = max(_VALUES, round(_VALUES_A_TOKEN * context))
     values = sum(sent.count(sign) for sign in (b",", b"[", b"{"))
     if values > most:
         raise ApiError(

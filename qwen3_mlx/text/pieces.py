@@ -17,7 +17,7 @@ _PATTERN = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 PIECE = 1 << 16  # characters
-_CUT = re.compile(r"(?<=\S)[ 0-9]")
+_CUT = re.compile(r"[ 0-9](?<=\S[ 0-9])")
 
 
 def can_be_cut(tokenizer: tokenizers.Tokenizer) -> bool:
@@ -51,11 +51,10 @@ def can_be_cut(tokenizer: tokenizers.Tokenizer) -> bool:
 
 def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     """Yield a text in pieces of about `size` characters; longer ones where it cannot be cut."""
-    start = 0
-    while len(text) - start > 2 * size:
-        found = _CUT.search(text, start + size)
-        if not found:
-            break
-        yield text[start : found.start()]
-        start = found.start()
+    start = look = 0
+    while len(text) - look > 2 * size:
+        look += size
+        if found := _CUT.search(text, look, look + size):  # not beyond: nothing runs meanwhile
+            yield text[start : found.start()]
+            start = look = found.start()
     yield text[start:] if start else text

@@ -18,6 +18,8 @@ from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.text.pieces import PIECE, can_be_cut, pieces
 
 _NFC = 3  # a text may have so many times the bytes of its normal form: nine of Hangul become three
+_LONG = 4 * PIECE  # characters, of which a template is not to make a prompt for nothing
+_JOINED = 2  # tokens that a text may lose to what stands around it
 _SETTINGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
 
@@ -114,21 +116,38 @@ class Tokenizer:
         """Give the ids of `text` without any control token; raises what `encode` does."""
         return [token for some in self._encoded(self._plain, text) for token in some.ids]
 
-    def least_tokens(self, text: str) -> int:
-        """Give how many tokens a text has at least, by its bytes; without reading it."""
-        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) // _NFC
-        return -(-size // self._longest)
+    def least_tokens(self, text: str, enough: int) -> int:
+        """Give how many tokens a text has at least, by its bytes; long ones are read for `enough`.
+
+        Raises:
+            ValueError: a long text is not valid Unicode.
+        """
+        least, found = self._least_by_bytes(text), 0
+        if least > enough or len(text) < _LONG:
+            return least
+        try:
+            for some in self._encoded(self._plain, text, enough):
+                found += len(some)
+                if found > enough + _JOINED:
+                    break
+        except TooLong as error:
+            found = error.least
+        return max(least, found - _JOINED)
 
     def added_spans(self, text: str) -> list[tuple[int, int]]:
         """Give where added tokens stand in a text, as (start, stop) in characters."""
         if not any(first in text for first in self._first_characters):
             return []
-        spans, place = list[tuple[int, int]](), 0
-        for piece in pieces(text) if self._cuts else [text]:
-            found = self._finder.encode_batch([piece], add_special_tokens=False)[0]
-            spans += [(place + start, place + stop) for start, stop in found.offsets]
-            place += len(piece)
-        return spans
+        spans, place, window = list[tuple[int, int]](), 0, self._window
+        while True:
+            part = text[place : place + window] if window else text
+            found = self._finder.encode_batch([part], add_special_tokens=False)[0].offsets
+            if place + len(part) == len(text):
+                return [*spans, *((place + start, place + stop) for start, stop in found)]
+            sure = len(part) - max(map(len, self.added_tokens))  # what begins here is seen whole
+            found = [span for span in found if span[0] < sure]
+            spans += ((place + start, place + stop) for start, stop in found)
+            place += max(sure, found[-1][1] if found else 0)
 
     def _encoded(
         self, tokenizer: tokenizers.Tokenizer, text: str, most: int | None = None
@@ -156,8 +175,12 @@ class Tokenizer:
                 raise TooLong(found // 2)
 
     def _check_length(self, text: str, most: int | None) -> None:
-        if most is not None and len(text) > most and (least := self.least_tokens(text)) > most:
+        if most is not None and len(text) > most and (least := self._least_by_bytes(text)) > most:
             raise TooLong(least)
+
+    def _least_by_bytes(self, text: str) -> int:
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) // _NFC
+        return -(-size // self._longest)
 
     @cached_property
     def _longest(self) -> int:
@@ -182,6 +205,14 @@ class Tokenizer:
     @cached_property
     def _first_characters(self) -> frozenset[str]:
         return frozenset(name[:1] for name in self.added_tokens)
+
+    @cached_property
+    def _window(self) -> int | None:
+        """How much of a text is searched for added tokens at once; None is all of it."""
+        added = self._inner.get_added_tokens_decoder().values()
+        # Whether one of these is found depends on what stands around it, perhaps far away.
+        bound = any(t.lstrip or t.rstrip or t.single_word or t.normalized for t in added)
+        return None if bound or any(len(t.content) > PIECE // 2 for t in added) else PIECE
 
     @cached_property
     def _finder(self) -> tokenizers.Tokenizer:
