@@ -20,6 +20,7 @@ _AT_ONCE = 32
 _LOOKS = 10
 _CANCELLED = 0.3
 _LIMIT = 0.02
+_OPTIONS = ("--quiet", "--context", "1024", "--max-requests", "256")
 _PATIENCE = 120.0  # seconds for a reply
 _WORDS = ("What is 2 + 3?", "What is 123 + 456?", "Count from 1 to 9.", "Repeat: a b c", "x " * 150)
 _OBJECT = {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]}
@@ -36,7 +37,7 @@ def main() -> None:
     draw = random.Random(0)
     started = time.perf_counter()
     print(f"{'requests':>10}{'resident, bytes':>18}{'threads':>10}{'files':>8}{'CPU, s':>10}")
-    with serve(("--quiet", "--context", "1024")) as served:
+    with serve(_OPTIONS) as served:
         asyncio.run(some(served, draw, _AT_ONCE))  # what is loaded on first use
         ends: Counter[str] = Counter()
         states: list[Held] = []
