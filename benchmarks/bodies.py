@@ -228,6 +228,19 @@ def _parts(**kind: str) -> dict[str, Any]:
 
 
 _CHOICES: Made = lambda: chat(structured_outputs={"choice": [f"v{i}" for i in range(100_000)]})  # noqa: E731
+
+
+def _chain(length: int) -> dict[str, Any]:
+    """Return a schema of references, each to the next: a parser that recurses runs out of stack."""
+    links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(length)}
+    return {"$ref": "#/$defs/a0", "$defs": {**links, f"a{length}": {"type": "integer"}}}
+
+
+def _rules(length: int) -> str:
+    lines = [f'a{i}: a{i + 1} "x"' for i in range(length)]
+    return "\n".join(["start: a0", *lines, f'a{length}: "y"', ""])
+
+
 _ANY = {f"^.*{chr(97 + i)}.*$": {"type": "integer"} for i in range(20)}
 _PATTERN = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(.*a.{12}b){9}"}}}
 _ODD_TOOL = {"type": "function", "function": {"name": "f", "parameters": _PATTERN}}
@@ -248,6 +261,9 @@ BOMBS: dict[str, tuple[Made, int]] = {
         lambda: _parts(grammar="start: R\nR: /(.*x.*){8}/ & /(.*y.*){8}/ & /(.*z.*){8}/"),
         1,
     ),
+    "3,000 references": (lambda: _form(_chain(3000)), 1),
+    "20,000 rules": (lambda: _parts(grammar=_rules(20_000)), 1),
+    "a regex of 100,000 (": (lambda: _parts(regex="(" * 100_000 + "a" + ")" * 100_000), 1),
     "an ambiguous grammar": (lambda: _parts(grammar='start: e\ne: e e | "a" | ""\n'), 1),
     "1M repetitions": (lambda: _parts(grammar='start: ("a" | "b"){1000000}'), 1),
 }

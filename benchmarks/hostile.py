@@ -231,7 +231,7 @@ def attacks(count: int) -> dict[str, list[Attack]]:
         Attack(name, at_once(bodies.CHAT, made, times), streamed=True)
         for name, (made, times) in bodies.BOMBS.items()
     ]
-    compiling = in_background(bodies.CHAT, *bodies.BOMBS["8 x a schema without end"])
+    compiling = in_background(bodies.CHAT, bodies.BOMBS["2^18 ways"][0], _AT_ONCE)
     choosing = in_background(bodies.CHAT, *bodies.BOMBS["8 x 100,000 choices"])
     return {
         "mutated": [Attack(f"{count:,} mutated requests", mutations(count), small)],
@@ -256,7 +256,7 @@ def attacks(count: int) -> dict[str, list[Attack]]:
         ],
         "doors": [Attack("hosts, origins, keys, paths", doors, key)],
         "signals": [
-            Attack("SIGTERM, schemas compile", compiling, signals=1),
+            Attack("SIGTERM, forms compile", compiling, signals=1),
             Attack("SIGTERM, choices compile", choosing, signals=1),
             Attack("SIGTERM, replies run", running, signals=1),
             Attack("SIGTERM twice, replies run", running, shutdown=60, signals=2),
