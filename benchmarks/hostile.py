@@ -22,7 +22,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks import bodies, sockets
+from benchmarks import payloads, sockets
 from benchmarks.served import Held, Serve, held, serve, watched
 
 _WAIT = 0.3  # seconds of the server's own
@@ -47,7 +47,7 @@ class Target:
         self, path: str, body: Any, headers: Mapping[str, str] | None = None, method: str = "POST"
     ) -> int:
         """Send a request, look at the answer, and return its status, or 0."""
-        content = bodies.encoded(body)
+        content = payloads.encoded(body)
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
         fields = {"Content-Type": "application/json", "Connection": "close", **(headers or {})}
         try:
@@ -90,7 +90,7 @@ def fault_of(path: str, status: int, said: bytes) -> str | None:
             right = isinstance(error, str)
         else:
             right = bool(error["type"] and error["message"])
-            right &= path.startswith(bodies.ANTHROPIC) or {"code", "param"} <= set(error)
+            right &= path.startswith(payloads.ANTHROPIC) or {"code", "param"} <= set(error)
         if right:
             return None
     return f"{path}: an error {status} of another form: {said[:120]!r}"
@@ -170,7 +170,7 @@ def warm_up(served: Serve) -> None:
     target = Target(served.port)
     key = {"x-api-key": _KEY}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for path, body in list(bodies.VALID.items()) * 3:
+        for path, body in list(payloads.VALID.items()) * 3:
             pool.submit(target.send, path, body, key)
     target.send("/openapi.json", b"", key, "GET")
 
@@ -208,7 +208,7 @@ def judge(
     after = Target(served.port)
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "integer"}}}
     for words, fields in (("a chat", {}), ("a form", {"response_format": form})):
-        if after.send(bodies.CHAT, bodies.chat(**fields), {"x-api-key": _KEY}) != 200:
+        if after.send(payloads.CHAT, payloads.chat(**fields), {"x-api-key": _KEY}) != 200:
             target.faults[f"{words} is not answered afterwards"] += 1
 
 
@@ -217,8 +217,8 @@ def check_log(log: str, target: Target) -> None:
     lines = log.count("\n")
     if "Traceback" in log:
         target.faults["tracebacks in the log"] += log.count("Traceback")
-    if bodies.SECRET in log:
-        target.faults["what was said is in the log"] += log.count(bodies.SECRET)
+    if payloads.SECRET in log:
+        target.faults["what was said is in the log"] += log.count(payloads.SECRET)
     if lines > 10 * (target.outcomes.total() + 1000):
         target.faults[f"{lines:,} lines in the log"] += 1
 
@@ -228,17 +228,17 @@ def attacks(count: int) -> dict[str, list[Attack]]:
     small = ("--context", "512")
     key = ("--api-key", _KEY)
     bombs = [
-        Attack(name, at_once(bodies.CHAT, made, times), streamed=True)
-        for name, (made, times) in bodies.BOMBS.items()
+        Attack(name, at_once(payloads.CHAT, made, times), streamed=True)
+        for name, (made, times) in payloads.BOMBS.items()
     ]
-    compiling = in_background(bodies.CHAT, bodies.BOMBS["2^18 ways"][0], _AT_ONCE)
-    choosing = in_background(bodies.CHAT, *bodies.BOMBS["8 x 100,000 choices"])
+    compiling = in_background(payloads.CHAT, payloads.BOMBS["2^18 ways"][0], _AT_ONCE)
+    choosing = in_background(payloads.CHAT, *payloads.BOMBS["8 x 100,000 choices"])
     return {
         "mutated": [Attack(f"{count:,} mutated requests", mutations(count), small)],
-        "oddities": [Attack(f"{len(bodies.ODDITIES)} oddities", oddities, small)],
+        "oddities": [Attack(f"{len(payloads.ODDITIES)} oddities", oddities, small)],
         "large": [
             Attack(name, at_once(path, made, 1), streamed=True)
-            for name, (path, made) in bodies.LARGE.items()
+            for name, (path, made) in payloads.LARGE.items()
         ],
         "bombs": bombs,
         "sockets": [
@@ -270,7 +270,7 @@ def mutations(count: int) -> Callable[[Target], None]:
     def run(target: Target) -> None:
         def one(seed: int) -> None:
             draw = random.Random(seed)
-            path, content = bodies.mutated_request(draw)
+            path, content = payloads.mutated_request(draw)
             kind = draw.choice(("application/json", "application/json", "text/plain", "x"))
             target.send(path, content, {"Content-Type": kind})
 
@@ -282,7 +282,7 @@ def mutations(count: int) -> Callable[[Target], None]:
 
 def oddities(target: Target) -> None:
     """Send each odd body."""
-    for path, body in bodies.ODDITIES:
+    for path, body in payloads.ODDITIES:
         target.send(path, body)
 
 
@@ -290,7 +290,7 @@ def at_once(path: str, made: Callable[[], Any], times: int) -> Callable[[Target]
     """Return an attack with one body, sent so many times at once."""
 
     def run(target: Target) -> None:
-        content = bodies.encoded(made())
+        content = payloads.encoded(made())
         with ThreadPoolExecutor(times) as pool:
             list(pool.map(lambda _: target.send(path, content), range(times)))
 
@@ -301,7 +301,7 @@ def in_background(path: str, made: Callable[[], Any], times: int) -> Callable[[T
     """Return an attack that sends bodies and waits for no answer."""
 
     def run(target: Target) -> None:
-        content = bodies.encoded(made())
+        content = payloads.encoded(made())
         for _ in range(times):
             connection = http.client.HTTPConnection("127.0.0.1", target.port)
             connection.request("POST", path, content, {"Content-Type": "application/json"})
@@ -319,7 +319,7 @@ def running(target: Target) -> None:
     """Have 8 long replies streamed."""
     fields = {"stream": True, "max_tokens": 4000, "temperature": 1.5}
     fields["logit_bias"] = dict.fromkeys(sockets.ENDS, -100)
-    in_background(bodies.CHAT, lambda: bodies.chat(**fields), _AT_ONCE)(target)
+    in_background(payloads.CHAT, lambda: payloads.chat(**fields), _AT_ONCE)(target)
 
 
 def on_sockets(attack: Callable[[int], Counter[str]]) -> Callable[[Target], None]:
@@ -377,8 +377,8 @@ def doors(target: Target) -> None:
         "/v1/models",
         ({**_HERE, "Host": host} for host in ("localhost", "127.0.0.1:1", "[::1]")),
     )
-    for path in (*bodies.VALID, "/openapi.json", "/api/tags", "/api/ps", "/metrics"):
-        target.expect(401, path, {}, "POST" if path in bodies.VALID else "GET")
+    for path in (*payloads.VALID, "/openapi.json", "/api/tags", "/api/ps", "/metrics"):
+        target.expect(401, path, {}, "POST" if path in payloads.VALID else "GET")
     for path in _PATHS:
         target.expect(404, path, _HERE, "GET")
 

@@ -29,7 +29,7 @@ ENDS = ("974", "975", "976")  # the demo's tokens that end a reply
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a process holds: bytes resident, seconds of CPU, threads and open files."""
+    """What a process holds: bytes resident, its children's too, seconds of CPU, threads, files."""
 
     resident: int
     seconds: float
@@ -38,20 +38,35 @@ class Held:
 
 
 def held(pid: int) -> Held:
-    """Return what a process holds now."""
-    folder = Path(f"/proc/{pid}")
-    if folder.is_dir():
-        words = (folder / "stat").read_text().rpartition(")")[2].split()
-        seconds = (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
-        resident = int(words[21]) * os.sysconf("SC_PAGE_SIZE")
-        return Held(resident, seconds, int(words[17]), len(os.listdir(folder / "fd")))
-    command = ["ps", "-o", "rss=,time=", "-p", str(pid)]
+    """Return what a process holds now; a ProcessLookupError if there is none."""
+    if sys.platform != "linux":
+        return _held_on_mac(pid)
+    stats = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            words = file.read_text().rpartition(")")[2].split()
+            if int(file.parent.name) == pid or int(words[1]) == pid:
+                stats[int(file.parent.name)] = words
+    if pid not in stats:
+        raise ProcessLookupError(f"there is no process {pid}")
+    own = stats[pid]
+    resident = sum(int(words[21]) for words in stats.values()) * os.sysconf("SC_PAGE_SIZE")
+    seconds = (int(own[11]) + int(own[12])) / os.sysconf("SC_CLK_TCK")
+    return Held(resident, seconds, int(own[17]), len(os.listdir(f"/proc/{pid}/fd")))
+
+
+def _held_on_mac(pid: int) -> Held:
+    command = ["ps", "-A", "-o", "pid=,ppid=,rss=,time="]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    kilobytes, clock = done.stdout.split()
+    rows = [line.split() for line in done.stdout.splitlines()]
+    own = next((row for row in rows if int(row[0]) == pid), None)
+    if own is None:
+        raise ProcessLookupError(f"there is no process {pid}")
     seconds = 0.0
-    for part in clock.split(":"):
+    for part in own[3].split(":"):
         seconds = seconds * 60 + float(part)
-    return Held(1024 * int(kilobytes), seconds, 0, 0)
+    kilobytes = sum(int(row[2]) for row in rows if str(pid) in row[:2])
+    return Held(1024 * kilobytes, seconds, 0, 0)
 
 
 def starved(pid: int) -> dict[str, float]:
@@ -199,7 +214,7 @@ def _look(port: int, pid: int, seen: dict[str, float], done: threading.Event) ->
 
 def _measure(pid: int, seen: dict[str, float], done: threading.Event) -> None:
     while not done.wait(_EVERY):
-        with suppress(OSError, subprocess.CalledProcessError):  # it is dead
+        with suppress(OSError):  # it is dead
             resident = held(pid).resident
             seen["peak"] = max(seen["peak"], resident)
             if resident > _MOST:  # before it takes the machine with it

@@ -64,9 +64,9 @@ class Engine:
         finalize(self, release, self.share).atexit = False
         self._worker = worker
         self._inbox: SimpleQueue[Request] = SimpleQueue()
+        self._ahead: deque[Request] = deque()  # the latest of what is read in idle time
         self._lock = RLock()  # a finalizer may submit something in the middle of `_post`
         self._posted = False  # whether a turn is in the worker's queue
-        self._ahead: deque[Request] = deque()  # the latest of what is read in idle time
 
     # --- from any thread ------------------------------------------------------------------------
 

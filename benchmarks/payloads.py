@@ -49,7 +49,7 @@ VALID: dict[str, dict[str, Any]] = {
         "enable_thinking": False,
         "reasoning": {"effort": "low"},
     },
-    TEXT: {"prompt": [_SAID, "x"], "max_tokens": TOKENS, "echo": True, "n": 2, "logprobs": 1},
+    TEXT: {"prompt": [_SAID, "x"], "max_tokens": TOKENS, "echo": True, "n": 2},
     ANTHROPIC: {
         "max_tokens": TOKENS,
         "system": [{"type": "text", "text": "You are brief."}],
