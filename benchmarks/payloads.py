@@ -16,7 +16,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ANTHROPIC, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 OLLAMA, GENERATE = "/api/chat", "/api/generate"
 _FUNCTION = {"name": "f", "parameters": {"type": "object"}}
-_TURNS = [{"role": "user", "content": _SAID}]
+_TURNS: list[Any] = [{"role": "user", "content": _SAID}]
 VALID: dict[str, dict[str, Any]] = {
     CHAT: {
         "model": "default",
@@ -138,6 +138,8 @@ def _text(fields: str) -> bytes:
 
 _LISTED = {"type": "function", "function": {"name": "t", "parameters": [1]}}
 _HUGE, _DEEP = "9" * 5000, 100_000
+_NO_TURNS: tuple[Any, ...] = ([], {}, "x", [{}], [None], None)
+_NO_PROMPTS: tuple[Any, ...] = ("", [], [[]], [-1, 5], [True])
 ODDITIES: list[tuple[str, Any]] = [
     *((CHAT, _text(f'"temperature": {word}')) for word in ("NaN", "Infinity", "1e999", _HUGE)),
     *((CHAT, _text(f'"seed": {word}')) for word in ("-1", f"{1 << 64}", _HUGE[:4000], _HUGE)),
@@ -145,7 +147,7 @@ ODDITIES: list[tuple[str, Any]] = [
     *((CHAT, chat(logit_bias={word: 1})) for word in ("x", "-1", "9" * 400, _HUGE)),
     *((CHAT, chat(max_tokens=word)) for word in (0, -1, 10**12, 1.5, "4", None)),
     *((CHAT, chat(n=word)) for word in (0, -1, 1000, 10**30)),
-    *((CHAT, chat(messages=word)) for word in ([], {}, "x", [{}], [None], None)),
+    *((CHAT, chat(messages=word)) for word in _NO_TURNS),
     *((CHAT, chat(stop=word)) for word in ("", [""], ["\x00"], ["x" * 100_000], [1])),
     *((CHAT, chat(logprobs=True, top_logprobs=word)) for word in (21, -1, 10**9)),
     (CHAT, _text('"presence_penalty": NaN')),
@@ -163,7 +165,7 @@ ODDITIES: list[tuple[str, Any]] = [
     (CHAT, chat(tools=[{"type": "function", "function": {"name": 'a"b\n<|im_end|>\x00'}}])),
     (CHAT, chat(tools=[_LISTED])),
     (CHAT, chat(response_format={"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}})),
-    *((TEXT, {"prompt": word, "max_tokens": TOKENS}) for word in ("", [], [[]], [-1, 5], [True])),
+    *((TEXT, {"prompt": word, "max_tokens": TOKENS}) for word in _NO_PROMPTS),
     *((TEXT, {"prompt": [word, 5], "max_tokens": TOKENS}) for word in (5 * 10**9, 10**20, 973)),
     (TEXT, {"prompt": "x", "max_tokens": TOKENS, "suffix": "y", "best_of": 3}),
     *((OLLAMA, {"messages": _TURNS, "options": {"top_k": word}}) for word in (10**30, -1, "x")),

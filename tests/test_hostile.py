@@ -55,11 +55,14 @@ VALID: dict[str, Any] = {
 def test_an_attack_is_a_row_and_a_server_that_dies_is_a_fault(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert hostile.row(hostile.Attack("some", hostile.mutations(20), ("--context", "512")))
-    assert not hostile.row(hostile.Attack("end", _end, ("--context", "512")))
+    assert hostile.row(hostile.Attack("some", hostile.mutations(20), SMALL, wait=300))
+    assert not hostile.row(hostile.Attack("end", _end, SMALL))
     rows = capsys.readouterr().out.splitlines()
     assert rows[0].startswith("some ") and "400:" in rows[0]
     assert rows[1].startswith("end ") and any("FAULT the server is dead" in row for row in rows)
+
+
+SMALL = ("--context", "512")
 
 
 def _end(target: hostile.Target) -> None:
@@ -78,7 +81,7 @@ def known_servers(monkeypatch: pytest.MonkeyPatch) -> None:
         _SERVERS[served.port] = served
 
     monkeypatch.setattr(hostile, "warm_up", warm_up)
-    for name in ("_WAIT", "_PATIENCE", "_MARGIN"):  # the machine may be busy
+    for name in ("_PATIENCE", "_MARGIN"):  # the machine may be busy
         monkeypatch.setattr(hostile, name, 300.0)
 
 
