@@ -1,12 +1,13 @@
 """What hostile clients can do to a server: python -m benchmarks.hostile [--count N] [CLASS ...]
 
 Each row is an attack on a `qwen3 serve` of its own with the demo, watched from another process. It
-has the longest wait for /health in seconds (`own` is the server's part: without the time for which
-its threads waited for a core), the longest gap in a reply that was streamed meanwhile, what the
-process held, how soon it was out after SIGTERM, and the answers by status. It is a fault where
-/health or the stream waits longer than 0.3 s by the server's own part, 300 MB more are held, an
-answer is not in its protocol's form or tells of a bug, the log has a traceback or what was said,
-an ordinary request is not answered afterwards, threads or files stay, or SIGTERM does not end it.
+has the longest wait for /health in seconds (`own` is the server's part: at most what its threads
+ran, and without what they waited for a core), the longest gap in a reply that was streamed
+meanwhile, what the process held, how soon it was out after SIGTERM, and the answers by status. It
+is a fault where /health or the stream waits longer than 0.3 s by the server's own part, 300 MB more
+are held, an answer is not in its protocol's form or tells of a bug, the log has a traceback or what
+was said, an ordinary request is not answered afterwards, threads or files stay, or SIGTERM does not
+end it.
 """
 
 import argparse

@@ -22,6 +22,7 @@ from typing import Any
 
 _START = 60.0  # seconds until a server is ready
 _EVERY = 0.05  # seconds between looks
+_LONG = 10.0  # seconds after which it counts, too, that nothing runs
 _STUCK = 120.0  # seconds that a look waits
 _MOST = 4_000_000_000  # bytes that a server may hold
 ENDS = ("974", "975", "976")  # the demo's tokens that end a reply
@@ -69,13 +70,14 @@ def _held_on_mac(pid: int) -> Held:
     return Held(1024 * kilobytes, seconds, 0, 0)
 
 
-def starved(pid: int) -> dict[str, float]:
-    """Return for how many seconds each thread of a process has waited for a core, so far."""
-    waits = {}
+def scheduled(pid: int) -> dict[str, tuple[float, float]]:
+    """Return for how many seconds each thread of a process ran, and waited for a core, so far."""
+    found = {}
     for task in Path(f"/proc/{pid}/task").glob("*"):
         with suppress(OSError):  # it has ended meanwhile
-            waits[task.name] = int((task / "schedstat").read_text().split()[1]) / 1e9
-    return waits
+            ran, waited = (task / "schedstat").read_text().split()[:2]
+            found[task.name] = (int(ran) / 1e9, int(waited) / 1e9)
+    return found
 
 
 class Wait:
@@ -83,18 +85,24 @@ class Wait:
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
-        self._starved = starved(pid)
+        self._before = scheduled(pid)
         self._started = time.perf_counter()
 
     def seconds(self) -> tuple[float, float]:
         """Return the server's own part of the span, and all of it.
 
-        What a thread waited for a core is the machine's part: other programs had it.
+        What a thread waited for a core is the machine's part: other programs had it. And in a span
+        that is not for ever the server's part is at most what its threads ran.
         """
         span = time.perf_counter() - self._started
-        waits = starved(self._pid)
-        machine = max((waits[name] - self._starved.get(name, 0.0) for name in waits), default=0.0)
-        return max(0.0, span - machine), span
+        now = scheduled(self._pid)
+        if not now:
+            return span, span
+        none = (0.0, 0.0)
+        machine = max(now[name][1] - self._before.get(name, none)[1] for name in now)
+        ran = sum(now[name][0] - self._before.get(name, none)[0] for name in now)
+        own = max(0.0, span - machine)
+        return own if span > _LONG else min(own, ran), span
 
 
 class Serve:
