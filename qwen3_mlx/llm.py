@@ -151,10 +151,29 @@ class LLM:
         """Lay out a reply, for `begin`: what `stream` would refuse is refused."""
         return self._open().chat(messages, Asked.of(options))
 
-    def prepare_text(self, prompt: str | Sequence[int], **options: Unpack[Options]) -> Task:
-        """Lay out the continuation of raw text, or of token ids, for `begin`."""
+    def prepare_text(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        score_prompt: bool = False,
+        only_read: bool = False,
+        **options: Unpack[Options],
+    ) -> Task:
+        """Lay out the continuation of raw text, or of token ids, for `begin`.
+
+        With `score_prompt` the first event is `PromptTokens`, with as many alternatives as the
+        option `logprobs` says. With `only_read` there is no continuation.
+        """
         words = prompt if isinstance(prompt, str) else token_ids(prompt)
-        return Task(words, None, False, Asked.of(options))
+        return Task(
+            words,
+            None,
+            False,
+            Asked.of(options),
+            least_room=0 if only_read else 1,
+            score_prompt=score_prompt,
+            only_read=only_read,
+        )
 
     def begin(
         self, task: Task, deliver: Callable[[Event | BaseException], None], cancelled: Flag

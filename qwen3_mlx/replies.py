@@ -39,6 +39,7 @@ from qwen3_mlx.text.forming import Calling, Forming
 from qwen3_mlx.text.grammar import Grammar
 from qwen3_mlx.text.messages import Message, normalise, without_empty_end
 from qwen3_mlx.text.parser import Parser
+from qwen3_mlx.text.scored import ScoredPrompt
 from qwen3_mlx.text.steering import Limits, Steering
 from qwen3_mlx.text.thinking import soft_switch
 from qwen3_mlx.text.tools import Calls
@@ -67,6 +68,8 @@ class Task:
     call_grammar: Grammar | None = None  # of a call, from which each is copied
     details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
     least_room: int = 1  # tokens that there must be for a reply
+    score_prompt: bool = False  # whether the tokens of the prompt are given, too: `PromptTokens`
+    only_read: bool = False  # whether there is to be no reply
 
 
 class Replies:
@@ -154,7 +157,8 @@ class Replies:
             deliver(event)
 
         ids = self._encode(task.prompt)
-        room = self._room(len(ids), asked.max_tokens, task.least_room)
+        room = 0 if task.only_read else asked.max_tokens
+        room = self._room(len(ids), room, task.least_room)
         thinking = None if task.thinks is None else words.thinking
         parser = Parser(
             words.tokenizer,
@@ -174,6 +178,8 @@ class Replies:
             if isinstance(outcome, BaseException):
                 raise outcome
             parser.close(cut=outcome.reason != "stop")
+            if task.score_prompt:  # then all tokens are wanted, one that ends the reply included
+                parser.tell_end()
             usage = Usage(
                 len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
             )
@@ -195,6 +201,12 @@ class Replies:
         def note(chance: Chance) -> None:
             parser.note(chance.token, chance.logprob, chance.top)
 
+        scored = ScoredPrompt(words.tokenizer, ids, tell) if task.score_prompt else None
+
+        def note_prompt(chances: Sequence[Chance]) -> None:
+            assert scored
+            scored.add((chance.token, chance.logprob, chance.top) for chance in chances)
+
         defaults = sampling_defaults(
             words.sampling,
             thinking=task.draws_as_thinking,
@@ -212,6 +224,7 @@ class Replies:
             constraint=self._constraint(task, room, steering, form, failures),
             cancelled=cancelled,
             heard=None if asked.logprobs is None else note,
+            heard_prompt=note_prompt if scored else None,
             alternatives=asked.logprobs or 0,
             doubtful=lambda: steering.looped,
         )
@@ -340,7 +353,7 @@ class Replies:
                 f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
                 f"context window of {window:,}{why} has room for {room:,}"
             )
-        return wish or room
+        return room if wish is None else wish
 
 
 def _error_of(call: Callable[[], None]) -> BaseException | None:

@@ -68,13 +68,17 @@ class Completion(ABC):
         if self._streams:
             return LiveResponse(running, self._chunks(running), EVENTS, headers)
         await running.complete(request)
+        return await self.whole(running, headers)
+
+    async def whole(self, running: Running, headers: Mapping[str, str]) -> Response:
+        """Create the response without a stream."""
         choices = [
             self.choice(index, said, finish)
             for index, (said, finish) in enumerate(zip(running.said, running.finishes, strict=True))
             if finish
         ]
         end = {"usage": usage_of(running.usage), "timings": running.timings}
-        return Json({**self.head, "choices": choices, **end}, headers=headers)
+        return Json({**self.head, "choices": choices, **end}, headers=dict(headers))
 
     async def _chunks(self, running: Running) -> AsyncIterator[bytes]:
         with_usage = bool(self._stream_options and self._stream_options.include_usage)

@@ -138,6 +138,12 @@ class Parser:
                 self._end_answer()
         self.finished = True
 
+    def tell_end(self) -> None:
+        """Say the token that ended the reply, without text, if it was noted."""
+        if self._notes is not None and self._note:
+            self._tell(Text("", (self._note,)))
+            self._note = None
+
     def _take_note(self, token: int) -> None:
         if self._notes is not None:
             self._notes.append(self._note or TokenLogprob(self._tokenizer.token_bytes(token), 0.0))
