@@ -71,6 +71,11 @@ class Task:
     score_prompt: bool = False  # whether the tokens of the prompt are given, too: `PromptTokens`
     only_read: bool = False  # whether there is to be no reply
 
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens of the reply, or None for what there is room for."""
+        return 0 if self.only_read else self.asked.max_tokens
+
 
 class Replies:
     """Starts replies of one checkpoint on one engine."""
@@ -157,8 +162,7 @@ class Replies:
             deliver(event)
 
         ids = self._encode(task.prompt)
-        room = 0 if task.only_read else asked.max_tokens
-        room = self._room(len(ids), room, task.least_room)
+        room = self._room(len(ids), task.max_tokens, task.least_room)
         thinking = None if task.thinks is None else words.thinking
         parser = Parser(
             words.tokenizer,
@@ -170,6 +174,7 @@ class Replies:
             calls=task.calls,
             noting=asked.logprobs is not None,
         )
+        parser.noting_end = task.score_prompt  # then every token is wanted
         form = None if asked.must_call else asked.form(words.grammars)
         steering = self._steering(task, room, form)
         failures: list[str] = []  # of the grammars of calls
@@ -178,8 +183,6 @@ class Replies:
             if isinstance(outcome, BaseException):
                 raise outcome
             parser.close(cut=outcome.reason != "stop")
-            if task.score_prompt:  # then all tokens are wanted, one that ends the reply included
-                parser.tell_end()
             usage = Usage(
                 len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
             )
@@ -201,12 +204,6 @@ class Replies:
         def note(chance: Chance) -> None:
             parser.note(chance.token, chance.logprob, chance.top)
 
-        scored = ScoredPrompt(words.tokenizer, ids, tell) if task.score_prompt else None
-
-        def note_prompt(chances: Sequence[Chance]) -> None:
-            assert scored
-            scored.add((chance.token, chance.logprob, chance.top) for chance in chances)
-
         defaults = sampling_defaults(
             words.sampling,
             thinking=task.draws_as_thinking,
@@ -224,12 +221,22 @@ class Replies:
             constraint=self._constraint(task, room, steering, form, failures),
             cancelled=cancelled,
             heard=None if asked.logprobs is None else note,
-            heard_prompt=note_prompt if scored else None,
+            heard_prompt=self._scoring(ids, tell) if task.score_prompt else None,
             alternatives=asked.logprobs or 0,
             doubtful=lambda: steering.looped,
         )
         self.engine.submit(request)
         return Started(len(ids), steering.finish_thinking, task.continued)
+
+    def _scoring(
+        self, ids: Sequence[int], tell: Callable[[Event], None]
+    ) -> Callable[[Sequence[Chance]], None]:
+        scored = ScoredPrompt(self.words.tokenizer, ids, tell)
+
+        def note(chances: Sequence[Chance]) -> None:
+            scored.add((chance.token, chance.logprob, chance.top) for chance in chances)
+
+        return note
 
     def _end_ids(self, task: Task) -> frozenset[int]:
         words = self.words

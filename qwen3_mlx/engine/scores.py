@@ -57,7 +57,9 @@ class Scores:
                 before = _block(model, x, ids[start : start + rows], alternatives, vocabulary)
                 blocks.append(before)
             if blocks:
-                chosen, values, best = (mx.concatenate(arrays) for arrays in zip(*blocks))
+                chosen, values, best = (
+                    mx.concatenate(arrays) for arrays in zip(*blocks, strict=True)
+                )
                 computed[sequence] = (chosen, values, best)
         return cls(following, computed)
 
@@ -86,7 +88,7 @@ class Scores:
 def _block(
     model: Qwen3, hidden: mx.array, ids: list[int], alternatives: int, vocabulary: int
 ) -> list[mx.array]:
-    """Compute log p [R] of `ids` after hidden states [R, D], and log p and ids [R, k] of the best."""
+    """Compute log p [R] of `ids` after states [R, D], and log p and ids [R, k] of the likeliest."""
     logits = model.head(hidden)[:, :vocabulary].astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
     chosen = mx.take_along_axis(logits, mx.array(ids)[:, None], axis=-1) - total

@@ -284,16 +284,8 @@ class Steps:
             sequence.answering |= last
             sequence.ahead = int(wanted)
             sequence.passes += wanted
-        scores, joined = None, self._joined(parts)
-        if not scoring:
-            logits = forward(self.model, ids, parts, joined)
-        else:
-            found = forward(self.model, ids, parts, joined, head=False)
-            scores = Scores.of(self.model, found, scoring, self._vocabulary)
-            arrays += scores.arrays
-            logits = None
-            if found is not None and wanted_rows:
-                logits = self.model.head(found[mx.array(wanted_rows)])
+        logits, scores = self._forward(ids, parts, scoring, wanted_rows)
+        arrays += scores.arrays if scores else ()
         for part in parts:
             if not part.wanted:  # nothing else reads what it writes
                 arrays += [array for layer in part.layers for array in layer.state]
@@ -321,6 +313,23 @@ class Steps:
             finite=finite,
             scores=scores,
         )
+
+    def _forward(
+        self,
+        ids: mx.array,
+        parts: Sequence[Part],
+        scoring: Mapping[Running, tuple[range, int]],
+        rows: Sequence[int],
+    ) -> tuple[mx.array | None, Scores | None]:
+        """Return the logits of `rows`, and the scores of prompts, of what the parts ask for."""
+        joined = self._joined(parts)
+        if not scoring:
+            return forward(self.model, ids, parts, joined), None
+        hidden = forward(self.model, ids, parts, joined, head=False)
+        scores = Scores.of(self.model, hidden, scoring, self._vocabulary)
+        if hidden is None or not rows:
+            return None, scores
+        return self.model.head(hidden[mx.array(list(rows))]), scores
 
     def _joined(self, parts: Sequence[Part]) -> Sequence[LayerCache] | None:
         """Give caches that answer for all parts at once, where that is faster."""
