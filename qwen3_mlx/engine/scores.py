@@ -1,8 +1,10 @@
 """How likely the tokens of a prompt are, computed in the steps that read it.
 
 The head is applied to a few rows at a time, one block after the other: the logits of a whole chunk
-would be larger than many a model. R rows of a step's hidden states, D hidden, V vocabulary, n
-places of one prompt, k alternatives.
+would be larger than many a model. The softmax is that of all V logits, as `LLM.logits` gives them
+and as transformers, whose scores evaluations are compared with, has it.
+
+R rows of a step's hidden states, D hidden, V vocabulary, n places of one prompt, k alternatives.
 """
 
 from collections.abc import Mapping
@@ -89,7 +91,7 @@ def _block(
     model: Qwen3, hidden: mx.array, ids: list[int], alternatives: int, vocabulary: int
 ) -> list[mx.array]:
     """Compute log p [R] of `ids` after states [R, D], and log p and ids [R, k] of the likeliest."""
-    logits = model.head(hidden)[:, :vocabulary].astype(mx.float32)
+    logits = model.head(hidden).astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
     chosen = mx.take_along_axis(logits, mx.array(ids)[:, None], axis=-1) - total
     values, best = likeliest(logits, max(1, min(alternatives, vocabulary)), vocabulary)
