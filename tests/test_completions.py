@@ -16,7 +16,7 @@ from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.streams import Collected
 from tests.serving import Served, serving
 from tests.support import assert_close, make_model, random_ids
-from tests.test_engine import Client, engine_of, run
+from tests.test_engine import Client, engine_of, model_of, run
 
 SUM = "What is 12 + 34?"
 
@@ -193,11 +193,12 @@ def test_streams_go_on_while_a_prompt_is_scored(monkeypatch: pytest.MonkeyPatch)
     assert scored.outcome.completion_tokens == 0 and not scored.tokens
 
 
+@pytest.mark.parametrize("way", ["plain", "draft"])
 def test_a_prompt_is_scored_once_whatever_is_kept_or_put_aside(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, way: str
 ) -> None:
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
-    engine, ids = engine_of(make_model()), random_ids(200)
+    engine, ids = engine_of(model_of("dense"), way), random_ids(200)
     first = Scored(ids, max_tokens=2)
     run(engine, first)
     again, other = Scored(ids), Client(random_ids(200, seed=2), 1)
