@@ -30,12 +30,13 @@ def served(demo: LLM) -> Iterator[Served]:
 
 def log_probabilities(demo: LLM, ids: Sequence[int]) -> mx.array:
     """Give log p [N, V] by `llm.logits`."""
-    return nn.log_softmax(demo.logits(ids), axis=-1)
+    logprobs: mx.array = nn.log_softmax(demo.logits(ids), axis=-1)
+    return logprobs
 
 
 def expected(demo: LLM, ids: Sequence[int]) -> mx.array:
     """Give log p [N - 1] of all ids but the first."""
-    following = mx.array(ids[1:])[:, None]
+    following = mx.array(list(ids[1:]))[:, None]
     return mx.take_along_axis(log_probabilities(demo, ids)[:-1], following, axis=1)[:, 0]
 
 
@@ -175,11 +176,15 @@ class Scored(Client):
 
 def test_streams_go_on_while_a_prompt_is_scored(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
-    rows = []
-    head = model.head
+    rows, head = [], model.head
+
+    def noted(x: mx.array) -> mx.array:
+        rows.append(x.shape[-2])
+        return head(x)
+
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     monkeypatch.setattr(scores, "_BLOCK", 10 * model.config.vocab_size)
-    monkeypatch.setattr(model, "head", lambda x: rows.append(x.shape[-2]) or head(x))
+    monkeypatch.setattr(model, "head", noted)
     engine = engine_of(model)
     other, scored = Client(random_ids(8), 40), Scored(random_ids(300, seed=1))
     engine.submit(other.request)
@@ -193,8 +198,8 @@ def test_streams_go_on_while_a_prompt_is_scored(monkeypatch: pytest.MonkeyPatch)
     assert parts[0] < parts[1] < parts[2] < 40  # a chunk a step, and a token beside it
     scored.check()
     assert max(rows) <= 10  # no more logits at once, of a chunk of 64
-    logprobs = nn.log_softmax(model(mx.array([scored.request.ids]))[0, :-1], axis=-1)
-    following = mx.array(scored.request.ids[1:])[:, None]
+    logprobs = nn.log_softmax(model(mx.array([list(scored.request.ids)]))[0, :-1], axis=-1)
+    following = mx.array(list(scored.request.ids[1:]))[:, None]
     found = mx.array([score.logprob for score in scored.scores])
     assert_close(found, mx.take_along_axis(logprobs, following, axis=1)[:, 0], 1e-4)
     assert scored.outcome.completion_tokens == 0 and not scored.tokens

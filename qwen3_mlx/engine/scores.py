@@ -60,7 +60,7 @@ class Scores:
                 blocks.append(before)
             if blocks:
                 chosen, values, best = (
-                    mx.concatenate(arrays) for arrays in zip(*blocks, strict=True)
+                    mx.concatenate(list(arrays)) for arrays in zip(*blocks, strict=True)
                 )
                 computed[sequence] = (chosen, values, best)
         return cls(following, computed)
