@@ -1,13 +1,17 @@
 """What can be asked of a reply: the keywords of `stream`, `chat` and the like, checked."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
+from textwrap import shorten
 from typing import Any, TypedDict, cast
 
 from qwen3_mlx.arguments import plain, refuse_unknown
 from qwen3_mlx.engine.params import SamplingParams
-from qwen3_mlx.text.grammar import Form, Grammar, Grammars
+from qwen3_mlx.text.grammar import Grammar
+from qwen3_mlx.text.grammar_costs import MOST_TOOLS, check_tools
+from qwen3_mlx.text.grammars import Form, Grammars
 from qwen3_mlx.text.tools import Tool, describe, listed
 
 Progress = Callable[[int, int], None]
@@ -39,7 +43,8 @@ class Options(TextOptions, total=False):
     or its thinking, where that is all it has.
     `thinking` switches the thinking on or off; None is the checkpoint's default. It never takes
     more than `thinking_budget` tokens: then it is closed with Qwen's own hand-off, or with
-    `thinking_budget_message`, and the answer follows. `loop_guard=False` permits circles.
+    `thinking_budget_message`, and the answer follows. A budget for which `max_tokens` leave no room
+    is refused, or with `thinking_budget_bends` gives way. `loop_guard=False` permits circles.
     `tools` are functions, or descriptions of them, that the model may call: see `ToolCall`.
     `tool_choice` is "auto", "none", "required" or the name of the tool to be called; without
     `parallel_tool_calls` a reply ends with its first call. With `partial_calls` a stream also has
@@ -62,6 +67,7 @@ class Options(TextOptions, total=False):
     thinking: bool | None
     thinking_budget: int | None
     thinking_budget_message: str | None
+    thinking_budget_bends: bool
     tools: Sequence[Tool] | None
     tool_choice: str
     parallel_tool_calls: bool
@@ -86,6 +92,7 @@ class Asked:
     thinking: bool | None = None
     thinking_budget: int | None = None
     thinking_budget_message: str | None = None
+    thinking_budget_bends: bool = False
     loop_guard: bool = True
     tools: Sequence[Tool] | None = None
     tool_choice: str = "auto"
@@ -155,14 +162,17 @@ class Asked:
             TypeError, ValueError: one cannot be described, two have one name, or none has that
                 which is to be called.
         """
-        described = [describe(tool) for tool in listed(self.tools)]
+        if len(given := listed(self.tools)) > MOST_TOOLS:
+            raise ValueError(f"at most {MOST_TOOLS:,} tools can be given, not {len(given):,}")
+        described = [describe(tool) for tool in given]
+        check_tools(described)
         names = [tool["function"]["name"] for tool in described]
-        if twice := {name for name in names if names.count(name) > 1}:
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
             raise ValueError(f"two tools are called {min(twice)}")
         if self.tool_choice not in ("auto", "none", "required", *names):
             raise ValueError(
                 f"tool_choice must be auto, none, required or a tool's name "
-                f"({', '.join(names)}), not {self.tool_choice!r}"
+                f"({shorten(', '.join(names), _MOST_NAMES)}), not {self.tool_choice!r}"
             )
         return described if self.tool_choice != "none" else []
 
@@ -214,10 +224,12 @@ def spread(options: Options) -> Options:
 
 _SAMPLING = [entry.name for entry in fields(SamplingParams)]
 _MOST_LOGPROBS = 20
+_MOST_NAMES = 500  # characters
 _FORMS = ("schema", "regex", "choice", "grammar")
 _KINDS: dict[str, tuple[type, str]] = {
     "thinking_budget": (Integral, "a whole number"),
     "thinking_budget_message": (str, "a string"),
+    "thinking_budget_bends": (bool, "True or False"),
     "regex": (str, "a string"),
     "grammar": (str, "a string"),
     "loop_guard": (bool, "True or False"),

@@ -18,6 +18,7 @@ from qwen3_mlx.arguments import plain, refuse_unknown, token_ids
 from qwen3_mlx.asking import Asked, Options, TextOptions
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.conversation import Conversation, read_messages
+from qwen3_mlx.engine.activity import Activity
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.ledger import Share, release
 from qwen3_mlx.engine.speculative import Speculator
@@ -36,6 +37,7 @@ from qwen3_mlx.streams import (
     collect,
     with_parsed,
 )
+from qwen3_mlx.text.compiling import PATIENT, Caller
 from qwen3_mlx.text.events import Event
 from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.tokenizer import Prompt
@@ -147,33 +149,50 @@ class LLM:
 
         return AsyncStream(events, cancelled, self, self.begin(task, deliver, cancelled))
 
-    def prepare(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Task:
-        """Lay out a reply, for `begin`: what `stream` would refuse is refused."""
-        return self._open().chat(messages, Asked.of(options))
+    def prepare(
+        self,
+        messages: str | Sequence[Message],
+        caller: Caller = PATIENT,
+        **options: Unpack[Options],
+    ) -> Task:
+        """Lay out a reply, for `begin`: what `stream` would refuse is refused.
+
+        That takes its time where a new grammar is compiled; a `caller` may go away meanwhile.
+        """
+        return self._open().chat(messages, Asked.of(options), caller)
+
+    def count_tokens(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> int:
+        """Count the tokens of the prompt that `stream` would reply to.
+
+        Raises:
+            TypeError, ValueError: an argument is not what it must be.
+            ContextError: it has several times the tokens of the context.
+        """
+        return self._open().count_tokens(messages, Asked.of(options))
 
     def prepare_text(
         self,
         prompt: str | Sequence[int],
+        caller: Caller = PATIENT,
         *,
         score_prompt: bool = False,
         only_read: bool = False,
         **options: Unpack[Options],
     ) -> Task:
-        """Lay out the continuation of raw text, or of token ids, for `begin`.
+        """Lay out the continuation of raw text, or of token ids, for `begin`, as `prepare` does.
 
         With `score_prompt` the first event is `PromptTokens`, with as many alternatives as the
         option `logprobs` says. With `only_read` there is no continuation.
         """
         words = prompt if isinstance(prompt, str) else token_ids(prompt)
-        return Task(
-            words,
-            None,
-            False,
-            Asked.of(options),
-            least_room=0 if only_read else 1,
-            score_prompt=score_prompt,
-            only_read=only_read,
-        )
+        task = self._open().text(words, Asked.of(options), caller)
+        if only_read:
+            task = replace(task, only_read=True, least_room=0)
+        return replace(task, score_prompt=score_prompt)
+
+    def load_grammars(self) -> None:
+        """Make what the first form of an answer or of calls needs, which takes a second or two."""
+        self._open().words.grammars.load()
 
     def begin(
         self, task: Task, deliver: Callable[[Event | BaseException], None], cancelled: Flag
@@ -188,6 +207,10 @@ class LLM:
             ContextError: the prompt does not fit.
         """
         return self._open().start(task, deliver, cancelled)
+
+    def activity(self) -> Activity:
+        """Return what the engine is doing; from any thread, at once, whatever it computes."""
+        return self._open().engine.activity()
 
     def soon(self, job: Callable[[], None]) -> None:
         """Have `job` done, without delay, after the step in work; for `deliver` to use.

@@ -33,7 +33,7 @@ from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.published import full_name, stretched
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.prompts import Words
-from qwen3_mlx.text.grammar import Grammars
+from qwen3_mlx.text.grammars import Grammars
 from qwen3_mlx.text.prompt import ControlTokens
 from qwen3_mlx.text.template import ChatTemplate, read_tokenizer_config, special_tokens
 from qwen3_mlx.text.thinking import Thinking
@@ -238,8 +238,12 @@ def _open_disk(
     try:
         held = identity(folder, config, held_as)
         return DiskPrefixes(Path(place), held, limit=int(most * 1e9))
+    except FileExistsError as error:
+        raise Qwen3Error(f"prompt_cache: {place} is a file; name a folder") from error
     except OSError as error:
-        raise Qwen3Error(f"prompt_cache: {error}") from error
+        raise Qwen3Error(
+            f"prompt_cache: {place} cannot be used: {error.strerror or error}; name another folder"
+        ) from error
 
 
 def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> Words:

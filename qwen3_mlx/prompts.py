@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.text.grammar import Grammars
+from qwen3_mlx.text.grammars import Grammars
 from qwen3_mlx.text.messages import (
     END_THINK,
     THINK,
@@ -124,6 +124,21 @@ def _rendered(
         )
     except Qwen3Error as error:
         raise Qwen3Error(hiding.show(str(error))) from error
+
+
+def least_tokens(words: Words, history: Sequence[Message], enough: int) -> int:
+    """Return how many tokens a prompt has at least, by what no template leaves out.
+
+    That is something for each message, and its content, but for white space around it and for the
+    thinking of the assistant's. More than `enough` are not counted.
+    """
+    least = len(history)
+    for message in history:
+        if least > enough:
+            break
+        text = message["content"].rpartition(END_THINK)[2].strip()
+        least += words.tokenizer.least_tokens(text, enough)
+    return least
 
 
 def begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

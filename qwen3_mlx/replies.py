@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event as Flag
+from threading import Thread
 from typing import Any
 
 from qwen3_mlx.asking import Asked
@@ -22,7 +23,7 @@ from qwen3_mlx.engine.params import (
     SamplingParams,
     sampling_defaults,
 )
-from qwen3_mlx.errors import ContextError, Qwen3Error
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.prompts import (
     Words,
     begun,
@@ -34,6 +35,7 @@ from qwen3_mlx.prompts import (
     why_no_turn,
 )
 from qwen3_mlx.streams import Collected, Started
+from qwen3_mlx.text.compiling import PATIENT, Caller
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.forming import Calling, Forming
 from qwen3_mlx.text.grammar import Grammar
@@ -43,8 +45,10 @@ from qwen3_mlx.text.scored import ScoredPrompt
 from qwen3_mlx.text.steering import Limits, Steering
 from qwen3_mlx.text.thinking import soft_switch
 from qwen3_mlx.text.tools import Calls
+from qwen3_mlx.window import MOST_COUNTED, Window
 
 _PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
+_LONG = 100_000  # characters of a prompt, from which on encoding it would hold up other replies
 _MOST_IDLE = 4096  # tokens to be read ahead
 
 
@@ -65,9 +69,12 @@ class Task:
     messages: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     calls: Calls | None = None
-    call_grammar: Grammar | None = None  # of a call, from which each is copied
+    form: Grammar | None = None  # of the answer, from which that of each reply is copied
+    call_grammar: Grammar | None = None  # of a call, likewise
     details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
     least_room: int = 1  # tokens that there must be for a reply
+    shortens: bool = False  # whether `max_tokens` may be more than there is room for
+    client: str = ""  # whose it is
     score_prompt: bool = False  # whether the tokens of the prompt are given, too: `PromptTokens`
     only_read: bool = False  # whether there is to be no reply
 
@@ -83,9 +90,17 @@ class Replies:
     def __init__(self, words: Words, engine: Engine) -> None:
         self.engine = engine
         self.words = words
+        self.window = Window(words, engine)
 
-    def chat(self, messages: str | Sequence[Message], asked: Asked) -> Task:
-        """Lay out a reply to a conversation.
+    def text(self, prompt: str | Sequence[int], asked: Asked, caller: Caller = PATIENT) -> Task:
+        """Lay out the continuation of raw text, or of token ids."""
+        form = asked.form(self.words.grammars.on_behalf_of(caller))
+        return Task(prompt, None, False, asked, form=form)
+
+    def chat(
+        self, messages: str | Sequence[Message], asked: Asked, caller: Caller = PATIENT
+    ) -> Task:
+        """Lay out a reply to a conversation; the caller may go away meanwhile.
 
         Raises:
             ValueError: the last message is the assistant's, and not to be continued, or cannot be.
@@ -94,6 +109,7 @@ class Replies:
         words = self.words
         thinks = words.thinking.resolve(asked.thinking)
         history = without_empty_end(normalise(messages))
+        self.window.check(history)
         continued, inside = None, thinks and words.thinking.opens_in_prompt
         if asked.continue_last:
             history = begun(history)
@@ -117,8 +133,9 @@ class Replies:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
         show = render_begun if continued else render_whole
         prompt = show(words, history, asked.thinking, tools)
-        asked.form(words.grammars)  # what is wrong with it is told now
-        call_grammar = calls.grammar(words.grammars, named or tools) if calls else None
+        grammars = words.grammars.on_behalf_of(caller)
+        form = asked.form(grammars)
+        call_grammar = calls.grammar(grammars, named or tools) if calls else None
         warnings = [*call_grammar.warnings] if call_grammar else []
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
@@ -137,9 +154,18 @@ class Replies:
             history,
             tools,
             calls,
+            None if asked.must_call else form,
             call_grammar,
             {"warning": "; ".join(warnings)} if warnings else {},
         )
+
+    def count_tokens(self, messages: str | Sequence[Message], asked: Asked) -> int:
+        """Do as `LLM.count_tokens` says."""
+        history = normalise(messages)
+        self.window.check(history, MOST_COUNTED)
+        tools, goes_on = asked.described_tools(), asked.continue_last
+        prompt = render(self.words, history, asked.thinking, tools, continue_last=goes_on)
+        return len(self.window.encode(prompt))
 
     def start(
         self,
@@ -161,8 +187,8 @@ class Replies:
                 event = _error_of(partial(heard, said)) or event
             deliver(event)
 
-        ids = self._encode(task.prompt)
-        room = self._room(len(ids), task.max_tokens, task.least_room)
+        ids = self.window.encode(task.prompt)
+        room = self.window.room(len(ids), task.max_tokens, task.least_room, shortens=task.shortens)
         thinking = None if task.thinks is None else words.thinking
         parser = Parser(
             words.tokenizer,
@@ -175,7 +201,7 @@ class Replies:
             noting=asked.logprobs is not None,
         )
         parser.noting_end = task.score_prompt  # then every token is wanted
-        form = None if asked.must_call else asked.form(words.grammars)
+        form = task.form and task.form.copy([])
         steering = self._steering(task, room, form)
         failures: list[str] = []  # of the grammars of calls
 
@@ -199,7 +225,11 @@ class Replies:
                 }
             tell(Finish(reason, usage, details))
             if asked.idle and reason in ("stop", "length"):
-                self._read_ahead(task, said.message(), len(ids))
+                job = partial(self._read_ahead, task, said.message(), len(ids))
+                if len(task.prompt) < _LONG:
+                    job()
+                else:
+                    Thread(target=job, name="qwen3-ahead", daemon=True).start()
 
         def note(chance: Chance) -> None:
             parser.note(chance.token, chance.logprob, chance.top)
@@ -224,9 +254,10 @@ class Replies:
             heard_prompt=self._scoring(ids, tell) if task.score_prompt else None,
             alternatives=asked.logprobs or 0,
             doubtful=lambda: steering.looped,
+            client=task.client,
         )
         self.engine.submit(request)
-        return Started(len(ids), steering.finish_thinking, task.continued)
+        return Started(len(ids), room, steering.finish_thinking, task.continued)
 
     def _scoring(
         self, ids: Sequence[int], tell: Callable[[Event], None]
@@ -258,6 +289,7 @@ class Replies:
             max_tokens=room,
             guard=asked.loop_guard,
             least_answer=len(form.closing() or ()) + 1 if form else 1,
+            bends=budget is None or asked.thinking_budget_bends,
         )
         return Steering(
             words.tokenizer,
@@ -301,20 +333,6 @@ class Replies:
             else None,
         )
 
-    def _encode(self, prompt: str | Sequence[int]) -> list[int]:
-        rows = self.engine.model.config.vocab_size
-        if not isinstance(prompt, str):
-            if outside := [token for token in prompt if not 0 <= token < rows]:
-                raise ValueError(f"token ids are 0 to {rows - 1:,}, not {outside[0]}")
-            return list(prompt)
-        ids = self.words.tokenizer.encode(prompt)
-        if (greatest := max(ids, default=0)) >= rows:
-            raise Qwen3Error(
-                f"the prompt has token {greatest} and the model knows {rows:,}: "
-                "tokenizer.json belongs to another checkpoint"
-            )
-        return ids
-
     def _read_ahead(self, task: Task, reply: Message, already: int) -> None:
         """Have what a next turn begins with read in idle time; `already` tokens are about known.
 
@@ -340,27 +358,6 @@ class Replies:
                 self.engine.read_ahead(ids)
         except Qwen3Error:  # the template wants no such turn, or the engine was closed meanwhile
             return
-
-    def _room(self, prompt_tokens: int, wish: int | None, least: int) -> int:
-        """Give the tokens that a reply may have, at least `least`."""
-        if prompt_tokens == 0:
-            raise ValueError("the prompt is empty; give some text")
-        engine = self.engine
-        window, why = engine.context, ""
-        if window < engine.model.config.context_window and window == engine.budget.context:
-            why = f" (all that memory can hold: {engine.budget})"
-        if prompt_tokens + (1 if wish else least) > window:
-            raise ContextError(
-                f"the prompt has {prompt_tokens:,} tokens and the context window is "
-                f"{window:,}{why}; shorten the prompt"
-            )
-        room = window - prompt_tokens
-        if wish is not None and wish > room:
-            raise ContextError(
-                f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
-                f"context window of {window:,}{why} has room for {room:,}"
-            )
-        return room if wish is None else wish
 
 
 def _error_of(call: Callable[[], None]) -> BaseException | None:

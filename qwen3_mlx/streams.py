@@ -27,9 +27,10 @@ Said = Event | BaseException | None
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A reply that has been sent to the engine; perhaps to continue a message."""
+    """A reply of at most `room` tokens, sent to the engine; perhaps to continue a message."""
 
     prompt_tokens: int
+    room: int
     finish_thinking: Callable[[], None]
     continued: Mapping[str, Any] | None = None
 

@@ -266,6 +266,19 @@ def test_a_damaged_prompt_is_read_anew(
     assert not caplog.records
 
 
+def test_a_file_that_was_cut_off_is_told_of(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with load(tiny_folder, prompt_cache=tmp_path) as llm:
+        llm.chat(LONG, max_tokens=1)
+    (file,) = kept(tmp_path)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with load(tiny_folder, prompt_cache=tmp_path) as llm:
+        assert not llm.chat(LONG, max_tokens=1).usage.cached_tokens
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert str(file) in told and "is not used" in told
+
+
 def test_an_earlier_versions_files_are_left_alone(tiny_folder: Path, tmp_path: Path) -> None:
     with load(tiny_folder, prompt_cache=tmp_path) as llm:
         llm.chat(LONG, max_tokens=1)
@@ -377,8 +390,10 @@ def test_wrong_folders_are_told(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (file := tmp_path / "file").write_text("")
-    with pytest.raises(Qwen3Error, match="prompt_cache: .*file"):
+    with pytest.raises(Qwen3Error, match="prompt_cache: .*file is a file; name a folder"):
         load(prompt_cache=file)
+    with pytest.raises(Qwen3Error, match="cannot be used: Not a directory; name another folder"):
+        load(prompt_cache=file / "in")
     with pytest.raises(ValueError, match="prompt_cache_gb must be more than 0"):
         load(prompt_cache=tmp_path, prompt_cache_gb=0)
     monkeypatch.setattr("sys.stdin", io.StringIO())

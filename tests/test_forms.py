@@ -14,7 +14,8 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from qwen3_mlx import LLM, SamplingParams, load
-from qwen3_mlx.text.grammar import Grammars, allows
+from qwen3_mlx.text.grammar import allows
+from qwen3_mlx.text.grammars import Grammars
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tools import Calls, describe

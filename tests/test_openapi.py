@@ -50,7 +50,8 @@ def hold_to_it(case: Any) -> None:
     body = case.body
     if isinstance(body, dict):
         for name in ("max_tokens", "max_completion_tokens"):
-            if type(body.get(name)) in (int, type(None)) and (body.get(name) or 99) > _TOKENS:
+            most = body.get(name)
+            if most in (None, -1) or (type(most) is int and most > _TOKENS):
                 body[name] = _TOKENS
         if body.get("options") is None or isinstance(body["options"], dict):
             body["options"] = {**(body.get("options") or {}), "num_predict": _TOKENS}

@@ -32,14 +32,15 @@ _RANKS = {
     "prompts": 5,
     "conversation": 6,
     "conversion": 6,
-    "replies": 6,
-    "llm": 7,
-    "loading": 8,
-    "qwen3_mlx": 9,
-    "evaluate": 10,
-    "server": 10,
-    "cli": 11,
-    "__main__": 12,
+    "window": 6,
+    "replies": 7,
+    "llm": 8,
+    "loading": 9,
+    "qwen3_mlx": 10,
+    "evaluate": 11,
+    "server": 11,
+    "cli": 12,
+    "__main__": 13,
 }
 
 

@@ -10,8 +10,10 @@ from qwen3_mlx.engine.scheduler import Scheduler
 
 
 class Job:
-    def __init__(self, name: str, prompt: int, reply: int = 10, priority: int = NORMAL) -> None:
-        self.name, self.priority = name, priority
+    def __init__(
+        self, name: str, prompt: int, reply: int = 10, priority: int = NORMAL, client: str = ""
+    ) -> None:
+        self.name, self.priority, self.client = name, priority, client
         self.room = self.seen = 0
         self.unread, self._left = prompt, reply
         self.answering = False

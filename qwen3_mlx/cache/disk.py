@@ -167,7 +167,10 @@ class DiskPrefixes:
             with file.open("rb") as stream:
                 stream.seek(stored.start)
                 ids.frombytes(stream.read(stored.nbytes))
-        except (OSError, CheckpointError, KeyError, ValueError):
+        except FileNotFoundError:  # another process has made room
+            return None
+        except (OSError, CheckpointError, KeyError, ValueError) as error:
+            _log.warning("a kept prompt cannot be read, and is not used: %s: %s", file, error)
             return None
         return _Entry(file, ids)
 

@@ -1,11 +1,11 @@
 """`qwen3 serve`: the model for any client, and a page to talk to."""
 
-import ipaddress
 import logging
 import os
 import socket
 import sys
 import webbrowser
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -26,8 +26,12 @@ from qwen3_mlx.cli.options import (
 )
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.published import full_name
-from qwen3_mlx.server.settings import REASONING_FIELDS, Settings
+from qwen3_mlx.server.keys import read_keys
+from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, own_names
 
+_EVERYWHERE = ("", "0.0.0.0", "::")
+_ELSEWHERE = ("192.0.2.1", 9)  # an address of no machine (RFC 5737)
+_BACKLOG = 128
 _MODEL, _NET, _REPLY, _LOAD = "Model", "Who may come in", "Replies", "Work"
 
 
@@ -53,6 +57,18 @@ def serve(  # noqa: PLR0913 - one parameter an option
     api_key: Annotated[
         str | None,
         option("--api-key", panel=_NET, text="Let in who has this key.", envvar="QWEN3_API_KEY"),
+    ] = None,
+    key_file: Annotated[
+        Path | None,
+        option("--key-file", panel=_NET, text="Let in who has a key of this file, one a line."),
+    ] = None,
+    trust_proxy: Annotated[
+        list[str] | None,
+        option(
+            "--trust-proxy",
+            panel=_NET,
+            text="Believe the proxy at this address who its clients are; may be repeated.",
+        ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
@@ -85,6 +101,22 @@ def serve(  # noqa: PLR0913 - one parameter an option
         int,
         option("--max-requests", panel=_LOAD, text="Replies at once and waiting. Otherwise 64."),
     ] = 64,
+    max_per_client: Annotated[
+        int | None,
+        option(
+            "--max-per-client",
+            panel=_LOAD,
+            text="Of those, one client's. Otherwise 3/4, or all where only this machine is served.",
+        ),
+    ] = None,
+    request_timeout: Annotated[
+        float | None,
+        option(
+            "--request-timeout",
+            panel=_LOAD,
+            text="Seconds after which a reply ends as it is. Otherwise without limit.",
+        ),
+    ] = None,
     shutdown: Annotated[
         float,
         option("--shutdown", panel=_LOAD, text="Seconds for replies to end in. Otherwise 10."),
@@ -114,23 +146,33 @@ def serve(  # noqa: PLR0913 - one parameter an option
         model=name or _name_of(model),
         host=host,
         api_key=api_key or None,
+        key_file=key_file,
+        trusted_proxies=trust_proxy or (),
         allowed_hosts=allow_host or (),
         cors_origins=cors_origin or (),
         thinking=thinking,
         thinking_budget=thinking_budget,
         reasoning_field=reasoning_field,
         max_requests=max_requests,
+        max_per_client=max_per_client,
+        request_timeout=request_timeout,
         max_body=max_body << 20,
         shutdown=shutdown,
         log_content=log_content,
     )
+    if key_file is not None:
+        read_keys(key_file)  # what is wrong with them is said before the model is loaded
     listener = _listen(host, port)
     url = _url_of(listener)
 
     def ready() -> None:
         note(f"{settings.model} is at {url} - open it to talk to it; Ctrl-C ends it")
         note(f"for clients: OpenAI {url}/v1 · Anthropic {url} · Ollama {url}")
-        if api_key is None and not _is_local(host):
+        if host in _EVERYWHERE:
+            port = listener.getsockname()[1]
+            others = " · ".join(f"http://{name}:{port}" for name in _network_names())
+            note(f"from the network: {others}")
+        if api_key is None and key_file is None and not settings.local:
             note("whoever reaches this machine may use it: --api-key KEY keeps others out")
         if open_page and (sys.platform == "darwin" or "DISPLAY" in os.environ):
             webbrowser.open(url)
@@ -164,7 +206,7 @@ def _name_of(model: str | None) -> str:
 def _listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         number = error.errno or 0
         words = os.strerror(number) if number > 0 else error.strerror or error
@@ -179,11 +221,13 @@ def _url_of(listener: socket.socket) -> str:
     return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
 
 
-def _is_local(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _network_names() -> list[str]:
+    """Return how other machines may reach this one: its address, and its name."""
+    names = sorted(name for name in own_names() if name.endswith(".local"))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking, suppress(OSError):
+        asking.connect(_ELSEWHERE)  # which sends nothing, and finds the way there
+        names.insert(0, asking.getsockname()[0])
+    return names
 
 
 def _log_to_stderr(*, quiet: bool) -> None:

@@ -1,12 +1,16 @@
 """Runs requests, any number at once: prompts in, tokens to their watchers, outcomes out."""
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from threading import RLock
 from typing import Protocol
 from weakref import finalize
 
+import mlx.core as mx
+
 from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.engine.activity import Activity
 from qwen3_mlx.engine.ledger import release
 from qwen3_mlx.engine.logits import Logits
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, Outcome, Request, SamplingParams
@@ -63,6 +67,7 @@ class Engine:
         self._inbox: SimpleQueue[Request] = SimpleQueue()
         self._lock = RLock()  # a finalizer may submit something in the middle of `_post`
         self._posted = False  # whether a turn is in the worker's queue
+        self._stepped = time.monotonic()  # when a step ended last, or there was nothing to do
 
     # --- from any thread ------------------------------------------------------------------------
 
@@ -74,6 +79,8 @@ class Engine:
         """
         if self._worker:
             self._worker.check_process()
+        if not self._pending():
+            self._stepped = time.monotonic()
         self._inbox.put(request)
         self._post()
 
@@ -100,12 +107,32 @@ class Engine:
         """End `request` within a step."""
         request.cancelled.set()
 
+    def activity(self) -> Activity:
+        """Return what is being done; without waiting, so that the parts may be a step apart."""
+        pending = self._pending()
+        running = len(self._steps.scheduler.running)
+        return Activity(
+            running,
+            max(0, pending - running),
+            round(self._steps.chosen.rate, 1),
+            self.share.held,
+            self.share.available,
+            mx.get_active_memory(),
+            time.monotonic() - self._stepped if pending else 0.0,
+        )
+
+    def _pending(self) -> int:
+        scheduler = self._steps.scheduler
+        return len(scheduler.running) + len(scheduler.waiting) + self._inbox.qsize()
+
     # --- on the engine's thread -----------------------------------------------------------------
 
     def step(self) -> bool:
         """Do the next step, or some idle work; False if there is nothing left to do."""
         self._welcome()
-        if self._steps.step() or self._steps.save(interrupted=lambda: not self._inbox.empty()):
+        more = self._steps.step()
+        self._stepped = time.monotonic()
+        if more or self._steps.save(interrupted=lambda: not self._inbox.empty()):
             return True
         return not self._inbox.empty()
 

@@ -250,6 +250,7 @@ class Request:
     `sampling` has no None left. `progress(done, total)` is told the prompt tokens processed. With
     max_tokens=0 the prompt is only read, and kept for requests that begin with it. `doubtful()`
     says that the reply looks like that of a broken network, so that its logits are checked again.
+    Requests that wait take turns by `client`.
     """
 
     ids: Sequence[int]
@@ -267,3 +268,4 @@ class Request:
     heard_prompt: Callable[[Sequence[Chance]], None] | None = None
     alternatives: int = 0
     doubtful: Callable[[], bool] | None = None
+    client: str = ""

@@ -2,8 +2,13 @@
 
 Every step all sequences that are being answered choose a token, and a chunk of prompts is read.
 Room in caches is counted in tokens, and nobody starts who has none.
+
+Clients take turns: of the jobs that wait with the least priority, the next is one of the client
+with the fewest running; of several such clients, the one that was served longest ago. A client with
+many jobs is so kept waiting by others with few, but not for ever: they run as its own are ending.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -14,6 +19,7 @@ _PATIENCE = 0.25  # seconds that a chunk of somebody's prompt may keep the other
 _MOST_RUNNING = 32
 _LEAST_CHUNK = 64
 _MEMORY = 0.7  # how much a new measurement of the speed leaves of the old
+_MOST_KNOWN = 256  # clients, beyond which those with nothing to do are forgotten
 
 
 class Job(Protocol):
@@ -24,6 +30,10 @@ class Job(Protocol):
     @property
     def priority(self) -> int:
         """Who comes first: the least."""
+
+    @property
+    def client(self) -> str:
+        """Whose job it is."""
 
     @property
     def answering(self) -> bool:
@@ -93,9 +103,12 @@ class Scheduler(Generic[J]):
         self._memory = memory
         self._speed = 0.0  # tokens of prompt a second
         self._stuck = False  # the first of the line found no room, and nothing has changed since
+        self._put_back: list[J] = []  # of those who wait: they had their turn, and come first
+        self._served: dict[str, int] = {}  # when each client was served last, counted in turns
+        self._turns = 0
 
     def add(self, job: J) -> None:
-        """Have a job run when its turn comes: by priority, then in the order of arrival."""
+        """Have a job run when its turn comes: by priority, by client, then in order of arrival."""
         self.waiting.append(job)
         self.waiting.sort(key=lambda waiting: waiting.priority)
         self._stuck = False
@@ -103,6 +116,14 @@ class Scheduler(Generic[J]):
     def remove(self, job: J) -> None:
         """Forget a job."""
         (self.running if job in self.running else self.waiting).remove(job)
+        if job in self._put_back:
+            self._put_back.remove(job)
+        self._stuck = False
+
+    def clear(self) -> None:
+        """Forget all jobs."""
+        for jobs in (self.running, self.waiting, self._put_back):
+            jobs.clear()
         self._stuck = False
 
     def held(self) -> int:
@@ -144,15 +165,38 @@ class Scheduler(Generic[J]):
     def _admit(self) -> None:
         self._stuck = self._stuck and bool(self.running)
         while self.waiting and not self._stuck and len(self.running) < _MOST_RUNNING:
-            job = self.waiting[0]
+            job = self._next()
             if job.priority >= IDLE and self.running:
                 return
             self._memory.begin(job)
             if job not in self.waiting:  # it could not even begin
                 continue
             self.waiting.remove(job)
+            if job in self._put_back:
+                self._put_back.remove(job)
             self.running.append(job)
+            self._note_turn(job.client)
             self._stuck = not self._make_room(job, job.first_room())
+
+    def _next(self) -> J:
+        """Return whose turn it is of those who wait."""
+        first = [job for job in self.waiting if job.priority == self.waiting[0].priority]
+        for job in first:
+            if job in self._put_back:
+                return job
+        running = Counter(job.client for job in self.running)
+
+        def turn(job: J) -> tuple[int, int]:
+            return running[job.client], self._served.get(job.client, 0)
+
+        return min(first, key=turn)  # of equal ones that is the first to come
+
+    def _note_turn(self, client: str) -> None:
+        self._turns += 1
+        self._served[client] = self._turns
+        if len(self._served) > _MOST_KNOWN:
+            present = {job.client for job in (*self.running, *self.waiting)}
+            self._served = {c: turn for c, turn in self._served.items() if c in present}
 
     def _make_room(self, job: J, room: int) -> bool:
         """Have a job's caches grow to `room`, if need be at the cost of those that came later.
@@ -179,3 +223,4 @@ class Scheduler(Generic[J]):
             self.running.remove(job)
             same = sum(other.priority < job.priority for other in self.waiting)
             self.waiting.insert(same, job)
+            self._put_back.append(job)

@@ -44,6 +44,7 @@ class Sequence:
         self.scored = 0  # tokens of the prompt after which the next one's probability is known
         self.reason: str | None = None  # why the reply has ended, if it has
         self.failure: BaseException | None = None  # of its constraint, to end with
+        self.begun = False  # whether a token was chosen
         self.ended = False
         self.doubted = False  # whether its logits have been checked because it was doubtful
         self.worth_keeping: int | None = None  # tokens, when it has ended; None is all
@@ -63,6 +64,11 @@ class Sequence:
     def priority(self) -> int:
         """Who comes first: the least."""
         return self.request.priority
+
+    @property
+    def client(self) -> str:
+        """Whose request it is."""
+        return self.request.client
 
     @property
     def unread(self) -> int:
@@ -172,8 +178,9 @@ class Sequence:
 
     def _take_one(self, token: int, chance: Chance | None, *, masked: bool) -> bool:
         request, constraint = self.request, self.request.constraint
-        if request.progress and not self.told:
+        if request.progress and not self.begun:  # others may have been forced before
             request.progress(len(request.ids), len(request.ids))
+        self.begun = True
         if self.lookup:
             self.lookup.compare(token)
         self._accept([token], chance)

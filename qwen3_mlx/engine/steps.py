@@ -24,6 +24,7 @@ from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.prefix import Prefix, PrefixStore
 from qwen3_mlx.cache.quantized import PLAIN
 from qwen3_mlx.cache.slotted import Together
+from qwen3_mlx.engine.activity import Meter
 from qwen3_mlx.engine.chances import Chances
 from qwen3_mlx.engine.ledger import Share, claim, release
 from qwen3_mlx.engine.logits import Logits, plan_logits
@@ -115,6 +116,7 @@ class Steps:
         self.context = min(self.budget.context, context or self.budget.context)
         self._beside: WeakSet[Logits] = WeakSet()  # whose memory is free when they are collected
         self.scheduler: Scheduler[Running] = Scheduler(self.budget.tokens, self)
+        self.chosen = Meter()  # tokens
         self._prefixes = PrefixStore(self.budget.tokens // _KEPT_SHARE)
         self._disk = disk
         self._depth = len(model.layers)  # of a sequence's caches, those of `model`
@@ -214,8 +216,7 @@ class Steps:
         For an error that nothing else has taken care of, so it calls little that may fail again.
         """
         open_ones = [s for s in (*self.scheduler.running, *self.scheduler.waiting) if not s.ended]
-        self.scheduler.running.clear()
-        self.scheduler.waiting.clear()
+        self.scheduler.clear()
         self._flight, self._building, self._landing = None, (), ()
         if self._together:
             self._together.abandon()
@@ -502,7 +503,9 @@ class Steps:
                 raise sequence.failure
             if flight.finite is not None:
                 self._refuse_nonfinite(sequence, flight, flight.finite)
+            told = sequence.told
             goes_on = sequence.take(chosen, proposal, masked=sequence in flight.masked)
+            self.chosen.add(sequence.told - told)
             if proposal and self.speculator:
                 self.speculator.observe(sequence, sequence.accepted - accepted)
             if not sequence.doubted and sequence.request.doubtful and sequence.request.doubtful():

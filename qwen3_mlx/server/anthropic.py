@@ -1,6 +1,5 @@
 """Anthropic's API: messages, and how many tokens they have."""
 
-import asyncio
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
 from functools import partial
@@ -20,8 +19,10 @@ from qwen3_mlx.server.anthropic_wire import (
     MessageOut,
     MessagesRequest,
 )
-from qwen3_mlx.server.completion import EVENTS
-from qwen3_mlx.server.errors import ApiError, refused
+from qwen3_mlx.server.completion import EVENTS, stops
+from qwen3_mlx.server.entry import answered, takes
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.places import Place
 from qwen3_mlx.server.service import LiveResponse, Running, Service
 from qwen3_mlx.server.wire import (
     Json,
@@ -44,7 +45,7 @@ from qwen3_mlx.text.events import (
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
-_STREAM: dict[str, Any] = {"content": {EVENTS: {}}}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
 # Clients send it back with the thinking and want it to be there; it proves nothing here.
 _SIGNATURE = "qwen3-mlx"
 
@@ -53,44 +54,53 @@ def routes(service: Service) -> APIRouter:
     """Make the routes of this protocol."""
     router = APIRouter(prefix="/v1/messages", tags=["Anthropic"], responses=_ERRORS)
 
-    @router.post("", response_model=MessageOut, responses={200: _STREAM})
-    async def messages(asked: MessagesRequest, request: Request) -> Response:
-        return await _Messages(service, asked).respond(request)
+    @router.post("", response_model=MessageOut, responses=_STREAM, **takes(MessagesRequest))
+    async def messages(request: Request) -> Response:
+        return await answered(service, request, MessagesRequest, _Messages)
 
-    @router.post("/count_tokens", response_model=CountOut)
-    async def count_tokens(asked: Counted) -> Response:
-        def count() -> int:
-            messages = asked.library_messages()
-            options: Options = {
-                **_options(service, asked),
-                "continue_last": ends_with_words(messages),
-            }
-            prompt = service.llm.prepare(messages, **options).prompt
-            assert isinstance(prompt, str)
-            return len(service.llm.tokenizer.encode(prompt))
-
-        try:
-            warnings = check_unknown(asked, NOT_SUPPORTED, HARMLESS)
-            counted = await asyncio.to_thread(count)
-        except Exception as error:
-            raise refused(error) from error
-        return Json({"input_tokens": counted}, headers=warnings_header(warnings))
+    @router.post("/count_tokens", response_model=CountOut, **takes(Counted))
+    async def count_tokens(request: Request) -> Response:
+        return await answered(service, request, Counted, _Count)
 
     return router
 
 
-def _options(service: Service, asked: Counted) -> Options:
-    """Give what a prompt depends on."""
+def _options(service: Service, asked: Counted, warnings: list[str]) -> Options:
+    """Give what a prompt depends on, and add to the warnings of its request."""
     choice = asked.tool_choice
-    if choice and choice.type == "tool" and not choice.name:
-        raise ValueError("tool_choice of type tool needs a name")
+    if choice and (choice.type == "tool") != bool(choice.name):
+        raise ValueError("tool_choice of type tool needs a name, and no other type has one")
     names = {"auto": "auto", "any": "required", "none": "none"}
     return {
-        **service.options(asked.wish()),
+        **service.options(asked.wish(), warnings),
         "tools": asked.library_tools() or None,
         "tool_choice": (choice.name or names[choice.type]) if choice else "auto",
         "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
     }
+
+
+class _Count:
+    """The number of tokens that a prompt has."""
+
+    def __init__(self, service: Service, asked: Counted) -> None:
+        self._service = service
+        try:
+            self._warnings = service.another_model(asked.model)
+            self._warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
+            self._messages = asked.library_messages()
+            self._options: Options = {
+                **_options(service, asked, self._warnings),
+                "continue_last": ends_with_words(self._messages),
+            }
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, str(error)) from error
+
+    async def respond(self, request: Request, place: Place) -> Response:
+        """Answer the request."""
+        count = partial(self._service.llm.count_tokens, self._messages, **self._options)
+        do = self._service.preparing.do
+        counted = await do(request, place.cancelled, lambda _: count())
+        return Json({"input_tokens": counted}, headers=warnings_header(self._warnings))
 
 
 class _Messages:
@@ -106,13 +116,15 @@ class _Messages:
             self._warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
             self._messages = asked.library_messages()
             self._options: Options = {
-                **_options(service, asked),
+                **_options(service, asked, self._warnings),
                 "continue_last": ends_with_words(self._messages),
                 "sampling": SamplingParams(
-                    temperature=asked.temperature, top_p=asked.top_p, top_k=asked.top_k
+                    temperature=asked.temperature,
+                    top_p=asked.top_p,
+                    top_k=0 if asked.top_k == -1 else asked.top_k,
                 ),
                 "max_tokens": asked.max_tokens,
-                "stop": asked.stop_sequences,
+                "stop": stops(asked.stop_sequences),
                 "schema": form.schema_ if form else None,
                 "partial_calls": bool(asked.stream),
                 "idle": True,
@@ -120,10 +132,10 @@ class _Messages:
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
 
-    async def respond(self, request: Request) -> Response:
+    async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
-        running = await self._service.run(request, [prepare], shorten=True)
+        running = await self._service.run(request, place, [prepare])
         headers = warnings_header(self._warnings + running.warnings)
         if self._asked.stream:
             return LiveResponse(running, self._events(running), EVENTS, headers)

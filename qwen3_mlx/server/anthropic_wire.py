@@ -6,17 +6,18 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qwen3_mlx.server.openai_wire import ThinkingIn
-from qwen3_mlx.server.thinking import EFFORTS, Wish
-from qwen3_mlx.server.wire import AsSent, Wire
+from qwen3_mlx.server.thinking import Wish
+from qwen3_mlx.server.wire import AsSent, Messages, Parts, Posted, Stops, Tools, Wire
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "container": (),
     "mcp_servers": (),
     "service_tier": ("auto", "standard_only"),
 }
-HARMLESS = frozenset(("metadata", "context_management", "betas", "cache_control", "inference_geo"))
+HARMLESS = frozenset(("metadata", "betas", "cache_control", "inference_geo"))
 # What a model is told of a tool; the rest is for the provider.
 _LIBRARY_NAMES = {"name": "name", "description": "description", "input_schema": "parameters"}
+_EFFORT = "output_config.effort"
 _BILLING = "x-anthropic-billing-header:"  # changes from request to request, and means nothing here
 
 
@@ -32,17 +33,17 @@ class Block(Wire):
     name: str | None = None
     input: dict[str, Any] | None = None
     tool_use_id: str | None = None
-    content: "str | list[Block] | None" = None
+    content: "str | Parts[Block] | None" = None
     is_error: bool | None = None
     cache_control: dict[str, Any] | None = None
-    citations: list[Any] | None = None
+    citations: Parts[Any] | None = None
 
 
 class Message(Wire):
     """A message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[Block]
+    content: str | Parts[Block]
 
 
 class ToolIn(AsSent):
@@ -79,13 +80,13 @@ class OutputConfig(Wire):
     format: OutputFormat | None = None
 
 
-class Counted(Wire):
+class Counted(Posted):
     """What a prompt is made of."""
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
-    system: str | list[Block] | None = None
-    tools: list[ToolIn] | None = None
+    messages: Annotated[Messages[Message], Field(min_length=1)]
+    system: str | Parts[Block] | None = None
+    tools: Tools[ToolIn] | None = None
     tool_choice: ToolChoice | None = None
     thinking: ThinkingIn | None = None
     output_config: OutputConfig | None = None
@@ -94,10 +95,17 @@ class Counted(Wire):
         """Give what is said of thinking; an effort wins over a budget, as it does elsewhere."""
         thinking, config = self.thinking, self.output_config
         switch = thinking.switch if thinking else None
-        budget = thinking.budget_tokens if thinking else None
-        if config and config.effort and switch is not False:
-            budget = EFFORTS[config.effort]
-        return Wish(([("thinking.type", switch)],), [("thinking.budget_tokens", budget)])
+        budget = ("thinking.budget_tokens", thinking.budget_tokens if thinking else None)
+        effort = config.effort if config and switch is not False else None
+        overruled = effort and budget[1] is not None
+        return Wish(
+            ([("thinking.type", switch)],),
+            [] if overruled else [budget],
+            config.effort if config else None,
+            _EFFORT,
+            thinking.adaptive if thinking else None,
+            [(budget, f"{_EFFORT}={effort}")] if overruled else (),
+        )
 
     def library_messages(self) -> list[dict[str, Any]]:
         """Give the messages as the library has them.
@@ -148,10 +156,10 @@ class MessagesRequest(Counted):
 
     max_tokens: Annotated[int, Field(ge=1)]
     stream: bool | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Stops | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=0, le=1 << 31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
 
 
 class UsageOut(Wire):

@@ -1,10 +1,13 @@
 """The application: all routes over one engine, behind the guard."""
 
+import asyncio
+from collections.abc import Iterator
 from importlib.resources import files
+from threading import Lock
 from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -12,10 +15,13 @@ from starlette.middleware.cors import CORSMiddleware
 from qwen3_mlx import __version__
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.server import anthropic, ollama, openai
-from qwen3_mlx.server.errors import ApiError, of_status, of_validation
-from qwen3_mlx.server.guard import AccessLog, Guard
+from qwen3_mlx.server.entry import reference
+from qwen3_mlx.server.errors import ApiError, of_status
+from qwen3_mlx.server.guard import REQUEST_ID, AccessLog, Guard, note_error
+from qwen3_mlx.server.health import health_of
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
+from qwen3_mlx.server.wire import Posted
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 # Nothing from elsewhere, nothing inline, no frames around it.
@@ -44,7 +50,7 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
         version=__version__,
         docs_url=None,  # those pages load from elsewhere
         redoc_url=None,
-        openapi_url="/openapi.json",
+        openapi_url=None,  # see _describe
     )
     app.include_router(openai.routes(service))
     app.include_router(anthropic.routes(service))
@@ -53,47 +59,53 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
     _add_page(app)
     _add_errors(app)
     _describe(app)
-    app.add_middleware(Guard, settings=settings)
+    app.add_middleware(Guard, settings=settings, keys=service.keys)
     if settings.cors_origins:  # around the guard, so that pages may read what it says
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["warnings", "Retry-After"],
+            expose_headers=["warnings", "Retry-After", REQUEST_ID],
         )
     app.add_middleware(AccessLog)
     return app, service
 
 
 def _describe(app: FastAPI) -> None:
-    """Leave the framework's own form of errors out of the description: it is never sent."""
-    framework = app.openapi
+    """Describe the bodies that `entry` reads, and no form of errors that is never sent."""
+    writing = Lock()
 
-    def described() -> dict[str, Any]:
-        if app.openapi_schema is None:
-            made = framework()
-            for methods in made["paths"].values():
-                for operation in methods.values():
-                    operation["responses"].pop("422", None)
-            for name in ("HTTPValidationError", "ValidationError"):
-                made["components"]["schemas"].pop(name, None)
-        return app.openapi_schema or made
+    def description() -> dict[str, Any]:
+        with writing:
+            if app.openapi_schema is None:
+                made = get_openapi(title=app.title, version=app.version, routes=app.routes)
+                schemas = made["components"]["schemas"]
+                for body in _bodies(Posted):
+                    within = f"{reference(body)}/$defs/{{model}}"
+                    schemas[body.__name__] = body.model_json_schema(ref_template=within)
+                app.openapi_schema = made
+            return app.openapi_schema
 
-    app.openapi = described  # type: ignore[method-assign]
+    @app.get("/openapi.json", include_in_schema=False)
+    async def described() -> JSONResponse:
+        return JSONResponse(await asyncio.to_thread(description))  # which takes a second at first
+
+    app.openapi = description  # type: ignore[method-assign]
+
+
+def _bodies(kind: type[Posted]) -> Iterator[type[Posted]]:
+    for body in kind.__subclasses__():
+        yield body
+        yield from _bodies(body)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/health", tags=["Operations"])
-    async def health() -> dict[str, Any]:
-        """Say that the server is at work, and how much."""
-        return {
-            "status": "ok",
-            "model": service.settings.model,
-            "context_length": service.context,
-            "active": service.active,
-            "max_requests": service.settings.max_requests,
-        }
+    async def health() -> JSONResponse:
+        """Say that the server is at work, and how much; 503 when it is not."""
+        found = health_of(service)
+        return JSONResponse(found, 200 if found["status"] == "ok" else 503)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -119,14 +131,14 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(ApiError)
-    async def told(request: Request, error: ApiError) -> JSONResponse:
+    def answered(request: Request, error: ApiError) -> JSONResponse:
+        note_error(request.scope, error)
         return error.response(request.url.path)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return of_validation(error).response(request.url.path)
+    @app.exception_handler(ApiError)
+    async def told(request: Request, error: ApiError) -> JSONResponse:
+        return answered(request, error)
 
     @app.exception_handler(HTTPException)
     async def known(request: Request, error: HTTPException) -> JSONResponse:
-        return of_status(error.status_code, error.detail).response(request.url.path)
+        return answered(request, of_status(error.status_code, error.detail))

@@ -4,6 +4,7 @@ import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import Request
@@ -14,12 +15,15 @@ from qwen3_mlx.asking import Options
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_wire import Sampled
+from qwen3_mlx.server.places import Place
 from qwen3_mlx.server.service import LiveResponse, Prepare, Running, Service
-from qwen3_mlx.server.wire import Json, json_bytes, warnings_header
+from qwen3_mlx.server.wire import json_bytes, warnings_header
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Usage
 
 EVENTS = "text/event-stream"
+_MOST_DIGITS = 18  # of a token's id
+_TOKEN = 64  # bytes that a token may take in a reply, or many more, if there are logprobs
 
 
 class Completion(ABC):
@@ -61,24 +65,32 @@ class Completion(ABC):
     def choice(self, index: int, said: Collected, finish: Finish) -> Mapping[str, Any]:
         """Give a whole reply."""
 
-    async def respond(self, request: Request) -> Response:
+    async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
-        running = await self.service.run(request, self.prepares(), choices=self.choices)
+        running = await self.service.run(request, place, self.prepares(), choices=self.choices)
         headers = warnings_header(self.warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._chunks(running), EVENTS, headers)
         await running.complete(request)
-        return await self.whole(running, headers)
+        echoed = sum(len(said.prompt.others) for said in running.said if said.prompt)
+        size = (running.usage.completion_tokens + echoed) * _TOKEN
+        content = await self.service.aside(size, partial(self._whole, running))
+        return Response(content, media_type="application/json", headers=headers)
 
-    async def whole(self, running: Running, headers: Mapping[str, str]) -> Response:
-        """Create the response without a stream."""
-        choices = [
-            self.choice(index, said, finish)
+    def _whole(self, running: Running) -> bytes:
+        """Write the replies, each by itself: other threads wait while one is written."""
+        choices = (
+            self.written(self.choice(index, said, finish))
             for index, (said, finish) in enumerate(zip(running.said, running.finishes, strict=True))
             if finish
-        ]
-        end = {"usage": usage_of(running.usage), "timings": running.timings}
-        return Json({**self.head, "choices": choices, **end}, headers=dict(headers))
+        )
+        end = json_bytes({"usage": usage_of(running.usage), "timings": running.timings})
+        before = json_bytes(self.head)[:-1] + b',"choices":['
+        return before + b",".join(choices) + b"]," + end[1:]
+
+    def written(self, choice: Mapping[str, Any]) -> bytes:
+        """Write a reply."""
+        return json_bytes(choice)
 
     async def _chunks(self, running: Running) -> AsyncIterator[bytes]:
         with_usage = bool(self._stream_options and self._stream_options.include_usage)
@@ -108,8 +120,8 @@ def sampled(asked: Sampled) -> Options:
     """Give how tokens are to be chosen as the library has it; a ValueError if it cannot be."""
     bias = {}
     for token, value in (asked.logit_bias or {}).items():
-        if not token.isdecimal() or not token.isascii():
-            raise ValueError(f"logit_bias maps token ids to numbers; {token!r} is no token id")
+        if not token.isdecimal() or not token.isascii() or len(token) > _MOST_DIGITS:
+            raise ValueError(f"logit_bias maps token ids to numbers; {token!r:.60} is no token id")
         bias[int(token)] = value
     sampling = SamplingParams(
         temperature=asked.temperature,
@@ -121,12 +133,18 @@ def sampled(asked: Sampled) -> Options:
         repetition_penalty=asked.repetition_penalty,
         logit_bias=bias or None,
     )
-    return {"sampling": sampling, "stop": asked.stop, "seed": asked.seed}
+    return {"sampling": sampling, "stop": stops(asked.stop), "seed": seed_of(asked.seed, 0)}
+
+
+def stops(said: str | Sequence[str] | None) -> list[str] | None:
+    """Give the strings to stop at; empty ones, which some clients send for none, say nothing."""
+    strings = [said] if isinstance(said, str) else said or ()
+    return [one for one in strings if one] or None
 
 
 def seed_of(seed: int | None, number: int) -> int | None:
-    """Give the seed of one of several replies."""
-    return None if seed is None else seed + number
+    """Give the seed of one of several replies; -1 is local servers' word for a random one."""
+    return None if seed is None or seed == -1 else seed + number
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
@@ -142,7 +160,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
 
 def sign_of_life(running: Running) -> bytes:
     """Give a comment, which clients pass over, with how much of the prompt has been read."""
-    if running.first is not None:
+    if running.spoken:
         return b": keepalive\n\n"
     read = running.read
     done, total = (read.done, read.total) if read else (0, running.prompt_tokens)

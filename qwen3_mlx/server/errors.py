@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
+from pydantic import ValidationError
 
 from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
 from qwen3_mlx.server.wire import Json
@@ -16,12 +16,15 @@ _ANTHROPIC_TYPES = {
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
+_OPENAI_TYPES = {429: "rate_limit_error"}
 _PLAIN = {
-    400: "send the request as a JSON object, with Content-Type: application/json",
     404: "there is nothing at this address",
     405: "this address does not take this method",
 }
+_FIRST = 20  # errors of a request that are looked at
+_MOST_SAID = 2000  # characters, where a message repeats what was sent
 _KINDS = ("str", "int", "float", "bool", "none")
 
 
@@ -39,7 +42,7 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message
+        self.message = message if len(message) <= _MOST_SAID else f"{message[:_MOST_SAID]}..."
         self.code = code
         self.param = param
         self.headers = headers
@@ -68,7 +71,8 @@ class ApiError(Exception):
             return {"type": "error", "error": {"type": kind, "message": message}}
         if path.startswith("/api/"):
             return {"error": message}
-        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
+        kind = kind if self.status < 500 else "server_error"
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self, path: str) -> Json:
@@ -85,27 +89,24 @@ def refused(error: BaseException) -> ApiError:
 def of_status(status: int, detail: object) -> ApiError:
     """Say in a sentence what the framework knows by a number."""
     said = str(detail)
-    if said == HTTPStatus(status).phrase or status in (400, 405):
+    if said == HTTPStatus(status).phrase or status == 405:
         said = _PLAIN.get(status, said)
     return ApiError(status, said)
 
 
-def of_validation(error: RequestValidationError) -> ApiError:
+def of_validation(error: ValidationError) -> ApiError:
     """Name the field that is wrong, and what it may be."""
-    found = error.errors()
-    if found[0]["type"] in ("json_invalid", "model_attributes_type", "missing") and (
-        len(found[0]["loc"]) < 2 or found[0]["type"] == "json_invalid"
-    ):
-        return ApiError(400, _PLAIN[400])
-    # Of a field that may be of several kinds there is an error for each: the furthest is meant.
+    found = error.errors(include_url=False, include_context=False, include_input=False)
+    # Of a field that may be of several kinds there is an error for each: the furthest is meant, and
+    # of these one that has the right kind.
     first = _path(found[0]["loc"])
-    same = [one for one in found if _path(one["loc"])[: len(first)] == first]
-    furthest = max(same, key=lambda one: len(_path(one["loc"])))
+    same = [one for one in found[:_FIRST] if _path(one["loc"])[: len(first)] == first]
+    furthest = max(same, key=lambda one: (len(_path(one["loc"])), not one["type"].endswith("type")))
     param = ".".join(_path(furthest["loc"]))
     return ApiError(400, f"{param}: {furthest['msg'].removeprefix('Value error, ')}", param=param)
 
 
 def _path(place: Sequence[str | int]) -> list[str]:
     """Give the names of the fields in a place, without those of types."""
-    parts = [str(part) for part in place[1:]]
+    parts = [str(part) for part in place]
     return [part for part in parts if "[" not in part and part[:1].islower() and part not in _KINDS]

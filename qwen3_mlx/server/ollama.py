@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from qwen3_mlx import __version__
 from qwen3_mlx.asking import Options
 from qwen3_mlx.server.completion import shown
+from qwen3_mlx.server.entry import answered, parsed, takes
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.ollama_wire import (
     API_VERSION,
@@ -30,6 +31,7 @@ from qwen3_mlx.server.ollama_wire import (
     read_options,
     seconds_of,
 )
+from qwen3_mlx.server.places import Place
 from qwen3_mlx.server.service import LiveResponse, Prepare, Running, Service
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.server.wire import (
@@ -62,13 +64,20 @@ def routes(service: Service) -> APIRouter:
     """Make the routes of this protocol."""
     router = APIRouter(prefix="/api", tags=["Ollama"], responses=_ERRORS)
 
-    @router.post("/chat", response_model=OllamaChatOut, responses={200: _STREAM})
-    async def chat(asked: OllamaChatRequest, request: Request) -> Response:
-        return await _Chat(service, asked).respond(request)
+    @router.post(
+        "/chat", response_model=OllamaChatOut, responses={200: _STREAM}, **takes(OllamaChatRequest)
+    )
+    async def chat(request: Request) -> Response:
+        return await answered(service, request, OllamaChatRequest, _Chat)
 
-    @router.post("/generate", response_model=OllamaGenerateOut, responses={200: _STREAM})
-    async def generate(asked: OllamaGenerateRequest, request: Request) -> Response:
-        return await _Generate(service, asked).respond(request)
+    @router.post(
+        "/generate",
+        response_model=OllamaGenerateOut,
+        responses={200: _STREAM},
+        **takes(OllamaGenerateRequest),
+    )
+    async def generate(request: Request) -> Response:
+        return await answered(service, request, OllamaGenerateRequest, _Generate)
 
     @router.head("/tags", include_in_schema=False)
     @router.get("/tags")
@@ -81,8 +90,11 @@ def routes(service: Service) -> APIRouter:
         more = {"expires_at": _NEVER, "size_vram": 0, "context_length": service.context}
         return {"models": [{**model, **more}]}
 
-    @router.post("/show")
-    async def show(asked: OllamaShowRequest) -> Response:
+    @router.post("/show", **takes(OllamaShowRequest))
+    async def show(request: Request) -> Response:
+        sent = await request.body()
+        read = partial(parsed, sent, OllamaShowRequest, service.context)
+        asked = await service.aside(len(sent), read)
         _check_model(service, asked.model or asked.name)
         return Json(
             _described(service), headers=warnings_header(check_unknown(asked, {}, frozenset()))
@@ -197,12 +209,12 @@ class _Reply(ABC):
     ) -> dict[str, Any]:
         """Give what was said as a part of a response."""
 
-    async def respond(self, request: Request) -> Response:
+    async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
         if self._prepare is None:
             reason = "unload" if self._stays == 0 else "load"
             return Json(self._end(reason, {}), headers=warnings_header(self._warnings))
-        running = await self._service.run(request, [self._prepare], shorten=True)
+        running = await self._service.run(request, place, [self._prepare])
         headers = warnings_header(self._warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._lines(running), _LINES, headers)
@@ -280,7 +292,7 @@ class _Chat(_Reply):
         messages = [_library_message(message) for message in asked.messages]
         options: Options = {
             **self._options,
-            **self._service.options(_wish(asked.think)),
+            **self._service.options(_wish(asked.think), self._warnings),
             "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
             "continue_last": ends_with_words(messages),
             "idle": True,
@@ -314,7 +326,7 @@ class _Generate(_Reply):
         if not asked.raw:
             system = [{"role": "system", "content": asked.system}] if asked.system else []
             messages = [*system, {"role": "user", "content": asked.prompt}]
-            thinking = self._service.options(_wish(asked.think))
+            thinking = self._service.options(_wish(asked.think), self._warnings)
             turn: Options = {**self._options, **thinking, "idle": True}
             return partial(llm.prepare, messages, **turn)
         for name, value in (("system", asked.system), ("think", asked.think)):
@@ -331,7 +343,7 @@ class _Generate(_Reply):
 
 def _wish(think: bool | str | None) -> Wish:
     if isinstance(think, str):
-        return Wish(effort=think)
+        return Wish(effort=think, effort_name="think")
     return Wish(([("think", think)],))
 
 

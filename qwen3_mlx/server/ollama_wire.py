@@ -9,7 +9,7 @@ from pydantic import Field
 from qwen3_mlx.asking import Options
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.server.openai_wire import ToolIn
-from qwen3_mlx.server.wire import Wire
+from qwen3_mlx.server.wire import Messages, Parts, Posted, Tools, Wire
 
 API_VERSION = "0.12.11"
 """The version of Ollama whose API this is: the first with log probabilities."""
@@ -69,13 +69,13 @@ class OllamaMessage(Wire):
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
-    images: list[Any] | None = None
-    tool_calls: list[Called] | None = None
+    images: Parts[Any] | None = None
+    tool_calls: Parts[Called] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
 
-class OllamaRequest(Wire):
+class OllamaRequest(Posted):
     """What `/api/chat` and `/api/generate` have in common."""
 
     model: str | None = None
@@ -107,8 +107,8 @@ class OllamaRequest(Wire):
 class OllamaChatRequest(OllamaRequest):
     """`POST /api/chat`; without messages it loads the model, or unloads it."""
 
-    messages: list[OllamaMessage] | None = None
-    tools: list[ToolIn] | None = None
+    messages: Messages[OllamaMessage] | None = None
+    tools: Tools[ToolIn] | None = None
 
 
 class OllamaGenerateRequest(OllamaRequest):
@@ -119,7 +119,7 @@ class OllamaGenerateRequest(OllamaRequest):
     raw: bool | None = None
 
 
-class OllamaShowRequest(Wire):
+class OllamaShowRequest(Posted):
     """`POST /api/show`; `name` is what the model was called once."""
 
     model: str | None = None

@@ -7,8 +7,17 @@ from typing import Any
 from qwen3_mlx.asking import Options
 from qwen3_mlx.server.completion import Completion, sampled, seed_of, shown
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.openai_wire import HARMLESS, NOT_FOR_CHAT, ChatRequest, Message, NamedTool
+from qwen3_mlx.server.openai_forms import form_of
+from qwen3_mlx.server.openai_wire import (
+    HARMLESS,
+    NOT_FOR_CHAT,
+    ChatRequest,
+    Message,
+    NamedTool,
+    Part,
+)
 from qwen3_mlx.server.service import Prepare, Service
+from qwen3_mlx.server.thinking import UNLIMITED
 from qwen3_mlx.server.wire import check_unknown, ends_with_words
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCallDelta
@@ -34,10 +43,11 @@ class ChatCompletion(Completion):
         self._fields = () if hidden else _FIELDS[service.settings.reasoning_field]
         try:
             self.warnings += check_unknown(asked, NOT_FOR_CHAT, HARMLESS)
+            self.warnings += _unread(asked.messages)
             self._messages = [_library_message(message) for message in asked.messages]
             self._options: Options = {
                 **_chat_options(asked),
-                **service.options(asked.wish()),
+                **service.options(asked.wish(), self.warnings),
                 "continue_last": _continues(asked, self._messages),
             }
         except (ValueError, TypeError) as error:
@@ -109,18 +119,45 @@ class ChatCompletion(Completion):
 
 
 def _library_message(message: Message) -> dict[str, Any]:
-    """Give a message as the library has it."""
-    content = message.content
-    parts = content if isinstance(content, str) or content is None else _parts(content)
-    role = "system" if message.role == "developer" else message.role
-    made: dict[str, Any] = {"role": role, "content": parts}
-    if thinking := message.reasoning_content or message.reasoning:
+    """Give a message as the library has it; what an assistant thought goes apart."""
+    content, thoughts = message.content, [message.reasoning_content or message.reasoning]
+    if message.refusal:
+        said = content if isinstance(content, list) else [Part(text=content or "")]
+        content = [*said, Part(type="refusal", refusal=message.refusal)]
+    made: dict[str, Any] = {"role": message.role, "content": content}
+    if message.role == "developer":
+        made["role"] = "system"
+    if isinstance(content, list):
+        answers = message.role == "assistant"
+        thoughts += [_thought(part) for part in content if answers and part.type == "thinking"]
+        said = [part for part in content if not (answers and part.type == "thinking")]
+        made["content"] = [_part(part, answers) for part in said]
+    if thinking := "\n".join(filter(None, thoughts)):
         made["reasoning_content"] = thinking
     if message.tool_calls:
         made["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
     if message.tool_call_id:
         made["tool_call_id"] = message.tool_call_id
     return made
+
+
+def _part(part: Part, answers: bool) -> dict[str, Any]:
+    text = part.refusal if answers and part.type == "refusal" else part.text
+    return {"type": part.type} | ({} if text is None else {"text": text})
+
+
+def _thought(part: Part) -> str:
+    thinking = part.thinking
+    if isinstance(thinking, list):
+        return "".join(one.text or "" for one in thinking)
+    return thinking or part.text or ""
+
+
+def _unread(messages: Sequence[Message]) -> list[str]:
+    """Warn of what messages say that a prompt has no place for."""
+    if any(message.name and message.role != "tool" for message in messages):
+        return ["names of speakers (messages[].name) are not told to the model"]
+    return []
 
 
 def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> bool:
@@ -132,6 +169,11 @@ def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> boo
     wishes = [asked.continue_final_message]
     if asked.add_generation_prompt is not None:
         wishes.append(not asked.add_generation_prompt)
+    begun = [place for place, one in enumerate(asked.messages) if one.prefix or one.partial]
+    if begun:  # where it is false, it says what goes without saying
+        if begun[0] < len(messages) - 1:
+            raise ValueError(f"messages[{begun[0]}]: only the last message can be continued")
+        wishes.append(True)
     stated = set(wishes) - {None}
     if len(stated) > 1:
         raise ValueError(
@@ -145,14 +187,10 @@ def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> boo
     return continues
 
 
-def _parts(content: Sequence[Any]) -> list[dict[str, Any]]:
-    return [
-        {"type": part.type} | ({} if part.text is None else {"text": part.text}) for part in content
-    ]
-
-
 def _chat_options(asked: ChatRequest) -> Options:
     most = {asked.max_tokens, asked.max_completion_tokens} - {None}
+    if most == {UNLIMITED}:
+        most.clear()
     if len(most) > 1:
         raise ValueError(
             f"max_tokens={asked.max_tokens} and max_completion_tokens="
@@ -163,7 +201,7 @@ def _chat_options(asked: ChatRequest) -> Options:
     choice = asked.tool_choice or "auto"
     return {
         **sampled(asked),
-        **_form(asked),
+        **form_of(asked),
         "max_tokens": most.pop() if most else None,
         "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
         "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
@@ -172,22 +210,6 @@ def _chat_options(asked: ChatRequest) -> Options:
         "partial_calls": bool(asked.stream),
         "thinking_budget_message": asked.thinking_budget_message,
     }
-
-
-def _form(asked: ChatRequest) -> Options:
-    """Give the form that the answer is to have, by either way to say it."""
-    form: Options = {}
-    if (wish := asked.response_format) and wish.type != "text":
-        if wish.type == "json_schema" and wish.json_schema is None:
-            raise ValueError("response_format of type json_schema needs json_schema")
-        form["schema"] = wish.json_schema.schema_ if wish.json_schema else {"type": "object"}
-    if outputs := asked.structured_outputs:
-        if outputs.json_object:
-            form["schema"] = {"type": "object"}
-        if outputs.json_ is not None:
-            form["schema"] = outputs.json_
-        form |= {"regex": outputs.regex, "choice": outputs.choice, "grammar": outputs.grammar}
-    return form
 
 
 def _chunk(

@@ -1,18 +1,15 @@
 """Text completions: raw text goes on, without a chat template."""
 
-import asyncio
 from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fastapi.responses import Response
-
 from qwen3_mlx.asking import Options
-from qwen3_mlx.server.completion import Completion, sampled, seed_of, shown, usage_of
+from qwen3_mlx.server.completion import Completion, sampled, seed_of, shown
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_wire import HARMLESS, NOT_FOR_TEXT, TextRequest
-from qwen3_mlx.server.service import Prepare, Running, Service
+from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.wire import check_unknown, json_bytes
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, PromptTokens, Text, TokenLogprob
@@ -95,30 +92,16 @@ class TextCompletion(Completion):
         choice = self._choice(index, _text_of(said.prompt) + said.text, finish=finish)
         return choice | {"logprobs": logprobs}
 
-    async def whole(self, running: Running, headers: Mapping[str, str]) -> Response:
-        """Create the response; on a thread where it has all tokens of prompts."""
+    def written(self, choice: Mapping[str, Any]) -> bytes:
+        """Write a reply; one with a prompt's tokens in pieces, none of which takes long."""
         if not self._scores:
-            return await super().whole(running, headers)
-        content = await asyncio.to_thread(lambda: b"".join(self._pieces(running)))
-        return Response(content, headers=dict(headers), media_type="application/json")
-
-    def _pieces(self, running: Running) -> Iterator[bytes]:
-        """Yield the response as JSON, of which no piece takes long to write."""
-        end = {"usage": usage_of(running.usage), "timings": running.timings}
-        yield json_bytes({**self.head, **end})[:-1] + b',"choices":['
-        for index, (said, finish) in enumerate(zip(running.said, running.finishes, strict=True)):
-            assert finish
-            choice = dict(self.choice(index, said, finish))
-            logprobs = choice.pop("logprobs")
-            yield b"," * (index > 0) + json_bytes(choice)[:-1] + b',"logprobs":{'
-            for number, name in enumerate(_LISTS):
-                yield b"," * (number > 0) + json_bytes(name) + b":["
-                for start in range(0, len(logprobs[name]), _SLICE):
-                    part = json_bytes(logprobs[name][start : start + _SLICE])[1:-1]
-                    yield b"," * (start > 0) + part
-                yield b"]"
-            yield b"}}"
-        yield b"]}"
+            return super().written(choice)
+        lists = [
+            json_bytes(name) + b":[" + b",".join(_slices(values)) + b"]"
+            for name, values in choice["logprobs"].items()
+        ]
+        rest = {name: value for name, value in choice.items() if name != "logprobs"}
+        return json_bytes(rest)[:-1] + b',"logprobs":{' + b",".join(lists) + b"}}"
 
     def _prompt(self, index: int) -> str:
         prompt = self._prompts[index // self.choices]
@@ -168,6 +151,11 @@ class _Offsets:
         place = self._length
         self._length += len(self._decoder.decode(token))
         return place
+
+
+def _slices(values: Sequence[Any]) -> Iterator[bytes]:
+    for start in range(0, len(values), _SLICE):
+        yield json_bytes(values[start : start + _SLICE])[1:-1]
 
 
 def _best(token: TokenLogprob) -> dict[str, float]:

@@ -2,15 +2,25 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
-from qwen3_mlx.server.thinking import UNLIMITED, Said, Wish
-from qwen3_mlx.server.wire import AsSent, Wire
+from qwen3_mlx.server.thinking import UNLIMITED, Said, Wish, agreed_effort
+from qwen3_mlx.server.wire import AsSent, FailFast, Messages, Parts, Posted, Stops, Tools, Wire
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Count = Annotated[int, Field(ge=1)]
+
+
+def _check_most(tokens: int) -> int:
+    if tokens == 0 or tokens < UNLIMITED:
+        raise ValueError(f"must be at least 1, or -1 for no limit, not {tokens}")
+    return tokens
+
+
+Most = Annotated[int, AfterValidator(_check_most), Field(description="-1 is no limit.")]
 Budget = Annotated[int, Field(ge=UNLIMITED, description="Tokens of thinking; -1 is no limit.")]
 _MOST_CHOICES = 32
+_MOST_BIASES = 10_000
 
 # What asks for something that cannot be had, and the values of it that ask for nothing.
 NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
@@ -27,6 +37,7 @@ NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_logprobs": (),
     "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
     "store": (),
     "use_beam_search": (),
     "verbosity": ("medium",),
@@ -35,18 +46,21 @@ NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
 NOT_FOR_TEXT = {name: idle for name, idle in NOT_FOR_CHAT.items() if name != "echo"} | {
     "suffix": ("",)
 }
-# What is meant for the provider, and asks for nothing in the reply.
+# What asks for nothing in the reply: it is about caching, which is done in any case, or for the
+# provider's own books.
 HARMLESS = frozenset(
-    ("cache_prompt", "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier")
-    + ("user", "skip_special_tokens", "keep_alive", "api_key")
+    ("cache_prompt", "prompt_cache_key", "prompt_cache_retention", "keep_alive")
+    + ("metadata", "safety_identifier", "user", "api_key")
 )
 
 
 class Part(Wire):
-    """A part of a message; only text can be read."""
+    """A part of a message; only text can be read, and what an assistant thought or refused with."""
 
     type: str = "text"
     text: str | None = None
+    thinking: "str | Parts[Part] | None" = None
+    refusal: str | None = None
 
 
 class Function(Wire):
@@ -69,12 +83,12 @@ class Message(Wire):
     """A message of the conversation; the thinking of earlier turns goes by either name."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[Part] | None = None
+    content: str | Parts[Part] | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     refusal: str | None = None
-    tool_calls: list[Call] | None = None
+    tool_calls: Parts[Call] | None = None
     tool_call_id: str | None = None
     prefix: bool | None = None  # DeepSeek's and Qwen's words for a last message to be continued
     partial: bool | None = None
@@ -124,10 +138,11 @@ class JsonSchema(Wire):
 
 
 class ResponseFormat(Wire):
-    """The form of the answer."""
+    """The form of the answer; `schema` is where other local servers have it."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
 class StructuredOutputs(Wire):
@@ -173,14 +188,19 @@ class ThinkingIn(Wire):
         """Whether it says on or off."""
         return {"enabled": True, "disabled": False, "adaptive": None}[self.type]
 
+    @property
+    def adaptive(self) -> str | None:
+        """The name of the field, where it leaves the thinking to the model."""
+        return "thinking.type" if self.type == "adaptive" else None
 
-class Sampled(Wire):
+
+class Sampled(Posted):
     """What chat and text completions have in common."""
 
     model: str | None = None
     n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Stops | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
@@ -190,24 +210,32 @@ class Sampled(Wire):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Annotated[dict[str, float], Field(max_length=_MOST_BIASES)] | None = None
+
+    @property
+    def replies(self) -> int:
+        """How many replies are asked for."""
+        return self.n or 1
 
 
 class ChatRequest(Sampled):
     """`POST /v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[Messages[Message], Field(min_length=1)]
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
-    max_tokens: Count | None = None
-    max_completion_tokens: Count | None = None
+    max_tokens: Most | None = None
+    max_completion_tokens: Most | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: list[ToolIn] | None = None
+    tools: Tools[ToolIn] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    json_schema: dict[str, Any] | None = None  # llama.cpp's word for a form
+    format: Literal["json", ""] | dict[str, Any] | None = None  # Ollama's
+    think: bool | Effort | None = None  # and its word for thinking
     chat_template_kwargs: TemplateKwargs | None = None
     enable_thinking: bool | None = None
     thinking: ThinkingIn | None = None
@@ -229,12 +257,16 @@ class ChatRequest(Sampled):
         """
         reasoning, thinking = self.reasoning or ReasoningIn(), self.thinking
         template = self.chat_template_kwargs or TemplateKwargs()
-        efforts = {self.reasoning_effort, reasoning.effort} - {None}
-        if len(efforts) > 1:
-            raise ValueError(
-                f"reasoning_effort={self.reasoning_effort} and reasoning.effort="
-                f"{reasoning.effort} contradict each other; send one of them"
-            )
+        switch, think_effort = self.think, None
+        if isinstance(switch, str):
+            switch, think_effort = None, switch
+        effort_name, effort = agreed_effort(
+            [
+                ("reasoning_effort", self.reasoning_effort),
+                ("reasoning.effort", reasoning.effort),
+                ("think", think_effort),
+            ]
+        )
         budgets = ("thinking_budget", "thinking_token_budget", "thinking_budget_tokens")
         budgets += ("reasoning_budget_tokens", "reasoning_max_tokens")  # type: ignore[assignment]
         said: list[Said] = [(name, getattr(self, name)) for name in budgets]
@@ -249,20 +281,29 @@ class ChatRequest(Sampled):
                 [
                     ("thinking.type", thinking.switch if thinking else None),
                     ("reasoning.enabled", reasoning.enabled),
+                    ("think", switch),
                 ],
             ),
             said,
-            self.reasoning_effort or reasoning.effort,
+            effort,
+            effort_name,
+            thinking.adaptive if thinking else None,
         )
 
 
 class TextRequest(Sampled):
     """`POST /v1/completions`."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | FailFast[str] | FailFast[int] | FailFast[FailFast[int]]
     max_tokens: Annotated[int, Field(ge=-1, description="-1 is no limit.")] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
+
+    @property
+    def replies(self) -> int:
+        """How many replies are asked for: `n` to each prompt."""
+        several = isinstance(self.prompt, list) and not isinstance((*self.prompt, 0)[0], int)
+        return (self.n or 1) * (len(self.prompt) if several else 1)
 
 
 # --- what is answered ---------------------------------------------------------------------------
@@ -346,13 +387,17 @@ class TextOut(Wire):
 
 
 class ModelOut(Wire):
-    """A model that is served."""
+    """A model that is served, as OpenAI's clients know it and as Anthropic's do."""
 
     id: str
     object: Literal["model"]
+    type: Literal["model"]
+    display_name: str
     created: int
+    created_at: str
     owned_by: str
     context_length: int
+    max_input_tokens: int
     thinking: Literal["hybrid", "always", "never"]
 
 
@@ -361,6 +406,9 @@ class ModelsOut(Wire):
 
     object: Literal["list"]
     data: list[ModelOut]
+    first_id: str
+    last_id: str
+    has_more: bool
 
 
 class ErrorDetails(Wire):

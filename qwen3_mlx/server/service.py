@@ -3,27 +3,33 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from threading import Event as Flag
-from typing import Any
+from typing import TypeVar
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from qwen3_mlx.asking import Options
-from qwen3_mlx.errors import ContextError, Qwen3Error
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.replies import Task
-from qwen3_mlx.server.errors import ApiError, refused
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.guard import reason_of
+from qwen3_mlx.server.keys import Keys
+from qwen3_mlx.server.places import Place, Places
+from qwen3_mlx.server.preparing import Preparing
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.streams import Collected
-from qwen3_mlx.text.events import Event, Finish, Usage
+from qwen3_mlx.text.compiling import Caller
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
-_LONGEST_WAIT = 60  # seconds that a client is told to stay away
-_MEMORY = 0.8  # how much a new measurement leaves of the old
+_MOST_UNREAD = 1 << 17  # pieces of a reply that a client has not taken: some 25 MB
+_AT_ONCE = 16 << 10  # bytes that take little longer than to wake a thread for them
+_READERS = 2  # threads for large bodies, which together take as many times the memory of one
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +41,8 @@ class Read:
 
 
 Heard = Event | Read | BaseException
-Prepare = Callable[[], Task]
+Prepare = Callable[[Caller], Task]
+T = TypeVar("T")
 
 
 class Mailbox:
@@ -68,31 +75,44 @@ class Mailbox:
 
 def _sort(letters: list[tuple["Running", int, Heard]]) -> None:
     for running, index, heard in letters:
-        running.queue.put_nowait((index, heard))
+        running.hear(index, heard)
+
+
+def _weight(heard: Heard) -> int:
+    """Count the pieces that an event takes in memory."""
+    tokens = heard.tokens if isinstance(heard, Text | Reasoning) else ()
+    return 1 + sum(1 + len(token.top) for token in tokens)
 
 
 class Running:
     """The replies to one request, numbered from 0, until `close`."""
 
-    def __init__(
-        self, service: "Service", count: int, choices: int, record: dict[str, Any]
-    ) -> None:
-        """Prepare for `count` replies: so many `choices` to each prompt."""
+    def __init__(self, service: "Service", place: Place, choices: int) -> None:
+        """Prepare for the replies that `place` counts: so many `choices` to each prompt."""
+        count = place.count
+        place.kept = True
         self.said = [Collected() for _ in range(count)]
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
         self.warnings: list[str] = []  # of the request, once it has been prepared
         self.read: Read | None = None
         self.started = time.perf_counter()
-        self.first: float | None = None  # when the first token came
-        self.cancelled = Flag()
+        self.first: float | None = None  # when the first token was chosen
+        self.spoken = False  # whether an event came
+        self.cancelled = place.cancelled
         self.count = count
         self._choices = choices
         self._service = service
-        self._record = record
+        self._place = place
+        self._record = place.record
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
-        self._closed = False
+        self._unread = 0  # pieces in the queue
+        self._sent = self._ends = 0  # replies that the engine was given, and those it has ended
+        self._failed = self._closed = self._left = False
+        self.ended_by: ApiError | None = None  # what the server has cancelled the replies for
+        timeout = service.settings.request_timeout
+        self._timer = self.loop.call_later(timeout, self._time_is_up) if timeout else None
 
     def begin(self, tasks: Sequence[Task]) -> None:
         """Send the tasks to the engine; from any thread."""
@@ -100,11 +120,75 @@ class Running:
             deliver = partial(self._service.mailbox.put, self, index)
 
             def tell(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
+                if done == total and self.first is None:  # told so with the first token
+                    self.first = time.perf_counter()
                 deliver(Read(done, total))
 
-            task = replace(task, asked=replace(task.asked, progress=tell))
-            started = self._service.llm.begin(task, deliver, self.cancelled)
+            asked = replace(task.asked, progress=tell)
+            begun = replace(task, asked=asked, shortens=True, client=self._place.client)
+            started = self._service.llm.begin(begun, deliver, self.cancelled)
+            self._sent += 1
             self.prompt_tokens = started.prompt_tokens
+            if asked.max_tokens is not None and started.room < asked.max_tokens:
+                warning = (
+                    f"max_tokens={asked.max_tokens:,} was shortened to {started.room:,}: after "
+                    f"{started.prompt_tokens:,} tokens of prompt the context has room for no more"
+                )
+                if warning not in self.warnings:  # each choice has the same
+                    self.warnings.append(warning)
+
+    def hear(self, index: int, heard: Heard) -> None:
+        """Take what a reply says. The last that the engine says makes room for other requests.
+
+        How long a client takes to read the rest is its own affair, within bounds.
+        """
+        if not self._closed:
+            self.queue.put_nowait((index, heard))
+            self._unread += _weight(heard)
+        if self._unread > _MOST_UNREAD:
+            self._cancel_for(ApiError(408, "the client took too little of the reply for too long"))
+        if isinstance(heard, BaseException):
+            self.cancelled.set()  # the other replies to the same request
+        if isinstance(heard, Finish | BaseException):
+            self._ends += 1
+            self._leave_if_done()
+
+    def _leave_if_done(self) -> None:
+        done = self._ends == self._sent and (self._closed or self._sent == self.count)
+        if done and not self._left:
+            self._left = True
+            if self._timer:
+                self._timer.cancel()
+            self._place.leave(time.perf_counter() - self.started)
+
+    def _time_is_up(self) -> None:
+        seconds = f"{self._service.settings.request_timeout:g}"
+        self._cancel_for(
+            ApiError(
+                504,
+                f"the reply had not begun after {seconds} s, and is not waited for any longer "
+                "(--request-timeout); ask for less, or when the server has less to do",
+                code="timeout",
+            )
+        )
+
+    def _cancel_for(self, reason: ApiError) -> None:
+        if not self.ended_by:
+            self.ended_by = reason
+            self.cancelled.set()
+
+    def _end_of(self, finish: Finish) -> Finish:
+        """Return how a reply ends: what time has cut off is as long as it may be.
+
+        Raises:
+            ApiError: it was cancelled for another reason, or before it had begun.
+        """
+        if finish.reason != "cancelled":
+            return finish
+        reason = self.ended_by or ApiError(503, "the server is shutting down", code="unavailable")
+        if reason.status != 504 or self.first is None:
+            raise reason
+        return replace(finish, reason="length", details={**finish.details, "ended_by": "timeout"})
 
     async def batches(self, patience: float) -> AsyncIterator[list[tuple[int, Event]]]:
         """Give the events as they come, all that are there at once; none when time is up.
@@ -117,21 +201,28 @@ class Running:
             heard = await self._waiting(patience)
             events: list[tuple[int, Event]] = []
             for index, event in heard:
+                self._unread -= _weight(event)
                 if isinstance(event, BaseException):
-                    raise ApiError.of(event)
+                    self._failed = True
+                    raise self._noted(ApiError.of(event))
                 if isinstance(event, Read):
                     self.read = event
                     continue
+                self.spoken = True
                 if isinstance(event, Finish):
+                    try:
+                        event = self._end_of(event)
+                    except ApiError as error:
+                        raise self._noted(error) from None
                     self.finishes[index] = event
-                    if event.reason == "cancelled":
-                        raise ApiError(503, "the server is shutting down", code="unavailable")
                     open_replies -= 1
-                elif self.first is None:
-                    self.first = time.perf_counter()
                 self.said[index].add(event)
                 events.append((index, event))
             yield events
+
+    def _noted(self, error: ApiError) -> ApiError:
+        self._record.setdefault("error", reason_of(error))
+        return error
 
     async def _waiting(self, patience: float) -> list[tuple[int, Heard]]:
         heard = []
@@ -185,17 +276,16 @@ class Running:
     def timings(self) -> dict[str, float]:
         """How long it took, by the names that llama.cpp's clients know; in milliseconds."""
         now = time.perf_counter()
-        first = self.first or now
-        usage = self.usage
+        first, usage = self.first or now, self.usage
         read, made = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
-        reading, making = first - self.started, max(now - first, 1e-9)
+        reading, making = first - self.started, now - first
         return {
             "prompt_n": read,
             "prompt_ms": round(reading * 1e3, 1),
             "prompt_per_second": round(read / max(reading, 1e-9), 1),
             "predicted_n": made,
             "predicted_ms": round(making * 1e3, 1),
-            "predicted_per_second": round(max(made - self.count, 0) / making, 1),
+            "predicted_per_second": round(max(made - self.count, 0) / making, 1) if making else 0.0,
         }
 
     def close(self) -> None:
@@ -204,12 +294,19 @@ class Running:
             return
         self._closed = True
         self.cancelled.set()
-        self._record["finish"] = [end.reason if end else "cancelled" for end in self.finishes]
+        if self._sent:
+            other = "error" if self._failed else "cancelled"
+            self._record["finish"] = [end.reason if end else other for end in self.finishes]
+            if not all(self.finishes):
+                self._record.setdefault("error", "the client went away")
+        if self.first:
+            self._record["first_ms"] = round((self.first - self.started) * 1e3, 1)
+            self._record["tokens_per_second"] = self.timings["predicted_per_second"]
         if all(self.finishes):  # or the counts are not known
             self._record |= asdict(self.usage)
         if self._service.settings.log_content:
             self._record["replies"] = [said.message() for said in self.said]
-        self._service.leave(self)
+        self._leave_if_done()
 
 
 class Service:
@@ -221,96 +318,80 @@ class Service:
         self.context = llm.context
         self.mailbox = Mailbox(llm)
         self.created = int(time.time())
-        self._running: set[Running] = set()
-        self._pace = 1.0  # seconds that a request takes, lately
+        self.keys = Keys(settings.api_key, settings.key_file)
+        self.stopping = False
+        self.started = time.monotonic()
+        self._readers = ThreadPoolExecutor(_READERS, "qwen3-body")
+        self.places = Places(settings.max_requests, settings.most_per_client)
+        self.preparing = Preparing()
+        llm.load_grammars()  # now, for it would hold up all that runs
 
     @property
     def active(self) -> int:
         """The replies that run or wait."""
-        return sum(running.count for running in self._running)
+        return self.places.active
 
     def another_model(self, name: str | None) -> list[str]:
         """Warn of a model that is asked for and is not the one that answers."""
         if name in (None, "", "default", self.settings.model):
             return []
-        return [f"there is no model {name!r} here; {self.settings.model} answers"]
+        return [f"there is no model {name!r:.200} here; {self.settings.model} answers"]
 
-    def options(self, wish: Wish) -> Options:
-        """Give what a request says of thinking as the library has it."""
+    def options(self, wish: Wish, warnings: list[str]) -> Options:
+        """Give what a request says of thinking as the library has it, and add to its warnings."""
         settings = self.settings
-        thinking, budget = wish.resolve(
-            self.llm.thinking, settings.thinking, settings.thinking_budget
-        )
-        return {"thinking": thinking, "thinking_budget": budget}
+        found = wish.resolve(self.llm.thinking, settings.thinking, settings.thinking_budget)
+        warnings += found.warnings
+        return {
+            "thinking": found.thinking,
+            "thinking_budget": found.budget,
+            "thinking_budget_bends": found.bends,
+        }
+
+    async def aside(self, size: int, job: Callable[[], T]) -> T:
+        """Do a job whose time grows with so many bytes of JSON: at once if few, or on a thread."""
+        if size <= _AT_ONCE:
+            return job()
+        return await asyncio.get_running_loop().run_in_executor(self._readers, job)
 
     async def run(
         self,
         request: Request,
+        place: Place,
         prepares: Sequence[Prepare],
         *,
         choices: int = 1,
-        shorten: bool = False,
     ) -> Running:
-        """Let a request in and send its replies to the engine; to be closed by the caller.
+        """Send the replies to a request to the engine; to be closed by the caller.
 
-        What is prepared may take its time, and is done on a thread. With `shorten` a reply may be
-        given less than `max_tokens`, where the context has less room.
+        What is prepared may take its time, and is done on a thread. A reply gets less than
+        `max_tokens`, with a warning, where the context has less room.
 
         Raises:
-            ApiError: there are too many already, or it cannot be had.
+            ApiError: it cannot be had.
         """
-        record = request.scope.setdefault("record", {})
-        running = Running(self, len(prepares), choices, record)
-        self._admit(running)
+        running = Running(self, place, choices)
 
-        def start() -> None:
-            tasks = [prepare() for prepare in prepares]
+        def start(caller: Caller) -> None:
+            tasks = [prepare(caller) for prepare in prepares]
             if warning := tasks[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
-                record["prompts"] = [task.prompt for task in tasks]
-            try:
-                running.begin(tasks)
-            except ContextError:
-                if not shorten or tasks[0].asked.max_tokens is None:
-                    raise
-                running.begin([replace(t, asked=replace(t.asked, max_tokens=None)) for t in tasks])
+                place.record["prompts"] = [task.prompt for task in tasks]
+            running.begin(tasks)
 
         try:
-            await asyncio.to_thread(start)
+            await self.preparing.do(request, place.cancelled, start)
         except BaseException as error:
             running.close()
-            if isinstance(error, Exception):
-                raise refused(error) from error
+            if isinstance(error, ApiError) and running.ended_by:
+                raise running.ended_by from error
             raise
         return running
 
-    def _admit(self, running: Running) -> None:
-        active, most = self.active, self.settings.max_requests
-        if running.count > most:
-            raise ApiError(400, f"{running.count} replies are asked for, and at most {most} can be")
-        if active + running.count > most:
-            wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
-            raise ApiError(
-                429,
-                f"the server answers or keeps waiting {active} of at most {most} replies, and "
-                f"{running.count} more are asked for; try again in {wait} s",
-                code="rate_limit_exceeded",
-                headers={"Retry-After": str(wait)},
-            )
-        self._running.add(running)
-
-    def leave(self, running: Running) -> None:
-        """Make room for others."""
-        if running in self._running:
-            self._running.remove(running)
-            took = time.perf_counter() - running.started
-            self._pace = _MEMORY * self._pace + (1 - _MEMORY) * took
-
     def cancel_all(self) -> None:
         """End all that runs: the time for a shutdown is over."""
-        for running in self._running:
-            running.cancelled.set()
+        self.places.cancel_all()
 
 
 class LiveResponse(StreamingResponse):

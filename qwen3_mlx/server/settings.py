@@ -1,7 +1,12 @@
 """How a server is to behave."""
 
+import ipaddress
+import math
+import re
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 REASONING_FIELDS = ("both", "reasoning_content", "reasoning", "none")
 
@@ -10,6 +15,10 @@ REASONING_FIELDS = ("both", "reasoning_content", "reasoning", "none")
 class Settings:
     """What is said once, at the start.
 
+    `key_file` has one key a line; with several, a client is its key, otherwise its address, which a
+    proxy in `trusted_proxies` may state. A client may have `max_per_client` replies running and
+    waiting; None is three quarters of `max_requests`, or all where only this machine is served. A
+    reply that is not done after `request_timeout` ends as it is.
     `model` is the name that clients see. `thinking` and `thinking_budget` hold where a request says
     nothing of either. `reasoning_field` is where OpenAI's clients find the thinking. Times are in
     seconds, sizes in bytes.
@@ -21,12 +30,16 @@ class Settings:
     model: str
     host: str = "127.0.0.1"
     api_key: str | None = None
+    key_file: Path | None = None
+    trusted_proxies: Sequence[str] = ()
     allowed_hosts: Sequence[str] = ()
     cors_origins: Sequence[str] = ()
     thinking: bool | None = None
     thinking_budget: int | None = None
     reasoning_field: str = "both"
     max_requests: int = 64  # running and waiting
+    max_per_client: int | None = None
+    request_timeout: float | None = None
     max_body: int = 32 << 20
     keep_alive: float = 5.0  # between the signs of life on a stream that has nothing to say
     shutdown: float = 10.0  # for replies to be finished in
@@ -40,9 +53,66 @@ class Settings:
             )
         if self.max_requests < 1:
             raise ValueError(f"max_requests must be at least 1, not {self.max_requests}")
+        if self.max_per_client is not None and self.max_per_client < 1:
+            raise ValueError(f"max_per_client must be at least 1, not {self.max_per_client}")
+        timeout = self.request_timeout
+        if timeout is not None and not 0 < timeout < math.inf:
+            raise ValueError(f"request_timeout must be more than 0 seconds, not {timeout}")
         if self.thinking_budget is not None and self.thinking_budget < 0:
             raise ValueError(f"thinking_budget must be at least 0, not {self.thinking_budget}")
         if self.thinking is False and self.thinking_budget is not None:
             raise ValueError("thinking_budget is for thinking, which thinking=False switches off")
         if self.api_key is not None and not self.api_key.isascii():
             raise ValueError("api_key must be plain ASCII: it travels in a header")
+        if self.api_key is not None and self.key_file is not None:
+            raise ValueError("a key_file and an api_key (QWEN3_API_KEY) are two sources of keys")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        for origin in self.cors_origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"cors_origins has {origin!r}, which is no origin; "
+                    "one is like https://example.com or http://localhost:3000, and * is all"
+                )
+        for name in self.allowed_hosts:
+            if not _HOST.fullmatch(name):
+                raise ValueError(
+                    f"allowed_hosts has {name!r}, which is no name of a host; "
+                    "one is like mac.local, without http:// and without a port"
+                )
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy)
+            except ValueError:
+                raise ValueError(
+                    f"trusted_proxies has {proxy!r}, which is no address; "
+                    "one is like 127.0.0.1, and a network like 10.0.0.0/8"
+                ) from None
+
+    @property
+    def local(self) -> bool:
+        """Whether it listens to this machine alone."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def most_per_client(self) -> int:
+        """How many replies one client may have, running and waiting."""
+        if self.max_per_client is not None:
+            return min(self.max_per_client, self.max_requests)
+        one_user = self.local and not self.trusted_proxies and self.key_file is None
+        return self.max_requests if one_user else math.ceil(self.max_requests * _SHARE)
+
+
+def own_names() -> set[str]:
+    """Return the names by which the local network may know this machine."""
+    name = socket.gethostname().split(".")[0].lower()
+    return {name, f"{name}.local"} if name else set()
+
+
+_SHARE = 3 / 4  # of the replies that one client may have, where there may be others
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?", re.IGNORECASE)
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")

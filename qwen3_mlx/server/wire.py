@@ -2,14 +2,32 @@
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Self
+from itertools import islice
+from typing import Annotated, Any, Self, TypeVar
 
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 
 from qwen3_mlx.text.messages import normalise, without_empty_end
 
 _MOST_HEADER = 1000  # characters
+_MOST_NAMED = 10  # unknown fields
+_MOST_UNKNOWN = 1000  # fields in one object
+
+# Lists that a client sends: they fail at the first thing that is wrong, and have an end.
+T = TypeVar("T")
+FailFast = Annotated[list[T], Field(fail_fast=True)]
+Messages = Annotated[list[T], Field(fail_fast=True, max_length=50_000)]
+Parts = Annotated[list[T], Field(fail_fast=True, max_length=10_000)]
+Tools = Annotated[list[T], Field(fail_fast=True, max_length=1000)]
+Stops = Annotated[list[str], Field(fail_fast=True, max_length=64)]
 
 
 class Wire(BaseModel):
@@ -18,14 +36,33 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     def unknown(self, prefix: str = "") -> Iterator[str]:
-        """Name the fields that are not known, in here and below."""
-        yield from (prefix + name for name in self.model_extra or {})
+        """Name the fields that are not known, in here and below.
+
+        Raises:
+            ValueError: they are absurdly many.
+        """
+        extra = self.model_extra or {}
+        if len(extra) > _MOST_UNKNOWN:
+            raise ValueError(
+                f"{prefix.rstrip('.') or 'the request'} has {len(extra):,} fields that are not "
+                f"known, and at most {_MOST_UNKNOWN:,} are ignored"
+            )
+        yield from (prefix + name for name in extra)
         for name in type(self).model_fields:
             value = getattr(self, name)
             for place, one in enumerate(value if isinstance(value, list) else [value]):
                 if isinstance(one, Wire):
                     index = f"[{place}]" if isinstance(value, list) else ""
                     yield from one.unknown(f"{prefix}{name}{index}.")
+
+
+class Posted(Wire):
+    """The body of a request."""
+
+    @property
+    def replies(self) -> int:
+        """How many replies are asked for."""
+        return 1
 
 
 class AsSent(Wire):
@@ -59,12 +96,16 @@ def check_unknown(
     """
     for name, idle in unsupported.items():
         value = (request.model_extra or {}).get(name)
-        if value not in (None, False, *idle) and value != []:
+        off = value is False and not any(one is True for one in idle)
+        if value is not None and not off and value not in idle and value != []:
             hint = f"; it may be {', '.join(map(repr, idle))}" if idle else "; leave it out"
             raise ValueError(f"{name} is not supported{hint}")
     known = harmless | unsupported.keys()
-    names = [name for name in request.unknown() if name not in known]
-    return [f"unknown field {name!r} was ignored" for name in names]
+    names = (name for name in request.unknown() if name not in known)
+    warnings = [f"unknown field {name!r} was ignored" for name in islice(names, _MOST_NAMED)]
+    if more := sum(1 for _ in names):
+        warnings.append(f"and {more:,} more unknown fields")
+    return warnings
 
 
 def ends_with_words(messages: Sequence[Mapping[str, Any]]) -> bool:
@@ -78,7 +119,8 @@ def warnings_header(warnings: list[str]) -> dict[str, str]:
     """Give the header that tells of them, if there are any."""
     if not warnings:
         return {}
-    text = "; ".join(warnings).encode("ascii", "backslashreplace").decode()
+    text = "; ".join(warning[:_MOST_HEADER] for warning in warnings)[:_MOST_HEADER]
+    text = text.encode("ascii", "backslashreplace").decode()
     return {"warnings": "".join(c if c.isprintable() else "?" for c in text)[:_MOST_HEADER].strip()}
 
 

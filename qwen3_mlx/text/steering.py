@@ -93,18 +93,32 @@ class Limits:
         max_tokens: int,
         guard: bool,
         least_answer: int = 1,
+        bends: bool = False,
     ) -> "Limits":
         """Make them of what was asked; an answer finds room within `max_tokens`.
 
+        Where there is little of it, a budget that `bends` is closed by the tag alone; where there
+        is none, it is given up.
+
         Raises:
-            ValueError: it cannot, or the message does not close the thinking.
+            ValueError: there is none otherwise, or the message does not close the thinking.
         """
         if thinking is None or thinking.close_id is None:
             return cls((), None, guard)
         hand_off = hand_off_ids(tokenizer, thinking, message)
-        if budget is not None:
-            budget = budget_within(budget, max_tokens, hand_off, least_answer)
-        return cls(hand_off, budget, guard)
+        if budget is None:
+            return cls(hand_off, None, guard)
+        if not bends:
+            return cls(hand_off, budget_within(budget, max_tokens, hand_off, least_answer), guard)
+        closings = [hand_off, hand_off_ids(tokenizer, thinking, "")]
+        if message is None and len(hand_off) * _ANSWER_SHARE > max_tokens:
+            del closings[0]  # Qwen's words would take the room of the answer
+        for closing in closings:
+            try:
+                return cls(closing, budget_within(budget, max_tokens, closing, least_answer), guard)
+            except ValueError:
+                continue
+        return cls(closings[-1], None, guard)
 
 
 @dataclass(slots=True)

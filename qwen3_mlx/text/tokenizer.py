@@ -6,6 +6,7 @@ must know where a character ends.
 
 import codecs
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -14,7 +15,11 @@ from typing import Any
 import tokenizers
 
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.text.pieces import PIECE, can_be_cut, pieces
 
+_NFC = 3  # a text may have so many times the bytes of its normal form: nine of Hangul become three
+_LONG = 4 * PIECE  # characters, of which a template is not to make a prompt for nothing
+_JOINED = 2  # tokens that a text may lose to what stands around it
 _SETTINGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
 
@@ -36,6 +41,14 @@ class Prompt(str):
         return (self.parts,)
 
 
+class TooLong(ValueError):
+    """A text that has more tokens than were wanted: `least` or more."""
+
+    def __init__(self, least: int) -> None:
+        super().__init__(f"the text has {least:,} tokens or more")
+        self.least = least
+
+
 class Tokenizer:
     """The byte-level BPE tokenizer of a checkpoint."""
 
@@ -54,6 +67,8 @@ class Tokenizer:
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
         if not isinstance(self._inner.decoder, tokenizers.decoders.ByteLevel):
             raise CheckpointError(f"{path} is not a byte-level tokenizer, as all Qwen3 have")
+        # Its threads would take the processor from the engine, and warn of themselves when forked.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._inner.no_truncation()  # whatever the file was saved with: no prompt is cut short
         self._inner.no_padding()
         self._add_tokens(path.parent)
@@ -78,31 +93,104 @@ class Tokenizer:
         )
         return bool(others.items() <= own.items())
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, most: int | None = None) -> list[int]:
         """Give the ids of `text`; the names of control tokens in it become those tokens.
 
         In a `Prompt` that `LLM.render` gives, only those do that the template has written.
 
         Raises:
+            TooLong: there are more than `most`; how many more has not been found out.
             ValueError: the text is not valid Unicode, as bytes that are not UTF-8 leave it.
         """
         parts = text.parts if isinstance(text, Prompt) else [(text, False)]
-        return [
-            token
-            for part, is_plain in parts
-            for token in _ids(self._plain if is_plain else self._inner, part)
-        ]
+        ids: list[int] = []
+        self._check_length(text, most)
+        for part, is_plain in parts:
+            for some in self._encoded(self._plain if is_plain else self._inner, part, most):
+                ids += some.ids
+                if most is not None and len(ids) > most:
+                    raise TooLong(len(ids))
+        return ids
 
     def encode_plain(self, text: str) -> list[int]:
         """Give the ids of `text` without any control token; raises what `encode` does."""
-        return _ids(self._plain, text)
+        return [token for some in self._encoded(self._plain, text) for token in some.ids]
+
+    def least_tokens(self, text: str, enough: int) -> int:
+        """Give how many tokens a text has at least, by its bytes; long ones are read for `enough`.
+
+        Raises:
+            ValueError: a long text is not valid Unicode.
+        """
+        least, found = self._least_by_bytes(text), 0
+        if least > enough or len(text) < _LONG:
+            return least
+        try:
+            for some in self._encoded(self._plain, text, enough):
+                found += len(some)
+                if found > enough + _JOINED:
+                    break
+        except TooLong as error:
+            found = error.least
+        return max(least, found - _JOINED)
 
     def added_spans(self, text: str) -> list[tuple[int, int]]:
         """Give where added tokens stand in a text, as (start, stop) in characters."""
         if not any(first in text for first in self._first_characters):
             return []
-        spans: list[tuple[int, int]] = self._finder.encode(text, add_special_tokens=False).offsets
-        return spans
+        spans, place, window = list[tuple[int, int]](), 0, self._window
+        while True:
+            part = text[place : place + window] if window else text
+            found = self._finder.encode_batch([part], add_special_tokens=False)[0].offsets
+            if place + len(part) == len(text):
+                return [*spans, *((place + start, place + stop) for start, stop in found)]
+            sure = len(part) - max(map(len, self.added_tokens))  # what begins here is seen whole
+            found = [span for span in found if span[0] < sure]
+            spans += ((place + start, place + stop) for start, stop in found)
+            place += max(sure, found[-1][1] if found else 0)
+
+    def _encoded(
+        self, tokenizer: tokenizers.Tokenizer, text: str, most: int | None = None
+    ) -> Iterator[tokenizers.Encoding]:
+        """Encode piece by piece; only a batch, of one here, lets other threads run meanwhile."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"the text is not valid Unicode at character {error.start}; is it UTF-8?"
+            ) from error
+        for piece in pieces(text) if self._cuts else [text]:
+            if most is not None and len(piece) > 2 * PIECE:
+                self._check_uncut(tokenizer, piece, most)
+            yield tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
+
+    @staticmethod
+    def _check_uncut(tokenizer: tokenizers.Tokenizer, text: str, most: int) -> None:
+        """Refuse a long stretch without a safe cut that has far too many tokens, cut anywhere."""
+        found = 0
+        for start in range(0, len(text), PIECE):
+            piece = text[start : start + PIECE]
+            found += len(tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0])
+            if found > 2 * most:  # cuts add a few tokens, and never so many
+                raise TooLong(found // 2)
+
+    def _check_length(self, text: str, most: int | None) -> None:
+        if most is not None and len(text) > most and (least := self._least_by_bytes(text)) > most:
+            raise TooLong(least)
+
+    def _least_by_bytes(self, text: str) -> int:
+        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) // _NFC
+        return -(-size // self._longest)
+
+    @cached_property
+    def _longest(self) -> int:
+        """The bytes of the longest token; in the vocabulary each is a character."""
+        words = self._inner.get_vocab(with_added_tokens=False)
+        return max(1, *map(len, words), *map(len, self._added.values()))
+
+    @cached_property
+    def _cuts(self) -> bool:
+        return can_be_cut(self._inner)
 
     def is_word(self, token: str) -> bool:
         """Say whether a token is of the vocabulary, and not only added to it."""
@@ -117,6 +205,14 @@ class Tokenizer:
     @cached_property
     def _first_characters(self) -> frozenset[str]:
         return frozenset(name[:1] for name in self.added_tokens)
+
+    @cached_property
+    def _window(self) -> int | None:
+        """How much of a text is searched for added tokens at once; None is all of it."""
+        added = self._inner.get_added_tokens_decoder().values()
+        # Whether one of these is found depends on what stands around it, perhaps far away.
+        bound = any(t.lstrip or t.rstrip or t.single_word or t.normalized for t in added)
+        return None if bound or any(len(t.content) > PIECE // 2 for t in added) else PIECE
 
     @cached_property
     def _finder(self) -> tokenizers.Tokenizer:
@@ -170,17 +266,6 @@ class Tokenizer:
             return self._added[token]
         text = self._inner.id_to_token(token)
         return b"" if text is None else bytes(self._bytes_of[char] for char in text)
-
-
-def _ids(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text is not valid Unicode at character {error.start}; is it UTF-8?"
-        ) from error
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
-    return ids
 
 
 class Detokenizer:

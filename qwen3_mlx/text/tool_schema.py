@@ -14,6 +14,7 @@ _KINDS = {
     dict: "object",
 }
 _NAMES = frozenset(_KINDS.values())
+_MOST_VISITED = 2_000  # parts of a schema, for the types of one value
 _IMPLIED = {"properties": "object", "items": "array"}
 
 
@@ -55,39 +56,53 @@ def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
     "integer".
     """
     try:
-        return _kinds_of(schema, root, frozenset())
+        return _Kinds(root).of(schema)
     except RecursionError:
         return frozenset()
 
 
-def _kinds_of(schema: Any, root: Mapping[str, Any], followed: frozenset[str]) -> frozenset[str]:
-    if not isinstance(schema, Mapping):
-        return frozenset()
+class _Kinds:
+    """Gathers the types of values; each reference into `root` is followed once."""
 
-    def within(part: Any) -> frozenset[str]:
-        return _kinds_of(part, root, followed)
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._known: dict[str, frozenset[str]] = {}
+        self._left = _MOST_VISITED
 
-    said: list[frozenset[str]] = []
-    kind = schema.get("type")
-    if isinstance(kind, str | list):
-        kinds = _NAMES.intersection([kind] if isinstance(kind, str) else map(str, kind))
-        said.append(kinds | {"null"} if kinds and schema.get("nullable") is True else kinds)
-    else:
-        said += [frozenset((kind,)) for key, kind in _IMPLIED.items() if key in schema]
-    if isinstance(values := schema.get("enum"), list):
-        said.append(frozenset(map(kind_of, values)))
-    if "const" in schema:
-        said.append(frozenset((kind_of(schema["const"]),)))
-    if isinstance(ref := schema.get("$ref"), str) and ref not in followed:
-        said.append(_kinds_of(_referred(ref, root), root, followed | {ref}))
-    for key in ("anyOf", "oneOf"):
-        if isinstance(parts := schema.get(key), list):
-            alternatives = [within(part) for part in parts]
-            said.append(frozenset().union(*alternatives) if all(alternatives) else frozenset())
-    if isinstance(parts := schema.get("allOf"), list):
-        said += [within(part) for part in parts]
-    said = [kinds | {"integer"} if "number" in kinds else kinds for kinds in said if kinds]
-    return frozenset.intersection(*said) if said else frozenset()
+    def of(self, schema: Any) -> frozenset[str]:
+        """Return the types of a part; a RecursionError if there is too much to be looked at."""
+        self._left -= 1
+        if self._left < 0:
+            raise RecursionError
+        if not isinstance(schema, Mapping):
+            return frozenset()
+        said: list[frozenset[str]] = []
+        kind = schema.get("type")
+        if isinstance(kind, str | list):
+            kinds = _NAMES.intersection([kind] if isinstance(kind, str) else map(str, kind))
+            said.append(kinds | {"null"} if kinds and schema.get("nullable") is True else kinds)
+        else:
+            said += [frozenset((kind,)) for key, kind in _IMPLIED.items() if key in schema]
+        if isinstance(values := schema.get("enum"), list):
+            said.append(frozenset(map(kind_of, values)))
+        if "const" in schema:
+            said.append(frozenset((kind_of(schema["const"]),)))
+        if isinstance(ref := schema.get("$ref"), str):
+            said.append(self._of_reference(ref))
+        for key in ("anyOf", "oneOf"):
+            if isinstance(parts := schema.get(key), list):
+                alternatives = [self.of(part) for part in parts]
+                said.append(frozenset().union(*alternatives) if all(alternatives) else frozenset())
+        if isinstance(parts := schema.get("allOf"), list):
+            said += [self.of(part) for part in parts]
+        said = [kinds | {"integer"} if "number" in kinds else kinds for kinds in said if kinds]
+        return frozenset.intersection(*said) if said else frozenset()
+
+    def _of_reference(self, ref: str) -> frozenset[str]:
+        if ref not in self._known:
+            self._known[ref] = frozenset()  # it says nothing of itself, while it is followed
+            self._known[ref] = self.of(_referred(ref, self._root))
+        return self._known[ref]
 
 
 def _referred(ref: str, root: Mapping[str, Any]) -> Any:

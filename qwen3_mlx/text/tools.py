@@ -22,7 +22,8 @@ from qwen3_mlx.text.arguments import (
     coder_parameters,
 )
 from qwen3_mlx.text.events import ToolCall
-from qwen3_mlx.text.grammar import Grammar, Grammars
+from qwen3_mlx.text.grammar import Grammar
+from qwen3_mlx.text.grammars import Grammars
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tool_schema import kind_of, kinds_of, parameters_of, properties_of
@@ -31,6 +32,7 @@ Tool = Callable[..., Any] | Mapping[str, Any]
 """A Python function, or its description: OpenAI's, or its `function` part alone."""
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+_LONGEST_SHOWN = 60  # characters of a name
 
 
 # --- what the model is told ---------------------------------------------------------------------
@@ -45,8 +47,19 @@ def describe(tool: Tool) -> dict[str, Any]:
 
     Raises:
         TypeError: it is neither, or a parameter's type cannot be written as JSON schema.
-        ValueError: the description has no name.
+        ValueError: it has no name, or one with other characters than names of tools have.
     """
+    described = _described(tool)
+    name = described["function"]["name"]
+    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+        shown = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."
+        raise ValueError(
+            f"a tool's name has letters (A-Z), digits, '_', '-' and '.' only, not {shown!r}"
+        )
+    return described
+
+
+def _described(tool: Tool) -> dict[str, Any]:
     if isinstance(tool, Mapping):
         function = tool.get("function", tool)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):

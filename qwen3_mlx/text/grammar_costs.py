@@ -1,0 +1,144 @@
+"""What a grammar may cost: what is refused before llguidance sees it, with what is too much of it.
+
+These are the known cases, told in their own words; a trial (`compiling`) stops all others.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from qwen3_mlx.text.tool_schema import parameters_of, parts_of, properties_of
+
+MOST_TOOLS = 1_000
+MOST_PARAMETERS = 5_000  # of all tools
+MOST_CHOICES = 50_000
+MOST_CHARACTERS = 1_000_000
+"""Of a form as it is written, or of all tools; what is larger fits no context window either."""
+
+# Intersected patterns take time exponential in their number, before llguidance counts any fuel:
+# 16 take 0.2 s, 20 take 8 s and 24 more memory than there is.
+_MOST_INTERSECTED = 16
+# A multiple of 100,003 takes 0.2 s and 20 MB, one of 3,000,017 takes 77 s and 1.8 GB.
+_MOST_REMAINDERS = 100_000
+# Each takes four of the 2,000 items that llguidance follows; 10,000 take 12 s to compile.
+_MOST_OPTIONAL = 500
+_COMBINING = frozenset(("$ref", "allOf", "anyOf", "oneOf"))
+_HOLDING = frozenset(
+    ("pattern", "properties", "patternProperties", "additionalProperties", "items", "prefixItems")
+)
+# One that is not closed ends with its line: to look for its end from each quote takes too long.
+_LARK_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*+"?|/(?:[^/\\\n]|\\.)++/?|//.*')
+
+
+def check_size(name: str, value: Any) -> None:
+    """Check that a JSON value has at most as many characters as a grammar may.
+
+    Raises:
+        ValueError: it has more.
+    """
+    rest, size = [value], 0
+    while rest and size <= MOST_CHARACTERS:
+        part = rest.pop()
+        size += 1
+        if isinstance(part, str):
+            size += len(part)
+        elif isinstance(part, Mapping):
+            size += sum(len(str(key)) for key in part)
+            rest += part.values()
+        elif isinstance(part, list | tuple):
+            rest += part
+    if size > MOST_CHARACTERS:
+        raise ValueError(f"{name} may have at most {MOST_CHARACTERS:,} characters; this has more")
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Check that described tools are not too many, or too large together.
+
+    Raises:
+        ValueError: they are.
+    """
+    check_size("all tools together", tools)
+    count = sum(len(properties_of(parameters_of(tool["function"]))) for tool in tools)
+    if count > MOST_PARAMETERS:
+        raise ValueError(
+            f"all tools together may have at most {MOST_PARAMETERS:,} parameters, not {count:,}"
+        )
+
+
+def check_lark(text: str) -> None:
+    """Check what a grammar in Lark's syntax may cost.
+
+    Raises:
+        ValueError: it is too much.
+    """
+    check_size("a grammar", text)
+    for place in re.finditer(r"%json\s*", text):
+        try:
+            schema = json.JSONDecoder().raw_decode(text, place.end())[0]
+        except json.JSONDecodeError:
+            continue  # llguidance says where
+        check_schema(schema)
+    rules = _LARK_LITERAL.sub("", text)
+    if "<[" in rules:
+        raise ValueError("tokens cannot be named by their numbers (<[...]>); write their text")
+    if rules.count("&") >= _MOST_INTERSECTED:
+        raise ValueError(f"at most {_MOST_INTERSECTED} expressions can be intersected (&)")
+
+
+def check_schema(schema: Any) -> None:
+    """Check what a JSON schema may cost.
+
+    Raises:
+        ValueError: it takes llguidance too much time or memory.
+    """
+    check_size("a schema", schema)
+    _check_patterns(schema)
+    _check_multiples(schema)
+    _check_properties(schema)
+
+
+def _check_properties(schema: Any) -> None:
+    """Raise a ValueError where an object has more optional properties than can be followed."""
+    for part in parts_of(schema):
+        properties, required = part.get("properties"), part.get("required")
+        if isinstance(properties, Mapping) and len(properties) > _MOST_OPTIONAL:
+            count = len(properties.keys() - (required if isinstance(required, list) else []))
+            if count > _MOST_OPTIONAL:
+                raise ValueError(
+                    f"an object can have at most {_MOST_OPTIONAL} optional properties, "
+                    f"not {count:,}"
+                )
+
+
+def _check_multiples(schema: Any) -> None:
+    """Raise a ValueError where counting the remainders of a number would take too many states."""
+    found = 1
+    for part in parts_of(schema):
+        number = part.get("multipleOf")
+        if isinstance(number, int | float) and math.isfinite(number) and number > 0:
+            digits = Decimal(str(number)).normalize().as_tuple().digits
+            found = math.lcm(found, int("".join(map(str, digits))))
+        if found > _MOST_REMAINDERS:
+            raise ValueError(
+                f"multipleOf is supported up to {_MOST_REMAINDERS:,} (the least common multiple of "
+                f"all in a schema, without the zeros at its ends), not {found:,}"
+            )
+
+
+def _check_patterns(schema: Any) -> None:
+    """Raise a ValueError where more patterns may hold for one value than can be intersected."""
+    patterns, combined = set(), False
+    for part in parts_of(schema):
+        if isinstance(pattern := part.get("pattern"), str):
+            patterns.add(pattern)
+        keys = part.keys()
+        several = isinstance(every := part.get("allOf"), list) and len(every) > 1
+        combined |= several or (bool(keys & _COMBINING) and len(keys & (_COMBINING | _HOLDING)) > 1)
+    if combined and len(patterns) > _MOST_INTERSECTED:
+        raise ValueError(
+            f"it combines schemas and has {len(patterns)} patterns, and at most "
+            f"{_MOST_INTERSECTED} can be intersected"
+        )

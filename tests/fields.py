@@ -1,0 +1,361 @@
+"""What `test_fields` changes of the requests of each protocol, and what may do nothing."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qwen3_mlx.server import anthropic_wire, ollama_wire, openai_wire
+from qwen3_mlx.server.wire import Wire
+
+
+@dataclass(frozen=True)
+class Case:
+    """A change of a field: to `value`, or to what its type allows.
+
+    `beside` is what else the request has, and `at` where the object with the field stands in it;
+    both are those of its kind, if they are not named. Some changes must be `refused`.
+    """
+
+    value: Any = None
+    beside: Mapping[str, Any] | None = None
+    at: str | None = None
+    refused: bool = False
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A request that is whole as `base` says.
+
+    Of each kind of object within it `places` say where one stands, and what else the request then
+    has. `cases` are changes of fields of which more is to be said than their type, or that the
+    model leaves open. What `silent` fields say may be without effect, for the reason that is named.
+    """
+
+    path: str
+    model: type[Wire]
+    base: Mapping[str, Any]
+    places: Mapping[str, tuple[str, Mapping[str, Any]]]
+    cases: Mapping[str, Case]
+    silent: Mapping[str, str] = field(default_factory=dict)
+
+
+SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
+OTHER = {"type": "object", "properties": {"y": {"type": "string"}}}
+USER = {"role": "user", "content": "What is 12 + 34?"}
+TURNS = {"messages": [USER, {"role": "assistant", "content": "46"}, USER]}
+BEGUN = {"messages": [USER, {"role": "assistant", "content": "It is"}]}
+ORDER = "calls and their results belong together by their order, as templates show them"
+ALWAYS_STRICT = "answers and calls are always held to their schemas, as far as those can be"
+FOR_PROVIDERS = "it asks the provider for something that is no part of the reply"
+
+
+def _assistant(*parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Have the assistant say some parts before the last question."""
+    return {"messages": [USER, {"role": "assistant", "content": list(parts)}]}
+
+
+# --- OpenAI ---------------------------------------------------------------------------------------
+
+_TOOL = {
+    "type": "function",
+    "function": {"name": "calculator", "description": "Calculate.", "parameters": SCHEMA},
+}
+_TOOLS = {"tools": [_TOOL, {"type": "function", "function": {"name": "other"}}]}
+_CALL = {"id": "call_1", "type": "function", "function": {"name": "calculator", "arguments": "{}"}}
+_CHAIN = {
+    "messages": [
+        USER,
+        {"role": "assistant", "content": "", "tool_calls": [_CALL]},
+        {"role": "tool", "content": "46", "tool_call_id": "call_1"},
+    ]
+}
+_PARTS = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}
+_NAMED = {**_TOOLS, "tool_choice": {"type": "function", "function": {"name": "calculator"}}}
+_THOUGHT = _assistant({"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Oh"})
+_REFUSED = _assistant({"type": "refusal", "refusal": "No"})
+_JSON_SCHEMA = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
+
+CHAT = Protocol(
+    "/v1/chat/completions",
+    openai_wire.ChatRequest,
+    {"messages": [USER], "max_tokens": 99},
+    places={
+        "ChatRequest": ("", {}),
+        "Message": ("messages.0", {}),
+        "Part": ("messages.0.content.0", _PARTS),
+        "Call": ("messages.1.tool_calls.0", _CHAIN),
+        "Function": ("messages.1.tool_calls.0.function", _CHAIN),
+        "ToolIn": ("tools.0", _TOOLS),
+        "Described": ("tools.0.function", _TOOLS),
+        "NamedTool": ("tool_choice", _NAMED),
+        "NamedFunction": ("tool_choice.function", _NAMED),
+        "JsonSchema": ("response_format.json_schema", {"response_format": _JSON_SCHEMA}),
+        "ResponseFormat": ("response_format", {"response_format": {"type": "json_object"}}),
+        "StructuredOutputs": ("structured_outputs", {"structured_outputs": {}}),
+        "StreamOptions": ("stream_options", {"stream": True, "stream_options": {}}),
+        "TemplateKwargs": ("chat_template_kwargs", {"chat_template_kwargs": {}}),
+        "ReasoningIn": ("reasoning", {"reasoning": {}}),
+        "ThinkingIn": ("thinking", {"thinking": {"type": "enabled"}}),
+    },
+    cases={
+        "Call.function": Case({"name": "other"}),
+        "ChatRequest.add_generation_prompt": Case(True, BEGUN, refused=True),
+        "ChatRequest.chat_template_kwargs": Case({"enable_thinking": False}),
+        "ChatRequest.continue_final_message": Case(False, BEGUN, refused=True),
+        "ChatRequest.enable_thinking": Case(False),
+        "ChatRequest.include_reasoning": Case(False),
+        "ChatRequest.logit_bias": Case({"7": 1.0}),
+        "ChatRequest.max_completion_tokens": Case(7, {"max_tokens": None}),
+        "ChatRequest.messages": Case(BEGUN["messages"]),
+        "ChatRequest.parallel_tool_calls": Case(False, _TOOLS),
+        "ChatRequest.reasoning": Case({"max_tokens": 7}),
+        "ChatRequest.response_format": Case({"type": "json_object"}),
+        "ChatRequest.stream_options": Case({"include_usage": True}, {"stream": True}),
+        "ChatRequest.structured_outputs": Case({"regex": "a"}),
+        "ChatRequest.think": Case(False),
+        "ChatRequest.thinking": Case({"type": "disabled"}),
+        "ChatRequest.tool_choice": Case("none", _TOOLS),
+        "ChatRequest.tools": Case([_TOOL]),
+        "ChatRequest.top_logprobs": Case(7, {"logprobs": True}),
+        "Described.parameters": Case(OTHER),
+        "Function.arguments": Case('{"x": "1"}'),
+        "JsonSchema.schema_": Case(OTHER),
+        "Message.content": Case("Hello"),
+        "Message.partial": Case(True, TURNS, "messages.1", refused=True),
+        "Message.prefix": Case(True, TURNS, "messages.1", refused=True),
+        "Message.reasoning": Case("Hm.", _CHAIN, "messages.1"),
+        "Message.reasoning_content": Case("Hm.", _CHAIN, "messages.1"),
+        "Message.refusal": Case("No.", TURNS, "messages.1"),
+        "Message.tool_call_id": Case("call_2", _CHAIN, "messages.2"),
+        "Message.tool_calls": Case([_CALL], TURNS, "messages.1"),
+        "NamedFunction.name": Case("other"),
+        "NamedTool.function": Case({"name": "other"}),
+        "Part.refusal": Case("Never", _REFUSED, "messages.1.content.0"),
+        "Part.thinking": Case("Hm, hm.", _THOUGHT, "messages.1.content.0"),
+        "Part.type": Case("input_text"),
+        "ResponseFormat.json_schema": Case({"schema": SCHEMA}),
+        "ResponseFormat.schema_": Case(SCHEMA),
+        "StructuredOutputs.grammar": Case('start: "a"'),
+        "StructuredOutputs.json_": Case(SCHEMA),
+        "TemplateKwargs.enable_thinking": Case(False),
+        "ReasoningIn.enabled": Case(False),
+        "ReasoningIn.exclude": Case(True),
+        "ToolIn.function": Case({"name": "third"}),
+    },
+    silent={
+        "Call.id": ORDER,
+        "Call.index": ORDER,
+        "JsonSchema.description": "the schema has descriptions of its own, and none is shown",
+        "JsonSchema.name": "one form needs no name",
+        "JsonSchema.strict": ALWAYS_STRICT,
+        "Message.tool_call_id": ORDER,
+        "Part.type": "what has a text is text, whatever it is called",
+        "StreamOptions.include_obfuscation": "nothing is padded, which it may ask for",
+    },
+)
+
+COMPLETION = Protocol(
+    "/v1/completions",
+    openai_wire.TextRequest,
+    {"prompt": "Once", "max_tokens": 99},
+    places={
+        "TextRequest": ("", {}),
+        "StreamOptions": ("stream_options", {"stream": True, "stream_options": {}}),
+    },
+    cases={
+        "TextRequest.logit_bias": Case({"7": 1.0}),
+        "TextRequest.stream_options": Case({"include_usage": True}, {"stream": True}),
+    },
+    silent={"StreamOptions.include_obfuscation": CHAT.silent["StreamOptions.include_obfuscation"]},
+)
+
+# --- Anthropic ------------------------------------------------------------------------------------
+
+_CLAUDE_TOOL = {"name": "calculator", "description": "Calculate.", "input_schema": SCHEMA}
+_CLAUDE_TOOLS = {"tools": [_CLAUDE_TOOL, {"name": "other", "input_schema": OTHER}]}
+_USE = {"type": "tool_use", "id": "toolu_1", "name": "calculator", "input": {"x": "1"}}
+_RESULT = {"type": "tool_result", "tool_use_id": "toolu_1", "content": "46"}
+_CLAUDE_CHAIN = {
+    "messages": [
+        USER,
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}, _USE]},
+        {"role": "user", "content": [_RESULT]},
+    ]
+}
+_THINKS, _USES, _RESULTS = (
+    f"messages.{place}" for place in ("1.content.0", "1.content.1", "2.content.0")
+)
+_FORMAT = {"type": "json_schema", "schema": SCHEMA}
+_CLAUDE_PLACES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Message": ("messages.0", {}),
+    "Block": ("messages.0.content.0", _PARTS),
+    "ToolIn": ("tools.0", _CLAUDE_TOOLS),
+    "ToolChoice": ("tool_choice", {**_CLAUDE_TOOLS, "tool_choice": {"type": "auto"}}),
+    "ThinkingIn": ("thinking", {"thinking": {"type": "enabled"}}),
+    "OutputConfig": ("output_config", {"output_config": {}}),
+    "OutputFormat": ("output_config.format", {"output_config": {"format": _FORMAT}}),
+}
+_CLAUDE_CASES = {
+    "Block.citations": Case([{}]),
+    "Block.content": Case("47", _CLAUDE_CHAIN, _RESULTS),
+    "Block.data": Case("x", _assistant({"type": "redacted_thinking"}), _THINKS),
+    "Block.id": Case("toolu_2", _CLAUDE_CHAIN, _USES),
+    "Block.input": Case({"x": "2"}, _CLAUDE_CHAIN, _USES),
+    "Block.is_error": Case(True, _CLAUDE_CHAIN, _RESULTS),
+    "Block.name": Case("other", _CLAUDE_CHAIN, _USES),
+    "Block.signature": Case("x", _CLAUDE_CHAIN, _THINKS),
+    "Block.thinking": Case("Hm, hm.", _CLAUDE_CHAIN, _THINKS),
+    "Block.tool_use_id": Case("toolu_2", _CLAUDE_CHAIN, _RESULTS),
+    "Block.type": Case("image", refused=True),
+    "Message.content": Case("Hello"),
+    "OutputConfig.format": Case(_FORMAT),
+    "OutputFormat.schema_": Case(OTHER),
+    "ThinkingIn.budget_tokens": Case(7),
+    "ToolChoice.name": Case(
+        "other", {**_CLAUDE_TOOLS, "tool_choice": {"type": "tool", "name": "calculator"}}
+    ),
+    "ToolChoice.type": Case("none"),
+    "ToolIn.input_schema": Case(OTHER),
+    "ToolIn.type": Case("web_search_20250305", refused=True),
+}
+_CLAUDE_OF_REQUEST = {
+    "messages": Case(BEGUN["messages"]),
+    "output_config": Case({"effort": "low"}),
+    "thinking": Case({"type": "disabled"}),
+    "tool_choice": Case({"type": "none"}, _CLAUDE_TOOLS),
+    "tools": Case([_CLAUDE_TOOL]),
+}
+_CLAUDE_SILENT = {
+    "Block.cache_control": "the beginnings of prompts are kept in any case",
+    "Block.citations": FOR_PROVIDERS,
+    "Block.data": "thinking that is encrypted can be read by nobody else",
+    "Block.id": ORDER,
+    "Block.signature": "what was thought is believed without proof",
+    "Block.tool_use_id": ORDER,
+    "ToolIn.cache_control": "the beginnings of prompts are kept in any case",
+    "ToolIn.eager_input_streaming": "arguments always stream as they are written",
+    "ToolIn.strict": ALWAYS_STRICT,
+}
+_NOT_COUNTED = "it is no part of the prompt that is counted"
+
+MESSAGES = Protocol(
+    "/v1/messages",
+    anthropic_wire.MessagesRequest,
+    {"messages": [USER], "max_tokens": 99},
+    places={"MessagesRequest": ("", {}), **_CLAUDE_PLACES},
+    cases={
+        **_CLAUDE_CASES,
+        **{f"MessagesRequest.{name}": case for name, case in _CLAUDE_OF_REQUEST.items()},
+    },
+    silent=_CLAUDE_SILENT,
+)
+COUNTED = Protocol(
+    "/v1/messages/count_tokens",
+    anthropic_wire.Counted,
+    {"messages": [USER]},
+    places={"Counted": ("", {}), **_CLAUDE_PLACES},
+    cases={
+        **_CLAUDE_CASES,
+        **{f"Counted.{name}": case for name, case in _CLAUDE_OF_REQUEST.items()},
+    },
+    silent={
+        **_CLAUDE_SILENT,
+        "Counted.output_config": _NOT_COUNTED,
+        "OutputConfig.effort": _NOT_COUNTED,
+        "OutputConfig.format": _NOT_COUNTED,
+        "OutputFormat.schema_": _NOT_COUNTED,
+        "ThinkingIn.budget_tokens": _NOT_COUNTED,
+        "ToolChoice.disable_parallel_tool_use": _NOT_COUNTED,
+        "ToolChoice.name": _NOT_COUNTED,
+    },
+)
+
+# --- Ollama ---------------------------------------------------------------------------------------
+
+_LLAMA_CHAIN = {
+    "messages": [
+        USER,
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"function": {"name": "calculator", "arguments": {"x": "1"}}}],
+        },
+        {"role": "tool", "content": "46", "tool_name": "calculator"},
+    ]
+}
+_CALLED = "messages.1.tool_calls.0"
+_OF_NO_EFFECT = "it is about the machine, which is used as well as it can be"
+_OPTIONS: dict[str, Any] = {"num_predict": 7, "seed": 7, "top_k": 7, "num_ctx": 7, "stop": ["x"]}
+_OPTIONS |= {"repeat_last_n": 7, "num_gpu": 7, "repeat_penalty": 1.5}
+_OPTIONS |= dict.fromkeys(("temperature", "top_p", "min_p"), 0.5)
+_OPTIONS |= dict.fromkeys(("presence_penalty", "frequency_penalty"), 0.5)
+
+_NAMES = "the names that are known are those of the one model, and others are 404"
+
+
+def _llama_cases(kind: str) -> dict[str, Case]:
+    """Give the changes of what both of Ollama's requests have."""
+    cases = {
+        "model": Case("demo:latest"),
+        "options": Case({"seed": 7}),
+        "stream": Case(True),
+        "think": Case(False),
+        "top_logprobs": Case(7, {"logprobs": True}),
+    }
+    options = {name: Case({name: value}, at="options") for name, value in _OPTIONS.items()}
+    return {
+        **{f"{kind}.{name}": case for name, case in cases.items()},
+        **{f"options.{name}": case for name, case in options.items()},
+    }
+
+
+OLLAMA = Protocol(
+    "/api/chat",
+    ollama_wire.OllamaChatRequest,
+    {"messages": [USER], "stream": False},
+    places={
+        "OllamaChatRequest": ("", {}),
+        "OllamaMessage": ("messages.0", {}),
+        "Called": (_CALLED, _LLAMA_CHAIN),
+        "CalledFunction": (f"{_CALLED}.function", _LLAMA_CHAIN),
+        "ToolIn": ("tools.0", _TOOLS),
+        "Described": ("tools.0.function", _TOOLS),
+    },
+    cases={
+        "Called.function": Case({"name": "other"}),
+        "CalledFunction.arguments": Case({"x": "2"}),
+        "OllamaMessage.content": Case("Hello"),
+        "OllamaMessage.images": Case(["x"], refused=True),
+        "OllamaMessage.thinking": Case("Hm.", _LLAMA_CHAIN, "messages.1"),
+        "OllamaMessage.tool_call_id": Case("x", _LLAMA_CHAIN, "messages.2"),
+        "OllamaMessage.tool_calls": Case(
+            [{"function": {"name": "calculator"}}], TURNS, "messages.1"
+        ),
+        "OllamaMessage.tool_name": Case("other", _LLAMA_CHAIN, "messages.2"),
+        "OllamaChatRequest.messages": Case(BEGUN["messages"]),
+        "OllamaChatRequest.tools": Case([_TOOL]),
+        "Described.parameters": Case(OTHER),
+        "ToolIn.function": Case({"name": "third"}),
+        **_llama_cases("OllamaChatRequest"),
+    },
+    silent={
+        "Called.id": ORDER,
+        "Called.type": "all calls are of functions",
+        "CalledFunction.index": ORDER,
+        "OllamaMessage.tool_call_id": ORDER,
+        "OllamaMessage.tool_name": ORDER,
+        "OllamaChatRequest.model": _NAMES,
+        "options.num_gpu": _OF_NO_EFFECT,
+    },
+)
+
+GENERATE = Protocol(
+    "/api/generate",
+    ollama_wire.OllamaGenerateRequest,
+    {"prompt": "What is 12 + 34?", "stream": False},
+    places={"OllamaGenerateRequest": ("", {})},
+    cases=_llama_cases("OllamaGenerateRequest"),
+    silent={"OllamaGenerateRequest.model": _NAMES, "options.num_gpu": _OF_NO_EFFECT},
+)
+
+PROTOCOLS = (CHAT, COMPLETION, MESSAGES, COUNTED, OLLAMA, GENERATE)
