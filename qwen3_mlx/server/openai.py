@@ -9,17 +9,10 @@ from fastapi.responses import Response
 from qwen3_mlx.server.completion import EVENTS
 from qwen3_mlx.server.entry import answered, takes
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.openai_answers import ChatOut, ErrorOut, ModelOut, ModelsOut, TextOut
 from qwen3_mlx.server.openai_chat import ChatCompletion
 from qwen3_mlx.server.openai_text import TextCompletion
-from qwen3_mlx.server.openai_wire import (
-    ChatOut,
-    ChatRequest,
-    ErrorOut,
-    ModelOut,
-    ModelsOut,
-    TextOut,
-    TextRequest,
-)
+from qwen3_mlx.server.openai_wire import ChatRequest, TextRequest
 from qwen3_mlx.server.service import Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
