@@ -109,16 +109,19 @@ class Engine:
 
     def activity(self) -> Activity:
         """Return what is being done; without waiting, so that the parts may be a step apart."""
-        pending = self._pending()
-        running = len(self._steps.scheduler.running)
+        scheduler = self._steps.scheduler
+        running, waiting = (
+            sum(job.priority < IDLE for job in list(jobs))
+            for jobs in (scheduler.running, scheduler.waiting)
+        )
         return Activity(
             running,
-            max(0, pending - running),
+            waiting + self._inbox.qsize(),
             round(self._steps.chosen.rate, 1),
             self.share.held,
             self.share.available,
             mx.get_active_memory(),
-            time.monotonic() - self._stepped if pending else 0.0,
+            time.monotonic() - self._stepped if self._pending() else 0.0,
         )
 
     def _pending(self) -> int:
