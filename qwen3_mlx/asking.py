@@ -1,7 +1,7 @@
 """What can be asked of a reply: the keywords of `stream`, `chat` and the like, checked."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from textwrap import shorten
@@ -146,8 +146,8 @@ class Asked:
                 continue
             if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
                 raise TypeError(f"{name} must be {words}, not {value!r}")
-        stop = self.stop_strings
-        if isinstance(self.stop, Mapping) or not all(isinstance(s, str) and s for s in stop):
+        several = isinstance(self.stop, Iterable | None) and not isinstance(self.stop, Mapping)
+        if not several or not all(isinstance(s, str) and s for s in self.stop_strings):
             raise ValueError(f"stop must be one or more non-empty strings, not {self.stop!r}")
 
     @property

@@ -131,6 +131,7 @@ def test_an_ignored_signal_stays_ignored(ways: dict[str, list[str]], tmp_path: P
         ("sreve --port 0", "serve"),
         ("evl perplexity", "eval"),
         ("docter", "doctor"),
+        ("run 8B", "chat --model"),
         ("help", "--help"),
         ("version", "--version"),
     ],
@@ -160,6 +161,22 @@ def test_stray_words_want_quotes(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(["hi", "there", "-m", "8B", "friend"], capsys)
     assert (code, out) == (2, "")
     assert err == 'qwen3: put the prompt in quotes: qwen3 "hi there friend" (see qwen3 --help)\n'
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        ("chat hello", "a word too many: hello; --model names the model (see qwen3 chat --help)"),
+        ("serve 8B", "a word too many: 8B; --model names the model (see qwen3 serve --help)"),
+        ("doctor me", "a word too many: me (see qwen3 doctor --help)"),
+        ("eval perplexity --tokens x", "(see qwen3 eval perplexity --help)"),
+    ],
+)
+def test_a_word_too_many_for_a_verb(
+    words: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = call(words.split(), capsys)
+    assert (code, out) == (2, "") and err.endswith(f"{complaint}\n")
 
 
 def test_a_wrong_size_lists_the_sizes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -253,6 +270,12 @@ def test_errors_name_options() -> None:
         ("take a smaller one, or draft='ngram'", "take a smaller one, or --draft ngram"),
         ("take one that has, or continue raw text with complete()", "take one that has"),
         ('load it with --dtype float32 (dtype="float32")', "load it with --dtype float32"),
+        ("top_k must be from 0 to 2, not 3", "--top-k must be from 0 to 2, not 3"),
+        (
+            "prompt_cache: /x is a file; name a folder",
+            "--prompt-cache: /x is a file; name a folder",
+        ),
+        ("x: max_tokens must be 1", "x: max_tokens must be 1"),
         ("http://x/?seed2=1 and folder=8 stay", "http://x/?seed2=1 and folder=8 stay"),
     ):
         assert in_options(message, KEYWORDS).endswith(wanted)

@@ -241,6 +241,32 @@ def test_what_the_hub_cannot_give(
     assert not done.stdout
 
 
+class Doorkeeper(Hub):
+    """Lets nothing through."""
+
+    status: int
+    page: bytes
+
+    def _answer(self, *, body: bool) -> None:
+        self._send(self.page if body else b"", status=self.status, length=len(self.page))
+
+
+@pytest.mark.parametrize(
+    ("status", "page", "complaint"),
+    [
+        (401, b'{"error": "Invalid"}', "the hub refuses the token; `hf auth login` takes another"),
+        (200, b"<html>Sign in</html>", "what answers is no hub; see to HF_ENDPOINT, or sign in"),
+    ],
+)
+def test_a_hub_that_lets_nothing_through(
+    status: int, page: bytes, complaint: str, tiny_folder: Path, tmp_path: Path
+) -> None:
+    with serving(tiny_folder, Doorkeeper, status=status, page=page) as (address, _):
+        done = ask("someone/tiny", tmp_path, address)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"qwen3: downloading someone/tiny failed: {complaint}")
+
+
 def test_a_hub_that_is_not_there(tmp_path: Path) -> None:
     words = ("Hello", "-q", "--model", "someone/tiny")
     done = command(*words, home=tmp_path, endpoint="http://127.0.0.1:9")

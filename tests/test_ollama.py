@@ -84,6 +84,7 @@ def test_raw_text_goes_on(served: Served, demo: LLM) -> None:
         ({"options": {"num_ctx": "4096"}}, "num_ctx must be a whole number, not '4096'"),
         ({"options": {"temperature": True}}, "temperature must be a number"),
         ({"options": {"stop": [1]}}, "stop must be"),
+        ({"options": {"stop": 5}}, "stop must be one or more non-empty strings, not 5"),
     ],
 )
 def test_what_cannot_be_had_is_refused_by_name(

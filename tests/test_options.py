@@ -184,6 +184,12 @@ def test_stop_strings_may_be_an_array(tiny: LLM) -> None:
     assert tiny.complete("a", max_tokens=40, seed=5, stop=stop).text == whole.split(middle)[0]
 
 
+@pytest.mark.parametrize("stop", [5, True, {"a": 1}, [None], ["a", ""], b"a"])
+def test_what_cannot_end_a_reply(stop: Any, tiny: LLM) -> None:
+    with pytest.raises(ValueError, match="stop must be one or more non-empty strings, not "):
+        tiny.complete("a", stop=stop)
+
+
 def test_ids_may_be_an_array(tiny: LLM) -> None:
     expected = tiny.logits([5, 6, 7])
     for ids in (np.array([5, 6, 7]), (np.int64(5), 6, np.uint8(7)), mx.array([5, 6, 7])):

@@ -145,7 +145,8 @@ def _fetch(file: _File, count: Callable[[int], None], stopped: Flag) -> None:
                 if failures == _TRIES:
                     raise CheckpointError(
                         f"the hub stopped sending {file.name} after {before / 1e6:,.1f} of "
-                        f"{file.size / 1e6:,.1f} MB ({error}); the same command goes on from there"
+                        f"{file.size / 1e6:,.1f} MB ({first_line(error)}); "
+                        "the same command goes on from there"
                     ) from error
                 _log.info("%s: %s; trying again", file.name, error)
                 stopped.wait(_PAUSE if failures else 0)
@@ -212,6 +213,11 @@ def _alone_with(target: BufferedRandom) -> Iterator[None]:
     with suppress(OSError):  # a file system without locks; the checksum finds what that mixes
         fcntl.flock(target, fcntl.LOCK_EX)
     yield
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error says; those of the hub's library have more."""
+    return str(error).strip().split("\n")[0]
 
 
 def no_bar() -> type:

@@ -6,9 +6,10 @@
 import logging
 import re
 from collections.abc import Sequence
+from json import JSONDecodeError
 from pathlib import Path
 
-from qwen3_mlx.checkpoint.download import Progress, download, no_bar
+from qwen3_mlx.checkpoint.download import Progress, download, first_line, no_bar
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.published import SIZES
 
@@ -35,6 +36,7 @@ NO_WHOLE_MODEL = (
     "give the result"
 )
 """What to say of an adapter for another model, and the way out."""
+_TOKEN_REFUSED = 401  # where a name is unknown, too, but then the hub's library says so
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_ADDRESS = re.compile(
     rf"(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/({_HUB_NAME.pattern}).*"
@@ -62,8 +64,7 @@ def upload(folder: Path, name: str) -> str:
         hub.create_repo(name, exist_ok=True)
         return str(hub.upload_folder(repo_id=name, folder_path=folder).commit_url)
     except Exception as error:  # the hub's library lets those of its HTTP client through
-        first_line = str(error).strip().split("\n")[0]
-        raise CheckpointError(f"uploading to {name} failed: {first_line}") from error
+        raise CheckpointError(f"uploading to {name} failed: {first_line(error)}") from error
 
 
 class Source:
@@ -195,8 +196,7 @@ class Source:
         except HFValidationError as error:
             raise CheckpointError(f"{self.name!r} is no name that the hub can have") from error
         except Exception as error:  # the hub's library lets those of its HTTP client through
-            first_line = str(error).strip().split("\n")[0]
-            raise CheckpointError(f"downloading {self.name} failed: {first_line}") from error
+            raise CheckpointError(f"downloading {self.name} failed: {_reason(error)}") from error
 
     def _missing(self, files: Sequence[str]) -> list[str]:
         """List those of `files` that the hub has and that are not in the cache, as far as known."""
@@ -209,3 +209,12 @@ class Source:
             if file in listed
             and not isinstance(try_to_load_from_cache(self.name, file, revision=self._commit), str)
         ]
+
+
+def _reason(error: Exception) -> str:
+    """Say why a download failed, with the way out where one is known."""
+    if getattr(getattr(error, "response", None), "status_code", 0) == _TOKEN_REFUSED:
+        return "the hub refuses the token; `hf auth login` takes another, or unset HF_TOKEN"
+    if isinstance(error, JSONDecodeError):
+        return "what answers is no hub; see to HF_ENDPOINT, or sign in to the network"
+    return first_line(error)

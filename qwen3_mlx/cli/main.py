@@ -19,7 +19,7 @@ from qwen3_mlx.cli.doctor import doctor
 from qwen3_mlx.cli.evaluate import app as evaluate
 from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.cli.serve import serve
-from qwen3_mlx.cli.words import WrongUsage, in_options, verb_meant
+from qwen3_mlx.cli.words import WrongUsage, in_options, usage, verb_meant
 from qwen3_mlx.errors import Qwen3Error
 
 
@@ -116,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         code = app(args=args, prog_name="qwen3", standalone_mode=False)
     except TyperException as error:  # wrong usage
-        code = _complain(f"{error.format_message()} (see qwen3 --help)", error.exit_code)
+        code = _complain(usage(error), error.exit_code)
     except (Qwen3Error, ValueError, TypeError) as error:
         code = _complain(in_options(str(error), _keywords()), 1)
     except KeyboardInterrupt:
