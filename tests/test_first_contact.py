@@ -163,9 +163,17 @@ def test_stray_words_want_quotes(capsys: pytest.CaptureFixture[str]) -> None:
     assert err == 'qwen3: put the prompt in quotes: qwen3 "hi there friend" (see qwen3 --help)\n'
 
 
+def test_an_address_that_is_not_here_is_no_matter_of_the_port(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, _, err = call(["serve", "--host", "192.0.2.1"], capsys)
+    assert code == 1 and err.endswith("; --host takes an address of this machine\n")
+
+
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
+        ("serve --max-body 0", "(see qwen3 serve --help)"),
         ("chat hello", "a word too many: hello; --model names the model (see qwen3 chat --help)"),
         ("serve 8B", "a word too many: 8B; --model names the model (see qwen3 serve --help)"),
         ("doctor me", "a word too many: me (see qwen3 doctor --help)"),

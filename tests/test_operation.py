@@ -320,6 +320,8 @@ def test_the_networks_names_of_this_machine_are_ours(
         ({"cors_origins": ["*", "null"]}, "'null', which is no origin"),
         ({"allowed_hosts": ["http://a.test"]}, "no name of a host"),
         ({"allowed_hosts": ["a.test:8080"]}, "without a port"),
+        ({"shutdown": -1}, "shutdown must be 0 seconds or more, not -1"),
+        ({"shutdown": float("nan")}, "shutdown must be 0 seconds or more, not nan"),
         ({"trusted_proxies": ["proxy"]}, "'proxy', which is no address"),
         ({"key_file": Path("x"), "api_key": "y"}, "two sources of keys"),
     ],

@@ -1,5 +1,6 @@
 """`qwen3 serve`: the model for any client, and a page to talk to."""
 
+import errno
 import logging
 import os
 import socket
@@ -82,7 +83,8 @@ def serve(  # noqa: PLR0913 - one parameter an option
         option("--cors-origin", panel=_NET, text="Let pages of this origin in; * is all."),
     ] = None,
     max_body: Annotated[
-        int, option("--max-body", panel=_NET, text="The largest request, in MB. Otherwise 32.")
+        int,
+        option("--max-body", panel=_NET, text="The largest request, in MB. Otherwise 32.", min=1),
     ] = 32,
     thinking: Annotated[
         bool | None,
@@ -213,9 +215,10 @@ def _listen(host: str, port: int) -> socket.socket:
     except OSError as error:
         number = error.errno or 0
         words = os.strerror(number) if number > 0 else error.strerror or error
-        raise Qwen3Error(
-            f"cannot listen at {host}, port {port}: {words}; --port takes another, 0 any"
-        ) from error
+        way_out = "--port takes another, 0 any"
+        if number not in (errno.EADDRINUSE, errno.EACCES):
+            way_out = "--host takes an address of this machine"
+        raise Qwen3Error(f"cannot listen at {host}, port {port}: {words}; {way_out}") from error
 
 
 def _url_of(listener: socket.socket) -> str:

@@ -58,6 +58,8 @@ class Settings:
         timeout = self.request_timeout
         if timeout is not None and not 0 < timeout < math.inf:
             raise ValueError(f"request_timeout must be more than 0 seconds, not {timeout}")
+        if not 0 <= self.shutdown < math.inf:
+            raise ValueError(f"shutdown must be 0 seconds or more, not {self.shutdown}")
         if self.thinking_budget is not None and self.thinking_budget < 0:
             raise ValueError(f"thinking_budget must be at least 0, not {self.thinking_budget}")
         if self.thinking is False and self.thinking_budget is not None:
@@ -74,13 +76,13 @@ class Settings:
         for origin in self.cors_origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"cors_origins has {origin!r}, which is no origin; "
+                    f"an origin to let in is {origin!r}, which is no origin; "
                     "one is like https://example.com or http://localhost:3000, and * is all"
                 )
         for name in self.allowed_hosts:
             if not _HOST.fullmatch(name):
                 raise ValueError(
-                    f"allowed_hosts has {name!r}, which is no name of a host; "
+                    f"an allowed host is {name!r}, which is no name of a host; "
                     "one is like mac.local, without http:// and without a port"
                 )
         for proxy in self.trusted_proxies:
@@ -88,7 +90,7 @@ class Settings:
                 ipaddress.ip_network(proxy)
             except ValueError:
                 raise ValueError(
-                    f"trusted_proxies has {proxy!r}, which is no address; "
+                    f"a trusted proxy is {proxy!r}, which is no address; "
                     "one is like 127.0.0.1, and a network like 10.0.0.0/8"
                 ) from None
 
