@@ -159,6 +159,16 @@ def test_what_cannot_be_scored_is_refused(
     assert response.status_code == 400 and complaint in response.json()["error"]["message"]
 
 
+def test_what_a_prompt_may_be_is_told(served: Served) -> None:
+    for prompt in ([1, "a"], [1.5], ["a", [1]]):
+        error = served.post("/v1/completions", {"prompt": prompt}).json()["error"]
+        kinds = "a valid string or a valid integer or a valid list"
+        assert error["message"] == f"prompt: Input should be {kinds}" and error["param"] == "prompt"
+    body = {"messages": [{"role": "user", "content": "a"}], "tool_choice": 5}
+    error = served.post("/v1/chat/completions", body).json()["error"]
+    assert error["message"].endswith("'auto' or 'required' or a valid dictionary")
+
+
 # --- the engine ---------------------------------------------------------------------------------
 
 

@@ -83,6 +83,11 @@ def test_raw_text_goes_on(served: Served, demo: LLM) -> None:
         ({"options": {"num_predict": 3.5}}, "num_predict must be a whole number, not 3.5"),
         ({"options": {"num_ctx": "4096"}}, "num_ctx must be a whole number, not '4096'"),
         ({"options": {"temperature": True}}, "temperature must be a number"),
+        (
+            {"think": "x"},
+            "think: Input should be a valid boolean or 'low', 'medium', 'high' or 'max'",
+        ),
+        ({"format": []}, " or a valid dictionary"),
         ({"options": {"stop": [1]}}, "stop must be"),
         ({"options": {"stop": 5}}, "stop must be one or more non-empty strings, not 5"),
     ],

@@ -1,5 +1,6 @@
 """Errors as the clients of each protocol know them."""
 
+import re
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
@@ -25,6 +26,8 @@ _PLAIN = {
 }
 _FIRST = 20  # errors of a request that are looked at
 _MOST_SAID = 2000  # characters, where a message repeats what was sent
+_INSTANCE = re.compile(r" or instance of \w+")  # of a class that clients do not know
+_SHOULD = "Input should be "
 _KINDS = ("str", "int", "float", "bool", "none")
 
 
@@ -98,12 +101,23 @@ def of_validation(error: ValidationError) -> ApiError:
     """Name the field that is wrong, and what it may be."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     # Of a field that may be of several kinds there is an error for each: the furthest is meant, and
-    # of these one that has the right kind.
+    # of these one that has the right kind; where none has, all kinds are told.
     first = _path(found[0]["loc"])
     same = [one for one in found[:_FIRST] if _path(one["loc"])[: len(first)] == first]
-    furthest = max(same, key=lambda one: (len(_path(one["loc"])), not one["type"].endswith("type")))
-    param = ".".join(_path(furthest["loc"]))
-    return ApiError(400, f"{param}: {furthest['msg'].removeprefix('Value error, ')}", param=param)
+    furthest = max(same, key=lambda one: (len(_path(one["loc"])), not _of_kind(one)))
+    path = _path(furthest["loc"])
+    said = _INSTANCE.sub("", furthest["msg"].removeprefix("Value error, "))
+    if _of_kind(furthest):
+        kinds = (one["msg"].removeprefix(_SHOULD) for one in same if _path(one["loc"]) == path)
+        said = _SHOULD + _INSTANCE.sub("", " or ".join(dict.fromkeys(kinds)))
+    return ApiError(400, f"{'.'.join(path)}: {said}", param=".".join(path))
+
+
+def _of_kind(error: Any) -> bool:
+    """Return whether an error is of the kind of a value, of several that may be right."""
+    return bool(error["msg"].startswith(_SHOULD)) and error["type"].endswith(
+        ("type", "literal_error")
+    )
 
 
 def _path(place: Sequence[str | int]) -> list[str]:
