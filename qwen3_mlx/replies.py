@@ -132,6 +132,8 @@ class Replies:
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
+        if asked.must_call and form:
+            warnings.append("a call of a tool is demanded, so the form of the answer was ignored")
         if continued:
             draws_as_thinking = bool(thinking_of(continued))
             if asked.thinking and not inside:

@@ -244,5 +244,5 @@ def _turn(role: str, blocks: list[Block], where: str) -> Iterator[dict[str, Any]
         if block.is_error and not words.startswith("Error"):
             words = f"Error: {words}"
         yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": words}
-    if said:
+    if said or not blocks:
         yield {"role": role, "content": "\n\n".join(said)}

@@ -32,7 +32,7 @@ NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "ignore_eos": (),
     "include_stop_str_in_output": (),
     "length_penalty": (1,),
-    "min_tokens": (),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_logprobs": (),
