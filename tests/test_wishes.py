@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from qwen3_mlx import LLM, load
@@ -99,3 +100,35 @@ def test_errors_advise_what_a_client_can_do(served: Served) -> None:
 def test_no_least_number_of_tokens_is_none(served: Served) -> None:
     assert not warnings_of(served.chat(max_tokens=3, min_tokens=0))
     assert "min_tokens is not supported" in complaint(served.chat(min_tokens=5))
+
+
+def test_null_asks_for_nothing(served: Served) -> None:
+    sent_back = {"role": "assistant", "content": "46", "audio": None, "annotations": None}
+    body = {"messages": [*SUM, sent_back, *SUM], "max_tokens": 1, "frobnicate": None}
+    assert not warnings_of(served.post("/v1/chat/completions", body))
+    body |= {"frobnicate": 1}
+    told = warnings_of(served.post("/v1/chat/completions", body))
+    assert told == "unknown field 'frobnicate' was ignored"
+
+
+def test_no_number_is_no_json(served: Served) -> None:
+    sent = b'{"messages": [{"role": "user", "content": "x"}], "json_schema": {"minimum": NaN}}'
+    response = httpx.post(f"{served.url}/v1/chat/completions", content=sent, verify=False)
+    assert complaint(response) == (
+        "the request cannot be read as JSON: expected value at line 1 column 77"
+    )
+
+
+def test_a_tool_of_the_providers_is_named(served: Served) -> None:
+    for tool, named in (
+        (
+            {"name": "search", "type": "web_search_20250305"},
+            "'search' of type 'web_search_20250305'",
+        ),
+        ({"name": "search"}, "'search'"),
+    ):
+        response = served.post("/v1/messages", short("/v1/messages", 5, tools=[tool]))
+        assert complaint(response) == (
+            f"the tool {named} is not supported: it needs an input_schema, and to be run by the "
+            "client"
+        )
