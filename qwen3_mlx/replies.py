@@ -263,6 +263,8 @@ class Replies:
         # Calls that are left standing in the thinking may be any, and of any number.
         settled = task.calls is not None and (asked.must_call or not asked.parallel_tool_calls)
         bounded = form is not None or settled
+        # Only what the request itself leaves no room for is refused.
+        short = room != asked.max_tokens
         limits = Limits.of(
             words.tokenizer,
             thinking,
@@ -271,7 +273,7 @@ class Replies:
             max_tokens=room,
             guard=asked.loop_guard,
             least_answer=len(form.closing() or ()) + 1 if form else 1,
-            bends=budget is None or asked.thinking_budget_bends,
+            bends=budget is None or asked.thinking_budget_bends or short,
         )
         return Steering(
             words.tokenizer,

@@ -132,3 +132,13 @@ def test_a_tool_of_the_providers_is_named(served: Served) -> None:
             f"the tool {named} is not supported: it needs an input_schema, and to be run by the "
             "client"
         )
+
+
+def test_a_budget_bends_where_the_context_ends() -> None:
+    """What leaves no room is not what the client has asked for, so it is not refused for it."""
+    with load(context=64) as llm, serving(llm) as small:
+        words = "hi " * 12 + "What is 12 + 34?"
+        for most in ({}, {"max_tokens": 32_000}):
+            choice = small.chat(words, thinking_budget=16_000, **most).json()["choices"][0]
+            assert choice["finish_reason"] in ("stop", "length")
+        assert "leaves no room" in complaint(small.chat(words, thinking_budget=9, max_tokens=5))
