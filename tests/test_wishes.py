@@ -9,6 +9,9 @@ import httpx
 import pytest
 
 from qwen3_mlx import LLM, load
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.server.app import make_app
+from qwen3_mlx.server.settings import Settings
 from tests.serving import Served, serving
 from tests.test_hints import NEVER, SCHEMA, SUM, TOOLS, of_template, short, warnings_of
 
@@ -142,3 +145,11 @@ def test_a_budget_bends_where_the_context_ends() -> None:
             choice = small.chat(words, thinking_budget=16_000, **most).json()["choices"][0]
             assert choice["finish_reason"] in ("stop", "length")
         assert "leaves no room" in complaint(small.chat(words, thinking_budget=9, max_tokens=5))
+
+
+def test_a_server_of_what_cannot_think_has_no_budget(tmp_path: Path) -> None:
+    with (
+        load(of_template(tmp_path / "never", NEVER)) as llm,
+        pytest.raises(Qwen3Error, match="cannot think; leave thinking_budget out"),
+    ):
+        make_app(llm, Settings(model="instruct", thinking_budget=64))
