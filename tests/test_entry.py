@@ -110,7 +110,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "100,000 bad messages": (
         CHAT,
         lambda: b'{"messages":[' + b"0," * 99_999 + b"0]}",
-        "messages: Input should be a valid dictionary",
+        "messages: Input should be an object",
     ),
     "100,000 prompts": (
         TEXT,

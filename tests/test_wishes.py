@@ -153,3 +153,15 @@ def test_a_server_of_what_cannot_think_has_no_budget(tmp_path: Path) -> None:
         pytest.raises(Qwen3Error, match="cannot think; leave thinking_budget out"),
     ):
         make_app(llm, Settings(model="instruct", thinking_budget=64))
+
+
+def test_errors_name_no_class(served: Served) -> None:
+    for name, value in (
+        ("reasoning", "on"),
+        ("thinking", "on"),
+        ("tools", ["x"]),
+        ("messages", [1]),
+    ):
+        wrong: dict[str, Any] = {"messages": SUM, name: value}
+        said = complaint(served.post("/v1/chat/completions", wrong))
+        assert said == f"{name}: Input should be an object"

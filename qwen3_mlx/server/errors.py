@@ -103,7 +103,10 @@ def of_validation(error: ValidationError) -> ApiError:
     same = [one for one in found[:_FIRST] if _path(one["loc"])[: len(first)] == first]
     furthest = max(same, key=lambda one: (len(_path(one["loc"])), not one["type"].endswith("type")))
     param = ".".join(_path(furthest["loc"]))
-    return ApiError(400, f"{param}: {furthest['msg'].removeprefix('Value error, ')}", param=param)
+    said = furthest["msg"].removeprefix("Value error, ")
+    if furthest["type"] in ("model_type", "dict_type"):  # of which Python's classes are named
+        said = "Input should be an object"
+    return ApiError(400, f"{param}: {said}", param=param)
 
 
 def _path(place: Sequence[str | int]) -> list[str]:
