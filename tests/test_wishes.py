@@ -15,7 +15,7 @@ from qwen3_mlx.server.settings import Settings
 from tests.serving import Served, serving
 from tests.test_hints import NEVER, SCHEMA, SUM, TOOLS, of_template, short, warnings_of
 
-JSON = {"response_format": {"type": "json_object"}}
+JSON: dict[str, Any] = {"response_format": {"type": "json_object"}}
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_what_agrees_is_not_warned_of(served: Served, tmp_path: Path) -> None:
     for fields in agreed:
         assert not warnings_of(served.chat(max_tokens=60, **fields))
     with load(of_template(tmp_path / "never", NEVER)) as llm, serving(llm) as instruct:
-        idle = {"reasoning_effort": "none", "thinking_budget": -1}
+        idle: dict[str, Any] = {"reasoning_effort": "none", "thinking_budget": -1}
         assert not warnings_of(instruct.chat(max_tokens=2, **idle))
         hint = warnings_of(instruct.chat(max_tokens=2, reasoning_effort="low", thinking_budget=-1))
         assert hint == "reasoning_effort=low was ignored: this checkpoint cannot think"
@@ -65,7 +65,7 @@ def test_a_message_for_the_end_of_thinking_needs_thinking(served: Served) -> Non
 
 
 def test_that_it_is_json_does_not_go_without_saying(served: Served) -> None:
-    other = {"structured_outputs": {"regex": "a"}}
+    other: dict[str, Any] = {"structured_outputs": {"regex": "a"}}
     assert complaint(served.chat(**JSON, **other)) == (
         "an answer can have one form, not response_format and regex"
     )

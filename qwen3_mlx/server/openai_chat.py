@@ -164,7 +164,7 @@ def _thought(part: Part) -> str:
 def _unread(messages: Sequence[Message]) -> list[str]:
     """Warn of what messages say that a prompt has no place for."""
     if any(message.name and message.role != "tool" for message in messages):
-        return ["names of speakers (messages[].name) are not told to the model"]
+        return ["names of speakers (messages[].name) are not shown to the model"]
     return []
 
 

@@ -61,14 +61,12 @@ class Wish:
         """Give `thinking` and `thinking_budget` for the library, and warnings.
 
         Raises:
-            ValueError: the request contradicts itself, or a budget is negative.
+            ValueError: the request contradicts itself.
         """
         agreed = [found for rank in self.switches if (found := _agreed(rank))]
         switch = agreed[0] if agreed else None
         said = _agreed(self.budgets)
         budget = int(said[1] or 0) if said else None
-        if said and budget is not None and budget < UNLIMITED:
-            raise ValueError(f"{said[0]} must be at least 0, or -1 for no limit, not {budget}")
         wanted = bool(switch[1]) if switch else None
         if switch and not wanted and said and (budget or 0) > 0:
             raise ValueError(f"{said[0]}={budget} is for thinking, which {switch[0]} switches off")
