@@ -165,3 +165,17 @@ def test_errors_name_no_class(served: Served) -> None:
         wrong: dict[str, Any] = {"messages": SUM, name: value}
         said = complaint(served.post("/v1/chat/completions", wrong))
         assert said == f"{name}: Input should be an object"
+
+
+def test_the_advice_for_pages_can_be_taken(served: Served) -> None:
+    for headers, named, value in (
+        ({"Origin": "http://evil.com"}, "http://evil.com", "http://evil.com"),
+        ({"Origin": "null"}, "null", "*"),
+        ({"Sec-Fetch-Site": "cross-site"}, "another site", "*"),
+    ):
+        response = served.post("/v1/chat/completions", short("", 1), **headers)
+        assert response.status_code == 403
+        said = response.json()["error"]["message"]
+        assert said.startswith(f"pages of {named} may not use this server; --cors-origin")
+        assert value in said.partition("--cors-origin ")[2]
+        Settings(model="demo", cors_origins=[value])
