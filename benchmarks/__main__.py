@@ -27,6 +27,8 @@ PARTS = {
     "host": "python -m benchmarks.host",
     "server": "python -m benchmarks.server 32",
     "soak": "python -m benchmarks.soak",
+    "server soak": "python -m benchmarks.server_soak",
+    "hostile": "python -m benchmarks.hostile",
     "speculation": "python -m benchmarks.speculation",
     "contexts": "python -m benchmarks.contexts contexts.svg",
     "plan": "python -m benchmarks.plan 0.6B 4B 8B:4",

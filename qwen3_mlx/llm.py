@@ -179,11 +179,21 @@ class LLM:
         self,
         prompt: str | Sequence[int],
         caller: Caller = PATIENT,
+        *,
+        score_prompt: bool = False,
+        only_read: bool = False,
         **options: Unpack[Options],
     ) -> Task:
-        """Lay out the continuation of raw text, or of token ids, for `begin`, as `prepare` does."""
+        """Lay out the continuation of raw text, or of token ids, for `begin`, as `prepare` does.
+
+        With `score_prompt` the first event is `PromptTokens`, with as many alternatives as the
+        option `logprobs` says. With `only_read` there is no continuation.
+        """
         words = prompt if isinstance(prompt, str) else token_ids(prompt)
-        return self._open().text(words, Asked.of(options), caller)
+        task = self._open().text(words, Asked.of(options), caller)
+        if only_read:
+            task = replace(task, only_read=True, least_room=0)
+        return replace(task, score_prompt=score_prompt)
 
     def load_grammars(self) -> None:
         """Make what the first form of an answer or of calls needs, which takes a second or two."""

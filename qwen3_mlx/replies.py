@@ -41,6 +41,7 @@ from qwen3_mlx.text.forming import Calling, Forming
 from qwen3_mlx.text.grammar import Grammar
 from qwen3_mlx.text.messages import Message, normalise, without_empty_end
 from qwen3_mlx.text.parser import Parser
+from qwen3_mlx.text.scored import ScoredPrompt
 from qwen3_mlx.text.steering import Limits, Steering
 from qwen3_mlx.text.thinking import soft_switch
 from qwen3_mlx.text.tools import Calls
@@ -74,6 +75,13 @@ class Task:
     least_room: int = 1  # tokens that there must be for a reply
     shortens: bool = False  # whether `max_tokens` may be more than there is room for
     client: str = ""  # whose it is
+    score_prompt: bool = False  # whether the tokens of the prompt are given, too: `PromptTokens`
+    only_read: bool = False  # whether there is to be no reply
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The most tokens of the reply, or None for what there is room for."""
+        return 0 if self.only_read else self.asked.max_tokens
 
 
 class Replies:
@@ -182,7 +190,7 @@ class Replies:
             deliver(event)
 
         ids = self.window.encode(task.prompt)
-        room = self.window.room(len(ids), asked.max_tokens, task.least_room, shortens=task.shortens)
+        room = self.window.room(len(ids), task.max_tokens, task.least_room, shortens=task.shortens)
         thinking = None if task.thinks is None else words.thinking
         parser = Parser(
             words.tokenizer,
@@ -194,6 +202,7 @@ class Replies:
             calls=task.calls,
             noting=asked.logprobs is not None,
         )
+        parser.noting_end = task.score_prompt  # then every token is wanted
         form = task.form and task.form.copy([])
         steering = self._steering(task, room, form)
         failures: list[str] = []  # of the grammars of calls
@@ -244,12 +253,23 @@ class Replies:
             constraint=self._constraint(task, room, steering, form, failures),
             cancelled=cancelled,
             heard=None if asked.logprobs is None else note,
+            heard_prompt=self._scoring(ids, tell) if task.score_prompt else None,
             alternatives=asked.logprobs or 0,
             doubtful=lambda: steering.looped,
             client=task.client,
         )
         self.engine.submit(request)
         return Started(len(ids), room, steering.finish_thinking, task.continued)
+
+    def _scoring(
+        self, ids: Sequence[int], tell: Callable[[Event], None]
+    ) -> Callable[[Sequence[Chance]], None]:
+        scored = ScoredPrompt(self.words.tokenizer, ids, tell)
+
+        def note(chances: Sequence[Chance]) -> None:
+            scored.add((chance.token, chance.logprob, chance.top) for chance in chances)
+
+        return note
 
     def _end_ids(self, task: Task) -> frozenset[int]:
         words = self.words

@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Self
 from qwen3_mlx.text.events import (
     Event,
     Finish,
+    PromptTokens,
     Reasoning,
     Text,
     TokenLogprob,
@@ -178,6 +179,7 @@ class Collected:
 
     def __init__(self, continued: Mapping[str, Any] | None = None) -> None:
         self.ended = self.failed = False
+        self.prompt: PromptTokens | None = None
         self._continued = continued or {}
         self.logprobs: list[TokenLogprob] = []
         self._text: list[str] = []
@@ -193,7 +195,9 @@ class Collected:
             self._reasoning.append(event.text)
         elif isinstance(event, ToolCall):
             self.tool_calls.append(event)
-        else:
+        elif isinstance(event, PromptTokens):
+            self.prompt = event
+        elif isinstance(event, Finish | BaseException):
             self.ended, self.failed = True, isinstance(event, BaseException)
 
     @property

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3_mlx.server import anthropic_wire, ollama, openai_wire
+from qwen3_mlx.server import anthropic_wire, ollama_wire, openai_wire
 from qwen3_mlx.server.wire import Wire
 
 
@@ -290,15 +290,36 @@ _OPTIONS |= {"repeat_last_n": 7, "num_gpu": 7, "repeat_penalty": 1.5}
 _OPTIONS |= dict.fromkeys(("temperature", "top_p", "min_p"), 0.5)
 _OPTIONS |= dict.fromkeys(("presence_penalty", "frequency_penalty"), 0.5)
 
+_NAMES = "the names that are known are those of the one model, and others are 404"
+
+
+def _llama_cases(kind: str) -> dict[str, Case]:
+    """Give the changes of what both of Ollama's requests have."""
+    cases = {
+        "model": Case("demo:latest"),
+        "options": Case({"seed": 7}),
+        "stream": Case(True),
+        "think": Case(False),
+        "top_logprobs": Case(7, {"logprobs": True}),
+    }
+    options = {name: Case({name: value}, at="options") for name, value in _OPTIONS.items()}
+    return {
+        **{f"{kind}.{name}": case for name, case in cases.items()},
+        **{f"options.{name}": case for name, case in options.items()},
+    }
+
+
 OLLAMA = Protocol(
     "/api/chat",
-    ollama.OllamaRequest,
+    ollama_wire.OllamaChatRequest,
     {"messages": [USER], "stream": False},
     places={
-        "OllamaRequest": ("", {}),
+        "OllamaChatRequest": ("", {}),
         "OllamaMessage": ("messages.0", {}),
         "Called": (_CALLED, _LLAMA_CHAIN),
         "CalledFunction": (f"{_CALLED}.function", _LLAMA_CHAIN),
+        "ToolIn": ("tools.0", _TOOLS),
+        "Described": ("tools.0.function", _TOOLS),
     },
     cases={
         "Called.function": Case({"name": "other"}),
@@ -311,14 +332,11 @@ OLLAMA = Protocol(
             [{"function": {"name": "calculator"}}], TURNS, "messages.1"
         ),
         "OllamaMessage.tool_name": Case("other", _LLAMA_CHAIN, "messages.2"),
-        "OllamaRequest.messages": Case(BEGUN["messages"]),
-        "OllamaRequest.options": Case({"seed": 7}),
-        "OllamaRequest.stream": Case(True),
-        "OllamaRequest.think": Case(False),
-        "OllamaRequest.tools": Case([_TOOL]),
-        **{
-            f"options.{name}": Case({name: value}, at="options") for name, value in _OPTIONS.items()
-        },
+        "OllamaChatRequest.messages": Case(BEGUN["messages"]),
+        "OllamaChatRequest.tools": Case([_TOOL]),
+        "Described.parameters": Case(OTHER),
+        "ToolIn.function": Case({"name": "third"}),
+        **_llama_cases("OllamaChatRequest"),
     },
     silent={
         "Called.id": ORDER,
@@ -326,10 +344,18 @@ OLLAMA = Protocol(
         "CalledFunction.index": ORDER,
         "OllamaMessage.tool_call_id": ORDER,
         "OllamaMessage.tool_name": ORDER,
-        "options.num_ctx": "the context is that of the server",
+        "OllamaChatRequest.model": _NAMES,
         "options.num_gpu": _OF_NO_EFFECT,
-        "options.repeat_last_n": "penalties look at the whole text",
     },
 )
 
-PROTOCOLS = (CHAT, COMPLETION, MESSAGES, COUNTED, OLLAMA)
+GENERATE = Protocol(
+    "/api/generate",
+    ollama_wire.OllamaGenerateRequest,
+    {"prompt": "What is 12 + 34?", "stream": False},
+    places={"OllamaGenerateRequest": ("", {})},
+    cases=_llama_cases("OllamaGenerateRequest"),
+    silent={"OllamaGenerateRequest.model": _NAMES, "options.num_gpu": _OF_NO_EFFECT},
+)
+
+PROTOCOLS = (CHAT, COMPLETION, MESSAGES, COUNTED, OLLAMA, GENERATE)

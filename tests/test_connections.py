@@ -106,7 +106,10 @@ def test_a_head_without_end_is_refused(served: Served, start: bytes) -> None:
     assert served.get("/health").status_code == 200
 
 
-def test_a_large_head_is_answered_in_the_form_of_the_protocol(served: Served) -> None:
+def test_a_large_head_is_answered_in_the_form_of_the_protocol(
+    served: Served, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="qwen3_mlx.server")
     for path, kind in (("/v1/messages", "type"), ("/api/chat", "error"), ("/v1/models", "error")):
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nX: ".encode()
         with connected(served, head + b"a" * 70_000) as connection:
@@ -114,6 +117,8 @@ def test_a_large_head_is_answered_in_the_form_of_the_protocol(served: Served) ->
         assert status_of(response) == 431
         body = json.loads(response.partition(b"\r\n\r\n")[2])
         assert kind in body and "the head is larger than 65,536 bytes" in str(body)
+        line = json.loads(caplog.messages[-1])
+        assert (line["status"], line["client"]) == (431, "127.0.0.1") and line["error"]
 
 
 def test_heads_up_to_the_limit_are_taken(served: Served) -> None:

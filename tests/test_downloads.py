@@ -6,10 +6,10 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections import namedtuple
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event as Flag
+from types import SimpleNamespace
 
 import pytest
 
@@ -163,7 +163,7 @@ def test_bytes_that_are_not_those_of_the_checksum_are_dropped(cache: Cache) -> N
 def test_a_disk_that_is_too_small_is_said_before_the_first_byte(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full = namedtuple("full", "free")(100_200_000)  # of which the tokenizer's file has room
+    full = SimpleNamespace(free=100_200_000)  # of which the tokenizer's file has room
     monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
     code, (line,) = cache.ask()
     assert code == 1
@@ -194,6 +194,17 @@ def test_one_bar_shows_size_speed_and_time_left(
     cache.breaks.append(after(70_000))
     code, _ = cache.ask("-q", err=(terminal := Terminal()))
     assert (code, terminal.getvalue()) == (0, "")
+
+
+def test_a_callback_that_raises_ends_the_download(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def enough(bar: console.Bar, done: int, total: int) -> None:
+        raise ZeroDivisionError("enough")
+
+    monkeypatch.setattr(console.Bar, "__call__", enough)
+    assert cache.ask() == (1, ["qwen3: downloading someone/tiny failed: enough"])
+    assert cache.ranges == []  # the smaller files came first
 
 
 def test_without_a_terminal_nothing_is_said_of_it(cache: Cache) -> None:

@@ -330,6 +330,22 @@ def test_what_is_known_already_is_read_ahead_at_once() -> None:
     assert engine._steps.kept() == 356  # one cache: the prompt, and room for 256 more
 
 
+def test_under_steady_load_only_the_latest_is_kept_to_be_read_ahead() -> None:
+    engine = engine_of(MODELS["dense"])
+    asked = Client(PROMPTS[4], MOST)
+    engine.submit(asked.request)
+    ahead = [random_ids(30, seed=100 + number) for number in range(MOST - 2)]
+    for ids in ahead:
+        engine.read_ahead(ids)
+        engine.step()
+        assert len(engine._steps.scheduler.waiting) <= 17
+    assert not asked.outcomes
+    run(engine)
+    first, last = (Client([*ids, 1], 1) for ids in (ahead[0], ahead[-1]))
+    run(engine, first, last)
+    assert (first.outcome.cached_tokens, last.outcome.cached_tokens) == (0, 30)
+
+
 def test_common_prefixes() -> None:
     assert common_prefix([1, 2, 3], [1, 2, 4, 5]) == 2
     assert common_prefix([], [1]) == 0

@@ -121,7 +121,13 @@ VALID: dict[str, dict[str, Any]] = {
         "enable_thinking": False,
         "reasoning": {"effort": "low"},
     },
-    "/v1/completions": {"prompt": ["x", "y"], "max_tokens": _TOKENS, "echo": True, "n": 2},
+    "/v1/completions": {
+        "prompt": ["x", "y"],
+        "max_tokens": _TOKENS,
+        "echo": True,
+        "logprobs": 1,
+        "n": 2,
+    },
     "/v1/messages": {
         "max_tokens": _TOKENS,
         "system": [{"type": "text", "text": "You are brief."}],
@@ -146,6 +152,16 @@ VALID: dict[str, dict[str, Any]] = {
         "think": False,
         "options": {"num_predict": _TOKENS, "stop": ["x"]},
         "format": "json",
+    },
+    "/api/generate": {
+        "model": "demo",
+        "prompt": "What is 1 + 2?",
+        "system": "You are brief.",
+        "think": False,
+        "keep_alive": "5m",
+        "options": {"num_predict": _TOKENS, "num_ctx": 4096.0, "stop": ["x"], "seed": 1},
+        "logprobs": True,
+        "raw": False,
     },
 }
 _ODD: list[Any] = [

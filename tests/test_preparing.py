@@ -146,7 +146,7 @@ def test_what_was_refused_is_not_tried_again(
     for _ in range(2):
         with pytest.raises(ValueError, match="more than 2 s"):
             compiler.compile(_ENDLESS, PATIENT)
-        monkeypatch.setattr(compiling, "_lanes", list)
+        monkeypatch.setattr(compiling, "_lanes", lambda: pytest.fail("it is tried again"))
 
 
 def test_types_are_gathered_through_each_reference_once() -> None:
@@ -184,21 +184,26 @@ def test_nobody_waits_for_what_compiles_for_others(
     known = structured(regex="(known|words)")
     assert served.chat("Hi", enable_thinking=False, **known).status_code == 200
     answers: list[httpx.Response] = []
+    count = preparing._AT_ONCE + 1
+
+    def ask(number: int) -> None:
+        form = structured(regex=f"(new|words){number}")
+        answers.append(served.chat("Hi", enable_thinking=False, **form))
+
+    threads = [threading.Thread(target=ask, args=[number]) for number in range(count)]
     with occupied(lanes):
-        waiting = threading.Thread(
-            target=lambda: answers.append(
-                served.chat("Hi", enable_thinking=False, **structured(regex="(new|words)"))
-            )
-        )
-        waiting.start()
-        until(lambda: served.get("/health").json()["preparing"]["requests"] == 1)
+        for thread in threads:
+            thread.start()
+        until(lambda: served.get("/health").json()["preparing"]["requests"] == count)
         assert served.chat("Hi", max_tokens=4).status_code == 200
         assert served.chat("Hi", enable_thinking=False, **known).status_code == 200
         health = served.get("/health").json()
-        assert (health["active"], health["preparing"]["stuck"]) == (1, 0)
-    waiting.join()
-    assert answers[0].status_code == 200
-    assert answers[0].json()["choices"][0]["message"]["content"] in ("new", "words")
+        assert (health["active"], health["preparing"]["stuck"]) == (count, 0)
+    for thread in threads:
+        thread.join()
+    assert [answer.status_code for answer in answers] == [200] * count
+    said = {answer.json()["choices"][0]["message"]["content"] for answer in answers}
+    assert len(said) == count and all(text[:-1] in ("new", "words") for text in said)
 
 
 def test_only_a_few_compute_at_once(

@@ -212,7 +212,7 @@ def test_where_the_thinking_is_found(demo: LLM, field: str, found: set[str]) -> 
         ("/v1/chat/completions", [1], "send the request as a JSON object"),
         ("/v1/messages", {"messages": []}, "messages: List should have at least 1"),
         ("/v1/messages", {"messages": [{"role": "user", "content": "x"}]}, "max_tokens: Field"),
-        ("/api/chat", {"messages": []}, "messages: List should have at least 1"),
+        ("/api/chat", {"messages": [{}]}, "messages.role: Field required"),
         ("/v1/completions", {"prompt": []}, "prompt is empty"),
         ("/v1/completions", {"prompt": [1 << 40]}, "token ids are 0 to"),
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix is not supported"),

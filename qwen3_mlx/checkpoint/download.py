@@ -1,8 +1,8 @@
 """Fetches files of the hub into its library's cache, so that a download that broke is resumed.
 
 The library begins a file anew in each process: its partial files have names of their own. Here the
-partial file is named after the content, and goes on where it ends (an HTTP Range); what is whole
-lies where the library finds it.
+partial file is named after the content, and goes on where it ends by an HTTP Range, which the hub
+takes for what it stores in Xet, too; what is whole lies where the library finds it.
 """
 
 import hashlib
@@ -78,8 +78,12 @@ def download(
         nonlocal here
         with lock:
             here += new
-            if progress:
-                progress(here, total)
+            try:
+                if progress:
+                    progress(here, total)
+            except BaseException:  # the caller's own, which ends the download
+                stopped.set()
+                raise
 
     with ThreadPoolExecutor(_WORKERS, "download") as pool:
         try:
@@ -136,7 +140,7 @@ def _fetch(file: _File, count: Callable[[int], None], stopped: Flag) -> None:
                 _read(file, target, count, stopped)
             except Exception as error:
                 failures = 0 if target.seek(0, 2) > before else failures + 1
-                if not _may_pass(error):
+                if stopped.is_set() or not _may_pass(error):
                     raise
                 if failures == _TRIES:
                     raise CheckpointError(
@@ -188,11 +192,12 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _check(file: _File, target: BufferedRandom) -> None:
-    """Compare with the checksum that large files are named by, and drop what differs."""
-    target.seek(0)
-    if not _SHA256.fullmatch(file.blob.name):
-        return
-    if hashlib.file_digest(target, "sha256").hexdigest() != file.blob.name:
+    """Compare length and checksum, which large files are named by, and drop what differs."""
+    sound = target.seek(0, 2) == file.size
+    if sound and _SHA256.fullmatch(file.blob.name):
+        target.seek(0)
+        sound = hashlib.file_digest(target, "sha256").hexdigest() == file.blob.name
+    if not sound:
         file.partial.unlink(missing_ok=True)
         raise CheckpointError(
             f"{file.name} came with other bytes than the hub's checksum says; try again"

@@ -128,7 +128,8 @@ def load(
     From then on Ctrl-C raises a KeyboardInterrupt, for the model to be closed.
     """
     with Bar("downloading", in_bytes=True) as downloading, Bar(what) as loading:
-        bars = {} if quiet else {"progress": loading, "download_progress": downloading}
-        llm = qwen3_mlx.load(model, **bars, **options)
+        if not quiet:
+            options |= {"progress": loading, "download_progress": downloading}
+        llm = qwen3_mlx.load(model, **options)
     interrupt.unwind()
     return llm

@@ -11,6 +11,7 @@ _SECONDS = 10  # that a speed is the average of
 class Activity:
     """What an engine does at a moment; sizes are in bytes.
 
+    Requests `running` and `waiting` are those of callers: what is read in idle time is not counted.
     Caches hold `cache_bytes` of at most `cache_limit`; `device_bytes` are all arrays of the
     process. No step has ended for `silent` seconds although there was work.
     """

@@ -1,6 +1,7 @@
 """Runs requests, any number at once: prompts in, tokens to their watchers, outcomes out."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
 from threading import RLock
@@ -18,6 +19,8 @@ from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.engine.steps import Steps
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
+
+_MOST_AHEAD = 16  # prompts to be read in idle time: as many as prefixes are kept
 
 
 class Thread(Protocol):
@@ -65,6 +68,7 @@ class Engine:
         finalize(self, release, self.share).atexit = False
         self._worker = worker
         self._inbox: SimpleQueue[Request] = SimpleQueue()
+        self._ahead: deque[Request] = deque()  # the latest of what is read in idle time
         self._lock = RLock()  # a finalizer may submit something in the middle of `_post`
         self._posted = False  # whether a turn is in the worker's queue
         self._stepped = time.monotonic()  # when a step ended last, or there was nothing to do
@@ -87,21 +91,25 @@ class Engine:
     def read_ahead(self, ids: Sequence[int]) -> None:
         """Have `ids` read while nothing else is to be done, for requests that begin with them.
 
+        Under steady load that time may never come, so only the latest few are kept waiting.
+
         Raises:
             Qwen3Error: the engine's thread has ended.
         """
-        self.submit(
-            Request(
-                ids=ids,
-                sampling=NEUTRAL,
-                max_tokens=0,
-                seed=0,
-                end_ids=frozenset(),
-                watcher=_Collector(),
-                done=lambda outcome: None,
-                priority=IDLE,
-            )
+        request = Request(
+            ids=ids,
+            sampling=NEUTRAL,
+            max_tokens=0,
+            seed=0,
+            end_ids=frozenset(),
+            watcher=_Collector(),
+            done=lambda outcome: None,
+            priority=IDLE,
         )
+        self.submit(request)
+        self._ahead.append(request)
+        if len(self._ahead) > _MOST_AHEAD:
+            self.cancel(self._ahead.popleft())
 
     def cancel(self, request: Request) -> None:
         """End `request` within a step."""
@@ -109,16 +117,19 @@ class Engine:
 
     def activity(self) -> Activity:
         """Return what is being done; without waiting, so that the parts may be a step apart."""
-        pending = self._pending()
-        running = len(self._steps.scheduler.running)
+        scheduler = self._steps.scheduler
+        running, waiting = (
+            sum(job.priority < IDLE for job in list(jobs))
+            for jobs in (scheduler.running, scheduler.waiting)
+        )
         return Activity(
             running,
-            max(0, pending - running),
+            waiting + self._inbox.qsize(),
             round(self._steps.chosen.rate, 1),
             self.share.held,
             self.share.available,
             mx.get_active_memory(),
-            time.monotonic() - self._stepped if pending else 0.0,
+            time.monotonic() - self._stepped if self._pending() else 0.0,
         )
 
     def _pending(self) -> int:

@@ -245,7 +245,9 @@ class Request:
 
     `done` is called once, on the engine's thread, with the outcome or the error that ended it.
     `heard` is told how likely each chosen token was, beside so many others (`alternatives`), before
-    the watcher hears of it; forced ones are not among them.
+    the watcher hears of it; end tokens are among them, forced ones are not. `heard_prompt` is
+    called whenever a part of the prompt has been read, with how likely each of its tokens but the
+    first was after those before it; it has had all of them before the first token is chosen.
     `sampling` has no None left. `progress(done, total)` is told the prompt tokens processed. With
     max_tokens=0 the prompt is only read, and kept for requests that begin with it. `doubtful()`
     says that the reply looks like that of a broken network, so that its logits are checked again.
@@ -264,6 +266,7 @@ class Request:
     priority: int = NORMAL
     cancelled: Event = field(default_factory=Event)
     heard: Callable[[Chance], None] | None = None
+    heard_prompt: Callable[[Sequence[Chance]], None] | None = None
     alternatives: int = 0
     doubtful: Callable[[], bool] | None = None
     client: str = ""

@@ -19,7 +19,7 @@ class Part:
 
     layers: Sequence[KVCache]
     length: int
-    wanted: int  # of how many of them, the last ones, the logits are asked for
+    wanted: int  # of how many of them, the last ones, the logits or hidden states are asked for
 
 
 def chunk_sizes(tokens: int, most: int) -> list[int]:
@@ -35,22 +35,26 @@ def forward(
     ids: mx.array,
     parts: Sequence[Part],
     together: Sequence[LayerCache] | None = None,
+    *,
+    head: bool = True,
 ) -> mx.array | None:
     """Give the logits [N, V] that the parts want, unevaluated; None if they want none.
 
     `ids` [T] are the parts' tokens, end to end. Where all caches are `together`, these answer.
+    Without the `head` it is the last hidden states [N, D].
     """
+    run = model if head else model.hidden
     if together:
-        logits = model(ids[None], together)
+        found = run(ids[None], together)
     elif len(parts) == 1:
         length, asked = parts[0].length, max(1, parts[0].wanted)
-        logits = model(ids[None], parts[0].layers, wanted=range(length - asked, length))
+        found = run(ids[None], parts[0].layers, wanted=range(length - asked, length))
     else:
         lengths, wanted = [part.length for part in parts], [part.wanted for part in parts]
         layers, rows = ragged_layers([part.layers for part in parts], lengths, wanted)
-        logits = model(ids[None], layers, rows)
+        found = run(ids[None], layers, rows)
     # What nobody asks for is never evaluated, and so never computed.
-    return logits[0] if any(part.wanted for part in parts) else None
+    return found[0] if any(part.wanted for part in parts) else None
 
 
 def warm_up(model: Qwen3) -> None:

@@ -41,6 +41,7 @@ class Sequence:
         self.cached_tokens: int | None = None  # of the prompt, when it was first begun
         self.passes = 0  # in which a token was chosen
         self.proposed = self.accepted = 0  # tokens
+        self.scored = 0  # tokens of the prompt after which the next one's probability is known
         self.reason: str | None = None  # why the reply has ended, if it has
         self.failure: BaseException | None = None  # of its constraint, to end with
         self.begun = False  # whether a token was chosen
@@ -73,6 +74,22 @@ class Sequence:
     def unread(self) -> int:
         """The tokens known that are not in the caches yet."""
         return len(self.ids) - self.seen
+
+    @property
+    def skippable(self) -> int:
+        """The tokens that need not be read if other caches have them.
+
+        The last token is read in any case: its logits are needed, and there is a step to end at.
+        """
+        most = len(self.ids) - 1
+        return most if self.request.heard_prompt is None else min(most, self.scored)
+
+    def unscored(self, length: int) -> range:
+        """Return the places, of the next `length` tokens, whose logits score a prompt's token."""
+        if self.request.heard_prompt is None:
+            return range(0)
+        end = min(self.seen + length, len(self.request.ids) - 1)
+        return range(max(self.seen, self.scored), max(self.seen, self.scored, end))
 
     @property
     def told(self) -> int:
@@ -189,9 +206,9 @@ class Sequence:
             if constraint.unwanted:
                 self._take_back(constraint.unwanted, new=len(ids))
                 return
+        if chance and request.heard:
+            request.heard(chance)
         if told := ids[:end]:
-            if chance and request.heard:
-                request.heard(chance)
             request.watcher.advance(told)
         if end is not None or request.watcher.finished or (constraint and constraint.finished):
             self.reason = "stop"

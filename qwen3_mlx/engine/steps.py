@@ -6,6 +6,7 @@ ahead of what it has told, and drops what turns out to be unwanted.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from qwen3_mlx.engine.params import Chance, Outcome, Request
 from qwen3_mlx.engine.runner import Part, chunk_sizes, forward
 from qwen3_mlx.engine.sampling import choose
 from qwen3_mlx.engine.scheduler import Scheduler, Step
+from qwen3_mlx.engine.scores import Scores
 from qwen3_mlx.engine.sequence import Sequence as Running
 from qwen3_mlx.engine.speculative import Speculator
 from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
@@ -65,6 +67,7 @@ class Flight:
     dropped: list[Running] = field(default_factory=list)  # whose token is not wanted after all
     logits: mx.array | None = None  # [N, V]
     finite: mx.array | None = None  # [N], if a request's first token is among those chosen
+    scores: Scores | None = None
 
 
 class Steps:
@@ -260,20 +263,30 @@ class Steps:
         ids = self._ids(ahead, known, lengths[len(ahead) :], proposals)
         choosing, parts, arrays = list[Running](), [], list[mx.array]()
         proposed: dict[int, int] = {}  # by row
+        scoring: dict[Running, tuple[range, int]] = {}  # places, and the row of the first
+        wanted_rows, row = list[int](), 0  # of the hidden states, those whose logits are wanted
         for sequence, length in zip(self._building, lengths, strict=True):
             self._look_up(sequence)
             last = sequence.ahead == 1 or length == sequence.unread
             proposal = proposals.get(sequence, [])
             wanted = last and sequence.request.max_tokens > 0
             rows = 1 + len(proposal) if wanted else 0
-            parts.append(Part(sequence.layers[: self._depth], length + len(proposal), rows))
+            places = sequence.unscored(length)
+            asked = max(rows, sequence.seen + length - places.start if places else 0)
+            if sequence.request.heard_prompt and not sequence.answering:
+                scoring[sequence] = places, row
+                sequence.scored = max(sequence.scored, places.stop)
+            parts.append(Part(sequence.layers[: self._depth], length + len(proposal), asked))
+            row += asked
+            wanted_rows += range(row - rows, row)
             proposed |= dict(enumerate(proposal, len(choosing) + 1))
             choosing += [sequence] * rows
             sequence.seen += length + len(proposal)
             sequence.answering |= last
             sequence.ahead = int(wanted)
             sequence.passes += wanted
-        logits = forward(self.model, ids, parts, self._joined(parts))
+        logits, scores = self._forward(ids, parts, scoring, wanted_rows)
+        arrays += scores.arrays if scores else ()
         for part in parts:
             if not part.wanted:  # nothing else reads what it writes
                 arrays += [array for layer in part.layers for array in layer.state]
@@ -299,7 +312,25 @@ class Steps:
             masked=foreseen,
             logits=logits,
             finite=finite,
+            scores=scores,
         )
+
+    def _forward(
+        self,
+        ids: mx.array,
+        parts: Sequence[Part],
+        scoring: Mapping[Running, tuple[range, int]],
+        rows: Sequence[int],
+    ) -> tuple[mx.array | None, Scores | None]:
+        """Return the logits of `rows`, and the scores of prompts, of what the parts ask for."""
+        joined = self._joined(parts)
+        if not scoring:
+            return forward(self.model, ids, parts, joined), None
+        hidden = forward(self.model, ids, parts, joined, head=False)
+        scores = Scores.of(self.model, hidden, scoring, self._vocabulary)
+        if hidden is None or not rows:
+            return None, scores
+        return self.model.head(hidden[mx.array(list(rows))]), scores
 
     def _joined(self, parts: Sequence[Part]) -> Sequence[LayerCache] | None:
         """Give caches that answer for all parts at once, where that is faster."""
@@ -421,6 +452,7 @@ class Steps:
         done = self._flight
         values = self._wait_for(done) if done else []
         chances = done.chances.read(values, done.choosing) if done and done.chances else {}
+        scores = done.scores.read() if done and done.scores else {}
         if following:
             mx.async_eval(following.arrays)
             following.submitted = time.perf_counter()
@@ -428,6 +460,8 @@ class Steps:
         if not done:
             return
         self._landing = done.touched
+        for sequence, heard in scores.items():
+            self._tell_scores(sequence, heard)
         for sequence, rows in groupby(range(len(values)), key=done.choosing.__getitem__):
             if not self._in_flight(sequence):
                 sequence.ahead = 0
@@ -437,7 +471,7 @@ class Steps:
         for sequence in done.touched:
             if sequence.ended:
                 self._leave(sequence)
-            elif not sequence.request.max_tokens and not sequence.unread:
+            elif not (sequence.request.max_tokens or sequence.unread or self._in_flight(sequence)):
                 self._end(sequence, sequence.outcome("length"))
         self._landing = ()
 
@@ -485,6 +519,16 @@ class Steps:
         elif not goes_on:
             self._choose_anew(sequence)
 
+    def _tell_scores(self, sequence: Running, scores: Sequence[Chance]) -> None:
+        """Hand on how likely the tokens of a prompt are, as far as it has been read."""
+        try:
+            if not all(math.isfinite(chance.logprob) for chance in scores):
+                raise self._nonfinite()
+            if sequence.request.heard_prompt and not sequence.ended:
+                sequence.request.heard_prompt(scores)
+        except BaseException as error:  # noqa: BLE001 - this request's alone
+            self._end(sequence, error)
+
     def _check_logits(self, sequence: Running, flight: Flight) -> None:
         assert flight.logits is not None
         finite = mx.isfinite(flight.logits[:, : self._vocabulary]).all(axis=-1)
@@ -506,15 +550,17 @@ class Steps:
         # A list is read from what is evaluated; an element would be a computation of its own, which
         # waits for the step in work.
         if not finite.tolist()[flight.choosing.index(sequence)]:  # type: ignore[index]
-            dtype = self.model.model.norm.weight.dtype
-            wider = (
-                "" if dtype == mx.float32 else ', or load it with --dtype float32 (dtype="float32")'
-            )
-            raise CheckpointError(
-                f"the logits of {self.model.source} have NaN or infinity among them, so it cannot "
-                "choose a token: its weights are damaged, or computing exceeds the range of "
-                f"{str(dtype).removeprefix('mlx.core.')}; download or convert it again{wider}"
-            )
+            raise self._nonfinite()
+
+    def _nonfinite(self) -> CheckpointError:
+        """Create the error of a network that gives no numbers."""
+        dtype = self.model.model.norm.weight.dtype
+        wider = "" if dtype == mx.float32 else ', or load it with --dtype float32 (dtype="float32")'
+        return CheckpointError(
+            f"the logits of {self.model.source} have NaN or infinity among them, so it cannot "
+            "choose a token: its weights are damaged, or computing exceeds the range of "
+            f"{str(dtype).removeprefix('mlx.core.')}; download or convert it again{wider}"
+        )
 
     def _choose_anew(self, sequence: Running) -> None:
         """Drop the token that the step in work chooses: it goes on from what is no longer so."""
@@ -555,8 +601,7 @@ class Steps:
 
     def _restore(self, job: Running) -> None:
         """Fill a sequence's caches with what is kept of its tokens, on disk or in memory."""
-        # The last token is read in any case: its logits are needed, and there is a step to end at.
-        most = len(job.ids) - 1
+        most = job.skippable
         disk, prefixes = self._disk, self._prefixes
         try:
             if disk and disk.common(job.ids, most) > prefixes.common(job.ids, most):

@@ -173,10 +173,20 @@ class Qwen3(nn.Module):
         logits are needed; what serves no other position is then not computed. With a plain cache
         these must be the last ones. None means all.
         """
+        return self.head(self.hidden(ids, cache, wanted))
+
+    def hidden(
+        self,
+        ids: mx.array,
+        cache: Sequence[LayerCache] | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> mx.array:
+        """Return the last hidden states [B, Q, D], of which `head` makes the logits."""
         rows = None
         if wanted is not None and len(wanted) < ids.shape[1]:
             rows = mx.array(list(wanted), dtype=mx.int32)
-        return self.head(self.model(ids, cache or [NoCache()] * len(self.layers), rows))
+        last: mx.array = self.model(ids, cache or [NoCache()] * len(self.layers), rows)
+        return last
 
     def head(self, x: mx.array) -> mx.array:
         """Give the logits [..., V] of the last hidden states x [..., D], any rows of them."""

@@ -72,20 +72,25 @@ class Completion(ABC):
         if self._streams:
             return LiveResponse(running, self._chunks(running), EVENTS, headers)
         await running.complete(request)
-        size = running.usage.completion_tokens * _TOKEN
+        echoed = sum(len(said.prompt.others) for said in running.said if said.prompt)
+        size = (running.usage.completion_tokens + echoed) * _TOKEN
         content = await self.service.aside(size, partial(self._whole, running))
         return Response(content, media_type="application/json", headers=headers)
 
     def _whole(self, running: Running) -> bytes:
         """Write the replies, each by itself: other threads wait while one is written."""
         choices = (
-            json_bytes(self.choice(index, said, finish))
+            self.written(self.choice(index, said, finish))
             for index, (said, finish) in enumerate(zip(running.said, running.finishes, strict=True))
             if finish
         )
         end = json_bytes({"usage": usage_of(running.usage), "timings": running.timings})
         before = json_bytes(self.head)[:-1] + b',"choices":['
         return before + b",".join(choices) + b"]," + end[1:]
+
+    def written(self, choice: Mapping[str, Any]) -> bytes:
+        """Write a reply."""
+        return json_bytes(choice)
 
     async def _chunks(self, running: Running) -> AsyncIterator[bytes]:
         with_usage = bool(self._stream_options and self._stream_options.include_usage)

@@ -1,125 +1,63 @@
 """Ollama's API: chat, generate, and what its clients want to know of the model."""
 
 import time
-from collections.abc import AsyncIterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import partial
-from typing import Annotated, Any, Literal
+from hashlib import sha256
+from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
-from pydantic import Field
 
 from qwen3_mlx import __version__
 from qwen3_mlx.asking import Options
-from qwen3_mlx.engine.params import SamplingParams
-from qwen3_mlx.server.entry import answered, takes
+from qwen3_mlx.server.completion import shown
+from qwen3_mlx.server.entry import answered, parsed, takes
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.ollama_wire import (
+    API_VERSION,
+    NOT_FOR_CHAT,
+    NOT_FOR_GENERATE,
+    ErrorOut,
+    OllamaChatOut,
+    OllamaChatRequest,
+    OllamaGenerateOut,
+    OllamaGenerateRequest,
+    OllamaMessage,
+    OllamaRequest,
+    OllamaShowRequest,
+    read_options,
+    seconds_of,
+)
 from qwen3_mlx.server.places import Place
-from qwen3_mlx.server.service import LiveResponse, Running, Service
+from qwen3_mlx.server.service import LiveResponse, Prepare, Running, Service
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.server.wire import (
     Json,
-    Messages,
-    Parts,
-    Posted,
-    Tools,
-    Wire,
     check_unknown,
     ends_with_words,
     json_bytes,
     warnings_header,
 )
-from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCall
 
 _LINES = "application/x-ndjson"
-_NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {"logprobs": (), "top_logprobs": (0,)}
-_HARMLESS = frozenset(("keep_alive",))  # the model stays in any case
-_OPTIONS_WITHOUT_EFFECT = frozenset(
-    ("num_gpu", "num_thread", "num_batch", "use_mmap", "use_mlock", "low_vram", "numa", "main_gpu")
-)
-_WHOLE = frozenset(("num_predict", "top_k", "seed", "num_ctx", "repeat_last_n"))
-_OPTIONS = _WHOLE | {
-    *("temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty"),
-    "stop",
-}
-
-
-class CalledFunction(Wire):
-    """A call as an assistant made it."""
-
-    name: str
-    arguments: Any = {}
-    index: int | None = None
-
-
-class Called(Wire):
-    """A call in the history."""
-
-    id: str | None = None
-    type: str | None = None
-    function: CalledFunction
-
-
-class OllamaMessage(Wire):
-    """A message of the conversation."""
-
-    role: Literal["system", "user", "assistant", "tool"]
-    content: str | None = None
-    thinking: str | None = None
-    images: Parts[Any] | None = None
-    tool_calls: Parts[Called] | None = None
-    tool_name: str | None = None
-    tool_call_id: str | None = None
-
-
-class OllamaRequest(Posted):
-    """`POST /api/chat`."""
-
-    model: str | None = None
-    messages: Annotated[Messages[OllamaMessage], Field(min_length=1)]
-    stream: bool | None = None
-    think: bool | Literal["low", "medium", "high", "max"] | None = None
-    format: Literal["json", ""] | dict[str, Any] | None = None
-    options: dict[str, Any] | None = None
-    tools: Tools[dict[str, Any]] | None = None
-
-
-class OllamaMessageOut(Wire):
-    """What the model said."""
-
-    role: Literal["assistant"]
-    content: str
-    thinking: str | None = None
-    tool_calls: list[Called] | None = None
-
-
-class OllamaOut(Wire):
-    """The response without a stream, and the last line of one; times are in nanoseconds."""
-
-    model: str
-    created_at: str
-    message: OllamaMessageOut
-    done: bool
-    done_reason: str
-    total_duration: int
-    load_duration: int
-    prompt_eval_count: int
-    prompt_eval_duration: int
-    eval_count: int
-    eval_duration: int
-
-
-class ErrorOut(Wire):
-    """Any response that is not the one asked for."""
-
-    error: str
-
-
+_NEVER = "9999-12-31T23:59:59Z"  # when the model is unloaded
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
 _STREAM: dict[str, Any] = {"content": {_LINES: {}}}
+_NOT_HERE = {
+    "/embed": ("POST", "makes no embeddings"),
+    "/embeddings": ("POST", "makes no embeddings"),
+    "/pull": ("POST", "fetches no others"),
+    "/push": ("POST", "uploads none"),
+    "/create": ("POST", "makes no others"),
+    "/copy": ("POST", "copies none"),
+    "/delete": ("DELETE", "deletes none"),
+}
 
 
 def routes(service: Service) -> APIRouter:
@@ -127,49 +65,107 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/api", tags=["Ollama"], responses=_ERRORS)
 
     @router.post(
-        "/chat", response_model=OllamaOut, responses={200: _STREAM}, **takes(OllamaRequest)
+        "/chat", response_model=OllamaChatOut, responses={200: _STREAM}, **takes(OllamaChatRequest)
     )
     async def chat(request: Request) -> Response:
-        return await answered(service, request, OllamaRequest, _OllamaChat)
+        return await answered(service, request, OllamaChatRequest, _Chat)
 
+    @router.post(
+        "/generate",
+        response_model=OllamaGenerateOut,
+        responses={200: _STREAM},
+        **takes(OllamaGenerateRequest),
+    )
+    async def generate(request: Request) -> Response:
+        return await answered(service, request, OllamaGenerateRequest, _Generate)
+
+    @router.head("/tags", include_in_schema=False)
     @router.get("/tags")
     async def tags() -> dict[str, Any]:
-        return {"models": [_model(service)]}
+        return {"models": [_model(service, name) for name in _names(service)]}
 
     @router.get("/ps")
     async def loaded() -> dict[str, Any]:
-        return {"models": [{**_model(service), "context_length": service.context}]}
+        model = _model(service, service.settings.model)
+        more = {"expires_at": _NEVER, "size_vram": 0, "context_length": service.context}
+        return {"models": [{**model, **more}]}
 
-    @router.post("/show")
-    async def show() -> dict[str, Any]:
-        thinks = ["thinking"] if service.llm.thinking.can_think else []
-        family = service.llm.config.model_type
-        return {
-            **_model(service),
-            "capabilities": ["completion", "tools", *thinks],
-            "model_info": {
-                "general.architecture": family,
-                f"{family}.context_length": service.context,
-            },
-        }
+    @router.post("/show", **takes(OllamaShowRequest))
+    async def show(request: Request) -> Response:
+        sent = await request.body()
+        read = partial(parsed, sent, OllamaShowRequest, service.context)
+        asked = await service.aside(len(sent), read)
+        _check_model(service, asked.model or asked.name)
+        return Json(
+            _described(service), headers=warnings_header(check_unknown(asked, {}, frozenset()))
+        )
 
+    @router.head("/version", include_in_schema=False)
     @router.get("/version")
     async def version() -> dict[str, str]:
-        return {"version": __version__}
+        """Give the version of Ollama whose API this is, which clients compare, and our own."""
+        return {"version": API_VERSION, "qwen3_mlx": __version__}
 
+    for path, (method, why) in _NOT_HERE.items():
+        refuse = _refusal(f"/api{path}", service.settings.model, why)
+        router.add_api_route(path, refuse, methods=[method], include_in_schema=False)
     return router
 
 
-def _model(service: Service) -> dict[str, Any]:
-    name = service.settings.model
+def _refusal(path: str, model: str, why: str) -> Callable[[], Response]:
+    def refuse() -> Response:
+        raise ApiError(
+            501, f"{path} is not supported: this server has one model, {model}, and {why}"
+        )
+
+    return refuse
+
+
+def _names(service: Service) -> list[str]:
+    """Give the names that the model has here."""
+    return [*dict.fromkeys((service.settings.model, "default"))]
+
+
+def _check_model(service: Service, name: str | None) -> None:
+    """Check that a model is the one that is here; no name is its name, too.
+
+    Raises:
+        ApiError: it is another.
+    """
+    names = _names(service)
+    if name and name.lower().removesuffix(":latest") not in [known.lower() for known in names]:
+        raise ApiError(404, f"model '{name}' not found; there is {' or '.join(names)}")
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
     family = service.llm.config.model_type
     return {
         "name": name,
         "model": name,
         "modified_at": _when(service.created),
         "size": 0,
-        "digest": "",
-        "details": {"format": "safetensors", "family": family, "families": [family]},
+        "digest": sha256(name.encode()).hexdigest(),  # of which Ollama's command shows a part
+        "details": {
+            "parent_model": "",
+            "format": "safetensors",
+            "family": family,
+            "families": [family],
+            "parameter_size": "",
+            "quantization_level": "",
+        },
+    }
+
+
+def _described(service: Service) -> dict[str, Any]:
+    thinks = ["thinking"] if service.llm.thinking.can_think else []
+    family = service.llm.config.model_type
+    return {
+        **_model(service, service.settings.model),
+        "capabilities": ["completion", "tools", *thinks],
+        "model_info": {
+            "general.architecture": family,
+            f"{family}.context_length": service.context,
+        },
     }
 
 
@@ -177,47 +173,57 @@ def _when(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
-class _OllamaChat:
-    """A reply to messages."""
+class _Reply(ABC):
+    """What chat and generate have in common."""
 
-    def __init__(self, service: Service, asked: OllamaRequest) -> None:
+    def __init__(
+        self, service: Service, asked: OllamaRequest, unsupported: Mapping[str, tuple[Any, ...]]
+    ) -> None:
+        _check_model(service, asked.model)
         self._service = service
         self._streams = asked.stream is not False
+        self._noting = bool(asked.logprobs)
         try:
-            self._warnings = service.another_model(asked.model)
-            self._warnings += check_unknown(asked, _NOT_SUPPORTED, _HARMLESS)
-            known = _OPTIONS | _OPTIONS_WITHOUT_EFFECT
-            self._warnings += [
-                f"unknown option {name!r} was ignored"
-                for name in asked.options or {}
-                if name not in known
-            ]
-            self._messages = [_library_message(message) for message in asked.messages]
+            self._stays = seconds_of(asked.keep_alive)
+            self._warnings = check_unknown(asked, unsupported, frozenset())
+            sampled, warnings = read_options(asked.options or {}, service.context)
+            self._warnings += warnings + asked.not_honoured()
+            if asked.top_logprobs and not asked.logprobs:
+                raise ValueError("top_logprobs needs logprobs=true")
             self._options: Options = {
-                **service.options(_wish(asked.think), self._warnings),
-                **_sampled(asked.options or {}, service.context),
+                **sampled,
                 "schema": {"type": "object"} if asked.format == "json" else asked.format or None,
-                "tools": asked.tools or None,
-                "continue_last": ends_with_words(self._messages),
-                "idle": True,
+                "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
             }
+            self._prepare = self._lay_out()
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
 
+    @abstractmethod
+    def _lay_out(self) -> Prepare | None:
+        """Give what lays out the reply, or None where the model is to be loaded alone."""
+
+    @abstractmethod
+    def _part(
+        self, text: str = "", thinking: str = "", calls: Sequence[ToolCall] = ()
+    ) -> dict[str, Any]:
+        """Give what was said as a part of a response."""
+
     async def respond(self, request: Request, place: Place) -> Response:
         """Answer the request."""
-        prepare = partial(self._service.llm.prepare, self._messages, **self._options)
-        running = await self._service.run(request, place, [prepare])
+        if self._prepare is None:
+            reason = "unload" if self._stays == 0 else "load"
+            return Json(self._end(reason, {}), headers=warnings_header(self._warnings))
+        running = await self._service.run(request, place, [self._prepare])
         headers = warnings_header(self._warnings + running.warnings)
         if self._streams:
             return LiveResponse(running, self._lines(running), _LINES, headers)
         await running.complete(request)
         said = running.said[0]
-        message = {"role": "assistant", "content": said.text}
-        if said.reasoning:
-            message["thinking"] = said.reasoning
-        calls = {"tool_calls": [_call(call) for call in said.tool_calls]} if said.tool_calls else {}
-        return Json(self._last(running, {**message, **calls}), headers=headers)
+        whole = self._part(said.text, said.reasoning, said.tool_calls)
+        return Json(
+            {**self._last(running), **whole, **self._logprobs(said.logprobs)}, headers=headers
+        )
 
     async def _lines(self, running: Running) -> AsyncIterator[bytes]:
         try:
@@ -225,39 +231,114 @@ class _OllamaChat:
                 lines = [self._line(event) for _, event in events if not isinstance(event, Finish)]
                 if lines:
                     yield b"".join(lines)
-            yield json_bytes(self._last(running, {"role": "assistant", "content": ""})) + b"\n"
+            yield json_bytes(self._last(running)) + b"\n"
         except ApiError as error:
-            yield json_bytes(error.body("/api/chat")) + b"\n"
+            yield json_bytes(error.body("/api/")) + b"\n"
 
     def _line(self, event: Event) -> bytes:
-        message: dict[str, Any] = {"role": "assistant", "content": ""}
+        part = self._part()
         if isinstance(event, Text):
-            message["content"] = event.text
+            part = self._part(event.text) | self._logprobs(event.tokens)
         elif isinstance(event, Reasoning):
-            message["thinking"] = event.text
+            part = self._part(thinking=event.text)
         elif isinstance(event, ToolCall):
-            message["tool_calls"] = [_call(event)]
-        return json_bytes({**self._head(), "message": message, "done": False}) + b"\n"
+            part = self._part(calls=[event])
+        return json_bytes({**self._head(), **part, "done": False}) + b"\n"
 
     def _head(self) -> dict[str, Any]:
         return {"model": self._service.settings.model, "created_at": _when(time.time())}
 
-    def _last(self, running: Running, message: Mapping[str, Any]) -> dict[str, Any]:
+    def _last(self, running: Running) -> dict[str, Any]:
         finish, timings = running.finishes[0], running.timings
         assert finish
         reading, making = (int(timings[name] * 1e6) for name in ("prompt_ms", "predicted_ms"))
-        return {
-            **self._head(),
-            "message": message,
-            "done": True,
-            "done_reason": "length" if finish.reason == "length" else "stop",
+        counts = {
             "total_duration": reading + making,
-            "load_duration": 0,
             "prompt_eval_count": finish.usage.prompt_tokens,
             "prompt_eval_duration": reading,
             "eval_count": finish.usage.completion_tokens,
             "eval_duration": making,
         }
+        return self._end("length" if finish.reason == "length" else "stop", counts)
+
+    def _end(self, reason: str, counts: Mapping[str, int]) -> dict[str, Any]:
+        names = ("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration")
+        names += ("eval_count", "eval_duration")  # type: ignore[assignment]
+        head = {**self._head(), **self._part(), "done": True, "done_reason": reason}
+        return {**head, **dict.fromkeys(names, 0), **counts}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+        if not self._noting:
+            return {}
+        noted = [
+            _logprob(token.token, token.logprob)
+            | {"top_logprobs": [_logprob(*one) for one in token.top]}
+            for token in tokens
+        ]
+        return {"logprobs": noted}
+
+
+class _Chat(_Reply):
+    """A reply to messages."""
+
+    def __init__(self, service: Service, asked: OllamaChatRequest) -> None:
+        self._asked = asked
+        super().__init__(service, asked, NOT_FOR_CHAT)
+
+    def _lay_out(self) -> Prepare | None:
+        asked = self._asked
+        if not asked.messages:
+            return None
+        messages = [_library_message(message) for message in asked.messages]
+        options: Options = {
+            **self._options,
+            **self._service.options(_wish(asked.think), self._warnings),
+            "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
+            "continue_last": ends_with_words(messages),
+            "idle": True,
+        }
+        return partial(self._service.llm.prepare, messages, **options)
+
+    def _part(
+        self, text: str = "", thinking: str = "", calls: Sequence[ToolCall] = ()
+    ) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if thinking:
+            message["thinking"] = thinking
+        if calls:
+            message["tool_calls"] = [
+                {"function": {"name": call.name, "arguments": call.arguments}} for call in calls
+            ]
+        return {"message": message}
+
+
+class _Generate(_Reply):
+    """A reply to a prompt, which with `raw` goes on from it."""
+
+    def __init__(self, service: Service, asked: OllamaGenerateRequest) -> None:
+        self._asked = asked
+        super().__init__(service, asked, NOT_FOR_GENERATE)
+
+    def _lay_out(self) -> Prepare | None:
+        asked, llm = self._asked, self._service.llm
+        if not asked.prompt:
+            return None
+        if not asked.raw:
+            system = [{"role": "system", "content": asked.system}] if asked.system else []
+            messages = [*system, {"role": "user", "content": asked.prompt}]
+            thinking = self._service.options(_wish(asked.think), self._warnings)
+            turn: Options = {**self._options, **thinking, "idle": True}
+            return partial(llm.prepare, messages, **turn)
+        for name, value in (("system", asked.system), ("think", asked.think)):
+            if value:
+                raise ValueError(f"{name} needs the chat template, which raw switches off")
+        text: Options = {**self._options, "loop_guard": False}
+        return partial(llm.prepare_text, asked.prompt, **text)
+
+    def _part(
+        self, text: str = "", thinking: str = "", calls: Sequence[ToolCall] = ()
+    ) -> dict[str, Any]:
+        return {"response": text} | ({"thinking": thinking} if thinking else {})
 
 
 def _wish(think: bool | str | None) -> Wish:
@@ -272,6 +353,8 @@ def _library_message(message: OllamaMessage) -> dict[str, Any]:
     made: dict[str, Any] = {"role": message.role, "content": message.content or ""}
     if message.thinking:
         made["reasoning_content"] = message.thinking
+    if message.tool_call_id:
+        made["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
         made["tool_calls"] = [
             {
@@ -283,35 +366,5 @@ def _library_message(message: OllamaMessage) -> dict[str, Any]:
     return made
 
 
-def _sampled(options: Mapping[str, Any], context: int) -> Options:
-    for name in _OPTIONS - {"stop"}:
-        value = options.get(name)
-        whole = name in _WHOLE
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
-            raise ValueError(f"options.{name} must be a {'whole ' * whole}number, not {value!r}")
-    if (options.get("num_ctx") or 0) > context:
-        raise ValueError(
-            f"options.num_ctx={options['num_ctx']} is more than the context of {context:,} tokens "
-            "that this server was started with"
-        )
-    most = options.get("num_predict")
-    return {
-        "sampling": SamplingParams(
-            temperature=options.get("temperature"),
-            top_p=options.get("top_p"),
-            top_k=options.get("top_k"),
-            min_p=options.get("min_p"),
-            repetition_penalty=options.get("repeat_penalty"),
-            presence_penalty=options.get("presence_penalty"),
-            frequency_penalty=options.get("frequency_penalty"),
-        ),
-        "max_tokens": None if most is None or most < 0 else most,
-        "seed": options.get("seed"),
-        "stop": options.get("stop"),
-    }
-
-
-def _call(call: ToolCall) -> dict[str, Any]:
-    return {"function": {"name": call.name, "arguments": call.arguments}}
+def _logprob(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": shown(token), "logprob": logprob, "bytes": list(token)}

@@ -300,7 +300,7 @@ class TextRequest(Sampled):
     """`POST /v1/completions`."""
 
     prompt: str | FailFast[str] | FailFast[int] | FailFast[FailFast[int]]
-    max_tokens: Count | None = None
+    max_tokens: Annotated[int, Field(ge=-1, description="-1 is no limit.")] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 

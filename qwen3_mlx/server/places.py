@@ -82,14 +82,14 @@ class Places:
                 f"{self._most_per_client} (--max-per-client)",
             )
         others = [place for place in self._taken if place is not beside]
-        own = sum(place.count for place in others if place.client == client)
-        if own + count > self._most_per_client:
-            raise self._too_many(f"this client has {own} of its {self._most_per_client}", count)
         active = sum(place.count for place in others)
         if active + count > self._most:
             raise self._too_many(
                 f"the server answers or keeps waiting {active} of at most {self._most}", count
             )
+        own = sum(place.count for place in others if place.client == client)
+        if own + count > self._most_per_client:
+            raise self._too_many(f"this client has {own} of its {self._most_per_client}", count)
 
     def _too_many(self, what: str, count: int) -> ApiError:
         wait = min(max(1, round(self._pace)), _LONGEST_WAIT)

@@ -27,7 +27,8 @@ from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.compiling import Caller
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
-_MOST_UNREAD = 1 << 17  # pieces of a reply that a client has not taken: some 25 MB
+_MOST_UNREAD = 1 << 16  # pieces of a reply that a client has not taken: some 13 MB
+_AT_A_TIME = 512  # of those, written at once
 _AT_ONCE = 16 << 10  # bytes that take little longer than to wake a thread for them
 _READERS = 2  # threads for large bodies, which together take as many times the memory of one
 
@@ -232,8 +233,12 @@ class Running:
                     heard = [await self.queue.get()]
             except TimeoutError:
                 return []
-        while not self.queue.empty():
+        size = sum(_weight(event) for _, event in heard)
+        while not self.queue.empty() and size < _AT_A_TIME:
             heard.append(self.queue.get_nowait())
+            size += _weight(heard[-1][1])
+        if not self.queue.empty():  # of what a slow client has left: others have their turn, too
+            await asyncio.sleep(0)
         return heard
 
     async def complete(self, request: Request) -> None:

@@ -65,7 +65,9 @@ class Settings:
         if self.api_key is not None and not self.api_key.isascii():
             raise ValueError("api_key must be plain ASCII: it travels in a header")
         if self.api_key is not None and self.key_file is not None:
-            raise ValueError("a key_file and an api_key (QWEN3_API_KEY) are two sources of keys")
+            raise ValueError(
+                "a key_file and an api_key (QWEN3_API_KEY) are two sources of keys; give one"
+            )
         self._check_names()
 
     def _check_names(self) -> None:

@@ -18,6 +18,17 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """The tokens of a prompt: the first, and those that follow with their log probabilities.
+
+    It comes before all else, where a prompt's log probabilities were asked for.
+    """
+
+    first: bytes
+    others: Sequence[TokenLogprob] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Reasoning:
     """A piece of the thinking, and its tokens where `logprobs` were asked for."""
 
@@ -81,4 +92,4 @@ class Finish:
     details: dict[str, str] = field(default_factory=dict)
 
 
-Event = Reasoning | Text | ToolCall | ToolCallDelta | Finish
+Event = PromptTokens | Reasoning | Text | ToolCall | ToolCallDelta | Finish

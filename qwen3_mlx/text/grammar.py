@@ -27,7 +27,7 @@ _FEW = 16  # bytes that may come next and are tried
 # What ends a value, or begins the shortest; any byte serves where none of these may come.
 _CLOSERS = b'"}],0/' + b"nulltruefalse" + b": -." + bytes(range(97, 123)) + bytes(range(256))
 # CPU seconds that a text may take: all replies wait for each. A mask takes 0.001 s, or much less.
-_AT_FIRST, _A_STEP = 1.0, 0.01
+_AT_FIRST, _A_STEP = 0.5, 0.01
 
 
 class Pace:

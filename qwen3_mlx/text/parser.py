@@ -57,6 +57,7 @@ class Parser:
         self._tokenizer = tokenizer
         self._notes: list[TokenLogprob] | None = [] if noting else None  # of what is not said yet
         self._note: TokenLogprob | None = None
+        self.noting_end = False  # whether the token that ends the reply is said, without text
         self._open_id = thinking.open_id if thinking else None
         self._close_id = thinking.close_id if thinking else None
         self._inside = inside
@@ -136,6 +137,9 @@ class Parser:
                 self._end_reasoning()
             else:
                 self._end_answer()
+        if self.noting_end and self._note:
+            self._tell(Text("", (self._note,)))
+            self._note = None
         self.finished = True
 
     def _take_note(self, token: int) -> None:
