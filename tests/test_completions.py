@@ -12,6 +12,7 @@ import pytest
 from qwen3_mlx import LLM, ToolCallDelta, backend, load
 from qwen3_mlx.engine import scores
 from qwen3_mlx.engine.params import Chance
+from qwen3_mlx.engine.runner import Part, forward
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.streams import Collected
 from tests.serving import Served, serving
@@ -255,3 +256,18 @@ def test_a_piece_of_a_call_is_no_end() -> None:
     said = Collected()
     said.add(ToolCallDelta("a", "f", "{"))
     assert not said.ended
+
+
+def test_several_prompts_are_only_read(served: Served) -> None:
+    """In a step of which no logits are wanted."""
+    prompts = [f"{number} + 34 =" for number in range(8)]
+    asked: list[dict[str, Any]] = [{}, {"echo": True}, {"logprobs": 1}]
+    for fields in asked:
+        for choice, prompt in zip(
+            ask(served, prompts, max_tokens=0, **fields), prompts, strict=True
+        ):
+            assert choice["text"] == (prompt if "echo" in fields else "")
+    model = make_model()
+    caches = [model.make_cache() for _ in range(2)]
+    parts = [Part(layers, length, 0) for layers, length in zip(caches, (3, 2), strict=True)]
+    assert forward(model, mx.array([1, 2, 3, 4, 5]), parts) is None
