@@ -44,7 +44,8 @@ class Options(TextOptions, total=False):
     `thinking` switches the thinking on or off; None is the checkpoint's default. It never takes
     more than `thinking_budget` tokens: then it is closed with Qwen's own hand-off, or with
     `thinking_budget_message`, and the answer follows. A budget for which `max_tokens` leave no room
-    is refused, or with `thinking_budget_bends` gives way. `loop_guard=False` permits circles.
+    is refused, or with `thinking_budget_bends` gives way; so it does at the end of the context.
+    `loop_guard=False` permits circles.
     `tools` are functions, or descriptions of them, that the model may call: see `ToolCall`.
     `tool_choice` is "auto", "none", "required" or the name of the tool to be called; without
     `parallel_tool_calls` a reply ends with its first call. With `partial_calls` a stream also has

@@ -172,6 +172,8 @@ def why_no_turn(last: Message) -> str:
     """Say why there is nothing to reply to where the assistant has spoken last."""
     if last.get("tool_calls"):
         return "the last message calls tools: add their answers, as messages with the role tool"
+    if not is_begun(last):
+        return "the last message is the assistant's and says nothing: add a message to reply to"
     return (
         "the last message is the assistant's: add a message to reply to, or have it continued "
         "(continue_last=True)"

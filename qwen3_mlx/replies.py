@@ -140,6 +140,8 @@ class Replies:
         # /think and /no_think are for the model to obey; here they decide how its words are drawn.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
+        if asked.must_call and form:
+            warnings.append("a call of a tool is demanded, so the form of the answer was ignored")
         if continued:
             draws_as_thinking = bool(thinking_of(continued))
             if asked.thinking and not inside:
@@ -281,6 +283,8 @@ class Replies:
         # Calls that are left standing in the thinking may be any, and of any number.
         settled = task.calls is not None and (asked.must_call or not asked.parallel_tool_calls)
         bounded = form is not None or settled
+        # Only what the request itself leaves no room for is refused.
+        short = room != asked.max_tokens
         limits = Limits.of(
             words.tokenizer,
             thinking,
@@ -289,7 +293,7 @@ class Replies:
             max_tokens=room,
             guard=asked.loop_guard,
             least_answer=len(form.closing() or ()) + 1 if form else 1,
-            bends=budget is None or asked.thinking_budget_bends,
+            bends=budget is None or asked.thinking_budget_bends or short,
         )
         return Steering(
             words.tokenizer,

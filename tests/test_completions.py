@@ -12,6 +12,7 @@ import pytest
 from qwen3_mlx import LLM, ToolCallDelta, backend, load
 from qwen3_mlx.engine import scores
 from qwen3_mlx.engine.params import Chance
+from qwen3_mlx.engine.runner import Part, forward
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.streams import Collected
 from tests.serving import Served, serving
@@ -166,7 +167,7 @@ def test_what_a_prompt_may_be_is_told(served: Served) -> None:
         assert error["message"] == f"prompt: Input should be {kinds}" and error["param"] == "prompt"
     body = {"messages": [{"role": "user", "content": "a"}], "tool_choice": 5}
     error = served.post("/v1/chat/completions", body).json()["error"]
-    assert error["message"].endswith("'auto' or 'required' or a valid dictionary")
+    assert error["message"].endswith("'auto' or 'required' or an object")
 
 
 # --- the engine ---------------------------------------------------------------------------------
@@ -265,3 +266,18 @@ def test_a_piece_of_a_call_is_no_end() -> None:
     said = Collected()
     said.add(ToolCallDelta("a", "f", "{"))
     assert not said.ended
+
+
+def test_several_prompts_are_only_read(served: Served) -> None:
+    """In a step of which no logits are wanted."""
+    prompts = [f"{number} + 34 =" for number in range(8)]
+    asked: list[dict[str, Any]] = [{}, {"echo": True}, {"logprobs": 1}]
+    for fields in asked:
+        for choice, prompt in zip(
+            ask(served, prompts, max_tokens=0, **fields), prompts, strict=True
+        ):
+            assert choice["text"] == (prompt if "echo" in fields else "")
+    model = make_model()
+    caches = [model.make_cache() for _ in range(2)]
+    parts = [Part(layers, length, 0) for layers, length in zip(caches, (3, 2), strict=True)]
+    assert forward(model, mx.array([1, 2, 3, 4, 5]), parts) is None

@@ -87,7 +87,7 @@ def test_raw_text_goes_on(served: Served, demo: LLM) -> None:
             {"think": "x"},
             "think: Input should be a valid boolean or 'low', 'medium', 'high' or 'max'",
         ),
-        ({"format": []}, " or a valid dictionary"),
+        ({"format": []}, " or an object"),
         ({"options": {"stop": [1]}}, "stop must be"),
         ({"options": {"stop": 5}}, "stop must be one or more non-empty strings, not 5"),
     ],

@@ -221,7 +221,7 @@ def test_a_broken_template_blocks_nothing_but_chat(
         for ask in (llm.chat, llm.render):
             with pytest.raises(Qwen3Error, match="chat template is broken"):
                 ask("Hi")
-    assert "there is no chat, only complete()" in caplog.text
+    assert "there is no chat, only raw text" in caplog.text
 
 
 def test_a_template_that_is_a_number_blocks_nothing_but_chat(tmp_path: Path) -> None:

@@ -128,7 +128,7 @@ def test_thinking_by_every_spelling(
         ),
         (
             {"thinking": {"type": "enabled"}, "reasoning": {"enabled": False}},
-            "thinking.type=true and reasoning.enabled=false contradict",
+            "thinking.type=enabled and reasoning.enabled=false contradict",
         ),
         (
             {"reasoning_effort": "low", "reasoning": {"effort": "high"}},

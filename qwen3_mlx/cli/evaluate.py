@@ -29,7 +29,7 @@ from qwen3_mlx.model.published import full_name
 from qwen3_mlx.text.samples import default_text
 
 _TOKENS = 8192
-_FEW = 100  # tokens, on which a perplexity is mostly chance
+_FEW = 16  # tokens, on which a perplexity is mostly chance
 _WORST = 10  # modules that the table shows
 
 app = typer.Typer(rich_markup_mode="rich")

@@ -51,6 +51,8 @@ def forward(
         found = run(ids[None], parts[0].layers, wanted=range(length - asked, length))
     else:
         lengths, wanted = [part.length for part in parts], [part.wanted for part in parts]
+        if not any(wanted):  # there must be a row, as above
+            wanted[-1] = 1
         layers, rows = ragged_layers([part.layers for part in parts], lengths, wanted)
         found = run(ids[None], layers, rows)
     # What nobody asks for is never evaluated, and so never computed.

@@ -138,9 +138,10 @@ class Counted(Posted):
         made = []
         for tool in self.tools or ():
             if tool.type not in (None, "custom") or tool.input_schema is None:
+                kind = f" of type {tool.type!r}" if tool.type else ""
                 raise ValueError(
-                    f"the tool {tool.name} (type {tool.type}) is not supported: it needs an "
-                    "input_schema, and to be run by the client"
+                    f"the tool {tool.name!r}{kind} is not supported: it needs an input_schema, and "
+                    "to be run by the client"
                 )
             function = {
                 _LIBRARY_NAMES[name]: value
@@ -244,5 +245,5 @@ def _turn(role: str, blocks: list[Block], where: str) -> Iterator[dict[str, Any]
         if block.is_error and not words.startswith("Error"):
             words = f"Error: {words}"
         yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": words}
-    if said:
+    if said or not blocks:
         yield {"role": role, "content": "\n\n".join(said)}

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from qwen3_mlx import __version__
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.llm import LLM
 from qwen3_mlx.server import anthropic, ollama, openai
 from qwen3_mlx.server.entry import reference
@@ -44,6 +45,8 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
         Qwen3Error: the checkpoint cannot think as the settings want it to.
     """
     llm.thinking.resolve(settings.thinking)
+    if settings.thinking_budget is not None and not llm.thinking.can_think:
+        raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
     service = Service(llm, settings)
     app = FastAPI(
         title="qwen3-mlx",

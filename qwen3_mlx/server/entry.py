@@ -98,7 +98,7 @@ def _json(sent: bytes) -> Any:
     if not sent.strip():
         raise ApiError(400, "send the request as a JSON object, {...}; this one is empty")
     try:
-        return from_json(sent.removeprefix(_BOM))
+        return from_json(sent.removeprefix(_BOM), allow_inf_nan=False)
     except ValueError as error:
         why = str(error)
     if why.startswith("recursion limit"):

@@ -26,7 +26,7 @@ _PLAIN = {
 }
 _FIRST = 20  # errors of a request that are looked at
 _MOST_SAID = 2000  # characters, where a message repeats what was sent
-_INSTANCE = re.compile(r" or instance of \w+")  # of a class that clients do not know
+_CLASS = re.compile(r"a valid dictionary(?: or instance of \w+)?")  # which are Python's words
 _SHOULD = "Input should be "
 _KINDS = ("str", "int", "float", "bool", "none")
 
@@ -106,10 +106,10 @@ def of_validation(error: ValidationError) -> ApiError:
     same = [one for one in found[:_FIRST] if _path(one["loc"])[: len(first)] == first]
     furthest = max(same, key=lambda one: (len(_path(one["loc"])), not _of_kind(one)))
     path = _path(furthest["loc"])
-    said = _INSTANCE.sub("", furthest["msg"].removeprefix("Value error, "))
+    said = furthest["msg"].removeprefix("Value error, ")
     if _of_kind(furthest):
         kinds = (one["msg"].removeprefix(_SHOULD) for one in same if _path(one["loc"]) == path)
-        said = _SHOULD + _INSTANCE.sub("", " or ".join(dict.fromkeys(kinds)))
+        said = _SHOULD + _CLASS.sub("an object", " or ".join(dict.fromkeys(kinds)))
     return ApiError(400, f"{'.'.join(path)}: {said}", param=".".join(path))
 
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
-from qwen3_mlx.server.settings import Settings, own_names
+from qwen3_mlx.server.settings import ORIGIN, Settings, own_names
 
 _log = logging.getLogger(__name__)
 access = logging.getLogger("qwen3_mlx.server.access")
@@ -73,11 +73,10 @@ class Guard:
         origin = headers.get("origin")
         if origin is None and scope["method"] == "POST":
             if headers.get("sec-fetch-site") in _ELSEWHERE:
-                origin = "elsewhere"  # a page that a browser let go without saying which
+                origin = "another site"  # which the browser does not name
         if origin and not self._may_come_from(origin, f"{scope['scheme']}://{sent}"):
-            raise ApiError(
-                403, f"pages of {origin} may not use this server; --cors-origin {origin} lets them"
-            )
+            hint = f"{origin} lets them" if ORIGIN.fullmatch(origin) else "'*' lets all pages"
+            raise ApiError(403, f"pages of {origin} may not use this server; --cors-origin {hint}")
         length = headers.get("content-length") or "0"
         if int(length) > self._settings.max_body:
             raise self._too_large()

@@ -50,8 +50,16 @@ class ChatCompletion(Completion):
                 **service.options(asked.wish(), self.warnings),
                 "continue_last": _continues(asked, self._messages),
             }
+            if asked.thinking_budget_message is not None and not self._may_think():
+                self.warnings.append(
+                    "thinking_budget_message was ignored: the reply does not think"
+                )
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
+
+    def _may_think(self) -> bool:
+        wish = self._options["thinking"]
+        return self.service.llm.thinking.can_think if wish is None else wish
 
     def prepares(self) -> Sequence[Prepare]:
         """Give one for each of the replies, whose seeds follow each other."""
@@ -156,7 +164,7 @@ def _thought(part: Part) -> str:
 def _unread(messages: Sequence[Message]) -> list[str]:
     """Warn of what messages say that a prompt has no place for."""
     if any(message.name and message.role != "tool" for message in messages):
-        return ["names of speakers (messages[].name) are not told to the model"]
+        return ["names of speakers (messages[].name) are not shown to the model"]
     return []
 
 

@@ -18,7 +18,8 @@ def form_of(asked: ChatRequest) -> Options:
     """
     named = list(_named(asked))
     # That it is JSON goes without saying where a schema is named, too.
-    found = [one for one in named if one[2] != _ANY_JSON] or named
+    others = [one for one in named if one[2] != _ANY_JSON]
+    found = others if any(keyword == "schema" for _, keyword, _ in others) else named
     for field, *form in found[1:]:
         if form != list(found[0][1:]):
             raise ValueError(f"an answer can have one form, not {found[0][0]} and {field}")
@@ -32,7 +33,7 @@ def _named(asked: ChatRequest) -> Iterator[_Form]:
         yield from _of_outputs(asked.structured_outputs)
     if asked.json_schema is not None:
         yield "json_schema", "schema", asked.json_schema
-    if asked.format:
+    if asked.format not in (None, ""):
         yield "format", "schema", _ANY_JSON if asked.format == "json" else asked.format
 
 

@@ -19,6 +19,13 @@ def _check_most(tokens: int) -> int:
 
 Most = Annotated[int, AfterValidator(_check_most), Field(description="-1 is no limit.")]
 Budget = Annotated[int, Field(ge=UNLIMITED, description="Tokens of thinking; -1 is no limit.")]
+_BUDGETS = (
+    "thinking_budget",
+    "thinking_token_budget",
+    "thinking_budget_tokens",
+    "reasoning_budget_tokens",
+    "reasoning_max_tokens",
+)
 _MOST_CHOICES = 32
 _MOST_BIASES = 10_000
 
@@ -32,7 +39,7 @@ NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "ignore_eos": (),
     "include_stop_str_in_output": (),
     "length_penalty": (1,),
-    "min_tokens": (),
+    "min_tokens": (0,),
     "modalities": (["text"],),
     "prediction": (),
     "prompt_logprobs": (),
@@ -267,9 +274,7 @@ class ChatRequest(Sampled):
                 ("think", think_effort),
             ]
         )
-        budgets = ("thinking_budget", "thinking_token_budget", "thinking_budget_tokens")
-        budgets += ("reasoning_budget_tokens", "reasoning_max_tokens")  # type: ignore[assignment]
-        said: list[Said] = [(name, getattr(self, name)) for name in budgets]
+        said: list[Said] = [(name, getattr(self, name)) for name in _BUDGETS]
         said += [
             ("thinking.budget_tokens", thinking.budget_tokens if thinking else None),
             ("reasoning.max_tokens", reasoning.max_tokens),

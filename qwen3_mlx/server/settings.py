@@ -74,7 +74,7 @@ class Settings:
 
     def _check_names(self) -> None:
         for origin in self.cors_origins:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
+            if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ValueError(
                     f"an origin to let in is {origin!r}, which is no origin; "
                     "one is like https://example.com or http://localhost:3000, and * is all"
@@ -119,4 +119,5 @@ def own_names() -> set[str]:
 
 _SHARE = 3 / 4  # of the replies that one client may have, where there may be others
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?", re.IGNORECASE)
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
+
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")

@@ -61,14 +61,12 @@ class Wish:
         """Give `thinking` and `thinking_budget` for the library, and warnings.
 
         Raises:
-            ValueError: the request contradicts itself, or a budget is negative.
+            ValueError: the request contradicts itself.
         """
         agreed = [found for rank in self.switches if (found := _agreed(rank))]
         switch = agreed[0] if agreed else None
         said = _agreed(self.budgets)
         budget = int(said[1] or 0) if said else None
-        if said and budget is not None and budget < UNLIMITED:
-            raise ValueError(f"{said[0]} must be at least 0, or -1 for no limit, not {budget}")
         wanted = bool(switch[1]) if switch else None
         if switch and not wanted and said and (budget or 0) > 0:
             raise ValueError(f"{said[0]}={budget} is for thinking, which {switch[0]} switches off")
@@ -100,11 +98,12 @@ class Wish:
             return None, warnings
         on = self.effort != "none"
         first = switch if switch and bool(switch[1]) != on else None
-        if not first and budget and (on or budget[1] != 0):
+        off = switch is not None and not on  # a switch has said the same as an effort of none
+        if not first and able and not off and budget and budget[1] != EFFORTS[self.effort]:
             first = budget
         why = unable if on and not able else ""
         if first:
-            why = f"{first[0]}={_shown(first[1])} comes first"
+            why = f"{_stated(first)} comes first"
         if not why:
             return self.effort, warnings
         return None, [*warnings, _ignored((self.effort_name, self.effort), why)]
@@ -112,7 +111,7 @@ class Wish:
     def _overruled(self, switches: Sequence[Said]) -> Iterator[str]:
         for one in switches[1:]:
             if one[1] != switches[0][1]:
-                yield _ignored(one, f"{switches[0][0]}={_shown(switches[0][1])} comes first")
+                yield _ignored(one, f"{_stated(switches[0])} comes first")
         for one, other in self.overruled:
             yield _ignored(one, f"{other} comes first")
 
@@ -123,8 +122,8 @@ def _agreed(fields: Sequence[Said]) -> Said | None:
     for name, value in stated[1:]:
         if value != stated[0][1]:
             raise ValueError(
-                f"{stated[0][0]}={_shown(stated[0][1])} and {name}={_shown(value)} contradict "
-                "each other; send one of them"
+                f"{_stated(stated[0])} and {_stated((name, value))} contradict each other; "
+                "send one of them"
             )
     return stated[0] if stated else None
 
@@ -140,8 +139,12 @@ def agreed_effort(efforts: Sequence[tuple[str, str | None]]) -> tuple[str, str |
 
 
 def _ignored(field: Said, why: str) -> str:
-    return f"{field[0]}={_shown(field[1])} was ignored: {why}"
+    return f"{_stated(field)} was ignored: {why}"
 
 
-def _shown(value: bool | int | str | None) -> str:
-    return value if isinstance(value, str) else str(value).lower()
+def _stated(field: Said) -> str:
+    """Give a field and its value as the client wrote them."""
+    name, value = field
+    if name == "thinking.type" and isinstance(value, bool):
+        value = "enabled" if value else "disabled"
+    return f"{name}={value if isinstance(value, str) else str(value).lower()}"

@@ -36,7 +36,7 @@ class Wire(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
 
     def unknown(self, prefix: str = "") -> Iterator[str]:
-        """Name the fields that are not known, in here and below.
+        """Name the fields that are not known, in here and below; null asks for nothing.
 
         Raises:
             ValueError: they are absurdly many.
@@ -47,7 +47,7 @@ class Wire(BaseModel):
                 f"{prefix.rstrip('.') or 'the request'} has {len(extra):,} fields that are not "
                 f"known, and at most {_MOST_UNKNOWN:,} are ignored"
             )
-        yield from (prefix + name for name in extra)
+        yield from (prefix + name for name, value in extra.items() if value is not None)
         for name in type(self).model_fields:
             value = getattr(self, name)
             for place, one in enumerate(value if isinstance(value, list) else [value]):
