@@ -88,6 +88,8 @@ def test_raw_text_goes_on(served: Served, demo: LLM) -> None:
             "think: Input should be a valid boolean or 'low', 'medium', 'high' or 'max'",
         ),
         ({"format": []}, " or an object"),
+        ({"options": {"repeat_penalty": 0}}, "options.repeat_penalty must be from 0.01 to 100"),
+        ({"format": {"type": "bogus"}}, "format: Invalid type: bogus"),
         ({"options": {"stop": [1]}}, "stop must be"),
         ({"options": {"stop": 5}}, "stop must be one or more non-empty strings, not 5"),
     ],
@@ -113,6 +115,11 @@ def test_no_words_load_the_model(served: Served, keep: Any, reason: str) -> None
         assert body["done"] and body["done_reason"] == reason and not body["eval_count"]
         assert body.get("response", body.get("message", {}).get("content")) == ""
         assert ("stays loaded" in response.headers.get("warnings", "")) == (reason == "unload")
+
+
+def test_a_budget_beyond_the_context_is_shortened_by_its_own_name(served: Served) -> None:
+    warnings = chat(served, options={"num_predict": 9000}).headers["warnings"]
+    assert warnings.startswith("options.num_predict=9,000 was shortened to 8,")
 
 
 @pytest.mark.parametrize(

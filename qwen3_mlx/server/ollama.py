@@ -28,6 +28,7 @@ from qwen3_mlx.server.ollama_wire import (
     OllamaMessage,
     OllamaRequest,
     OllamaShowRequest,
+    in_their_words,
     read_options,
     seconds_of,
 )
@@ -49,6 +50,10 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
 _STREAM: dict[str, Any] = {"content": {_LINES: {}}}
+_COUNTS = (
+    *("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration"),
+    *("eval_count", "eval_duration"),
+)
 _NOT_HERE = {
     "/embed": ("POST", "makes no embeddings"),
     "/embeddings": ("POST", "makes no embeddings"),
@@ -197,7 +202,7 @@ class _Reply(ABC):
             }
             self._prepare = self._lay_out()
         except (ValueError, TypeError) as error:
-            raise ApiError(400, str(error)) from error
+            raise ApiError(400, in_their_words(str(error))) from error
 
     @abstractmethod
     def _lay_out(self) -> Prepare | None:
@@ -214,8 +219,12 @@ class _Reply(ABC):
         if self._prepare is None:
             reason = "unload" if self._stays == 0 else "load"
             return Json(self._end(reason, {}), headers=warnings_header(self._warnings))
-        running = await self._service.run(request, place, [self._prepare])
-        headers = warnings_header(self._warnings + running.warnings)
+        try:
+            running = await self._service.run(request, place, [self._prepare])
+        except ApiError as error:
+            error.message = in_their_words(error.message)
+            raise
+        headers = warnings_header(self._warnings + [*map(in_their_words, running.warnings)])
         if self._streams:
             return LiveResponse(running, self._lines(running), _LINES, headers)
         await running.complete(request)
@@ -262,10 +271,8 @@ class _Reply(ABC):
         return self._end("length" if finish.reason == "length" else "stop", counts)
 
     def _end(self, reason: str, counts: Mapping[str, int]) -> dict[str, Any]:
-        names = ("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration")
-        names += ("eval_count", "eval_duration")  # type: ignore[assignment]
         head = {**self._head(), **self._part(), "done": True, "done_reason": reason}
-        return {**head, **dict.fromkeys(names, 0), **counts}
+        return {**head, **dict.fromkeys(_COUNTS, 0), **counts}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
         if not self._noting:

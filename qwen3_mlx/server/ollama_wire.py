@@ -44,6 +44,13 @@ _HARMLESS = frozenset(
 # Ways to choose tokens that are not known here, and the values that switch them off.
 _IDLE: dict[str, float] = {"mirostat": 0, "tfs_z": 1, "typical_p": 1}
 _RANDOM = -1  # as a seed
+# What the library calls otherwise, where its errors and warnings begin with it.
+_THEIRS = {
+    "max_tokens": "options.num_predict",
+    "repetition_penalty": "options.repeat_penalty",
+    "schema": "format",
+}
+_OURS = re.compile(rf"({'|'.join(_THEIRS)})(?==|: | must be )")
 _DURATION = re.compile(r"[-+]?(\d+\.?\d*(h|m|s|ms|us|µs|ns))+")
 
 
@@ -216,6 +223,12 @@ def read_options(options: Mapping[str, Any], context: int) -> tuple[Options, lis
         "stop": _stops(options.get("stop")),
     }
     return made, warnings
+
+
+def in_their_words(message: str) -> str:
+    """Return an error or a warning with the name by which clients of this API know the field."""
+    found = _OURS.match(message)
+    return _THEIRS[found[1]] + message[found.end() :] if found else message
 
 
 def _number(name: str, value: Any) -> int | float:
