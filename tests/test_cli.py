@@ -97,7 +97,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["x", "--temperature", "-1"], 1, "temperature must be from 0 to 100, not -1.0"),
         (["x", "--model", "./nowhere"], 1, "is no folder here, nor a hub name"),
         (["x", "--bits", "7"], 1, "bits must be one of"),
-        (["serve", "--reasoning-field", "x"], 1, "reasoning_field must be one of both,"),
+        (["serve", "--reasoning-field", "x"], 1, "--reasoning-field must be one of both,"),
         (["serve", "--port", "99999"], 2, "Invalid value for '--port'"),
         (["serve", "--host", "nowhere.invalid"], 1, "cannot listen at nowhere.invalid"),
         (["convert", "nowhere", "b"], 1, "is no folder here, nor a hub name"),

@@ -375,7 +375,7 @@ def test_the_start_says_how_the_network_finds_it(tmp_path: Path) -> None:
             "the key file /nowhere/keys cannot be read: No such file",
         ),
         (["--cors-origin", "foo"], "'foo', which is no origin"),
-        (["--request-timeout", "0"], "request_timeout must be more than 0 seconds"),
+        (["--request-timeout", "0"], "--request-timeout must be more than 0 seconds"),
     ],
 )
 def test_what_cannot_be_is_a_line_before_anything_is_loaded(
