@@ -400,4 +400,4 @@ def test_wrong_folders_are_told(
     with pytest.raises(SystemExit) as ended:
         main(["--prompt-cache", str(file), "Hello"])
     assert ended.value.code == 1
-    assert "prompt_cache: " in capsys.readouterr().err.splitlines()[-1]
+    assert "--prompt-cache: " in capsys.readouterr().err.splitlines()[-1]
