@@ -78,7 +78,7 @@ VALID: dict[str, dict[str, Any]] = {
         "format": "json",
     },
     GENERATE: {"prompt": _SAID, "stream": False, "options": {"num_predict": TOKENS}, "raw": True},
-    "/api/show": {"model": "qwen3-demo"},
+    "/api/show": {"model": "default"},
 }
 _ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 1 << 70, 1e308, -0.0, "", "x", "\x00", "\ud800", "<|im_end|>"),

@@ -142,14 +142,14 @@ BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: json.dumps({"messages": turns(100_000)}).encode(),
         "300,001 commas",
     ),
-    "50,000 turns": (
+    "20,000 turns": (
         CHAT,
-        lambda: json.dumps({"messages": turns(50_000)}).encode(),
-        "50,000 tokens or more and the context window is 8,192; shorten the prompt",
+        lambda: json.dumps({"messages": turns(20_000)}).encode(),
+        "tokens or more and the context window is 8,192; shorten the prompt",
     ),
-    "50,000 turns counted": (
+    "20,000 turns counted": (
         COUNT,
-        lambda: json.dumps({"messages": turns(50_000)}).encode(),
+        lambda: json.dumps({"messages": turns(20_000)}).encode(),
         "tokens or more and the context window is 8,192",
     ),
     "120,000 parts": (CHAT, lambda: said([{}] * 120_000), "at most 10000 items"),

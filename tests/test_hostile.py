@@ -2,7 +2,6 @@
 
 import random
 import sys
-from typing import Any
 
 import pytest
 
@@ -40,16 +39,13 @@ def test_what_is_wrong_with_an_answer_is_seen(
 
 def test_what_is_mutated_was_valid_and_is_the_same_each_time(demo: LLM) -> None:
     with serving(demo) as served:
-        statuses = {path: served.post(path, body).status_code for path, body in VALID.items()}
+        statuses = {
+            path: served.post(path, body).status_code for path, body in payloads.VALID.items()
+        }
     assert set(statuses.values()) == {200}, statuses
     made = [payloads.mutated_request(random.Random(seed)) for seed in range(200)]
     assert made == [payloads.mutated_request(random.Random(seed)) for seed in range(200)]
     assert len({content for _, content in made}) > 100
-
-
-VALID: dict[str, Any] = {
-    path: body for path, body in payloads.VALID.items() if path != payloads.GENERATE
-}
 
 
 def test_an_attack_is_a_row_and_a_server_that_dies_is_a_fault(

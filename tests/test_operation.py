@@ -197,8 +197,9 @@ def test_health_tells_what_is_being_done(demo: LLM, monkeypatch: pytest.MonkeyPa
             while (found := served.get("/health").json())["waiting"] != 1:
                 assert time.monotonic() < end, found
             assert found["active"] == 1 and found["running"] == 0 and found["status"] == "ok"
-            monkeypatch.setattr("qwen3_mlx.server.health._STUCK", 0)
-            stuck = served.get("/health")
+            with monkeypatch.context() as patch:
+                patch.setattr("qwen3_mlx.server.health._STUCK", 0)
+                stuck = served.get("/health")
             assert stuck.status_code == 503 and stuck.json()["status"] == "stuck"
         finally:
             release.set()

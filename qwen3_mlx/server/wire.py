@@ -24,7 +24,7 @@ _MOST_UNKNOWN = 1000  # fields in one object
 # Lists that a client sends: they fail at the first thing that is wrong, and have an end.
 T = TypeVar("T")
 FailFast = Annotated[list[T], Field(fail_fast=True)]
-Messages = Annotated[list[T], Field(fail_fast=True, max_length=50_000)]
+Messages = Annotated[list[T], Field(fail_fast=True, max_length=20_000)]
 Parts = Annotated[list[T], Field(fail_fast=True, max_length=10_000)]
 Tools = Annotated[list[T], Field(fail_fast=True, max_length=1000)]
 Stops = Annotated[list[str], Field(fail_fast=True, max_length=64)]
