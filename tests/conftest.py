@@ -1,6 +1,7 @@
 """What all tests share: the reference numerics, and a small model to load."""
 
 import os
+import signal
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on M5, float32 is otherwise not float32
 os.environ.pop("QWEN3_MEMORY", None)
@@ -18,6 +19,8 @@ from tests.support import write_tiny
 # A machine that has other work to do is no failure.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+# A shell has what it runs in the background ignore Ctrl-C, and so would the commands of the tests.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
