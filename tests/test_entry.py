@@ -226,7 +226,7 @@ def test_the_description_is_written_beside_the_loop(
         described = [running.get("/openapi.json").json() for _ in range(2)]
         assert described[0] == described[1] and len(threads) == 1
         assert threads[0].name.startswith("asyncio_")  # a thread of the loop's, and not its own
-    for path, name in ((CHAT, "ChatRequest"), (COUNT, "Counted"), (OLLAMA, "OllamaRequest")):
+    for path, name in ((CHAT, "ChatRequest"), (COUNT, "Counted"), (OLLAMA, "OllamaChatRequest")):
         content = described[0]["paths"][path]["post"]["requestBody"]["content"]
         assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{name}"}
         assert "messages" in described[0]["components"]["schemas"][name]["properties"]

@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen3_mlx.server.bodies import Bodies, Body
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.settings import Settings, own_names
@@ -45,6 +45,7 @@ class Guard:
         self._app = app
         self._settings = settings
         self._keys = keys
+        self._bodies = Bodies(settings)
         self._hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.allowed_hosts)}
         if not settings.local:
             self._hosts |= own_names()
@@ -62,7 +63,8 @@ class Guard:
             note_error(scope, error)
             await error.response(scope["path"])(scope, receive, send)
             return
-        await self._app(scope, self._measured(receive), send)
+        with self._bodies.one(scope["caller"]) as body:
+            await self._app(scope, _measured(receive, body), send)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         sent = headers.get("host", "")
@@ -78,9 +80,7 @@ class Guard:
             raise ApiError(
                 403, f"pages of {origin} may not use this server; --cors-origin {origin} lets them"
             )
-        length = headers.get("content-length") or "0"
-        if int(length) > self._settings.max_body:
-            raise self._too_large()
+        self._bodies.check(int(headers.get("content-length") or "0"))
         path = scope["path"]
         if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return
@@ -116,24 +116,6 @@ class Guard:
     def _may_come_from(self, origin: str, own: str) -> bool:
         allowed = self._settings.cors_origins
         return "*" in allowed or origin in allowed or origin.lower() == own.lower()
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"the request is larger than {self._settings.max_body:,} bytes (--max-body)"
-        )
-
-    def _measured(self, receive: Receive) -> Receive:
-        size = 0
-
-        async def measured() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._settings.max_body:
-                raise HTTPException(413, self._too_large().message)
-            return message
-
-        return measured
 
 
 class AccessLog:
@@ -178,6 +160,15 @@ class AccessLog:
             write_record(
                 {"id": number, "client": address_of(scope.get("client")), **about, **record}
             )
+
+
+def _measured(receive: Receive, body: Body) -> Receive:
+    async def measured() -> Message:
+        message = await receive()
+        body.grow(len(message.get("body", b"")))
+        return message
+
+    return measured
 
 
 def write_record(record: Mapping[str, Any]) -> None:

@@ -24,8 +24,8 @@ from qwen3_mlx.server.preparing import Preparing
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.streams import Collected
-from qwen3_mlx.text.compiling import Caller
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
+from qwen3_mlx.text.turns import Caller
 
 _MOST_UNREAD = 1 << 16  # pieces of a reply that a client has not taken: some 13 MB
 _AT_A_TIME = 512  # of those, written at once
@@ -117,6 +117,13 @@ class Running:
 
     def begin(self, tasks: Sequence[Task]) -> None:
         """Send the tasks to the engine; from any thread."""
+        try:
+            self._begin(tasks)
+        finally:
+            # A reply may end before it has been counted here, and the client may go meanwhile.
+            self.loop.call_soon_threadsafe(self._leave_if_done)
+
+    def _begin(self, tasks: Sequence[Task]) -> None:
         for index, task in enumerate(tasks):
             deliver = partial(self._service.mailbox.put, self, index)
 
@@ -378,7 +385,7 @@ class Service:
         running = Running(self, place, choices)
 
         def start(caller: Caller) -> None:
-            tasks = [prepare(caller) for prepare in prepares]
+            tasks = [task for prepare in prepares for task in _copies(prepare(caller), choices)]
             if warning := tasks[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
@@ -397,6 +404,14 @@ class Service:
     def cancel_all(self) -> None:
         """End all that runs: the time for a shutdown is over."""
         self.places.cancel_all()
+
+
+def _copies(task: Task, count: int) -> list[Task]:
+    """Return a task as often as there are to be replies to it, whose seeds follow each other."""
+    seed = task.asked.seed
+    if seed is None:
+        return [task] * count
+    return [replace(task, asked=replace(task.asked, seed=seed + n)) for n in range(count)]
 
 
 class LiveResponse(StreamingResponse):
