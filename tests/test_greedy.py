@@ -1,5 +1,6 @@
 """What a greedy client costs others, in ways that few requests and few bytes are enough for."""
 
+import logging
 import random
 import socket
 import threading
@@ -15,7 +16,7 @@ import pytest
 
 from qwen3_mlx import LLM
 from qwen3_mlx.llm import LLM as Llm
-from qwen3_mlx.server.service import Running
+from qwen3_mlx.server.running import Running
 from qwen3_mlx.text import compiling
 from qwen3_mlx.text.stops import StopStrings
 from qwen3_mlx.text.tool_schema import Kinds
@@ -288,3 +289,26 @@ def test_what_kills_each_trial_refuses_the_request_and_is_not_kept(
     for lane in lanes:
         for helper in all_of[lane]:
             helper._end()
+
+
+# --- the log ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"logit_bias": {"what was said, again and again, " * 3: 1}}),
+        ("/v1/messages", {"tools": [{"name": "what was said", "type": "what was said"}]}),
+        ("/api/chat", {"model": "it's what was said " * 50}),
+        ("/" + "%00" * 20_000, {}),
+    ],
+)
+def test_a_line_of_the_log_is_short_and_cites_nothing(
+    served: Served, caplog: pytest.LogCaptureFixture, path: str, body: dict[str, Any]
+) -> None:
+    with caplog.at_level(logging.INFO, "qwen3_mlx.server.access"):
+        messages = [{"role": "user", "content": "Hi"}]
+        assert served.post(path, {"messages": messages, "max_tokens": 1, **body}).is_error
+        until(lambda: any(record.name.endswith("access") for record in caplog.records))
+    (line,) = [one.message for one in caplog.records if one.name.endswith("access")]
+    assert "what was said" not in line and "\n" not in line and len(line) < 2000

@@ -139,8 +139,8 @@ class Counted(Posted):
         for tool in self.tools or ():
             if tool.type not in (None, "custom") or tool.input_schema is None:
                 raise ValueError(
-                    f"the tool {tool.name} (type {tool.type}) is not supported: it needs an "
-                    "input_schema, and to be run by the client"
+                    f"the tool {tool.name!r:.100} (type {tool.type!r:.100}) is not supported: it "
+                    "needs an input_schema, and to be run by the client"
                 )
             function = {
                 _LIBRARY_NAMES[name]: value

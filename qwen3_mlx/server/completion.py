@@ -16,7 +16,8 @@ from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_wire import Sampled
 from qwen3_mlx.server.places import Place
-from qwen3_mlx.server.service import LiveResponse, Prepare, Running, Service
+from qwen3_mlx.server.running import LiveResponse, Running
+from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.wire import json_bytes, warnings_header
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Usage

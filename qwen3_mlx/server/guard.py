@@ -31,10 +31,11 @@ OPEN_FOLDER = "/page/"
 REQUEST_ID = "x-request-id"
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]*)?")
-_QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+# To the end, where what is cited was cut short.
+_QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*+(?:'|\\?$)|"(?:[^"\\]|\\.)*+(?:"|\\?$))""")
 # Behind these a library or a template speaks, and may cite what it was given.
 _CITED = re.compile(r"((?:schema|regex|grammar|choice|refuses these messages): ).*")
-_MOST_REASON = 200  # characters
+_MOST_REASON = 200  # characters, and of an address
 _ELSEWHERE = ("cross-site", "same-site")  # than the page, a browser says
 
 
@@ -156,7 +157,8 @@ class AccessLog:
                 await ApiError.of(error).response(scope["path"])(scope, receive, watched)
         finally:
             took = round((time.perf_counter() - started) * 1e3, 1)
-            about = {"method": scope["method"], "path": scope["path"], "status": status, "ms": took}
+            path = scope["path"][:_MOST_REASON]
+            about = {"method": scope["method"], "path": path, "status": status, "ms": took}
             write_record(
                 {"id": number, "client": address_of(scope.get("client")), **about, **record}
             )
