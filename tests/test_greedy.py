@@ -1,7 +1,9 @@
 """What a greedy client costs others, in ways that few requests and few bytes are enough for."""
 
+import json
 import logging
 import random
+import re
 import socket
 import threading
 import time
@@ -13,9 +15,13 @@ from urllib.parse import urlparse
 
 import httpx
 import pytest
+from pydantic import ValidationError
 
 from qwen3_mlx import LLM
 from qwen3_mlx.llm import LLM as Llm
+from qwen3_mlx.server.entry import parsed
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.openai_wire import ChatRequest
 from qwen3_mlx.server.running import Running
 from qwen3_mlx.text import compiling
 from qwen3_mlx.text.stops import StopStrings
@@ -143,11 +149,14 @@ def test_a_prompt_is_prepared_once_for_all_replies(
 
 
 def test_no_grammar_is_made_for_a_prompt_that_does_not_fit(
-    served: Served, monkeypatch: pytest.MonkeyPatch
+    demo: LLM, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compiling.Compiler, "compile", lambda *_: pytest.fail("compiled"))
     form = {"structured_outputs": {"regex": "not yet seen"}}
-    response = served.chat("hello " * 9000, max_tokens=4, **form)
+    words = "hello " * 9000
+    words = words[: len(words) * 10_000 // len(demo.tokenizer.encode(words))]  # which are counted
+    large = {"type": "function", "function": {"name": "f", "description": words}}
+    response = served.chat("Hi", max_tokens=4, tools=[large], **form)
     assert "context window" in response.json()["error"]["message"]
 
 
@@ -247,10 +256,13 @@ def test_what_a_reference_says_is_gathered_once_for_all_parameters() -> None:
     ],
 )
 def test_a_form_or_a_bias_that_is_wrong_throughout_is_refused_at_once(
-    served: Served, fields: dict[str, Any], complaint: str
+    fields: dict[str, Any], complaint: str
 ) -> None:
-    response: httpx.Response = served.chat("Hi", **fields)
-    assert response.json()["error"]["message"].startswith(complaint)
+    body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
+    with pytest.raises(ApiError, match=re.escape(complaint)) as caught:
+        parsed(json.dumps(body).encode(), ChatRequest, 8192)
+    wrong = caught.value.__cause__
+    assert isinstance(wrong, ValidationError) and wrong.error_count() == 1  # each takes its time
 
 
 # --- the process that tries grammars ------------------------------------------------------------
