@@ -37,11 +37,11 @@ from qwen3_mlx.streams import (
     collect,
     with_parsed,
 )
-from qwen3_mlx.text.compiling import PATIENT, Caller
 from qwen3_mlx.text.events import Event
 from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.tokenizer import Prompt
 from qwen3_mlx.text.tools import Tool, answer, functions_of
+from qwen3_mlx.text.turns import PATIENT, Caller
 
 T = TypeVar("T")
 _OF_CONVERSATION = ("system", "messages", "file", "drop_oldest")

@@ -35,7 +35,6 @@ from qwen3_mlx.prompts import (
     why_no_turn,
 )
 from qwen3_mlx.streams import Collected, Started
-from qwen3_mlx.text.compiling import PATIENT, Caller
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.forming import Calling, Forming
 from qwen3_mlx.text.grammar import Grammar
@@ -45,6 +44,7 @@ from qwen3_mlx.text.scored import ScoredPrompt
 from qwen3_mlx.text.steering import Limits, Steering
 from qwen3_mlx.text.thinking import soft_switch
 from qwen3_mlx.text.tools import Calls
+from qwen3_mlx.text.turns import PATIENT, Caller
 from qwen3_mlx.window import MOST_COUNTED, Window
 
 _PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
@@ -61,6 +61,7 @@ class Task:
     """
 
     prompt: str | Sequence[int]
+    ids: Sequence[int]
     thinks: bool | None
     draws_as_thinking: bool
     asked: Asked
@@ -94,8 +95,9 @@ class Replies:
 
     def text(self, prompt: str | Sequence[int], asked: Asked, caller: Caller = PATIENT) -> Task:
         """Lay out the continuation of raw text, or of token ids."""
+        ids = self.window.fitting(prompt)
         form = asked.form(self.words.grammars.on_behalf_of(caller))
-        return Task(prompt, None, False, asked, form=form)
+        return Task(prompt, ids, None, False, asked, form=form)
 
     def chat(
         self, messages: str | Sequence[Message], asked: Asked, caller: Caller = PATIENT
@@ -133,6 +135,7 @@ class Replies:
             raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
         show = render_begun if continued else render_whole
         prompt = show(words, history, asked.thinking, tools)
+        ids = self.window.fitting(prompt)
         grammars = words.grammars.on_behalf_of(caller)
         form = asked.form(grammars)
         call_grammar = calls.grammar(grammars, named or tools) if calls else None
@@ -148,6 +151,7 @@ class Replies:
                 warnings.append("the answer had begun, so it was continued without thinking")
         return Task(
             prompt,
+            ids,
             thinks,
             draws_as_thinking,
             asked,
@@ -189,7 +193,7 @@ class Replies:
                 event = _error_of(partial(heard, said)) or event
             deliver(event)
 
-        ids = self.window.encode(task.prompt)
+        ids = task.ids
         room = self.window.room(len(ids), task.max_tokens, task.least_room, shortens=task.shortens)
         thinking = None if task.thinks is None else words.thinking
         parser = Parser(

@@ -57,6 +57,15 @@ class Window:
             )
         return ids
 
+    def fitting(self, prompt: str | Sequence[int]) -> list[int]:
+        """Return the ids of a prompt that leaves room for a reply, or fills the window.
+
+        Raises what `encode` does, and what `room` does.
+        """
+        ids = self.encode(prompt)
+        self.room(len(ids), None, 0)
+        return ids
+
     def room(
         self, prompt_tokens: int, wish: int | None, least: int, *, shortens: bool = False
     ) -> int:

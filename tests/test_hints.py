@@ -13,7 +13,7 @@ import pytest
 
 from qwen3_mlx import LLM, load
 from qwen3_mlx.engine import steps
-from qwen3_mlx.server import service
+from qwen3_mlx.server import running as replies
 from tests.serving import Served, serving
 from tests.support import write_tiny
 
@@ -415,7 +415,7 @@ def test_a_speed_is_counted_from_the_first_token(
         return forward(*arguments, **options)
 
     monkeypatch.setattr(steps, "forward", counted)
-    monkeypatch.setattr(service, "time", SimpleNamespace(perf_counter=lambda: passes))
+    monkeypatch.setattr(replies, "time", SimpleNamespace(perf_counter=lambda: passes))
     asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "temperature": 0}
     body = served.chat("What is 12 + 34? Use it.", enable_thinking=False, **asked).json()
     made, timings = body["usage"]["completion_tokens"], body["timings"]

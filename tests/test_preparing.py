@@ -17,9 +17,10 @@ from qwen3_mlx import LLM
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server import preparing
 from qwen3_mlx.text import compiling, grammar, grammars, trial
-from qwen3_mlx.text.compiling import PATIENT, Caller, Compiler
+from qwen3_mlx.text.compiling import Compiler
 from qwen3_mlx.text.grammar_costs import MOST_CHARACTERS
 from qwen3_mlx.text.tool_schema import kinds_of
+from qwen3_mlx.text.turns import PATIENT, Caller
 from tests.serving import Served, serving
 
 # As many as are let pass; it would take minutes and gigabytes.
@@ -325,8 +326,8 @@ def test_a_process_that_was_idle_is_replaced() -> None:
 
 def test_a_trial_does_not_outlive_a_program_that_was_killed() -> None:
     program = (
-        "from qwen3_mlx.text import compiling; helper = compiling._Helper();"
-        "helper.wrong_with('start: \"a\"', 5, compiling.PATIENT);"
+        "from qwen3_mlx.text import compiling, turns; helper = compiling._Helper();"
+        "helper.wrong_with('start: \"a\"', 5, turns.PATIENT);"
         "print(helper._process.pid, flush=True); input()"
     )
     pipe = subprocess.PIPE

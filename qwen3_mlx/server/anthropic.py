@@ -23,7 +23,8 @@ from qwen3_mlx.server.completion import EVENTS, stops
 from qwen3_mlx.server.entry import answered, takes
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.places import Place
-from qwen3_mlx.server.service import LiveResponse, Running, Service
+from qwen3_mlx.server.running import LiveResponse, Running
+from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import (
     Json,
     check_unknown,

@@ -138,10 +138,10 @@ class Counted(Posted):
         made = []
         for tool in self.tools or ():
             if tool.type not in (None, "custom") or tool.input_schema is None:
-                kind = f" of type {tool.type!r}" if tool.type else ""
+                kind = f" of type {tool.type!r:.100}" if tool.type else ""
                 raise ValueError(
-                    f"the tool {tool.name!r}{kind} is not supported: it needs an input_schema, and "
-                    "to be run by the client"
+                    f"the tool {tool.name!r:.100}{kind} is not supported: it needs an input_schema, "
+                    "and to be run by the client"
                 )
             function = {
                 _LIBRARY_NAMES[name]: value

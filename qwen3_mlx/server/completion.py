@@ -16,7 +16,8 @@ from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_wire import Sampled
 from qwen3_mlx.server.places import Place
-from qwen3_mlx.server.service import LiveResponse, Prepare, Running, Service
+from qwen3_mlx.server.running import LiveResponse, Running
+from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.wire import json_bytes, warnings_header
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Usage
@@ -51,7 +52,7 @@ class Completion(ABC):
 
     @abstractmethod
     def prepares(self) -> Sequence[Prepare]:
-        """Give what lays out each of the replies."""
+        """Give what lays out the first reply to each prompt; the seeds of the others follow."""
 
     @abstractmethod
     def first(self, index: int) -> Mapping[str, Any] | None:
@@ -133,7 +134,7 @@ def sampled(asked: Sampled) -> Options:
         repetition_penalty=asked.repetition_penalty,
         logit_bias=bias or None,
     )
-    return {"sampling": sampling, "stop": stops(asked.stop), "seed": seed_of(asked.seed, 0)}
+    return {"sampling": sampling, "stop": stops(asked.stop), "seed": seed_of(asked.seed)}
 
 
 def stops(said: str | Sequence[str] | None) -> list[str] | None:
@@ -142,9 +143,9 @@ def stops(said: str | Sequence[str] | None) -> list[str] | None:
     return [one for one in strings if one] or None
 
 
-def seed_of(seed: int | None, number: int) -> int | None:
-    """Give the seed of one of several replies; -1 is local servers' word for a random one."""
-    return None if seed is None or seed == -1 else seed + number
+def seed_of(seed: int | None) -> int | None:
+    """Give the seed that was sent; -1 is local servers' word for a random one."""
+    return None if seed == -1 else seed
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:

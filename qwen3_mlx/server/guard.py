@@ -16,10 +16,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from qwen3_mlx.server.bodies import Bodies, Body
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.settings import ORIGIN, Settings, own_names
@@ -31,10 +31,11 @@ OPEN_FOLDER = "/page/"
 REQUEST_ID = "x-request-id"
 _GIVEN_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]*)?")
-_QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")""")
+# To the end, where what is cited was cut short.
+_QUOTED = re.compile(r"""(?<!\w)(?:'(?:[^'\\]|\\.)*+(?:'|\\?$)|"(?:[^"\\]|\\.)*+(?:"|\\?$))""")
 # Behind these a library or a template speaks, and may cite what it was given.
 _CITED = re.compile(r"((?:schema|regex|grammar|choice|refuses these messages): ).*")
-_MOST_REASON = 200  # characters
+_MOST_REASON = 200  # characters, and of an address
 _ELSEWHERE = ("cross-site", "same-site")  # than the page, a browser says
 
 
@@ -45,6 +46,7 @@ class Guard:
         self._app = app
         self._settings = settings
         self._keys = keys
+        self._bodies = Bodies(settings)
         self._hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.allowed_hosts)}
         if not settings.local:
             self._hosts |= own_names()
@@ -62,7 +64,8 @@ class Guard:
             note_error(scope, error)
             await error.response(scope["path"])(scope, receive, send)
             return
-        await self._app(scope, self._measured(receive), send)
+        with self._bodies.one(scope["caller"]) as body:
+            await self._app(scope, _measured(receive, body), send)
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         sent = headers.get("host", "")
@@ -77,9 +80,7 @@ class Guard:
         if origin and not self._may_come_from(origin, f"{scope['scheme']}://{sent}"):
             hint = f"{origin} lets them" if ORIGIN.fullmatch(origin) else "'*' lets all pages"
             raise ApiError(403, f"pages of {origin} may not use this server; --cors-origin {hint}")
-        length = headers.get("content-length") or "0"
-        if int(length) > self._settings.max_body:
-            raise self._too_large()
+        self._bodies.check(int(headers.get("content-length") or "0"))
         path = scope["path"]
         if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return
@@ -115,24 +116,6 @@ class Guard:
     def _may_come_from(self, origin: str, own: str) -> bool:
         allowed = self._settings.cors_origins
         return "*" in allowed or origin in allowed or origin.lower() == own.lower()
-
-    def _too_large(self) -> ApiError:
-        return ApiError(
-            413, f"the request is larger than {self._settings.max_body:,} bytes (--max-body)"
-        )
-
-    def _measured(self, receive: Receive) -> Receive:
-        size = 0
-
-        async def measured() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > self._settings.max_body:
-                raise HTTPException(413, self._too_large().message)
-            return message
-
-        return measured
 
 
 class AccessLog:
@@ -173,10 +156,20 @@ class AccessLog:
                 await ApiError.of(error).response(scope["path"])(scope, receive, watched)
         finally:
             took = round((time.perf_counter() - started) * 1e3, 1)
-            about = {"method": scope["method"], "path": scope["path"], "status": status, "ms": took}
+            path = scope["path"][:_MOST_REASON]
+            about = {"method": scope["method"], "path": path, "status": status, "ms": took}
             write_record(
                 {"id": number, "client": address_of(scope.get("client")), **about, **record}
             )
+
+
+def _measured(receive: Receive, body: Body) -> Receive:
+    async def measured() -> Message:
+        message = await receive()
+        body.grow(len(message.get("body", b"")))
+        return message
+
+    return measured
 
 
 def write_record(record: Mapping[str, Any]) -> None:

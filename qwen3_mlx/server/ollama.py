@@ -33,7 +33,8 @@ from qwen3_mlx.server.ollama_wire import (
     seconds_of,
 )
 from qwen3_mlx.server.places import Place
-from qwen3_mlx.server.service import LiveResponse, Prepare, Running, Service
+from qwen3_mlx.server.running import LiveResponse, Running
+from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.thinking import Wish
 from qwen3_mlx.server.wire import (
     Json,
@@ -139,7 +140,7 @@ def _check_model(service: Service, name: str | None) -> None:
     """
     names = _names(service)
     if name and name.lower().removesuffix(":latest") not in [known.lower() for known in names]:
-        raise ApiError(404, f"model '{name}' not found; there is {' or '.join(names)}")
+        raise ApiError(404, f"model {name!r:.200} not found; there is {' or '.join(names)}")
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from qwen3_mlx.asking import Options
-from qwen3_mlx.server.completion import Completion, sampled, seed_of, shown
+from qwen3_mlx.server.completion import Completion, sampled, shown
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_forms import form_of
 from qwen3_mlx.server.openai_wire import (
@@ -62,11 +62,9 @@ class ChatCompletion(Completion):
         return self.service.llm.thinking.can_think if wish is None else wish
 
     def prepares(self) -> Sequence[Prepare]:
-        """Give one for each of the replies, whose seeds follow each other."""
-        count, seed = self.choices, self._asked.seed
-        options: Options = {**self._options, "idle": count == 1}
-        each: list[Options] = [{**options, "seed": seed_of(seed, index)} for index in range(count)]
-        return [partial(self.service.llm.prepare, self._messages, **options) for options in each]
+        """Give the only one."""
+        options: Options = {**self._options, "idle": self.choices == 1}
+        return [partial(self.service.llm.prepare, self._messages, **options)]
 
     def first(self, index: int) -> Mapping[str, Any]:
         """Give the role."""

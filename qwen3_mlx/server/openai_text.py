@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 from qwen3_mlx.asking import Options
-from qwen3_mlx.server.completion import Completion, sampled, seed_of, shown
+from qwen3_mlx.server.completion import Completion, sampled, shown
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_wire import HARMLESS, NOT_FOR_TEXT, TextRequest
 from qwen3_mlx.server.service import Prepare, Service
@@ -56,15 +56,13 @@ class TextCompletion(Completion):
             raise ApiError(400, str(error)) from error
 
     def prepares(self) -> Sequence[Prepare]:
-        """Give one for each prompt and each of its `n` continuations."""
-        seeds = [seed_of(self._asked.seed, number) for number in range(self.choices)]
-        each: list[Options] = [{**self._options, "seed": seed} for seed in seeds]
+        """Give one for each prompt."""
         prepare = partial(
             self.service.llm.prepare_text,
             score_prompt=self._scores,
             only_read=self._asked.max_tokens == 0,
         )
-        return [partial(prepare, prompt, **options) for prompt in self._prompts for options in each]
+        return [partial(prepare, prompt, **self._options) for prompt in self._prompts]
 
     def first(self, index: int) -> Mapping[str, Any] | None:
         """Give the prompt, if it is to be repeated and its tokens do not follow."""

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field
 
 from qwen3_mlx.server.thinking import UNLIMITED, Said, Wish, agreed_effort
 from qwen3_mlx.server.wire import AsSent, FailFast, Messages, Parts, Posted, Stops, Tools, Wire
@@ -28,6 +28,16 @@ _BUDGETS = (
 )
 _MOST_CHOICES = 32
 _MOST_BIASES = 10_000
+
+
+def _check_biases(sent: Any) -> Any:
+    """Raise a ValueError where so much may be wrong that to say so would take long."""
+    if isinstance(sent, dict) and len(sent) > _MOST_BIASES:
+        raise ValueError(f"at most {_MOST_BIASES:,} tokens can have a bias, not {len(sent):,}")
+    return sent
+
+
+Biases = Annotated[dict[str, float], BeforeValidator(_check_biases)]
 
 # What asks for something that cannot be had, and the values of it that ask for nothing.
 NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
@@ -157,7 +167,7 @@ class StructuredOutputs(Wire):
 
     json_: dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: FailFast[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
 
@@ -217,7 +227,7 @@ class Sampled(Posted):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
-    logit_bias: Annotated[dict[str, float], Field(max_length=_MOST_BIASES)] | None = None
+    logit_bias: Biases | None = None
 
     @property
     def replies(self) -> int:

@@ -1,7 +1,8 @@
 """What is done for a request before its reply begins: beside the event loop, and with an end.
 
 Rendering, encoding and grammars are done by a thread for each request. A few compute at once, for
-they take turns with the event loop and the engine; while a grammar is compiled, others may.
+they take turns with the event loop and the engine; while a grammar is compiled, others may. The
+client for whom the fewest do is next.
 The threads are daemons: the process does not wait for them when it ends.
 """
 
@@ -11,13 +12,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from threading import Event as Flag
-from threading import Semaphore, Thread
+from threading import Thread
 from typing import Any, TypeVar
 
 from fastapi import Request
 
 from qwen3_mlx.server.errors import ApiError, refused
-from qwen3_mlx.text.compiling import Caller
+from qwen3_mlx.text.turns import Caller, Turns
 
 _AT_ONCE = 4  # requests
 _PATIENCE = 60.0  # seconds until a request that waits for others is told to come again
@@ -30,7 +31,7 @@ class Preparing:
     """The requests that are being prepared."""
 
     def __init__(self) -> None:
-        self._turns = Semaphore(_AT_ONCE)
+        self._turns = Turns(_AT_ONCE)
         self._jobs: set[_Job] = set()
 
     @property
@@ -56,7 +57,7 @@ class Preparing:
         Raises:
             ApiError: it failed, or was given up.
         """
-        job = _Job(self._turns, cancelled)
+        job = _Job(self._turns, cancelled, request.scope.get("caller", ""))
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         watching = asyncio.create_task(_gone(request))
         waited: list[asyncio.Future[Any]] = [done, watching]
@@ -83,7 +84,8 @@ class Preparing:
 class _Job(Caller):
     """The work for one request, which computes when it is its turn."""
 
-    def __init__(self, turns: Semaphore, cancelled: Flag) -> None:
+    def __init__(self, turns: Turns, cancelled: Flag, client: str) -> None:
+        self.client = client
         self._turns = turns
         self._cancelled = cancelled
         self._started = time.monotonic()
@@ -144,14 +146,13 @@ class _Job(Caller):
             self._take()
 
     def _take(self) -> None:
-        while not self._turns.acquire(timeout=_LOOK):
-            self.check()
+        self._turns.take(self)
         self._has_turn = True
 
     def _leave(self) -> None:
         if self._has_turn:
             self._has_turn = False
-            self._turns.release()
+            self._turns.leave(self)
 
 
 async def _gone(request: Request) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from functools import partial
 from types import FrameType
@@ -18,6 +19,9 @@ from qwen3_mlx.server.settings import Settings
 
 _LAST_WORDS = 2  # seconds for replies that were cancelled to tell their clients
 BACKLOG = 128
+# Seconds that a thread keeps the interpreter while others want it. Python's 0.005 for each of the
+# threads that prepare, and for each step of the event loop, make 0.3 s of waiting.
+_INTERVAL = 0.001
 _TICKS = 10  # of a tenth of a second, from one look at all connections to the next
 
 
@@ -97,6 +101,8 @@ def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable
         Qwen3Error: the checkpoint cannot think as the settings want it to.
     """
     raise_file_limit()
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(_INTERVAL)
     before = signal.signal(signal.SIGTERM, _quit)
     try:
         Server(llm, settings, ready).run([listener])
@@ -104,6 +110,7 @@ def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable
         pass
     finally:
         signal.signal(signal.SIGTERM, before)
+        sys.setswitchinterval(interval)
 
 
 def _quit(*_: object) -> NoReturn:

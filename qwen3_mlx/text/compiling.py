@@ -14,18 +14,19 @@ import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from hashlib import sha256
 from importlib.util import find_spec
 from pathlib import Path
-from queue import Empty, LifoQueue
-from signal import SIGPROF
+from queue import LifoQueue
+from signal import SIGKILL, SIGPROF
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text import trial
+from qwen3_mlx.text.turns import Caller, Turns
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -43,27 +44,6 @@ _TRIES = 3
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
-
-
-class Caller:
-    """A caller for whom grammars are compiled; this one waits as long as it takes."""
-
-    @property
-    def gone(self) -> bool:
-        """Whether nothing is to be done for it any more."""
-        return False
-
-    def waiting(self) -> AbstractContextManager[None]:
-        """Return what surrounds the time in which nothing of Python's is done for it."""
-        return nullcontext()
-
-    def check(self) -> None:
-        """Raise a Qwen3Error if it is gone."""
-        if self.gone:
-            raise Qwen3Error("the request was given up while it was prepared")
-
-
-PATIENT = Caller()
 
 
 class Kept(Generic[_Value]):
@@ -197,12 +177,17 @@ class _Helper:
             self._end()
             if code == -SIGPROF:
                 return None
+            if code == -SIGKILL:
+                continue  # by what has nothing to do with the grammar, perhaps
             if code < 0:
                 return "it takes more memory than there is, or is too deep; try a simpler one"
             if code > 0:
                 _log.warning("the process that tries grammars ends with %d", code)
                 break
             # It had ended because there was nothing to do: another one.
+        else:
+            if _command():
+                raise Qwen3Error("the process that tries grammars ends again and again; try again")
         _log.warning("a grammar is compiled without a trial: what it takes has no bound")
         return ""
 
@@ -271,6 +256,7 @@ class _Lane:
 
     def __init__(self, seconds: float, helpers: int) -> None:
         self.seconds = seconds
+        self._turns = Turns(helpers)
         self._free: LifoQueue[_Helper] = LifoQueue()
         for _ in range(helpers):
             self._free.put(_Helper())
@@ -278,17 +264,12 @@ class _Lane:
     @contextmanager
     def helper(self, caller: Caller) -> Iterator[_Helper]:
         """Give a process to the caller, when it is its turn."""
-        while True:
-            caller.check()
+        with self._turns.one(caller):
+            helper = self._free.get()  # the one that was at work last: others may end
             try:
-                helper = self._free.get(timeout=_LOOK)
-                break
-            except Empty:
-                continue
-        try:
-            yield helper
-        finally:
-            self._free.put(helper)
+                yield helper
+            finally:
+                self._free.put(helper)
 
 
 @cache

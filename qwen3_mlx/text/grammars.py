@@ -7,7 +7,7 @@ from functools import cached_property, partial
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from qwen3_mlx.text.compiling import PATIENT, Caller, Compiler, Kept
+from qwen3_mlx.text.compiling import Compiler, Kept
 from qwen3_mlx.text.grammar import Grammar, line_of
 from qwen3_mlx.text.grammar_costs import (
     MOST_CHOICES,
@@ -16,7 +16,8 @@ from qwen3_mlx.text.grammar_costs import (
     check_size,
 )
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.text.tool_schema import kinds_of, on_its_own, parameters_of, properties_of
+from qwen3_mlx.text.tool_schema import Kinds, kinds_of, on_its_own, parameters_of, properties_of
+from qwen3_mlx.text.turns import PATIENT, Caller
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -256,14 +257,15 @@ def _coder_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
     for number, tool in enumerate(tools):
         function, parameters = tool["function"], list[str]()
         root = parameters_of(function)
-        if (kinds := kinds_of(root, root)) and "object" not in kinds:
+        known = Kinds(root)
+        if (kinds := known.of(root)) and "object" not in kinds:
             held(function["name"], partial(dict, root), _OBJECT)  # which warns
             parameters.append("other")
         for place, (name, schema) in enumerate(properties_of(root).items()):
             rule = f"p{number}_{place}"
             parameters.append(rule)
             begin = json.dumps(f"<parameter={name}>\n")
-            kinds = kinds_of(schema, root)
+            kinds = known.of(schema)
             if kinds and "string" not in kinds:
                 own = partial(on_its_own, schema, root)
                 document = held(function["name"], own, {"type": sorted(kinds)})

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from qwen3_mlx.text.arguments import Arguments
 from qwen3_mlx.text.events import Reasoning, Text, TokenLogprob, ToolCall, ToolCallDelta
+from qwen3_mlx.text.stops import StopStrings
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Detokenizer, Tokenizer
 from qwen3_mlx.text.tools import CLOSE, OPEN, Calls
@@ -352,38 +353,3 @@ class Parser:
             rest = call.written[len(self._streamed_arguments) :]
             self._tell(ToolCallDelta(call.id, call.name, rest))
         self._tell(call)
-
-
-class StopStrings:
-    """Finds the first stop string to be complete in a text that comes in pieces."""
-
-    def __init__(self, strings: Sequence[str]) -> None:
-        self.found: str | None = None
-        self._strings = tuple(strings)
-        self._held = ""  # may be the beginning of a stop string
-
-    def add(self, piece: str) -> str:
-        """Give what can be shown of the text so far; from a stop string on, nothing can."""
-        if not self._strings:
-            return piece
-        text = self._held + piece
-        places = [(text.find(stop), stop) for stop in self._strings if stop in text]
-        if places:
-            # The first to be complete, so that it does not matter how the text is cut into pieces.
-            place, self.found = min(places, key=lambda found: (found[0] + len(found[1]), found[0]))
-            self._held = ""
-            return text[:place]
-        keep = max(_overlap(text, stop) for stop in self._strings)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
-
-    def flush(self) -> str:
-        """Give what was held back."""
-        held, self._held = self._held, ""
-        return held
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Count the characters at the end of `text` that begin `stop`."""
-    most = min(len(text), len(stop) - 1)
-    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)

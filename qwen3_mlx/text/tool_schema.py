@@ -55,22 +55,26 @@ def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
     They are gathered through references into `root` and through alternatives; "number" comes with
     "integer".
     """
-    try:
-        return _Kinds(root).of(schema)
-    except RecursionError:
-        return frozenset()
+    return Kinds(root).of(schema)
 
 
-class _Kinds:
-    """Gathers the types of values; each reference into `root` is followed once."""
+class Kinds:
+    """Does as `kinds_of` for many values; each reference into `root` is followed once for all."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
         self._known: dict[str, frozenset[str]] = {}
-        self._left = _MOST_VISITED
+        self._left = 0
 
     def of(self, schema: Any) -> frozenset[str]:
-        """Return the types of a part; a RecursionError if there is too much to be looked at."""
+        """Return the types that a value may have."""
+        self._left = _MOST_VISITED
+        try:
+            return self._of(schema)
+        except RecursionError:  # there is too much to be looked at
+            return frozenset()
+
+    def _of(self, schema: Any) -> frozenset[str]:
         self._left -= 1
         if self._left < 0:
             raise RecursionError
@@ -91,17 +95,17 @@ class _Kinds:
             said.append(self._of_reference(ref))
         for key in ("anyOf", "oneOf"):
             if isinstance(parts := schema.get(key), list):
-                alternatives = [self.of(part) for part in parts]
+                alternatives = [self._of(part) for part in parts]
                 said.append(frozenset().union(*alternatives) if all(alternatives) else frozenset())
         if isinstance(parts := schema.get("allOf"), list):
-            said += [self.of(part) for part in parts]
+            said += [self._of(part) for part in parts]
         said = [kinds | {"integer"} if "number" in kinds else kinds for kinds in said if kinds]
         return frozenset.intersection(*said) if said else frozenset()
 
     def _of_reference(self, ref: str) -> frozenset[str]:
         if ref not in self._known:
             self._known[ref] = frozenset()  # it says nothing of itself, while it is followed
-            self._known[ref] = self.of(_referred(ref, self._root))
+            self._known[ref] = self._of(_referred(ref, self._root))
         return self._known[ref]
 
 

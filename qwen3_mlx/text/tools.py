@@ -26,7 +26,7 @@ from qwen3_mlx.text.grammar import Grammar
 from qwen3_mlx.text.grammars import Grammars
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.text.tool_schema import kind_of, kinds_of, parameters_of, properties_of
+from qwen3_mlx.text.tool_schema import Kinds, kind_of, parameters_of, properties_of
 
 Tool = Callable[..., Any] | Mapping[str, Any]
 """A Python function, or its description: OpenAI's, or its `function` part alone."""
@@ -317,8 +317,9 @@ class CoderCalls:
         self._kinds: dict[str, dict[str, frozenset[str]]] = {}
         for tool in tools:
             root = parameters_of(tool["function"])
+            known = Kinds(root)
             self._kinds[tool["function"]["name"]] = {
-                name: kinds_of(schema, root) for name, schema in properties_of(root).items()
+                name: known.of(schema) for name, schema in properties_of(root).items()
             }
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
