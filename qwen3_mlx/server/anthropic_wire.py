@@ -140,8 +140,8 @@ class Counted(Posted):
             if tool.type not in (None, "custom") or tool.input_schema is None:
                 kind = f" of type {tool.type!r:.100}" if tool.type else ""
                 raise ValueError(
-                    f"the tool {tool.name!r:.100}{kind} is not supported: it needs an input_schema, "
-                    "and to be run by the client"
+                    f"the tool {tool.name!r:.100}{kind} is not supported: it needs an "
+                    "input_schema, and to be run by the client"
                 )
             function = {
                 _LIBRARY_NAMES[name]: value
