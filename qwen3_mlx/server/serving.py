@@ -17,7 +17,7 @@ from qwen3_mlx.server.connections import Connection, Connections, Limits, raise_
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
 
-_LAST_WORDS = 2  # seconds for replies that were cancelled to tell their clients
+_LAST_WORDS = 2  # seconds, at most half of all, for cancelled replies to tell their clients
 BACKLOG = 128
 # Seconds that a thread keeps the interpreter while others want it. Python's 0.005 for each of the
 # threads that prepare, and for each step of the event loop, make 0.3 s of waiting.
@@ -36,7 +36,7 @@ class Server(uvicorn.Server):
         limits: Limits | None = None,
     ) -> None:
         app, self._service = make_app(llm, settings)
-        self._deadline = settings.shutdown
+        self._deadline = settings.shutdown - min(_LAST_WORDS, settings.shutdown / 2)
         self._ready = ready
         limits = limits or Limits.of_process()
         self.connections = Connections(limits)
@@ -54,7 +54,7 @@ class Server(uvicorn.Server):
             forwarded_allow_ips=list(settings.trusted_proxies),
             backlog=limits.accepted,
             timeout_keep_alive=max(1, round(limits.patience)),
-            timeout_graceful_shutdown=max(1, round(settings.shutdown + _LAST_WORDS)),
+            timeout_graceful_shutdown=max(1, round(settings.shutdown)),
         )
         super().__init__(config)
 
