@@ -49,7 +49,7 @@ VALID: dict[str, dict[str, Any]] = {
         "enable_thinking": False,
         "reasoning": {"effort": "low"},
     },
-    TEXT: {"prompt": [_SAID, "x"], "max_tokens": TOKENS, "echo": True, "n": 2},
+    TEXT: {"prompt": [_SAID, "x"], "max_tokens": TOKENS, "echo": True, "logprobs": 1, "n": 2},
     ANTHROPIC: {
         "max_tokens": TOKENS,
         "system": [{"type": "text", "text": "You are brief."}],
@@ -77,7 +77,16 @@ VALID: dict[str, dict[str, Any]] = {
         "options": {"num_predict": TOKENS, "stop": ["x"], "seed": 1, "top_k": 3},
         "format": "json",
     },
-    GENERATE: {"prompt": _SAID, "stream": False, "options": {"num_predict": TOKENS}, "raw": True},
+    GENERATE: {
+        "prompt": _SAID,
+        "system": "You are brief.",
+        "think": False,
+        "keep_alive": "5m",
+        "options": {"num_predict": TOKENS, "num_ctx": 4096.0, "stop": ["x"], "seed": 1},
+        "logprobs": True,
+        "raw": False,
+        "stream": False,
+    },
     "/api/show": {"model": "default"},
 }
 _ODD: list[Any] = [

@@ -17,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from schemathesis import checks
 from schemathesis.core.result import Ok
 
+from benchmarks.payloads import VALID, mutated_request
 from benchmarks.soak import state
 from qwen3_mlx import LLM
 from tests.serving import Served, serving
@@ -87,102 +88,6 @@ def test_2000_answers_are_as_described(served: Served) -> None:
 
 # --- requests that were never meant ---------------------------------------------------------------
 
-VALID: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {
-        "model": "demo",
-        "messages": [
-            {"role": "system", "content": "You are brief."},
-            {"role": "user", "content": [{"type": "text", "text": "What is 1 + 2?"}]},
-            {
-                "role": "assistant",
-                "content": None,
-                "reasoning_content": "hm",
-                "tool_calls": [
-                    {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
-                ],
-            },
-            {"role": "tool", "tool_call_id": "a", "content": "3"},
-        ],
-        "tools": [
-            {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
-        ],
-        "tool_choice": "auto",
-        "max_tokens": _TOKENS,
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "n": 1,
-        "stop": ["x"],
-        "seed": 1,
-        "logprobs": True,
-        "top_logprobs": 2,
-        "logit_bias": {"5": 1.0},
-        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {}}},
-        "stream": False,
-        "enable_thinking": False,
-        "reasoning": {"effort": "low"},
-    },
-    "/v1/completions": {
-        "prompt": ["x", "y"],
-        "max_tokens": _TOKENS,
-        "echo": True,
-        "logprobs": 1,
-        "n": 2,
-    },
-    "/v1/messages": {
-        "max_tokens": _TOKENS,
-        "system": [{"type": "text", "text": "You are brief."}],
-        "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "What is 1 + 2?"}]},
-            {
-                "role": "assistant",
-                "content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}],
-            },
-            {
-                "role": "user",
-                "content": [{"type": "tool_result", "tool_use_id": "a", "content": "3"}],
-            },
-        ],
-        "tools": [{"name": "f", "input_schema": {"type": "object"}}],
-        "stop_sequences": ["x"],
-        "thinking": {"type": "disabled"},
-        "stream": True,
-    },
-    "/api/chat": {
-        "messages": [{"role": "user", "content": "What is 1 + 2?"}],
-        "think": False,
-        "options": {"num_predict": _TOKENS, "stop": ["x"]},
-        "format": "json",
-    },
-    "/api/generate": {
-        "model": "demo",
-        "prompt": "What is 1 + 2?",
-        "system": "You are brief.",
-        "think": False,
-        "keep_alive": "5m",
-        "options": {"num_predict": _TOKENS, "num_ctx": 4096.0, "stop": ["x"], "seed": 1},
-        "logprobs": True,
-        "raw": False,
-    },
-}
-_ODD: list[Any] = [
-    *(None, True, False, 0, 1, -1, 1 << 70, 1e308, -0.0, "", "x", "\x00", "\ud800", "<|im_end|>"),
-    *([], {}, [None], {"type": "text"}, {"": None}, [[[]]], "<think>", {"$ref": "#"}, "9" * 5000),
-]
-
-
-def mutated(value: Any, random: random.Random) -> Any:
-    """Change something somewhere in a value."""
-    if isinstance(value, dict | list) and value and random.random() < 0.8:
-        keys = list(value) if isinstance(value, dict) else list(range(len(value)))
-        key = random.choice(keys)
-        made: Any = value.copy()
-        if random.random() < 0.15:
-            del made[key]
-        else:
-            made[key] = mutated(value[key], random)
-        return made
-    return random.choice(_ODD)
-
 
 def attack(served: Served, count: int, seed: int) -> dict[int, int]:
     """Send mutated requests, some of which break off, and count the answers by status."""
@@ -191,14 +96,9 @@ def attack(served: Served, count: int, seed: int) -> dict[int, int]:
     address = urlsplit(served.url)
     with httpx.Client(base_url=served.url, timeout=60) as client:
         for _ in range(count):
-            path, body = draw.choice(list(VALID.items()))
-            for _ in range(draw.choice((1, 1, 2, 4))):
-                body = mutated(body, draw)
-            content = json.dumps(body).encode("utf-8", "replace")
-            if draw.random() < 0.1:
-                content = content[: draw.randrange(len(content) + 1)]
-            if isinstance(body, dict) and draw.random() < 0.3:
-                content = json.dumps({**body, "stream": True, "max_tokens": 200}).encode()
+            path, content = mutated_request(draw)
+            if draw.random() < 0.3:
+                content = json.dumps({**VALID[path], "stream": True, "max_tokens": 200}).encode()
                 break_off(address.hostname or "", address.port or 0, path, content, draw)
                 continue
             kind = {"Content-Type": "application/json"}
