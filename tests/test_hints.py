@@ -210,7 +210,8 @@ def test_more_than_there_is_room_for_is_shortened_by_all(tiny_folder: Path) -> N
         bodies["/v1/completions"] = {"prompt": "Once", "max_tokens": 200_000}
         for path, body in bodies.items():
             told = warnings_of(small.post(path, body))
-            assert told.startswith("max_tokens=200,000 was shortened to ")
+            name = "options.num_predict" if path == "/api/chat" else "max_tokens"
+            assert told.startswith(f"{name}=200,000 was shortened to ")
         # Of several prompts each is read once, and has the room that it has.
         thrice = warnings_of(small.chat(max_tokens=200_000, n=3))
         assert thrice.count("was shortened") == 1
@@ -254,6 +255,23 @@ def test_minus_one_is_no_seed(served: Served) -> None:
     several = served.chat(seed=-1, n=2, temperature=2, max_tokens=40, enable_thinking=False).json()
     first, second = (choice["message"]["content"] for choice in several["choices"])
     assert first != second
+
+
+@pytest.mark.parametrize(
+    ("fields", "warning"),
+    [
+        ({"verbosity": "low"}, "verbosity has no effect here"),
+        ({"service_tier": "flex"}, "service_tier has no effect here"),
+        ({"prediction": {"type": "content", "content": "4"}}, "prediction has no effect here"),
+        ({"verbosity": "medium", "service_tier": "auto", "prediction": None}, ""),
+    ],
+)
+def test_wishes_of_length_and_speed_are_hints(
+    served: Served, fields: dict[str, Any], warning: str
+) -> None:
+    assert warnings_of(served.chat(max_tokens=2, **fields)) == warning
+    text = served.post("/v1/completions", {"prompt": "1", "max_tokens": 1, **fields})
+    assert warnings_of(text) == warning
 
 
 def test_empty_stop_strings_say_nothing(served: Served) -> None:

@@ -10,6 +10,7 @@ from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai_forms import form_of
 from qwen3_mlx.server.openai_wire import (
     HARMLESS,
+    HINTS,
     NOT_FOR_CHAT,
     ChatRequest,
     Message,
@@ -42,7 +43,7 @@ class ChatCompletion(Completion):
         hidden = asked.include_reasoning is False or (asked.reasoning and asked.reasoning.exclude)
         self._fields = () if hidden else _FIELDS[service.settings.reasoning_field]
         try:
-            self.warnings += check_unknown(asked, NOT_FOR_CHAT, HARMLESS)
+            self.warnings += check_unknown(asked, NOT_FOR_CHAT, HARMLESS, HINTS)
             self.warnings += _unread(asked.messages)
             self._messages = [_library_message(message) for message in asked.messages]
             self._options: Options = {

@@ -8,7 +8,7 @@ from typing import Any
 from qwen3_mlx.asking import Options
 from qwen3_mlx.server.completion import Completion, sampled, shown
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.openai_wire import HARMLESS, NOT_FOR_TEXT, TextRequest
+from qwen3_mlx.server.openai_wire import HARMLESS, HINTS, NOT_FOR_TEXT, TextRequest
 from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.wire import check_unknown, json_bytes
 from qwen3_mlx.streams import Collected
@@ -44,7 +44,7 @@ class TextCompletion(Completion):
             )
         self._offsets = [_Offsets() for _ in range(len(self._prompts) * self.choices)]
         try:
-            self.warnings += check_unknown(asked, NOT_FOR_TEXT, HARMLESS)
+            self.warnings += check_unknown(asked, NOT_FOR_TEXT, HARMLESS, HINTS)
             most = _FEW if asked.max_tokens is None else asked.max_tokens
             self._options: Options = {
                 **sampled(asked),

@@ -51,17 +51,21 @@ NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "length_penalty": (1,),
     "min_tokens": (0,),
     "modalities": (["text"],),
-    "prediction": (),
     "prompt_logprobs": (),
-    "service_tier": ("auto", "default"),
     "skip_special_tokens": (True,),
     "store": (),
     "use_beam_search": (),
-    "verbosity": ("medium",),
     "web_search_options": (),
 }
 NOT_FOR_TEXT = {name: idle for name, idle in NOT_FOR_CHAT.items() if name != "echo"} | {
     "suffix": ("",)
+}
+# What wishes for a reply of some length or speed, has no effect here, and is warned of; and the
+# values of it that wish for nothing.
+HINTS: dict[str, tuple[Any, ...]] = {
+    "prediction": (),
+    "service_tier": ("auto", "default"),
+    "verbosity": ("medium",),
 }
 # What asks for nothing in the reply: it is about caching, which is done in any case, or for the
 # provider's own books.

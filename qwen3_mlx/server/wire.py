@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
+from types import MappingProxyType
 from typing import Annotated, Any, Self, TypeVar
 
 from fastapi.responses import JSONResponse
@@ -85,11 +86,14 @@ class AsSent(Wire):
 
 
 def check_unknown(
-    request: Wire, unsupported: Mapping[str, tuple[Any, ...]], harmless: frozenset[str]
+    request: Wire,
+    unsupported: Mapping[str, tuple[Any, ...]],
+    harmless: frozenset[str],
+    hints: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),
 ) -> list[str]:
-    """Refuse what is known and cannot be had, and give warnings of what is not known.
+    """Refuse what is known and cannot be had, and return warnings of hints and what is not known.
 
-    `unsupported` tells, by name, the values that ask for nothing.
+    `unsupported` and `hints` have, by name, the values that ask for nothing.
 
     Raises:
         ValueError: something cannot be had.
@@ -100,9 +104,13 @@ def check_unknown(
         if value is not None and not off and value not in idle and value != []:
             hint = f"; it may be {', '.join(map(repr, idle))}" if idle else "; leave it out"
             raise ValueError(f"{name} is not supported{hint}")
-    known = harmless | unsupported.keys()
+    sent = request.model_extra or {}
+    warnings = [
+        f"{name} has no effect here" for name in hints if sent.get(name) not in (None, *hints[name])
+    ]
+    known = harmless | unsupported.keys() | hints.keys()
     names = (name for name in request.unknown() if name not in known)
-    warnings = [f"unknown field {name!r} was ignored" for name in islice(names, _MOST_NAMED)]
+    warnings += [f"unknown field {name!r} was ignored" for name in islice(names, _MOST_NAMED)]
     if more := sum(1 for _ in names):
         warnings.append(f"and {more:,} more unknown fields")
     return warnings
