@@ -45,7 +45,7 @@ ERRORS = (
 
 def answer(llm: LLM) -> str:
     """Give a reply that is always the same."""
-    return llm.chat(PROMPT, thinking=False, max_tokens=24, sampling=GREEDY).text
+    return llm.chat(PROMPT, thinking=False, max_tokens=12, sampling=GREEDY).text
 
 
 def now() -> str:

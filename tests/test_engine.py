@@ -40,7 +40,7 @@ PROMPTS = [
     random_ids(17, seed=6),
     random_ids(150, seed=7),
 ]
-MOST = 40
+MOST = 30
 TOKEN = 2 * 3 * 2 * 64 * 4  # bytes of a token in the caches of the tiny models
 
 
@@ -761,7 +761,7 @@ def test_penalties_count_the_tokens_of_the_reply_whatever_became_of_others(way: 
         engine.submit(client.request)
     while engine.step():
         checked += check_counts(engine)
-    assert checked > 1000
+    assert checked > 800
 
 
 @pytest.mark.parametrize("way", WAYS)
