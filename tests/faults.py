@@ -95,7 +95,7 @@ def crowd(llm: LLM) -> list[str | BaseException]:
     """Ask for all kinds of replies at once, and give what comes of each; from disk, if they can."""
 
     def ask(words: str, **options: Any) -> Stream:
-        options = {"max_tokens": 12, "sampling": GREEDY, "thinking": False, **options}
+        options = {"max_tokens": 9, "sampling": GREEDY, "thinking": False, **options}
         return llm.stream([SYSTEM, {"role": "user", "content": words}], **options)
 
     def idle() -> Stream:

@@ -40,7 +40,7 @@ PROMPTS = [
     random_ids(17, seed=6),
     random_ids(150, seed=7),
 ]
-MOST = 40
+MOST = 30
 TOKEN = 2 * 3 * 2 * 64 * 4  # bytes of a token in the caches of the tiny models
 
 
@@ -414,7 +414,7 @@ def test_short_prompts_are_read_together_and_beside_a_long_one(
 def test_who_finds_no_room_waits_and_who_came_last_makes_room() -> None:
     engine = engine_of(MODELS["dense"])
     engine._steps.scheduler.room = 700
-    clients = [Client(random_ids(150, seed=s), 300) for s in range(4)]
+    clients = [Client(random_ids(150, seed=s), 120) for s in range(4)]
     for client in clients:
         engine.submit(client.request)
     most = 0
@@ -422,7 +422,7 @@ def test_who_finds_no_room_waits_and_who_came_last_makes_room() -> None:
         most = max(most, engine._steps.scheduler.held())
     assert most <= 700
     for client in clients:
-        assert client.tokens == greedy_tokens(MODELS["dense"], client.request.ids, 300)
+        assert client.tokens == greedy_tokens(MODELS["dense"], client.request.ids, 120)
 
 
 def test_memory_pins_the_context_and_shrinks_chunks() -> None:
@@ -761,7 +761,7 @@ def test_penalties_count_the_tokens_of_the_reply_whatever_became_of_others(way: 
         engine.submit(client.request)
     while engine.step():
         checked += check_counts(engine)
-    assert checked > 1000
+    assert checked > 800
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -174,7 +174,7 @@ def test_a_loop_ends_a_reply_and_raw_text_goes_on(tiny: LLM) -> None:
     reply = tiny.chat("Hello", max_tokens=1000, sampling=loop)
     assert reply.finish_reason == "stop" and reply.details == {"ended_by": "loop"}
     assert reply.usage.completion_tokens < 300
-    assert tiny.chat("Hi", max_tokens=400, sampling=loop, loop_guard=False).details == {}
-    assert tiny.complete("Hi", max_tokens=400, sampling=loop).finish_reason == "length"
-    raw = tiny.complete("Hi", max_tokens=400, sampling=loop, loop_guard=True)
+    assert tiny.chat("Hi", max_tokens=300, sampling=loop, loop_guard=False).details == {}
+    assert tiny.complete("Hi", max_tokens=300, sampling=loop).finish_reason == "length"
+    raw = tiny.complete("Hi", max_tokens=300, sampling=loop, loop_guard=True)
     assert raw.details == {"ended_by": "loop"}
