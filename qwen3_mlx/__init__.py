@@ -17,6 +17,7 @@ except ImportError:  # raised anew for each public name, and one line of the com
     pass
 
 if TYPE_CHECKING:
+    from qwen3_mlx.asking import Options, TextOptions
     from qwen3_mlx.conversation import Conversation
     from qwen3_mlx.conversion import Conversion, convert
     from qwen3_mlx.engine.params import SamplingParams
@@ -46,12 +47,14 @@ _HOMES = {
     "Conversion": "conversion",
     "Event": "text.events",
     "Finish": "text.events",
+    "Options": "asking",
     "Qwen3Error": "errors",
     "Reasoning": "text.events",
     "Reply": "streams",
     "SamplingParams": "engine.params",
     "Stream": "streams",
     "Text": "text.events",
+    "TextOptions": "asking",
     "TokenLogprob": "text.events",
     "ToolCall": "text.events",
     "ToolCallDelta": "text.events",
@@ -69,12 +72,14 @@ __all__ = [
     "Conversion",
     "Event",
     "Finish",
+    "Options",
     "Qwen3Error",
     "Reasoning",
     "Reply",
     "SamplingParams",
     "Stream",
     "Text",
+    "TextOptions",
     "TokenLogprob",
     "ToolCall",
     "ToolCallDelta",

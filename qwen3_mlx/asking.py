@@ -1,11 +1,12 @@
 """What can be asked of a reply: the keywords of `stream`, `chat` and the like, checked."""
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Integral
 from textwrap import shorten
-from typing import Any, TypedDict, cast
+from typing import Any, TypedDict, TypeVar, cast
 
 from qwen3_mlx.arguments import plain, refuse_unknown
 from qwen3_mlx.engine.params import SamplingParams
@@ -224,6 +225,39 @@ def spread(options: Options) -> Options:
 
 
 _SAMPLING = [entry.name for entry in fields(SamplingParams)]
+_DEFAULTS = {entry.name: entry.default for entry in fields(Asked)}
+_Method = TypeVar("_Method", bound=Callable[..., Any])
+
+
+def with_keywords(options: type, **defaults: Any) -> Callable[[_Method], _Method]:
+    """Create a decorator that lists the keywords of `options` in the signature of a method.
+
+    help(), Jupyter and completion read it; type checkers know `Unpack` without it. `defaults` are
+    those that differ from `Asked`'s.
+    """
+    keywords = [
+        inspect.Parameter(
+            name,
+            inspect.Parameter.KEYWORD_ONLY,
+            default={**_DEFAULTS, **defaults}.get(name),
+            annotation=annotation,
+        )
+        for name, annotation in inspect.get_annotations(options).items()
+    ]
+
+    def listed_in(method: _Method) -> _Method:
+        signature = inspect.signature(method)
+        others = [
+            parameter
+            for parameter in signature.parameters.values()
+            if parameter.kind is not parameter.VAR_KEYWORD
+        ]
+        vars(method)["__signature__"] = signature.replace(parameters=[*others, *keywords])
+        return method
+
+    return listed_in
+
+
 _MOST_LOGPROBS = 20
 _MOST_NAMES = 500  # characters
 _FORMS = ("schema", "regex", "choice", "grammar")

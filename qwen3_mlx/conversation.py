@@ -7,7 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any, Unpack
 
-from qwen3_mlx.asking import Options, spread
+from qwen3_mlx.asking import Options, spread, with_keywords
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.streams import Collected, Reply, Stream, collect
 from qwen3_mlx.text.events import ToolCall
@@ -21,6 +21,8 @@ the details that are given."""
 
 _VERSION = 1
 _NOT_WHOLE = "Error: the arguments are not a whole JSON object, so the tool was not called"
+# What is not stated is as the conversation has it.
+_shows_keywords = with_keywords(Options, **dict.fromkeys(Options.__annotations__, ...))
 
 
 class Conversation:
@@ -50,6 +52,7 @@ class Conversation:
         self._start = start
         self._replying = False
 
+    @_shows_keywords
     def stream(self, words: str | None = None, **options: Unpack[Options]) -> Stream:
         """Say something and stream the reply; without words, reply to the history as it stands.
 
@@ -98,6 +101,7 @@ class Conversation:
                 self.messages = self.messages[: turns[0]] + self.messages[turns[1] :]
                 dropped += 1
 
+    @_shows_keywords
     def chat(self, words: str | None = None, **options: Unpack[Options]) -> Reply:
         """Do as `stream` does, and give the whole reply at once."""
         return collect(self.stream(words, **options))
@@ -124,6 +128,7 @@ class Conversation:
             else:
                 self.messages.append(answer(made, by_name))
 
+    @_shows_keywords
     def retry(self, **options: Unpack[Options]) -> Stream:
         """Have the last words replied to anew.
 
@@ -132,6 +137,7 @@ class Conversation:
         """
         return self._from(self._turn(-1) + 1, None, options)
 
+    @_shows_keywords
     def edit(self, words: str, turn: int = -1, **options: Unpack[Options]) -> Stream:
         """Say other words in place of a user's turn, and forget what came after it.
 

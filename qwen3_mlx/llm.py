@@ -15,7 +15,7 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import plain, refuse_unknown, token_ids
-from qwen3_mlx.asking import Asked, Options, TextOptions
+from qwen3_mlx.asking import Asked, Options, TextOptions, with_keywords
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.conversation import Conversation, read_messages
 from qwen3_mlx.engine.activity import Activity
@@ -96,6 +96,7 @@ class LLM:
         """The network; its arrays belong to the worker thread."""
         return self._open().engine.model
 
+    @with_keywords(Options)
     def stream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Stream:
         """Reply to a user's words or a conversation, as a stream of events; see `Options`.
 
@@ -105,6 +106,7 @@ class LLM:
         """
         return self._stream(self._open().chat(messages, Asked.of(options)))
 
+    @with_keywords(Options, idle=True)
     def conversation(
         self,
         *,
@@ -138,6 +140,7 @@ class LLM:
         kept: Options = {"idle": True, **options}
         return Conversation(start, messages=history, options=kept, drop_oldest=drop_oldest)
 
+    @with_keywords(Options)
     def astream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
         """Do as `stream` does, for asyncio; to be called with the event loop running."""
         with self._worker.wait():  # or the loop that runs here would wait for its own thread
@@ -166,6 +169,7 @@ class LLM:
         """
         return self._open().chat(messages, Asked.of(options), caller)
 
+    @with_keywords(Options)
     def count_tokens(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> int:
         """Count the tokens of the prompt that `stream` would reply to.
 
@@ -227,10 +231,15 @@ class LLM:
         """
         self._worker.post(job)
 
+    @with_keywords(Options)
     def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Reply:
-        """Do as `stream` does, and give the whole reply at once."""
+        """Reply to a user's words or a conversation, and return the reply whole; see `Options`.
+
+        Raises what `stream` does.
+        """
         return with_parsed(collect(self.stream(messages, **options)), options.get("schema"))
 
+    @with_keywords(Options)
     def batch(
         self, prompts: Sequence[str | Sequence[Message]], **options: Unpack[Options]
     ) -> list[Reply]:
@@ -257,6 +266,7 @@ class LLM:
             for stream in streams:
                 stream.close()
 
+    @with_keywords(Options)
     def run(
         self,
         messages: str | Sequence[Message],
@@ -287,6 +297,7 @@ class LLM:
             said += [answer(call, functions) for call in reply.tool_calls]
         raise Qwen3Error(f"the model still calls tools after {max_steps} replies (max_steps)")
 
+    @with_keywords(TextOptions, loop_guard=False)
     def complete(self, prompt: str, **options: Unpack[TextOptions]) -> Reply:
         """Continue raw text, without a chat template; tags of thinking are text like any other.
 

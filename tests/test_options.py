@@ -1,6 +1,7 @@
 """The options of a reply as callers write them: fields of sampling, numpy scalars, misspellings."""
 
 import asyncio
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen3_mlx import LLM, Finish, SamplingParams, Text, convert, load
+from qwen3_mlx import LLM, Conversation, Finish, Options, SamplingParams, Text, convert, load
 from tests.support import assert_close
 
 FIELDS: dict[str, Any] = {
@@ -106,6 +107,18 @@ def test_an_unknown_option_like_no_other_lists_those_that_exist(tiny: LLM) -> No
         tiny.conversation(drop_odest=True)  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="did you mean max_steps"):
         tiny.run("Hello", max_step=3)  # type: ignore[call-arg]
+
+
+def test_help_lists_the_keywords() -> None:
+    for method in (LLM.stream, LLM.chat, LLM.astream, LLM.batch, LLM.run, LLM.conversation):
+        shown = inspect.signature(method).parameters
+        assert shown.keys() >= Options.__annotations__.keys() and "options" not in shown
+        assert shown["temperature"].default is None and shown["tool_choice"].default == "auto"
+    assert not inspect.signature(LLM.complete).parameters["loop_guard"].default
+    assert "tools" not in inspect.signature(LLM.complete).parameters
+    assert inspect.signature(LLM.conversation).parameters["idle"].default is True
+    assert inspect.signature(Conversation.retry).parameters["thinking"].default is ...
+    assert "thinking_budget" in str(Options.__doc__)
 
 
 def test_an_option_of_a_conversation_gives_way_to_that_of_a_reply(tiny: LLM) -> None:
