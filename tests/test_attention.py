@@ -120,7 +120,7 @@ def test_a_quantized_cache_keeps_to_its_kernels(
     model = model_with(*HEADS[geometry])
     model.cache_format = CACHE_FORMATS[form]
     ids = mx.array([random_ids(40)])
-    for length in range(1, 20):
+    for length in (1, 2, 3, 4, 5, 8, 9, 19):
         cache = model.make_cache()
         model(ids[:, :9], cache)
         before, fused = len(rows), len(calls)

@@ -238,6 +238,8 @@ def test_the_description_is_written_beside_the_loop(
 @pytest.mark.parametrize("path", [CHAT, MESSAGES, OLLAMA, COUNT, TEXT])
 def test_json_is_read_whatever_its_type(path: str, served: Served) -> None:
     asked: dict[str, Any] = {"messages": _USER, "stream": False}
+    if path == OLLAMA:
+        asked["options"] = {"num_predict": 3}
     body = json.dumps({"max_tokens": 3, **(asked if path != TEXT else {"prompt": "x"})})
     kinds = ("application/json", "text/plain", "application/x-www-form-urlencoded", "multipart/x")
     for headers in ({}, *({"Content-Type": kind} for kind in kinds)):

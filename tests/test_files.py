@@ -26,7 +26,7 @@ from qwen3_mlx.files import (
 
 SLOWEST = 5.0  # seconds of CPU; a header is refused in far less
 FUZZ = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=75, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 

@@ -107,7 +107,7 @@ def generate_valid(llm: LLM, count: int, **options: Any) -> None:
 
 
 def test_json_is_always_valid(tiny: LLM) -> None:
-    generate_valid(tiny, 4, thinking=False)
+    generate_valid(tiny, 2, thinking=False)
 
 
 def test_json_is_valid_after_thinking_that_takes_all_it_can(tiny: LLM) -> None:

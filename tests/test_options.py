@@ -23,7 +23,7 @@ FIELDS: dict[str, Any] = {
     "repetition_penalty": 1.2,
     "logit_bias": {40: 2.0, 41: -3.0},
 }
-REST: dict[str, Any] = {"max_tokens": 24, "seed": 5}
+REST: dict[str, Any] = {"max_tokens": 12, "seed": 5}
 
 
 def add(a: int, b: int) -> int:

@@ -277,7 +277,7 @@ def test_what_a_checkpoint_states_is_how_it_draws(
     (folder / "generation_config.json").write_text(json.dumps(stated))
 
     def draw(llm: LLM, sampling: SamplingParams | None) -> str:
-        return llm.chat("Hi", thinking=False, seed=3, max_tokens=40, sampling=sampling).text
+        return llm.chat("Hi", thinking=False, seed=3, max_tokens=20, sampling=sampling).text
 
     with load(folder) as llm:
         found = draw(llm, None)

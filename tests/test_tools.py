@@ -745,7 +745,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     arguments=st.dictionaries(st.text(max_size=6), VALUES, max_size=4),
     ascii_only=st.booleans(),
@@ -781,7 +781,7 @@ CODER_TEXTS = (
 )
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(texts=st.lists(CODER_TEXTS, max_size=3))
 def test_any_text_of_a_coder_call_comes_whole_or_cannot_be_read(texts: list[str]) -> None:
     arguments = dict(zip(("text", "other", "third"), texts, strict=False))
