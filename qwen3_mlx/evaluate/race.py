@@ -81,6 +81,7 @@ def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> Result:
         tempfile.TemporaryFile("w+") as complaints,
         subprocess.Popen(
             command,
+            stdin=subprocess.PIPE,  # nothing is sent: the side ends when it is closed
             stdout=subprocess.PIPE,
             stderr=complaints,
             text=True,
@@ -88,8 +89,9 @@ def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> Result:
         ) as process,
     ):
         timer = Timer(seconds, process.kill)
-        timer.start()
+        timer.daemon = True  # or a Ctrl-C that comes between these lines would wait for it
         try:
+            timer.start()
             assert process.stdout
             for line in process.stdout:
                 content = json.loads(line)

@@ -5,10 +5,12 @@ terms that the side computes on, then each of its figures as it is there; or an 
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import mlx.core as mx
@@ -213,5 +215,12 @@ def _tell(line: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
+def _end_with_parent() -> None:
+    """End this process when the one that has started it is gone, however that came about."""
+    os.read(0, 1)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    Thread(target=_end_with_parent, daemon=True).start()
     main()
