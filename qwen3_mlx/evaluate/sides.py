@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from stat import S_ISFIFO
 from threading import Thread
 from typing import Any
 
@@ -216,11 +217,12 @@ def _tell(line: dict[str, Any]) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that has started it is gone, however that came about."""
+    """End this process when the one that holds the other end of its standard input is gone."""
     os.read(0, 1)
     os._exit(1)
 
 
 if __name__ == "__main__":
-    Thread(target=_end_with_parent, daemon=True).start()
+    if S_ISFIFO(os.fstat(0).st_mode):
+        Thread(target=_end_with_parent, daemon=True).start()
     main()
