@@ -66,18 +66,27 @@ def routes(service: Service) -> APIRouter:
     return router
 
 
-def _options(service: Service, asked: Counted, warnings: list[str]) -> Options:
-    """Give what a prompt depends on, and add to the warnings of its request."""
+def _prompt(service: Service, asked: Counted) -> tuple[list[dict[str, Any]], Options, list[str]]:
+    """Return the messages of a prompt, the options that it depends on, and warnings.
+
+    Raises:
+        TypeError, ValueError: it cannot be had.
+    """
+    warnings = service.another_model(asked.model)
+    warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
+    messages = asked.library_messages()
     choice = asked.tool_choice
     if choice and (choice.type == "tool") != bool(choice.name):
         raise ValueError("tool_choice of type tool needs a name, and no other type has one")
     names = {"auto": "auto", "any": "required", "none": "none"}
-    return {
+    options: Options = {
         **service.options(asked.wish(), warnings),
         "tools": asked.library_tools() or None,
         "tool_choice": (choice.name or names[choice.type]) if choice else "auto",
         "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
+        "continue_last": ends_with_words(messages),
     }
+    return messages, options, warnings
 
 
 class _Count:
@@ -86,13 +95,7 @@ class _Count:
     def __init__(self, service: Service, asked: Counted) -> None:
         self._service = service
         try:
-            self._warnings = service.another_model(asked.model)
-            self._warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
-            self._messages = asked.library_messages()
-            self._options: Options = {
-                **_options(service, asked, self._warnings),
-                "continue_last": ends_with_words(self._messages),
-            }
+            self._messages, self._options, self._warnings = _prompt(service, asked)
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
 
@@ -113,12 +116,9 @@ class _Messages:
         self._id = f"msg_{secrets.token_hex(12)}"
         form = asked.output_config.format if asked.output_config else None
         try:
-            self._warnings = service.another_model(asked.model)
-            self._warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
-            self._messages = asked.library_messages()
+            self._messages, options, self._warnings = _prompt(service, asked)
             self._options: Options = {
-                **_options(service, asked, self._warnings),
-                "continue_last": ends_with_words(self._messages),
+                **options,
                 "sampling": SamplingParams(
                     temperature=asked.temperature,
                     top_p=asked.top_p,

@@ -18,11 +18,10 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from qwen3_mlx.server.errors import ApiError, refused
-from qwen3_mlx.text.turns import Caller, Turns
+from qwen3_mlx.text.turns import LOOK, Caller, Turns
 
 _AT_ONCE = 4  # requests
 _PATIENCE = 60.0  # seconds until a request that waits for others is told to come again
-_LOOK = 0.1  # seconds from one look at whether there is an end to it to the next
 
 T = TypeVar("T")
 
@@ -59,13 +58,13 @@ class Preparing:
         """
         job = _Job(self._turns, cancelled, request.scope.get("caller", ""))
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        watching = asyncio.create_task(_gone(request))
+        watching = asyncio.create_task(gone(request))
         waited: list[asyncio.Future[Any]] = [done, watching]
         self._jobs.add(job)
         job.start(work, done, partial(self._jobs.discard, job))
         try:
             while not done.done():
-                await asyncio.wait(waited, timeout=_LOOK, return_when="FIRST_COMPLETED")
+                await asyncio.wait(waited, timeout=LOOK, return_when="FIRST_COMPLETED")
                 if not done.done():
                     _check(job, gone=watching.done())
             return done.result()
@@ -155,7 +154,8 @@ class _Job(Caller):
             self._turns.leave(self)
 
 
-async def _gone(request: Request) -> None:
+async def gone(request: Request) -> None:
+    """Wait until the client goes away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 

@@ -16,6 +16,7 @@ from qwen3_mlx.replies import Task
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.guard import reason_of
 from qwen3_mlx.server.places import Place
+from qwen3_mlx.server.preparing import gone
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
@@ -245,12 +246,11 @@ class Running:
             ApiError: a reply failed, or nobody waits for it any more.
         """
 
-        async def gone() -> None:
-            while (await request.receive())["type"] != "http.disconnect":
-                pass
+        async def end_with_client() -> None:
+            await gone(request)
             self.cancelled.set()
 
-        watching = asyncio.create_task(gone())
+        watching = asyncio.create_task(end_with_client())
         try:
             async for _ in self.batches(self._settings.keep_alive):
                 pass

@@ -98,13 +98,13 @@ def check_unknown(
     Raises:
         ValueError: something cannot be had.
     """
+    sent = request.model_extra or {}
     for name, idle in unsupported.items():
-        value = (request.model_extra or {}).get(name)
+        value = sent.get(name)
         off = value is False and not any(one is True for one in idle)
         if value is not None and not off and value not in idle and value != []:
             hint = f"; it may be {', '.join(map(repr, idle))}" if idle else "; leave it out"
             raise ValueError(f"{name} is not supported{hint}")
-    sent = request.model_extra or {}
     warnings = [
         f"{name} has no effect here" for name in hints if sent.get(name) not in (None, *hints[name])
     ]

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text import trial
-from qwen3_mlx.text.turns import Caller, Turns
+from qwen3_mlx.text.turns import LOOK, Caller, Turns
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -38,7 +38,6 @@ _LIMITS: Any = {"initial_lexer_fuel": 300_000, "verbose_errors": False}
 # large as is allowed 0.5 s: what takes longer than the first limit lets others go before.
 LANES = ((0.25, 2), (2.0, 1))
 _HANGS = 60.0  # seconds without an answer, on the clock: the machine is asleep or swaps
-_LOOK = 0.1  # seconds from one look at whether the caller waits still to the next
 _MOST_TRIED = 4096  # grammars
 _TRIES = 3
 
@@ -222,7 +221,7 @@ def _answer(connection: socket.socket, message: bytes, caller: Caller) -> bytes:
     try:
         connection.sendall(message)
         started = time.monotonic()
-        connection.settimeout(_LOOK)
+        connection.settimeout(LOOK)
         while True:
             try:
                 connection.recv(1, socket.MSG_PEEK)

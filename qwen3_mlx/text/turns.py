@@ -7,7 +7,8 @@ from threading import Condition
 
 from qwen3_mlx.errors import Qwen3Error
 
-_LOOK = 0.1  # seconds from one look at whether the caller waits still to the next
+LOOK = 0.1
+"""Seconds from one look at whether a caller waits still to the next."""
 
 
 class Caller:
@@ -61,7 +62,7 @@ class Turns:
             self._waiting.append(caller)
             try:
                 while not (self._free and self._next() is caller):
-                    self._changed.wait(_LOOK)
+                    self._changed.wait(LOOK)
                     caller.check()
                 self._free -= 1
                 self._having[caller.client] += 1
