@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -59,6 +60,7 @@ _GIB = 1 << 30
 _CACHE_LIMIT = 2 * _GIB  # freed buffers kept for reuse; MLX's own limit would be most of the memory
 _SMALL_MAC = 36 * _GIB  # up to which macOS gives the GPU a smaller share of the memory
 _NARROW = 512  # columns; the smallest published model has 1,024
+_spare_streams: deque[mx.Stream] = deque()
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 
@@ -81,6 +83,24 @@ def wait_for_work(*streams: "mx.Stream | mx.ThreadLocalStream") -> None:
     if not on_gpu():
         for stream in streams or (None,):
             mx.synchronize(stream)
+
+
+def lend_stream() -> mx.Stream:
+    """Lend a stream of the CPU that nobody else uses, until `take_stream_back`.
+
+    Each such stream has a thread that MLX never ends: with new ones, a process that loads and
+    closes models would gather threads, and all that it computes would slow down.
+    """
+    try:
+        return _spare_streams.pop()
+    except IndexError:
+        return mx.new_thread_unsafe_stream(mx.cpu)
+
+
+def take_stream_back(stream: mx.Stream) -> None:
+    """Wait for what is in flight on a lent stream, and keep it for the next one who asks."""
+    mx.synchronize(stream)
+    _spare_streams.append(stream)
 
 
 @atexit.register

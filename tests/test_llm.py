@@ -417,6 +417,20 @@ def test_the_worker_hands_errors_back() -> None:
     worker.stop()
 
 
+def test_threads_of_mlx_are_used_again() -> None:
+    def stream_of(worker: Worker) -> mx.Stream:
+        return worker.call(lambda: mx.default_stream(mx.cpu))
+
+    first, second = Worker(), Worker()
+    used = [stream_of(first), stream_of(second)]
+    assert used[0] != used[1]
+    first.stop()
+    third = Worker()
+    assert stream_of(third) == used[0]
+    second.stop()
+    third.stop()
+
+
 @pytest.mark.parametrize(
     ("tokens", "most", "sizes"),
     [

@@ -11,6 +11,7 @@ import math
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import cycle
 from pathlib import Path
@@ -112,9 +113,9 @@ def run(job: Job, progress: Progress) -> Written:
     shards = _shards(tensors)
     partial = partial_folder(job.output)
     _go_on_or_begin(job, partial, [tensor.name for tensor in tensors])
-    streams = _streams()
     try:
-        _write_shards(job, partial, shards, streams, progress)
+        with _streams() as streams:
+            _write_shards(job, partial, shards, streams, progress)
         _write_rest(job, partial, shards, written)
         _take_name(partial, job.output.resolve())
     except OSError as error:
@@ -123,7 +124,6 @@ def run(job: Job, progress: Progress) -> Written:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
-        backend.wait_for_work(*streams)  # an error or Ctrl-C leaves blocks in work
         if not any(partial.glob("*.safetensors")):  # nothing that would be worth going on from
             shutil.rmtree(partial, ignore_errors=True)
     return written
@@ -321,12 +321,19 @@ class _Block:
         return int(((bits & self._exponent) == self._exponent).sum().item())  # type: ignore[arg-type]
 
 
-def _streams() -> list[mx.Stream]:
-    """Give the streams that share the work: two on a CPU, because a stream there is one thread."""
-    streams = [mx.default_stream(mx.default_device())]
-    if not backend.on_gpu():
-        streams.append(mx.new_stream(mx.default_device()))
-    return streams
+@contextmanager
+def _streams() -> Iterator[Sequence[mx.Stream]]:
+    """Lend the streams that share the work: two on a CPU, because a stream there is one thread."""
+    default = mx.default_stream(mx.default_device())
+    if backend.on_gpu():
+        yield [default]
+        return
+    second = backend.lend_stream()
+    try:
+        yield [default, second]
+    finally:  # an error or Ctrl-C leaves blocks in work
+        backend.wait_for_work(default)
+        backend.take_stream_back(second)
 
 
 def _computed(

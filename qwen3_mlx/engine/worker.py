@@ -53,6 +53,7 @@ class Worker:
         self.ending = False  # what runs should come to its end, too
         self._ended = False  # what is posted from now on may be left undone
         self._process = os.getpid()
+        self._stream = backend.lend_stream()
         self._thread = _WorkerThread(target=self._work, name="qwen3-mlx", daemon=True)
         self._thread.start()
         atexit.register(self._end)  # which runs even if no LLM has been made yet to be finalized
@@ -148,6 +149,7 @@ class Worker:
             os._exit(_INTERRUPTED)
 
     def _work(self) -> None:
+        mx.set_default_stream(self._stream)
         while (job := self._jobs.get()) is not None:
             _do(job)
             del job  # or its result would live until the next one
@@ -156,7 +158,7 @@ class Worker:
             while True:  # a job that was being posted when the end came may stand behind it
                 if job := self._jobs.get_nowait():
                     _do(job)
-        backend.wait_for_work()
+        backend.take_stream_back(self._stream)
         mx.clear_streams()  # MLX's own clean-up at the end of a thread races with the exit
 
 
