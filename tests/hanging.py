@@ -45,7 +45,7 @@ ERRORS = (
 
 def answer(llm: LLM) -> str:
     """Give a reply that is always the same."""
-    return llm.chat(PROMPT, thinking=False, max_tokens=12, sampling=GREEDY).text
+    return llm.chat(PROMPT, thinking=False, max_tokens=6, sampling=GREEDY).text
 
 
 def now() -> str:
@@ -112,8 +112,8 @@ def progress() -> None:
             partial(llm.run, "Who are you?", tools=[now], max_tokens=8),
         ]
         for way in ways:
-            for error in ERRORS:
-                with others_go_on(llm):
+            with others_go_on(llm):
+                for error in ERRORS:
                     check_same(raised_by(partial(way, progress=raising(error))), error)
         with others_go_on(llm):  # of a batch, when one of two has ended
             late = raising(ERRORS[0], after=1)
@@ -188,8 +188,8 @@ def nested() -> None:
             lambda: asyncio.run(read()),
         ]
         for wait in waits:
-            for call in callbacks(llm):
-                with others_go_on(llm):
+            with others_go_on(llm):
+                for call in callbacks(llm):
                     found = raised_by(partial(call, wait))
                     assert isinstance(found, Qwen3Error), found
                     assert "would never end" in str(found)
@@ -202,8 +202,8 @@ def nested() -> None:
             lambda: streams.put(llm.stream("Hello", max_tokens=4)),
         ]
         for do in free:
-            for call in callbacks(llm):
-                with others_go_on(llm):
+            with others_go_on(llm):
+                for call in callbacks(llm):
                     call(do)
         while not streams.empty():
             *_, last = streams.get()

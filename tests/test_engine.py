@@ -413,16 +413,16 @@ def test_short_prompts_are_read_together_and_beside_a_long_one(
 
 def test_who_finds_no_room_waits_and_who_came_last_makes_room() -> None:
     engine = engine_of(MODELS["dense"])
-    engine._steps.scheduler.room = 700
-    clients = [Client(random_ids(150, seed=s), 120) for s in range(4)]
+    engine._steps.scheduler.room = 350
+    clients = [Client(random_ids(75, seed=s), 60) for s in range(4)]
     for client in clients:
         engine.submit(client.request)
     most = 0
     while engine.step():
         most = max(most, engine._steps.scheduler.held())
-    assert most <= 700
+    assert most <= 350
     for client in clients:
-        assert client.tokens == greedy_tokens(MODELS["dense"], client.request.ids, 120)
+        assert client.tokens == greedy_tokens(MODELS["dense"], client.request.ids, 60)
 
 
 def test_memory_pins_the_context_and_shrinks_chunks() -> None:

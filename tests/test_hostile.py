@@ -84,7 +84,7 @@ def known_servers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_soak_tells_whether_memory_grows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["soak", "40"])
+    monkeypatch.setattr(sys, "argv", ["soak", "20"])
     monkeypatch.setattr(server_soak, "_LIMIT", -10.0)  # whatever it does
     with pytest.raises(SystemExit) as ended:
         server_soak.main()

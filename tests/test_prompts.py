@@ -141,6 +141,7 @@ class Shown:
     """A server that logs what the model is shown."""
 
     def __init__(self, served: Served, caplog: pytest.LogCaptureFixture) -> None:
+        caplog.set_level(logging.INFO, logger="qwen3_mlx.server")
         self.served = served
         self._caplog = caplog
 
@@ -162,12 +163,17 @@ class Shown:
         return str(prompt)
 
 
-@pytest.fixture
-def shown(demo: LLM, caplog: pytest.LogCaptureFixture) -> Iterator[Shown]:
-    """Such a server, with the demo."""
-    caplog.set_level(logging.INFO, logger="qwen3_mlx.server")
+@pytest.fixture(scope="module")
+def logging_server(demo: LLM) -> Iterator[Served]:
+    """One that serves the demo."""
     with serving(demo, log_content=True) as served:
-        yield Shown(served, caplog)
+        yield served
+
+
+@pytest.fixture
+def shown(logging_server: Served, caplog: pytest.LogCaptureFixture) -> Shown:
+    """Such a server, with the demo."""
+    return Shown(logging_server, caplog)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)

@@ -679,10 +679,11 @@ def test_more_than_it_can_take_is_told_to_come_again(demo: LLM) -> None:
 
 def test_many_at_once_are_each_told_their_own(served: Served, demo: LLM) -> None:
     questions = [f"What is {n} + {n + 7}?" for n in range(32)]
-    expected = demo.batch(questions, seed=5)
+    expected = demo.batch(questions, seed=5, thinking_budget=8)
 
     def ask(question: str) -> tuple[str, str]:
-        body = {"messages": [{"role": "user", "content": question}], "stream": True, "seed": 5}
+        message = {"role": "user", "content": question}
+        body = {"messages": [message], "stream": True, "seed": 5, "thinking_budget": 8}
         told = {"content": "", "reasoning_content": ""}
         with httpx.stream(
             "POST", f"{served.url}/v1/chat/completions", json=body, timeout=60, verify=False

@@ -153,7 +153,7 @@ def test_a_smaller_context_leaves_more_for_others(
 def test_an_llm_goes_on_with_less_when_another_comes(
     folder: Path, room_for: Callable[[int], None]
 ) -> None:
-    options: dict[str, Any] = {"max_tokens": 150, "temperature": 0, "loop_guard": False}
+    options: dict[str, Any] = {"max_tokens": 60, "temperature": 0, "loop_guard": False}
     prompts = [f"{word} " * 30 for word in ("Hello", "a", "b")]
     _, least = sizes_of(folder)
     with load(folder) as llm:

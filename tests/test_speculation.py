@@ -241,7 +241,7 @@ def drawn(way: str, seed: int) -> tuple[Client, list[Any]]:
     heard: list[Any] = []
     client = Client(
         PROMPTS[seed % len(PROMPTS)],
-        60,
+        40,
         sampling=SAMPLED[seed % len(SAMPLED)].over(NEUTRAL),
         seed=seed,
         heard=heard.append,
@@ -262,7 +262,7 @@ def test_what_is_drawn_is_the_same_with_penalties_too(way: str) -> None:
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
         accepted += client.outcome.accepted
-    assert accepted > 30
+    assert accepted > 20
 
 
 @pytest.mark.parametrize("way", FAST)

@@ -580,7 +580,7 @@ def test_a_call_that_is_cut_off_by_the_limit_is_not_made(demo: LLM) -> None:
         assert talk.messages[-1] == {"role": "assistant", "content": batched.text}
         with pytest.raises(ValueError, match="calls no tool"):
             talk.answer_calls([calculator])
-        assert talk.chat("What is 1 + 2?", tools=None, max_tokens=None).text
+        assert talk.chat("What is 1 + 2?", tools=None, max_tokens=2).text
     for most in (22, 23):  # only the tag that ends it is missing
         reply = demo.chat(**CUT, tools=[calculator], max_tokens=most)
         assert [call.arguments for call in reply.tool_calls] == [WHOLE]
