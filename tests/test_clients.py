@@ -161,7 +161,7 @@ def test_openai_parses(client: Any, thinking: bool) -> None:
         messages=SUM,
         response_format=Sum,
         extra_body={"chat_template_kwargs": {"enable_thinking": thinking}},
-        seed=1,
+        seed=3,
     )
     message: Any = reply.choices[0].message
     assert (

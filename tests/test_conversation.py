@@ -218,7 +218,7 @@ def test_the_oldest_turns_are_dropped_on_request(short: LLM) -> None:
     roles = [message["role"] for message in going_on.messages]
     assert roles[:2] == ["system", "user"]
     free = short.conversation(thinking=False, seed=1, drop_oldest=True)
-    for number in range(6):
+    for number in range(3):
         reply = free.chat(f"Tell me about number {number}.")
         assert reply.usage.completion_tokens >= 20 or reply.finish_reason == "stop"
     with pytest.raises(ContextError):

@@ -36,8 +36,9 @@ UNSEEN = [
 
 def test_it_thinks_its_way_to_the_sum(demo: LLM) -> None:
     right = 0
-    for a, b in UNSEEN:
-        reply = demo.chat(f"What is {a} + {b}?", thinking=True, max_tokens=200, sampling=GREEDY)
+    questions = [f"What is {a} + {b}?" for a, b in UNSEEN]
+    replies = demo.batch(questions, thinking=True, max_tokens=200, sampling=GREEDY)
+    for (a, b), reply in zip(UNSEEN, replies, strict=True):
         assert reply.reasoning
         assert reply.finish_reason == "stop"
         right += str(a + b) in reply.text

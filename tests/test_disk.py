@@ -140,7 +140,7 @@ def test_a_kill_in_the_middle_is_cleared_away(tmp_path: Path) -> None:
         "from tests.support import make_model, prefill, random_ids\n"
         "model = make_model(); disk = DiskPrefixes(Path(sys.argv[1]), 'a', limit=10**9)\n"
         "caches = []\n"
-        "for seed in range(4):\n"
+        "for seed in range(2):\n"
         "    caches.append(model.make_cache())\n"
         "    prefill(model, caches[-1], random_ids(2000, seed=seed), 500)\n"
         "print('ready', flush=True)\n"
@@ -165,7 +165,7 @@ def test_a_kill_in_the_middle_is_cleared_away(tmp_path: Path) -> None:
     assert not half.exists()
     assert not other_half.exists()
     assert living.exists()
-    found = [disk.common(random_ids(2000, seed=seed), 2000) for seed in range(4)]
+    found = [disk.common(random_ids(2000, seed=seed), 2000) for seed in range(2)]
     assert set(found) <= {0, 2000}
     assert 2000 in found
 
