@@ -65,7 +65,7 @@ def test_the_measured_recipe_is_closer_at_its_size(
     config: dict[str, Any] | None, tmp_path: Path
 ) -> None:
     source = write_tiny(tmp_path / "source", config)
-    text = "What is 12 + 34? Repeat: red green blue. " * 100
+    text = "What is 12 + 34? Repeat: red green blue. " * 40
     told: list[tuple[str, int, int]] = []
     measured = convert(
         source,
