@@ -28,7 +28,7 @@ from tests.support import assert_close, make_model, prefill, random_ids, write_t
 IDS = random_ids(400)
 LIMIT = 10**9
 GREEDY = SamplingParams(temperature=0.0)
-LONG = "Repeat these words: " + "apple pear plum " * 120
+LONG = "Repeat these words: " + "apple pear plum " * 50
 
 
 def write(disk: DiskPrefixes, model: Qwen3, ids: list[int]) -> None:
