@@ -20,7 +20,7 @@ serve: server ## serve the demo model, and open its page; ARGS="--model 8B --por
 	@unset QWEN3_MODEL; .venv/bin/qwen3 serve --open $(ARGS)
 
 test: dev ## run the tests, some minutes; ARGS="-k cache -x" goes to pytest
-	@$(if $(ARGS),:,echo 'This takes about six minutes on two cores; ARGS="-k cache" runs a part.')
+	@$(if $(ARGS),:,echo 'This takes about five minutes on two cores; ARGS="-k cache" runs a part.')
 	$(python) -m pytest $(ARGS)
 
 check: dev ## the gate, as CI runs it: format, lint, types, docs, tests with coverage
