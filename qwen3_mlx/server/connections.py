@@ -11,11 +11,13 @@ import errno
 import json
 import logging
 import resource
+import sys
 import time
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
+from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from qwen3_mlx.server.errors import ApiError
@@ -161,6 +163,7 @@ class Connection(HttpToolsProtocol):
         self._body = 0  # bytes of the body, which began to come at:
         self._body_begun = self._body_last = self.since
         self._refused = False
+        self._piece = self._again = b""  # what is read, and what is to be read again
         self._unsent = 0  # bytes that the client had not taken at:
         self._taken: float | None = None
 
@@ -180,15 +183,38 @@ class Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         """Take what was sent, as long as it is not too much beside a body."""
         for start in range(0, len(data), _PIECE):
-            if self._refused or self.transport.is_closing():
-                return
             piece = data[start : start + _PIECE]
             self._beside += len(piece)
-            super().data_received(piece)
-            if self._beside > self._limits.head:
-                self.refuse(431, f"the head is larger than {self._limits.head:,} bytes")
-            elif len(self.pipeline) > _MOST_PIPELINED:
-                self.refuse(400, f"more than {_MOST_PIPELINED} requests wait for a response")
+            while piece and not (self._refused or self.transport.is_closing()):
+                self._piece, self._again = piece, b""
+                super().data_received(piece)
+                piece = self._again
+                if self._beside > self._limits.head:
+                    self.refuse(431, f"the head is larger than {self._limits.head:,} bytes")
+                elif len(self.pipeline) > _MOST_PIPELINED:
+                    self.refuse(400, f"more than {_MOST_PIPELINED} requests wait for a response")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Have a request read again without its wish for another protocol, which is an offer only.
+
+        Java's and curl's clients make it with each request; the parser leaves out the body then.
+        """
+        error = sys.exception()
+        if not self._offers_upgrade or not isinstance(error, HttpParserUpgrade):
+            return
+        begun = b"%s %s HTTP/%s" % (
+            self.parser.get_method(),
+            self.url,
+            self.parser.get_http_version().encode(),
+        )
+        fields = [b"%s: %s" % field for field in self.headers if field[0] != b"upgrade"]
+        self._again = b"\r\n".join([begun, *fields, b"", self._piece[error.args[0] :]])
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    @property
+    def _offers_upgrade(self) -> bool:
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Answer a client that has only ended its own side, if that is done at once.
@@ -208,6 +234,8 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Begin to wait for a body, and answer."""
+        if self._offers_upgrade:
+            return
         self._beside = self._body = 0
         self._body_begun = self._body_last = self.loop.time()
         super().on_headers_complete()
@@ -221,6 +249,8 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Begin to wait for the next request."""
+        if self._offers_upgrade:
+            return
         self._beside = 0
         super().on_message_complete()
 
