@@ -144,4 +144,4 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def known(request: Request, error: HTTPException) -> JSONResponse:
-        return answered(request, of_status(error.status_code, error.detail))
+        return answered(request, of_status(error.status_code, error.detail, error.headers))

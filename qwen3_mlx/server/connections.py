@@ -18,7 +18,7 @@ from http import HTTPStatus
 from typing import Any
 
 from httptools import HttpParserUpgrade, HttpRequestParser
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.guard import address_of, write_record
@@ -163,6 +163,8 @@ class Connection(HttpToolsProtocol):
         self._body = 0  # bytes of the body, which began to come at:
         self._body_begun = self._body_last = self.since
         self._refused = False
+        # The request that is answered; `cycle` is the last that came, and may have to wait.
+        self._current: RequestResponseCycle | None = None
         self._piece = self._again = b""  # what is read, and what is to be read again
         self._unsent = 0  # bytes that the client had not taken at:
         self._taken: float | None = None
@@ -178,6 +180,8 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._all.remove(self)
+        if self._answering:
+            self._disconnect()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -221,7 +225,8 @@ class Connection(HttpToolsProtocol):
 
         One that waits for a reply looks the same when it has gone away.
         """
-        quick = self.at_work and self.cycle.scope["method"] in ("GET", "HEAD")
+        asked = [self._current, *(cycle for cycle, _ in self.pipeline)]
+        quick = self.at_work and all(one.scope["method"] in ("GET", "HEAD") for one in asked if one)
         if quick:
             self.cycle.keep_alive = False
         return quick
@@ -239,6 +244,8 @@ class Connection(HttpToolsProtocol):
         self._beside = self._body = 0
         self._body_begun = self._body_last = self.loop.time()
         super().on_headers_complete()
+        if not self.pipeline:
+            self._current = self.cycle
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
@@ -256,28 +263,42 @@ class Connection(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """Begin to wait for the next request, which may have come already."""
-        self.since = self.loop.time()
+        self.since = self._body_begun = self._body_last = self.loop.time()
+        if self.pipeline:
+            self._current = self.pipeline[-1][0]
         super().on_response_complete()
 
     def shutdown(self) -> None:
         """End, after the response if the request is whole: the rest of another may never come."""
         if self._refused:
             self.transport.abort()
-        elif self._answering and self.cycle.more_body:
+        elif not self._current or not self._answering:
+            self.transport.close()
+        elif self._current.more_body:
             self.refuse(503, "the server is shutting down", 0)
         else:
-            super().shutdown()
+            self._current.keep_alive = False
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request."""
+        self.refuse(
+            400, "this is no request of HTTP/1.1; for TLS put a proxy in front of the server"
+        )
 
     # --- what is checked ------------------------------------------------------------------------
 
     @property
     def at_work(self) -> bool:
         """Whether a whole request is being answered."""
-        return self._answering and not self.cycle.more_body
+        return self._answering and not self._receiving
 
     @property
     def _answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        return self._current is not None and not self._current.response_complete
+
+    @property
+    def _receiving(self) -> bool:
+        return self._current is not None and self._current.more_body
 
     def check(self, now: float) -> None:
         """Close the connection if its client has taken too long over something."""
@@ -290,7 +311,7 @@ class Connection(HttpToolsProtocol):
         elif not self._answering:
             if now - self.since > limits.patience:
                 self._end_of_patience()
-        elif self.cycle.more_body:
+        elif self._receiving:
             if self.flow.read_paused:  # it is the server that takes its time
                 self._body_last = now
             earned = limits.patience + self._body / limits.body_rate
@@ -315,20 +336,26 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _note(self, reason: str) -> None:
-        if self._answering:
-            self.cycle.scope.setdefault("record", {})["error"] = reason  # type: ignore[typeddict-item]
+        if self._current and self._answering:
+            record = self._current.scope.setdefault("record", {})  # type: ignore[typeddict-item]
+            record["error"] = reason
+
+    def _disconnect(self) -> None:
+        """Have the application hear that the client is gone, and write no more."""
+        if self._current:
+            self._current.disconnected = True
+            self._current.message_event.set()
 
     def refuse(self, status: int, reason: str, farewell: float = _FAREWELL) -> None:
         """Answer, and close after the `farewell`, without a look at what else is sent."""
         if self._refused:
             return
         self._refused = True
-        if self._answering:
-            if self.cycle.response_started:  # an answer would stand in the middle of another
+        if self._current and self._answering:
+            if self._current.response_started:  # an answer would stand in the middle of another
                 self.transport.abort()
                 return
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+            self._disconnect()
         else:
             write_record({"client": address_of(self.client), "status": status, "error": reason})
         path = getattr(self, "url", b"").decode("latin1")
