@@ -92,8 +92,10 @@ class Worker:
         """Return the context in which the current thread waits for what this one does.
 
         Raises:
-            Qwen3Error: this one waits for the current thread, or is it, so that neither would end.
+            Qwen3Error: this one waits for the current thread, or is it, so that neither would end;
+                or this process was forked from that of the thread.
         """
+        self.check_process()
         current = current_thread()
         return self._wait_on(current) if isinstance(current, _WorkerThread) else _FREE
 
