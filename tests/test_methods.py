@@ -1,4 +1,4 @@
-"""Methods that an address does not take."""
+"""Methods that an address takes or does not."""
 
 from collections.abc import Iterator
 
@@ -18,7 +18,11 @@ def served(demo: LLM) -> Iterator[Served]:
 
 @pytest.mark.parametrize(
     ("method", "path", "allowed"),
-    [("PUT", "/health", "GET"), ("GET", "/v1/messages", "POST"), ("DELETE", "/api/chat", "POST")],
+    [
+        ("PUT", "/v1/models", "GET"),
+        ("GET", "/v1/messages", "POST"),
+        ("DELETE", "/api/chat", "POST"),
+    ],
 )
 def test_a_refusal_names_the_method_that_is_taken(
     served: Served, method: str, path: str, allowed: str
@@ -26,3 +30,9 @@ def test_a_refusal_names_the_method_that_is_taken(
     response = httpx.request(method, served.url + path, verify=False)
     assert response.status_code == 405 and "does not take this method" in response.text
     assert response.headers["allow"] == allowed
+
+
+def test_health_is_told_by_its_status_alone(served: Served) -> None:
+    response = httpx.head(f"{served.url}/health", verify=False)
+    assert response.status_code == 200 and not response.content
+    assert "head" not in served.get("/openapi.json").json()["paths"]["/health"]
