@@ -402,6 +402,8 @@ class LLM:
 
 
 def _shut_down(worker: Worker, share: Share, wired: int) -> None:
+    if worker.left_behind:  # with all threads of MLX, for which `unwire` would wait
+        return
     worker.stop()
     release(share)
     backend.unwire(wired)

@@ -350,6 +350,15 @@ def test_the_limit_of_descriptors_is_raised_as_far_as_may_be(
     assert made == ([(most, hard)] if most else [])
 
 
+def test_what_is_no_request_is_told_so(served: Served) -> None:
+    hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + 100 * b"a"  # of TLS
+    for sent in (hello, b"GET /health HTTP/3.0\r\n\r\n", CHUNKED + b"-5\r\n"):
+        with connected(served, sent) as connection:
+            response = all_of(connection)
+        assert status_of(response) == 400
+        assert b"no request of HTTP/1.1; for TLS put a proxy" in response
+
+
 # --- half of a connection -------------------------------------------------------------------------
 
 

@@ -272,6 +272,9 @@ def test_an_origin_that_is_no_address_is_no_error(
     [
         (b"", "this one is empty"),
         (b" \n", "this one is empty"),
+        ("{}".encode("utf-16"), "it is not in UTF-8"),
+        ("{}".encode("utf-16-be"), "it is not in UTF-8"),
+        ("{}".encode("utf-32"), "it is not in UTF-8"),
         (b"[1]", "send the request as a JSON object, {...}; this is a list"),
         (b'"x"', "this is a string"),
         (b"null", "this is something else"),
@@ -291,6 +294,16 @@ def test_what_cannot_be_read_is_said(served: Served, body: bytes, complaint: str
             message = message_of(response := send(served, path, body))
             assert response.status_code == 400 and complaint in message
             assert "Content-Type" not in message and len(message) < 300
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity, zstd"])
+def test_a_body_that_is_packed_is_refused_as_such(served: Served, coding: str) -> None:
+    for path in (CHAT, MESSAGES, OLLAMA):
+        response = send(served, path, said("x"), **{"Content-Encoding": coding})
+        assert response.status_code == 415 and repr(coding) in message_of(response)
+    assert send(
+        served, CHAT, said("x", max_tokens=3), **{"Content-Encoding": "Identity"}
+    ).is_success
 
 
 def test_of_unknown_fields_the_first_are_named(served: Served) -> None:

@@ -71,13 +71,18 @@ class Worker:
         if self._ended:  # between the two lines above: the job may have come too late
             raise Qwen3Error(_CLOSED)
 
+    @property
+    def left_behind(self) -> bool:
+        """Whether this process was forked from that of the thread."""
+        return os.getpid() != self._process
+
     def check_process(self) -> None:
         """Check that this is the process of the thread; to be called before any lock is taken.
 
         Raises:
             Qwen3Error: it was forked from that one.
         """
-        if os.getpid() != self._process:
+        if self.left_behind:
             raise Qwen3Error(
                 "this LLM was loaded before the process forked, and its thread stayed behind; "
                 "load it in the new process, started with the spawn method"
@@ -87,8 +92,10 @@ class Worker:
         """Return the context in which the current thread waits for what this one does.
 
         Raises:
-            Qwen3Error: this one waits for the current thread, or is it, so that neither would end.
+            Qwen3Error: this one waits for the current thread, or is it, so that neither would end;
+                or this process was forked from that of the thread.
         """
+        self.check_process()
         current = current_thread()
         return self._wait_on(current) if isinstance(current, _WorkerThread) else _FREE
 
@@ -128,7 +135,7 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after the jobs given so far; may be called twice, and from a job."""
-        if os.getpid() != self._process:
+        if self.left_behind:
             return
         self.ending = True
         self._jobs.put(None)
@@ -139,7 +146,7 @@ class Worker:
 
     def _end(self) -> None:
         """Stop before the process exits, however often it is interrupted."""
-        if os.getpid() != self._process:
+        if self.left_behind:
             return
         try:
             self.stop()

@@ -104,6 +104,7 @@ def _bodies(kind: type[Posted]) -> Iterator[type[Posted]]:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
+    @app.head("/health", include_in_schema=False)  # as wget --spider asks
     @app.get("/health", tags=["Operations"])
     async def health() -> JSONResponse:
         """Say that the server is at work, and how much; 503 when it is not."""
@@ -144,4 +145,4 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def known(request: Request, error: HTTPException) -> JSONResponse:
-        return answered(request, of_status(error.status_code, error.detail))
+        return answered(request, of_status(error.status_code, error.detail, error.headers))

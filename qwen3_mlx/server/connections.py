@@ -11,12 +11,14 @@ import errno
 import json
 import logging
 import resource
+import sys
 import time
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from httptools import HttpParserUpgrade, HttpRequestParser
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.guard import address_of, write_record
@@ -161,6 +163,9 @@ class Connection(HttpToolsProtocol):
         self._body = 0  # bytes of the body, which began to come at:
         self._body_begun = self._body_last = self.since
         self._refused = False
+        # The request that is answered; `cycle` is the last that came, and may have to wait.
+        self._current: RequestResponseCycle | None = None
+        self._piece = self._again = b""  # what is read, and what is to be read again
         self._unsent = 0  # bytes that the client had not taken at:
         self._taken: float | None = None
 
@@ -175,27 +180,53 @@ class Connection(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """End."""
         self._all.remove(self)
+        if self._answering:
+            self._disconnect()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         """Take what was sent, as long as it is not too much beside a body."""
         for start in range(0, len(data), _PIECE):
-            if self._refused or self.transport.is_closing():
-                return
             piece = data[start : start + _PIECE]
             self._beside += len(piece)
-            super().data_received(piece)
-            if self._beside > self._limits.head:
-                self.refuse(431, f"the head is larger than {self._limits.head:,} bytes")
-            elif len(self.pipeline) > _MOST_PIPELINED:
-                self.refuse(400, f"more than {_MOST_PIPELINED} requests wait for a response")
+            while piece and not (self._refused or self.transport.is_closing()):
+                self._piece, self._again = piece, b""
+                super().data_received(piece)
+                piece = self._again
+                if self._beside > self._limits.head:
+                    self.refuse(431, f"the head is larger than {self._limits.head:,} bytes")
+                elif len(self.pipeline) > _MOST_PIPELINED:
+                    self.refuse(400, f"more than {_MOST_PIPELINED} requests wait for a response")
+
+    def _unsupported_upgrade_warning(self) -> None:
+        """Have a request read again without its wish for another protocol, which is an offer only.
+
+        Java's and curl's clients make it with each request; the parser leaves out the body then.
+        """
+        error = sys.exception()
+        if not self._offers_upgrade or not isinstance(error, HttpParserUpgrade):
+            return
+        begun = b"%s %s HTTP/%s" % (
+            self.parser.get_method(),
+            self.url,
+            self.parser.get_http_version().encode(),
+        )
+        fields = [b"%s: %s" % field for field in self.headers if field[0] != b"upgrade"]
+        self._again = b"\r\n".join([begun, *fields, b"", self._piece[error.args[0] :]])
+        self.parser = HttpRequestParser(self)
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+
+    @property
+    def _offers_upgrade(self) -> bool:
+        return self.parser.should_upgrade() and self.parser.get_method() != b"CONNECT"
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Answer a client that has only ended its own side, if that is done at once.
 
         One that waits for a reply looks the same when it has gone away.
         """
-        quick = self.at_work and self.cycle.scope["method"] in ("GET", "HEAD")
+        asked = [self._current, *(cycle for cycle, _ in self.pipeline)]
+        quick = self.at_work and all(one.scope["method"] in ("GET", "HEAD") for one in asked if one)
         if quick:
             self.cycle.keep_alive = False
         return quick
@@ -208,9 +239,13 @@ class Connection(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Begin to wait for a body, and answer."""
+        if self._offers_upgrade:
+            return
         self._beside = self._body = 0
         self._body_begun = self._body_last = self.loop.time()
         super().on_headers_complete()
+        if not self.pipeline:
+            self._current = self.cycle
 
     def on_body(self, body: bytes) -> None:
         """Take a piece of a body."""
@@ -221,33 +256,49 @@ class Connection(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Begin to wait for the next request."""
+        if self._offers_upgrade:
+            return
         self._beside = 0
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
         """Begin to wait for the next request, which may have come already."""
-        self.since = self.loop.time()
+        self.since = self._body_begun = self._body_last = self.loop.time()
+        if self.pipeline:
+            self._current = self.pipeline[-1][0]
         super().on_response_complete()
 
     def shutdown(self) -> None:
         """End, after the response if the request is whole: the rest of another may never come."""
         if self._refused:
             self.transport.abort()
-        elif self._answering and self.cycle.more_body:
+        elif not self._current or not self._answering:
+            self.transport.close()
+        elif self._current.more_body:
             self.refuse(503, "the server is shutting down", 0)
         else:
-            super().shutdown()
+            self._current.keep_alive = False
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what is no request."""
+        self.refuse(
+            400, "this is no request of HTTP/1.1; for TLS put a proxy in front of the server"
+        )
 
     # --- what is checked ------------------------------------------------------------------------
 
     @property
     def at_work(self) -> bool:
         """Whether a whole request is being answered."""
-        return self._answering and not self.cycle.more_body
+        return self._answering and not self._receiving
 
     @property
     def _answering(self) -> bool:
-        return self.cycle is not None and not self.cycle.response_complete
+        return self._current is not None and not self._current.response_complete
+
+    @property
+    def _receiving(self) -> bool:
+        return self._current is not None and self._current.more_body
 
     def check(self, now: float) -> None:
         """Close the connection if its client has taken too long over something."""
@@ -260,7 +311,7 @@ class Connection(HttpToolsProtocol):
         elif not self._answering:
             if now - self.since > limits.patience:
                 self._end_of_patience()
-        elif self.cycle.more_body:
+        elif self._receiving:
             if self.flow.read_paused:  # it is the server that takes its time
                 self._body_last = now
             earned = limits.patience + self._body / limits.body_rate
@@ -285,20 +336,26 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
 
     def _note(self, reason: str) -> None:
-        if self._answering:
-            self.cycle.scope.setdefault("record", {})["error"] = reason  # type: ignore[typeddict-item]
+        if self._current and self._answering:
+            record = self._current.scope.setdefault("record", {})  # type: ignore[typeddict-item]
+            record["error"] = reason
+
+    def _disconnect(self) -> None:
+        """Have the application hear that the client is gone, and write no more."""
+        if self._current:
+            self._current.disconnected = True
+            self._current.message_event.set()
 
     def refuse(self, status: int, reason: str, farewell: float = _FAREWELL) -> None:
         """Answer, and close after the `farewell`, without a look at what else is sent."""
         if self._refused:
             return
         self._refused = True
-        if self._answering:
-            if self.cycle.response_started:  # an answer would stand in the middle of another
+        if self._current and self._answering:
+            if self._current.response_started:  # an answer would stand in the middle of another
                 self.transport.abort()
                 return
-            self.cycle.disconnected = True
-            self.cycle.message_event.set()
+            self._disconnect()
         else:
             write_record({"client": address_of(self.client), "status": status, "error": reason})
         path = getattr(self, "url", b"").decode("latin1")

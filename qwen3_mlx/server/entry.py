@@ -59,6 +59,9 @@ async def answered(
     Raises:
         ApiError: the body cannot be read, or there are too many requests.
     """
+    coding = request.headers.get("content-encoding", "")
+    if coding.strip().lower() not in ("", "identity"):
+        raise ApiError(415, f"a body in {coding!r:.100} is not unpacked here; send it as it is")
     sent = await request.body()
     record = request.scope.setdefault("record", {})
     record["model"] = service.settings.model
@@ -103,6 +106,8 @@ def _json(sent: bytes) -> Any:
         why = str(error)
     if why.startswith("recursion limit"):
         why = f"it is nested too deeply ({why})"
+    elif b"\0" in sent[:4]:  # where JSON in UTF-8 has none
+        why = "it is not in UTF-8"
     elif why.startswith("number out of range"):
         why = f"a number has too many digits ({why})"
     raise ApiError(400, f"the request cannot be read as JSON: {why}")

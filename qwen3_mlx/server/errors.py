@@ -89,12 +89,12 @@ def refused(error: BaseException) -> ApiError:
     return ApiError(400, known.message) if known.status == 503 else known
 
 
-def of_status(status: int, detail: object) -> ApiError:
+def of_status(status: int, detail: object, headers: Mapping[str, str] | None) -> ApiError:
     """Say in a sentence what the framework knows by a number."""
     said = str(detail)
     if said == HTTPStatus(status).phrase or status == 405:
         said = _PLAIN.get(status, said)
-    return ApiError(status, said)
+    return ApiError(status, said, headers=headers)
 
 
 def of_validation(error: ValidationError) -> ApiError:
