@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from qwen3_mlx import LLM, SamplingParams, load
-from qwen3_mlx.evaluate.picture import Panel, draw_speeds
+from qwen3_mlx.evaluate.plots import Panel, draw_speeds
 
 BUDGETS = (0, 1, 2, 4, 8, 16, 32, 64)
 DIGITS = (1, 2, 3)

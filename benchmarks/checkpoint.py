@@ -15,8 +15,8 @@ import mlx.nn as nn
 
 from qwen3_mlx.checkpoint.weights import INDEX
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import published_config
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import published_config
 
 _SPREAD = 0.03  # of the weights, as published ones have it
 

@@ -27,10 +27,10 @@ from qwen3_mlx import load
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import CACHE_FORMATS, CacheFormat
 from qwen3_mlx.engine.memory import Workload, cache_bytes
-from qwen3_mlx.evaluate.picture import check_picture, saved_figure
+from qwen3_mlx.evaluate.plots import check_picture, saved_figure
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import published_config
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import published_config
 
 _LONG, _PROMPT = 8192, 2000  # tokens
 _STOPS = (1024, 2048, 4096, 8192)

@@ -27,7 +27,7 @@ from qwen3_mlx import backend  # first: the BLAS
 from benchmarks import quality
 from benchmarks.processes import json_of
 from qwen3_mlx import convert
-from qwen3_mlx.evaluate.picture import draw
+from qwen3_mlx.evaluate.plots import draw
 
 _PARTS = ("sizes", "resume", "quality", "exam")
 _STEPS = "benchmarks.converting"

@@ -17,11 +17,11 @@ import mlx_lm.models.qwen3
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 import qwen3_mlx.model.qwen3  # first: the BLAS
-from qwen3_mlx.cache.slotted import Together
-from qwen3_mlx.engine.runner import Part, forward
+from qwen3_mlx.cache.batched import Together
+from qwen3_mlx.engine.forward import Part, forward
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import published_config
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import published_config
 
 _KERNELS: list[tuple[Any, str]] = [
     *((mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")),

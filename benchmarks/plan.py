@@ -21,7 +21,7 @@ import mlx.core as mx
 
 from benchmarks.checkpoint import random_checkpoint
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.quantization import formats_stored
+from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory import Workload, make_plan, weight_bytes

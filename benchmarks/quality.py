@@ -16,9 +16,9 @@ from typing import Any
 
 import qwen3_mlx  # first: the BLAS
 from qwen3_mlx import LLM, convert, load
+from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.evaluate.divergence import divergence
-from qwen3_mlx.evaluate.picture import Point
-from qwen3_mlx.text.samples import default_text
+from qwen3_mlx.evaluate.plots import Point
 from qwen3_mlx.text.template import ChatTemplate
 
 DEMO = Path(qwen3_mlx.__file__).parent / "demo"

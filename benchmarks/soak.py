@@ -17,7 +17,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from qwen3_mlx import LLM, Finish, load
-from qwen3_mlx.streams import Stream
+from qwen3_mlx.api.stream import Stream
 
 _AT_ONCE = 6
 _LOOKS = 20

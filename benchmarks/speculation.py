@@ -23,14 +23,14 @@ import mlx.core as mx
 from benchmarks.answers import answer
 from benchmarks.graph import our_model
 from qwen3_mlx import convert, load
+from qwen3_mlx.api.llm import LLM
+from qwen3_mlx.api.load import NGRAM
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
-from qwen3_mlx.engine.speculative import Speculator
-from qwen3_mlx.llm import LLM
-from qwen3_mlx.loading import NGRAM
+from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import published_config
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import published_config
 
 _GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
 _WORDS = "red green blue black white apple river stone cloud tree house bird".split()

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from qwen3_mlx import interrupt
+from qwen3_mlx.version import __version__ as __version__
 
 interrupt.end_at_once()
 try:
@@ -17,14 +18,14 @@ except ImportError:  # raised anew for each public name, and one line of the com
     pass
 
 if TYPE_CHECKING:
-    from qwen3_mlx.asking import Options, TextOptions
-    from qwen3_mlx.conversation import Conversation
-    from qwen3_mlx.conversion import Conversion, convert
+    from qwen3_mlx.api.conversation import Conversation
+    from qwen3_mlx.api.convert import Conversion, convert
+    from qwen3_mlx.api.llm import LLM
+    from qwen3_mlx.api.load import load
+    from qwen3_mlx.api.options import Options, TextOptions
+    from qwen3_mlx.api.stream import AsyncStream, Reply, Stream
     from qwen3_mlx.engine.params import SamplingParams
     from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
-    from qwen3_mlx.llm import LLM
-    from qwen3_mlx.loading import load
-    from qwen3_mlx.streams import AsyncStream, Reply, Stream
     from qwen3_mlx.text.events import (
         Event,
         Finish,
@@ -36,31 +37,29 @@ if TYPE_CHECKING:
         Usage,
     )
 
-__version__ = "0.1.0"
-
 _HOMES = {
-    "LLM": "llm",
-    "AsyncStream": "streams",
+    "LLM": "api.llm",
+    "AsyncStream": "api.stream",
     "CheckpointError": "errors",
     "ContextError": "errors",
-    "Conversation": "conversation",
-    "Conversion": "conversion",
+    "Conversation": "api.conversation",
+    "Conversion": "api.convert",
     "Event": "text.events",
     "Finish": "text.events",
-    "Options": "asking",
+    "Options": "api.options",
     "Qwen3Error": "errors",
     "Reasoning": "text.events",
-    "Reply": "streams",
+    "Reply": "api.stream",
     "SamplingParams": "engine.params",
-    "Stream": "streams",
+    "Stream": "api.stream",
     "Text": "text.events",
-    "TextOptions": "asking",
+    "TextOptions": "api.options",
     "TokenLogprob": "text.events",
     "ToolCall": "text.events",
     "ToolCallDelta": "text.events",
     "Usage": "text.events",
-    "convert": "conversion",
-    "load": "loading",
+    "convert": "api.convert",
+    "load": "api.load",
 }
 
 __all__ = [

@@ -11,7 +11,7 @@ from threading import Event, Thread
 from playwright.sync_api import Page, sync_playwright
 
 from qwen3_mlx import load
-from qwen3_mlx.server.serving import Server
+from qwen3_mlx.server.run import Server
 from qwen3_mlx.server.settings import Settings
 
 

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from qwen3_mlx import LLM, load
-from qwen3_mlx.engine import ledger
+from qwen3_mlx.engine import memory_ledger
 from tests.support import write_tiny
 
 # A machine that has other work to do is no failure.
@@ -55,4 +55,4 @@ def tiny(tiny_folder: Path) -> Iterator[LLM]:
 @pytest.fixture
 def whole_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Have no other LLM of the process be sure of any memory."""
-    monkeypatch.setattr(ledger, "_shares", [])
+    monkeypatch.setattr(memory_ledger, "_shares", [])

@@ -1,4 +1,4 @@
-"""Every call that leaves engine/steps.py fails in turn: python -m tests.faults WAY FOLDER
+"""Every call that leaves engine/core.py fails in turn: python -m tests.faults WAY FOLDER
 
 The module's source is compiled anew with each call passing through `Faults.call`, which can raise
 instead of it. A crowd of requests meets each fault, on one LLM that must survive them all: every
@@ -17,9 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from qwen3_mlx import LLM, Qwen3Error, SamplingParams, backend, load, loading
-from qwen3_mlx.engine import engine, steps
-from qwen3_mlx.streams import Stream
+from qwen3_mlx import LLM, Qwen3Error, SamplingParams, backend, load
+from qwen3_mlx.api import load as loading
+from qwen3_mlx.api.stream import Stream
+from qwen3_mlx.engine import core, engine
 from qwen3_mlx.text.events import Event, Finish
 from tests.support import write_tiny
 
@@ -59,7 +60,7 @@ class Faults:
 
     def call(self, place: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         module = str(getattr(function, "__module__", None))
-        if not module.startswith(OUTSIDE) or module.endswith((".steps", ".errors")):
+        if not module.startswith(OUTSIDE) or module.endswith((".core", ".errors")):
             return function(*args, **options)
         self.seen[place] += 1
         strikes = self.strikes and self.strikes[0][:2] == (place, self.seen[place])
@@ -84,11 +85,11 @@ class _Passing(ast.NodeTransformer):
 
 def install(faults: Faults) -> None:
     """Put the passing calls into the module, and its class where that is used."""
-    file = Path(str(steps.__file__))
+    file = Path(str(core.__file__))
     tree = ast.fix_missing_locations(_Passing().visit(ast.parse(file.read_text("utf-8"))))
-    vars(steps)["_call"] = faults.call
-    exec(compile(tree, file, "exec"), vars(steps))  # the project's own source
-    vars(engine)["Steps"] = steps.Steps
+    vars(core)["_call"] = faults.call
+    exec(compile(tree, file, "exec"), vars(core))  # the project's own source
+    vars(engine)["Steps"] = core.Steps
 
 
 def crowd(llm: LLM) -> list[str | BaseException]:
@@ -140,7 +141,7 @@ def read(stream: Stream) -> str | BaseException:
     return "".join(getattr(event, "text", "") for event in said)
 
 
-def wait_for(llm: LLM, true: Callable[[steps.Steps], bool], seconds: float) -> bool:
+def wait_for(llm: LLM, true: Callable[[core.Steps], bool], seconds: float) -> bool:
     """Wait until something is true of the engine."""
     deadline = time.monotonic() + seconds
     inner = llm._open().engine._steps

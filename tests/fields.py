@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from qwen3_mlx.server import anthropic_wire, ollama_wire, openai_wire
+from qwen3_mlx.server.anthropic import schema as anthropic_wire
+from qwen3_mlx.server.ollama import schema as ollama_wire
+from qwen3_mlx.server.openai import schema as openai_wire
 from qwen3_mlx.server.wire import Wire
 
 

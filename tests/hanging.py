@@ -22,7 +22,7 @@ import mlx.core as mx
 from qwen3_mlx import LLM, Qwen3Error, SamplingParams, convert, load
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.prefix import PrefixStore
-from qwen3_mlx.engine import steps
+from qwen3_mlx.engine import core
 from qwen3_mlx.engine.scheduler import Scheduler
 from qwen3_mlx.engine.sequence import Sequence
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -324,7 +324,7 @@ def tools() -> None:
 def failing() -> None:
     """Parts of the engine fail for as long as some requests last: those end, and others follow."""
     parts = [
-        *((Qwen3, "make_cache"), (steps, "forward"), (steps, "choose"), (steps, "Running")),
+        *((Qwen3, "make_cache"), (core, "forward"), (core, "choose"), (core, "Running")),
         *((Scheduler, name) for name in ("add", "next_step", "remove", "held", "chunk")),
         *((PrefixStore, name) for name in ("take", "put", "common", "reclaim", "unsaved", "clear")),
         *((DiskPrefixes, name) for name in ("common", "read", "wants", "write")),

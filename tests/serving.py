@@ -12,7 +12,7 @@ import httpx
 
 from qwen3_mlx import LLM
 from qwen3_mlx.server.connections import Limits
-from qwen3_mlx.server.serving import Server
+from qwen3_mlx.server.run import Server
 from qwen3_mlx.server.settings import Settings
 
 # There is nothing to verify, and to load the certificates for it takes 20 ms of each request.

@@ -10,10 +10,10 @@ from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import attention_of_each, causal_attention
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.cache.ragged import ragged_layers
-from qwen3_mlx.engine.costs import Costs
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import SamplingParams
-from qwen3_mlx.engine.speculative import Speculator
+from qwen3_mlx.engine.speculation.speculator import Speculator
+from qwen3_mlx.engine.speculation.step_cost import Costs
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import TINY, assert_close, make_model, random_ids
 

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from qwen3_mlx import Qwen3Error, backend, load
+from qwen3_mlx.bench.compare import EQUAL, Result, _median, race
+from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Figures, Side, Terms, cases_of, measure
+from qwen3_mlx.bench.targets import MlxLm, Ours
 from qwen3_mlx.cli.bench import _notes, _table
-from qwen3_mlx.evaluate.race import EQUAL, Result, _median, race
-from qwen3_mlx.evaluate.sides import MlxLm, Ours
-from qwen3_mlx.evaluate.speed import NEW, OURS, PEER, Case, Figures, Side, Terms, cases_of, measure
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import greedy_tokens, make_model, random_ids
 from tests.test_cli import QWEN3, call
@@ -61,7 +61,7 @@ def test_the_cheapest_cases_come_first() -> None:
 def test_what_is_measured_are_steps_of_all_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     side = Scripted()
     clock = SimpleNamespace(perf_counter=lambda: side.now)
-    monkeypatch.setattr("qwen3_mlx.evaluate.speed.time", clock)
+    monkeypatch.setattr("qwen3_mlx.bench.measure.time", clock)
     cases = [Case(1, 10), Case(1, 10, kept=True), Case(1, 10, kv_bits=8), Case(3, 4)]
     alone, kept, together = measure(side, cases, 5)
     assert alone.decode == pytest.approx(1 / 0.002)

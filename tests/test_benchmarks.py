@@ -13,8 +13,8 @@ from benchmarks.host import table
 from benchmarks.quality import Made, mean_of, most_different, points, read_exam, verdicts
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import published_config
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import published_config
 
 
 def test_a_decoded_token_takes_fewer_kernels_than_mlx_lms() -> None:

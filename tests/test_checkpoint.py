@@ -14,7 +14,7 @@ import pytest
 from qwen3_mlx import CheckpointError, backend, load
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
+from qwen3_mlx.checkpoint.stored import Format, StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.qwen3 import Qwen3

@@ -17,7 +17,7 @@ from qwen3_mlx import CheckpointError, __version__
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.main import main
-from qwen3_mlx.model.published import SIZES
+from qwen3_mlx.model.sizes import SIZES
 from tests.support import DEMO
 
 QWEN3 = [sys.executable, "-m", "qwen3_mlx"]
@@ -126,7 +126,7 @@ def test_an_unforeseen_error_is_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr("qwen3_mlx.llm.LLM.stream", fail)
+    monkeypatch.setattr("qwen3_mlx.api.llm.LLM.stream", fail)
     arguments = ["x", "-q", "-m", str(tiny_folder)]
     code, _, err = call(arguments, capsys)
     assert code == 1

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from qwen3_mlx import LLM, ToolCallDelta, backend, load
-from qwen3_mlx.engine import scores
+from qwen3_mlx.api.stream import Collected
+from qwen3_mlx.engine import prompt_logprobs
+from qwen3_mlx.engine.forward import Part, forward
 from qwen3_mlx.engine.params import Chance
-from qwen3_mlx.engine.runner import Part, forward
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.streams import Collected
 from tests.serving import Served, serving
 from tests.support import assert_close, make_model, random_ids
 from tests.test_engine import Client, engine_of, model_of, run
@@ -54,7 +54,7 @@ def test_echoed_logprobs_are_those_of_the_network(
     served: Served, demo: LLM, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
-    monkeypatch.setattr(scores, "_BLOCK", 20 * demo.config.vocab_size)
+    monkeypatch.setattr(prompt_logprobs, "_BLOCK", 20 * demo.config.vocab_size)
     prompts = [SUM * 25, "One é two, 你 three.", "x"]
     texts = ask(served, prompts, echo=True, logprobs=2, max_tokens=most)
     ids = [demo.tokenizer.encode(prompt) for prompt in prompts]
@@ -194,7 +194,7 @@ def test_streams_go_on_while_a_prompt_is_scored(monkeypatch: pytest.MonkeyPatch)
         return head(x)
 
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
-    monkeypatch.setattr(scores, "_BLOCK", 10 * model.config.vocab_size)
+    monkeypatch.setattr(prompt_logprobs, "_BLOCK", 10 * model.config.vocab_size)
     monkeypatch.setattr(model, "head", noted)
     engine = engine_of(model)
     other, scored = Client(random_ids(8), 40), Scored(random_ids(300, seed=1))

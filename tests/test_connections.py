@@ -245,7 +245,7 @@ def test_a_client_that_takes_nothing_is_closed(
 
 def test_what_is_kept_for_a_client_is_bounded(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_buffers(monkeypatch)
-    monkeypatch.setattr("qwen3_mlx.server.running._MOST_UNREAD", 500)
+    monkeypatch.setattr("qwen3_mlx.server.response._MOST_UNREAD", 500)
     with serving(tiny) as served:
         with reading_nothing(served, endless(max_tokens=1900)) as connection:
             wait_until(lambda: not served.server.service.active, "it goes on")

@@ -9,7 +9,7 @@ import pytest
 
 from qwen3_mlx import LLM, ContextError, Finish, Qwen3Error, SamplingParams, load
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import published_config, stretched
+from qwen3_mlx.model.sizes import published_config, stretched
 from tests.support import TINY, write_tiny
 from tests.test_tools import calculator
 

@@ -17,7 +17,7 @@ import pytest
 from qwen3_mlx import Qwen3Error, load
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
-from qwen3_mlx.checkpoint.identity import identity
+from qwen3_mlx.checkpoint.fingerprint import identity
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import SamplingParams

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from qwen3_mlx import backend
-from qwen3_mlx.evaluate.speed import PEER, Case, Setup, Terms
+from qwen3_mlx.bench.measure import PEER, Case, Setup, Terms
 from tests.support import TINY, write_tiny
 from tests.test_server import Process
 
@@ -131,7 +131,7 @@ def test_a_measured_peer_ends(wide_folder: Path) -> None:
     terms = Terms(dtype="float32", quantized=False, blas=blas)
     for cases in ([Case(1, 64)], [Case(2, 64)]):
         setup = json.dumps(asdict(Setup(PEER, str(wide_folder), cases, 4, terms)))
-        code, errors = end_of([sys.executable, "-m", "qwen3_mlx.evaluate.sides", setup])
+        code, errors = end_of([sys.executable, "-m", "qwen3_mlx.bench.targets", setup])
         assert code == 0, errors
 
 

@@ -14,14 +14,14 @@ import pytest
 from qwen3_mlx import backend
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
-from qwen3_mlx.engine.costs import Costs, costs_of
-from qwen3_mlx.engine.drafting import DraftModel
 from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.forward import Part, forward, warm_up
 from qwen3_mlx.engine.memory import RESERVE
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, NORMAL, Outcome, Request, SamplingParams
-from qwen3_mlx.engine.runner import Part, forward, warm_up
 from qwen3_mlx.engine.sampling import Sampler, choose
-from qwen3_mlx.engine.speculative import Speculator
+from qwen3_mlx.engine.speculation.draft_model import DraftModel
+from qwen3_mlx.engine.speculation.speculator import Speculator
+from qwen3_mlx.engine.speculation.step_cost import Costs, costs_of
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import MOE, TINY, greedy_tokens, make_model, random_ids
@@ -164,8 +164,8 @@ def follow_a_random_schedule(kind: str, way: str, seed: int) -> None:
     rows = Rows()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwen3_mlx.engine.sequence.Sampler", rows.sampler)
-        patch.setattr("qwen3_mlx.engine.steps.choose", rows.choose)
-        patch.setattr("qwen3_mlx.engine.drafting.choose", rows.choose)
+        patch.setattr("qwen3_mlx.engine.core.choose", rows.choose)
+        patch.setattr("qwen3_mlx.engine.speculation.draft_model.choose", rows.choose)
         clients = run_a_random_schedule(kind, way, seed)
     for sampler, prompt in rows.prompts.items():
         expected = logits_alone(kind)[PROMPTS.index(list(prompt))]
@@ -396,7 +396,7 @@ def test_short_prompts_are_read_together_and_beside_a_long_one(
         steps.append([part.length for part in parts])
         return forward(model, ids, parts, *rest)
 
-    monkeypatch.setattr("qwen3_mlx.engine.steps.forward", noted)
+    monkeypatch.setattr("qwen3_mlx.engine.core.forward", noted)
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     model = MODELS["dense"]
     shorts = [Client(random_ids(n, seed=n), 4) for n in (20, 30, 10)]
@@ -493,7 +493,7 @@ def test_a_failing_device_costs_those_whose_step_it_was(monkeypatch: pytest.Monk
         raise RuntimeError("[METAL] Insufficient Memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr("qwen3_mlx.engine.steps.forward", fail)
+        broken.setattr("qwen3_mlx.engine.core.forward", fail)
         engine.step()
     for client in clients:
         assert isinstance(client.outcomes[0], Qwen3Error)

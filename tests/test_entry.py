@@ -21,9 +21,10 @@ from fastapi.openapi import utils
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_mlx import LLM, ContextError, replies
+from qwen3_mlx import LLM, ContextError
+from qwen3_mlx.api import generation
 from qwen3_mlx.server import app
-from qwen3_mlx.text.pieces import pieces
+from qwen3_mlx.text.splitting import pieces
 from qwen3_mlx.text.tokenizer import Tokenizer
 from tests.serving import Served, serving
 from tests.test_server import _endless, message_of, until_idle
@@ -434,8 +435,8 @@ def test_a_long_conversation_is_read_ahead_beside_the_engine(
     monkeypatch.setattr(
         engine, "read_ahead", lambda ids: found.append((threading.current_thread().name, ids))
     )
-    for longest in (replies._LONG, 1):
-        monkeypatch.setattr(replies, "_LONG", longest)
+    for longest in (generation._LONG, 1):
+        monkeypatch.setattr(generation, "_LONG", longest)
         demo.chat("What is 12 + 34?", seed=1, idle=True)
         end = time.monotonic() + 60
         while len(found) < (1 if longest > 1 else 2) and time.monotonic() < end:

@@ -14,14 +14,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwen3_mlx import LLM, Qwen3Error, load
+from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.evaluate import windows
 from qwen3_mlx.evaluate.divergence import divergence
 from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
 from qwen3_mlx.evaluate.perplexity import perplexity
-from qwen3_mlx.evaluate.picture import Point, check_picture, draw
+from qwen3_mlx.evaluate.plots import Point, check_picture, draw
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.text.samples import default_text
 from tests.support import MOE, TINY, make_model, random_ids, read_weights, write_tiny
 
 USED = 1000  # ids of the demo's tokenizer; the networks have 1,024 rows

@@ -15,7 +15,7 @@ import pytest
 
 from qwen3_mlx import LLM
 from qwen3_mlx.engine.scheduler import Scheduler
-from qwen3_mlx.server.running import Running
+from qwen3_mlx.server.response import Running
 from qwen3_mlx.server.settings import Settings
 from tests.serving import Served, serving
 from tests.test_scheduler import House, Job

@@ -16,8 +16,8 @@ import httpx
 import pytest
 
 from qwen3_mlx import LLM
+from qwen3_mlx.api.generation import Task
 from qwen3_mlx.engine.params import Chance, Outcome, Request
-from qwen3_mlx.replies import Task
 from qwen3_mlx.server.wire import Wire
 from tests.fields import PROTOCOLS, Case, Protocol
 from tests.serving import serving

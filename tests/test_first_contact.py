@@ -15,8 +15,8 @@ import pytest
 import typer
 
 from qwen3_mlx import LLM, backend, extras, load
+from qwen3_mlx.cli.error_wording import in_options
 from qwen3_mlx.cli.main import _keywords, app
-from qwen3_mlx.cli.words import in_options
 from tests.test_cli import call, no_terminal
 
 _ROOT = Path(__file__).parent.parent
@@ -82,7 +82,7 @@ def ways(tmp_path: Path) -> dict[str, list[str]]:
         ("module", "rich.console"),
         ("script", "qwen3_mlx.backend"),
         ("script", "qwen3_mlx.__main__"),
-        ("script", "qwen3_mlx.llm"),
+        ("script", "qwen3_mlx.api.llm"),
         ("script", "tokenizers"),
         ("convert", "mlx.core"),
     ],
@@ -293,7 +293,7 @@ def _messages() -> dict[str, str]:
     """Every text that is raised, but for clients of the server, with 7 for what is filled in."""
     found = {}
     files = set((_ROOT / "qwen3_mlx").rglob("*.py"))
-    for file in sorted(files - set((_ROOT / "qwen3_mlx" / "server").iterdir())):
+    for file in sorted(files - set((_ROOT / "qwen3_mlx" / "server").rglob("*.py"))):
         for node in ast.walk(ast.parse(file.read_text("utf-8"))):
             if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and node.exc.args:
                 text = node.exc.args[0]

@@ -15,10 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from qwen3_mlx import LLM, SamplingParams, load
 from qwen3_mlx.text.grammar import allows
-from qwen3_mlx.text.grammars import Grammars
+from qwen3_mlx.text.grammar_compiler import Grammars
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.text.tools import Calls, describe
+from qwen3_mlx.text.tool_calls import Calls, describe
 from tests.support import write_tiny
 from tests.test_steering import END
 from tests.test_text import TEMPLATE, TOKENIZER

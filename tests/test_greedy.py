@@ -18,15 +18,15 @@ import pytest
 from pydantic import ValidationError
 
 from qwen3_mlx import LLM
-from qwen3_mlx.llm import LLM as Llm
-from qwen3_mlx.server.entry import parsed
+from qwen3_mlx.api.llm import LLM as Llm
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.openai_wire import ChatRequest
-from qwen3_mlx.server.running import Running
-from qwen3_mlx.text import compiling
-from qwen3_mlx.text.stops import StopStrings
+from qwen3_mlx.server.openai.schema import ChatRequest
+from qwen3_mlx.server.request_body import parsed
+from qwen3_mlx.server.response import Running
+from qwen3_mlx.text import grammar_trial
+from qwen3_mlx.text.fair_queue import PATIENT, Caller, Turns
+from qwen3_mlx.text.stop_strings import StopStrings
 from qwen3_mlx.text.tool_schema import Kinds
-from qwen3_mlx.text.turns import PATIENT, Caller, Turns
 from tests.serving import Served, serving
 from tests.test_preparing import until
 
@@ -151,7 +151,7 @@ def test_a_prompt_is_prepared_once_for_all_replies(
 def test_no_grammar_is_made_for_a_prompt_that_does_not_fit(
     demo: LLM, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(compiling.Compiler, "compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(grammar_trial.Compiler, "compile", lambda *_: pytest.fail("compiled"))
     form = {"structured_outputs": {"regex": "not yet seen"}}
     words = "hello " * 9000
     words = words[: len(words) * 10_000 // len(demo.tokenizer.encode(words))]  # which are counted
@@ -269,7 +269,7 @@ def test_a_form_or_a_bias_that_is_wrong_throughout_is_refused_at_once(
 
 
 def test_a_trial_that_is_killed_from_outside_is_made_again() -> None:
-    helper = compiling._Helper()
+    helper = grammar_trial._Helper()
     assert helper.wrong_with('start: "a"', 5, PATIENT) == ""
     assert helper._process
     helper._process.kill()  # it may be found dead before it is asked, or later
@@ -280,7 +280,7 @@ def test_a_trial_that_is_killed_from_outside_is_made_again() -> None:
 def test_what_kills_each_trial_refuses_the_request_and_is_not_kept(
     monkeypatch: pytest.MonkeyPatch, served: Served
 ) -> None:
-    real = compiling._answer
+    real = grammar_trial._answer
 
     def killed(connection: socket.socket, message: bytes, caller: Caller) -> bytes:
         for lane in lanes:
@@ -289,14 +289,14 @@ def test_what_kills_each_trial_refuses_the_request_and_is_not_kept(
                     helper._process.kill()
         return b""
 
-    lanes = [compiling._Lane(0.5, 1)]
+    lanes = [grammar_trial._Lane(0.5, 1)]
     all_of = {lane: list(lane._free.queue) for lane in lanes}
-    monkeypatch.setattr(compiling, "_lanes", lambda: lanes)
-    monkeypatch.setattr(compiling, "_answer", killed)
+    monkeypatch.setattr(grammar_trial, "_lanes", lambda: lanes)
+    monkeypatch.setattr(grammar_trial, "_answer", killed)
     form = {"structured_outputs": {"regex": "[0-9]{3}"}, "max_tokens": 9, "enable_thinking": False}
     response = served.chat("Hi", **form)
     assert "ends again and again; try again" in response.json()["error"]["message"]
-    monkeypatch.setattr(compiling, "_answer", real)
+    monkeypatch.setattr(grammar_trial, "_answer", real)
     assert served.chat("Hi", **form).status_code == 200
     for lane in lanes:
         for helper in all_of[lane]:

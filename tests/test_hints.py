@@ -12,8 +12,8 @@ import openai
 import pytest
 
 from qwen3_mlx import LLM, load
-from qwen3_mlx.engine import steps
-from qwen3_mlx.server import running as replies
+from qwen3_mlx.engine import core
+from qwen3_mlx.server import response as replies
 from tests.serving import Served, serving
 from tests.support import write_tiny
 
@@ -425,14 +425,14 @@ def test_a_speed_is_counted_from_the_first_token(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that counts forward passes: a call that comes in one piece took them, too."""
-    passes, forward = 0.0, vars(steps)["forward"]
+    passes, forward = 0.0, vars(core)["forward"]
 
     def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal passes
         passes += 1
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(steps, "forward", counted)
+    monkeypatch.setattr(core, "forward", counted)
     monkeypatch.setattr(replies, "time", SimpleNamespace(perf_counter=lambda: passes))
     asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "temperature": 0}
     body = served.chat("What is 12 + 34? Use it.", enable_thinking=False, **asked).json()

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 
 from qwen3_mlx import LLM, Finish, Qwen3Error, Reasoning, SamplingParams, Text, load
-from qwen3_mlx.engine.runner import chunk_sizes
+from qwen3_mlx.engine.forward import chunk_sizes
 from qwen3_mlx.engine.worker import Worker
 from tests.support import DEMO, assert_close, random_ids, write_tiny
 
@@ -321,7 +321,7 @@ def test_a_second_turn_reads_what_is_new(tiny: LLM) -> None:
 def test_memory_bounds_the_context(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, whole_memory: None
 ) -> None:
-    monkeypatch.setattr("qwen3_mlx.loading.refuse_what_cannot_fit", lambda *_: None)
+    monkeypatch.setattr("qwen3_mlx.api.load.refuse_what_cannot_fit", lambda *_: None)
     monkeypatch.setattr("qwen3_mlx.backend.available_memory", lambda: 504_000_000)
     with load(tiny_folder) as llm:
         assert llm.chat("Hello", max_tokens=5).usage.completion_tokens == 5

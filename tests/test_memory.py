@@ -11,12 +11,14 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from qwen3_mlx import CheckpointError, Qwen3Error, backend, fit, load
+from qwen3_mlx import CheckpointError, Qwen3Error, backend, load
+from qwen3_mlx.api import capacity
+from qwen3_mlx.api.capacity import plan_load
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import CACHE_FORMATS, CacheFormat
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.quantization import Format, formats_stored
+from qwen3_mlx.checkpoint.stored import Format, formats_stored
 from qwen3_mlx.checkpoint.weights import INDEX, Weights
 from qwen3_mlx.engine.memory import (
     RESERVE,
@@ -30,10 +32,9 @@ from qwen3_mlx.engine.memory import (
     weight_bytes,
 )
 from qwen3_mlx.files import read_json
-from qwen3_mlx.fit import plan_load
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import SIZES, published, published_config, yarn_lengths
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import SIZES, published, published_config, yarn_lengths
 from tests.support import DEMO, MOE, TINY, make_model, prefill, write_tiny
 
 pytestmark = pytest.mark.usefixtures("whole_memory")
@@ -485,7 +486,7 @@ def test_on_metal_the_working_set_is_the_limit(monkeypatch: pytest.MonkeyPatch) 
     _on_a_mac(monkeypatch, 10**15, free=10**12)
     assert backend.memory_limit() == 10**15
     assert backend.available_memory() == 10**15 - mx.get_active_memory()
-    assert fit.plan_load(published("8B"), None, LoadOptions(mx.bfloat16)).activations == (
+    assert capacity.plan_load(published("8B"), None, LoadOptions(mx.bfloat16)).activations == (
         activation_bytes(published("8B"), Workload(2048))
     )
 

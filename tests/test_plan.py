@@ -12,7 +12,7 @@ import pytest
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
-from qwen3_mlx.model.published import published_config
+from qwen3_mlx.model.sizes import published_config
 from tests.test_cli import call
 
 Captured = pytest.CaptureFixture[str]

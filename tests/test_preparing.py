@@ -16,11 +16,11 @@ import pytest
 from qwen3_mlx import LLM
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server import preparing
-from qwen3_mlx.text import compiling, grammar, grammars, trial
-from qwen3_mlx.text.compiling import Compiler
-from qwen3_mlx.text.grammar_costs import MOST_CHARACTERS
+from qwen3_mlx.text import grammar, grammar_compiler, grammar_trial, grammar_worker
+from qwen3_mlx.text.fair_queue import PATIENT, Caller
+from qwen3_mlx.text.grammar_limits import MOST_CHARACTERS
+from qwen3_mlx.text.grammar_trial import Compiler
 from qwen3_mlx.text.tool_schema import kinds_of
-from qwen3_mlx.text.turns import PATIENT, Caller
 from tests.serving import Served, serving
 
 # As many as are let pass; it would take minutes and gigabytes.
@@ -61,10 +61,10 @@ def served(demo: LLM) -> Iterator[Served]:
 
 
 @pytest.fixture
-def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[compiling._Lane]]:
+def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[grammar_trial._Lane]]:
     """Lanes of this test's own, in which nothing may take long."""
-    made = [compiling._Lane(0.05, 2), compiling._Lane(0.2, 1)]
-    monkeypatch.setattr(compiling, "_lanes", lambda: made)
+    made = [grammar_trial._Lane(0.05, 2), grammar_trial._Lane(0.2, 1)]
+    monkeypatch.setattr(grammar_trial, "_lanes", lambda: made)
     yield made
     for lane in made:
         with ExitStack() as all_of_them:
@@ -73,7 +73,7 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[compiling._Lane]]:
 
 
 @contextmanager
-def occupied(lanes: list[compiling._Lane]) -> Iterator[None]:
+def occupied(lanes: list[grammar_trial._Lane]) -> Iterator[None]:
     """Have each process for trials in use, as if it compiled for others."""
     with ExitStack() as stack:
         for lane in lanes:
@@ -116,7 +116,7 @@ def until(condition: Callable[[], bool]) -> None:
     ],
 )
 def test_what_takes_too_much_is_refused(
-    served: Served, lanes: list[compiling._Lane], fields: dict[str, Any], complaint: str
+    served: Served, lanes: list[grammar_trial._Lane], fields: dict[str, Any], complaint: str
 ) -> None:
     response = served.chat("Hi", enable_thinking=False, max_tokens=4, **fields)
     assert response.status_code == 400
@@ -139,7 +139,7 @@ def test_tools_are_bounded_for_the_library_too(demo: LLM) -> None:
 
 
 def test_what_was_refused_is_not_tried_again(
-    lanes: list[compiling._Lane], monkeypatch: pytest.MonkeyPatch
+    lanes: list[grammar_trial._Lane], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from llguidance import LLTokenizer
 
@@ -147,7 +147,7 @@ def test_what_was_refused_is_not_tried_again(
     for _ in range(2):
         with pytest.raises(ValueError, match="more than 2 s"):
             compiler.compile(_ENDLESS, PATIENT)
-        monkeypatch.setattr(compiling, "_lanes", lambda: pytest.fail("it is tried again"))
+        monkeypatch.setattr(grammar_trial, "_lanes", lambda: pytest.fail("it is tried again"))
 
 
 def test_types_are_gathered_through_each_reference_once() -> None:
@@ -180,7 +180,7 @@ def test_a_request_compiles_each_grammar_once(
 
 
 def test_nobody_waits_for_what_compiles_for_others(
-    served: Served, lanes: list[compiling._Lane]
+    served: Served, lanes: list[grammar_trial._Lane]
 ) -> None:
     known = structured(regex="(known|words)")
     assert served.chat("Hi", enable_thinking=False, **known).status_code == 200
@@ -208,7 +208,7 @@ def test_nobody_waits_for_what_compiles_for_others(
 
 
 def test_only_a_few_compute_at_once(
-    served: Served, lanes: list[compiling._Lane], demo: LLM, monkeypatch: pytest.MonkeyPatch
+    served: Served, lanes: list[grammar_trial._Lane], demo: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that wait for a grammar do not count; the others wait until it is their turn."""
     at_work, most, prepare = [], [], demo.prepare
@@ -230,7 +230,7 @@ def test_only_a_few_compute_at_once(
 
 
 def test_a_client_that_goes_away_gives_its_place_back(
-    served: Served, lanes: list[compiling._Lane]
+    served: Served, lanes: list[grammar_trial._Lane]
 ) -> None:
     address = urlparse(served.url)
     body = json.dumps({"messages": [{"role": "user", "content": "Hi"}]} | structured(regex="gone?"))
@@ -244,7 +244,7 @@ def test_a_client_that_goes_away_gives_its_place_back(
 
 
 def test_a_request_that_waits_too_long_is_told_to_come_again(
-    served: Served, lanes: list[compiling._Lane], monkeypatch: pytest.MonkeyPatch
+    served: Served, lanes: list[grammar_trial._Lane], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(preparing, "_PATIENCE", 0.2)
     with occupied(lanes):
@@ -254,7 +254,7 @@ def test_a_request_that_waits_too_long_is_told_to_come_again(
 
 
 def test_a_shutdown_does_not_wait_for_what_is_prepared(
-    demo: LLM, lanes: list[compiling._Lane]
+    demo: LLM, lanes: list[grammar_trial._Lane]
 ) -> None:
     answers: list[httpx.Response] = []
     with occupied(lanes):
@@ -302,7 +302,7 @@ class Leaving(Caller):
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
 def test_a_trial_ends_with_its_caller(error: BaseException | None) -> None:
-    helper = compiling._Helper()
+    helper = grammar_trial._Helper()
     assert helper.wrong_with('start: "a"', 5, PATIENT) == ""
     process = helper._process
     assert process and process.poll() is None
@@ -314,7 +314,7 @@ def test_a_trial_ends_with_its_caller(error: BaseException | None) -> None:
 
 
 def test_a_process_that_was_idle_is_replaced() -> None:
-    helper = compiling._Helper()
+    helper = grammar_trial._Helper()
     assert helper.wrong_with('start: "a"', 5, PATIENT) == ""
     process, connection = helper._process, helper._connection
     assert process and connection
@@ -326,8 +326,8 @@ def test_a_process_that_was_idle_is_replaced() -> None:
 
 def test_a_trial_does_not_outlive_a_program_that_was_killed() -> None:
     program = (
-        "from qwen3_mlx.text import compiling, turns; helper = compiling._Helper();"
-        "helper.wrong_with('start: \"a\"', 5, turns.PATIENT);"
+        "from qwen3_mlx.text import fair_queue, grammar_trial; helper = grammar_trial._Helper();"
+        "helper.wrong_with('start: \"a\"', 5, fair_queue.PATIENT);"
         "print(helper._process.pid, flush=True); input()"
     )
     pipe = subprocess.PIPE
@@ -349,8 +349,8 @@ def test_where_no_process_can_be_started_grammars_are_made_all_the_same(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     for command in ([], [sys.executable, "-c", "raise SystemExit(3)"]):
-        monkeypatch.setattr(compiling, "_command", lambda command=command: command)
-        assert compiling._Helper().wrong_with('start: "a"', 5, PATIENT) == ""
+        monkeypatch.setattr(grammar_trial, "_command", lambda command=command: command)
+        assert grammar_trial._Helper().wrong_with('start: "a"', 5, PATIENT) == ""
         assert "a grammar is compiled without a trial" in caplog.text
         caplog.clear()
 
@@ -359,12 +359,12 @@ def test_the_program_for_trials_answers_until_the_other_end_is_closed() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         for text in ('start: "a"', "start: 1"):
-            asked = {"grammar": text, "seconds": 5, "limits": compiling._LIMITS}
-            ours.sendall(trial.framed(json.dumps(asked).encode()))
+            asked = {"grammar": text, "seconds": 5, "limits": grammar_trial._LIMITS}
+            ours.sendall(grammar_worker.framed(json.dumps(asked).encode()))
         ours.shutdown(socket.SHUT_WR)
-        trial.serve(theirs)
-        assert json.loads(trial.receive(ours)) == ""
-        assert "Expected" in json.loads(trial.receive(ours))
+        grammar_worker.serve(theirs)
+        assert json.loads(grammar_worker.receive(ours)) == ""
+        assert "Expected" in json.loads(grammar_worker.receive(ours))
 
 
 # --- while a text is followed -------------------------------------------------------------------
@@ -384,7 +384,7 @@ def test_a_grammar_that_takes_long_at_each_token_ends_the_reply(
 
 
 def test_all_schemas_together_are_bounded(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammars, "_MOST_WRITTEN", 200)
+    monkeypatch.setattr(grammar_compiler, "_MOST_WRITTEN", 200)
     tools = [tool(f"f{n}", properties={"a": {"enum": [n]}}) for n in range(5)]
     reply = demo.chat("Hi", tools=tools, thinking=False, max_tokens=4)
     warned = reply.details["warning"]

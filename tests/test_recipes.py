@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx.checkpoint.convert import modules_of
-from qwen3_mlx.checkpoint.quantization import Format
 from qwen3_mlx.checkpoint.recipes import Formats, assign, choose_formats, group_of
+from qwen3_mlx.checkpoint.stored import Format
 from tests.support import MOE, TINY
 
 UNTIED = {**TINY, "tie_word_embeddings": False}

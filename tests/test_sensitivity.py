@@ -10,11 +10,11 @@ import pytest
 
 from qwen3_mlx.checkpoint import sensitivity
 from qwen3_mlx.checkpoint.convert import modules_of
-from qwen3_mlx.checkpoint.quantization import Format
+from qwen3_mlx.checkpoint.gptq import block_size
 from qwen3_mlx.checkpoint.recipes import group_of
-from qwen3_mlx.checkpoint.rounding import block_size
 from qwen3_mlx.checkpoint.sensitivity import Scores, measure
-from qwen3_mlx.checkpoint.sources import Matrix, read_matrices
+from qwen3_mlx.checkpoint.stored import Format
+from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3

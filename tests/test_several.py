@@ -4,6 +4,7 @@ import gc
 import random
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import mlx.core as mx
 import pytest
 
 from qwen3_mlx import LLM, ContextError, Qwen3Error, backend, load
-from qwen3_mlx.engine import ledger
-from qwen3_mlx.engine.ledger import Share
+from qwen3_mlx.engine import memory_ledger
+from qwen3_mlx.engine.core import Steps
 from qwen3_mlx.engine.logits import Logits
 from qwen3_mlx.engine.memory import RESERVE
-from qwen3_mlx.engine.steps import Steps
+from qwen3_mlx.engine.memory_ledger import Share
 from tests.support import MOE, TINY, assert_close, random_ids, write_tiny
 
 pytestmark = pytest.mark.usefixtures("whole_memory")
@@ -42,11 +43,11 @@ def test_no_byte_is_promised_twice() -> None:
         if do < 0.2:
             free = memory - sum(share.held for share in shares)
             least = rng.randint(0, 40_000)
-            shares.append(ledger.claim(lambda free=free: free, lambda most, n=least: min(most, n)))  # type: ignore[misc]
+            shares.append(memory_ledger.claim(partial(int, free), partial(min, least)))
         elif shares and do < 0.35:
             share = shares.pop(rng.randrange(len(shares)))
-            ledger.release(share)
-            ledger.release(share)
+            memory_ledger.release(share)
+            memory_ledger.release(share)
         elif shares:
             share = rng.choice(shares)
             share.held = rng.randint(0, share.available)
@@ -55,15 +56,15 @@ def test_no_byte_is_promised_twice() -> None:
 
 
 def test_one_engine_alone_may_take_all_and_two_share_what_neither_is_sure_of() -> None:
-    one = ledger.claim(lambda: 1000, lambda most: 100)
+    one = memory_ledger.claim(lambda: 1000, lambda most: 100)
     assert one.available == 1000
-    other = ledger.claim(lambda: 900, lambda most: most // 4)
+    other = memory_ledger.claim(lambda: 900, lambda most: most // 4)
     assert (other.least, one.available, other.available) == (200, 400, 500)
-    assert ledger.owed() == 300
+    assert memory_ledger.owed() == 300
     one.held = 60
-    assert ledger.owed() == 240
-    ledger.release(other)
-    assert (one.available, ledger.owed()) == (900, 40)
+    assert memory_ledger.owed() == 240
+    memory_ledger.release(other)
+    assert (one.available, memory_ledger.owed()) == (900, 40)
 
 
 # --- several LLMs -------------------------------------------------------------------------------
@@ -76,7 +77,7 @@ def room_for(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
 
     def room(size: int) -> None:
         def available() -> int:
-            return RESERVE + size - sum(share.held for share in list(ledger._shares))
+            return RESERVE + size - sum(share.held for share in list(memory_ledger._shares))
 
         monkeypatch.setattr(backend, "available_memory", available)
 
@@ -131,11 +132,11 @@ def test_an_engine_that_cannot_be_made_gives_back(
         raise MemoryError
 
     gc.collect()
-    before = ledger.owed()
+    before = memory_ledger.owed()
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr("qwen3_mlx.engine.steps.PrefixStore", fail)
+        patched.setattr("qwen3_mlx.engine.core.PrefixStore", fail)
         load(folder)
-    assert ledger.owed() == before
+    assert memory_ledger.owed() == before
 
 
 def test_a_smaller_context_leaves_more_for_others(
@@ -330,6 +331,6 @@ def test_what_is_forgotten_is_owed_again(folder: Path, room_for: Callable[[int],
         (share,) = shares_of(llm)
         for _ in range(3):  # turns of the engine, the last of which takes note of what is kept
             llm.compute(lambda model: mx.zeros(1))
-        assert share.held > 0 and ledger.owed() == share.least - share.held
+        assert share.held > 0 and memory_ledger.owed() == share.least - share.held
         llm.forget()
-        assert share.held == 0 and ledger.owed() == share.least
+        assert share.held == 0 and memory_ledger.owed() == share.least

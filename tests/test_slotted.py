@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from qwen3_mlx.cache.batched import Together
 from qwen3_mlx.cache.kv import KVCache
-from qwen3_mlx.cache.slotted import Together
-from qwen3_mlx.engine.runner import Part, forward
+from qwen3_mlx.engine.forward import Part, forward
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import assert_close, make_model, random_ids
 from tests.test_attention import HEADS, calls, model_with  # noqa: F401 - a fixture

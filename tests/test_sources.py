@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from qwen3_mlx import CheckpointError
-from qwen3_mlx.checkpoint.sources import Matrix, read_matrices
+from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
 from tests.support import Stored, as_bfloat16, float_of, write_safetensors
 
 Array = NDArray[Any]

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 import qwen3_mlx
-from qwen3_mlx.engine.costs import Costs, costs_of
-from qwen3_mlx.engine.lookup import Lookup, Rates
 from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.sequence import Sequence as Running
-from qwen3_mlx.engine.speculative import Speculator
+from qwen3_mlx.engine.speculation.ngram import Lookup, Rates
+from qwen3_mlx.engine.speculation.speculator import Speculator
+from qwen3_mlx.engine.speculation.step_cost import Costs, costs_of
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.model.published import SIZES, published
+from qwen3_mlx.model.sizes import SIZES, published
 from tests.support import DEMO
 from tests.test_engine import (
     MODELS,
@@ -306,8 +306,8 @@ def test_an_end_within_a_proposal_ends_there_and_what_is_kept_is_right(way: str)
 def test_a_draft_model_that_lags_catches_up_and_a_useless_one_rests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qwen3_mlx.engine.drafting._CHUNK", 16)
-    monkeypatch.setattr("qwen3_mlx.engine.lookup.Lookup._match", lambda self: None)
+    monkeypatch.setattr("qwen3_mlx.engine.speculation.draft_model._CHUNK", 16)
+    monkeypatch.setattr("qwen3_mlx.engine.speculation.ngram.Lookup._match", lambda self: None)
     helped = Client(PROMPTS[5], MOST)
     run(engine_of(MODELS["dense"], "draft"), helped)
     assert helped.tokens == alone("dense")[5]

@@ -10,11 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
-from qwen3_mlx.text.loops import Loops
 from qwen3_mlx.text.parser import Parser
-from qwen3_mlx.text.steering import HAND_OFF, Limits, Steering, budget_within, hand_off_ids
+from qwen3_mlx.text.repetition import Loops
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
+from qwen3_mlx.text.thinking_budget import HAND_OFF, Limits, Steering, budget_within, hand_off_ids
 from qwen3_mlx.text.tokenizer import Tokenizer
 from tests.support import DEMO
 

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from qwen3_mlx import LLM, Finish, Qwen3Error, Reasoning, SamplingParams, Text
-from qwen3_mlx.streams import Reply
-from qwen3_mlx.text.steering import HAND_OFF
+from qwen3_mlx.api.stream import Reply
 from qwen3_mlx.text.thinking import Thinking, soft_switch
+from qwen3_mlx.text.thinking_budget import HAND_OFF
 
 QUESTIONS = ["What is 123 + 456?", "123 + 456 等于多少？"]
 GREEDY = SamplingParams(temperature=0)

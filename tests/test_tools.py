@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from qwen3_mlx import LLM, Finish, Qwen3Error, SamplingParams, load
-from qwen3_mlx.streams import collect
+from qwen3_mlx.api.stream import collect
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.template import ChatTemplate
+from qwen3_mlx.text.tool_calls import Calls, CoderCalls, HermesCalls, answer, describe, functions_of
 from qwen3_mlx.text.tool_schema import kinds_of
-from qwen3_mlx.text.tools import Calls, CoderCalls, HermesCalls, answer, describe, functions_of
 from tests.support import DEMO, write_tiny
 from tests.test_text import TEMPLATE, THINKING, TOKENIZER
 

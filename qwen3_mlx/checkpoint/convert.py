@@ -19,17 +19,18 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3_mlx import __version__, backend
-from qwen3_mlx.checkpoint import rounding
+from qwen3_mlx import backend
+from qwen3_mlx.checkpoint import gptq
 from qwen3_mlx.checkpoint.load import quantizable
-from qwen3_mlx.checkpoint.quantization import Format
 from qwen3_mlx.checkpoint.recipes import Formats
-from qwen3_mlx.checkpoint.sources import Matrix, read_matrices
+from qwen3_mlx.checkpoint.stored import Format
+from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, mismatches, refuse_missing_layers, weight_names
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import Planned, ShardWriter, written_whole
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.version import __version__
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
@@ -298,8 +299,8 @@ class _Block:
         self._exponent = _EXPONENT[dtype]
         self.arrays: Sequence[mx.array] = [self._rows]
         inputs = job.moments.get(tensor.name.removesuffix(".weight"))
-        if form and inputs is not None and rounding.fits(form, rows.shape[-1]):
-            self.arrays = rounding.quantize(self._rows, form, inputs, dtype)
+        if form and inputs is not None and gptq.fits(form, rows.shape[-1]):
+            self.arrays = gptq.quantize(self._rows, form, inputs, dtype)
         elif form:
             self.arrays = mx.quantize(
                 self._rows, group_size=form.group_size, bits=form.bits, mode=form.mode

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.quantization import MODELOPT, quantization_of, refuse_modelopt
+from qwen3_mlx.checkpoint.stored import MODELOPT, quantization_of, refuse_modelopt
 from qwen3_mlx.checkpoint.weights import (
     INDEX,
     WHOLE,

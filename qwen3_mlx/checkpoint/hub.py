@@ -11,7 +11,7 @@ from pathlib import Path
 
 from qwen3_mlx.checkpoint.download import Progress, download, first_line, no_bar
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.model.published import SIZES
+from qwen3_mlx.model.sizes import SIZES
 
 _log = logging.getLogger(__name__)
 DESCRIPTION_FILES = (

@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qwen3_mlx import backend
-from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
+from qwen3_mlx.checkpoint.stored import Format, StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, mismatches, refuse_missing_layers
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.config import ModelConfig

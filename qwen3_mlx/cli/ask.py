@@ -12,7 +12,8 @@ import typer
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx import backend
 from qwen3_mlx.cli.console import YARN_NOTE, Bar, note, stderr_text
-from qwen3_mlx.cli.options import (
+from qwen3_mlx.cli.error_wording import WrongUsage
+from qwen3_mlx.cli.load_options import (
     Bits,
     Context,
     Dequantize,
@@ -37,7 +38,6 @@ from qwen3_mlx.cli.options import (
     TopP,
     load,
 )
-from qwen3_mlx.cli.words import WrongUsage
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.text.events import Finish, Reasoning, Text
 

@@ -12,20 +12,20 @@ import mlx.core as mx
 import typer
 
 from qwen3_mlx import backend, interrupt
+from qwen3_mlx.bench.compare import AS_IT_COMES, EQUAL, Result, race
+from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Figures, cases_of
 from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
-from qwen3_mlx.checkpoint.quantization import formats_stored
+from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import untied
 from qwen3_mlx.cli.console import Bar
-from qwen3_mlx.cli.options import ModelArgument
+from qwen3_mlx.cli.load_options import ModelArgument
 from qwen3_mlx.engine.memory import FormatOf, Workload, bytes_a_token
-from qwen3_mlx.evaluate.picture import Panel, check_picture, draw_speeds
-from qwen3_mlx.evaluate.race import AS_IT_COMES, EQUAL, Result, race
-from qwen3_mlx.evaluate.speed import NEW, OURS, PEER, Case, Figures, cases_of
+from qwen3_mlx.evaluate.plots import Panel, check_picture, draw_speeds
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.published import full_name
+from qwen3_mlx.model.sizes import full_name
 
 _PROMPTS, _TOGETHER, _COUNT, _MINUTES = "128,1024,4096", "2,4,8", 32, 10.0
 _TERMS = {"both": (AS_IT_COMES, EQUAL), "box": (AS_IT_COMES,), "equal": (EQUAL,)}

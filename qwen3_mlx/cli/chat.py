@@ -18,7 +18,7 @@ import typer
 import qwen3_mlx  # whose names resolve on first use
 from qwen3_mlx.arguments import refuse_deferred
 from qwen3_mlx.cli.console import YARN_NOTE, note
-from qwen3_mlx.cli.options import (
+from qwen3_mlx.cli.load_options import (
     Bits,
     Context,
     Dequantize,

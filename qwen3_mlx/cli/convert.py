@@ -15,9 +15,9 @@ from qwen3_mlx import interrupt
 from qwen3_mlx.checkpoint.hub import check_name, upload
 from qwen3_mlx.cli.console import Bar, note, sized
 from qwen3_mlx.cli.evaluate import compare, facts_of, read_text, refuse_unloadable
-from qwen3_mlx.cli.options import option
-from qwen3_mlx.evaluate.picture import Point, check_picture, draw
-from qwen3_mlx.model.published import folder_name
+from qwen3_mlx.cli.load_options import option
+from qwen3_mlx.evaluate.plots import Point, check_picture, draw
+from qwen3_mlx.model.sizes import folder_name
 
 _FORMAT, _RECIPE, _WRITING = "Format", "Recipe", "Writing"
 _DOWNLOADING = "downloading"

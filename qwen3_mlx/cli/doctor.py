@@ -9,9 +9,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from qwen3_mlx import __version__, backend
+from qwen3_mlx import backend
 from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.engine.worker import Worker
+from qwen3_mlx.version import __version__
 
 _PACKAGES = ("mlx", "mlx-lm", "huggingface-hub", "tokenizers", "numpy")
 _SLOW_CPU = 20e9  # float32 operations a second; MLX's own BLAS does 1.4-3 GFLOP/s

@@ -13,20 +13,20 @@ from rich.markup import escape
 from rich.table import Table
 
 import qwen3_mlx  # whose names resolve on first use
+from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.description import fetch_weights
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.quantization import formats_stored
+from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.cli.console import Bar, note
-from qwen3_mlx.cli.options import ModelArgument, load
+from qwen3_mlx.cli.load_options import ModelArgument, load
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
 from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
 from qwen3_mlx.evaluate.perplexity import Perplexity, perplexity
-from qwen3_mlx.evaluate.picture import Point, check_picture, draw
+from qwen3_mlx.evaluate.plots import Point, check_picture, draw
 from qwen3_mlx.evaluate.windows import WINDOW
 from qwen3_mlx.files import read_json
-from qwen3_mlx.model.published import full_name
-from qwen3_mlx.text.samples import default_text
+from qwen3_mlx.model.sizes import full_name
 
 _TOKENS = 8192
 _FEW = 16  # tokens, on which a perplexity is mostly chance

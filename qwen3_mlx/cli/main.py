@@ -10,17 +10,18 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from qwen3_mlx import __version__, interrupt
+from qwen3_mlx import interrupt
 from qwen3_mlx.cli.ask import ask
 from qwen3_mlx.cli.bench import bench
 from qwen3_mlx.cli.chat import chat
 from qwen3_mlx.cli.convert import convert
 from qwen3_mlx.cli.doctor import doctor
+from qwen3_mlx.cli.error_wording import WrongUsage, in_options, usage, verb_meant
 from qwen3_mlx.cli.evaluate import app as evaluate
 from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.cli.serve import serve
-from qwen3_mlx.cli.words import WrongUsage, in_options, usage, verb_meant
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.version import __version__
 
 
 class _Root(TyperGroup):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.options import (
+from qwen3_mlx.cli.load_options import (
     Bits,
     Context,
     Dequantize,
@@ -28,7 +28,7 @@ from qwen3_mlx.cli.options import (
 )
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
-from qwen3_mlx.model.published import full_name
+from qwen3_mlx.model.sizes import full_name
 from qwen3_mlx.server.keys import read_keys
 from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, own_names
 
@@ -182,7 +182,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
         if open_page and (sys.platform == "darwin" or "DISPLAY" in os.environ):
             webbrowser.open(url)
 
-    serving = import_module("qwen3_mlx.server.serving")  # FastAPI, for this alone
+    serving = import_module("qwen3_mlx.server.run")  # FastAPI, for this alone
     llm = load(
         model,
         quiet=quiet,

@@ -12,11 +12,11 @@ import mlx.core as mx
 
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.engine.activity import Activity
-from qwen3_mlx.engine.ledger import release
+from qwen3_mlx.engine.core import Steps
 from qwen3_mlx.engine.logits import Logits
+from qwen3_mlx.engine.memory_ledger import release
 from qwen3_mlx.engine.params import IDLE, NEUTRAL, Outcome, Request, SamplingParams
-from qwen3_mlx.engine.speculative import Speculator
-from qwen3_mlx.engine.steps import Steps
+from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 

@@ -6,9 +6,9 @@ import mlx.core as mx
 
 from qwen3_mlx.cache.kv import KVCache, grown_capacity
 from qwen3_mlx.cache.prefix import common_prefix
-from qwen3_mlx.engine.lookup import Lookup
 from qwen3_mlx.engine.params import Chance, Outcome, Request
 from qwen3_mlx.engine.sampling import Sampler
+from qwen3_mlx.engine.speculation.ngram import Lookup
 from qwen3_mlx.errors import Qwen3Error
 
 FIRST_ROOM = 256  # tokens of a reply to have room for at once

@@ -20,7 +20,7 @@ from qwen3_mlx.evaluate.windows import (
 )
 
 if TYPE_CHECKING:
-    from qwen3_mlx.llm import LLM
+    from qwen3_mlx.api.llm import LLM
     from qwen3_mlx.model.qwen3 import Qwen3
 
 

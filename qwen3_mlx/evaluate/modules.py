@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.quantization import Format, StoredFormats
+from qwen3_mlx.checkpoint.stored import Format, StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, has_own_head
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error

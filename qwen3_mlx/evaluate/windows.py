@@ -16,7 +16,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.errors import Qwen3Error
 
 if TYPE_CHECKING:  # all that is slow to import is in the models that are handed in
-    from qwen3_mlx.llm import LLM
+    from qwen3_mlx.api.llm import LLM
     from qwen3_mlx.model.qwen3 import Qwen3
 
 Progress = Callable[[int, int], None]

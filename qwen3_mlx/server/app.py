@@ -12,17 +12,19 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
-from qwen3_mlx import __version__
+from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.llm import LLM
-from qwen3_mlx.server import anthropic, ollama, openai
-from qwen3_mlx.server.entry import reference
+from qwen3_mlx.server.anthropic import routes as anthropic
 from qwen3_mlx.server.errors import ApiError, of_status
 from qwen3_mlx.server.guard import REQUEST_ID, AccessLog, Guard, note_error
 from qwen3_mlx.server.health import health_of
+from qwen3_mlx.server.ollama import routes as ollama
+from qwen3_mlx.server.openai import routes as openai
+from qwen3_mlx.server.request_body import reference
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.wire import Posted
+from qwen3_mlx.version import __version__
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 # Nothing from elsewhere, nothing inline, no frames around it.

@@ -10,17 +10,17 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import Response
 
-from qwen3_mlx import __version__
-from qwen3_mlx.asking import Options
+from qwen3_mlx.api.options import Options
+from qwen3_mlx.api.stream import Collected
 from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.server.admission import Place
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.openai_wire import Sampled
-from qwen3_mlx.server.places import Place
-from qwen3_mlx.server.running import LiveResponse, Running
+from qwen3_mlx.server.openai.schema import Sampled
+from qwen3_mlx.server.response import LiveResponse, Running
 from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.wire import json_bytes, warnings_header
-from qwen3_mlx.streams import Collected
 from qwen3_mlx.text.events import Event, Finish, Usage
+from qwen3_mlx.version import __version__
 
 EVENTS = "text/event-stream"
 _MOST_DIGITS = 18  # of a token's id

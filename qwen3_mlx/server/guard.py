@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen3_mlx.server.bodies import Bodies, Body
+from qwen3_mlx.server.body_memory import Bodies, Body
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.settings import ORIGIN, Settings, own_names

@@ -3,8 +3,8 @@
 import time
 from typing import Any
 
-from qwen3_mlx import __version__
 from qwen3_mlx.server.service import Service
+from qwen3_mlx.version import __version__
 
 _STUCK = 120  # seconds without a step, though there is work
 

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from qwen3_mlx.server.errors import ApiError, refused
-from qwen3_mlx.text.turns import LOOK, Caller, Turns
+from qwen3_mlx.text.fair_queue import LOOK, Caller, Turns
 
 _AT_ONCE = 4  # requests
 _PATIENCE = 60.0  # seconds until a request that waits for others is told to come again

@@ -9,17 +9,17 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from qwen3_mlx.asking import Options
-from qwen3_mlx.llm import LLM
-from qwen3_mlx.replies import Task
+from qwen3_mlx.api.generation import Task
+from qwen3_mlx.api.llm import LLM
+from qwen3_mlx.api.options import Options
+from qwen3_mlx.server.admission import Place, Places
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
-from qwen3_mlx.server.places import Place, Places
 from qwen3_mlx.server.preparing import Preparing
-from qwen3_mlx.server.running import Mailbox, Running
+from qwen3_mlx.server.response import Mailbox, Running
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import Wish
-from qwen3_mlx.text.turns import Caller
+from qwen3_mlx.text.fair_queue import Caller
 
 _AT_ONCE = 16 << 10  # bytes that take little longer than to wake a thread for them
 _READERS = 2  # threads for large bodies, which together take as many times the memory of one

@@ -8,12 +8,12 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from qwen3_mlx.text.arguments import Arguments
 from qwen3_mlx.text.events import Reasoning, Text, TokenLogprob, ToolCall, ToolCallDelta
-from qwen3_mlx.text.stops import StopStrings
+from qwen3_mlx.text.partial_json import Arguments
+from qwen3_mlx.text.stop_strings import StopStrings
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Detokenizer, Tokenizer
-from qwen3_mlx.text.tools import CLOSE, OPEN, Calls
+from qwen3_mlx.text.tool_calls import CLOSE, OPEN, Calls
 
 Emit = Callable[[Reasoning | Text | ToolCall | ToolCallDelta], None]
 _UNREADABLE = "a tool call could not be read and is left in the text"

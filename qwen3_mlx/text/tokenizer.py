@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.text.pieces import PIECE, can_be_cut, pieces
+from qwen3_mlx.text.splitting import PIECE, can_be_cut, pieces
 
 _NFC = 3  # a text may have so many times the bytes of its normal form: nine of Hangul become three
 _LONG = 4 * PIECE  # characters, of which a template is not to make a prompt for nothing

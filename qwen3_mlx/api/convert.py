@@ -1,0 +1,287 @@
+"""The public `convert`: joins hub, text and checkpoint, and holds no algorithm of its own."""
+
+import math
+import resource
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from qwen3_mlx import backend
+from qwen3_mlx.arguments import plain
+from qwen3_mlx.checkpoint import convert as streaming
+from qwen3_mlx.checkpoint.calibration_text import default_text
+from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.hub import Source
+from qwen3_mlx.checkpoint.recipes import RECIPES, assign, choose_formats, group_of
+from qwen3_mlx.checkpoint.sensitivity import measure
+from qwen3_mlx.checkpoint.stored import Format
+from qwen3_mlx.checkpoint.stored_formats import read_matrices
+from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, untied
+from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.files import memory_of
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import ready_name, size_named
+from qwen3_mlx.text.tokenizer import Tokenizer
+from qwen3_mlx.version import __version__
+
+Progress = Callable[[str, int, int], None]
+_DESCRIPTION = (*streaming.CARRIED, "config.json", INDEX)
+_LEAST_BITS, _MOST_BITS = 2.5, 9.0
+_SEQUENCE = 128  # tokens of a piece of calibration text
+_MOST_SEQUENCES = 64
+_MOST_ACTIVATIONS = 512_000_000  # bytes: all layers' inputs and their gradients, in float32
+_MEASURED = (*(Format(bits, 64) for bits in (2, 3, 4, 5, 6, 8)), Format(4, 32), Format(5, 32))
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What a conversion made: where, how many tensors, weights and bytes, and what it took.
+
+    `peak_memory` is the most bytes the process has held so far, `formats` the format of each
+    quantized module by its path, `seconds` the time it took.
+    """
+
+    output: Path
+    tensors: int
+    weights: int
+    bytes: int
+    bits_per_weight: float
+    peak_memory: int
+    seconds: float
+    formats: Mapping[str, Format]
+
+
+def convert(  # noqa: PLR0913 - one keyword an option
+    source: str | Path,
+    output: str | Path,
+    *,
+    revision: str | None = None,
+    bits: int | None = None,
+    group_size: int | None = None,
+    mode: str = "affine",
+    recipe: str = "uniform",
+    target_bpw: float | None = None,
+    calibration: str | None = None,
+    dtype: str | None = None,
+    dequantize: bool = False,
+    force: bool = False,
+    allow_nonfinite: bool = False,
+    progress: Progress | None = None,
+) -> Conversion:
+    """Write a checkpoint as a folder for MLX, quantized; the model is never held in memory.
+
+    Args:
+        source: a folder or a hub name: floats, MLX-quantized, FP8, AWQ or GPTQ weights.
+        output: the folder to make; it appears when all of it is there.
+        revision: the hub's branch, tag or commit.
+        bits: 2, 3, 4, 5, 6 or 8 bits a weight; 4 unless the mode says otherwise.
+        group_size: how many weights share a scale: 32, 64 or 128; 64 unless the mode says.
+        mode: affine, mxfp4, mxfp8 or nvfp4.
+        recipe: `uniform`: all modules alike; `mixed`: more bits for embedding, head, first and last
+            layer; `mixed-rich`: also for attention and down_proj; `auto`: measured on text.
+        target_bpw: for `auto`, the bits that a weight may take on average, all told.
+        calibration: for `auto`, the text to measure on; Python's own documentation if not given.
+        dtype: bfloat16, float16 or float32 for what is not quantized; else the source's.
+        dequantize: quantize nothing; quantized weights become `dtype`.
+        force: replace a checkpoint's folder that is there.
+        allow_nonfinite: take NaN and infinities as they are, with a warning in the log.
+        progress: told (what, done, total): bytes downloaded, from other threads; layers measured;
+            bytes written.
+
+    Raises:
+        ValueError: an argument is out of its range, or two do not go together.
+        CheckpointError: the source cannot be found, read or honoured.
+        Qwen3Error: the result cannot be written.
+    """
+    started = time.perf_counter()
+    bits, group_size, target_bpw, dequantize = map(
+        plain, (bits, group_size, target_bpw, dequantize)
+    )
+    _check_arguments(recipe, target_bpw, calibration, quantizing=not dequantize)
+    if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, "affine"):
+        raise ValueError("bits, group_size and mode go with neither recipe 'auto' nor dequantize")
+    form = Format.of(mode, bits, group_size)
+    _refuse_a_size(source)
+    place = Source(str(source), revision, _told(progress, "downloading"))
+    output = Path(output).expanduser()
+    streaming.check_output(place.folder, output, force=force)
+    folder, stated = read_config(place, _DESCRIPTION)
+    folder = fetch_weights(place, folder, also=_DESCRIPTION)
+    config = untied(stated, folder)
+    network = ModelConfig.from_dict(config)
+    backend.refuse_fork()
+    job = streaming.Job(
+        source=folder,
+        output=output,
+        config=config,
+        formats={},
+        dtype=backend.compute_dtype(dtype or _stated_dtype(config)),
+        card=partial(_card, None if place.folder else str(source), recipe),
+        force=force,
+        allow_nonfinite=allow_nonfinite,
+    )
+    if recipe == "auto":
+        ids = _calibration_ids(folder, network, calibration)
+        job = _measured(job, network, ids, target_bpw or 0.0, _told(progress, "measuring"))
+    elif not dequantize:
+        job = replace(job, formats=choose_formats(streaming.modules_of(config), recipe, form))
+    written = streaming.run(job, _told(progress, "writing"))
+    return Conversion(
+        output=output,
+        tensors=written.tensors,
+        weights=written.weights,
+        bytes=written.bytes,
+        bits_per_weight=written.bits_per_weight,
+        peak_memory=_peak_resident(),
+        seconds=time.perf_counter() - started,
+        formats={path: form for path, form in job.formats.items() if form},
+    )
+
+
+def _refuse_a_size(source: str | Path) -> None:
+    if isinstance(source, str) and (size := size_named(source)):
+        raise ValueError(
+            f"{source} is the size that is ready in 4 bits, {ready_name(size)}; to convert, name "
+            f"the original, Qwen/Qwen3-{size}, or a folder, ./{source}"
+        )
+
+
+def _check_arguments(
+    recipe: str, target_bpw: float | None, calibration: str | None, *, quantizing: bool
+) -> None:
+    if recipe not in RECIPES:
+        raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
+    if not quantizing and recipe != "uniform":
+        raise ValueError(f"dequantize quantizes nothing, so recipe {recipe!r} has no place")
+    if recipe == "auto":
+        if target_bpw is None or not _LEAST_BITS <= target_bpw <= _MOST_BITS:
+            raise ValueError(
+                f"recipe 'auto' needs a target_bpw from {_LEAST_BITS} to {_MOST_BITS} bits, "
+                f"not {target_bpw}"
+            )
+    elif target_bpw is not None or calibration is not None:
+        raise ValueError(f"target_bpw and calibration go with recipe 'auto', not {recipe!r}")
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> str:
+    stated = str(config.get("torch_dtype") or config.get("dtype")).removeprefix("torch.")
+    return stated if stated in ("bfloat16", "float16", "float32") else "bfloat16"
+
+
+def _told(progress: Progress | None, what: str) -> Callable[[int, int], None]:
+    return (lambda done, total: progress(what, done, total)) if progress else (lambda *_: None)
+
+
+def _peak_resident() -> int:
+    """Give the most bytes the process has held; macOS counts bytes there, Linux kilobytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
+
+
+# --- the measured recipe ------------------------------------------------------------------------
+
+
+def _calibration_ids(folder: Path, network: ModelConfig, text: str | None) -> mx.array:
+    """Cut pieces [N, L] out of a text, spread evenly over it."""
+    tokenizer = Tokenizer(folder / "tokenizer.json")
+    ids = tokenizer.encode(default_text() if text is None else text)
+    if len(ids) < 2 * _SEQUENCE:
+        raise ValueError(f"the calibration text has {len(ids)} tokens; give some hundreds or more")
+    if max(ids) >= network.vocab_size:
+        raise CheckpointError("tokenizer.json has more tokens than the model knows")
+    kept = 2 * network.num_hidden_layers * network.hidden_size * _SEQUENCE * 4
+    count = min(_MOST_SEQUENCES, len(ids) // _SEQUENCE, max(4, _MOST_ACTIVATIONS // kept))
+    starts = [piece * (len(ids) // count) for piece in range(count)]
+    return mx.array([ids[start : start + _SEQUENCE] for start in starts], dtype=mx.int32)
+
+
+def _measured(
+    job: streaming.Job,
+    network: ModelConfig,
+    ids: mx.array,
+    target_bpw: float,
+    progress: Callable[[int, int], None],
+) -> streaming.Job:
+    """Choose the formats by what they do to the model's output on `ids`."""
+    modules = streaming.modules_of(job.config)
+    matrices = read_matrices(job.source, job.config)
+    refuse_missing_layers(network, matrices)
+    mx.random.seed(0)
+    scores, moments = measure(network, matrices, ids, _MEASURED, progress)
+    scores = {group: of for group, of in scores.items() if of}
+    members: dict[str, list[str]] = {}
+    for path in modules:
+        members.setdefault(group_of(path), []).append(path)
+    # What is not measured are the routers: they decide what runs at all, so they keep 8 bits.
+    formats = choose_formats(modules, "uniform", Format.of("affine", 8, None))
+    shapes = {name: tuple(array.shape) for name, array in Qwen3(network).tensors().items()}
+    budget = int(target_bpw * sum(map(math.prod, shapes.values())) / 8)
+    for name, shape in shapes.items():
+        module = name.removesuffix(".weight")
+        if group_of(module) not in scores or module not in modules:
+            form = formats.get(module)
+            size = form.nbytes(shape, job.dtype) if form else math.prod(shape) * job.dtype.size
+            budget -= size
+    sizes = {
+        group: {
+            form: sum(form.nbytes(modules[path], job.dtype) for path in members[group])
+            for form in of
+        }
+        for group, of in scores.items()
+    }
+    choice = assign(scores, sizes, budget)
+    formats |= {path: form for group, form in choice.items() for path in members[group]}
+    digest = blake2b(bytes(memory_of(ids)), digest_size=16).hexdigest()
+    return replace(job, formats=formats, moments=moments, calibration=digest)
+
+
+# --- the model card -----------------------------------------------------------------------------
+
+
+def _card(name: str | None, recipe: str, job: streaming.Job, written: streaming.Written) -> str:
+    """Write the README.md of the result: what it is made of, how, and how it is used."""
+    counts = Counter(form for form in job.formats.values() if form)
+    rows = [
+        f"| {form.bits} | {form.group_size} | {form.mode} | {count} |"
+        for form, count in sorted(counts.items(), key=lambda item: -item[1])
+    ]
+    if rows:
+        rows = ["| bits | group size | mode | modules |", "| --- | --- | --- | --- |", *rows]
+    base = [f"base_model: {name}", "base_model_relation: quantized"] if name else []
+    what = name or "a local checkpoint"
+    return "\n".join(
+        [
+            "---",
+            "library_name: mlx",
+            "pipeline_tag: text-generation",
+            *base,
+            "tags:",
+            "- mlx",
+            "- qwen3",
+            "---",
+            "",
+            f"# {job.output.name}",
+            "",
+            f"Made from {what} with qwen3-mlx {__version__}, recipe `{recipe}`: "
+            f"{written.weights:,} weights in {written.bytes:,} bytes, "
+            f"{written.bits_per_weight:.2f} bits per weight.",
+            "",
+            *rows,
+            "",
+            "```sh",
+            f'qwen3 --model ./{job.output.name} "Why is the sky blue?"',
+            "```",
+            "",
+            "It loads in mlx-lm, LM Studio and other programs that read MLX checkpoints, too.",
+            "",
+        ]
+    )

@@ -1,0 +1,334 @@
+"""From a name to an `LLM`: what is found is checked, fetched, read and put together."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from threading import Event as Flag
+from typing import Any
+
+from qwen3_mlx import backend
+from qwen3_mlx.api.capacity import plan_load, refuse_what_cannot_fit
+from qwen3_mlx.api.llm import LLM
+from qwen3_mlx.api.options import Progress
+from qwen3_mlx.api.prompts import Words
+from qwen3_mlx.arguments import plain
+from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.cache.quantized import CacheFormat, cache_format
+from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.fingerprint import identity
+from qwen3_mlx.checkpoint.hub import Source
+from qwen3_mlx.checkpoint.load import LoadOptions, load_model
+from qwen3_mlx.checkpoint.stored import Format, formats_stored
+from qwen3_mlx.checkpoint.weights import Weights, are_here, untied
+from qwen3_mlx.engine.forward import warm_up
+from qwen3_mlx.engine.memory import FormatOf, Plan
+from qwen3_mlx.engine.params import stated_sampling
+from qwen3_mlx.engine.speculation.draft_model import DraftModel
+from qwen3_mlx.engine.speculation.speculator import Speculator
+from qwen3_mlx.engine.worker import Worker
+from qwen3_mlx.errors import CheckpointError, Qwen3Error
+from qwen3_mlx.files import read_json
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import full_name, stretched
+from qwen3_mlx.text.grammar_compiler import Grammars
+from qwen3_mlx.text.prompt import ControlTokens
+from qwen3_mlx.text.template import ChatTemplate, read_tokenizer_config, special_tokens
+from qwen3_mlx.text.thinking import Thinking
+from qwen3_mlx.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+_ANSWER = "xq7wanswer"  # to be found again in what a template makes of it
+_MOST_GB = 1e9
+NGRAM = "ngram"  # a way to draft without a model
+
+
+def load(  # noqa: PLR0913 - one keyword a choice
+    source: str | Path | None = None,
+    *,
+    revision: str | None = None,
+    bits: int | None = None,
+    group_size: int = 64,
+    dtype: str | None = None,
+    dequantize: bool | None = None,
+    context: int | None = None,
+    kv_bits: int | str | None = None,
+    draft: str | Path | None = None,
+    prompt_cache: str | Path | None = None,
+    prompt_cache_gb: float = 8,
+    progress: Progress | None = None,
+    download_progress: Progress | None = None,
+) -> LLM:
+    """Load a checkpoint: a folder, a hub name, or None for the embedded demo.
+
+    Args:
+        source: a folder in the published or in MLX's format; a hub name such as Qwen/Qwen3-8B; or a
+            size, "8B" or "30b-a3b", which is the hub's checkpoint that is quantized to 4 bits
+            already, Qwen/Qwen3-8B-MLX-4bit. A folder that is called like a size is "./8B", or a
+            Path.
+        revision: the hub's branch, tag or commit.
+        bits: quantize the weights while loading, to 2, 3, 4, 5, 6 or 8 bits; a hub's checkpoint
+            is downloaded whole for that, 16 GB of Qwen/Qwen3-8B.
+        group_size: how many weights share a scale then: 32, 64 or 128.
+        dtype: bfloat16, float16 or float32; None is bfloat16 on a GPU and float32 on a CPU.
+        dequantize: hold quantized weights as `dtype`; None does so on a CPU, where that computes
+            faster, if the float32 weights take at most half of the memory.
+        context: the most tokens of prompt and reply together, if not what the model and the memory
+            allow. Beyond the model's window that switches YaRN on, for the checkpoints that it is
+            published for; the quality of short texts may suffer from it.
+        kv_bits: keep keys and values of what has been read in 8 bits, "k8v4" (keys 8, values 4) or
+            4 bits, for longer contexts in the same memory; None keeps them in `dtype`.
+        draft: verify several proposed tokens in one pass, which changes no reply: "ngram" proposes
+            what followed the same words before; the folder, name or size of a smaller checkpoint of
+            the family, such as "0.6B" for "8B", has that one propose, too.
+        prompt_cache: a folder where long prompts are kept as they have been read, so that they need
+            not be read again after a restart; models may share it.
+        prompt_cache_gb: the most that all of them may take there, in GB.
+        progress: told (done, total) modules loaded, from another thread.
+        download_progress: called with (done, total) bytes while files of the hub are downloaded,
+            from other threads; a download that broke goes on where it stopped.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        CheckpointError: the checkpoint cannot be found, read or honoured.
+        Qwen3Error: it does not fit; the message shows the sum, and what would.
+    """
+    bits, group_size, context, kv_bits = map(plain, (bits, group_size, context, kv_bits))
+    dequantize, prompt_cache_gb = plain(dequantize), plain(prompt_cache_gb)
+    wanted = Format(4 if bits is None else bits, group_size)  # a wrong group size is never silent
+    _check(context, dequantize, prompt_cache_gb)
+    options = LoadOptions(
+        backend.compute_dtype(dtype), None if bits is None else wanted, dequantize
+    )
+    demo = str(files("qwen3_mlx") / "demo")
+    target = _Found.at(
+        Source(demo if source is None else full_name(source), revision, download_progress),
+        options,
+        kv_bits,
+        context,
+    )
+    small = _draft_model(draft, options, kv_bits, download_progress)
+    # What cannot be run, or does not fit, is refused before gigabytes are fetched.
+    beside = small.plan(context).held if small else 0
+    target.refuse_if_too_large(context, beside)
+    tokenizer = Tokenizer(target.folder / "tokenizer.json")
+    if small:
+        _refuse_another_family(small, target, tokenizer)
+    abandoned = Flag()
+
+    def follow(done: int, total: int) -> None:
+        if abandoned.is_set():
+            raise Qwen3Error("loading was interrupted")
+        if progress:
+            progress(done, total)
+
+    backend.refuse_fork()
+    described, target = target.network, target.fetched()
+    if target.network != described:  # its weights have a head of their own
+        target.refuse_if_too_large(context, beside)
+    small = small.fetched() if small else None
+
+    wired = 0
+
+    def read_weights() -> tuple[Qwen3, Speculator | None]:
+        nonlocal wired
+        backend.limit_cache()
+        backend.suit_threads(target.network.hidden_size)
+        models = [found.read(follow) for found in (target, small) if found]
+        wired = sum(array.nbytes for model in models for array in model.tensors().values())
+        backend.wire(wired)
+        if backend.on_gpu():  # which builds its kernels at their first use
+            for model in models:
+                warm_up(model)
+        drafting = DraftModel(models[1]) if small else None
+        return models[0], Speculator(target.network, drafting) if draft is not None else None
+
+    held_as = (target.options, target.cache, backend.on_gpu())
+    disk = _open_disk(prompt_cache, prompt_cache_gb, target.folder, target.config, held_as)
+    worker = Worker()
+    try:
+        model, speculator = worker.call(read_weights)
+        words = _words_of(target.folder, target.config, tokenizer)
+        return LLM(model, words, worker, context, disk, speculator, wired)
+    except BaseException:
+        abandoned.set()
+        worker.stop()
+        backend.unwire(wired)
+        raise
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A checkpoint of which all but the weights is there, and how those shall lie in memory."""
+
+    place: Source
+    folder: Path
+    config: Mapping[str, Any]
+    network: ModelConfig
+    stored: FormatOf | None
+    options: LoadOptions
+    cache: CacheFormat
+
+    @classmethod
+    def at(
+        cls,
+        place: Source,
+        options: LoadOptions,
+        kv_bits: int | str | None,
+        context: int | None = None,
+    ) -> "_Found":
+        folder, config = read_config(place)
+        if are_here(folder):
+            config = untied(config, folder)
+        if context is not None:
+            config = stretched(config, context)
+        network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
+        cache = cache_format(kv_bits, network.head_dim)
+        return cls(place, folder, config, network, stored, options, cache)
+
+    def as_stored(self) -> "_Found":
+        """Give it without a wish to quantize what is quantized already."""
+        return replace(self, options=replace(self.options, quantize=None)) if self.stored else self
+
+    def plan(self, context: int | None) -> Plan:
+        return plan_load(self.network, self.stored, self.options, context, self.cache)
+
+    def fetched(self) -> "_Found":
+        """Return it with its weights here, and with a head of its own if they have one."""
+        judged = are_here(self.folder)
+        folder = fetch_weights(self.place, self.folder)
+        config = self.config if judged else untied(self.config, folder)
+        return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
+
+    def refuse_if_too_large(self, context: int | None, beside: int) -> None:
+        refuse_what_cannot_fit(
+            self.place.name, self.network, self.stored, self.options, context, self.cache, beside
+        )
+
+    def read(self, progress: Progress) -> Qwen3:
+        model = load_model(self.config, Weights(self.folder), self.options, progress)
+        model.cache_format, model.source = self.cache, self.place.name
+        return model
+
+
+def _draft_model(
+    draft: str | Path | None,
+    options: LoadOptions,
+    kv_bits: int | str | None,
+    progress: Progress | None,
+) -> _Found | None:
+    if draft is None or draft == NGRAM:
+        return None
+    place = Source(full_name(draft), progress=progress)
+    return _Found.at(place, options, kv_bits).as_stored()
+
+
+def _refuse_another_family(small: _Found, target: _Found, tokenizer: Tokenizer) -> None:
+    knows = Tokenizer(small.folder / "tokenizer.json").knows_all_of(tokenizer)
+    if not knows or small.network.vocab_size < target.network.vocab_size:
+        raise CheckpointError(
+            f"draft: {small.place.name} has other tokens than {target.place.name}; "
+            f"take a smaller model of its family, or draft={NGRAM!r}"
+        )
+
+
+def _check(context: object, dequantize: object, prompt_cache_gb: float) -> None:
+    """Refuse what is wrong in itself, before anything is fetched."""
+    if context is not None and (type(context) is not int or context < 1):
+        raise ValueError(f"context must be a number of tokens from 1 up, not {context!r}")
+    if dequantize is not None and not isinstance(dequantize, bool):
+        raise TypeError(f"dequantize must be True, False or None, not {dequantize!r}")
+    if not isinstance(prompt_cache_gb, int | float) or not 0 < prompt_cache_gb < _MOST_GB:
+        raise ValueError(f"prompt_cache_gb must be more than 0 GB, not {prompt_cache_gb!r}")
+
+
+def _open_disk(
+    place: str | Path | None,
+    most: float,
+    folder: Path,
+    config: Mapping[str, Any],
+    held_as: Sequence[object],
+) -> DiskPrefixes | None:
+    if place is None:
+        return None
+    try:
+        held = identity(folder, config, held_as)
+        return DiskPrefixes(Path(place), held, limit=int(most * 1e9))
+    except FileExistsError as error:
+        raise Qwen3Error(f"prompt_cache: {place} is a file; name a folder") from error
+    except OSError as error:
+        raise Qwen3Error(
+            f"prompt_cache: {place} cannot be used: {error.strerror or error}; name another folder"
+        ) from error
+
+
+def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> Words:
+    generation = folder / "generation_config.json"
+    generation_config = read_json(generation) if generation.is_file() else {}
+    sampling, complaints = stated_sampling(generation_config)
+    for complaint in complaints:
+        _log.warning("%s: %s", generation.name, complaint)
+    # Some conversions lose generation_config.json, and with it the second of Qwen3's end tokens.
+    end_ids = {*_end_ids(config, "config.json"), *_end_ids(generation_config, generation.name)}
+    if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
+        end_ids.add(end_of_text)
+    end_ids |= _named_end(folder, tokenizer)
+    grammars = Grammars(tokenizer, frozenset(end_ids))
+    template, no_template = (
+        None,
+        "this checkpoint has no chat template; take one that has, such as Qwen/Qwen3-8B, "
+        "or continue raw text with complete()",
+    )
+    try:
+        template = ChatTemplate.from_folder(folder)
+    except CheckpointError as error:
+        _log.warning("there is no chat, only raw text: %s", error)
+        no_template = str(error)
+    return Words(
+        tokenizer,
+        template,
+        ControlTokens(tokenizer, template.source if template else ""),
+        Thinking.of(template, tokenizer),
+        sampling,
+        frozenset(end_ids),
+        _turn_end(template, tokenizer) if template else frozenset(),
+        grammars,
+        no_template,
+    )
+
+
+def _named_end(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Return the id of tokenizer_config's `eos_token`, which fine-tunes often change there only."""
+    config = read_tokenizer_config(folder)
+    token = tokenizer.id_of(special_tokens(config).get("eos_token", ""))
+    if token is not None:
+        return {token}
+    if stated := config.get("eos_token"):
+        _log.warning("tokenizer_config.json: its eos_token %r is no token; it ends nothing", stated)
+    return set()
+
+
+def _turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the id of the special token with which the template ends an assistant's turn."""
+    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    for messages in (turn, [{"role": "system", "content": "?"}, *turn]):
+        try:
+            rendered = template.render(messages, add_generation_prompt=False)
+        except Qwen3Error:  # some templates demand a system turn
+            continue
+        after = rendered.partition(_ANSWER)[2].lstrip()
+        for name, is_special in tokenizer.added_tokens.items():
+            token = tokenizer.id_of(name)
+            if is_special and token is not None and after.startswith(name):
+                return frozenset([token])
+    return frozenset()
+
+
+def _end_ids(config: Mapping[str, Any], where: str) -> list[int]:
+    stated = config.get("eos_token_id")
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise CheckpointError(f"{where}: eos_token_id is {stated!r}, not one or more token ids")
+    return ids

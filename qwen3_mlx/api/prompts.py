@@ -1,0 +1,186 @@
+"""Conversations as prompts: rendered by the checkpoint's template.
+
+A prompt ends where a reply begins: behind the messages, or within the last one, which the reply
+then continues.
+"""
+
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.text.grammar_compiler import Grammars
+from qwen3_mlx.text.messages import (
+    END_THINK,
+    THINK,
+    Message,
+    normalise,
+    think_block,
+    without_empty_end,
+)
+from qwen3_mlx.text.prompt import ControlTokens, Hiding
+from qwen3_mlx.text.template import ChatTemplate
+from qwen3_mlx.text.thinking import Thinking
+from qwen3_mlx.text.tokenizer import Prompt, Tokenizer
+from qwen3_mlx.text.tool_calls import Tool, describe
+
+
+@dataclass(frozen=True, slots=True)
+class Words:
+    """What a checkpoint knows of text: all but its network.
+
+    `end_ids` end any reply, `turn_end_ids` one to a conversation, too. Without a `template`,
+    `no_template` says why there is none.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    control: ControlTokens
+    thinking: Thinking
+    sampling: Mapping[str, Any]  # that generation_config.json states
+    end_ids: frozenset[int]
+    turn_end_ids: frozenset[int]
+    grammars: Grammars
+    no_template: str = ""
+
+
+def render(
+    words: Words,
+    messages: str | Sequence[Message],
+    thinking: bool | None = None,
+    tools: Sequence[Tool] | None = None,
+    add_generation_prompt: bool = True,
+    continue_last: bool = False,
+) -> Prompt:
+    """Do as `LLM.render` says."""
+    words.thinking.resolve(thinking)
+    described = [describe(tool) for tool in tools or ()]
+    history = normalise(messages)
+    if continue_last:
+        return render_begun(words, begun(history), thinking, described)
+    if add_generation_prompt:
+        history = without_empty_end(history)
+    return render_whole(words, history, thinking, described, add_generation_prompt)
+
+
+def render_whole(
+    words: Words,
+    history: Sequence[Message],
+    thinking: bool | None,
+    tools: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool = True,
+) -> Prompt:
+    """Render normalised messages, and described tools.
+
+    Raises:
+        Qwen3Error: there is no template, or it refuses them.
+    """
+    hiding = Hiding(words.control)
+    rendered = _rendered(words, hiding, history, thinking, tools, add_generation_prompt)
+    return hiding.prompt(rendered)
+
+
+def render_begun(
+    words: Words,
+    history: Sequence[Message],
+    thinking: bool | None,
+    tools: Sequence[Mapping[str, Any]],
+) -> Prompt:
+    """Render up to the end of what the last message says; see `begun`.
+
+    Raises:
+        Qwen3Error: there is no template, or it refuses them or leaves that out.
+    """
+    *before, last = history
+    field = "content" if last["content"] else "reasoning_content"
+    end = f"q{secrets.token_hex(8)}e"
+    history = [*before, {**last, field: last[field] + end}]
+    hiding = Hiding(words.control)
+    rendered, found, _ = _rendered(words, hiding, history, thinking, tools, False).rpartition(end)
+    if not found:
+        raise Qwen3Error(
+            "the last message cannot be continued: this checkpoint's chat template leaves it out"
+        )
+    return hiding.prompt(rendered)
+
+
+def _rendered(
+    words: Words,
+    hiding: Hiding,
+    history: Sequence[Message],
+    thinking: bool | None,
+    tools: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+) -> str:
+    if words.template is None:
+        raise Qwen3Error(words.no_template)
+    try:
+        return words.template.render(
+            [hiding.hide_in_message(message) for message in words.template.prepared(history)],
+            thinking=thinking if words.thinking.hybrid else None,
+            tools=hiding.hide(tools),
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Qwen3Error as error:
+        raise Qwen3Error(hiding.show(str(error))) from error
+
+
+def least_tokens(words: Words, history: Sequence[Message], enough: int) -> int:
+    """Return how many tokens a prompt has at least, by what no template leaves out.
+
+    That is something for each message, and its content, but for white space around it and for the
+    thinking of the assistant's. More than `enough` are not counted.
+    """
+    least = len(history)
+    for message in history:
+        if least > enough:
+            break
+        text = message["content"].rpartition(END_THINK)[2].strip()
+        least += words.tokenizer.least_tokens(text, enough)
+    return least
+
+
+def begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with the thinking of the last one apart, which a reply is to continue.
+
+    Raises:
+        ValueError: it is not the assistant's, says nothing, or calls tools.
+    """
+    last = dict(history[-1])
+    if last["role"] != "assistant":
+        raise ValueError(
+            f"continue_last continues a last message of the assistant's, and it is the "
+            f"{last['role']}'s"
+        )
+    if last.get("tool_calls"):
+        raise ValueError(why_no_turn(last))
+    opened = last["content"].lstrip()
+    if opened.startswith(THINK) and END_THINK not in opened and not thinking_of(last):
+        last |= {"content": "", "reasoning_content": opened.removeprefix(THINK).lstrip("\n")}
+    elif not last["content"] and not thinking_of(last):
+        raise ValueError("continue_last: the last message says nothing that could be continued")
+    return [*history[:-1], last]
+
+
+def is_begun(continued: Message | None) -> bool:
+    """Whether a message that is continued says something already."""
+    return bool(continued and (continued["content"] or thinking_of(continued)))
+
+
+def why_no_turn(last: Message) -> str:
+    """Say why there is nothing to reply to where the assistant has spoken last."""
+    if last.get("tool_calls"):
+        return "the last message calls tools: add their answers, as messages with the role tool"
+    if not is_begun(last):
+        return "the last message is the assistant's and says nothing: add a message to reply to"
+    return (
+        "the last message is the assistant's: add a message to reply to, or have it continued "
+        "(continue_last=True)"
+    )
+
+
+def thinking_of(message: Message) -> str:
+    """Return what a message of the assistant's has thought, by its field or in its content."""
+    block = think_block(message)
+    return block[1].strip() if block else message.get("reasoning_content") or ""

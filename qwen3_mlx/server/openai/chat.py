@@ -1,0 +1,242 @@
+"""Chat completions: requests as the library has them, replies as OpenAI's clients know them."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from qwen3_mlx.api.options import Options
+from qwen3_mlx.api.stream import Collected
+from qwen3_mlx.server.completion import Completion, sampled, shown
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.openai.response_format import form_of
+from qwen3_mlx.server.openai.schema import (
+    HARMLESS,
+    HINTS,
+    NOT_FOR_CHAT,
+    ChatRequest,
+    Message,
+    NamedTool,
+    Part,
+)
+from qwen3_mlx.server.service import Prepare, Service
+from qwen3_mlx.server.thinking import UNLIMITED
+from qwen3_mlx.server.wire import check_unknown, ends_with_words
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCallDelta
+
+_FIELDS = {
+    "both": ("reasoning_content", "reasoning"),
+    "reasoning_content": ("reasoning_content",),
+    "reasoning": ("reasoning",),
+    "none": (),
+}
+
+
+class ChatCompletion(Completion):
+    """A chat completion."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(self, service: Service, asked: ChatRequest) -> None:
+        super().__init__(service, asked)
+        self._asked = asked
+        self._calls: list[list[str]] = [[] for _ in range(self.choices)]  # ids of those begun
+        hidden = asked.include_reasoning is False or (asked.reasoning and asked.reasoning.exclude)
+        self._fields = () if hidden else _FIELDS[service.settings.reasoning_field]
+        try:
+            self.warnings += check_unknown(asked, NOT_FOR_CHAT, HARMLESS, HINTS)
+            self.warnings += _unread(asked.messages)
+            self._messages = [_library_message(message) for message in asked.messages]
+            self._options: Options = {
+                **_chat_options(asked),
+                **service.options(asked.wish(), self.warnings),
+                "continue_last": _continues(asked, self._messages),
+            }
+            if asked.thinking_budget_message is not None and not self._may_think():
+                self.warnings.append(
+                    "thinking_budget_message was ignored: the reply does not think"
+                )
+        except (ValueError, TypeError) as error:
+            raise ApiError(400, str(error)) from error
+
+    def _may_think(self) -> bool:
+        wish = self._options["thinking"]
+        return self.service.llm.thinking.can_think if wish is None else wish
+
+    def prepares(self) -> Sequence[Prepare]:
+        """Give the only one."""
+        options: Options = {**self._options, "idle": self.choices == 1}
+        return [partial(self.service.llm.prepare, self._messages, **options)]
+
+    def first(self, index: int) -> Mapping[str, Any]:
+        """Give the role."""
+        return _chunk(index, {"role": "assistant", "content": ""})
+
+    def told(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
+        """Give what an event adds to the message."""
+        if isinstance(event, Text):
+            return [_chunk(index, {"content": event.text}, self._logprobs(event.tokens))]
+        if isinstance(event, Reasoning):
+            delta = dict.fromkeys(self._fields, event.text)
+            return [_chunk(index, delta)] if delta else []
+        if isinstance(event, ToolCallDelta):
+            return [_chunk(index, {"tool_calls": [part]}) for part in self._parts(index, event)]
+        return [_chunk(index, {}, finish=event)] if isinstance(event, Finish) else []
+
+    def choice(self, index: int, said: Collected, finish: Finish) -> Mapping[str, Any]:
+        """Give the whole message, with null for an answer only where there is none but calls."""
+        message = said.message()
+        thinking = message.pop("reasoning_content", None)
+        if thinking:
+            message |= dict.fromkeys(self._fields, thinking)
+        if said.tool_calls and not said.text:
+            message["content"] = None
+        return {
+            "index": index,
+            "message": message,
+            "logprobs": self._logprobs(said.logprobs),
+            "finish_reason": finish.reason,
+            **_details(finish),
+        }
+
+    def _parts(self, index: int, delta: ToolCallDelta) -> Iterator[dict[str, Any]]:
+        """Yield what a piece of a call adds: the first of them names the tool."""
+        begun = self._calls[index]
+        if delta.id not in begun:
+            begun.append(delta.id)
+            named = {"name": delta.name, "arguments": ""}
+            yield {
+                "index": len(begun) - 1,
+                "id": delta.id,
+                "type": "function",
+                "function": named,
+            }
+        yield {"index": len(begun) - 1, "function": {"arguments": delta.text}}
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        if not self._asked.logprobs:
+            return None
+        return {
+            "content": [
+                _logprob(token.token, token.logprob)
+                | {"top_logprobs": [_logprob(text, chance) for text, chance in token.top]}
+                for token in tokens
+            ],
+            "refusal": None,
+        }
+
+
+def _library_message(message: Message) -> dict[str, Any]:
+    """Give a message as the library has it; what an assistant thought goes apart."""
+    content, thoughts = message.content, [message.reasoning_content or message.reasoning]
+    if message.refusal:
+        said = content if isinstance(content, list) else [Part(text=content or "")]
+        content = [*said, Part(type="refusal", refusal=message.refusal)]
+    made: dict[str, Any] = {"role": message.role, "content": content}
+    if message.role == "developer":
+        made["role"] = "system"
+    if isinstance(content, list):
+        answers = message.role == "assistant"
+        thoughts += [_thought(part) for part in content if answers and part.type == "thinking"]
+        said = [part for part in content if not (answers and part.type == "thinking")]
+        made["content"] = [_part(part, answers) for part in said]
+    if thinking := "\n".join(filter(None, thoughts)):
+        made["reasoning_content"] = thinking
+    if message.tool_calls:
+        made["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+    if message.tool_call_id:
+        made["tool_call_id"] = message.tool_call_id
+    return made
+
+
+def _part(part: Part, answers: bool) -> dict[str, Any]:
+    text = part.refusal if answers and part.type == "refusal" else part.text
+    return {"type": part.type} | ({} if text is None else {"text": text})
+
+
+def _thought(part: Part) -> str:
+    thinking = part.thinking
+    if isinstance(thinking, list):
+        return "".join(one.text or "" for one in thinking)
+    return thinking or part.text or ""
+
+
+def _unread(messages: Sequence[Message]) -> list[str]:
+    """Warn of what messages say that a prompt has no place for."""
+    if any(message.name and message.role != "tool" for message in messages):
+        return ["names of speakers (messages[].name) are not shown to the model"]
+    return []
+
+
+def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the reply continues the last message: as the client says, or if it is an answer.
+
+    Raises:
+        ValueError: the client says what cannot be.
+    """
+    wishes = [asked.continue_final_message]
+    if asked.add_generation_prompt is not None:
+        wishes.append(not asked.add_generation_prompt)
+    begun = [place for place, one in enumerate(asked.messages) if one.prefix or one.partial]
+    if begun:  # where it is false, it says what goes without saying
+        if begun[0] < len(messages) - 1:
+            raise ValueError(f"messages[{begun[0]}]: only the last message can be continued")
+        wishes.append(True)
+    stated = set(wishes) - {None}
+    if len(stated) > 1:
+        raise ValueError(
+            "continue_final_message and add_generation_prompt contradict each other; send one"
+        )
+    continues = ends_with_words(messages)
+    if continues and False in stated:
+        raise ValueError("the last message is the assistant's: it can be continued, not replied to")
+    if True in stated and messages[-1]["role"] != "assistant":
+        raise ValueError("continue_final_message needs a last message of the assistant's")
+    return continues
+
+
+def _chat_options(asked: ChatRequest) -> Options:
+    most = {asked.max_tokens, asked.max_completion_tokens} - {None}
+    if most == {UNLIMITED}:
+        most.clear()
+    if len(most) > 1:
+        raise ValueError(
+            f"max_tokens={asked.max_tokens} and max_completion_tokens="
+            f"{asked.max_completion_tokens} contradict each other; send one of them"
+        )
+    if asked.top_logprobs is not None and not asked.logprobs:
+        raise ValueError("top_logprobs needs logprobs=true")
+    choice = asked.tool_choice or "auto"
+    return {
+        **sampled(asked),
+        **form_of(asked),
+        "max_tokens": most.pop() if most else None,
+        "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
+        "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
+        "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice,
+        "parallel_tool_calls": asked.parallel_tool_calls is not False,
+        "partial_calls": bool(asked.stream),
+        "thinking_budget_message": asked.thinking_budget_message,
+    }
+
+
+def _chunk(
+    index: int,
+    delta: Mapping[str, Any],
+    logprobs: Mapping[str, Any] | None = None,
+    finish: Finish | None = None,
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": logprobs,
+        "finish_reason": finish.reason if finish else None,
+        **(_details(finish) if finish else {}),
+    }
+
+
+def _details(finish: Finish) -> dict[str, Any]:
+    return {"finish_details": finish.details} if finish.details else {}
+
+
+def _logprob(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": shown(token), "logprob": logprob, "bytes": list(token)}

@@ -1,0 +1,123 @@
+"""The responses of OpenAI's API."""
+
+from typing import Any, Literal
+
+from qwen3_mlx.server.openai.schema import Call
+from qwen3_mlx.server.wire import Wire
+
+
+class PromptDetails(Wire):
+    """Of the prompt's tokens, those that did not have to be read."""
+
+    cached_tokens: int
+
+
+class CompletionDetails(Wire):
+    """Of the reply's tokens, those of thinking."""
+
+    reasoning_tokens: int
+
+
+class UsageOut(Wire):
+    """Tokens counted."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptDetails
+    completion_tokens_details: CompletionDetails
+
+
+class MessageOut(Wire):
+    """A whole reply."""
+
+    role: Literal["assistant"]
+    content: str | None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[Call] | None = None
+
+
+class ChoiceOut(Wire):
+    """One of the replies."""
+
+    index: int
+    message: MessageOut
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    logprobs: dict[str, Any] | None = None
+    finish_details: dict[str, str] | None = None
+
+
+class ChatOut(Wire):
+    """The response to a `ChatRequest` without `stream`."""
+
+    id: str
+    object: Literal["chat.completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChoiceOut]
+    usage: UsageOut
+    timings: dict[str, float]
+
+
+class TextChoiceOut(Wire):
+    """One of the continuations."""
+
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    logprobs: dict[str, Any] | None = None
+
+
+class TextOut(Wire):
+    """The response to a `TextRequest` without `stream`."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[TextChoiceOut]
+    usage: UsageOut
+    timings: dict[str, float]
+
+
+class ModelOut(Wire):
+    """A model that is served, as OpenAI's clients know it and as Anthropic's do."""
+
+    id: str
+    object: Literal["model"]
+    type: Literal["model"]
+    display_name: str
+    created: int
+    created_at: str
+    owned_by: str
+    context_length: int
+    max_input_tokens: int
+    thinking: Literal["hybrid", "always", "never"]
+
+
+class ModelsOut(Wire):
+    """All of them."""
+
+    object: Literal["list"]
+    data: list[ModelOut]
+    first_id: str
+    last_id: str
+    has_more: bool
+
+
+class ErrorDetails(Wire):
+    """What is wrong, and where."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorOut(Wire):
+    """Any response that is not the one asked for."""
+
+    error: ErrorDetails

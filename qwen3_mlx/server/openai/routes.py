@@ -1,0 +1,72 @@
+"""OpenAI's API: chat completions, text completions, models."""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from qwen3_mlx.server.completion import EVENTS
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.openai.chat import ChatCompletion
+from qwen3_mlx.server.openai.responses import ChatOut, ErrorOut, ModelOut, ModelsOut, TextOut
+from qwen3_mlx.server.openai.schema import ChatRequest, TextRequest
+from qwen3_mlx.server.openai.text import TextCompletion
+from qwen3_mlx.server.request_body import answered, takes
+from qwen3_mlx.server.service import Service
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
+}
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
+
+
+def routes(service: Service) -> APIRouter:
+    """Make the routes of this protocol."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=_ERRORS)
+
+    @router.post(
+        "/chat/completions", response_model=ChatOut, responses=_STREAM, **takes(ChatRequest)
+    )
+    async def chat_completions(request: Request) -> Response:
+        return await answered(service, request, ChatRequest, ChatCompletion)
+
+    @router.post("/completions", response_model=TextOut, responses=_STREAM, **takes(TextRequest))
+    async def completions(request: Request) -> Response:
+        return await answered(service, request, TextRequest, TextCompletion)
+
+    @router.get("/models", response_model=ModelsOut)
+    async def models() -> dict[str, Any]:
+        model = _model(service)
+        ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
+        return {"object": "list", "data": [model], **ends}
+
+    @router.get("/models/{name:path}", response_model=ModelOut)
+    async def model(name: str) -> dict[str, Any]:
+        if name not in ("default", service.settings.model):
+            raise ApiError(
+                404,
+                f"there is no model {name!r} here; there is {service.settings.model}",
+                code="model_not_found",
+            )
+        return _model(service)
+
+    return router
+
+
+def _model(service: Service) -> dict[str, Any]:
+    """Describe the model that is served, in OpenAI's words and in Anthropic's."""
+    thinking = service.llm.thinking
+    only = "always" if thinking.can_think else "never"
+    return {
+        "id": service.settings.model,
+        "object": "model",
+        "type": "model",
+        "display_name": service.settings.model,
+        "created": service.created,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
+        "owned_by": "qwen3-mlx",
+        "context_length": service.context,
+        "max_input_tokens": service.context,
+        "thinking": "hybrid" if thinking.hybrid else only,
+    }

@@ -1,0 +1,308 @@
+"""Answers in a form: JSON schema, regular expression, choice or Lark grammar, by llguidance."""
+
+import copy
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import cached_property, partial
+from textwrap import shorten
+from typing import TYPE_CHECKING, Any
+
+from qwen3_mlx.text.fair_queue import PATIENT, Caller
+from qwen3_mlx.text.grammar import Grammar, line_of
+from qwen3_mlx.text.grammar_limits import MOST_CHOICES, check_lark, check_schema, check_size
+from qwen3_mlx.text.grammar_trial import Compiler, Kept
+from qwen3_mlx.text.tokenizer import Tokenizer
+from qwen3_mlx.text.tool_schema import Kinds, kinds_of, on_its_own, parameters_of, properties_of
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+# JSON as Python writes it. Free whitespace would let a weak model emit blanks for ever.
+_JSON: Any = {
+    "whitespace_flexible": False,
+    "key_separator": ": ",
+    "item_separator": ", ",
+}
+# Of a tool's schema what is not supported is left out, with a warning: the model can call it still.
+_TOOL_JSON: Any = {**_JSON, "lenient": True, "coerce_one_of": True}
+_TEXT = r"text[lazy]: /((.|\n)*\n)?<\/parameter>\n/"
+
+Form = Mapping[str, Any] | type | bool
+"""A JSON schema: as a dictionary, or a pydantic model."""
+
+
+_MOST_WRITTEN = 4_000_000  # characters of documents for all tools; each may have all references
+_MOST_CHECKED = 1024  # schemas of tools
+_MOST_SHOWN = 200  # characters of a wrong value
+
+
+class Grammars:
+    """Makes grammars for a checkpoint's vocabulary.
+
+    Whatever one is, to make it comes to an end, or is refused with a ValueError.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
+        self._tokenizer = tokenizer
+        self._end_ids = sorted(token for token in end_ids if token < len(tokenizer))
+        self._compiler = Compiler(self._vocabulary)
+        self._checked: Kept[tuple[str, str]] = Kept(_MOST_CHECKED)
+        self._caller = PATIENT
+
+    def on_behalf_of(self, caller: Caller) -> "Grammars":
+        """Return what makes the same grammars as this, for a caller that may go away meanwhile."""
+        made = copy.copy(self)
+        made._caller = caller
+        return made
+
+    def load(self) -> None:
+        """Make what the first grammar needs: Qwen3's vocabulary takes more than a second."""
+        self._compiler.vocabulary()
+
+    def _vocabulary(self) -> "LLTokenizer":
+        from llguidance import LLTokenizer  # imported where it is first needed
+
+        # Added tokens go by names that no text has: theirs in a form are text like any other. Those
+        # that are words of the vocabulary, too, cannot be renamed, and are text already.
+        text = self._tokenizer.to_json()
+        start = text.index("[", text.index('"added_tokens":'))
+        tokens, end = json.JSONDecoder().raw_decode(text, start)
+        for token in tokens:
+            if not self._tokenizer.is_word(token["content"]):
+                token |= {"content": f"\uffff{token['id']}", "special": True}
+        return LLTokenizer(
+            text[:start] + json.dumps(tokens) + text[end:],
+            n_vocab=len(self._tokenizer),
+            eos_token=self._end_ids,
+        )
+
+    @cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        """The token of each single byte."""
+        tokens = range(len(self._tokenizer))
+        pieces = ((token, self._tokenizer.token_bytes(token)) for token in tokens)
+        return {piece[0]: token for token, piece in pieces if len(piece) == 1}
+
+    def schema(self, schema: Form) -> Grammar:
+        """Give the grammar of JSON that fits a schema.
+
+        Raises:
+            ValueError: it is no schema, or has keywords that are not supported: they are named.
+        """
+        found = schema_of(schema)
+        return self._made("schema", lambda matcher: _schema_grammar(matcher, found))
+
+    def regex(self, pattern: str) -> Grammar:
+        """Give that of the texts which match a pattern as a whole.
+
+        Raises:
+            ValueError: it is no pattern, or not supported.
+        """
+        check_size("regex", pattern)
+        return self._made("regex", lambda matcher: matcher.grammar_from_regex(pattern))
+
+    def choice(self, choices: Collection[str]) -> Grammar:
+        """Give that of a few texts.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if (
+            isinstance(choices, str)
+            or not isinstance(choices, Collection)
+            or not choices
+            or not all(isinstance(c, str) and c for c in choices)
+        ):
+            shown = shorten(repr(choices), _MOST_SHOWN, placeholder=" ...")
+            raise ValueError(f"choice must be one or more non-empty strings, not {shown}")
+        if len(choices) > MOST_CHOICES:
+            raise ValueError(
+                f"choice may have at most {MOST_CHOICES:,} texts, not {len(choices):,}"
+            )
+        check_size("choice", list(choices))
+        texts = " | ".join(json.dumps(choice) for choice in choices)
+        return self.lark(f"start: ONE\nONE: {texts}", "choice")  # a terminal holds thousands
+
+    def lark(self, text: str, name: str = "grammar") -> Grammar:
+        """Give that of a grammar in Lark's syntax, whose first rule is `start`.
+
+        Raises:
+            ValueError: it is none, or not supported.
+        """
+
+        def write(matcher: "type[LLMatcher]") -> str:
+            check_lark(text)
+            return matcher.grammar_from_lark(text)
+
+        return self._made(name, write)
+
+    def call(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+        """Give that of what stands between the tags of a Hermes call to one of the tools.
+
+        What is not supported of a tool's schema is not enforced; the grammar's `warnings` say so.
+        """
+        return self._of_tools(tools, _hermes_rules)
+
+    def coder_call(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+        """Give that of what stands between the tags of a Qwen3-Coder call to one of the tools.
+
+        Parameters come in any order. What may be a string is any text up to the closing tag; all
+        else is JSON of its schema, as far as that is supported.
+        """
+        return self._of_tools(tools, _coder_rules)
+
+    def _of_tools(self, tools: Sequence[Mapping[str, Any]], write: "_Write") -> Grammar:
+        warnings: list[str] = []
+        room = _MOST_WRITTEN
+
+        def held(name: str, schema: Callable[[], _Schema], fallback: _Schema) -> str:
+            nonlocal room
+            self._caller.check()
+            document, refusal, unsupported = "", "all schemas together are too large", ""
+            if room > 0:
+                asked = schema()
+                document = _document(asked)
+                room -= len(document)
+                refusal, unsupported = self._check(document)
+                if fallback is _OBJECT and asked.get("type") != "object":
+                    refusal = "the arguments of a tool are an object"
+            if refusal:
+                warnings.append(f"the schema of the tool {name} is not enforced: {refusal}")
+                return _document(fallback)
+            if unsupported:
+                warnings.append(f"the schema of the tool {name} is enforced in part: {unsupported}")
+            return document
+
+        def free(_: str, __: Callable[[], _Schema], fallback: _Schema) -> str:
+            return _document(fallback)
+
+        def spare() -> Grammar:  # made within a step, so it must not wait for a trial
+            grammar = LLMatcher.grammar_from_lark(write(tools, free))
+            return self._of(self._compiler.compile_untried(grammar), "tools")
+
+        from llguidance import LLMatcher
+
+        try:
+            grammar = self._made("tools", lambda m: m.grammar_from_lark(write(tools, held)))
+        except ValueError as error:  # each alone is supported, all together are too much
+            warnings = [f"the schemas of the tools are not enforced: {error}"]
+            grammar = spare()
+        grammar.warnings = list(dict.fromkeys(warnings))
+        grammar.spare = spare
+        return grammar
+
+    def _check(self, document: str) -> tuple[str, str]:
+        """Return why a tool's JSON schema cannot be enforced, and which parts of it are not."""
+        if found := self._checked.get(document):
+            return found
+        try:
+            made = self._made(
+                "schema", lambda matcher: _schema_grammar(matcher, json.loads(document), _TOOL_JSON)
+            )
+            made.probe()
+            found = "", "; ".join(made.unsupported())
+        except ValueError as error:
+            found = str(error), ""
+        self._checked.put(document, found)
+        return found
+
+    def _made(self, name: str, write: "Callable[[type[LLMatcher]], str]") -> Grammar:
+        from llguidance import LLMatcher
+
+        try:
+            matcher = self._compiler.compile(write(LLMatcher), self._caller)
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ValueError(f"{name}: {line_of(str(error))}") from error
+        return self._of(matcher, name)
+
+    def _of(self, matcher: "LLMatcher", name: str) -> Grammar:
+        made = Grammar(matcher, len(self._tokenizer), self._byte_ids, name=name)
+        made.mask()  # raises an error where no text matches at all
+        return made
+
+
+_OBJECT = {"type": "object"}
+_PLAIN = frozenset(
+    ("type", "properties", "required", "title", "description", "$schema", "$defs", "definitions")
+)
+_Schema = Mapping[str, Any]
+_Held = Callable[[str, Callable[[], _Schema], _Schema], str]
+_Write = Callable[[Sequence[Mapping[str, Any]], _Held], str]
+
+
+def _hermes_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
+    """Write the grammar of a Hermes call; the arguments of each tool are a document of their own,
+    so that references within its schema find their place.
+    """
+    rules = []
+    for number, tool in enumerate(tools):
+        function = tool["function"]
+        name = json.dumps(function["name"], ensure_ascii=False)
+        begin = json.dumps(f'{{"name": {name}, "arguments": ')
+        arguments = partial(_arguments, parameters_of(function))
+        document = held(function["name"], arguments, _OBJECT)
+        rules += [f'c{number}: {begin} a{number} "}}"', f"a{number}: %json {document}"]
+    calls = " | ".join(f"c{number}" for number in range(len(tools)))
+    return "\n".join([f'start: "\\n" ({calls}) "\\n"', *rules])
+
+
+def _coder_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
+    """Write the grammar of a Qwen3-Coder call."""
+    rules = [_TEXT, r"other: /<parameter=[^>\n]+>\n/ text"]
+    for number, tool in enumerate(tools):
+        function, parameters = tool["function"], list[str]()
+        root = parameters_of(function)
+        known = Kinds(root)
+        if (kinds := known.of(root)) and "object" not in kinds:
+            held(function["name"], partial(dict, root), _OBJECT)  # which warns
+            parameters.append("other")
+        for place, (name, schema) in enumerate(properties_of(root).items()):
+            rule = f"p{number}_{place}"
+            parameters.append(rule)
+            begin = json.dumps(f"<parameter={name}>\n")
+            kinds = known.of(schema)
+            if kinds and "string" not in kinds:
+                own = partial(on_its_own, schema, root)
+                document = held(function["name"], own, {"type": sorted(kinds)})
+                rules.append(f'{rule}: {begin} j{rule} "\\n</parameter>\\n"')
+                rules.append(f"j{rule}: %json {document}")
+            else:
+                rules.append(f"{rule}: {begin} text")
+        some = f"({' | '.join(parameters)})*" if parameters else ""
+        begin = json.dumps(f"<function={function['name']}>\n")
+        rules.append(f'f{number}: {begin} {some} "</function>"')
+    calls = " | ".join(f"f{number}" for number in range(len(tools)))
+    return "\n".join([f'start: "\\n" ({calls}) "\\n"', *rules])
+
+
+def _document(schema: Mapping[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": _TOOL_JSON})
+
+
+def _arguments(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the schema of a tool with what goes without saying: it is of an object.
+
+    Arguments that a plain schema does not name are ruled out, where it does not speak of others.
+    """
+    if schema.keys() <= _PLAIN:
+        schema = {**schema, "additionalProperties": False}
+    kinds = kinds_of(schema, schema)
+    return {**schema, "type": "object"} if not kinds or "object" in kinds else schema
+
+
+def _schema_grammar(matcher: "type[LLMatcher]", schema: Any, options: Any = _JSON) -> str:
+    check_schema(schema)
+    return matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
+
+
+def schema_of(form: Form) -> Any:
+    """Give a JSON schema of what a caller may say it by.
+
+    Raises:
+        TypeError: it is neither a dictionary nor a pydantic model.
+    """
+    if callable(made := getattr(form, "model_json_schema", None)):
+        return made()
+    if isinstance(form, Mapping):
+        return dict(form)
+    raise TypeError(f"schema must be a JSON schema or a pydantic model, not {form!r:.200}")
