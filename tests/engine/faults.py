@@ -1,0 +1,217 @@
+"""Every call that leaves engine/core.py fails in turn: python -m tests.engine.faults WAY FOLDER
+
+The module's source is compiled anew with each call passing through `Faults.call`, which can raise
+instead of it. A crowd of requests meets each fault, on one LLM that must survive them all: every
+request gets its right reply or an error, those after it are answered, the memory is free again.
+`WAY` is plain, ngram or draft; a third argument, `all`, has more calls of each place fail, and has
+them fail again while a failure of the device is dealt with.
+"""
+
+import ast
+import faulthandler
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from qwen3_mlx import LLM, Qwen3Error, SamplingParams, backend, load
+from qwen3_mlx.api import load as loading
+from qwen3_mlx.api.stream import Stream
+from qwen3_mlx.engine import core, engine
+from qwen3_mlx.text.events import Event, Finish
+from tests.support import write_tiny
+
+AVAILABLE = 520_000_000  # bytes: not all can run at once, so some are put aside
+LIMIT = 120  # seconds that a fault, and all that follows from it, may take
+GREEDY = SamplingParams(temperature=0.0)
+SYSTEM = {"role": "system", "content": "Be brief. " + "apple pear plum " * 60}
+OPTIONAL = (
+    *("disk.", "prefixes.take", "prefixes.put", "prefixes.common", "prefixes.unsaved"),
+    *("Prefix", "clear_cache", "lookup.read_on"),
+)
+"""What only saves time: no request fails with it."""
+OUTSIDE = ("qwen3_mlx", "mlx", __name__)
+ONE = ("make_cache", "force", "progress", "sequence.take", "mask", "foresee", "Running")
+"""What is one request's: no other fails with it."""
+
+
+def say(*words: object) -> None:
+    """Tell what is being done, in case it hangs."""
+    sys.stdout.write(" ".join(map(str, words)) + "\n")
+    sys.stdout.flush()
+
+
+Strike = tuple[str, int, BaseException]  # the place, which call of it, what is raised there
+
+
+class Faults:
+    """Counts the calls by their place in the source, and raises in place of one of them."""
+
+    def __init__(self) -> None:
+        self.seen = Counter[str]()
+        self.strikes: list[Strike] = []  # to come; each counts from the one before
+
+    def arm(self, *strikes: "Strike") -> None:
+        self.seen.clear()
+        self.strikes = [*strikes]
+
+    def call(self, place: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        module = str(getattr(function, "__module__", None))
+        if not module.startswith(OUTSIDE) or module.endswith((".core", ".errors")):
+            return function(*args, **options)
+        self.seen[place] += 1
+        strikes = self.strikes and self.strikes[0][:2] == (place, self.seen[place])
+        last_event = place.endswith(".done")  # that is told, and fails then
+        result = function(*args, **options) if last_event or not strikes else None
+        if strikes:
+            self.seen.clear()
+            raise self.strikes.pop(0)[2]
+        return result
+
+
+class _Passing(ast.NodeTransformer):
+    """Has every call pass through `_call`, which is told its place."""
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        place = ast.Constant(f"{node.lineno}: {ast.unparse(node.func)}")
+        self.generic_visit(node)
+        passing = ast.Call(ast.Name("_call", ast.Load()), [place, node.func, *node.args], [])
+        passing.keywords = node.keywords
+        return ast.copy_location(passing, node)
+
+
+def install(faults: Faults) -> None:
+    """Put the passing calls into the module, and its class where that is used."""
+    file = Path(str(core.__file__))
+    tree = ast.fix_missing_locations(_Passing().visit(ast.parse(file.read_text("utf-8"))))
+    vars(core)["_call"] = faults.call
+    exec(compile(tree, file, "exec"), vars(core))  # the project's own source
+    vars(engine)["Steps"] = core.Steps
+
+
+def crowd(llm: LLM) -> list[str | BaseException]:
+    """Ask for all kinds of replies at once, and give what comes of each; from disk, if they can."""
+
+    def ask(words: str, **options: Any) -> Stream:
+        options = {"max_tokens": 9, "sampling": GREEDY, "thinking": False, **options}
+        return llm.stream([SYSTEM, {"role": "user", "content": words}], **options)
+
+    def idle() -> Stream:
+        return ask("read ahead", idle=True, max_tokens=2)
+
+    opening = llm.tokenizer.id_of("<think>")
+    assert opening is not None
+    thinks = SamplingParams(temperature=0.0, logit_bias={opening: 100.0})
+    streams = [idle()]
+    outcomes = [read(streams[0])]
+    wait_for(llm, lambda s: any(not job.request.max_tokens for job in s.scheduler.running), 0.1)
+    streams = [
+        *(ask(f"number {n}", progress=lambda done, total: None) for n in range(4)),
+        ask("thinks", thinking=True, thinking_budget=4, max_tokens=40, sampling=thinks),
+        ask("chosen", choice=["apple pear", "apple plum"]),
+        ask("weighed", logprobs=1, sampling=SamplingParams(temperature=0.7), seed=5),
+        ask("long " * 100),
+    ]
+    cancelled = ask("cancelled", max_tokens=500)
+    try:
+        next(cancelled)
+        cancelled.close()
+    except Exception:  # noqa: BLE001 - the fault was this one's
+        pass
+    outcomes += map(read, streams)
+    read(cancelled)
+    # What was read is written to disk, and all memory is free.
+    assert wait_for(llm, lambda s: not (s.scheduler.running or s.scheduler.waiting), LIMIT)
+    assert wait_for(llm, lambda s: not s._disk or all(p.saved for p in s._prefixes._kept), LIMIT)
+    return outcomes
+
+
+def read(stream: Stream) -> str | BaseException:
+    """Read a stream to its end, or to the error in its place."""
+    said: list[Event] = []
+    try:
+        for event in stream:
+            said.append(event)
+    except BaseException as error:  # noqa: BLE001 - judged by who asked
+        return error
+    assert not said or isinstance(said[-1], Finish)
+    return "".join(getattr(event, "text", "") for event in said)
+
+
+def wait_for(llm: LLM, true: Callable[[core.Steps], bool], seconds: float) -> bool:
+    """Wait until something is true of the engine."""
+    deadline = time.monotonic() + seconds
+    inner = llm._open().engine._steps
+    while not (now := llm._worker.call(lambda: true(inner))) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return now
+
+
+def check_rest(llm: LLM) -> None:
+    """Check that nothing is left of the requests, and that no memory is held for them."""
+    inner = llm._open().engine._steps
+    assert inner.scheduler.held() == inner.kept()
+    assert not (inner._flight or inner._building or inner._landing)
+    llm.forget()
+    assert inner.scheduler.held() == 0
+
+
+def check(llm: LLM, faults: Faults, expected: list[Any], *strikes: Strike) -> None:
+    """Have calls fail, and check what comes of it."""
+    say(*(f"{place} ({count})" for place, count, _ in strikes))
+    inner = llm._open().engine._steps
+    disk = inner._disk
+    faulthandler.dump_traceback_later(LIMIT, exit=True)
+    llm.forget()
+    faults.arm(*strikes)
+    outcomes = crowd(llm)
+    faults.arm()
+    inner._disk = disk
+    errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    for outcome, right in zip(outcomes, expected, strict=True):
+        raised = outcome in [error for _, _, error in strikes]
+        told = isinstance(outcome, Qwen3Error) and "struck" in str(outcome)
+        assert raised or told or outcome == right, (outcome, right)
+    place = strikes[-1][0]
+    if len(strikes) == 1 and any(name in place for name in (*OPTIONAL, *ONE)):
+        assert len(errors) <= any(name in place for name in ONE), errors
+    say("   failed:", len(errors))
+    check_rest(llm)
+    assert isinstance(read(llm.stream("Hello", max_tokens=4)), str)
+    faulthandler.cancel_dump_traceback_later()
+
+
+def main(way: str, folder: Path, *, thorough: bool) -> None:
+    """Strike every place that a crowd without faults comes by."""
+    faults = Faults()
+    install(faults)
+    backend.available_memory = lambda: AVAILABLE
+    vars(loading)["refuse_what_cannot_fit"] = lambda *_: None
+    tiny = write_tiny(folder / "tiny")
+    drafts = {"plain": None, "ngram": "ngram", "draft": tiny}
+    llm = load(tiny, prompt_cache=folder / "kept", draft=drafts[way])
+    expected = crowd(llm)
+    check_rest(llm)
+    assert not any(isinstance(outcome, BaseException) for outcome in expected), expected
+    faults.arm()
+    assert crowd(llm) == expected
+    reached = dict(sorted(faults.seen.items(), key=lambda item: int(item[0].split(":")[0])))
+    (forward,) = (call for call in reached if call.endswith(": forward"))
+    for call, seen in reached.items():
+        later = call, seen // 2 + 1, TypeError("struck")
+        check(llm, faults, expected, later)
+        if thorough:
+            check(llm, faults, expected, (call, 1, RuntimeError("struck")))
+            device = forward, reached[forward] // 2, RuntimeError("struck")
+            check(llm, faults, expected, device, (call, 1, MemoryError("struck")))
+    assert crowd(llm) == expected
+    check_rest(llm)
+    assert threading.active_count() == 2
+    llm.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), thorough="all" in sys.argv)

@@ -1,0 +1,51 @@
+"""Nothing waits for ever: whatever callbacks, the collector, forks or faults do."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIMIT = 900  # seconds; most take less than 20 on two idle cores
+
+
+def run_apart(module: str, *arguments: str | Path) -> None:
+    """Run a module in a process of its own, and show what it said if it fails or hangs."""
+    command = [sys.executable, "-X", "faulthandler", "-m", module, *map(str, arguments)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=LIMIT)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # faulthandler shows where its threads are
+            pytest.fail(f"{module} {arguments} hangs: {process.communicate()[0][-4000:]}")
+    assert process.returncode == 0, said[-4000:]
+
+
+@pytest.mark.parametrize(
+    "case", ["progress", "deliver", "soon", "nested", "circle", "closing", "tools", "finalizer"]
+)
+def test_callbacks_may_do_anything(case: str) -> None:
+    run_apart("tests.engine.hanging", case)
+
+
+def test_parts_of_the_engine_may_fail_for_a_while(tmp_path: Path) -> None:
+    run_apart("tests.engine.hanging", "failing", tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_fork_is_refused(tmp_path: Path) -> None:
+    run_apart("tests.engine.hanging", "fork", tmp_path)
+
+
+def test_whatever_fails_in_a_step_ends_in_an_error(tmp_path: Path) -> None:
+    run_apart("tests.engine.faults", "plain", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain", "ngram", "draft"])
+def test_whatever_fails_again_ends_in_an_error(way: str, tmp_path: Path) -> None:
+    run_apart("tests.engine.faults", way, tmp_path, "all")

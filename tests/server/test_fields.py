@@ -1,0 +1,186 @@
+"""No field of a request is accepted and dropped, by any protocol.
+
+Each field of each request, and of what it is made of, is changed. That must change the request
+that the engine gets, or the response, or be warned of; or the field stands among those that may be
+silent, in `tests.server.fields`, with the reason. A field that is new and does nothing fails here.
+"""
+
+import re
+import types
+from collections.abc import Iterator
+from copy import deepcopy
+from dataclasses import fields
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import httpx
+import pytest
+
+from qwen3_mlx import LLM
+from qwen3_mlx.api.generation import Task
+from qwen3_mlx.engine.params import Chance, Outcome, Request
+from qwen3_mlx.server.wire import Wire
+from tests.server.fields import PROTOCOLS, Case, Protocol
+from tests.server.serving import serving
+
+SAID = "<think>\nOne.\n</think>\n\nTwo."
+# What differs from response to response.
+VARIES = re.compile(
+    r'"(id|created|created_at|timings|[a-z_]*duration)": ?("[^"]*"|\{[^}]*\}|[0-9.]+)'
+)
+OF_TYPES = {bool: True, int: 7, float: 0.5, str: "changed"}
+
+
+class Spy:
+    """An engine that makes notes of its requests, and gives the same reply to all."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._ids = llm.tokenizer.encode(SAID)
+        self._encode, self._begin = llm._open().window.encode, llm.begin
+        self.notes: list[Any] = []
+
+    def encode(self, prompt: Any) -> list[int]:
+        """Note a prompt, which may only be counted."""
+        self.notes.append(prompt)
+        return self._encode(prompt)
+
+    def begin(self, task: Task, *arguments: Any) -> Any:
+        """Note what is asked for; tools are in the prompt, as far as they are anywhere."""
+        names = {one.name for one in fields(task.asked)} - {"tools", "progress"}
+        self.notes.append({name: getattr(task.asked, name) for name in names})
+        return self._begin(task, *arguments)
+
+    def submit(self, request: Request) -> None:
+        """Note the engine's own request, and reply."""
+        names = ("ids", "sampling", "max_tokens", "alternatives")
+        self.notes.append([getattr(request, name) for name in names])
+        self._llm.soon(lambda: self._reply(request))
+
+    def _reply(self, request: Request) -> None:
+        for token in self._ids:
+            if request.heard:
+                request.heard(Chance(token, -1.0, [(token, -1.0)] * request.alternatives))
+            request.watcher.advance([token])
+        request.done(Outcome("stop", len(self._ids)))
+
+
+@pytest.fixture(scope="module")
+def spied(demo: LLM) -> Iterator[tuple[httpx.Client, Spy]]:
+    """A client of a server whose requests to the engine are seen."""
+    with (
+        pytest.MonkeyPatch.context() as patched,
+        serving(demo) as served,
+        httpx.Client(base_url=served.url, timeout=60) as client,
+    ):
+        spy = Spy(demo)
+        patched.setattr(demo._open().window, "encode", spy.encode)
+        patched.setattr(demo, "begin", spy.begin)
+        patched.setattr(demo._open().engine, "submit", spy.submit)
+        yield client, spy
+
+
+def leaves(annotation: Any) -> Iterator[Any]:
+    """Give the types that an annotation is made of; a `Literal` is one of them."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from leaves(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType, list):
+        for part in get_args(annotation):
+            yield from leaves(part)
+    else:
+        yield annotation
+
+
+def kinds_of(model: type[Wire]) -> dict[str, type[Wire]]:
+    """Give the kinds of objects that a request is made of, by their names."""
+    found: dict[str, type[Wire]] = {}
+    ahead: list[Any] = [model]
+    while ahead:
+        one = ahead.pop()
+        if isinstance(one, type) and issubclass(one, Wire) and one.__name__ not in found:
+            found[one.__name__] = one
+            for info in one.model_fields.values():
+                ahead += leaves(info.annotation)
+    return found
+
+
+def has_one_value(annotation: Any) -> bool:
+    """Say whether a field can say one thing only, such as a type."""
+    values = {value for leaf in leaves(annotation) for value in get_args(leaf) if get_origin(leaf)}
+    only_words = all(get_origin(leaf) is Literal for leaf in leaves(annotation))
+    return only_words and len(values) == 1
+
+
+def cases_of(protocol: Protocol) -> Iterator[tuple[Protocol, str, str, Any]]:
+    """Give the fields that are to be changed: the name, as clients write it, and its type."""
+    for name, kind in kinds_of(protocol.model).items():
+        for field, info in kind.model_fields.items():
+            if not has_one_value(info.annotation):
+                yield protocol, f"{name}.{field}", info.alias or field, info.annotation
+    for name in protocol.cases:
+        if name.split(".")[0] not in kinds_of(protocol.model):
+            yield protocol, name, "", None
+
+
+def other_value(annotation: Any, now: Any) -> Any:
+    """Give a value of a type, other than the present one."""
+    for leaf in leaves(annotation):
+        if get_origin(leaf) is Literal:
+            return next(value for value in get_args(leaf) if value not in (now, ""))
+        if leaf in OF_TYPES:
+            value = OF_TYPES[leaf]
+            made = value if leaf not in (bool, int) or value != now else leaf(not now)
+            return [made] if f"list[{leaf.__name__}]" in str(annotation) else made
+        if get_origin(leaf) is dict:
+            return {"type": "object", "properties": {"z": {"type": "string"}}}
+    raise AssertionError(f"say in tests.server.fields what {annotation} may be changed to")
+
+
+def bodies(protocol: Protocol, name: str, key: str, annotation: Any) -> tuple[Any, Any]:
+    """Give a request without and with a change."""
+    case = protocol.cases.get(name, Case())
+    where, beside = protocol.places.get(name.split(".")[0], ("", {}))
+    before = deepcopy({**protocol.base, **(beside if case.beside is None else case.beside)})
+    after = deepcopy(before)
+    steps = [step for step in (where if case.at is None else case.at).split(".") if step]
+    if not key:  # of what is not typed
+        *steps, key = steps
+    place: Any = after
+    for step in steps:
+        place = place[int(step)] if step.isdecimal() else place[step]
+    place[key] = other_value(annotation, place.get(key)) if case.value is None else case.value
+    return before, after
+
+
+ALL = [case for protocol in PROTOCOLS for case in cases_of(protocol)]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "name", "key", "annotation"),
+    ALL,
+    ids=[f"{protocol.path}-{name}" for protocol, name, _, _ in ALL],
+)
+def test_no_field_is_accepted_and_dropped(
+    spied: tuple[httpx.Client, Spy], protocol: Protocol, name: str, key: str, annotation: Any
+) -> None:
+    client, spy = spied
+    before, after = bodies(protocol, name, key, annotation)
+    seen = []
+    for body in (before, after):
+        spy.notes = []
+        response = client.post(protocol.path, json=body)
+        told = response.headers.get("warnings"), VARIES.sub("", response.text)
+        seen.append((response.status_code, spy.notes, told))
+    (first, *_), (second, *_) = seen
+    case = protocol.cases.get(name, Case())
+    assert first == 200 and second == (400 if case.refused else 200), seen[1]
+    if name in protocol.silent:
+        assert seen[0] == seen[1], f"{name} is not silent; tests.server.fields says it is"
+    else:
+        assert seen[0] != seen[1], f"{name}={after} does nothing, and nothing says so"
+
+
+def test_what_is_silent_is_a_field() -> None:
+    for protocol in PROTOCOLS:
+        known = {name for one, name, _, _ in ALL if one is protocol}
+        assert known >= {*protocol.silent, *protocol.cases}
