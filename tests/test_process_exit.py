@@ -19,7 +19,7 @@ import pytest
 
 from qwen3_mlx import backend
 from qwen3_mlx.bench.measure import PEER, Case, Setup, Terms
-from tests.server.test_server import Process
+from tests.server.harness import Process
 from tests.support import TINY, write_tiny
 
 _PATIENCE = 120  # seconds; an end takes one or two

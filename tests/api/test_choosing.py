@@ -7,7 +7,7 @@ import pytest
 
 from qwen3_mlx import LLM, SamplingParams
 from tests.support import assert_close
-from tests.text.test_tool_calls import calculator
+from tests.text.harness import calculator
 
 GREEDY = SamplingParams(temperature=0.0)
 

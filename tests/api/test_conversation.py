@@ -1,7 +1,6 @@
 """Conversations: their history, their second turn, and what happens at their edges."""
 
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +9,12 @@ import pytest
 from qwen3_mlx import LLM, ContextError, Finish, Qwen3Error, SamplingParams, load
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.sizes import published_config, stretched
+from tests.api.harness import settle
 from tests.support import TINY, write_tiny
-from tests.text.test_tool_calls import calculator
+from tests.text.harness import calculator
 
 GREEDY = SamplingParams(temperature=0)
 QUESTIONS = ["What is 123 + 456?", "What is 5 + 6?", "Who are you?", "What is 99 + 1?"]
-
-
-def settle(llm: LLM) -> None:
-    """Wait until the idle work is done."""
-    for _ in range(6000):
-        if not llm._worker.call(lambda: llm._open().engine._steps.scheduler.waiting):
-            if not llm._worker.call(lambda: llm._open().engine._steps.scheduler.running):
-                return
-        time.sleep(0.01)
-    raise AssertionError("idle work goes on and on")
 
 
 def test_a_conversation_is_what_chat_makes_of_its_messages(demo: LLM) -> None:

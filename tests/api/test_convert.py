@@ -14,7 +14,7 @@ from qwen3_mlx import CheckpointError, Qwen3Error, SamplingParams, convert, load
 from qwen3_mlx.checkpoint.stored import Format
 from qwen3_mlx.cli.evaluate import compare
 from qwen3_mlx.cli.main import main
-from tests.cli.test_ask import call
+from tests.cli.harness import call
 from tests.support import DEMO, MOE, assert_close, random_ids, write_tiny
 
 IDS = random_ids(30)

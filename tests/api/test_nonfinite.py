@@ -8,7 +8,8 @@ import pytest
 
 from qwen3_mlx import LLM, CheckpointError, SamplingParams, load
 from qwen3_mlx.model.qwen3 import Qwen3
-from tests.cli.test_ask import call, no_terminal  # noqa: F401 - which acts on every test here
+from tests.cli.conftest import no_terminal  # noqa: F401 - which acts on every test here
+from tests.cli.harness import call
 from tests.server.serving import serving
 from tests.support import read_weights, write_tiny
 

@@ -16,7 +16,7 @@ from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Figures, Side, Terms,
 from qwen3_mlx.bench.targets import MlxLm, Ours
 from qwen3_mlx.cli.bench import _notes, _table
 from qwen3_mlx.model.qwen3 import Qwen3
-from tests.cli.test_ask import QWEN3, call
+from tests.cli.harness import QWEN3, call
 from tests.support import greedy_tokens, make_model, random_ids
 
 TERMS = Terms("float32", False, "a BLAS")

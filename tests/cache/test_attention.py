@@ -1,6 +1,6 @@
 """Every attention call is one that MLX's fused Metal kernels serve."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -14,38 +14,8 @@ from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.params import SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.speculation.step_cost import Costs
-from qwen3_mlx.model.qwen3 import Qwen3
-from tests.support import TINY, assert_close, make_model, random_ids
-
-# query heads, key/value heads of the published models; all have heads of 128
-HEADS = {
-    "0.6B and 1.7B": (16, 8),
-    "4B and 8B": (32, 8),
-    "14B": (40, 8),
-    "32B": (64, 8),
-    "30B-A3B": (32, 4),
-    "235B-A22B": (64, 4),
-}
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
-    """Record every attention call of a GPU, and if there is one, allow no fallback."""
-    recorded: list[dict[str, Any]] = []
-    original, fused = mx.fast.scaled_dot_product_attention, backend.on_gpu()
-
-    def record(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
-        recorded.append({"q": q.shape, "k": k.shape, "v": v.shape, **options})
-        return original(q, k, v, **options, force_fused=fused)
-
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", record)
-    monkeypatch.setattr(backend, "on_gpu", lambda: True)
-    yield recorded
-
-
-def model_with(heads: int, kv_heads: int) -> Qwen3:
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 128}
-    return make_model({**TINY, **sizes, "num_hidden_layers": 2})
+from tests.cache.harness import HEADS, model_with
+from tests.support import TINY, assert_close, random_ids
 
 
 def assert_fused(call: dict[str, Any]) -> None:

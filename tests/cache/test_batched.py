@@ -10,8 +10,8 @@ from qwen3_mlx.cache.batched import Together
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.engine.forward import Part, forward
 from qwen3_mlx.model.qwen3 import Qwen3
-from tests.cache.test_attention import HEADS, calls, model_with  # noqa: F401 - a fixture
-from tests.engine.test_engine import MODELS, MOST, PROMPTS, Client, alone, engine_of, run
+from tests.cache.harness import HEADS, model_with
+from tests.engine.harness import MODELS, MOST, PROMPTS, Client, alone, engine_of, run
 from tests.support import assert_close, make_model, random_ids
 
 MODEL = make_model()
@@ -126,7 +126,7 @@ def test_the_engine_puts_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("geometry", HEADS)
 def test_a_mask_is_laid_out_once_a_step(
     geometry: str,
-    calls: list[dict[str, Any]],  # noqa: F811
+    calls: list[dict[str, Any]],
 ) -> None:
     model = model_with(*HEADS[geometry])
     caches, together = begun(model, [4, 6, 5, 9]), Together()

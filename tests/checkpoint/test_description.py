@@ -13,8 +13,8 @@ import pytest
 from qwen3_mlx import CheckpointError, SamplingParams, convert, load
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.files import read_json
-from tests.checkpoint.test_stored_formats import make_gptq
-from tests.cli.test_ask import call
+from tests.checkpoint.harness import INDEX, make_gptq, shards_of
+from tests.cli.harness import call
 from tests.support import (
     MOE,
     TINY,
@@ -27,7 +27,6 @@ from tests.support import (
 )
 
 IDS = random_ids(20)
-INDEX = "model.safetensors.index.json"
 
 
 def logits(folder: Path) -> mx.array:
@@ -106,20 +105,6 @@ def test_attn_factor_is_honoured(
 
 
 # --- which files --------------------------------------------------------------------------------
-
-
-def shards_of(folder: Path, *, index: bool) -> None:
-    """Write other weights beside a checkpoint's own, in two shards."""
-    weights = {name: 2 * array for name, array in read_weights(folder).items()}
-    names = sorted(weights)
-    places: dict[str, str] = {}
-    for shard in (1, 2):
-        file = f"model-{shard:05}-of-00002.safetensors"
-        part = {name: weights[name] for name in names[shard - 1 :: 2]}
-        mx.save_safetensors(str(folder / file), part)
-        places |= dict.fromkeys(part, file)
-    if index:
-        (folder / INDEX).write_text(json.dumps({"weight_map": places}))
 
 
 @pytest.mark.parametrize("left", [0, 1])

@@ -15,7 +15,7 @@ import pytest
 
 from qwen3_mlx.checkpoint import download
 from qwen3_mlx.cli import console
-from tests.checkpoint.test_hub import Hub, qwen3, serving
+from tests.checkpoint.harness import Hub, qwen3, serving
 
 WEIGHTS = "model.safetensors"
 ASK = ("Hello", "-n", "4", "-m", "someone/tiny")

@@ -1,135 +1,17 @@
 """Loading by a hub's name, from a hub of our own on this machine."""
 
-import base64
-import hashlib
-import io
 import json
-import logging
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import mlx.core as mx
 import pytest
-from huggingface_hub import constants
 
-from qwen3_mlx.cli.main import main
-from tests.checkpoint.test_description import shards_of
-from tests.checkpoint.test_tied import with_head
+from tests.checkpoint.harness import GIVEN, Hub, qwen3, serving, shards_of, with_head
 from tests.support import DEMO, read_weights
-
-GIVEN: dict[str, bytes] = {}
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-class Hub(BaseHTTPRequestHandler):
-    """Serves one model, someone/tiny, as the hub's web interface does."""
-
-    folder: Path
-    asked: list[str]
-    given: dict[str, bytes]
-
-    def do_POST(self) -> None:
-        """Take an upload, as small files are sent: in the body of a commit."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.path == "/api/repos/create":
-            answer: dict[str, object] = {"url": self._address()}
-        elif self.path.startswith("/api/models/me/made/preupload/"):
-            files = [
-                {**file, "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            answer = {"files": files}
-        elif self.path.startswith("/api/models/me/made/commit/"):
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    content = base64.b64decode(line["value"]["content"])
-                    self.given[line["value"]["path"]] = content
-            answer = {"commitUrl": self._address() + "/commit/1", "commitOid": COMMIT}
-        else:  # the check of a model card
-            answer = {"errors": [], "warnings": []}
-        self._send(json.dumps(answer).encode())
-
-    def _address(self) -> str:
-        return f"http://{self.headers['Host']}/me/made"
-
-    def do_HEAD(self) -> None:
-        self._answer(body=False)
-
-    def do_GET(self) -> None:
-        self._answer(body=True)
-
-    def _answer(self, *, body: bool) -> None:
-        path = self.path.split("?")[0]
-        names = [*(file.name for file in self.folder.iterdir()), "pytorch_model.bin", "README.md"]
-        if path.startswith("/api/models/me/made"):
-            self._send(json.dumps({"id": "me/made", "sha": COMMIT, "siblings": []}).encode())
-        elif path.startswith("/api/models/someone/tiny/tree/"):
-            tree = [{"type": "file", "path": name, "size": 1, "oid": COMMIT} for name in names]
-            self._send(json.dumps(tree).encode())
-        elif path.startswith("/api/models/someone/tiny"):
-            siblings = [{"rfilename": name} for name in names]
-            model = {"id": "someone/tiny", "sha": COMMIT, "siblings": siblings}
-            self._send(json.dumps(model).encode())
-        elif path.startswith("/someone/tiny/resolve/"):
-            name = path.split("/")[-1]
-            if body:
-                self.asked.append(name)
-            self._send_file((self.folder / name).read_bytes(), name, body=body)
-        else:
-            self._send(b'{"error": "not found"}', status=404, error="RepoNotFound")
-
-    def _send_file(self, content: bytes, name: str, *, body: bool) -> None:
-        self._send(content if body else b"", length=len(content), etag=_hash(content))
-
-    def _send(
-        self,
-        content: bytes,
-        *,
-        status: int = 200,
-        length: int | None = None,
-        etag: str = "",
-        error: str = "",
-    ) -> None:
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(content) if length is None else length))
-        self.send_header("X-Repo-Commit", COMMIT)
-        if etag:
-            self.send_header("ETag", f'"{etag}"')
-        if error:
-            self.send_header("X-Error-Code", error)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *_: object) -> None:
-        """Say nothing."""
-
-
-def _hash(content: bytes) -> str:
-    return hashlib.sha1(content).hexdigest()
-
-
-@contextmanager
-def serving(folder: Path, kind: type[Hub] = Hub, **more: object) -> Iterator[tuple[str, list[str]]]:
-    """Serve a folder as someone/tiny: give the hub's address and the list of what is downloaded."""
-    asked: list[str] = []
-    handler = type("Tiny", (kind,), {"folder": folder, "asked": asked, "given": GIVEN, **more})
-    GIVEN.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    thread = Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}", asked
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 @pytest.fixture
@@ -151,42 +33,6 @@ def command(
         timeout=120,
         check=False,
         env={"PATH": "", "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "NO_PROXY": "*", **more},
-    )
-
-
-def qwen3(
-    *arguments: str, home: Path, endpoint: str, err: io.StringIO | None = None
-) -> subprocess.CompletedProcess[str]:
-    """Run it in this process, which saves a second; the library has read its variables already."""
-    out, err = io.StringIO(), io.StringIO() if err is None else err
-    handler = logging.StreamHandler(err)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        open(os.devnull) as nothing,
-        redirect_stdout(out),
-        redirect_stderr(err),
-    ):
-        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        patch.setattr(constants, "ENDPOINT", endpoint)
-        address = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setenv("HF_TOKEN", "hf_token")
-        patch.setenv("NO_PROXY", "*")
-        patch.delenv("QWEN3_MODEL", raising=False)
-        patch.setattr(sys, "stdin", nothing)
-        logging.getLogger("qwen3_mlx").addHandler(handler)
-        logging.getLogger("huggingface_hub").addHandler(handler)
-        try:
-            main(arguments)
-            code: object = 0
-        except SystemExit as ended:
-            code = ended.code
-        finally:
-            logging.getLogger("qwen3_mlx").removeHandler(handler)
-            logging.getLogger("huggingface_hub").removeHandler(handler)
-    return subprocess.CompletedProcess(
-        arguments, int(str(code or 0)), out.getvalue(), err.getvalue()
     )
 
 

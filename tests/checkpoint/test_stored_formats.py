@@ -7,13 +7,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
 from qwen3_mlx import CheckpointError
 from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
-from tests.support import Stored, as_bfloat16, float_of, write_safetensors
+from tests.checkpoint.harness import Array, as_stored, make_gptq, scales_of
+from tests.support import Stored, float_of, write_safetensors
 
-Array = NDArray[Any]
 UP = "model.layers.0.mlp.up_proj"
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
@@ -30,17 +29,6 @@ def read(folder: Path, tensors: Mapping[str, Stored], section: dict[str, Any] | 
     """Write a file of these tensors and find what they stand for."""
     write_safetensors(folder / "model.safetensors", tensors)
     return read_matrices(folder, {"quantization_config": section} if section else {})
-
-
-def scales_of(random: np.random.RandomState, shape: tuple[int, ...], dtype: str) -> Stored:
-    values = random.uniform(0.001, 0.1, shape).astype(np.float32)
-    return as_stored(values, dtype)
-
-
-def as_stored(values: Array, dtype: str) -> Stored:
-    if dtype == "BF16":
-        return dtype, as_bfloat16(values)
-    return dtype, values.astype({"F16": np.float16, "F32": np.float32}[dtype])
 
 
 # --- FP8 ----------------------------------------------------------------------------------------
@@ -140,47 +128,6 @@ def test_awq(inputs: int, outputs: int, group: int, tmp_path: Path) -> None:
 
 
 # --- GPTQ ---------------------------------------------------------------------------------------
-
-
-def packed_along(values: Array, bits: int, axis: int) -> Array:
-    """Pack values along an axis, the first in the lowest bits of its word."""
-    values = np.moveaxis(values, axis, 0)
-    count = 32 // bits
-    words = np.zeros((values.shape[0] // count, *values.shape[1:]), np.uint32)
-    for place in range(count):
-        words |= values[place::count].astype(np.uint32) << np.uint32(bits * place)
-    return np.moveaxis(words, 0, axis).view(np.int32)
-
-
-def make_gptq(
-    inputs: int, outputs: int, bits: int, order: str = "sorted", seed: int = 0, version: int = 1
-) -> tuple[dict[str, Stored], Array]:
-    """Pack random numbers as gptqmodel does: version 1 has the zeros' words less 0x1111... ."""
-    random = np.random.RandomState(seed)
-    groups = inputs // 128
-    q = random.randint(0, 1 << bits, (inputs, outputs))
-    zeros = random.randint(0, 1 << bits, (groups, outputs))
-    scales = scales_of(random, (groups, outputs), "F16")
-    stored_zeros = packed_along(zeros, bits, 1)
-    if version == 1:
-        ones = sum(1 << bit for bit in range(0, 32, bits))
-        stored_zeros = (stored_zeros.view(np.uint32) - np.uint32(ones)).view(np.int32)
-    index = np.arange(inputs) // 128
-    if order == "permuted":
-        index = random.permutation(index)
-    expected = np.zeros((outputs, inputs), np.float32)
-    for i in range(inputs):
-        number = (q[i] - zeros[index[i]]).astype(np.float32)
-        expected[:, i] = number * float_of(scales)[index[i]]
-    tensors = {
-        "qweight": ("I32", np.ascontiguousarray(packed_along(q, bits, 0))),
-        "qzeros": ("I32", np.ascontiguousarray(stored_zeros)),
-        "scales": scales,
-        "g_idx": ("I32", index.astype(np.int32)),
-    }
-    if order == "missing":
-        del tensors["g_idx"]
-    return tensors, expected
 
 
 @pytest.mark.parametrize("version", [1, 2])

@@ -11,11 +11,11 @@ import pytest
 
 from qwen3_mlx import CheckpointError, convert, load
 from qwen3_mlx.files import read_json
-from tests.cli.test_ask import call
+from tests.checkpoint.harness import EMBEDDING, HEAD, with_head
+from tests.cli.harness import call
 from tests.support import assert_close, random_ids, read_weights
 
 IDS = random_ids(20)
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def logits(folder: Path, **options: Any) -> mx.array:
@@ -31,19 +31,6 @@ def states(folder: Path) -> bool:
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-
-
-def with_head(source: Path, folder: Path, *, like: str, tie: bool = True) -> Path:
-    """Copy a tied checkpoint, and give it a head: a copy of the embedding, or another."""
-    shutil.copytree(source, folder)
-    weights = read_weights(folder)
-    copy = weights[EMBEDDING]
-    weights[HEAD] = copy if like == "copy" else copy.at[-1].add(0.5)  # the last row alone
-    mx.eval(weights)
-    mx.save_safetensors(str(folder / "model.safetensors"), weights)
-    config = read_json(folder / "config.json")
-    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tie}))
-    return folder
 
 
 @pytest.fixture

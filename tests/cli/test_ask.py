@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,8 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.model.sizes import SIZES
+from tests.cli.harness import QWEN3, call
 from tests.support import DEMO
-
-QWEN3 = [sys.executable, "-m", "qwen3_mlx"]
 
 
 def run(
@@ -36,22 +35,6 @@ def run(
         check=False,
         env=clean | (env or {}),
     )
-
-
-def call(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
-    """Run the command in this process; give exit code, stdout and stderr."""
-    with pytest.raises(SystemExit) as ended:
-        main(arguments)
-    captured = capsys.readouterr()
-    return int(ended.value.code or 0), captured.out, captured.err
-
-
-@pytest.fixture(autouse=True)
-def no_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.delenv("QWEN3_MODEL", raising=False)
-    with open(os.devnull) as nothing:
-        monkeypatch.setattr(sys, "stdin", nothing)
-        yield
 
 
 def test_the_answer_alone_goes_to_stdout(tiny_folder: Path) -> None:

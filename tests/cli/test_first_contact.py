@@ -17,11 +17,10 @@ import typer
 from qwen3_mlx import LLM, backend, extras, load
 from qwen3_mlx.cli.error_wording import in_options
 from qwen3_mlx.cli.main import _keywords, app
-from tests.cli.test_ask import call, no_terminal
+from tests.cli.harness import call
 
 _ROOT = Path(__file__).parents[2]
 KEYWORDS = _keywords()
-__all__ = ["no_terminal"]  # a fixture of every test here
 # Runs in the command's process before all else: Ctrl-C comes when MODULE is about to be imported,
 # or when the thread that loads calls FUNCTION, which then takes minutes.
 _CUSTOMIZED = """

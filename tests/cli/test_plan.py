@@ -13,7 +13,7 @@ import pytest
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.model.sizes import published_config
-from tests.cli.test_ask import call
+from tests.cli.harness import call
 
 Captured = pytest.CaptureFixture[str]
 

@@ -7,57 +7,7 @@ from pathlib import Path
 from qwen3_mlx.engine import scheduler
 from qwen3_mlx.engine.params import IDLE, NORMAL
 from qwen3_mlx.engine.scheduler import Scheduler
-
-
-class Job:
-    def __init__(
-        self, name: str, prompt: int, reply: int = 10, priority: int = NORMAL, client: str = ""
-    ) -> None:
-        self.name, self.priority, self.client = name, priority, client
-        self.room = self.seen = 0
-        self.unread, self._left = prompt, reply
-        self.answering = False
-
-    def __repr__(self) -> str:
-        return self.name
-
-    @property
-    def complete(self) -> bool:
-        return self._left == 0
-
-    def room_for(self, tokens: int) -> int:
-        return max(self.room, tokens)
-
-    def first_room(self) -> int:
-        return max(self.room, self.seen + self.unread + 10)
-
-    def reserve(self, room: int) -> None:
-        self.room = max(self.room, room)
-
-    def take(self, tokens: int) -> None:
-        self.seen += tokens
-        self._left -= self.answering
-        self.unread = max(0, self.unread - tokens)
-        self.answering |= not self.unread
-
-
-class House:
-    def __init__(self, kept: int = 0) -> None:
-        self.paused: list[Job] = []
-        self._kept = kept
-
-    def begin(self, job: Job) -> None:
-        pass
-
-    def pause(self, job: Job) -> None:
-        self.paused.append(job)
-        job.unread, job.seen, job.room, job.answering = job.seen + job.unread, 0, 0, False
-
-    def kept(self) -> int:
-        return self._kept
-
-    def reclaim(self, tokens: int) -> None:
-        self._kept = max(0, self._kept - tokens)
+from tests.engine.harness import House, Job
 
 
 def run(plan: Scheduler[Job], steps: int, chunk: int = 64) -> list[str]:

@@ -19,7 +19,7 @@ from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.speculation.step_cost import Costs, costs_of
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.sizes import SIZES, published
-from tests.engine.test_engine import (
+from tests.engine.harness import (
     MODELS,
     MOST,
     PROMPTS,

@@ -7,34 +7,25 @@ from types import SimpleNamespace
 from typing import Any
 
 import anthropic
-import httpx
 import openai
 import pytest
 
 from qwen3_mlx import LLM, load
 from qwen3_mlx.engine import core
 from qwen3_mlx.server import response as replies
-from tests.server.serving import Served, serving
-from tests.support import write_tiny
-
-SUM: list[dict[str, Any]] = [{"role": "user", "content": "What is 12 + 34?"}]
-LONG = "What is 123456 + 654321?"
-CALCULATOR: dict[str, Any] = {
-    "name": "calculator",
-    "description": "Calculate.",
-    "parameters": {"type": "object", "properties": {"expression": {"type": "string"}}},
-}
-TOOLS = [{"type": "function", "function": CALCULATOR}]
-SCHEMA = {
-    "type": "object",
-    "properties": {"sum": {"type": "integer"}},
-    "required": ["sum"],
-    "additionalProperties": False,
-}
-NEVER = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+from tests.server.harness import (
+    CALCULATOR,
+    NEVER,
+    SCHEMA,
+    SUM,
+    TOOLS,
+    of_template,
+    short,
+    warnings_of,
 )
+from tests.server.serving import Served, serving
+
+LONG = "What is 123456 + 654321?"
 ALWAYS = NEVER.replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 
 
@@ -43,25 +34,6 @@ def served(demo: LLM) -> Iterator[Served]:
     """A server with the demo, which is hybrid."""
     with serving(demo) as running:
         yield running
-
-
-def of_template(folder: Path, template: str) -> Path:
-    """Write a small random checkpoint with a chat template."""
-    write_tiny(folder)
-    (folder / "chat_template.jinja").write_text(template)
-    return folder
-
-
-def warnings_of(response: httpx.Response) -> str:
-    """Give the warnings of a reply, which there must be."""
-    assert response.status_code == 200, response.text
-    return str(response.headers.get("warnings", ""))
-
-
-def short(path: str, most: int, **fields: Any) -> dict[str, Any]:
-    """Ask for few tokens by any protocol."""
-    limit = {"options": {"num_predict": most}} if path == "/api/chat" else {"max_tokens": most}
-    return {"messages": SUM, "stream": False, **limit, **fields}
 
 
 # --- hints of thinking --------------------------------------------------------------------------

@@ -15,19 +15,11 @@ import pytest
 from pydantic import BaseModel
 
 from qwen3_mlx import LLM
+from tests.server.harness import PARAMETERS, TOOL
 from tests.server.serving import Served, serving
 
 SUM: Any = [{"role": "user", "content": "What is 12 + 34?"}]
 CALL: Any = [{"role": "user", "content": "What is 345 + 678?"}]
-PARAMETERS = {
-    "type": "object",
-    "properties": {"expression": {"type": "string"}},
-    "required": ["expression"],
-}
-TOOL: Any = {
-    "type": "function",
-    "function": {"name": "calculator", "description": "Calculates.", "parameters": PARAMETERS},
-}
 
 
 @pytest.fixture(scope="module")

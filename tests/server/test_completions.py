@@ -15,7 +15,7 @@ from qwen3_mlx.engine import prompt_logprobs
 from qwen3_mlx.engine.forward import Part, forward
 from qwen3_mlx.engine.params import Chance
 from qwen3_mlx.errors import CheckpointError
-from tests.engine.test_engine import Client, engine_of, model_of, run
+from tests.engine.harness import Client, engine_of, model_of, run
 from tests.server.serving import Served, serving
 from tests.support import assert_close, make_model, random_ids
 

@@ -17,7 +17,7 @@ import pytest
 from qwen3_mlx import LLM
 from qwen3_mlx.server.connections import Limits, raise_file_limit
 from tests.server.serving import Served, serving
-from tests.text.test_text import TOKENIZER
+from tests.text.harness import TOKENIZER
 
 HALF = b"GET /health HTTP/1.1\r\nHost: a"
 WHOLE = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"

@@ -17,9 +17,9 @@ from qwen3_mlx import LLM
 from qwen3_mlx.engine.scheduler import Scheduler
 from qwen3_mlx.server.response import Running
 from qwen3_mlx.server.settings import Settings
-from tests.engine.test_scheduler import House, Job
+from tests.engine.harness import House, Job
 from tests.server.serving import Served, serving
-from tests.text.test_text import TOKENIZER
+from tests.text.harness import TOKENIZER
 
 PROXY = ("127.0.0.1",)
 

@@ -27,8 +27,8 @@ from qwen3_mlx.text import grammar_trial
 from qwen3_mlx.text.fair_queue import PATIENT, Caller, Turns
 from qwen3_mlx.text.stop_strings import StopStrings
 from qwen3_mlx.text.tool_schema import Kinds
+from tests.server.harness import until
 from tests.server.serving import Served, serving
-from tests.server.test_preparing import until
 
 _MB = 1 << 20
 

@@ -20,8 +20,8 @@ from qwen3_mlx.engine.activity import Meter
 from qwen3_mlx.server import keys as keys_module
 from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.settings import Settings
+from tests.server.harness import until
 from tests.server.serving import serving
-from tests.server.test_preparing import until
 
 CHAT = "/v1/chat/completions"
 SECRET = "Geheimnis"

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from qwen3_mlx import LLM
+from tests.server.harness import TOOL
 from tests.server.serving import Served, serving
-from tests.server.test_clients import TOOL
 
 pytestmark = pytest.mark.browser
 SUM, COUNT = "What is 12 + 34?", "Count from 3 to 9"

@@ -5,7 +5,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from urllib.parse import urlparse
@@ -21,6 +21,7 @@ from qwen3_mlx.text.fair_queue import PATIENT, Caller
 from qwen3_mlx.text.grammar_limits import MOST_CHARACTERS
 from qwen3_mlx.text.grammar_trial import Compiler
 from qwen3_mlx.text.tool_schema import kinds_of
+from tests.server.harness import until
 from tests.server.serving import Served, serving
 
 # As many as are let pass; it would take minutes and gigabytes.
@@ -80,16 +81,6 @@ def occupied(lanes: list[grammar_trial._Lane]) -> Iterator[None]:
             for _ in range(lane._free.qsize()):
                 stack.enter_context(lane.helper(PATIENT))
         yield
-
-
-def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must become true, for as long as that may take on a busy machine."""
-    pause = threading.Event()
-    for _ in range(2000):
-        if condition():
-            return
-        pause.wait(0.03)
-    pytest.fail("it did not become true within a minute")
 
 
 @pytest.mark.parametrize(

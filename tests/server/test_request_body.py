@@ -26,9 +26,9 @@ from qwen3_mlx.api import generation
 from qwen3_mlx.server import app
 from qwen3_mlx.text.splitting import pieces
 from qwen3_mlx.text.tokenizer import Tokenizer
+from tests.server.harness import _endless, message_of, until_idle
 from tests.server.serving import Served, serving
-from tests.server.test_server import _endless, message_of, until_idle
-from tests.text.test_text import TOKENIZER
+from tests.text.harness import TOKENIZER
 
 CHAT, TEXT, MESSAGES, OLLAMA = (
     "/v1/chat/completions",

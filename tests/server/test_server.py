@@ -3,14 +3,12 @@
 import asyncio
 import json
 import logging
-import os
 import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -27,9 +25,10 @@ from qwen3_mlx.server.app import make_app
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import EFFORTS, Wish
 from qwen3_mlx.text.thinking import Thinking
-from tests.api.test_conversation import settle
+from tests.api.harness import settle
+from tests.server.harness import Process, _endless, message_of, until_idle
 from tests.server.serving import Served, serving
-from tests.text.test_text import TOKENIZER
+from tests.text.harness import TOKENIZER
 
 HYBRID = Thinking(True, True, False, 1, 2)
 ALWAYS = Thinking(True, False, True, 1, 2)
@@ -44,24 +43,9 @@ def served(demo: LLM) -> Iterator[Served]:
         yield running
 
 
-def message_of(response: httpx.Response) -> str:
-    """Give what an error says by any protocol."""
-    body = response.json()
-    error = body["error"]
-    return str(error if isinstance(error, str) else error["message"])
-
-
 def data_of(line: str) -> Any:
     """Give what a line of a stream says."""
     return json.loads(line.removeprefix("data: "))
-
-
-def until_idle(served: Served, seconds: float = 60) -> None:
-    """Wait until nothing runs any more."""
-    end = time.monotonic() + seconds
-    while served.server.service.active:
-        assert time.monotonic() < end, "something still runs"
-        time.sleep(0.01)
 
 
 # --- thinking by every spelling -----------------------------------------------------------------
@@ -652,12 +636,6 @@ def test_a_client_that_goes_away_is_not_worked_for(served: Served) -> None:
     until_idle(served)
 
 
-def _endless() -> dict[str, Any]:
-    """A reply that would take a while, because it cannot end."""
-    never = {str(TOKENIZER.id_of(end)): -100 for end in ("<|im_end|>", "<|endoftext|>")}
-    return {"prompt": "1 2 3", "max_tokens": 8000, "logit_bias": never, "temperature": 1.5}
-
-
 def test_more_than_it_can_take_is_told_to_come_again(demo: LLM) -> None:
     with serving(demo, max_requests=2) as running, ThreadPoolExecutor() as pool:
         body = {**_endless(), "stream": True}
@@ -769,30 +747,6 @@ def test_what_fails_within_is_an_error_and_no_end(
 
 
 # --- beginning and end --------------------------------------------------------------------------
-
-
-class Process:
-    """`qwen3 serve` as a user starts it."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "qwen3_mlx", "serve", "--port", "0", *arguments],
-            stderr=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "QWEN3_MODEL": ""} | {"NO_COLOR": "1"},
-        )
-        assert self.process.stderr
-        first = self.process.stderr.readline()
-        found = re.search(r"http://\S+", first)
-        assert found, first + self.process.stderr.read()
-        self.url = found[0]
-
-    def end(self, number: int = signal.SIGINT) -> tuple[int, str, str]:
-        """Send a signal, and give the exit code and what was written."""
-        self.process.send_signal(number)
-        out, err = self.process.communicate(timeout=120)
-        return self.process.returncode, out, err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -12,16 +12,8 @@ from qwen3_mlx import LLM, load
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.app import make_app
 from qwen3_mlx.server.settings import Settings
+from tests.server.harness import NEVER, SCHEMA, SUM, TOOLS, of_template, short, warnings_of
 from tests.server.serving import Served, serving
-from tests.server.test_client_hints import (
-    NEVER,
-    SCHEMA,
-    SUM,
-    TOOLS,
-    of_template,
-    short,
-    warnings_of,
-)
 
 JSON: dict[str, Any] = {"response_format": {"type": "json_object"}}
 

@@ -7,9 +7,7 @@ import pytest
 
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.parser import Parser
-from tests.text.test_text import THINKING, TOKENIZER
-from tests.text.test_thinking_budget import CLOSE, END, OPEN, Reply
-from tests.text.test_tool_calls import BAD, CALL, CALLS
+from tests.text.harness import BAD, CALL, CALLS, CLOSE, END, OPEN, THINKING, TOKENIZER, Reply
 
 PIECES = [
     *("a", "b c", "\n", "\n\n", " ", "你好", "👩‍👩‍👧", "é", "x" * 9, "<", "think>", "</", "<|"),

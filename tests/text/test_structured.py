@@ -20,9 +20,7 @@ from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tool_calls import Calls, describe
 from tests.support import write_tiny
-from tests.text.test_text import TEMPLATE, TOKENIZER
-from tests.text.test_thinking_budget import END
-from tests.text.test_tool_calls import calculator
+from tests.text.harness import END, TEMPLATE, TOKENIZER, calculator
 
 GRAMMARS = Grammars(TOKENIZER, frozenset([END]))
 WILD = SamplingParams(temperature=1.5)

@@ -18,6 +18,7 @@ from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Detokenizer, Tokenizer
 from tests.support import DEMO
+from tests.text.harness import TEMPLATE, THINKING, TOKENIZER
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "chat_cases.json").read_text())
 SCRIPTS = (
@@ -32,9 +33,6 @@ SCRIPTS = (
     "สวัสดีชาวโลก",
     "👩‍👩‍👧‍👦 🏳️‍🌈 👍🏽 🇫🇷 e\u0301 Å ﬁ",
 )
-TOKENIZER = Tokenizer(DEMO / "tokenizer.json")
-TEMPLATE = ChatTemplate((DEMO / "chat_template.jinja").read_text())
-THINKING = Thinking.of(TEMPLATE, TOKENIZER)
 
 
 def render(template: ChatTemplate, case: dict[str, Any]) -> str:

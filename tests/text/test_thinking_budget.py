@@ -2,92 +2,22 @@
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
-from qwen3_mlx.text.parser import Parser
 from qwen3_mlx.text.repetition import Loops
-from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.thinking_budget import HAND_OFF, Limits, Steering, budget_within, hand_off_ids
 from qwen3_mlx.text.tokenizer import Tokenizer
-from tests.support import DEMO
+from tests.text.harness import CLOSE, END, OPEN, THINKING, TOKENIZER, Chooser, Reply
 
-TOKENIZER = Tokenizer(DEMO / "tokenizer.json")
-THINKING = Thinking.of(ChatTemplate((DEMO / "chat_template.jinja").read_text()), TOKENIZER)
-OPEN, CLOSE = THINKING.open_id or 0, THINKING.close_id or 0
-END = TOKENIZER.id_of("<|im_end|>") or 0
 PLAIN_CLOSE = TOKENIZER.encode("\n</think>\n\n")
 HAND_OFF_IDS = hand_off_ids(TOKENIZER, THINKING, None)
-Chooser = Callable[[Sequence[int], Sequence[int]], int]
 """Chooses a token after those so far, none of those ruled out."""
-
-
-class Reply:
-    """What an engine makes of a chooser's tokens, and what the parser says of them."""
-
-    def __init__(
-        self,
-        choose: Chooser,
-        *,
-        budget: int | None,
-        guard: bool = False,
-        inside: bool = False,
-        most: int = 400,
-        finish_at: int | None = None,
-        message: str | None = None,
-    ) -> None:
-        self.reasoning = self.text = ""
-        self.ids: list[int] = []
-        self.ended = False
-        self.began_inside = inside
-        self._most = most
-        hand_off = hand_off_ids(TOKENIZER, THINKING, message)
-        limits = Limits(hand_off, budget, guard)
-        self.steering = Steering(
-            TOKENIZER, THINKING, limits, inside=inside, end_ids=frozenset([END])
-        )
-        self.parser = Parser(TOKENIZER, self._hear, thinking=THINKING, inside=inside)
-        self._force()
-        while not self.ended:
-            if finish_at is not None and len(self.ids) >= finish_at:
-                self.steering.finish_thinking()
-            self._take([choose(self.ids, self._ruled_out())])
-            self._force()
-        self.parser.close()
-
-    def _ruled_out(self) -> list[int]:
-        mask = self.steering.mask() if self.steering.masking else None
-        if mask is None:
-            return []
-        return [token for token in range(len(TOKENIZER)) if not mask[token // 32] >> token % 32 & 1]
-
-    def _hear(self, event: Reasoning | Text | ToolCall | ToolCallDelta) -> None:
-        if isinstance(event, Reasoning):
-            self.reasoning += event.text
-        elif isinstance(event, Text):
-            self.text += event.text
-
-    def _force(self) -> None:
-        while not self.ended and (forced := self.steering.forced()):
-            self._take(forced[: self._most - len(self.ids)])
-
-    def _take(self, ids: list[int]) -> None:
-        self.ids += ids
-        self.steering.advance(ids)
-        if unwanted := self.steering.unwanted:
-            del self.ids[len(self.ids) - unwanted :]
-            if unwanted > len(ids):
-                self.parser.rewind(unwanted - len(ids))
-            return
-        full = len(self.ids) >= self._most
-        self.ended = ids[-1] == END or self.steering.finished or full
-        self.parser.advance([token for token in ids if token != END])
 
 
 def saying(text: str, then: str = "") -> Chooser:

@@ -25,10 +25,9 @@ from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tool_calls import Calls, CoderCalls, HermesCalls, answer, describe, functions_of
 from qwen3_mlx.text.tool_schema import kinds_of
 from tests.support import DEMO, write_tiny
-from tests.text.test_text import TEMPLATE, THINKING, TOKENIZER
+from tests.text.harness import BAD, CALL, CALLS, TEMPLATE, THINKING, TOKENIZER, calculator
 
 GREEDY = SamplingParams(temperature=0)
-CALLS = Calls.of(TEMPLATE, TOKENIZER, [])
 PARTIAL = Calls.of(TEMPLATE, TOKENIZER, [], partial=True)
 CODER = Calls.of(
     ChatTemplate("<tool_call>\n<function="),
@@ -364,8 +363,6 @@ def test_kinds_of_values_nested_without_end() -> None:
 
 # --- parsed -------------------------------------------------------------------------------------
 
-CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
-BAD = "<tool_call>\nno JSON\n</tool_call>"
 XML = "<function=find>\n<parameter=count>\n12\n</parameter>\n</function>"
 
 
@@ -975,16 +972,6 @@ def test_partial_functions_and_models_are_tools() -> None:
     assert described["parameters"] == Filter.model_json_schema()
     made = answer(ToolCall("1", "Filter", {"key": "a"}), functions_of([Filter]))
     assert made["content"] == json.dumps("key='a' n=1")
-
-
-def calculator(expression: str) -> str:
-    """Evaluate an arithmetic expression
-
-    Args:
-        expression: the expression
-    """
-    numbers = [int(part) for part in expression.split("+")]
-    return str(sum(numbers))
 
 
 def test_the_demo_calls_a_function_and_answers(demo: LLM) -> None:

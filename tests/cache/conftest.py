@@ -1,0 +1,24 @@
+"""What the tests of this room share: fixtures."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from qwen3_mlx import backend
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
+    """Record every attention call of a GPU, and if there is one, allow no fallback."""
+    recorded: list[dict[str, Any]] = []
+    original, fused = mx.fast.scaled_dot_product_attention, backend.on_gpu()
+
+    def record(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+        recorded.append({"q": q.shape, "k": k.shape, "v": v.shape, **options})
+        return original(q, k, v, **options, force_fused=fused)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", record)
+    monkeypatch.setattr(backend, "on_gpu", lambda: True)
+    yield recorded
