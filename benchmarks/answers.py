@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import Outcome, Request, SamplingParams
+from qwen3_mlx.engine.request import Outcome, Request
+from qwen3_mlx.engine.sampling_params import SamplingParams
 
 
 @dataclass(slots=True)

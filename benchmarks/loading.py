@@ -17,9 +17,9 @@ from qwen3_mlx import backend  # first: the BLAS
 import mlx.core as mx
 
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.stored import Format
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.files import read_json
+from qwen3_mlx.model.quantization import Format
 
 
 def main() -> None:

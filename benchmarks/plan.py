@@ -25,7 +25,7 @@ from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory import Workload, make_plan, weight_bytes
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.engine.sequence import FIRST_ROOM
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig

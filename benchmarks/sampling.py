@@ -11,8 +11,8 @@ from qwen3_mlx import backend as backend  # first: the BLAS
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
 
-from qwen3_mlx.engine.params import NEUTRAL, THINKING
 from qwen3_mlx.engine.sampling import Sampler, choose
+from qwen3_mlx.engine.sampling_params import NEUTRAL, THINKING
 
 _VOCABULARY, _ROWS = 151_669, 151_936
 

@@ -26,7 +26,7 @@ from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
+from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.files import read_json
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer

@@ -26,7 +26,7 @@ from qwen3_mlx import convert, load
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.load import NGRAM
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
+from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3

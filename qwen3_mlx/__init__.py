@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwen3_mlx.api.load import load
     from qwen3_mlx.api.options import Options, TextOptions
     from qwen3_mlx.api.stream import AsyncStream, Reply, Stream
-    from qwen3_mlx.engine.params import SamplingParams
+    from qwen3_mlx.engine.sampling_params import SamplingParams
     from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
     from qwen3_mlx.text.events import (
         Event,

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
 

@@ -9,7 +9,6 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS, PLAIN, CacheFormat
 from qwen3_mlx.checkpoint.load import LoadOptions
-from qwen3_mlx.checkpoint.stored import Format
 from qwen3_mlx.engine.memory import (
     FormatOf,
     Plan,
@@ -23,6 +22,7 @@ from qwen3_mlx.engine.memory import (
 from qwen3_mlx.engine.memory_ledger import owed
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.sizes import SIZES, published, ready_name
 
 _log = logging.getLogger(__name__)

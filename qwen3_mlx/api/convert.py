@@ -22,12 +22,12 @@ from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.recipes import RECIPES, assign, choose_formats, group_of
 from qwen3_mlx.checkpoint.sensitivity import measure
-from qwen3_mlx.checkpoint.stored import Format
 from qwen3_mlx.checkpoint.stored_formats import read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, untied
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import memory_of
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import ready_name, size_named
 from qwen3_mlx.text.tokenizer import Tokenizer

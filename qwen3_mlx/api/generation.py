@@ -27,14 +27,9 @@ from qwen3_mlx.api.prompts import (
 from qwen3_mlx.api.stream import Collected, Started
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import (
-    Chance,
-    Constraint,
-    Outcome,
-    Request,
-    SamplingParams,
-    sampling_defaults,
-)
+from qwen3_mlx.engine.hooks import Constraint
+from qwen3_mlx.engine.request import Chance, Outcome, Request
+from qwen3_mlx.engine.sampling_params import SamplingParams, sampling_defaults
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.fair_queue import PATIENT, Caller

@@ -20,17 +20,18 @@ from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.fingerprint import identity
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.stored import Format, formats_stored
+from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, are_here, untied
 from qwen3_mlx.engine.forward import warm_up
 from qwen3_mlx.engine.memory import FormatOf, Plan
-from qwen3_mlx.engine.params import stated_sampling
+from qwen3_mlx.engine.sampling_params import stated_sampling
 from qwen3_mlx.engine.speculation.draft_model import DraftModel
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import full_name, stretched
 from qwen3_mlx.text.grammar_compiler import Grammars

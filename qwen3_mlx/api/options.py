@@ -9,7 +9,7 @@ from textwrap import shorten
 from typing import Any, TypedDict, TypeVar, cast
 
 from qwen3_mlx.arguments import plain, refuse_unknown
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.text.grammar import Grammar
 from qwen3_mlx.text.grammar_compiler import Form, Grammars
 from qwen3_mlx.text.grammar_limits import MOST_TOOLS, check_tools

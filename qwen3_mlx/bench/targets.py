@@ -23,7 +23,8 @@ from qwen3_mlx.api.load import load
 from qwen3_mlx.bench.measure import OURS, PEER, Case, Setup, Side, Terms, measure
 from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.request import Outcome, Request
+from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3

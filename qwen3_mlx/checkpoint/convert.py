@@ -23,12 +23,12 @@ from qwen3_mlx import backend
 from qwen3_mlx.checkpoint import gptq
 from qwen3_mlx.checkpoint.load import quantizable
 from qwen3_mlx.checkpoint.recipes import Formats
-from qwen3_mlx.checkpoint.stored import Format
 from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, mismatches, refuse_missing_layers, weight_names
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import Planned, ShardWriter, written_whole
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.version import __version__
 

@@ -11,7 +11,7 @@ R rows, I inputs, B inputs of a block, C = I / B blocks, g weights of a group.
 import mlx.core as mx
 import numpy as np
 
-from qwen3_mlx.checkpoint.stored import Format
+from qwen3_mlx.model.quantization import Format
 
 _LARGEST_BLOCK = 192  # inputs; a layer's moments take 4 · I · B bytes
 _DAMPING = 0.01  # of the mean second moment, added to each: what was not seen may come

@@ -15,12 +15,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qwen3_mlx import backend
-from qwen3_mlx.checkpoint.stored import Format, StoredFormats
+from qwen3_mlx.checkpoint.stored import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, mismatches, refuse_missing_layers
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.linear import Embedding, Linear
 from qwen3_mlx.model.moe import QuantizedSwitchLinear, SwitchLinear
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _log = logging.getLogger(__name__)

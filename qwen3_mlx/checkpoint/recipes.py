@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from qwen3_mlx.checkpoint.stored import Format
+from qwen3_mlx.model.quantization import Format
 
 RECIPES = ("uniform", "mixed", "mixed-rich", "auto")
 """`auto` measures; see `sensitivity.py`. The others are decided by names alone."""

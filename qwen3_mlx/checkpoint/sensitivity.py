@@ -21,11 +21,11 @@ from qwen3_mlx.cache.attention import NoCache
 from qwen3_mlx.checkpoint.gptq import moments
 from qwen3_mlx.checkpoint.load import quantizable
 from qwen3_mlx.checkpoint.recipes import group_of
-from qwen3_mlx.checkpoint.stored import Format
 from qwen3_mlx.checkpoint.stored_formats import Matrix
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.linear import Linear
 from qwen3_mlx.model.moe import SwitchLinear
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Block
 from qwen3_mlx.model.rope import Rope
 

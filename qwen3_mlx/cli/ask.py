@@ -38,7 +38,7 @@ from qwen3_mlx.cli.load_options import (
     TopP,
     load,
 )
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.text.events import Finish, Reasoning, Text
 
 _DEMO_NOTE = (

@@ -44,7 +44,7 @@ from qwen3_mlx.cli.load_options import (
     load,
 )
 from qwen3_mlx.cli.screen import Screen, enter_key
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Finish, Usage
 

@@ -13,7 +13,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.checkpoint.description import read_config, tensors_listed
 from qwen3_mlx.checkpoint.hub import Source
-from qwen3_mlx.checkpoint.stored import MLX, Format, formats_stored, quantization_of
+from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
 from qwen3_mlx.checkpoint.weights import are_here, untied
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.plan_plots import Picture, draw
@@ -29,6 +29,7 @@ from qwen3_mlx.engine.memory import (
     weight_bytes,
 )
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.sizes import SIZES, published, size_named, yarn_lengths
 
 _SHORTEST = 2048

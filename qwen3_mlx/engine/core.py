@@ -30,8 +30,8 @@ from qwen3_mlx.engine.logits import Logits, plan_logits
 from qwen3_mlx.engine.logprobs import Chances
 from qwen3_mlx.engine.memory import RESERVE, Budget, Workload
 from qwen3_mlx.engine.memory_ledger import Share, claim, release
-from qwen3_mlx.engine.params import Chance, Outcome, Request
 from qwen3_mlx.engine.prompt_logprobs import Scores
+from qwen3_mlx.engine.request import Chance, Outcome, Request
 from qwen3_mlx.engine.sampling import choose
 from qwen3_mlx.engine.scheduler import Scheduler, Step
 from qwen3_mlx.engine.sequence import Sequence as Running
@@ -40,7 +40,7 @@ from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 
 if TYPE_CHECKING:
-    from qwen3_mlx.engine.params import Mask
+    from qwen3_mlx.engine.hooks import Mask
 
 _log = logging.getLogger(__name__)
 _HOST_BOUND = 2048  # the width of 1.7B: above, the host is done before the device

@@ -15,7 +15,8 @@ from qwen3_mlx.engine.activity import Activity
 from qwen3_mlx.engine.core import Steps
 from qwen3_mlx.engine.logits import Logits
 from qwen3_mlx.engine.memory_ledger import release
-from qwen3_mlx.engine.params import IDLE, NEUTRAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.request import IDLE, Outcome, Request
+from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3

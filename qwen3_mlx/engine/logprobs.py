@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from qwen3_mlx.engine.params import Chance
+from qwen3_mlx.engine.request import Chance
 from qwen3_mlx.engine.sampling import likeliest
 from qwen3_mlx.engine.sequence import Sequence as Running
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from qwen3_mlx.engine.params import Mask
+    from qwen3_mlx.engine.hooks import Mask
 
 _STRETCH = 128
 _COLDEST = 1e-5  # below, dividing by the temperature would leave the range of float32

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from qwen3_mlx.engine.params import IDLE
+from qwen3_mlx.engine.request import IDLE
 
 _PATIENCE = 0.25  # seconds that a chunk of somebody's prompt may keep the others waiting
 _MOST_RUNNING = 32

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from qwen3_mlx.cache.kv import KVCache, grown_capacity
 from qwen3_mlx.cache.prefix import common_prefix
-from qwen3_mlx.engine.params import Chance, Outcome, Request
+from qwen3_mlx.engine.request import Chance, Outcome, Request
 from qwen3_mlx.engine.sampling import Sampler
 from qwen3_mlx.engine.speculation.ngram import Lookup
 from qwen3_mlx.errors import Qwen3Error

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.stored import Format, StoredFormats
+from qwen3_mlx.checkpoint.stored import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, has_own_head
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import Format
 
 Progress = Callable[[int, int], None]
 

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import Collected
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.admission import Place
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.schema import Sampled

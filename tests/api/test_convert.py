@@ -11,9 +11,9 @@ import mlx.core as mx
 import pytest
 
 from qwen3_mlx import CheckpointError, Qwen3Error, SamplingParams, convert, load
-from qwen3_mlx.checkpoint.stored import Format
 from qwen3_mlx.cli.evaluate import compare
 from qwen3_mlx.cli.main import main
+from qwen3_mlx.model.quantization import Format
 from tests.cli.harness import call
 from tests.support import DEMO, MOE, assert_close, random_ids, write_tiny
 

@@ -11,7 +11,7 @@ from qwen3_mlx.cache.attention import attention_of_each, causal_attention
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.cache.ragged import ragged_layers
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.speculation.step_cost import Costs
 from tests.cache.harness import HEADS, model_with

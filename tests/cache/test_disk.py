@@ -20,7 +20,7 @@ from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.checkpoint.fingerprint import identity
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.files import ShardWriter, read_described
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import assert_close, make_model, prefill, random_ids, write_tiny

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.ragged import ragged_layers
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from tests.support import MOE, assert_close, fill, make_model, random_ids
 
 MODELS = {"dense": make_model(), "moe": make_model(MOE)}

@@ -18,8 +18,8 @@ from qwen3_mlx import convert as convert_folder
 from qwen3_mlx.checkpoint import convert
 from qwen3_mlx.checkpoint.convert import Job, Written, modules_of, run
 from qwen3_mlx.checkpoint.recipes import choose_formats
-from qwen3_mlx.checkpoint.stored import Format
 from qwen3_mlx.files import ShardWriter, read_header, read_json
+from qwen3_mlx.model.quantization import Format
 from tests.support import (
     TINY,
     assert_close,

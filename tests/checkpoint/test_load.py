@@ -14,9 +14,10 @@ import pytest
 from qwen3_mlx import CheckpointError, backend, load
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.stored import Format, StoredFormats
+from qwen3_mlx.checkpoint.stored import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.files import read_json
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import (
     DEMO,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from qwen3_mlx.checkpoint.convert import modules_of
 from qwen3_mlx.checkpoint.recipes import Formats, assign, choose_formats, group_of
-from qwen3_mlx.checkpoint.stored import Format
+from qwen3_mlx.model.quantization import Format
 from tests.support import MOE, TINY
 
 UNTIED = {**TINY, "tie_word_embeddings": False}

@@ -13,10 +13,10 @@ from qwen3_mlx.checkpoint.convert import modules_of
 from qwen3_mlx.checkpoint.gptq import block_size
 from qwen3_mlx.checkpoint.recipes import group_of
 from qwen3_mlx.checkpoint.sensitivity import Scores, measure
-from qwen3_mlx.checkpoint.stored import Format
 from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import MOE, TINY, moe_folder, random_ids, read_weights, write_tiny
 

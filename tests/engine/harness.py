@@ -9,7 +9,8 @@ import numpy as np
 
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.params import NEUTRAL, NORMAL, Outcome, Request, SamplingParams
+from qwen3_mlx.engine.request import NORMAL, Outcome, Request
+from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.draft_model import DraftModel
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.speculation.step_cost import Costs, costs_of

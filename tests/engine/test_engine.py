@@ -16,8 +16,9 @@ from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.forward import Part, forward, warm_up
 from qwen3_mlx.engine.memory import RESERVE
-from qwen3_mlx.engine.params import IDLE, NEUTRAL, NORMAL, Outcome, SamplingParams
+from qwen3_mlx.engine.request import IDLE, NORMAL, Outcome
 from qwen3_mlx.engine.sampling import Sampler, choose
+from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.engine.harness import (

@@ -18,7 +18,7 @@ from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import CACHE_FORMATS, CacheFormat
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.stored import Format, formats_stored
+from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import INDEX, Weights
 from qwen3_mlx.engine.memory import (
     RESERVE,
@@ -33,6 +33,7 @@ from qwen3_mlx.engine.memory import (
 )
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import SIZES, published, published_config, yarn_lengths
 from tests.support import DEMO, MOE, TINY, make_model, prefill, write_tiny

@@ -14,13 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx import LLM, load
-from qwen3_mlx.engine.params import (
-    DIRECT,
-    NEUTRAL,
-    SamplingParams,
-    sampling_defaults,
-    stated_sampling,
-)
 from qwen3_mlx.engine.sampling import (
     Sampler,
     choose,
@@ -28,6 +21,13 @@ from qwen3_mlx.engine.sampling import (
     penalise,
     within_min_p,
     within_top_p,
+)
+from qwen3_mlx.engine.sampling_params import (
+    DIRECT,
+    NEUTRAL,
+    SamplingParams,
+    sampling_defaults,
+    stated_sampling,
 )
 from tests.support import assert_close
 

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from qwen3_mlx.engine import scheduler
-from qwen3_mlx.engine.params import IDLE, NORMAL
+from qwen3_mlx.engine.request import IDLE, NORMAL
 from qwen3_mlx.engine.scheduler import Scheduler
 from tests.engine.harness import House, Job
 
@@ -96,4 +96,4 @@ def test_chunks_adapt_to_the_speed_while_others_wait() -> None:
 def test_the_scheduler_imports_no_arrays() -> None:
     tree = ast.parse(Path(scheduler.__file__).read_text("utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported - sys.stdlib_module_names == {"collections.abc", "qwen3_mlx.engine.params"}
+    assert imported - sys.stdlib_module_names == {"collections.abc", "qwen3_mlx.engine.request"}

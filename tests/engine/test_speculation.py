@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import qwen3_mlx
-from qwen3_mlx.engine.params import NEUTRAL, SamplingParams
+from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.sequence import Sequence as Running
 from qwen3_mlx.engine.speculation.ngram import Lookup, Rates
 from qwen3_mlx.engine.speculation.speculator import Speculator

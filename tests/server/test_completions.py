@@ -13,7 +13,7 @@ from qwen3_mlx import LLM, ToolCallDelta, backend, load
 from qwen3_mlx.api.stream import Collected
 from qwen3_mlx.engine import prompt_logprobs
 from qwen3_mlx.engine.forward import Part, forward
-from qwen3_mlx.engine.params import Chance
+from qwen3_mlx.engine.request import Chance
 from qwen3_mlx.errors import CheckpointError
 from tests.engine.harness import Client, engine_of, model_of, run
 from tests.server.serving import Served, serving

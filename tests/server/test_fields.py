@@ -17,7 +17,7 @@ import pytest
 
 from qwen3_mlx import LLM
 from qwen3_mlx.api.generation import Task
-from qwen3_mlx.engine.params import Chance, Outcome, Request
+from qwen3_mlx.engine.request import Chance, Outcome, Request
 from qwen3_mlx.server.wire import Wire
 from tests.server.fields import PROTOCOLS, Case, Protocol
 from tests.server.serving import serving

@@ -10,7 +10,7 @@ from fastapi.responses import Response
 
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import Collected
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.admission import Place
 from qwen3_mlx.server.anthropic.schema import (
     HARMLESS,

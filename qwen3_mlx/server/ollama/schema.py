@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qwen3_mlx.api.options import Options
-from qwen3_mlx.engine.params import SamplingParams
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.openai.schema import ToolIn
 from qwen3_mlx.server.wire import Messages, Parts, Posted, Tools, Wire
 

@@ -1,18 +1,11 @@
-"""What a caller asks of one generation."""
+"""How the next token is chosen: what callers, checkpoints and modes say of it."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from threading import Event
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 from qwen3_mlx.arguments import plain
-
-if TYPE_CHECKING:  # numpy would cost the start a tenth of a second
-    import numpy as np
-    from numpy.typing import NDArray
-
-    Mask = NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,119 +147,3 @@ def sampling_defaults(stated: Mapping[str, Any], *, thinking: bool, hybrid: bool
         stated = {name: value for name, value in stated.items() if name not in _PUBLISHED[0]}
     mode = THINKING if thinking else DIRECT
     return SamplingParams(**stated).over(mode).over(NEUTRAL)
-
-
-class Watcher(Protocol):
-    """Follows the tokens of one generation and may end it."""
-
-    finished: bool
-
-    def advance(self, ids: Sequence[int]) -> None:
-        """Take the next tokens; end tokens are not among them."""
-
-    def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens taken: the constraint of this generation takes them back.
-
-        They are tokens that the constraint itself would not have shown yet.
-        """
-
-
-class Constraint(Protocol):
-    """Steers one generation: a grammar, say, or a budget of thinking.
-
-    After each `advance` the engine looks at `finished`, `unwanted`, `forced` and `masking`, in this
-    order. Only while `masking` does a step have to wait for the token of the one before.
-    """
-
-    @property
-    def finished(self) -> bool:
-        """Whether the reply ends here."""
-
-    @property
-    def unwanted(self) -> int:
-        """How many of the last tokens are to be taken back; it has forgotten them itself."""
-
-    @property
-    def masking(self) -> bool:
-        """Whether `mask` is to be asked before the next token is chosen."""
-
-    def advance(self, ids: Sequence[int]) -> None:
-        """Take the next tokens, chosen or forced; end tokens are among them."""
-
-    def forced(self) -> list[int]:
-        """Give the ids that must come next; the engine takes them as if they had been chosen."""
-
-    def mask(self) -> "Mask | None":
-        """Give the ids allowed next as bits, 32 to a word, or None for all.
-
-        Asked while the forward pass runs.
-        """
-
-    def foresee(self, ids: Sequence[int]) -> "list[Mask | None]":
-        """Give the mask for the next token, and those for the tokens that follow `ids`, if they
-        should come: at most one more than ids, and only as far as nothing is sure to be forced.
-        """
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How a generation ended: stop, length or cancelled.
-
-    `cached_tokens` of the prompt were in a kept cache and not read again. It took so many forward
-    `passes` in which a token was chosen; of the tokens `proposed` by speculation so many were
-    `accepted`.
-    """
-
-    reason: str
-    completion_tokens: int
-    cached_tokens: int = 0
-    passes: int = 0
-    proposed: int = 0
-    accepted: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Chance:
-    """How likely a chosen token was, as the model alone sees it: before bias, penalties,
-    temperature and masks. `top` are the likeliest in its place, with their log probabilities.
-    """
-
-    token: int
-    logprob: float
-    top: Sequence[tuple[int, float]]
-
-
-NORMAL, IDLE = 0, 1  # priorities: least first; idle work runs while there is no other
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """One generation: what to continue, how, and whom to tell.
-
-    `done` is called once, on the engine's thread, with the outcome or the error that ended it.
-    `heard` is told how likely each chosen token was, beside so many others (`alternatives`), before
-    the watcher hears of it; end tokens are among them, forced ones are not. `heard_prompt` is
-    called whenever a part of the prompt has been read, with how likely each of its tokens but the
-    first was after those before it; it has had all of them before the first token is chosen.
-    `sampling` has no None left. `progress(done, total)` is told the prompt tokens processed. With
-    max_tokens=0 the prompt is only read, and kept for requests that begin with it. `doubtful()`
-    says that the reply looks like that of a broken network, so that its logits are checked again.
-    Requests that wait take turns by `client`.
-    """
-
-    ids: Sequence[int]
-    sampling: SamplingParams
-    max_tokens: int
-    seed: int
-    end_ids: frozenset[int]
-    watcher: Watcher
-    done: Callable[[Outcome | BaseException], None]
-    progress: Callable[[int, int], None] | None = None
-    constraint: Constraint | None = None
-    priority: int = NORMAL
-    cancelled: Event = field(default_factory=Event)
-    heard: Callable[[Chance], None] | None = None
-    heard_prompt: Callable[[Sequence[Chance]], None] | None = None
-    alternatives: int = 0
-    doubtful: Callable[[], bool] | None = None
-    client: str = ""
