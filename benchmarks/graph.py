@@ -17,8 +17,8 @@ import mlx_lm.models.qwen3
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 import qwen3_mlx.model.qwen3  # first: the BLAS
-from qwen3_mlx.cache.batched import Together
-from qwen3_mlx.engine.forward import Part, forward
+from qwen3_mlx.cache.batched import BatchedCaches
+from qwen3_mlx.engine.forward import BatchSlice, forward
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import published_config
@@ -71,7 +71,7 @@ def batch_build_times(layers: int = 28, repeats: int = 60) -> dict[int, dict[str
     ours, peer = our_model(layers), peer_model(layers)
     found = {}
     for size in (1, 2, 4, 8):
-        parts = [Part(ours.make_cache(4096), 1, True) for _ in range(size)]
+        parts = [BatchSlice(ours.make_cache(4096), 1, True) for _ in range(size)]
         for part in parts:
             mx.eval(ours(_PROMPT, part.layers))
         padded = [BatchKVCache([0] * size) for _ in range(layers)]
@@ -79,10 +79,10 @@ def batch_build_times(layers: int = 28, repeats: int = 60) -> dict[int, dict[str
         ids = mx.full((size,), 4, dtype=mx.int32)
         column = ids[:, None]
         mx.eval(ids, column)
-        together = Together()
+        together = BatchedCaches()
 
         def step(
-            parts: list[Part] = parts, ids: mx.array = ids, together: Together = together
+            parts: list[BatchSlice] = parts, ids: mx.array = ids, together: BatchedCaches = together
         ) -> mx.array:
             joined = together.layers([part.layers for part in parts], room=10**9)
             logits = forward(ours, ids, parts, joined)

@@ -24,7 +24,7 @@ from benchmarks.answers import answer
 from benchmarks.graph import our_model
 from qwen3_mlx import convert, load
 from qwen3_mlx.api.llm import LLM
-from qwen3_mlx.api.load import NGRAM
+from qwen3_mlx.api.load import DRAFT_NGRAM
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
@@ -64,7 +64,7 @@ def main() -> None:
 
 def works() -> Iterator[tuple[str, Run, Run]]:
     """Give each piece of work: its name, and how to do it without speculation and with it."""
-    with tempfile.TemporaryDirectory() as scratch, load() as llm, load(draft=NGRAM) as fast:
+    with tempfile.TemporaryDirectory() as scratch, load() as llm, load(draft=DRAFT_NGRAM) as fast:
         yield "lists repeated, turn after turn", lambda: repeat(llm), lambda: repeat(fast)
         small = Path(scratch) / "demo-4bit"
         convert(str(files("qwen3_mlx") / "demo"), small, bits=4)
@@ -85,7 +85,7 @@ def repeat(llm: LLM) -> Work:
     def details() -> Iterator[tuple[str, int, dict[str, str]]]:
         rng = Random(1)
         for seed in range(_CONVERSATIONS):
-            conversation = llm.conversation(thinking=False, seed=seed, idle=False)
+            conversation = llm.conversation(thinking=False, seed=seed, prefetch_next_turn=False)
             items = " ".join(rng.sample(_WORDS, 6))
             for _ in range(_TURNS):
                 reply = conversation.chat(f"Repeat: {items}")

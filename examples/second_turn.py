@@ -12,7 +12,9 @@ def main() -> None:
     with load() as llm:
         for idle in (False, True):
             llm.forget()
-            conversation = llm.conversation(idle=idle, sampling=SamplingParams(temperature=0))
+            conversation = llm.conversation(
+                prefetch_next_turn=idle, sampling=SamplingParams(temperature=0)
+            )
             print("with idle work:" if idle else "without idle work:")
             for question in QUESTIONS:
                 started = time.perf_counter()

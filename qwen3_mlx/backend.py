@@ -85,8 +85,8 @@ def wait_for_work(*streams: "mx.Stream | mx.ThreadLocalStream") -> None:
             mx.synchronize(stream)
 
 
-def lend_stream() -> mx.Stream:
-    """Lend a stream of the CPU that nobody else uses, until `take_stream_back`.
+def acquire_stream() -> mx.Stream:
+    """Lend a stream of the CPU that nobody else uses, until `release_stream`.
 
     Each such stream has a thread that MLX never ends: with new ones, a process that loads and
     closes models would gather threads, and all that it computes would slow down.
@@ -97,7 +97,7 @@ def lend_stream() -> mx.Stream:
         return mx.new_thread_unsafe_stream(mx.cpu)
 
 
-def take_stream_back(stream: mx.Stream) -> None:
+def release_stream(stream: mx.Stream) -> None:
     """Wait for what is in flight on a lent stream, and keep it for the next one who asks."""
     mx.synchronize(stream)
     _spare_streams.append(stream)
@@ -260,7 +260,7 @@ def prefill_chunk() -> int:
     return 2048 if on_gpu() else 512
 
 
-def suit_threads(width: int) -> None:
+def tune_blas_threads(width: int) -> None:
     """Have OpenBLAS use the threads that pay for matrices of `width` columns: all, or one.
 
     They wait for work by spinning, and where matrices are small that takes more than it gives: 32
@@ -273,7 +273,7 @@ def suit_threads(width: int) -> None:
         set_threads(1 if width < _NARROW else len(os.sched_getaffinity(0)))
 
 
-def limit_cache() -> None:
+def limit_buffer_cache() -> None:
     """Bound the freed buffers that MLX keeps, which a growing KV cache would pile up."""
     if on_gpu():
         mx.set_cache_limit(min(_CACHE_LIMIT, total_memory() // 8))

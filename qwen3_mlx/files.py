@@ -79,11 +79,11 @@ class Entry:
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Read what a safetensors file says it holds; see `read_described`."""
-    return read_described(file)[0]
+    """Read what a safetensors file says it holds; see `read_header_and_metadata`."""
+    return read_header_and_metadata(file)[0]
 
 
-def read_described(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header_and_metadata(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """Read what a safetensors file says it holds, and its metadata; check that it holds just that.
 
     The format's own rules are kept: the tensors lie side by side in the file, without gaps and
@@ -206,7 +206,7 @@ def _as_floats(raw: bytes, dtype: str) -> "NDArray[Any]":
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class TensorSpec:
     """A tensor that a file shall hold."""
 
     name: str
@@ -223,7 +223,7 @@ class ShardWriter:
     """Fills a safetensors file whose tensors are known beforehand, each from its first row on."""
 
     def __init__(
-        self, stream: Any, tensors: Sequence[Planned], metadata: Mapping[str, str] = _OF_MLX
+        self, stream: Any, tensors: Sequence[TensorSpec], metadata: Mapping[str, str] = _OF_MLX
     ) -> None:
         """Write the header of `tensors` to an open binary file."""
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -259,7 +259,7 @@ def memory_of(array: mx.array) -> memoryview:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Any]:
+def atomic_write(path: Path) -> Iterator[Any]:
     """Open a file for writing that takes its name only when it is complete, and on the disk."""
     unfinished = path.with_name(path.name + ".unfinished")
     try:

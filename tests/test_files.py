@@ -16,12 +16,12 @@ from hypothesis import strategies as st
 from qwen3_mlx import CheckpointError
 from qwen3_mlx.files import (
     STORED_AS,
-    Planned,
     ShardWriter,
+    TensorSpec,
+    atomic_write,
     read_header,
     read_json,
     read_rows,
-    written_whole,
 )
 
 SLOWEST = 5.0  # seconds of CPU; a header is refused in far less
@@ -236,7 +236,7 @@ def test_what_is_written_mlx_reads(tmp_path: Path, kinds: Any, random: Any) -> N
         f"tensor.{number}": (100 * mx.random.normal(shape)).astype(dtype)
         for number, (dtype, shape) in enumerate(kinds)
     }
-    planned = [Planned(name, array.dtype, tuple(array.shape)) for name, array in tensors.items()]
+    planned = [TensorSpec(name, array.dtype, tuple(array.shape)) for name, array in tensors.items()]
     file = tmp_path / "x.safetensors"
     with file.open("wb") as stream:
         writer = ShardWriter(stream, planned)
@@ -267,7 +267,7 @@ def test_rows_that_lie_otherwise_in_memory_are_written_in_order(tmp_path: Path) 
     for number, laid in enumerate((array.T, array[:, ::2], array[::2], array[:, 1:2])):
         file = tmp_path / f"{number}.safetensors"
         with file.open("wb") as stream:
-            ShardWriter(stream, [Planned("x", laid.dtype, tuple(laid.shape))]).append("x", laid)
+            ShardWriter(stream, [TensorSpec("x", laid.dtype, tuple(laid.shape))]).append("x", laid)
         loaded: Any = mx.load(str(file))
         assert mx.array_equal(loaded["x"], laid)
 
@@ -275,15 +275,15 @@ def test_rows_that_lie_otherwise_in_memory_are_written_in_order(tmp_path: Path) 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left"), ValueError])
 def test_a_file_written_whole_or_not_at_all(error: Any, tmp_path: Path) -> None:
     file = tmp_path / "x"
-    with pytest.raises(error if isinstance(error, type) else OSError), written_whole(file) as out:
+    with pytest.raises(error if isinstance(error, type) else OSError), atomic_write(file) as out:
         out.write(b"some")
         raise error
     assert list(tmp_path.iterdir()) == []
-    with written_whole(file) as out:
+    with atomic_write(file) as out:
         out.write(b"some")
         assert not file.exists()
     assert file.read_bytes() == b"some"
-    with pytest.raises(KeyboardInterrupt), written_whole(file) as out:
+    with pytest.raises(KeyboardInterrupt), atomic_write(file) as out:
         raise KeyboardInterrupt
     assert file.read_bytes() == b"some"  # what was there stays
     assert list(tmp_path.iterdir()) == [file]
@@ -296,6 +296,6 @@ def test_a_full_disk_at_the_end_leaves_nothing(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"), written_whole(tmp_path / "x") as out:
+    with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "x") as out:
         out.write(b"some")
     assert list(tmp_path.iterdir()) == []

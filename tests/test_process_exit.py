@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from qwen3_mlx import backend
-from qwen3_mlx.bench.measure import PEER, Case, Setup, Terms
+from qwen3_mlx.bench.measure import PEER, Case, NumericSettings, Setup
 from tests.server.harness import Process
 from tests.support import TINY, write_tiny
 
@@ -71,7 +71,7 @@ _ENDS = {  # the last lines of a program, and its exit code
     "end interrupted": (  # while it waits for the job in work
         "def long():\n    a = mx.random.normal((1024, 1024))\n    for _ in range(many): a = a @ a\n"
         "    return a\n"
-        "llm.soon(lambda: [print('ready', flush=True), mx.eval(long())])",
+        "llm.call_soon(lambda: [print('ready', flush=True), mx.eval(long())])",
         130,
     ),
 }
@@ -128,7 +128,7 @@ def test_the_command_ends(interrupt: bool, wide_folder: Path) -> None:
 
 def test_a_measured_peer_ends(wide_folder: Path) -> None:
     blas = backend.BLAS.split(" (")[0]
-    terms = Terms(dtype="float32", quantized=False, blas=blas)
+    terms = NumericSettings(dtype="float32", quantized=False, blas=blas)
     for cases in ([Case(1, 64)], [Case(2, 64)]):
         setup = json.dumps(asdict(Setup(PEER, str(wide_folder), cases, 4, terms)))
         code, errors = end_of([sys.executable, "-m", "qwen3_mlx.bench.targets", setup])

@@ -23,7 +23,7 @@ from qwen3_mlx.engine.memory_ledger import owed
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
-from qwen3_mlx.model.sizes import SIZES, published, ready_name
+from qwen3_mlx.model.sizes import SIZES, mlx_4bit_name, published
 
 _log = logging.getLogger(__name__)
 _CONVERSATION = 2048  # tokens; what cannot hold so many is of no use
@@ -60,7 +60,7 @@ def plan_load(
     return make_plan(network, weight_bytes(network, format_of, work.itemsize), work)
 
 
-def refuse_what_cannot_fit(
+def check_fits(
     name: str,
     network: ModelConfig,
     stored: FormatOf | None,
@@ -86,7 +86,7 @@ def refuse_what_cannot_fit(
         *_other_cache(network, stored, options, tokens, available),
         *_other_options(network, stored, options, available),
         *([f"a shorter context than {context:,} may fit"] if context else []),
-        _ready_model(available),
+        _suggest_model(available),
     ]
     if plan.total <= available + beside:
         ways.append("so it would without a draft model")
@@ -153,7 +153,7 @@ def _other_cache(
             return
 
 
-def _ready_model(available: int) -> str:
+def _suggest_model(available: int) -> str:
     """Name the largest of the published sizes that fits as it can be had, quantized to 4 bits."""
     options = LoadOptions(backend.compute_dtype())
     plans = {size: plan_load(published(size), lambda _: _READY, options) for size in SIZES}
@@ -161,4 +161,4 @@ def _ready_model(available: int) -> str:
     if not fitting:
         return "nor does any of the ready 4-bit models"
     best = max(fitting, key=lambda size: fitting[size])
-    return f"--model {best} fits ({ready_name(best)}, 4-bit, {in_gb(fitting[best])})"
+    return f"--model {best} fits ({mlx_4bit_name(best)}, 4-bit, {in_gb(fitting[best])})"

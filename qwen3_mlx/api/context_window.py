@@ -6,7 +6,7 @@ and memory as the text is long.
 
 from collections.abc import Sequence
 
-from qwen3_mlx.api.prompts import Words, least_tokens
+from qwen3_mlx.api.prompts import TextProcessor, least_tokens
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.text.messages import Message
@@ -19,7 +19,7 @@ MOST_COUNTED = 2
 class Window:
     """The context window of one engine, for prompts of one checkpoint."""
 
-    def __init__(self, words: Words, engine: Engine) -> None:
+    def __init__(self, words: TextProcessor, engine: Engine) -> None:
         self._words = words
         self._engine = engine
 

@@ -8,14 +8,16 @@ from pathlib import Path
 from typing import Any, Unpack
 
 from qwen3_mlx.api.options import Options, spread, with_keywords
-from qwen3_mlx.api.stream import Collected, Reply, Stream, collect
+from qwen3_mlx.api.stream import Reply, ReplyBuilder, Stream, collect
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.text.events import ToolCall
 from qwen3_mlx.text.messages import normalise
-from qwen3_mlx.text.tool_calls import answer, functions_of
+from qwen3_mlx.text.tool_calls import run_tool, tool_functions
 
 Message = dict[str, Any]
-Start = Callable[[Sequence[Message], Options, Callable[[Collected], None], dict[str, str]], Stream]
+Start = Callable[
+    [Sequence[Message], Options, Callable[[ReplyBuilder], None], dict[str, str]], Stream
+]
 """Starts a reply to messages; the callback is told all that was said, before `Finish`, which tells
 the details that are given."""
 
@@ -73,7 +75,7 @@ class Conversation:
             raise ValueError("there is nothing to reply to; say something")
         before, self.messages, self._replying = self.messages, messages, True
 
-        def heard(said: Collected) -> None:
+        def heard(said: ReplyBuilder) -> None:
             self._replying = False
             if said.failed:
                 self.messages = before
@@ -87,7 +89,7 @@ class Conversation:
             self.messages, self._replying = before, False
             raise
 
-    def _start_within(self, heard: Callable[[Collected], None], options: Options) -> Stream:
+    def _start_within(self, heard: Callable[[ReplyBuilder], None], options: Options) -> Stream:
         """Start a reply, without the oldest turns if need be and if they may be dropped."""
         dropped = 0
         while True:
@@ -117,7 +119,7 @@ class Conversation:
         asked = self.messages[-1].get("tool_calls") if self.messages else None
         if not asked:
             raise ValueError("the last message calls no tool")
-        by_name = functions_of(functions)
+        by_name = tool_functions(functions)
         for call in asked:
             function = call["function"]
             arguments = _arguments_of(function)
@@ -126,7 +128,7 @@ class Conversation:
                 about = {"tool_call_id": made.id, "name": made.name, "content": _NOT_WHOLE}
                 self.messages.append({"role": "tool", **about})
             else:
-                self.messages.append(answer(made, by_name))
+                self.messages.append(run_tool(made, by_name))
 
     @_shows_keywords
     def retry(self, **options: Unpack[Options]) -> Stream:

@@ -29,7 +29,7 @@ from qwen3_mlx.files import memory_of
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.model.sizes import ready_name, size_named
+from qwen3_mlx.model.sizes import mlx_4bit_name, size_named
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.version import __version__
 
@@ -150,8 +150,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
 def _refuse_a_size(source: str | Path) -> None:
     if isinstance(source, str) and (size := size_named(source)):
         raise ValueError(
-            f"{source} is the size that is ready in 4 bits, {ready_name(size)}; to convert, name "
-            f"the original, Qwen/Qwen3-{size}, or a folder, ./{source}"
+            f"{source} is the size that is ready in 4 bits, {mlx_4bit_name(size)}; to convert, "
+            f"name the original, Qwen/Qwen3-{size}, or a folder, ./{source}"
         )
 
 

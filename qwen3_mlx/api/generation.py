@@ -13,9 +13,9 @@ from threading import Thread
 from typing import Any
 
 from qwen3_mlx.api.context_window import MOST_COUNTED, Window
-from qwen3_mlx.api.options import Asked
+from qwen3_mlx.api.options import GenerationOptions
 from qwen3_mlx.api.prompts import (
-    Words,
+    TextProcessor,
     begun,
     is_begun,
     render,
@@ -24,23 +24,23 @@ from qwen3_mlx.api.prompts import (
     thinking_of,
     why_no_turn,
 )
-from qwen3_mlx.api.stream import Collected, Started
+from qwen3_mlx.api.stream import ReplyBuilder, StartedReply
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.hooks import Constraint
-from qwen3_mlx.engine.request import Chance, Outcome, Request
+from qwen3_mlx.engine.request import Request, RequestResult, SampledLogprob
 from qwen3_mlx.engine.sampling_params import SamplingParams, sampling_defaults
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.fair_queue import PATIENT, Caller
-from qwen3_mlx.text.grammar import Grammar
+from qwen3_mlx.text.grammar import GrammarState
 from qwen3_mlx.text.messages import Message, normalise, without_empty_end
-from qwen3_mlx.text.parser import Parser
+from qwen3_mlx.text.parser import ReplyParser
 from qwen3_mlx.text.prompt_logprobs import ScoredPrompt
-from qwen3_mlx.text.structured import Calling, Forming
+from qwen3_mlx.text.structured import GrammarConstraint, ToolCallRule
 from qwen3_mlx.text.thinking import soft_switch
-from qwen3_mlx.text.thinking_budget import Limits, Steering
-from qwen3_mlx.text.tool_calls import Calls
+from qwen3_mlx.text.thinking_budget import ThinkingBudget, ThinkingLimits
+from qwen3_mlx.text.tool_calls import ToolCallSyntax
 
 _PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
 _LONG = 100_000  # characters of a prompt, from which on encoding it would hold up other replies
@@ -48,7 +48,7 @@ _MOST_IDLE = 4096  # tokens to be read ahead
 
 
 @dataclass(frozen=True, slots=True)
-class Task:
+class PreparedRequest:
     """A prompt to reply to: whether that thinks, or None for raw text; and what was asked for.
 
     The prompt may end `inside` the thinking, or within the answer, which the reply then continues:
@@ -59,14 +59,14 @@ class Task:
     ids: Sequence[int]
     thinks: bool | None
     draws_as_thinking: bool
-    asked: Asked
+    asked: GenerationOptions
     inside: bool = False
     continued: Message | None = None
     messages: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
-    calls: Calls | None = None
-    form: Grammar | None = None  # of the answer, from which that of each reply is copied
-    call_grammar: Grammar | None = None  # of a call, likewise
+    calls: ToolCallSyntax | None = None
+    form: GrammarState | None = None  # of the answer, from which that of each reply is copied
+    call_grammar: GrammarState | None = None  # of a call, likewise
     details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
     least_room: int = 1  # tokens that there must be for a reply
     shortens: bool = False  # whether `max_tokens` may be more than there is room for
@@ -80,23 +80,25 @@ class Task:
         return 0 if self.only_read else self.asked.max_tokens
 
 
-class Replies:
+class ReplyGenerator:
     """Starts replies of one checkpoint on one engine."""
 
-    def __init__(self, words: Words, engine: Engine) -> None:
+    def __init__(self, words: TextProcessor, engine: Engine) -> None:
         self.engine = engine
         self.words = words
         self.window = Window(words, engine)
 
-    def text(self, prompt: str | Sequence[int], asked: Asked, caller: Caller = PATIENT) -> Task:
+    def text(
+        self, prompt: str | Sequence[int], asked: GenerationOptions, caller: Caller = PATIENT
+    ) -> PreparedRequest:
         """Lay out the continuation of raw text, or of token ids."""
         ids = self.window.fitting(prompt)
         form = asked.form(self.words.grammars.on_behalf_of(caller))
-        return Task(prompt, ids, None, False, asked, form=form)
+        return PreparedRequest(prompt, ids, None, False, asked, form=form)
 
     def chat(
-        self, messages: str | Sequence[Message], asked: Asked, caller: Caller = PATIENT
-    ) -> Task:
+        self, messages: str | Sequence[Message], asked: GenerationOptions, caller: Caller = PATIENT
+    ) -> PreparedRequest:
         """Lay out a reply to a conversation; the caller may go away meanwhile.
 
         Raises:
@@ -122,7 +124,7 @@ class Replies:
         named = [tool for tool in tools if tool["function"]["name"] == asked.tool_choice]
         stream_calls = asked.partial_calls
         calls = (
-            Calls.of(words.template, words.tokenizer, tools, partial=stream_calls)
+            ToolCallSyntax.of(words.template, words.tokenizer, tools, partial=stream_calls)
             if tools
             else None
         )
@@ -144,7 +146,7 @@ class Replies:
             draws_as_thinking = bool(thinking_of(continued))
             if asked.thinking and not inside:
                 warnings.append("the answer had begun, so it was continued without thinking")
-        return Task(
+        return PreparedRequest(
             prompt,
             ids,
             thinks,
@@ -160,7 +162,7 @@ class Replies:
             {"warning": "; ".join(warnings)} if warnings else {},
         )
 
-    def count_tokens(self, messages: str | Sequence[Message], asked: Asked) -> int:
+    def count_tokens(self, messages: str | Sequence[Message], asked: GenerationOptions) -> int:
         """Do as `LLM.count_tokens` says."""
         history = normalise(messages)
         self.window.check(history, MOST_COUNTED)
@@ -170,17 +172,17 @@ class Replies:
 
     def start(
         self,
-        task: Task,
+        task: PreparedRequest,
         deliver: Callable[[Event | BaseException], None],
         cancelled: Flag,
-        heard: Callable[[Collected], None] | None = None,
-    ) -> Started:
+        heard: Callable[[ReplyBuilder], None] | None = None,
+    ) -> StartedReply:
         """Send a task to the engine.
 
-        `deliver` is told the events, or the error that ends the reply; `heard` is told all that was
-        said, before `deliver` is told the last.
+        `deliver` is told the events, or the error that ends the reply; `on_logprobs` is told all
+        that was said, before `deliver` is told the last.
         """
-        words, asked, said = self.words, task.asked, Collected(task.continued)
+        words, asked, said = self.words, task.asked, ReplyBuilder(task.continued)
 
         def tell(event: Event | BaseException) -> None:
             said.add(event)
@@ -191,7 +193,7 @@ class Replies:
         ids = task.ids
         room = self.window.room(len(ids), task.max_tokens, task.least_room, shortens=task.shortens)
         thinking = None if task.thinks is None else words.thinking
-        parser = Parser(
+        parser = ReplyParser(
             words.tokenizer,
             tell,
             thinking=thinking,
@@ -199,14 +201,14 @@ class Replies:
             begun=is_begun(task.continued),
             stop=asked.stop_strings,
             calls=task.calls,
-            noting=asked.logprobs is not None,
+            logprobs=asked.logprobs is not None,
         )
-        parser.noting_end = task.score_prompt  # then every token is wanted
+        parser.logprob_of_end = task.score_prompt  # then every token is wanted
         form = task.form and task.form.copy([])
         steering = self._steering(task, room, form)
         failures: list[str] = []  # of the grammars of calls
 
-        def done(outcome: Outcome | BaseException) -> None:
+        def done(outcome: RequestResult | BaseException) -> None:
             if isinstance(outcome, BaseException):
                 raise outcome
             parser.close(cut=outcome.reason != "stop")
@@ -225,15 +227,15 @@ class Replies:
                     "accepted_tokens": str(outcome.accepted),
                 }
             tell(Finish(reason, usage, details))
-            if asked.idle and reason in ("stop", "length"):
+            if asked.prefetch_next_turn and reason in ("stop", "length"):
                 job = partial(self._read_ahead, task, said.message(), len(ids))
                 if len(task.prompt) < _LONG:
                     job()
                 else:
                     Thread(target=job, name="qwen3-ahead", daemon=True).start()
 
-        def note(chance: Chance) -> None:
-            parser.note(chance.token, chance.logprob, chance.top)
+        def note(chance: SampledLogprob) -> None:
+            parser.add_logprob(chance.token, chance.logprob, chance.top)
 
         defaults = sampling_defaults(
             words.sampling,
@@ -246,35 +248,37 @@ class Replies:
             max_tokens=room,
             seed=secrets.randbits(32) if asked.seed is None else asked.seed,
             end_ids=self._end_ids(task),
-            watcher=parser,
-            done=partial(_end, done, said, tell),
+            sink=parser,
+            on_finish=partial(_end, done, said, tell),
             progress=asked.progress,
             constraint=self._constraint(task, room, steering, form, failures),
             cancelled=cancelled,
-            heard=None if asked.logprobs is None else note,
-            heard_prompt=self._scoring(ids, tell) if task.score_prompt else None,
-            alternatives=asked.logprobs or 0,
-            doubtful=lambda: steering.looped,
+            on_logprobs=None if asked.logprobs is None else note,
+            on_prompt_logprobs=self._scoring(ids, tell) if task.score_prompt else None,
+            top_logprobs=asked.logprobs or 0,
+            recheck_logits=lambda: steering.looped,
             client=task.client,
         )
         self.engine.submit(request)
-        return Started(len(ids), room, steering.finish_thinking, task.continued)
+        return StartedReply(len(ids), room, steering.finish_thinking, task.continued)
 
     def _scoring(
         self, ids: Sequence[int], tell: Callable[[Event], None]
-    ) -> Callable[[Sequence[Chance]], None]:
+    ) -> Callable[[Sequence[SampledLogprob]], None]:
         scored = ScoredPrompt(self.words.tokenizer, ids, tell)
 
-        def note(chances: Sequence[Chance]) -> None:
+        def note(chances: Sequence[SampledLogprob]) -> None:
             scored.add((chance.token, chance.logprob, chance.top) for chance in chances)
 
         return note
 
-    def _end_ids(self, task: Task) -> frozenset[int]:
+    def _end_ids(self, task: PreparedRequest) -> frozenset[int]:
         words = self.words
         return words.end_ids if task.thinks is None else words.end_ids | words.turn_end_ids
 
-    def _steering(self, task: Task, room: int, form: Grammar | None) -> Steering:
+    def _steering(
+        self, task: PreparedRequest, room: int, form: GrammarState | None
+    ) -> ThinkingBudget:
         """Make what holds a reply to its limits; where it has a form, that must find room."""
         words, asked = self.words, task.asked
         thinking = None if task.thinks is None else words.thinking
@@ -284,7 +288,7 @@ class Replies:
         bounded = form is not None or settled
         # Only what the request itself leaves no room for is refused.
         short = room != asked.max_tokens
-        limits = Limits.of(
+        limits = ThinkingLimits.of(
             words.tokenizer,
             thinking,
             budget=room if bounded and budget is None and task.thinks else budget,
@@ -294,7 +298,7 @@ class Replies:
             least_answer=len(form.closing() or ()) + 1 if form else 1,
             bends=budget is None or asked.thinking_budget_bends or short,
         )
-        return Steering(
+        return ThinkingBudget(
             words.tokenizer,
             thinking,
             limits,
@@ -306,10 +310,10 @@ class Replies:
 
     def _constraint(
         self,
-        task: Task,
+        task: PreparedRequest,
         room: int,
-        steering: Steering,
-        form: Grammar | None,
+        steering: ThinkingBudget,
+        form: GrammarState | None,
         failures: list[str],
     ) -> Constraint:
         """Put grammars around the steering, where the answer or a call shall have a form.
@@ -319,14 +323,14 @@ class Replies:
         words = self.words
         if not form and not task.calls:
             return steering
-        return Forming(
+        return GrammarConstraint(
             steering,
             words.tokenizer,
             words.thinking,
             thinks=bool(task.thinks),
             max_tokens=room,
             answer=form,
-            calling=Calling(
+            calling=ToolCallRule(
                 task.calls,
                 partial(task.call_grammar.copy, failures),
                 must=task.asked.must_call,
@@ -336,7 +340,7 @@ class Replies:
             else None,
         )
 
-    def _read_ahead(self, task: Task, reply: Message, already: int) -> None:
+    def _read_ahead(self, task: PreparedRequest, reply: Message, already: int) -> None:
         """Have what a next turn begins with read in idle time; `already` tokens are about known.
 
         The template is asked what that is: whatever the user says next, what stands before it is
@@ -373,10 +377,10 @@ def _error_of(call: Callable[[], None]) -> BaseException | None:
 
 
 def _end(
-    done: Callable[[Outcome | BaseException], None],
-    said: Collected,
+    done: Callable[[RequestResult | BaseException], None],
+    said: ReplyBuilder,
     tell: Callable[[BaseException], None],
-    outcome: Outcome | BaseException,
+    outcome: RequestResult | BaseException,
 ) -> None:
     """Call `done`; what it raises is the last event of the reply, unless there was one."""
     try:
@@ -387,7 +391,7 @@ def _end(
         tell(error)
 
 
-def _reason(outcome: Outcome, parser: Parser, *, looped: bool) -> str:
+def _reason(outcome: RequestResult, parser: ReplyParser, *, looped: bool) -> str:
     """Return why a reply has ended, by what it said."""
     if outcome.reason != "stop":
         return outcome.reason

@@ -15,15 +15,15 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.api.conversation import Conversation, read_messages
-from qwen3_mlx.api.generation import Replies, Task
-from qwen3_mlx.api.options import Asked, Options, TextOptions, with_keywords
-from qwen3_mlx.api.prompts import Words, render
+from qwen3_mlx.api.generation import PreparedRequest, ReplyGenerator
+from qwen3_mlx.api.options import GenerationOptions, Options, TextOptions, with_keywords
+from qwen3_mlx.api.prompts import TextProcessor, render
 from qwen3_mlx.api.stream import (
     AsyncStream,
-    Collected,
     Reply,
+    ReplyBuilder,
     Said,
-    Started,
+    StartedReply,
     Stream,
     collect,
     with_parsed,
@@ -41,7 +41,7 @@ from qwen3_mlx.text.events import Event
 from qwen3_mlx.text.fair_queue import PATIENT, Caller
 from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.tokenizer import Prompt
-from qwen3_mlx.text.tool_calls import Tool, answer, functions_of
+from qwen3_mlx.text.tool_calls import Tool, run_tool, tool_functions
 
 T = TypeVar("T")
 _OF_CONVERSATION = ("system", "messages", "file", "drop_oldest")
@@ -60,7 +60,7 @@ class LLM:
     def __init__(
         self,
         model: Qwen3,
-        words: Words,
+        words: TextProcessor,
         worker: Worker,
         context: int | None = None,
         disk: DiskPrefixes | None = None,
@@ -82,7 +82,7 @@ class LLM:
             speculator=speculator,
         )
         self.context = engine.context
-        self._replies: Replies | None = Replies(words, engine)
+        self._replies: ReplyGenerator | None = ReplyGenerator(words, engine)
         self._shut = weakref.finalize(self, _shut_down, worker, engine.share, wired)
         self._shut.atexit = False  # at the end of the process the worker sees to itself
 
@@ -104,9 +104,9 @@ class LLM:
             TypeError, ValueError: an argument is not what it must be.
             Qwen3Error: the checkpoint cannot do as asked; a ContextError: the prompt does not fit.
         """
-        return self._stream(self._open().chat(messages, Asked.of(options)))
+        return self._stream(self._open().chat(messages, GenerationOptions.of(options)))
 
-    @with_keywords(Options, idle=True)
+    @with_keywords(Options, prefetch_next_turn=True)
     def conversation(
         self,
         *,
@@ -118,8 +118,9 @@ class LLM:
     ) -> Conversation:
         """Begin a conversation: with a system prompt, messages so far, or those saved in a file.
 
-        It keeps its history, and uses the time after a reply to prepare for the next (`idle`). With
-        `drop_oldest` it goes on when the context window is full, without its oldest turns.
+        It keeps its history, and uses the time after a reply to prepare for the next
+        (`prefetch_next_turn`). With `drop_oldest` it goes on when the context window is full,
+        without its oldest turns.
         """
         history = [*messages, *(read_messages(file) if file is not None else [])]
         if system is not None:
@@ -128,16 +129,16 @@ class LLM:
         def start(
             messages: Sequence[Message],
             options: Options,
-            heard: Callable[[Collected], None],
+            heard: Callable[[ReplyBuilder], None],
             details: dict[str, str],
         ) -> Stream:
-            task = self._open().chat(messages, Asked.of(options))
+            task = self._open().chat(messages, GenerationOptions.of(options))
             least = self._open().engine.context // _LEAST_SHARE if drop_oldest else 1
             details = task.details | details
             return self._stream(replace(task, details=details, least_room=least), heard)
 
-        Asked.of(options, *_OF_CONVERSATION)  # what is wrong is told now
-        kept: Options = {"idle": True, **options}
+        GenerationOptions.of(options, *_OF_CONVERSATION)  # what is wrong is told now
+        kept: Options = {"prefetch_next_turn": True, **options}
         return Conversation(start, messages=history, options=kept, drop_oldest=drop_oldest)
 
     @with_keywords(Options)
@@ -162,12 +163,12 @@ class LLM:
         messages: str | Sequence[Message],
         caller: Caller = PATIENT,
         **options: Unpack[Options],
-    ) -> Task:
+    ) -> PreparedRequest:
         """Lay out a reply, for `begin`: what `stream` would refuse is refused.
 
         That takes its time where a new grammar is compiled; a `caller` may go away meanwhile.
         """
-        return self._open().chat(messages, Asked.of(options), caller)
+        return self._open().chat(messages, GenerationOptions.of(options), caller)
 
     @with_keywords(Options)
     def count_tokens(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> int:
@@ -177,7 +178,7 @@ class LLM:
             TypeError, ValueError: an argument is not what it must be.
             ContextError: it has several times the tokens of the context.
         """
-        return self._open().count_tokens(messages, Asked.of(options))
+        return self._open().count_tokens(messages, GenerationOptions.of(options))
 
     def prepare_text(
         self,
@@ -187,14 +188,14 @@ class LLM:
         score_prompt: bool = False,
         only_read: bool = False,
         **options: Unpack[Options],
-    ) -> Task:
+    ) -> PreparedRequest:
         """Lay out the continuation of raw text, or of token ids, for `begin`, as `prepare` does.
 
         With `score_prompt` the first event is `PromptTokens`, with as many alternatives as the
         option `logprobs` says. With `only_read` there is no continuation.
         """
         words = prompt if isinstance(prompt, str) else token_ids(prompt)
-        task = self._open().text(words, Asked.of(options), caller)
+        task = self._open().text(words, GenerationOptions.of(options), caller)
         if only_read:
             task = replace(task, only_read=True, least_room=0)
         return replace(task, score_prompt=score_prompt)
@@ -204,8 +205,11 @@ class LLM:
         self._open().words.grammars.load()
 
     def begin(
-        self, task: Task, deliver: Callable[[Event | BaseException], None], cancelled: Flag
-    ) -> Started:
+        self,
+        task: PreparedRequest,
+        deliver: Callable[[Event | BaseException], None],
+        cancelled: Flag,
+    ) -> StartedReply:
         """Start what was laid out, below `stream` and `astream`; `cancelled` ends it within a step.
 
         `deliver` is told the events, the last of which is `Finish`, or the error that ends them; on
@@ -221,7 +225,7 @@ class LLM:
         """Return what the engine is doing; from any thread, at once, whatever it computes."""
         return self._open().engine.activity()
 
-    def soon(self, job: Callable[[], None]) -> None:
+    def call_soon(self, job: Callable[[], None]) -> None:
         """Have `job` done, without delay, after the step in work; for `deliver` to use.
 
         An error that it raises is logged.
@@ -250,12 +254,12 @@ class LLM:
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list; chat() takes a single one")
         progress = options.pop("progress", None)
-        asked = Asked.of(options)
+        asked = GenerationOptions.of(options)
         tasks = [self._open().chat(prompt, asked) for prompt in prompts]
         streams: list[Stream] = []
         ended = count(1)
 
-        def tell(_: Collected) -> None:
+        def tell(_: ReplyBuilder) -> None:
             if progress:
                 progress(next(ended), len(tasks))
 
@@ -282,8 +286,8 @@ class LLM:
         Raises:
             Qwen3Error: the model still calls tools after `max_steps` replies.
         """
-        Asked.of(options, "max_steps")
-        functions = functions_of(options.get("tools"))
+        GenerationOptions.of(options, "max_steps")
+        functions = tool_functions(options.get("tools"))
         history, said = normalise(messages), list[dict[str, Any]]()
         for _ in range(max_steps):
             reply = self.chat([*history, *said], **options)
@@ -294,7 +298,7 @@ class LLM:
             said += reply.messages
             if reply.finish_reason != "tool_calls":
                 return replace(reply, messages=said)
-            said += [answer(call, functions) for call in reply.tool_calls]
+            said += [run_tool(call, functions) for call in reply.tool_calls]
         raise Qwen3Error(f"the model still calls tools after {max_steps} replies (max_steps)")
 
     @with_keywords(TextOptions, loop_guard=False)
@@ -388,12 +392,14 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self) -> Replies:
+    def _open(self) -> ReplyGenerator:
         if self._replies is None:
             raise Qwen3Error("this LLM is closed; load it again")
         return self._replies
 
-    def _stream(self, task: Task, heard: Callable[[Collected], None] | None = None) -> Stream:
+    def _stream(
+        self, task: PreparedRequest, heard: Callable[[ReplyBuilder], None] | None = None
+    ) -> Stream:
         """Start a reply; `heard` is told all that was said, before `Finish` or an error is."""
         events: SimpleQueue[Said] = SimpleQueue()
         cancelled = Flag()

@@ -9,15 +9,15 @@ from threading import Event as Flag
 from typing import Any
 
 from qwen3_mlx import backend
-from qwen3_mlx.api.capacity import plan_load, refuse_what_cannot_fit
+from qwen3_mlx.api.capacity import check_fits, plan_load
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.options import Progress
-from qwen3_mlx.api.prompts import Words
+from qwen3_mlx.api.prompts import TextProcessor
 from qwen3_mlx.arguments import plain
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import CacheFormat, cache_format
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
-from qwen3_mlx.checkpoint.fingerprint import identity
+from qwen3_mlx.checkpoint.fingerprint import fingerprint
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.stored import formats_stored
@@ -33,8 +33,8 @@ from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.model.sizes import full_name, stretched
-from qwen3_mlx.text.grammar_compiler import Grammars
+from qwen3_mlx.model.sizes import full_name, with_yarn
+from qwen3_mlx.text.grammar_compiler import GrammarCompiler
 from qwen3_mlx.text.prompt import ControlTokens
 from qwen3_mlx.text.template import ChatTemplate, read_tokenizer_config, special_tokens
 from qwen3_mlx.text.thinking import Thinking
@@ -43,7 +43,7 @@ from qwen3_mlx.text.tokenizer import Tokenizer
 _log = logging.getLogger(__name__)
 _ANSWER = "xq7wanswer"  # to be found again in what a template makes of it
 _MOST_GB = 1e9
-NGRAM = "ngram"  # a way to draft without a model
+DRAFT_NGRAM = "ngram"  # a way to draft without a model
 
 
 def load(  # noqa: PLR0913 - one keyword a choice
@@ -104,7 +104,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
         backend.compute_dtype(dtype), None if bits is None else wanted, dequantize
     )
     demo = str(files("qwen3_mlx") / "demo")
-    target = _Found.at(
+    target = _ResolvedCheckpoint.at(
         Source(demo if source is None else full_name(source), revision, download_progress),
         options,
         kv_bits,
@@ -135,8 +135,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
 
     def read_weights() -> tuple[Qwen3, Speculator | None]:
         nonlocal wired
-        backend.limit_cache()
-        backend.suit_threads(target.network.hidden_size)
+        backend.limit_buffer_cache()
+        backend.tune_blas_threads(target.network.hidden_size)
         models = [found.read(follow) for found in (target, small) if found]
         wired = sum(array.nbytes for model in models for array in model.tensors().values())
         backend.wire(wired)
@@ -151,7 +151,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
     worker = Worker()
     try:
         model, speculator = worker.call(read_weights)
-        words = _words_of(target.folder, target.config, tokenizer)
+        words = _load_text_processor(target.folder, target.config, tokenizer)
         return LLM(model, words, worker, context, disk, speculator, wired)
     except BaseException:
         abandoned.set()
@@ -161,7 +161,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _ResolvedCheckpoint:
     """A checkpoint of which all but the weights is there, and how those shall lie in memory."""
 
     place: Source
@@ -179,24 +179,24 @@ class _Found:
         options: LoadOptions,
         kv_bits: int | str | None,
         context: int | None = None,
-    ) -> "_Found":
+    ) -> "_ResolvedCheckpoint":
         folder, config = read_config(place)
         if are_here(folder):
             config = untied(config, folder)
         if context is not None:
-            config = stretched(config, context)
+            config = with_yarn(config, context)
         network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
         cache = cache_format(kv_bits, network.head_dim)
         return cls(place, folder, config, network, stored, options, cache)
 
-    def as_stored(self) -> "_Found":
+    def as_stored(self) -> "_ResolvedCheckpoint":
         """Give it without a wish to quantize what is quantized already."""
         return replace(self, options=replace(self.options, quantize=None)) if self.stored else self
 
     def plan(self, context: int | None) -> Plan:
         return plan_load(self.network, self.stored, self.options, context, self.cache)
 
-    def fetched(self) -> "_Found":
+    def fetched(self) -> "_ResolvedCheckpoint":
         """Return it with its weights here, and with a head of its own if they have one."""
         judged = are_here(self.folder)
         folder = fetch_weights(self.place, self.folder)
@@ -204,7 +204,7 @@ class _Found:
         return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
 
     def refuse_if_too_large(self, context: int | None, beside: int) -> None:
-        refuse_what_cannot_fit(
+        check_fits(
             self.place.name, self.network, self.stored, self.options, context, self.cache, beside
         )
 
@@ -219,19 +219,21 @@ def _draft_model(
     options: LoadOptions,
     kv_bits: int | str | None,
     progress: Progress | None,
-) -> _Found | None:
-    if draft is None or draft == NGRAM:
+) -> _ResolvedCheckpoint | None:
+    if draft is None or draft == DRAFT_NGRAM:
         return None
     place = Source(full_name(draft), progress=progress)
-    return _Found.at(place, options, kv_bits).as_stored()
+    return _ResolvedCheckpoint.at(place, options, kv_bits).as_stored()
 
 
-def _refuse_another_family(small: _Found, target: _Found, tokenizer: Tokenizer) -> None:
+def _refuse_another_family(
+    small: _ResolvedCheckpoint, target: _ResolvedCheckpoint, tokenizer: Tokenizer
+) -> None:
     knows = Tokenizer(small.folder / "tokenizer.json").knows_all_of(tokenizer)
     if not knows or small.network.vocab_size < target.network.vocab_size:
         raise CheckpointError(
             f"draft: {small.place.name} has other tokens than {target.place.name}; "
-            f"take a smaller model of its family, or draft={NGRAM!r}"
+            f"take a smaller model of its family, or draft={DRAFT_NGRAM!r}"
         )
 
 
@@ -255,7 +257,7 @@ def _open_disk(
     if place is None:
         return None
     try:
-        held = identity(folder, config, held_as)
+        held = fingerprint(folder, config, held_as)
         return DiskPrefixes(Path(place), held, limit=int(most * 1e9))
     except FileExistsError as error:
         raise Qwen3Error(f"prompt_cache: {place} is a file; name a folder") from error
@@ -265,7 +267,9 @@ def _open_disk(
         ) from error
 
 
-def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> Words:
+def _load_text_processor(
+    folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer
+) -> TextProcessor:
     generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.is_file() else {}
     sampling, complaints = stated_sampling(generation_config)
@@ -276,7 +280,7 @@ def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> 
     if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
         end_ids.add(end_of_text)
     end_ids |= _named_end(folder, tokenizer)
-    grammars = Grammars(tokenizer, frozenset(end_ids))
+    grammars = GrammarCompiler(tokenizer, frozenset(end_ids))
     template, no_template = (
         None,
         "this checkpoint has no chat template; take one that has, such as Qwen/Qwen3-8B, "
@@ -287,7 +291,7 @@ def _words_of(folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> 
     except CheckpointError as error:
         _log.warning("there is no chat, only raw text: %s", error)
         no_template = str(error)
-    return Words(
+    return TextProcessor(
         tokenizer,
         template,
         ControlTokens(tokenizer, template.source if template else ""),

@@ -10,10 +10,10 @@ from typing import Any, TypedDict, TypeVar, cast
 
 from qwen3_mlx.arguments import plain, refuse_unknown
 from qwen3_mlx.engine.sampling_params import SamplingParams
-from qwen3_mlx.text.grammar import Grammar
-from qwen3_mlx.text.grammar_compiler import Form, Grammars
+from qwen3_mlx.text.grammar import GrammarState
+from qwen3_mlx.text.grammar_compiler import Form, GrammarCompiler
 from qwen3_mlx.text.grammar_limits import MOST_TOOLS, check_tools
-from qwen3_mlx.text.tool_calls import Tool, describe, listed
+from qwen3_mlx.text.tool_calls import Tool, as_tool_list, tool_schema
 
 Progress = Callable[[int, int], None]
 
@@ -59,10 +59,11 @@ class Options(TextOptions, total=False):
     `sampling` states several at once. What is stated beats the defaults of the mode, and stating
     one twice, differently, is refused. The same `seed` gives the same reply. `stop` ends the
     answer (not the thinking) before the first of these strings. `progress(done, total)` is told the
-    prompt tokens read, or for a batch the replies that have ended, from another thread. With `idle`
-    the time after the reply is used to read what a next turn will begin with: templates leave out
-    the thinking of earlier turns, so the answer must be read again without it. With `logprobs` each
-    piece of text has its `tokens`, with their log probabilities and so many of the likeliest.
+    prompt tokens read, or for a batch the replies that have ended, from another thread. With
+    `prefetch_next_turn` the time after the reply is used to read what a next turn will begin with:
+    templates leave out the thinking of earlier turns, so the answer must be read again without it.
+    With `logprobs` each piece of text has its `tokens`, with their log probabilities and so many of
+    the likeliest.
     """
 
     continue_last: bool
@@ -79,11 +80,11 @@ class Options(TextOptions, total=False):
     choice: Sequence[str] | None
     grammar: str | None
     progress: Progress | None
-    idle: bool
+    prefetch_next_turn: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class GenerationOptions:
     """The same with defaults, and nothing in it that cannot be.
 
     Raises:
@@ -110,10 +111,10 @@ class Asked:
     stop: str | Sequence[str] | None = None
     logprobs: int | None = None
     progress: Progress | None = None
-    idle: bool = False
+    prefetch_next_turn: bool = False
 
     @classmethod
-    def of(cls, options: Options, *others: str) -> "Asked":
+    def of(cls, options: Options, *others: str) -> "GenerationOptions":
         """Check options as they are given; the method that takes them has the keywords `others`.
 
         Raises:
@@ -131,7 +132,7 @@ class Asked:
                 raise ValueError(f"{name} must be at least {least}, not {number}")
         if (self.logprobs or 0) > _MOST_LOGPROBS:
             raise ValueError(f"logprobs must be at most {_MOST_LOGPROBS}, not {self.logprobs}")
-        if self.must_call and not listed(self.tools):
+        if self.must_call and not as_tool_list(self.tools):
             raise ValueError(f"tool_choice={self.tool_choice!r} needs tools, and there are none")
         if self.thinking_budget is not None and self.thinking is False:
             raise ValueError("thinking_budget is for thinking, which thinking=False switches off")
@@ -164,9 +165,9 @@ class Asked:
             TypeError, ValueError: one cannot be described, two have one name, or none has that
                 which is to be called.
         """
-        if len(given := listed(self.tools)) > MOST_TOOLS:
+        if len(given := as_tool_list(self.tools)) > MOST_TOOLS:
             raise ValueError(f"at most {MOST_TOOLS:,} tools can be given, not {len(given):,}")
-        described = [describe(tool) for tool in given]
+        described = [tool_schema(tool) for tool in given]
         check_tools(described)
         names = [tool["function"]["name"] for tool in described]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
@@ -178,7 +179,7 @@ class Asked:
             )
         return described if self.tool_choice != "none" else []
 
-    def form(self, grammars: Grammars) -> Grammar | None:
+    def form(self, grammars: GrammarCompiler) -> GrammarState | None:
         """Make the grammar of the answer, if it shall have a form.
 
         Raises:
@@ -186,7 +187,7 @@ class Asked:
         """
         for name in _FORMS:
             if (wish := getattr(self, name)) is not None:
-                made: Grammar = getattr(grammars, "lark" if name == "grammar" else name)(wish)
+                made: GrammarState = getattr(grammars, "lark" if name == "grammar" else name)(wish)
                 return made
         return None
 
@@ -225,7 +226,7 @@ def spread(options: Options) -> Options:
 
 
 _SAMPLING = [entry.name for entry in fields(SamplingParams)]
-_DEFAULTS = {entry.name: entry.default for entry in fields(Asked)}
+_DEFAULTS = {entry.name: entry.default for entry in fields(GenerationOptions)}
 _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
@@ -233,7 +234,7 @@ def with_keywords(options: type, **defaults: Any) -> Callable[[_Method], _Method
     """Create a decorator that lists the keywords of `options` in the signature of a method.
 
     help(), Jupyter and completion read it; type checkers know `Unpack` without it. `defaults` are
-    those that differ from `Asked`'s.
+    those that differ from `GenerationOptions`'s.
     """
     keywords = [
         inspect.Parameter(
@@ -274,6 +275,6 @@ _KINDS: dict[str, tuple[type, str]] = {
     "logprobs": (Integral, "a whole number"),
     "max_tokens": (Integral, "a whole number"),
     "seed": (Integral, "a whole number"),
-    "idle": (bool, "True or False"),
+    "prefetch_next_turn": (bool, "True or False"),
     "continue_last": (bool, "True or False"),
 }

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.text.grammar_compiler import Grammars
+from qwen3_mlx.text.grammar_compiler import GrammarCompiler
 from qwen3_mlx.text.messages import (
     END_THINK,
     THINK,
@@ -23,11 +23,11 @@ from qwen3_mlx.text.prompt import ControlTokens, Hiding
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Prompt, Tokenizer
-from qwen3_mlx.text.tool_calls import Tool, describe
+from qwen3_mlx.text.tool_calls import Tool, tool_schema
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class TextProcessor:
     """What a checkpoint knows of text: all but its network.
 
     `end_ids` end any reply, `turn_end_ids` one to a conversation, too. Without a `template`,
@@ -41,12 +41,12 @@ class Words:
     sampling: Mapping[str, Any]  # that generation_config.json states
     end_ids: frozenset[int]
     turn_end_ids: frozenset[int]
-    grammars: Grammars
+    grammars: GrammarCompiler
     no_template: str = ""
 
 
 def render(
-    words: Words,
+    words: TextProcessor,
     messages: str | Sequence[Message],
     thinking: bool | None = None,
     tools: Sequence[Tool] | None = None,
@@ -55,7 +55,7 @@ def render(
 ) -> Prompt:
     """Do as `LLM.render` says."""
     words.thinking.resolve(thinking)
-    described = [describe(tool) for tool in tools or ()]
+    described = [tool_schema(tool) for tool in tools or ()]
     history = normalise(messages)
     if continue_last:
         return render_begun(words, begun(history), thinking, described)
@@ -65,7 +65,7 @@ def render(
 
 
 def render_whole(
-    words: Words,
+    words: TextProcessor,
     history: Sequence[Message],
     thinking: bool | None,
     tools: Sequence[Mapping[str, Any]],
@@ -82,7 +82,7 @@ def render_whole(
 
 
 def render_begun(
-    words: Words,
+    words: TextProcessor,
     history: Sequence[Message],
     thinking: bool | None,
     tools: Sequence[Mapping[str, Any]],
@@ -106,7 +106,7 @@ def render_begun(
 
 
 def _rendered(
-    words: Words,
+    words: TextProcessor,
     hiding: Hiding,
     history: Sequence[Message],
     thinking: bool | None,
@@ -126,7 +126,7 @@ def _rendered(
         raise Qwen3Error(hiding.show(str(error))) from error
 
 
-def least_tokens(words: Words, history: Sequence[Message], enough: int) -> int:
+def least_tokens(words: TextProcessor, history: Sequence[Message], enough: int) -> int:
     """Return how many tokens a prompt has at least, by what no template leaves out.
 
     That is something for each message, and its content, but for white space around it and for the

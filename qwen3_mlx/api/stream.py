@@ -26,7 +26,7 @@ Said = Event | BaseException | None
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class StartedReply:
     """A reply of at most `room` tokens, sent to the engine; perhaps to continue a message."""
 
     prompt_tokens: int
@@ -69,7 +69,7 @@ class Stream(Iterator[Event]):
         events: "SimpleQueue[Said]",
         cancelled: Flag,
         owner: object,
-        started: Started,
+        started: StartedReply,
         *,
         wait: Callable[[], AbstractContextManager[None]],
     ) -> None:
@@ -124,7 +124,7 @@ class AsyncStream(AsyncIterator[Event]):
         events: "asyncio.Queue[Said]",
         cancelled: Flag,
         owner: object,
-        started: Started,
+        started: StartedReply,
     ) -> None:
         """Read `events`; `owner` is kept alive until the last of them."""
         self._events = events
@@ -174,7 +174,7 @@ def _raise(error: BaseException) -> NoReturn:
     raise error
 
 
-class Collected:
+class ReplyBuilder:
     """All that a reply said, as far as it came; `continued` is the message that it goes on from."""
 
     def __init__(self, continued: Mapping[str, Any] | None = None) -> None:
@@ -225,7 +225,7 @@ class Collected:
                 {
                     "id": call.id,
                     "type": "function",
-                    "function": {"name": call.name, "arguments": call.written},
+                    "function": {"name": call.name, "arguments": call.raw_arguments},
                 }
                 for call in self.tool_calls
             ]
@@ -234,7 +234,7 @@ class Collected:
 
 def collect(stream: Stream) -> Reply:
     """Read a stream to its end."""
-    said = Collected(stream.continued)
+    said = ReplyBuilder(stream.continued)
     with stream:
         for event in stream:
             said.add(event)

@@ -10,24 +10,24 @@ from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from threading import Timer
 
-from qwen3_mlx.bench.measure import OURS, PEER, Case, Figures, Setup, Terms
+from qwen3_mlx.bench.measure import OURS, PEER, Case, Measurement, NumericSettings, Setup
 from qwen3_mlx.errors import Qwen3Error
 
 AS_IT_COMES, EQUAL = "out of the box", "equal terms"
 
 
 @dataclass(slots=True)
-class Result:
+class TargetResult:
     """What a side came to: its figures by case, as far as it got in its time."""
 
-    as_it_comes: bool  # whether nobody chose the terms for it
-    terms: Terms | None = None  # and weights: once it has loaded
+    is_default: bool  # whether nobody chose the terms for it
+    terms: NumericSettings | None = None  # and weights: once it has loaded
     weights: int = 0  # bytes held then
-    figures: dict[Case, Figures] = field(default_factory=dict)
+    figures: dict[Case, Measurement] = field(default_factory=dict)
     bandwidth: float = 0.0  # of the memory, bytes a second
 
 
-def race(
+def compare(
     folder: str,
     cases: Sequence[Case],
     count: int,
@@ -36,7 +36,7 @@ def race(
     repeats: int = 1,
     seconds: float,
     told: Callable[[int], None] = lambda done: None,
-) -> dict[str, Result]:
+) -> dict[str, TargetResult]:
     """Measure this package, and mlx-lm on the terms in `against`, in turn, `repeats` times.
 
     Each run may take so many `seconds`; `told` hears of each figure that is there. Figures are the
@@ -46,7 +46,7 @@ def race(
     Raises:
         Qwen3Error: a side failed, or ours had not one figure in its time.
     """
-    rounds: list[dict[str, Result]] = []
+    rounds: list[dict[str, TargetResult]] = []
     done = 0
 
     def tell() -> None:
@@ -71,12 +71,12 @@ def race(
     return {name: _median([results[name] for results in rounds]) for name in rounds[0]}
 
 
-def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> Result:
+def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> TargetResult:
     """Run a side in a process of its own, until it is done or its time is over."""
     as_it_comes = setup.terms is None
     off = {"QWEN3_BLAS": "off"} if setup.name == PEER and as_it_comes else {}
     command = [sys.executable, "-m", "qwen3_mlx.bench.targets", json.dumps(asdict(setup))]
-    result = Result(as_it_comes)
+    result = TargetResult(as_it_comes)
     with (
         tempfile.TemporaryFile("w+") as complaints,
         subprocess.Popen(
@@ -98,12 +98,15 @@ def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> Result:
                 if "error" in content:
                     raise Qwen3Error(content["error"])
                 if "terms" in content:
-                    result.terms, result.weights = Terms(**content["terms"]), content["weights"]
+                    result.terms, result.weights = (
+                        NumericSettings(**content["terms"]),
+                        content["weights"],
+                    )
                     result.bandwidth = content["bandwidth"]
                 else:
                     figures = content["figures"]
                     case = Case(**figures["case"])
-                    result.figures[case] = Figures(**figures | {"case": case})
+                    result.figures[case] = Measurement(**figures | {"case": case})
                     tell()
             code, late = process.wait(), not timer.is_alive()
         finally:
@@ -116,14 +119,14 @@ def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> Result:
     return result
 
 
-def _median(results: Sequence[Result]) -> Result:
+def _median(results: Sequence[TargetResult]) -> TargetResult:
     """Give the medians of the figures that all repeats have."""
     first = results[0]
     common = [case for case in first.figures if all(case in other.figures for other in results)]
     return replace(
         first,
         figures={
-            case: Figures(
+            case: Measurement(
                 case,
                 first_token=median(one.figures[case].first_token for one in results),
                 decode=median(one.figures[case].decode for one in results),

@@ -1,6 +1,6 @@
 """How fast an engine is: prompts read, tokens decoded, alone and together, and the memory it takes.
 
-Whatever can do what `Side` says can be measured, in the same way.
+Whatever can do what `BenchTarget` says can be measured, in the same way.
 """
 
 import json
@@ -40,7 +40,7 @@ class Case:
 
 
 @dataclass(frozen=True, slots=True)
-class Figures:
+class Measurement:
     """What a case came to."""
 
     case: Case
@@ -56,7 +56,7 @@ class Figures:
 
 
 @dataclass(frozen=True, slots=True)
-class Terms:
+class NumericSettings:
     """What decides how fast a model can be: its numbers, and who multiplies them."""
 
     dtype: str
@@ -72,26 +72,26 @@ class Setup:
     folder: str
     cases: Sequence[Case]
     count: int
-    terms: Terms | None = None
+    terms: NumericSettings | None = None
 
     @classmethod
     def from_json(cls, text: str) -> "Setup":
         """Read what `json.dumps(asdict(setup))` wrote."""
         content = json.loads(text)
         cases = [Case(**case) for case in content["cases"]]
-        terms = Terms(**content["terms"]) if content["terms"] else None
+        terms = NumericSettings(**content["terms"]) if content["terms"] else None
         return cls(content["name"], content["folder"], cases, content["count"], terms)
 
 
-class Side(Protocol):
+class BenchTarget(Protocol):
     """An engine with a model."""
 
     vocabulary: int
 
-    def turn_to(self, case: Case) -> bool:
+    def configure(self, case: Case) -> bool:
         """Get ready for a case; False if this engine can do no such thing."""
 
-    def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+    def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
         """Decode `most` tokens after each prompt, greedily; give those of a step at a time.
 
         A single prompt that goes on from the one before and its reply costs what is new.
@@ -109,12 +109,12 @@ def cases_of(prompts: Sequence[int], together: Sequence[int]) -> list[Case]:
     return sorted([*alone, *several, *others], key=lambda case: case.sequences * case.prompt)
 
 
-def measure(side: Side, cases: Sequence[Case], count: int) -> Iterator[Figures]:
+def measure(side: BenchTarget, cases: Sequence[Case], count: int) -> Iterator[Measurement]:
     """Measure the cases in turn, each over `count` steps in which every sequence got a token."""
-    list(side.answer([_ids(2, 0, side.vocabulary)], 2))  # sets up threads, kernels and buffers
+    list(side.generate([_ids(2, 0, side.vocabulary)], 2))  # sets up threads, kernels and buffers
     said: list[int] = []
     for case in cases:
-        if not side.turn_to(case):
+        if not side.configure(case):
             continue
         if case.kept:
             prompts = [said + _ids(NEW, len(said), side.vocabulary)]
@@ -132,7 +132,7 @@ def measure(side: Side, cases: Sequence[Case], count: int) -> Iterator[Figures]:
         times, counts = list[float](), list[int]()
         said = list(prompts[0])
         most = (count + 1) * (_MOST_A_PASS if case.copying else 1)
-        answer = side.answer(prompts, most + ahead)
+        answer = side.generate(prompts, most + ahead)
         for tokens in answer:
             said += tokens if case.sequences == 1 else tokens[:1]
             if len(tokens) >= case.sequences:
@@ -145,9 +145,9 @@ def measure(side: Side, cases: Sequence[Case], count: int) -> Iterator[Figures]:
         steps = [after - before for before, after in zip(times, times[1:], strict=False)]
         if case.copying and steps:
             a_pass = sum(counts[1:]) / max(1, len(steps))
-            yield Figures(case, first, sum(counts[1:]) / sum(steps), peak, a_pass)
+            yield Measurement(case, first, sum(counts[1:]) / sum(steps), peak, a_pass)
         else:
-            yield Figures(case, first, case.sequences / median(steps), peak)
+            yield Measurement(case, first, case.sequences / median(steps), peak)
 
 
 def _ids(count: int, seed: int, vocabulary: int) -> list[int]:

@@ -20,10 +20,10 @@ from mlx.utils import tree_flatten
 
 from qwen3_mlx import backend
 from qwen3_mlx.api.load import load
-from qwen3_mlx.bench.measure import OURS, PEER, Case, Setup, Side, Terms, measure
+from qwen3_mlx.bench.measure import OURS, PEER, BenchTarget, Case, NumericSettings, Setup, measure
 from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.request import Outcome, Request
+from qwen3_mlx.engine.request import Request, RequestResult
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.errors import Qwen3Error
@@ -40,7 +40,7 @@ class Ours:
         self._model = model
         self._engine, self._case = self._made(Case(1, 1)), Case(1, 1)
 
-    def turn_to(self, case: Case) -> bool:
+    def configure(self, case: Case) -> bool:
         """Have an engine that does what the case wants; it goes on as long as that is the same."""
         if (case.kv_bits, case.copying) != (self._case.kv_bits, self._case.copying):
             self._engine, self._case = self._made(case), case
@@ -57,9 +57,9 @@ class Ours:
             speculator=speculator,
         )
 
-    def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
-        """Do as `Side` says."""
-        watchers, ends = [_Watcher() for _ in prompts], list[Outcome | BaseException]()
+    def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+        """Do as `BenchTarget` says."""
+        watchers, ends = [_TokenSink() for _ in prompts], list[RequestResult | BaseException]()
         requests = [
             Request(
                 ids=ids,
@@ -67,8 +67,8 @@ class Ours:
                 max_tokens=max(1, min(most, self._engine.context - len(ids))),
                 seed=0,
                 end_ids=frozenset(),
-                watcher=watcher,
-                done=ends.append,
+                sink=watcher,
+                on_finish=ends.append,
             )
             for ids, watcher in zip(prompts, watchers, strict=True)
         ]
@@ -90,11 +90,11 @@ class Ours:
                 raise end
 
     def forget(self) -> None:
-        """Do as `Side` says."""
+        """Do as `BenchTarget` says."""
         self._engine.forget()
 
 
-class _Watcher:
+class _TokenSink:
     """Holds a sequence's tokens until they are taken."""
 
     finished = False
@@ -119,7 +119,7 @@ class _Watcher:
 class MlxLm:
     """mlx-lm: its `generate_step` with a cache that is kept, as its chat does; its batches."""
 
-    def __init__(self, folder: str, terms: Terms | None) -> None:
+    def __init__(self, folder: str, terms: NumericSettings | None) -> None:
         # Imported where they are used: nothing else in this package may need them.
         from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
         from mlx_lm.models.cache import make_prompt_cache
@@ -141,8 +141,8 @@ class MlxLm:
         self._kept: list[int] = []
         self._cache = self._make_cache(self.model)
 
-    def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
-        """Do as `Side` says."""
+    def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+        """Do as `BenchTarget` says."""
         try:
             yield from (
                 self._alone(prompts[0], most) if len(prompts) == 1 else self._batch(prompts, most)
@@ -159,8 +159,8 @@ class MlxLm:
         finally:
             batch.close()
 
-    def turn_to(self, case: Case) -> bool:
-        """Do as `Side` says."""
+    def configure(self, case: Case) -> bool:
+        """Do as `BenchTarget` says."""
         return not case.special
 
     def _alone(self, ids: list[int], most: int) -> Iterator[list[int]]:
@@ -176,7 +176,7 @@ class MlxLm:
             self._kept = said[: self._cache[0].offset]
 
     def forget(self) -> None:
-        """Do as `Side` says."""
+        """Do as `BenchTarget` says."""
         self._kept, self._cache = [], self._make_cache(self.model)
 
 
@@ -194,7 +194,7 @@ def main() -> None:
         _tell({"error": str(error)})
 
 
-def _measure(side: Side, model: nn.Module, setup: Setup) -> None:
+def _measure(side: BenchTarget, model: nn.Module, setup: Setup) -> None:
     held = {"terms": asdict(_terms_of(model)), "weights": mx.get_active_memory()}
     _tell(held | {"bandwidth": backend.memory_bandwidth() if setup.name == OURS else 0.0})
     mx.clear_cache()
@@ -202,10 +202,10 @@ def _measure(side: Side, model: nn.Module, setup: Setup) -> None:
         _tell({"figures": asdict(figures)})
 
 
-def _terms_of(model: nn.Module) -> Terms:
+def _terms_of(model: nn.Module) -> NumericSettings:
     named: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     parameters = dict(named)
-    return Terms(
+    return NumericSettings(
         dtype=str(parameters["model.norm.weight"].dtype).removeprefix("mlx.core."),
         quantized=any(name.endswith(".scales") for name in parameters),
         blas=backend.BLAS.split(" (")[0],

@@ -11,7 +11,7 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 
-Rotate = Callable[[mx.array, int | tuple[int, ...]], mx.array]
+RopeFn = Callable[[mx.array, int | tuple[int, ...]], mx.array]
 
 # Metal's kernel for few queries takes up to 8 of them, and up to 32 rows of queries times query
 # heads for each key head; the kernel for many queries starts at 9. Calls that fall between the
@@ -24,7 +24,7 @@ class LayerCache(Protocol):
     """What has been seen in one layer: it takes the new keys and values and answers attention."""
 
     def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
         """Give the attended values [B, H, Q, E] of q [B, H, Q, E] over all seen and k, v.
 
@@ -37,14 +37,16 @@ class NoCache:
     """Nothing seen before and nothing kept: whole sequences at once, as in training."""
 
     def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
         """Answer attention over k and v alone; see `LayerCache.attend`."""
         q, k = rope(q, k.shape[2] - q.shape[2]), rope(k, 0)
         return causal_attention(q, k, v, scale=scale)
 
 
-def attention_of_each(q: mx.array, seen: Sequence[Sequence[mx.array]], *, scale: float) -> mx.array:
+def attend_per_sequence(
+    q: mx.array, seen: Sequence[Sequence[mx.array]], *, scale: float
+) -> mx.array:
     """Give what each of T queries [T, H, 1, E] finds in keys and values of its own, [T, H, 1, E].
 
     MLX's CPU build makes a dozen operations of a fused call, and there it is their number that
@@ -63,7 +65,7 @@ def attention_of_each(q: mx.array, seen: Sequence[Sequence[mx.array]], *, scale:
     return mx.concatenate(answers).reshape(count, heads, 1, size)
 
 
-def attention_of_slots(
+def attend_batched(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | None
 ) -> mx.array:
     """Give what B queries [B, H, 1, E] find in k and v [B, K, S, E], each in a row of its own.
@@ -73,7 +75,7 @@ def attention_of_slots(
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
-def most_queries(heads: int, key_heads: int) -> int:
+def max_fused_queries(heads: int, key_heads: int) -> int:
     """Give the most queries that the kernel for few of them takes."""
     return max(1, min(FEW_QUERIES, _FEW_ROWS * key_heads // heads))
 
@@ -88,7 +90,7 @@ def causal_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> 
     if queries == 1:
         # It sees every key: a mask would only keep it from the faster kernels.
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=None)
-    most = most_queries(q.shape[1], k.shape[1])
+    most = max_fused_queries(q.shape[1], k.shape[1])
     if queries > FEW_QUERIES or queries <= most:
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask="causal")
     parts, keys = [], k.shape[2]

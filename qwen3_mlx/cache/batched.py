@@ -17,15 +17,15 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from qwen3_mlx.cache.attention import LayerCache, Rotate, attention_of_slots
-from qwen3_mlx.cache.kv import KVCache, grown_capacity
+from qwen3_mlx.cache.attention import LayerCache, RopeFn, attend_batched
+from qwen3_mlx.cache.kv import KVCache, next_capacity
 from qwen3_mlx.cache.ragged import as_batch
 
 _LEAST = 4  # sequences; with fewer the host is as fast without
 _PATIENCE = 4  # steps that they must have been together for
 
 
-class Together:
+class BatchedCaches:
     """Puts the caches of sequences together while they stay together, and apart again."""
 
     def __init__(self) -> None:
@@ -45,19 +45,19 @@ class Together:
             one[0] is other[0] for one, other in zip(sequences, self._members, strict=True)
         )
         if not same or (self._slots and self._slots.full):
-            self.part()
+            self.split()
             self._members = list(sequences)
         self._steps += 1
         if not self._slots and len(sequences) >= _LEAST and self._steps > _PATIENCE:
-            columns = grown_capacity(max(caches[0].offset for caches in sequences))
+            columns = next_capacity(max(caches[0].offset for caches in sequences))
             if len(sequences) * columns <= room:
                 self._slots = _Slots(sequences, columns)
         return self._slots.next_step() if self._slots else None
 
-    def part(self) -> None:
+    def split(self) -> None:
         """Give every sequence its own caches again; to be done before anybody else uses them."""
         if self._slots:
-            self._slots.part()
+            self._slots.split()
         self.abandon()
 
     def abandon(self) -> None:
@@ -106,11 +106,11 @@ class _Slots:
             self._mask = mx.contiguous(mx.broadcast_to(self._mask, (rows, heads, 1, columns)))
         return self._mask
 
-    def part(self) -> None:
+    def split(self) -> None:
         """Copy each row's columns into caches of their own, a layer at a time."""
         own = [np.flatnonzero(row) for row in self._own]
         for layer in self._layers:
-            layer.part(own)
+            layer.split(own)
 
 
 class _Layer:
@@ -119,7 +119,7 @@ class _Layer:
     def __init__(self, caches: Sequence[KVCache], slots: _Slots, columns: int) -> None:
         self._caches = caches
         self._slots = slots
-        states = [cache.lend() for cache in caches]
+        states = [cache.release() for cache in caches]
         self._buffers = []
         for which in range(2):  # keys, values
             _, heads, _, size = states[0][which].shape
@@ -129,7 +129,7 @@ class _Layer:
             self._buffers.append(joint)
 
     def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
         """Answer for a token of each sequence: q, k, v are [1, ., B, E]."""
         q, k, v = as_batch(q, k, v, self._caches, rope)
@@ -139,15 +139,15 @@ class _Layer:
         stop = self._slots.column
         keys[:, :, stop - 1 : stop], values[:, :, stop - 1 : stop] = k, v
         seen = keys[:, :, :stop], values[:, :, :stop]
-        answers = attention_of_slots(q, *seen, scale=scale, mask=self._slots.mask(q.shape[1]))
+        answers = attend_batched(q, *seen, scale=scale, mask=self._slots.mask(q.shape[1]))
         return answers.transpose(2, 1, 0, 3)
 
-    def part(self, own: Sequence[np.ndarray]) -> None:
+    def split(self, own: Sequence[np.ndarray]) -> None:
         rows = []
         for row, (cache, columns) in enumerate(zip(self._caches, own, strict=True)):
             which = mx.array(columns[: cache.offset])
             rows.append([mx.take(joint[row : row + 1], which, axis=2) for joint in self._buffers])
         mx.eval(rows)
         for cache, state in zip(self._caches, rows, strict=True):
-            cache.fill(state)
+            cache.restore(state)
         self._buffers.clear()

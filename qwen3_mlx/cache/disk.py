@@ -24,7 +24,7 @@ import mlx.core as mx
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import Planned, ShardWriter, read_described
+from qwen3_mlx.files import ShardWriter, TensorSpec, read_header_and_metadata
 
 _log = logging.getLogger(__name__)
 _VERSION = "2"
@@ -62,7 +62,7 @@ class DiskPrefixes:
                     file.unlink()
         self._entries = [entry for file in folder.glob(_PATTERN) if (entry := self._entry(file))]
 
-    def common(self, ids: Sequence[int], most: int) -> int:
+    def match_length(self, ids: Sequence[int], most: int) -> int:
         """Count the ids at the start, at most `most`, that `read` would give."""
         return self._longest(ids, most)[0]
 
@@ -93,7 +93,7 @@ class DiskPrefixes:
             self._entries.remove(entry)
             return 0
         for cache, kept in zip(caches, parts, strict=True):
-            cache.fill(kept)
+            cache.restore(kept)
         return tokens
 
     def _longest(self, ids: Sequence[int], most: int) -> tuple[int, _Entry | None]:
@@ -106,7 +106,7 @@ class DiskPrefixes:
 
     def wants(self, ids: Sequence[int]) -> bool:
         """Say whether these ids are worth a file, and in none yet."""
-        return len(ids) >= _LEAST and self.common(ids, len(ids)) < len(ids)
+        return len(ids) >= _LEAST and self.match_length(ids, len(ids)) < len(ids)
 
     def write(
         self, ids: Sequence[int], caches: Sequence[KVCache], interrupted: Callable[[], bool]
@@ -134,8 +134,10 @@ class DiskPrefixes:
         new = Path(path)  # open to the owner alone
         try:
             with os.fdopen(handle, "wb") as out:
-                planned = [Planned(n, part.dtype, tuple(part.shape)) for n, part in tensors.items()]
-                planned.append(Planned(_CHECKSUM, mx.uint32, (1,)))
+                planned = [
+                    TensorSpec(n, part.dtype, tuple(part.shape)) for n, part in tensors.items()
+                ]
+                planned.append(TensorSpec(_CHECKSUM, mx.uint32, (1,)))
                 summed = _Summed(out)
                 writer = ShardWriter(summed, planned, self._header)
                 for name, part in tensors.items():  # one at a time, so that memory hardly grows
@@ -160,7 +162,7 @@ class DiskPrefixes:
     def _entry(self, file: Path) -> _Entry | None:
         """Read the header and the ids of a file; None if it is another model's, or not whole."""
         try:
-            tensors, metadata = read_described(file)
+            tensors, metadata = read_header_and_metadata(file)
             if metadata != self._header:
                 return None
             stored, ids = tensors["ids"], array("i")

@@ -8,13 +8,13 @@ from typing import Self
 
 import mlx.core as mx
 
-from qwen3_mlx.cache.attention import Rotate, causal_attention
+from qwen3_mlx.cache.attention import RopeFn, causal_attention
 
 _SMALLEST_GROWTH = 256  # tokens
 _ALL = slice(None)
 
 
-def grown_capacity(tokens: int) -> int:
+def next_capacity(tokens: int) -> int:
     """Give the tokens that a cache has room for after growing to hold `tokens`.
 
     Always more: a write of exactly the buffer's size would become a view of the projection's
@@ -39,7 +39,7 @@ class KVCache:
         self._buffers: list[mx.array] = []  # [1, K, capacity, .]: keys, values
 
     def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
         """Store k and v, and answer attention over all seen; see `LayerCache.attend`."""
         start = self.offset + k.shape[2] - q.shape[2]
@@ -50,7 +50,7 @@ class KVCache:
         keys, values = self.append(k, v)
         return causal_attention(q, keys, values, scale=scale)
 
-    def store(self, k: mx.array, v: mx.array, *, rope: Rotate) -> None:
+    def store(self, k: mx.array, v: mx.array, *, rope: RopeFn) -> None:
         """Keep k and v [1, K, L, E] without asking anything of them."""
         self.append(rope(k, self.offset), v)
 
@@ -78,21 +78,21 @@ class KVCache:
         """
         other = self._empty()
         if tokens := min(tokens, self.offset):
-            other.fill([buffer[:, :, :tokens] for buffer in self._buffers])
+            other.restore([buffer[:, :, :tokens] for buffer in self._buffers])
         return other
 
-    def fill(self, state: Sequence[mx.array]) -> None:
+    def restore(self, state: Sequence[mx.array]) -> None:
         """Have an empty cache see what another's `state` has; as after `copy`."""
         self.offset = state[0].shape[2]
         self._buffers = list(state)
 
-    def lend(self) -> Sequence[mx.array]:
-        """Give away what is kept of the tokens seen, until `fill` brings it back."""
+    def release(self) -> Sequence[mx.array]:
+        """Give away what is kept of the tokens seen, until `restore` brings it back."""
         state = self.state
         self._buffers, self._allocated = [], 0
         return state
 
-    def forget_beyond(self, tokens: int) -> None:
+    def truncate(self, tokens: int) -> None:
         """Forget all that was seen behind the first `tokens` tokens."""
         self.offset = min(self.offset, tokens)
 
@@ -113,7 +113,7 @@ class KVCache:
         """Append [1, K, L, .] to each buffer, and give views of all seen."""
         start, stop = self.offset, self.offset + new[0].shape[2]
         if self._allocated < stop:
-            self._allocated = self._capacity if self._capacity > stop else grown_capacity(stop)
+            self._allocated = self._capacity if self._capacity > stop else next_capacity(stop)
             held = self._buffers
             self._buffers = [
                 mx.zeros((1, one.shape[1], self._allocated, one.shape[3]), dtype=one.dtype)

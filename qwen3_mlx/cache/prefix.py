@@ -40,7 +40,7 @@ class PrefixStore:
         """The tokens that the kept caches have room for."""
         return sum(prefix.room for prefix in self._kept)
 
-    def put(self, prefix: Prefix) -> None:
+    def insert(self, prefix: Prefix) -> None:
         """Keep a prefix; the caller must not use its caches any more."""
         if len(prefix.ids) < _LEAST:
             return
@@ -53,10 +53,10 @@ class PrefixStore:
             other for other in self._kept if common_prefix(other.ids, prefix.ids) < len(other.ids)
         ]
         self._kept.append(prefix)
-        self.reclaim(self.held - self.limit)
+        self.evict(self.held - self.limit)
         del self._kept[:-_MOST]
 
-    def take(self, ids: Sequence[int], most: int) -> Prefix | None:
+    def acquire(self, ids: Sequence[int], most: int) -> Prefix | None:
         """Give the longest prefix kept of the first `most` ids, or None.
 
         A request that goes on from all of another's prompt gets that one's caches, rewound to what
@@ -75,11 +75,11 @@ class PrefixStore:
             copies = [layer.copy(length) for layer in best.layers]
             return Prefix(best.ids[:length], copies, length, 0)
         for layer in best.layers:
-            layer.forget_beyond(length)
+            layer.truncate(length)
         return Prefix(best.ids[:length], best.layers, min(best.prompt, length), best.room)
 
-    def common(self, ids: Sequence[int], most: int) -> int:
-        """Count the ids at the start, at most `most`, that `take` would give."""
+    def match_length(self, ids: Sequence[int], most: int) -> int:
+        """Count the ids at the start, at most `most`, that `acquire` would give."""
         longest = max((common_prefix(kept.ids, ids) for kept in self._kept), default=0)
         return min(most, longest) if longest >= _LEAST else 0
 
@@ -87,7 +87,7 @@ class PrefixStore:
         """Give one that is not on disk yet, those in use last first."""
         return next((prefix for prefix in reversed(self._kept) if not prefix.saved), None)
 
-    def reclaim(self, tokens: int) -> int:
+    def evict(self, tokens: int) -> int:
         """Give up prefixes until `tokens` tokens are free, and say how many were."""
         freed = 0
         while freed < tokens and self._kept:

@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 
 import mlx.core as mx
 
-from qwen3_mlx.cache.attention import Rotate, attention_of_each
+from qwen3_mlx.cache.attention import RopeFn, attend_per_sequence
 from qwen3_mlx.cache.kv import KVCache
 
 
@@ -31,7 +31,7 @@ class Ragged:
         self._one_token_each = all(length == 1 for length in lengths)
 
     def attend(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
         """Split q, k, v [1, ., T, E] by sequence, let each cache answer, and join the answers."""
         if self._one_token_each and q.shape[2] == k.shape[2]:
@@ -49,7 +49,7 @@ class Ragged:
         return mx.concatenate(answers, axis=2)
 
     def _attend_single_tokens(
-        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: Rotate
+        self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
         """Rotate all sequences' tokens in one call each for q and k, with a vector of offsets."""
         q, k, v = as_batch(q, k, v, self.caches, rope)
@@ -57,7 +57,7 @@ class Ragged:
         keys, values = mx.split(k, count), mx.split(v, count)
         if all(type(cache) is KVCache for cache in self.caches):
             new = zip(self.caches, keys, values, strict=True)
-            answers = attention_of_each(q, [cache.append(*kv) for cache, *kv in new], scale=scale)
+            answers = attend_per_sequence(q, [cache.append(*kv) for cache, *kv in new], scale=scale)
         else:
             each = zip(self.caches, mx.split(q, count), keys, values, strict=True)
             answers = mx.concatenate([c.attend_rotated(*qkv, scale=scale) for c, *qkv in each])
@@ -65,7 +65,7 @@ class Ragged:
 
 
 def as_batch(
-    q: mx.array, k: mx.array, v: mx.array, caches: Sequence[KVCache], rope: Rotate
+    q: mx.array, k: mx.array, v: mx.array, caches: Sequence[KVCache], rope: RopeFn
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Lay out [1, ., T, E], a token for each of the caches, as [T, ., 1, E], q and k rotated."""
     offsets = tuple(cache.offset for cache in caches)

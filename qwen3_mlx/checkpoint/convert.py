@@ -26,7 +26,7 @@ from qwen3_mlx.checkpoint.recipes import Formats
 from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, mismatches, refuse_missing_layers, weight_names
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
-from qwen3_mlx.files import Planned, ShardWriter, written_whole
+from qwen3_mlx.files import ShardWriter, TensorSpec, atomic_write
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -90,7 +90,7 @@ class _Tensor:
     name: str
     matrix: Matrix
     form: Format | None
-    planned: tuple[Planned, ...]
+    planned: tuple[TensorSpec, ...]
 
     @property
     def nbytes(self) -> int:
@@ -186,7 +186,7 @@ def _plan(job: Job) -> list[_Tensor]:
         form = job.formats.get(module) if kind == "weight" else None
         parts = form.tensors(shape, job.dtype) if form else {kind: (shape, job.dtype)}
         planned = tuple(
-            Planned(f"{module}.{key}", dtype, size) for key, (size, dtype) in parts.items()
+            TensorSpec(f"{module}.{key}", dtype, size) for key, (size, dtype) in parts.items()
         )
         tensors.append(_Tensor(name, matrices[name], form, planned))
     return tensors
@@ -257,7 +257,7 @@ def _write_shards(
         )
     progress(done, total)
     for file in missing:
-        with written_whole(partial / file) as stream:
+        with atomic_write(partial / file) as stream:
             tensors = shards[file]
             writer = ShardWriter(stream, [plan for tensor in tensors for plan in tensor.planned])
             nonfinite: Counter[str] = Counter()
@@ -329,12 +329,12 @@ def _streams() -> Iterator[Sequence[mx.Stream]]:
     if backend.on_gpu():
         yield [default]
         return
-    second = backend.lend_stream()
+    second = backend.acquire_stream()
     try:
         yield [default, second]
     finally:  # an error or Ctrl-C leaves blocks in work
         backend.wait_for_work(default)
-        backend.take_stream_back(second)
+        backend.release_stream(second)
 
 
 def _computed(

@@ -16,7 +16,7 @@ _BLOCK = 4096  # bytes
 _BLOCKS = 256  # of each weight file, at equal distances
 
 
-def identity(folder: Path, config: Mapping[str, Any], held_as: Sequence[object]) -> str:
+def fingerprint(folder: Path, config: Mapping[str, Any], held_as: Sequence[object]) -> str:
     """Give a hash of a checkpoint's config, tokenizer, template and weights, and how they are held.
 
     Of each weight file its size and a mebibyte all over it are taken, its header among it: whoever

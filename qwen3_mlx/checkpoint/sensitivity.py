@@ -30,7 +30,7 @@ from qwen3_mlx.model.qwen3 import Block
 from qwen3_mlx.model.rope import Rope
 
 Progress = Callable[[int, int], None]
-Scores = dict[str, dict[Format, float]]
+PromptLogprobBatch = dict[str, dict[Format, float]]
 """For each group of modules, the divergence in nats a token that each format brings about."""
 Moments = dict[str, mx.array]
 """For each module, what `rounding.moments` says of its inputs."""
@@ -46,7 +46,7 @@ def measure(
     ids: mx.array,
     formats: Sequence[Format],
     progress: Progress,
-) -> tuple[Scores, Moments]:
+) -> tuple[PromptLogprobBatch, Moments]:
     """Measure each group of modules with each format on ids [N, L], and all modules' inputs.
 
     `progress(done, total)` counts layers, each of them twice.
@@ -58,7 +58,7 @@ def measure(
         progress(index, 2 * layers)
         block = _load_block(config, matrices, index)
         inputs.append(_through(block, rope, inputs[-1]))
-    scores: Scores = {}
+    scores: PromptLogprobBatch = {}
     seen: Moments = {}
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -119,7 +119,7 @@ def _rows_of(matrix: Matrix, ids: mx.array) -> mx.array:
 def _through(block: Block, rope: Rope, x: mx.array) -> mx.array:
     parts = []
     for batch in _batches(x.shape[0], x.shape[1]):
-        parts.append(block(x[batch], None, NoCache(), rope.one_pass()))
+        parts.append(block(x[batch], None, NoCache(), rope.for_pass()))
         mx.eval(parts[-1])
     return mx.concatenate(parts)
 
@@ -289,11 +289,11 @@ def _pull(
     def forward(x: mx.array, *added: mx.array) -> mx.array:
         for tap, value in zip(taps.values(), added, strict=True):
             tap.added = value
-        return block(x, None, NoCache(), rope.one_pass())
+        return block(x, None, NoCache(), rope.for_pass())
 
     for tap in taps.values():
         tap.added = None
-    mx.eval(block(one, None, NoCache(), rope.one_pass()))
+    mx.eval(block(one, None, NoCache(), rope.for_pass()))
     zeros = [mx.zeros_like(tap.out) for tap in taps.values()]
     of_drawings = [
         mx.vjp(forward, [one, *zeros], [gradients[drawing]])[1] for drawing in range(DRAWINGS)

@@ -25,7 +25,7 @@ _WORDS = ("I32", "U32")  # of packed integers; the sign of a word means nothing
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class StoredRows:
     """One stored matrix: `read(start, stop)` gives rows of it as floats."""
 
     rows: int
@@ -38,7 +38,7 @@ class Matrix:
     """A tensor of the network, made of one stored matrix or of one for each expert."""
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[StoredRows, ...]
 
     def blocks(self, most: int) -> Iterator[mx.array]:
         """Give all rows in order, in blocks of at most about `most` numbers."""
@@ -49,7 +49,7 @@ class Matrix:
                 yield part.read(start, min(start + step, part.rows))
 
 
-Decoder = Callable[[Weights, str], Part]
+Decoder = Callable[[Weights, str], StoredRows]
 """Makes a readable part of the stored tensors that begin with a name."""
 
 
@@ -121,12 +121,12 @@ def _expect(
 # --- plain floats and MLX's formats -------------------------------------------------------------
 
 
-def _plain(weights: Weights, name: str) -> Part:
+def _plain(weights: Weights, name: str) -> StoredRows:
     entry = weights.stored[name]
     if entry.dtype not in _FLOATS:
         raise CheckpointError(f"{name} is {entry.dtype}, and nothing tells what its numbers mean")
     width = entry.shape[-1] if entry.shape else 1
-    return Part(
+    return StoredRows(
         rows=math.prod(entry.shape[:-1]),
         width=width,
         read=lambda start, stop: weights.rows(name, start, stop),
@@ -134,7 +134,7 @@ def _plain(weights: Weights, name: str) -> Part:
 
 
 def _mlx(formats: StoredFormats) -> Decoder:
-    def decode(weights: Weights, prefix: str) -> Part:
+    def decode(weights: Weights, prefix: str) -> StoredRows:
         form = formats.format_of(_module_name(prefix))
         packed = weights.stored[f"{prefix}.weight"]
         names = [f"{prefix}.{kind}" for kind in ("weight", "scales", "biases")]
@@ -159,7 +159,7 @@ def _mlx(formats: StoredFormats) -> Decoder:
                 dtype=mx.float32,
             )
 
-        return Part(math.prod(packed.shape[:-1]), width, read)
+        return StoredRows(math.prod(packed.shape[:-1]), width, read)
 
     return decode
 
@@ -178,7 +178,7 @@ def _fp8_scheme(section: Mapping[str, Any]) -> _Scheme:
     return _Scheme("weight", ("weight_scale_inv",), lambda w, prefix: _fp8(w, prefix, *block))
 
 
-def _fp8(weights: Weights, prefix: str, block_rows: int, block_columns: int) -> Part:
+def _fp8(weights: Weights, prefix: str, block_rows: int, block_columns: int) -> StoredRows:
     """Give number · scale of its block, which the format calls the inverse scale."""
     codes, scales = f"{prefix}.weight", f"{prefix}.weight_scale_inv"
     rows, width = _expect(weights, codes, ("F8_E4M3",))
@@ -191,7 +191,7 @@ def _fp8(weights: Weights, prefix: str, block_rows: int, block_columns: int) -> 
         by_column = mx.arange(width) // block_columns
         return mx.array(_E4M3)[weights.rows(codes, start, stop)] * scale[by_row][:, by_column]
 
-    return Part(rows, width, read)
+    return StoredRows(rows, width, read)
 
 
 def _e4m3_values() -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
@@ -224,7 +224,7 @@ def _awq_scheme(_: Mapping[str, Any]) -> _Scheme:
     return _Scheme("qweight", ("qzeros", "scales"), _awq)
 
 
-def _awq(weights: Weights, prefix: str) -> Part:
+def _awq(weights: Weights, prefix: str) -> StoredRows:
     """Give (q − zero) · scale; a word of [inputs, outputs / 8] holds eight outputs."""
     names = [f"{prefix}.{kind}" for kind in ("qweight", "qzeros", "scales")]
     (inputs, words), (groups, _) = (_expect(weights, name, _WORDS) for name in names[:2])
@@ -241,14 +241,14 @@ def _awq(weights: Weights, prefix: str) -> Part:
         scales = weights.rows(names[2], 0, groups)[:, 8 * columns.start : 8 * columns.stop]
         return _affine(q, zeros, scales, mx.arange(inputs) // group)[: stop - start]
 
-    return Part(8 * words, inputs, read)
+    return StoredRows(8 * words, inputs, read)
 
 
 def _gptq_scheme(section: Mapping[str, Any]) -> _Scheme:
     bits, second = section["bits"], str(section.get("checkpoint_format")).lower() == "gptq_v2"
     ordered = bool(section.get("desc_act"))
 
-    def decode(weights: Weights, prefix: str) -> Part:
+    def decode(weights: Weights, prefix: str) -> StoredRows:
         if ordered and f"{prefix}.g_idx" not in weights.stored:
             raise CheckpointError(f"{prefix}.g_idx is missing, and desc_act is true")
         return _gptq(weights, prefix, bits, less_one=not second)
@@ -256,7 +256,7 @@ def _gptq_scheme(section: Mapping[str, Any]) -> _Scheme:
     return _Scheme("qweight", ("qzeros", "scales"), decode)
 
 
-def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> Part:
+def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> StoredRows:
     """Return (q − zero) · scale. Stored are [inputs · bits / 32, outputs] words.
 
     The first version of the format has the zeros less one.
@@ -291,7 +291,7 @@ def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> Part:
             index = mx.arange(inputs) // group
         return _affine(q, zeros, scales, index)
 
-    return Part(outputs, inputs, read)
+    return StoredRows(outputs, inputs, read)
 
 
 def _group_size(prefix: str, inputs: int, groups: int) -> int:

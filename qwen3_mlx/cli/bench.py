@@ -12,8 +12,8 @@ import mlx.core as mx
 import typer
 
 from qwen3_mlx import backend, interrupt
-from qwen3_mlx.bench.compare import AS_IT_COMES, EQUAL, Result, race
-from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Figures, cases_of
+from qwen3_mlx.bench.compare import AS_IT_COMES, EQUAL, TargetResult, compare
+from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Measurement, cases_of
 from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
@@ -32,7 +32,7 @@ _TERMS = {"both": (AS_IT_COMES, EQUAL), "box": (AS_IT_COMES,), "equal": (EQUAL,)
 _NAME, _CELL, _RATIO = 38, 14, 8  # columns of text
 _WIDE = _CELL + _RATIO
 
-_Number = Callable[[Figures], float]
+_Number = Callable[[Measurement], float]
 
 
 def bench(  # noqa: PLR0913 - one parameter an option
@@ -89,7 +89,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
     shared = [case for case in cases if not case.special]
     interrupt.unwind()  # so that the sides' processes end, too
     with Bar("measuring") as bar:
-        results = race(
+        results = compare(
             str(folder),
             cases,
             count,
@@ -192,7 +192,7 @@ def _how(case: Case) -> str:
 
 
 def _shares_of_bandwidth(
-    config: ModelConfig, stored: FormatOf | None, result: Result
+    config: ModelConfig, stored: FormatOf | None, result: TargetResult
 ) -> dict[Case, float]:
     """Say how near passes come to reading weights and cache as fast as the memory gives them.
 
@@ -215,7 +215,7 @@ def _shares_of_bandwidth(
 
 
 def _table(
-    cases: Sequence[Case], results: Mapping[str, Result], shares: Mapping[Case, float]
+    cases: Sequence[Case], results: Mapping[str, TargetResult], shares: Mapping[Case, float]
 ) -> Iterator[str]:
     ours, *peers = (name.partition(", ") for name in results)
     yield f"{'':{_NAME}}{ours[0]:>{_CELL}}" + "".join(f"{name:>{_WIDE}}" for name, _, _ in peers)
@@ -256,12 +256,14 @@ def _shown(number: float | None) -> str:
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
-def _notes(cases: Sequence[Case], results: Mapping[str, Result], minutes: float) -> Iterator[str]:
+def _notes(
+    cases: Sequence[Case], results: Mapping[str, TargetResult], minutes: float
+) -> Iterator[str]:
     for name, result in results.items():
         if terms := result.terms:
             held = "quantized weights" if terms.quantized else "weights in the same"
             blas = "" if backend.on_gpu() else f", BLAS {terms.blas}"
-            as_it_comes = " (as it comes)" if name.endswith(EQUAL) and result.as_it_comes else ""
+            as_it_comes = " (as it comes)" if name.endswith(EQUAL) and result.is_default else ""
             yield f"{name}: {terms.dtype}, {held}{blas}{as_it_comes}."
         if len(result.figures) < sum(name == OURS or not case.special for case in cases):
             yield f"{name}: - is what {minutes:g} minutes did not suffice for (see --minutes)."
@@ -278,7 +280,7 @@ def _title(facts: Mapping[str, Any]) -> str:
     return f"{name} on {machine['device']}, {machine['system']}, {facts['date']}"
 
 
-def _panels(cases: Sequence[Case], results: Mapping[str, Result]) -> Iterator[Panel]:
+def _panels(cases: Sequence[Case], results: Mapping[str, TargetResult]) -> Iterator[Panel]:
     def lines(
         number: _Number, wanted: Callable[[Case], bool], place: str
     ) -> dict[str, dict[int, float]]:
@@ -304,7 +306,9 @@ def _panels(cases: Sequence[Case], results: Mapping[str, Result]) -> Iterator[Pa
     yield Panel(f"decode after {shortest:,}, tokens/s", "sequences together", together)
 
 
-def _everything(results: Mapping[str, Result], shares: Mapping[Case, float]) -> dict[str, Any]:
+def _everything(
+    results: Mapping[str, TargetResult], shares: Mapping[Case, float]
+) -> dict[str, Any]:
     return {
         name: {
             "terms": asdict(result.terms) if result.terms else None,

@@ -64,7 +64,7 @@ A line that ends with \\ goes on; \"\"\" begins and ends a text of several lines
 
 
 @dataclass(slots=True)
-class _Stats:
+class _SessionStats:
     """What the replies so far took."""
 
     replies: int = 0
@@ -194,7 +194,7 @@ class _Session:
         self._max_tokens, self._quiet = max_tokens, quiet
         self._llm = llm
         self._screen = screen
-        self._stats = _Stats()
+        self._stats = _SessionStats()
         self._functions: list[Callable[..., Any]] = []
 
     def take(self, line: str) -> bool:

@@ -99,7 +99,7 @@ class _Machine:
 
 
 @dataclass(frozen=True, slots=True)
-class _Survey:
+class _MemoryEstimate:
     """One model on one machine, in every format of weights."""
 
     name: str
@@ -133,7 +133,7 @@ class _Survey:
             context *= 2
         return [*lengths, window, *yarn_lengths(self.config)]
 
-    def stretched(self, context: int) -> bool:
+    def with_yarn(self, context: int) -> bool:
         """Say whether so long a context needs YaRN."""
         yarn = self.config.yarn
         plain = self.config.max_position_embeddings
@@ -214,7 +214,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     name, config, formats = _find(model, revision)
     weights = {form: weight_bytes(config, of, itemsize) for form, of in formats.items()}
     speed = _speed(bandwidth, chip)
-    survey = _Survey(name, config, machine, dtype, formats, weights, speed)
+    survey = _MemoryEstimate(name, config, machine, dtype, formats, weights, speed)
     if plot:
         draw(plot, _picture(survey, cache))
         note(f"drawn: {plot}")
@@ -283,7 +283,7 @@ def _speed(bandwidth: float | None, chip: str | None) -> float | None:
     return bandwidth * 1e9
 
 
-def _everything(survey: _Survey) -> dict[str, Any]:
+def _everything(survey: _MemoryEstimate) -> dict[str, Any]:
     """Give all that is known, for every cache format, in bytes and tokens."""
     config, machine = survey.config, survey.machine
     rows = []
@@ -295,7 +295,7 @@ def _everything(survey: _Survey) -> dict[str, Any]:
                     "weight_format": survey.word(form),
                     "cache_format": survey.word(cache),
                     "context": context,
-                    "yarn": survey.stretched(context),
+                    "yarn": survey.with_yarn(context),
                     **asdict(plan),
                     "total": plan.total,
                     "fits": survey.fits(plan),
@@ -321,7 +321,7 @@ def _everything(survey: _Survey) -> dict[str, Any]:
     }
 
 
-def _table(survey: _Survey, cache: str) -> str:
+def _table(survey: _MemoryEstimate, cache: str) -> str:
     contexts, config = survey.contexts, survey.config
     plans = {form: [survey.plan(form, n, cache) for n in contexts] for form in survey.formats}
     terms = next(iter(plans.values()))  # but for the weights, they are the same for every format
@@ -331,7 +331,7 @@ def _table(survey: _Survey, cache: str) -> str:
         f"{survey.machine.words}.",
         "",
         f"{'memory in GB':14}{'weights':>8}"
-        + "".join(f"{_length(n) + ('*' if survey.stretched(n) else ''):>8}" for n in contexts)
+        + "".join(f"{_length(n) + ('*' if survey.with_yarn(n) else ''):>8}" for n in contexts)
         + f"{'fits up to':>12}",
         _row(f"cache, {survey.word(cache)}", "", [f"{plan.cache / 1e9:.2f}" for plan in terms]),
         _row("prefill", "", [f"{plan.activations / 1e9:.2f}" for plan in terms]),
@@ -340,7 +340,7 @@ def _table(survey: _Survey, cache: str) -> str:
     for form, row in plans.items():
         totals = [_in_brackets(f"{plan.total / 1e9:.1f}", survey.fits(plan)) for plan in row]
         most = survey.largest(form, cache)
-        mark = "*" if survey.stretched(most) else ""
+        mark = "*" if survey.with_yarn(most) else ""
         weights = f"{survey.weights[form] / 1e9:.2f}"
         lines.append(
             _row(survey.label(form), weights, totals) + f"{f'{most:,}{mark}' if most else '-':>12}"
@@ -357,12 +357,12 @@ def _table(survey: _Survey, cache: str) -> str:
     return "\n".join([*lines, "", *_notes(survey)])
 
 
-def _notes(survey: _Survey) -> list[str]:
+def _notes(survey: _MemoryEstimate) -> list[str]:
     notes = [
         "(In brackets: does not fit.) A context is prompt and reply together. Computing is in",
         f"{survey.dtype}; prefill is an estimate for {survey.machine.chunk:,} tokens at once.",
     ]
-    if any(survey.stretched(context) for context in survey.contexts):
+    if any(survey.with_yarn(context) for context in survey.contexts):
         notes.append("* needs YaRN, set as the model card says in config.json's rope_scaling.")
     if survey.speed is None:
         notes.append("For an upper bound of tokens/s: --bandwidth 400 (GB/s), or --chip 'M4 Max'.")
@@ -391,7 +391,7 @@ def _length(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
 
 
-def _picture(survey: _Survey, cache: str) -> Picture:
+def _picture(survey: _MemoryEstimate, cache: str) -> Picture:
     contexts = survey.contexts
     return Picture(
         title=f"{survey.name}, KV cache {survey.word(cache)}",
@@ -400,7 +400,7 @@ def _picture(survey: _Survey, cache: str) -> Picture:
             for form in survey.formats
         },
         contexts=contexts,
-        labels=[_length(n) + ("*" if survey.stretched(n) else "") for n in contexts],
+        labels=[_length(n) + ("*" if survey.with_yarn(n) else "") for n in contexts],
         available=survey.machine.available,
         machine=survey.machine.words.split(":")[0].split(" can")[0],
     )

@@ -88,8 +88,8 @@ def _draw_curves(axes: Any, picture: Picture) -> None:
     labels = ["" if close else label for close, label in zip(crowded, picture.labels, strict=True)]
     axes.set_xticks(picture.contexts, labels)
     axes.minorticks_off()
-    stretched = any("*" in label for label in picture.labels)
-    axes.set_xlabel("context in tokens" + (" (* with YaRN)" if stretched else ""))
+    with_yarn = any("*" in label for label in picture.labels)
+    axes.set_xlabel("context in tokens" + (" (* with YaRN)" if with_yarn else ""))
     axes.set_title("memory by context and weights", loc="left", fontsize=10)
 
 

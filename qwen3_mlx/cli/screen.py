@@ -49,7 +49,7 @@ class Screen:
                 blocks.add(event.text)
             elif isinstance(event, ToolCall):
                 blocks.close()
-                self._console.print(Plain(f"{event.name}({event.written})", style="cyan"))
+                self._console.print(Plain(f"{event.name}({event.raw_arguments})", style="cyan"))
             elif isinstance(event, Finish):
                 finish = event
         blocks.close()

@@ -19,22 +19,22 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import LayerCache
-from qwen3_mlx.cache.batched import Together
+from qwen3_mlx.cache.batched import BatchedCaches
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.prefix import Prefix, PrefixStore
 from qwen3_mlx.cache.quantized import PLAIN
 from qwen3_mlx.engine.activity import Meter
-from qwen3_mlx.engine.forward import Part, chunk_sizes, forward
+from qwen3_mlx.engine.forward import BatchSlice, forward, prefill_chunks
 from qwen3_mlx.engine.logits import Logits, plan_logits
-from qwen3_mlx.engine.logprobs import Chances
+from qwen3_mlx.engine.logprobs import LogprobBatch
 from qwen3_mlx.engine.memory import RESERVE, Budget, Workload
 from qwen3_mlx.engine.memory_ledger import Share, claim, release
-from qwen3_mlx.engine.prompt_logprobs import Scores
-from qwen3_mlx.engine.request import Chance, Outcome, Request
+from qwen3_mlx.engine.prompt_logprobs import PromptLogprobBatch
+from qwen3_mlx.engine.request import Request, RequestResult, SampledLogprob
 from qwen3_mlx.engine.sampling import choose
 from qwen3_mlx.engine.scheduler import Scheduler, Step
-from qwen3_mlx.engine.sequence import Sequence as Running
+from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -50,27 +50,29 @@ _FAULT = "the engine failed ({}: {}); this is a bug, and the caches that it was 
 
 
 @dataclass(slots=True)
-class Flight:
+class InFlightStep:
     """A step that has been handed to the device."""
 
-    choosing: Sequence[Running]  # by row; who has a proposal has several rows, side by side
-    touched: Sequence[Running]  # whose caches are written
+    rows: Sequence[SequenceState]  # by row; who has a proposal has several rows, side by side
+    sequences: Sequence[SequenceState]  # whose caches are written
     tokens: mx.array | None  # [N], those chosen
-    waited: bool  # whether it was built only when the one before it had been told
+    synchronous: bool  # whether it was built only when the one before it had been told
     size: int  # tokens that it goes over
     chunk: int  # those of prompts among them
     arrays: list[mx.array]  # all that must be there when it is done
-    chances: Chances | None = None
-    proposals: Mapping[Running, list[int]] = field(default_factory=dict)
-    masked: Mapping[Running, object] = field(default_factory=dict)  # in all of their rows
+    logprobs: LogprobBatch | None = None
+    proposals: Mapping[SequenceState, list[int]] = field(default_factory=dict)
+    masked: Mapping[SequenceState, object] = field(default_factory=dict)  # in all of their rows
     submitted: float = 0.0
-    dropped: list[Running] = field(default_factory=list)  # whose token is not wanted after all
+    discarded: list[SequenceState] = field(
+        default_factory=list
+    )  # whose token is not wanted after all
     logits: mx.array | None = None  # [N, V]
     finite: mx.array | None = None  # [N], if a request's first token is among those chosen
-    scores: Scores | None = None
+    prompt_logprobs: PromptLogprobBatch | None = None
 
 
-class Steps:
+class EngineCore:
     """Holds those who run, their caches and the kept ones, and takes a step of all at a time."""
 
     def __init__(
@@ -114,52 +116,56 @@ class Steps:
     ) -> None:
         self.budget = Budget(model.config, work, max(0, self.share.available))
         self.context = min(self.budget.context, context or self.budget.context)
-        self._beside: WeakSet[Logits] = WeakSet()  # whose memory is free when they are collected
-        self.scheduler: Scheduler[Running] = Scheduler(self.budget.tokens, self)
-        self.chosen = Meter()  # tokens
+        self._logits_jobs: WeakSet[Logits] = (
+            WeakSet()
+        )  # whose memory is free when they are collected
+        self.scheduler: Scheduler[SequenceState] = Scheduler(self.budget.tokens, self)
+        self.token_meter = Meter()  # tokens
         self._prefixes = PrefixStore(self.budget.tokens // _KEPT_SHARE)
         self._disk = disk
         self._depth = len(model.layers)  # of a sequence's caches, those of `model`
         worth_it = model.config.hidden_size <= _HOST_BOUND and model.cache_format == PLAIN
-        self._together = Together() if worth_it and not self.speculator else None
-        self._flight: Flight | None = None
-        self._landed: float | None = None  # when, if the next step follows at once
-        self._building: Sequence[Running] = ()  # those whose caches the step being built writes
-        self._landing: Sequence[Running] = ()  # those of the step that is being told
+        self._batched = BatchedCaches() if worth_it and not self.speculator else None
+        self._in_flight_step: InFlightStep | None = None
+        self._committed_at: float | None = None  # when, if the next step follows at once
+        self._building: Sequence[
+            SequenceState
+        ] = ()  # those whose caches the step being built writes
+        self._committing: Sequence[SequenceState] = ()  # those of the step that is being told
 
     def add(self, request: Request) -> None:
         """Have a request run when its turn comes, or hear at once why it cannot."""
         try:
-            sequence = Running(request, self._vocabulary, self.context)
+            sequence = SequenceState(request, self._vocabulary, self.context)
             if self.speculator and request.max_tokens:
-                sequence.lookup = self.speculator.lookup(sequence.ids)
+                sequence.ngrams = self.speculator.ngram_proposer(sequence.ids)
             self.scheduler.add(sequence)
         except BaseException as error:  # noqa: BLE001 - this request's alone
-            self._tell(request, error)
+            self._notify(request, error)
 
     def step(self) -> bool:
         """Do the next step; False if there is nothing left to do."""
         try:
-            self._keep_to_share()
-            self._dismiss()
-            if self._flight and self._must_be_known(self._flight):
-                self._land()
+            self._update_budget()
+            self._drop_cancelled()
+            if self._in_flight_step and self._next_depends_on(self._in_flight_step):
+                self._commit()
             flight = self._build(self.scheduler.next_step())
-            self._land(flight)
+            self._commit(flight)
         except Exception as error:  # noqa: BLE001 - those whose step it was hear of it
-            self._drop_all(error)
-        if self._flight or self.scheduler.running or self.scheduler.waiting:
+            self._fail_step(error)
+        if self._in_flight_step or self.scheduler.running or self.scheduler.waiting:
             return True
-        self._landed = None
+        self._committed_at = None
         _free_buffers()
-        self._keep_to_share()
+        self._update_budget()
         return False
 
     def forget(self) -> None:
         """Give up all kept prefixes."""
         self._prefixes.clear()
         _free_buffers()
-        self._keep_to_share()
+        self._update_budget()
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Begin to compute the logits of all ids, and set their memory aside.
@@ -173,25 +179,29 @@ class Steps:
                 f"{len(ids):,} ids are more than the context window of {self.context:,}; "
                 "ask for the logits of fewer"
             )
-        self._keep_to_share()
+        self._update_budget()
         config = self.model.config
-        free = self.budget.available - self.budget.bytes_of(self.scheduler.held() - self.kept())
+        free = self.budget.available - self.budget.bytes_of(
+            self.scheduler.held() - self.held_by_prefixes()
+        )
         total, chunk = plan_logits(config, self.budget.work, len(ids), free)
         logits = Logits(self.model, ids, total, chunk)
-        self._beside.add(logits)
-        self._keep_to_share()
-        self.reclaim(self.scheduler.held() - self.scheduler.room)
+        self._logits_jobs.add(logits)
+        self._update_budget()
+        self.evict(self.scheduler.held() - self.scheduler.room)
         return logits
 
-    def read_on(self, logits: Logits) -> bool:
+    def advance_logits(self, logits: Logits) -> bool:
         """Compute a chunk more, a short one beside requests, and say whether some are left."""
         running, chunk = self.scheduler.running, logits.chunk
-        return logits.advance(self.scheduler.chunk(Step(running, []), chunk) if running else chunk)
+        return logits.advance(
+            self.scheduler.prefill_budget(Step(running, []), chunk) if running else chunk
+        )
 
-    def _keep_to_share(self) -> None:
+    def _update_budget(self) -> None:
         """Take note of what caches hold, and keep to what they may take now."""
         self.share.held = self.budget.bytes_of(self.scheduler.held())
-        available = self.share.available - sum(logits.nbytes for logits in self._beside)
+        available = self.share.available - sum(logits.nbytes for logits in self._logits_jobs)
         available = max(0, available)
         if available != self.budget.available:
             self.budget = replace(self.budget, available=available)
@@ -201,90 +211,90 @@ class Steps:
     def cancel_all(self) -> None:
         """End whatever runs or waits, when the step in work is done."""
         try:
-            mx.eval(self._flight.arrays if self._flight else [])
+            mx.eval(self._in_flight_step.arrays if self._in_flight_step else [])
         except RuntimeError as error:
             _log.debug("the last step failed: %s", error)
-        self._flight = None
+        self._in_flight_step = None
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
             self.scheduler.remove(sequence)
             if not sequence.ended:
-                self._tell(sequence.request, sequence.outcome("cancelled"))
+                self._notify(sequence.request, sequence.result("cancelled"))
 
-    def give_up(self, error: BaseException, arrived: Sequence[Request]) -> None:
+    def fail_all(self, error: BaseException, arrived: Sequence[Request]) -> None:
         """End whatever runs, waits or has just `arrived` with an error, and drop all caches.
 
         For an error that nothing else has taken care of, so it calls little that may fail again.
         """
         open_ones = [s for s in (*self.scheduler.running, *self.scheduler.waiting) if not s.ended]
         self.scheduler.clear()
-        self._flight, self._building, self._landing = None, (), ()
-        if self._together:
-            self._together.abandon()
+        self._in_flight_step, self._building, self._committing = None, (), ()
+        if self._batched:
+            self._batched.abandon()
         for sequence in open_ones:
             sequence.ended = True
         for request in (*(sequence.request for sequence in open_ones), *arrived):
-            self._tell(request, _failure(error))
+            self._notify(request, _failure(error))
         self.forget()
 
-    def _dismiss(self) -> None:
+    def _drop_cancelled(self) -> None:
         """End whoever is not wanted any more, or whose constraint has failed."""
         for sequence in (*self.scheduler.waiting, *self.scheduler.running):
             if sequence.failure and not sequence.ended:
                 self._end(sequence, sequence.failure)
             if sequence.request.cancelled.is_set() and not sequence.ended:
-                self._end(sequence, sequence.outcome("cancelled"))
+                self._end(sequence, sequence.result("cancelled"))
 
     # --- a step ---------------------------------------------------------------------------------
 
-    def _must_be_known(self, flight: Flight) -> bool:
+    def _next_depends_on(self, flight: InFlightStep) -> bool:
         """Whether the next step depends on what this one chooses."""
-        if flight.proposals or any(sequence.masking for sequence in flight.choosing):
+        if flight.proposals or any(sequence.needs_mask for sequence in flight.rows):
             return True
-        rows, speculator = len(flight.choosing), self.speculator
+        rows, speculator = len(flight.rows), self.speculator
         return speculator is not None and any(
-            speculator.willing(sequence, rows) for sequence in flight.choosing
+            speculator.should_wait(sequence, rows) for sequence in flight.rows
         )
 
-    def _build(self, step: Step[Running]) -> Flight | None:
+    def _build(self, step: Step[SequenceState]) -> InFlightStep | None:
         """Lay out a forward pass and the choice of tokens after it, and wait for nothing."""
         # Those whose token is still on the device come first, then those whose ids are known.
-        ahead = [sequence for sequence in step.decoding if sequence.ahead]
-        known = [sequence for sequence in step.decoding if not sequence.ahead]
+        ahead = [sequence for sequence in step.decoding if sequence.num_in_flight]
+        known = [sequence for sequence in step.decoding if not sequence.num_in_flight]
         self._building = known  # a draft model writes their caches
         proposals, foreseen = self._propose(known, len(step.decoding))
         known = [sequence for sequence in known if not sequence.ended]
-        lengths = [1] * len(ahead) + [sequence.unread for sequence in known]
-        chunks = self._chunks(step)
+        lengths = [1] * len(ahead) + [sequence.num_uncomputed for sequence in known]
+        chunks = self._prefill_chunks(step)
         known += chunks
         lengths += chunks.values()
         if not lengths:
             return None
         self._building = [*ahead, *known]
         ids = self._ids(ahead, known, lengths[len(ahead) :], proposals)
-        choosing, parts, arrays = list[Running](), [], list[mx.array]()
+        choosing, parts, arrays = list[SequenceState](), [], list[mx.array]()
         proposed: dict[int, int] = {}  # by row
-        scoring: dict[Running, tuple[range, int]] = {}  # places, and the row of the first
+        scoring: dict[SequenceState, tuple[range, int]] = {}  # places, and the row of the first
         wanted_rows, row = list[int](), 0  # of the hidden states, those whose logits are wanted
         for sequence, length in zip(self._building, lengths, strict=True):
-            self._look_up(sequence)
-            last = sequence.ahead == 1 or length == sequence.unread
+            self._index_ngrams(sequence)
+            last = sequence.num_in_flight == 1 or length == sequence.num_uncomputed
             proposal = proposals.get(sequence, [])
             wanted = last and sequence.request.max_tokens > 0
             rows = 1 + len(proposal) if wanted else 0
             places = sequence.unscored(length)
-            asked = max(rows, sequence.seen + length - places.start if places else 0)
-            if sequence.request.heard_prompt and not sequence.answering:
+            asked = max(rows, sequence.num_computed + length - places.start if places else 0)
+            if sequence.request.on_prompt_logprobs and not sequence.answering:
                 scoring[sequence] = places, row
-                sequence.scored = max(sequence.scored, places.stop)
-            parts.append(Part(sequence.layers[: self._depth], length + len(proposal), asked))
+                sequence.num_scored = max(sequence.num_scored, places.stop)
+            parts.append(BatchSlice(sequence.layers[: self._depth], length + len(proposal), asked))
             row += asked
             wanted_rows += range(row - rows, row)
             proposed |= dict(enumerate(proposal, len(choosing) + 1))
             choosing += [sequence] * rows
-            sequence.seen += length + len(proposal)
+            sequence.num_computed += length + len(proposal)
             sequence.answering |= last
-            sequence.ahead = int(wanted)
-            sequence.passes += wanted
+            sequence.num_in_flight = int(wanted)
+            sequence.num_passes += wanted
         logits, scores = self._forward(ids, parts, scoring, wanted_rows)
         arrays += scores.arrays if scores else ()
         for part in parts:
@@ -294,84 +304,84 @@ class Steps:
         if logits is not None:
             masks = self._masks(choosing, logits, foreseen)
             tokens = choose(logits, [s.sampler for s in choosing], masks, proposed)
-            chances = Chances.of(logits, tokens, choosing, self._vocabulary)
+            chances = LogprobBatch.of(logits, tokens, choosing, self._vocabulary)
             arrays += [tokens, *(chances.arrays if chances else ())]
-            if any(sequence.passes == 1 for sequence in choosing):
+            if any(sequence.num_passes == 1 for sequence in choosing):
                 finite = mx.isfinite(logits[:, : self._vocabulary]).all(axis=-1)
                 arrays.append(finite)
-        return Flight(
+        return InFlightStep(
             choosing,
-            touched=self._building,
+            sequences=self._building,
             tokens=tokens,
-            waited=self._flight is None,
+            synchronous=self._in_flight_step is None,
             size=ids.size,
             chunk=sum(chunks.values()),
             arrays=arrays,
-            chances=chances,
+            logprobs=chances,
             proposals=proposals,
             masked=foreseen,
             logits=logits,
             finite=finite,
-            scores=scores,
+            prompt_logprobs=scores,
         )
 
     def _forward(
         self,
         ids: mx.array,
-        parts: Sequence[Part],
-        scoring: Mapping[Running, tuple[range, int]],
+        parts: Sequence[BatchSlice],
+        scoring: Mapping[SequenceState, tuple[range, int]],
         rows: Sequence[int],
-    ) -> tuple[mx.array | None, Scores | None]:
+    ) -> tuple[mx.array | None, PromptLogprobBatch | None]:
         """Return the logits of `rows`, and the scores of prompts, of what the parts ask for."""
-        joined = self._joined(parts)
+        joined = self._batched_layers(parts)
         if not scoring:
             return forward(self.model, ids, parts, joined), None
         hidden = forward(self.model, ids, parts, joined, head=False)
-        scores = Scores.of(self.model, hidden, scoring, self._vocabulary)
+        scores = PromptLogprobBatch.of(self.model, hidden, scoring, self._vocabulary)
         if hidden is None or not rows:
             return None, scores
         return self.model.head(hidden[mx.array(list(rows))]), scores
 
-    def _joined(self, parts: Sequence[Part]) -> Sequence[LayerCache] | None:
+    def _batched_layers(self, parts: Sequence[BatchSlice]) -> Sequence[LayerCache] | None:
         """Give caches that answer for all parts at once, where that is faster."""
-        if self._together and all(part.length == part.wanted == 1 for part in parts):
+        if self._batched and all(part.length == part.wanted == 1 for part in parts):
             room = self.scheduler.room - self.scheduler.held()
-            return self._together.layers([part.layers for part in parts], room)
-        self._part()
+            return self._batched.layers([part.layers for part in parts], room)
+        self._split_batch()
         return None
 
     def _propose(
-        self, known: Sequence[Running], rows: int
-    ) -> "tuple[dict[Running, list[int]], dict[Running, list[Mask | None]]]":
+        self, known: Sequence[SequenceState], rows: int
+    ) -> "tuple[dict[SequenceState, list[int]], dict[SequenceState, list[Mask | None]]]":
         """Have it proposed what comes next, and ask the constraints that mask what they allow."""
         proposals = self.speculator.propose(known, rows) if self.speculator else {}
-        foreseen: dict[Running, list[Mask | None]] = {}
-        for sequence in [proposed for proposed in proposals if proposed.masking]:
+        foreseen: dict[SequenceState, list[Mask | None]] = {}
+        for sequence in [proposed for proposed in proposals if proposed.needs_mask]:
             assert sequence.request.constraint
             try:
-                masks = sequence.request.constraint.foresee(proposals[sequence])
+                masks = sequence.request.constraint.lookahead_masks(proposals[sequence])
                 foreseen[sequence] = [_not_empty(mask) for mask in masks]
                 proposals[sequence] = proposals[sequence][: len(masks) - 1]
-                sequence.forget_beyond(len(sequence.ids) - 1)  # what a draft model saw of the rest
+                sequence.truncate(len(sequence.ids) - 1)  # what a draft model saw of the rest
             except BaseException as error:  # noqa: BLE001 - this request's alone
                 self._end(sequence, error)
         kept = {s: proposal for s, proposal in proposals.items() if proposal and not s.ended}
         return kept, {s: masks for s, masks in foreseen.items() if not s.ended}
 
-    def _look_up(self, sequence: Running) -> None:
+    def _index_ngrams(self, sequence: SequenceState) -> None:
         """Find what may come next where that is looked for; no more after an error."""
-        lookup, sequence.lookup = sequence.lookup, None
+        lookup, sequence.ngrams = sequence.ngrams, None
         if lookup:
             with _optional("looking up what may come next"):
-                lookup.read_on()
-                sequence.lookup = lookup
+                lookup.index_new()
+                sequence.ngrams = lookup
 
     def _ids(
         self,
-        ahead: Sequence[Running],
-        known: Sequence[Running],
+        ahead: Sequence[SequenceState],
+        known: Sequence[SequenceState],
         lengths: Sequence[int],
-        proposals: Mapping[Running, list[int]],
+        proposals: Mapping[SequenceState, list[int]],
     ) -> mx.array:
         """Lay the tokens of a step end to end: those on the device, and `lengths` known ones.
 
@@ -379,8 +389,8 @@ class Steps:
         """
         pieces = []
         if ahead:
-            assert self._flight and self._flight.tokens is not None
-            tokens, choosing = self._flight.tokens, self._flight.choosing
+            assert self._in_flight_step and self._in_flight_step.tokens is not None
+            tokens, choosing = self._in_flight_step.tokens, self._in_flight_step.rows
             if list(ahead) != list(choosing):
                 tokens = tokens[mx.array([choosing.index(sequence) for sequence in ahead])]
             pieces.append(tokens)
@@ -389,52 +399,52 @@ class Steps:
                 token
                 for sequence, length in zip(known, lengths, strict=True)
                 for token in (
-                    *sequence.ids[sequence.seen : sequence.seen + length],
+                    *sequence.ids[sequence.num_computed : sequence.num_computed + length],
                     *proposals.get(sequence, ()),
                 )
             ]
             pieces.append(mx.array(ids, dtype=mx.int32))
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
 
-    def _chunks(self, step: Step[Running]) -> dict[Running, int]:
+    def _prefill_chunks(self, step: Step[SequenceState]) -> dict[SequenceState, int]:
         """Give whose prompts are read on in this step, and by how many tokens.
 
         It is a chunk of the first, and all of those that find room beside it.
         """
-        chunks: dict[Running, int] = {}
+        chunks: dict[SequenceState, int] = {}
         most = left = 0
-        if step.reading:
-            deepest = max(sequence.seen for sequence in step.reading)
+        if step.prefilling:
+            deepest = max(sequence.num_computed for sequence in step.prefilling)
             most = min(self.budget.chunk(deepest, self.scheduler.held()), backend.prefill_chunk())
-            most = left = self.scheduler.chunk(step, most)
-        for sequence in step.reading:
-            if (not chunks or sequence.unread <= left) and self._tell_progress(sequence):
-                chunks[sequence] = min(left, chunk_sizes(sequence.unread, most)[0])
+            most = left = self.scheduler.prefill_budget(step, most)
+        for sequence in step.prefilling:
+            if (not chunks or sequence.num_uncomputed <= left) and self._report_progress(sequence):
+                chunks[sequence] = min(left, prefill_chunks(sequence.num_uncomputed, most)[0])
                 left -= chunks[sequence]
         return chunks
 
-    def _tell_progress(self, sequence: Running) -> bool:
+    def _report_progress(self, sequence: SequenceState) -> bool:
         """Tell how much of a prompt has been read, and whether that was taken well."""
         request = sequence.request
         try:
             if request.progress:
-                request.progress(min(sequence.seen, len(request.ids)), len(request.ids))
+                request.progress(min(sequence.num_computed, len(request.ids)), len(request.ids))
         except BaseException as error:  # noqa: BLE001 - this request's alone
             self._end(sequence, error)
         return not sequence.ended
 
     def _masks(
         self,
-        choosing: Sequence[Running],
+        choosing: Sequence[SequenceState],
         logits: mx.array,
-        foreseen: "Mapping[Running, list[Mask | None]]",
+        foreseen: "Mapping[SequenceState, list[Mask | None]]",
     ) -> "dict[int, Mask]":
         """Ask the constraints, by row, what is allowed, while the device computes the logits.
 
         Those that were asked for a proposal are not asked again.
         """
         masks: dict[int, Mask | None] = {}
-        asked = [(row, s) for row, s in enumerate(choosing) if s.masking and s not in foreseen]
+        asked = [(row, s) for row, s in enumerate(choosing) if s.needs_mask and s not in foreseen]
         if asked:
             mx.async_eval(logits)
         for row, sequence in asked:
@@ -447,35 +457,39 @@ class Steps:
             masks |= dict(enumerate(ahead, choosing.index(sequence)))
         return {row: mask for row, mask in masks.items() if mask is not None}
 
-    def _land(self, following: Flight | None = None) -> None:
+    def _commit(self, following: InFlightStep | None = None) -> None:
         """Wait for the step in work, hand `following` to the device, and tell what was chosen."""
-        done = self._flight
+        done = self._in_flight_step
         values = self._wait_for(done) if done else []
-        chances = done.chances.read(values, done.choosing) if done and done.chances else {}
-        scores = done.scores.read() if done and done.scores else {}
+        chances = done.logprobs.read(values, done.rows) if done and done.logprobs else {}
+        scores = done.prompt_logprobs.read() if done and done.prompt_logprobs else {}
         if following:
             mx.async_eval(following.arrays)
             following.submitted = time.perf_counter()
-        self._flight, self._building = following, ()
+        self._in_flight_step, self._building = following, ()
         if not done:
             return
-        self._landing = done.touched
+        self._committing = done.sequences
         for sequence, heard in scores.items():
-            self._tell_scores(sequence, heard)
-        for sequence, rows in groupby(range(len(values)), key=done.choosing.__getitem__):
-            if not self._in_flight(sequence):
-                sequence.ahead = 0
-            if not sequence.ended and sequence not in done.dropped:
+            self._report_prompt_logprobs(sequence, heard)
+        for sequence, rows in groupby(range(len(values)), key=done.rows.__getitem__):
+            if not self._is_in_flight(sequence):
+                sequence.num_in_flight = 0
+            if not sequence.ended and sequence not in done.discarded:
                 tokens = [(values[row], chances.get(row)) for row in rows]
-                self._take(sequence, tokens, done)
-        for sequence in done.touched:
+                self._commit_tokens(sequence, tokens, done)
+        for sequence in done.sequences:
             if sequence.ended:
-                self._leave(sequence)
-            elif not (sequence.request.max_tokens or sequence.unread or self._in_flight(sequence)):
-                self._end(sequence, sequence.outcome("length"))
-        self._landing = ()
+                self._release(sequence)
+            elif not (
+                sequence.request.max_tokens
+                or sequence.num_uncomputed
+                or self._is_in_flight(sequence)
+            ):
+                self._end(sequence, sequence.result("length"))
+        self._committing = ()
 
-    def _wait_for(self, flight: Flight) -> list[int]:
+    def _wait_for(self, flight: InFlightStep) -> list[int]:
         mx.eval(flight.arrays)
         values: list[int] = []
         if flight.tokens is not None:
@@ -485,16 +499,21 @@ class Steps:
         if flight.chunk:
             self.scheduler.observe(flight.chunk, now - flight.submitted)
             _free_buffers()
-        elif self.speculator and self._landed is not None:
-            self.speculator.took(flight.size, now - self._landed, waited=flight.waited)
-        self._landed = None if flight.chunk else now
+        elif self.speculator and self._committed_at is not None:
+            self.speculator.observe_step(
+                flight.size, now - self._committed_at, synchronous=flight.synchronous
+            )
+        self._committed_at = None if flight.chunk else now
         return values
 
-    def _in_flight(self, sequence: Running) -> bool:
-        return self._flight is not None and sequence in self._flight.touched
+    def _is_in_flight(self, sequence: SequenceState) -> bool:
+        return self._in_flight_step is not None and sequence in self._in_flight_step.sequences
 
-    def _take(
-        self, sequence: Running, chosen: Sequence[tuple[int, Chance | None]], flight: Flight
+    def _commit_tokens(
+        self,
+        sequence: SequenceState,
+        chosen: Sequence[tuple[int, SampledLogprob | None]],
+        flight: InFlightStep,
     ) -> None:
         """Have a sequence take what was chosen for it, and see to what comes of that."""
         proposal, accepted = flight.proposals.get(sequence, ()), sequence.accepted
@@ -503,38 +522,46 @@ class Steps:
                 raise sequence.failure
             if flight.finite is not None:
                 self._refuse_nonfinite(sequence, flight, flight.finite)
-            told = sequence.told
-            goes_on = sequence.take(chosen, proposal, masked=sequence in flight.masked)
-            self.chosen.add(sequence.told - told)
+            told = sequence.num_output
+            goes_on = sequence.commit(chosen, proposal, masked=sequence in flight.masked)
+            self.token_meter.add(sequence.num_output - told)
             if proposal and self.speculator:
                 self.speculator.observe(sequence, sequence.accepted - accepted)
-            if not sequence.doubted and sequence.request.doubtful and sequence.request.doubtful():
-                sequence.doubted = True
+            if (
+                not sequence.logits_rechecked
+                and sequence.request.recheck_logits
+                and sequence.request.recheck_logits()
+            ):
+                sequence.logits_rechecked = True
                 self._check_logits(sequence, flight)
         except BaseException as error:  # noqa: BLE001 - this request's alone
-            self._end(sequence, self._cause(error, sequence, flight))
+            self._end(sequence, self._cause_of(error, sequence, flight))
             return
         if sequence.reason:
-            self._end(sequence, sequence.outcome(sequence.reason))
+            self._end(sequence, sequence.result(sequence.reason))
         elif not goes_on:
-            self._choose_anew(sequence)
+            self._discard_in_flight(sequence)
 
-    def _tell_scores(self, sequence: Running, scores: Sequence[Chance]) -> None:
+    def _report_prompt_logprobs(
+        self, sequence: SequenceState, scores: Sequence[SampledLogprob]
+    ) -> None:
         """Hand on how likely the tokens of a prompt are, as far as it has been read."""
         try:
             if not all(math.isfinite(chance.logprob) for chance in scores):
-                raise self._nonfinite()
-            if sequence.request.heard_prompt and not sequence.ended:
-                sequence.request.heard_prompt(scores)
+                raise self._nonfinite_error()
+            if sequence.request.on_prompt_logprobs and not sequence.ended:
+                sequence.request.on_prompt_logprobs(scores)
         except BaseException as error:  # noqa: BLE001 - this request's alone
             self._end(sequence, error)
 
-    def _check_logits(self, sequence: Running, flight: Flight) -> None:
+    def _check_logits(self, sequence: SequenceState, flight: InFlightStep) -> None:
         assert flight.logits is not None
         finite = mx.isfinite(flight.logits[:, : self._vocabulary]).all(axis=-1)
         self._refuse_nonfinite(sequence, flight, finite)
 
-    def _cause(self, error: BaseException, sequence: Running, flight: Flight) -> BaseException:
+    def _cause_of(
+        self, error: BaseException, sequence: SequenceState, flight: InFlightStep
+    ) -> BaseException:
         """Return what has made a sequence fail: a grammar also fails where a network is broken."""
         if isinstance(error, ValueError):
             try:
@@ -545,14 +572,16 @@ class Steps:
                 return error
         return error
 
-    def _refuse_nonfinite(self, sequence: Running, flight: Flight, finite: mx.array) -> None:
+    def _refuse_nonfinite(
+        self, sequence: SequenceState, flight: InFlightStep, finite: mx.array
+    ) -> None:
         """Raise a CheckpointError if the logits of a sequence's rows are not `finite` [N]."""
         # A list is read from what is evaluated; an element would be a computation of its own, which
         # waits for the step in work.
-        if not finite.tolist()[flight.choosing.index(sequence)]:  # type: ignore[index]
-            raise self._nonfinite()
+        if not finite.tolist()[flight.rows.index(sequence)]:  # type: ignore[index]
+            raise self._nonfinite_error()
 
-    def _nonfinite(self) -> CheckpointError:
+    def _nonfinite_error(self) -> CheckpointError:
         """Create the error of a network that gives no numbers."""
         dtype = self.model.model.norm.weight.dtype
         wider = "" if dtype == mx.float32 else ', or load it with --dtype float32 (dtype="float32")'
@@ -562,19 +591,19 @@ class Steps:
             f"{str(dtype).removeprefix('mlx.core.')}; download or convert it again{wider}"
         )
 
-    def _choose_anew(self, sequence: Running) -> None:
+    def _discard_in_flight(self, sequence: SequenceState) -> None:
         """Drop the token that the step in work chooses: it goes on from what is no longer so."""
-        flight = self._flight
-        if flight and flight.tokens is not None and sequence in flight.choosing:
-            row = flight.choosing.index(sequence)
+        flight = self._in_flight_step
+        if flight and flight.tokens is not None and sequence in flight.rows:
+            row = flight.rows.index(sequence)
             sequence.sampler.rewind(flight.tokens[row : row + 1])
-            flight.dropped.append(sequence)
-            sequence.ahead = 0
-        sequence.forget_beyond(len(sequence.ids) - 1)
+            flight.discarded.append(sequence)
+            sequence.num_in_flight = 0
+        sequence.truncate(len(sequence.ids) - 1)
 
     # --- beginnings and ends --------------------------------------------------------------------
 
-    def begin(self, job: Running) -> None:
+    def admit(self, job: SequenceState) -> None:
         """Give a sequence its caches, with what is kept of its tokens (see `scheduler.Memory`)."""
         try:
             if job.cached_tokens is None:
@@ -583,7 +612,7 @@ class Steps:
             self._end(job, error)
             return
         if job.reason:
-            self._end(job, job.outcome(job.reason))
+            self._end(job, job.result(job.reason))
             return
         try:
             job.layers = self._make_layers()
@@ -591,78 +620,78 @@ class Steps:
         except Exception as error:  # noqa: BLE001 - this request's alone
             self._end(job, _failure(error))
             return
-        job.taken = job.seen
+        job.num_prefix_hit = job.num_computed
         if job.cached_tokens is None:
-            job.cached_tokens = min(job.seen, len(job.request.ids))
+            job.cached_tokens = min(job.num_computed, len(job.request.ids))
 
     def _make_layers(self) -> list[KVCache]:
         layers = self.model.make_cache()
         return layers + self.speculator.make_cache() if self.speculator else layers
 
-    def _restore(self, job: Running) -> None:
+    def _restore(self, job: SequenceState) -> None:
         """Fill a sequence's caches with what is kept of its tokens, on disk or in memory."""
         most = job.skippable
         disk, prefixes = self._disk, self._prefixes
         try:
-            if disk and disk.common(job.ids, most) > prefixes.common(job.ids, most):
-                job.seen = disk.read(job.ids, most, job.layers[: self._depth])
-            if not job.seen and (kept := prefixes.take(job.ids, most)):
-                job.layers, job.room, job.seen = kept.layers, kept.room, len(kept.ids)
+            if disk and disk.match_length(job.ids, most) > prefixes.match_length(job.ids, most):
+                job.num_computed = disk.read(job.ids, most, job.layers[: self._depth])
+            if not job.num_computed and (kept := prefixes.acquire(job.ids, most)):
+                job.layers, job.room, job.num_computed = kept.layers, kept.room, len(kept.ids)
         except Exception as error:  # noqa: BLE001 - all can be read anew
             _log.warning("a kept prompt cannot be restored: %s", str(error) or repr(error))
             job.reset()
             job.layers = self._make_layers()
 
-    def pause(self, job: Running) -> None:
+    def preempt(self, job: SequenceState) -> None:
         """Put a sequence's caches among those kept; it will begin anew from there, or earlier."""
-        self._land()
+        self._commit()
         if not job.ended:
-            self._part()
-            self._keep(job, job.seen)
+            self._split_batch()
+            self._keep_prefix(job, job.num_computed)
             job.reset()
 
-    def kept(self) -> int:
+    def held_by_prefixes(self) -> int:
         """The tokens that kept prefixes have room for."""
         return self._prefixes.held
 
-    def reclaim(self, tokens: int) -> None:
+    def evict(self, tokens: int) -> None:
         """Give up kept prefixes for so many tokens, as far as there are any."""
-        self._prefixes.reclaim(tokens)
+        self._prefixes.evict(tokens)
         _free_buffers()
 
-    def _end(self, sequence: Running, outcome: Outcome | BaseException) -> None:
+    def _end(self, sequence: SequenceState, outcome: RequestResult | BaseException) -> None:
         sequence.ended = True
-        well = isinstance(outcome, Outcome) and outcome.reason != "cancelled"
+        well = isinstance(outcome, RequestResult) and outcome.reason != "cancelled"
         failed = isinstance(outcome, BaseException)
         # Of a cancelled request only what was there before it stays.
-        sequence.worth_keeping = None if well else 0 if failed else sequence.taken
-        self._tell(sequence.request, outcome)
-        if not self._in_flight(sequence):
-            self._leave(sequence)
+        sequence.num_to_keep = None if well else 0 if failed else sequence.num_prefix_hit
+        self._notify(sequence.request, outcome)
+        if not self._is_in_flight(sequence):
+            self._release(sequence)
 
-    def _leave(self, sequence: Running) -> None:
+    def _release(self, sequence: SequenceState) -> None:
         """Let go of a sequence that has ended and that no step in work touches."""
         if sequence in self.scheduler.running:
-            self._part()
-            keep = sequence.seen if sequence.worth_keeping is None else sequence.worth_keeping
-            self._keep(sequence, min(keep, sequence.seen, len(sequence.ids)))
+            self._split_batch()
+            keep = sequence.num_computed if sequence.num_to_keep is None else sequence.num_to_keep
+            self._keep_prefix(sequence, min(keep, sequence.num_computed, len(sequence.ids)))
         elif sequence not in self.scheduler.waiting:
             return
         self.scheduler.remove(sequence)
         sequence.reset()
         _free_buffers()
 
-    def _part(self) -> None:
+    def _split_batch(self) -> None:
         """Have every sequence hold its own caches, before they are used for something else."""
-        if self._together:
-            self._together.part()
+        if self._batched:
+            self._batched.split()
 
-    def _keep(self, sequence: Running, tokens: int) -> None:
+    def _keep_prefix(self, sequence: SequenceState, tokens: int) -> None:
         if tokens:
             prompt = len(sequence.request.ids)
             with _optional("keeping a prompt"):
                 prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
-                self._prefixes.put(prefix)
+                self._prefixes.insert(prefix)
 
     def save(self, *, interrupted: Callable[[], bool]) -> bool:
         """Write the prompt of a kept prefix to disk; False if there is none left to be written."""
@@ -680,26 +709,30 @@ class Steps:
             self._disk = None
         return True
 
-    def _tell(self, request: Request, outcome: Outcome | BaseException) -> None:
+    def _notify(self, request: Request, outcome: RequestResult | BaseException) -> None:
         try:
-            request.done(outcome)
+            request.on_finish(outcome)
         except BaseException:  # noqa: BLE001 - the others' steps go on
             _log.exception("a request's end could not be told")
         if isinstance(outcome, BaseException):
             _log.debug("a request failed", exc_info=outcome)
 
-    def _drop_all(self, error: Exception) -> None:
+    def _fail_step(self, error: Exception) -> None:
         """Drop every cache that a failed step may have touched, and the kept ones."""
-        touched = {*self._landing, *self._building, *(self._flight.touched if self._flight else ())}
+        touched = {
+            *self._committing,
+            *self._building,
+            *(self._in_flight_step.sequences if self._in_flight_step else ()),
+        }
         if not touched:  # it failed in between: whose fault it is cannot be said
             touched = {*self.scheduler.running} or {*self.scheduler.waiting}
-        self._flight, self._building, self._landing = None, (), ()
-        if self._together:
-            self._together.abandon()
+        self._in_flight_step, self._building, self._committing = None, (), ()
+        if self._batched:
+            self._batched.abandon()
         for sequence in touched:
             if sequence.ended:
-                sequence.worth_keeping = 0
-                self._leave(sequence)
+                sequence.num_to_keep = 0
+                self._release(sequence)
             else:
                 self._end(sequence, _failure(error))
         self.forget()

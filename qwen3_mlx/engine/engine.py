@@ -12,10 +12,10 @@ import mlx.core as mx
 
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.engine.activity import Activity
-from qwen3_mlx.engine.core import Steps
+from qwen3_mlx.engine.core import EngineCore
 from qwen3_mlx.engine.logits import Logits
 from qwen3_mlx.engine.memory_ledger import release
-from qwen3_mlx.engine.request import IDLE, Outcome, Request
+from qwen3_mlx.engine.request import IDLE, Request, RequestResult
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.errors import Qwen3Error
@@ -63,9 +63,9 @@ class Engine:
         """
         self.model = model
         self.speculates = speculator is not None
-        self._steps = Steps(model, vocabulary, available, context, disk, speculator)
-        self.budget, self.context = self._steps.budget, self._steps.context
-        self.share = self._steps.share
+        self._core = EngineCore(model, vocabulary, available, context, disk, speculator)
+        self.budget, self.context = self._core.budget, self._core.context
+        self.share = self._core.share
         finalize(self, release, self.share).atexit = False
         self._worker = worker
         self._inbox: SimpleQueue[Request] = SimpleQueue()
@@ -103,8 +103,8 @@ class Engine:
             max_tokens=0,
             seed=0,
             end_ids=frozenset(),
-            watcher=_Collector(),
-            done=lambda outcome: None,
+            sink=_LogitsSink(),
+            on_finish=lambda outcome: None,
             priority=IDLE,
         )
         self.submit(request)
@@ -118,7 +118,7 @@ class Engine:
 
     def activity(self) -> Activity:
         """Return what is being done; without waiting, so that the parts may be a step apart."""
-        scheduler = self._steps.scheduler
+        scheduler = self._core.scheduler
         running, waiting = (
             sum(job.priority < IDLE for job in list(jobs))
             for jobs in (scheduler.running, scheduler.waiting)
@@ -126,7 +126,7 @@ class Engine:
         return Activity(
             running,
             waiting + self._inbox.qsize(),
-            round(self._steps.chosen.rate, 1),
+            round(self._core.token_meter.rate, 1),
             self.share.held,
             self.share.available,
             mx.get_active_memory(),
@@ -134,17 +134,17 @@ class Engine:
         )
 
     def _pending(self) -> int:
-        scheduler = self._steps.scheduler
+        scheduler = self._core.scheduler
         return len(scheduler.running) + len(scheduler.waiting) + self._inbox.qsize()
 
     # --- on the engine's thread -----------------------------------------------------------------
 
     def step(self) -> bool:
         """Do the next step, or some idle work; False if there is nothing left to do."""
-        self._welcome()
-        more = self._steps.step()
+        self._drain_inbox()
+        more = self._core.step()
         self._stepped = time.monotonic()
-        if more or self._steps.save(interrupted=lambda: not self._inbox.empty()):
+        if more or self._core.save(interrupted=lambda: not self._inbox.empty()):
             return True
         return not self._inbox.empty()
 
@@ -155,15 +155,15 @@ class Engine:
 
         None of them ends the reply. Closing the iterator cancels it.
         """
-        watcher, outcomes = _Collector(), list[Outcome | BaseException]()
+        watcher, outcomes = _LogitsSink(), list[RequestResult | BaseException]()
         request = Request(
             ids=ids,
             sampling=sampling.over(NEUTRAL),
             max_tokens=max_tokens,
             seed=seed,
             end_ids=frozenset(),
-            watcher=watcher,
-            done=outcomes.append,
+            sink=watcher,
+            on_finish=outcomes.append,
         )
         self._inbox.put(request)
         try:
@@ -181,7 +181,7 @@ class Engine:
 
     def forget(self) -> None:
         """Give up all kept prefixes."""
-        self._steps.forget()
+        self._core.forget()
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """Begin to compute the logits of all ids; `read_on` goes on.
@@ -189,13 +189,13 @@ class Engine:
         Raises:
             Qwen3Error: they do not fit; a ContextError: there are more ids than the context has.
         """
-        return self._steps.logits(ids)
+        return self._core.logits(ids)
 
     def read_on(self, logits: Logits) -> bool:
         """Compute a chunk more, and say whether some are left."""
-        return self._steps.read_on(logits)
+        return self._core.advance_logits(logits)
 
-    def _turn(self) -> None:
+    def _run_once(self) -> None:
         """Do a step and stand in line again: other work of the thread comes in between."""
         with self._lock:
             self._posted = False
@@ -208,25 +208,25 @@ class Engine:
                 except Qwen3Error:  # closed meanwhile
                     self._end_all()
         except BaseException as error:  # noqa: BLE001 - or requests would wait for ever
-            self._steps.give_up(error, [*self._arrived()])
+            self._core.fail_all(error, [*self._new_requests()])
 
     def _post(self) -> None:
         with self._lock:
             if self._worker and not self._posted:
-                self._worker.post(self._turn)
+                self._worker.post(self._run_once)
                 self._posted = True
 
     def _end_all(self) -> None:
-        self._welcome()
-        self._steps.cancel_all()
-        while self._steps.save(interrupted=lambda: False):
+        self._drain_inbox()
+        self._core.cancel_all()
+        while self._core.save(interrupted=lambda: False):
             pass
 
-    def _welcome(self) -> None:
-        for request in self._arrived():
-            self._steps.add(request)
+    def _drain_inbox(self) -> None:
+        for request in self._new_requests():
+            self._core.add(request)
 
-    def _arrived(self) -> Iterator[Request]:
+    def _new_requests(self) -> Iterator[Request]:
         while True:
             try:
                 request = self._inbox.get_nowait()
@@ -235,7 +235,7 @@ class Engine:
             yield request
 
 
-class _Collector:
+class _LogitsSink:
     """Holds the tokens of `Engine.stream` until they are asked for."""
 
     finished = False

@@ -14,7 +14,7 @@ _CHUNK_MULTIPLE = 64
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BatchSlice:
     """One sequence's share of a forward pass: `length` tokens for its caches, one a layer."""
 
     layers: Sequence[KVCache]
@@ -22,7 +22,7 @@ class Part:
     wanted: int  # of how many of them, the last ones, the logits or hidden states are asked for
 
 
-def chunk_sizes(tokens: int, most: int) -> list[int]:
+def prefill_chunks(tokens: int, most: int) -> list[int]:
     """Cut a prompt into chunks of equal size, so that none is a slow remainder of a few tokens."""
     count = -(-tokens // most)
     size = -(-tokens // count)
@@ -33,7 +33,7 @@ def chunk_sizes(tokens: int, most: int) -> list[int]:
 def forward(
     model: Qwen3,
     ids: mx.array,
-    parts: Sequence[Part],
+    parts: Sequence[BatchSlice],
     together: Sequence[LayerCache] | None = None,
     *,
     head: bool = True,
@@ -63,6 +63,6 @@ def warm_up(model: Qwen3) -> None:
     """Run a prompt of 64 tokens and one token more, so that no first request waits for kernels."""
     layers = model.make_cache()
     for length in (_CHUNK_MULTIPLE, 1):
-        mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [Part(layers, length, 1)]))
+        mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [BatchSlice(layers, length, 1)]))
     del layers
     mx.clear_cache()

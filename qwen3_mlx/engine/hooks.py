@@ -10,7 +10,7 @@ if TYPE_CHECKING:  # numpy would cost the start a tenth of a second
     Mask = NDArray[np.uint32]
 
 
-class Watcher(Protocol):
+class TokenSink(Protocol):
     """Follows the tokens of one generation and may end it."""
 
     finished: bool
@@ -28,8 +28,9 @@ class Watcher(Protocol):
 class Constraint(Protocol):
     """Steers one generation: a grammar, say, or a budget of thinking.
 
-    After each `advance` the engine looks at `finished`, `unwanted`, `forced` and `masking`, in this
-    order. Only while `masking` does a step have to wait for the token of the one before.
+    After each `advance` the engine looks at `finished`, `rollback`, `forced_tokens` and
+    `needs_mask`, in this order. Only while `needs_mask` does a step have to wait for the token of
+    the one before.
     """
 
     @property
@@ -37,17 +38,17 @@ class Constraint(Protocol):
         """Whether the reply ends here."""
 
     @property
-    def unwanted(self) -> int:
+    def rollback(self) -> int:
         """How many of the last tokens are to be taken back; it has forgotten them itself."""
 
     @property
-    def masking(self) -> bool:
+    def needs_mask(self) -> bool:
         """Whether `mask` is to be asked before the next token is chosen."""
 
     def advance(self, ids: Sequence[int]) -> None:
         """Take the next tokens, chosen or forced; end tokens are among them."""
 
-    def forced(self) -> list[int]:
+    def forced_tokens(self) -> list[int]:
         """Give the ids that must come next; the engine takes them as if they had been chosen."""
 
     def mask(self) -> "Mask | None":
@@ -56,7 +57,7 @@ class Constraint(Protocol):
         Asked while the forward pass runs.
         """
 
-    def foresee(self, ids: Sequence[int]) -> "list[Mask | None]":
+    def lookahead_masks(self, ids: Sequence[int]) -> "list[Mask | None]":
         """Give the mask for the next token, and those for the tokens that follow `ids`, if they
         should come: at most one more than ids, and only as far as nothing is sure to be forced.
         """

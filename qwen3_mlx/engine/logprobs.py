@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from qwen3_mlx.engine.request import Chance
+from qwen3_mlx.engine.request import SampledLogprob
 from qwen3_mlx.engine.sampling import likeliest
-from qwen3_mlx.engine.sequence import Sequence as Running
+from qwen3_mlx.engine.sequence import SequenceState
 
 
 @dataclass(frozen=True, slots=True)
-class Chances:
+class LogprobBatch:
     """What a step computes for them: K of its rows, with the k likeliest of each."""
 
     rows: Sequence[int]
@@ -20,25 +20,27 @@ class Chances:
 
     @classmethod
     def of(
-        cls, logits: mx.array, tokens: mx.array, choosing: Sequence[Running], vocabulary: int
-    ) -> "Chances | None":
+        cls, logits: mx.array, tokens: mx.array, choosing: Sequence[SequenceState], vocabulary: int
+    ) -> "LogprobBatch | None":
         """Lay them out for logits [N, V] and tokens [N], or give None where nobody asks."""
-        rows = [row for row, sequence in enumerate(choosing) if sequence.request.heard]
+        rows = [row for row, sequence in enumerate(choosing) if sequence.request.on_logprobs]
         if not rows:
             return None
         logits = logits[mx.array(rows), :vocabulary].astype(mx.float32)
         total = mx.logsumexp(logits, axis=-1, keepdims=True)
-        most = max(choosing[row].request.alternatives for row in rows)
+        most = max(choosing[row].request.top_logprobs for row in rows)
         values, ids = likeliest(logits, max(1, min(most, vocabulary)), vocabulary)
         chosen = mx.take_along_axis(logits, tokens[mx.array(rows)][:, None], axis=-1) - total
         return cls(rows, [chosen[:, 0], ids, values - total])
 
-    def read(self, tokens: Sequence[int], choosing: Sequence[Running]) -> dict[int, Chance]:
+    def read(
+        self, tokens: Sequence[int], choosing: Sequence[SequenceState]
+    ) -> dict[int, SampledLogprob]:
         """Give them by row, when they have been computed."""
         chosen, ids, values = (np.array(array) for array in self.arrays)
         found = {}
         for place, row in enumerate(self.rows):
-            count = choosing[row].request.alternatives
+            count = choosing[row].request.top_logprobs
             top = zip(ids[place, :count].tolist(), values[place, :count].tolist(), strict=True)
-            found[row] = Chance(tokens[row], float(chosen[place]), list(top))
+            found[row] = SampledLogprob(tokens[row], float(chosen[place]), list(top))
         return found

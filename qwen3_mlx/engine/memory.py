@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from qwen3_mlx.cache.kv import grown_capacity
+from qwen3_mlx.cache.kv import next_capacity
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.model.config import ModelConfig
 
@@ -274,7 +274,7 @@ def cache_bytes(config: ModelConfig, work: Workload) -> int:
     """
     if work.bounded:
         return _cache_bytes(config, work.context, work)
-    grown = _cache_bytes(config, grown_capacity(work.context), work)
+    grown = _cache_bytes(config, next_capacity(work.context), work)
     return grown + _cache_bytes(config, work.context, work) // (2 * config.num_hidden_layers)
 
 

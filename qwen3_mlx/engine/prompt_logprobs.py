@@ -13,38 +13,38 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from qwen3_mlx.engine.request import Chance
+from qwen3_mlx.engine.request import SampledLogprob
 from qwen3_mlx.engine.sampling import likeliest
-from qwen3_mlx.engine.sequence import Sequence as Running
+from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _BLOCK = 1 << 23  # logits computed at once: 32 MiB in float32
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
+class PromptLogprobBatch:
     """What a step computes for the prompts that it reads.
 
     Of each sequence: the ids [n] that follow the scored places, their log probabilities [n], and
     those and the ids [n, k] of the likeliest; nothing where no place is scored.
     """
 
-    following: Mapping[Running, list[int]]
-    computed: Mapping[Running, tuple[mx.array, mx.array, mx.array]]
+    following: Mapping[SequenceState, list[int]]
+    computed: Mapping[SequenceState, tuple[mx.array, mx.array, mx.array]]
 
     @classmethod
     def of(
         cls,
         model: Qwen3,
         hidden: mx.array | None,
-        scoring: Mapping[Running, tuple[range, int]],
+        scoring: Mapping[SequenceState, tuple[range, int]],
         vocabulary: int,
-    ) -> "Scores":
+    ) -> "PromptLogprobBatch":
         """Lay out the scores for hidden states [R, D], which may be None where there is no place.
 
         Of each sequence there are the places to score, and the row of the first of them.
         """
-        following, computed = dict[Running, list[int]](), {}
+        following, computed = dict[SequenceState, list[int]](), {}
         before: list[mx.array] = []
         for sequence, (places, row) in scoring.items():
             ids = sequence.ids[places.start + 1 : places.stop + 1]
@@ -55,7 +55,7 @@ class Scores:
                 x = hidden[row + start : row + min(start + rows, len(ids))]
                 # Without an order all blocks could be computed, and be in memory, at once.
                 x = mx.depends([x], before)[0] if before else x
-                alternatives = sequence.request.alternatives
+                alternatives = sequence.request.top_logprobs
                 before = _block(model, x, ids[start : start + rows], alternatives, vocabulary)
                 blocks.append(before)
             if blocks:
@@ -70,16 +70,18 @@ class Scores:
         """All that must be there for `read`."""
         return [array for arrays in self.computed.values() for array in arrays]
 
-    def read(self) -> dict[Running, list[Chance]]:
+    def read(self) -> dict[SequenceState, list[SampledLogprob]]:
         """Return the scores by sequence, when they have been computed."""
-        found: dict[Running, list[Chance]] = {}
+        found: dict[SequenceState, list[SampledLogprob]] = {}
         for sequence, ids in self.following.items():
             found[sequence] = []
             if sequence in self.computed:
                 chosen, values, best = (np.array(a).tolist() for a in self.computed[sequence])
-                count = sequence.request.alternatives
+                count = sequence.request.top_logprobs
                 found[sequence] = [
-                    Chance(token, chance, list(zip(tokens[:count], chances[:count], strict=True)))
+                    SampledLogprob(
+                        token, chance, list(zip(tokens[:count], chances[:count], strict=True))
+                    )
                     for token, chance, tokens, chances in zip(
                         ids, chosen, best, values, strict=True
                     )

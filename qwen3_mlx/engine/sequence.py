@@ -1,24 +1,25 @@
 """One request as it runs: its tokens, its caches, and what is still to be done."""
 
-from collections.abc import Sequence as Listed
+from collections.abc import Sequence
 
 import mlx.core as mx
 
-from qwen3_mlx.cache.kv import KVCache, grown_capacity
+from qwen3_mlx.cache.kv import KVCache, next_capacity
 from qwen3_mlx.cache.prefix import common_prefix
-from qwen3_mlx.engine.request import Chance, Outcome, Request
+from qwen3_mlx.engine.request import Request, RequestResult, SampledLogprob
 from qwen3_mlx.engine.sampling import Sampler
-from qwen3_mlx.engine.speculation.ngram import Lookup
+from qwen3_mlx.engine.speculation.ngram import NgramProposer
 from qwen3_mlx.errors import Qwen3Error
 
 FIRST_ROOM = 256  # tokens of a reply to have room for at once
 
 
-class Sequence:
+class SequenceState:
     """A request's state, from its arrival to its end.
 
     `ids` are the prompt and the reply as far as the host knows them. Where the step in work chooses
-    one more, `ahead` is 1. `seen` tokens are in the caches, or will be when that step is done.
+    one more, `num_in_flight` is 1. `num_computed` tokens are in the caches, or will be when that
+    step is done.
     """
 
     def __init__(self, request: Request, vocabulary: int, context: int) -> None:
@@ -37,17 +38,19 @@ class Sequence:
         self.sampler = Sampler(
             request.sampling, seed=request.seed, vocabulary=vocabulary, prompt=request.ids
         )
-        self.lookup: Lookup | None = None  # what may come next, where anybody wants to know
+        self.ngrams: NgramProposer | None = None  # what may come next, where anybody wants to know
         self.cached_tokens: int | None = None  # of the prompt, when it was first begun
-        self.passes = 0  # in which a token was chosen
+        self.num_passes = 0  # in which a token was chosen
         self.proposed = self.accepted = 0  # tokens
-        self.scored = 0  # tokens of the prompt after which the next one's probability is known
+        self.num_scored = 0  # tokens of the prompt after which the next one's probability is known
         self.reason: str | None = None  # why the reply has ended, if it has
         self.failure: BaseException | None = None  # of its constraint, to end with
         self.begun = False  # whether a token was chosen
         self.ended = False
-        self.doubted = False  # whether its logits have been checked because it was doubtful
-        self.worth_keeping: int | None = None  # tokens, when it has ended; None is all
+        self.logits_rechecked = (
+            False  # whether its logits have been checked because it was doubtful
+        )
+        self.num_to_keep: int | None = None  # tokens, when it has ended; None is all
         self._most = context + 1  # a write must never fill its buffer
         self.reset()
 
@@ -55,9 +58,9 @@ class Sequence:
         """Be without caches: to start, or to start anew, with what has been chosen so far."""
         self.layers: list[KVCache] = []
         self.room = 0  # tokens that the caches have room for, or will after their next write
-        self.seen = 0
-        self.taken = 0  # tokens that were kept from another request
-        self.ahead = 0
+        self.num_computed = 0
+        self.num_prefix_hit = 0  # tokens that were kept from another request
+        self.num_in_flight = 0
         self.answering = False  # whether all has been read once, so that tokens are being chosen
 
     @property
@@ -71,9 +74,9 @@ class Sequence:
         return self.request.client
 
     @property
-    def unread(self) -> int:
+    def num_uncomputed(self) -> int:
         """The tokens known that are not in the caches yet."""
-        return len(self.ids) - self.seen
+        return len(self.ids) - self.num_computed
 
     @property
     def skippable(self) -> int:
@@ -82,30 +85,32 @@ class Sequence:
         The last token is read in any case: its logits are needed, and there is a step to end at.
         """
         most = len(self.ids) - 1
-        return most if self.request.heard_prompt is None else min(most, self.scored)
+        return most if self.request.on_prompt_logprobs is None else min(most, self.num_scored)
 
     def unscored(self, length: int) -> range:
         """Return the places, of the next `length` tokens, whose logits score a prompt's token."""
-        if self.request.heard_prompt is None:
+        if self.request.on_prompt_logprobs is None:
             return range(0)
-        end = min(self.seen + length, len(self.request.ids) - 1)
-        return range(max(self.seen, self.scored), max(self.seen, self.scored, end))
+        end = min(self.num_computed + length, len(self.request.ids) - 1)
+        return range(
+            max(self.num_computed, self.num_scored), max(self.num_computed, self.num_scored, end)
+        )
 
     @property
-    def told(self) -> int:
+    def num_output(self) -> int:
         """The tokens of the reply that the host knows."""
         return len(self.ids) - len(self.request.ids)
 
     @property
-    def chosen(self) -> int:
+    def num_sampled(self) -> int:
         """The tokens of the reply, the one that the host does not know yet included."""
-        return self.told + self.ahead
+        return self.num_output + self.num_in_flight
 
     @property
-    def masking(self) -> bool:
+    def needs_mask(self) -> bool:
         """Whether its constraint must be asked before the next token is chosen."""
         try:
-            return self.request.constraint is not None and self.request.constraint.masking
+            return self.request.constraint is not None and self.request.constraint.needs_mask
         except BaseException as error:  # noqa: BLE001 - this request's alone
             self.failure = error
             return False
@@ -114,12 +119,12 @@ class Sequence:
     def complete(self) -> bool:
         """Whether no forward pass is left to be done for this request."""
         if self.request.max_tokens == 0:
-            return self.unread == 0
-        return self.ended or self.chosen >= self.request.max_tokens
+            return self.num_uncomputed == 0
+        return self.ended or self.num_sampled >= self.request.max_tokens
 
     def room_for(self, tokens: int) -> int:
         """Give the room that the caches will have once they hold `tokens`."""
-        return self.room if tokens <= self.room else min(grown_capacity(tokens), self._most)
+        return self.room if tokens <= self.room else min(next_capacity(tokens), self._most)
 
     def first_room(self) -> int:
         """Give the room to begin with: for all that is known, and some of what is to come."""
@@ -134,16 +139,20 @@ class Sequence:
             for layer in self.layers:
                 layer.reserve(room)
 
-    def forget_beyond(self, tokens: int) -> None:
+    def truncate(self, tokens: int) -> None:
         """Have the caches forget what they have seen, or will have, beyond so many tokens."""
         for layer in self.layers:
-            layer.forget_beyond(tokens)
-        self.seen = min(self.seen, tokens)
+            layer.truncate(tokens)
+        self.num_computed = min(self.num_computed, tokens)
 
     # --- tokens ---------------------------------------------------------------------------------
 
-    def take(
-        self, chosen: Listed[tuple[int, Chance | None]], proposal: Listed[int], *, masked: bool
+    def commit(
+        self,
+        chosen: Sequence[tuple[int, SampledLogprob | None]],
+        proposal: Sequence[int],
+        *,
+        masked: bool,
     ) -> bool:
         """Take what was chosen: as many tokens as were proposed, and the one that was not.
 
@@ -156,41 +165,41 @@ class Sequence:
         if proposal:
             self.proposed += len(proposal)
             # What was chosen behind the first that differs stands on a token that never came.
-            self.forget_beyond(len(self.ids) + right)
+            self.truncate(len(self.ids) + right)
         taken, goes_on = 0, True
         while goes_on and taken <= right:
             self.accepted += taken < right
-            goes_on = self._take_one(*chosen[taken], masked=masked)
+            goes_on = self._commit_one(*chosen[taken], masked=masked)
             taken += 1
         if taken < len(tokens):
             self.sampler.rewind(mx.array(tokens[taken:]))
-            self.forget_beyond(len(self.ids) - 1)
+            self.truncate(len(self.ids) - 1)
         return goes_on
 
     def force(self) -> bool:
         """Take the tokens that the constraint forces, and say whether there were any."""
         constraint, any_forced = self.request.constraint, False
-        while constraint and not self.reason and (forced := constraint.forced()):
-            self.forget_beyond(len(self.ids))  # a proposal may have been something else
-            self._accept(forced[: self.request.max_tokens - self.told], forced=True)
+        while constraint and not self.reason and (forced := constraint.forced_tokens()):
+            self.truncate(len(self.ids))  # a proposal may have been something else
+            self._append(forced[: self.request.max_tokens - self.num_output], forced=True)
             any_forced = True
         return any_forced
 
-    def _take_one(self, token: int, chance: Chance | None, *, masked: bool) -> bool:
+    def _commit_one(self, token: int, chance: SampledLogprob | None, *, masked: bool) -> bool:
         request, constraint = self.request, self.request.constraint
         if request.progress and not self.begun:  # others may have been forced before
             request.progress(len(request.ids), len(request.ids))
         self.begun = True
-        if self.lookup:
-            self.lookup.compare(token)
-        self._accept([token], chance)
+        if self.ngrams:
+            self.ngrams.score(token)
+        self._append([token], chance)
         if self.reason or not constraint:
             return not self.reason
-        changed = constraint.unwanted > 0
-        return not (self.force() or changed or (constraint.masking and not masked))
+        changed = constraint.rollback > 0
+        return not (self.force() or changed or (constraint.needs_mask and not masked))
 
-    def _accept(
-        self, ids: list[int], chance: Chance | None = None, *, forced: bool = False
+    def _append(
+        self, ids: list[int], chance: SampledLogprob | None = None, *, forced: bool = False
     ) -> None:
         """Add tokens to the reply, and see whether that ends it."""
         request, constraint = self.request, self.request.constraint
@@ -199,33 +208,33 @@ class Sequence:
         self.ids += ids
         if forced:  # what is chosen was counted as it was chosen
             self.sampler.force(mx.array(ids))
-        if self.lookup:
-            self.lookup.read_on()
+        if self.ngrams:
+            self.ngrams.index_new()
         if constraint:
             constraint.advance(ids)
-            if constraint.unwanted:
-                self._take_back(constraint.unwanted, new=len(ids))
+            if constraint.rollback:
+                self._roll_back(constraint.rollback, new=len(ids))
                 return
-        if chance and request.heard:
-            request.heard(chance)
+        if chance and request.on_logprobs:
+            request.on_logprobs(chance)
         if told := ids[:end]:
-            request.watcher.advance(told)
-        if end is not None or request.watcher.finished or (constraint and constraint.finished):
+            request.sink.advance(told)
+        if end is not None or request.sink.finished or (constraint and constraint.finished):
             self.reason = "stop"
-        elif self.told >= request.max_tokens:
+        elif self.num_output >= request.max_tokens:
             self.reason = "length"
 
-    def _take_back(self, count: int, *, new: int) -> None:
+    def _roll_back(self, count: int, *, new: int) -> None:
         """Take back the last `count` tokens, of which the watcher has not heard of `new`."""
         self.sampler.rewind(mx.array(self.ids[-count:]))
-        if self.lookup:
-            self.lookup.forget(count)
+        if self.ngrams:
+            self.ngrams.forget(count)
         del self.ids[-count:]
-        self.forget_beyond(len(self.ids))
+        self.truncate(len(self.ids))
         if count > new:
-            self.request.watcher.rewind(count - new)
+            self.request.sink.rewind(count - new)
 
-    def outcome(self, reason: str) -> Outcome:
+    def result(self, reason: str) -> RequestResult:
         """Sum up a generation that has ended."""
-        counts = (self.passes, self.proposed, self.accepted)
-        return Outcome(reason, self.told, self.cached_tokens or 0, *counts)
+        counts = (self.num_passes, self.proposed, self.accepted)
+        return RequestResult(reason, self.num_output, self.cached_tokens or 0, *counts)

@@ -53,7 +53,7 @@ class Worker:
         self.ending = False  # what runs should come to its end, too
         self._ended = False  # what is posted from now on may be left undone
         self._process = os.getpid()
-        self._stream = backend.lend_stream()
+        self._stream = backend.acquire_stream()
         self._thread = _WorkerThread(target=self._work, name="qwen3-mlx", daemon=True)
         self._thread.start()
         atexit.register(self._end)  # which runs even if no LLM has been made yet to be finalized
@@ -165,7 +165,7 @@ class Worker:
             while True:  # a job that was being posted when the end came may stand behind it
                 if job := self._jobs.get_nowait():
                     _do(job)
-        backend.take_stream_back(self._stream)
+        backend.release_stream(self._stream)
         mx.clear_streams()  # MLX's own clean-up at the end of a thread races with the exit
 
 

@@ -89,8 +89,8 @@ class ModelConfig:
         """
         if self.yarn is None:
             return self.max_position_embeddings
-        stretched = int(self.yarn.factor * self.yarn.original_max_position_embeddings)
-        return max(self.max_position_embeddings, stretched)
+        with_yarn = int(self.yarn.factor * self.yarn.original_max_position_embeddings)
+        return max(self.max_position_embeddings, with_yarn)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from qwen3_mlx.cache.attention import LayerCache, NoCache, Rotate
+from qwen3_mlx.cache.attention import LayerCache, NoCache, RopeFn
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat, new_cache
 from qwen3_mlx.model.config import ModelConfig
@@ -49,7 +49,7 @@ class Attention(nn.Module):
             self._qkv = RowFused(self, names, head_dim=self.head_dim)
 
     def __call__(
-        self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: Rotate
+        self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: RopeFn
     ) -> mx.array:  # x [B, L, D], rows [Q] -> [B, Q, D]
         fused = self._qkv if x.size == x.shape[2] else None  # one token
         if fused and fused.holds(self):
@@ -117,7 +117,7 @@ class Block(nn.Module):
         self.mlp.fuse()
 
     def __call__(
-        self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: Rotate
+        self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: RopeFn
     ) -> mx.array:  # [B, L, D] -> [B, Q, D]
         attended: mx.array = self["self_attn"](self["input_layernorm"](x), rows, cache, rope)
         x = (x if rows is None else x[:, rows]) + attended
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
     def __call__(
         self, ids: mx.array, cache: Sequence[LayerCache], rows: mx.array | None
     ) -> mx.array:  # [B, L] -> [B, Q, D]
-        rope = self._rope.one_pass()
+        rope = self._rope.for_pass()
         x = self.embed_tokens(ids)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):

@@ -10,7 +10,7 @@ from functools import partial
 import mlx.core as mx
 
 from qwen3_mlx import backend
-from qwen3_mlx.cache.attention import Rotate
+from qwen3_mlx.cache.attention import RopeFn
 from qwen3_mlx.model.config import ModelConfig, Yarn
 
 
@@ -31,7 +31,7 @@ class Rope:
         # is done once for a shape, so only for the one that comes again with every token.
         self._rotate_one = self._rotate if backend.on_gpu() else mx.compile(self._rotate)
 
-    def one_pass(self) -> Rotate:
+    def for_pass(self) -> RopeFn:
         """Give the rotation for one forward pass: `rotate(x, offset)` for x [B, H, L, E].
 
         `offset` is the position of the first of the L tokens, or a tuple with one for each row of

@@ -80,7 +80,7 @@ def published(size: str) -> ModelConfig:
     return ModelConfig.from_dict(published_config(size))
 
 
-def ready_name(size: str) -> str:
+def mlx_4bit_name(size: str) -> str:
     """Give the hub name of a published size that is quantized to 4 bits already."""
     return f"Qwen/Qwen3-{size}-MLX-4bit"
 
@@ -96,7 +96,7 @@ def full_name(name: str | Path) -> str:
     A folder that is called like a size is a Path, or is named with a slash: ./8B.
     """
     size = size_named(name) if isinstance(name, str) else None
-    return ready_name(size) if size else str(name)
+    return mlx_4bit_name(size) if size else str(name)
 
 
 def folder_name(folder: Path) -> str:
@@ -115,7 +115,7 @@ def yarn_lengths(config: ModelConfig) -> tuple[int, ...]:
     return _YARN_LENGTHS if fits else ()
 
 
-def stretched(content: Mapping[str, Any], context: int) -> dict[str, Any]:
+def with_yarn(content: Mapping[str, Any], context: int) -> dict[str, Any]:
     """Give the contents of a config.json with YaRN switched on, where `context` needs it.
 
     The factor is that of the model cards: the context over the 32,768 tokens of training.

@@ -11,10 +11,10 @@ _LONGEST_WAIT = 60  # seconds that a client is told to stay away
 _MEMORY = 0.8  # how much a new measurement leaves of the old
 
 
-class Place:
-    """A request among the others, until `leave`; it counts for as many as the replies it wants."""
+class Slot:
+    """A request among the others, until `release`; counts as many as the replies it wants."""
 
-    def __init__(self, places: "Places", record: dict[str, Any], client: str) -> None:
+    def __init__(self, places: "Admission", record: dict[str, Any], client: str) -> None:
         self.client = client
         self.count = 1  # as far as is known
         self.record = record
@@ -32,18 +32,18 @@ class Place:
             self._places.check_room(count, self.client, beside=self)
             self.count = count
 
-    def leave(self, took: float | None = None) -> None:
+    def release(self, took: float | None = None) -> None:
         """Make room for others, after so many seconds of replies; may be called twice."""
-        self._places.leave(self, took)
+        self._places.release(self, took)
 
 
-class Places:
+class Admission:
     """All places that are taken; for the event loop alone."""
 
     def __init__(self, most: int, most_per_client: int) -> None:
         self._most = most
         self._most_per_client = most_per_client
-        self._taken: set[Place] = set()
+        self._taken: set[Slot] = set()
         self._pace = 1.0  # seconds that a request takes, lately
 
     @property
@@ -52,22 +52,22 @@ class Places:
         return sum(place.count for place in self._taken)
 
     @contextmanager
-    def one(self, record: dict[str, Any], client: str) -> Iterator[Place]:
+    def one(self, record: dict[str, Any], client: str) -> Iterator[Slot]:
         """Let a client's request in; unless replies that run keep its place, it leaves it at last.
 
         Raises:
             ApiError: there are too many already.
         """
         self.check_room(1, client)
-        place = Place(self, record, client)
+        place = Slot(self, record, client)
         self._taken.add(place)
         try:
             yield place
         finally:
             if not place.kept:
-                place.leave()
+                place.release()
 
-    def check_room(self, count: int, client: str, beside: Place | None = None) -> None:
+    def check_room(self, count: int, client: str, beside: Slot | None = None) -> None:
         """Check that there is room for a client's replies, without what `beside` counts already.
 
         Raises:
@@ -100,7 +100,7 @@ class Places:
             headers={"Retry-After": str(wait)},
         )
 
-    def leave(self, place: Place, took: float | None) -> None:
+    def release(self, place: Slot, took: float | None) -> None:
         """Make room for others."""
         self._taken.discard(place)
         if took is not None:

@@ -15,7 +15,7 @@ from starlette.middleware.cors import CORSMiddleware
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.anthropic import routes as anthropic
-from qwen3_mlx.server.errors import ApiError, of_status
+from qwen3_mlx.server.errors import ApiError, from_status
 from qwen3_mlx.server.guard import REQUEST_ID, AccessLog, Guard, note_error
 from qwen3_mlx.server.health import health_of
 from qwen3_mlx.server.ollama import routes as ollama
@@ -23,7 +23,7 @@ from qwen3_mlx.server.openai import routes as openai
 from qwen3_mlx.server.request_body import reference
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
-from qwen3_mlx.server.wire import Posted
+from qwen3_mlx.server.wire import RequestModel
 from qwen3_mlx.version import __version__
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -86,7 +86,7 @@ def _describe(app: FastAPI) -> None:
             if app.openapi_schema is None:
                 made = get_openapi(title=app.title, version=app.version, routes=app.routes)
                 schemas = made["components"]["schemas"]
-                for body in _bodies(Posted):
+                for body in _bodies(RequestModel):
                     within = f"{reference(body)}/$defs/{{model}}"
                     schemas[body.__name__] = body.model_json_schema(ref_template=within)
                 app.openapi_schema = made
@@ -99,7 +99,7 @@ def _describe(app: FastAPI) -> None:
     app.openapi = description  # type: ignore[method-assign]
 
 
-def _bodies(kind: type[Posted]) -> Iterator[type[Posted]]:
+def _bodies(kind: type[RequestModel]) -> Iterator[type[RequestModel]]:
     for body in kind.__subclasses__():
         yield body
         yield from _bodies(body)
@@ -142,9 +142,9 @@ def _add_errors(app: FastAPI) -> None:
         return error.response(request.url.path)
 
     @app.exception_handler(ApiError)
-    async def told(request: Request, error: ApiError) -> JSONResponse:
+    async def chunks_for(request: Request, error: ApiError) -> JSONResponse:
         return answered(request, error)
 
     @app.exception_handler(HTTPException)
     async def known(request: Request, error: HTTPException) -> JSONResponse:
-        return answered(request, of_status(error.status_code, error.detail, error.headers))
+        return answered(request, from_status(error.status_code, error.detail, error.headers))

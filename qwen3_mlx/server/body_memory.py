@@ -11,10 +11,10 @@ _LARGEST = 4  # bodies of the largest size that there may be at once
 _SMALL = 1 << 16  # bytes that are not counted: those who send no more never wait for others
 
 
-class Body:
+class BodyMemory:
     """The body of one request."""
 
-    def __init__(self, bodies: "Bodies", client: str) -> None:
+    def __init__(self, bodies: "BodyMemoryLimit", client: str) -> None:
         self.client = client
         self.size = 0
         self._bodies = bodies
@@ -35,7 +35,7 @@ class Body:
         self._bodies.take(self, self.counted - before)
 
 
-class Bodies:
+class BodyMemoryLimit:
     """All bodies; for the event loop alone."""
 
     def __init__(self, settings: Settings) -> None:
@@ -46,9 +46,9 @@ class Bodies:
         self._held = Counter[str]()  # bytes, by clients
 
     @contextmanager
-    def one(self, client: str) -> Iterator[Body]:
+    def one(self, client: str) -> Iterator[BodyMemory]:
         """Surround a request."""
-        body = Body(self, client)
+        body = BodyMemory(self, client)
         try:
             yield body
         finally:
@@ -60,7 +60,7 @@ class Bodies:
         if size > self._largest:
             raise ApiError(413, f"the request is larger than {self._largest:,} bytes (--max-body)")
 
-    def take(self, body: Body, more: int) -> None:
+    def take(self, body: BodyMemory, more: int) -> None:
         """Count so much more of a body; see `Body.grow`."""
         self._held[body.client] += more
         self.check(body.size)

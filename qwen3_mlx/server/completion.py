@@ -11,12 +11,12 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from qwen3_mlx.api.options import Options
-from qwen3_mlx.api.stream import Collected
+from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.engine.sampling_params import SamplingParams
-from qwen3_mlx.server.admission import Place
+from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.openai.schema import Sampled
-from qwen3_mlx.server.response import LiveResponse, Running
+from qwen3_mlx.server.openai.schema import SamplingFields
+from qwen3_mlx.server.response import ActiveRequest, EventStreamResponse
 from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.wire import json_bytes, warnings_header
 from qwen3_mlx.text.events import Event, Finish, Usage
@@ -34,7 +34,7 @@ class Completion(ABC):
     chunk_kind: str
     prefix: str
 
-    def __init__(self, service: Service, asked: Sampled) -> None:
+    def __init__(self, service: Service, asked: SamplingFields) -> None:
         self.service = service
         self.warnings = service.another_model(asked.model)
         self.choices = asked.n or 1
@@ -51,34 +51,34 @@ class Completion(ABC):
         }
 
     @abstractmethod
-    def prepares(self) -> Sequence[Prepare]:
+    def prepare_all(self) -> Sequence[Prepare]:
         """Give what lays out the first reply to each prompt; the seeds of the others follow."""
 
     @abstractmethod
-    def first(self, index: int) -> Mapping[str, Any] | None:
+    def opening_chunk(self, index: int) -> Mapping[str, Any] | None:
         """Give the choice that a stream begins with."""
 
     @abstractmethod
-    def told(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
+    def chunks_for(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
         """Give the choices of the chunks that tell of an event."""
 
     @abstractmethod
-    def choice(self, index: int, said: Collected, finish: Finish) -> Mapping[str, Any]:
+    def choice(self, index: int, said: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
         """Give a whole reply."""
 
-    async def respond(self, request: Request, place: Place) -> Response:
+    async def respond(self, request: Request, place: Slot) -> Response:
         """Answer the request."""
-        running = await self.service.run(request, place, self.prepares(), choices=self.choices)
+        running = await self.service.run(request, place, self.prepare_all(), choices=self.choices)
         headers = warnings_header(self.warnings + running.warnings)
         if self._streams:
-            return LiveResponse(running, self._chunks(running), EVENTS, headers)
+            return EventStreamResponse(running, self._chunks(running), EVENTS, headers)
         await running.complete(request)
         echoed = sum(len(said.prompt.others) for said in running.said if said.prompt)
         size = (running.usage.completion_tokens + echoed) * _TOKEN
         content = await self.service.aside(size, partial(self._whole, running))
         return Response(content, media_type="application/json", headers=headers)
 
-    def _whole(self, running: Running) -> bytes:
+    def _whole(self, running: ActiveRequest) -> bytes:
         """Write the replies, each by itself: other threads wait while one is written."""
         choices = (
             self.written(self.choice(index, said, finish))
@@ -93,7 +93,7 @@ class Completion(ABC):
         """Write a reply."""
         return json_bytes(choice)
 
-    async def _chunks(self, running: Running) -> AsyncIterator[bytes]:
+    async def _chunks(self, running: ActiveRequest) -> AsyncIterator[bytes]:
         with_usage = bool(self._stream_options and self._stream_options.include_usage)
         # What all chunks have in common is written once.
         before = b"data: " + json_bytes(self.head)[:-1] + b',"choices":['
@@ -104,10 +104,12 @@ class Completion(ABC):
                 if not events:
                     yield sign_of_life(running)
                     continue
-                chunks = [] if begun else [self.first(index) for index in range(running.count)]
+                chunks = (
+                    [] if begun else [self.opening_chunk(index) for index in range(running.count)]
+                )
                 begun = True
                 for index, event in events:
-                    chunks += self.told(index, event)
+                    chunks += self.chunks_for(index, event)
                 yield b"".join(before + json_bytes(chunk) + after for chunk in chunks if chunk)
             end = {"usage": usage_of(running.usage), "timings": running.timings}
             if with_usage:
@@ -117,7 +119,7 @@ class Completion(ABC):
             yield _data(error.body(""))
 
 
-def sampled(asked: Sampled) -> Options:
+def sampling_options(asked: SamplingFields) -> Options:
     """Give how tokens are to be chosen as the library has it; a ValueError if it cannot be."""
     bias = {}
     for token, value in (asked.logit_bias or {}).items():
@@ -159,7 +161,7 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     }
 
 
-def sign_of_life(running: Running) -> bytes:
+def sign_of_life(running: ActiveRequest) -> bytes:
     """Give a comment, which clients pass over, with how much of the prompt has been read."""
     if running.spoken:
         return b": keepalive\n\n"
@@ -172,6 +174,6 @@ def _data(chunk: Mapping[str, Any]) -> bytes:
     return b"data: " + json_bytes(chunk) + b"\n\n"
 
 
-def shown(token: bytes) -> str:
+def token_text(token: bytes) -> str:
     """Give a token as text; what is no whole character is replaced."""
     return token.decode("utf-8", "replace")

@@ -76,7 +76,7 @@ def raise_file_limit() -> None:
 
 
 @dataclass(slots=True)
-class Seldom:
+class RateLimitedLog:
     """Writes warnings of one kind at most once a minute, with how often there was cause."""
 
     words: str
@@ -97,11 +97,13 @@ class Connections:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self._open: set[Connection] = set()
-        self._crowded = Seldom(
+        self._crowded = RateLimitedLog(
             "%d connections are as many as there may be, so idle ones are closed for new ones"
         )
-        self._full = Seldom("%d connections are at work, and no more may be; a client was refused")
-        self._exhausted = Seldom(
+        self._full = RateLimitedLog(
+            "%d connections are at work, and no more may be; a client was refused"
+        )
+        self._exhausted = RateLimitedLog(
             "no descriptor is left for a connection (%s); ulimit -n allows more"
         )
 

@@ -83,13 +83,13 @@ class ApiError(Exception):
         return Json(self.body(path), self.status, headers=dict(self.headers or {}))
 
 
-def refused(error: BaseException) -> ApiError:
+def as_client_error(error: BaseException) -> ApiError:
     """Say what an error means that came before anything was begun: the request cannot be had."""
     known = ApiError.of(error)
     return ApiError(400, known.message) if known.status == 503 else known
 
 
-def of_status(status: int, detail: object, headers: Mapping[str, str] | None) -> ApiError:
+def from_status(status: int, detail: object, headers: Mapping[str, str] | None) -> ApiError:
     """Say in a sentence what the framework knows by a number."""
     said = str(detail)
     if said == HTTPStatus(status).phrase or status == 405:
@@ -97,7 +97,7 @@ def of_status(status: int, detail: object, headers: Mapping[str, str] | None) ->
     return ApiError(status, said, headers=headers)
 
 
-def of_validation(error: ValidationError) -> ApiError:
+def from_validation(error: ValidationError) -> ApiError:
     """Name the field that is wrong, and what it may be."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
     # Of a field that may be of several kinds there is an error for each: the furthest is meant, and

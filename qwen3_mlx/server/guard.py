@@ -19,7 +19,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen3_mlx.server.body_memory import Bodies, Body
+from qwen3_mlx.server.body_memory import BodyMemory, BodyMemoryLimit
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.settings import ORIGIN, Settings, own_names
@@ -46,7 +46,7 @@ class Guard:
         self._app = app
         self._settings = settings
         self._keys = keys
-        self._bodies = Bodies(settings)
+        self._bodies = BodyMemoryLimit(settings)
         self._hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.allowed_hosts)}
         if not settings.local:
             self._hosts |= own_names()
@@ -163,7 +163,7 @@ class AccessLog:
             )
 
 
-def _measured(receive: Receive, body: Body) -> Receive:
+def _measured(receive: Receive, body: BodyMemory) -> Receive:
     async def measured() -> Message:
         message = await receive()
         body.grow(len(message.get("body", b"")))

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from qwen3_mlx.server.errors import ApiError, refused
-from qwen3_mlx.text.fair_queue import LOOK, Caller, Turns
+from qwen3_mlx.server.errors import ApiError, as_client_error
+from qwen3_mlx.text.fair_queue import LOOK, Caller, FairQueue
 
 _AT_ONCE = 4  # requests
 _PATIENCE = 60.0  # seconds until a request that waits for others is told to come again
@@ -26,11 +26,11 @@ _PATIENCE = 60.0  # seconds until a request that waits for others is told to com
 T = TypeVar("T")
 
 
-class Preparing:
+class PreparationPool:
     """The requests that are being prepared."""
 
     def __init__(self) -> None:
-        self._turns = Turns(_AT_ONCE)
+        self._turns = FairQueue(_AT_ONCE)
         self._jobs: set[_Job] = set()
 
     @property
@@ -72,7 +72,7 @@ class Preparing:
             raise
         except Exception as error:
             _check(job, gone=watching.done())  # if it was given up, that is why it has failed
-            raise refused(error) from error
+            raise as_client_error(error) from error
         finally:
             watching.cancel()
             if not done.done():
@@ -83,7 +83,7 @@ class Preparing:
 class _Job(Caller):
     """The work for one request, which computes when it is its turn."""
 
-    def __init__(self, turns: Turns, cancelled: Flag, client: str) -> None:
+    def __init__(self, turns: FairQueue, cancelled: Flag, client: str) -> None:
         self.client = client
         self._turns = turns
         self._cancelled = cancelled
@@ -151,7 +151,7 @@ class _Job(Caller):
     def _leave(self) -> None:
         if self._has_turn:
             self._has_turn = False
-            self._turns.leave(self)
+            self._turns.release(self)
 
 
 async def gone(request: Request) -> None:

@@ -13,10 +13,10 @@ from fastapi.responses import Response
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from qwen3_mlx.server.admission import Place
-from qwen3_mlx.server.errors import ApiError, of_validation
+from qwen3_mlx.server.admission import Slot
+from qwen3_mlx.server.errors import ApiError, from_validation
 from qwen3_mlx.server.service import Service
-from qwen3_mlx.server.wire import Posted
+from qwen3_mlx.server.wire import RequestModel
 
 # No prompt that fits the context has more of the signs of values than this: each token id has one,
 # and so, about, has each token of a schema; a message has more tokens than signs.
@@ -25,25 +25,25 @@ _VALUES_A_TOKEN = 1.1
 _BOM = b"\xef\xbb\xbf"
 _KINDS: dict[type, str] = {list: "a list", str: "a string", bool: "true or false", int: "a number"}
 
-Body = TypeVar("Body", bound=Posted)
+Body = TypeVar("Body", bound=RequestModel)
 
 
 class Reply(Protocol):
     """What a request is answered with."""
 
-    async def respond(self, request: Request, place: Place) -> Response:
+    async def respond(self, request: Request, place: Slot) -> Response:
         """Answer; whatever is returned or raised, the place is given back in the end."""
         ...
 
 
-def takes(body: type[Posted]) -> dict[str, Any]:
+def takes(body: type[RequestModel]) -> dict[str, Any]:
     """Return the keywords by which a route is described as one that takes such a body."""
     schema = {"$ref": reference(body)}
     content = {"application/json": {"schema": schema}}
     return {"openapi_extra": {"requestBody": {"required": True, "content": content}}}
 
 
-def reference(body: type[Posted]) -> str:
+def reference(body: type[RequestModel]) -> str:
     """Return where the description of the API has the schema of a body."""
     return f"#/components/schemas/{body.__name__}"
 
@@ -94,7 +94,7 @@ def parsed(sent: bytes, body: type[Body], context: int) -> Body:
     try:
         return body.model_validate(data)
     except ValidationError as error:
-        raise of_validation(error) from error
+        raise from_validation(error) from error
 
 
 def _json(sent: bytes) -> Any:

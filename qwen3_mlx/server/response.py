@@ -10,11 +10,11 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from qwen3_mlx.api.generation import Task
+from qwen3_mlx.api.generation import PreparedRequest
 from qwen3_mlx.api.llm import LLM
-from qwen3_mlx.api.stream import Collected
+from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.server.admission import Place
+from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.guard import reason_of
 from qwen3_mlx.server.preparing import gone
@@ -26,29 +26,29 @@ _AT_A_TIME = 512  # of those, written at once
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class PrefillProgress:
     """How much of a prompt has been read."""
 
     done: int
     total: int
 
 
-Heard = Event | Read | BaseException
+Heard = Event | PrefillProgress | BaseException
 
 
-class Mailbox:
+class EventBridge:
     """Carries what is heard to the event loop: all of a step at once, for waking it costs more."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self._letters: list[tuple[Running, int, Heard]] = []
+        self._letters: list[tuple[ActiveRequest, int, Heard]] = []
 
-    def put(self, running: "Running", index: int, heard: Heard) -> None:
+    def put(self, running: "ActiveRequest", index: int, heard: Heard) -> None:
         """Take what a reply of `running` says; on the thread that owns the network."""
         self._letters.append((running, index, heard))
         if len(self._letters) == 1:
             try:
-                self.llm.soon(self._send)
+                self.llm.call_soon(self._send)
             except Qwen3Error:  # it is being closed: this is the end of all replies
                 self._send()
 
@@ -64,7 +64,7 @@ class Mailbox:
                 running.cancelled.set()
 
 
-def _sort(letters: list[tuple["Running", int, Heard]]) -> None:
+def _sort(letters: list[tuple["ActiveRequest", int, Heard]]) -> None:
     for running, index, heard in letters:
         running.hear(index, heard)
 
@@ -75,18 +75,20 @@ def _weight(heard: Heard) -> int:
     return 1 + sum(1 + len(token.top) for token in tokens)
 
 
-class Running:
+class ActiveRequest:
     """The replies to one request, numbered from 0, until `close`."""
 
-    def __init__(self, mailbox: "Mailbox", settings: Settings, place: Place, choices: int) -> None:
+    def __init__(
+        self, mailbox: "EventBridge", settings: Settings, place: Slot, choices: int
+    ) -> None:
         """Prepare for the replies that `place` counts: so many `choices` to each prompt."""
         count = place.count
         place.kept = True
-        self.said = [Collected() for _ in range(count)]
+        self.said = [ReplyBuilder() for _ in range(count)]
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
         self.warnings: list[str] = []  # of the request, once it has been prepared
-        self.read: Read | None = None
+        self.read: PrefillProgress | None = None
         self.started = time.perf_counter()
         self.first: float | None = None  # when the first token was chosen
         self.spoken = False  # whether an event came
@@ -106,7 +108,7 @@ class Running:
         timeout = settings.request_timeout
         self._timer = self.loop.call_later(timeout, self._time_is_up) if timeout else None
 
-    def begin(self, tasks: Sequence[Task]) -> None:
+    def begin(self, tasks: Sequence[PreparedRequest]) -> None:
         """Send the tasks to the engine; from any thread."""
         try:
             self._begin(tasks)
@@ -114,14 +116,14 @@ class Running:
             # A reply may end before it has been counted here, and the client may go meanwhile.
             self.loop.call_soon_threadsafe(self._leave_if_done)
 
-    def _begin(self, tasks: Sequence[Task]) -> None:
+    def _begin(self, tasks: Sequence[PreparedRequest]) -> None:
         for index, task in enumerate(tasks):
             deliver = partial(self._mailbox.put, self, index)
 
             def tell(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
                 if done == total and self.first is None:  # told so with the first token
                     self.first = time.perf_counter()
-                deliver(Read(done, total))
+                deliver(PrefillProgress(done, total))
 
             asked = replace(task.asked, progress=tell)
             begun = replace(task, asked=asked, shortens=True, client=self._place.client)
@@ -158,7 +160,7 @@ class Running:
             self._left = True
             if self._timer:
                 self._timer.cancel()
-            self._place.leave(time.perf_counter() - self.started)
+            self._place.release(time.perf_counter() - self.started)
 
     def _time_is_up(self) -> None:
         seconds = f"{self._settings.request_timeout:g}"
@@ -204,7 +206,7 @@ class Running:
                 if isinstance(event, BaseException):
                     self._failed = True
                     raise self._noted(ApiError.of(event))
-                if isinstance(event, Read):
+                if isinstance(event, PrefillProgress):
                     self.read = event
                     continue
                 self.spoken = True
@@ -311,12 +313,12 @@ class Running:
         self._leave_if_done()
 
 
-class LiveResponse(StreamingResponse):
+class EventStreamResponse(StreamingResponse):
     """A stream of what is being said. However it ends, the replies end with it."""
 
     def __init__(
         self,
-        running: Running,
+        running: ActiveRequest,
         content: AsyncIterator[bytes],
         media_type: str,
         headers: Mapping[str, str],

@@ -9,22 +9,22 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from qwen3_mlx.api.generation import Task
+from qwen3_mlx.api.generation import PreparedRequest
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.options import Options
-from qwen3_mlx.server.admission import Place, Places
+from qwen3_mlx.server.admission import Admission, Slot
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
-from qwen3_mlx.server.preparing import Preparing
-from qwen3_mlx.server.response import Mailbox, Running
+from qwen3_mlx.server.preparing import PreparationPool
+from qwen3_mlx.server.response import ActiveRequest, EventBridge
 from qwen3_mlx.server.settings import Settings
-from qwen3_mlx.server.thinking import Wish
+from qwen3_mlx.server.thinking import ThinkingRequest
 from qwen3_mlx.text.fair_queue import Caller
 
 _AT_ONCE = 16 << 10  # bytes that take little longer than to wake a thread for them
 _READERS = 2  # threads for large bodies, which together take as many times the memory of one
 
-Prepare = Callable[[Caller], Task]
+Prepare = Callable[[Caller], PreparedRequest]
 T = TypeVar("T")
 
 
@@ -35,14 +35,14 @@ class Service:
         self.llm = llm
         self.settings = settings
         self.context = llm.context
-        self._mailbox = Mailbox(llm)
+        self._mailbox = EventBridge(llm)
         self.created = int(time.time())
         self.keys = Keys(settings.api_key, settings.key_file)
         self.stopping = False
         self.started = time.monotonic()
         self._readers = ThreadPoolExecutor(_READERS, "qwen3-body")
-        self.places = Places(settings.max_requests, settings.most_per_client)
-        self.preparing = Preparing()
+        self.places = Admission(settings.max_requests, settings.most_per_client)
+        self.preparing = PreparationPool()
         llm.load_grammars()  # now, for it would hold up all that runs
 
     @property
@@ -56,7 +56,7 @@ class Service:
             return []
         return [f"there is no model {name!r:.200} here; {self.settings.model} answers"]
 
-    def options(self, wish: Wish, warnings: list[str]) -> Options:
+    def options(self, wish: ThinkingRequest, warnings: list[str]) -> Options:
         """Give what a request says of thinking as the library has it, and add to its warnings."""
         settings = self.settings
         found = wish.resolve(self.llm.thinking, settings.thinking, settings.thinking_budget)
@@ -76,11 +76,11 @@ class Service:
     async def run(
         self,
         request: Request,
-        place: Place,
+        place: Slot,
         prepares: Sequence[Prepare],
         *,
         choices: int = 1,
-    ) -> Running:
+    ) -> ActiveRequest:
         """Send the replies to a request to the engine; to be closed by the caller.
 
         What is prepared may take its time, and is done on a thread. A reply gets less than
@@ -89,7 +89,7 @@ class Service:
         Raises:
             ApiError: it cannot be had.
         """
-        running = Running(self._mailbox, self.settings, place, choices)
+        running = ActiveRequest(self._mailbox, self.settings, place, choices)
 
         def start(caller: Caller) -> None:
             tasks = [task for prepare in prepares for task in _copies(prepare(caller), choices)]
@@ -113,7 +113,7 @@ class Service:
         self.places.cancel_all()
 
 
-def _copies(task: Task, count: int) -> list[Task]:
+def _copies(task: PreparedRequest, count: int) -> list[PreparedRequest]:
     """Return a task as often as there are to be replies to it, whose seeds follow each other."""
     seed = task.asked.seed
     if seed is None:

@@ -41,7 +41,7 @@ class Resolved(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class ThinkingRequest:
     """What a request says of thinking: switches by rank, budgets, and an effort.
 
     `adaptive` is the field that leaves it to the model, where one does. `overruled` are fields that

@@ -31,7 +31,7 @@ Tools = Annotated[list[T], Field(fail_fast=True, max_length=1000)]
 Stops = Annotated[list[str], Field(fail_fast=True, max_length=64)]
 
 
-class Wire(BaseModel):
+class WireModel(BaseModel):
     """Something that a client sends. What it does not know it keeps, to be warned of."""
 
     model_config = ConfigDict(extra="allow", strict=True)
@@ -52,12 +52,12 @@ class Wire(BaseModel):
         for name in type(self).model_fields:
             value = getattr(self, name)
             for place, one in enumerate(value if isinstance(value, list) else [value]):
-                if isinstance(one, Wire):
+                if isinstance(one, WireModel):
                     index = f"[{place}]" if isinstance(value, list) else ""
                     yield from one.unknown(f"{prefix}{name}{index}.")
 
 
-class Posted(Wire):
+class RequestModel(WireModel):
     """The body of a request."""
 
     @property
@@ -66,7 +66,7 @@ class Posted(Wire):
         return 1
 
 
-class AsSent(Wire):
+class OrderedModel(WireModel):
     """Something that a model is shown as the client wrote it: its keys in their order."""
 
     _sent: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -86,7 +86,7 @@ class AsSent(Wire):
 
 
 def check_unknown(
-    request: Wire,
+    request: WireModel,
     unsupported: Mapping[str, tuple[Any, ...]],
     harmless: frozenset[str],
     hints: Mapping[str, tuple[Any, ...]] = MappingProxyType({}),

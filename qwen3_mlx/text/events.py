@@ -46,21 +46,21 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool that the model wants called; `written` are the arguments as it wrote them."""
+    """A tool that the model wants called; `raw_arguments` are the arguments as it wrote them."""
 
     id: str
     name: str
     arguments: dict[str, Any]
-    written: str = ""
+    raw_arguments: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
     """A piece of a call's arguments as they are written, where `partial_calls` asks for them.
 
-    The pieces of one `id` joined are the `written` of the `ToolCall` that follows them. Without the
-    last of them they are not JSON, so a call that is cut off, which no `ToolCall` follows, cannot
-    be taken for a whole one.
+    The pieces of one `id` joined are the `raw_arguments` of the `ToolCall` that follows them.
+    Without the last of them they are not JSON, so a call that is cut off, which no `ToolCall`
+    follows, cannot be taken for a whole one.
     """
 
     id: str

@@ -34,7 +34,7 @@ class Caller:
 PATIENT = Caller()
 
 
-class Turns:
+class FairQueue:
     """A few turns. The client that has the fewest is next, and its callers in their order."""
 
     def __init__(self, count: int) -> None:
@@ -50,7 +50,7 @@ class Turns:
         try:
             yield
         finally:
-            self.leave(caller)
+            self.release(caller)
 
     def take(self, caller: Caller) -> None:
         """Wait for a turn.
@@ -70,7 +70,7 @@ class Turns:
                 self._waiting.remove(caller)
                 self._changed.notify_all()  # another is next
 
-    def leave(self, caller: Caller) -> None:
+    def release(self, caller: Caller) -> None:
         """Give a turn back."""
         with self._changed:
             self._free += 1

@@ -54,8 +54,8 @@ class Pace:
         return self.taken > _AT_FIRST + _A_STEP * self.steps
 
 
-class Grammar:
-    """Where a text stands in its grammar; met by the engine through `Steering`.
+class GrammarState:
+    """Where a text stands in its grammar; met by the engine through `ThinkingBudget`.
 
     What fails at run time, such as an expression that unfolds to too much, is a ValueError: it ends
     the reply. If the grammar has a `spare`, the text goes on in that, with a warning.
@@ -70,7 +70,7 @@ class Grammar:
         name: str,
     ) -> None:
         self.warnings: list[str] = []  # what it does not enforce
-        self.spare: Callable[[], Grammar] | None = None
+        self.spare: Callable[[], GrammarState] | None = None
         self._taken: list[int] = []  # tokens
         self._matcher = matcher
         self._vocabulary = vocabulary
@@ -78,9 +78,11 @@ class Grammar:
         self._name = name
         self._pace = Pace()
 
-    def copy(self, warnings: list[str]) -> "Grammar":
+    def copy(self, warnings: list[str]) -> "GrammarState":
         """Return this grammar where it stands; what fails from there on is added to `warnings`."""
-        made = Grammar(self._matcher.deep_copy(), self._vocabulary, self._byte_ids, name=self._name)
+        made = GrammarState(
+            self._matcher.deep_copy(), self._vocabulary, self._byte_ids, name=self._name
+        )
         made.spare, made.warnings, made._taken = self.spare, warnings, self._taken[:]
         return made
 
@@ -113,11 +115,11 @@ class Grammar:
             self._matcher.rollback(self.read - read)
             del self._taken[read:]
 
-    def forced(self) -> list[int]:
+    def forced_tokens(self) -> list[int]:
         """Give the tokens that alone can come next."""
         with self._pace:
             ids = [] if self.complete else list(self._matcher.compute_ff_tokens())
-        return self.forced() if self._recover() else ids
+        return self.forced_tokens() if self._recover() else ids
 
     def mask(self) -> "NDArray[np.uint32]":
         """Give the ids that may come next, 32 to a word; end tokens where the text may end."""

@@ -8,9 +8,9 @@ from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 from qwen3_mlx.text.fair_queue import PATIENT, Caller
-from qwen3_mlx.text.grammar import Grammar, line_of
+from qwen3_mlx.text.grammar import GrammarState, line_of
 from qwen3_mlx.text.grammar_limits import MOST_CHOICES, check_lark, check_schema, check_size
-from qwen3_mlx.text.grammar_trial import Compiler, Kept
+from qwen3_mlx.text.grammar_trial import Kept, TrialCompiler
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tool_schema import Kinds, kinds_of, on_its_own, parameters_of, properties_of
 
@@ -36,7 +36,7 @@ _MOST_CHECKED = 1024  # schemas of tools
 _MOST_SHOWN = 200  # characters of a wrong value
 
 
-class Grammars:
+class GrammarCompiler:
     """Makes grammars for a checkpoint's vocabulary.
 
     Whatever one is, to make it comes to an end, or is refused with a ValueError.
@@ -45,11 +45,11 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._end_ids = sorted(token for token in end_ids if token < len(tokenizer))
-        self._compiler = Compiler(self._vocabulary)
+        self._compiler = TrialCompiler(self._vocabulary)
         self._checked: Kept[tuple[str, str]] = Kept(_MOST_CHECKED)
         self._caller = PATIENT
 
-    def on_behalf_of(self, caller: Caller) -> "Grammars":
+    def on_behalf_of(self, caller: Caller) -> "GrammarCompiler":
         """Return what makes the same grammars as this, for a caller that may go away meanwhile."""
         made = copy.copy(self)
         made._caller = caller
@@ -83,25 +83,25 @@ class Grammars:
         pieces = ((token, self._tokenizer.token_bytes(token)) for token in tokens)
         return {piece[0]: token for token, piece in pieces if len(piece) == 1}
 
-    def schema(self, schema: Form) -> Grammar:
+    def schema(self, schema: Form) -> GrammarState:
         """Give the grammar of JSON that fits a schema.
 
         Raises:
             ValueError: it is no schema, or has keywords that are not supported: they are named.
         """
         found = schema_of(schema)
-        return self._made("schema", lambda matcher: _schema_grammar(matcher, found))
+        return self._compile("schema", lambda matcher: _schema_grammar(matcher, found))
 
-    def regex(self, pattern: str) -> Grammar:
+    def regex(self, pattern: str) -> GrammarState:
         """Give that of the texts which match a pattern as a whole.
 
         Raises:
             ValueError: it is no pattern, or not supported.
         """
         check_size("regex", pattern)
-        return self._made("regex", lambda matcher: matcher.grammar_from_regex(pattern))
+        return self._compile("regex", lambda matcher: matcher.grammar_from_regex(pattern))
 
-    def choice(self, choices: Collection[str]) -> Grammar:
+    def choice(self, choices: Collection[str]) -> GrammarState:
         """Give that of a few texts.
 
         Raises:
@@ -123,7 +123,7 @@ class Grammars:
         texts = " | ".join(json.dumps(choice) for choice in choices)
         return self.lark(f"start: ONE\nONE: {texts}", "choice")  # a terminal holds thousands
 
-    def lark(self, text: str, name: str = "grammar") -> Grammar:
+    def lark(self, text: str, name: str = "grammar") -> GrammarState:
         """Give that of a grammar in Lark's syntax, whose first rule is `start`.
 
         Raises:
@@ -134,16 +134,16 @@ class Grammars:
             check_lark(text)
             return matcher.grammar_from_lark(text)
 
-        return self._made(name, write)
+        return self._compile(name, write)
 
-    def call(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+    def call(self, tools: Sequence[Mapping[str, Any]]) -> GrammarState:
         """Give that of what stands between the tags of a Hermes call to one of the tools.
 
         What is not supported of a tool's schema is not enforced; the grammar's `warnings` say so.
         """
         return self._of_tools(tools, _hermes_rules)
 
-    def coder_call(self, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+    def coder_call(self, tools: Sequence[Mapping[str, Any]]) -> GrammarState:
         """Give that of what stands between the tags of a Qwen3-Coder call to one of the tools.
 
         Parameters come in any order. What may be a string is any text up to the closing tag; all
@@ -151,7 +151,7 @@ class Grammars:
         """
         return self._of_tools(tools, _coder_rules)
 
-    def _of_tools(self, tools: Sequence[Mapping[str, Any]], write: "_Write") -> Grammar:
+    def _of_tools(self, tools: Sequence[Mapping[str, Any]], write: "_Write") -> GrammarState:
         warnings: list[str] = []
         room = _MOST_WRITTEN
 
@@ -176,14 +176,14 @@ class Grammars:
         def free(_: str, __: Callable[[], _Schema], fallback: _Schema) -> str:
             return _document(fallback)
 
-        def spare() -> Grammar:  # made within a step, so it must not wait for a trial
+        def spare() -> GrammarState:  # made within a step, so it must not wait for a trial
             grammar = LLMatcher.grammar_from_lark(write(tools, free))
             return self._of(self._compiler.compile_untried(grammar), "tools")
 
         from llguidance import LLMatcher
 
         try:
-            grammar = self._made("tools", lambda m: m.grammar_from_lark(write(tools, held)))
+            grammar = self._compile("tools", lambda m: m.grammar_from_lark(write(tools, held)))
         except ValueError as error:  # each alone is supported, all together are too much
             warnings = [f"the schemas of the tools are not enforced: {error}"]
             grammar = spare()
@@ -196,7 +196,7 @@ class Grammars:
         if found := self._checked.get(document):
             return found
         try:
-            made = self._made(
+            made = self._compile(
                 "schema", lambda matcher: _schema_grammar(matcher, json.loads(document), _TOOL_JSON)
             )
             made.probe()
@@ -206,7 +206,7 @@ class Grammars:
         self._checked.put(document, found)
         return found
 
-    def _made(self, name: str, write: "Callable[[type[LLMatcher]], str]") -> Grammar:
+    def _compile(self, name: str, write: "Callable[[type[LLMatcher]], str]") -> GrammarState:
         from llguidance import LLMatcher
 
         try:
@@ -215,8 +215,8 @@ class Grammars:
             raise ValueError(f"{name}: {line_of(str(error))}") from error
         return self._of(matcher, name)
 
-    def _of(self, matcher: "LLMatcher", name: str) -> Grammar:
-        made = Grammar(matcher, len(self._tokenizer), self._byte_ids, name=name)
+    def _of(self, matcher: "LLMatcher", name: str) -> GrammarState:
+        made = GrammarState(matcher, len(self._tokenizer), self._byte_ids, name=name)
         made.mask()  # raises an error where no text matches at all
         return made
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text import grammar_worker
-from qwen3_mlx.text.fair_queue import LOOK, Caller, Turns
+from qwen3_mlx.text.fair_queue import LOOK, Caller, FairQueue
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -76,7 +76,7 @@ def _key(source: str) -> bytes:
     return sha256(source.encode("utf-8", "surrogatepass")).digest()
 
 
-class Compiler:
+class TrialCompiler:
     """Compiles for one vocabulary, which `make` makes: that takes a second, and frees no thread.
 
     What a trial has shown is kept; what is compiled is not, for all copies of a matcher share a
@@ -147,7 +147,7 @@ class Compiler:
         return ValueError(wrong)
 
 
-class _Helper:
+class _TrialProcess:
     """A process for trials; started where one is needed, and again after it has ended."""
 
     def __init__(self) -> None:
@@ -255,13 +255,13 @@ class _Lane:
 
     def __init__(self, seconds: float, helpers: int) -> None:
         self.seconds = seconds
-        self._turns = Turns(helpers)
-        self._free: LifoQueue[_Helper] = LifoQueue()
+        self._turns = FairQueue(helpers)
+        self._free: LifoQueue[_TrialProcess] = LifoQueue()
         for _ in range(helpers):
-            self._free.put(_Helper())
+            self._free.put(_TrialProcess())
 
     @contextmanager
-    def helper(self, caller: Caller) -> Iterator[_Helper]:
+    def helper(self, caller: Caller) -> Iterator[_TrialProcess]:
         """Give a process to the caller, when it is its turn."""
         with self._turns.one(caller):
             helper = self._free.get()  # the one that was at work last: others may end

@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from qwen3_mlx.text.events import Reasoning, Text, TokenLogprob, ToolCall, ToolCallDelta
-from qwen3_mlx.text.partial_json import Arguments
+from qwen3_mlx.text.partial_json import PartialArguments
 from qwen3_mlx.text.stop_strings import StopStrings
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Detokenizer, Tokenizer
-from qwen3_mlx.text.tool_calls import CLOSE, OPEN, Calls
+from qwen3_mlx.text.tool_calls import CLOSE, OPEN, ToolCallSyntax
 
 Emit = Callable[[Reasoning | Text | ToolCall | ToolCallDelta], None]
 _UNREADABLE = "a tool call could not be read and is left in the text"
@@ -21,7 +21,7 @@ _END = "</function>"
 _CUT_OFF = "a tool call was cut off by the end of the reply: it is incomplete and was not made"
 
 
-class Parser:
+class ReplyParser:
     """Follows one generation; the engine tells it the ids, and stops when it is `finished`.
 
     The line breaks around the thinking and the calls belong to the format and are left out.
@@ -39,13 +39,13 @@ class Parser:
         inside: bool = False,
         begun: bool = False,
         stop: Sequence[str] = (),
-        calls: Calls | None = None,
-        noting: bool = False,
+        calls: ToolCallSyntax | None = None,
+        logprobs: bool = False,
     ) -> None:
         """Start to parse; the prompt may end `inside` the thinking, or have `begun` what comes.
 
         Without `thinking` every token is text, as in a raw completion; without `calls` so are the
-        tags of calls. With `noting` each piece of text has its tokens; see `note`.
+        tags of calls. With `logprobs` each piece of text has its tokens; see `add_logprob`.
         """
         self.finished = False
         self.stopped_by: str | None = None
@@ -56,9 +56,9 @@ class Parser:
         self._tell = emit
         self._detokenizer = Detokenizer(tokenizer)
         self._tokenizer = tokenizer
-        self._notes: list[TokenLogprob] | None = [] if noting else None  # of what is not said yet
+        self._notes: list[TokenLogprob] | None = [] if logprobs else None  # of what is not said yet
         self._note: TokenLogprob | None = None
-        self.noting_end = False  # whether the token that ends the reply is said, without text
+        self.logprob_of_end = False  # whether the token that ends the reply is said, without text
         self._open_id = thinking.open_id if thinking else None
         self._close_id = thinking.close_id if thinking else None
         self._inside = inside
@@ -70,7 +70,7 @@ class Parser:
         self._calls = calls
         self._call: list[str] | None = None  # the text of the call that is being written
         self._call_id = ""
-        self._arguments: Arguments | None = None  # follows it, where it is no draft
+        self._arguments: PartialArguments | None = None  # follows it, where it is no draft
         self._streamed_arguments = ""  # of the call in work, or the last
         self._partial_calls = calls is not None and calls.partial
         self._drafts: list[ToolCall] = []  # calls that are the last in the thinking, so far
@@ -92,9 +92,9 @@ class Parser:
             if self.finished:
                 return
             if token == self._open_id and self._may_open():
-                self._turn(inside=True)
+                self._switch_section(inside=True)
             elif token == self._close_id and self._inside:
-                self._turn(inside=False)
+                self._switch_section(inside=False)
             elif self._calls and token == self._calls.open_id:
                 self._open_call()
             elif self._calls and token == self._calls.close_id and self._call is not None:
@@ -105,9 +105,9 @@ class Parser:
                 self._take_note(token)
                 self.reasoning_tokens += self._inside
                 self._draft_tokens += self._inside
-                self._say(self._detokenizer.add(token))
+                self._emit_section(self._detokenizer.add(token))
 
-    def note(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> None:
+    def add_logprob(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> None:
         """Hear how likely the next token was that `advance` will be told of."""
         alternatives = [(self._tokenizer.token_bytes(one), chance) for one, chance in top]
         self._note = TokenLogprob(self._tokenizer.token_bytes(token), logprob, alternatives)
@@ -125,7 +125,7 @@ class Parser:
         `cut` says that the reply did not end by itself, so the thinking might have gone on.
         """
         if not self.finished:
-            self._say(self._detokenizer.flush())
+            self._emit_section(self._detokenizer.flush())
             if self._call is not None:
                 self._close_call("", at_the_end=True)
             if cut:
@@ -138,7 +138,7 @@ class Parser:
                 self._end_reasoning()
             else:
                 self._end_answer()
-        if self.noting_end and self._note:
+        if self.logprob_of_end and self._note:
             self._tell(Text("", (self._note,)))
             self._note = None
         self.finished = True
@@ -161,8 +161,8 @@ class Parser:
         """Whether a tag opens the thinking, or repeats what has just opened it."""
         return self._at_seam and not self._draft_text if self._inside else not self._answering
 
-    def _turn(self, *, inside: bool) -> None:
-        self._say(self._detokenizer.flush())
+    def _switch_section(self, *, inside: bool) -> None:
+        self._emit_section(self._detokenizer.flush())
         self._note = None  # that of the tag
         self._abandon_call()
         if inside and not self._inside:
@@ -170,14 +170,14 @@ class Parser:
         self._answering |= self._inside and not inside
         self._inside, self._at_seam, self._breaks = inside, True, ""
 
-    def _say(self, text: str) -> None:
+    def _emit_section(self, text: str) -> None:
         """Say text, wherever it belongs: to a call, the thinking or the answer."""
         if self._call is not None:
             rest = self._take_rest_of_bare_call(text) if self._untagged else None
             self._stream_arguments(text[: len(text) - len(rest or "")])
             if rest is not None:
                 self._close_call("")
-                self._say(rest)
+                self._emit_section(rest)
             elif self._untagged and self._arguments and self._arguments.broken:
                 self._release_bare_call()
             return
@@ -191,28 +191,28 @@ class Parser:
             if self._at_seam:
                 self._forget_notes()
         if self._inside:
-            self._say_reasoning(text)
+            self._emit_reasoning(text)
         elif text:
-            self._say_answer(text)
+            self._emit_answer(text)
 
-    def _say_reasoning(self, text: str) -> None:
+    def _emit_reasoning(self, text: str) -> None:
         text = self._breaks + text
         kept = text.rstrip("\n")
         self._breaks = text[len(kept) :]
         if kept:
             self._emit(Reasoning, kept)
 
-    def _say_answer(self, text: str) -> None:
+    def _emit_answer(self, text: str) -> None:
         self._answering |= bool(text.strip())
         text, call = self._find_bare_call(text)
-        self._say_up_to_stop(text)
+        self._emit_up_to_stop(text)
         if call and not self.finished:
             self._open_call()
             self._untagged = True
-            self._say(call)
+            self._emit_section(call)
 
-    def _say_up_to_stop(self, text: str) -> None:
-        self._say_text(self._stop.add(text))
+    def _emit_up_to_stop(self, text: str) -> None:
+        self._emit_text(self._stop.add(text))
         if self._stop.found is not None:
             self.finished, self.stopped_by = True, self._stop.found
 
@@ -230,7 +230,7 @@ class Parser:
             place = text.find("<", place + 1)
         return text, ""
 
-    def _say_text(self, text: str) -> None:
+    def _emit_text(self, text: str) -> None:
         if self._calls:  # which may follow: then the line break before it is format
             text = self._breaks + text
             kept = text.rstrip("\n")
@@ -244,7 +244,7 @@ class Parser:
 
     def _end_answer(self) -> None:
         held, self._bare_held = self._bare_held, ""
-        self._say_text(self._stop.add(held) + self._stop.flush())
+        self._emit_text(self._stop.add(held) + self._stop.flush())
         if self._breaks:
             self._emit(Text, self._breaks)
         self._breaks = ""
@@ -252,7 +252,7 @@ class Parser:
     # --- calls ----------------------------------------------------------------------------------
 
     def _open_call(self) -> None:
-        self._say(self._detokenizer.flush())
+        self._emit_section(self._detokenizer.flush())
         if self._call is not None:
             self._close_call("")
         if self._inside:
@@ -261,7 +261,7 @@ class Parser:
         else:
             self._answering = True
             held, self._bare_held = self._bare_held, ""
-            self._say_text(self._stop.add(held) + self._stop.flush())
+            self._emit_text(self._stop.add(held) + self._stop.flush())
             self._breaks_before_call, self._breaks = self._breaks, ""
         assert self._calls
         self._call, self._untagged, self._streamed_arguments = [], False, ""
@@ -286,9 +286,9 @@ class Parser:
         assert self._call is not None
         text, self._call, self._untagged = "".join(self._call), None, False
         self.warning, self._breaks = _UNREADABLE, self._breaks_before_call
-        self._say_up_to_stop(text[0])
+        self._emit_up_to_stop(text[0])
         if not self.finished:
-            self._say(text[1:])
+            self._emit_section(text[1:])
 
     def _stream_arguments(self, text: str) -> None:
         """Take text of the call in work, and stream what it makes certain of the arguments."""
@@ -310,11 +310,11 @@ class Parser:
         if call and (streamed := self._streamed_arguments):
             assert self._arguments
             call = replace(call, id=self._call_id)
-            if call.name != self._arguments.name or not call.written.startswith(streamed):
+            if call.name != self._arguments.name or not call.raw_arguments.startswith(streamed):
                 call = None  # a key came twice: what can be read in two ways is not acted on
         if call is None:
             self._drop_drafts()
-            self._say_unreadable(text)
+            self._emit_unreadable(text)
             if at_the_end:
                 self.cut_off, self.warning = True, _CUT_OFF
         elif self._inside:
@@ -327,29 +327,29 @@ class Parser:
         """Make text of calls after which the thinking ends, or of one into which it breaks."""
         self._drop_drafts()
         if self._call is not None:
-            self._say_unreadable(OPEN + "".join(self._call))
+            self._emit_unreadable(OPEN + "".join(self._call))
 
-    def _say_unreadable(self, text: str) -> None:
+    def _emit_unreadable(self, text: str) -> None:
         self._call, self._at_seam = None, False
         if self._inside:
-            self._say_reasoning(text)
+            self._emit_reasoning(text)
         else:
             self.warning = _UNREADABLE
             if self._partial_calls and self._streamed_arguments and not self._untagged:
                 self._forget_notes()  # it was streamed as a call that never ends
             else:
                 self._breaks = self._breaks_before_call
-                self._say_text(text)
+                self._emit_text(text)
 
     def _drop_drafts(self) -> None:
         text, self._draft_text, self._drafts = self._draft_text, "", []
         if text:
-            self._say_reasoning(text)
+            self._emit_reasoning(text)
 
     def _emit_call(self, call: ToolCall) -> None:
         self.called, self._at_seam, self._breaks = True, True, ""
         self._forget_notes()
         if self._partial_calls:
-            rest = call.written[len(self._streamed_arguments) :]
+            rest = call.raw_arguments[len(self._streamed_arguments) :]
             self._tell(ToolCallDelta(call.id, call.name, rest))
         self._tell(call)

@@ -1,7 +1,7 @@
 """The arguments of a call while it is being written: what of their JSON is certain already.
 
-What is given is a prefix of the call's arguments (`ToolCall.written`) and never all of them: the
-brace that closes them is held back until the call is whole, so that no cut call can be parsed.
+What is given is a prefix of the call's arguments (`ToolCall.raw_arguments`) and never all of them:
+the brace that closes them is held back until the call is whole, so that no cut call can be parsed.
 """
 
 import json
@@ -27,7 +27,7 @@ _UNSURE = re.compile(r"\n?(?:</parameter>\s*)?(?:</function>\s*|<(?:/[a-z]*)?)?\
 _OF_EACH_TYPE = ("0", "0.5", "true", "null", "[]", "{}", '""', " a\n")
 
 
-class Arguments(Protocol):
+class PartialArguments(Protocol):
     """Follows the text of one call."""
 
     @property
@@ -42,7 +42,7 @@ class Arguments(Protocol):
         """Take the next text of the call, and return what it makes certain of the arguments."""
 
 
-class HermesArguments:
+class HermesPartialArguments:
     """Follows `{"name": ..., "arguments": {...}}`; a call of another form gives nothing."""
 
     broken = False  # the call's own tag says where it ends, and it is read there
@@ -55,7 +55,7 @@ class HermesArguments:
         self._over = False
 
     def add(self, text: str) -> str:
-        """Do as `Arguments` says."""
+        """Do as `PartialArguments` says."""
         if self.name is None and not self._over:
             self._before += text
             if (begin := _HERMES.match(self._before)) is None:
@@ -111,7 +111,7 @@ def coder_parameters(text: str, *, whole: bool) -> tuple[str, list[tuple[str, st
     return function, parameters
 
 
-class CoderArguments:
+class CoderPartialArguments:
     """Follows Qwen3-Coder's tags; a text comes as it is written, any other value once it is whole.
 
     `typed(name, parameter, text)` reads a value by the schema of the tool that is called.
@@ -129,7 +129,7 @@ class CoderArguments:
         self._between = "{"
 
     def add(self, text: str) -> str:
-        """Do as `Arguments` says."""
+        """Do as `PartialArguments` says."""
         self._rest += text
         if self.name is None:
             if (begin := _FUNCTION.match(self._rest)) is None:

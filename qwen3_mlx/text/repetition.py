@@ -7,7 +7,7 @@ _LEAST = 256  # tokens that must repeat what stood before them
 _TIMES = 4  # and so many times as many as the circle is long
 
 
-class Loops:
+class RepetitionDetector:
     """Follows the tokens of a reply, in constant time for each.
 
     A text is in a circle of d tokens while each token is that of d tokens ago. A long word list or

@@ -8,7 +8,7 @@ class StopStrings:
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.found: str | None = None
-        self._seen = [_Beginning(stop) for stop in strings]
+        self._seen = [_PrefixMatcher(stop) for stop in strings]
         self._held = ""  # may be the beginning of a stop string
 
     def add(self, piece: str) -> str:
@@ -37,7 +37,7 @@ class StopStrings:
         return held
 
 
-class _Beginning:
+class _PrefixMatcher:
     """How much of a string the end of a text is: by Knuth, Morris and Pratt, for each character is
     looked at about once, however long the string and whatever the text.
     """

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from qwen3_mlx.text.grammar import Grammar, allows
+from qwen3_mlx.text.grammar import GrammarState, allows
 from qwen3_mlx.text.thinking import Thinking
-from qwen3_mlx.text.thinking_budget import Steering
+from qwen3_mlx.text.thinking_budget import ThinkingBudget
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.text.tool_calls import Calls
+from qwen3_mlx.text.tool_calls import ToolCallSyntax
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,20 +19,20 @@ _NEAR_THE_END = 300  # tokens; from here on it is looked at how many it takes to
 
 
 @dataclass(frozen=True, slots=True)
-class Calling:
+class ToolCallRule:
     """How tools may be called: what stands between the tags is held to what `grammar` gives.
 
     With `must` the answer begins with a call; with `only_one` it ends after the first.
     """
 
-    calls: Calls
-    grammar: Callable[[], Grammar]
+    calls: ToolCallSyntax
+    grammar: Callable[[], GrammarState]
     must: bool = False
     only_one: bool = False
 
 
-class Forming:
-    """A `Constraint` of the engine: `Steering` for the thinking, and grammars for what follows.
+class GrammarConstraint:
+    """A `Constraint` of the engine: `ThinkingBudget` for the thinking, grammars for what follows.
 
     Each answer is held to `answer`, if there is one, and the calls of tools to `calling`.
     When `max_tokens` come near, a token after which there would not be room to end the answer is
@@ -42,17 +42,17 @@ class Forming:
 
     def __init__(
         self,
-        steering: Steering,
+        steering: ThinkingBudget,
         tokenizer: Tokenizer,
         thinking: Thinking | None,
         *,
         thinks: bool,
         max_tokens: int,
-        answer: Grammar | None = None,
-        calling: Calling | None = None,
+        answer: GrammarState | None = None,
+        calling: ToolCallRule | None = None,
     ) -> None:
         """Begin; `thinks` says that the reply may open the thinking itself."""
-        self.unwanted = 0  # how many of the last tokens are to be taken back
+        self.rollback = 0  # how many of the last tokens are to be taken back
         self._steering = steering
         self._open_id = thinking.open_id if thinking else None
         self._thinks = thinks and self._open_id is not None and not steering.inside
@@ -63,7 +63,7 @@ class Forming:
         self._calls = calling.calls if calling else None
         self._called = False  # whether a call has been closed
         self._active = None if steering.inside else answer
-        self._before: list[tuple[Grammar | None, int]] = []
+        self._before: list[tuple[GrammarState | None, int]] = []
         self._given = False  # whether the tokens to come are forced, and no grammar's
         self._gap = False  # whether the line break after the thinking is still to come
         self._end: list[int] | None = None  # what would end the text now, where it is looked at
@@ -80,9 +80,9 @@ class Forming:
         return whole and self._active.read > 0
 
     @property
-    def masking(self) -> bool:
+    def needs_mask(self) -> bool:
         """Whether only some tokens may come next."""
-        return self._active is not None or self._awaits_call or self._steering.masking
+        return self._active is not None or self._awaits_call or self._steering.needs_mask
 
     def advance(self, ids: Sequence[int]) -> None:
         """Take the next tokens."""
@@ -92,11 +92,11 @@ class Forming:
         for token in ids:
             self._before.append((self._active, self._active.read if self._active else 0))
             self._follow(token, given=given)
-        self.unwanted = self._steering.unwanted
-        if self.unwanted:
-            self._go_back(self.unwanted)
+        self.rollback = self._steering.rollback
+        if self.rollback:
+            self._go_back(self.rollback)
         elif self._answering and not self._closing and self._leaves_no_room(self._answering):
-            self.unwanted = len(ids)
+            self.rollback = len(ids)
             self.rewind(len(ids))
             self._closing = True
         elif inside != self._steering.inside:
@@ -109,9 +109,9 @@ class Forming:
         self._steering.rewind(count)
         self._go_back(count)
 
-    def forced(self) -> list[int]:
+    def forced_tokens(self) -> list[int]:
         """Give the tokens that must come next."""
-        if ids := self._steering.forced():
+        if ids := self._steering.forced_tokens():
             self._given = True
         elif self._gap:
             ids, self._gap, self._given = self._break, False, True
@@ -130,7 +130,7 @@ class Forming:
             mask[token // 32] |= type(mask[0])(1 << token % 32)
         return mask
 
-    def foresee(self, ids: Sequence[int]) -> "list[NDArray[np.uint32] | None]":
+    def lookahead_masks(self, ids: Sequence[int]) -> "list[NDArray[np.uint32] | None]":
         """Give the masks for the next token and those behind `ids`, as far as none is forced."""
         active = self._active
         if active is None or self._other_beginnings():
@@ -140,7 +140,7 @@ class Forming:
             if not allows(masks[-1], token):
                 break
             active.advance(token)
-            if active.complete or active.forced():
+            if active.complete or active.forced_tokens():
                 break
             masks.append(active.mask())
         active.rewind(read)
@@ -186,20 +186,20 @@ class Forming:
         return self._active is not None and self._active is not self._answer
 
     @property
-    def _answering(self) -> Grammar | None:
+    def _answering(self) -> GrammarState | None:
         """The grammar of the answer, while that is being written."""
         return None if self._in_a_call else self._active
 
-    def _forced_by(self, active: Grammar) -> list[int]:
+    def _forced_by(self, active: GrammarState) -> list[int]:
         if self._in_a_call and active.complete:
             assert self._calls
             return [self._calls.close_id]
         if self._closing and self._end:
             ids, self._end = self._end, None
             return ids
-        return [] if self._other_beginnings() else active.forced()
+        return [] if self._other_beginnings() else active.forced_tokens()
 
-    def _leaves_no_room(self, active: Grammar) -> bool:
+    def _leaves_no_room(self, active: GrammarState) -> bool:
         """Say whether the answer must end as it was before the last tokens; know how, if so."""
         left = self._max_tokens - len(self._before)
         if left > _NEAR_THE_END and not self._steering.finished:

@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from qwen3_mlx.text.repetition import Loops
+from qwen3_mlx.text.repetition import RepetitionDetector
 from qwen3_mlx.text.thinking import CLOSE, OPEN, Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.text.tool_calls import Calls
+from qwen3_mlx.text.tool_calls import ToolCallSyntax
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,7 +72,7 @@ def budget_within(
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class ThinkingLimits:
     """What a reply is held to: at most `budget` tokens of thinking, and no endless repetition.
 
     `hand_off` are the ids that close the thinking.
@@ -94,7 +94,7 @@ class Limits:
         guard: bool,
         least_answer: int = 1,
         bends: bool = False,
-    ) -> "Limits":
+    ) -> "ThinkingLimits":
         """Make them of what was asked; an answer finds room within `max_tokens`.
 
         Where there is little of it, a budget that `bends` is closed by the tag alone; where there
@@ -129,7 +129,7 @@ class _State:
     spent: int = 0  # tokens of thinking that the model chose
     unseen: int = 0  # of the last tokens, those that are bytes of an unfinished character
     bytes_held: bytes = b""
-    forced: int = 0  # tokens of the hand-off that are still to come back
+    forced_tokens: int = 0  # tokens of the hand-off that are still to come back
     closed_by: str | None = None
     over: bool = False  # whether the thinking is, so that its tags are text
     answered: bool = False  # whether a visible character of the answer is there
@@ -137,22 +137,22 @@ class _State:
     called: bool = False  # whether a call of a tool was the last thing in the thinking
 
 
-class Steering:
+class ThinkingBudget:
     """A `Constraint` of the engine: holds one reply to its limits."""
 
     def __init__(
         self,
         tokenizer: Tokenizer,
         thinking: Thinking | None,
-        limits: Limits,
+        limits: ThinkingLimits,
         *,
         inside: bool,
         answering: bool = False,
         end_ids: frozenset[int],
-        calls: Calls | None = None,
+        calls: ToolCallSyntax | None = None,
     ) -> None:
         """Begin; the prompt may end `inside` the thinking, or `answering` already."""
-        self.unwanted = 0
+        self.rollback = 0
         self._tokenizer = tokenizer
         self._open_id = thinking.open_id if thinking else None
         self._close_id = thinking.close_id if thinking else None
@@ -164,7 +164,7 @@ class Steering:
         self._due: str | None = None
         self._now = _State(inside, over=answering)
         self._before: list[_State] = []
-        self._loops = Loops() if limits.guard else None
+        self._loops = RepetitionDetector() if limits.guard else None
         self._look()
 
     @property
@@ -178,7 +178,7 @@ class Steering:
         return self._now.looped and not self._now.inside
 
     @property
-    def masking(self) -> bool:
+    def needs_mask(self) -> bool:
         """Whether some tokens are ruled out: the thinking was closed, and nothing is answered."""
         now = self._now
         return now.closed_by is not None and not now.inside and not now.answered
@@ -205,7 +205,7 @@ class Steering:
 
     def advance(self, ids: Sequence[int]) -> None:
         """Take the next tokens."""
-        self.unwanted = 0
+        self.rollback = 0
         for token in ids:
             self._before.append(self._now)
             self._now = replace(self._now)
@@ -221,13 +221,13 @@ class Steering:
                 self._loops.rewind(count)
         self._due = None
 
-    def forced(self) -> list[int]:
+    def forced_tokens(self) -> list[int]:
         """Give the hand-off, when it is due."""
         if self._due is None:
             return []
         ids = self._limits.hand_off
         self._now.closed_by = self._due
-        self._now.forced, self._due = len(ids), None
+        self._now.forced_tokens, self._due = len(ids), None
         return list(ids)
 
     def mask(self) -> "NDArray[np.uint32] | None":
@@ -237,7 +237,7 @@ class Steering:
             words[token // 32] &= ~np.uint32(1 << token % 32)
         return words
 
-    def foresee(self, ids: Sequence[int]) -> "list[NDArray[np.uint32] | None]":
+    def lookahead_masks(self, ids: Sequence[int]) -> "list[NDArray[np.uint32] | None]":
         """Give the mask for the next token: only the first of an answer has one."""
         return [self.mask()]
 
@@ -247,8 +247,8 @@ class Steering:
 
     def _step(self, token: int) -> None:
         now = self._now
-        chosen = now.forced == 0
-        now.forced -= not chosen
+        chosen = now.forced_tokens == 0
+        now.forced_tokens -= not chosen
         now.looped = self._loops is not None and self._loops.add(token) and chosen
         if token == self._open_id and not now.inside and not now.over:
             now.inside, now.unseen, now.bytes_held = True, 0, b""
@@ -256,7 +256,7 @@ class Steering:
             now.inside, now.unseen, now.bytes_held, now.over = False, 0, b"", True
         elif token in self._end_ids:
             if now.inside and not now.called and self._limits.budget is not None:
-                self._due, self.unwanted = "end", now.unseen + 1
+                self._due, self.rollback = "end", now.unseen + 1
         else:
             text = self._text_of(token)
             if token == self._call_close_id:
@@ -279,16 +279,16 @@ class Steering:
     def _look(self) -> None:
         """See whether the thinking must end here; what of it has not been seen is taken back."""
         now, budget = self._now, self._limits.budget
-        if now.inside and not now.forced and self._due is None:
+        if now.inside and not now.forced_tokens and self._due is None:
             if budget is not None and now.spent >= budget:
                 self._due = "budget"
             elif self._asked:
                 self._due = "request"
             elif now.looped:
                 self._due = "loop"
-            self.unwanted = now.unseen if self._due else 0
-        if self.unwanted:
-            self._now = self._before[-self.unwanted]
-            del self._before[-self.unwanted :]
+            self.rollback = now.unseen if self._due else 0
+        if self.rollback:
+            self._now = self._before[-self.rollback]
+            del self._before[-self.rollback :]
             if self._loops:
-                self._loops.rewind(self.unwanted)
+                self._loops.rewind(self.rollback)

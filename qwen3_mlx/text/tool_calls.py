@@ -16,9 +16,14 @@ from typing import Any, Protocol, Union, get_args, get_origin
 
 from qwen3_mlx.arguments import refuse_deferred
 from qwen3_mlx.text.events import ToolCall
-from qwen3_mlx.text.grammar import Grammar
-from qwen3_mlx.text.grammar_compiler import Grammars
-from qwen3_mlx.text.partial_json import Arguments, CoderArguments, HermesArguments, coder_parameters
+from qwen3_mlx.text.grammar import GrammarState
+from qwen3_mlx.text.grammar_compiler import GrammarCompiler
+from qwen3_mlx.text.partial_json import (
+    CoderPartialArguments,
+    HermesPartialArguments,
+    PartialArguments,
+    coder_parameters,
+)
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tool_schema import Kinds, kind_of, parameters_of, properties_of
@@ -33,7 +38,7 @@ _LONGEST_SHOWN = 60  # characters of a name
 # --- what the model is told ---------------------------------------------------------------------
 
 
-def describe(tool: Tool) -> dict[str, Any]:
+def tool_schema(tool: Tool) -> dict[str, Any]:
     """Give a tool's description as templates and clients have it.
 
     Of a function that is its name, its docstring, and its parameters by their type hints; what the
@@ -84,7 +89,7 @@ def _described(tool: Tool) -> dict[str, Any]:
     }
 
 
-def listed(tools: Sequence[Tool] | None) -> list[Tool]:
+def as_tool_list(tools: Sequence[Tool] | None) -> list[Tool]:
     """Give the tools as a list.
 
     Raises:
@@ -200,12 +205,12 @@ class CallFormat(Protocol):
         What is not `whole` lacks its closing tag, and may have been cut off.
         """
 
-    def follow(self) -> Arguments:
+    def follow(self) -> PartialArguments:
         """Return what follows the arguments of one call while it is written."""
 
 
 @dataclass(frozen=True, slots=True)
-class Calls:
+class ToolCallSyntax:
     """What a parser needs to know of calls: the tags' ids, and how to read what is between.
 
     With `partial` their arguments are streamed as they are written.
@@ -224,7 +229,7 @@ class Calls:
         tools: Sequence[Mapping[str, Any]],
         *,
         partial: bool = False,
-    ) -> "Calls | None":
+    ) -> "ToolCallSyntax | None":
         """Find out how a checkpoint writes calls, or give None where it has no tags for them."""
         open_id, close_id = tokenizer.id_of(OPEN), tokenizer.id_of(CLOSE)
         if template is None or open_id is None or close_id is None:
@@ -232,7 +237,9 @@ class Calls:
         coder = "<function=" in template.source
         return cls(open_id, close_id, CoderCalls(tools) if coder else HermesCalls(), partial)
 
-    def grammar(self, grammars: Grammars, tools: Sequence[Mapping[str, Any]]) -> Grammar:
+    def grammar(
+        self, grammars: GrammarCompiler, tools: Sequence[Mapping[str, Any]]
+    ) -> GrammarState:
         """Make the grammar that holds what stands between the tags to the tools' schemas."""
         if isinstance(self.format, CoderCalls):
             return grammars.coder_call(tools)
@@ -266,9 +273,9 @@ class HermesCalls:
                 return call["name"], arguments, _arguments_text(candidate, arguments)
         return None
 
-    def follow(self) -> Arguments:
+    def follow(self) -> PartialArguments:
         """Do as `CallFormat` says."""
-        return HermesArguments()
+        return HermesPartialArguments()
 
 
 def _mended(text: str) -> Iterator[str]:
@@ -328,9 +335,9 @@ class CoderCalls:
         written = ", ".join(f"{_written(name)}: {_written(value)}" for name, value in arguments)
         return called, dict(arguments), f"{{{written}}}"
 
-    def follow(self) -> Arguments:
+    def follow(self) -> PartialArguments:
         """Do as `CallFormat` says."""
-        return CoderArguments(self._value)
+        return CoderPartialArguments(self._value)
 
     def _value(self, function: str, parameter: str, text: str) -> Any:
         """Read the value of a parameter."""
@@ -356,14 +363,14 @@ def _typed(text: str, kinds: frozenset[str]) -> Any:
 # --- executing ----------------------------------------------------------------------------------
 
 
-def functions_of(tools: Sequence[Tool] | None) -> dict[str, Callable[..., Any]]:
+def tool_functions(tools: Sequence[Tool] | None) -> dict[str, Callable[..., Any]]:
     """Give the functions by their names.
 
     Raises:
         TypeError: one of the tools is only described, or does not return a result when it is
             called, or there is none.
     """
-    if not (given := listed(tools)):
+    if not (given := as_tool_list(tools)):
         raise TypeError("run needs tools: functions that the model may call; chat() needs none")
     if not all(map(callable, given)):
         raise TypeError("to run tools they must be functions: descriptions cannot be called")
@@ -373,7 +380,7 @@ def functions_of(tools: Sequence[Tool] | None) -> dict[str, Callable[..., Any]]:
     return functions
 
 
-def answer(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
+def run_tool(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
     """Do what a call asks for, and give the message that tells the model what came of it."""
     function = functions.get(call.name)
     if function is None:

@@ -8,7 +8,7 @@ import pytest
 
 from qwen3_mlx import LLM, ContextError, Finish, Qwen3Error, SamplingParams, load
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.sizes import published_config, stretched
+from qwen3_mlx.model.sizes import published_config, with_yarn
 from tests.api.harness import settle
 from tests.support import TINY, write_tiny
 from tests.text.harness import calculator
@@ -45,7 +45,7 @@ def test_the_next_turn_reads_the_new_message_only(demo: LLM, thinking: bool) -> 
 def test_without_idle_work_the_answer_is_read_again(demo: LLM) -> None:
     settle(demo)
     demo.forget()
-    conversation = demo.conversation(sampling=GREEDY, idle=False)
+    conversation = demo.conversation(sampling=GREEDY, prefetch_next_turn=False)
     first = conversation.chat(QUESTIONS[0])
     settle(demo)
     second = conversation.chat(QUESTIONS[1])
@@ -59,7 +59,7 @@ def test_idle_work_changes_nothing_and_yields(demo: LLM) -> None:
     conversation.chat(QUESTIONS[0])
     at_once = conversation.chat(QUESTIONS[1])  # perhaps while the idle work runs
     demo.forget()
-    plain = demo.conversation(sampling=GREEDY, idle=False)
+    plain = demo.conversation(sampling=GREEDY, prefetch_next_turn=False)
     plain.chat(QUESTIONS[0])
     assert plain.chat(QUESTIONS[1]).text == at_once.text
 
@@ -217,18 +217,18 @@ def test_the_oldest_turns_are_dropped_on_request(short: LLM) -> None:
 
 def test_yarn_is_switched_on_for_those_it_is_published_for() -> None:
     config = published_config("8B")
-    assert stretched(config, 40960) == config
-    long = ModelConfig.from_dict(stretched(config, 131072))
+    assert with_yarn(config, 40960) == config
+    long = ModelConfig.from_dict(with_yarn(config, 131072))
     assert long.yarn and long.yarn.factor == 4 and long.context_window == 131072
     assert long.yarn.original_max_position_embeddings == 32768
-    double = ModelConfig.from_dict(stretched(config, 65536))
+    double = ModelConfig.from_dict(with_yarn(config, 65536))
     assert double.yarn and double.yarn.factor == 2
     with pytest.raises(Qwen3Error, match=r"is beyond this model: .* 40,960, and with YaRN 131,072"):
-        stretched(config, 131073)
+        with_yarn(config, 131073)
     with pytest.raises(Qwen3Error, match="its window is 40,960$"):
-        stretched(published_config("0.6B"), 65536)
+        with_yarn(published_config("0.6B"), 65536)
     with pytest.raises(Qwen3Error, match="its window is 2,048$"):
-        stretched(TINY, 4096)
+        with_yarn(TINY, 4096)
 
 
 def test_a_context_that_memory_cannot_hold_is_refused(

@@ -16,7 +16,7 @@ import mlx.core as mx
 import pytest
 
 from qwen3_mlx import LLM, Finish, Qwen3Error, Reasoning, SamplingParams, Text, load
-from qwen3_mlx.engine.forward import chunk_sizes
+from qwen3_mlx.engine.forward import prefill_chunks
 from qwen3_mlx.engine.worker import Worker
 from tests.support import DEMO, assert_close, random_ids, write_tiny
 
@@ -38,7 +38,7 @@ def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
 
 def running(llm: LLM) -> bool:
     """Return whether any sequence is computed."""
-    scheduler = llm._open().engine._steps.scheduler
+    scheduler = llm._open().engine._core.scheduler
     return bool(llm._worker.call(lambda: scheduler.running or scheduler.waiting))
 
 
@@ -321,7 +321,7 @@ def test_a_second_turn_reads_what_is_new(tiny: LLM) -> None:
 def test_memory_bounds_the_context(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, whole_memory: None
 ) -> None:
-    monkeypatch.setattr("qwen3_mlx.api.load.refuse_what_cannot_fit", lambda *_: None)
+    monkeypatch.setattr("qwen3_mlx.api.load.check_fits", lambda *_: None)
     monkeypatch.setattr("qwen3_mlx.backend.available_memory", lambda: 504_000_000)
     with load(tiny_folder) as llm:
         assert llm.chat("Hello", max_tokens=5).usage.completion_tokens == 5
@@ -442,7 +442,7 @@ def test_threads_of_mlx_are_used_again() -> None:
     ],
 )
 def test_prompts_are_cut_into_equal_chunks(tokens: int, most: int, sizes: list[int]) -> None:
-    assert chunk_sizes(tokens, most) == sizes
+    assert prefill_chunks(tokens, most) == sizes
 
 
 def test_chunked_prefill_gives_the_same_reply(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,7 +116,7 @@ def test_help_lists_the_keywords() -> None:
         assert shown["temperature"].default is None and shown["tool_choice"].default == "auto"
     assert not inspect.signature(LLM.complete).parameters["loop_guard"].default
     assert "tools" not in inspect.signature(LLM.complete).parameters
-    assert inspect.signature(LLM.conversation).parameters["idle"].default is True
+    assert inspect.signature(LLM.conversation).parameters["prefetch_next_turn"].default is True
     assert inspect.signature(Conversation.retry).parameters["thinking"].default is ...
     assert "thinking_budget" in str(Options.__doc__)
 
@@ -154,7 +154,7 @@ NUMBERS: dict[str, Any] = FIELDS | {
     "logprobs": 2,
     "stop": "zzz",
     "parallel_tool_calls": True,
-    "idle": False,
+    "prefetch_next_turn": False,
 }
 
 

@@ -11,15 +11,25 @@ from types import SimpleNamespace
 import pytest
 
 from qwen3_mlx import Qwen3Error, backend, load
-from qwen3_mlx.bench.compare import EQUAL, Result, _median, race
-from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Figures, Side, Terms, cases_of, measure
+from qwen3_mlx.bench.compare import EQUAL, TargetResult, _median, compare
+from qwen3_mlx.bench.measure import (
+    NEW,
+    OURS,
+    PEER,
+    BenchTarget,
+    Case,
+    Measurement,
+    NumericSettings,
+    cases_of,
+    measure,
+)
 from qwen3_mlx.bench.targets import MlxLm, Ours
 from qwen3_mlx.cli.bench import _notes, _table
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.cli.harness import QWEN3, call
 from tests.support import greedy_tokens, make_model, random_ids
 
-TERMS = Terms("float32", False, "a BLAS")
+TERMS = NumericSettings("float32", False, "a BLAS")
 SMALL = ("--prompts", "8,20", "--together", "2", "--decode", "3")
 
 
@@ -32,10 +42,10 @@ class Scripted:
         self.now = 0.0
         self.calls: list[tuple[list[list[int]], int] | str] = []
 
-    def turn_to(self, case: Case) -> bool:
+    def configure(self, case: Case) -> bool:
         return case.kv_bits is None
 
-    def answer(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+    def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
         self.calls.append((list(map(list, prompts)), most))
         for step in range(most + len(prompts) - 1):
             self.now += 0.002
@@ -90,28 +100,28 @@ def own_model(tiny_folder: Path) -> Iterator[Qwen3]:
 
 @pytest.mark.parametrize("name", [OURS, PEER])
 def test_both_sides_choose_the_same_tokens(name: str, own_model: Qwen3, peer: MlxLm) -> None:
-    side: Side = Ours(own_model) if name == OURS else peer
+    side: BenchTarget = Ours(own_model) if name == OURS else peer
     prompts = [random_ids(12, 300, seed) for seed in range(3)]
     expected = [greedy_tokens(own_model, ids, 6) for ids in prompts]
-    told = list(side.answer(prompts, 6))
+    told = list(side.generate(prompts, 6))
     full = [tokens for tokens in told if len(tokens) == 3]
     assert full and sum(map(len, told)) == 18
     side.forget()
-    assert [token for tokens in side.answer(prompts[:1], 6) for token in tokens] == expected[0]
+    assert [token for tokens in side.generate(prompts[:1], 6) for token in tokens] == expected[0]
     longer = prompts[0] + expected[0] + random_ids(5, 300, 9)
-    assert [token for tokens in side.answer([longer], 4) for token in tokens] == greedy_tokens(
+    assert [token for tokens in side.generate([longer], 4) for token in tokens] == greedy_tokens(
         own_model, longer, 4
     )
-    answer = side.answer(prompts, 50)
+    answer = side.generate(prompts, 50)
     next(answer)
     del answer  # which ends it
-    assert len(list(side.answer(prompts[1:2], 2))) == 2
+    assert len(list(side.generate(prompts[1:2], 2))) == 2
 
 
 def test_what_goes_on_costs_what_is_new(own_model: Qwen3, peer: MlxLm) -> None:
     ids = random_ids(40, 300)
     ours = Ours(own_model)
-    said = [token for tokens in ours.answer([ids], 4) for token in tokens]
+    said = [token for tokens in ours.generate([ids], 4) for token in tokens]
     read: list[int] = []
     forward = type(own_model).__call__
 
@@ -121,16 +131,16 @@ def test_what_goes_on_costs_what_is_new(own_model: Qwen3, peer: MlxLm) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Qwen3, "__call__", counting)
-        list(ours.answer([ids + said + [1, 2, 3]], 2))
+        list(ours.generate([ids + said + [1, 2, 3]], 2))
     assert read and sum(read) <= 3 + 1 + 2
     peer.forget()
-    list(peer.answer([ids], 4))
+    list(peer.generate([ids], 4))
     assert len(peer._kept) == 44
 
 
 def test_an_error_of_the_engine_is_raised(own_model: Qwen3) -> None:
     with pytest.raises(ValueError, match="at least one token"):
-        list(Ours(own_model).answer([[]], 3))
+        list(Ours(own_model).generate([[]], 3))
 
 
 def test_the_command_measures_both(
@@ -190,14 +200,14 @@ def test_a_folder_that_is_called_like_a_size(
     assert "after 8" in out
 
 
-def figures(case: Case, decode: float) -> Figures:
-    return Figures(case, first_token=2.0, decode=decode, peak=10**9)
+def figures(case: Case, decode: float) -> Measurement:
+    return Measurement(case, first_token=2.0, decode=decode, peak=10**9)
 
 
 def test_what_was_not_reached_is_left_open_and_said() -> None:
     cases = [Case(1, 8), Case(2, 8)]
-    ours = Result(True, TERMS, 10**9, {case: figures(case, 30) for case in cases})
-    peer = Result(True, TERMS, 2 * 10**9, {cases[0]: figures(cases[0], 10)})
+    ours = TargetResult(True, TERMS, 10**9, {case: figures(case, 30) for case in cases})
+    peer = TargetResult(True, TERMS, 2 * 10**9, {cases[0]: figures(cases[0], 10)})
     results = {OURS: ours, f"{PEER}, {EQUAL}": peer}
     rows = [line.split() for line in _table(cases, results, {cases[0]: 0.875})]
     assert ["after", "8", "30", "10", "3.00x"] in rows
@@ -207,13 +217,15 @@ def test_what_was_not_reached_is_left_open_and_said() -> None:
     notes = " ".join(_notes(cases, results, 10))
     assert "mlx-lm, equal terms: float32" in notes and "(as it comes)" in notes
     assert notes.count("10 minutes did not suffice") == 1
-    unloaded = {OURS: ours, f"{PEER}, {EQUAL}": Result(as_it_comes=False)}
+    unloaded = {OURS: ours, f"{PEER}, {EQUAL}": TargetResult(is_default=False)}
     assert ["weights", "1", "-"] in [line.split() for line in _table(cases, unloaded, {})]
 
 
 def test_repeats_give_medians() -> None:
     case, rare = Case(1, 8), Case(2, 8)
-    runs = [Result(True, TERMS, 1, {case: figures(case, decode)}) for decode in (1.0, 9.0, 3.0)]
+    runs = [
+        TargetResult(True, TERMS, 1, {case: figures(case, decode)}) for decode in (1.0, 9.0, 3.0)
+    ]
     runs[0].figures[rare] = figures(rare, 1)
     assert _median(runs).figures == {case: figures(case, 3.0)}
 
@@ -240,9 +252,9 @@ def test_wrong_input_is_one_line(
 
 def test_a_side_that_fails_is_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
     with pytest.raises(Qwen3Error, match=r"config\.json"):
-        race(str(tmp_path), [Case(1, 8)], 2, seconds=600)
+        compare(str(tmp_path), [Case(1, 8)], 2, seconds=600)
     with pytest.raises(Qwen3Error, match=r"not one figure was there after 0\.01 s"):
-        race(str(tiny_folder), [Case(1, 8)], 2, seconds=0.01)
+        compare(str(tiny_folder), [Case(1, 8)], 2, seconds=0.01)
 
 
 def test_mlx_lm_failing_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> None:
@@ -257,7 +269,7 @@ def test_mlx_lm_failing_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> No
     index = {"weight_map": dict.fromkeys(names, "weights.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(Qwen3Error, match="mlx-lm failed: "):
-        race(str(tmp_path), [Case(1, 8)], 2, against=(EQUAL,), seconds=600)
+        compare(str(tmp_path), [Case(1, 8)], 2, against=(EQUAL,), seconds=600)
 
 
 def test_ctrl_c_ends_the_sides_too(tiny_folder: Path) -> None:

@@ -7,13 +7,13 @@ import mlx.core as mx
 import pytest
 
 from qwen3_mlx import backend
-from qwen3_mlx.cache.attention import attention_of_each, causal_attention
+from qwen3_mlx.cache.attention import attend_per_sequence, causal_attention
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.cache.ragged import ragged_layers
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
-from qwen3_mlx.engine.speculation.step_cost import Costs
+from qwen3_mlx.engine.speculation.step_cost import StepCostModel
 from tests.cache.harness import HEADS, model_with
 from tests.support import TINY, assert_close, random_ids
 
@@ -70,7 +70,7 @@ def test_queries_of_several_find_what_each_finds(
     each = [causal_attention(q[i : i + 1], k, v, scale=0.1) for i, (k, v) in enumerate(seen)]
     for gpu in (False, True):
         monkeypatch.setattr(backend, "on_gpu", lambda gpu=gpu: gpu)
-        assert_close(attention_of_each(q, seen, scale=0.1), mx.concatenate(each))
+        assert_close(attend_per_sequence(q, seen, scale=0.1), mx.concatenate(each))
 
 
 @pytest.mark.parametrize("form", ["8", "k8v4", "4"])
@@ -112,7 +112,7 @@ def test_speculation_and_kept_prefixes_need_no_other_call(
     """What is verified at once fits one call of the kernel for few queries."""
     model = model_with(*HEADS[geometry])
     model.cache_format = CACHE_FORMATS[form]
-    speculator = Speculator(model.config, costs=Costs(dict.fromkeys(range(1, 9), 1.0)))
+    speculator = Speculator(model.config, costs=StepCostModel(dict.fromkeys(range(1, 9), 1.0)))
     engine = Engine(model, vocabulary=TINY["vocab_size"], speculator=speculator, available=10**9)
     ids = random_ids(12) * 4
     greedy = SamplingParams(temperature=0.0)

@@ -6,9 +6,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from qwen3_mlx.cache.batched import Together
+from qwen3_mlx.cache.batched import BatchedCaches
 from qwen3_mlx.cache.kv import KVCache
-from qwen3_mlx.engine.forward import Part, forward
+from qwen3_mlx.engine.forward import BatchSlice, forward
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.cache.harness import HEADS, model_with
 from tests.engine.harness import MODELS, MOST, PROMPTS, Client, alone, engine_of, run
@@ -29,11 +29,11 @@ def begun(model: Qwen3, lengths: Sequence[int]) -> list[list[KVCache]]:
 
 
 def step(
-    model: Qwen3, together: Together | None, caches: list[list[KVCache]], ids: Sequence[int]
+    model: Qwen3, together: BatchedCaches | None, caches: list[list[KVCache]], ids: Sequence[int]
 ) -> tuple[mx.array, bool]:
     """Run one, and say whether it was answered by joint buffers."""
     joined = together.layers(caches, ROOM) if together else None
-    parts = [Part(layers, 1, 1) for layers in caches]
+    parts = [BatchSlice(layers, 1, 1) for layers in caches]
     logits = forward(model, mx.array(list(ids), dtype=mx.int32), parts, joined)
     assert logits is not None
     mx.eval(logits)
@@ -42,7 +42,7 @@ def step(
 
 @pytest.mark.parametrize("lengths", [[9, 9, 9, 9], [3, 40, 17, 1, 26]])
 def test_joint_buffers_answer_as_each_sequences_own(lengths: list[int]) -> None:
-    own, joint, together = begun(MODEL, lengths), begun(MODEL, lengths), Together()
+    own, joint, together = begun(MODEL, lengths), begun(MODEL, lengths), BatchedCaches()
     joined = 0
     for number in range(40):
         ids = random_ids(len(lengths), seed=100 + number)
@@ -53,9 +53,9 @@ def test_joint_buffers_answer_as_each_sequences_own(lengths: list[int]) -> None:
         if number % 9 == 8:  # a constraint takes tokens back
             for caches in (own, joint):
                 for layer in caches[number % len(lengths)]:
-                    layer.forget_beyond(layer.offset - 3)
+                    layer.truncate(layer.offset - 3)
         if number == 25:
-            together.part()
+            together.split()
             for one, other in zip(own, joint, strict=True):
                 for a, b in zip(one, other, strict=True):
                     assert a.offset == b.offset
@@ -66,7 +66,7 @@ def test_joint_buffers_answer_as_each_sequences_own(lengths: list[int]) -> None:
 
 def test_who_joins_or_leaves_parts_them_and_full_buffers_are_made_anew() -> None:
     lengths = [5, 9, 7, 8]
-    caches, together = begun(MODEL, lengths), Together()
+    caches, together = begun(MODEL, lengths), BatchedCaches()
     for _ in range(8):
         _, by_slots = step(MODEL, together, caches, [1, 2, 3, 4])
     assert by_slots and not caches[0][0]._buffers
@@ -79,7 +79,7 @@ def test_who_joins_or_leaves_parts_them_and_full_buffers_are_made_anew() -> None
     for _ in range(8):
         step(MODEL, None, own, [1, 2, 3, 4])
     step(MODEL, None, own[:3], [1, 2, 3])
-    together = Together()
+    together = BatchedCaches()
     for number in range(300):  # beyond the 256 columns that are added
         found, _ = step(MODEL, together, caches, [5, 6, 7, 8])
         expected, _ = step(MODEL, None, own, [5, 6, 7, 8])
@@ -89,26 +89,26 @@ def test_who_joins_or_leaves_parts_them_and_full_buffers_are_made_anew() -> None
 
 def test_few_sequences_and_little_room_are_left_alone() -> None:
     caches = begun(MODEL, [5, 9, 7, 8])
-    together = Together()
+    together = BatchedCaches()
     for _ in range(9):
         assert together.layers(caches[:3], ROOM) is None
     for _ in range(9):
         assert together.layers(caches, room=4 * 265 - 1) is None
     assert together.layers(caches, room=4 * 265) is not None
-    together.part()
+    together.split()
     assert [sequence[0].offset for sequence in caches] == [5, 9, 7, 8]
 
 
 def test_the_engine_puts_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[bool] = []
-    layers = Together.layers
+    layers = BatchedCaches.layers
 
-    def noted(self: Together, *arguments: Any) -> Any:
+    def noted(self: BatchedCaches, *arguments: Any) -> Any:
         found = layers(self, *arguments)
         given.append(found is not None)
         return found
 
-    monkeypatch.setattr(Together, "layers", noted)
+    monkeypatch.setattr(BatchedCaches, "layers", noted)
     engine = engine_of(MODELS["dense"])
     clients = [Client(prompt, MOST) for prompt in PROMPTS]
     run(engine, *clients)
@@ -129,7 +129,7 @@ def test_a_mask_is_laid_out_once_a_step(
     calls: list[dict[str, Any]],
 ) -> None:
     model = model_with(*HEADS[geometry])
-    caches, together = begun(model, [4, 6, 5, 9]), Together()
+    caches, together = begun(model, [4, 6, 5, 9]), BatchedCaches()
     for _ in range(6):
         calls.clear()
         step(model, together, caches, [1, 2, 3, 4])

@@ -17,11 +17,11 @@ import pytest
 from qwen3_mlx import Qwen3Error, load
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
-from qwen3_mlx.checkpoint.fingerprint import identity
+from qwen3_mlx.checkpoint.fingerprint import fingerprint
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.sampling_params import SamplingParams
-from qwen3_mlx.files import ShardWriter, read_described
+from qwen3_mlx.files import ShardWriter, read_header_and_metadata
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import assert_close, make_model, prefill, random_ids, write_tiny
 
@@ -49,12 +49,12 @@ def test_what_is_restored_is_what_was_read(name: str, dtype: mx.Dtype, tmp_path:
     model.cache_format = CACHE_FORMATS[name]
     write(DiskPrefixes(tmp_path, "a", limit=LIMIT), model, IDS)
     disk, cache = DiskPrefixes(tmp_path, "a", limit=LIMIT), model.make_cache()
-    assert disk.common(IDS, 399) == disk.read(IDS, 399, cache) == 399
+    assert disk.match_length(IDS, 399) == disk.read(IDS, 399, cache) == 399
     assert {layer.offset for layer in cache} == {399}
     fresh = model.make_cache()
     prefill(model, fresh, IDS, 128)
     for layer in fresh:
-        layer.forget_beyond(399)
+        layer.truncate(399)
     for one, other in zip(cache, fresh, strict=True):
         assert all(mx.array_equal(a, b) for a, b in zip(one.state, other.state, strict=True))
     ids = mx.array([IDS[399:]])
@@ -79,10 +79,10 @@ def test_what_is_another_models_or_broken_is_ignored(tmp_path: Path) -> None:
     whole = file.read_bytes()
 
     def found() -> int:
-        return DiskPrefixes(tmp_path, "a", limit=LIMIT).common(IDS, 400)
+        return DiskPrefixes(tmp_path, "a", limit=LIMIT).match_length(IDS, 400)
 
     assert found() == 400
-    assert DiskPrefixes(tmp_path, "b", limit=LIMIT).common(IDS, 400) == 0
+    assert DiskPrefixes(tmp_path, "b", limit=LIMIT).match_length(IDS, 400) == 0
     header = int.from_bytes(whole[:8], "little")
     for broken in (
         whole[:-1],
@@ -102,7 +102,7 @@ def test_what_is_another_models_or_broken_is_ignored(tmp_path: Path) -> None:
     file.unlink()  # another process made room
     assert disk.read(IDS, 400, cache := model.make_cache()) == 0
     assert cache[0].offset == 0
-    assert disk.common(IDS, 400) == 0
+    assert disk.match_length(IDS, 400) == 0
 
 
 def test_a_write_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_kill_in_the_middle_is_cleared_away(tmp_path: Path) -> None:
     assert not half.exists()
     assert not other_half.exists()
     assert living.exists()
-    found = [disk.common(random_ids(2000, seed=seed), 2000) for seed in range(2)]
+    found = [disk.match_length(random_ids(2000, seed=seed), 2000) for seed in range(2)]
     assert set(found) <= {0, 2000}
     assert 2000 in found
 
@@ -185,8 +185,8 @@ def test_the_folder_is_bounded(tmp_path: Path) -> None:
         os.utime(file, (1, 1))
     disk.read(second, 400, model.make_cache())
     write(disk, model, random_ids(400, seed=4))
-    assert disk.common(second, 400) == 400
-    assert disk.common(third, 400) == 0
+    assert disk.match_length(second, 400) == 400
+    assert disk.match_length(third, 400) == 0
     small = DiskPrefixes(tmp_path / "small", "a", limit=size // 2)
     write(small, model, IDS)
     assert not kept(tmp_path / "small")  # what is larger than all is not written
@@ -198,7 +198,7 @@ def test_a_longer_one_takes_the_place_of_its_start(tmp_path: Path) -> None:
     write(disk, model, IDS[:300])
     write(disk, model, IDS)
     assert len(kept(tmp_path)) == 1
-    assert disk.common(IDS, 400) == 400
+    assert disk.match_length(IDS, 400) == 400
 
 
 @pytest.mark.parametrize("name", CACHE_FORMATS)
@@ -208,7 +208,7 @@ def test_an_engine_goes_on_from_it(name: str, tmp_path: Path) -> None:
 
     def answer() -> tuple[list[int], int]:
         disk = DiskPrefixes(tmp_path, "a", limit=LIMIT)
-        restored = disk.common(IDS, 399)
+        restored = disk.match_length(IDS, 399)
         engine = Engine(model, vocabulary=1088, disk=disk)
         return list(engine.stream(IDS, max_tokens=20, sampling=GREEDY)), restored
 
@@ -243,7 +243,7 @@ def test_a_damaged_prompt_is_read_anew(
     right, _ = reply()
     (file,) = kept(tmp_path)
     whole = file.read_bytes()
-    tensors, _ = read_described(file)
+    tensors, _ = read_header_and_metadata(file)
     if where == "dtype":
         damaged = whole.replace(b'"F32"', b'"I32"', 1)
     else:
@@ -333,7 +333,7 @@ def test_models_of_one_process_share_a_folder(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no memory"), TypeError("what?")])
-@pytest.mark.parametrize("method", ["read", "write", "common", "wants"])
+@pytest.mark.parametrize("method", ["read", "write", "match_length", "wants"])
 def test_whatever_fails_on_disk_work_goes_on(
     method: str,
     error: Exception,
@@ -377,13 +377,13 @@ def test_when_it_cannot_be_written_work_goes_on(
 def test_an_identity_is_of_all_that_matters(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "a")
     config = json.loads((folder / "config.json").read_text())
-    first = identity(folder, config, [])
-    assert first == identity(write_tiny(tmp_path / "copy"), config, [])
-    assert first != identity(folder, config, ["8 bits"])
-    assert first != identity(folder, {**config, "rope_theta": 1.0}, [])
-    assert first != identity(write_tiny(tmp_path / "b", seed=1), config, [])
+    first = fingerprint(folder, config, [])
+    assert first == fingerprint(write_tiny(tmp_path / "copy"), config, [])
+    assert first != fingerprint(folder, config, ["8 bits"])
+    assert first != fingerprint(folder, {**config, "rope_theta": 1.0}, [])
+    assert first != fingerprint(write_tiny(tmp_path / "b", seed=1), config, [])
     (folder / "chat_template.jinja").write_text("another")
-    assert first != identity(folder, config, [])
+    assert first != fingerprint(folder, config, [])
 
 
 def test_wrong_folders_are_told(

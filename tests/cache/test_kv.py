@@ -73,8 +73,8 @@ def test_what_is_beyond_is_forgotten() -> None:
     cache = fill(model, IDS[:, :20])
     model(mx.array([[5, 6, 7]]), cache)
     for layer in cache:
-        layer.forget_beyond(20)
-        layer.forget_beyond(21)  # it has no more than 20
+        layer.truncate(20)
+        layer.truncate(21)  # it has no more than 20
     assert_close(model(IDS[:, 20:], cache), WHOLE["dense"][:, 20:])
 
 

@@ -95,7 +95,7 @@ def test_copies_and_what_forgets_go_on_from_the_same(name: str) -> None:
     model(mx.array([[5, 6, 7]]), cache)
     copies = [layer.copy(20) for layer in cache]
     for layer in cache:
-        layer.forget_beyond(20)
+        layer.truncate(20)
     for one in (cache, copies):
         assert_close(model(IDS[:, 20:], one), WHOLE[name][:, 20:], ROUNDED_ANEW)
 

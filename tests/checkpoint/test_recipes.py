@@ -96,11 +96,11 @@ def test_recipes_that_are_none() -> None:
 # --- the best assignment under a limit ----------------------------------------------------------
 
 CHOICES = [Format(bits, 64) for bits in (2, 3, 4, 6, 8)]
-Scores = dict[str, dict[Format, float]]
+PromptLogprobBatch = dict[str, dict[Format, float]]
 Sizes = dict[str, dict[Format, int]]
 
 
-def best(scores: Scores, sizes: Sizes, budget: int) -> float | None:
+def best(scores: PromptLogprobBatch, sizes: Sizes, budget: int) -> float | None:
     """Try all assignments."""
     groups = list(scores)
     sums = [
@@ -116,7 +116,7 @@ def total(of: Any, choice: dict[str, Format]) -> Any:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[Scores, Sizes, int]:
+def cases(draw: st.DrawFn) -> tuple[PromptLogprobBatch, Sizes, int]:
     """Draw up to five groups whose scores fall with the bits, each at its own rate."""
     scores, sizes = {}, {}
     for number in range(draw(st.integers(1, 5))):
@@ -132,7 +132,7 @@ def cases(draw: st.DrawFn) -> tuple[Scores, Sizes, int]:
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_against_trying_all(case: tuple[Scores, Sizes, int]) -> None:
+def test_against_trying_all(case: tuple[PromptLogprobBatch, Sizes, int]) -> None:
     scores, sizes, budget = case
     least = best(scores, sizes, budget)
     if least is None:
@@ -151,7 +151,7 @@ def test_the_gap_to_the_best_is_mostly_none() -> None:
     gaps = []
     for seed in range(100):
         dice = random.Random(seed)
-        scores: Scores = {}
+        scores: PromptLogprobBatch = {}
         sizes: Sizes = {}
         for number in range(5):
             weights, hurt = dice.randint(1000, 9000), 10 ** dice.uniform(-3, 0)
@@ -172,7 +172,7 @@ def test_many_groups_come_close_to_the_best() -> None:
     """With many groups the gap is small: the bound by prices shows it without trying all."""
     for seed in range(5):
         dice = random.Random(seed)
-        scores: Scores = {}
+        scores: PromptLogprobBatch = {}
         sizes: Sizes = {}
         for number in range(100):
             weights, hurt = dice.randint(1000, 9000), 10 ** dice.uniform(-4, -1)

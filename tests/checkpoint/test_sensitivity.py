@@ -12,7 +12,7 @@ from qwen3_mlx.checkpoint import sensitivity
 from qwen3_mlx.checkpoint.convert import modules_of
 from qwen3_mlx.checkpoint.gptq import block_size
 from qwen3_mlx.checkpoint.recipes import group_of
-from qwen3_mlx.checkpoint.sensitivity import Scores, measure
+from qwen3_mlx.checkpoint.sensitivity import PromptLogprobBatch, measure
 from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
@@ -46,7 +46,7 @@ def sharpen(folder: Path, factor: float) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
 
 
-def estimated(folder: Path, ids: mx.array, formats: list[Format]) -> Scores:
+def estimated(folder: Path, ids: mx.array, formats: list[Format]) -> PromptLogprobBatch:
     mx.random.seed(1)
     return measure(*opened(folder), ids, formats, lambda done, total: None)[0]
 

@@ -29,12 +29,20 @@ LIMIT = 120  # seconds that a fault, and all that follows from it, may take
 GREEDY = SamplingParams(temperature=0.0)
 SYSTEM = {"role": "system", "content": "Be brief. " + "apple pear plum " * 60}
 OPTIONAL = (
-    *("disk.", "prefixes.take", "prefixes.put", "prefixes.common", "prefixes.unsaved"),
-    *("Prefix", "clear_cache", "lookup.read_on"),
+    *("disk.", "prefixes.acquire", "prefixes.insert", "prefixes.match_length", "prefixes.unsaved"),
+    *("Prefix", "clear_cache", "lookup.index_new"),
 )
 """What only saves time: no request fails with it."""
 OUTSIDE = ("qwen3_mlx", "mlx", __name__)
-ONE = ("make_cache", "force", "progress", "sequence.take", "mask", "foresee", "Running")
+ONE = (
+    "make_cache",
+    "force",
+    "progress",
+    "sequence.commit",
+    "mask",
+    "lookahead_masks",
+    "SequenceState",
+)
 """What is one request's: no other fails with it."""
 
 
@@ -64,7 +72,7 @@ class Faults:
             return function(*args, **options)
         self.seen[place] += 1
         strikes = self.strikes and self.strikes[0][:2] == (place, self.seen[place])
-        last_event = place.endswith(".done")  # that is told, and fails then
+        last_event = place.endswith(".on_finish")  # that is told, and fails then
         result = function(*args, **options) if last_event or not strikes else None
         if strikes:
             self.seen.clear()
@@ -89,7 +97,7 @@ def install(faults: Faults) -> None:
     tree = ast.fix_missing_locations(_Passing().visit(ast.parse(file.read_text("utf-8"))))
     vars(core)["_call"] = faults.call
     exec(compile(tree, file, "exec"), vars(core))  # the project's own source
-    vars(engine)["Steps"] = core.Steps
+    vars(engine)["EngineCore"] = core.EngineCore
 
 
 def crowd(llm: LLM) -> list[str | BaseException]:
@@ -100,7 +108,7 @@ def crowd(llm: LLM) -> list[str | BaseException]:
         return llm.stream([SYSTEM, {"role": "user", "content": words}], **options)
 
     def idle() -> Stream:
-        return ask("read ahead", idle=True, max_tokens=2)
+        return ask("read ahead", prefetch_next_turn=True, max_tokens=2)
 
     opening = llm.tokenizer.id_of("<think>")
     assert opening is not None
@@ -141,10 +149,10 @@ def read(stream: Stream) -> str | BaseException:
     return "".join(getattr(event, "text", "") for event in said)
 
 
-def wait_for(llm: LLM, true: Callable[[core.Steps], bool], seconds: float) -> bool:
+def wait_for(llm: LLM, true: Callable[[core.EngineCore], bool], seconds: float) -> bool:
     """Wait until something is true of the engine."""
     deadline = time.monotonic() + seconds
-    inner = llm._open().engine._steps
+    inner = llm._open().engine._core
     while not (now := llm._worker.call(lambda: true(inner))) and time.monotonic() < deadline:
         time.sleep(0.002)
     return now
@@ -152,9 +160,9 @@ def wait_for(llm: LLM, true: Callable[[core.Steps], bool], seconds: float) -> bo
 
 def check_rest(llm: LLM) -> None:
     """Check that nothing is left of the requests, and that no memory is held for them."""
-    inner = llm._open().engine._steps
-    assert inner.scheduler.held() == inner.kept()
-    assert not (inner._flight or inner._building or inner._landing)
+    inner = llm._open().engine._core
+    assert inner.scheduler.held() == inner.held_by_prefixes()
+    assert not (inner._in_flight_step or inner._building or inner._committing)
     llm.forget()
     assert inner.scheduler.held() == 0
 
@@ -162,7 +170,7 @@ def check_rest(llm: LLM) -> None:
 def check(llm: LLM, faults: Faults, expected: list[Any], *strikes: Strike) -> None:
     """Have calls fail, and check what comes of it."""
     say(*(f"{place} ({count})" for place, count, _ in strikes))
-    inner = llm._open().engine._steps
+    inner = llm._open().engine._core
     disk = inner._disk
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     llm.forget()
@@ -189,7 +197,7 @@ def main(way: str, folder: Path, *, thorough: bool) -> None:
     faults = Faults()
     install(faults)
     backend.available_memory = lambda: AVAILABLE
-    vars(loading)["refuse_what_cannot_fit"] = lambda *_: None
+    vars(loading)["check_fits"] = lambda *_: None
     tiny = write_tiny(folder / "tiny")
     drafts = {"plain": None, "ngram": "ngram", "draft": tiny}
     llm = load(tiny, prompt_cache=folder / "kept", draft=drafts[way])

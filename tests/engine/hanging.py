@@ -24,7 +24,7 @@ from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.prefix import PrefixStore
 from qwen3_mlx.engine import core
 from qwen3_mlx.engine.scheduler import Scheduler
-from qwen3_mlx.engine.sequence import Sequence
+from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.text.events import Event, Finish
 from tests.support import DEMO
@@ -155,11 +155,11 @@ def ends(event: Said) -> bool:
 
 
 def soon() -> None:
-    """Jobs of `soon` and of `compute` raise."""
+    """Jobs of `call_soon` and of `compute` raise."""
     with load() as llm:
         for error in ERRORS:
             with others_go_on(llm):
-                llm.soon(raising(error))
+                llm.call_soon(raising(error))
                 found = raised_by(lambda e=error: llm.compute(raising(e)))  # type: ignore[misc]
                 assert found is error
 
@@ -242,7 +242,7 @@ def callbacks(llm: LLM) -> list[Callable[[Callable[[], object]], object]]:
             except BaseException as error:  # noqa: BLE001 - handed back
                 outcome.put(error)
 
-        llm.soon(job)
+        llm.call_soon(job)
         if error := outcome.get():
             raise error
 
@@ -324,11 +324,14 @@ def tools() -> None:
 def failing() -> None:
     """Parts of the engine fail for as long as some requests last: those end, and others follow."""
     parts = [
-        *((Qwen3, "make_cache"), (core, "forward"), (core, "choose"), (core, "Running")),
-        *((Scheduler, name) for name in ("add", "next_step", "remove", "held", "chunk")),
-        *((PrefixStore, name) for name in ("take", "put", "common", "reclaim", "unsaved", "clear")),
-        *((DiskPrefixes, name) for name in ("common", "read", "wants", "write")),
-        *((Sequence, name) for name in ("take", "force", "reset", "outcome", "reserve")),
+        *((Qwen3, "make_cache"), (core, "forward"), (core, "choose"), (core, "SequenceState")),
+        *((Scheduler, name) for name in ("add", "next_step", "remove", "held", "prefill_budget")),
+        *(
+            (PrefixStore, name)
+            for name in ("acquire", "insert", "match_length", "evict", "unsaved", "clear")
+        ),
+        *((DiskPrefixes, name) for name in ("match_length", "read", "wants", "write")),
+        *((SequenceState, name) for name in ("commit", "force", "reset", "result", "reserve")),
         *((mx, name) for name in ("clear_cache", "eval", "async_eval")),
     ]
     for part, name in parts:

@@ -9,11 +9,11 @@ import numpy as np
 
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.request import NORMAL, Outcome, Request
+from qwen3_mlx.engine.request import NORMAL, Request, RequestResult
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.draft_model import DraftModel
 from qwen3_mlx.engine.speculation.speculator import Speculator
-from qwen3_mlx.engine.speculation.step_cost import Costs, costs_of
+from qwen3_mlx.engine.speculation.step_cost import StepCostModel, chip_costs
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import MOE, greedy_tokens, make_model, random_ids
 
@@ -39,14 +39,14 @@ class Client:
 
     def __init__(self, ids: Sequence[int], max_tokens: int, **fields: Any) -> None:
         self.tokens: list[int] = []
-        self.outcomes: list[Outcome | BaseException] = []
+        self.outcomes: list[RequestResult | BaseException] = []
         self.read: list[int] = []
         fields = {"sampling": GREEDY, "seed": 0, "end_ids": frozenset(), **fields}
         self.request = Request(
             ids=list(ids),
             max_tokens=max_tokens,
-            watcher=self,
-            done=self.outcomes.append,
+            sink=self,
+            on_finish=self.outcomes.append,
             progress=lambda done, _: self.read.append(done),
             **fields,
         )
@@ -58,9 +58,9 @@ class Client:
         del self.tokens[len(self.tokens) - count :]
 
     @property
-    def outcome(self) -> Outcome:
+    def outcome(self) -> RequestResult:
         (outcome,) = self.outcomes
-        assert isinstance(outcome, Outcome), outcome
+        assert isinstance(outcome, RequestResult), outcome
         return outcome
 
 
@@ -84,13 +84,13 @@ def engine_of(model: Qwen3, way: str = "plain", **options: Any) -> Engine:
     return Engine(model, vocabulary=1088, speculator=speculator_of(model, way), **options)
 
 
-class Free(Costs):
+class Free(StepCostModel):
     """Has every proposal pay that may come true at all."""
 
-    def of(self, rows: int, *, waited: bool) -> float:
+    def of(self, rows: int, *, synchronous: bool) -> float:
         return 1 + rows * 1e-6
 
-    def observe(self, rows: int, seconds: float, *, waited: bool) -> None:
+    def observe(self, rows: int, seconds: float, *, synchronous: bool) -> None:
         """Keep to that."""
 
 
@@ -101,7 +101,7 @@ def speculator_of(model: Qwen3, way: str) -> Speculator | None:
     draft = DraftModel(model_of("dense")) if way == "draft" else None
     if draft:
         draft.size = 1
-    return Speculator(model.config, draft, Free(costs_of("applegpu_g16s")))
+    return Speculator(model.config, draft, Free(chip_costs("applegpu_g16s")))
 
 
 @cache
@@ -113,7 +113,7 @@ def alone(kind: str) -> list[list[int]]:
 class Script:
     """Allows odd ids only, forces three ids after the fourth token, and ends at the tenth."""
 
-    unwanted, masking = 0, True
+    rollback, needs_mask = 0, True
 
     def __init__(self, forced_first: Sequence[int] = ()) -> None:
         self.finished = False
@@ -124,7 +124,7 @@ class Script:
         self.taken += ids
         self.finished = len(self.taken) >= 10
 
-    def forced(self) -> list[int]:
+    def forced_tokens(self) -> list[int]:
         if not self.taken:
             return self._first
         return [2, 4, 6] if len(self.taken) == 4 else []
@@ -132,7 +132,7 @@ class Script:
     def mask(self) -> Any:
         return np.full(1088 // 32, 0xAAAAAAAA, dtype=np.uint32)
 
-    def foresee(self, ids: Sequence[int]) -> list[Any]:
+    def lookahead_masks(self, ids: Sequence[int]) -> list[Any]:
         return foreseen(self.mask(), ids, 3 - len(self.taken))
 
 
@@ -160,7 +160,7 @@ class Whims:
     finished = False
 
     def __init__(self) -> None:
-        self.unwanted = 0
+        self.rollback = 0
         self.taken: list[int] = []
         self._whims = 0
         self._due: list[int] = []
@@ -168,28 +168,28 @@ class Whims:
 
     def advance(self, ids: Sequence[int]) -> None:
         self.taken += ids
-        self.unwanted = 0
+        self.rollback = 0
         if list(ids) == self._forced or self._whims > 8:
             return
         if (ids[0] + 5 * len(self.taken)) % 3 == 0:
             self._whims += 1
             self._due = [ids[0] // 2, 5, 6][: 1 + self._whims % 3]
             if self._whims % 2:
-                self.unwanted = min(2, len(self.taken))
-                del self.taken[len(self.taken) - self.unwanted :]
+                self.rollback = min(2, len(self.taken))
+                del self.taken[len(self.taken) - self.rollback :]
 
     @property
-    def masking(self) -> bool:
+    def needs_mask(self) -> bool:
         return self._whims % 3 == 2
 
-    def forced(self) -> list[int]:
+    def forced_tokens(self) -> list[int]:
         self._forced, self._due = self._due, []
         return self._forced
 
     def mask(self) -> Any:
         return np.full(1088 // 32, 0xAAAAAAAA, dtype=np.uint32)
 
-    def foresee(self, ids: Sequence[int]) -> list[Any]:
+    def lookahead_masks(self, ids: Sequence[int]) -> list[Any]:
         return foreseen(self.mask(), ids, len(ids))
 
 
@@ -199,26 +199,26 @@ def whimsical(kind: str, which: int) -> list[int]:
     model, found, whims = model_of(kind), list[int](), Whims()
     while len(found) < MOST:
         logits = np.array(model(mx.array([PROMPTS[which] + found]), model.make_cache())[0, -1])
-        if whims.masking:
+        if whims.needs_mask:
             logits[::2] = -np.inf
         token = int(logits.argmax())
         found.append(token)
         whims.advance([token])
-        if whims.unwanted:
-            del found[len(found) - whims.unwanted :]
-        while forced := whims.forced():
+        if whims.rollback:
+            del found[len(found) - whims.rollback :]
+        while forced := whims.forced_tokens():
             found += forced
             whims.advance(forced)
     return found[:MOST]
 
 
-class Job:
+class Schedulable:
     def __init__(
         self, name: str, prompt: int, reply: int = 10, priority: int = NORMAL, client: str = ""
     ) -> None:
         self.name, self.priority, self.client = name, priority, client
-        self.room = self.seen = 0
-        self.unread, self._left = prompt, reply
+        self.room = self.num_computed = 0
+        self.num_uncomputed, self._left = prompt, reply
         self.answering = False
 
     def __repr__(self) -> str:
@@ -232,32 +232,37 @@ class Job:
         return max(self.room, tokens)
 
     def first_room(self) -> int:
-        return max(self.room, self.seen + self.unread + 10)
+        return max(self.room, self.num_computed + self.num_uncomputed + 10)
 
     def reserve(self, room: int) -> None:
         self.room = max(self.room, room)
 
     def take(self, tokens: int) -> None:
-        self.seen += tokens
+        self.num_computed += tokens
         self._left -= self.answering
-        self.unread = max(0, self.unread - tokens)
-        self.answering |= not self.unread
+        self.num_uncomputed = max(0, self.num_uncomputed - tokens)
+        self.answering |= not self.num_uncomputed
 
 
 class House:
     def __init__(self, kept: int = 0) -> None:
-        self.paused: list[Job] = []
+        self.paused: list[Schedulable] = []
         self._kept = kept
 
-    def begin(self, job: Job) -> None:
+    def admit(self, job: Schedulable) -> None:
         pass
 
-    def pause(self, job: Job) -> None:
+    def preempt(self, job: Schedulable) -> None:
         self.paused.append(job)
-        job.unread, job.seen, job.room, job.answering = job.seen + job.unread, 0, 0, False
+        job.num_uncomputed, job.num_computed, job.room, job.answering = (
+            job.num_computed + job.num_uncomputed,
+            0,
+            0,
+            False,
+        )
 
-    def kept(self) -> int:
+    def held_by_prefixes(self) -> int:
         return self._kept
 
-    def reclaim(self, tokens: int) -> None:
+    def evict(self, tokens: int) -> None:
         self._kept = max(0, self._kept - tokens)

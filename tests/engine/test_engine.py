@@ -14,9 +14,9 @@ import pytest
 from qwen3_mlx import backend
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.forward import Part, forward, warm_up
+from qwen3_mlx.engine.forward import BatchSlice, forward, warm_up
 from qwen3_mlx.engine.memory import RESERVE
-from qwen3_mlx.engine.request import IDLE, NORMAL, Outcome
+from qwen3_mlx.engine.request import IDLE, NORMAL, RequestResult
 from qwen3_mlx.engine.sampling import Sampler, choose
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.errors import Qwen3Error
@@ -116,7 +116,7 @@ def run_a_random_schedule(kind: str, way: str, seed: int) -> list[Client]:
     rng = random.Random(seed)
     room = rng.choice([260, 500, 900, 100_000])  # tokens
     engine = engine_of(model_of(kind), way, available=RESERVE + 6_000_000 + 2 * room * TOKEN)
-    engine._steps.scheduler.room = max(room, 260)
+    engine._core.scheduler.room = max(room, 260)
     coming = []
     for _ in range(rng.randint(2, 7)):
         client, expected = random_client(kind, rng)
@@ -138,7 +138,7 @@ def run_a_random_schedule(kind: str, way: str, seed: int) -> list[Client]:
         # The whims of a longer reply might have taken the last tokens back.
         told = client.tokens[: -2 if client.request.constraint else None]
         assert told == expected[: len(told)], f"seed {seed}"
-    assert engine._steps.scheduler.running == engine._steps.scheduler.waiting == []
+    assert engine._core.scheduler.running == engine._core.scheduler.waiting == []
     return [client for _, _, client, _ in coming]
 
 
@@ -249,8 +249,8 @@ def test_what_is_known_already_is_read_ahead_at_once() -> None:
     run(engine, Client(ids, 0, priority=IDLE))
     again = Client(ids, 0, priority=IDLE)
     run(engine, again)
-    assert again.outcome == Outcome("length", 0, 99)  # without a pass
-    assert engine._steps.kept() == 356  # one cache: the prompt, and room for 256 more
+    assert again.outcome == RequestResult("length", 0, 99)  # without a pass
+    assert engine._core.held_by_prefixes() == 356  # one cache: the prompt, and room for 256 more
 
 
 def test_under_steady_load_only_the_latest_is_kept_to_be_read_ahead() -> None:
@@ -261,7 +261,7 @@ def test_under_steady_load_only_the_latest_is_kept_to_be_read_ahead() -> None:
     for ids in ahead:
         engine.read_ahead(ids)
         engine.step()
-        assert len(engine._steps.scheduler.waiting) <= 17
+        assert len(engine._core.scheduler.waiting) <= 17
     assert not asked.outcomes
     run(engine)
     first, last = (Client([*ids, 1], 1) for ids in (ahead[0], ahead[-1]))
@@ -315,7 +315,9 @@ def test_short_prompts_are_read_together_and_beside_a_long_one(
 ) -> None:
     steps: list[list[int]] = []
 
-    def noted(model: Qwen3, ids: mx.array, parts: Sequence[Part], *rest: Any) -> mx.array | None:
+    def noted(
+        model: Qwen3, ids: mx.array, parts: Sequence[BatchSlice], *rest: Any
+    ) -> mx.array | None:
         steps.append([part.length for part in parts])
         return forward(model, ids, parts, *rest)
 
@@ -336,13 +338,13 @@ def test_short_prompts_are_read_together_and_beside_a_long_one(
 
 def test_who_finds_no_room_waits_and_who_came_last_makes_room() -> None:
     engine = engine_of(MODELS["dense"])
-    engine._steps.scheduler.room = 350
+    engine._core.scheduler.room = 350
     clients = [Client(random_ids(75, seed=s), 60) for s in range(4)]
     for client in clients:
         engine.submit(client.request)
     most = 0
     while engine.step():
-        most = max(most, engine._steps.scheduler.held())
+        most = max(most, engine._core.scheduler.held())
     assert most <= 350
     for client in clients:
         assert client.tokens == greedy_tokens(MODELS["dense"], client.request.ids, 60)
@@ -378,7 +380,7 @@ def test_an_error_is_one_requests_alone() -> None:
 
 
 @pytest.mark.parametrize("error", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()], ids=repr)
-@pytest.mark.parametrize("name", ["progress", "heard", "done", "advance"])
+@pytest.mark.parametrize("name", ["progress", "on_logprobs", "on_finish", "advance"])
 def test_callbacks_may_raise_what_ends_programs(name: str, error: BaseException) -> None:
     def fail(*_: Any) -> None:
         raise error
@@ -387,12 +389,12 @@ def test_callbacks_may_raise_what_ends_programs(name: str, error: BaseException)
     if name == "advance":
         failing.advance = fail  # type: ignore[method-assign, assignment]
     else:
-        changed: dict[str, Any] = {name: fail, "alternatives": 1}
+        changed: dict[str, Any] = {name: fail, "top_logprobs": 1}
         failing.request = replace(failing.request, **changed)
     run(engine, failing, other)
-    assert failing.outcomes == ([] if name == "done" else [error])
+    assert failing.outcomes == ([] if name == "on_finish" else [error])
     assert other.tokens == greedy_tokens(MODELS["dense"], STEM, 10)
-    assert engine._steps.scheduler.held() == engine._steps.kept()
+    assert engine._core.scheduler.held() == engine._core.held_by_prefixes()
 
 
 def test_what_cannot_be_run_is_refused() -> None:
@@ -421,7 +423,7 @@ def test_a_failing_device_costs_those_whose_step_it_was(monkeypatch: pytest.Monk
     for client in clients:
         assert isinstance(client.outcomes[0], Qwen3Error)
         assert "Insufficient Memory" in str(client.outcomes[0])
-    assert engine._steps.kept() == 0
+    assert engine._core.held_by_prefixes() == 0
     again = Client(PROMPTS[0], 10)
     run(engine, again)
     assert again.tokens == alone("dense")[0][:10]
@@ -494,7 +496,8 @@ def test_a_constraint_ends_in_time_and_fails_alone() -> None:
 
 @pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize(
-    "name", ["advance", "forced", "mask", "foresee", "masking", "finished", "unwanted"]
+    "name",
+    ["advance", "forced_tokens", "mask", "lookahead_masks", "needs_mask", "finished", "rollback"],
 )
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_a_constraint_may_raise_anything_anywhere(way: str, name: str, after: int) -> None:
@@ -517,9 +520,9 @@ def test_a_constraint_may_raise_anything_anywhere(way: str, name: str, after: in
     others = [Client(PROMPTS[i], 12) for i in (1, 2)]
     run(engine, failing, *others)
     (outcome,) = failing.outcomes
-    assert isinstance(outcome, SystemExit | Outcome)
+    assert isinstance(outcome, SystemExit | RequestResult)
     assert [other.tokens for other in others] == [alone("dense")[i][:12] for i in (1, 2)]
-    assert engine._steps.scheduler.held() == engine._steps.kept()
+    assert engine._core.scheduler.held() == engine._core.held_by_prefixes()
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -556,12 +559,12 @@ def test_a_seed_chooses_the_same_with_a_constraint_alone_and_among_others() -> N
 def check_counts(engine: Engine) -> int:
     """Compare what the penalties count with the tokens of the replies that run."""
     checked = 0
-    for sequence in engine._steps.scheduler.running:
+    for sequence in engine._core.scheduler.running:
         ids = sequence.ids[len(sequence.request.ids) :]
-        flight = engine._steps._flight
-        if sequence.ahead:  # what the step in work chooses is counted, too
+        flight = engine._core._in_flight_step
+        if sequence.num_in_flight:  # what the step in work chooses is counted, too
             assert flight and flight.tokens is not None
-            rows = [row for row, other in enumerate(flight.choosing) if other is sequence]
+            rows = [row for row, other in enumerate(flight.rows) if other is sequence]
             ids = ids + [int(flight.tokens[row].item()) for row in rows]  # type: ignore[arg-type]
         expected = np.bincount(ids, minlength=1088) if ids else np.zeros(1088)
         assert np.array(sequence.sampler._counts).tolist() == expected.tolist()
@@ -609,9 +612,9 @@ def test_ids_are_masked_or_taken_back_at_the_end_too() -> None:
     class Reluctant(Whims):
         def advance(self, ids: Sequence[int]) -> None:
             self.taken += ids
-            self.unwanted = 0
+            self.rollback = 0
             if ids[0] == end and self._whims == 0:
-                self._whims, self.unwanted, self._due = 1, 1, [7, 8]
+                self._whims, self.rollback, self._due = 1, 1, [7, 8]
                 self.taken.pop()
 
         masking = False

@@ -262,8 +262,8 @@ def test_yarn_is_for_the_sizes_and_the_window_it_is_published_for() -> None:
     longer = {**published_config("4B"), "max_position_embeddings": 262144}
     assert yarn_lengths(ModelConfig.from_dict(longer)) == ()
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    stretched = {**published_config("4B"), "rope_scaling": yarn}
-    assert yarn_lengths(ModelConfig.from_dict(stretched)) == ()
+    with_yarn = {**published_config("4B"), "rope_scaling": yarn}
+    assert yarn_lengths(ModelConfig.from_dict(with_yarn)) == ()
 
 
 @pytest.fixture
@@ -501,10 +501,10 @@ def test_threads_suit_the_size_of_the_matrices(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("ctypes.CDLL", lambda name: Library)
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    backend.suit_threads(192)
-    backend.suit_threads(1024)
+    backend.tune_blas_threads(192)
+    backend.tune_blas_threads(1024)
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
-    backend.suit_threads(192)
+    backend.tune_blas_threads(192)
     monkeypatch.setattr(backend, "BLAS", "MLX's own")
-    backend.suit_threads(192)
+    backend.tune_blas_threads(192)
     assert Library.threads == [1, 3]

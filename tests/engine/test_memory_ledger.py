@@ -13,7 +13,7 @@ import pytest
 
 from qwen3_mlx import LLM, ContextError, Qwen3Error, backend, load
 from qwen3_mlx.engine import memory_ledger
-from qwen3_mlx.engine.core import Steps
+from qwen3_mlx.engine.core import EngineCore
 from qwen3_mlx.engine.logits import Logits
 from qwen3_mlx.engine.memory import RESERVE
 from qwen3_mlx.engine.memory_ledger import Share
@@ -246,14 +246,14 @@ def test_logits_keep_to_the_context_and_the_memory(
 
 def test_logits_take_no_more_than_planned(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
-    begin = Steps.logits
+    begin = EngineCore.logits
 
-    def note(self: Steps, ids: Any) -> Any:
+    def note(self: EngineCore, ids: Any) -> Any:
         logits = begin(self, ids)
         made.append(logits.nbytes)
         return logits
 
-    monkeypatch.setattr(Steps, "logits", note)
+    monkeypatch.setattr(EngineCore, "logits", note)
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     with load(folder) as llm:
         llm.logits([1])
@@ -272,7 +272,7 @@ def test_replies_go_on_between_the_chunks_of_logits(
 ) -> None:
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     done: list[str] = []
-    step, read_on = Steps.step, Steps.read_on
+    step, advance_logits = EngineCore.step, EngineCore.advance_logits
 
     def note(name: str, job: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*arguments: Any) -> Any:
@@ -281,8 +281,8 @@ def test_replies_go_on_between_the_chunks_of_logits(
 
         return noted
 
-    monkeypatch.setattr(Steps, "step", note("step", step))
-    monkeypatch.setattr(Steps, "read_on", note("chunk", read_on))
+    monkeypatch.setattr(EngineCore, "step", note("step", step))
+    monkeypatch.setattr(EngineCore, "advance_logits", note("chunk", advance_logits))
     ids = random_ids(600)
     with load(folder) as llm:
         stream = llm.stream("Hello", max_tokens=500, temperature=0, loop_guard=False)
@@ -300,13 +300,13 @@ def test_closing_ends_logits_in_time(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     llm, errors = load(folder), list[BaseException]()
     begun = threading.Event()
-    read_on = Steps.read_on
+    advance_logits = EngineCore.advance_logits
 
-    def note(self: Steps, logits: Logits) -> bool:
+    def note(self: EngineCore, logits: Logits) -> bool:
         begun.set()
-        return read_on(self, logits)
+        return advance_logits(self, logits)
 
-    monkeypatch.setattr(Steps, "read_on", note)
+    monkeypatch.setattr(EngineCore, "advance_logits", note)
 
     def ask() -> None:
         try:

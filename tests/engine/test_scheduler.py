@@ -7,68 +7,68 @@ from pathlib import Path
 from qwen3_mlx.engine import scheduler
 from qwen3_mlx.engine.request import IDLE, NORMAL
 from qwen3_mlx.engine.scheduler import Scheduler
-from tests.engine.harness import House, Job
+from tests.engine.harness import House, Schedulable
 
 
-def run(plan: Scheduler[Job], steps: int, chunk: int = 64) -> list[str]:
+def run(plan: Scheduler[Schedulable], steps: int, chunk: int = 64) -> list[str]:
     """Follow the plan and write each step down: who decodes, and who reads in brackets."""
     lines = []
     for _ in range(steps):
         step = plan.next_step()
-        reading = f"[{step.reading[0]}]" if step.reading else ""
+        reading = f"[{step.prefilling[0]}]" if step.prefilling else ""
         lines.append(" ".join(map(str, step.decoding)) + reading)
         for job in step.decoding:
             job.take(1)
-        if step.reading:
-            step.reading[0].take(min(chunk, step.reading[0].unread))
+        if step.prefilling:
+            step.prefilling[0].take(min(chunk, step.prefilling[0].num_uncomputed))
         for job in [job for job in plan.running if job.complete]:
             plan.remove(job)
     return lines
 
 
-def make(room: int = 10_000, kept: int = 0) -> tuple[Scheduler[Job], House]:
+def make(room: int = 10_000, kept: int = 0) -> tuple[Scheduler[Schedulable], House]:
     house = House(kept)
     return Scheduler(room, house), house
 
 
 def test_all_decode_while_prompts_are_read_in_turn() -> None:
     plan, _ = make()
-    for job in (Job("a", 60), Job("b", 128), Job("c", 128)):
+    for job in (Schedulable("a", 60), Schedulable("b", 128), Schedulable("c", 128)):
         plan.add(job)
     assert run(plan, 6) == ["[a]", "a[b]", "a[c]", "a[b]", "a b[c]", "a b c"]
 
 
 def test_idle_work_runs_alone_and_gives_way() -> None:
     plan, house = make()
-    idle = Job("idle", 500, priority=IDLE)
+    idle = Schedulable("idle", 500, priority=IDLE)
     plan.add(idle)
     assert run(plan, 2) == ["[idle]", "[idle]"]
-    plan.add(Job("a", 60, reply=2))
+    plan.add(Schedulable("a", 60, reply=2))
     assert run(plan, 5) == ["[a]", "a", "a", "[idle]", "[idle]"]
     assert house.paused == [idle]
 
 
 def test_priorities_come_before_arrival() -> None:
     plan, _ = make(room=100)
-    plan.add(Job("late", 80, reply=1, priority=5))
+    plan.add(Schedulable("late", 80, reply=1, priority=5))
     plan.waiting[0].priority = NORMAL
-    plan.add(Job("first", 80, reply=1, priority=-1))
+    plan.add(Schedulable("first", 80, reply=1, priority=-1))
     assert run(plan, 3, chunk=100) == ["[first]", "first", "[late]"]
 
 
 def test_nobody_starts_without_room_and_kept_prefixes_give_way() -> None:
     plan, house = make(room=200, kept=150)
     for name in "abc":
-        plan.add(Job(name, 60, reply=3))
+        plan.add(Schedulable(name, 60, reply=3))
     plan.next_step()
-    assert (len(plan.running), house.kept()) == (2, 60)
+    assert (len(plan.running), house.held_by_prefixes()) == (2, 60)
     assert plan.held() == 200
     assert [job.name for job in plan.waiting] == ["c"]
 
 
 def test_the_last_to_come_makes_room_for_growth() -> None:
     plan, house = make(room=141)
-    first, second = Job("a", 60, reply=30), Job("b", 60, reply=30)
+    first, second = Schedulable("a", 60, reply=30), Schedulable("b", 60, reply=30)
     plan.add(first)
     plan.add(second)
     run(plan, 60)
@@ -79,18 +79,18 @@ def test_the_last_to_come_makes_room_for_growth() -> None:
 
 def test_chunks_adapt_to_the_speed_while_others_wait() -> None:
     plan, _ = make()
-    plan.add(Job("a", 10, reply=1000))
+    plan.add(Schedulable("a", 10, reply=1000))
     run(plan, 1)
-    plan.add(Job("long", 5000))
+    plan.add(Schedulable("long", 5000))
     step = plan.next_step()
-    assert plan.chunk(step, 2048) == 64  # nothing is known of the speed yet
+    assert plan.prefill_budget(step, 2048) == 64  # nothing is known of the speed yet
     plan.observe(64, 0.05)
-    assert plan.chunk(step, 2048) == 320  # 1,280 a second for a quarter of a second
+    assert plan.prefill_budget(step, 2048) == 320  # 1,280 a second for a quarter of a second
     plan.observe(320, 3.2)
-    assert 64 < plan.chunk(step, 2048) < 320
-    assert plan.chunk(step, 100) == 100
+    assert 64 < plan.prefill_budget(step, 2048) < 320
+    assert plan.prefill_budget(step, 100) == 100
     plan.remove(plan.running[0])
-    assert plan.chunk(plan.next_step(), 2048) == 2048
+    assert plan.prefill_budget(plan.next_step(), 2048) == 2048
 
 
 def test_the_scheduler_imports_no_arrays() -> None:

@@ -13,10 +13,10 @@ import pytest
 
 import qwen3_mlx
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
-from qwen3_mlx.engine.sequence import Sequence as Running
-from qwen3_mlx.engine.speculation.ngram import Lookup, Rates
+from qwen3_mlx.engine.sequence import SequenceState
+from qwen3_mlx.engine.speculation.ngram import AcceptanceRates, NgramProposer
 from qwen3_mlx.engine.speculation.speculator import Speculator
-from qwen3_mlx.engine.speculation.step_cost import Costs, costs_of
+from qwen3_mlx.engine.speculation.step_cost import StepCostModel, chip_costs
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.sizes import SIZES, published
 from tests.engine.harness import (
@@ -38,9 +38,9 @@ from tests.support import DEMO
 # --- lookup -------------------------------------------------------------------------------------
 
 
-def lookup_of(ids: Sequence[int]) -> Lookup:
-    lookup = Lookup(ids, Rates())
-    lookup.read_on()
+def lookup_of(ids: Sequence[int]) -> NgramProposer:
+    lookup = NgramProposer(ids, AcceptanceRates())
+    lookup.index_new()
     return lookup
 
 
@@ -64,7 +64,7 @@ def test_the_longest_match_counts_and_the_latest_of_equals() -> None:
 def test_what_is_taken_back_was_never_there() -> None:
     rng = random.Random(0)
     ids: list[int] = []
-    lookup = Lookup(ids, Rates())
+    lookup = NgramProposer(ids, AcceptanceRates())
     for _ in range(300):
         if ids and rng.random() < 0.3:
             count = rng.randint(1, min(4, len(ids)))
@@ -72,17 +72,17 @@ def test_what_is_taken_back_was_never_there() -> None:
             del ids[-count:]
             assert lookup.next is None
         ids += rng.choices(range(4), k=rng.randint(1, 3))
-        lookup.read_on()
+        lookup.index_new()
         fresh = lookup_of(list(ids))
         assert (lookup.length, lookup.propose(5)) == (fresh.length, fresh.propose(5))
 
 
 def test_a_long_prompt_is_indexed_by_and_by() -> None:
     ids = [n % 5000 for n in range(10_000)]
-    lookup = Lookup(ids, Rates())
+    lookup = NgramProposer(ids, AcceptanceRates())
     for _ in range(3):
         assert lookup.next is None
-        lookup.read_on()
+        lookup.index_new()
     assert lookup.propose(2) == [0, 1]
 
 
@@ -102,89 +102,93 @@ def test_a_long_prompt_is_indexed_by_and_by() -> None:
     ],
 )
 def test_costs_by_chip(architecture: str, two: float, eight: float) -> None:
-    costs = Costs(costs_of(architecture))
-    assert costs.of(1, waited=True) == 1
-    assert costs.of(2, waited=True) == pytest.approx(two)
-    assert costs.of(8, waited=True) == pytest.approx(eight)
+    costs = StepCostModel(chip_costs(architecture))
+    assert costs.of(1, synchronous=True) == 1
+    assert costs.of(2, synchronous=True) == pytest.approx(two)
+    assert costs.of(8, synchronous=True) == pytest.approx(eight)
     assert (
-        costs.of(64, waited=True) > costs.of(33, waited=True) > costs.of(8, waited=True)
+        costs.of(64, synchronous=True)
+        > costs.of(33, synchronous=True)
+        > costs.of(8, synchronous=True)
     )  # beyond the table in proportion
 
 
 def test_measured_costs_replace_the_table_and_grow_old() -> None:
-    costs = Costs({1: 1.0, 4: 2.0})
-    costs.observe(1, 5.0, waited=True)  # the first of a width also sets it up
+    costs = StepCostModel({1: 1.0, 4: 2.0})
+    costs.observe(1, 5.0, synchronous=True)  # the first of a width also sets it up
     assert not costs.measured
     for _ in range(50):
-        costs.observe(1, 0.1, waited=True)
-    assert costs.of(1, waited=True) == pytest.approx(0.1)
-    assert costs.of(4, waited=True) == pytest.approx(0.2)
+        costs.observe(1, 0.1, synchronous=True)
+    assert costs.of(1, synchronous=True) == pytest.approx(0.1)
+    assert costs.of(4, synchronous=True) == pytest.approx(0.2)
     for _ in range(50):
-        costs.observe(4, 0.5, waited=True)
-    costs.observe(4, 60.0, waited=True)  # the machine slept
-    assert 0.5 < costs.of(4, waited=True) < 0.8
+        costs.observe(4, 0.5, synchronous=True)
+    costs.observe(4, 60.0, synchronous=True)  # the machine slept
+    assert 0.5 < costs.of(4, synchronous=True) < 0.8
     for _ in range(600):
-        costs.observe(1, 0.1, waited=True)
-    assert costs.of(4, waited=True) == pytest.approx(0.2)
+        costs.observe(1, 0.1, synchronous=True)
+    assert costs.of(4, synchronous=True) == pytest.approx(0.2)
 
 
 def running(
     speculator: Speculator, ids: Sequence[int], max_tokens: int = 1000
-) -> tuple[Running, Lookup]:
+) -> tuple[SequenceState, NgramProposer]:
     client = Client(ids, max_tokens)
-    sequence = Running(client.request, 1088, 100_000)
+    sequence = SequenceState(client.request, 1088, 100_000)
     sequence.room = len(ids) + 256
-    sequence.lookup = lookup = speculator.lookup(sequence.ids)
+    sequence.ngrams = lookup = speculator.ngram_proposer(sequence.ids)
     while lookup.next is None:
-        lookup.read_on()
+        lookup.index_new()
     return sequence, lookup
 
 
 COPYING = [*range(40), *range(40)]
 
 
-def proposed(speculator: Speculator, sequence: Running) -> int:
+def proposed(speculator: Speculator, sequence: SequenceState) -> int:
     return len(speculator.propose([sequence], rows=1).get(sequence, []))
 
 
-def see(lookup: Lookup, *, right: bool) -> None:
+def see(lookup: NgramProposer, *, right: bool) -> None:
     """Let lookup have been right, or wrong, for a while."""
     assert lookup.next is not None
     for _ in range(60):
-        lookup.compare(lookup.next if right else lookup.next + 1)
+        lookup.score(lookup.next if right else lookup.next + 1)
 
 
 def test_the_gate_follows_what_comes_true_and_what_it_costs() -> None:
-    speculator = Speculator(published("8B"), costs=Costs(costs_of("applegpu_g16s")))
+    speculator = Speculator(published("8B"), costs=StepCostModel(chip_costs("applegpu_g16s")))
     sequence, lookup = running(speculator, COPYING)
-    assert speculator.willing(sequence, rows=1)
+    assert speculator.should_wait(sequence, rows=1)
     see(lookup, right=False)
-    assert not speculator.willing(sequence, rows=1)
+    assert not speculator.should_wait(sequence, rows=1)
     assert proposed(speculator, sequence) == 0
     see(lookup, right=True)  # while nothing was proposed
-    assert speculator.willing(sequence, rows=1)
+    assert speculator.should_wait(sequence, rows=1)
     assert proposed(speculator, sequence) >= 3
     for _ in range(50):
         for rows in (1, 2, 3, 4, 6, 8):
-            speculator.took(rows, 0.01 * rows, waited=True)  # each row costs as much as a pass
+            speculator.observe_step(
+                rows, 0.01 * rows, synchronous=True
+            )  # each row costs as much as a pass
     assert proposed(speculator, sequence) == 0
 
 
 def test_waiting_must_pay_too() -> None:
-    speculator = Speculator(published("8B"), costs=Costs(costs_of("applegpu_g16s")))
+    speculator = Speculator(published("8B"), costs=StepCostModel(chip_costs("applegpu_g16s")))
     sequence, lookup = running(speculator, COPYING)
     see(lookup, right=True)
-    for waited, seconds in ((False, 0.01), (True, 0.05)) * 20:
-        speculator.took(1, seconds, waited=waited)
-    assert not speculator.willing(sequence, rows=1)
+    for synchronous, seconds in ((False, 0.01), (True, 0.05)) * 20:
+        speculator.observe_step(1, seconds, synchronous=synchronous)
+    assert not speculator.should_wait(sequence, rows=1)
     assert proposed(speculator, sequence) == 0
-    masked = Running(replace(sequence.request, constraint=Script()), 1088, 100_000)
-    masked.room, masked.lookup = sequence.room, lookup
+    masked = SequenceState(replace(sequence.request, constraint=Script()), 1088, 100_000)
+    masked.room, masked.ngrams = sequence.room, lookup
     assert proposed(speculator, masked) > 0  # which has to wait in any case
 
 
 def test_old_chips_verify_long_copies_or_none() -> None:
-    speculator = Speculator(published("8B"), costs=Costs(costs_of("applegpu_g13g")))
+    speculator = Speculator(published("8B"), costs=StepCostModel(chip_costs("applegpu_g13g")))
     sequence, lookup = running(speculator, COPYING)
     assert proposed(speculator, sequence) == 0
     see(lookup, right=True)
@@ -198,7 +202,9 @@ def test_old_chips_verify_long_copies_or_none() -> None:
 def test_proposals_keep_to_the_kernels_limits_and_to_what_is_left(size: str) -> None:
     config = published(size)
     group = config.num_attention_heads // config.num_key_value_heads
-    speculator = Speculator(config, costs=Costs({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 6: 1.0, 8: 1.0}))
+    speculator = Speculator(
+        config, costs=StepCostModel({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 6: 1.0, 8: 1.0})
+    )
     for left in (1000, 3, 2, 1):
         sequence, _ = running(speculator, COPYING, max_tokens=left)
         count = proposed(speculator, sequence)
@@ -244,8 +250,8 @@ def drawn(way: str, seed: int) -> tuple[Client, list[Any]]:
         40,
         sampling=SAMPLED[seed % len(SAMPLED)].over(NEUTRAL),
         seed=seed,
-        heard=heard.append,
-        alternatives=2,
+        on_logprobs=heard.append,
+        top_logprobs=2,
     )
     run(engine_of(MODELS["dense"], way), client)
     return client, heard
@@ -307,15 +313,17 @@ def test_a_draft_model_that_lags_catches_up_and_a_useless_one_rests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("qwen3_mlx.engine.speculation.draft_model._CHUNK", 16)
-    monkeypatch.setattr("qwen3_mlx.engine.speculation.ngram.Lookup._match", lambda self: None)
+    monkeypatch.setattr(
+        "qwen3_mlx.engine.speculation.ngram.NgramProposer._match", lambda self: None
+    )
     helped = Client(PROMPTS[5], MOST)
     run(engine_of(MODELS["dense"], "draft"), helped)
     assert helped.tokens == alone("dense")[5]
     assert helped.outcome.accepted > MOST / 2
     useless = Client(PROMPTS[5], 250)
     engine = engine_of(MODELS["moe"], "draft")
-    assert engine._steps.speculator and engine._steps.speculator.draft
-    engine._steps.speculator.draft.size = engine._steps.speculator._size // 2
+    assert engine._core.speculator and engine._core.speculator.draft
+    engine._core.speculator.draft.size = engine._core.speculator._size // 2
     run(engine, useless)
     assert useless.outcome.accepted <= useless.outcome.proposed < 80
     assert useless.outcome.passes <= 250

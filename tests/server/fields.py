@@ -7,7 +7,7 @@ from typing import Any
 from qwen3_mlx.server.anthropic import schema as anthropic_wire
 from qwen3_mlx.server.ollama import schema as ollama_wire
 from qwen3_mlx.server.openai import schema as openai_wire
-from qwen3_mlx.server.wire import Wire
+from qwen3_mlx.server.wire import WireModel
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Protocol:
     """
 
     path: str
-    model: type[Wire]
+    model: type[WireModel]
     base: Mapping[str, Any]
     places: Mapping[str, tuple[str, Mapping[str, Any]]]
     cases: Mapping[str, Case]
@@ -88,7 +88,7 @@ CHAT = Protocol(
         "Call": ("messages.1.tool_calls.0", _CHAIN),
         "Function": ("messages.1.tool_calls.0.function", _CHAIN),
         "ToolIn": ("tools.0", _TOOLS),
-        "Described": ("tools.0.function", _TOOLS),
+        "FunctionIn": ("tools.0.function", _TOOLS),
         "NamedTool": ("tool_choice", _NAMED),
         "NamedFunction": ("tool_choice.function", _NAMED),
         "JsonSchema": ("response_format.json_schema", {"response_format": _JSON_SCHEMA}),
@@ -119,7 +119,7 @@ CHAT = Protocol(
         "ChatRequest.tool_choice": Case("none", _TOOLS),
         "ChatRequest.tools": Case([_TOOL]),
         "ChatRequest.top_logprobs": Case(7, {"logprobs": True}),
-        "Described.parameters": Case(OTHER),
+        "FunctionIn.parameters": Case(OTHER),
         "Function.arguments": Case('{"x": "1"}'),
         "JsonSchema.schema_": Case(OTHER),
         "Message.content": Case("Hello"),
@@ -253,16 +253,16 @@ MESSAGES = Protocol(
 )
 COUNTED = Protocol(
     "/v1/messages/count_tokens",
-    anthropic_wire.Counted,
+    anthropic_wire.PromptBody,
     {"messages": [USER]},
-    places={"Counted": ("", {}), **_CLAUDE_PLACES},
+    places={"PromptBody": ("", {}), **_CLAUDE_PLACES},
     cases={
         **_CLAUDE_CASES,
-        **{f"Counted.{name}": case for name, case in _CLAUDE_OF_REQUEST.items()},
+        **{f"PromptBody.{name}": case for name, case in _CLAUDE_OF_REQUEST.items()},
     },
     silent={
         **_CLAUDE_SILENT,
-        "Counted.output_config": _NOT_COUNTED,
+        "PromptBody.output_config": _NOT_COUNTED,
         "OutputConfig.effort": _NOT_COUNTED,
         "OutputConfig.format": _NOT_COUNTED,
         "OutputFormat.schema_": _NOT_COUNTED,
@@ -318,14 +318,14 @@ OLLAMA = Protocol(
     places={
         "OllamaChatRequest": ("", {}),
         "OllamaMessage": ("messages.0", {}),
-        "Called": (_CALLED, _LLAMA_CHAIN),
-        "CalledFunction": (f"{_CALLED}.function", _LLAMA_CHAIN),
+        "ToolCallIn": (_CALLED, _LLAMA_CHAIN),
+        "FunctionCall": (f"{_CALLED}.function", _LLAMA_CHAIN),
         "ToolIn": ("tools.0", _TOOLS),
-        "Described": ("tools.0.function", _TOOLS),
+        "FunctionIn": ("tools.0.function", _TOOLS),
     },
     cases={
-        "Called.function": Case({"name": "other"}),
-        "CalledFunction.arguments": Case({"x": "2"}),
+        "ToolCallIn.function": Case({"name": "other"}),
+        "FunctionCall.arguments": Case({"x": "2"}),
         "OllamaMessage.content": Case("Hello"),
         "OllamaMessage.images": Case(["x"], refused=True),
         "OllamaMessage.thinking": Case("Hm.", _LLAMA_CHAIN, "messages.1"),
@@ -336,14 +336,14 @@ OLLAMA = Protocol(
         "OllamaMessage.tool_name": Case("other", _LLAMA_CHAIN, "messages.2"),
         "OllamaChatRequest.messages": Case(BEGUN["messages"]),
         "OllamaChatRequest.tools": Case([_TOOL]),
-        "Described.parameters": Case(OTHER),
+        "FunctionIn.parameters": Case(OTHER),
         "ToolIn.function": Case({"name": "third"}),
         **_llama_cases("OllamaChatRequest"),
     },
     silent={
-        "Called.id": ORDER,
-        "Called.type": "all calls are of functions",
-        "CalledFunction.index": ORDER,
+        "ToolCallIn.id": ORDER,
+        "ToolCallIn.type": "all calls are of functions",
+        "FunctionCall.index": ORDER,
         "OllamaMessage.tool_call_id": ORDER,
         "OllamaMessage.tool_name": ORDER,
         "OllamaChatRequest.model": _NAMES,

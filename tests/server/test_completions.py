@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from qwen3_mlx import LLM, ToolCallDelta, backend, load
-from qwen3_mlx.api.stream import Collected
+from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.engine import prompt_logprobs
-from qwen3_mlx.engine.forward import Part, forward
-from qwen3_mlx.engine.request import Chance
+from qwen3_mlx.engine.forward import BatchSlice, forward
+from qwen3_mlx.engine.request import SampledLogprob
 from qwen3_mlx.errors import CheckpointError
 from tests.engine.harness import Client, engine_of, model_of, run
 from tests.server.serving import Served, serving
@@ -177,8 +177,8 @@ class Scored(Client):
     """Asks for the scores of a prompt."""
 
     def __init__(self, ids: Sequence[int], max_tokens: int = 0) -> None:
-        self.scores: list[Chance] = []
-        super().__init__(ids, max_tokens, heard_prompt=self.scores.extend, alternatives=1)
+        self.scores: list[SampledLogprob] = []
+        super().__init__(ids, max_tokens, on_prompt_logprobs=self.scores.extend, top_logprobs=1)
 
     def check(self) -> None:
         """Check that each token after the first was scored once, in order."""
@@ -229,8 +229,8 @@ def test_a_prompt_is_scored_once_whatever_is_kept_or_put_aside(
     for kept in (True, False):
         engine.step()
         engine.step()
-        (sequence,) = engine._steps.scheduler.running
-        engine._steps.scheduler._pause(sequence)  # as for want of room
+        (sequence,) = engine._core.scheduler.running
+        engine._core.scheduler._preempt(sequence)  # as for want of room
         if not kept:
             engine.forget()  # all is read anew, and what is scored is not scored again
         assert 0 < len(again.scores) < 399
@@ -263,7 +263,7 @@ def test_a_broken_network_scores_nothing() -> None:
 
 
 def test_a_piece_of_a_call_is_no_end() -> None:
-    said = Collected()
+    said = ReplyBuilder()
     said.add(ToolCallDelta("a", "f", "{"))
     assert not said.ended
 
@@ -279,5 +279,5 @@ def test_several_prompts_are_only_read(served: Served) -> None:
             assert choice["text"] == (prompt if "echo" in fields else "")
     model = make_model()
     caches = [model.make_cache() for _ in range(2)]
-    parts = [Part(layers, length, 0) for layers, length in zip(caches, (3, 2), strict=True)]
+    parts = [BatchSlice(layers, length, 0) for layers, length in zip(caches, (3, 2), strict=True)]
     assert forward(model, mx.array([1, 2, 3, 4, 5]), parts) is None

@@ -15,9 +15,9 @@ import pytest
 
 from qwen3_mlx import LLM
 from qwen3_mlx.engine.scheduler import Scheduler
-from qwen3_mlx.server.response import Running
+from qwen3_mlx.server.response import ActiveRequest
 from qwen3_mlx.server.settings import Settings
-from tests.engine.harness import House, Job
+from tests.engine.harness import House, Schedulable
 from tests.server.serving import Served, serving
 from tests.text.harness import TOKENIZER
 
@@ -32,10 +32,10 @@ class Line(House):
 
     def __init__(self, room: int, kept: int = 0) -> None:
         super().__init__(kept)
-        self.began: list[Job] = []
-        self.plan: Scheduler[Job] = Scheduler(room, self)
+        self.began: list[Schedulable] = []
+        self.plan: Scheduler[Schedulable] = Scheduler(room, self)
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: Schedulable) -> None:
         if job not in self.began:
             self.began.append(job)
 
@@ -44,8 +44,8 @@ class Line(House):
         step = self.plan.next_step()
         for job in step.decoding:
             job.take(1)
-        for job in step.reading[:1]:
-            job.take(job.unread)
+        for job in step.prefilling[:1]:
+            job.take(job.num_uncomputed)
         for job in [job for job in self.plan.running if job.complete]:
             self.plan.remove(job)
 
@@ -61,18 +61,20 @@ class Line(House):
 def test_the_client_with_the_fewest_running_is_next() -> None:
     line = Line(room=8 * 20)  # eight jobs at once
     for number in range(40):
-        line.plan.add(Job(f"a{number}", 10, reply=9, client="a"))
+        line.plan.add(Schedulable(f"a{number}", 10, reply=9, client="a"))
     line.step()
     assert len(line.plan.running) == 8
     for number in range(4):
-        line.plan.add(Job(f"b{number}", 10, reply=9, client="b"))
+        line.plan.add(Schedulable(f"b{number}", 10, reply=9, client="b"))
     # The ninth had had its turn, and found no room.
     assert "".join(line.run()) == 9 * "a" + 4 * "b" + 31 * "a"
 
 
 def test_clients_with_nothing_running_take_turns() -> None:
     line = Line(room=20)  # one job at a time
-    for job in (Job(f"{client}{n}", 10, reply=9, client=client) for client in "abc" for n in "123"):
+    for job in (
+        Schedulable(f"{client}{n}", 10, reply=9, client=client) for client in "abc" for n in "123"
+    ):
         line.plan.add(job)
     assert "".join(line.run()) == "abc" * 3
     assert [job.name[1] for job in line.began] == [*"111222333"]
@@ -83,14 +85,16 @@ def test_everyone_begins_and_a_newcomer_soon(seed: int) -> None:
     rng = random.Random(seed)
     line = Line(rng.choice([40, 100, 400]), rng.choice([0, 30]))
     jobs = [
-        Job(str(n), rng.randint(1, 20), reply=rng.randint(1, 15), client=rng.choice("aaaaaabbc"))
+        Schedulable(
+            str(n), rng.randint(1, 20), reply=rng.randint(1, 15), client=rng.choice("aaaaaabbc")
+        )
         for n in range(rng.randint(1, 40))
     ]
     for job in jobs:
         line.plan.add(job)
     line.step()
     already = len(line.began)
-    line.plan.add(newcomer := Job("new", 5, reply=3, client="newcomer"))
+    line.plan.add(newcomer := Schedulable("new", 5, reply=3, client="newcomer"))
     line.run()
     assert Counter(line.began) == Counter([*jobs, newcomer])
     # Each of the others that has nothing running may come before it, and had to come earlier.
@@ -102,12 +106,12 @@ def test_everyone_begins_and_a_newcomer_soon(seed: int) -> None:
 
 def test_what_was_put_back_comes_before_turns() -> None:
     line = Line(room=141)
-    first, second = (Job(name, 60, reply=30, client="a") for name in "xy")
+    first, second = (Schedulable(name, 60, reply=30, client="a") for name in "xy")
     line.plan.add(first)
     line.plan.add(second)
     while not line.paused:
         line.step()
-    line.plan.add(newcomer := Job("new", 5, reply=5, client="b"))
+    line.plan.add(newcomer := Schedulable("new", 5, reply=5, client="b"))
     while second not in line.plan.running:
         assert newcomer not in line.plan.running
         line.step()
@@ -117,7 +121,7 @@ def test_what_was_put_back_comes_before_turns() -> None:
 def test_clients_that_have_gone_are_forgotten() -> None:
     line = Line(room=1000)
     for number in range(2000):
-        line.plan.add(Job("x", 1, reply=1, client=str(number)))
+        line.plan.add(Schedulable("x", 1, reply=1, client=str(number)))
         while line.plan.running or line.plan.waiting:
             line.step()
     assert len(line.plan._served) <= 257
@@ -207,16 +211,16 @@ def test_how_many_one_client_may_have(settings: dict[str, Any], most: int) -> No
 
 
 @pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> list[Running]:
+def made(monkeypatch: pytest.MonkeyPatch) -> list[ActiveRequest]:
     """The requests that a server will take."""
-    made = list[Running]()
+    made = list[ActiveRequest]()
 
-    class Noted(Running):
+    class Noted(ActiveRequest):
         def __init__(self, *how: Any) -> None:
             super().__init__(*how)
             made.append(self)
 
-    monkeypatch.setattr("qwen3_mlx.server.service.Running", Noted)
+    monkeypatch.setattr("qwen3_mlx.server.service.ActiveRequest", Noted)
     return made
 
 
@@ -230,7 +234,7 @@ ENDS: list[tuple[str, Any]] = [
 
 @pytest.mark.parametrize(("path", "reason"), ENDS)
 def test_a_reply_that_takes_too_long_ends_as_it_is(
-    tiny: LLM, path: str, reason: Any, made: list[Running]
+    tiny: LLM, path: str, reason: Any, made: list[ActiveRequest]
 ) -> None:
     messages = [{"role": "user", "content": "x"}]
     body: dict[str, Any] = {"messages": messages, "max_tokens": 1500, "stream": False}
@@ -241,7 +245,7 @@ def test_a_reply_that_takes_too_long_ends_as_it_is(
         assert reason(response.result().json()) == "length"
 
 
-def test_the_end_of_its_time_is_told(tiny: LLM, made: list[Running]) -> None:
+def test_the_end_of_its_time_is_told(tiny: LLM, made: list[ActiveRequest]) -> None:
     with serving(tiny, request_timeout=3600) as served, ThreadPoolExecutor() as pool:
         streamed = pool.submit(served.chat, max_tokens=1500, stream=True)
         time_is_up(served, made)
@@ -253,7 +257,7 @@ def test_the_end_of_its_time_is_told(tiny: LLM, made: list[Running]) -> None:
         assert not served.server.service.active
 
 
-def time_is_up(served: Served, made: list[Running]) -> None:
+def time_is_up(served: Served, made: list[ActiveRequest]) -> None:
     """Have the time of a request be over when its reply has begun."""
     end = time.monotonic() + 60
     while not made or not made[0].first:

@@ -16,9 +16,9 @@ import httpx
 import pytest
 
 from qwen3_mlx import LLM
-from qwen3_mlx.api.generation import Task
-from qwen3_mlx.engine.request import Chance, Outcome, Request
-from qwen3_mlx.server.wire import Wire
+from qwen3_mlx.api.generation import PreparedRequest
+from qwen3_mlx.engine.request import Request, RequestResult, SampledLogprob
+from qwen3_mlx.server.wire import WireModel
 from tests.server.fields import PROTOCOLS, Case, Protocol
 from tests.server.serving import serving
 
@@ -44,7 +44,7 @@ class Spy:
         self.notes.append(prompt)
         return self._encode(prompt)
 
-    def begin(self, task: Task, *arguments: Any) -> Any:
+    def begin(self, task: PreparedRequest, *arguments: Any) -> Any:
         """Note what is asked for; tools are in the prompt, as far as they are anywhere."""
         names = {one.name for one in fields(task.asked)} - {"tools", "progress"}
         self.notes.append({name: getattr(task.asked, name) for name in names})
@@ -52,16 +52,18 @@ class Spy:
 
     def submit(self, request: Request) -> None:
         """Note the engine's own request, and reply."""
-        names = ("ids", "sampling", "max_tokens", "alternatives")
+        names = ("ids", "sampling", "max_tokens", "top_logprobs")
         self.notes.append([getattr(request, name) for name in names])
-        self._llm.soon(lambda: self._reply(request))
+        self._llm.call_soon(lambda: self._reply(request))
 
     def _reply(self, request: Request) -> None:
         for token in self._ids:
-            if request.heard:
-                request.heard(Chance(token, -1.0, [(token, -1.0)] * request.alternatives))
-            request.watcher.advance([token])
-        request.done(Outcome("stop", len(self._ids)))
+            if request.on_logprobs:
+                request.on_logprobs(
+                    SampledLogprob(token, -1.0, [(token, -1.0)] * request.top_logprobs)
+                )
+            request.sink.advance([token])
+        request.on_finish(RequestResult("stop", len(self._ids)))
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +93,13 @@ def leaves(annotation: Any) -> Iterator[Any]:
         yield annotation
 
 
-def kinds_of(model: type[Wire]) -> dict[str, type[Wire]]:
+def kinds_of(model: type[WireModel]) -> dict[str, type[WireModel]]:
     """Give the kinds of objects that a request is made of, by their names."""
-    found: dict[str, type[Wire]] = {}
+    found: dict[str, type[WireModel]] = {}
     ahead: list[Any] = [model]
     while ahead:
         one = ahead.pop()
-        if isinstance(one, type) and issubclass(one, Wire) and one.__name__ not in found:
+        if isinstance(one, type) and issubclass(one, WireModel) and one.__name__ not in found:
             found[one.__name__] = one
             for info in one.model_fields.values():
                 ahead += leaves(info.annotation)

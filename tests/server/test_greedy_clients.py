@@ -22,9 +22,9 @@ from qwen3_mlx.api.llm import LLM as Llm
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.schema import ChatRequest
 from qwen3_mlx.server.request_body import parsed
-from qwen3_mlx.server.response import Running
+from qwen3_mlx.server.response import ActiveRequest
 from qwen3_mlx.text import grammar_trial
-from qwen3_mlx.text.fair_queue import PATIENT, Caller, Turns
+from qwen3_mlx.text.fair_queue import PATIENT, Caller, FairQueue
 from qwen3_mlx.text.stop_strings import StopStrings
 from qwen3_mlx.text.tool_schema import Kinds
 from tests.server.harness import until
@@ -95,7 +95,7 @@ class _Client(Caller):
 
 
 def test_a_client_with_fewer_turns_is_next() -> None:
-    turns, order = Turns(2), list[str]()
+    turns, order = FairQueue(2), list[str]()
     first, second = _Client("greedy"), _Client("greedy")
     turns.take(first)
     turns.take(second)
@@ -106,16 +106,16 @@ def test_a_client_with_fewer_turns_is_next() -> None:
             caller = _Client(name)
             turns.take(caller)
             order.append(name)
-            turns.leave(caller)
+            turns.release(caller)
 
         threads.append(threading.Thread(target=wait))
         threads[-1].start()
         until(lambda number=number: len(turns._waiting) == number + 1)  # type: ignore[misc]
-    turns.leave(first)
+    turns.release(first)
     for thread in threads:
         thread.join(60)
     assert order == ["other"] + ["greedy"] * 5
-    turns.leave(second)
+    turns.release(second)
     assert not turns._having and not turns._waiting
 
 
@@ -151,7 +151,7 @@ def test_a_prompt_is_prepared_once_for_all_replies(
 def test_no_grammar_is_made_for_a_prompt_that_does_not_fit(
     demo: LLM, served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grammar_trial.Compiler, "compile", lambda *_: pytest.fail("compiled"))
+    monkeypatch.setattr(grammar_trial.TrialCompiler, "compile", lambda *_: pytest.fail("compiled"))
     form = {"structured_outputs": {"regex": "not yet seen"}}
     words = "hello " * 9000
     words = words[: len(words) * 10_000 // len(demo.tokenizer.encode(words))]  # which are counted
@@ -164,26 +164,26 @@ def test_a_place_is_given_back_where_a_reply_ends_before_it_is_counted(
     demo: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended, closed = threading.Event(), threading.Event()
-    begin, hear, close = Llm.begin, Running.hear, Running.close
+    begin, hear, close = Llm.begin, ActiveRequest.hear, ActiveRequest.close
 
     def slow(*given: Any) -> Any:
         started = begin(*given)
         assert ended.wait(60) and closed.wait(60)  # as a thread may be kept from going on
         return started
 
-    def heard(running: Running, index: int, what: Any) -> None:
+    def heard(running: ActiveRequest, index: int, what: Any) -> None:
         hear(running, index, what)
         if type(what).__name__ == "Finish":
             ended.set()
 
-    def shut(running: Running) -> None:
+    def shut(running: ActiveRequest) -> None:
         close(running)
         closed.set()
 
     with serving(demo) as served:
         monkeypatch.setattr(Llm, "begin", slow)
-        monkeypatch.setattr(Running, "hear", heard)
-        monkeypatch.setattr(Running, "close", shut)
+        monkeypatch.setattr(ActiveRequest, "hear", heard)
+        monkeypatch.setattr(ActiveRequest, "close", shut)
         url = urlparse(served.url)
         body = b'{"prompt":"x","max_tokens":1}'
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
@@ -269,7 +269,7 @@ def test_a_form_or_a_bias_that_is_wrong_throughout_is_refused_at_once(
 
 
 def test_a_trial_that_is_killed_from_outside_is_made_again() -> None:
-    helper = grammar_trial._Helper()
+    helper = grammar_trial._TrialProcess()
     assert helper.wrong_with('start: "a"', 5, PATIENT) == ""
     assert helper._process
     helper._process.kill()  # it may be found dead before it is asked, or later

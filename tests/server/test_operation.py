@@ -191,7 +191,7 @@ def test_health_tells_what_is_being_done(demo: LLM, monkeypatch: pytest.MonkeyPa
         def hold() -> None:
             release.wait(60)
 
-        demo.soon(hold)
+        demo.call_soon(hold)
         try:
             asking = threading.Thread(target=served.chat, kwargs={"max_tokens": 3})
             asking.start()

@@ -19,7 +19,7 @@ from qwen3_mlx.server import preparing
 from qwen3_mlx.text import grammar, grammar_compiler, grammar_trial, grammar_worker
 from qwen3_mlx.text.fair_queue import PATIENT, Caller
 from qwen3_mlx.text.grammar_limits import MOST_CHARACTERS
-from qwen3_mlx.text.grammar_trial import Compiler
+from qwen3_mlx.text.grammar_trial import TrialCompiler
 from qwen3_mlx.text.tool_schema import kinds_of
 from tests.server.harness import until
 from tests.server.serving import Served, serving
@@ -134,7 +134,7 @@ def test_what_was_refused_is_not_tried_again(
 ) -> None:
     from llguidance import LLTokenizer
 
-    compiler = Compiler(lambda: LLTokenizer("byte"))
+    compiler = TrialCompiler(lambda: LLTokenizer("byte"))
     for _ in range(2):
         with pytest.raises(ValueError, match="more than 2 s"):
             compiler.compile(_ENDLESS, PATIENT)
@@ -153,13 +153,13 @@ def test_a_request_compiles_each_grammar_once(
     demo: LLM, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = []
-    made = Compiler.compile_untried
+    made = TrialCompiler.compile_untried
 
-    def counted(compiler: Compiler, text: str) -> Any:
+    def counted(compiler: TrialCompiler, text: str) -> Any:
         compiled.append(text)
         return made(compiler, text)
 
-    monkeypatch.setattr(Compiler, "compile_untried", counted)
+    monkeypatch.setattr(TrialCompiler, "compile_untried", counted)
     wanted: dict[str, Any] = {"schema": {"enum": [1, 2, form]}}
     if form == "tools":
         wanted = {"tools": [tool(properties={"a": {"enum": [1, 2, 3]}})]}
@@ -293,7 +293,7 @@ class Leaving(Caller):
 
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
 def test_a_trial_ends_with_its_caller(error: BaseException | None) -> None:
-    helper = grammar_trial._Helper()
+    helper = grammar_trial._TrialProcess()
     assert helper.wrong_with('start: "a"', 5, PATIENT) == ""
     process = helper._process
     assert process and process.poll() is None
@@ -305,7 +305,7 @@ def test_a_trial_ends_with_its_caller(error: BaseException | None) -> None:
 
 
 def test_a_process_that_was_idle_is_replaced() -> None:
-    helper = grammar_trial._Helper()
+    helper = grammar_trial._TrialProcess()
     assert helper.wrong_with('start: "a"', 5, PATIENT) == ""
     process, connection = helper._process, helper._connection
     assert process and connection
@@ -317,7 +317,8 @@ def test_a_process_that_was_idle_is_replaced() -> None:
 
 def test_a_trial_does_not_outlive_a_program_that_was_killed() -> None:
     program = (
-        "from qwen3_mlx.text import fair_queue, grammar_trial; helper = grammar_trial._Helper();"
+        "from qwen3_mlx.text import fair_queue, grammar_trial;"
+        "helper = grammar_trial._TrialProcess();"
         "helper.wrong_with('start: \"a\"', 5, fair_queue.PATIENT);"
         "print(helper._process.pid, flush=True); input()"
     )
@@ -341,7 +342,7 @@ def test_where_no_process_can_be_started_grammars_are_made_all_the_same(
 ) -> None:
     for command in ([], [sys.executable, "-c", "raise SystemExit(3)"]):
         monkeypatch.setattr(grammar_trial, "_command", lambda command=command: command)
-        assert grammar_trial._Helper().wrong_with('start: "a"', 5, PATIENT) == ""
+        assert grammar_trial._TrialProcess().wrong_with('start: "a"', 5, PATIENT) == ""
         assert "a grammar is compiled without a trial" in caplog.text
         caplog.clear()
 

@@ -227,7 +227,7 @@ def test_the_description_is_written_beside_the_loop(
         described = [running.get("/openapi.json").json() for _ in range(2)]
         assert described[0] == described[1] and len(threads) == 1
         assert threads[0].name.startswith("asyncio_")  # a thread of the loop's, and not its own
-    for path, name in ((CHAT, "ChatRequest"), (COUNT, "Counted"), (OLLAMA, "OllamaChatRequest")):
+    for path, name in ((CHAT, "ChatRequest"), (COUNT, "PromptBody"), (OLLAMA, "OllamaChatRequest")):
         content = described[0]["paths"][path]["post"]["requestBody"]["content"]
         assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{name}"}
         assert "messages" in described[0]["components"]["schemas"][name]["properties"]
@@ -437,7 +437,7 @@ def test_a_long_conversation_is_read_ahead_beside_the_engine(
     )
     for longest in (generation._LONG, 1):
         monkeypatch.setattr(generation, "_LONG", longest)
-        demo.chat("What is 12 + 34?", seed=1, idle=True)
+        demo.chat("What is 12 + 34?", seed=1, prefetch_next_turn=True)
         end = time.monotonic() + 60
         while len(found) < (1 if longest > 1 else 2) and time.monotonic() < end:
             time.sleep(0.01)

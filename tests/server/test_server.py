@@ -23,7 +23,7 @@ from qwen3_mlx import LLM, backend, load
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.app import make_app
 from qwen3_mlx.server.settings import Settings
-from qwen3_mlx.server.thinking import EFFORTS, Wish
+from qwen3_mlx.server.thinking import EFFORTS, ThinkingRequest
 from qwen3_mlx.text.thinking import Thinking
 from tests.api.harness import settle
 from tests.server.harness import Process, _endless, message_of, until_idle
@@ -130,25 +130,27 @@ def test_impossible_thinking_is_refused(
 
 def test_efforts_are_budgets() -> None:
     for effort, budget in EFFORTS.items():
-        thinking, found, bends, warnings = Wish(effort=effort).resolve(HYBRID, None, None)
+        thinking, found, bends, warnings = ThinkingRequest(effort=effort).resolve(
+            HYBRID, None, None
+        )
         assert bends and not warnings
         assert thinking is (effort != "none")
         assert found == (budget if budget > 0 else None)
 
 
 def test_what_the_server_was_started_with_holds_where_nothing_is_said() -> None:
-    assert Wish().resolve(HYBRID, False, None)[:2] == (False, None)
-    assert Wish().resolve(HYBRID, True, 7)[:2] == (True, 7)
-    assert Wish().resolve(HYBRID, None, 7)[:2] == (None, 7)
-    assert Wish(([("on", False)],)).resolve(HYBRID, None, 7)[:2] == (False, None)
-    assert Wish(([("on", True)],)).resolve(HYBRID, False, None)[:2] == (True, None)
-    assert Wish(budgets=[("budget", -1)]).resolve(HYBRID, None, 7)[:2] == (True, None)
-    assert Wish(effort="low").resolve(HYBRID, False, 7)[:2] == (True, 512)
-    assert Wish().resolve(NEVER, None, 7)[:2] == (None, None)
-    assert Wish(budgets=[("budget", 0)]).resolve(NEVER, None, None)[:2] == (None, None)
+    assert ThinkingRequest().resolve(HYBRID, False, None)[:2] == (False, None)
+    assert ThinkingRequest().resolve(HYBRID, True, 7)[:2] == (True, 7)
+    assert ThinkingRequest().resolve(HYBRID, None, 7)[:2] == (None, 7)
+    assert ThinkingRequest(([("on", False)],)).resolve(HYBRID, None, 7)[:2] == (False, None)
+    assert ThinkingRequest(([("on", True)],)).resolve(HYBRID, False, None)[:2] == (True, None)
+    assert ThinkingRequest(budgets=[("budget", -1)]).resolve(HYBRID, None, 7)[:2] == (True, None)
+    assert ThinkingRequest(effort="low").resolve(HYBRID, False, 7)[:2] == (True, 512)
+    assert ThinkingRequest().resolve(NEVER, None, 7)[:2] == (None, None)
+    assert ThinkingRequest(budgets=[("budget", 0)]).resolve(NEVER, None, None)[:2] == (None, None)
     # These two are refused later.
-    assert Wish(budgets=[("budget", 9)]).resolve(NEVER, None, None)[:2] == (True, 9)
-    assert Wish(effort="none").resolve(ALWAYS, None, None)[:2] == (False, None)
+    assert ThinkingRequest(budgets=[("budget", 9)]).resolve(NEVER, None, None)[:2] == (True, 9)
+    assert ThinkingRequest(effort="none").resolve(ALWAYS, None, None)[:2] == (False, None)
 
 
 def test_a_checkpoint_that_cannot_is_not_served_as_if_it_could() -> None:

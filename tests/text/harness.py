@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
-from qwen3_mlx.text.parser import Parser
+from qwen3_mlx.text.parser import ReplyParser
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
-from qwen3_mlx.text.thinking_budget import Limits, Steering, hand_off_ids
+from qwen3_mlx.text.thinking_budget import ThinkingBudget, ThinkingLimits, hand_off_ids
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.text.tool_calls import Calls
+from qwen3_mlx.text.tool_calls import ToolCallSyntax
 from tests.support import DEMO
 
 TOKENIZER = Tokenizer(DEMO / "tokenizer.json")
@@ -42,11 +42,11 @@ class Reply:
         self.began_inside = inside
         self._most = most
         hand_off = hand_off_ids(TOKENIZER, THINKING, message)
-        limits = Limits(hand_off, budget, guard)
-        self.steering = Steering(
+        limits = ThinkingLimits(hand_off, budget, guard)
+        self.steering = ThinkingBudget(
             TOKENIZER, THINKING, limits, inside=inside, end_ids=frozenset([END])
         )
-        self.parser = Parser(TOKENIZER, self._hear, thinking=THINKING, inside=inside)
+        self.parser = ReplyParser(TOKENIZER, self._hear, thinking=THINKING, inside=inside)
         self._force()
         while not self.ended:
             if finish_at is not None and len(self.ids) >= finish_at:
@@ -56,7 +56,7 @@ class Reply:
         self.parser.close()
 
     def _ruled_out(self) -> list[int]:
-        mask = self.steering.mask() if self.steering.masking else None
+        mask = self.steering.mask() if self.steering.needs_mask else None
         if mask is None:
             return []
         return [token for token in range(len(TOKENIZER)) if not mask[token // 32] >> token % 32 & 1]
@@ -68,13 +68,13 @@ class Reply:
             self.text += event.text
 
     def _force(self) -> None:
-        while not self.ended and (forced := self.steering.forced()):
+        while not self.ended and (forced := self.steering.forced_tokens()):
             self._take(forced[: self._most - len(self.ids)])
 
     def _take(self, ids: list[int]) -> None:
         self.ids += ids
         self.steering.advance(ids)
-        if unwanted := self.steering.unwanted:
+        if unwanted := self.steering.rollback:
             del self.ids[len(self.ids) - unwanted :]
             if unwanted > len(ids):
                 self.parser.rewind(unwanted - len(ids))
@@ -84,7 +84,7 @@ class Reply:
         self.parser.advance([token for token in ids if token != END])
 
 
-CALLS = Calls.of(TEMPLATE, TOKENIZER, [])
+CALLS = ToolCallSyntax.of(TEMPLATE, TOKENIZER, [])
 CALL = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>'
 BAD = "<tool_call>\nno JSON\n</tool_call>"
 

@@ -6,7 +6,7 @@ import random
 import pytest
 
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
-from qwen3_mlx.text.parser import Parser
+from qwen3_mlx.text.parser import ReplyParser
 from tests.text.harness import BAD, CALL, CALLS, CLOSE, END, OPEN, THINKING, TOKENIZER, Reply
 
 PIECES = [
@@ -66,7 +66,7 @@ def check_a_reply(rng: random.Random) -> None:
     ids, inside = random_ids(rng, tools=False), rng.random() < 0.3
     ids = ids[: rng.randint(1, len(ids))]
     said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
-    parser = Parser(TOKENIZER, said.append, thinking=THINKING, inside=inside)
+    parser = ReplyParser(TOKENIZER, said.append, thinking=THINKING, inside=inside)
     place = 0
     while place < len(ids):
         step = rng.choice([1, 1, 1, 2, 5])
@@ -85,7 +85,7 @@ def check_a_reply_with_tools(rng: random.Random) -> None:
     found = []
     for _ in range(2):
         said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
-        parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=CALLS)
+        parser = ReplyParser(TOKENIZER, said.append, thinking=THINKING, calls=CALLS)
         place = 0
         while place < len(ids):
             step = rng.choice([1, 2, 7])

@@ -15,14 +15,14 @@ from pydantic import BaseModel, ConfigDict
 
 from qwen3_mlx import LLM, SamplingParams, load
 from qwen3_mlx.text.grammar import allows
-from qwen3_mlx.text.grammar_compiler import Grammars
+from qwen3_mlx.text.grammar_compiler import GrammarCompiler
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.text.tool_calls import Calls, describe
+from qwen3_mlx.text.tool_calls import ToolCallSyntax, tool_schema
 from tests.support import write_tiny
 from tests.text.harness import END, TEMPLATE, TOKENIZER, calculator
 
-GRAMMARS = Grammars(TOKENIZER, frozenset([END]))
+GRAMMARS = GrammarCompiler(TOKENIZER, frozenset([END]))
 WILD = SamplingParams(temperature=1.5)
 SCHEMAS: list[dict[str, Any]] = [
     {
@@ -185,7 +185,7 @@ def test_little_room_changes_nothing_that_fits_it(demo: LLM) -> None:
 
 def test_a_call_is_held_to_the_schema() -> None:
     tools = [
-        describe(calculator),
+        tool_schema(calculator),
         {"type": "function", "function": {"name": "f", "parameters": {}}},
     ]
     grammar = GRAMMARS.call(tools)
@@ -196,7 +196,7 @@ def test_a_call_is_held_to_the_schema() -> None:
     odd = {"name": "g", "parameters": {"type": "object", "if": {}}}
     closing = GRAMMARS.call([{"type": "function", "function": odd}]).closing()
     assert closing is not None
-    calls = Calls.of(TEMPLATE, TOKENIZER, [])
+    calls = ToolCallSyntax.of(TEMPLATE, TOKENIZER, [])
     assert calls and calls.read(TOKENIZER.decode(closing), whole=True)
 
 
@@ -208,7 +208,7 @@ def test_a_coder_call_is_held_to_the_schema() -> None:
         "odd": {"type": "object", "if": {}},
     }
     find = {"name": "find", "parameters": {"type": "object", "properties": properties}}
-    tools = [describe(find), describe({"name": "stop"})]
+    tools = [tool_schema(find), tool_schema({"name": "stop"})]
     written = (
         "\n<function=find>\n<parameter=count>\n-12\n</parameter>\n<parameter=text>\na <b>\n</p\n"
         '</parameter>\n<parameter=kind>\n["a", "b"]\n</parameter>\n<parameter=odd>\n{"x": 1}\n'
@@ -230,7 +230,7 @@ def test_a_coder_call_is_held_to_the_schema() -> None:
             grammar.advance(token)
         assert not all(allowed)
     closing = GRAMMARS.coder_call(tools).closing()
-    calls = Calls.of(ChatTemplate("<function="), TOKENIZER, tools)
+    calls = ToolCallSyntax.of(ChatTemplate("<function="), TOKENIZER, tools)
     assert closing and calls and calls.read(TOKENIZER.decode(closing), whole=True)
     made = calls.read(written, whole=True)
     assert made and made.arguments == {
@@ -250,9 +250,9 @@ def test_a_coder_call_is_held_to_the_schema() -> None:
 )
 def test_a_coder_call_is_read_as_its_grammar_has_it(value: str) -> None:
     properties = {"text": {"type": "string"}, "count": {"type": "integer"}}
-    tools = [describe({"name": "find", "parameters": {"properties": properties}})]
+    tools = [tool_schema({"name": "find", "parameters": {"properties": properties}})]
     begun = f"\n<function=find>\n<parameter=text>\n{value}\n</parameter>\n"
-    calls = Calls.of(ChatTemplate("<function="), TOKENIZER, tools)
+    calls = ToolCallSyntax.of(ChatTemplate("<function="), TOKENIZER, tools)
     grammar = GRAMMARS.coder_call(tools)
     for token in TOKENIZER.encode(f"{begun}<parameter=count>\n7\n</parameter>\n</function>\n"):
         assert allows(grammar.mask(), token) and not grammar.complete
@@ -266,13 +266,13 @@ def test_a_coder_call_is_read_as_its_grammar_has_it(value: str) -> None:
 
 def test_an_empty_text_in_a_coder_call_needs_no_line() -> None:
     properties = {"text": {"type": "string"}}
-    tools = [describe({"name": "find", "parameters": {"properties": properties}})]
+    tools = [tool_schema({"name": "find", "parameters": {"properties": properties}})]
     call = "\n<function=find>\n<parameter=text>\n</parameter>\n</function>\n"
     grammar = GRAMMARS.coder_call(tools)
     for token in TOKENIZER.encode(call):
         assert allows(grammar.mask(), token)
         grammar.advance(token)
-    calls = Calls.of(ChatTemplate("<function="), TOKENIZER, tools)
+    calls = ToolCallSyntax.of(ChatTemplate("<function="), TOKENIZER, tools)
     made = calls and calls.read(call, whole=False)
     assert grammar.complete and made and made.arguments == {"text": ""}
 
@@ -469,7 +469,7 @@ def test_coder_values_are_held_to_schemas_through_references(
 
 def test_tools_that_are_too_much_together_are_not_enforced() -> None:
     tools = [
-        describe(
+        tool_schema(
             tool_of(
                 {
                     "type": "object",
@@ -745,13 +745,13 @@ def test_a_call_has_an_object_of_what_the_tool_names(
 
 
 def test_the_grammar_of_calls_is_compiled_once(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_it, compiled = Grammars.call, []
+    compile_it, compiled = GrammarCompiler.call, []
 
-    def counted(grammars: Grammars, tools: Any) -> Any:
+    def counted(grammars: GrammarCompiler, tools: Any) -> Any:
         compiled.append(tools)
         return compile_it(grammars, tools)
 
-    monkeypatch.setattr(Grammars, "call", counted)
+    monkeypatch.setattr(GrammarCompiler, "call", counted)
     reply = demo.chat("What is 1 + 2?", tools=[calculator], tool_choice="required", thinking=False)
     assert reply.tool_calls and len(compiled) == 1
 
@@ -794,7 +794,7 @@ def test_masks_take_less_than_a_millisecond() -> None:
 def test_masks_of_the_published_vocabulary_are_quick() -> None:
     tokenizer = Tokenizer(Path(os.environ["QWEN3_FILES"]) / "tokenizer.json")
     ends = frozenset(tokenizer.id_of(name) or 0 for name in ("<|im_end|>", "<|endoftext|>"))
-    grammar, times = Grammars(tokenizer, ends).schema(SCHEMAS[0]), []
+    grammar, times = GrammarCompiler(tokenizer, ends).schema(SCHEMAS[0]), []
     for token in tokenizer.encode('{"name": "Ann", "age": 12, "kind": "cat", "tags": ["a", "b"]}'):
         started = time.perf_counter()
         mask = grammar.mask()

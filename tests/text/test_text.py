@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.messages import normalise
-from qwen3_mlx.text.parser import Parser
+from qwen3_mlx.text.parser import ReplyParser
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Detokenizer, Tokenizer
@@ -303,11 +303,11 @@ def test_what_a_checkpoint_cannot_do_is_refused() -> None:
 
 def parse(
     text: str, *, stop: tuple[str, ...] = (), inside: bool = False, raw: bool = False
-) -> tuple[str, str, Parser]:
+) -> tuple[str, str, ReplyParser]:
     """Parse the ids of `text`; give reasoning, answer and the parser."""
     said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
     thinking = None if raw else THINKING
-    parser = Parser(TOKENIZER, said.append, thinking=thinking, inside=inside, stop=stop)
+    parser = ReplyParser(TOKENIZER, said.append, thinking=thinking, inside=inside, stop=stop)
     for token in TOKENIZER.encode(text):
         parser.advance([token])
         if parser.finished:

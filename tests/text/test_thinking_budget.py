@@ -9,9 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_mlx.text.repetition import Loops
+from qwen3_mlx.text.repetition import RepetitionDetector
 from qwen3_mlx.text.thinking import Thinking
-from qwen3_mlx.text.thinking_budget import HAND_OFF, Limits, Steering, budget_within, hand_off_ids
+from qwen3_mlx.text.thinking_budget import (
+    HAND_OFF,
+    ThinkingBudget,
+    ThinkingLimits,
+    budget_within,
+    hand_off_ids,
+)
 from qwen3_mlx.text.tokenizer import Tokenizer
 from tests.text.harness import CLOSE, END, OPEN, THINKING, TOKENIZER, Chooser, Reply
 
@@ -143,11 +149,11 @@ def test_the_hand_off_is_that_of_qwens_documentation() -> None:
 def test_tokens_can_be_taken_back(budget: int, rng: random.Random, guard: bool, count: int) -> None:
     """Forgetting tokens is as if they had never come; what was forced stays."""
     common = [OPEN, CLOSE, END, *TOKENIZER.encode("a b 你好 👍")]
-    limits = Limits(HAND_OFF_IDS, budget, guard)
+    limits = ThinkingLimits(HAND_OFF_IDS, budget, guard)
 
-    def fresh() -> Steering:
+    def fresh() -> ThinkingBudget:
         ends = frozenset([END])
-        return Steering(TOKENIZER, THINKING, limits, inside=False, end_ids=ends)
+        return ThinkingBudget(TOKENIZER, THINKING, limits, inside=False, end_ids=ends)
 
     one, other = fresh(), fresh()
     for _ in range(count):
@@ -156,8 +162,8 @@ def test_tokens_can_be_taken_back(budget: int, rng: random.Random, guard: bool, 
         taken = 0
         for wrong in detour:
             one.advance([wrong])
-            if one.unwanted:
-                taken -= one.unwanted - 1
+            if one.rollback:
+                taken -= one.rollback - 1
                 break
             taken += 1
         one.rewind(max(0, taken))
@@ -165,13 +171,13 @@ def test_tokens_can_be_taken_back(budget: int, rng: random.Random, guard: bool, 
             return  # the detour has taken back what came before it, too
         for steering in (one, other):
             steering.advance([token])
-        assert (one.unwanted, one.masking, one.finished) == (
-            other.unwanted,
-            other.masking,
+        assert (one.rollback, one.needs_mask, one.finished) == (
+            other.rollback,
+            other.needs_mask,
             other.finished,
         )
-        forced = one.forced()
-        assert forced == other.forced()
+        forced = one.forced_tokens()
+        assert forced == other.forced_tokens()
         for steering in (one, other):
             steering.advance(forced)
 
@@ -180,20 +186,20 @@ def test_tokens_can_be_taken_back(budget: int, rng: random.Random, guard: bool, 
 
 
 def test_endless_repetition_is_noticed_and_lists_are_not() -> None:
-    loops = Loops()
+    loops = RepetitionDetector()
     circle = list(range(100, 130))
     found = [loops.add(token) for token in [*range(50), *circle * 20]]
     assert not any(found[: 50 + 256]) and any(found)
-    loops = Loops()
+    loops = RepetitionDetector()
     rows = [token for row in range(100) for token in (1, 2, 3, 1000 + row, 4, 5)]
     assert not any(loops.add(token) for token in rows)
-    loops = Loops()
+    loops = RepetitionDetector()
     text = [(7919 * n) % 1000 for n in range(600)]
     assert not any(loops.add(token) for token in text * 4)  # copied thrice is no circle yet
 
 
 def test_loops_forget() -> None:
-    one, other = Loops(), Loops()
+    one, other = RepetitionDetector(), RepetitionDetector()
     rng = random.Random(0)
     for _ in range(2000):
         token = rng.choice([1, 2, 3])

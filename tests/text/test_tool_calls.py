@@ -20,16 +20,23 @@ from pydantic import BaseModel
 from qwen3_mlx import LLM, Finish, Qwen3Error, SamplingParams, load
 from qwen3_mlx.api.stream import collect
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
-from qwen3_mlx.text.parser import Parser
+from qwen3_mlx.text.parser import ReplyParser
 from qwen3_mlx.text.template import ChatTemplate
-from qwen3_mlx.text.tool_calls import Calls, CoderCalls, HermesCalls, answer, describe, functions_of
+from qwen3_mlx.text.tool_calls import (
+    CoderCalls,
+    HermesCalls,
+    ToolCallSyntax,
+    run_tool,
+    tool_functions,
+    tool_schema,
+)
 from qwen3_mlx.text.tool_schema import kinds_of
 from tests.support import DEMO, write_tiny
 from tests.text.harness import BAD, CALL, CALLS, TEMPLATE, THINKING, TOKENIZER, calculator
 
 GREEDY = SamplingParams(temperature=0)
-PARTIAL = Calls.of(TEMPLATE, TOKENIZER, [], partial=True)
-CODER = Calls.of(
+PARTIAL = ToolCallSyntax.of(TEMPLATE, TOKENIZER, [], partial=True)
+CODER = ToolCallSyntax.of(
     ChatTemplate("<tool_call>\n<function="),
     TOKENIZER,
     [
@@ -68,7 +75,7 @@ def calculate(a: int, b: int, operation: Literal["add", "multiply"] = "add") -> 
 
 
 def test_a_function_is_described_by_its_hints_and_words() -> None:
-    assert describe(calculate)["function"] == {
+    assert tool_schema(calculate)["function"] == {
         "name": "calculate",
         "description": "Calculate exactly. Use it for sums.",
         "parameters": {
@@ -98,7 +105,7 @@ def test_kinds_of_parameters() -> None:
         :param maybe: a number
         """
 
-    properties = describe(tool)["function"]["parameters"]["properties"]
+    properties = tool_schema(tool)["function"]["parameters"]["properties"]
     assert properties == {
         "plain": {"description": "anything"},
         "untyped": {"type": "string"},
@@ -145,7 +152,7 @@ def weather(
 
 
 def test_enums_and_nested_models_are_described() -> None:
-    parameters = describe(weather)["function"]["parameters"]
+    parameters = tool_schema(weather)["function"]["parameters"]
     jsonschema.Draft202012Validator.check_schema(parameters)
     right = {"place": {"city": "Ulm", "unit": "F", "near": [{"city": "Bonn"}]}, "unit": "C"}
     jsonschema.validate(right, parameters)
@@ -157,7 +164,7 @@ def test_enums_and_nested_models_are_described() -> None:
 
 
 def test_arguments_arrive_as_the_types_of_the_function() -> None:
-    functions = functions_of([weather])
+    functions = tool_functions([weather])
     for arguments, words in (
         ({"place": {"city": "Ulm", "unit": "F"}, "unit": "C"}, "Ulm FAHRENHEIT CELSIUS None None"),
         (
@@ -168,13 +175,13 @@ def test_arguments_arrive_as_the_types_of_the_function() -> None:
         ({"place": {}, "unit": "C"}, "Error: TypeError: place.city: Field required"),
         ({"unit": "C"}, "Error: TypeError: weather() missing 1 required"),
     ):
-        assert answer(ToolCall("1", "weather", arguments), functions)["content"].startswith(words)
+        assert run_tool(ToolCall("1", "weather", arguments), functions)["content"].startswith(words)
 
 
 def test_descriptions_are_taken_in_both_forms() -> None:
     bare = {"name": "f", "description": "d", "parameters": {"type": "object", "properties": {}}}
-    assert describe(bare) == describe({"type": "function", "function": bare})
-    assert describe({"name": "f"}) == {"type": "function", "function": {"name": "f"}}
+    assert tool_schema(bare) == tool_schema({"type": "function", "function": bare})
+    assert tool_schema({"name": "f"}) == {"type": "function", "function": {"name": "f"}}
 
 
 def test_what_is_no_tool_is_refused() -> None:
@@ -195,7 +202,7 @@ def test_what_is_no_tool_is_refused() -> None:
         (by_place, TypeError, "takes value by its position only"),
     ):
         with pytest.raises(error, match=words):
-            describe(wrong)  # type: ignore[arg-type]
+            tool_schema(wrong)  # type: ignore[arg-type]
 
 
 # --- read ---------------------------------------------------------------------------------------
@@ -303,8 +310,8 @@ class Search(BaseModel):
 def test_coder_values_are_typed_through_references_and_alternatives(
     name: str, text: str, value: Any
 ) -> None:
-    tool = describe({"name": "search", "parameters": Search.model_json_schema()})
-    calls = Calls.of(ChatTemplate("<tool_call>\n<function="), TOKENIZER, [tool])
+    tool = tool_schema({"name": "search", "parameters": Search.model_json_schema()})
+    calls = ToolCallSyntax.of(ChatTemplate("<tool_call>\n<function="), TOKENIZER, [tool])
     written = f"<function=search>\n<parameter={name}>\n{text}\n</parameter>\n</function>"
     found = parse(f"<tool_call>\n{written}\n</tool_call>", calls)[2]
     assert found == [("search", {name: value})]
@@ -367,10 +374,10 @@ XML = "<function=find>\n<parameter=count>\n12\n</parameter>\n</function>"
 
 
 def parse(
-    text: str, calls: Calls | None = CALLS, cuts: Sequence[int] = (), inside: bool = False
-) -> tuple[str, str, list[tuple[str, dict[str, Any]]], Parser]:
+    text: str, calls: ToolCallSyntax | None = CALLS, cuts: Sequence[int] = (), inside: bool = False
+) -> tuple[str, str, list[tuple[str, dict[str, Any]]], ReplyParser]:
     said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
-    parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=calls, inside=inside)
+    parser = ReplyParser(TOKENIZER, said.append, thinking=THINKING, calls=calls, inside=inside)
     ids = TOKENIZER.encode(text)
     for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         parser.advance(ids[start:stop])
@@ -537,7 +544,7 @@ def test_a_value_may_hold_the_tag_that_ends_a_call() -> None:
 def test_a_call_in_thinking_that_is_cut_off_stays_a_draft(calls: str) -> None:
     for cut in (False, True):
         said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
-        parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=PARTIAL)
+        parser = ReplyParser(TOKENIZER, said.append, thinking=THINKING, calls=PARTIAL)
         parser.advance(TOKENIZER.encode(f"<think>\nhm\n{calls}"))
         parser.close(cut=cut)
         made = [event for event in said if not isinstance(event, Reasoning)]
@@ -682,13 +689,17 @@ WRITTEN = [
 
 
 def streamed(
-    ids: Sequence[int], calls: Calls | None, cuts: Sequence[int] = (), *, partial: bool = True
+    ids: Sequence[int],
+    calls: ToolCallSyntax | None,
+    cuts: Sequence[int] = (),
+    *,
+    partial: bool = True,
 ) -> tuple[list[tuple[str, str]], list[ToolCall], str]:
     """Give what was told of each call, by name, then the calls made, and the text."""
     said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
     assert calls
     calls = replace(calls, partial=partial)
-    parser = Parser(TOKENIZER, said.append, thinking=THINKING, calls=calls)
+    parser = ReplyParser(TOKENIZER, said.append, thinking=THINKING, calls=calls)
     for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         parser.advance(ids[start:stop])
     parser.close(cut=True)
@@ -699,7 +710,7 @@ def streamed(
             assert event.name == name and event.text
             told[event.id] = name, text + event.text
         elif isinstance(event, ToolCall) and partial:
-            assert told[event.id] == (event.name, event.written)
+            assert told[event.id] == (event.name, event.raw_arguments)
     text = "".join(event.text for event in said if isinstance(event, Text))
     return list(told.values()), [event for event in said if isinstance(event, ToolCall)], text
 
@@ -714,7 +725,7 @@ def is_json(text: str) -> bool:
 
 
 @pytest.mark.parametrize(("calls", "call"), WRITTEN)
-def test_arguments_come_as_they_are_written(calls: Calls, call: str) -> None:
+def test_arguments_come_as_they_are_written(calls: ToolCallSyntax, call: str) -> None:
     tagged = f"Well.\n<tool_call>\n{call}\n</tool_call>"
     bare = [f"{call} and {call}"] * (calls is CODER)
     rng = random.Random(0)
@@ -722,8 +733,8 @@ def test_arguments_come_as_they_are_written(calls: Calls, call: str) -> None:
         ids = TOKENIZER.encode(text)
         told, made, words = streamed(ids, calls)
         plain = streamed(ids, calls, partial=False)
-        assert [(one.name, one.arguments, one.written) for one in plain[1]] == [
-            (one.name, one.arguments, one.written) for one in made
+        assert [(one.name, one.arguments, one.raw_arguments) for one in plain[1]] == [
+            (one.name, one.arguments, one.raw_arguments) for one in made
         ]
         assert not plain[0] and (words == plain[2] or len(told) > len(made))
         for _ in range(10):
@@ -790,13 +801,13 @@ def test_any_text_of_a_coder_call_comes_whole_or_cannot_be_read(texts: list[str]
         ids = TOKENIZER.encode(call.join(tags))
         told, made, words = streamed(ids, CODER)
         assert [one.arguments for one in made] == [arguments] and not words
-        assert told == [("find", made[0].written)]
+        assert told == [("find", made[0].raw_arguments)]
         for end in range(len(ids)):
             pieces, whole, _ = streamed(ids[:end], CODER)
             assert [one.arguments for one in whole] in ([], [arguments])
             assert bool(whole) <= (call in TOKENIZER.decode(ids[:end]))
             for _, part in pieces:
-                assert made[0].written.startswith(part.rstrip("\ufffd"))
+                assert made[0].raw_arguments.startswith(part.rstrip("\ufffd"))
                 assert is_json(part) == bool(whole)
 
 
@@ -842,13 +853,13 @@ def test_partial_calls_are_for_those_who_ask(demo: LLM) -> None:
         pieces = [event for event in events if isinstance(event, ToolCallDelta)]
         (call,) = [event for event in events if isinstance(event, ToolCall)]
         assert len(pieces) > 5
-        assert "".join(event.text for event in pieces) == call.written
+        assert "".join(event.text for event in pieces) == call.raw_arguments
         assert {(event.id, event.name) for event in pieces} == {(call.id, call.name)}
         assert isinstance(events[-1], Finish) and events[-1].reason == "tool_calls"
         rest = [event for event in events if not isinstance(event, ToolCallDelta)]
         assert [type(event) for event in rest] == [type(event) for event in plain]
         reply = demo.chat(**asked, partial_calls=True, logprobs=1)
-        assert [one.written for one in reply.tool_calls] == [call.written]
+        assert [one.raw_arguments for one in reply.tool_calls] == [call.raw_arguments]
         assert not reply.text and not reply.logprobs
     stopped = list(demo.stream(**CUT, tools=[calculator], stop=["12", "expr"], partial_calls=True))
     assert [event.arguments for event in stopped if isinstance(event, ToolCall)] == [WHOLE]
@@ -896,7 +907,7 @@ def test_calls_in_the_tags_of_qwen3_coder_stream_or_are_cut_off(tmp_path: Path) 
             ended.append(last.reason)
             told = "".join(event.text for event in events if isinstance(event, ToolCallDelta))
             made = [event for event in events if isinstance(event, ToolCall)]
-            assert [one.written for one in made] == ([told] if made else [])
+            assert [one.raw_arguments for one in made] == ([told] if made else [])
             assert is_json(told) == bool(made) == (last.reason == "tool_calls")
             assert ("cut off" in last.details.get("warning", "")) == (not made)
     assert set(ended) == {"length", "tool_calls"}
@@ -909,9 +920,9 @@ def test_answers_of_tools() -> None:
     def fail() -> None:
         raise OSError("no disk")
 
-    functions = functions_of([calculate, fail])
+    functions = tool_functions([calculate, fail])
     made = ToolCall("1", "calculate", {"a": 2, "b": 3})
-    assert answer(made, functions) == {
+    assert run_tool(made, functions) == {
         "role": "tool",
         "tool_call_id": "1",
         "name": "calculate",
@@ -922,9 +933,9 @@ def test_answers_of_tools() -> None:
         ("calculate", {"c": 1}, "Error: TypeError: calculate() got an unexpected"),
         ("sum", {}, "Error: there is no tool sum; there are calculate, fail"),
     ):
-        assert answer(ToolCall("1", name, arguments), functions)["content"].startswith(words)
+        assert run_tool(ToolCall("1", name, arguments), functions)["content"].startswith(words)
     with pytest.raises(TypeError, match="must be functions"):
-        functions_of([{"name": "f"}])
+        tool_functions([{"name": "f"}])
 
 
 def test_tools_that_do_not_return_their_result_are_refused(demo: LLM) -> None:
@@ -964,13 +975,13 @@ def test_lone_surrogates_of_a_tool_are_shown_to_the_model(demo: LLM) -> None:
 
 
 def test_partial_functions_and_models_are_tools() -> None:
-    described = describe(functools.partial(calculate, b=2))["function"]
+    described = tool_schema(functools.partial(calculate, b=2))["function"]
     assert described["name"] == "calculate" and described["description"].startswith("Calculate")
     assert described["parameters"]["required"] == ["a"]
-    described = describe(Filter)["function"]
+    described = tool_schema(Filter)["function"]
     assert (described["name"], described["description"]) == ("Filter", "A nested model.")
     assert described["parameters"] == Filter.model_json_schema()
-    made = answer(ToolCall("1", "Filter", {"key": "a"}), functions_of([Filter]))
+    made = run_tool(ToolCall("1", "Filter", {"key": "a"}), tool_functions([Filter]))
     assert made["content"] == json.dumps("key='a' n=1")
 
 
@@ -992,8 +1003,8 @@ def test_a_tool_loop_reads_only_what_is_new(demo: LLM) -> None:
     demo.forget()
     messages = [{"role": "user", "content": "What is 1234 + 4321?"}]
     first = demo.chat(messages, tools=[calculator], thinking=True, sampling=GREEDY)
-    functions = functions_of([calculator])
-    result = answer(first.tool_calls[0], functions)
+    functions = tool_functions([calculator])
+    result = run_tool(first.tool_calls[0], functions)
     second = demo.chat(
         [*messages, *first.messages, result], tools=[calculator], thinking=True, sampling=GREEDY
     )

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import mlx.core as mx
 
 from qwen3_mlx.cache.kv import KVCache
-from qwen3_mlx.engine.forward import Part, forward
+from qwen3_mlx.engine.forward import BatchSlice, forward
 from qwen3_mlx.engine.memory import count_weights, token_bytes
 from qwen3_mlx.engine.sampling import choose
-from qwen3_mlx.engine.sequence import Sequence as Running
+from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _CHUNK = 512  # tokens that it reads in a step to catch up
@@ -41,9 +41,9 @@ class DraftModel:
         """Make one empty cache a layer."""
         return self.model.make_cache()
 
-    def propose(self, counts: Mapping[Running, int]) -> dict[Running, list[int]]:
+    def propose(self, counts: Mapping[SequenceState, int]) -> dict[SequenceState, list[int]]:
         """Give so many tokens for each sequence; none as long as it has a lot to catch up on."""
-        drafts: dict[Running, list[int]] = {}
+        drafts: dict[SequenceState, list[int]] = {}
         lagging = []
         for sequence in counts:
             unread = sequence.ids[self._caches(sequence)[0].offset :]
@@ -68,18 +68,18 @@ class DraftModel:
             sequence.sampler.rewind(mx.array(draft))
         return drafts
 
-    def _caches(self, sequence: Running) -> list[KVCache]:
+    def _caches(self, sequence: SequenceState) -> list[KVCache]:
         return sequence.layers[-self._depth :]
 
     def _read(
-        self, sequences: Sequence[Running], new: Sequence[list[int]], *, wanted: int
+        self, sequences: Sequence[SequenceState], new: Sequence[list[int]], *, wanted: int
     ) -> list[int]:
         """Read new tokens of each, and choose what may come next where that is wanted.
 
         Each pass is waited for: one that is still running would have the next copy the caches.
         """
         caches = [self._caches(sequence) for sequence in sequences]
-        parts = [Part(c, len(ids), wanted) for c, ids in zip(caches, new, strict=True)]
+        parts = [BatchSlice(c, len(ids), wanted) for c, ids in zip(caches, new, strict=True)]
         ids = mx.array([token for tokens in new for token in tokens], dtype=mx.int32)
         logits = forward(self.model, ids, parts)
         if logits is None:

@@ -18,14 +18,14 @@ _MEMORY = 0.98  # how much a new observation leaves of those before
 
 
 @dataclass(slots=True)
-class Rate:
+class AcceptanceRate:
     """How often a proposed token was the one that came, of late."""
 
     hits: float
     tries: float = _WEIGHT
 
     @classmethod
-    def believed(cls, share: float) -> "Rate":
+    def believed(cls, share: float) -> "AcceptanceRate":
         """Begin with what is believed."""
         return cls(share * _WEIGHT)
 
@@ -40,26 +40,26 @@ class Rate:
         return self.hits / self.tries
 
 
-class Rates:
+class AcceptanceRates:
     """How often what was found came, by the length of the match; of all texts together."""
 
     def __init__(self) -> None:
-        self._rates: dict[int, Rate] = {}
+        self._rates: dict[int, AcceptanceRate] = {}
 
-    def of(self, length: int) -> Rate:
+    def of(self, length: int) -> AcceptanceRate:
         """Give that of matches of about `length` tokens."""
         digits = length.bit_length()
         if digits not in self._rates:
             believed = _BELIEVED.get(digits, _BELIEVED_OF_LONGER)
-            self._rates[digits] = Rate.believed(believed)
+            self._rates[digits] = AcceptanceRate.believed(believed)
         return self._rates[digits]
 
 
-class Lookup:
+class NgramProposer:
     """Finds where the last tokens of `ids` stood before. `ids` belong to somebody who tells."""
 
-    def __init__(self, ids: Sequence[int], rates: Rates) -> None:
-        """Begin with nothing indexed; `read_on` does that. What comes true goes into `rates`."""
+    def __init__(self, ids: Sequence[int], rates: AcceptanceRates) -> None:
+        """Begin with nothing indexed; `index_new` does that. What comes true goes into `rates`."""
         self.length = 0  # of the match: tokens before its place that are the last ones, too
         self._ids = ids
         self._rates = rates
@@ -72,16 +72,16 @@ class Lookup:
         return self._ids[self._place] if self.length else None
 
     @property
-    def rate(self) -> Rate:
+    def rate(self) -> AcceptanceRate:
         """How often the next token is right where the match is as long as now."""
         return self._rates.of(self.length)
 
-    def compare(self, token: int) -> None:
+    def score(self, token: int) -> None:
         """See whether the next token was right; called before `token` is there."""
         if self.length:
             self.rate.observe(hit=token == self.next)
 
-    def read_on(self) -> None:
+    def index_new(self) -> None:
         """Index more of the ids, and find the match for the last ones once all are."""
         start = len(self._chains[0])
         if start == len(self._ids):

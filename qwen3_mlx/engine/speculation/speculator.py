@@ -21,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qwen3_mlx import backend
-from qwen3_mlx.cache.attention import FEW_QUERIES, most_queries
+from qwen3_mlx.cache.attention import FEW_QUERIES, max_fused_queries
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.engine.memory import count_weights
-from qwen3_mlx.engine.sequence import Sequence as Running
+from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.engine.speculation.draft_model import DraftModel
-from qwen3_mlx.engine.speculation.ngram import Lookup, Rate, Rates
-from qwen3_mlx.engine.speculation.step_cost import Costs, costs_of
+from qwen3_mlx.engine.speculation.ngram import AcceptanceRate, AcceptanceRates, NgramProposer
+from qwen3_mlx.engine.speculation.step_cost import StepCostModel, chip_costs
 from qwen3_mlx.model.config import ModelConfig
 
 _WIDE_CONTEXT = 4096  # tokens; kernels for many queries do not share out a longer one's keys
@@ -57,19 +57,22 @@ class Speculator:
     """Decides who is proposed what, for all sequences of an engine."""
 
     def __init__(
-        self, config: ModelConfig, draft: DraftModel | None = None, costs: Costs | None = None
+        self,
+        config: ModelConfig,
+        draft: DraftModel | None = None,
+        costs: StepCostModel | None = None,
     ) -> None:
         """Propose by lookup, and with `draft` where that promises more.
 
         `costs` are what is believed of passes; None is what the table says of this machine.
         """
         self.draft = draft
-        self._costs = costs or Costs(costs_of(backend.architecture()))
-        self._most = most_queries(config.num_attention_heads, config.num_key_value_heads)
+        self._costs = costs or StepCostModel(chip_costs(backend.architecture()))
+        self._most = max_fused_queries(config.num_attention_heads, config.num_key_value_heads)
         self._size = count_weights(config)
-        self._rates = Rates()  # of lookup
-        self._draft_rate = Rate.believed(_DRAFTS_RIGHT)
-        self._drafted: dict[Running, int] = {}  # in the step in work
+        self._rates = AcceptanceRates()  # of lookup
+        self._draft_rate = AcceptanceRate.believed(_DRAFTS_RIGHT)
+        self._drafted: dict[SequenceState, int] = {}  # in the step in work
         self._drafting = 0.0  # seconds of it
         self._pause, self._waited = _FIRST_PAUSE, 0
 
@@ -82,39 +85,41 @@ class Speculator:
         """Make what the draft model needs for a sequence, if there is one."""
         return self.draft.make_cache() if self.draft else []
 
-    def lookup(self, ids: Sequence[int]) -> Lookup:
+    def ngram_proposer(self, ids: Sequence[int]) -> NgramProposer:
         """Make what sees what comes next in `ids`."""
-        return Lookup(ids, self._rates)
+        return NgramProposer(ids, self._rates)
 
-    def willing(self, sequence: Running, rows: int) -> bool:
+    def should_wait(self, sequence: SequenceState, rows: int) -> bool:
         """Say whether to wait for the token on its way, so as to propose what follows it.
 
         `rows` are those of the step that would not wait. What lookup would propose begins with the
         token on its way, so it will be proposed if that one is right.
         """
-        plan = self._plan(sequence, rows - 1)
+        plan = self._best(sequence, rows - 1)
         if not plan.count:
             return False
         right = 1.0 if plan.drafted else plan.rate
         tokens = right * plan.tokens + (1 - right) * rows
-        seconds = right * plan.seconds + (1 - right) * self._costs.of(rows, waited=True)
-        return tokens / seconds > _WORTH * rows / self._costs.of(rows, waited=False)
+        seconds = right * plan.seconds + (1 - right) * self._costs.of(rows, synchronous=True)
+        return tokens / seconds > _WORTH * rows / self._costs.of(rows, synchronous=False)
 
-    def propose(self, sequences: Sequence[Running], rows: int) -> dict[Running, list[int]]:
+    def propose(
+        self, sequences: Sequence[SequenceState], rows: int
+    ) -> dict[SequenceState, list[int]]:
         """Give what is proposed to go on with, for some of `sequences`.
 
         All that is known of them is read in this step, of `rows` rows without any proposals.
         """
-        found: dict[Running, list[int]] = {}
-        drafted: dict[Running, int] = {}
+        found: dict[SequenceState, list[int]] = {}
+        drafted: dict[SequenceState, int] = {}
         for sequence in sequences:
-            plan = self._plan(sequence, rows - 1)
+            plan = self._best(sequence, rows - 1)
             rows += plan.count
             if plan.drafted:
                 drafted[sequence] = plan.count
                 self._pause = min(2 * self._pause, _LONGEST_PAUSE) if plan.trial else _FIRST_PAUSE
-            elif plan.count and sequence.lookup:
-                found[sequence] = sequence.lookup.propose(plan.count)
+            elif plan.count and sequence.ngrams:
+                found[sequence] = sequence.ngrams.propose(plan.count)
         self._drafted, started = drafted, time.perf_counter()
         if self.draft and drafted and (drafts := self.draft.propose(drafted)):
             found |= drafts
@@ -122,44 +127,44 @@ class Speculator:
         self._drafting = time.perf_counter() - started
         return found
 
-    def observe(self, sequence: Running, accepted: int) -> None:
+    def observe(self, sequence: SequenceState, accepted: int) -> None:
         """Take note of how many of the tokens proposed for a sequence were right."""
         if proposed := self._drafted.pop(sequence, 0):
             for place in range(min(accepted + 1, proposed)):
                 self._draft_rate.observe(hit=place < accepted)
 
-    def took(self, rows: int, seconds: float, *, waited: bool) -> None:
+    def observe_step(self, rows: int, seconds: float, *, synchronous: bool) -> None:
         """Take note of what a step took, the host's work included."""
-        self._costs.observe(rows, seconds - self._drafting, waited=waited)
+        self._costs.observe(rows, seconds - self._drafting, synchronous=synchronous)
         self._waited, self._drafting = self._waited + 1, 0.0
 
-    def _plan(self, sequence: Running, others: int) -> _Plan:
+    def _best(self, sequence: SequenceState, others: int) -> _Plan:
         """Weigh the ways to go on with a sequence, beside `others` rows of a step.
 
         Without a proposal the steps to come need not wait, but for those that a mask has wait.
         """
-        alone = self._costs.of(others + 1, waited=sequence.masking)
+        alone = self._costs.of(others + 1, synchronous=sequence.needs_mask)
         plans = [_Plan(0, 0.0, others + 1, alone)]
         most = min(
-            sequence.request.max_tokens - sequence.told - 1,
+            sequence.request.max_tokens - sequence.num_output - 1,
             sequence.room - len(sequence.ids) - 1,
         )
         if most < 1:
             return plans[0]
-        lookup = sequence.lookup
+        lookup = sequence.ngrams
         if lookup and lookup.length:
-            plans += self._plans(sequence, lookup.rate.share, others, most)
+            plans += self._candidates(sequence, lookup.rate.share, others, most)
         if self.draft:
             if self._waited >= self._pause:
                 return _Plan(min(_TRIAL, most), 1.0, 1.0, 1e-9, drafted=True, trial=True)
-            each = self._costs.of(1, waited=True) * self.draft.size / self._size
+            each = self._costs.of(1, synchronous=True) * self.draft.size / self._size
             if self._costs.measured and self.draft.seconds:
                 each = self.draft.seconds
-            plans += self._plans(sequence, self._draft_rate.share, others, most, each)
+            plans += self._candidates(sequence, self._draft_rate.share, others, most, each)
         return max(plans, key=lambda plan: plan.speed)
 
-    def _plans(
-        self, sequence: Running, rate: float, others: int, most: int, each: float = 0.0
+    def _candidates(
+        self, sequence: SequenceState, rate: float, others: int, most: int, each: float = 0.0
     ) -> Iterator[_Plan]:
         """Give plans for proposals that come true at `rate`; a draft takes `each` seconds."""
         wide = not each and len(sequence.ids) <= _WIDE_CONTEXT
@@ -167,5 +172,5 @@ class Speculator:
             if 1 < width <= self._most or (width > FEW_QUERIES and wide):
                 count = min(width - 1, most)
                 tokens = others + sum(rate**place for place in range(count + 1))
-                seconds = self._costs.of(others + 1 + count, waited=True) + each * count
+                seconds = self._costs.of(others + 1 + count, synchronous=True) + each * count
                 yield _Plan(count, rate, tokens, seconds, drafted=each > 0)

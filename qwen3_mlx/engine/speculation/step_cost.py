@@ -17,7 +17,7 @@ _MEMORY = 0.8  # how much a new measurement leaves of the old
 _STALE = 500  # steps after which what was not measured again is thought anew of
 
 
-def costs_of(architecture: str) -> Mapping[int, float]:
+def chip_costs(architecture: str) -> Mapping[int, float]:
     """Give the relative costs of passes by their rows, for what MLX calls the device."""
     digits = "".join(filter(str.isdigit, architecture.partition("_g")[2]))
     generation = int(digits) if digits else 0
@@ -30,10 +30,10 @@ def costs_of(architecture: str) -> Mapping[int, float]:
     return _M3_ULTRA if generation == _M3 and architecture.endswith("d") else _M3_M4
 
 
-class Costs:
+class StepCostModel:
     """What steps of so many rows take: measured, and where not yet, as the table has it.
 
-    A step that `waited` was built only when the one before it had been told.
+    A step that `synchronous` was built only when the one before it had been told.
     """
 
     def __init__(self, table: Mapping[int, float]) -> None:
@@ -47,10 +47,10 @@ class Costs:
         """Whether `of` gives seconds."""
         return bool(self._seconds)
 
-    def observe(self, rows: int, seconds: float, *, waited: bool) -> None:
+    def observe(self, rows: int, seconds: float, *, synchronous: bool) -> None:
         """Take note of a step."""
         self._steps += 1
-        kind = waited, rows
+        kind = synchronous, rows
         before = self._seconds.get(kind)
         if before is not None:
             seconds = min(seconds, 3 * before)  # the machine had something else to do
@@ -61,14 +61,14 @@ class Costs:
         for other in [one for one in self._seconds if self._steps - self._seen[one] > _STALE]:
             del self._seconds[other]
 
-    def of(self, rows: int, *, waited: bool) -> float:
+    def of(self, rows: int, *, synchronous: bool) -> float:
         """Give the seconds of a step, or, where none was measured, in passes of one row."""
         expected = self._expected(rows)
         if not self._seconds:
             return expected
-        if (waited, rows) in self._seconds:
-            return self._seconds[waited, rows]
-        alike = [one for one in self._seconds if one[0] == waited] or list(self._seconds)
+        if (synchronous, rows) in self._seconds:
+            return self._seconds[synchronous, rows]
+        alike = [one for one in self._seconds if one[0] == synchronous] or list(self._seconds)
         nearest = min(alike, key=lambda one: abs(one[1] - rows))
         return self._seconds[nearest] * expected / self._expected(nearest[1])
 

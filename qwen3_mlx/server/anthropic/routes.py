@@ -9,22 +9,22 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from qwen3_mlx.api.options import Options
-from qwen3_mlx.api.stream import Collected
+from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.engine.sampling_params import SamplingParams
-from qwen3_mlx.server.admission import Place
+from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.anthropic.schema import (
     HARMLESS,
     NOT_SUPPORTED,
-    Counted,
     CountOut,
     ErrorOut,
     MessageOut,
     MessagesRequest,
+    PromptBody,
 )
 from qwen3_mlx.server.completion import EVENTS, stops
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.request_body import answered, takes
-from qwen3_mlx.server.response import LiveResponse, Running
+from qwen3_mlx.server.response import ActiveRequest, EventStreamResponse
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import (
     Json,
@@ -59,14 +59,14 @@ def routes(service: Service) -> APIRouter:
     async def messages(request: Request) -> Response:
         return await answered(service, request, MessagesRequest, _Messages)
 
-    @router.post("/count_tokens", response_model=CountOut, **takes(Counted))
+    @router.post("/count_tokens", response_model=CountOut, **takes(PromptBody))
     async def count_tokens(request: Request) -> Response:
-        return await answered(service, request, Counted, _Count)
+        return await answered(service, request, PromptBody, _Count)
 
     return router
 
 
-def _prompt(service: Service, asked: Counted) -> tuple[list[dict[str, Any]], Options, list[str]]:
+def _prompt(service: Service, asked: PromptBody) -> tuple[list[dict[str, Any]], Options, list[str]]:
     """Return the messages of a prompt, the options that it depends on, and warnings.
 
     Raises:
@@ -92,14 +92,14 @@ def _prompt(service: Service, asked: Counted) -> tuple[list[dict[str, Any]], Opt
 class _Count:
     """The number of tokens that a prompt has."""
 
-    def __init__(self, service: Service, asked: Counted) -> None:
+    def __init__(self, service: Service, asked: PromptBody) -> None:
         self._service = service
         try:
             self._messages, self._options, self._warnings = _prompt(service, asked)
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
 
-    async def respond(self, request: Request, place: Place) -> Response:
+    async def respond(self, request: Request, place: Slot) -> Response:
         """Answer the request."""
         count = partial(self._service.llm.count_tokens, self._messages, **self._options)
         do = self._service.preparing.do
@@ -128,18 +128,18 @@ class _Messages:
                 "stop": stops(asked.stop_sequences),
                 "schema": form.schema_ if form else None,
                 "partial_calls": bool(asked.stream),
-                "idle": True,
+                "prefetch_next_turn": True,
             }
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
 
-    async def respond(self, request: Request, place: Place) -> Response:
+    async def respond(self, request: Request, place: Slot) -> Response:
         """Answer the request."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
         running = await self._service.run(request, place, [prepare])
         headers = warnings_header(self._warnings + running.warnings)
         if self._asked.stream:
-            return LiveResponse(running, self._events(running), EVENTS, headers)
+            return EventStreamResponse(running, self._events(running), EVENTS, headers)
         await running.complete(request)
         said, finish = running.said[0], running.finishes[0]
         assert finish
@@ -167,7 +167,7 @@ class _Messages:
             reason = "model_context_window_exceeded"
         return {"stop_reason": "stop_sequence" if stop else reason, "stop_sequence": stop}
 
-    async def _events(self, running: Running) -> AsyncIterator[bytes]:
+    async def _events(self, running: ActiveRequest) -> AsyncIterator[bytes]:
         start = Usage(running.prompt_tokens, 0, 0, 0)
         yield _event(
             "message_start",
@@ -239,7 +239,7 @@ class _Writer:
         return _event("content_block_delta", index=self._index, delta=delta)
 
 
-def _blocks(said: Collected) -> Iterator[dict[str, Any]]:
+def _blocks(said: ReplyBuilder) -> Iterator[dict[str, Any]]:
     if said.reasoning:
         yield {"type": "thinking", "thinking": said.reasoning, "signature": _SIGNATURE}
     if said.text:

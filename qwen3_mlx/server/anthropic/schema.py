@@ -6,8 +6,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from qwen3_mlx.server.openai.schema import ThinkingIn
-from qwen3_mlx.server.thinking import Wish
-from qwen3_mlx.server.wire import AsSent, Messages, Parts, Posted, Stops, Tools, Wire
+from qwen3_mlx.server.thinking import ThinkingRequest
+from qwen3_mlx.server.wire import (
+    Messages,
+    OrderedModel,
+    Parts,
+    RequestModel,
+    Stops,
+    Tools,
+    WireModel,
+)
 
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "container": (),
@@ -21,7 +29,7 @@ _EFFORT = "output_config.effort"
 _BILLING = "x-anthropic-billing-header:"  # changes from request to request, and means nothing here
 
 
-class Block(Wire):
+class Block(WireModel):
     """A part of a message: text, thinking, a call of a tool, or what came of one."""
 
     type: str
@@ -39,14 +47,14 @@ class Block(Wire):
     citations: Parts[Any] | None = None
 
 
-class Message(Wire):
+class Message(WireModel):
     """A message of the conversation."""
 
     role: Literal["user", "assistant", "system"]
     content: str | Parts[Block]
 
 
-class ToolIn(AsSent):
+class ToolIn(OrderedModel):
     """A tool that the model may call."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -58,7 +66,7 @@ class ToolIn(AsSent):
     eager_input_streaming: bool | None = None
 
 
-class ToolChoice(Wire):
+class ToolChoice(WireModel):
     """Which of them it must call, if any."""
 
     type: Literal["auto", "any", "tool", "none"]
@@ -66,21 +74,21 @@ class ToolChoice(Wire):
     disable_parallel_tool_use: bool | None = None
 
 
-class OutputFormat(Wire):
+class OutputFormat(WireModel):
     """The form of the answer."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class OutputConfig(Wire):
+class OutputConfig(WireModel):
     """How much to think, and the form of the answer."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
 
 
-class Counted(Posted):
+class PromptBody(RequestModel):
     """What a prompt is made of."""
 
     model: str | None = None
@@ -91,14 +99,14 @@ class Counted(Posted):
     thinking: ThinkingIn | None = None
     output_config: OutputConfig | None = None
 
-    def wish(self) -> Wish:
+    def wish(self) -> ThinkingRequest:
         """Give what is said of thinking; an effort wins over a budget, as it does elsewhere."""
         thinking, config = self.thinking, self.output_config
         switch = thinking.switch if thinking else None
         budget = ("thinking.budget_tokens", thinking.budget_tokens if thinking else None)
         effort = config.effort if config and switch is not False else None
         overruled = effort and budget[1] is not None
-        return Wish(
+        return ThinkingRequest(
             ([("thinking.type", switch)],),
             [] if overruled else [budget],
             config.effort if config else None,
@@ -152,7 +160,7 @@ class Counted(Posted):
         return made
 
 
-class MessagesRequest(Counted):
+class MessagesRequest(PromptBody):
     """`POST /v1/messages`."""
 
     max_tokens: Annotated[int, Field(ge=1)]
@@ -163,7 +171,7 @@ class MessagesRequest(Counted):
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
 
 
-class UsageOut(Wire):
+class UsageOut(WireModel):
     """Tokens counted; those of the prompt that were cached are not among `input_tokens`."""
 
     input_tokens: int
@@ -172,7 +180,7 @@ class UsageOut(Wire):
     cache_creation_input_tokens: int
 
 
-class MessageOut(Wire):
+class MessageOut(WireModel):
     """A whole reply."""
 
     id: str
@@ -187,20 +195,20 @@ class MessageOut(Wire):
     usage: UsageOut
 
 
-class CountOut(Wire):
+class CountOut(WireModel):
     """How many tokens a prompt has."""
 
     input_tokens: int
 
 
-class ErrorDetails(Wire):
+class ErrorDetails(WireModel):
     """What is wrong."""
 
     type: str
     message: str
 
 
-class ErrorOut(Wire):
+class ErrorOut(WireModel):
     """Any response that is not the one asked for."""
 
     type: Literal["error"]

@@ -12,8 +12,8 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from qwen3_mlx.api.options import Options
-from qwen3_mlx.server.admission import Place
-from qwen3_mlx.server.completion import shown
+from qwen3_mlx.server.admission import Slot
+from qwen3_mlx.server.completion import token_text
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.ollama.schema import (
     API_VERSION,
@@ -32,9 +32,9 @@ from qwen3_mlx.server.ollama.schema import (
     seconds_of,
 )
 from qwen3_mlx.server.request_body import answered, parsed, takes
-from qwen3_mlx.server.response import LiveResponse, Running
+from qwen3_mlx.server.response import ActiveRequest, EventStreamResponse
 from qwen3_mlx.server.service import Prepare, Service
-from qwen3_mlx.server.thinking import Wish
+from qwen3_mlx.server.thinking import ThinkingRequest
 from qwen3_mlx.server.wire import (
     Json,
     check_unknown,
@@ -192,12 +192,12 @@ class _Reply(ABC):
         try:
             self._stays = seconds_of(asked.keep_alive)
             self._warnings = check_unknown(asked, unsupported, frozenset())
-            sampled, warnings = read_options(asked.options or {}, service.context)
+            sampling_options, warnings = read_options(asked.options or {}, service.context)
             self._warnings += warnings + asked.not_honoured()
             if asked.top_logprobs and not asked.logprobs:
                 raise ValueError("top_logprobs needs logprobs=true")
             self._options: Options = {
-                **sampled,
+                **sampling_options,
                 "schema": {"type": "object"} if asked.format == "json" else asked.format or None,
                 "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
             }
@@ -215,7 +215,7 @@ class _Reply(ABC):
     ) -> dict[str, Any]:
         """Give what was said as a part of a response."""
 
-    async def respond(self, request: Request, place: Place) -> Response:
+    async def respond(self, request: Request, place: Slot) -> Response:
         """Answer the request."""
         if self._prepare is None:
             reason = "unload" if self._stays == 0 else "load"
@@ -227,7 +227,7 @@ class _Reply(ABC):
             raise
         headers = warnings_header(self._warnings + [*map(in_their_words, running.warnings)])
         if self._streams:
-            return LiveResponse(running, self._lines(running), _LINES, headers)
+            return EventStreamResponse(running, self._lines(running), _LINES, headers)
         await running.complete(request)
         said = running.said[0]
         whole = self._part(said.text, said.reasoning, said.tool_calls)
@@ -235,7 +235,7 @@ class _Reply(ABC):
             {**self._last(running), **whole, **self._logprobs(said.logprobs)}, headers=headers
         )
 
-    async def _lines(self, running: Running) -> AsyncIterator[bytes]:
+    async def _lines(self, running: ActiveRequest) -> AsyncIterator[bytes]:
         try:
             async for events in running.batches(self._service.settings.keep_alive):
                 lines = [self._line(event) for _, event in events if not isinstance(event, Finish)]
@@ -258,7 +258,7 @@ class _Reply(ABC):
     def _head(self) -> dict[str, Any]:
         return {"model": self._service.settings.model, "created_at": _when(time.time())}
 
-    def _last(self, running: Running) -> dict[str, Any]:
+    def _last(self, running: ActiveRequest) -> dict[str, Any]:
         finish, timings = running.finishes[0], running.timings
         assert finish
         reading, making = (int(timings[name] * 1e6) for name in ("prompt_ms", "predicted_ms"))
@@ -303,7 +303,7 @@ class _Chat(_Reply):
             **self._service.options(_wish(asked.think), self._warnings),
             "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
             "continue_last": ends_with_words(messages),
-            "idle": True,
+            "prefetch_next_turn": True,
         }
         return partial(self._service.llm.prepare, messages, **options)
 
@@ -335,7 +335,7 @@ class _Generate(_Reply):
             system = [{"role": "system", "content": asked.system}] if asked.system else []
             messages = [*system, {"role": "user", "content": asked.prompt}]
             thinking = self._service.options(_wish(asked.think), self._warnings)
-            turn: Options = {**self._options, **thinking, "idle": True}
+            turn: Options = {**self._options, **thinking, "prefetch_next_turn": True}
             return partial(llm.prepare, messages, **turn)
         for name, value in (("system", asked.system), ("think", asked.think)):
             if value:
@@ -349,10 +349,10 @@ class _Generate(_Reply):
         return {"response": text} | ({"thinking": thinking} if thinking else {})
 
 
-def _wish(think: bool | str | None) -> Wish:
+def _wish(think: bool | str | None) -> ThinkingRequest:
     if isinstance(think, str):
-        return Wish(effort=think, effort_name="think")
-    return Wish(([("think", think)],))
+        return ThinkingRequest(effort=think, effort_name="think")
+    return ThinkingRequest(([("think", think)],))
 
 
 def _library_message(message: OllamaMessage) -> dict[str, Any]:
@@ -375,4 +375,4 @@ def _library_message(message: OllamaMessage) -> dict[str, Any]:
 
 
 def _logprob(token: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": shown(token), "logprob": logprob, "bytes": list(token)}
+    return {"token": token_text(token), "logprob": logprob, "bytes": list(token)}

@@ -9,7 +9,7 @@ from pydantic import Field
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.openai.schema import ToolIn
-from qwen3_mlx.server.wire import Messages, Parts, Posted, Tools, Wire
+from qwen3_mlx.server.wire import Messages, Parts, RequestModel, Tools, WireModel
 
 API_VERSION = "0.12.11"
 """The version of Ollama whose API this is: the first with log probabilities."""
@@ -54,7 +54,7 @@ _OURS = re.compile(rf"({'|'.join(_THEIRS)})(?==|: | must be )")
 _DURATION = re.compile(r"[-+]?(\d+\.?\d*(h|m|s|ms|us|µs|ns))+")
 
 
-class CalledFunction(Wire):
+class FunctionCall(WireModel):
     """A call as an assistant made it; `arguments` are an object, or the JSON text of one."""
 
     name: str
@@ -62,27 +62,27 @@ class CalledFunction(Wire):
     index: int | None = None
 
 
-class Called(Wire):
+class ToolCallIn(WireModel):
     """A call in the history."""
 
     id: str | None = None
     type: str | None = None
-    function: CalledFunction
+    function: FunctionCall
 
 
-class OllamaMessage(Wire):
+class OllamaMessage(WireModel):
     """A message of the conversation."""
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str | None = None
     thinking: str | None = None
     images: Parts[Any] | None = None
-    tool_calls: Parts[Called] | None = None
+    tool_calls: Parts[ToolCallIn] | None = None
     tool_name: str | None = None
     tool_call_id: str | None = None
 
 
-class OllamaRequest(Posted):
+class OllamaRequest(RequestModel):
     """What `/api/chat` and `/api/generate` have in common."""
 
     model: str | None = None
@@ -126,7 +126,7 @@ class OllamaGenerateRequest(OllamaRequest):
     raw: bool | None = None
 
 
-class OllamaShowRequest(Posted):
+class OllamaShowRequest(RequestModel):
     """`POST /api/show`; `name` is what the model was called once."""
 
     model: str | None = None
@@ -136,16 +136,16 @@ class OllamaShowRequest(Posted):
 # --- what is answered ---------------------------------------------------------------------------
 
 
-class OllamaMessageOut(Wire):
+class OllamaMessageOut(WireModel):
     """What the model said."""
 
     role: Literal["assistant"]
     content: str
     thinking: str | None = None
-    tool_calls: list[Called] | None = None
+    tool_calls: list[ToolCallIn] | None = None
 
 
-class _Out(Wire):
+class _Out(WireModel):
     model: str
     created_at: str
     done: bool
@@ -172,7 +172,7 @@ class OllamaGenerateOut(_Out):
     thinking: str | None = None
 
 
-class ErrorOut(Wire):
+class ErrorOut(WireModel):
     """Any response that is not the one asked for."""
 
     error: str

@@ -5,8 +5,8 @@ from functools import partial
 from typing import Any
 
 from qwen3_mlx.api.options import Options
-from qwen3_mlx.api.stream import Collected
-from qwen3_mlx.server.completion import Completion, sampled, shown
+from qwen3_mlx.api.stream import ReplyBuilder
+from qwen3_mlx.server.completion import Completion, sampling_options, token_text
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.response_format import form_of
 from qwen3_mlx.server.openai.schema import (
@@ -62,16 +62,16 @@ class ChatCompletion(Completion):
         wish = self._options["thinking"]
         return self.service.llm.thinking.can_think if wish is None else wish
 
-    def prepares(self) -> Sequence[Prepare]:
+    def prepare_all(self) -> Sequence[Prepare]:
         """Give the only one."""
-        options: Options = {**self._options, "idle": self.choices == 1}
+        options: Options = {**self._options, "prefetch_next_turn": self.choices == 1}
         return [partial(self.service.llm.prepare, self._messages, **options)]
 
-    def first(self, index: int) -> Mapping[str, Any]:
+    def opening_chunk(self, index: int) -> Mapping[str, Any]:
         """Give the role."""
         return _chunk(index, {"role": "assistant", "content": ""})
 
-    def told(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
+    def chunks_for(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
         """Give what an event adds to the message."""
         if isinstance(event, Text):
             return [_chunk(index, {"content": event.text}, self._logprobs(event.tokens))]
@@ -82,7 +82,7 @@ class ChatCompletion(Completion):
             return [_chunk(index, {"tool_calls": [part]}) for part in self._parts(index, event)]
         return [_chunk(index, {}, finish=event)] if isinstance(event, Finish) else []
 
-    def choice(self, index: int, said: Collected, finish: Finish) -> Mapping[str, Any]:
+    def choice(self, index: int, said: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
         """Give the whole message, with null for an answer only where there is none but calls."""
         message = said.message()
         thinking = message.pop("reasoning_content", None)
@@ -207,7 +207,7 @@ def _chat_options(asked: ChatRequest) -> Options:
         raise ValueError("top_logprobs needs logprobs=true")
     choice = asked.tool_choice or "auto"
     return {
-        **sampled(asked),
+        **sampling_options(asked),
         **form_of(asked),
         "max_tokens": most.pop() if most else None,
         "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
@@ -239,4 +239,4 @@ def _details(finish: Finish) -> dict[str, Any]:
 
 
 def _logprob(token: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": shown(token), "logprob": logprob, "bytes": list(token)}
+    return {"token": token_text(token), "logprob": logprob, "bytes": list(token)}

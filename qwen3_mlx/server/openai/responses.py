@@ -3,22 +3,22 @@
 from typing import Any, Literal
 
 from qwen3_mlx.server.openai.schema import Call
-from qwen3_mlx.server.wire import Wire
+from qwen3_mlx.server.wire import WireModel
 
 
-class PromptDetails(Wire):
+class PromptDetails(WireModel):
     """Of the prompt's tokens, those that did not have to be read."""
 
     cached_tokens: int
 
 
-class CompletionDetails(Wire):
+class CompletionDetails(WireModel):
     """Of the reply's tokens, those of thinking."""
 
     reasoning_tokens: int
 
 
-class UsageOut(Wire):
+class UsageOut(WireModel):
     """Tokens counted."""
 
     prompt_tokens: int
@@ -28,7 +28,7 @@ class UsageOut(Wire):
     completion_tokens_details: CompletionDetails
 
 
-class MessageOut(Wire):
+class MessageOut(WireModel):
     """A whole reply."""
 
     role: Literal["assistant"]
@@ -38,7 +38,7 @@ class MessageOut(Wire):
     tool_calls: list[Call] | None = None
 
 
-class ChoiceOut(Wire):
+class ChoiceOut(WireModel):
     """One of the replies."""
 
     index: int
@@ -48,7 +48,7 @@ class ChoiceOut(Wire):
     finish_details: dict[str, str] | None = None
 
 
-class ChatOut(Wire):
+class ChatOut(WireModel):
     """The response to a `ChatRequest` without `stream`."""
 
     id: str
@@ -61,7 +61,7 @@ class ChatOut(Wire):
     timings: dict[str, float]
 
 
-class TextChoiceOut(Wire):
+class TextChoiceOut(WireModel):
     """One of the continuations."""
 
     index: int
@@ -70,7 +70,7 @@ class TextChoiceOut(Wire):
     logprobs: dict[str, Any] | None = None
 
 
-class TextOut(Wire):
+class TextOut(WireModel):
     """The response to a `TextRequest` without `stream`."""
 
     id: str
@@ -83,7 +83,7 @@ class TextOut(Wire):
     timings: dict[str, float]
 
 
-class ModelOut(Wire):
+class ModelOut(WireModel):
     """A model that is served, as OpenAI's clients know it and as Anthropic's do."""
 
     id: str
@@ -98,7 +98,7 @@ class ModelOut(Wire):
     thinking: Literal["hybrid", "always", "never"]
 
 
-class ModelsOut(Wire):
+class ModelsOut(WireModel):
     """All of them."""
 
     object: Literal["list"]
@@ -108,7 +108,7 @@ class ModelsOut(Wire):
     has_more: bool
 
 
-class ErrorDetails(Wire):
+class ErrorDetails(WireModel):
     """What is wrong, and where."""
 
     message: str
@@ -117,7 +117,7 @@ class ErrorDetails(Wire):
     code: str | None
 
 
-class ErrorOut(Wire):
+class ErrorOut(WireModel):
     """Any response that is not the one asked for."""
 
     error: ErrorDetails

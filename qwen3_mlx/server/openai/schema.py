@@ -4,8 +4,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from qwen3_mlx.server.thinking import UNLIMITED, Said, Wish, agreed_effort
-from qwen3_mlx.server.wire import AsSent, FailFast, Messages, Parts, Posted, Stops, Tools, Wire
+from qwen3_mlx.server.thinking import UNLIMITED, Said, ThinkingRequest, agreed_effort
+from qwen3_mlx.server.wire import (
+    FailFast,
+    Messages,
+    OrderedModel,
+    Parts,
+    RequestModel,
+    Stops,
+    Tools,
+    WireModel,
+)
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Count = Annotated[int, Field(ge=1)]
@@ -75,7 +84,7 @@ HARMLESS = frozenset(
 )
 
 
-class Part(Wire):
+class Part(WireModel):
     """A part of a message; only text can be read, and what an assistant thought or refused with."""
 
     type: str = "text"
@@ -84,14 +93,14 @@ class Part(Wire):
     refusal: str | None = None
 
 
-class Function(Wire):
+class Function(WireModel):
     """A call as an assistant made it; `arguments` are JSON text, or what it stands for."""
 
     name: str
     arguments: Any = "{}"
 
 
-class Call(Wire):
+class Call(WireModel):
     """A call in the history."""
 
     id: str | None = None
@@ -100,7 +109,7 @@ class Call(Wire):
     index: int | None = None
 
 
-class Message(Wire):
+class Message(WireModel):
     """A message of the conversation; the thinking of earlier turns goes by either name."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -115,7 +124,7 @@ class Message(Wire):
     partial: bool | None = None
 
 
-class Described(AsSent):
+class FunctionIn(OrderedModel):
     """What a model is told of a function."""
 
     name: Annotated[str, Field(min_length=1)]
@@ -124,11 +133,11 @@ class Described(AsSent):
     strict: bool | None = None
 
 
-class ToolIn(AsSent):
+class ToolIn(OrderedModel):
     """A function that the model may call."""
 
     type: Literal["function"] = "function"
-    function: Described
+    function: FunctionIn
 
     def library_tool(self) -> dict[str, Any]:
         """Give it as the library has it."""
@@ -136,20 +145,20 @@ class ToolIn(AsSent):
         return {name: parts.pop(name) for name in self.sent if name in parts} | parts
 
 
-class NamedFunction(Wire):
+class NamedFunction(WireModel):
     """The name of a function."""
 
     name: str
 
 
-class NamedTool(Wire):
+class NamedTool(WireModel):
     """The function that is to be called."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
-class JsonSchema(Wire):
+class JsonSchema(WireModel):
     """A schema that the answer is held to."""
 
     name: str | None = None
@@ -158,7 +167,7 @@ class JsonSchema(Wire):
     strict: bool | None = None
 
 
-class ResponseFormat(Wire):
+class ResponseFormat(WireModel):
     """The form of the answer; `schema` is where other local servers have it."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -166,7 +175,7 @@ class ResponseFormat(Wire):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
 
 
-class StructuredOutputs(Wire):
+class StructuredOutputs(WireModel):
     """vLLM's words for a form: one of these."""
 
     json_: dict[str, Any] | None = Field(None, alias="json")
@@ -176,20 +185,20 @@ class StructuredOutputs(Wire):
     json_object: bool | None = None
 
 
-class StreamOptions(Wire):
+class StreamOptions(WireModel):
     """What a stream tells beside the reply."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
-class TemplateKwargs(Wire):
+class TemplateKwargs(WireModel):
     """vLLM's place for switches of the chat template."""
 
     enable_thinking: bool | None = None
 
 
-class ReasoningIn(Wire):
+class ReasoningIn(WireModel):
     """OpenRouter's way to speak of thinking."""
 
     effort: Effort | None = None
@@ -198,7 +207,7 @@ class ReasoningIn(Wire):
     exclude: bool | None = None
 
 
-class ThinkingIn(Wire):
+class ThinkingIn(WireModel):
     """Anthropic's way to speak of it."""
 
     type: Literal["enabled", "disabled", "adaptive"]
@@ -215,7 +224,7 @@ class ThinkingIn(Wire):
         return "thinking.type" if self.type == "adaptive" else None
 
 
-class Sampled(Posted):
+class SamplingFields(RequestModel):
     """What chat and text completions have in common."""
 
     model: str | None = None
@@ -239,7 +248,7 @@ class Sampled(Posted):
         return self.n or 1
 
 
-class ChatRequest(Sampled):
+class ChatRequest(SamplingFields):
     """`POST /v1/chat/completions`."""
 
     messages: Annotated[Messages[Message], Field(min_length=1)]
@@ -270,7 +279,7 @@ class ChatRequest(Sampled):
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
 
-    def wish(self) -> Wish:
+    def wish(self) -> ThinkingRequest:
         """Give what is said of thinking.
 
         Raises:
@@ -293,7 +302,7 @@ class ChatRequest(Sampled):
             ("thinking.budget_tokens", thinking.budget_tokens if thinking else None),
             ("reasoning.max_tokens", reasoning.max_tokens),
         ]
-        return Wish(
+        return ThinkingRequest(
             (
                 [("enable_thinking", self.enable_thinking)],
                 [("chat_template_kwargs.enable_thinking", template.enable_thinking)],
@@ -310,7 +319,7 @@ class ChatRequest(Sampled):
         )
 
 
-class TextRequest(Sampled):
+class TextRequest(SamplingFields):
     """`POST /v1/completions`."""
 
     prompt: str | FailFast[str] | FailFast[int] | FailFast[FailFast[int]]

@@ -6,8 +6,8 @@ from functools import partial
 from typing import Any
 
 from qwen3_mlx.api.options import Options
-from qwen3_mlx.api.stream import Collected
-from qwen3_mlx.server.completion import Completion, sampled, shown
+from qwen3_mlx.api.stream import ReplyBuilder
+from qwen3_mlx.server.completion import Completion, sampling_options, token_text
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.schema import HARMLESS, HINTS, NOT_FOR_TEXT, TextRequest
 from qwen3_mlx.server.service import Prepare, Service
@@ -47,7 +47,7 @@ class TextCompletion(Completion):
             self.warnings += check_unknown(asked, NOT_FOR_TEXT, HARMLESS, HINTS)
             most = _FEW if asked.max_tokens is None else asked.max_tokens
             self._options: Options = {
-                **sampled(asked),
+                **sampling_options(asked),
                 "max_tokens": None if most in (0, _NO_LIMIT) else most,
                 "logprobs": asked.logprobs,
                 "loop_guard": False,
@@ -55,7 +55,7 @@ class TextCompletion(Completion):
         except (ValueError, TypeError) as error:
             raise ApiError(400, str(error)) from error
 
-    def prepares(self) -> Sequence[Prepare]:
+    def prepare_all(self) -> Sequence[Prepare]:
         """Give one for each prompt."""
         prepare = partial(
             self.service.llm.prepare_text,
@@ -64,13 +64,13 @@ class TextCompletion(Completion):
         )
         return [partial(prepare, prompt, **self._options) for prompt in self._prompts]
 
-    def first(self, index: int) -> Mapping[str, Any] | None:
+    def opening_chunk(self, index: int) -> Mapping[str, Any] | None:
         """Give the prompt, if it is to be repeated and its tokens do not follow."""
         if not self._asked.echo or self._scores:
             return None
         return self._choice(index, self._prompt(index))
 
-    def told(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
+    def chunks_for(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
         """Give what an event adds to the text."""
         if isinstance(event, PromptTokens):
             echoed = self._echoed(index, event)
@@ -80,7 +80,7 @@ class TextCompletion(Completion):
         assert isinstance(event, Finish)
         return [self._choice(index, "", finish=event)]
 
-    def choice(self, index: int, said: Collected, finish: Finish) -> Mapping[str, Any]:
+    def choice(self, index: int, said: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
         """Give the whole text."""
         if said.prompt is None:
             text = (self._prompt(index) if self._asked.echo else "") + said.text
@@ -124,13 +124,13 @@ class TextCompletion(Completion):
         """Give the tokens of a prompt; the first has no log probability."""
         offset = self._offsets[index].advance(prompt.first)
         others = self._logprobs(index, prompt.others)
-        first = (shown(prompt.first), None, None, offset)
+        first = (token_text(prompt.first), None, None, offset)
         return {name: [one, *others[name]] for name, one in zip(_LISTS, first, strict=True)}
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Logprobs:
         offsets = self._offsets[index]
         return {
-            "tokens": [shown(token.token) for token in tokens],
+            "tokens": [token_text(token.token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
             "top_logprobs": [_best(token) for token in tokens],
             "text_offset": [offsets.advance(token.token) for token in tokens],
@@ -160,12 +160,12 @@ def _best(token: TokenLogprob) -> dict[str, float]:
     """Give the likeliest tokens by their text; of those with the same text, the likelier."""
     best: dict[str, float] = {}
     for one, logprob in token.top:
-        best.setdefault(shown(one), logprob)
+        best.setdefault(token_text(one), logprob)
     return best
 
 
 def _text_of(prompt: PromptTokens) -> str:
-    return shown(b"".join((prompt.first, *(token.token for token in prompt.others))))
+    return token_text(b"".join((prompt.first, *(token.token for token in prompt.others))))
 
 
 def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
