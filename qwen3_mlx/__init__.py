@@ -50,7 +50,7 @@ _HOMES = {
     "Qwen3Error": "errors",
     "Reasoning": "text.events",
     "Reply": "api.stream",
-    "SamplingParams": "engine.params",
+    "SamplingParams": "engine.sampling_params",
     "Stream": "api.stream",
     "Text": "text.events",
     "TextOptions": "api.options",
