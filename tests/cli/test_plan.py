@@ -158,8 +158,8 @@ def test_a_folder_is_planned_as_it_is_too(tmp_path: Path, capsys: Captured) -> N
     assert code == 0
     assert "as it is" not in json.loads(out)["weights"]
     assert err == (
-        f"Its weights are FP8, which must be converted first: qwen3 convert {folder} FOLDER. "
-        "This is the plan of what that makes.\n"
+        f"The weights are FP8 and must be converted first: qwen3 convert {folder} FOLDER. "
+        "This plan is for the converted model.\n"
     )
 
 
