@@ -43,7 +43,7 @@ from qwen3_mlx.text.events import Finish, Reasoning, Text
 
 _DEMO_NOTE = (
     "This is the embedded demo model: it adds, repeats, counts and reverses. "
-    'For the real one: qwen3 --model 8B "..."'
+    'For a real model: qwen3 --model 8B "..."'
 )
 _CLOSED_BY = {
     "budget": "its budget",

@@ -172,7 +172,7 @@ def chat(  # noqa: PLR0913 - one parameter an option
 
 def _greet(model: str | None, *, yarn: bool) -> None:
     if model is None:
-        note("This is the embedded demo model; for a real one: qwen3 chat --model 8B")
+        note("This is the embedded demo model; for a real model: qwen3 chat --model 8B")
     if yarn:
         note(YARN_NOTE)
     if sys.stdin.isatty():

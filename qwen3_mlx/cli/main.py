@@ -41,7 +41,7 @@ class _Root(TyperGroup):
         if meant := verb_meant(first, [name for name in self.commands if name != "ask"]):
             raise WrongUsage(
                 f"there is no command {first!r}; did you mean qwen3 {meant}? To send it as a "
-                f"prompt: qwen3 -- {first} (put several words in quotes)"
+                f"prompt: qwen3 -- {first}; put several words in quotes"
             )
 
     def invoke(self, ctx: Any) -> Any:

@@ -143,7 +143,7 @@ def test_a_typo_of_a_verb_is_no_prompt(
     assert (code, out) == (2, "")
     assert err == (
         f"qwen3: there is no command '{first}'; did you mean qwen3 {meant}? To send it as a "
-        f"prompt: qwen3 -- {first} (put several words in quotes) (see qwen3 --help)\n"
+        f"prompt: qwen3 -- {first}; put several words in quotes (see qwen3 --help)\n"
     )
 
 
