@@ -149,5 +149,5 @@ def load(
         if not quiet:
             options |= {"progress": loading, "download_progress": downloading}
         llm = qwen3_mlx.load(model, **options)
-    interrupt.unwind()
+    interrupt.unwind()  # until here Ctrl-C ends the process at once: nothing needs closing
     return llm

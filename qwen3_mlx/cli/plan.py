@@ -125,7 +125,7 @@ class _MemoryEstimate:
 
     @property
     def contexts(self) -> list[int]:
-        """Context lengths shown: powers of two below the window, the window, the YaRN lengths."""
+        """Context lengths shown: doubling from 2,048 to the window, the window, YaRN lengths."""
         window, context = self.config.max_position_embeddings, _SHORTEST_CONTEXT
         lengths = []
         while context < window:
@@ -159,7 +159,7 @@ class _MemoryEstimate:
         available = self.machine.available
         return largest_context(self.config, self.weights[fmt], work, available, longest)
 
-    def tokens_a_second(self, fmt: str, context: int, cache: str) -> float | None:
+    def tokens_per_second(self, fmt: str, context: int, cache: str) -> float | None:
         """Return an upper bound of decode speed, or None without a bandwidth.
 
         Each token reads the weights that it passes through, and the KV cache.
@@ -310,7 +310,7 @@ def _as_json(estimate: _MemoryEstimate) -> dict[str, Any]:
                     **asdict(plan),
                     "total": plan.total,
                     "fits": estimate.fits(plan),
-                    "tokens_per_second_at_most": estimate.tokens_a_second(fmt, context, cache),
+                    "tokens_per_second_at_most": estimate.tokens_per_second(fmt, context, cache),
                 }
                 rows.append(row)
     return {
@@ -338,7 +338,8 @@ def _table(estimate: _MemoryEstimate, cache: str) -> str:
     terms = next(iter(plans.values()))  # all but the weights are the same for every format
     lines = [
         f"{estimate.name}: {_count(count_weights(config))} weights, "
-        f"{config.num_hidden_layers} layers, a window of {config.max_position_embeddings:,} tokens",
+        f"{config.num_hidden_layers} layers, "
+        f"context window {config.max_position_embeddings:,} tokens",
         f"{estimate.machine.description}.",
         "",
         f"{'memory in GB':14}{'weights':>8}"
@@ -364,7 +365,7 @@ def _table(estimate: _MemoryEstimate, cache: str) -> str:
     if estimate.bandwidth:
         lines += ["", f"tokens/s, at most, at {estimate.bandwidth / 1e9:g} GB/s"]
         for fmt in estimate.formats:
-            speeds = [estimate.tokens_a_second(fmt, n, cache) or 0 for n in contexts]
+            speeds = [estimate.tokens_per_second(fmt, n, cache) or 0 for n in contexts]
             cells = [
                 _in_brackets(f"{speed:.0f}", estimate.fits(plan))
                 for speed, plan in zip(speeds, plans[fmt], strict=True)
