@@ -1,5 +1,5 @@
-# `make` lists what there is. Whatever needs Python first makes .venv (see scripts/venv.sh), with
-# the newest Python it finds or the one that is named: make test PYTHON=python3.12
+# `make` lists the targets. Targets that need Python first create .venv (see scripts/venv.sh), with
+# the newest Python found or the one named by PYTHON: make test PYTHON=python3.12
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -13,35 +13,35 @@ help: ## list the targets
 demo: runtime ## ask the embedded demo model a question: thinking, then the answer
 	@unset QWEN3_MODEL; .venv/bin/qwen3 "What is 123 + 456?" </dev/null
 	@echo
-	@echo 'Go on: .venv/bin/qwen3 chat, or make serve for the page in a browser.'
+	@echo 'Next: .venv/bin/qwen3 chat, or make serve for the chat page in a browser.'
 	@echo 'After source .venv/bin/activate it is just qwen3: qwen3 --model 8B "Why is the sky blue?"'
 
-serve: server ## serve the demo model, and open its page; ARGS="--model 8B --port 9000" goes along
+serve: server ## serve the demo model and open its chat page; ARGS="--model 8B --port 9000" is added
 	@unset QWEN3_MODEL; .venv/bin/qwen3 serve --open $(ARGS)
 
-test: dev ## run the tests, some minutes; ARGS="-k cache -x" goes to pytest
+test: dev ## run the tests, for minutes; ARGS="-k cache -x" is passed to pytest
 	@$(if $(ARGS),:,echo 'This takes about five minutes on two cores; ARGS="-k cache" runs a part.')
 	$(python) -m pytest $(ARGS)
 
-check: dev ## the gate, as CI runs it: format, lint, types, docs, tests with coverage
+check: dev ## run all checks as CI does: format, lint, types, docs, tests with coverage
 	$(python) -m ruff format --check .
 	$(python) -m ruff check .
 	$(python) -m mypy
 	$(python) scripts/cli_docs.py --check docs/cli.md
 	$(python) -m pytest --cov
 
-wheel: ## install the wheel into bare venvs, of the lowest and the newest Python here, and use it
+wheel: ## test the wheel in bare venvs of the lowest and the newest Python found
 	@scripts/check_wheel.sh
 
-format: dev ## format the code and mend what the linter can mend
+format: dev ## format the code and apply the linter's fixes
 	$(python) -m ruff check --fix --exit-zero --quiet .
 	$(python) -m ruff format .
 
-docs: dev ## write docs/cli.md from the command's own --help
+docs: dev ## generate docs/cli.md from the command's --help
 	$(python) scripts/cli_docs.py > docs/cli.md.new
 	mv docs/cli.md.new docs/cli.md
 
-bench: dev ## measure this package beside mlx-lm, into docs/benchmarks.md; ARGS="soak" runs a part
+bench: dev ## compare with mlx-lm and update docs/benchmarks.md; ARGS="soak" runs a part
 	$(python) -m benchmarks --write docs/benchmarks.md $(ARGS)
 
 clean: ## remove .venv, caches and built files

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Build the wheel and use it as a user does: scripts/check_wheel.sh
+# Build the wheel and test it as a user would install it: scripts/check_wheel.sh
 #
-# Into a bare venv of the lowest and of the newest Python found here (or of PYTHON=...) go the wheel
-# and, on Linux, the extra `cpu`: no development tools, and nothing is imported from this checkout.
-# Then the command and the package answer from the embedded demo model, every module is imported,
-# and without MLX's backend one line tells what is missing. Ends with "N passed, N failed".
+# Installs the wheel, and on Linux the extra `cpu`, into a bare venv of the lowest and of the newest
+# Python found here (or of PYTHON=...): no development tools, no imports from this checkout. Checks
+# that the command and the package answer with the embedded demo model, that every module imports,
+# and that without MLX's backend one line says what is missing. Prints "N passed, N failed".
 
 set -eu
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd -P)
@@ -31,14 +31,14 @@ with qwen3_mlx.load() as llm:
     print(llm.chat("What is 12 + 34?", seed=1, max_tokens=200).text)
 '
 
-# say_if_not WANTED TEXT: fail, and show the text, unless WANTED is in it.
-say_if_not() {
+# expect_in WANTED TEXT: fail and print TEXT unless it contains WANTED.
+expect_in() {
     case $2 in *"$1"*) return 0 ;; esac
-    printf 'expected "%s", and this came:\n%s\n' "$1" "$2"
+    printf 'expected "%s" in this output:\n%s\n' "$1" "$2"
     return 1
 }
 
-make_venv() { # of the interpreter $1, at $2
+make_venv() { # INTERPRETER FOLDER
     if have_uv; then
         uv venv --quiet --python "$1" "$2"
     else
@@ -56,7 +56,7 @@ pip() { # COMMAND VENV ARGUMENTS...
     fi
 }
 
-build() { # by the interpreter $1
+build() { # INTERPRETER
     if have_uv; then
         uv build --quiet --python "$1" --wheel --out-dir "$work" "$root"
     else
@@ -66,11 +66,11 @@ build() { # by the interpreter $1
     fi
 }
 
-check() { # the interpreter $1
+check() { # INTERPRETER
     make_venv "$1" venv &&
         pip install venv "$(echo "$work"/*.whl)$(on_linux && echo '[cpu]' || :)" &&
-        say_if_not 46 "$(venv/bin/qwen3 --seed 1 "What is 12 + 34?" </dev/null 2>&1)" &&
-        say_if_not 46 "$(venv/bin/python -c "$chat" 2>&1)" &&
+        expect_in 46 "$(venv/bin/qwen3 --seed 1 "What is 12 + 34?" </dev/null 2>&1)" &&
+        expect_in 46 "$(venv/bin/python -c "$chat" 2>&1)" &&
         venv/bin/python -c "$import_all" || return
     ! on_linux || check_without_backend
 }
@@ -78,7 +78,7 @@ check() { # the interpreter $1
 check_without_backend() {
     pip uninstall venv $(have_uv || echo --yes) mlx-cpu || return
     answer=$(venv/bin/qwen3 Hello </dev/null 2>&1) || :
-    say_if_not "pip install 'mlx[cpu]'" "$answer" || return
+    expect_in "pip install 'mlx[cpu]'" "$answer" || return
     [ "$(echo "$answer" | wc -l)" -eq 1 ] || { echo "more than one line: $answer" && return 1; }
 }
 
@@ -89,12 +89,12 @@ finish() {
 }
 
 pythons=$("$root/scripts/venv.sh" pythons)
-[ -n "$pythons" ] || { echo "no Python from 3.11 up was found here" && failed=1 && finish; }
+[ -n "$pythons" ] || { echo "no Python 3.11 or later was found" && failed=1 && finish; }
 lowest=$(echo "$pythons" | head -n 1)
 newest=$(echo "$pythons" | tail -n 1)
 build "${newest#* }" || { echo "the wheel cannot be built" && failed=1 && finish; }
 for python in "$lowest" "$newest"; do
-    [ "$python" != "$lowest" ] || [ "$passed$failed" = 00 ] || break # there is one alone
+    [ "$python" != "$lowest" ] || [ "$passed$failed" = 00 ] || break # the newest is the lowest
     echo "$(echo *.whl) on Python ${python%% *} ..."
     if check "${python#* }"; then
         passed=$((passed + 1))

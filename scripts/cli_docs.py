@@ -1,6 +1,6 @@
-"""Write the command line's reference, as Markdown, from its own --help.
+"""Prints the reference of the command line as Markdown, generated from its --help.
 
-`make docs` puts it into docs/cli.md; `cli_docs.py --check docs/cli.md` fails where that is stale.
+`make docs` writes it to docs/cli.md; `cli_docs.py --check docs/cli.md` fails if that is stale.
 """
 
 import difflib
@@ -22,11 +22,11 @@ _HEAD = """\
 
 
 def reference() -> str:
-    """Give the help of the whole command and of each of its verbs."""
+    """Return the help of the command and of each of its subcommands, as Markdown."""
     app = import_module("qwen3_mlx.cli.main").app
     runner = CliRunner()
     sections = [_HEAD]
-    for words in [[], *_verbs(get_command(app))]:
+    for words in [[], *_subcommands(get_command(app))]:
         result = runner.invoke(app, [*words, "--help"], prog_name="qwen3")
         if result.exit_code:
             raise SystemExit(f"qwen3 {' '.join(words)} --help failed: {result.output}")
@@ -36,17 +36,17 @@ def reference() -> str:
     return "\n".join(sections)
 
 
-def _verbs(group: Any) -> Iterator[list[str]]:
-    """Name the verbs of a command, and theirs in turn, but no hidden ones."""
-    for name, verb in getattr(group, "commands", {}).items():
-        if not verb.hidden:
+def _subcommands(group: Any) -> Iterator[list[str]]:
+    """Yield the path of each visible subcommand, as words, with nested ones."""
+    for name, command in getattr(group, "commands", {}).items():
+        if not command.hidden:
             yield [name]
-            yield from ([name, *words] for words in _verbs(verb))
+            yield from ([name, *words] for words in _subcommands(command))
 
 
 def main(arguments: list[str]) -> int:
     """Print the reference, or with --check FILE compare it with the file."""
-    # The help's width and colours come from the environment, once, at Typer's import of Rich.
+    # Typer reads width and colours from the environment once, when it imports Rich: set them first.
     os.environ |= {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}
     for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TTY_COMPATIBLE"):
         os.environ.pop(name, None)
@@ -61,11 +61,11 @@ def main(arguments: list[str]) -> int:
             return 2
 
 
-def _check(file: Path, made: str) -> int:
-    kept = file.read_text(encoding="utf-8") if file.exists() else ""
-    if kept == made:
+def _check(file: Path, expected: str) -> int:
+    found = file.read_text(encoding="utf-8") if file.exists() else ""
+    if found == expected:
         return 0
-    old, new = kept.splitlines(keepends=True), made.splitlines(keepends=True)
+    old, new = found.splitlines(keepends=True), expected.splitlines(keepends=True)
     sys.stderr.writelines(difflib.unified_diff(old, new, str(file), "--help"))
     print(f"{file} is stale: run `make docs`", file=sys.stderr)
     return 1

@@ -1,6 +1,6 @@
-"""Take the pictures of the server's page in docs/, with the demo model and a real browser.
+"""Takes the screenshots of the server's chat page in docs/, with the demo model and Chromium.
 
-python scripts/page_pictures.py   (needs the extra `browser`, and Chromium in the PATH)
+Usage: python scripts/page_pictures.py   (needs the extra `browser`, and Chromium on the PATH)
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from qwen3_mlx.server.settings import Settings
 
 
 def main() -> None:
-    """Take them all."""
+    """Start the server and take the screenshots."""
     listener, ready = socket.create_server(("127.0.0.1", 0)), Event()
     with load() as llm, sync_playwright() as playwright:
         server = Server(llm, Settings(model="qwen3-demo"), ready.set)
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def take_pictures(page: Page) -> None:
-    """Talk a little, and take pictures in daylight, at night, and of a telephone."""
+    """Hold a short conversation; take screenshots in light and dark mode and in phone size."""
     for count, words in enumerate(("What is 123 + 456?", "Reverse the list: 4 8 1")):
         page.get_by_test_id("prompt").fill(words)
         page.keyboard.press("Enter")

@@ -1,7 +1,7 @@
-"""Take a picture of the demo answering in a terminal: python scripts/terminal_picture.py OUT.svg
+"""Draws the demo model answering in a terminal: python scripts/terminal_picture.py OUT.svg [chat]
 
-With a second argument, "chat", it is one of a conversation. The command runs in a real terminal of
-its own, so what is dim or bold there is so in the picture.
+With "chat" as the second argument it draws a conversation. The command runs in a pseudo-terminal,
+so dim and bold text is dim and bold in the picture.
 """
 
 import io
@@ -28,11 +28,11 @@ TURNS = (
 )
 _COLUMNS = 96
 _CONTROL = re.compile(r"(\x1b\[\d*[AK]|\x1b\[\?\d+[hl]|\r|\n)")
-_FONT = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # rich would fetch it from a network host
+_FONT = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # rich would load the font from the network
 
 
 def run(arguments: list[str], turns: tuple[str, ...] = ()) -> str:
-    """Run `qwen3` in a terminal, say the turns, and give what it shows."""
+    """Run `qwen3` in a terminal, type the turns, and return its output."""
     pid, terminal = pty.fork()
     if pid == 0:
         os.environ.update(TERM="xterm-256color", COLUMNS=str(_COLUMNS))
@@ -53,12 +53,12 @@ def run(arguments: list[str], turns: tuple[str, ...] = ()) -> str:
 
 
 def read(terminal: int, until: str | None) -> str:
-    """Read what a terminal shows, to its end or to these words at the end of it."""
+    """Read the output of a terminal until it ends, or until it ends with `until`."""
     shown = b""
     while until is None or not shown.decode(errors="replace").endswith(until):
         try:
             piece = os.read(terminal, 4096)
-        except OSError:  # Linux's way to say that the terminal was closed
+        except OSError:  # on Linux: the terminal was closed
             break
         if not piece:
             break
@@ -67,7 +67,7 @@ def read(terminal: int, until: str | None) -> str:
 
 
 def settled(shown: str) -> str:
-    """Give the lines as they stand in the end: what was erased and written anew is gone."""
+    """Return the final lines of a terminal's output, without text that was erased."""
     lines, row = [""], 0
     for piece in _CONTROL.split(shown):
         if piece == "\n":
@@ -83,13 +83,13 @@ def settled(shown: str) -> str:
 
 
 def main() -> None:
-    """Write the picture."""
+    """Write the picture as SVG."""
     console = Console(record=True, width=_COLUMNS, file=io.StringIO())
-    talking = sys.argv[2:] == ["chat"]
-    for arguments in [["chat"]] if talking else COMMANDS:
+    is_chat = sys.argv[2:] == ["chat"]
+    for arguments in [["chat"]] if is_chat else COMMANDS:
         words = " ".join(f'"{word}"' if " " in word else word for word in arguments)
         console.print(Text(f"$ qwen3 {words}", style="bold green"))
-        shown = settled(run(arguments, TURNS if talking else ()))
+        shown = settled(run(arguments, TURNS if is_chat else ()))
         console.print(Text.from_ansi(shown))
     picture = console.export_svg(title="qwen3")
     Path(sys.argv[1]).write_text(_FONT.sub("", picture), encoding="utf-8")

@@ -1,17 +1,17 @@
 #!/bin/sh
-# Make .venv and install this project into it: scripts/venv.sh runtime|server|dev
-# List the interpreters that could serve, "VERSION PATH", lowest first: scripts/venv.sh pythons
+# Create .venv and install this project into it: scripts/venv.sh runtime|server|dev
+# List the usable interpreters, "VERSION PATH", lowest version first: scripts/venv.sh pythons
 #
-# .venv/.ready says for which folder, pyproject.toml and kind of use that was done; while it still
-# holds, nothing is done. .venv/.unfinished stands while work goes on: whoever finds it finds a
-# .venv that was interrupted, and makes it anew. PYTHON=... names the interpreter to take; else it
-# is the newest one, from 3.11 up. uv does the work where it is installed, else venv and pip do.
+# .venv/.ready records the folder, pyproject.toml and kind of use of the installation; while they
+# match, nothing is done. .venv/.unfinished exists while the script works: a .venv that still has it
+# was interrupted and is created again. PYTHON=... names the interpreter; the default is the newest
+# one from 3.11 up. uv does the work if it is installed, otherwise venv and pip do.
 
 set -eu
 CDPATH='' cd -- "$(dirname -- "$0")/.."
 trap 'exit 130' HUP INT TERM
 
-# What an interpreter says about itself: fit, bare (has no venv), rosetta or old; version; path.
+# Prints the verdict on an interpreter (fit, bare: no venv module, rosetta, old), version and path.
 probe='
 import platform, sys
 verdict = "fit"
@@ -37,14 +37,14 @@ refuse() {
 
 have_uv() { uv --version >/dev/null 2>&1; }
 
-ask() { "$1" -c "$probe" </dev/null 2>/dev/null; }
+run_probe() { "$1" -c "$probe" </dev/null 2>/dev/null; }
 
 on_mac() { [ "$(uname -s)" = Darwin ]; }
 
 # MLX has builds for Apple silicon with macOS 14 or later, and for Linux.
 check_machine() {
     if on_mac; then
-        # A terminal under Rosetta says x86_64 on Apple silicon as well; sysctl knows better.
+        # Under Rosetta, uname says x86_64 on Apple silicon as well; sysctl says what it is.
         [ "$(uname -m)" = arm64 ] ||
             [ "$(PATH=$PATH:/usr/sbin sysctl -n hw.optional.arm64 2>/dev/null)" = 1 ] ||
             refuse "This Mac has an Intel processor; MLX needs Apple silicon (M1 or later)."
@@ -71,12 +71,12 @@ candidates() {
     command -v python || :
 }
 
-# Set verdict, version and path to those of the first candidate that is fit (for uv, bare will do),
-# or else of the first.
+# Set verdict, version and path to those of the first fit candidate (bare is enough for uv), or else
+# to those of the first candidate.
 find_python() {
     verdict=none version='' path=''
     while IFS= read -r candidate; do
-        answer=$(ask "$candidate") || continue
+        answer=$(run_probe "$candidate") || continue
         read -r found_verdict found_version found_path <<ANSWER
 $answer
 ANSWER
@@ -106,10 +106,10 @@ refuse_python() {
     esac
 }
 
-# One line for each minor version, the first of its candidates that is fit (for uv, bare will do).
+# Print one line per minor version: its first fit candidate (bare is enough for uv).
 list_pythons() {
     candidates | while IFS= read -r candidate; do
-        answer=$(ask "$candidate") || continue
+        answer=$(run_probe "$candidate") || continue
         case $answer in
         fit*) say "${answer#* }" ;;
         bare*) ! have_uv || say "${answer#* }" ;;
@@ -117,14 +117,14 @@ list_pythons() {
     done | sort -t . -k 2,2n -u
 }
 
-# Say whether the .venv that is there can be used: finished, of a fitting Python (of the wished one,
-# if one is wished), and with something to install with. It need not be of our making.
+# Succeed if the existing .venv can be used: finished, of a fit Python (of PYTHON, if that is set),
+# and with an installer. It need not have been created by this script.
 usable() {
-    [ ! -e .venv/.unfinished ] && answer=$(ask .venv/bin/python) || return 1
+    [ ! -e .venv/.unfinished ] && answer=$(run_probe .venv/bin/python) || return 1
     case $answer in old* | rosetta*) return 1 ;; esac
     if [ -n "${PYTHON:-}" ]; then
-        wished=$(ask "$PYTHON") || return 1
-        [ "$(say "$answer" | cut -d ' ' -f 2)" = "$(say "$wished" | cut -d ' ' -f 2)" ] || return 1
+        wanted=$(run_probe "$PYTHON") || return 1
+        [ "$(say "$answer" | cut -d ' ' -f 2)" = "$(say "$wanted" | cut -d ' ' -f 2)" ] || return 1
     fi
     have_uv || .venv/bin/python -m pip --version >/dev/null 2>&1
 }
@@ -136,17 +136,17 @@ make_venv() {
     mkdir .venv
     : >.venv/.unfinished
     if ! have_uv; then
-        say "Making .venv with $path ($version) ..."
-        "$path" -m venv .venv || refuse "That did not work; is $path whole?"
+        say "Creating .venv with $path ($version) ..."
+        "$path" -m venv .venv || refuse "Creating .venv failed; is $path a complete Python?"
     elif [ "$verdict" = fit ]; then
-        say "Making .venv with uv and $path ($version) ..."
+        say "Creating .venv with uv and $path ($version) ..."
         uv venv --quiet --allow-existing --python "$path" .venv
     else
-        say "Making .venv with uv and a Python of its own ..."
+        say "Creating .venv with uv and a Python of its own ..."
         # Not the newest of all: 3.15 still lacks some wheels.
         uv venv --quiet --allow-existing --python-preference only-managed \
             --python '>=3.11,<3.15' .venv || refuse_python
-        answer=$(ask .venv/bin/python) || answer='not at work'
+        answer=$(run_probe .venv/bin/python) || answer='does not run'
         case $answer in
         fit* | bare*) ;;
         *) refuse "uv's Python does not fit ($answer); name one that does: make PYTHON=..." ;;
@@ -154,8 +154,8 @@ make_venv() {
     fi
 }
 
-# A line every ten seconds, for as long as this script runs: the installers are quiet.
-show_life() {
+# Print a line every ten seconds while this script runs: the installers are quiet.
+show_progress() {
     seconds=0
     while sleep 10 >/dev/null 2>&1 && kill -0 "$$" 2>/dev/null; do
         seconds=$((seconds + 10))
@@ -181,7 +181,7 @@ pythons)
     ;;
 *) refuse "usage: scripts/venv.sh runtime|server|dev|pythons" ;;
 esac
-on_mac || extras="${extras:+$extras,}cpu" # which is MLX's backend there
+on_mac || extras="${extras:+$extras,}cpu" # MLX's backend on Linux
 target=.${extras:+[$extras]}
 state="$(pwd -P) $(cksum <pyproject.toml)"
 ready=$(cat .venv/.ready 2>/dev/null) || ready=''
@@ -197,13 +197,13 @@ if ! usable; then make_venv; fi
 : >.venv/.unfinished
 rm -f .venv/.ready
 say "Installing qwen3-mlx into .venv$tools (a minute or two) ..."
-show_life &
-life=$!
-# Not TERM, which is lost between the fork and the reset of the traps above.
-trap 'kill -KILL "$life" 2>/dev/null || :' EXIT
+show_progress &
+progress=$!
+# KILL, because TERM is lost between the fork and the reset of the traps above.
+trap 'kill -KILL "$progress" 2>/dev/null || :' EXIT
 if ! install "$target"; then
-    rm .venv/.unfinished # failed, but not interrupted: the next run goes on from here
-    refuse "The installation failed; what is above says why."
+    rm .venv/.unfinished # failed, but not interrupted: the next run resumes with this .venv
+    refuse "The installation failed; see the errors above."
 fi
 say "$state $1" >.venv/.ready
 rm .venv/.unfinished

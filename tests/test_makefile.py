@@ -139,7 +139,7 @@ def test_a_native_python_is_taken_before_a_newer_intel_one(machine: Machine) -> 
     machine.python("python3.11", "3.11.9")
     result = machine.run()
     assert result.returncode == 0
-    assert f"Making .venv with {machine.bin}/python3.11 (3.11.9) ..." in result.stdout
+    assert f"Creating .venv with {machine.bin}/python3.11 (3.11.9) ..." in result.stdout
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_the_newest_python_is_taken_and_what_does_not_run_is_passed_over(machine
     machine.python("python3.11", "3.11.7")
     result = machine.run()
     assert result.returncode == 0, result.stderr
-    making = f"Making .venv with {machine.bin}/python3.13 (3.13.0) ...\n"
+    making = f"Creating .venv with {machine.bin}/python3.13 (3.13.0) ...\n"
     assert result.stdout == making + _INSTALLING
     assert result.stderr == ""
 
@@ -190,7 +190,7 @@ def test_a_python_of_pyenv_is_found(machine: Machine, tmp_path: Path) -> None:
     pyenv.mkdir(parents=True)
     machine.python("python3", "3.12.1")
     (machine.bin / "python3").rename(pyenv / "python")
-    assert f"Making .venv with {pyenv}/python (3.12.1)" in machine.run(HOME=str(home)).stdout
+    assert f"Creating .venv with {pyenv}/python (3.12.1)" in machine.run(HOME=str(home)).stdout
 
 
 def test_the_wished_python_is_taken(machine: Machine) -> None:
@@ -247,11 +247,11 @@ def test_an_interrupted_venv_does_not_count(machine: Machine) -> None:
     assert (machine.project / ".venv" / "bin" / "python").exists()
 
     machine.python("python3.12", "3.12.4", pip='[ ! -e "$FAKES/interrupt" ] || kill -TERM $PPID')
-    assert machine.run().stdout.startswith("Making .venv with")
+    assert machine.run().stdout.startswith("Creating .venv with")
     (machine.bin / "interrupt").touch()
     assert machine.run("dev").returncode == 130  # on the way from the one kind to the other
     (machine.bin / "interrupt").unlink()
-    assert machine.run().stdout.startswith("Making .venv with")
+    assert machine.run().stdout.startswith("Creating .venv with")
 
 
 def test_a_failed_installation_is_tried_again(machine: Machine) -> None:
@@ -271,7 +271,7 @@ def test_a_long_installation_shows_that_it_goes_on(machine: Machine) -> None:
     machine.python("python3.12", "3.12.4", pip=f'while [ ! -e "{slept}" ]; do :; done')
     result = machine.run()
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"Making .venv with {machine.bin}/python3.12 (3.12.4) ...\n")
+    assert result.stdout.startswith(f"Creating .venv with {machine.bin}/python3.12 (3.12.4) ...\n")
     assert "  still installing, 10 s ...\n" in result.stdout
 
 
@@ -286,7 +286,7 @@ def test_a_venv_of_somebody_else_is_used_unless_it_is_too_old(machine: Machine) 
     own.mkdir(parents=True)
     machine.python("python3.9", "3.9.18", "old")
     shutil.copy(machine.bin / "python3.9", own / "python")
-    assert machine.run().stdout.startswith("Making .venv with")
+    assert machine.run().stdout.startswith("Creating .venv with")
 
 
 def test_a_venv_that_nothing_can_install_into_is_made_anew(machine: Machine) -> None:
@@ -296,14 +296,14 @@ def test_a_venv_that_nothing_can_install_into_is_made_anew(machine: Machine) -> 
     own.mkdir(parents=True)
     machine.command("python", 'case $1 in -c) echo "fit 3.12.4 $0" ;; *) exit 1 ;; esac')
     (machine.bin / "python").rename(own / "python")
-    assert machine.run().stdout.startswith("Making .venv with")
+    assert machine.run().stdout.startswith("Creating .venv with")
 
 
 def test_a_venv_whose_python_is_gone_is_made_anew(machine: Machine) -> None:
     machine.python("python3.12", "3.12.4")
     machine.run()
     (machine.project / ".venv" / "bin" / "python").unlink()
-    assert machine.run().stdout.startswith("Making .venv with")
+    assert machine.run().stdout.startswith("Creating .venv with")
 
 
 def test_uv_does_the_work_where_it_is(machine: Machine) -> None:
@@ -311,7 +311,7 @@ def test_uv_does_the_work_where_it_is(machine: Machine) -> None:
     machine.command("uv", _UV.format(python="python3"))
     result = machine.run("dev")
     assert result.returncode == 0, result.stderr
-    assert f"Making .venv with uv and {machine.bin}/python3 (3.12.3) ..." in result.stdout
+    assert f"Creating .venv with uv and {machine.bin}/python3 (3.12.3) ..." in result.stdout
     commands = machine.installed()
     assert f"uv venv --quiet --allow-existing --python {machine.bin}/python3 .venv" in commands
     assert "uv pip install --quiet --python .venv/bin/python --editable .[dev,cpu]" in commands
@@ -347,7 +347,7 @@ def test_uv_brings_a_python_where_there_is_none(machine: Machine) -> None:
     machine.command("uv", _UV.format(python="own"))
     result = machine.run()
     assert result.returncode == 0, result.stderr
-    assert "Making .venv with uv and a Python of its own ..." in result.stdout
+    assert "Creating .venv with uv and a Python of its own ..." in result.stdout
     assert any("--python >=3.11,<3.15 .venv" in command for command in machine.installed())
 
 

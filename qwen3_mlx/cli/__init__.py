@@ -1,0 +1,1 @@
+"""The `qwen3` command: one module per subcommand."""

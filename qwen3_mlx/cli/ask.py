@@ -1,4 +1,4 @@
-"""`qwen3 "prompt"`: one question, one streamed answer."""
+"""`qwen3 "prompt"`: answers one prompt, streamed."""
 
 import signal
 import sys
@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-import qwen3_mlx  # whose names resolve on first use
+import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx import backend
 from qwen3_mlx.cli.console import YARN_NOTE, Bar, note, stderr_text
 from qwen3_mlx.cli.error_wording import WrongUsage
@@ -43,7 +43,7 @@ from qwen3_mlx.text.events import Finish, Reasoning, Text
 
 _DEMO_NOTE = (
     "This is the embedded demo model: it adds, repeats, counts and reverses. "
-    'For the real one: qwen3 --model 8B "..."'
+    'For a real model: qwen3 --model 8B "..."'
 )
 _CLOSED_BY = {
     "budget": "its budget",
@@ -57,7 +57,11 @@ def ask(  # noqa: PLR0913 - one parameter an option
     ctx: typer.Context,
     prompt: Annotated[
         str | None,
-        typer.Argument(help="What to say; text piped in follows it.", show_default=False),
+        typer.Argument(
+            metavar="PROMPT",
+            help="Prompt for the model; piped text is appended.",
+            show_default=False,
+        ),
     ] = None,
     model: Model = None,
     revision: Revision = None,
@@ -84,7 +88,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
 ) -> int:
     """Send PROMPT to the model and stream the answer.
 
-    The answer alone goes to stdout; thinking and notes go to stderr.
+    Only the answer goes to stdout; thinking and notes go to stderr.
     """
     sampling = SamplingParams(
         temperature=temperature,
@@ -94,7 +98,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
         presence_penalty=presence_penalty,
     )
     messages = [{"role": "system", "content": system}] if system else []
-    if ctx.args:  # which are the words after the first
+    if ctx.args:  # the words after the first
         words = " ".join([prompt or "", *ctx.args])
         raise WrongUsage(f'put the prompt in quotes: qwen3 "{words}"')
     messages.append({"role": "user", "content": _with_piped(prompt)})
@@ -134,7 +138,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
 
 
 def _with_piped(prompt: str | None) -> str:
-    """Join the prompt and what is piped in, each of which may be missing but not both."""
+    """Return the prompt joined with the piped text; either may be missing, but not both."""
     piped = "" if sys.stdin.isatty() else sys.stdin.read().strip("\n")
     text = "\n\n".join(part for part in (prompt, piped) if part)
     if not text.strip():
@@ -143,7 +147,7 @@ def _with_piped(prompt: str | None) -> str:
 
 
 def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, float]:
-    """Write the events as they come; give the last, and the time when the first token came."""
+    """Write events as they arrive; return the last one and the time of the first token."""
     first = 0.0
     thought = answered = False
     for event in stream:
@@ -167,7 +171,7 @@ def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, f
 
 @contextmanager
 def _ctrl_c_closes(stream: "qwen3_mlx.Stream") -> Iterator[None]:
-    """End the generation on Ctrl-C, so that the stream can say what it came to."""
+    """End the generation on Ctrl-C; the stream still yields its `Finish` event."""
 
     def close(*_: object) -> None:
         stream.close()

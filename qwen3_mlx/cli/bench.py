@@ -1,4 +1,4 @@
-"""`qwen3 bench`: how fast a model is here, and beside mlx-lm on the same files."""
+"""`qwen3 bench`: measures speed and memory of a model, and compares with mlx-lm."""
 
 import json
 import time
@@ -29,7 +29,7 @@ from qwen3_mlx.model.sizes import full_name
 
 _PROMPTS, _TOGETHER, _COUNT, _MINUTES = "128,1024,4096", "2,4,8", 32, 10.0
 _TERMS = {"both": (AS_IT_COMES, EQUAL), "box": (AS_IT_COMES,), "equal": (EQUAL,)}
-_NAME, _CELL, _RATIO = 38, 14, 8  # columns of text
+_NAME, _CELL, _RATIO = 38, 14, 8  # widths of the table's columns, in characters
 _WIDE = _CELL + _RATIO
 
 _Number = Callable[[Measurement], float]
@@ -39,43 +39,45 @@ def bench(  # noqa: PLR0913 - one parameter an option
     model: ModelArgument = None,
     against: Annotated[
         str | None,
-        typer.Option("--against", help=f"Measure this, too: {PEER}.", show_default=False),
+        typer.Option("--against", help=f"Also measure this engine: {PEER}.", show_default=False),
     ] = None,
     terms: Annotated[
         str,
         typer.Option(
-            "--terms", help="Its terms: box (as it comes), equal (our dtype and BLAS), or both."
+            "--terms", help="Its settings: box (its defaults), equal (our dtype and BLAS), or both."
         ),
     ] = "both",
     prompts: Annotated[
-        str, typer.Option("--prompts", help="Lengths of prompt, in tokens, with commas.")
+        str, typer.Option("--prompts", help="Prompt lengths in tokens, comma-separated.")
     ] = _PROMPTS,
     together: Annotated[
-        str, typer.Option("--together", help="Numbers of sequences at once, with commas.")
+        str, typer.Option("--together", help="Batch sizes, comma-separated.")
     ] = _TOGETHER,
     count: Annotated[
-        int, typer.Option("--decode", min=2, help="Steps of decoding to take the median of.")
+        int, typer.Option("--decode", min=2, help="Decode steps to take the median of.")
     ] = _COUNT,
     repeats: Annotated[
-        int, typer.Option("--repeats", min=1, help="Runs of each side, in turn; medians count.")
+        int,
+        typer.Option("--repeats", min=1, help="Runs per engine, alternating; medians are shown."),
     ] = 1,
     minutes: Annotated[
-        float, typer.Option("--minutes", min=0.01, help="The most time for one run of a side.")
+        float, typer.Option("--minutes", min=0.01, help="Time limit of one run of an engine.")
     ] = _MINUTES,
     plot: Annotated[
         Path | None,
-        typer.Option("--plot", help="Draw it, too: a .png or .svg file.", show_default=False),
+        typer.Option("--plot", help="Also draw a plot: a .png or .svg file.", show_default=False),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure how fast MODEL reads and decodes here, and what memory it takes.
+    """Measure prefill and decode speed and memory of MODEL on this machine.
 
-    Each side runs in a process of its own, the cheapest cases first; what its
-    time does not suffice for is left open. The prompts are random tokens.
-    [bold]qwen3 bench 8B --against mlx-lm[/bold]   beside mlx-lm, as it comes and on equal terms.
+    Each engine runs in its own process, the cheapest cases first; cases beyond
+    its time limit are left open. The prompts are random tokens.
+
+    [bold]qwen3 bench 8B --against mlx-lm[/bold]   compare with mlx-lm.
     """
     if against not in (None, PEER):
-        raise ValueError(f"--against knows {PEER}, not {against!r}")
+        raise ValueError(f"--against must be {PEER}, not {against!r}")
     if terms not in _TERMS:
         raise ValueError(f"--terms must be one of {', '.join(_TERMS)}, not {terms!r}")
     if plot:
@@ -85,18 +87,18 @@ def bench(  # noqa: PLR0913 - one parameter an option
     config, stored = ModelConfig.from_dict(content), formats_stored(content, folder)
     lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
     cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))
-    ways = _TERMS[terms] if against else ()
+    peer_terms = _TERMS[terms] if against else ()
     shared = [case for case in cases if not case.special]
-    interrupt.unwind()  # so that the sides' processes end, too
+    interrupt.unwind()  # so that the engines' processes end, too
     with Bar("measuring") as bar:
         results = compare(
             str(folder),
             cases,
             count,
-            against=ways,
+            against=peer_terms,
             repeats=repeats,
             seconds=60 * minutes,
-            told=lambda done: bar(done, repeats * (len(cases) + len(ways) * len(shared))),
+            told=lambda done: bar(done, repeats * (len(cases) + len(peer_terms) * len(shared))),
         )
     facts = {
         "model": model or "demo",
@@ -109,7 +111,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
     if plot:
         draw_speeds(plot, _title(facts), list(_panels(cases, results)))
     if as_json:
-        print(json.dumps(facts | {"sides": _everything(results, shares)}, indent=1))
+        print(json.dumps(facts | {"sides": _as_json(results, shares)}, indent=1))
     else:
         print(
             "\n".join(
@@ -125,13 +127,13 @@ def bench(  # noqa: PLR0913 - one parameter an option
 
 
 def _folder(model: str | None) -> Path:
-    """Find a checkpoint's files, and have them fetched if they are not here."""
+    """Return the folder of a checkpoint, downloading it if it is not on disk."""
     if model is None:
         return Path(str(files("qwen3_mlx") / "demo"))
     with Bar("downloading", in_bytes=True) as bar:
         source = Source(full_name(model), progress=bar)
         folder, content = read_config(source)
-        formats_stored(content, folder)  # what must be converted is refused before it is fetched
+        formats_stored(content, folder)  # refuse unsupported weights before downloading them
         return fetch_weights(source, folder)
 
 
@@ -141,22 +143,22 @@ def _numbers(option: str, text: str) -> list[int]:
     except ValueError:
         numbers = [0]
     if numbers[0] < 1:
-        raise ValueError(f"{option} must be numbers from 1 up, with commas, not {text!r}")
+        raise ValueError(f"{option} must be comma-separated numbers of at least 1, not {text!r}")
     return numbers
 
 
-def _lengths(text: str, most: int) -> list[int]:
-    """Read the lengths of prompts; of the default ones, those that the context has room for."""
+def _lengths(text: str, longest: int) -> list[int]:
+    """Parse the prompt lengths; of the defaults, keep those that the context has room for."""
     lengths = _numbers("--prompts", text)
     if text == _PROMPTS:
-        lengths = [length for length in lengths if length <= most] or [max(most, 1)]
-    if lengths[-1] > most:
-        raise ValueError(f"--prompts {lengths[-1]} is too long: the context has room for {most}")
+        lengths = [length for length in lengths if length <= longest] or [max(longest, 1)]
+    if lengths[-1] > longest:
+        raise ValueError(f"--prompts {lengths[-1]} is too long: the context has room for {longest}")
     return lengths
 
 
 def _rows(cases: Sequence[Case]) -> Iterator[tuple[str, str, Case, _Number, bool]]:
-    """Give the table's rows: group, label, case, number, and whether more of it is better."""
+    """Yield the table's rows: group, label, case, number, and whether higher is better."""
     alone = [case for case in cases if case.sequences == 1 and not case.kept]
     plain = [case for case in alone if not case.special]
     several = [case for case in cases if case.sequences > 1]
@@ -186,7 +188,7 @@ def _rows(cases: Sequence[Case]) -> Iterator[tuple[str, str, Case, _Number, bool
 
 
 def _how(case: Case) -> str:
-    """Say what is not as usual about a case."""
+    """Return a label of the special settings of a case."""
     bits = f", {case.kv_bits}-bit cache" if case.kv_bits else ""
     return bits + (", copying" if case.copying else "")
 
@@ -194,9 +196,9 @@ def _how(case: Case) -> str:
 def _shares_of_bandwidth(
     config: ModelConfig, stored: FormatOf | None, result: TargetResult
 ) -> dict[Case, float]:
-    """Say how near passes come to reading weights and cache as fast as the memory gives them.
+    """Compute the share of the memory bandwidth that decode uses to read weights and cache.
 
-    The memory's speed is what was measured here; with speculation a pass gives several tokens.
+    The bandwidth is the measured one. With speculation a forward pass yields several tokens.
     """
     if not result.terms:
         return {}
@@ -208,8 +210,8 @@ def _shares_of_bandwidth(
                 itemsize=getattr(mx, result.terms.dtype).size,
                 cache=cache_format(case.kv_bits, config.head_dim),
             )
-            held = stored if stored and result.terms.quantized else lambda _: None
-            moved = bytes_a_token(config, held, work)
+            formats = stored if stored and result.terms.quantized else lambda _: None
+            moved = bytes_a_token(config, formats, work)
             shares[case] = figures.decode / figures.a_pass * moved / result.bandwidth
     return shares
 
@@ -222,7 +224,7 @@ def _table(
     if peers:
         yield " " * (_NAME + _CELL) + "".join(f"{way:>{_WIDE}}" for _, _, way in peers)
     group = ""
-    for heading, label, case, number, more_is_better in _rows(cases):
+    for heading, label, case, number, higher_is_better in _rows(cases):
         if heading != group:
             yield heading
             group = heading
@@ -230,22 +232,22 @@ def _table(
             number(result.figures[case]) if case in result.figures else None
             for result in results.values()
         ]
-        yield _line(label, numbers, more_is_better=more_is_better)
+        yield _line(label, numbers, higher_is_better=higher_is_better)
     held = [result.weights / 1e9 or None for result in results.values()]
-    yield _line("weights", held, more_is_better=False)
+    yield _line("weights", held, higher_is_better=False)
     yield "decode, % of what memory's bandwidth allows"
     for case in (case for case in cases if case in shares):
         label = f"after {case.prompt:,}{_how(case)}"
-        yield _line(label, [100 * shares[case]], more_is_better=True)
+        yield _line(label, [100 * shares[case]], higher_is_better=True)
 
 
-def _line(label: str, numbers: Sequence[float | None], *, more_is_better: bool) -> str:
+def _line(label: str, numbers: Sequence[float | None], *, higher_is_better: bool) -> str:
     own, *others = numbers
     line = f"  {label:{_NAME - 2}}{_shown(own):>{_CELL}}"
     for other in others:
         ratio = ""
         if own and other:
-            ratio = f"{own / other if more_is_better else other / own:.2f}x"
+            ratio = f"{own / other if higher_is_better else other / own:.2f}x"
         line += f"{_shown(other):>{_CELL}}{ratio:>{_RATIO}}"
     return line.rstrip()
 
@@ -266,7 +268,7 @@ def _notes(
             as_it_comes = " (as it comes)" if name.endswith(EQUAL) and result.is_default else ""
             yield f"{name}: {terms.dtype}, {held}{blas}{as_it_comes}."
         if len(result.figures) < sum(name == OURS or not case.special for case in cases):
-            yield f"{name}: - is what {minutes:g} minutes did not suffice for (see --minutes)."
+            yield f"{name}: - was not measured within {minutes:g} minutes (see --minutes)."
     own = results[OURS]
     for case in (case for case in own.figures if case.copying):
         yield f"Copying: {own.figures[case].a_pass:.1f} tokens a forward pass, by lookup."
@@ -282,13 +284,13 @@ def _title(facts: Mapping[str, Any]) -> str:
 
 def _panels(cases: Sequence[Case], results: Mapping[str, TargetResult]) -> Iterator[Panel]:
     def lines(
-        number: _Number, wanted: Callable[[Case], bool], place: str
+        number: _Number, included: Callable[[Case], bool], key: str
     ) -> dict[str, dict[int, float]]:
         return {
             name: {
-                getattr(case, place): number(result.figures[case])
+                getattr(case, key): number(result.figures[case])
                 for case in cases
-                if wanted(case) and case in result.figures
+                if included(case) and case in result.figures
             }
             for name, result in results.items()
         }
@@ -306,9 +308,7 @@ def _panels(cases: Sequence[Case], results: Mapping[str, TargetResult]) -> Itera
     yield Panel(f"decode after {shortest:,}, tokens/s", "sequences together", together)
 
 
-def _everything(
-    results: Mapping[str, TargetResult], shares: Mapping[Case, float]
-) -> dict[str, Any]:
+def _as_json(results: Mapping[str, TargetResult], shares: Mapping[Case, float]) -> dict[str, Any]:
     return {
         name: {
             "terms": asdict(result.terms) if result.terms else None,

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 
 import typer
 
-import qwen3_mlx  # whose names resolve on first use
+import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.arguments import refuse_deferred
 from qwen3_mlx.cli.console import YARN_NOTE, note
 from qwen3_mlx.cli.load_options import (
@@ -48,24 +48,25 @@ from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Finish, Usage
 
-_PROMPT, _MORE = "> ", ". "
+_PROMPT, _CONTINUATION_PROMPT = "> ", ". "
 _HELP = """\
-/think, /nothink    think before answers, or answer at once
-/budget N           think at most N tokens; /budget alone lifts it
-/tools FILE.py      let the model call the functions of a file; /tools alone takes them away
-/system TEXT        set the system prompt; alone, remove it
-/retry              reply to the last words anew
-/edit TEXT          say TEXT in place of the last words
-/save FILE, /load FILE
+/think, /nothink    turn thinking on or off
+/budget N           limit thinking to N tokens; /budget alone removes the limit
+/tools FILE.py      let the model call the functions in a file; /tools alone removes them
+/system TEXT        set the system prompt; /system alone removes it
+/retry              generate the last reply again
+/edit TEXT          replace the last message with TEXT and reply to it
+/save FILE          save the conversation
+/load FILE          load a saved conversation
 /stats              tokens and speed so far
-/exit               or Ctrl-D
+/exit               leave the chat, as does Ctrl-D
 Enter while it thinks: answer now. Ctrl-C: stop the answer.
-A line that ends with \\ goes on; \"\"\" begins and ends a text of several lines."""
+A line that ends with \\ continues; \"\"\" begins and ends a text of several lines."""
 
 
 @dataclass(slots=True)
 class _SessionStats:
-    """What the replies so far took."""
+    """Token counts and seconds of the replies so far."""
 
     replies: int = 0
     prompt: int = 0
@@ -85,8 +86,8 @@ class _SessionStats:
     def __str__(self) -> str:
         speed = self.completion / self.seconds if self.seconds else 0.0
         return (
-            f"{self.replies} replies · {self.prompt:,} prompt tokens, {self.cached:,} kept · "
-            f"{self.completion:,} tokens said, {self.reasoning:,} of them thinking · "
+            f"{self.replies} replies · {self.prompt:,} prompt tokens, {self.cached:,} cached · "
+            f"{self.completion:,} reply tokens, {self.reasoning:,} thinking · "
             f"{speed:.1f} tokens/s"
         )
 
@@ -114,15 +115,15 @@ def chat(  # noqa: PLR0913 - one parameter an option
     presence_penalty: PresencePenalty = None,
     file: Annotated[
         Path | None,
-        typer.Option("--load", help="Go on with a saved conversation.", show_default=False),
+        typer.Option("--load", help="Continue a saved conversation.", show_default=False),
     ] = None,
     hide_thinking: HideThinking = False,
     quiet: Quiet = False,
 ) -> None:
-    """Talk with a model, turn by turn; /help tells the commands.
+    """Chat with a model in the terminal; /help lists the commands.
 
-    The time after an answer is used to prepare for the next, so it begins at once. Piped lines are
-    turns, too.
+    The idle time after an answer prefills the next turn, so that its answer
+    starts at once. Each line of piped input is a turn.
     """
     sampling = SamplingParams(
         temperature=temperature,
@@ -163,7 +164,7 @@ def chat(  # noqa: PLR0913 - one parameter an option
             try:
                 if not session.take(line):
                     break
-            except BrokenPipeError:  # nobody reads on
+            except BrokenPipeError:  # the reader of stdout is gone
                 break
             except (Qwen3Error, ValueError, TypeError, OSError) as error:
                 note(f"qwen3: {error}")
@@ -171,15 +172,15 @@ def chat(  # noqa: PLR0913 - one parameter an option
 
 def _greet(model: str | None, *, yarn: bool) -> None:
     if model is None:
-        note("This is the embedded demo model; for the real one: qwen3 chat --model 8B")
+        note("This is the embedded demo model; for a real model: qwen3 chat --model 8B")
     if yarn:
         note(YARN_NOTE)
     if sys.stdin.isatty():
-        note("/help tells the commands; Ctrl-D ends.")
+        note("/help lists the commands; Ctrl-D ends the chat.")
 
 
 class _Session:
-    """What one run of the command holds."""
+    """State of one chat: the model, the conversation, its tools and its statistics."""
 
     conversation: "qwen3_mlx.Conversation"
 
@@ -198,7 +199,7 @@ class _Session:
         self._functions: list[Callable[..., Any]] = []
 
     def take(self, line: str) -> bool:
-        """Do what a line asks for, and say whether to go on."""
+        """Run one line of input: a command or a message. Return False to end the chat."""
         words = line.strip()
         command, _, rest = words.partition(" ")
         if words in ("/exit", "/quit"):
@@ -206,21 +207,21 @@ class _Session:
         if not words.startswith("/") or (command in ("/think", "/no_think") and rest):
             if words:
                 self._reply(lambda: self.conversation.stream(line))
-        elif (do := getattr(self, f"_do_{command[1:]}", None)) is not None:
-            do(rest.strip())
+        elif (run := getattr(self, f"_do_{command[1:]}", None)) is not None:
+            run(rest.strip())
         else:
-            note(f"There is no {command}; /help tells the commands.")
+            note(f"There is no command {command}; /help lists the commands.")
         return True
 
     def _reply(self, start: "Callable[[], qwen3_mlx.Stream]") -> None:
-        """Show a reply, and those that follow from calls of tools."""
+        """Show a reply, run the tools it calls, and show the replies to their results."""
         finish = self._show(start())
         while finish.reason == "tool_calls" and self._functions:
             self.conversation.answer_calls(self._functions)
             finish = self._show(self.conversation.stream())
-        for words in (_about(finish, self._max_tokens), finish.details.get("warning")):
-            if words and not self._quiet:
-                note(words)
+        for remark in (_remarks(finish, self._max_tokens), finish.details.get("warning")):
+            if remark and not self._quiet:
+                note(remark)
 
     def _show(self, stream: "qwen3_mlx.Stream") -> Finish:
         started = time.monotonic()
@@ -229,7 +230,7 @@ class _Session:
         self._stats.add(finish.usage, time.monotonic() - started)
         return finish
 
-    # --- commands: the words after each ---------------------------------------------------------
+    # --- commands: `_do_NAME` gets the text after /NAME -----------------------------------------
 
     def _do_help(self, _: str) -> None:
         note(_HELP)
@@ -240,49 +241,49 @@ class _Session:
     def _do_nothink(self, _: str) -> None:
         self._set_thinking(False)
 
-    def _set_thinking(self, wish: bool) -> None:
-        self._llm.thinking.resolve(wish)
-        self.conversation.options["thinking"] = wish
-        if not wish:
+    def _set_thinking(self, on: bool) -> None:
+        self._llm.thinking.resolve(on)
+        self.conversation.options["thinking"] = on
+        if not on:  # a budget without thinking is refused
             self.conversation.options["thinking_budget"] = None
-        note("Thinking is on." if wish else "Thinking is off.")
+        note("Thinking is on." if on else "Thinking is off.")
 
-    def _do_budget(self, words: str) -> None:
-        if words and not words.isdigit():
-            raise ValueError(f"/budget takes a number of tokens, not {words!r}")
-        self.conversation.options["thinking_budget"] = int(words) if words else None
-        if words and self.conversation.options.get("thinking") is False:
+    def _do_budget(self, text: str) -> None:
+        if text and not text.isdigit():
+            raise ValueError(f"/budget takes a number of tokens, not {text!r}")
+        self.conversation.options["thinking_budget"] = int(text) if text else None
+        if text and self.conversation.options.get("thinking") is False:
             self.conversation.options["thinking"] = None
-        note(f"Thinking takes at most {words} tokens." if words else "Thinking has no budget.")
+        note(f"Thinking takes at most {text} tokens." if text else "Thinking has no budget.")
 
-    def _do_tools(self, words: str) -> None:
-        self._functions = functions_in(Path(shlex.split(words)[0]).expanduser()) if words else []
+    def _do_tools(self, text: str) -> None:
+        self._functions = functions_in(Path(shlex.split(text)[0]).expanduser()) if text else []
         self.conversation.options["tools"] = self._functions or None
         names = ", ".join(function.__name__ for function in self._functions)
         note(f"The model may call {names}." if names else "No tools.")
 
-    def _do_system(self, words: str) -> None:
+    def _do_system(self, text: str) -> None:
         messages = self.conversation.messages
         if messages and messages[0]["role"] == "system":
             del messages[0]
-        if words:
-            messages.insert(0, {"role": "system", "content": words})
-        note("The system prompt is set." if words else "No system prompt.")
+        if text:
+            messages.insert(0, {"role": "system", "content": text})
+        note("The system prompt is set." if text else "No system prompt.")
 
     def _do_retry(self, _: str) -> None:
         self._reply(self.conversation.retry)
 
-    def _do_edit(self, words: str) -> None:
-        if not words:
-            raise ValueError("/edit takes the words to say instead")
-        self._reply(lambda: self.conversation.edit(words))
+    def _do_edit(self, text: str) -> None:
+        if not text:
+            raise ValueError("/edit takes the new text of the last message")
+        self._reply(lambda: self.conversation.edit(text))
 
-    def _do_save(self, words: str) -> None:
-        self.conversation.save(_file(words, "/save"))
-        note(f"Saved: {words}")
+    def _do_save(self, text: str) -> None:
+        self.conversation.save(_file(text, "/save"))
+        note(f"Saved: {text}")
 
-    def _do_load(self, words: str) -> None:
-        self.conversation.messages = self._llm.conversation(file=_file(words, "/load")).messages
+    def _do_load(self, text: str) -> None:
+        self.conversation.messages = self._llm.conversation(file=_file(text, "/load")).messages
         note(f"{len(self.conversation.messages)} messages.")
 
     def _do_stats(self, _: str) -> None:
@@ -290,15 +291,17 @@ class _Session:
 
 
 def functions_in(file: Path) -> list[Callable[..., Any]]:
-    """Give the functions that a Python file of the user's own defines, but those named _so.
+    """Return the functions that a Python file of the user defines, except those named `_...`.
+
+    Runs the file.
 
     Raises:
-        Qwen3Error: it cannot be run, or has none.
-        TypeError: one of them is async or a generator.
+        Qwen3Error: the file cannot be run, or defines no function.
+        TypeError: one of the functions is async or a generator.
     """
     spec = importlib.util.spec_from_file_location(file.stem, file)
     if spec is None or spec.loader is None or not file.is_file():
-        raise Qwen3Error(f"{file} is no Python file")
+        raise Qwen3Error(f"{file} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -318,39 +321,39 @@ def functions_in(file: Path) -> list[Callable[..., Any]]:
     return found
 
 
-def _file(words: str, command: str) -> Path:
-    if not words:
+def _file(text: str, command: str) -> Path:
+    if not text:
         raise ValueError(f"{command} takes a file")
-    return Path(words).expanduser()
+    return Path(text).expanduser()
 
 
-def _about(finish: Finish, max_tokens: int | None) -> str:
-    """Say what a user would wonder about otherwise."""
+def _remarks(finish: Finish, max_tokens: int | None) -> str:
+    """Return why a reply ended early and which turns were dropped; empty for a usual reply."""
     details = finish.details
     parts = []
     if finish.reason == "length" and "ended_by" not in details:
-        short = max_tokens is not None and finish.usage.completion_tokens >= max_tokens
-        parts.append(f"cut off: {'--max-tokens' if short else 'the context window is full'}")
+        limited = max_tokens is not None and finish.usage.completion_tokens >= max_tokens
+        parts.append(f"cut off: {'--max-tokens' if limited else 'the context window is full'}")
     if finish.reason == "cancelled":
         parts.append("stopped")
     if details.get("ended_by") == "loop":
-        parts.append("stopped: it went in circles")
+        parts.append("stopped by the loop guard: the text repeated itself")
     if dropped := details.get("dropped_turns"):
         parts.append(f"the oldest turns were dropped: {dropped}")
     return " · ".join(parts)
 
 
 def _lines() -> Iterator[str]:
-    """Give what is typed or piped, a turn at a time."""
+    """Yield the typed or piped input, one turn at a time."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # a conversation outlives bytes that are no text
+        sys.stdin.reconfigure(errors="replace")  # bytes that are not text must not end the chat
     if sys.stdin.isatty():
-        import readline  # noqa: F401 - input() then knows the arrow keys, and what was typed before
+        import readline  # noqa: F401 - gives input() line editing and a history
     while True:
         try:
             line = _line(_PROMPT)
-            while line.endswith("\\") or _quoted(line):
-                line = line.removesuffix("\\") + "\n" + _line(_MORE)
+            while line.endswith("\\") or _in_quotes(line):
+                line = line.removesuffix("\\") + "\n" + _line(_CONTINUATION_PROMPT)
         except EOFError:
             return
         except KeyboardInterrupt:
@@ -361,8 +364,8 @@ def _lines() -> Iterator[str]:
         yield text[3:-3].strip("\n") if quoted else line
 
 
-def _quoted(line: str) -> bool:
-    """Say whether a text of several lines has begun and not ended."""
+def _in_quotes(line: str) -> bool:
+    """Return whether a text of several lines has begun and not ended."""
     text = line.strip()
     return text.startswith('"""') and not (len(text) >= 6 and text.endswith('"""'))
 

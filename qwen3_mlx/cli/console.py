@@ -1,4 +1,4 @@
-"""What a person sees beside the answer: thinking, progress and notes, all on stderr."""
+"""Terminal output beside the answer: thinking, progress bars and notes, all on stderr."""
 
 import os
 import sys
@@ -18,17 +18,17 @@ from rich.progress import (
 )
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
-YARN_NOTE = "YaRN is on for this context; the quality of short texts may suffer a little."
-_PATIENCE = 0.7  # seconds of work before a bar is worth showing
+YARN_NOTE = "YaRN is on for this context window; quality on short texts may be slightly lower."
+_BAR_DELAY_SECONDS = 0.7  # shorter work shows no bar
 
 
 def note(text: str) -> None:
-    """Write a line about the work."""
+    """Write a line to stderr."""
     stderr_text(f"{text}\n")
 
 
 def stderr_text(text: str) -> None:
-    """Write to stderr, dimmed where that is a terminal that shows colours."""
+    """Write to stderr, dimmed on a terminal unless NO_COLOR is set."""
     if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
         text = f"{_DIM}{text}{_PLAIN}"
     sys.stderr.write(text)
@@ -36,12 +36,12 @@ def stderr_text(text: str) -> None:
 
 
 def sized(count: int) -> str:
-    """Write a number of bytes."""
+    """Return a number of bytes in MB or GB, as text."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 class Bar:
-    """A progress bar on a terminal, shown only for work that takes a while.
+    """Progress bar on a terminal, shown only for work longer than `_BAR_DELAY_SECONDS`.
 
     Call it with (done, total), from any thread.
     """
@@ -53,12 +53,12 @@ class Bar:
         self._bar: Progress | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        """Show how far the work is; at the end the bar goes away."""
+        """Update the bar; remove it when `done` reaches `total`."""
         if done >= total:
             self.close()
         elif self._bar:
             self._bar.update(self._bar.task_ids[0], completed=done)
-        elif sys.stderr.isatty() and time.monotonic() - self._started > _PATIENCE:
+        elif sys.stderr.isatty() and time.monotonic() - self._started > _BAR_DELAY_SECONDS:
             amount = (
                 [DownloadColumn(), TransferSpeedColumn()]
                 if self._in_bytes
@@ -70,7 +70,7 @@ class Bar:
             self._bar.start()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar:
             self._bar.stop()
             self._bar = None

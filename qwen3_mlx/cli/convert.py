@@ -1,4 +1,4 @@
-"""`qwen3 convert`: any Qwen3 checkpoint as a folder for MLX, quantized."""
+"""`qwen3 convert`: converts a Qwen3 checkpoint to an MLX checkpoint, quantized or not."""
 
 import json
 from contextlib import ExitStack
@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import qwen3_mlx  # whose names resolve on first use
+import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx import interrupt
 from qwen3_mlx.checkpoint.hub import check_name, upload
 from qwen3_mlx.cli.console import Bar, note, sized
@@ -19,16 +19,21 @@ from qwen3_mlx.cli.load_options import option
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
 from qwen3_mlx.model.sizes import folder_name
 
-_FORMAT, _RECIPE, _WRITING = "Format", "Recipe", "Writing"
+_FORMAT, _RECIPE, _SOURCE, _OUTPUT = "Format", "Recipe", "Source", "Output"
 _DOWNLOADING = "downloading"
 
 
 def convert(  # noqa: PLR0913 - one parameter an option
-    source: Annotated[str, typer.Argument(help="A folder, or a hub name such as Qwen/Qwen3-8B.")],
-    output: Annotated[Path, typer.Argument(help="The folder to make.")],
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="Folder, or hub name such as Qwen/Qwen3-8B."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to create.")],
     bits: Annotated[
         int | None,
-        option("--bits", "-b", panel=_FORMAT, text="2, 3, 4, 5, 6 or 8 bits a weight; else 4."),
+        option(
+            "--bits", "-b", panel=_FORMAT, text="Bits per weight: 2, 3, 4, 5, 6 or 8 (default: 4)."
+        ),
     ] = None,
     group_size: Annotated[
         int | None,
@@ -36,23 +41,24 @@ def convert(  # noqa: PLR0913 - one parameter an option
             "--group-size",
             "-g",
             panel=_FORMAT,
-            text="Weights that share a scale: 32, 64 or 128; 64 if not given.",
+            text="Weights that share a scale: 32, 64 or 128 (default: 64).",
         ),
     ] = None,
     mode: Annotated[
-        str, option("--mode", panel=_FORMAT, text="affine (the usual), mxfp4, mxfp8 or nvfp4.")
+        str, option("--mode", panel=_FORMAT, text="affine (the default), mxfp4, mxfp8 or nvfp4.")
     ] = "affine",
     dtype: Annotated[
         str | None,
         option(
             "--dtype",
             panel=_FORMAT,
-            text="bfloat16, float16 or float32 for what is not quantized; else the source's.",
+            text="Dtype of tensors that are not quantized: bfloat16, float16 or float32 "
+            "(default: that of the source).",
         ),
     ] = None,
     dequantize: Annotated[
         bool,
-        option("--dequantize", panel=_FORMAT, text="Quantize nothing; undo what is quantized."),
+        option("--dequantize", panel=_FORMAT, text="Write floats; dequantize a quantized source."),
     ] = False,
     recipe: Annotated[
         str,
@@ -60,8 +66,9 @@ def convert(  # noqa: PLR0913 - one parameter an option
             "--recipe",
             "-r",
             panel=_RECIPE,
-            text="uniform; mixed: more bits for embedding, head, first and last layer; mixed-rich: "
-            "for attention and down_proj, too; auto: measured on text, see --target-bpw.",
+            text="uniform (the default); mixed: more bits for embedding, head, first and last "
+            "layer; mixed-rich: for attention and down_proj, too; auto: measured on text, with "
+            "--target-bpw.",
         ),
     ] = "uniform",
     target_bpw: Annotated[
@@ -69,7 +76,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
         option(
             "--target-bpw",
             panel=_RECIPE,
-            text="For auto: bits a weight may take on average, scales and all.",
+            text="For auto: average bits per weight, scales included.",
         ),
     ] = None,
     calibration: Annotated[
@@ -77,44 +84,45 @@ def convert(  # noqa: PLR0913 - one parameter an option
         option(
             "--calibration",
             panel=_RECIPE,
-            text="For auto: a text file to measure on; else the topics of Python's own help.",
+            text="For auto: text file to measure on (default: Python's help topics).",
         ),
     ] = None,
     revision: Annotated[
-        str | None, option("--revision", panel=_WRITING, text="The hub's branch, tag or commit.")
+        str | None, option("--revision", panel=_SOURCE, text="Branch, tag or commit on the hub.")
     ] = None,
     force: Annotated[
-        bool, option("--force", "-f", panel=_WRITING, text="Replace a checkpoint that is there.")
+        bool, option("--force", "-f", panel=_OUTPUT, text="Replace an existing checkpoint.")
     ] = False,
     allow_nonfinite: Annotated[
         bool,
-        option("--allow-nonfinite", panel=_WRITING, text="Take NaN and infinities as they are."),
+        option("--allow-nonfinite", panel=_SOURCE, text="Accept weights with NaN or infinity."),
     ] = False,
     report: Annotated[
         bool,
         option(
             "--report",
-            panel=_WRITING,
-            text="Afterwards compare the result with the source on text, and add report.json and "
-            "report.svg; both are loaded for that.",
+            panel=_OUTPUT,
+            text="Compare the result with the source on text, and add report.json and report.svg; "
+            "loads both models.",
         ),
     ] = False,
     upload_to: Annotated[
         str | None,
-        option("--upload-to", panel=_WRITING, text="Put the result on the hub under this name."),
+        option("--upload-to", panel=_OUTPUT, text="Upload the result to the hub under this name."),
     ] = None,
     as_json: Annotated[
-        bool, option("--json", panel=_WRITING, text="Print JSON, for programs.")
+        bool, option("--json", panel=_OUTPUT, text="Print the result as JSON.")
     ] = False,
 ) -> None:
-    """Write SOURCE as an MLX checkpoint into the folder OUTPUT, some rows at a time.
+    """Convert SOURCE to an MLX checkpoint in the folder OUTPUT, quantized to 4 bits by default.
 
-    [bold]qwen3 convert Qwen/Qwen3-8B qwen3-8b-4bit[/bold]   as mlx-lm does it.
-    [bold]qwen3 convert ./qwen3-8b out --recipe auto --target-bpw 4.5[/bold]   as small, closer.
-    [bold]qwen3 convert Qwen/Qwen3-8B-FP8 out --dequantize[/bold]   FP8, AWQ, GPTQ are read.
+    [bold]qwen3 convert Qwen/Qwen3-8B qwen3-8b-4bit[/bold]   write what mlx-lm writes.
+    [bold]qwen3 convert ./qwen3-8b out --recipe auto --target-bpw 4.5[/bold]   lose less.
+    [bold]qwen3 convert Qwen/Qwen3-8B-FP8 out --dequantize[/bold]   read FP8, AWQ or GPTQ.
 
-    No model is held in memory: 1 GB is enough for any size (--recipe auto takes more). An
-    interrupted conversion goes on where it was when the command is given again.
+    Tensors are converted some rows at a time: 1 GB of memory is enough for any
+    model (--recipe auto needs more). To resume an interrupted conversion, run
+    the same command again.
     """
     picture = output / "report.svg"
     if report:
@@ -156,7 +164,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
 
 
 class _Bars:
-    """A progress bar for each kind of work, one after another."""
+    """Progress bars for the kinds of work, one after another."""
 
     def __init__(self) -> None:
         self._stack = ExitStack()
@@ -164,7 +172,7 @@ class _Bars:
         self._bar: Bar | None = None
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        """Show how far the work is."""
+        """Update the bar of this kind of work; a new kind replaces the bar."""
         if what != self._what or self._bar is None:
             self._stack.close()
             self._what = what
@@ -180,7 +188,7 @@ class _Bars:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stack.close()
         if kind is KeyboardInterrupt and self._what == "writing":
-            note("Interrupted; the same command goes on behind what is finished.")
+            note("Interrupted; run the same command again to resume.")
             raise typer.Exit(130)
 
 

@@ -1,4 +1,4 @@
-"""`qwen3 doctor`: what this machine is, how fast MLX computes on it, and what to do about it."""
+"""`qwen3 doctor`: describes this machine and its MLX build, measures its speed, gives advice."""
 
 import shutil
 import subprocess
@@ -15,11 +15,11 @@ from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.version import __version__
 
 _PACKAGES = ("mlx", "mlx-lm", "huggingface-hub", "tokenizers", "numpy")
-_SLOW_CPU = 20e9  # float32 operations a second; MLX's own BLAS does 1.4-3 GFLOP/s
+_SLOW_CPU = 20e9  # float32 operations per second; MLX's own BLAS does 1.4 to 3 GFLOP/s
 
 
 def doctor() -> None:
-    """Tell the device, the MLX build and its speed, memory limits, versions, and what to do."""
+    """Show the device, MLX build, speed, memory limits and versions, with advice."""
     available = backend.available_memory()
     facts = {"qwen3-mlx": __version__, **backend.describe()}
     facts |= {name: _version(name) for name in _PACKAGES}
@@ -27,7 +27,7 @@ def doctor() -> None:
     speed, bandwidth = worker.call(lambda: (backend.matmul_speed(), backend.memory_bandwidth()))
     worker.stop()
     facts["matmul"] = f"{speed / 1e9:,.0f} GFLOP/s in {facts['dtype']}"
-    facts["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s read by a matrix times a vector"
+    facts["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s, measured by a matrix-vector product"
     advice = []
     if sys.platform == "darwin":
         facts["wired limit"], wired_advice = _wired_limit()
@@ -38,9 +38,11 @@ def doctor() -> None:
             "(or pip install mkl) makes it many times faster"
         )
     stated = " (QWEN3_MEMORY)" if backend.stated_memory() else ""
-    facts["plans with"] = f"{in_gb(backend.memory_limit())}{stated}, {in_gb(available)} now"
+    facts["memory limit"] = f"{in_gb(backend.memory_limit())}{stated}, {in_gb(available)} now"
     if backend.on_metal():
-        facts["free"] = f"{in_gb(backend.free_memory())}; macOS compresses what programs do not use"
+        facts["free"] = (
+            f"{in_gb(backend.free_memory())}; macOS compresses unused memory of programs"
+        )
     largest = backend.memory_limit() // 2 // 4
     if not backend.on_gpu():
         facts["dequantize"] = (
@@ -52,7 +54,7 @@ def doctor() -> None:
         table.add_row(f"[bold]{name}[/bold]", fact)
     console = Console()
     console.print(table)
-    console.print("\n".join(["", *advice] if advice else ["", "Nothing to do: all is well."]))
+    console.print("\n".join(["", *advice] if advice else ["", "No problems found."]))
 
 
 def _version(package: str) -> str:
@@ -63,7 +65,7 @@ def _version(package: str) -> str:
 
 
 def _downloads() -> str:
-    """Say what the hub's cache holds, and what its disk has room for."""
+    """Return the number and size of models in the hub's cache, and the free disk space there."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE).expanduser()
@@ -73,13 +75,16 @@ def _downloads() -> str:
     while not disk.exists():
         disk = disk.parent
     return (
-        f"{len(models)} models of the hub, {in_gb(held)}, in {cache}; "
+        f"{len(models)} models from the hub, {in_gb(held)}, in {cache}; "
         f"{in_gb(shutil.disk_usage(disk).free)} free there"
     )
 
 
 def _wired_limit() -> tuple[str, list[str]]:
-    """Read macOS's limit on memory that the GPU may hold for good; 0 is its own default."""
+    """Read macOS's limit on wired GPU memory, in MB; return it as text, with advice.
+
+    0 stands for the default of macOS.
+    """
     command = ["/usr/sbin/sysctl", "-n", "iogpu.wired_limit_mb"]
     answer = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     if not answer.isdigit():

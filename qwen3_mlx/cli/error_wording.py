@@ -1,4 +1,4 @@
-"""How errors are worded on the command line: with its options, where the library has keywords."""
+"""Rewords error messages for the command line: options in place of the library's keywords."""
 
 import re
 from collections.abc import Collection
@@ -9,23 +9,23 @@ from typer.exceptions import TyperException
 _BOTH = re.compile(r"(--[a-z-]+(?: \w+)?) \(\w+=[^()]*\)")  # "--force (force=True)"
 _KEYWORD = re.compile(r"\b([a-z_]+)=(\"[^\"]*\"|'[^']*'|[\w.,-]*\w)")
 _FIRST = re.compile(r"([a-z_]+)(?= must be |: )")  # "max_tokens must be at least 1, not 0"
-_CALL = re.compile(r"(?:[;,] or|;) [^;,]*\b\w+\(\)[^;,]*")  # a way out that only Python has
+_CALL = re.compile(r"(?:[;,] or|;) [^;,]*\b\w+\(\)[^;,]*")  # a remedy that only Python has
 _STRAY = re.compile(r"Got unexpected extra argument\(s\) \((.*)\)", re.DOTALL)
-_CLOSE = 0.75  # of difflib: two letters of four that have changed places
-# Verbs of other programs.
-_ELSEWHERE = {"help": "--help", "version": "--version", "run": "chat --model"}
+_CUTOFF = 0.75  # difflib's ratio of four letters, two of them swapped
+# Commands of other programs.
+_FOREIGN_COMMANDS = {"help": "--help", "version": "--version", "run": "chat --model"}
 
 
 class WrongUsage(TyperException):
-    """A command line that cannot be meant; the message says what to type instead."""
+    """A command line that is probably a mistake; the message says what to type instead."""
 
     exit_code = 2
 
 
 def in_options(message: str, keywords: Collection[str]) -> str:
-    """Return an error's message with options in the place of the `keywords` that have one.
+    """Return an error message with the `keywords` of the library written as options.
 
-    A way out that only a program has, a call of a function, is left out.
+    A remedy that only a program has, the call of a function, is left out.
     """
     if (first := _FIRST.match(message)) and first[1] in keywords:
         message = f"--{first[1].replace('_', '-')}{message[first.end() :]}"
@@ -37,15 +37,15 @@ def in_options(message: str, keywords: Collection[str]) -> str:
 
 
 def usage(error: TyperException) -> str:
-    """Return what is wrong with a command line, and where the help of its verb is."""
+    """Return a message that says what is wrong with a command line and which help to read."""
     context = getattr(error, "ctx", None)
-    verb = context.command_path.removesuffix(" ask") if context else "qwen3"
-    words = error.format_message()
-    if context and (stray := _STRAY.fullmatch(words)):
+    command = context.command_path.removesuffix(" ask") if context else "qwen3"
+    message = error.format_message()
+    if context and (stray := _STRAY.fullmatch(message)):
         names = [name for option in context.command.params for name in option.opts]
-        model = "; --model names the model" if "--model" in names else ""
-        words = f"a word too many: {stray[1]}{model}"
-    return f"{words} (see {verb} --help)"
+        hint = "; name the model with --model" if "--model" in names else ""
+        message = f"unexpected argument: {stray[1]}{hint}"
+    return f"{message} (see {command} --help)"
 
 
 def _option(match: re.Match[str]) -> str:
@@ -56,6 +56,6 @@ def _option(match: re.Match[str]) -> str:
 
 
 def verb_meant(word: str, verbs: Collection[str]) -> str | None:
-    """Return the verb, or the option, that was probably meant by a word that is none."""
-    close = get_close_matches(word, verbs, 1, _CLOSE)
-    return close[0] if close else _ELSEWHERE.get(word)
+    """Return the subcommand or option that a misspelt word probably stands for, or None."""
+    close = get_close_matches(word, verbs, 1, _CUTOFF)
+    return close[0] if close else _FOREIGN_COMMANDS.get(word)

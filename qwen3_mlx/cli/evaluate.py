@@ -1,4 +1,4 @@
-"""`qwen3 eval`: how good a checkpoint is, and how far from the one it was made from."""
+"""`qwen3 eval`: perplexity of a checkpoint, and divergence from the one it was made from."""
 
 import json
 import sys
@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-import qwen3_mlx  # whose names resolve on first use
+import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.description import fetch_weights
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
@@ -28,19 +28,19 @@ from qwen3_mlx.evaluate.windows import WINDOW
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.sizes import full_name
 
-_TOKENS = 8192
-_FEW = 16  # tokens, on which a perplexity is mostly chance
-_WORST = 10  # modules that the table shows
+_DEFAULT_TOKENS = 8192
+_FEW_TOKENS = 16  # below this a perplexity is mostly chance
+_SHOWN_MODULES = 10
 
 app = typer.Typer(rich_markup_mode="rich")
 
 
 @app.callback(invoke_without_command=True)
 def evaluate(context: typer.Context) -> None:
-    """Measure a checkpoint: its perplexity, or its divergence from another.
+    """Evaluate a checkpoint: its perplexity, or its divergence from another.
 
-    [bold]qwen3 eval perplexity ./0.6b-4bit --text book.txt[/bold]   how well it predicts.
-    [bold]qwen3 eval divergence Qwen/Qwen3-0.6B ./0.6b-4bit[/bold]   what 4 bits cost.
+    [bold]qwen3 eval perplexity ./0.6b-4bit --text book.txt[/bold]   measure one model.
+    [bold]qwen3 eval divergence Qwen/Qwen3-0.6B ./0.6b-4bit[/bold]   compare two.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
@@ -50,19 +50,19 @@ _Text = Annotated[
     Path | None,
     typer.Option(
         "--text",
-        help="A UTF-8 file to read, or - for stdin; else the topics of Python's own help.",
+        help="UTF-8 text file, or - for stdin (default: Python's help topics).",
         show_default=False,
     ),
 ]
 _Tokens = Annotated[
-    int, typer.Option("--tokens", min=0, help="Read at most so many tokens; 0 reads all.")
+    int, typer.Option("--tokens", min=0, help="Maximum tokens to evaluate; 0 is all.")
 ]
-_Window = Annotated[int, typer.Option("--window", help="Tokens that are read at once.")]
+_Window = Annotated[int, typer.Option("--window", help="Tokens per window.")]
 _Overlap = Annotated[
     int | None,
     typer.Option(
         "--overlap",
-        help="Tokens of a window that were in the one before; an eighth unless given.",
+        help="Tokens shared with the window before (default: an eighth).",
         show_default=False,
     ),
 ]
@@ -70,34 +70,34 @@ _KvBits = Annotated[
     str | None,
     typer.Option(
         "--kv-bits",
-        help="Read it through a cache of 8, k8v4 or 4 bits.",
+        help="KV cache precision: 8, k8v4 or 4 bits.",
         show_default=False,
     ),
 ]
-_Json = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 
 
 @app.command("perplexity")
 def perplexity_command(
     model: ModelArgument = None,
     text: _Text = None,
-    tokens: _Tokens = _TOKENS,
+    tokens: _Tokens = _DEFAULT_TOKENS,
     window: _Window = WINDOW,
     overlap: _Overlap = None,
     kv_bits: _KvBits = None,
     as_json: _Json = False,
 ) -> None:
-    """Tell how well MODEL predicts a text: the lower, the better.
+    """Measure how well MODEL predicts a text; lower is better.
 
-    A perplexity of 8 means: as unsure of each token as if 8 were equally likely.
-    Compare only models with one tokenizer, on one text, with one window.
+    A perplexity of 8: as uncertain as between 8 equally likely tokens. Compare
+    only models with the same tokenizer, on the same text and window.
     """
     words = read_text(text)
     with _load(model, kv_bits) as llm, Bar("reading") as bar:
         ids = _ids(llm, words, tokens)
         found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
-    if found.tokens < _FEW:
-        note(f"Measured on {found.tokens} tokens only, which says little; give a longer text.")
+    if found.tokens < _FEW_TOKENS:
+        note(f"Only {found.tokens} tokens were measured: unreliable; give a longer text.")
     if as_json:
         _print_json({"model": model, **_perplexity_facts(found)})
     else:
@@ -114,13 +114,16 @@ def perplexity_command(
 def divergence_command(
     reference: Annotated[
         str,
-        typer.Argument(metavar="REFERENCE", help="The original: a folder, a hub name or a size."),
+        typer.Argument(metavar="REFERENCE", help="Original: folder, hub name or size."),
     ],
     candidate: Annotated[
-        str, typer.Argument(metavar="CANDIDATE", help="What was made of it, likewise.")
+        str,
+        typer.Argument(
+            metavar="CANDIDATE", help="Checkpoint made from it: folder, hub name or size."
+        ),
     ],
     text: _Text = None,
-    tokens: _Tokens = _TOKENS,
+    tokens: _Tokens = _DEFAULT_TOKENS,
     window: _Window = WINDOW,
     overlap: _Overlap = None,
     plot: Annotated[
@@ -128,18 +131,18 @@ def divergence_command(
         typer.Option(
             "--plot",
             dir_okay=False,
-            help="Draw bits against divergence, and the modules, to a .png or .svg file.",
+            help="Also draw bits against divergence, and the modules: a .png or .svg file.",
             show_default=False,
         ),
     ] = None,
     as_json: _Json = False,
 ) -> None:
-    """Tell how far CANDIDATE's predictions are from REFERENCE's: what a quantization cost.
+    """Measure how far CANDIDATE's predictions are from REFERENCE's, as after quantization.
 
-    KL divergence compares the probabilities of all tokens at every place of
+    KL divergence compares the probabilities of all tokens at every position of
     the text; 0 nats is no difference. It shows a loss that two perplexities can
     hide. The error of a module is that of its weights alone: the root mean
-    square of their changes, as a share of their own.
+    square of their changes, relative to that of the weights.
     """
     if plot:
         check_picture(plot)
@@ -166,15 +169,15 @@ def compare(
     candidate: str | Path,
     words: str,
     *,
-    tokens: int = _TOKENS,
+    tokens: int = _DEFAULT_TOKENS,
     window: int = WINDOW,
     overlap: int | None = None,
     modules_needed: bool = True,
     revision: str | None = None,
 ) -> tuple[Divergence, list[ModuleRow]]:
-    """Compare two checkpoints' predictions on a text, and their weights module by module.
+    """Compare the predictions of two checkpoints on a text, and their weights by module.
 
-    `revision` is the reference's.
+    `revision` is that of the reference.
     """
     refuse_unloadable(candidate)
     with (
@@ -191,7 +194,7 @@ def compare(
 def facts_of(
     reference: str, candidate: str, found: Divergence, modules: Sequence[ModuleRow]
 ) -> dict[str, Any]:
-    """Give a comparison as data for programs."""
+    """Return a comparison as a dict for JSON."""
     return {
         "tokens": found.tokens,
         "mean_kl": found.mean_kl,
@@ -211,21 +214,25 @@ def _load(
 
 
 def refuse_unloadable(model: str | Path, revision: str | None = None) -> None:
-    """Refuse what is to be loaded later, if its weights cannot be computed with.
+    """Refuse a model whose weights cannot be computed with, before anything is loaded.
 
     Raises:
-        CheckpointError: they must be converted first, or are not read at all.
+        CheckpointError: the weights must be converted first, or cannot be read.
     """
     source = Source(full_name(model), revision)
     if source.lacks("config.json"):
-        return  # loading says more
+        return  # loading gives the better error message
     folder = source.fetch(DESCRIPTION_FILES)
     if (folder / "config.json").is_file():
         formats_stored(read_json(folder / "config.json"), folder)
 
 
 def read_text(file: Path | None) -> str:
-    """Read a text file, or stdin for -, or Python's own help where none is named."""
+    """Return the text of a file, of stdin for `-`, or of Python's help topics for None.
+
+    Raises:
+        typer.BadParameter: the file cannot be read, or is not UTF-8.
+    """
     if file is None:
         return default_text()
     try:
@@ -236,17 +243,17 @@ def read_text(file: Path | None) -> str:
         raise typer.BadParameter(f"{file} is not UTF-8 text") from error
 
 
-def _ids(llm: "qwen3_mlx.LLM", text: str, most: int) -> list[int]:
-    """Give the ids of a text, or the first `most` of them, and say so; 0 is all."""
+def _ids(llm: "qwen3_mlx.LLM", text: str, limit: int) -> list[int]:
+    """Return the token ids of a text, at most `limit` of them (0 is all), with a note if cut."""
     ids = llm.tokenizer.encode(text)
-    if 0 < most < len(ids):
-        note(f"Reading the first {most:,} of {len(ids):,} tokens (--tokens 0 reads all).")
-        return ids[:most]
+    if 0 < limit < len(ids):
+        note(f"Reading the first {limit:,} of {len(ids):,} tokens (--tokens 0 reads all).")
+        return ids[:limit]
     return ids
 
 
 def _modules(reference: Path, candidate: Path, *, needed: bool) -> list[ModuleRow]:
-    """Compare the weights; two networks that are not alike have nothing to compare."""
+    """Compare the weights by module; networks that differ have no such table."""
     with Bar("comparing weights") as bar:
         try:
             return module_errors(reference, candidate, progress=bar)
@@ -258,7 +265,7 @@ def _modules(reference: Path, candidate: Path, *, needed: bool) -> list[ModuleRo
 
 
 def _folder(model: str | Path, revision: str | None = None) -> Path:
-    """Find a checkpoint's files, which are here since it was loaded."""
+    """Return the folder of a checkpoint, which is on disk because it was loaded."""
     source = Source(full_name(model), revision)
     return fetch_weights(source, source.fetch(DESCRIPTION_FILES))
 
@@ -281,7 +288,7 @@ def _print_divergence(found: Divergence, modules: Sequence[ModuleRow]) -> None:
     _print_facts(facts)
     if not modules:
         return
-    worst = sorted(modules, key=lambda row: -row.error)[:_WORST]
+    worst = sorted(modules, key=lambda row: -row.error)[:_SHOWN_MODULES]
     table = Table(box=None, title_justify="left", title_style="bold")
     table.title = f"The {len(worst)} modules with the largest error, of {len(modules)}"
     table.add_column("module")

@@ -1,4 +1,4 @@
-"""The `qwen3` command: verbs, and the obvious thing without one."""
+"""Entry point of the `qwen3` command: its subcommands, and a prompt without one."""
 
 import io
 import os
@@ -25,7 +25,7 @@ from qwen3_mlx.version import __version__
 
 
 class _Root(TyperGroup):
-    """A group whose first word need not be a verb: anything else is a prompt."""
+    """Command group in which a first argument that is no subcommand is a prompt."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         first = args[0] if args else ""
@@ -37,32 +37,32 @@ class _Root(TyperGroup):
         return super().parse_args(ctx, args)
 
     def _refuse_typo(self, first: str) -> None:
-        """Refuse a first word by which a verb was probably meant."""
+        """Refuse a first argument that is probably a misspelt subcommand."""
         if meant := verb_meant(first, [name for name in self.commands if name != "ask"]):
             raise WrongUsage(
-                f"there is no verb {first!r}; did you mean qwen3 {meant}? As a prompt: "
-                f"qwen3 -- {first}, and several words in quotes"
+                f"there is no command {first!r}; did you mean qwen3 {meant}? To send it as a "
+                f"prompt: qwen3 -- {first}; put several words in quotes"
             )
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # of which typer would make an exit without a word
-            raise typer.Exit(_complain(interrupt.LINE, 130)) from None
+        except KeyboardInterrupt:  # typer would exit without a message
+            raise typer.Exit(_print_error(interrupt.LINE, 130)) from None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        self._teaching = True
+        self._in_help = True
         super().format_help(ctx, formatter)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Show the prompt's options in the help of the whole, where people look for them."""
+        """Return the group's options; in its help, those of the hidden `ask` as well."""
         own = super().get_params(ctx)
-        return [*self.commands["ask"].params, *own] if self._teaching else own
+        return [*self.commands["ask"].params, *own] if self._in_help else own
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["[OPTIONS] [PROMPT] | COMMAND ..."]
 
-    _teaching = False
+    _in_help = False
 
 
 app = typer.Typer(
@@ -81,8 +81,8 @@ app.command("doctor")(doctor)
 app.add_typer(evaluate, name="eval")
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         typer.echo(f"qwen3-mlx {__version__}")
         raise typer.Exit
 
@@ -91,53 +91,59 @@ def _show_version(wanted: bool) -> None:
 def root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
-    """Talk to Qwen3 on this machine.
+    """Run Qwen3 language models on this machine.
 
-    [bold]qwen3 "Why is the sky blue?"[/bold]   asks; the answer is all that goes to stdout.
-    [bold]cat notes.txt | qwen3 "Summarise this"[/bold]   piped text joins the prompt.
-    [bold]qwen3 --model 8B --no-thinking "Hello"[/bold]   another model, without thinking.
+    [bold]qwen3 "Why is the sky blue?"[/bold]   stream the answer; only it goes to stdout.
+    [bold]cat notes.txt | qwen3 "Summarise this"[/bold]   append piped text to the prompt.
+    [bold]qwen3 --model 8B --no-thinking "Hello"[/bold]   use another model, without thinking.
 
-    Without --model (or QWEN3_MODEL) a tiny embedded demo model answers: it adds, repeats, counts
-    and reverses.
+    Without --model or QWEN3_MODEL, a tiny embedded demo model answers:
+    it adds, repeats, counts and reverses.
     """
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    """Run the command line; every failure is one line on stderr and a non-zero exit."""
+    """Run the command line; every failure is one line on stderr and a non-zero exit code."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by the caller: else the next file takes its place
+        # A stream that the caller closed is None, and the next file opened would take its number.
+        if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode))
-    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer outlives a narrow terminal encoding
+    # A character that the terminal's encoding lacks must not end the answer.
+    if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-    # The hub's library speaks of what it does; what matters of that is said by our own errors.
+    # huggingface_hub logs its progress; our own errors report what matters of that.
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     try:
         code = app(args=args, prog_name="qwen3", standalone_mode=False)
     except TyperException as error:  # wrong usage
-        code = _complain(usage(error), error.exit_code)
+        code = _print_error(usage(error), error.exit_code)
     except (Qwen3Error, ValueError, TypeError) as error:
-        code = _complain(in_options(str(error), _keywords()), 1)
+        code = _print_error(in_options(str(error), _keywords()), 1)
     except KeyboardInterrupt:
         code = 130
-    except OSError as error:  # a full disk under our stdout, say
-        code = _complain(str(error), 1)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is buffered cannot be written either
+    except OSError as error:  # such as a full disk under stdout
+        code = _print_error(str(error), 1)
+        # The interpreter flushes stdout at exit, which would fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:
         if os.environ.get("QWEN3_DEBUG"):
             raise
-        code = _complain(f"{type(error).__name__}: {error} (a bug? QWEN3_DEBUG=1 shows where)", 1)
+        message = f"{type(error).__name__}: {error} (a bug? QWEN3_DEBUG=1 shows where)"
+        code = _print_error(message, 1)
     sys.exit(code)
 
 
 def _keywords() -> set[str]:
-    """Return the keywords of the library that are options of a verb, by the same name."""
+    """Return the library's keywords that are options of a subcommand, under the same name."""
     group: Any = typer.main.get_command(app)
-    return {option.name for verb in group.commands.values() for option in verb.params}
+    return {option.name for command in group.commands.values() for option in command.params}
 
 
-def _complain(message: str, code: int) -> int:
+def _print_error(message: str, code: int) -> int:
     typer.echo(f"qwen3: {' '.join(message.split())}", err=True)
     return code

@@ -1,4 +1,4 @@
-"""`qwen3 plan`: what a model takes in each format and context, and what of it fits a machine."""
+"""`qwen3 plan`: the memory of a model in each format and context, and what fits a machine."""
 
 import json
 import math
@@ -32,18 +32,18 @@ from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.sizes import SIZES, published, size_named, yarn_lengths
 
-_SHORTEST = 2048
-_MAC_CHUNK = 2048  # tokens of a prompt that a GPU reads at once
+_SHORTEST_CONTEXT = 2048  # tokens
+_MAC_CHUNK = 2048  # tokens of a prompt that a GPU prefills at once
 _GIB = 1 << 30
-_MOST_MEMORY = 100_000  # GB
-# Memory bandwidth in GB/s, of Apple's technical specifications; of two variants, the faster.
-_CHIPS = dict(
+_MAX_MEMORY_GB = 100_000
+# Memory bandwidth in GB/s, from Apple's technical specifications; the faster of two variants.
+_BANDWIDTHS = dict(
     [("M1", 68), ("M1 Pro", 200), ("M1 Max", 400), ("M1 Ultra", 800)]
     + [("M2", 100), ("M2 Pro", 200), ("M2 Max", 400), ("M2 Ultra", 800)]
     + [("M3", 100), ("M3 Pro", 150), ("M3 Max", 400), ("M3 Ultra", 819)]
     + [("M4", 120), ("M4 Pro", 273), ("M4 Max", 546), ("M5", 153)]
 )
-_PLAIN = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _FORMATS = {
     "bf16": None,
     "8": Format(8, 64),
@@ -57,50 +57,50 @@ _FORMATS = {
 
 @dataclass(frozen=True, slots=True)
 class _Machine:
-    """What a model may take, and how prompts are read there."""
+    """Memory that a machine has for a model, in bytes, and how it prefills prompts."""
 
-    words: str
+    description: str
     available: int
     chunk: int
     fused: bool
 
     @classmethod
     def here(cls) -> "_Machine":
-        available, most = backend.available_memory(), backend.memory_limit()
+        available, limit = backend.available_memory(), backend.memory_limit()
         if backend.stated_memory():
-            words = f"This process can have {in_gb(available)}, as QWEN3_MEMORY says"
+            description = f"This process can have {in_gb(available)}, as QWEN3_MEMORY says"
         elif backend.on_metal():
-            words = (
+            description = (
                 f"This Mac can give {in_gb(available)}, the working set that Metal recommends; "
                 f"{in_gb(backend.free_memory())} of memory are free now"
             )
         else:
-            words = f"This machine can give {in_gb(available)} now"
-            if available < most:
-                words += f", and {in_gb(most)} with nothing else running"
-        return cls(words, available, backend.prefill_chunk(), backend.on_gpu())
+            description = f"This machine can give {in_gb(available)} now"
+            if available < limit:
+                description += f", and {in_gb(limit)} with nothing else running"
+        return cls(description, available, backend.prefill_chunk(), backend.on_gpu())
 
     @classmethod
     def mac(cls, memory: float) -> "_Machine":
         total = int(memory * _GIB)
         if backend.on_metal() and total == backend.total_memory():
             available = backend.working_set()
-            words = (
+            description = (
                 f"This Mac, with {memory:g} GB: its GPU can have {in_gb(available)} of 10^9 bytes"
             )
         else:
             available = backend.working_set_of(total)
             share = "two thirds" if available == total * 2 // 3 else "three quarters"
-            words = (
+            description = (
                 f"A Mac with {memory:g} GB: macOS lets the GPU have about {share} by default, "
                 f"{in_gb(available)} of 10^9 bytes"
             )
-        return cls(words, available, _MAC_CHUNK, True)
+        return cls(description, available, _MAC_CHUNK, True)
 
 
 @dataclass(frozen=True, slots=True)
 class _MemoryEstimate:
-    """One model on one machine, in every format of weights."""
+    """Memory of one model on one machine, for every weight format."""
 
     name: str
     config: ModelConfig
@@ -108,25 +108,25 @@ class _MemoryEstimate:
     dtype: str
     formats: Mapping[str, FormatOf]
     weights: Mapping[str, int]
-    speed: float | None  # bytes a second
+    bandwidth: float | None  # bytes per second
 
     @property
     def itemsize(self) -> int:
-        """The bytes of a number in the compute dtype."""
+        """Bytes per number in the compute dtype."""
         return backend.compute_dtype(self.dtype).size
 
-    def word(self, form: str) -> str:
-        """Name a format as what it is; "bf16" stands for whatever is not quantized."""
-        return _PLAIN[self.dtype] if form == "bf16" else form
+    def format_name(self, fmt: str) -> str:
+        """Return the name of a format; the key "bf16" stands for any unquantized dtype."""
+        return _DTYPE_NAMES[self.dtype] if fmt == "bf16" else fmt
 
-    def label(self, form: str) -> str:
-        """Name a format of weights for people."""
-        return f"{form} bits" if form.isdigit() else self.word(form)
+    def label(self, fmt: str) -> str:
+        """Return the name of a weight format for display."""
+        return f"{fmt} bits" if fmt.isdigit() else self.format_name(fmt)
 
     @property
     def contexts(self) -> list[int]:
-        """The lengths shown: doubling to the window, the window, and the published YaRN lengths."""
-        window, context = self.config.max_position_embeddings, _SHORTEST
+        """Context lengths shown: doubling from 2,048 to the window, the window, YaRN lengths."""
+        window, context = self.config.max_position_embeddings, _SHORTEST_CONTEXT
         lengths = []
         while context < window:
             lengths.append(context)
@@ -134,7 +134,7 @@ class _MemoryEstimate:
         return [*lengths, window, *yarn_lengths(self.config)]
 
     def with_yarn(self, context: int) -> bool:
-        """Say whether so long a context needs YaRN."""
+        """Return whether a context of this length needs YaRN."""
         yarn = self.config.yarn
         plain = self.config.max_position_embeddings
         return context > (yarn.original_max_position_embeddings if yarn else plain)
@@ -148,21 +148,24 @@ class _MemoryEstimate:
             fused=self.machine.fused,
         )
 
-    def plan(self, form: str, context: int, cache: str) -> Plan:
-        return make_plan(self.config, self.weights[form], self.work(context, cache))
+    def plan(self, fmt: str, context: int, cache: str) -> Plan:
+        return make_plan(self.config, self.weights[fmt], self.work(context, cache))
 
     def fits(self, plan: Plan) -> bool:
         return plan.total <= self.machine.available
 
-    def largest(self, form: str, cache: str) -> int:
-        work, most = self.work(0, cache), self.contexts[-1]
+    def largest(self, fmt: str, cache: str) -> int:
+        work, longest = self.work(0, cache), self.contexts[-1]
         available = self.machine.available
-        return largest_context(self.config, self.weights[form], work, available, most)
+        return largest_context(self.config, self.weights[fmt], work, available, longest)
 
-    def tokens_a_second(self, form: str, context: int, cache: str) -> float | None:
-        """Give the upper bound: every token moves the weights it goes through, and the cache."""
-        moved = bytes_a_token(self.config, self.formats[form], self.work(context, cache))
-        return self.speed / moved if self.speed else None
+    def tokens_per_second(self, fmt: str, context: int, cache: str) -> float | None:
+        """Return an upper bound of decode speed, or None without a bandwidth.
+
+        Each token reads the weights that it passes through, and the KV cache.
+        """
+        moved = bytes_a_token(self.config, self.formats[fmt], self.work(context, cache))
+        return self.bandwidth / moved if self.bandwidth else None
 
 
 def _option(*names: str, text: str, **more: Any) -> Any:
@@ -172,109 +175,117 @@ def _option(*names: str, text: str, **more: Any) -> Any:
 def plan(  # noqa: PLR0913 - one parameter an option
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL", help=f"A size ({', '.join(SIZES)}), a folder, or a hub name."
-        ),
+        typer.Argument(metavar="MODEL", help=f"Size ({', '.join(SIZES)}), folder or hub name."),
     ],
     revision: Annotated[
-        str | None, _option("--revision", text="The hub's branch, tag or commit.")
+        str | None, _option("--revision", text="Branch, tag or commit on the hub.")
     ] = None,
     memory: Annotated[
-        float | None, _option("--memory", text="Plan for a Mac with so many GB, not this machine.")
+        float | None,
+        _option("--memory", text="Plan for a Mac with this many GB, not for this machine."),
     ] = None,
     cache: Annotated[
         str,
-        _option("--cache", text=f"The KV cache shown: {', '.join(CACHE_FORMATS)} (default: bf16)."),
+        _option(
+            "--cache", text=f"KV cache precision shown: {', '.join(CACHE_FORMATS)} (default: bf16)."
+        ),
     ] = "bf16",
     dtype: Annotated[
         str,
-        _option("--dtype", text="Compute in bfloat16 (the default), float16 or float32."),
+        _option("--dtype", text="Compute dtype: bfloat16 (the default), float16 or float32."),
     ] = "bfloat16",
     bandwidth: Annotated[
-        float | None, _option("--bandwidth", text="Of the memory, in GB/s: bounds tokens/s.")
+        float | None, _option("--bandwidth", text="Memory bandwidth in GB/s, to bound tokens/s.")
     ] = None,
     chip: Annotated[
-        str | None, _option("--chip", text='Take that of a chip, such as "M4 Max".')
+        str | None,
+        _option("--chip", text='Use the memory bandwidth of this chip, such as "M4 Max".'),
     ] = None,
     plot: Annotated[
-        Path | None, _option("--plot", text="Draw it, too: a .png or .svg file.")
+        Path | None, _option("--plot", text="Also draw a plot: a .png or .svg file.")
     ] = None,
-    as_json: Annotated[bool, _option("--json", text="All of it, for programs, in bytes.")] = False,
+    as_json: Annotated[
+        bool, _option("--json", text="Print everything as JSON, sizes in bytes.")
+    ] = False,
 ) -> None:
-    """Tell how much memory a model takes, in each format and context, and what of it fits.
+    """Show the memory a model needs in each format and context, and what fits.
 
-    Nothing is loaded; of a hub's model config.json is fetched, and at most the index of its files.
+    No weights are loaded. For a hub name, only config.json is fetched, and at
+    most the index of its files.
     """
     if cache not in CACHE_FORMATS:
         raise ValueError(f"--cache must be one of {', '.join(CACHE_FORMATS)}, not {cache!r}")
-    if memory is not None and not 1 <= memory <= _MOST_MEMORY:
-        raise ValueError(f"--memory must be GB, from 1 to {_MOST_MEMORY:,}, not {memory:g}")
+    if memory is not None and not 1 <= memory <= _MAX_MEMORY_GB:
+        raise ValueError(f"--memory must be GB, from 1 to {_MAX_MEMORY_GB:,}, not {memory:g}")
     itemsize = backend.compute_dtype(dtype).size
     machine = _Machine.here() if memory is None else _Machine.mac(memory)
-    name, config, formats = _find(model, revision)
-    weights = {form: weight_bytes(config, of, itemsize) for form, of in formats.items()}
-    speed = _speed(bandwidth, chip)
-    survey = _MemoryEstimate(name, config, machine, dtype, formats, weights, speed)
+    name, config, formats = _resolve(model, revision)
+    weights = {fmt: weight_bytes(config, of, itemsize) for fmt, of in formats.items()}
+    estimate = _MemoryEstimate(
+        name, config, machine, dtype, formats, weights, _bytes_per_second(bandwidth, chip)
+    )
     if plot:
-        draw(plot, _picture(survey, cache))
+        draw(plot, _picture(estimate, cache))
         note(f"drawn: {plot}")
-    print(json.dumps(_everything(survey), indent=1) if as_json else _table(survey, cache))
+    print(json.dumps(_as_json(estimate), indent=1) if as_json else _table(estimate, cache))
 
 
-def _find(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[str, FormatOf]]:
-    """Give a model's name, its network, and the formats to plan it in."""
-    formats = {name: _format_of(form) for name, form in _FORMATS.items()}
+def _resolve(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[str, FormatOf]]:
+    """Return the name and config of a model, and the weight formats to plan."""
+    formats = {name: _format_of(fmt) for name, fmt in _FORMATS.items()}
     if size := size_named(model):
         if revision is not None:
             raise ValueError(
-                f"--revision belongs to hub names; {size} is planned from what is known"
+                f"--revision belongs to hub names; {size} is planned from its published config"
             )
         return f"Qwen3-{size}", published(size), formats
     source = Source(model, revision)
     folder, content = read_config(source, ["config.json"])
-    config = ModelConfig.from_dict(_judged(content, source, folder))
+    config = ModelConfig.from_dict(_checked_config(content, source, folder))
     quantization = quantization_of(content)
     if quantization and quantization.method == MLX and (stored := formats_stored(content, folder)):
         formats = {"as it is": stored, **formats}
     elif quantization:
         note(
-            f"Its weights are {quantization.method.upper()}, which must be converted first: "
-            f"qwen3 convert {model} FOLDER. This is the plan of what that makes."
+            f"The weights are {quantization.method.upper()} and must be converted first: "
+            f"qwen3 convert {model} FOLDER. This plan is for the converted model."
         )
     return source.name, config, formats
 
 
-def _judged(content: Mapping[str, Any], source: Source, folder: Path) -> Mapping[str, Any]:
-    """Return a config.json, untied if the weights have a head of their own, or say they may.
+def _checked_config(content: Mapping[str, Any], source: Source, folder: Path) -> Mapping[str, Any]:
+    """Return the content of config.json, corrected to untied if the weights have their own head.
+
+    Weights that are not on disk cannot be compared; then a note warns of a possible head.
 
     Raises:
-        CheckpointError: the weights are of a kind that is not read.
+        CheckpointError: the weights are of a kind that cannot be read.
     """
     if are_here(folder):
         return untied(content, folder)
     tensors = tensors_listed(source, folder) or ()
     if content.get("tie_word_embeddings") is True and "lm_head.weight" in tensors:
         note(
-            "config.json ties the head to the embedding, but there is an lm_head; if it is no copy "
-            "of the embedding, it is loaded beside that, and takes as much again."
+            "config.json ties the head to the embedding, but there is an lm_head; if it is not a "
+            "copy of the embedding, it is loaded as well and takes the same memory again."
         )
     return content
 
 
-def _format_of(form: Format | None) -> FormatOf:
-    return lambda path: form.for_module(path) if form else None
+def _format_of(fmt: Format | None) -> FormatOf:
+    return lambda path: fmt.for_module(path) if fmt else None
 
 
-def _speed(bandwidth: float | None, chip: str | None) -> float | None:
-    """Give the memory's bandwidth in bytes a second, if it is told."""
+def _bytes_per_second(bandwidth: float | None, chip: str | None) -> float | None:
+    """Return the memory bandwidth in bytes per second, or None if neither option is given."""
     if chip is not None:
         if bandwidth is not None:
-            raise ValueError("--chip and --bandwidth say the same; give one of them")
-        known = {name.lower(): speed for name, speed in _CHIPS.items()}
+            raise ValueError("--chip and --bandwidth set the same value; give one of them")
+        known = {name.lower(): speed for name, speed in _BANDWIDTHS.items()}
         bandwidth = known.get(" ".join(chip.lower().removeprefix("apple ").split()))
         if bandwidth is None:
             raise ValueError(
-                f"--chip {chip!r} is not among {', '.join(_CHIPS)}; give --bandwidth instead"
+                f"--chip {chip!r} is not among {', '.join(_BANDWIDTHS)}; give --bandwidth instead"
             )
     if bandwidth is None:
         return None
@@ -283,95 +294,101 @@ def _speed(bandwidth: float | None, chip: str | None) -> float | None:
     return bandwidth * 1e9
 
 
-def _everything(survey: _MemoryEstimate) -> dict[str, Any]:
-    """Give all that is known, for every cache format, in bytes and tokens."""
-    config, machine = survey.config, survey.machine
+def _as_json(estimate: _MemoryEstimate) -> dict[str, Any]:
+    """Return the whole estimate for JSON, for every cache format, in bytes and tokens."""
+    config, machine = estimate.config, estimate.machine
     rows = []
-    for form in survey.formats:
+    for fmt in estimate.formats:
         for cache in CACHE_FORMATS:
-            for context in survey.contexts:
-                plan = survey.plan(form, context, cache)
+            for context in estimate.contexts:
+                plan = estimate.plan(fmt, context, cache)
                 row = {
-                    "weight_format": survey.word(form),
-                    "cache_format": survey.word(cache),
+                    "weight_format": estimate.format_name(fmt),
+                    "cache_format": estimate.format_name(cache),
                     "context": context,
-                    "yarn": survey.with_yarn(context),
+                    "yarn": estimate.with_yarn(context),
                     **asdict(plan),
                     "total": plan.total,
-                    "fits": survey.fits(plan),
-                    "tokens_per_second_at_most": survey.tokens_a_second(form, context, cache),
+                    "fits": estimate.fits(plan),
+                    "tokens_per_second_at_most": estimate.tokens_per_second(fmt, context, cache),
                 }
                 rows.append(row)
     return {
-        "model": survey.name,
+        "model": estimate.name,
         "parameters": count_weights(config),
         "window": config.max_position_embeddings,
         "available": machine.available,
-        "assumed": machine.words,
-        "dtype": survey.dtype,
+        "assumed": machine.description,
+        "dtype": estimate.dtype,
         "chunk": machine.chunk,
-        "weights": {survey.word(form): size for form, size in survey.weights.items()},
+        "weights": {estimate.format_name(fmt): size for fmt, size in estimate.weights.items()},
         "largest_context": {
-            survey.word(form): {
-                survey.word(cache): survey.largest(form, cache) for cache in CACHE_FORMATS
+            estimate.format_name(fmt): {
+                estimate.format_name(cache): estimate.largest(fmt, cache) for cache in CACHE_FORMATS
             }
-            for form in survey.formats
+            for fmt in estimate.formats
         },
         "rows": rows,
     }
 
 
-def _table(survey: _MemoryEstimate, cache: str) -> str:
-    contexts, config = survey.contexts, survey.config
-    plans = {form: [survey.plan(form, n, cache) for n in contexts] for form in survey.formats}
-    terms = next(iter(plans.values()))  # but for the weights, they are the same for every format
+def _table(estimate: _MemoryEstimate, cache: str) -> str:
+    contexts, config = estimate.contexts, estimate.config
+    plans = {fmt: [estimate.plan(fmt, n, cache) for n in contexts] for fmt in estimate.formats}
+    terms = next(iter(plans.values()))  # all but the weights are the same for every format
     lines = [
-        f"{survey.name}: {_count(count_weights(config))} weights, "
-        f"{config.num_hidden_layers} layers, a window of {config.max_position_embeddings:,} tokens",
-        f"{survey.machine.words}.",
+        f"{estimate.name}: {_count(count_weights(config))} weights, "
+        f"{config.num_hidden_layers} layers, "
+        f"context window {config.max_position_embeddings:,} tokens",
+        f"{estimate.machine.description}.",
         "",
         f"{'memory in GB':14}{'weights':>8}"
-        + "".join(f"{_length(n) + ('*' if survey.with_yarn(n) else ''):>8}" for n in contexts)
+        + "".join(f"{_length(n) + ('*' if estimate.with_yarn(n) else ''):>8}" for n in contexts)
         + f"{'fits up to':>12}",
-        _row(f"cache, {survey.word(cache)}", "", [f"{plan.cache / 1e9:.2f}" for plan in terms]),
+        _row(
+            f"cache, {estimate.format_name(cache)}",
+            "",
+            [f"{plan.cache / 1e9:.2f}" for plan in terms],
+        ),
         _row("prefill", "", [f"{plan.activations / 1e9:.2f}" for plan in terms]),
         _row("reserve", "", [f"{plan.reserve / 1e9:.2f}" for plan in terms]),
     ]
-    for form, row in plans.items():
-        totals = [_in_brackets(f"{plan.total / 1e9:.1f}", survey.fits(plan)) for plan in row]
-        most = survey.largest(form, cache)
-        mark = "*" if survey.with_yarn(most) else ""
-        weights = f"{survey.weights[form] / 1e9:.2f}"
+    for fmt, row in plans.items():
+        totals = [_in_brackets(f"{plan.total / 1e9:.1f}", estimate.fits(plan)) for plan in row]
+        longest = estimate.largest(fmt, cache)
+        mark = "*" if estimate.with_yarn(longest) else ""
+        weights = f"{estimate.weights[fmt] / 1e9:.2f}"
         lines.append(
-            _row(survey.label(form), weights, totals) + f"{f'{most:,}{mark}' if most else '-':>12}"
+            _row(estimate.label(fmt), weights, totals)
+            + f"{f'{longest:,}{mark}' if longest else '-':>12}"
         )
-    if survey.speed:
-        lines += ["", f"tokens/s, at most, at {survey.speed / 1e9:g} GB/s"]
-        for form in survey.formats:
-            speeds = [survey.tokens_a_second(form, n, cache) or 0 for n in contexts]
+    if estimate.bandwidth:
+        lines += ["", f"tokens/s, at most, at {estimate.bandwidth / 1e9:g} GB/s"]
+        for fmt in estimate.formats:
+            speeds = [estimate.tokens_per_second(fmt, n, cache) or 0 for n in contexts]
             cells = [
-                _in_brackets(f"{speed:.0f}", survey.fits(plan))
-                for speed, plan in zip(speeds, plans[form], strict=True)
+                _in_brackets(f"{speed:.0f}", estimate.fits(plan))
+                for speed, plan in zip(speeds, plans[fmt], strict=True)
             ]
-            lines.append(_row(survey.label(form), "", cells))
-    return "\n".join([*lines, "", *_notes(survey)])
+            lines.append(_row(estimate.label(fmt), "", cells))
+    return "\n".join([*lines, "", *_notes(estimate)])
 
 
-def _notes(survey: _MemoryEstimate) -> list[str]:
+def _notes(estimate: _MemoryEstimate) -> list[str]:
     notes = [
-        "(In brackets: does not fit.) A context is prompt and reply together. Computing is in",
-        f"{survey.dtype}; prefill is an estimate for {survey.machine.chunk:,} tokens at once.",
+        "(In brackets: does not fit.) A context is prompt and reply together. The compute dtype is",
+        f"{estimate.dtype}; prefill is an estimate for {estimate.machine.chunk:,} tokens at once.",
     ]
-    if any(survey.with_yarn(context) for context in survey.contexts):
+    if any(estimate.with_yarn(context) for context in estimate.contexts):
         notes.append("* needs YaRN, set as the model card says in config.json's rope_scaling.")
-    if survey.speed is None:
+    if estimate.bandwidth is None:
         notes.append("For an upper bound of tokens/s: --bandwidth 400 (GB/s), or --chip 'M4 Max'.")
     else:
-        notes.append("Tokens/s: the bandwidth over the bytes a token moves; real ones are lower.")
-    if not survey.machine.fused and survey.dtype != "float32":
         notes.append(
-            "On this CPU, loading computes in float32 unless told otherwise: see --dtype float32."
+            "Tokens/s: the bandwidth divided by the bytes read per token; real speeds are lower."
         )
+    if not estimate.machine.fused and estimate.dtype != "float32":
+        notes.append("On this CPU the default compute dtype is float32: see --dtype float32.")
     return notes
 
 
@@ -391,16 +408,16 @@ def _length(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
 
 
-def _picture(survey: _MemoryEstimate, cache: str) -> Picture:
-    contexts = survey.contexts
+def _picture(estimate: _MemoryEstimate, cache: str) -> Picture:
+    contexts = estimate.contexts
     return Picture(
-        title=f"{survey.name}, KV cache {survey.word(cache)}",
+        title=f"{estimate.name}, KV cache {estimate.format_name(cache)}",
         plans={
-            survey.label(form): [survey.plan(form, context, cache) for context in contexts]
-            for form in survey.formats
+            estimate.label(fmt): [estimate.plan(fmt, context, cache) for context in contexts]
+            for fmt in estimate.formats
         },
         contexts=contexts,
-        labels=[_length(n) + ("*" if survey.with_yarn(n) else "") for n in contexts],
-        available=survey.machine.available,
-        machine=survey.machine.words.split(":")[0].split(" can")[0],
+        labels=[_length(n) + ("*" if estimate.with_yarn(n) else "") for n in contexts],
+        available=estimate.machine.available,
+        machine=estimate.machine.description.split(":")[0].split(" can")[0],
     )

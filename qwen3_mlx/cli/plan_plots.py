@@ -1,4 +1,4 @@
-"""The picture of `qwen3 plan`: what makes up the memory, and how it grows with the context."""
+"""The plot of `qwen3 plan`: the parts of the memory, and how it grows with the context."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,13 +17,13 @@ _TERMS = {
 }
 _SHADES = ("#1b9e9e", "#2a7f9e", "#2f6096", "#3d4489", "#4d2f74", "#57205b", "#5a1740", "#4a1024")
 _BARS_AT = 8192  # tokens
-_CROWDED = 1.4  # a context so near to the one before has no room for its label
-_TOO_MUCH = "#c0392b"
+_CROWDED = 1.4  # ratio of neighbouring contexts below which the second gets no label
+_TOO_MUCH_COLOUR = "#c0392b"
 
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What is to be drawn: for each format of the weights, a plan for each of the contexts."""
+    """Content of the plot: for each weight format, a memory plan per context."""
 
     title: str
     plans: Mapping[str, Sequence[Plan]]
@@ -34,7 +34,7 @@ class Picture:
 
 
 def draw(path: Path, picture: Picture) -> None:
-    """Write the picture as PNG or SVG, the same bytes for the same plans.
+    """Write the plot as PNG or SVG, the same bytes for the same plans.
 
     Raises:
         ValueError, Qwen3Error: as `check_picture`.
@@ -49,28 +49,28 @@ def draw(path: Path, picture: Picture) -> None:
 
 
 def _draw_bars(axes: Any, picture: Picture) -> None:
-    """Stack the terms at one context, a bar for each format."""
-    place = max(
+    """Draw one bar per weight format: the terms of the memory at one context, stacked."""
+    index = max(
         i for i, n in enumerate(picture.contexts) if n <= max(_BARS_AT, min(picture.contexts))
     )
     names = list(picture.plans)
     below = [0.0] * len(names)
     for term, colour in _TERMS.items():
-        sizes = [getattr(plans[place], term) / 1e9 for plans in picture.plans.values()]
+        sizes = [getattr(plans[index], term) / 1e9 for plans in picture.plans.values()]
         axes.bar(names, sizes, bottom=below, color=colour, label=term, width=0.7)
         below = [low + size for low, size in zip(below, sizes, strict=True)]
     limit = picture.available / 1e9
     for name, total in zip(names, below, strict=True):
-        colour = "black" if total <= limit else _TOO_MUCH
+        colour = "black" if total <= limit else _TOO_MUCH_COLOUR
         axes.text(name, total, f"{total:.1f}", ha="center", va="bottom", color=colour)
     _draw_limit(axes, picture, top=max(below))
-    axes.set_title(f"at a context of {picture.labels[place]}", loc="left", fontsize=10)
+    axes.set_title(f"at a context of {picture.labels[index]}", loc="left", fontsize=10)
     axes.set_ylabel("GB")
     axes.legend(frameon=False, fontsize=9, loc="upper right", reverse=True)
 
 
 def _draw_curves(axes: Any, picture: Picture) -> None:
-    """Draw the total over the context, a curve for each format, named at its end."""
+    """Draw the total over the context, one curve per format, labelled at its end."""
     totals = {name: [p.total / 1e9 for p in plans] for name, plans in picture.plans.items()}
     top = max(max(curve) for curve in totals.values())
     _draw_limit(axes, picture, top=top)
@@ -78,10 +78,10 @@ def _draw_curves(axes: Any, picture: Picture) -> None:
     for number, (name, curve) in enumerate(sorted(totals.items(), key=lambda item: item[1])):
         shade = _SHADES[number % len(_SHADES)]
         axes.plot(picture.contexts, curve, color=shade, marker="o", markersize=3)
-        lowest = max(curve[-1], lowest + 0.037 * top)  # so that no name covers another
-        place = picture.contexts[-1], lowest
+        lowest = max(curve[-1], lowest + 0.037 * top)  # keeps the labels from overlapping
+        position = picture.contexts[-1], lowest
         axes.annotate(
-            name, place, (6, 0), textcoords="offset points", va="center", color=shade, fontsize=9
+            name, position, (6, 0), textcoords="offset points", va="center", color=shade, fontsize=9
         )
     axes.set_xscale("log", base=2)
     crowded = [b / a < _CROWDED for a, b in pairwise([1, *picture.contexts])]
@@ -94,11 +94,11 @@ def _draw_curves(axes: Any, picture: Picture) -> None:
 
 
 def _draw_limit(axes: Any, picture: Picture, *, top: float) -> None:
-    """Draw what the machine can give, where it is not far above everything."""
+    """Draw the available memory as a line, unless it is far above all totals."""
     limit = picture.available / 1e9
     axes.set_ylim(0, 1.12 * top)
     if limit > 1.1 * top:
         return
     name = f"{picture.machine}: {limit:.1f} GB"
-    axes.axhline(limit, color=_TOO_MUCH, linewidth=1.2, linestyle="--", label=name)
-    axes.axhspan(limit, 1.12 * top, color=_TOO_MUCH, alpha=0.05, linewidth=0)
+    axes.axhline(limit, color=_TOO_MUCH_COLOUR, linewidth=1.2, linestyle="--", label=name)
+    axes.axhspan(limit, 1.12 * top, color=_TOO_MUCH_COLOUR, alpha=0.05, linewidth=0)

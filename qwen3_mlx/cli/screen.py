@@ -1,4 +1,4 @@
-"""How a reply appears in a terminal: thinking dimmed and timed, the answer as Markdown."""
+"""Shows a reply in a terminal: thinking dimmed and timed, the answer as Markdown."""
 
 import os
 import select
@@ -20,14 +20,14 @@ _FENCE = "```"
 
 
 class Screen:
-    """Shows replies on stdout; where that is no terminal, the answers alone, as they come."""
+    """Shows replies on stdout; if stdout is not a terminal, the answers alone, as they stream."""
 
     def __init__(self, *, show_thinking: bool) -> None:
         self.show_thinking = show_thinking
         self._console = Console()
 
     def show(self, events: Iterable[Event]) -> Finish:
-        """Show a reply, and give its last event."""
+        """Show a reply and return its last event."""
         if not self._console.is_terminal:
             return self._show_plainly(events)
         started, thinking = time.monotonic(), False
@@ -41,9 +41,10 @@ class Screen:
                     self._console.print(Plain(event.text, style="dim italic"), end="")
                 continue
             if thinking:
-                line = "\n" if self.show_thinking else ""
-                took = time.monotonic() - started
-                self._console.print(f"{line}[dim]thought for {took:.1f} s[/dim]\n", highlight=False)
+                newline = "\n" if self.show_thinking else ""
+                seconds = time.monotonic() - started
+                line = f"{newline}[dim]thought for {seconds:.1f} s[/dim]\n"
+                self._console.print(line, highlight=False)
                 thinking = False
             if isinstance(event, Text):
                 blocks.add(event.text)
@@ -56,22 +57,22 @@ class Screen:
         return finish
 
     def _show_plainly(self, events: Iterable[Event]) -> Finish:
-        said = False
+        has_text = False
         for event in events:
             if isinstance(event, Text):
                 sys.stdout.write(event.text)
                 sys.stdout.flush()
-                said = True
+                has_text = True
             elif isinstance(event, Finish):
                 finish = event
-        if said:
+        if has_text:
             sys.stdout.write("\n")
             sys.stdout.flush()
         return finish
 
 
 class _Blocks:
-    """Prints Markdown block by block; the one that is being written is shown as it grows."""
+    """Prints Markdown block by block; the unfinished block is redrawn as it grows."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -80,13 +81,14 @@ class _Blocks:
 
     def add(self, text: str) -> None:
         self._text += text
-        while (place := _end_of_block(self._text)) is not None:
-            self._print(self._text[:place])
-            self._text = self._text[place:]
+        while (end := _end_of_block(self._text)) is not None:
+            self._print(self._text[:end])
+            self._text = self._text[end:]
         if self._text.strip():
             if self._live is None:
                 self._live = Live(console=self._console, transient=True, refresh_per_second=12)
                 self._live.start()
+            # A live display taller than the terminal cannot be erased: show its last rows.
             rows = max(1, self._console.height - 2)
             self._live.update(Markdown("\n".join(self._text.splitlines()[-rows:])))
 
@@ -104,20 +106,20 @@ class _Blocks:
 
 
 def _end_of_block(text: str) -> int | None:
-    """Give the place after the first blank line that is not within fenced code."""
-    fenced, place = False, 0
+    """Return the index after the first blank line outside fenced code, or None."""
+    fenced, end = False, 0
     for line in text.splitlines(keepends=True):
-        place += len(line)
+        end += len(line)
         if line.lstrip().startswith(_FENCE):
             fenced = not fenced
-        if not fenced and line.strip() == "" and text[:place].strip() and line.endswith("\n"):
-            return place
+        if not fenced and line.strip() == "" and text[:end].strip() and line.endswith("\n"):
+            return end
     return None
 
 
 @contextmanager
 def enter_key(pressed: Callable[[], None]) -> Iterator[None]:
-    """Call `pressed` when Enter is pressed meanwhile, on a terminal; what is typed is not shown."""
+    """Call `pressed` whenever Enter is pressed in the block, on a terminal, without echo."""
     if not (sys.stdin.isatty() and sys.stdout.isatty() and os.name == "posix"):
         yield
         return
@@ -134,7 +136,7 @@ def enter_key(pressed: Callable[[], None]) -> Iterator[None]:
                 pressed()
 
     thread = Thread(target=listen, daemon=True)
-    tty.setcbreak(stdin)  # Ctrl-C is a signal still
+    tty.setcbreak(stdin)  # not raw mode: Ctrl-C must still send its signal
     thread.start()
     try:
         yield

@@ -1,4 +1,4 @@
-"""`qwen3 serve`: the model for any client, and a page to talk to."""
+"""`qwen3 serve`: serves a model over HTTP, with a chat page."""
 
 import errno
 import logging
@@ -32,10 +32,11 @@ from qwen3_mlx.model.sizes import full_name
 from qwen3_mlx.server.keys import read_keys
 from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, own_names
 
-_EVERYWHERE = ("", "0.0.0.0", "::")
-_ELSEWHERE = ("192.0.2.1", 9)  # an address of no machine (RFC 5737)
-_BACKLOG = 128
-_MODEL, _NET, _REPLY, _LOAD = "Model", "Who may come in", "Replies", "Work"
+_ALL_INTERFACES = ("", "0.0.0.0", "::")
+_OTHER_NETWORK = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): no machine has it
+_BACKLOG = 128  # connections
+_MODEL, _NETWORK, _THINKING = "Model", "Network and access", "Thinking"
+_LIMITS, _DISPLAY = "Limits", "Display and logs"
 
 
 def serve(  # noqa: PLR0913 - one parameter an option
@@ -49,101 +50,131 @@ def serve(  # noqa: PLR0913 - one parameter an option
     prompt_cache: PromptCache = None,
     context: Context = None,
     name: Annotated[
-        str | None, option("--name", panel=_MODEL, text="What clients are to call the model.")
+        str | None, option("--name", panel=_MODEL, text="Model name shown to clients.")
     ] = None,
     host: Annotated[
         str,
-        option("--host", panel=_NET, text="The address to listen at; 0.0.0.0 is the network."),
+        option("--host", panel=_NETWORK, text="Address to listen on; 0.0.0.0 for the network."),
     ] = "127.0.0.1",
     port: Annotated[
-        int, option("--port", "-p", panel=_NET, text="0 is any; otherwise 8080.", min=0, max=65535)
+        int,
+        option(
+            "--port",
+            "-p",
+            panel=_NETWORK,
+            text="Port to listen on; 0 is any free port (default: 8080).",
+            min=0,
+            max=65535,
+        ),
     ] = 8080,
     api_key: Annotated[
         str | None,
-        option("--api-key", panel=_NET, text="Let in who has this key.", envvar="QWEN3_API_KEY"),
+        option("--api-key", panel=_NETWORK, text="Require this API key.", envvar="QWEN3_API_KEY"),
     ] = None,
     key_file: Annotated[
         Path | None,
-        option("--key-file", panel=_NET, text="Let in who has a key of this file, one a line."),
+        option(
+            "--key-file", panel=_NETWORK, text="Require an API key from this file, one per line."
+        ),
     ] = None,
     trust_proxy: Annotated[
         list[str] | None,
         option(
             "--trust-proxy",
-            panel=_NET,
-            text="Believe the proxy at this address who its clients are; may be repeated.",
+            panel=_NETWORK,
+            text="Take client addresses from the proxy at this address; may be repeated.",
         ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        option("--allow-host", panel=_NET, text="Another name of this machine; may be repeated."),
+        option(
+            "--allow-host", panel=_NETWORK, text="Also answer to this host name; may be repeated."
+        ),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
-        option("--cors-origin", panel=_NET, text="Let pages of this origin in; * is all."),
+        option(
+            "--cors-origin",
+            panel=_NETWORK,
+            text="Allow web pages of this origin, * is any; may be repeated.",
+        ),
     ] = None,
     max_body: Annotated[
         int,
-        option("--max-body", panel=_NET, text="The largest request, in MB. Otherwise 32.", min=1),
+        option(
+            "--max-body", panel=_LIMITS, text="Maximum request size in MiB (default: 32).", min=1
+        ),
     ] = 32,
     thinking: Annotated[
         bool | None,
-        option("--thinking/--no-thinking", panel=_REPLY, text="Where a request says nothing."),
+        option(
+            "--thinking/--no-thinking", panel=_THINKING, text="Default for requests that set none."
+        ),
     ] = None,
     thinking_budget: Annotated[
         int | None,
-        option("--thinking-budget", panel=_REPLY, text="At most so many tokens, likewise."),
+        option("--thinking-budget", panel=_THINKING, text="Default thinking budget, in tokens."),
     ] = None,
     reasoning_field: Annotated[
         str,
         option(
             "--reasoning-field",
-            panel=_REPLY,
-            text=f"Where OpenAI's clients find the thinking: {', '.join(REASONING_FIELDS)}.",
+            panel=_THINKING,
+            text=f"Field of the thinking in OpenAI responses: {', '.join(REASONING_FIELDS)}.",
         ),
     ] = "both",
     max_requests: Annotated[
         int,
-        option("--max-requests", panel=_LOAD, text="Replies at once and waiting. Otherwise 64."),
+        option(
+            "--max-requests",
+            panel=_LIMITS,
+            text="Maximum requests, running and waiting (default: 64).",
+        ),
     ] = 64,
     max_per_client: Annotated[
         int | None,
         option(
             "--max-per-client",
-            panel=_LOAD,
-            text="Of those, one client's. Otherwise 3/4, or all where only this machine is served.",
+            panel=_LIMITS,
+            text="Maximum of those per client (default: 3/4; all if only this machine is served).",
         ),
     ] = None,
     request_timeout: Annotated[
         float | None,
         option(
             "--request-timeout",
-            panel=_LOAD,
-            text="Seconds after which a reply ends as it is. Otherwise without limit.",
+            panel=_LIMITS,
+            text="Seconds after which a reply is cut off (default: no limit).",
         ),
     ] = None,
     shutdown: Annotated[
         float,
-        option("--shutdown", panel=_LOAD, text="Seconds for replies to end in. Otherwise 10."),
+        option(
+            "--shutdown",
+            panel=_LIMITS,
+            text="Seconds for replies to finish at shutdown (default: 10).",
+        ),
     ] = 10.0,
     log_content: Annotated[
-        bool, option("--log-content", panel=_LOAD, text="Log prompts and replies, too.")
+        bool, option("--log-content", panel=_DISPLAY, text="Log prompts and replies, too.")
     ] = False,
     open_page: Annotated[
-        bool, option("--open", panel=_LOAD, text="Open the page in a browser.")
+        bool, option("--open", panel=_DISPLAY, text="Open the chat page in a browser.")
     ] = False,
     quiet: Annotated[
-        bool, option("--quiet", "-q", panel=_LOAD, text="No line for each request.")
+        bool,
+        option("--quiet", "-q", panel=_DISPLAY, text="No progress bars and no log of requests."),
     ] = False,
 ) -> None:
-    """Serve the model to clients of OpenAI's, Anthropic's and Ollama's API, and a page to talk to.
+    """Serve a model over the OpenAI, Anthropic and Ollama APIs, with a chat page.
 
-    [bold]qwen3 serve[/bold]   the demo model, at http://127.0.0.1:8080
-    [bold]qwen3 serve --model 8B --api-key secret --host 0.0.0.0[/bold]   for the network.
+    [bold]qwen3 serve[/bold]   serve the demo model at http://127.0.0.1:8080.
+    [bold]qwen3 serve --model 8B --api-key secret --host 0.0.0.0[/bold]   serve the network.
     [bold]curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json'
-    -d '{"messages": [{"role": "user", "content": "Hello"}]}'[/bold]   asks it.
+    -d '{"messages": [{"role": "user", "content": "Hello"}]}'[/bold]   send a request.
 
-    Ctrl-C lets replies come to their end, twice does not. Each request is a line of JSON on stderr.
+    Ctrl-C lets running replies finish; a second Ctrl-C does not wait.
+    Each request is logged as a line of JSON on stderr.
     """
     if not (find_spec("fastapi") and find_spec("uvicorn")):
         raise Qwen3Error(f"the server needs more packages: {install_command('server')}")
@@ -166,23 +197,25 @@ def serve(  # noqa: PLR0913 - one parameter an option
         log_content=log_content,
     )
     if key_file is not None:
-        read_keys(key_file)  # what is wrong with them is said before the model is loaded
+        read_keys(key_file)  # report a bad key file before the model is loaded
     listener = _listen(host, port)
     url = _url_of(listener)
 
     def ready() -> None:
-        note(f"{settings.model} is at {url} - open it to talk to it; Ctrl-C ends it")
+        note(f"{settings.model} is served at {url} (open it to chat); Ctrl-C stops the server")
         note(f"for clients: OpenAI {url}/v1 · Anthropic {url} · Ollama {url}")
-        if host in _EVERYWHERE:
+        if host in _ALL_INTERFACES:
             port = listener.getsockname()[1]
             others = " · ".join(f"http://{name}:{port}" for name in _network_names())
             note(f"from the network: {others}")
         if api_key is None and key_file is None and not settings.local:
-            note("whoever reaches this machine may use it: --api-key KEY keeps others out")
+            note("no API key is set, so every client of the network has access: see --api-key KEY")
         if open_page and (sys.platform == "darwin" or "DISPLAY" in os.environ):
             webbrowser.open(url)
 
-    serving = import_module("qwen3_mlx.server.run")  # FastAPI, for this alone
+    serving = import_module(
+        "qwen3_mlx.server.run"
+    )  # imports FastAPI, which only this command needs
     llm = load(
         model,
         quiet=quiet,
@@ -214,11 +247,11 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=_BACKLOG)
     except OSError as error:
         number = error.errno or 0
-        words = os.strerror(number) if number > 0 else error.strerror or error
-        way_out = "--port takes another, 0 any"
+        reason = os.strerror(number) if number > 0 else error.strerror or error
+        hint = "--port takes another, 0 any"
         if number not in (errno.EADDRINUSE, errno.EACCES):
-            way_out = "--host takes an address of this machine"
-        raise Qwen3Error(f"cannot listen at {host}, port {port}: {words}; {way_out}") from error
+            hint = "--host takes an address of this machine"
+        raise Qwen3Error(f"cannot listen at {host}, port {port}: {reason}; {hint}") from error
 
 
 def _url_of(listener: socket.socket) -> str:
@@ -228,11 +261,11 @@ def _url_of(listener: socket.socket) -> str:
 
 
 def _network_names() -> list[str]:
-    """Return how other machines may reach this one: its address, and its name."""
+    """Return the address and the `.local` names by which other machines may reach this one."""
     names = sorted(name for name in own_names() if name.endswith(".local"))
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking, suppress(OSError):
-        asking.connect(_ELSEWHERE)  # which sends nothing, and finds the way there
-        names.insert(0, asking.getsockname()[0])
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, suppress(OSError):
+        probe.connect(_OTHER_NETWORK)  # UDP: sends nothing, but chooses the local address
+        names.insert(0, probe.getsockname()[0])
     return names
 
 
@@ -244,4 +277,4 @@ def _log_to_stderr(*, quiet: bool) -> None:
         logging.DEBUG if os.environ.get("QWEN3_DEBUG") else logging.INFO
     )
     logging.getLogger("qwen3_mlx.server.access").disabled = quiet
-    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # what matters is told by our own
+    logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # our own log has what matters

@@ -180,7 +180,7 @@ class Terminal(io.StringIO):
 def test_one_bar_shows_size_speed_and_time_left(
     cache: Cache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "_PATIENCE", -1.0)
+    monkeypatch.setattr(console, "_BAR_DELAY_SECONDS", -1.0)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "120")
     cache.breaks.append(after(70_000))
@@ -217,7 +217,7 @@ def test_without_a_terminal_nothing_is_said_of_it(cache: Cache) -> None:
 def test_converting_shows_the_bar_too(
     cache: Cache, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "_PATIENCE", -1.0)
+    monkeypatch.setattr(console, "_BAR_DELAY_SECONDS", -1.0)
     monkeypatch.setenv("TERM", "xterm")
     words = ("convert", "someone/tiny", str(tmp_path / "out"))
     done = qwen3(*words, home=cache.home, endpoint=cache.address, err=(terminal := Terminal()))

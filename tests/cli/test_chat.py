@@ -124,12 +124,12 @@ def test_what_goes_wrong_is_told_and_the_conversation_goes_on(tmp_path: Path) ->
     assert done.stdout.startswith("5 + 6 = 11\n")
     for words in (
         "qwen3: /budget takes a number of tokens, not 'many'",
-        "There is no /foo; /help tells the commands.",
+        "There is no command /foo; /help lists the commands.",
         "qwen3: there is no turn -1: 0 have been said",
         "qwen3: /save takes a file",
-        "qwen3: /edit takes the words to say instead",
+        "qwen3: /edit takes the new text of the last message",
         "is not a saved conversation",
-        "is no Python file",
+        "is not a Python file",
         "Thinking takes at most 3 tokens.",
         "Thinking has no budget.",
         "Thinking is on.",

@@ -142,8 +142,8 @@ def test_a_typo_of_a_verb_is_no_prompt(
     first = words.split()[0]
     assert (code, out) == (2, "")
     assert err == (
-        f"qwen3: there is no verb '{first}'; did you mean qwen3 {meant}? As a prompt: "
-        f"qwen3 -- {first}, and several words in quotes (see qwen3 --help)\n"
+        f"qwen3: there is no command '{first}'; did you mean qwen3 {meant}? To send it as a "
+        f"prompt: qwen3 -- {first}; put several words in quotes (see qwen3 --help)\n"
     )
 
 
@@ -173,9 +173,15 @@ def test_an_address_that_is_not_here_is_no_matter_of_the_port(
     ("words", "complaint"),
     [
         ("serve --max-body 0", "(see qwen3 serve --help)"),
-        ("chat hello", "a word too many: hello; --model names the model (see qwen3 chat --help)"),
-        ("serve 8B", "a word too many: 8B; --model names the model (see qwen3 serve --help)"),
-        ("doctor me", "a word too many: me (see qwen3 doctor --help)"),
+        (
+            "chat hello",
+            "unexpected argument: hello; name the model with --model (see qwen3 chat --help)",
+        ),
+        (
+            "serve 8B",
+            "unexpected argument: 8B; name the model with --model (see qwen3 serve --help)",
+        ),
+        ("doctor me", "unexpected argument: me (see qwen3 doctor --help)"),
         ("eval perplexity --tokens x", "(see qwen3 eval perplexity --help)"),
     ],
 )
@@ -261,7 +267,7 @@ def test_the_doctor_advises_only_what_is_missing(
     monkeypatch.setattr(backend, "BLAS", blas)
     code, out, _ = call(["doctor"], capsys)
     assert code == 0 and ("libopenblas0-pthread" in out) == (blas == "MLX's own")
-    assert "models of the hub" in out
+    assert "models from the hub" in out
 
 
 # --- what errors advise -------------------------------------------------------------------------

@@ -38,7 +38,9 @@ def test_the_table_tells_what_fits(capsys: Captured) -> None:
     code, out, err = call(["plan", "8B", "--memory", "16"], capsys)
     assert (code, err) == (0, "")
     assert max(map(len, out.splitlines())) <= 100
-    assert out.startswith("Qwen3-8B: 8.19 billion weights, 36 layers, a window of 40,960 tokens\n")
+    assert out.startswith(
+        "Qwen3-8B: 8.19 billion weights, 36 layers, context window 40,960 tokens\n"
+    )
     assert "about two thirds by default, 11.5 GB" in out
     header = row_of(out, "memory in GB").split()
     assert header[-11:] == "2k 4k 8k 16k 32k 40k 64k* 128k* fits up to".split()
@@ -158,8 +160,8 @@ def test_a_folder_is_planned_as_it_is_too(tmp_path: Path, capsys: Captured) -> N
     assert code == 0
     assert "as it is" not in json.loads(out)["weights"]
     assert err == (
-        f"Its weights are FP8, which must be converted first: qwen3 convert {folder} FOLDER. "
-        "This is the plan of what that makes.\n"
+        f"The weights are FP8 and must be converted first: qwen3 convert {folder} FOLDER. "
+        "This plan is for the converted model.\n"
     )
 
 
