@@ -1,4 +1,4 @@
-"""Turns at work that only a few can do at once: no client owns them, however much it asks for."""
+"""Fair queue for a few workers: no client can occupy all of them with many requests."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,25 +8,25 @@ from threading import Condition
 from qwen3_mlx.errors import Qwen3Error
 
 LOOK = 0.1
-"""Seconds from one look at whether a caller waits still to the next."""
+"""Seconds between two checks whether a caller is still waiting."""
 
 
 class Caller:
-    """A caller for whom something is made; this one waits as long as it takes."""
+    """The caller of a queued job; this base class waits without limit."""
 
     client = ""
 
     @property
     def gone(self) -> bool:
-        """Whether nothing is to be done for it any more."""
+        """True if the result is no longer wanted."""
         return False
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Return what surrounds the time in which nothing of Python's is done for it."""
+        """Return a context manager for the time outside Python code, when other callers may run."""
         return nullcontext()
 
     def check(self) -> None:
-        """Raise a Qwen3Error if it is gone."""
+        """Raise a Qwen3Error if the caller is gone."""
         if self.gone:
             raise Qwen3Error("the request was given up while it was prepared")
 
@@ -35,17 +35,17 @@ PATIENT = Caller()
 
 
 class FairQueue:
-    """A few turns. The client that has the fewest is next, and its callers in their order."""
+    """Shares `count` turns: the client that holds the fewest is next, its callers in order."""
 
     def __init__(self, count: int) -> None:
         self._free = count
         self._waiting: list[Caller] = []
-        self._having = Counter[str]()
+        self._held = Counter[str]()
         self._changed = Condition()
 
     @contextmanager
     def one(self, caller: Caller) -> Iterator[None]:
-        """Surround what is done in a turn."""
+        """Hold a turn for the duration of the context."""
         self.take(caller)
         try:
             yield
@@ -65,18 +65,18 @@ class FairQueue:
                     self._changed.wait(LOOK)
                     caller.check()
                 self._free -= 1
-                self._having[caller.client] += 1
+                self._held[caller.client] += 1
             finally:
                 self._waiting.remove(caller)
-                self._changed.notify_all()  # another is next
+                self._changed.notify_all()  # another caller is first in line now
 
     def release(self, caller: Caller) -> None:
-        """Give a turn back."""
+        """Return a turn to the queue."""
         with self._changed:
             self._free += 1
-            self._having[caller.client] -= 1
-            self._having += Counter()  # without those that have none
+            self._held[caller.client] -= 1
+            self._held += Counter()  # drops clients without a turn
             self._changed.notify_all()
 
     def _next(self) -> Caller:
-        return min(self._waiting, key=lambda caller: self._having[caller.client])
+        return min(self._waiting, key=lambda caller: self._held[caller.client])

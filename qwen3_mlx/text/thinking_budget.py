@@ -33,7 +33,7 @@ HAND_OFF = (
     f"thinking directly now.\n{CLOSE}\n\n"
 )
 _PLAIN_CLOSE = f"\n{CLOSE}\n\n"
-# The answer gets 1/4 of the room for the reply, and at most 256 tokens of it are reserved.
+# Reserved for the answer: at most 256 tokens, and at most a quarter of the room for the reply.
 _MAX_ANSWER_RESERVE, _ANSWER_SHARE = 256, 4
 
 
