@@ -28,7 +28,7 @@ class Caller:
     def check(self) -> None:
         """Raise a Qwen3Error if the caller is gone."""
         if self.gone:
-            raise Qwen3Error("the request was given up while it was prepared")
+            raise Qwen3Error("the request was cancelled while it was prepared")
 
 
 PATIENT = Caller()

@@ -187,13 +187,13 @@ class _TrialProcess:
             if code < 0:
                 return "it takes more memory than there is, or is too deep; try a simpler one"
             if code > 0:
-                _log.warning("the process that tries grammars ends with %d", code)
+                _log.warning("the trial process for grammars ended with status %d", code)
                 break
             # It had ended because it was idle: start another one.
         else:
             if _command():
-                raise Qwen3Error("the process that tries grammars ends again and again; try again")
-        _log.warning("a grammar is compiled without a trial: what it takes has no bound")
+                raise Qwen3Error("the trial process for grammars keeps failing; try again")
+        _log.warning("a grammar is compiled without a trial: its time and memory are not limited")
         return ""
 
     def _started(self) -> "tuple[subprocess.Popen[bytes], socket.socket]":
@@ -240,7 +240,7 @@ def _answer(connection: socket.socket, message: bytes, caller: Caller) -> bytes:
         return grammar_worker.receive(connection)
     except TimeoutError as error:
         raise Qwen3Error(
-            f"the process that tries grammars has not answered for {_ANSWER_TIMEOUT:g} s; try again"
+            f"the trial process for grammars has not answered for {_ANSWER_TIMEOUT:g} s; try again"
         ) from error
     except ConnectionError:
         return b""

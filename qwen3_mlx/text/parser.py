@@ -60,9 +60,7 @@ class ReplyParser:
         self._tokenizer = tokenizer
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None  # of pending text
         self._next_logprob: TokenLogprob | None = None
-        self.logprob_of_end = (
-            False  # True if the token that ends the reply is emitted, without text
-        )
+        self.logprob_of_end = False  # True to emit the token that ends the reply, without text
         self._open_id = thinking.open_id if thinking else None
         self._close_id = thinking.close_id if thinking else None
         self._inside = inside
@@ -74,9 +72,7 @@ class ReplyParser:
         self._calls = calls
         self._call: list[str] | None = None  # text of the open call
         self._call_id = ""
-        self._arguments: PartialArguments | None = (
-            None  # of the open call, unless it may be a draft
-        )
+        self._arguments: PartialArguments | None = None  # of an open call that is no draft
         self._streamed_arguments = ""  # of the open call, or the last one
         self._partial_calls = calls is not None and calls.partial
         self._drafts: list[ToolCall] = []  # calls at the end of the thinking so far
@@ -325,7 +321,7 @@ class ReplyParser:
             assert self._arguments
             call = replace(call, id=self._call_id)
             if call.name != self._arguments.name or not call.raw_arguments.startswith(streamed):
-                call = None  # a key came twice: a call with two readings is not made
+                call = None  # a key came twice: an ambiguous call is refused
         if call is None:
             self._drop_drafts()
             self._emit_unreadable(text)

@@ -10,7 +10,7 @@ Score = tuple[int, float, Sequence[tuple[int, float]]]
 
 
 class ScoredPrompt:
-    """Collects the scores of the prompt `ids`, and emits one event once all have come."""
+    """Collects the scores of the prompt `ids`, and emits one event when they are complete."""
 
     def __init__(
         self, tokenizer: Tokenizer, ids: Sequence[int], tell: Callable[[PromptTokens], None]
@@ -21,7 +21,7 @@ class ScoredPrompt:
             ValueError: an id is not in the vocabulary.
         """
         if (greatest := max(ids)) >= len(tokenizer):
-            raise ValueError(f"token id {greatest} stands for no token, so it has no logprob")
+            raise ValueError(f"token id {greatest} is not in the vocabulary, so it has no logprob")
         self._tokenizer = tokenizer
         self._ids = ids
         self._emit = tell

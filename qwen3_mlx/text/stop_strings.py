@@ -1,10 +1,10 @@
-"""Stop strings: found in a text that comes in pieces."""
+"""Finds stop strings in a text that arrives in pieces."""
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the stop string that is complete first in a text that comes in pieces."""
+    """Finds the first stop string to be complete in a text, whatever its pieces are."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.found: str | None = None

@@ -32,7 +32,7 @@ class ToolCallRule:
 
 
 class GrammarConstraint:
-    """A `Constraint` of the engine: `ThinkingBudget` for the thinking, grammars for what follows.
+    """A `Constraint` of the engine: `ThinkingBudget` for the thinking, then grammars.
 
     The answer follows the grammar `answer`, if there is one, and tool calls follow `calling`.
     Near `max_tokens`, a token that leaves too little room to end the answer is rolled back and the
@@ -105,7 +105,7 @@ class GrammarConstraint:
         elif (
             self._open_answer and not self._closing and self._must_close_earlier(self._open_answer)
         ):
-            # `_closing_ids` continue the text before these ids, so all of these are removed.
+            # The known closing is one of the text before these ids, so all of these are removed.
             self.rollback = len(ids)
             self.rewind(len(ids))
             self._closing = True
@@ -134,7 +134,7 @@ class GrammarConstraint:
         return ids
 
     def mask(self) -> "NDArray[np.uint32] | None":
-        """Return the tokens that may come next."""
+        """Return the mask of the tokens that may come next, 32 ids to a word, or None for all."""
         if self._active is None and not self._must_call:
             return self._budget.mask()
         mask = self._active.mask() if self._active else self._budget.no_mask()
@@ -173,6 +173,7 @@ class GrammarConstraint:
         return begins
 
     def _advance_grammar(self, token: int, *, given: bool) -> None:
+        """Append a token to the active grammar, or switch the grammar at the tags of a call."""
         calls = self._calls
         # Thinking, the hand-off and the tag that opens the thinking are not text of any grammar.
         if self._budget.inside or given or token == self._open_id:
@@ -229,11 +230,12 @@ class GrammarConstraint:
         if end is not None and len(end) <= left:
             self._closing_ids = end
             return False
-        # If no closing is found here, one may be found after the next tokens. The last known one
-        # is forced before the room for it is used up.
+        # If no closing is found here, one may be found after the next tokens, as long as there is
+        # room for those and for the last known closing.
         return before is not None and left <= len(before) + _CLOSING_SEARCH_MARGIN
 
     def _rewind_grammar(self, count: int) -> None:
+        """Restore the grammar before the last `count` tokens."""
         if not count:
             return
         before, read = self._history[-count]

@@ -41,7 +41,7 @@ def hand_off_ids(tokenizer: Tokenizer, thinking: Thinking, message: str | None) 
     """Return the ids that close the thinking; `message` None is Qwen's text, "" the tag alone.
 
     Raises:
-        ValueError: the message contains other tags than one closing tag.
+        ValueError: the message has an opening tag, or more than one closing tag.
     """
     if message is None:
         text = HAND_OFF
@@ -66,7 +66,7 @@ def budget_within(
     answer = max(least_answer, min(_MAX_ANSWER_RESERVE, rest // _ANSWER_SHARE))
     if rest < answer:
         raise ValueError(
-            f"max_tokens={max_tokens} leaves no room for an answer: to close the thinking takes "
+            f"max_tokens={max_tokens} leaves no room for an answer: closing the thinking takes "
             f"{1 + len(hand_off)} tokens, and the answer at least {least_answer}"
         )
     return min(budget, rest - answer)

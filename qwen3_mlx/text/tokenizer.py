@@ -62,13 +62,15 @@ class Tokenizer:
                 adds has a different id there than here.
         """
         if not path.is_file():
-            raise CheckpointError(f"{path.parent} has no {path.name}, so text cannot be read")
+            raise CheckpointError(f"{path.parent} has no {path.name}, so text cannot be tokenized")
         try:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
         if not isinstance(self._inner.decoder, tokenizers.decoders.ByteLevel):
-            raise CheckpointError(f"{path} is not a byte-level tokenizer, as all Qwen3 have")
+            raise CheckpointError(
+                f"{path} is not a byte-level tokenizer; all Qwen3 checkpoints have one"
+            )
         # Its threads would take CPU time from the engine, and it warns about them after a fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         self._inner.no_truncation()  # a setting saved in the file must not cut prompts short
@@ -269,7 +271,7 @@ class Tokenizer:
             if (found := self.id_of(added.content)) != token:
                 raise CheckpointError(
                     f"{file} has {added.content!r} as token {token}, and by tokenizer.json it is "
-                    f"{found}; these files are not of one checkpoint"
+                    f"{found}; these files do not belong to one checkpoint"
                 )
 
     def _token_bytes(self, token: int) -> bytes:
@@ -324,7 +326,9 @@ def _added_elsewhere(folder: Path) -> Iterator[tuple[str, int, tokenizers.AddedT
     if plain.is_file():
         for content, token in _object(_read_json(plain), plain).items():
             if type(token) is not int:
-                raise CheckpointError(f"{plain} has {content!r}: {token!r}, which is no token's id")
+                raise CheckpointError(
+                    f"{plain} has {content!r}: {token!r}, which is not a token id"
+                )
             yield plain.name, token, tokenizers.AddedToken(content, normalized=False)
 
 

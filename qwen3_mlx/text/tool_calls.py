@@ -135,15 +135,13 @@ def _parameters(tool: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
         parameters = inspect.signature(tool, eval_str=True).parameters
     except (NameError, AttributeError, TypeError, ValueError) as error:
         raise TypeError(
-            f"the parameters of the tool {_name(tool)} are not known: {error}"
+            f"the parameters of the tool {_name(tool)} cannot be determined: {error}"
         ) from error
     for name, parameter in parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"the tool {_name(tool)} takes *{name}: a model needs named parameters")
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise TypeError(
-                f"the tool {_name(tool)} takes {name} by its position only, not by name"
-            )
+            raise TypeError(f"the tool {_name(tool)} takes {name} by position only, not by name")
     return parameters
 
 
