@@ -40,7 +40,7 @@ class FairQueue:
     def __init__(self, count: int) -> None:
         self._free = count
         self._waiting: list[Caller] = []
-        self._held = Counter[str]()
+        self._having = Counter[str]()
         self._changed = Condition()
 
     @contextmanager
@@ -65,7 +65,7 @@ class FairQueue:
                     self._changed.wait(LOOK)
                     caller.check()
                 self._free -= 1
-                self._held[caller.client] += 1
+                self._having[caller.client] += 1
             finally:
                 self._waiting.remove(caller)
                 self._changed.notify_all()  # another caller is first in line now
@@ -74,9 +74,9 @@ class FairQueue:
         """Return a turn to the queue."""
         with self._changed:
             self._free += 1
-            self._held[caller.client] -= 1
-            self._held += Counter()  # drops clients without a turn
+            self._having[caller.client] -= 1
+            self._having += Counter()  # drops clients without a turn
             self._changed.notify_all()
 
     def _next(self) -> Caller:
-        return min(self._waiting, key=lambda caller: self._held[caller.client])
+        return min(self._waiting, key=lambda caller: self._having[caller.client])

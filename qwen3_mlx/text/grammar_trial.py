@@ -89,9 +89,8 @@ class TrialCompiler:
         self._build = make
         self._built: LLTokenizer | None = None
         self._lock = Lock()
-        self._verdicts: Kept[int | str] = Kept(
-            _MAX_REMEMBERED
-        )  # the lane that sufficed, or the error message
+        # By grammar: the lane that sufficed, or the error message.
+        self._verdicts: Kept[int | str] = Kept(_MAX_REMEMBERED)
 
     def vocabulary(self) -> "LLTokenizer":
         """Return the vocabulary; build it on first use."""
