@@ -22,7 +22,7 @@ _CLOSING_WATCH = 300  # tokens left below which the shortest closing is tracked
 class ToolCallRule:
     """How tools may be called: text between the tags follows the grammar that `grammar` creates.
 
-    With `must` the answer begins with a call; with `only_one` the reply ends after the first call.
+    With `must` the answer tags with a call; with `only_one` the reply ends after the first call.
     """
 
     calls: ToolCallSyntax
@@ -92,12 +92,12 @@ class GrammarConstraint:
     def advance(self, ids: Sequence[int]) -> None:
         """Append the next tokens, and set `rollback` if some of them must be removed."""
         # The engine passes the forced tokens in one call, so the flag holds for these ids only.
-        inside, given = self._budget.inside, self._forcing_text
+        inside, forced = self._budget.inside, self._forcing_text
         self._forcing_text = False
         self._budget.advance(ids)
         for token in ids:
             self._history.append((self._active, self._active.read if self._active else 0))
-            self._advance_grammar(token, given=given)
+            self._advance_grammar(token, forced=forced)
         self.rollback = self._budget.rollback
         if self.rollback:
             # The budget has rewound itself already; only the grammar has to follow.
@@ -114,7 +114,7 @@ class GrammarConstraint:
             # A hand-off brings its own line break. After a tag that the model wrote, the break is
             # forced: the grammar has no text before the answer, the chat template has one.
             answering = self._active is not None or self._must_call
-            self._break_pending = not self._budget.inside and not given and answering
+            self._break_pending = not self._budget.inside and not forced and answering
 
     def rewind(self, count: int) -> None:
         """Remove the last `count` tokens."""
@@ -166,17 +166,17 @@ class GrammarConstraint:
             self._active is not self._answer or self._active is None or self._active.read
         ):
             return []
-        begins = [self._calls.open_id] if self._calls else []
+        tags = [self._calls.open_id] if self._calls else []
         if self._thinks and not self._history:
             assert self._open_id is not None
-            begins.append(self._open_id)
-        return begins
+            tags.append(self._open_id)
+        return tags
 
-    def _advance_grammar(self, token: int, *, given: bool) -> None:
+    def _advance_grammar(self, token: int, *, forced: bool) -> None:
         """Append a token to the active grammar, or switch the grammar at the tags of a call."""
         calls = self._calls
         # Thinking, the hand-off and the tag that opens the thinking are not text of any grammar.
-        if self._budget.inside or given or token == self._open_id:
+        if self._budget.inside or forced or token == self._open_id:
             return
         if self._call_rule and token == self._call_rule.calls.open_id and not self._in_call:
             # Each call has a grammar of its own, so a rollback finds the answer's where it stood.

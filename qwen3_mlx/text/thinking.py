@@ -12,10 +12,8 @@ from qwen3_mlx.text.tokenizer import Tokenizer
 OPEN, CLOSE = "<think>", "</think>"
 _SWITCH = re.compile(r"(?<![\w/])/(no_)?think(?![\w/]|\.\w)")
 _USER = {"role": "user", "content": "?"}
-_PROBES = (
-    [_USER],
-    [{"role": "system", "content": "?"}, _USER],
-)  # some templates require a system turn
+# Some templates require a system turn.
+_PROBES = ([_USER], [{"role": "system", "content": "?"}, _USER])
 
 
 @dataclass(frozen=True, slots=True)

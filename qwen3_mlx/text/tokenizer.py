@@ -151,9 +151,8 @@ class Tokenizer:
             found = self._finder.encode_batch([part], add_special_tokens=False)[0].offsets
             if place + len(part) == len(text):
                 return [*spans, *((place + start, place + stop) for start, stop in found)]
-            sure = len(part) - max(
-                map(len, self.added_tokens)
-            )  # tokens that begin before this are complete
+            # Tokens that begin before this are complete within the part.
+            sure = len(part) - max(map(len, self.added_tokens))
             found = [span for span in found if span[0] < sure]
             spans += ((place + start, place + stop) for start, stop in found)
             place += max(sure, found[-1][1] if found else 0)

@@ -369,11 +369,11 @@ def tool_functions(tools: Sequence[Tool] | None) -> dict[str, Callable[..., Any]
         TypeError: there is no tool, or one is only a description, or does not return its result
             when it is called.
     """
-    if not (given := as_tool_list(tools)):
+    if not (listed := as_tool_list(tools)):
         raise TypeError("run needs tools: functions that the model may call; chat() needs none")
-    if not all(map(callable, given)):
+    if not all(map(callable, listed)):
         raise TypeError("to run tools they must be functions: descriptions cannot be called")
-    functions = {_name(tool): tool for tool in given if callable(tool)}
+    functions = {_name(tool): tool for tool in listed if callable(tool)}
     for name, function in functions.items():
         refuse_deferred(name, function)
     return functions
