@@ -1,0 +1,1 @@
+"""Text processing: tokenizer, chat template, reply parser, tool calls and decoding constraints."""

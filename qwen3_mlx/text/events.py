@@ -1,4 +1,4 @@
-"""What a generation says, piece by piece."""
+"""Events of a reply: pieces of thinking and text, tool calls, and the end."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +9,8 @@ from typing import Any
 class TokenLogprob:
     """A token and its log probability, before sampling parameters and grammars change it.
 
-    `top` are the likeliest in its place, with theirs. What was forced had no choice: 0, and none.
+    `top` are the likeliest tokens in its place, with their log probabilities. A forced token had no
+    alternative: its log probability is 0, and `top` is empty.
     """
 
     token: bytes
@@ -19,9 +20,9 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class PromptTokens:
-    """The tokens of a prompt: the first, and those that follow with their log probabilities.
+    """Tokens of the prompt: the first, and the others with their log probabilities.
 
-    It comes before all else, where a prompt's log probabilities were asked for.
+    The first event of a reply, if the log probabilities of the prompt were requested.
     """
 
     first: bytes
@@ -30,7 +31,7 @@ class PromptTokens:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """A piece of the thinking, and its tokens where `logprobs` were asked for."""
+    """A piece of the thinking, and its tokens if `logprobs` were requested."""
 
     text: str
     tokens: Sequence[TokenLogprob] = ()
@@ -38,7 +39,7 @@ class Reasoning:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A piece of the answer, and its tokens where `logprobs` were asked for."""
+    """A piece of the answer, and its tokens if `logprobs` were requested."""
 
     text: str
     tokens: Sequence[TokenLogprob] = ()
@@ -46,7 +47,7 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A tool that the model wants called; `raw_arguments` are the arguments as it wrote them."""
+    """A tool call by the model; `raw_arguments` is the text of the arguments as generated."""
 
     id: str
     name: str
@@ -56,11 +57,11 @@ class ToolCall:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallDelta:
-    """A piece of a call's arguments as they are written, where `partial_calls` asks for them.
+    """A piece of a call's arguments while it is generated, if `partial_calls` is set.
 
-    The pieces of one `id` joined are the `raw_arguments` of the `ToolCall` that follows them.
-    Without the last of them they are not JSON, so a call that is cut off, which no `ToolCall`
-    follows, cannot be taken for a whole one.
+    The joined pieces of one `id` are the `raw_arguments` of the `ToolCall` that follows them.
+    Without the last piece they are not JSON: a call that is cut off, which no `ToolCall` follows,
+    cannot be taken for a complete one.
     """
 
     id: str
@@ -70,8 +71,10 @@ class ToolCallDelta:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens counted. `completion_tokens` are all that the model chose, its end token included;
-    `reasoning_tokens` of them stood between `<think>` and `</think>`.
+    """Token counts of a reply.
+
+    `completion_tokens` are all tokens that the model chose, its end token included;
+    `reasoning_tokens` of them are between `<think>` and `</think>`.
     """
 
     prompt_tokens: int
@@ -82,9 +85,9 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Finish:
-    """The last event: why it ended (stop, length, tool_calls or cancelled), and what it took.
+    """The last event: the finish reason (stop, length, tool_calls or cancelled) and the usage.
 
-    `details` may tell more, such as which stop string ended the text.
+    `details` may have more, such as the stop string that ended the text.
     """
 
     reason: str

@@ -1,4 +1,4 @@
-"""Turns at work that only a few can do at once: no client owns them, however much it asks for."""
+"""Fair queue for a few workers: no client can occupy all of them with many requests."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -8,34 +8,34 @@ from threading import Condition
 from qwen3_mlx.errors import Qwen3Error
 
 LOOK = 0.1
-"""Seconds from one look at whether a caller waits still to the next."""
+"""Seconds between two checks whether a caller is still waiting."""
 
 
 class Caller:
-    """A caller for whom something is made; this one waits as long as it takes."""
+    """The caller of a queued job; this base class waits without limit."""
 
     client = ""
 
     @property
     def gone(self) -> bool:
-        """Whether nothing is to be done for it any more."""
+        """True if the result is no longer wanted."""
         return False
 
     def waiting(self) -> AbstractContextManager[None]:
-        """Return what surrounds the time in which nothing of Python's is done for it."""
+        """Return a context manager for the time outside Python code, when other callers may run."""
         return nullcontext()
 
     def check(self) -> None:
-        """Raise a Qwen3Error if it is gone."""
+        """Raise a Qwen3Error if the caller is gone."""
         if self.gone:
-            raise Qwen3Error("the request was given up while it was prepared")
+            raise Qwen3Error("the request was cancelled while it was prepared")
 
 
 PATIENT = Caller()
 
 
 class FairQueue:
-    """A few turns. The client that has the fewest is next, and its callers in their order."""
+    """Shares `count` turns: the client that holds the fewest is next, its callers in order."""
 
     def __init__(self, count: int) -> None:
         self._free = count
@@ -45,7 +45,7 @@ class FairQueue:
 
     @contextmanager
     def one(self, caller: Caller) -> Iterator[None]:
-        """Surround what is done in a turn."""
+        """Hold a turn for the duration of the context."""
         self.take(caller)
         try:
             yield
@@ -68,14 +68,14 @@ class FairQueue:
                 self._having[caller.client] += 1
             finally:
                 self._waiting.remove(caller)
-                self._changed.notify_all()  # another is next
+                self._changed.notify_all()  # another caller is first in line now
 
     def release(self, caller: Caller) -> None:
-        """Give a turn back."""
+        """Return a turn to the queue."""
         with self._changed:
             self._free += 1
             self._having[caller.client] -= 1
-            self._having += Counter()  # without those that have none
+            self._having += Counter()  # drops clients without a turn
             self._changed.notify_all()
 
     def _next(self) -> Caller:

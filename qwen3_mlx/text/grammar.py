@@ -1,7 +1,8 @@
-"""Where a text stands in its grammar: what may come next, and how it ends.
+"""The state of a text in its grammar: which tokens may come next, and how the text can end.
 
-A grammar says after each token which may come next; the library does that for a whole vocabulary in
-much less than a millisecond. A few grammars take a hundred times as long: they are cut off.
+After each token, llguidance computes which tokens of the vocabulary may come next, in much less
+than a millisecond. A few grammars take a hundred times as long: the replies that follow them are
+ended.
 """
 
 import re
@@ -16,22 +17,23 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
     from numpy.typing import NDArray
 
-_MOST_CLOSING = 400  # tokens
-_MOST_PROBED = 100  # tokens
-_SHOWN = re.compile(
+_MAX_CLOSING = 400  # tokens
+_MAX_PROBED = 100  # tokens
+_SOURCE_EXCERPT = re.compile(
     r"\n<|\n +\d+ \| |; following special tokens|; consider making|; try avoiding|: \(And "
 )
 _SIMPLER = "try a simpler one, with fewer alternatives, optional parts or repetitions"
-_LONGEST_LINE = 300  # characters
-_FEW = 16  # bytes that may come next and are tried
-# What ends a value, or begins the shortest; any byte serves where none of these may come.
+_MAX_MESSAGE = 300  # characters
+_MAX_TRIED = 16  # bytes; with more candidates none is tried
+# Bytes that end a value or begin the shortest one; then any byte, where none of these may come.
 _CLOSERS = b'"}],0/' + b"nulltruefalse" + b": -." + bytes(range(97, 123)) + bytes(range(256))
-# CPU seconds that a text may take: all replies wait for each. A mask takes 0.001 s, or much less.
+# CPU seconds that following a text may take: at first, and in addition for each step. All replies
+# wait for it, as it runs on the engine's thread. A mask takes 0.001 s, or much less.
 _AT_FIRST, _A_STEP = 0.5, 0.01
 
 
 class Pace:
-    """Counts the CPU time that it takes to follow a text, which may be so much for each step."""
+    """Counts the CPU time of following a text and checks it against a limit per step."""
 
     def __init__(self) -> None:
         self.taken = 0.0  # seconds
@@ -50,15 +52,15 @@ class Pace:
 
     @property
     def too_slow(self) -> bool:
-        """Whether it has taken more than it may."""
+        """True if it has taken more time than allowed."""
         return self.taken > _AT_FIRST + _A_STEP * self.steps
 
 
 class GrammarState:
-    """Where a text stands in its grammar; met by the engine through `ThinkingBudget`.
+    """The state of one text in its grammar; the engine uses it through `GrammarConstraint`.
 
-    What fails at run time, such as an expression that unfolds to too much, is a ValueError: it ends
-    the reply. If the grammar has a `spare`, the text goes on in that, with a warning.
+    A failure at run time, such as an expression that unfolds to too much, raises a ValueError,
+    which ends the reply. If the grammar has a `spare`, the text continues in that, with a warning.
     """
 
     def __init__(
@@ -69,9 +71,9 @@ class GrammarState:
         *,
         name: str,
     ) -> None:
-        self.warnings: list[str] = []  # what it does not enforce
+        self.warnings: list[str] = []  # parts that are not enforced
         self.spare: Callable[[], GrammarState] | None = None
-        self._taken: list[int] = []  # tokens
+        self._ids: list[int] = []
         self._matcher = matcher
         self._vocabulary = vocabulary
         self._byte_ids = byte_ids
@@ -79,103 +81,106 @@ class GrammarState:
         self._pace = Pace()
 
     def copy(self, warnings: list[str]) -> "GrammarState":
-        """Return this grammar where it stands; what fails from there on is added to `warnings`."""
+        """Return a copy in the same state; failures of the copy are added to `warnings`."""
         made = GrammarState(
             self._matcher.deep_copy(), self._vocabulary, self._byte_ids, name=self._name
         )
-        made.spare, made.warnings, made._taken = self.spare, warnings, self._taken[:]
+        made.spare, made.warnings, made._ids = self.spare, warnings, self._ids[:]
         return made
 
     @property
     def read(self) -> int:
-        """How many tokens were taken."""
-        return len(self._taken)
+        """Number of tokens appended so far."""
+        return len(self._ids)
 
     @property
     def complete(self) -> bool:
-        """Whether nothing can come after what is there."""
+        """True if nothing can follow the text."""
         return bool(self._matcher.is_stopped())
 
     @property
     def may_end(self) -> bool:
-        """Whether what is there is a whole."""
+        """True if the text may end here."""
         return bool(self._matcher.is_accepting())
 
     def advance(self, token: int) -> None:
-        """Take the next token, one that may come."""
+        """Append the next token, which the mask must allow."""
         if not self._matcher.is_stopped():
-            self._taken.append(token)
+            self._ids.append(token)
             with self._pace:
                 self._matcher.consume_token(token)
             self._recover()
 
     def rewind(self, read: int) -> None:
-        """Go back to where `read` tokens had been taken."""
+        """Return to the state after the first `read` tokens."""
         if self.read > read:
             self._matcher.rollback(self.read - read)
-            del self._taken[read:]
+            del self._ids[read:]
 
     def forced_tokens(self) -> list[int]:
-        """Give the tokens that alone can come next."""
+        """Return the tokens that must come next, where only one text is possible."""
         with self._pace:
             ids = [] if self.complete else list(self._matcher.compute_ff_tokens())
         return self.forced_tokens() if self._recover() else ids
 
     def mask(self) -> "NDArray[np.uint32]":
-        """Give the ids that may come next, 32 to a word; end tokens where the text may end."""
+        """Return the ids that may come next, 32 to a word; end tokens where the text may end."""
         with self._pace:
             mask = _mask_of(self._matcher, self._vocabulary)
         return self.mask() if self._recover() else mask
 
     def unsupported(self) -> list[str]:
-        """Return what of a schema is not enforced; an unknown `format` is but an annotation."""
+        """Return the parts of a schema that are not enforced; unknown `format`s are annotations."""
         found = map(line_of, self._matcher.get_grammar_warnings())
-        return [words for words in found if not words.startswith("Unknown format")]
+        return [warning for warning in found if not warning.startswith("Unknown format")]
 
     def probe(self) -> None:
-        """Raise the ValueError that the likeliest way to an end of the text runs into, if any."""
+        """Raise the ValueError, if any, that occurs on the likeliest way to an end of the text."""
         probed = self.copy([])
-        probed._walk(_MOST_PROBED)
+        probed._walk(_MAX_PROBED)
         probed._recover()
 
     def _recover(self) -> bool:
-        """Go on in the spare grammar if this one has failed, and say whether it has.
+        """Continue in the spare grammar if this one has failed; return whether it has failed.
 
         Raises:
-            ValueError: it has, and there is no spare, or none in which the text goes on.
+            ValueError: it has failed, and there is no spare in which the text can continue.
         """
         if self._pace.too_slow:
-            words = f"it has taken {self._pace}, too long; {_SIMPLER}"
+            problem = f"it has taken {self._pace}, too long; {_SIMPLER}"
         elif not self._matcher.is_error():
             return False
         elif (found := self._matcher.get_error()).startswith("NoExtension"):
-            words = "no text matches it"
+            problem = "no text matches it"
         else:
-            words = f"{line_of(found)}; {_SIMPLER}"
+            problem = f"{line_of(found)}; {_SIMPLER}"
         place = f" (seen after {self.read} tokens)" if self.read else ""
-        complaint = f"{self._name}: {words}{place}"
+        complaint = f"{self._name}: {problem}{place}"
         if self.spare is None:
             raise ValueError(complaint)
+        # The spare starts empty, so it has to consume the text so far. It has a fresh time limit,
+        # and no spare of its own: if it fails as well, the reply ends.
         self._matcher, self._pace, self.spare = self.spare()._matcher, Pace(), None
-        self._matcher.consume_tokens(self._taken)
+        self._matcher.consume_tokens(self._ids)
         self.warnings.append(f"the schema of a tool was not enforced in a call: {complaint}")
         return self._recover() or True
 
-    def closing(self, most: int = _MOST_CLOSING) -> list[int] | None:
-        """Give tokens that end the text soon, at most `most`, or None if none were found."""
+    def closing(self, most: int = _MAX_CLOSING) -> list[int] | None:
+        """Return at most `most` tokens that end the text, or None if none were found."""
         walked = self.copy([])
-        walked._pace = self._pace  # for it is the same text that waits
+        walked._pace = self._pace  # the search delays the same text, so its time counts
         return walked._walk(most)
 
     def _walk(self, most: int) -> list[int] | None:
-        """Go on to an end of the text that is near; return the tokens as `closing` says."""
+        """Advance to a near end of the text and return the tokens, as described in `closing`."""
         matcher, ids = self._matcher, list[int]()
         while not matcher.is_accepting():
             if len(ids) >= most or matcher.is_error() or self._pace.too_slow:
                 return None
+            # Forced tokens first: they are free of choice, so they cannot lead away from an end.
             with self._pace:
                 if not (more := list(matcher.compute_ff_tokens())):
-                    more = self._towards_the_end(matcher)
+                    more = self._token_towards_end(matcher)
                 if more:
                     matcher.consume_tokens(more)
             if not more:
@@ -183,12 +188,12 @@ class GrammarState:
             ids += more
         return ids
 
-    def _towards_the_end(self, matcher: "LLMatcher") -> list[int]:
-        """Give the byte that ends the text, or else the likeliest to bring its end near."""
+    def _token_towards_end(self, matcher: "LLMatcher") -> list[int]:
+        """Return the byte that ends the text, or else the one likeliest to bring the end near."""
         mask = _mask_of(matcher, self._vocabulary)
         near = [self._byte_ids[byte] for byte in _CLOSERS if byte in self._byte_ids]
         possible = [token for token in dict.fromkeys(near) if allows(mask, token)]
-        for token in possible if len(possible) <= _FEW else ():
+        for token in possible if len(possible) <= _MAX_TRIED else ():
             after = matcher.deep_copy()
             after.consume_token(token)
             if after.is_accepting():
@@ -197,12 +202,12 @@ class GrammarState:
 
 
 def line_of(text: str) -> str:
-    """Return the sentence of an error of llguidance, without the sources and states it shows."""
-    return shorten(_SHOWN.split(text)[0], _LONGEST_LINE, placeholder=" ...")
+    """Return the message of an llguidance error without the sources and states it quotes."""
+    return shorten(_SOURCE_EXCERPT.split(text)[0], _MAX_MESSAGE, placeholder=" ...")
 
 
 def allows(mask: "NDArray[np.uint32]", token: int) -> bool:
-    """Say whether a mask allows a token."""
+    """Return whether a mask allows a token."""
     return bool(mask[token // 32] >> token % 32 & 1)
 
 

@@ -1,4 +1,4 @@
-"""Answers in a form: JSON schema, regular expression, choice or Lark grammar, by llguidance."""
+"""Compiles grammars with llguidance: JSON schema, regular expression, choice, Lark, tool calls."""
 
 import copy
 import json
@@ -17,53 +17,53 @@ from qwen3_mlx.text.tool_schema import Kinds, kinds_of, on_its_own, parameters_o
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-# JSON as Python writes it. Free whitespace would let a weak model emit blanks for ever.
+# JSON as json.dumps writes it. With free whitespace a weak model could emit blanks forever.
 _JSON: Any = {
     "whitespace_flexible": False,
     "key_separator": ": ",
     "item_separator": ", ",
 }
-# Of a tool's schema what is not supported is left out, with a warning: the model can call it still.
+# Unsupported parts of a tool's schema are left out with a warning, so the tool can still be called.
 _TOOL_JSON: Any = {**_JSON, "lenient": True, "coerce_one_of": True}
-_TEXT = r"text[lazy]: /((.|\n)*\n)?<\/parameter>\n/"
+_TEXT_RULE = r"text[lazy]: /((.|\n)*\n)?<\/parameter>\n/"
 
 Form = Mapping[str, Any] | type | bool
-"""A JSON schema: as a dictionary, or a pydantic model."""
+"""A JSON schema: a dictionary or a pydantic model."""
 
-
-_MOST_WRITTEN = 4_000_000  # characters of documents for all tools; each may have all references
-_MOST_CHECKED = 1024  # schemas of tools
-_MOST_SHOWN = 200  # characters of a wrong value
+_MOST_WRITTEN = 4_000_000  # characters of all tools' documents; each may repeat all references
+_MAX_CHECKED = 1024  # schemas of tools whose check is remembered
+_MAX_SHOWN = 200  # characters of a wrong value
 
 
 class GrammarCompiler:
-    """Makes grammars for a checkpoint's vocabulary.
+    """Compiles grammars for a checkpoint's vocabulary.
 
-    Whatever one is, to make it comes to an end, or is refused with a ValueError.
+    Compiling any grammar comes to an end, or is refused with a ValueError.
     """
 
     def __init__(self, tokenizer: Tokenizer, end_ids: frozenset[int]) -> None:
         self._tokenizer = tokenizer
         self._end_ids = sorted(token for token in end_ids if token < len(tokenizer))
         self._compiler = TrialCompiler(self._vocabulary)
-        self._checked: Kept[tuple[str, str]] = Kept(_MOST_CHECKED)
+        self._checked: Kept[tuple[str, str]] = Kept(_MAX_CHECKED)
         self._caller = PATIENT
 
     def on_behalf_of(self, caller: Caller) -> "GrammarCompiler":
-        """Return what makes the same grammars as this, for a caller that may go away meanwhile."""
+        """Return the same compiler for a caller that may disconnect while it waits."""
         made = copy.copy(self)
         made._caller = caller
         return made
 
     def load(self) -> None:
-        """Make what the first grammar needs: Qwen3's vocabulary takes more than a second."""
+        """Build the vocabulary before the first grammar: Qwen3's takes more than a second."""
         self._compiler.vocabulary()
 
     def _vocabulary(self) -> "LLTokenizer":
         from llguidance import LLTokenizer  # imported where it is first needed
 
-        # Added tokens go by names that no text has: theirs in a form are text like any other. Those
-        # that are words of the vocabulary, too, cannot be renamed, and are text already.
+        # Added tokens get names that no text contains, so that their own names in a grammar are
+        # plain text. Those that are also words of the vocabulary cannot be renamed, and are plain
+        # text already.
         text = self._tokenizer.to_json()
         start = text.index("[", text.index('"added_tokens":'))
         tokens, end = json.JSONDecoder().raw_decode(text, start)
@@ -78,34 +78,34 @@ class GrammarCompiler:
 
     @cached_property
     def _byte_ids(self) -> dict[int, int]:
-        """The token of each single byte."""
+        """Token id of each single byte."""
         tokens = range(len(self._tokenizer))
         pieces = ((token, self._tokenizer.token_bytes(token)) for token in tokens)
         return {piece[0]: token for token, piece in pieces if len(piece) == 1}
 
     def schema(self, schema: Form) -> GrammarState:
-        """Give the grammar of JSON that fits a schema.
+        """Compile a JSON schema.
 
         Raises:
-            ValueError: it is no schema, or has keywords that are not supported: they are named.
+            ValueError: it is not a schema, or has unsupported keywords, which the message names.
         """
         found = schema_of(schema)
         return self._compile("schema", lambda matcher: _schema_grammar(matcher, found))
 
     def regex(self, pattern: str) -> GrammarState:
-        """Give that of the texts which match a pattern as a whole.
+        """Compile a regular expression that must match the full text.
 
         Raises:
-            ValueError: it is no pattern, or not supported.
+            ValueError: it is not a regular expression, or not supported.
         """
         check_size("regex", pattern)
         return self._compile("regex", lambda matcher: matcher.grammar_from_regex(pattern))
 
     def choice(self, choices: Collection[str]) -> GrammarState:
-        """Give that of a few texts.
+        """Compile a choice of strings.
 
         Raises:
-            ValueError: there is none.
+            ValueError: there is no string, or there are too many.
         """
         if (
             isinstance(choices, str)
@@ -113,7 +113,7 @@ class GrammarCompiler:
             or not choices
             or not all(isinstance(c, str) and c for c in choices)
         ):
-            shown = shorten(repr(choices), _MOST_SHOWN, placeholder=" ...")
+            shown = shorten(repr(choices), _MAX_SHOWN, placeholder=" ...")
             raise ValueError(f"choice must be one or more non-empty strings, not {shown}")
         if len(choices) > MOST_CHOICES:
             raise ValueError(
@@ -124,10 +124,10 @@ class GrammarCompiler:
         return self.lark(f"start: ONE\nONE: {texts}", "choice")  # a terminal holds thousands
 
     def lark(self, text: str, name: str = "grammar") -> GrammarState:
-        """Give that of a grammar in Lark's syntax, whose first rule is `start`.
+        """Compile a grammar in Lark's syntax, whose first rule is `start`.
 
         Raises:
-            ValueError: it is none, or not supported.
+            ValueError: it is not a grammar, or not supported.
         """
 
         def write(matcher: "type[LLMatcher]") -> str:
@@ -137,34 +137,37 @@ class GrammarCompiler:
         return self._compile(name, write)
 
     def call(self, tools: Sequence[Mapping[str, Any]]) -> GrammarState:
-        """Give that of what stands between the tags of a Hermes call to one of the tools.
+        """Compile the text between the tags of a Hermes call to one of the tools.
 
-        What is not supported of a tool's schema is not enforced; the grammar's `warnings` say so.
+        Unsupported parts of a tool's schema are not enforced; the grammar's `warnings` list them.
         """
-        return self._of_tools(tools, _hermes_rules)
+        return self._tool_grammar(tools, _hermes_rules)
 
     def coder_call(self, tools: Sequence[Mapping[str, Any]]) -> GrammarState:
-        """Give that of what stands between the tags of a Qwen3-Coder call to one of the tools.
+        """Compile the text between the tags of a Qwen3-Coder call to one of the tools.
 
-        Parameters come in any order. What may be a string is any text up to the closing tag; all
-        else is JSON of its schema, as far as that is supported.
+        Parameters come in any order. A value that may be a string is any text up to the closing
+        tag; any other value is JSON of its schema, as far as the schema is supported.
         """
-        return self._of_tools(tools, _coder_rules)
+        return self._tool_grammar(tools, _coder_rules)
 
-    def _of_tools(self, tools: Sequence[Mapping[str, Any]], write: "_Write") -> GrammarState:
+    def _tool_grammar(
+        self, tools: Sequence[Mapping[str, Any]], write: "_WriteRules"
+    ) -> GrammarState:
         warnings: list[str] = []
         room = _MOST_WRITTEN
 
-        def held(name: str, schema: Callable[[], _Schema], fallback: _Schema) -> str:
+        def write_schema(name: str, schema: Callable[[], _Schema], fallback: _Schema) -> str:
             nonlocal room
             self._caller.check()
+            # Each schema is compiled alone first: one that fails is replaced, and the others hold.
             document, refusal, unsupported = "", "all schemas together are too large", ""
             if room > 0:
-                asked = schema()
-                document = _document(asked)
+                wanted = schema()
+                document = _document(wanted)
                 room -= len(document)
                 refusal, unsupported = self._check(document)
-                if fallback is _OBJECT and asked.get("type") != "object":
+                if fallback is _ANY_OBJECT and wanted.get("type") != "object":
                     refusal = "the arguments of a tool are an object"
             if refusal:
                 warnings.append(f"the schema of the tool {name} is not enforced: {refusal}")
@@ -176,15 +179,19 @@ class GrammarCompiler:
         def free(_: str, __: Callable[[], _Schema], fallback: _Schema) -> str:
             return _document(fallback)
 
-        def spare() -> GrammarState:  # made within a step, so it must not wait for a trial
+        def spare() -> GrammarState:
+            # Compiled within a step of the engine, so it must not wait for a trial. Without the
+            # tools' schemas it is harmless.
             grammar = LLMatcher.grammar_from_lark(write(tools, free))
-            return self._of(self._compiler.compile_untried(grammar), "tools")
+            return self._state_of(self._compiler.compile_untried(grammar), "tools")
 
         from llguidance import LLMatcher
 
         try:
-            grammar = self._compile("tools", lambda m: m.grammar_from_lark(write(tools, held)))
-        except ValueError as error:  # each alone is supported, all together are too much
+            grammar = self._compile(
+                "tools", lambda m: m.grammar_from_lark(write(tools, write_schema))
+            )
+        except ValueError as error:  # each schema is supported alone, but all together are too much
             warnings = [f"the schemas of the tools are not enforced: {error}"]
             grammar = spare()
         grammar.warnings = list(dict.fromkeys(warnings))
@@ -192,7 +199,7 @@ class GrammarCompiler:
         return grammar
 
     def _check(self, document: str) -> tuple[str, str]:
-        """Return why a tool's JSON schema cannot be enforced, and which parts of it are not."""
+        """Return why a tool's schema cannot be enforced, and which parts are not; "" if neither."""
         if found := self._checked.get(document):
             return found
         try:
@@ -213,26 +220,27 @@ class GrammarCompiler:
             matcher = self._compiler.compile(write(LLMatcher), self._caller)
         except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"{name}: {line_of(str(error))}") from error
-        return self._of(matcher, name)
+        return self._state_of(matcher, name)
 
-    def _of(self, matcher: "LLMatcher", name: str) -> GrammarState:
+    def _state_of(self, matcher: "LLMatcher", name: str) -> GrammarState:
         made = GrammarState(matcher, len(self._tokenizer), self._byte_ids, name=name)
-        made.mask()  # raises an error where no text matches at all
+        made.mask()  # raises ValueError if no text matches at all
         return made
 
 
-_OBJECT = {"type": "object"}
-_PLAIN = frozenset(
+_ANY_OBJECT = {"type": "object"}
+_PLAIN_KEYWORDS = frozenset(
     ("type", "properties", "required", "title", "description", "$schema", "$defs", "definitions")
 )
 _Schema = Mapping[str, Any]
-_Held = Callable[[str, Callable[[], _Schema], _Schema], str]
-_Write = Callable[[Sequence[Mapping[str, Any]], _Held], str]
+_WriteSchema = Callable[[str, Callable[[], _Schema], _Schema], str]
+_WriteRules = Callable[[Sequence[Mapping[str, Any]], _WriteSchema], str]
 
 
-def _hermes_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
-    """Write the grammar of a Hermes call; the arguments of each tool are a document of their own,
-    so that references within its schema find their place.
+def _hermes_rules(tools: Sequence[Mapping[str, Any]], write_schema: _WriteSchema) -> str:
+    """Write the rules of a Hermes call in Lark's syntax.
+
+    The arguments of each tool are a document of their own, so that references within it resolve.
     """
     rules = []
     for number, tool in enumerate(tools):
@@ -240,21 +248,21 @@ def _hermes_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
         name = json.dumps(function["name"], ensure_ascii=False)
         begin = json.dumps(f'{{"name": {name}, "arguments": ')
         arguments = partial(_arguments, parameters_of(function))
-        document = held(function["name"], arguments, _OBJECT)
+        document = write_schema(function["name"], arguments, _ANY_OBJECT)
         rules += [f'c{number}: {begin} a{number} "}}"', f"a{number}: %json {document}"]
     calls = " | ".join(f"c{number}" for number in range(len(tools)))
     return "\n".join([f'start: "\\n" ({calls}) "\\n"', *rules])
 
 
-def _coder_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
-    """Write the grammar of a Qwen3-Coder call."""
-    rules = [_TEXT, r"other: /<parameter=[^>\n]+>\n/ text"]
+def _coder_rules(tools: Sequence[Mapping[str, Any]], write_schema: _WriteSchema) -> str:
+    """Write the rules of a Qwen3-Coder call in Lark's syntax."""
+    rules = [_TEXT_RULE, r"other: /<parameter=[^>\n]+>\n/ text"]
     for number, tool in enumerate(tools):
         function, parameters = tool["function"], list[str]()
         root = parameters_of(function)
         known = Kinds(root)
         if (kinds := known.of(root)) and "object" not in kinds:
-            held(function["name"], partial(dict, root), _OBJECT)  # which warns
+            write_schema(function["name"], partial(dict, root), _ANY_OBJECT)  # adds the warning
             parameters.append("other")
         for place, (name, schema) in enumerate(properties_of(root).items()):
             rule = f"p{number}_{place}"
@@ -263,7 +271,7 @@ def _coder_rules(tools: Sequence[Mapping[str, Any]], held: _Held) -> str:
             kinds = known.of(schema)
             if kinds and "string" not in kinds:
                 own = partial(on_its_own, schema, root)
-                document = held(function["name"], own, {"type": sorted(kinds)})
+                document = write_schema(function["name"], own, {"type": sorted(kinds)})
                 rules.append(f'{rule}: {begin} j{rule} "\\n</parameter>\\n"')
                 rules.append(f"j{rule}: %json {document}")
             else:
@@ -280,11 +288,11 @@ def _document(schema: Mapping[str, Any]) -> str:
 
 
 def _arguments(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the schema of a tool with what goes without saying: it is of an object.
+    """Return the schema of a tool's arguments with its implied parts: the type is object.
 
-    Arguments that a plain schema does not name are ruled out, where it does not speak of others.
+    A plain schema, without keywords for other properties, allows no arguments but those it names.
     """
-    if schema.keys() <= _PLAIN:
+    if schema.keys() <= _PLAIN_KEYWORDS:
         schema = {**schema, "additionalProperties": False}
     kinds = kinds_of(schema, schema)
     return {**schema, "type": "object"} if not kinds or "object" in kinds else schema
@@ -296,10 +304,10 @@ def _schema_grammar(matcher: "type[LLMatcher]", schema: Any, options: Any = _JSO
 
 
 def schema_of(form: Form) -> Any:
-    """Give a JSON schema of what a caller may say it by.
+    """Return the JSON schema of a dictionary or pydantic model.
 
     Raises:
-        TypeError: it is neither a dictionary nor a pydantic model.
+        TypeError: `form` is neither.
     """
     if callable(made := getattr(form, "model_json_schema", None)):
         return made()

@@ -1,8 +1,9 @@
-"""Compiles grammars, if a trial has shown that compiling them comes to an end.
+"""Compiles grammars after a trial, in a separate process, has shown that compiling them ends.
 
-A grammar of a few bytes can take hours, all memory or the stack, and nothing stops llguidance at
-it; so each is compiled on trial once, by a process of its own that the kernel ends at a limit.
-That has no vocabulary, starts in 0.1 s, takes 20 MB, and ends when it has been idle for a minute.
+A grammar of a few bytes can take hours, all memory or the whole stack to compile, and llguidance
+cannot be interrupted. So each grammar is compiled once in a trial process, which the kernel kills
+at a limit. The process has no vocabulary, starts in 0.1 s, takes 20 MB, and ends after an idle
+minute.
 """
 
 import json
@@ -34,42 +35,43 @@ if TYPE_CHECKING:
 # Bounds what a regular expression may unfold to: (a{1000}){1000} takes 0.7 s and 50 MB with the
 # published vocabulary, and lists of 20,000 words still fit.
 _LIMITS: Any = {"initial_lexer_fuel": 300_000, "verbose_errors": False}
-# CPU seconds of a trial, and how many there may be at once. Sixty tools take 0.02 s, what is as
-# large as is allowed 0.5 s: what takes longer than the first limit lets others go before.
+# CPU seconds of a trial, and the number of trials at once. Sixty tools take 0.02 s, the largest
+# grammar that is allowed 0.5 s. A grammar that exceeds the first limit moves to the second lane,
+# so that it does not delay the short ones.
 LANES = ((0.25, 2), (2.0, 1))
-_HANGS = 60.0  # seconds without an answer, on the clock: the machine is asleep or swaps
-_MOST_TRIED = 4096  # grammars
-_TRIES = 3
+_ANSWER_TIMEOUT = 60.0  # seconds on the wall clock; the machine has slept, or it swaps
+_MAX_REMEMBERED = 4096  # grammars whose verdict is kept
+_MAX_ATTEMPTS = 3
 
 _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
 
 class Kept(Generic[_Value]):
-    """The latest results by their sources, of which it keeps no more than a hash."""
+    """Cache of the latest results by source text; only a hash of the text is stored."""
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._kept: OrderedDict[bytes, _Value] = OrderedDict()
+        self._results: OrderedDict[bytes, _Value] = OrderedDict()
         self._lock = Lock()
 
     def get(self, source: str) -> _Value | None:
-        """Return what is kept, if anything is."""
+        """Return the result for `source`, or None."""
         key = _key(source)
         with self._lock:
-            if key not in self._kept:
+            if key not in self._results:
                 return None
-            self._kept.move_to_end(key)
-            return self._kept[key]
+            self._results.move_to_end(key)
+            return self._results[key]
 
     def put(self, source: str, value: _Value) -> None:
-        """Keep a result."""
+        """Store the result for `source`; evict the oldest one beyond the limit."""
         key = _key(source)
         with self._lock:
-            self._kept[key] = value
-            self._kept.move_to_end(key)
-            if len(self._kept) > self._most:
-                self._kept.popitem(last=False)
+            self._results[key] = value
+            self._results.move_to_end(key)
+            if len(self._results) > self._most:
+                self._results.popitem(last=False)
 
 
 def _key(source: str) -> bytes:
@@ -77,46 +79,48 @@ def _key(source: str) -> bytes:
 
 
 class TrialCompiler:
-    """Compiles for one vocabulary, which `make` makes: that takes a second, and frees no thread.
+    """Compiles for one vocabulary, which `make` builds: that takes a second, and holds the GIL.
 
-    What a trial has shown is kept; what is compiled is not, for all copies of a matcher share a
-    lexer: it grows with each text, and when one text is too much for it, it fails for all.
+    Verdicts of trials are kept, matchers are not: all copies of a matcher share a lexer, which
+    grows with each text, and when one text is too much for it, it fails for all of them.
     """
 
     def __init__(self, make: "Callable[[], LLTokenizer]") -> None:
-        self._make = make
-        self._made: LLTokenizer | None = None
+        self._build = make
+        self._built: LLTokenizer | None = None
         self._lock = Lock()
-        self._tried: Kept[int | str] = Kept(_MOST_TRIED)  # the lane that served, or what is wrong
+        # By grammar: the lane that sufficed, or the error message.
+        self._verdicts: Kept[int | str] = Kept(_MAX_REMEMBERED)
 
     def vocabulary(self) -> "LLTokenizer":
-        """Return the vocabulary, made where it is first needed."""
+        """Return the vocabulary; build it on first use."""
         with self._lock:
-            if self._made is None:
-                self._made = self._make()
-            return self._made
+            if self._built is None:
+                self._built = self._build()
+            return self._built
 
     def compile(self, grammar: str, caller: Caller) -> "LLMatcher":
-        """Return a matcher at the beginning of a grammar.
+        """Return a matcher at the start of a grammar.
 
         Raises:
-            ValueError: llguidance refuses it, or it takes too much.
+            ValueError: llguidance refuses it, or it takes too much time or memory.
             Qwen3Error: the caller is gone.
         """
-        if self._found(grammar) == 0:  # it is quick, and need not wait for what may not be
+        if self._known_lane(grammar) == 0:  # known to be quick: no need to queue behind slower ones
             with caller.waiting():
                 return self.compile_untried(grammar)
         with caller.waiting():
             for number, lane in enumerate(_lanes()):
                 with lane.helper(caller) as helper:
-                    found = self._found(grammar)  # another caller's trial may have ended meanwhile
+                    # Another caller's trial of the same grammar may have ended in the meantime.
+                    found = self._known_lane(grammar)
                     if found is None:
-                        wrong = helper.wrong_with(grammar, lane.seconds, caller)
-                        if wrong:
-                            raise self._refusal(grammar, wrong)
-                        if wrong is None:
+                        problem = helper.wrong_with(grammar, lane.seconds, caller)
+                        if problem:
+                            raise self._refusal(grammar, problem)
+                        if problem is None:  # too long for this lane
                             continue
-                        self._tried.put(grammar, number)
+                        self._verdicts.put(grammar, number)
                     elif found != number:
                         continue
                     return self.compile_untried(grammar)
@@ -127,7 +131,7 @@ class TrialCompiler:
         )
 
     def compile_untried(self, grammar: str) -> "LLMatcher":
-        """Do as `compile` does with a grammar that is known to be harmless."""
+        """Return a matcher at the start of a grammar that is known to be harmless."""
         from llguidance import LLMatcher, LLParserLimits
 
         limits = LLParserLimits(**_LIMITS)
@@ -136,19 +140,19 @@ class TrialCompiler:
             raise self._refusal(grammar, made.get_error())
         return made
 
-    def _found(self, grammar: str) -> int | None:
-        found = self._tried.get(grammar)
+    def _known_lane(self, grammar: str) -> int | None:
+        found = self._verdicts.get(grammar)
         if isinstance(found, str):
             raise ValueError(found)
         return found
 
-    def _refusal(self, grammar: str, wrong: str) -> ValueError:
-        self._tried.put(grammar, wrong)
-        return ValueError(wrong)
+    def _refusal(self, grammar: str, problem: str) -> ValueError:
+        self._verdicts.put(grammar, problem)
+        return ValueError(problem)
 
 
 class _TrialProcess:
-    """A process for trials; started where one is needed, and again after it has ended."""
+    """A trial process; started when it is needed, and restarted after it has ended."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -156,38 +160,39 @@ class _TrialProcess:
         self._end: Callable[[], object] = lambda: None
 
     def wrong_with(self, grammar: str, seconds: float, caller: Caller) -> str | None:
-        """Return what is wrong with a grammar, "" if nothing is; None if it takes too long.
+        """Return the error message of a grammar, "" if it compiles, None if it takes too long.
 
         Raises:
-            Qwen3Error: the caller is gone, or there is no answer.
+            Qwen3Error: the caller is gone, or the process does not answer.
         """
-        asked = {"grammar": grammar, "seconds": seconds, "limits": _LIMITS}
-        message = grammar_worker.framed(json.dumps(asked).encode())
-        for _ in range(_TRIES if _command() else 0):
+        request = {"grammar": grammar, "seconds": seconds, "limits": _LIMITS}
+        message = grammar_worker.framed(json.dumps(request).encode())
+        for _ in range(_MAX_ATTEMPTS if _command() else 0):
             try:
                 process, connection = self._started()
-                if found := _answer(connection, message, caller):
-                    wrong: str = json.loads(found)
-                    return wrong
-            except BaseException:  # what it would answer is for nobody now
+                if answer := _answer(connection, message, caller):
+                    problem: str = json.loads(answer)
+                    return problem
+            except BaseException:  # a late answer must not be taken for that of the next request
                 self._end()
                 raise
+            # No answer: the signal that ended the process tells which limit was reached.
             code = process.wait()
             self._end()
             if code == -SIGPROF:
                 return None
             if code == -SIGKILL:
-                continue  # by what has nothing to do with the grammar, perhaps
+                continue  # perhaps killed for a reason other than the grammar
             if code < 0:
                 return "it takes more memory than there is, or is too deep; try a simpler one"
             if code > 0:
-                _log.warning("the process that tries grammars ends with %d", code)
+                _log.warning("the trial process for grammars ended with status %d", code)
                 break
-            # It had ended because there was nothing to do: another one.
+            # It had ended because it was idle: start another one.
         else:
             if _command():
-                raise Qwen3Error("the process that tries grammars ends again and again; try again")
-        _log.warning("a grammar is compiled without a trial: what it takes has no bound")
+                raise Qwen3Error("the trial process for grammars keeps failing; try again")
+        _log.warning("a grammar is compiled without a trial: its time and memory are not limited")
         return ""
 
     def _started(self) -> "tuple[subprocess.Popen[bytes], socket.socket]":
@@ -202,7 +207,7 @@ class _TrialProcess:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 cwd="/",
-                start_new_session=True,  # so that Ctrl-C is for the program alone
+                start_new_session=True,  # so that Ctrl-C reaches this process alone
             )
         self._connection = ours
         self._end = weakref.finalize(self, _stop, self._process, ours)
@@ -216,8 +221,8 @@ def _stop(process: "subprocess.Popen[bytes]", connection: socket.socket) -> None
 
 
 def _answer(connection: socket.socket, message: bytes, caller: Caller) -> bytes:
-    """Return what the process answers, or nothing if it has ended."""
-    connection.settimeout(_HANGS)
+    """Return the answer of the process, or b"" if the process has ended."""
+    connection.settimeout(_ANSWER_TIMEOUT)
     try:
         connection.sendall(message)
         started = time.monotonic()
@@ -228,13 +233,13 @@ def _answer(connection: socket.socket, message: bytes, caller: Caller) -> bytes:
                 break
             except TimeoutError:
                 caller.check()
-                if time.monotonic() - started > _HANGS:
+                if time.monotonic() - started > _ANSWER_TIMEOUT:
                     raise
-        connection.settimeout(_HANGS)
+        connection.settimeout(_ANSWER_TIMEOUT)
         return grammar_worker.receive(connection)
     except TimeoutError as error:
         raise Qwen3Error(
-            f"the process that tries grammars has not answered for {_HANGS:g} s; try again"
+            f"the trial process for grammars has not answered for {_ANSWER_TIMEOUT:g} s; try again"
         ) from error
     except ConnectionError:
         return b""
@@ -242,7 +247,7 @@ def _answer(connection: socket.socket, message: bytes, caller: Caller) -> bytes:
 
 @cache
 def _command() -> list[str]:
-    """Return what starts a process for trials; nothing where Python is a part of an application."""
+    """Return the command of a trial process; empty if Python is embedded in an application."""
     found = find_spec("llguidance")
     if not sys.executable or getattr(sys, "frozen", False) or not found or not found.origin:
         return []
@@ -251,20 +256,20 @@ def _command() -> list[str]:
 
 
 class _Lane:
-    """The processes for trials of one length."""
+    """The trial processes that share one time limit."""
 
     def __init__(self, seconds: float, helpers: int) -> None:
         self.seconds = seconds
-        self._turns = FairQueue(helpers)
+        self._queue = FairQueue(helpers)
         self._free: LifoQueue[_TrialProcess] = LifoQueue()
         for _ in range(helpers):
             self._free.put(_TrialProcess())
 
     @contextmanager
     def helper(self, caller: Caller) -> Iterator[_TrialProcess]:
-        """Give a process to the caller, when it is its turn."""
-        with self._turns.one(caller):
-            helper = self._free.get()  # the one that was at work last: others may end
+        """Lend a process to the caller when it is the caller's turn."""
+        with self._queue.one(caller):
+            helper = self._free.get()  # the most recently used one, so that idle ones can end
             try:
                 yield helper
             finally:

@@ -1,9 +1,9 @@
-"""The program of the process that compiles grammars on trial; see `qwen3_mlx.text.grammar_trial`.
+"""Program of the trial process that compiles grammars; see `qwen3_mlx.text.grammar_trial`.
 
-It is run by its path, and needs nothing but llguidance. Each message is 8 bytes of its length and
-the message: JSON of a grammar and of the CPU seconds that it may take, answered by what is wrong
-with it. A grammar that takes longer ends the process, and so does one that overflows the stack or
-the memory: the kernel sees to each of these.
+It is run by its path and needs only llguidance. A message is its length in 8 bytes, big-endian, and
+JSON: a request has a grammar, the CPU seconds that it may take and the parser limits; the answer is
+the error message, "" if there is none. A grammar that takes longer, or overflows the stack or the
+memory, ends the process: the kernel enforces each of these limits.
 """
 
 import contextlib
@@ -18,48 +18,49 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
 
-STACK = 7 << 18  # bytes; less than any thread has that compiles what was tried
+STACK = 7 << 18  # bytes; less than the stack of any thread that compiles the grammar afterwards
 MEMORY = 3 << 27  # bytes
-IDLE = 60.0  # seconds, after which it ends
+IDLE = 60.0  # seconds without a request after which the process ends
 
 
 def serve(connection: socket.socket) -> None:
-    """Try what comes, until nothing comes any more."""
+    """Answer requests until the other end closes or the idle timeout has passed."""
     from llguidance import LLTokenizer
 
-    # What takes long depends on the grammar, hardly on the vocabulary: single bytes will do.
+    # The cost depends on the grammar, hardly on the vocabulary: one of single bytes is enough.
     vocabulary = LLTokenizer("byte")
     connection.settimeout(IDLE)
-    with contextlib.suppress(OSError):  # the other end is gone, or has nothing to ask
+    with contextlib.suppress(OSError):  # the other end is gone or idle
         while message := receive(connection):
-            asked = json.loads(message)
-            signal.setitimer(signal.ITIMER_PROF, asked["seconds"])
-            wrong = wrong_with(asked["grammar"], vocabulary, asked["limits"])
+            request = json.loads(message)
+            # SIGPROF kills the process when its CPU time is used up, within llguidance as well.
+            signal.setitimer(signal.ITIMER_PROF, request["seconds"])
+            problem = wrong_with(request["grammar"], vocabulary, request["limits"])
             signal.setitimer(signal.ITIMER_PROF, 0)
-            connection.sendall(framed(json.dumps(wrong).encode()))
+            connection.sendall(framed(json.dumps(problem).encode()))
 
 
 def wrong_with(grammar: str, vocabulary: "LLTokenizer", limits: dict[str, Any]) -> str:
-    """Return what is wrong with a grammar, "" if nothing is."""
+    """Return the error message of a grammar, "" if it compiles."""
     from llguidance import LLMatcher, LLParserLimits
 
     try:
         limited = LLParserLimits(**limits)
         matcher = LLMatcher(vocabulary, grammar, log_level=0, limits=limited)
-        wrong: str = matcher.get_error()
-        matcher.compute_bitmask()  # for its time alone: what comes to nothing is seen later
-    except Exception as error:  # noqa: BLE001 - whatever it is, this is no grammar
+        problem: str = matcher.get_error()
+        matcher.compute_bitmask()  # for its time alone; a grammar without any text is refused later
+    except Exception as error:  # noqa: BLE001 - any error means that it is not a grammar
         return str(error)
-    return wrong
+    return problem
 
 
 def framed(message: bytes) -> bytes:
-    """Return a message as it is sent."""
+    """Return a message with its length in front, as it is sent."""
     return len(message).to_bytes(8) + message
 
 
 def receive(connection: socket.socket) -> bytes:
-    """Return a message, or nothing at the end of all."""
+    """Return the next message, or b"" at the end of the connection."""
     size, got = 8, bytearray()
     while len(got) < size:
         if not (more := connection.recv(min(size - len(got), 1 << 20))):
@@ -71,13 +72,14 @@ def receive(connection: socket.socket) -> bytes:
 
 
 def main() -> None:
-    """Serve the socket that is the standard input."""
+    """Set the limits of the process, and serve the socket that is its standard input."""
     sys.path.append(sys.argv[1])  # where llguidance is
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux":  # macOS knows the limit and does not keep it
+    if sys.platform == "linux":  # macOS accepts the limit but does not enforce it
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
+    # The main thread's stack may be larger than that of the thread that compiles for use.
     threading.stack_size(STACK)
     thread = threading.Thread(target=serve, args=[socket.socket(fileno=0)])
     thread.start()

@@ -1,7 +1,7 @@
-"""Conversations as plain data: checked and flattened before a template sees them.
+"""Validates and normalises chat messages before a template renders them.
 
-The published templates drop content that is not a string (some older ones fail on it), so lists of
-parts are joined here, and what has no text is refused rather than lost.
+The published templates drop content that is not a string (some older ones fail on it). So lists of
+parts are joined here, and a part without text is refused rather than lost.
 """
 
 import json
@@ -15,13 +15,13 @@ _THINKING = ("reasoning_content", "thinking", "reasoning")
 
 
 def normalise(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
-    """Give the messages with every content a string; a lone string is a user's message.
+    """Return the messages with every content a string; a single string is a user's message.
 
-    Thinking becomes `reasoning_content`, by whichever name it comes; empty arguments of tool calls
-    become `{}`.
+    The thinking becomes `reasoning_content` under whichever name it comes; empty arguments of tool
+    calls become `{}`.
 
     Raises:
-        TypeError: something is not a message.
+        TypeError: an entry is not a message.
         ValueError: there is no message, a role is unknown, a part is not text, or text is not
             valid Unicode.
     """
@@ -32,39 +32,39 @@ def normalise(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
         raise TypeError(f"messages must be a string or a list, not {type(messages).__name__}")
     if not messages:
         raise ValueError("messages is empty; give at least one")
-    normal = [_normal(message, index) for index, message in enumerate(messages)]
+    normal = [_normalised(message, index) for index, message in enumerate(messages)]
     for index, message in enumerate(normal):
-        what = "the text" if len(normal) == 1 else f"the text of messages[{index}]"
-        _check_unicode(message["content"], what)
+        name = "the text" if len(normal) == 1 else f"the text of messages[{index}]"
+        _check_unicode(message["content"], name)
     return normal
 
 
-def _check_unicode(text: str, what: str) -> None:
-    """Raise a ValueError with the place in this text; that in the whole prompt tells nothing."""
+def _check_unicode(text: str, name: str) -> None:
+    """Raise a ValueError with the place in this text; a place in the prompt would not help."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(
-            f"{what} is not valid Unicode at character {error.start}; is it UTF-8?"
+            f"{name} is not valid Unicode at character {error.start}; is it UTF-8?"
         ) from error
 
 
 def without_empty_end(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Leave out last messages of the assistant's that say nothing, as some clients send them."""
+    """Return the messages without empty assistant messages at the end, which some clients send."""
     kept = list(messages)
-    while len(kept) > 1 and kept[-1]["role"] == "assistant" and not _says_something(kept[-1]):
+    while len(kept) > 1 and kept[-1]["role"] == "assistant" and not _has_content(kept[-1]):
         kept.pop()
     return kept
 
 
-def _says_something(message: Message) -> bool:
+def _has_content(message: Message) -> bool:
     return any(message.get(name) for name in ("content", "reasoning_content", "tool_calls"))
 
 
 def think_block(message: Message) -> tuple[str, str, str, str] | None:
-    """Return opening, thinking, closing and answer of an assistant's content that has them.
+    """Return opening, thinking, closing and answer of an assistant's content, or None.
 
-    None where the thinking is told apart already, or the content does not begin with a think block.
+    None if the thinking is separate already, or the content does not begin with a think block.
     """
     content = message.get("content")
     if message.get("role") != "assistant" or isinstance(message.get("reasoning_content"), str):
@@ -76,7 +76,7 @@ def think_block(message: Message) -> tuple[str, str, str, str] | None:
     return (before + opening, thinking, closing, answer) if closing else None
 
 
-def _normal(message: object, index: int) -> dict[str, Any]:
+def _normalised(message: object, index: int) -> dict[str, Any]:
     where = f"messages[{index}]"
     if not isinstance(message, Mapping):
         raise TypeError(f"{where} must be a dict with role and content, not {message!r}")
@@ -85,18 +85,18 @@ def _normal(message: object, index: int) -> dict[str, Any]:
             f"{where} has role {message.get('role')!r}; it must be one of {', '.join(ROLES)}"
         )
     made = {name: value for name, value in message.items() if value is not None}
-    made["content"] = _flat(message.get("content"), where)
+    made["content"] = _flattened(message.get("content"), where)
     thinking = next((made[name] for name in _THINKING if name in made), None)
     if thinking is not None:
         if not isinstance(thinking, str):
             raise TypeError(f"{where}: reasoning_content must be text, not {thinking!r}")
         made["reasoning_content"] = thinking
     if message.get("tool_calls"):
-        made["tool_calls"] = _calls(message["tool_calls"], where)
+        made["tool_calls"] = _tool_calls(message["tool_calls"], where)
     return made
 
 
-def _flat(content: Any, where: str) -> str:
+def _flattened(content: Any, where: str) -> str:
     if content is None:
         return ""
     if isinstance(content, str):
@@ -115,7 +115,7 @@ def _part(part: Any, where: str) -> str:
     raise ValueError(f"{where}: a part of type {kind!r} has no text; Qwen3 reads text only")
 
 
-def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
+def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(calls, str) or not isinstance(calls, Sequence):
         raise TypeError(f"{where}: tool_calls must be a list, not {calls!r}")
     made = []
@@ -124,20 +124,20 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"{where}: a tool call needs a function with a name, unlike {call!r}")
         arguments = function.get("arguments")
-        if arguments is None or (isinstance(arguments, str) and _is_nothing(arguments)):
+        if arguments is None or (isinstance(arguments, str) and _is_empty(arguments)):
             function = {**function, "arguments": {}}
         made.append({**call, "function": function} if "function" in call else dict(function))
     return made
 
 
-def _is_nothing(arguments: str) -> bool:
+def _is_empty(arguments: str) -> bool:
     return arguments.strip() in ("", "null")
 
 
 def arguments_read(function: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call in the history as an object, for templates that need one.
 
-    What is not an object, because it was cut off say, becomes the only argument.
+    A value that is not an object, for example because it was cut off, becomes the only argument.
     """
     arguments = function.get("arguments")
     if isinstance(arguments, str):

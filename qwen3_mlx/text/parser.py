@@ -1,6 +1,6 @@
-"""Token ids in, events out: thinking and answer told apart, stop strings found.
+"""Parses token ids into events: thinking, answer, tool calls, stop strings.
 
-What is thinking is decided by token id, never by text. A reply thinks once, before its answer: a
+Thinking is recognised by token id, never by text. A reply thinks once, before its answer: a
 tag that the model writes after that is text.
 """
 
@@ -16,18 +16,20 @@ from qwen3_mlx.text.tokenizer import Detokenizer, Tokenizer
 from qwen3_mlx.text.tool_calls import CLOSE, OPEN, ToolCallSyntax
 
 Emit = Callable[[Reasoning | Text | ToolCall | ToolCallDelta], None]
-_UNREADABLE = "a tool call could not be read and is left in the text"
-_END = "</function>"
-_CUT_OFF = "a tool call was cut off by the end of the reply: it is incomplete and was not made"
+_UNREADABLE_WARNING = "a tool call could not be read and is left in the text"
+_FUNCTION_END = "</function>"
+_CUT_OFF_WARNING = (
+    "a tool call was cut off by the end of the reply: it is incomplete and was not made"
+)
 
 
 class ReplyParser:
-    """Follows one generation; the engine tells it the ids, and stops when it is `finished`.
+    """Parses one generation; the engine passes it the ids, and stops once it is `finished`.
 
     The line breaks around the thinking and the calls belong to the format and are left out.
 
-    A call within the thinking may be a draft. It is one if the thinking goes on after it, or is
-    closed; if the reply ends there, it has ended the thinking. One that is cut off is text.
+    A call within the thinking may be a draft: it is one if the thinking goes on after it or is
+    closed. If the reply ends there, the call has ended the thinking. A cut call is text.
     """
 
     def __init__(
@@ -42,52 +44,52 @@ class ReplyParser:
         calls: ToolCallSyntax | None = None,
         logprobs: bool = False,
     ) -> None:
-        """Start to parse; the prompt may end `inside` the thinking, or have `begun` what comes.
+        """Create the parser; the prompt may end `inside` the thinking, or have `begun` its text.
 
-        Without `thinking` every token is text, as in a raw completion; without `calls` so are the
-        tags of calls. With `logprobs` each piece of text has its tokens; see `add_logprob`.
+        Without `thinking` every token is text, as in a raw completion; without `calls` the tags of
+        calls are text, too. With `logprobs` each piece of text has its tokens; see `add_logprob`.
         """
         self.finished = False
         self.stopped_by: str | None = None
         self.reasoning_tokens = 0
         self.called = False
-        self.cut_off = False  # whether the reply ended within a call
+        self.cut_off = False  # True if the reply ended within a call
         self.warning: str | None = None
-        self._tell = emit
+        self._emit_event = emit
         self._detokenizer = Detokenizer(tokenizer)
         self._tokenizer = tokenizer
-        self._notes: list[TokenLogprob] | None = [] if logprobs else None  # of what is not said yet
-        self._note: TokenLogprob | None = None
-        self.logprob_of_end = False  # whether the token that ends the reply is said, without text
+        self._logprobs: list[TokenLogprob] | None = [] if logprobs else None  # of pending text
+        self._next_logprob: TokenLogprob | None = None
+        self.logprob_of_end = False  # True to emit the token that ends the reply, without text
         self._open_id = thinking.open_id if thinking else None
         self._close_id = thinking.close_id if thinking else None
         self._inside = inside
-        self._answering = begun and not inside  # whether the thinking is over
-        self._at_seam = inside and not begun  # next to a tag, where line breaks are format
-        self._breaks = ""  # line breaks that may yet turn out to be the last
-        self._breaks_before_call = ""  # which are format, if it can be read
+        self._answering = begun and not inside  # True once the thinking is over
+        self._after_tag = inside and not begun  # next to a tag, where line breaks are format
+        self._breaks = ""  # line breaks held back: at the end of a section they are format
+        self._breaks_before_call = ""  # format as well, if the call can be read
         self._stop = StopStrings(stop)
         self._calls = calls
-        self._call: list[str] | None = None  # the text of the call that is being written
+        self._call: list[str] | None = None  # text of the open call
         self._call_id = ""
-        self._arguments: PartialArguments | None = None  # follows it, where it is no draft
-        self._streamed_arguments = ""  # of the call in work, or the last
+        self._arguments: PartialArguments | None = None  # of an open call that is no draft
+        self._streamed_arguments = ""  # of the open call, or the last one
         self._partial_calls = calls is not None and calls.partial
-        self._drafts: list[ToolCall] = []  # calls that are the last in the thinking, so far
+        self._drafts: list[ToolCall] = []  # calls at the end of the thinking so far
         self._draft_text = ""
         self._draft_tokens = 0
         self._bare = calls.format.bare if calls else ()
-        self._bare_held = ""  # may be the beginning of a call without its tag
-        self._untagged = False  # whether the call in work, or the last, had none
+        self._held_bare = ""  # may begin a call without its tag
+        self._untagged = False  # True if the open call, or the last one, had no tag
 
     @property
     def details(self) -> dict[str, str]:
-        """What `Finish` tells of the text: the stop string that ended it, and a warning."""
-        told = {"stop": self.stopped_by, "warning": self.warning}
-        return {name: words for name, words in told.items() if words is not None}
+        """Entries for `Finish.details`: the stop string that ended the text, and a warning."""
+        details = {"stop": self.stopped_by, "warning": self.warning}
+        return {name: text for name, text in details.items() if text is not None}
 
     def advance(self, ids: Sequence[int]) -> None:
-        """Take the next ids of the generation."""
+        """Parse the next ids of the generation and emit their events."""
         for token in ids:
             if self.finished:
                 return
@@ -100,29 +102,29 @@ class ReplyParser:
             elif self._calls and token == self._calls.close_id and self._call is not None:
                 self._close_call(CLOSE)
             elif self._calls and token == self._calls.close_id and self._untagged:
-                self._untagged = False  # its call is closed already
+                self._untagged = False  # its call was closed by its own end
             else:
-                self._take_note(token)
+                self._append_logprob(token)
                 self.reasoning_tokens += self._inside
                 self._draft_tokens += self._inside
                 self._emit_section(self._detokenizer.add(token))
 
     def add_logprob(self, token: int, logprob: float, top: Sequence[tuple[int, float]]) -> None:
-        """Hear how likely the next token was that `advance` will be told of."""
-        alternatives = [(self._tokenizer.token_bytes(one), chance) for one, chance in top]
-        self._note = TokenLogprob(self._tokenizer.token_bytes(token), logprob, alternatives)
+        """Record the log probability of the token that the next `advance` receives."""
+        alternatives = [(self._tokenizer.token_bytes(other), value) for other, value in top]
+        self._next_logprob = TokenLogprob(self._tokenizer.token_bytes(token), logprob, alternatives)
 
     def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens, all bytes of a character that is not finished."""
+        """Remove the last `count` tokens, all of them bytes of an incomplete character."""
         self._detokenizer.rewind(count)
         self.reasoning_tokens -= count * self._inside
-        if self._notes:
-            del self._notes[-count:]
+        if self._logprobs:
+            del self._logprobs[-count:]
 
     def close(self, *, cut: bool = False) -> None:
-        """Say what is still held back; nothing comes after.
+        """Emit what is still held back; no event follows.
 
-        `cut` says that the reply did not end by itself, so the thinking might have gone on.
+        With `cut` the reply did not end by itself, so the thinking might have gone on.
         """
         if not self.finished:
             self._emit_section(self._detokenizer.flush())
@@ -130,7 +132,7 @@ class ReplyParser:
                 self._close_call("", at_the_end=True)
             if cut:
                 self._drop_drafts()
-            if self._drafts:  # the reply ends with them: they were meant
+            if self._drafts:  # the reply ends with these calls: they are no drafts
                 self.reasoning_tokens -= self._draft_tokens
                 for call in self._drafts:
                     self._emit_call(call)
@@ -138,42 +140,44 @@ class ReplyParser:
                 self._end_reasoning()
             else:
                 self._end_answer()
-        if self.logprob_of_end and self._note:
-            self._tell(Text("", (self._note,)))
-            self._note = None
+        if self.logprob_of_end and self._next_logprob:
+            self._emit_event(Text("", (self._next_logprob,)))
+            self._next_logprob = None
         self.finished = True
 
-    def _take_note(self, token: int) -> None:
-        if self._notes is not None:
-            self._notes.append(self._note or TokenLogprob(self._tokenizer.token_bytes(token), 0.0))
-            self._note = None
+    def _append_logprob(self, token: int) -> None:
+        if self._logprobs is not None:
+            self._logprobs.append(
+                self._next_logprob or TokenLogprob(self._tokenizer.token_bytes(token), 0.0)
+            )
+            self._next_logprob = None
 
     def _emit(self, kind: type[Reasoning] | type[Text], text: str) -> None:
-        self._tell(kind(text, tuple(self._notes or ())))
-        self._forget_notes()
+        self._emit_event(kind(text, tuple(self._logprobs or ())))
+        self._drop_logprobs()
 
-    def _forget_notes(self) -> None:
-        """Forget the notes of tokens that are format, or part of a call."""
-        if self._notes:
-            self._notes = []
+    def _drop_logprobs(self) -> None:
+        """Drop the log probabilities of tokens that are format or part of a call."""
+        if self._logprobs:
+            self._logprobs = []
 
     def _may_open(self) -> bool:
-        """Whether a tag opens the thinking, or repeats what has just opened it."""
-        return self._at_seam and not self._draft_text if self._inside else not self._answering
+        """Return whether a tag opens the thinking, or repeats the tag that has just opened it."""
+        return self._after_tag and not self._draft_text if self._inside else not self._answering
 
     def _switch_section(self, *, inside: bool) -> None:
         self._emit_section(self._detokenizer.flush())
-        self._note = None  # that of the tag
+        self._next_logprob = None  # of the tag, which is not emitted
         self._abandon_call()
         if inside and not self._inside:
             self._end_answer()
         self._answering |= self._inside and not inside
-        self._inside, self._at_seam, self._breaks = inside, True, ""
+        self._inside, self._after_tag, self._breaks = inside, True, ""
 
     def _emit_section(self, text: str) -> None:
-        """Say text, wherever it belongs: to a call, the thinking or the answer."""
+        """Emit text into the section it belongs to: a call, the thinking or the answer."""
         if self._call is not None:
-            rest = self._take_rest_of_bare_call(text) if self._untagged else None
+            rest = self._rest_after_bare_call(text) if self._untagged else None
             self._stream_arguments(text[: len(text) - len(rest or "")])
             if rest is not None:
                 self._close_call("")
@@ -181,21 +185,23 @@ class ReplyParser:
             elif self._untagged and self._arguments and self._arguments.broken:
                 self._release_bare_call()
             return
+        # White space does not decide whether the thinking goes on after a call.
         if self._drafts and not text.strip():
             self._draft_text += text
             return
         self._drop_drafts()
-        if self._at_seam:
+        if self._after_tag:
             text = text.lstrip("\n")
-            self._at_seam = not text
-            if self._at_seam:
-                self._forget_notes()
+            self._after_tag = not text
+            if self._after_tag:
+                self._drop_logprobs()
         if self._inside:
             self._emit_reasoning(text)
         elif text:
             self._emit_answer(text)
 
     def _emit_reasoning(self, text: str) -> None:
+        # The line breaks before the closing tag are format; only the next text shows which are not.
         text = self._breaks + text
         kept = text.rstrip("\n")
         self._breaks = text[len(kept) :]
@@ -217,21 +223,21 @@ class ReplyParser:
             self.finished, self.stopped_by = True, self._stop.found
 
     def _find_bare_call(self, text: str) -> tuple[str, str]:
-        """Return what can be said of the text, and from where a call without its tag begins."""
-        text, self._bare_held = self._bare_held + text, ""
+        """Return the text that can be emitted, and the text that begins a call without a tag."""
+        text, self._held_bare = self._held_bare + text, ""
         place = text.find("<")
         while place >= 0:
             if text.startswith(self._bare, place):
                 return text[:place], text[place:]
             rest = text[place:]
             if any(begin.startswith(rest) for begin in self._bare):
-                self._bare_held = text[place:]
+                self._held_bare = text[place:]
                 return text[:place], ""
             place = text.find("<", place + 1)
         return text, ""
 
     def _emit_text(self, text: str) -> None:
-        if self._calls:  # which may follow: then the line break before it is format
+        if self._calls:  # if a call follows, the line breaks before it are format
             text = self._breaks + text
             kept = text.rstrip("\n")
             self._breaks, text = text[len(kept) :], kept
@@ -239,11 +245,11 @@ class ReplyParser:
             self._emit(Text, text)
 
     def _end_reasoning(self) -> None:
-        if self._breaks and not self._at_seam:
+        if self._breaks and not self._after_tag:
             self._emit(Reasoning, self._breaks)
 
     def _end_answer(self) -> None:
-        held, self._bare_held = self._bare_held, ""
+        held, self._held_bare = self._held_bare, ""
         self._emit_text(self._stop.add(held) + self._stop.flush())
         if self._breaks:
             self._emit(Text, self._breaks)
@@ -260,38 +266,42 @@ class ReplyParser:
                 self._draft_tokens = 0
         else:
             self._answering = True
-            held, self._bare_held = self._bare_held, ""
+            held, self._held_bare = self._held_bare, ""
+            # A stop string cannot span a call, so text held back as its possible beginning is due.
             self._emit_text(self._stop.add(held) + self._stop.flush())
             self._breaks_before_call, self._breaks = self._breaks, ""
         assert self._calls
         self._call, self._untagged, self._streamed_arguments = [], False, ""
         self._call_id = f"call_{secrets.token_hex(12)}"
+        # A call in the thinking may be a draft, so none of its arguments is streamed.
         self._arguments = None if self._inside else self._calls.format.follow()
 
-    def _take_rest_of_bare_call(self, text: str) -> str | None:
-        """Return what of `text` stands behind the end of a call without its tag, if it ends."""
+    def _rest_after_bare_call(self, text: str) -> str | None:
+        """Return the part of `text` after the end of a call without a tag; None if it goes on."""
         assert self._calls and self._call is not None
-        if _END not in "".join(self._call[-len(_END) :]) + text:  # each piece has a character
+        # No piece is empty, so the last len(_FUNCTION_END) pieces contain any end that began before
+        # `text`. Joining the whole call for each piece would take quadratic time.
+        if _FUNCTION_END not in "".join(self._call[-len(_FUNCTION_END) :]) + text:
             return None
         before = "".join(self._call)
-        written, end = before + text, max(0, len(before) + 1 - len(_END))
-        while (place := written.find(_END, end)) >= 0:
-            end = place + len(_END)
-            if self._calls.format.read(written[:end], whole=False):  # it stands in no value
+        written, end = before + text, max(0, len(before) + 1 - len(_FUNCTION_END))
+        while (place := written.find(_FUNCTION_END, end)) >= 0:
+            end = place + len(_FUNCTION_END)
+            if self._calls.format.read(written[:end], whole=False):  # not an end within a value
                 return written[end:]
         return None
 
     def _release_bare_call(self) -> None:
-        """Make text of a call without its tag that was none; one may begin further on."""
+        """Emit as text what began like a call without a tag; a call may begin further on."""
         assert self._call is not None
         text, self._call, self._untagged = "".join(self._call), None, False
-        self.warning, self._breaks = _UNREADABLE, self._breaks_before_call
+        self.warning, self._breaks = _UNREADABLE_WARNING, self._breaks_before_call
         self._emit_up_to_stop(text[0])
         if not self.finished:
             self._emit_section(text[1:])
 
     def _stream_arguments(self, text: str) -> None:
-        """Take text of the call in work, and stream what it makes certain of the arguments."""
+        """Append text to the open call, and stream the part of the arguments that is certain."""
         assert self._call is not None
         if not text:
             return
@@ -299,10 +309,10 @@ class ReplyParser:
         if self._arguments and (piece := self._arguments.add(text)):
             self._streamed_arguments += piece
             if self._partial_calls:
-                self._tell(ToolCallDelta(self._call_id, self._arguments.name or "", piece))
+                self._emit_event(ToolCallDelta(self._call_id, self._arguments.name or "", piece))
 
     def _close_call(self, end: str, *, at_the_end: bool = False) -> None:
-        """Read the call that was written, and closed by `end` or by something else."""
+        """Parse the open call; `end` is its closing tag, "" if something else has ended it."""
         assert self._calls and self._call is not None
         written, self._call = "".join(self._call) + self._detokenizer.flush(), None
         call = self._calls.read(written, whole=bool(end))
@@ -311,12 +321,12 @@ class ReplyParser:
             assert self._arguments
             call = replace(call, id=self._call_id)
             if call.name != self._arguments.name or not call.raw_arguments.startswith(streamed):
-                call = None  # a key came twice: what can be read in two ways is not acted on
+                call = None  # a key came twice: an ambiguous call is refused
         if call is None:
             self._drop_drafts()
             self._emit_unreadable(text)
             if at_the_end:
-                self.cut_off, self.warning = True, _CUT_OFF
+                self.cut_off, self.warning = True, _CUT_OFF_WARNING
         elif self._inside:
             self._drafts.append(call)
             self._draft_text += text
@@ -324,19 +334,19 @@ class ReplyParser:
             self._emit_call(call)
 
     def _abandon_call(self) -> None:
-        """Make text of calls after which the thinking ends, or of one into which it breaks."""
+        """Emit as text the calls at the end of the thinking, and an open call that is cut off."""
         self._drop_drafts()
         if self._call is not None:
             self._emit_unreadable(OPEN + "".join(self._call))
 
     def _emit_unreadable(self, text: str) -> None:
-        self._call, self._at_seam = None, False
+        self._call, self._after_tag = None, False
         if self._inside:
             self._emit_reasoning(text)
         else:
-            self.warning = _UNREADABLE
+            self.warning = _UNREADABLE_WARNING
             if self._partial_calls and self._streamed_arguments and not self._untagged:
-                self._forget_notes()  # it was streamed as a call that never ends
+                self._drop_logprobs()  # it was streamed as a call, so it must not be text as well
             else:
                 self._breaks = self._breaks_before_call
                 self._emit_text(text)
@@ -347,9 +357,10 @@ class ReplyParser:
             self._emit_reasoning(text)
 
     def _emit_call(self, call: ToolCall) -> None:
-        self.called, self._at_seam, self._breaks = True, True, ""
-        self._forget_notes()
+        self.called, self._after_tag, self._breaks = True, True, ""
+        self._drop_logprobs()
         if self._partial_calls:
+            # The last piece, with the closing brace, comes only now: no cut call can be parsed.
             rest = call.raw_arguments[len(self._streamed_arguments) :]
-            self._tell(ToolCallDelta(call.id, call.name, rest))
-        self._tell(call)
+            self._emit_event(ToolCallDelta(call.id, call.name, rest))
+        self._emit_event(call)

@@ -1,7 +1,7 @@
-"""The arguments of a call while it is being written: what of their JSON is certain already.
+"""Streams the arguments of a tool call while it is generated: the JSON that is already certain.
 
-What is given is a prefix of the call's arguments (`ToolCall.raw_arguments`) and never all of them:
-the brace that closes them is held back until the call is whole, so that no cut call can be parsed.
+The result is a proper prefix of the call's arguments (`ToolCall.raw_arguments`): the closing brace
+is held back until the call is complete, so that a cut call can never be parsed as JSON.
 """
 
 import json
@@ -14,49 +14,49 @@ _HERMES = re.compile(
 )
 _FUNCTION = re.compile(r"\s*<function=([^>\n]+)>\n")
 _PARAMETER = re.compile(r"\s*<parameter=(.*?)>(?=\n)")
-# What may stand where a parameter, or the end of the call, is to begin, as far as it is written.
-_BETWEEN = re.compile(r"\s*(?:</function>|<parameter=[^\n]*\Z|<(?:/[a-z]*|[a-z]*)\Z|\Z)")
+# The text that may come between parameters, complete or not: a parameter's tag or the call's end.
+_BETWEEN_PARAMETERS = re.compile(r"\s*(?:</function>|<parameter=[^\n]*\Z|<(?:/[a-z]*|[a-z]*)\Z|\Z)")
 _FUNCTION_END = re.compile(r"\s*</function>\s*\Z")
-# A value stands between the line break after its tag and this; see `Grammars.coder_call`.
+# A value extends from the line break after its tag to this; see `GrammarCompiler.coder_call`.
 _VALUE_END = "\n</parameter>\n"
-# The ends that a last value may have instead, where the call is closed by a tag of its own.
+# Other ends of a last value, accepted where the call is closed by a tag of its own.
 _LAST_VALUE_END = re.compile(r"\n?(?:</parameter>\s*)?</function>\s*\Z|\n</parameter>\s*\Z")
-# What may turn out to be no part of a value: such an end as far as it is written.
-_UNSURE = re.compile(r"\n?(?:</parameter>\s*)?(?:</function>\s*|<(?:/[a-z]*)?)?\Z")
+# Text that may turn out not to belong to a value: such an end, complete or not.
+_POSSIBLE_END = re.compile(r"\n?(?:</parameter>\s*)?(?:</function>\s*|<(?:/[a-z]*)?)?\Z")
 
-_OF_EACH_TYPE = ("0", "0.5", "true", "null", "[]", "{}", '""', " a\n")
+_TYPE_PROBES = ("0", "0.5", "true", "null", "[]", "{}", '""', " a\n")
 
 
 class PartialArguments(Protocol):
-    """Follows the text of one call."""
+    """Follows the text of one call and returns the certain part of its arguments."""
 
     @property
     def name(self) -> str | None:
-        """The name of the tool, once the first of its arguments is given."""
+        """Name of the tool; None until its arguments begin."""
 
     @property
     def broken(self) -> bool:
-        """Whether nothing that could follow makes a whole call of the text."""
+        """True if no continuation can make the text a complete call."""
 
     def add(self, text: str) -> str:
-        """Take the next text of the call, and return what it makes certain of the arguments."""
+        """Append the next text of the call, and return the JSON that it makes certain."""
 
 
 class HermesPartialArguments:
-    """Follows `{"name": ..., "arguments": {...}}`; a call of another form gives nothing."""
+    """Follows `{"name": ..., "arguments": {...}}`; other calls yield no arguments."""
 
-    broken = False  # the call's own tag says where it ends, and it is read there
+    broken = False  # the call's own tag ends it; whether it can be read is decided there
 
     def __init__(self) -> None:
         self.name: str | None = None
-        self._before = ""  # what stands before the arguments
+        self._before = ""  # text before the arguments
         self._depth = 0
         self._in_string = self._escaped = False
-        self._over = False
+        self._done = False
 
     def add(self, text: str) -> str:
-        """Do as `PartialArguments` says."""
-        if self.name is None and not self._over:
+        """Append text; see `PartialArguments.add`."""
+        if self.name is None and not self._done:
             self._before += text
             if (begin := _HERMES.match(self._before)) is None:
                 return ""
@@ -64,11 +64,11 @@ class HermesPartialArguments:
             try:
                 self.name = json.loads(begin[1], strict=False)
             except ValueError:
-                self._over = True
-        return "" if self._over else text[: self._certain(text)]
+                self._done = True
+        return "" if self._done else text[: self._certain(text)]
 
     def _certain(self, text: str) -> int:
-        """Return how many of the characters stand before the brace that closes the arguments."""
+        """Return the number of characters before the brace that closes the arguments."""
         for place, char in enumerate(text):
             if self._escaped:
                 self._escaped = False
@@ -81,7 +81,7 @@ class HermesPartialArguments:
             elif char in "}]":
                 self._depth -= 1
                 if self._depth == 0:
-                    self._over = True
+                    self._done = True
                     return place
         return len(text)
 
@@ -89,8 +89,8 @@ class HermesPartialArguments:
 def coder_parameters(text: str, *, whole: bool) -> tuple[str, list[tuple[str, str]]] | None:
     """Return the function and the parameters, in order, of a call in Qwen3-Coder's tags, or None.
 
-    Of a call that is not `whole`, which its own closing tag does not end, nothing may be missing:
-    it could have been cut off within a value that speaks of these tags.
+    A call is `whole` if its own closing tag ends it. In any other call nothing may be missing: it
+    could have been cut off within a value that contains these tags as text.
     """
     if (begin := _FUNCTION.match(text)) is None:
         return None
@@ -112,56 +112,57 @@ def coder_parameters(text: str, *, whole: bool) -> tuple[str, list[tuple[str, st
 
 
 class CoderPartialArguments:
-    """Follows Qwen3-Coder's tags; a text comes as it is written, any other value once it is whole.
+    """Follows Qwen3-Coder's tags; strings are streamed, any other value comes once it is complete.
 
-    `typed(name, parameter, text)` reads a value by the schema of the tool that is called.
+    `typed(name, parameter, text)` converts a value by the schema of the tool that is called.
     """
 
     def __init__(self, typed: Callable[[str, str, str], Any]) -> None:
         self.name: str | None = None
         self.broken = False
         self._typed = typed
-        self._rest = ""  # what has not been made use of yet
-        self._parameter: str | None = None  # the one that is being written
-        self._at_start = False  # whether nothing of its value is given
-        self._searched = 0  # how much of the rest has no end of a value
+        self._rest = ""  # text that is not consumed yet
+        self._parameter: str | None = None  # name of the open parameter
+        self._at_start = False  # True until a part of its value is returned
+        self._searched = 0  # characters of `_rest` known to hold no end of a value
         self._is_text = False
         self._between = "{"
 
     def add(self, text: str) -> str:
-        """Do as `PartialArguments` says."""
+        """Append text; see `PartialArguments.add`."""
         self._rest += text
         if self.name is None:
             if (begin := _FUNCTION.match(self._rest)) is None:
                 return ""
             self.name = begin[1].strip()
             self._rest = self._rest[begin.end() :]
-        given = ""
+        certain = ""
         while True:
             if self._parameter is None:
                 if (begin := _PARAMETER.match(self._rest)) is None:
-                    self.broken = not _BETWEEN.match(self._rest)
-                    return given
-                given += self._begin(begin[1].strip())
+                    self.broken = not _BETWEEN_PARAMETERS.match(self._rest)
+                    return certain
+                certain += self._open_parameter(begin[1].strip())
                 self._rest = self._rest[begin.end() :]
             if (end := self._rest.find(_VALUE_END, self._searched)) < 0:
-                return given + self._text_so_far()
-            given += self._whole_value(self._rest[self._at_start : end])
+                return certain + self._text_so_far()
+            certain += self._whole_value(self._rest[self._at_start : end])
             self._rest = self._rest[end + len(_VALUE_END) :]
 
-    def _begin(self, parameter: str) -> str:
-        """Begin a parameter, and return what stands before its value."""
+    def _open_parameter(self, parameter: str) -> str:
+        """Open a parameter, and return the JSON before its value."""
         self._parameter, self._at_start, self._searched = parameter, True, 0
-        self._is_text = all(self._value(probe) == probe for probe in _OF_EACH_TYPE)
+        # A parameter is streamed only if its value stays a string, whatever its text looks like.
+        self._is_text = all(self._value(probe) == probe for probe in _TYPE_PROBES)
         before, self._between = self._between, ", "
         return f"{before}{_json(parameter)}: " + '"' * self._is_text
 
     def _text_so_far(self) -> str:
-        """Return what is certain of a text, none of which ends in the rest."""
+        """Return the certain part of a value without an end in `_rest`; "" if not a string."""
         if not self._is_text:
             self._searched = max(0, len(self._rest) - len(_VALUE_END) + 1)
             return ""
-        unsure = _UNSURE.search(self._rest)
+        unsure = _POSSIBLE_END.search(self._rest)
         certain = self._rest[: unsure.start()] if unsure else self._rest
         if not certain:
             return ""
@@ -170,10 +171,10 @@ class CoderPartialArguments:
         return _json(certain[at_start:])[1:-1]
 
     def _whole_value(self, text: str) -> str:
-        """Return the value of the parameter, or what is left of it."""
-        given = _json(text)[1:] if self._is_text else _json(self._value(text))
+        """Return the JSON of a complete value, or of the part that was not returned yet."""
+        rest = _json(text)[1:] if self._is_text else _json(self._value(text))
         self._parameter = None
-        return given
+        return rest
 
     def _value(self, text: str) -> Any:
         assert self.name is not None and self._parameter is not None

@@ -1,7 +1,7 @@
-"""Prompts in which the control tokens are those of the template alone.
+"""Keeps control tokens in the text of messages from becoming control tokens of the prompt.
 
-A message may contain `<|im_end|>` or `</think>`: a question about them, a pasted page, what a tool
-has found. Encoded as control tokens they would end its turn and begin another one. So they are
+A message may contain `<|im_end|>` or `</think>`: a question about them, a pasted page, the result
+of a tool. Encoded as control tokens they would end the turn and begin another one. So they are
 replaced by placeholders before a template renders the messages, and encoded as plain text after it.
 """
 
@@ -20,12 +20,12 @@ _DELIMITERS = "<|/>"
 
 
 class ControlTokens:
-    """Which of a checkpoint's added tokens control a conversation."""
+    """The added tokens of a checkpoint that control a conversation."""
 
     def __init__(self, tokenizer: Tokenizer, template: str) -> None:
-        """Take those that are special, that look like it, or that the chat template writes.
+        """Collect the tokens that are special, look special, or are written by the chat template.
 
-        Other added tokens are vocabulary: they stay what they are in any text.
+        Other added tokens are vocabulary: they are encoded as such in any text.
         """
         self.tokenizer = tokenizer
         self._names = frozenset(
@@ -39,26 +39,26 @@ class ControlTokens:
         lengths = range(2, max(map(len, self._names), default=0))
         self._lengths = lengths
         self._beginnings = {name[:n] for name in self._names for n in lengths if n < len(name)}
-        self._ends = {name[-n:] for name in self._names for n in lengths if n < len(name)}
+        self._endings = {name[-n:] for name in self._names for n in lengths if n < len(name)}
         self._inner = {name.strip(_DELIMITERS) for name in self._names} - {""}
 
     def spans(self, text: str) -> list[tuple[int, int]]:
-        """Return where control tokens stand in a text."""
+        """Return the places of control tokens in a text, as (start, stop) in characters."""
         spans = self.tokenizer.added_spans(text)
         return [span for span in spans if self._is_control(text[slice(*span)])]
 
     def may_join(self, text: str) -> tuple[bool, bool]:
-        """Whether text could be part of a control token with what comes before it, and after it.
+        """Return whether text may form a control token with the text before it, and after it.
 
         Some templates write `'<' ~ key ~ '>'`.
         """
         if text.strip(_DELIMITERS) in self._inner:
             return True, True
-        before = any(text[:n] in self._ends for n in self._lengths)
+        before = any(text[:n] in self._endings for n in self._lengths)
         return before, any(text[-n:] in self._beginnings for n in self._lengths)
 
     def _is_control(self, name: str) -> bool:
-        # What is found but has no such name has become one by Unicode's normal form.
+        # A span with another name became an added token by Unicode normalisation.
         return name in self._names or name not in self.tokenizer.added_tokens
 
 
@@ -67,7 +67,7 @@ class Hiding:
 
     def __init__(self, control: ControlTokens) -> None:
         self._control = control
-        # Letters and digits alone: what a template does to text, JSON included, leaves them whole.
+        # Letters and digits only: templates, and the JSON that they write, do not change them.
         self._mark = f"q{secrets.token_hex(8)}n"
         self._placeholder = re.compile(rf"{self._mark}(\d+)q")
         self._hidden: list[str] = []
@@ -83,9 +83,9 @@ class Hiding:
         return value
 
     def hide_in_message(self, message: Message) -> dict[str, Any]:
-        """Do so in a message, but for the tags of a think block that an assistant's begins with.
+        """Replace them in a message, except the tags of a leading think block of the assistant.
 
-        Clients that do not tell thinking and answer apart send it back so, and templates know it.
+        Clients that do not separate thinking and answer send it back so, and templates parse it.
         """
         hidden = {name: self.hide(value) for name, value in message.items() if name != "role"}
         if block := think_block(message):
@@ -94,11 +94,11 @@ class Hiding:
         return {"role": message["role"], **hidden}
 
     def show(self, text: str) -> str:
-        """Put the hidden text back."""
+        """Return the text with the placeholders replaced by what they hide."""
         return self._placeholder.sub(lambda found: self._hidden[int(found[1])], text)
 
     def prompt(self, rendered: str) -> Prompt:
-        """Put the hidden text back into rendered messages, as plain text."""
+        """Return rendered messages as a prompt that has the hidden text as plain text."""
         parts, controlled, place = list[tuple[str, bool]](), "", 0
         spans = self._control.tokenizer.added_spans(rendered) if self._hidden else []
         for start, stop in [*spans, (len(rendered), len(rendered))]:
@@ -121,23 +121,23 @@ class Hiding:
             pieces.insert(0, self._placeholder_of(""))
         if after:
             pieces.append(self._placeholder_of(""))
-        return text if len(pieces) == 1 else _Words("".join(pieces), text)
+        return text if len(pieces) == 1 else _HiddenText("".join(pieces), text)
 
     def _placeholder_of(self, text: str) -> str:
         self._hidden.append(text)
         return f"{self._mark}{len(self._hidden) - 1}q"
 
 
-class _Words(str):
-    """Text with placeholders; templates that ask how it begins or ends see what it stands for.
+class _HiddenText(str):
+    """Text with placeholders; `startswith` and `endswith` answer for the original text.
 
-    The published ones know a tool's answer in a user's message by its tags.
+    The published templates recognise a tool's result in a user message by its tags.
     """
 
-    def __new__(cls, text: str, shown: str) -> "_Words":
-        words = super().__new__(cls, text)
-        words._shown = shown  # type: ignore[attr-defined]
-        return words
+    def __new__(cls, text: str, shown: str) -> "_HiddenText":
+        hidden = super().__new__(cls, text)
+        hidden._shown = shown  # type: ignore[attr-defined]
+        return hidden
 
     def startswith(self, *arguments: Any) -> bool:
         return self._shown.startswith(*arguments)  # type: ignore[attr-defined, no-any-return]

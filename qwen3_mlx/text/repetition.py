@@ -1,46 +1,48 @@
-"""Notices that a reply goes in circles: the same tokens, again and again."""
+"""Repetition detector: recognises a reply that repeats the same tokens without end."""
 
 from collections.abc import Hashable
 
-_GRAM = 4  # tokens by which a place is known again
-_LEAST = 256  # tokens that must repeat what stood before them
-_TIMES = 4  # and so many times as many as the circle is long
+_NGRAM = 4  # tokens by which an earlier place is recognised
+_MIN_REPEATED = 256  # tokens that must equal those one period before
+_MIN_ROUNDS = 4  # periods that must have been repeated as well
 
 
 class RepetitionDetector:
     """Follows the tokens of a reply, in constant time for each.
 
-    A text is in a circle of d tokens while each token is that of d tokens ago. A long word list or
-    a table repeats itself now and then; only what does so for `_LEAST` tokens, and through `_TIMES`
-    whole circles, is called endless.
+    A text has the period d while each token equals the one d tokens before. A long word list or a
+    table also repeats itself now and then. Only a text that does so for `_MIN_REPEATED` tokens, and
+    for `_MIN_ROUNDS` whole periods, counts as an endless loop.
     """
 
     def __init__(self) -> None:
         self._ids: list[int] = []
-        self._last: dict[Hashable, int] = {}  # where each gram stood last
+        self._last: dict[Hashable, int] = {}  # the last place of each n-ngram
         self._distance = self._run = 0
-        self._before: list[tuple[int | None, int, int]] = []  # what each token has overwritten
+        self._history: list[
+            tuple[int | None, int, int]
+        ] = []  # the values that each token has replaced
 
     def add(self, token: int) -> bool:
-        """Take the next token and say whether the text is in an endless circle."""
+        """Append the next token and return whether the text is in an endless loop."""
         place = len(self._ids)
         self._ids.append(token)
-        gram = tuple(self._ids[-_GRAM:])
-        earlier = self._last.get(gram)
-        self._before.append((earlier, self._distance, self._run))
-        self._last[gram] = place
+        ngram = tuple(self._ids[-_NGRAM:])
+        earlier = self._last.get(ngram)
+        self._history.append((earlier, self._distance, self._run))
+        self._last[ngram] = place
         distance = 0 if earlier is None else place - earlier
         self._run = self._run + 1 if distance and distance == self._distance else 0
         self._distance = distance
-        return self._run >= max(_LEAST, _TIMES * distance)
+        return self._run >= max(_MIN_REPEATED, _MIN_ROUNDS * distance)
 
     def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens."""
+        """Remove the last `count` tokens."""
         for _ in range(count):
-            gram = tuple(self._ids[-_GRAM:])
-            earlier, self._distance, self._run = self._before.pop()
+            ngram = tuple(self._ids[-_NGRAM:])
+            earlier, self._distance, self._run = self._history.pop()
             if earlier is None:
-                del self._last[gram]
+                del self._last[ngram]
             else:
-                self._last[gram] = earlier
+                self._last[ngram] = earlier
             self._ids.pop()

@@ -1,8 +1,8 @@
-"""Where a long text may be cut so that its pieces have the tokens of the whole.
+"""Splits long text into pieces that together have the same tokens as the whole.
 
-Encoding takes much memory and cannot be stopped, so long texts are encoded piece by piece. A cut is
-safe where the tokenizer's own way to split text always ends a word, which is known of the published
-one: between anything but white space and a space or a digit.
+Encoding takes much memory and cannot be interrupted, so long texts are encoded piece by piece. A
+cut is safe where the pre-tokenizer always ends a word. For the published pre-tokenizer that is
+before a space or a digit that follows a character other than white space.
 """
 
 import json
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 
 import tokenizers
 
-# Qwen2's and Qwen3's: a digit stands alone, and only white space is joined with a space behind it.
-_PATTERN = (
+# Qwen2's and Qwen3's: a digit is a word of its own, and only white space joins a space after it.
+_PRETOKENIZER_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -21,7 +21,7 @@ _CUT = re.compile(r"[ 0-9](?<=\S[ 0-9])")
 
 
 def can_be_cut(tokenizer: tokenizers.Tokenizer) -> bool:
-    """Whether a tokenizer splits text as the published one, and no added token spans a cut."""
+    """Return whether text is split as by the published tokenizer and no added token spans a cut."""
     steps = tokenizer.pre_tokenizer and json.loads(tokenizer.pre_tokenizer.__getstate__())
     normalizer = tokenizer.normalizer and json.loads(tokenizer.normalizer.__getstate__())
     published = {
@@ -29,7 +29,7 @@ def can_be_cut(tokenizer: tokenizers.Tokenizer) -> bool:
         "pretokenizers": [
             {
                 "type": "Split",
-                "pattern": {"Regex": _PATTERN},
+                "pattern": {"Regex": _PRETOKENIZER_PATTERN},
                 "behavior": "Isolated",
                 "invert": False,
             },
@@ -54,7 +54,7 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
     start = look = 0
     while len(text) - look > 2 * size:
         look += size
-        if found := _CUT.search(text, look, look + size):  # not beyond: nothing runs meanwhile
+        if found := _CUT.search(text, look, look + size):  # not beyond: the search holds the GIL
             yield text[start : found.start()]
             start = look = found.start()
     yield text[start:] if start else text

@@ -1,70 +1,75 @@
-"""Strings that end a text, found as it comes."""
+"""Finds stop strings in a text that arrives in pieces."""
 
 from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the first stop string to be complete in a text that comes in pieces."""
+    """Finds the first stop string to be complete in a text, whatever its pieces are."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.found: str | None = None
-        self._seen = [_PrefixMatcher(stop) for stop in strings]
+        self._matchers = [_PrefixMatcher(stop) for stop in strings]
         self._held = ""  # may be the beginning of a stop string
 
     def add(self, piece: str) -> str:
-        """Give what can be shown of the text so far; from a stop string on, nothing can."""
-        if not self._seen:
+        """Append a piece and return the text that can be shown; nothing after a stop string."""
+        if not self._matchers:
             return piece
         text = self._held + piece
         ends = [
-            (end, -len(seen.whole), seen.whole) for seen in self._seen if (end := seen.in_(piece))
+            (end, -len(matcher.whole), matcher.whole)
+            for matcher in self._matchers
+            if (end := matcher.in_(piece))
         ]
         if ends:
-            # The first to be complete, so that it does not matter how the text is cut into pieces.
+            # The first one to be complete: the result must not depend on the split into pieces.
             end, _, self.found = min(ends)
             shown = text[: len(self._held) + end - len(self.found)]
             self._held = ""
             return shown
-        keep = max(seen.length for seen in self._seen)
+        keep = max(matcher.length for matcher in self._matchers)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """Give what was held back, and begin anew."""
+        """Return the text that was held back, and start over."""
         held, self._held = self._held, ""
-        for seen in self._seen:
-            seen.length = 0
+        for matcher in self._matchers:
+            matcher.length = 0
         return held
 
 
 class _PrefixMatcher:
-    """How much of a string the end of a text is: by Knuth, Morris and Pratt, for each character is
-    looked at about once, however long the string and whatever the text.
+    """Tracks how long a prefix of a string the end of a text is.
+
+    By Knuth, Morris and Pratt: each character takes constant time on average, however long the
+    string and whatever the text.
     """
 
     def __init__(self, whole: str) -> None:
         self.whole = whole
         self.length = 0
-        # By lengths, as far as they were needed: the longest shorter beginning that ends the same.
-        self._shorter = [0, 0]
+        # The failure function, extended on demand: for each length of a prefix, the length of the
+        # longest shorter prefix that is also a suffix of it.
+        self._failure = [0, 0]
 
     def in_(self, piece: str) -> int | None:
-        """Take what the text goes on with; give how far the string is complete, if it is."""
+        """Append a piece; return the place in it after which the string is complete, or None."""
         if not self.length and self.whole[0] not in piece:
             return None
         for place, character in enumerate(piece, 1):
-            self.length = self._longer(self.length, character)
+            self.length = self._next_length(self.length, character)
             if self.length == len(self.whole):
                 return place
         return None
 
-    def _longer(self, length: int, character: str) -> int:
+    def _next_length(self, length: int, character: str) -> int:
         while length and self.whole[length] != character:
-            length = self._shorter_than(length)
+            length = self._fallback(length)
         return length + (self.whole[length] == character)
 
-    def _shorter_than(self, length: int) -> int:
-        known = self._shorter
-        while len(known) <= length:
-            known.append(self._longer(known[-1], self.whole[len(known) - 1]))
-        return known[length]
+    def _fallback(self, length: int) -> int:
+        table = self._failure
+        while len(table) <= length:
+            table.append(self._next_length(table[-1], self.whole[len(table) - 1]))
+        return table[length]

@@ -1,4 +1,4 @@
-"""Holds an answer to a form: JSON, a pattern, calls of tools; once the thinking is closed."""
+"""Structured output: the answer and the tool calls follow a grammar once the thinking is closed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_ROOM_TO_LOOK = 32  # tokens
-_NEAR_THE_END = 300  # tokens; from here on it is looked at how many it takes to close
+_CLOSING_SEARCH_MARGIN = 32  # tokens in which a lost closing may be found again
+_CLOSING_WATCH = 300  # tokens left below which the shortest closing is tracked
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallRule:
-    """How tools may be called: what stands between the tags is held to what `grammar` gives.
+    """How tools may be called: text between the tags follows the grammar that `grammar` creates.
 
-    With `must` the answer begins with a call; with `only_one` it ends after the first.
+    With `must` the answer tags with a call; with `only_one` the reply ends after the first call.
     """
 
     calls: ToolCallSyntax
@@ -32,12 +32,12 @@ class ToolCallRule:
 
 
 class GrammarConstraint:
-    """A `Constraint` of the engine: `ThinkingBudget` for the thinking, grammars for what follows.
+    """A `Constraint` of the engine: `ThinkingBudget` for the thinking, then grammars.
 
-    Each answer is held to `answer`, if there is one, and the calls of tools to `calling`.
-    When `max_tokens` come near, a token after which there would not be room to end the answer is
-    taken back, and the end is forced; so it is when a loop is noticed. A call is never ended so:
-    half an argument is another order, so a call that finds no room stays cut off.
+    The answer follows the grammar `answer`, if there is one, and tool calls follow `calling`.
+    Near `max_tokens`, a token that leaves too little room to end the answer is rolled back and the
+    closing is forced. The closing is also forced when a loop is detected. A tool call is never
+    closed this way: half an argument is a different order, so a call without room stays cut off.
     """
 
     def __init__(
@@ -51,90 +51,104 @@ class GrammarConstraint:
         answer: GrammarState | None = None,
         calling: ToolCallRule | None = None,
     ) -> None:
-        """Begin; `thinks` says that the reply may open the thinking itself."""
-        self.rollback = 0  # how many of the last tokens are to be taken back
-        self._steering = steering
+        """Create the constraint; with `thinks` the reply may open the thinking itself."""
+        self.rollback = 0  # number of the last tokens to roll back
+        self._budget = steering
         self._open_id = thinking.open_id if thinking else None
         self._thinks = thinks and self._open_id is not None and not steering.inside
-        self._break = tokenizer.encode("\n\n")
+        self._break_ids = tokenizer.encode("\n\n")
         self._max_tokens = max_tokens
         self._answer = answer
-        self._calling = calling
+        self._call_rule = calling
         self._calls = calling.calls if calling else None
-        self._called = False  # whether a call has been closed
+        self._call_closed = False  # True once a call has been closed
+        # None inside the thinking and after a call: only the thinking budget applies there.
         self._active = None if steering.inside else answer
-        self._before: list[tuple[GrammarState | None, int]] = []
-        self._given = False  # whether the tokens to come are forced, and no grammar's
-        self._gap = False  # whether the line break after the thinking is still to come
-        self._end: list[int] | None = None  # what would end the text now, where it is looked at
+        # The active grammar and its length before each token, so that any token can be rolled back.
+        self._history: list[tuple[GrammarState | None, int]] = []
+        self._forcing_text = False  # True if the next tokens are forced and of no grammar
+        self._break_pending = False  # True if the break after the thinking is to be forced
+        # Tokens that end the answer from here, as far as they were searched and found.
+        self._closing_ids: list[int] | None = None
         self._closing = False
 
     @property
     def finished(self) -> bool:
-        """Whether the form is filled, or the answer goes in circles."""
-        if self._called and self._calling and self._calling.only_one:
+        """True if the grammar is complete, or the answer is in a loop."""
+        if self._call_closed and self._call_rule and self._call_rule.only_one:
             return True
-        if self._active is None or self._in_a_call:
-            return self._steering.finished
+        # A complete call does not end the reply: its closing tag is forced next.
+        if self._active is None or self._in_call:
+            return self._budget.finished
         whole = self._active.complete or (self._closing and self._active.may_end)
+        # A grammar that accepts the empty text has not answered anything before its first token.
         return whole and self._active.read > 0
 
     @property
     def needs_mask(self) -> bool:
-        """Whether only some tokens may come next."""
-        return self._active is not None or self._awaits_call or self._steering.needs_mask
+        """True if only some tokens may come next."""
+        return self._active is not None or self._must_call or self._budget.needs_mask
 
     def advance(self, ids: Sequence[int]) -> None:
-        """Take the next tokens."""
-        inside, given = self._steering.inside, self._given
-        self._given = False
-        self._steering.advance(ids)
+        """Append the next tokens, and set `rollback` if some of them must be removed."""
+        # The engine passes the forced tokens in one call, so the flag holds for these ids only.
+        inside, forced = self._budget.inside, self._forcing_text
+        self._forcing_text = False
+        self._budget.advance(ids)
         for token in ids:
-            self._before.append((self._active, self._active.read if self._active else 0))
-            self._follow(token, given=given)
-        self.rollback = self._steering.rollback
+            self._history.append((self._active, self._active.read if self._active else 0))
+            self._advance_grammar(token, forced=forced)
+        self.rollback = self._budget.rollback
         if self.rollback:
-            self._go_back(self.rollback)
-        elif self._answering and not self._closing and self._leaves_no_room(self._answering):
+            # The budget has rewound itself already; only the grammar has to follow.
+            self._rewind_grammar(self.rollback)
+        elif (
+            self._open_answer and not self._closing and self._must_close_earlier(self._open_answer)
+        ):
+            # The known closing is one of the text before these ids, so all of these are removed.
             self.rollback = len(ids)
             self.rewind(len(ids))
             self._closing = True
-        elif inside != self._steering.inside:
-            self._active = None if self._steering.inside else self._answer
-            answering = self._active is not None or self._awaits_call
-            self._gap = not self._steering.inside and not given and answering
+        elif inside != self._budget.inside:
+            self._active = None if self._budget.inside else self._answer
+            # A hand-off brings its own line break. After a tag that the model wrote, the break is
+            # forced: the grammar has no text before the answer, the chat template has one.
+            answering = self._active is not None or self._must_call
+            self._break_pending = not self._budget.inside and not forced and answering
 
     def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens taken."""
-        self._steering.rewind(count)
-        self._go_back(count)
+        """Remove the last `count` tokens."""
+        self._budget.rewind(count)
+        self._rewind_grammar(count)
 
     def forced_tokens(self) -> list[int]:
-        """Give the tokens that must come next."""
-        if ids := self._steering.forced_tokens():
-            self._given = True
-        elif self._gap:
-            ids, self._gap, self._given = self._break, False, True
-        elif self._awaits_call:
-            ids = tags if len(tags := self._other_beginnings()) == 1 else []
+        """Return the tokens that must come next."""
+        if ids := self._budget.forced_tokens():
+            self._forcing_text = True
+        elif self._break_pending:
+            ids, self._break_pending, self._forcing_text = self._break_ids, False, True
+        elif self._must_call:
+            ids = tags if len(tags := self._opening_tags()) == 1 else []
         elif self._active:
             ids = self._forced_by(self._active)
         return ids
 
     def mask(self) -> "NDArray[np.uint32] | None":
-        """Give the tokens that may come next."""
-        if self._active is None and not self._awaits_call:
-            return self._steering.mask()
-        mask = self._active.mask() if self._active else self._steering.no_mask()
-        for token in self._other_beginnings():
+        """Return the mask of the tokens that may come next, 32 ids to a word, or None for all."""
+        if self._active is None and not self._must_call:
+            return self._budget.mask()
+        mask = self._active.mask() if self._active else self._budget.no_mask()
+        # The grammar does not know the tags (control tokens are no text), so they are added here.
+        for token in self._opening_tags():
             mask[token // 32] |= type(mask[0])(1 << token % 32)
         return mask
 
     def lookahead_masks(self, ids: Sequence[int]) -> "list[NDArray[np.uint32] | None]":
-        """Give the masks for the next token and those behind `ids`, as far as none is forced."""
+        """Return the masks of the next token and of those after `ids`, until a token is forced."""
         active = self._active
-        if active is None or self._other_beginnings():
-            return [self.mask()]
+        if active is None or self._opening_tags():
+            return [self.mask()]  # a tag would change the grammar: what follows is not known
+        # The draft tokens are only tried: the grammar is rewound, whichever of them are accepted.
         read, masks = active.read, [active.mask()]
         for token in ids:
             if not allows(masks[-1], token):
@@ -146,79 +160,87 @@ class GrammarConstraint:
         active.rewind(read)
         return list(masks)
 
-    def _other_beginnings(self) -> list[int]:
-        """Give the tags that may come instead of the answer: those of thinking and of a call."""
-        if not self._awaits_call and (
+    def _opening_tags(self) -> list[int]:
+        """Return the tags that may open the thinking or a call in place of the answer."""
+        if not self._must_call and (
             self._active is not self._answer or self._active is None or self._active.read
         ):
             return []
-        begins = [self._calls.open_id] if self._calls else []
-        if self._thinks and not self._before:
+        tags = [self._calls.open_id] if self._calls else []
+        if self._thinks and not self._history:
             assert self._open_id is not None
-            begins.append(self._open_id)
-        return begins
+            tags.append(self._open_id)
+        return tags
 
-    def _follow(self, token: int, *, given: bool) -> None:
+    def _advance_grammar(self, token: int, *, forced: bool) -> None:
+        """Append a token to the active grammar, or switch the grammar at the tags of a call."""
         calls = self._calls
-        if self._steering.inside or given or token == self._open_id:
+        # Thinking, the hand-off and the tag that opens the thinking are not text of any grammar.
+        if self._budget.inside or forced or token == self._open_id:
             return
-        if self._calling and token == self._calling.calls.open_id and not self._in_a_call:
-            self._active, self._end = self._calling.grammar(), None
+        if self._call_rule and token == self._call_rule.calls.open_id and not self._in_call:
+            # Each call has a grammar of its own, so a rollback finds the answer's where it stood.
+            self._active, self._closing_ids = self._call_rule.grammar(), None
         elif calls and token == calls.close_id:
-            self._active = self._end = None
-            self._called = True
+            self._active = self._closing_ids = None
+            self._call_closed = True
         elif self._active:
             self._active.advance(token)
 
     @property
-    def _awaits_call(self) -> bool:
-        """Whether nothing but a call may come, or thinking before it."""
+    def _must_call(self) -> bool:
+        """True if only a call may come next, or the thinking before it."""
         return (
-            self._calling is not None
-            and self._calling.must
-            and not self._called
-            and not self._steering.inside
-            and not self._in_a_call
+            self._call_rule is not None
+            and self._call_rule.must
+            and not self._call_closed
+            and not self._budget.inside
+            and not self._in_call
         )
 
     @property
-    def _in_a_call(self) -> bool:
+    def _in_call(self) -> bool:
         return self._active is not None and self._active is not self._answer
 
     @property
-    def _answering(self) -> GrammarState | None:
-        """The grammar of the answer, while that is being written."""
-        return None if self._in_a_call else self._active
+    def _open_answer(self) -> GrammarState | None:
+        """The grammar of the answer while the answer is being written, else None."""
+        return None if self._in_call else self._active
 
     def _forced_by(self, active: GrammarState) -> list[int]:
-        if self._in_a_call and active.complete:
+        if self._in_call and active.complete:
             assert self._calls
             return [self._calls.close_id]
-        if self._closing and self._end:
-            ids, self._end = self._end, None
+        if self._closing and self._closing_ids:
+            ids, self._closing_ids = self._closing_ids, None
             return ids
-        return [] if self._other_beginnings() else active.forced_tokens()
+        # Forcing the first tokens of the answer would leave the model no way to think or to call.
+        return [] if self._opening_tags() else active.forced_tokens()
 
-    def _leaves_no_room(self, active: GrammarState) -> bool:
-        """Say whether the answer must end as it was before the last tokens; know how, if so."""
-        left = self._max_tokens - len(self._before)
-        if left > _NEAR_THE_END and not self._steering.finished:
+    def _must_close_earlier(self, active: GrammarState) -> bool:
+        """Return whether the last tokens must be removed to close the answer; track the closing."""
+        left = self._max_tokens - len(self._history)
+        # A search walks the grammar to an end after each token: too much work for a whole reply.
+        if left > _CLOSING_WATCH and not self._budget.finished:
             return False
-        before, end = self._end, active.closing()
-        if self._steering.finished and end is not None:
-            self._closing, self._end = True, end
+        before, end = self._closing_ids, active.closing()
+        if self._budget.finished and end is not None:
+            self._closing, self._closing_ids = True, end
             return False
         if end is not None and len(end) <= left:
-            self._end = end
+            self._closing_ids = end
             return False
-        # Where no end is found, it may be again after the next tokens, if there is room for those.
-        return before is not None and left <= len(before) + _ROOM_TO_LOOK
+        # If no closing is found here, one may be found after the next tokens, as long as there is
+        # room for those and for the last known closing.
+        return before is not None and left <= len(before) + _CLOSING_SEARCH_MARGIN
 
-    def _go_back(self, count: int) -> None:
+    def _rewind_grammar(self, count: int) -> None:
+        """Restore the grammar before the last `count` tokens."""
         if not count:
             return
-        before, read = self._before[-count]
-        del self._before[-count:]
+        before, read = self._history[-count]
+        del self._history[-count:]
+        # A grammar entered within the removed tokens starts over: the answer's is entered again.
         if self._active and self._active is not before:
             self._active.rewind(0)
         if before:

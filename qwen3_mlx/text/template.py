@@ -1,4 +1,4 @@
-"""The checkpoint's own chat template: messages in, prompt text out."""
+"""Renders messages into the text of a prompt with the checkpoint's own chat template."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -20,27 +20,27 @@ TOKENIZER_CONFIG = "tokenizer_config.json"
 _SPECIAL_TOKENS = tuple(
     f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
 )
-# What the expressions of a template can come to.
-_RUN_TIME_ERRORS = (
+# Errors that the expressions of a template can raise.
+_TEMPLATE_ERRORS = (
     *(TypeError, ValueError, LookupError, AttributeError, ArithmeticError),
     *(RecursionError, MemoryError),
 )
 
 
 class _Generation(Extension):
-    """`{% generation %}`: marks what a reply is for training; here its body is rendered."""
+    """`{% generation %}`: marks the reply for training; here only its body is rendered."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> Node:
-        """Return the body, in which variables are local, as in transformers."""
+        """Parse the block; variables are local to its body, as in transformers."""
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
         return Scope(body, lineno=line)
 
 
 class ChatTemplate:
-    """A Jinja template in the environment that transformers gives the published ones.
+    """A Jinja template, in the same environment as in transformers.
 
     It runs sandboxed: a checkpoint's template can format text and nothing else.
     """
@@ -65,14 +65,14 @@ class ChatTemplate:
             raise CheckpointError(
                 f"the checkpoint's chat template is broken in line {error.lineno}: {error.message}"
             ) from error
-        except (TemplateError, *_RUN_TIME_ERRORS) as error:
+        except (TemplateError, *_TEMPLATE_ERRORS) as error:
             raise CheckpointError(f"the checkpoint's chat template is broken: {error}") from error
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ChatTemplate | None":
-        """Read the template of a checkpoint, or give None where it has none (a base model).
+        """Read the template of a checkpoint; return None if it has none (a base model).
 
-        It lies in chat_template.jinja, or in tokenizer_config.json as older checkpoints have it.
+        It is in chat_template.jinja or, in older checkpoints, in tokenizer_config.json.
 
         Raises:
             CheckpointError: it cannot be read, or is not a valid template.
@@ -84,7 +84,7 @@ class ChatTemplate:
             if beside.is_file():
                 place = beside
                 source = beside.read_text(encoding="utf-8")
-            if isinstance(source, list):  # several, by name
+            if isinstance(source, list):  # several templates, by name
                 source = {entry["name"]: entry["template"] for entry in source}.get("default")
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{place} cannot be read: {error}") from error
@@ -95,13 +95,14 @@ class ChatTemplate:
         return cls(source, special_tokens(config)) if source else None
 
     def prepared(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return the messages as this template reads them; of Qwen3-Coder's, arguments are objects.
+        """Return the messages in the form that this template needs.
 
-        It goes through them, where others show their text.
+        Qwen3-Coder's iterates over the arguments of calls, so they become objects; other templates
+        print the text of the arguments.
         """
         if "<function=" not in self.source:
             return list(messages)
-        return [_with_arguments_read(message) for message in messages]
+        return [_with_parsed_arguments(message) for message in messages]
 
     def render(
         self,
@@ -111,7 +112,7 @@ class ChatTemplate:
         tools: Sequence[Tool] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
-        """Write the prompt for normalised `messages`; thinking None is the template's default.
+        """Render the prompt of normalised `messages`; `thinking` None is the template's default.
 
         Raises:
             Qwen3Error: the template refuses the messages.
@@ -121,21 +122,21 @@ class ChatTemplate:
         try:
             variables = {
                 **self._special_tokens,
-                "messages": [_with_other_name(message) for message in messages],
+                "messages": [_with_thinking_name(message) for message in messages],
                 "tools": list(tools) if tools else None,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
                 **switch,
             }
             return self._template.render(variables)
-        except (TemplateError, *_RUN_TIME_ERRORS) as error:
+        except (TemplateError, *_TEMPLATE_ERRORS) as error:
             raise Qwen3Error(
                 f"the checkpoint's chat template refuses these messages: {error}"
             ) from error
 
 
 def read_tokenizer_config(folder: Path) -> dict[str, Any]:
-    """Return what tokenizer_config.json says; nothing where there is none.
+    """Return the content of tokenizer_config.json; empty if the file does not exist.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -153,9 +154,9 @@ def read_tokenizer_config(folder: Path) -> dict[str, Any]:
 
 
 def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
-    """Return the special tokens that a tokenizer_config.json names: `eos_token` and so on.
+    """Return the special tokens that a tokenizer_config.json defines, such as `eos_token`.
 
-    Each is a string, or an object with its `content`; null where a checkpoint has none.
+    Each is a string, or an object with its `content`; null if the checkpoint has none.
     """
     named = {}
     for name in _SPECIAL_TOKENS:
@@ -166,14 +167,14 @@ def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     return named
 
 
-def _with_other_name(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Add the thinking under the name that some templates read, as transformers does."""
+def _with_thinking_name(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Add the thinking as `thinking`, which some templates read, as transformers does."""
     thinking = message.get("reasoning_content")
     return message if thinking is None else {"thinking": thinking, **message}
 
 
-def _with_arguments_read(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Make objects of the arguments of calls, as this template goes through them."""
+def _with_parsed_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Parse the arguments of calls into objects, because this template iterates over them."""
     if not isinstance(calls := message.get("tool_calls"), list):
         return message
     read = []

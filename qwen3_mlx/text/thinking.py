@@ -1,4 +1,4 @@
-"""What a checkpoint can do about thinking, read from its template and its tokens."""
+"""Detects whether and how a checkpoint can think, from its template and its tokens."""
 
 import re
 from collections.abc import Sequence
@@ -12,15 +12,16 @@ from qwen3_mlx.text.tokenizer import Tokenizer
 OPEN, CLOSE = "<think>", "</think>"
 _SWITCH = re.compile(r"(?<![\w/])/(no_)?think(?![\w/]|\.\w)")
 _USER = {"role": "user", "content": "?"}
-_PROBES = ([_USER], [{"role": "system", "content": "?"}, _USER])  # some demand a system turn
+# Some templates require a system turn.
+_PROBES = ([_USER], [{"role": "system", "content": "?"}, _USER])
 
 
 @dataclass(frozen=True, slots=True)
 class Thinking:
-    """How a checkpoint thinks.
+    """The thinking modes of a checkpoint.
 
-    `can_think` and `can_answer_directly` are both true for a hybrid one. `opens_in_prompt` tells
-    whether the prompt itself ends inside the thinking.
+    `can_think` and `can_answer_directly` are both true for a hybrid checkpoint. `opens_in_prompt`
+    is true if the prompt itself ends inside the thinking.
     """
 
     can_think: bool
@@ -31,7 +32,7 @@ class Thinking:
 
     @classmethod
     def of(cls, template: ChatTemplate | None, tokenizer: Tokenizer) -> "Thinking":
-        """Find out by rendering the template both ways; no name of a model is looked at."""
+        """Detect the modes by rendering the template with thinking on and off, never by a name."""
         open_id, close_id = tokenizer.id_of(OPEN), tokenizer.id_of(CLOSE)
         if template is None or open_id is None or close_id is None:
             return cls(False, True, False, None, None)
@@ -48,14 +49,15 @@ class Thinking:
 
     @property
     def hybrid(self) -> bool:
-        """Whether thinking can be switched."""
+        """True if thinking can be switched on and off."""
         return self.can_think and self.can_answer_directly
 
     def resolve(self, wish: bool | None) -> bool:
-        """Say whether a reply will think, for thinking=True, False or None (the default).
+        """Return whether a reply will think, for thinking=True, False or None (the default).
 
         Raises:
-            Qwen3Error: the checkpoint cannot do as wished.
+            TypeError: `wish` is neither a bool nor None.
+            Qwen3Error: the checkpoint does not support the requested mode.
         """
         if wish is not None and not isinstance(wish, bool):
             raise TypeError(f"thinking must be True, False or None, not {wish!r}")
@@ -75,7 +77,7 @@ class Thinking:
 def _rendered_both_ways(
     template: ChatTemplate, messages: Sequence[Message]
 ) -> tuple[str, str] | None:
-    """Render with thinking on, and off; None if the template refuses the messages."""
+    """Return the prompt with thinking on and off, or None if the template refuses the messages."""
     try:
         return template.render(messages, thinking=True), template.render(messages, thinking=False)
     except Qwen3Error:
@@ -83,10 +85,10 @@ def _rendered_both_ways(
 
 
 def soft_switch(messages: str | Sequence[Message]) -> bool | None:
-    """Say what the last `/think` or `/no_think` in a user's or the system's words asks for.
+    """Return the mode of the last `/think` or `/no_think` in a user or system message, or None.
 
     The switches stay in the text: a hybrid model is trained to obey the last of them.
     """
-    words = (m["content"] for m in normalise(messages) if m["role"] in ("user", "system"))
-    found = [match[1] for text in words for match in _SWITCH.finditer(text)]
+    texts = (m["content"] for m in normalise(messages) if m["role"] in ("user", "system"))
+    found = [match[1] for text in texts for match in _SWITCH.finditer(text)]
     return found[-1] is None if found else None

@@ -1,15 +1,15 @@
-"""Keeps a reply on its way: a budget for the thinking, an end to loops, an answer after it all.
+"""Thinking budget and repetition guard, as a decoding constraint.
 
-It knows ids only, so it can steer while the text is still being put together. Its rules for a
-budget are those that Qwen's documentation and the trouble of others have taught:
+It works on token ids only, so it does not depend on the text that the parser assembles. The rules
+of the budget follow Qwen's documentation and the problems reported for other engines:
 
-- Tokens that the model chooses inside the thinking count; the tags and what is forced do not.
-- At the limit the hand-off is forced, as one chunk: Qwen's own text, then the closing tag. A
-  character of which bytes are missing is taken back first.
-- A reply that would end within the thinking is handed off, too, so that there is an answer; until a
-  visible character of it is there, it can neither end nor think again.
-- A call of a tool ends the thinking, if the reply ends with it.
-- A reply thinks once: when the thinking is closed or the answer has begun, its tags are text.
+- Tokens that the model chooses inside the thinking count; the tags and forced tokens do not.
+- At the limit the hand-off is forced as one chunk: Qwen's own text, then the closing tag. The
+  tokens of an incomplete character are rolled back first.
+- A reply that would end within the thinking is also handed off, so that there is an answer. Until
+  a visible character of the answer has come, the reply can neither end nor think again.
+- A tool call ends the thinking if the reply ends with the call.
+- A reply thinks once: after the thinking is closed or the answer has begun, its tags are text.
 """
 
 import codecs
@@ -33,14 +33,15 @@ HAND_OFF = (
     f"thinking directly now.\n{CLOSE}\n\n"
 )
 _PLAIN_CLOSE = f"\n{CLOSE}\n\n"
-_MOST_ANSWER, _ANSWER_SHARE = 256, 4  # tokens kept free for it, at most; its part of all
+# Reserved for the answer: at most 256 tokens, and at most a quarter of the room for the reply.
+_MAX_ANSWER_RESERVE, _ANSWER_SHARE = 256, 4
 
 
 def hand_off_ids(tokenizer: Tokenizer, thinking: Thinking, message: str | None) -> list[int]:
-    """Give the ids that close the thinking; `message` None is Qwen's text, "" the tag alone.
+    """Return the ids that close the thinking; `message` None is Qwen's text, "" the tag alone.
 
     Raises:
-        ValueError: the message has tags in its midst.
+        ValueError: the message has an opening tag, or more than one closing tag.
     """
     if message is None:
         text = HAND_OFF
@@ -56,16 +57,16 @@ def hand_off_ids(tokenizer: Tokenizer, thinking: Thinking, message: str | None) 
 def budget_within(
     budget: int, max_tokens: int, hand_off: Sequence[int], least_answer: int = 1
 ) -> int:
-    """Give the part of a budget that leaves room for the hand-off and an answer.
+    """Return the part of `budget` that leaves room for the hand-off and an answer, in tokens.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no part of it does.
     """
     rest = max_tokens - 1 - len(hand_off)  # 1: the tag that opens the thinking
-    answer = max(least_answer, min(_MOST_ANSWER, rest // _ANSWER_SHARE))
+    answer = max(least_answer, min(_MAX_ANSWER_RESERVE, rest // _ANSWER_SHARE))
     if rest < answer:
         raise ValueError(
-            f"max_tokens={max_tokens} leaves no room for an answer: to close the thinking takes "
+            f"max_tokens={max_tokens} leaves no room for an answer: closing the thinking takes "
             f"{1 + len(hand_off)} tokens, and the answer at least {least_answer}"
         )
     return min(budget, rest - answer)
@@ -73,7 +74,7 @@ def budget_within(
 
 @dataclass(frozen=True, slots=True)
 class ThinkingLimits:
-    """What a reply is held to: at most `budget` tokens of thinking, and no endless repetition.
+    """Limits of one reply: at most `budget` tokens of thinking; with `guard`, no endless loop.
 
     `hand_off` are the ids that close the thinking.
     """
@@ -95,13 +96,13 @@ class ThinkingLimits:
         least_answer: int = 1,
         bends: bool = False,
     ) -> "ThinkingLimits":
-        """Make them of what was asked; an answer finds room within `max_tokens`.
+        """Create the limits of a request, with room for an answer within `max_tokens`.
 
-        Where there is little of it, a budget that `bends` is closed by the tag alone; where there
-        is none, it is given up.
+        A budget that `bends` adapts: with little room the thinking is closed by the tag alone, and
+        with none there is no budget.
 
         Raises:
-            ValueError: there is none otherwise, or the message does not close the thinking.
+            ValueError: a budget that does not bend leaves no room, or the message is not valid.
         """
         if thinking is None or thinking.close_id is None:
             return cls((), None, guard)
@@ -112,7 +113,7 @@ class ThinkingLimits:
             return cls(hand_off, budget_within(budget, max_tokens, hand_off, least_answer), guard)
         closings = [hand_off, hand_off_ids(tokenizer, thinking, "")]
         if message is None and len(hand_off) * _ANSWER_SHARE > max_tokens:
-            del closings[0]  # Qwen's words would take the room of the answer
+            del closings[0]  # Qwen's text would take the room of the answer
         for closing in closings:
             try:
                 return cls(closing, budget_within(budget, max_tokens, closing, least_answer), guard)
@@ -123,22 +124,22 @@ class ThinkingLimits:
 
 @dataclass(slots=True)
 class _State:
-    """Where a reply stands; copied for every token, so that tokens can be taken back."""
+    """State of a reply; copied for every token, so that tokens can be rolled back."""
 
     inside: bool
     spent: int = 0  # tokens of thinking that the model chose
-    unseen: int = 0  # of the last tokens, those that are bytes of an unfinished character
-    bytes_held: bytes = b""
-    forced_tokens: int = 0  # tokens of the hand-off that are still to come back
+    undecoded: int = 0  # number of the last tokens that are bytes of an incomplete character
+    pending_bytes: bytes = b""
+    forced_tokens: int = 0  # tokens of the hand-off that `advance` has not seen yet
     closed_by: str | None = None
-    over: bool = False  # whether the thinking is, so that its tags are text
-    answered: bool = False  # whether a visible character of the answer is there
+    over: bool = False  # True once the thinking is over: its tags are text from then on
+    answered: bool = False  # True once a visible character of the answer has come
     looped: bool = False
-    called: bool = False  # whether a call of a tool was the last thing in the thinking
+    called: bool = False  # True if the thinking ends with a tool call so far
 
 
 class ThinkingBudget:
-    """A `Constraint` of the engine: holds one reply to its limits."""
+    """A `Constraint` of the engine that enforces the `ThinkingLimits` of one reply."""
 
     def __init__(
         self,
@@ -151,7 +152,7 @@ class ThinkingBudget:
         end_ids: frozenset[int],
         calls: ToolCallSyntax | None = None,
     ) -> None:
-        """Begin; the prompt may end `inside` the thinking, or `answering` already."""
+        """Create the constraint; the prompt may end `inside` the thinking or within the answer."""
         self.rollback = 0
         self._tokenizer = tokenizer
         self._open_id = thinking.open_id if thinking else None
@@ -159,136 +160,143 @@ class ThinkingBudget:
         self._limits = limits
         self._end_ids = end_ids
         self._call_close_id = calls.close_id if calls else None
-        self._ruled_out = end_ids | ({self._open_id} if self._open_id is not None else set())
-        self._asked = False
-        self._due: str | None = None
-        self._now = _State(inside, over=answering)
-        self._before: list[_State] = []
-        self._loops = RepetitionDetector() if limits.guard else None
-        self._look()
+        self._masked_ids = end_ids | ({self._open_id} if self._open_id is not None else set())
+        self._close_requested = False
+        self._pending_close: str | None = None
+        self._state = _State(inside, over=answering)
+        self._history: list[_State] = []
+        self._repetition = RepetitionDetector() if limits.guard else None
+        self._check_limits()
 
     @property
     def inside(self) -> bool:
-        """Whether the reply is thinking."""
-        return self._now.inside
+        """True while the reply is inside the thinking."""
+        return self._state.inside
 
     @property
     def finished(self) -> bool:
-        """Whether the answer goes in circles."""
-        return self._now.looped and not self._now.inside
+        """True if the answer is in a loop."""
+        return self._state.looped and not self._state.inside
 
     @property
     def needs_mask(self) -> bool:
-        """Whether some tokens are ruled out: the thinking was closed, and nothing is answered."""
-        now = self._now
-        return now.closed_by is not None and not now.inside and not now.answered
+        """True if some tokens are masked: the thinking was closed and the answer is still empty."""
+        state = self._state
+        return state.closed_by is not None and not state.inside and not state.answered
 
     @property
     def closed_by(self) -> str | None:
-        """What has closed the thinking, if it was not the model: budget, end, loop or request."""
-        return self._now.closed_by
+        """Reason for a forced close of the thinking: budget, end, loop or request; else None."""
+        return self._state.closed_by
 
     @property
     def looped(self) -> bool:
-        """Whether going in circles has ended the thinking or the answer."""
-        return self._now.closed_by == "loop" or self.finished
+        """True if a loop has ended the thinking or the answer."""
+        return self._state.closed_by == "loop" or self.finished
 
     @property
     def details(self) -> dict[str, str]:
-        """What `Finish` tells: what has closed the thinking, and that a loop ended the answer."""
+        """Entries for `Finish.details`: the reason of a forced close, and a loop in the answer."""
         closed = {"thinking_closed_by": self.closed_by} if self.closed_by else {}
         return closed | ({"ended_by": "loop"} if self.finished else {})
 
     def finish_thinking(self) -> None:
-        """Close the thinking within a step, or as soon as it begins; from any thread."""
-        self._asked = True
+        """Close the thinking within a step, or as soon as it begins; callable from any thread."""
+        # Only a flag: the worker thread owns all other state and reads this after the next token.
+        self._close_requested = True
 
     def advance(self, ids: Sequence[int]) -> None:
-        """Take the next tokens."""
+        """Append the next tokens, and set `rollback` if some of them must be removed."""
         self.rollback = 0
         for token in ids:
-            self._before.append(self._now)
-            self._now = replace(self._now)
-            self._step(token)
-        self._look()
+            self._history.append(self._state)
+            self._state = replace(self._state)
+            self._advance_state(token)
+        self._check_limits()
 
     def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens taken."""
+        """Remove the last `count` tokens."""
         if count:
-            self._now = self._before[-count]
-            del self._before[-count:]
-            if self._loops:
-                self._loops.rewind(count)
-        self._due = None
+            self._state = self._history[-count]
+            del self._history[-count:]
+            if self._repetition:
+                self._repetition.rewind(count)
+        self._pending_close = None
 
     def forced_tokens(self) -> list[int]:
-        """Give the hand-off, when it is due."""
-        if self._due is None:
+        """Return the hand-off if the thinking must be closed now, else nothing."""
+        if self._pending_close is None:
             return []
         ids = self._limits.hand_off
-        self._now.closed_by = self._due
-        self._now.forced_tokens, self._due = len(ids), None
+        # The engine returns forced ids through `advance`; they are counted so as not to be charged.
+        self._state.closed_by = self._pending_close
+        self._state.forced_tokens, self._pending_close = len(ids), None
         return list(ids)
 
     def mask(self) -> "NDArray[np.uint32] | None":
-        """Allow all but the end tokens, and to think again."""
+        """Return a mask of all tokens but the end tokens and the tag that opens the thinking."""
         words = ~self.no_mask()
-        for token in self._ruled_out:
+        for token in self._masked_ids:
             words[token // 32] &= ~np.uint32(1 << token % 32)
         return words
 
     def lookahead_masks(self, ids: Sequence[int]) -> "list[NDArray[np.uint32] | None]":
-        """Give the mask for the next token: only the first of an answer has one."""
+        """Return the mask of the next token alone: only the first token of an answer has one."""
         return [self.mask()]
 
     def no_mask(self) -> "NDArray[np.uint32]":
-        """Give a mask that allows nothing yet."""
+        """Return a mask that allows no token, 32 ids to a word."""
         return np.zeros(-(-len(self._tokenizer) // 32), dtype=np.uint32)
 
-    def _step(self, token: int) -> None:
-        now = self._now
-        chosen = now.forced_tokens == 0
-        now.forced_tokens -= not chosen
-        now.looped = self._loops is not None and self._loops.add(token) and chosen
-        if token == self._open_id and not now.inside and not now.over:
-            now.inside, now.unseen, now.bytes_held = True, 0, b""
-        elif token == self._close_id and now.inside:
-            now.inside, now.unseen, now.bytes_held, now.over = False, 0, b"", True
+    def _advance_state(self, token: int) -> None:
+        state = self._state
+        chosen = state.forced_tokens == 0
+        state.forced_tokens -= not chosen
+        # Forced tokens are recorded, too (a rewind counts them), but they never count as a loop.
+        state.looped = self._repetition is not None and self._repetition.add(token) and chosen
+        if token == self._open_id and not state.inside and not state.over:
+            state.inside, state.undecoded, state.pending_bytes = True, 0, b""
+        elif token == self._close_id and state.inside:
+            state.inside, state.undecoded, state.pending_bytes, state.over = False, 0, b"", True
         elif token in self._end_ids:
-            if now.inside and not now.called and self._limits.budget is not None:
-                self._due, self.rollback = "end", now.unseen + 1
+            # A reply that ends with a call has an answer: the call. Any other end is rolled back,
+            # with the tokens of an incomplete character before it.
+            if state.inside and not state.called and self._limits.budget is not None:
+                self._pending_close, self.rollback = "end", state.undecoded + 1
         else:
             text = self._text_of(token)
             if token == self._call_close_id:
-                now.called = True
+                state.called = True
             elif text.strip():
-                now.called = False
-            if now.inside:
-                now.spent += chosen
+                state.called = False
+            if state.inside:
+                state.spent += chosen
             elif text.strip():
-                now.answered = now.over = True
+                state.answered = state.over = True
 
     def _text_of(self, token: int) -> str:
-        """Give the text that a token completes, and note what it leaves incomplete."""
-        now, decoder = self._now, codecs.getincrementaldecoder("utf-8")(errors="replace")
-        text = decoder.decode(now.bytes_held + self._tokenizer.token_bytes(token))
-        now.bytes_held = decoder.getstate()[0]
-        now.unseen = now.unseen + 1 if now.bytes_held and not text else 0
+        """Return the text that a token completes; keep the bytes that it leaves incomplete."""
+        state, decoder = self._state, codecs.getincrementaldecoder("utf-8")(errors="replace")
+        text = decoder.decode(state.pending_bytes + self._tokenizer.token_bytes(token))
+        state.pending_bytes = decoder.getstate()[0]
+        state.undecoded = state.undecoded + 1 if state.pending_bytes and not text else 0
         return text
 
-    def _look(self) -> None:
-        """See whether the thinking must end here; what of it has not been seen is taken back."""
-        now, budget = self._now, self._limits.budget
-        if now.inside and not now.forced_tokens and self._due is None:
-            if budget is not None and now.spent >= budget:
-                self._due = "budget"
-            elif self._asked:
-                self._due = "request"
-            elif now.looped:
-                self._due = "loop"
-            self.rollback = now.unseen if self._due else 0
+    def _check_limits(self) -> None:
+        """Decide whether the thinking must end here; roll back the tokens not decoded yet."""
+        state, budget = self._state, self._limits.budget
+        if state.inside and not state.forced_tokens and self._pending_close is None:
+            if budget is not None and state.spent >= budget:
+                self._pending_close = "budget"
+            elif self._close_requested:
+                self._pending_close = "request"
+            elif state.looped:
+                self._pending_close = "loop"
+            # The hand-off must not follow half a character: its bytes would decode to U+FFFD.
+            self.rollback = state.undecoded if self._pending_close else 0
         if self.rollback:
-            self._now = self._before[-self.rollback]
-            del self._before[-self.rollback :]
-            if self._loops:
-                self._loops.rewind(self.rollback)
+            # The tokens are removed here already: the engine does not call `rewind` for them.
+            self._state = self._history[-self.rollback]
+            del self._history[-self.rollback :]
+            if self._repetition:
+                self._repetition.rewind(self.rollback)

@@ -1,7 +1,7 @@
-"""Text to token ids and back, whole or as a stream.
+"""Converts text to token ids and back, at once or as a stream.
 
-The `tokenizers` library does the work. Only the stream is decoded here, byte by byte, because it
-must know where a character ends.
+The `tokenizers` library does the work. Only streams are decoded here, byte by byte, because the end
+of each character must be known.
 """
 
 import codecs
@@ -17,32 +17,34 @@ import tokenizers
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.text.splitting import PIECE, can_be_cut, pieces
 
-_NFC = 3  # a text may have so many times the bytes of its normal form: nine of Hangul become three
-_LONG = 4 * PIECE  # characters, of which a template is not to make a prompt for nothing
-_JOINED = 2  # tokens that a text may lose to what stands around it
+_MAX_NFC_SHRINK = (
+    3  # times the bytes of its normal form that a text may have: 9 bytes of Hangul become 3
+)
+_LONG_TEXT = 4 * PIECE  # characters; a longer text is counted before a template renders it in vain
+_MAX_MERGED = 2  # tokens that a text may lose by merging with the text around it
 _SETTINGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # of an added token
 
 
 class Prompt(str):
-    """A rendered prompt: the text, and which parts of it are encoded without control tokens.
+    """A rendered prompt: the text, and its parts, some of them encoded without control tokens.
 
-    `parts` are (text, is_plain), which joined are the whole; `Tokenizer.encode` honours them.
+    `parts` are (text, is_plain) and joined are the whole text; `Tokenizer.encode` follows them.
     """
 
     parts: Sequence[tuple[str, bool]]
 
     def __new__(cls, parts: Sequence[tuple[str, bool]]) -> "Prompt":
-        """Join the parts."""
+        """Create the prompt from its parts."""
         prompt = super().__new__(cls, "".join(text for text, _ in parts))
         prompt.parts = tuple(parts)
         return prompt
 
-    def __getnewargs__(self) -> tuple[Any]:  # to be copied and pickled by
+    def __getnewargs__(self) -> tuple[Any]:  # for copy and pickle
         return (self.parts,)
 
 
 class TooLong(ValueError):
-    """A text that has more tokens than were wanted: `least` or more."""
+    """The text has more tokens than allowed: at least `least`."""
 
     def __init__(self, least: int) -> None:
         super().__init__(f"the text has {least:,} tokens or more")
@@ -56,20 +58,22 @@ class Tokenizer:
         """Read a tokenizer.json, and the tokens that only the files beside it add.
 
         Raises:
-            CheckpointError: it is missing, broken, or not byte-level, or a token that another file
-                adds has not the id that it would get.
+            CheckpointError: it is missing, broken or not byte-level, or a token that another file
+                adds has a different id there than here.
         """
         if not path.is_file():
-            raise CheckpointError(f"{path.parent} has no {path.name}, so text cannot be read")
+            raise CheckpointError(f"{path.parent} has no {path.name}, so text cannot be tokenized")
         try:
             self._inner = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:
             raise CheckpointError(f"{path} is not a tokenizer: {error}") from error
         if not isinstance(self._inner.decoder, tokenizers.decoders.ByteLevel):
-            raise CheckpointError(f"{path} is not a byte-level tokenizer, as all Qwen3 have")
-        # Its threads would take the processor from the engine, and warn of themselves when forked.
+            raise CheckpointError(
+                f"{path} is not a byte-level tokenizer; all Qwen3 checkpoints have one"
+            )
+        # Its threads would take CPU time from the engine, and it warns about them after a fork.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        self._inner.no_truncation()  # whatever the file was saved with: no prompt is cut short
+        self._inner.no_truncation()  # a setting saved in the file must not cut prompts short
         self._inner.no_padding()
         self._add_tokens(path.parent)
         self._added = {
@@ -80,62 +84,65 @@ class Tokenizer:
         self.token_bytes = lru_cache(maxsize=None)(self._token_bytes)
 
     def __len__(self) -> int:
-        """Count the ids in use: one more than the greatest; a model may have more rows."""
+        """Return the greatest id in use plus one; the model's embedding may have more rows."""
         count: int = self._inner.get_vocab_size(with_added_tokens=True)
-        if self._inner.id_to_token(count - 1) is None:  # ids with holes between them
+        if self._inner.id_to_token(count - 1) is None:  # there are gaps between the ids
             count = 1 + max(self._inner.get_vocab(with_added_tokens=True).values())
         return count
 
     def knows_all_of(self, other: "Tokenizer") -> bool:
-        """Say whether each token of another tokenizer has the same id here."""
+        """Return whether each token of another tokenizer has the same id here."""
         own, others = (
             tokenizer._inner.get_vocab(with_added_tokens=True) for tokenizer in (self, other)
         )
         return bool(others.items() <= own.items())
 
     def encode(self, text: str, most: int | None = None) -> list[int]:
-        """Give the ids of `text`; the names of control tokens in it become those tokens.
+        """Return the ids of `text`; the names of control tokens in it become those tokens.
 
-        In a `Prompt` that `LLM.render` gives, only those do that the template has written.
+        In a `Prompt` returned by `LLM.render`, only the names written by the template do.
 
         Raises:
-            TooLong: there are more than `most`; how many more has not been found out.
-            ValueError: the text is not valid Unicode, as bytes that are not UTF-8 leave it.
+            TooLong: there are more than `most`; encoding stops there, so the total is not known.
+            ValueError: the text is not valid Unicode, for example decoded from other than UTF-8.
         """
         parts = text.parts if isinstance(text, Prompt) else [(text, False)]
         ids: list[int] = []
         self._check_length(text, most)
         for part, is_plain in parts:
-            for some in self._encoded(self._plain if is_plain else self._inner, part, most):
-                ids += some.ids
+            for encoding in self._encoded(self._plain if is_plain else self._inner, part, most):
+                ids += encoding.ids
                 if most is not None and len(ids) > most:
                     raise TooLong(len(ids))
         return ids
 
     def encode_plain(self, text: str) -> list[int]:
-        """Give the ids of `text` without any control token; raises what `encode` does."""
-        return [token for some in self._encoded(self._plain, text) for token in some.ids]
+        """Return the ids of `text` without any control token; raises the errors of `encode`."""
+        encodings = self._encoded(self._plain, text)
+        return [token for encoding in encodings for token in encoding.ids]
 
     def least_tokens(self, text: str, enough: int) -> int:
-        """Give how many tokens a text has at least, by its bytes; long ones are read for `enough`.
+        """Return a lower bound of the number of tokens in `text`.
+
+        The bound comes from the bytes; long texts are encoded, until more than `enough` are found.
 
         Raises:
             ValueError: a long text is not valid Unicode.
         """
         least, found = self._least_by_bytes(text), 0
-        if least > enough or len(text) < _LONG:
+        if least > enough or len(text) < _LONG_TEXT:
             return least
         try:
-            for some in self._encoded(self._plain, text, enough):
-                found += len(some)
-                if found > enough + _JOINED:
+            for encoding in self._encoded(self._plain, text, enough):
+                found += len(encoding)
+                if found > enough + _MAX_MERGED:
                     break
         except TooLong as error:
             found = error.least
-        return max(least, found - _JOINED)
+        return max(least, found - _MAX_MERGED)
 
     def added_spans(self, text: str) -> list[tuple[int, int]]:
-        """Give where added tokens stand in a text, as (start, stop) in characters."""
+        """Return the places of added tokens in a text, as (start, stop) in characters."""
         if not any(first in text for first in self._first_characters):
             return []
         spans, place, window = list[tuple[int, int]](), 0, self._window
@@ -144,7 +151,8 @@ class Tokenizer:
             found = self._finder.encode_batch([part], add_special_tokens=False)[0].offsets
             if place + len(part) == len(text):
                 return [*spans, *((place + start, place + stop) for start, stop in found)]
-            sure = len(part) - max(map(len, self.added_tokens))  # what begins here is seen whole
+            # Tokens that begin before this are complete within the part.
+            sure = len(part) - max(map(len, self.added_tokens))
             found = [span for span in found if span[0] < sure]
             spans += ((place + start, place + stop) for start, stop in found)
             place += max(sure, found[-1][1] if found else 0)
@@ -152,7 +160,7 @@ class Tokenizer:
     def _encoded(
         self, tokenizer: tokenizers.Tokenizer, text: str, most: int | None = None
     ) -> Iterator[tokenizers.Encoding]:
-        """Encode piece by piece; only a batch, of one here, lets other threads run meanwhile."""
+        """Yield the encodings of the pieces; only batch calls, here of size 1, release the GIL."""
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -166,12 +174,12 @@ class Tokenizer:
 
     @staticmethod
     def _check_uncut(tokenizer: tokenizers.Tokenizer, text: str, most: int) -> None:
-        """Refuse a long stretch without a safe cut that has far too many tokens, cut anywhere."""
+        """Raise TooLong if a long text without a safe cut has far too many tokens, cut anywhere."""
         found = 0
         for start in range(0, len(text), PIECE):
             piece = text[start : start + PIECE]
             found += len(tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0])
-            if found > 2 * most:  # cuts add a few tokens, and never so many
+            if found > 2 * most:  # cuts add a few tokens, never as many as the text has
                 raise TooLong(found // 2)
 
     def _check_length(self, text: str, most: int | None) -> None:
@@ -179,12 +187,16 @@ class Tokenizer:
             raise TooLong(least)
 
     def _least_by_bytes(self, text: str) -> int:
-        size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass")) // _NFC
-        return -(-size // self._longest)
+        size = (
+            len(text)
+            if text.isascii()
+            else len(text.encode("utf-8", "surrogatepass")) // _MAX_NFC_SHRINK
+        )
+        return -(-size // self._max_token_bytes)
 
     @cached_property
-    def _longest(self) -> int:
-        """The bytes of the longest token; in the vocabulary each is a character."""
+    def _max_token_bytes(self) -> int:
+        """Bytes of the longest token; in the vocabulary each byte is written as a character."""
         words = self._inner.get_vocab(with_added_tokens=False)
         return max(1, *map(len, words), *map(len, self._added.values()))
 
@@ -193,12 +205,12 @@ class Tokenizer:
         return can_be_cut(self._inner)
 
     def is_word(self, token: str) -> bool:
-        """Say whether a token is of the vocabulary, and not only added to it."""
+        """Return whether a token is in the vocabulary itself, not only added to it."""
         return self._inner.model.token_to_id(token) is not None
 
     @cached_property
     def added_tokens(self) -> dict[str, bool]:
-        """The tokens beside the vocabulary, by name: whether each is special."""
+        """Added tokens: name to whether the token is special."""
         added = self._inner.get_added_tokens_decoder().values()
         return {token.content: token.special for token in added}
 
@@ -208,15 +220,15 @@ class Tokenizer:
 
     @cached_property
     def _window(self) -> int | None:
-        """How much of a text is searched for added tokens at once; None is all of it."""
+        """Characters of a text that are searched for added tokens at once; None for all."""
         added = self._inner.get_added_tokens_decoder().values()
-        # Whether one of these is found depends on what stands around it, perhaps far away.
+        # Whether one of these matches depends on the text around it, perhaps far away.
         bound = any(t.lstrip or t.rstrip or t.single_word or t.normalized for t in added)
         return None if bound or any(len(t.content) > PIECE // 2 for t in added) else PIECE
 
     @cached_property
     def _finder(self) -> tokenizers.Tokenizer:
-        """A tokenizer that knows nothing but the added tokens, and leaves out what is between."""
+        """A tokenizer with the added tokens alone; it skips the text between them."""
         added = list(self._inner.get_added_tokens_decoder().values())
         finder = tokenizers.Tokenizer(tokenizers.models.BPE())
         if self._inner.normalizer and any(token.normalized for token in added):
@@ -229,36 +241,36 @@ class Tokenizer:
         """The same tokenizer without added tokens; the vocabulary is shared."""
         plain = tokenizers.Tokenizer(self._inner.model)
         for step in ("normalizer", "pre_tokenizer"):
-            if (made := getattr(self._inner, step)) is not None:
-                setattr(plain, step, made)
+            if (part := getattr(self._inner, step)) is not None:
+                setattr(plain, step, part)
         return plain
 
     def decode(self, ids: list[int]) -> str:
-        """Give the text of `ids`, special tokens included; bytes that are no text become U+FFFD."""
+        """Return the text of `ids`, special tokens included; invalid bytes become U+FFFD."""
         text: str = self._inner.decode(ids, skip_special_tokens=False)
         return text
 
     def to_json(self) -> str:
-        """Give the whole tokenizer as tokenizer.json has it."""
+        """Return the whole tokenizer in the form of tokenizer.json."""
         text: str = self._inner.to_str()
         return text
 
     def id_of(self, token: str) -> int | None:
-        """Give the id of one token by its text, or None."""
+        """Return the id of one token by its text, or None."""
         found: int | None = self._inner.token_to_id(token)
         return found
 
     def _add_tokens(self, folder: Path) -> None:
-        """Add what tokenizer_config.json and added_tokens.json have and tokenizer.json lacks."""
-        known = {added.content for added in self._inner.get_added_tokens_decoder().values()}
+        """Add tokens of tokenizer_config.json and added_tokens.json that tokenizer.json lacks."""
+        present = {added.content for added in self._inner.get_added_tokens_decoder().values()}
         for file, token, added in sorted(_added_elsewhere(folder), key=lambda entry: entry[1]):
-            if added.content not in known:  # each in turn gets the next free id, or its own
+            if added.content not in present:  # gets the next free id, or its id in the vocabulary
                 self._inner.add_tokens([added])
-                known.add(added.content)
+                present.add(added.content)
             if (found := self.id_of(added.content)) != token:
                 raise CheckpointError(
                     f"{file} has {added.content!r} as token {token}, and by tokenizer.json it is "
-                    f"{found}; these files are not of one checkpoint"
+                    f"{found}; these files do not belong to one checkpoint"
                 )
 
     def _token_bytes(self, token: int) -> bytes:
@@ -269,32 +281,32 @@ class Tokenizer:
 
 
 class Detokenizer:
-    """Turns ids into text as they come, never cutting a character in two."""
+    """Converts a stream of ids to text, never splitting a character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._before: list[tuple[bytes, int]] = []  # the states before tokens that gave no text
+        self._history: list[tuple[bytes, int]] = []  # states before tokens without text so far
 
     def add(self, token: int) -> str:
-        """Give the text that `token` completes; what it leaves incomplete is held back."""
-        self._before.append(self._decoder.getstate())
+        """Return the text that `token` completes; the bytes of an incomplete character wait."""
+        self._history.append(self._decoder.getstate())
         text = self._decoder.decode(self._tokenizer.token_bytes(token))
         if text:
-            self._before.clear()
+            self._history.clear()
         return text
 
     def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens, all of which gave no text."""
+        """Remove the last `count` tokens, none of which has completed any text."""
         if count:
-            self._decoder.setstate(self._before[-count])
-            del self._before[-count:]
+            self._decoder.setstate(self._history[-count])
+            del self._history[-count:]
 
     def flush(self) -> str:
-        """Give what is still held back, as U+FFFD, and start anew."""
+        """Return the bytes still held back, as U+FFFD, and start over."""
         held = self._decoder.decode(b"", final=True)
         self._decoder.reset()
-        self._before.clear()
+        self._history.clear()
         return held
 
 
@@ -313,7 +325,9 @@ def _added_elsewhere(folder: Path) -> Iterator[tuple[str, int, tokenizers.AddedT
     if plain.is_file():
         for content, token in _object(_read_json(plain), plain).items():
             if type(token) is not int:
-                raise CheckpointError(f"{plain} has {content!r}: {token!r}, which is no token's id")
+                raise CheckpointError(
+                    f"{plain} has {content!r}: {token!r}, which is not a token id"
+                )
             yield plain.name, token, tokenizers.AddedToken(content, normalized=False)
 
 
@@ -331,7 +345,7 @@ def _object(value: object, file: Path) -> Mapping[str, Any]:
 
 
 def _byte_alphabet() -> dict[int, str]:
-    """Give the printable character that stands for each byte in byte-level BPE (GPT-2).
+    """Return the printable character that stands for each byte in byte-level BPE (GPT-2).
 
     Printable Latin-1 characters stand for themselves, the other bytes for U+0100 onwards.
     """

@@ -1,6 +1,6 @@
-"""Tools: what a model is told of them, and the calls that it writes.
+"""Tools: their descriptions for the model, the formats of its calls, and running the calls.
 
-Two ways of writing are known, told apart by the checkpoint's template: Hermes, a JSON object
+There are two call formats, and the checkpoint's template shows which it uses: Hermes, a JSON object
 between `<tool_call>` tags, and Qwen3-Coder's tags for the function and each parameter.
 """
 
@@ -29,43 +29,44 @@ from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tool_schema import Kinds, kind_of, parameters_of, properties_of
 
 Tool = Callable[..., Any] | Mapping[str, Any]
-"""A Python function, or its description: OpenAI's, or its `function` part alone."""
+"""A Python function, or its description in OpenAI's form, or the `function` part of that."""
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
-_LONGEST_SHOWN = 60  # characters of a name
+_MAX_SHOWN = 60  # characters of a name
 
 
-# --- what the model is told ---------------------------------------------------------------------
+# --- descriptions -------------------------------------------------------------------------------
 
 
 def tool_schema(tool: Tool) -> dict[str, Any]:
-    """Give a tool's description as templates and clients have it.
+    """Return a tool's description in the form that templates and clients use.
 
-    Of a function that is its name, its docstring, and its parameters by their type hints; what the
-    docstring says of a parameter (in an `Args:` section or as `:param name:`) goes with it. The
-    parameters of a pydantic model are its schema.
+    For a function, that is its name, its docstring, and its parameters by their type hints, with
+    their descriptions in the docstring (an `Args:` section or `:param name:`). For a pydantic
+    model, the parameters are its schema.
 
     Raises:
-        TypeError: it is neither, or a parameter's type cannot be written as JSON schema.
-        ValueError: it has no name, or one with other characters than names of tools have.
+        TypeError: `tool` is neither a function nor a description, or the type of a parameter cannot
+            be written as JSON schema.
+        ValueError: it has no name, or the name has characters that are not allowed.
     """
-    described = _described(tool)
+    described = _description(tool)
     name = described["function"]["name"]
     if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
-        shown = name if len(name) <= _LONGEST_SHOWN else f"{name[:_LONGEST_SHOWN]}..."
+        shown = name if len(name) <= _MAX_SHOWN else f"{name[:_MAX_SHOWN]}..."
         raise ValueError(
             f"a tool's name has letters (A-Z), digits, '_', '-' and '.' only, not {shown!r}"
         )
     return described
 
 
-def _described(tool: Tool) -> dict[str, Any]:
+def _description(tool: Tool) -> dict[str, Any]:
     if isinstance(tool, Mapping):
         function = tool.get("function", tool)
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise ValueError(f"a tool's description needs a function with a name, unlike {tool!r}")
         whole = tool if "function" in tool and "type" in tool else {"type": "function"}
-        return {**whole, "function": {**function}}  # all of it, in the order in which it was given
+        return {**whole, "function": {**function}}  # complete, in the given order
     if not callable(tool):
         raise TypeError(f"a tool must be a function or a description, not {tool!r}")
     words, about = _read_docstring(inspect.getdoc(_underlying(tool)) or "")
@@ -76,8 +77,8 @@ def _described(tool: Tool) -> dict[str, Any]:
     hints = {name: _hint(parameter) for name, parameter in parameters.items()}
     properties, shared = _schemas(hints, _name(tool))
     for name, hint in hints.items():
-        said = [one for one in getattr(hint, "__metadata__", ()) if isinstance(one, str)]
-        if description := next(iter(said), about.get(name)):
+        notes = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, str)]
+        if description := next(iter(notes), about.get(name)):
             properties[name].setdefault("description", description)
     schema: dict[str, Any] = {"type": "object", "properties": properties}
     schema["required"] = [
@@ -90,10 +91,10 @@ def _described(tool: Tool) -> dict[str, Any]:
 
 
 def as_tool_list(tools: Sequence[Tool] | None) -> list[Tool]:
-    """Give the tools as a list.
+    """Return the tools as a list, empty for None.
 
     Raises:
-        TypeError: they are something else, a single one perhaps.
+        TypeError: `tools` is not a list, for example a single tool.
     """
     if tools is None:
         return []
@@ -103,7 +104,7 @@ def as_tool_list(tools: Sequence[Tool] | None) -> list[Tool]:
 
 
 def _underlying(tool: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the function whose name and words a tool has: of a `partial`, what it calls."""
+    """Return the function whose name and docstring describe a tool: that inside a `partial`."""
     return _underlying(tool.func) if isinstance(tool, partial) else tool
 
 
@@ -113,7 +114,7 @@ def _name(tool: Callable[..., Any]) -> str:
 
 
 def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
-    """Give what a docstring says first, and of each parameter."""
+    """Return the summary of a docstring and the descriptions of its parameters."""
     about = {name: words.strip() for name, words in re.findall(r":param (\w+):\s*(.*)", text)}
     words, _, rest = re.split(r"(?m)^:param ", text)[0].partition("\nArgs:\n")
     for line in rest.splitlines():
@@ -125,42 +126,40 @@ def _read_docstring(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _parameters(tool: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters of a function, whose annotations are resolved.
+    """Return the parameters of a function with resolved annotations.
 
     Raises:
-        TypeError: they cannot be, or a model cannot give one of them by its name.
+        TypeError: an annotation cannot be resolved, or a parameter cannot be passed by name.
     """
     try:
         parameters = inspect.signature(tool, eval_str=True).parameters
     except (NameError, AttributeError, TypeError, ValueError) as error:
         raise TypeError(
-            f"the parameters of the tool {_name(tool)} are not known: {error}"
+            f"the parameters of the tool {_name(tool)} cannot be determined: {error}"
         ) from error
     for name, parameter in parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             raise TypeError(f"the tool {_name(tool)} takes *{name}: a model needs named parameters")
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise TypeError(
-                f"the tool {_name(tool)} takes {name} by its position only, not by name"
-            )
+            raise TypeError(f"the tool {_name(tool)} takes {name} by position only, not by name")
     return parameters
 
 
 def _hint(parameter: inspect.Parameter) -> Any:
-    """Return the type that a model is to give: without None where that means to leave it out."""
+    """Return the type of an argument for the model: without None if that is only the default."""
     hint = str if parameter.annotation is parameter.empty else parameter.annotation
     if parameter.default is None and get_origin(hint) in (Union, types.UnionType):
-        return Union[tuple(one for one in get_args(hint) if one is not type(None))]  # noqa: UP007
+        return Union[tuple(arg for arg in get_args(hint) if arg is not type(None))]  # noqa: UP007
     return hint
 
 
 def _schemas(
     hints: Mapping[str, Any], name: str
 ) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
-    """Return the JSON schema of each parameter by name, and `$defs` that they share.
+    """Return the JSON schema of each parameter by name, and the `$defs` that they share.
 
     Raises:
-        TypeError: the type of one cannot be written as JSON schema.
+        TypeError: the type of a parameter cannot be written as JSON schema.
     """
     from pydantic import TypeAdapter
     from pydantic.errors import PydanticUserError
@@ -168,7 +167,7 @@ def _schemas(
 
     class AsWritten(GenerateJsonSchema):
         def sort(self, value: JsonSchemaValue, parent_key: str | None = None) -> JsonSchemaValue:
-            return value  # `type` comes first
+            return value  # unsorted, so that `type` stays first
 
         def dict_schema(self, schema: Any) -> JsonSchemaValue:
             made = super().dict_schema(schema)
@@ -189,31 +188,31 @@ def _schemas(
     return properties, {"$defs": shared} if shared else {}
 
 
-# --- what the model writes ----------------------------------------------------------------------
+# --- calls --------------------------------------------------------------------------------------
 
 
 class CallFormat(Protocol):
-    """How a checkpoint writes calls."""
+    """The format in which a checkpoint writes tool calls."""
 
     @property
     def bare(self) -> tuple[str, ...]:
-        """The texts that begin a call of which the tag was left out, each with `<` first."""
+        """Texts that begin a call without its opening tag; each starts with `<`."""
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
-        """Give name, arguments and their text, of what stands between the tags, or None.
+        """Parse the text between the tags into name, arguments and their JSON text, or None.
 
-        What is not `whole` lacks its closing tag, and may have been cut off.
+        A call that is not `whole` lacks its closing tag and may have been cut off.
         """
 
     def follow(self) -> PartialArguments:
-        """Return what follows the arguments of one call while it is written."""
+        """Create the follower of the arguments of one call while it is generated."""
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallSyntax:
-    """What a parser needs to know of calls: the tags' ids, and how to read what is between.
+    """The syntax of tool calls: the ids of the tags, and the format of the text between them.
 
-    With `partial` their arguments are streamed as they are written.
+    With `partial` the arguments are streamed while they are generated.
     """
 
     open_id: int
@@ -230,7 +229,7 @@ class ToolCallSyntax:
         *,
         partial: bool = False,
     ) -> "ToolCallSyntax | None":
-        """Find out how a checkpoint writes calls, or give None where it has no tags for them."""
+        """Detect the call syntax of a checkpoint; return None if it has no tags for calls."""
         open_id, close_id = tokenizer.id_of(OPEN), tokenizer.id_of(CLOSE)
         if template is None or open_id is None or close_id is None:
             return None
@@ -240,28 +239,28 @@ class ToolCallSyntax:
     def grammar(
         self, grammars: GrammarCompiler, tools: Sequence[Mapping[str, Any]]
     ) -> GrammarState:
-        """Make the grammar that holds what stands between the tags to the tools' schemas."""
+        """Compile the grammar of the text between the tags, by the schemas of the tools."""
         if isinstance(self.format, CoderCalls):
             return grammars.coder_call(tools)
         return grammars.call(tools)
 
     def read(self, text: str, *, whole: bool) -> ToolCall | None:
-        """Make a call of what stands between the tags, or give None."""
+        """Parse the text between the tags into a call with a new id, or return None."""
         found = self.format.read(text, whole=whole)
         if found is None:
             return None
-        name, arguments, written = found
-        return ToolCall(f"call_{secrets.token_hex(12)}", name, arguments, written)
+        name, arguments, raw = found
+        return ToolCall(f"call_{secrets.token_hex(12)}", name, arguments, raw)
 
 
 class HermesCalls:
-    """`{"name": ..., "arguments": {...}}`."""
+    """The Hermes format: `{"name": ..., "arguments": {...}}`."""
 
     bare: tuple[str, ...] = ()
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
-        """Do as `CallFormat` says; slips that can mean one thing only are mended."""
-        for candidate in _mended(text.strip()) if whole else [text.strip()]:
+        """Parse a call; see `CallFormat.read`. Errors that can mean only one thing are repaired."""
+        for candidate in _repaired(text.strip()) if whole else [text.strip()]:
             try:
                 call = json.loads(candidate, strict=False)  # a raw line break in a string is fine
                 arguments = call.get("arguments", {})
@@ -274,12 +273,12 @@ class HermesCalls:
         return None
 
     def follow(self) -> PartialArguments:
-        """Do as `CallFormat` says."""
+        """Create the follower of a call; see `CallFormat.follow`."""
         return HermesPartialArguments()
 
 
-def _mended(text: str) -> Iterator[str]:
-    """Give the text, and then the text with the slips mended that models make at its end."""
+def _repaired(text: str) -> Iterator[str]:
+    """Yield the text, then variants that repair the errors that models make at its end."""
     yield text
     yield text.rstrip(",")
     yield text + "}"
@@ -292,7 +291,7 @@ def _mended(text: str) -> Iterator[str]:
 
 
 def _arguments_text(call: str, arguments: dict[str, Any]) -> str:
-    """Give the arguments as they were written, so that they can be rendered as they were."""
+    """Return the arguments as generated, so that a template can render them unchanged."""
     match = re.search(r'"arguments"\s*:\s*', call)
     if match:
         try:
@@ -306,11 +305,11 @@ def _arguments_text(call: str, arguments: dict[str, Any]) -> str:
 
 
 class CoderCalls:
-    """`<function=NAME>` with a `<parameter=NAME>` for each argument, typed by the schema."""
+    """Qwen3-Coder's format: `<function=NAME>`, then `<parameter=NAME>` for each argument."""
 
     def __init__(self, tools: Sequence[Mapping[str, Any]]) -> None:
-        """Take the described tools."""
-        # An answer may speak of `<function=`: only a known tool and what follows it make a call.
+        """Create the format for the described tools."""
+        # An answer may mention `<function=`: only a known tool with its next tag begins a call.
         self.bare = tuple(
             f"<function={tool['function']['name']}>{after}"
             for tool in tools
@@ -325,33 +324,33 @@ class CoderCalls:
             }
 
     def read(self, text: str, *, whole: bool) -> tuple[str, dict[str, Any], str] | None:
-        """Do as `CallFormat` says."""
+        """Parse a call; see `CallFormat.read`."""
         found = coder_parameters(text, whole=whole)
         if found is None:
             return None
         called, parameters = found
         arguments = [(name, self._value(called, name, value)) for name, value in parameters]
-        # A parameter that comes twice stays so in the text, as it was streamed; the last counts.
-        written = ", ".join(f"{_written(name)}: {_written(value)}" for name, value in arguments)
-        return called, dict(arguments), f"{{{written}}}"
+        # A repeated parameter is repeated in the text, as it was streamed; the last value counts.
+        raw = ", ".join(f"{_to_json(name)}: {_to_json(value)}" for name, value in arguments)
+        return called, dict(arguments), f"{{{raw}}}"
 
     def follow(self) -> PartialArguments:
-        """Do as `CallFormat` says."""
+        """Create the follower of a call; see `CallFormat.follow`."""
         return CoderPartialArguments(self._value)
 
     def _value(self, function: str, parameter: str, text: str) -> Any:
-        """Read the value of a parameter."""
+        """Convert the value of a parameter by the schema of the tool."""
         return _typed(text, self._kinds.get(function, {}).get(parameter, frozenset()))
 
 
 def _typed(text: str, kinds: frozenset[str]) -> Any:
-    """Read a value as one of the JSON types that it may have; text that is none stays text."""
+    """Convert a value to one of the JSON types that it may have; other text stays a string."""
     others = kinds - {"string"}
     if not others:
         return text
     word = text.strip()
     if "boolean" in others and word.lower() in ("true", "false"):
-        word = word.lower()  # models write Python's, too
+        word = word.lower()  # models write Python's True and False, too
     try:
         value = json.loads(word)
         json.dumps(value, allow_nan=False)
@@ -364,42 +363,42 @@ def _typed(text: str, kinds: frozenset[str]) -> Any:
 
 
 def tool_functions(tools: Sequence[Tool] | None) -> dict[str, Callable[..., Any]]:
-    """Give the functions by their names.
+    """Return the functions by name.
 
     Raises:
-        TypeError: one of the tools is only described, or does not return a result when it is
-            called, or there is none.
+        TypeError: there is no tool, or one is only a description, or does not return its result
+            when it is called.
     """
-    if not (given := as_tool_list(tools)):
+    if not (listed := as_tool_list(tools)):
         raise TypeError("run needs tools: functions that the model may call; chat() needs none")
-    if not all(map(callable, given)):
+    if not all(map(callable, listed)):
         raise TypeError("to run tools they must be functions: descriptions cannot be called")
-    functions = {_name(tool): tool for tool in given if callable(tool)}
+    functions = {_name(tool): tool for tool in listed if callable(tool)}
     for name, function in functions.items():
         refuse_deferred(name, function)
     return functions
 
 
 def run_tool(call: ToolCall, functions: Mapping[str, Callable[..., Any]]) -> dict[str, Any]:
-    """Do what a call asks for, and give the message that tells the model what came of it."""
+    """Run a tool call, and return the message with its result, or its error, for the model."""
     function = functions.get(call.name)
     if function is None:
-        said = f"Error: there is no tool {call.name}; there are {', '.join(functions) or 'none'}"
+        content = f"Error: there is no tool {call.name}; there are {', '.join(functions) or 'none'}"
     else:
         try:
             result = function(**_converted(call.arguments, function))
-            said = result if isinstance(result, str) else _written(result)
-        except Exception as error:  # noqa: BLE001 - the model may do better
-            said = f"Error: {type(error).__name__}: {error}"
-    said = said.encode(errors="backslashreplace").decode()  # lone surrogates are no text
-    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": said}
+            content = result if isinstance(result, str) else _to_json(result)
+        except Exception as error:  # noqa: BLE001 - the model can correct its call
+            content = f"Error: {type(error).__name__}: {error}"
+    content = content.encode(errors="backslashreplace").decode()  # lone surrogates are not text
+    return {"role": "tool", "tool_call_id": call.id, "name": call.name, "content": content}
 
 
 def _converted(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
-    """Return arguments as the function's annotations have them: objects of its own types.
+    """Return the arguments converted to the types of the function's annotations.
 
     Raises:
-        TypeError: one cannot be read as its type.
+        TypeError: an argument cannot be converted to its type.
     """
     from pydantic import TypeAdapter, ValidationError
 
@@ -410,12 +409,13 @@ def _converted(arguments: Mapping[str, Any], function: Callable[..., Any]) -> di
         try:
             converted[name] = TypeAdapter(parameter.annotation).validate_python(arguments[name])
         except ValidationError as error:
-            said = (
-                f"{'.'.join(map(str, (name, *one['loc'])))}: {one['msg']}" for one in error.errors()
+            messages = (
+                f"{'.'.join(map(str, (name, *entry['loc'])))}: {entry['msg']}"
+                for entry in error.errors()
             )
-            raise TypeError("; ".join(said)) from error
+            raise TypeError("; ".join(messages)) from error
     return converted
 
 
-def _written(result: Any) -> str:
+def _to_json(result: Any) -> str:
     return json.dumps(result, ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""JSON schemas of tools: what may be an argument, found through references and alternatives."""
+"""Reads the JSON schemas of tools: the arguments and their types, through references."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -13,13 +13,13 @@ _KINDS = {
     list: "array",
     dict: "object",
 }
-_NAMES = frozenset(_KINDS.values())
-_MOST_VISITED = 2_000  # parts of a schema, for the types of one value
+_KIND_NAMES = frozenset(_KINDS.values())
+_MAX_VISITED = 2_000  # parts of a schema that are visited to find the types of one value
 _IMPLIED = {"properties": "object", "items": "array"}
 
 
 def parameters_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the schema of a tool's arguments: any object, where the client sent none."""
+    """Return the schema of a tool's arguments: any object if the client sent none."""
     parameters = function.get("parameters")
     if not isinstance(parameters, Mapping) or not parameters:
         return {"type": "object"}
@@ -27,10 +27,10 @@ def parameters_of(function: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def properties_of(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the schemas of a tool's arguments by name, as far as it names any."""
+    """Return the schemas of a tool's named arguments, through references and alternatives."""
     found: dict[str, list[Any]] = {}
     rest, followed = [parameters], set()
-    for part in rest:  # which grows
+    for part in rest:  # the list grows while it is read
         if not isinstance(part, Mapping):
             continue
         if isinstance(properties := part.get("properties"), Mapping):
@@ -38,28 +38,28 @@ def properties_of(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
                 found.setdefault(name, []).append(schema)
         if isinstance(ref := part.get("$ref"), str) and ref not in followed:
             followed.add(ref)
-            rest.append(_referred(ref, parameters))
+            rest.append(_resolve(ref, parameters))
         for key in ("allOf", "anyOf", "oneOf"):
             rest += parts if isinstance(parts := part.get(key), list) else ()
     return {name: each[0] if len(each) == 1 else {"anyOf": each} for name, each in found.items()}
 
 
 def kind_of(value: Any) -> str:
-    """Return the JSON type of a value; Python's own types have none, which is ""."""
+    """Return the JSON type of a value; "" for a type that JSON does not have."""
     return _KINDS.get(type(value), "")
 
 
 def kinds_of(schema: Any, root: Mapping[str, Any]) -> frozenset[str]:
-    """Return the JSON types that a value of `schema` may have; none where it does not say.
+    """Return the JSON types that a value of `schema` may have; empty if the schema does not say.
 
-    They are gathered through references into `root` and through alternatives; "number" comes with
+    They are collected through references into `root` and through alternatives; "number" implies
     "integer".
     """
     return Kinds(root).of(schema)
 
 
 class Kinds:
-    """Does as `kinds_of` for many values; each reference into `root` is followed once for all."""
+    """`kinds_of` for many values; each reference into `root` is followed only once."""
 
     def __init__(self, root: Mapping[str, Any]) -> None:
         self._root = root
@@ -67,11 +67,11 @@ class Kinds:
         self._left = 0
 
     def of(self, schema: Any) -> frozenset[str]:
-        """Return the types that a value may have."""
-        self._left = _MOST_VISITED
+        """Return the JSON types that a value of `schema` may have; see `kinds_of`."""
+        self._left = _MAX_VISITED
         try:
             return self._of(schema)
-        except RecursionError:  # there is too much to be looked at
+        except RecursionError:  # the schema is too deep or too large
             return frozenset()
 
     def _of(self, schema: Any) -> frozenset[str]:
@@ -80,37 +80,43 @@ class Kinds:
             raise RecursionError
         if not isinstance(schema, Mapping):
             return frozenset()
-        said: list[frozenset[str]] = []
+        constraints: list[frozenset[str]] = []
         kind = schema.get("type")
         if isinstance(kind, str | list):
-            kinds = _NAMES.intersection([kind] if isinstance(kind, str) else map(str, kind))
-            said.append(kinds | {"null"} if kinds and schema.get("nullable") is True else kinds)
+            kinds = _KIND_NAMES.intersection([kind] if isinstance(kind, str) else map(str, kind))
+            constraints.append(
+                kinds | {"null"} if kinds and schema.get("nullable") is True else kinds
+            )
         else:
-            said += [frozenset((kind,)) for key, kind in _IMPLIED.items() if key in schema]
+            constraints += [frozenset((kind,)) for key, kind in _IMPLIED.items() if key in schema]
         if isinstance(values := schema.get("enum"), list):
-            said.append(frozenset(map(kind_of, values)))
+            constraints.append(frozenset(map(kind_of, values)))
         if "const" in schema:
-            said.append(frozenset((kind_of(schema["const"]),)))
+            constraints.append(frozenset((kind_of(schema["const"]),)))
         if isinstance(ref := schema.get("$ref"), str):
-            said.append(self._of_reference(ref))
+            constraints.append(self._of_ref(ref))
         for key in ("anyOf", "oneOf"):
             if isinstance(parts := schema.get(key), list):
                 alternatives = [self._of(part) for part in parts]
-                said.append(frozenset().union(*alternatives) if all(alternatives) else frozenset())
+                constraints.append(
+                    frozenset().union(*alternatives) if all(alternatives) else frozenset()
+                )
         if isinstance(parts := schema.get("allOf"), list):
-            said += [self._of(part) for part in parts]
-        said = [kinds | {"integer"} if "number" in kinds else kinds for kinds in said if kinds]
-        return frozenset.intersection(*said) if said else frozenset()
+            constraints += [self._of(part) for part in parts]
+        constraints = [
+            kinds | {"integer"} if "number" in kinds else kinds for kinds in constraints if kinds
+        ]
+        return frozenset.intersection(*constraints) if constraints else frozenset()
 
-    def _of_reference(self, ref: str) -> frozenset[str]:
+    def _of_ref(self, ref: str) -> frozenset[str]:
         if ref not in self._known:
-            self._known[ref] = frozenset()  # it says nothing of itself, while it is followed
-            self._known[ref] = self._of(_referred(ref, self._root))
+            self._known[ref] = frozenset()  # a reference to itself adds no types
+            self._known[ref] = self._of(_resolve(ref, self._root))
         return self._known[ref]
 
 
-def _referred(ref: str, root: Mapping[str, Any]) -> Any:
-    """Return what a reference such as `#/$defs/Unit` points at in `root`, or None."""
+def _resolve(ref: str, root: Mapping[str, Any]) -> Any:
+    """Return the part of `root` that a reference such as `#/$defs/Unit` points to, or None."""
     found: Any = root
     for step in unquote(ref).split("/")[1:]:
         step = step.replace("~1", "/").replace("~0", "~")
@@ -122,7 +128,7 @@ def _referred(ref: str, root: Mapping[str, Any]) -> Any:
 
 
 def on_its_own(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the schema of an argument as a document in which references into `root` hold."""
+    """Return the schema of an argument as a document in which references into `root` resolve."""
     if not any("$ref" in part for part in parts_of(schema)):
         return schema
     moved: Mapping[str, Any] = _moved(schema)
@@ -130,7 +136,7 @@ def on_its_own(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[st
 
 
 def _moved(value: Any) -> Any:
-    """Return a schema whose references lead to where `on_its_own` puts the tool's."""
+    """Return a schema with its references changed to where `on_its_own` puts the root."""
     if isinstance(value, list):
         return [_moved(part) for part in value]
     if not isinstance(value, Mapping):

@@ -145,7 +145,7 @@ def test_a_prompt_that_fills_the_context_can_be_scored() -> None:
     ("fields", "complaint"),
     [
         ({"logprobs": 6}, "logprobs must be at most 5 with echo, not 6"),
-        ({"prompt": [[1, 1023]]}, "token id 1023 stands for no token"),
+        ({"prompt": [[1, 1023]]}, "token id 1023 is not in the vocabulary"),
         ({"prompt": [[1, 5000]]}, "token ids are 0 to 1,023, not 5000"),
         ({"prompt": [[]]}, "the prompt is empty"),
         ({"max_tokens": -2}, "max_tokens"),

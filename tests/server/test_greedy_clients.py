@@ -295,7 +295,7 @@ def test_what_kills_each_trial_refuses_the_request_and_is_not_kept(
     monkeypatch.setattr(grammar_trial, "_answer", killed)
     form = {"structured_outputs": {"regex": "[0-9]{3}"}, "max_tokens": 9, "enable_thinking": False}
     response = served.chat("Hi", **form)
-    assert "ends again and again; try again" in response.json()["error"]["message"]
+    assert "keeps failing; try again" in response.json()["error"]["message"]
     monkeypatch.setattr(grammar_trial, "_answer", real)
     assert served.chat("Hi", **form).status_code == 200
     for lane in lanes:
