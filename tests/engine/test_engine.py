@@ -561,14 +561,14 @@ def check_counts(engine: Engine) -> int:
     checked = 0
     for sequence in engine._core.scheduler.running:
         ids = sequence.ids[len(sequence.request.ids) :]
-        flight = engine._core._in_flight_step
+        step = engine._core._in_flight_step
         if sequence.num_in_flight:  # what the step in work chooses is counted, too
-            assert flight and flight.tokens is not None
-            rows = [row for row, other in enumerate(flight.rows) if other is sequence]
-            ids = ids + [int(flight.tokens[row].item()) for row in rows]  # type: ignore[arg-type]
+            assert step and step.tokens is not None
+            rows = [row for row, other in enumerate(step.rows) if other is sequence]
+            ids = ids + [int(step.tokens[row].item()) for row in rows]  # type: ignore[arg-type]
         expected = np.bincount(ids, minlength=1088) if ids else np.zeros(1088)
         assert np.array(sequence.sampler._counts).tolist() == expected.tolist()
-        assert sequence.sampler._place == len(ids)
+        assert sequence.sampler._position == len(ids)
         checked += len(ids)
     return checked
 

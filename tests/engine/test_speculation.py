@@ -323,7 +323,7 @@ def test_a_draft_model_that_lags_catches_up_and_a_useless_one_rests(
     useless = Client(PROMPTS[5], 250)
     engine = engine_of(MODELS["moe"], "draft")
     assert engine._core.speculator and engine._core.speculator.draft
-    engine._core.speculator.draft.size = engine._core.speculator._size // 2
+    engine._core.speculator.draft.size = engine._core.speculator._num_weights // 2
     run(engine, useless)
     assert useless.outcome.accepted <= useless.outcome.proposed < 80
     assert useless.outcome.passes <= 250

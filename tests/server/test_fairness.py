@@ -124,7 +124,7 @@ def test_clients_that_have_gone_are_forgotten() -> None:
         line.plan.add(Schedulable("x", 1, reply=1, client=str(number)))
         while line.plan.running or line.plan.waiting:
             line.step()
-    assert len(line.plan._served) <= 257
+    assert len(line.plan._last_turn) <= 257
 
 
 # --- slots --------------------------------------------------------------------------------------
