@@ -60,7 +60,7 @@ _ENGINE_FAILED = (
 class InFlightStep:
     """A step that is built, and then submitted to the device. N rows, V vocabulary."""
 
-    rows: Sequence[SequenceState]  # [N]; a sequence with draft tokens spans several adjacent rows
+    rows: Sequence[SequenceState]  # [N]; a sequence with draft tokens has several adjacent rows
     sequences: Sequence[SequenceState]  # those whose caches the step writes
     tokens: mx.array | None  # [N], the chosen ones
     synchronous: bool  # True if it was built only after the step before it had been committed
@@ -133,7 +133,7 @@ class EngineCore:
         self._batched = BatchedCaches() if small and not self.speculator else None
         self._in_flight_step: InFlightStep | None = None
         self._committed_at: float | None = None  # set while steps follow one another at once
-        # After an error these tell which caches a half-done step may have touched.
+        # After an error these name the sequences whose caches an unfinished step may have touched.
         self._building: Sequence[SequenceState] = ()
         self._committing: Sequence[SequenceState] = ()
 
@@ -441,9 +441,8 @@ class EngineCore:
             limit = min(self.budget.chunk(position, self.scheduler.held()), backend.prefill_chunk())
             limit = remaining = self.scheduler.prefill_budget(step, limit)
         for sequence in step.prefilling:
-            if (not chunks or sequence.num_uncomputed <= remaining) and self._report_progress(
-                sequence
-            ):
+            fits = not chunks or sequence.num_uncomputed <= remaining
+            if fits and self._report_progress(sequence):
                 chunks[sequence] = min(remaining, prefill_chunks(sequence.num_uncomputed, limit)[0])
                 remaining -= chunks[sequence]
         return chunks
@@ -641,6 +640,7 @@ class EngineCore:
     def admit(self, sequence: SequenceState) -> None:
         """Create a sequence's caches, filled from the prefix cache; see `CacheOwner`."""
         try:
+            # At the first admission only: after a preemption `ids` has the forced tokens already.
             if sequence.cached_tokens is None:
                 sequence.force()
         except BaseException as error:  # noqa: BLE001 - ends this request only

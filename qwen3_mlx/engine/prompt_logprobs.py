@@ -90,7 +90,7 @@ class PromptLogprobBatch:
 def _block(
     model: Qwen3, hidden: mx.array, ids: list[int], alternatives: int, vocabulary: int
 ) -> list[mx.array]:
-    """Compute logprobs [R] of `ids` after states [R, D]; and logprobs, ids [R, k] of the likeliest."""
+    """Compute logprobs [R] of `ids` after states [R, D]; logprobs, ids [R, k] of the likeliest."""
     logits = model.head(hidden).astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
     chosen = mx.take_along_axis(logits, mx.array(ids)[:, None], axis=-1) - total

@@ -85,7 +85,7 @@ class Sampler:
         self.count(tokens)
 
     def rewind(self, tokens: mx.array) -> None:
-        """Take back the last tokens [n], sampled or forced."""
+        """Remove the last tokens [n] from the counts, sampled or forced."""
         self._position -= tokens.size
         self.count(tokens, -1)
 

@@ -74,7 +74,7 @@ class CacheOwner(Protocol[S_contra]):
         """Create the caches of a sequence, filled with what is kept of its tokens."""
 
     def preempt(self, sequence: S_contra) -> None:
-        """Take the caches of a sequence away; it starts again later."""
+        """Release the caches of a sequence; it starts again later."""
 
     def held_by_prefixes(self) -> int:
         """Return the tokens that kept prefixes have room for."""

@@ -139,7 +139,7 @@ class Worker:
             return
         self.ending = True
         self._jobs.put(None)
-        # On a worker thread, in a callback or collected there, joining could deadlock: it ends later.
+        # In a callback, or collected there, a join could deadlock, also that of another worker.
         if not isinstance(current_thread(), _WorkerThread):
             self._thread.join()
             atexit.unregister(self._end)
@@ -150,9 +150,8 @@ class Worker:
             return
         try:
             self.stop()
-        except (
-            KeyboardInterrupt
-        ):  # an ordinary exit would hang in OpenBLAS while the thread computes
+        except KeyboardInterrupt:
+            # An ordinary exit would hang in OpenBLAS while the thread computes.
             for file in (sys.stdout, sys.stderr):
                 file.flush()
             os._exit(_INTERRUPTED)
