@@ -1,17 +1,17 @@
-"""What an engine is doing, for other threads to see without waiting for its own."""
+"""The current activity of an engine, readable from any thread without locks."""
 
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-_SECONDS = 10  # that a speed is the average of
+_WINDOW = 10  # seconds over which a rate is averaged
 
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What an engine does at a moment; sizes are in bytes.
+    """What an engine does at one moment; sizes are in bytes.
 
-    Requests `running` and `waiting` are those of callers: what is read in idle time is not counted.
+    Requests `running` and `waiting` are those of callers; prompts read in idle time do not count.
     Caches hold `cache_bytes` of at most `cache_limit`; `device_bytes` are all arrays of the
     process. No step has ended for `silent` seconds although there was work.
     """
@@ -26,23 +26,23 @@ class Activity:
 
 
 class Meter:
-    """Counts events on one thread; any thread may ask how many a second there were lately."""
+    """Counts events on one thread; any thread may read their rate."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # Each second has its place, which is replaced as a whole: a reader needs no lock.
-        self._counts = [(-_SECONDS, 0)] * _SECONDS
+        # Each second has an entry, which is replaced as a whole: so readers need no lock.
+        self._counts = [(-_WINDOW, 0)] * _WINDOW
 
     def add(self, count: int) -> None:
-        """Count so many more."""
+        """Add `count` events."""
         now = int(self._clock())
-        second, before = self._counts[now % _SECONDS]
-        self._counts[now % _SECONDS] = (now, count + (before if second == now else 0))
+        second, counted = self._counts[now % _WINDOW]
+        self._counts[now % _WINDOW] = (now, count + (counted if second == now else 0))
 
     @property
     def rate(self) -> float:
-        """The events a second, over the last ten seconds or since the first in them."""
+        """Events a second, over the last ten seconds or since the first event in them."""
         now = self._clock()
-        recent = [(second, n) for second, n in list(self._counts) if now - second < _SECONDS]
+        recent = [(second, n) for second, n in list(self._counts) if now - second < _WINDOW]
         since = min((second for second, n in recent if n), default=now)
         return sum(n for _, n in recent) / max(1.0, now - since)

@@ -1,8 +1,9 @@
-"""What the engine does, step by step, on the thread that owns the network.
+"""The engine's step: schedule, build the forward pass, run it, commit the chosen tokens.
 
-A step is built while the one before it runs, and submitted when that one is done: submitted
-earlier, it would find the caches in use, and its writes would copy them. So the engine is a token
-ahead of what it has told, and drops what turns out to be unwanted.
+Runs on the thread that owns the network. A step is built while the step before it runs, and is
+submitted when that one is done: submitted earlier, it would find the caches in use, and its writes
+would copy them. So the engine is one token ahead of what it has reported, and drops a token that
+turns out to be unwanted.
 """
 
 import logging
@@ -43,37 +44,41 @@ if TYPE_CHECKING:
     from qwen3_mlx.engine.hooks import Mask
 
 _log = logging.getLogger(__name__)
-_HOST_BOUND = 2048  # the width of 1.7B: above, the host is done before the device
-_KEPT_SHARE = 4  # kept prefixes may take one part in so many of the room for caches
-_OUT_OF_MEMORY = "the device failed, probably for want of memory ({}); its caches were dropped"
-_FAULT = "the engine failed ({}: {}); this is a bug, and the caches that it was at were dropped"
+# Hidden size of the 1.7B model: above it the host is done before the device, so that batched caches
+# save nothing.
+_MAX_BATCHED_HIDDEN_SIZE = 2048
+_PREFIX_CACHE_DIVISOR = 4  # the prefix cache may take a quarter of the room for caches
+_DEVICE_FAILED = (
+    "the device failed, probably because it is out of memory ({}); its caches were dropped"
+)
+_ENGINE_FAILED = (
+    "the engine failed ({}: {}); this is a bug, and the caches of the step were dropped"
+)
 
 
 @dataclass(slots=True)
 class InFlightStep:
-    """A step that has been handed to the device."""
+    """A step that is built, and then submitted to the device. N rows, V vocabulary."""
 
-    rows: Sequence[SequenceState]  # by row; who has a proposal has several rows, side by side
-    sequences: Sequence[SequenceState]  # whose caches are written
-    tokens: mx.array | None  # [N], those chosen
-    synchronous: bool  # whether it was built only when the one before it had been told
-    size: int  # tokens that it goes over
-    chunk: int  # those of prompts among them
-    arrays: list[mx.array]  # all that must be there when it is done
+    rows: Sequence[SequenceState]  # [N]; a sequence with draft tokens has several adjacent rows
+    sequences: Sequence[SequenceState]  # those whose caches the step writes
+    tokens: mx.array | None  # [N], the chosen ones
+    synchronous: bool  # True if it was built only after the step before it had been committed
+    size: int  # tokens that the forward pass reads
+    chunk: int  # tokens of prompts among them
+    arrays: list[mx.array]  # all that must be evaluated when the step is done
     logprobs: LogprobBatch | None = None
     proposals: Mapping[SequenceState, list[int]] = field(default_factory=dict)
-    masked: Mapping[SequenceState, object] = field(default_factory=dict)  # in all of their rows
+    masked: Mapping[SequenceState, object] = field(default_factory=dict)  # lookahead masks
     submitted: float = 0.0
-    discarded: list[SequenceState] = field(
-        default_factory=list
-    )  # whose token is not wanted after all
+    discarded: list[SequenceState] = field(default_factory=list)  # their chosen token is dropped
     logits: mx.array | None = None  # [N, V]
-    finite: mx.array | None = None  # [N], if a request's first token is among those chosen
+    finite: mx.array | None = None  # [N], set if a request's first token is among those chosen
     prompt_logprobs: PromptLogprobBatch | None = None
 
 
 class EngineCore:
-    """Holds those who run, their caches and the kept ones, and takes a step of all at a time."""
+    """Holds the sequences, their caches and the prefix cache, and advances them step by step."""
 
     def __init__(
         self,
@@ -84,7 +89,7 @@ class EngineCore:
         disk: DiskPrefixes | None,
         speculator: Speculator | None,
     ) -> None:
-        """See `Engine`."""
+        """Claim memory and set up empty caches; see `Engine`."""
         self.model = model
         self.speculator = speculator
         self._vocabulary = vocabulary
@@ -97,13 +102,13 @@ class EngineCore:
             beside=speculator.token_bytes if speculator else 0,
         )
 
-        def least_of(free: int) -> int:
+        def min_bytes(free: int) -> int:
             budget = Budget(model.config, work, free)
             return budget.least(min(budget.context, context or budget.context))
 
         if available is None:
-            self.share = claim(lambda: backend.available_memory() - RESERVE, least_of)
-        else:  # which is the caller's to give
+            self.share = claim(lambda: backend.available_memory() - RESERVE, min_bytes)
+        else:  # the caller has set this memory aside: the ledger does not count it
             self.share = Share(available - RESERVE)
         try:
             self._set_up(model, work, context, disk)
@@ -116,43 +121,42 @@ class EngineCore:
     ) -> None:
         self.budget = Budget(model.config, work, max(0, self.share.available))
         self.context = min(self.budget.context, context or self.budget.context)
-        self._logits_jobs: WeakSet[Logits] = (
-            WeakSet()
-        )  # whose memory is free when they are collected
+        # Weak: the memory of these jobs is free again when they are collected.
+        self._logits_jobs: WeakSet[Logits] = WeakSet()
         self.scheduler: Scheduler[SequenceState] = Scheduler(self.budget.tokens, self)
-        self.token_meter = Meter()  # tokens
-        self._prefixes = PrefixStore(self.budget.tokens // _KEPT_SHARE)
+        self.token_meter = Meter()
+        self._prefixes = PrefixStore(self.budget.tokens // _PREFIX_CACHE_DIVISOR)
         self._disk = disk
-        self._depth = len(model.layers)  # of a sequence's caches, those of `model`
-        worth_it = model.config.hidden_size <= _HOST_BOUND and model.cache_format == PLAIN
-        self._batched = BatchedCaches() if worth_it and not self.speculator else None
+        # A sequence's first layers are those of `model`; those of a draft model stand behind them.
+        self._num_layers = len(model.layers)
+        small = model.config.hidden_size <= _MAX_BATCHED_HIDDEN_SIZE and model.cache_format == PLAIN
+        self._batched = BatchedCaches() if small and not self.speculator else None
         self._in_flight_step: InFlightStep | None = None
-        self._committed_at: float | None = None  # when, if the next step follows at once
-        self._building: Sequence[
-            SequenceState
-        ] = ()  # those whose caches the step being built writes
-        self._committing: Sequence[SequenceState] = ()  # those of the step that is being told
+        self._committed_at: float | None = None  # set while steps follow one another at once
+        # After an error these name the sequences whose caches an unfinished step may have touched.
+        self._building: Sequence[SequenceState] = ()
+        self._committing: Sequence[SequenceState] = ()
 
     def add(self, request: Request) -> None:
-        """Have a request run when its turn comes, or hear at once why it cannot."""
+        """Add a request to those that wait, or end it with an error if it cannot run."""
         try:
             sequence = SequenceState(request, self._vocabulary, self.context)
             if self.speculator and request.max_tokens:
                 sequence.ngrams = self.speculator.ngram_proposer(sequence.ids)
             self.scheduler.add(sequence)
-        except BaseException as error:  # noqa: BLE001 - this request's alone
+        except BaseException as error:  # noqa: BLE001 - ends this request only
             self._notify(request, error)
 
     def step(self) -> bool:
-        """Do the next step; False if there is nothing left to do."""
+        """Run the next step, and return False if no work is left."""
         try:
             self._update_budget()
             self._drop_cancelled()
             if self._in_flight_step and self._next_depends_on(self._in_flight_step):
                 self._commit()
-            flight = self._build(self.scheduler.next_step())
-            self._commit(flight)
-        except Exception as error:  # noqa: BLE001 - those whose step it was hear of it
+            next_step = self._build(self.scheduler.next_step())
+            self._commit(next_step)
+        except Exception as error:  # noqa: BLE001 - ends the requests of the step
             self._fail_step(error)
         if self._in_flight_step or self.scheduler.running or self.scheduler.waiting:
             return True
@@ -162,16 +166,16 @@ class EngineCore:
         return False
 
     def forget(self) -> None:
-        """Give up all kept prefixes."""
+        """Clear the prefix cache."""
         self._prefixes.clear()
         _free_buffers()
         self._update_budget()
 
     def logits(self, ids: Sequence[int]) -> Logits:
-        """Begin to compute the logits of all ids, and set their memory aside.
+        """Create the job that computes the logits of all ids, and set its memory aside.
 
         Raises:
-            ContextError: there are more than the context has.
+            ContextError: there are more ids than the context window has.
             Qwen3Error: they take more memory than is free.
         """
         if len(ids) > self.context:
@@ -192,24 +196,24 @@ class EngineCore:
         return logits
 
     def advance_logits(self, logits: Logits) -> bool:
-        """Compute a chunk more, a short one beside requests, and say whether some are left."""
+        """Compute one more chunk, a short one while requests run; return whether ids are left."""
         running, chunk = self.scheduler.running, logits.chunk
         return logits.advance(
             self.scheduler.prefill_budget(Step(running, []), chunk) if running else chunk
         )
 
     def _update_budget(self) -> None:
-        """Take note of what caches hold, and keep to what they may take now."""
+        """Report to the ledger what caches hold, and adapt the room to what they may take now."""
         self.share.held = self.budget.bytes_of(self.scheduler.held())
         available = self.share.available - sum(logits.nbytes for logits in self._logits_jobs)
         available = max(0, available)
         if available != self.budget.available:
             self.budget = replace(self.budget, available=available)
             self.scheduler.room = self.budget.tokens
-            self._prefixes.limit = self.budget.tokens // _KEPT_SHARE
+            self._prefixes.limit = self.budget.tokens // _PREFIX_CACHE_DIVISOR
 
     def cancel_all(self) -> None:
-        """End whatever runs or waits, when the step in work is done."""
+        """Cancel all requests that run or wait, once the step in flight is done."""
         try:
             mx.eval(self._in_flight_step.arrays if self._in_flight_step else [])
         except RuntimeError as error:
@@ -221,289 +225,319 @@ class EngineCore:
                 self._notify(sequence.request, sequence.result("cancelled"))
 
     def fail_all(self, error: BaseException, arrived: Sequence[Request]) -> None:
-        """End whatever runs, waits or has just `arrived` with an error, and drop all caches.
+        """End all requests that run, wait or have just `arrived`, and drop all caches.
 
-        For an error that nothing else has taken care of, so it calls little that may fail again.
+        The last resort, after an error that nothing else has handled: so it calls little that may
+        fail again.
         """
-        open_ones = [s for s in (*self.scheduler.running, *self.scheduler.waiting) if not s.ended]
+        unfinished = [s for s in (*self.scheduler.running, *self.scheduler.waiting) if not s.ended]
         self.scheduler.clear()
         self._in_flight_step, self._building, self._committing = None, (), ()
         if self._batched:
             self._batched.abandon()
-        for sequence in open_ones:
+        for sequence in unfinished:
             sequence.ended = True
-        for request in (*(sequence.request for sequence in open_ones), *arrived):
-            self._notify(request, _failure(error))
+        for request in (*(sequence.request for sequence in unfinished), *arrived):
+            self._notify(request, _as_engine_error(error))
         self.forget()
 
     def _drop_cancelled(self) -> None:
-        """End whoever is not wanted any more, or whose constraint has failed."""
+        """End the sequences whose request is cancelled or whose constraint has failed."""
         for sequence in (*self.scheduler.waiting, *self.scheduler.running):
             if sequence.failure and not sequence.ended:
-                self._end(sequence, sequence.failure)
+                self._finish(sequence, sequence.failure)
             if sequence.request.cancelled.is_set() and not sequence.ended:
-                self._end(sequence, sequence.result("cancelled"))
+                self._finish(sequence, sequence.result("cancelled"))
 
-    # --- a step ---------------------------------------------------------------------------------
+    # --- build ----------------------------------------------------------------------------------
 
-    def _next_depends_on(self, flight: InFlightStep) -> bool:
-        """Whether the next step depends on what this one chooses."""
-        if flight.proposals or any(sequence.needs_mask for sequence in flight.rows):
+    def _next_depends_on(self, step: InFlightStep) -> bool:
+        """Return whether the next step can be built only when the tokens of `step` are known."""
+        # With draft tokens it is open how many come next; a mask is computed from the last token.
+        if step.proposals or any(sequence.needs_mask for sequence in step.rows):
             return True
-        rows, speculator = len(flight.rows), self.speculator
+        num_rows, speculator = len(step.rows), self.speculator
         return speculator is not None and any(
-            speculator.should_wait(sequence, rows) for sequence in flight.rows
+            speculator.should_wait(sequence, num_rows) for sequence in step.rows
         )
 
     def _build(self, step: Step[SequenceState]) -> InFlightStep | None:
-        """Lay out a forward pass and the choice of tokens after it, and wait for nothing."""
-        # Those whose token is still on the device come first, then those whose ids are known.
-        ahead = [sequence for sequence in step.decoding if sequence.num_in_flight]
-        known = [sequence for sequence in step.decoding if not sequence.num_in_flight]
-        self._building = known  # a draft model writes their caches
-        proposals, foreseen = self._propose(known, len(step.decoding))
-        known = [sequence for sequence in known if not sequence.ended]
-        lengths = [1] * len(ahead) + [sequence.num_uncomputed for sequence in known]
+        """Build a forward pass and the sampling after it, without waiting for the device."""
+        # Sequences whose last token is still on the device come first: their ids are taken from the
+        # array of the step in flight, and those that the host knows follow behind it.
+        in_flight = [sequence for sequence in step.decoding if sequence.num_in_flight]
+        on_host = [sequence for sequence in step.decoding if not sequence.num_in_flight]
+        self._building = on_host  # before `_propose`: a draft model writes their caches
+        draft_tokens, lookahead_masks = self._propose(on_host, len(step.decoding))
+        on_host = [sequence for sequence in on_host if not sequence.ended]
+        lengths = [1] * len(in_flight) + [sequence.num_uncomputed for sequence in on_host]
         chunks = self._prefill_chunks(step)
-        known += chunks
+        on_host += chunks
         lengths += chunks.values()
         if not lengths:
             return None
-        self._building = [*ahead, *known]
-        ids = self._ids(ahead, known, lengths[len(ahead) :], proposals)
-        choosing, parts, arrays = list[SequenceState](), [], list[mx.array]()
-        proposed: dict[int, int] = {}  # by row
-        scoring: dict[SequenceState, tuple[range, int]] = {}  # places, and the row of the first
-        wanted_rows, row = list[int](), 0  # of the hidden states, those whose logits are wanted
+        self._building = [*in_flight, *on_host]
+        ids = self._input_ids(in_flight, on_host, lengths[len(in_flight) :], draft_tokens)
+        rows, slices, arrays = list[SequenceState](), [], list[mx.array]()
+        draft_by_row: dict[int, int] = {}  # the draft token read before a row of `rows`
+        # By sequence: prompt positions to score, and the hidden state of the first of them.
+        prompt_positions: dict[SequenceState, tuple[range, int]] = {}
+        # The forward pass returns hidden states of the last positions of each slice, end to end.
+        # For prompt logprobs that is more than those whose logits are sampled from.
+        logit_rows, num_hidden = list[int](), 0
         for sequence, length in zip(self._building, lengths, strict=True):
             self._index_ngrams(sequence)
-            last = sequence.num_in_flight == 1 or length == sequence.num_uncomputed
-            proposal = proposals.get(sequence, [])
-            wanted = last and sequence.request.max_tokens > 0
-            rows = 1 + len(proposal) if wanted else 0
-            places = sequence.unscored(length)
-            asked = max(rows, sequence.num_computed + length - places.start if places else 0)
+            is_last_chunk = sequence.num_in_flight == 1 or length == sequence.num_uncomputed
+            draft = draft_tokens.get(sequence, [])
+            samples = is_last_chunk and sequence.request.max_tokens > 0
+            num_rows = 1 + len(draft) if samples else 0
+            unscored = sequence.unscored(length)
+            num_wanted = max(
+                num_rows, sequence.num_computed + length - unscored.start if unscored else 0
+            )
             if sequence.request.on_prompt_logprobs and not sequence.answering:
-                scoring[sequence] = places, row
-                sequence.num_scored = max(sequence.num_scored, places.stop)
-            parts.append(BatchSlice(sequence.layers[: self._depth], length + len(proposal), asked))
-            row += asked
-            wanted_rows += range(row - rows, row)
-            proposed |= dict(enumerate(proposal, len(choosing) + 1))
-            choosing += [sequence] * rows
-            sequence.num_computed += length + len(proposal)
-            sequence.answering |= last
-            sequence.num_in_flight = int(wanted)
-            sequence.num_passes += wanted
-        logits, scores = self._forward(ids, parts, scoring, wanted_rows)
-        arrays += scores.arrays if scores else ()
-        for part in parts:
-            if not part.wanted:  # nothing else reads what it writes
+                prompt_positions[sequence] = unscored, num_hidden
+                sequence.num_scored = max(sequence.num_scored, unscored.stop)
+            slices.append(
+                BatchSlice(sequence.layers[: self._num_layers], length + len(draft), num_wanted)
+            )
+            num_hidden += num_wanted
+            logit_rows += range(num_hidden - num_rows, num_hidden)
+            draft_by_row |= dict(enumerate(draft, len(rows) + 1))
+            rows += [sequence] * num_rows
+            # The counters run ahead of the device: the next step is built before this one is done.
+            # If draft tokens are rejected, or the choice is dropped, `truncate` takes them back.
+            sequence.num_computed += length + len(draft)
+            sequence.answering |= is_last_chunk
+            sequence.num_in_flight = int(samples)
+            sequence.num_passes += samples
+        logits, prompt_logprobs = self._forward(ids, slices, prompt_positions, logit_rows)
+        arrays += prompt_logprobs.arrays if prompt_logprobs else ()
+        for part in slices:
+            # The logits do not depend on these caches: without this they would stay unevaluated,
+            # and each chunk would add to the graph.
+            if not part.wanted:
                 arrays += [array for layer in part.layers for array in layer.state]
-        tokens = chances = finite = None
+        tokens = logprobs = finite = None
         if logits is not None:
-            masks = self._masks(choosing, logits, foreseen)
-            tokens = choose(logits, [s.sampler for s in choosing], masks, proposed)
-            chances = LogprobBatch.of(logits, tokens, choosing, self._vocabulary)
-            arrays += [tokens, *(chances.arrays if chances else ())]
-            if any(sequence.num_passes == 1 for sequence in choosing):
+            masks = self._masks(rows, logits, lookahead_masks)
+            tokens = choose(logits, [s.sampler for s in rows], masks, draft_by_row)
+            logprobs = LogprobBatch.of(logits, tokens, rows, self._vocabulary)
+            arrays += [tokens, *(logprobs.arrays if logprobs else ())]
+            # The first logits of each request are checked for NaN and infinity; later ones only if
+            # the reply looks like that of a broken network (`recheck_logits`).
+            if any(sequence.num_passes == 1 for sequence in rows):
                 finite = mx.isfinite(logits[:, : self._vocabulary]).all(axis=-1)
                 arrays.append(finite)
         return InFlightStep(
-            choosing,
+            rows,
             sequences=self._building,
             tokens=tokens,
             synchronous=self._in_flight_step is None,
             size=ids.size,
             chunk=sum(chunks.values()),
             arrays=arrays,
-            logprobs=chances,
-            proposals=proposals,
-            masked=foreseen,
+            logprobs=logprobs,
+            proposals=draft_tokens,
+            masked=lookahead_masks,
             logits=logits,
             finite=finite,
-            prompt_logprobs=scores,
+            prompt_logprobs=prompt_logprobs,
         )
 
     def _forward(
         self,
         ids: mx.array,
-        parts: Sequence[BatchSlice],
-        scoring: Mapping[SequenceState, tuple[range, int]],
-        rows: Sequence[int],
+        slices: Sequence[BatchSlice],
+        prompt_positions: Mapping[SequenceState, tuple[range, int]],
+        logit_rows: Sequence[int],
     ) -> tuple[mx.array | None, PromptLogprobBatch | None]:
-        """Return the logits of `rows`, and the scores of prompts, of what the parts ask for."""
-        joined = self._batched_layers(parts)
-        if not scoring:
-            return forward(self.model, ids, parts, joined), None
-        hidden = forward(self.model, ids, parts, joined, head=False)
-        scores = PromptLogprobBatch.of(self.model, hidden, scoring, self._vocabulary)
-        if hidden is None or not rows:
-            return None, scores
-        return self.model.head(hidden[mx.array(list(rows))]), scores
+        """Return the logits of `logit_rows`, and the logprobs of prompts, both unevaluated."""
+        batched = self._batched_layers(slices)
+        if not prompt_positions:
+            return forward(self.model, ids, slices, batched), None
+        hidden = forward(self.model, ids, slices, batched, head=False)
+        prompt_logprobs = PromptLogprobBatch.of(
+            self.model, hidden, prompt_positions, self._vocabulary
+        )
+        if hidden is None or not logit_rows:
+            return None, prompt_logprobs
+        return self.model.head(hidden[mx.array(list(logit_rows))]), prompt_logprobs
 
-    def _batched_layers(self, parts: Sequence[BatchSlice]) -> Sequence[LayerCache] | None:
-        """Give caches that answer for all parts at once, where that is faster."""
-        if self._batched and all(part.length == part.wanted == 1 for part in parts):
+    def _batched_layers(self, slices: Sequence[BatchSlice]) -> Sequence[LayerCache] | None:
+        """Return caches that hold all sequences of the step, if it only decodes; else None."""
+        if self._batched and all(part.length == part.wanted == 1 for part in slices):
             room = self.scheduler.room - self.scheduler.held()
-            return self._batched.layers([part.layers for part in parts], room)
+            return self._batched.layers([part.layers for part in slices], room)
         self._split_batch()
         return None
 
     def _propose(
-        self, known: Sequence[SequenceState], rows: int
+        self, sequences: Sequence[SequenceState], num_rows: int
     ) -> "tuple[dict[SequenceState, list[int]], dict[SequenceState, list[Mask | None]]]":
-        """Have it proposed what comes next, and ask the constraints that mask what they allow."""
-        proposals = self.speculator.propose(known, rows) if self.speculator else {}
-        foreseen: dict[SequenceState, list[Mask | None]] = {}
-        for sequence in [proposed for proposed in proposals if proposed.needs_mask]:
+        """Return draft tokens for some sequences, and the lookahead masks for them."""
+        proposals = self.speculator.propose(sequences, num_rows) if self.speculator else {}
+        lookahead_masks: dict[SequenceState, list[Mask | None]] = {}
+        for sequence in [sequence for sequence in proposals if sequence.needs_mask]:
             assert sequence.request.constraint
             try:
                 masks = sequence.request.constraint.lookahead_masks(proposals[sequence])
-                foreseen[sequence] = [_not_empty(mask) for mask in masks]
+                lookahead_masks[sequence] = [_check_mask(mask) for mask in masks]
                 proposals[sequence] = proposals[sequence][: len(masks) - 1]
-                sequence.truncate(len(sequence.ids) - 1)  # what a draft model saw of the rest
-            except BaseException as error:  # noqa: BLE001 - this request's alone
-                self._end(sequence, error)
-        kept = {s: proposal for s, proposal in proposals.items() if proposal and not s.ended}
-        return kept, {s: masks for s, masks in foreseen.items() if not s.ended}
+                # The draft model's caches hold the draft tokens that the constraint has cut off.
+                sequence.truncate(len(sequence.ids) - 1)
+            except BaseException as error:  # noqa: BLE001 - ends this request only
+                self._finish(sequence, error)
+        draft_tokens = {s: draft for s, draft in proposals.items() if draft and not s.ended}
+        return draft_tokens, {s: masks for s, masks in lookahead_masks.items() if not s.ended}
 
     def _index_ngrams(self, sequence: SequenceState) -> None:
-        """Find what may come next where that is looked for; no more after an error."""
-        lookup, sequence.ngrams = sequence.ngrams, None
-        if lookup:
-            with _optional("looking up what may come next"):
-                lookup.index_new()
-                sequence.ngrams = lookup
+        """Index new tokens for the n-gram proposer; after an error the sequence goes without."""
+        proposer, sequence.ngrams = sequence.ngrams, None
+        if proposer:
+            with _best_effort("indexing n-grams"):
+                proposer.index_new()
+                sequence.ngrams = proposer
 
-    def _ids(
+    def _input_ids(
         self,
-        ahead: Sequence[SequenceState],
-        known: Sequence[SequenceState],
+        in_flight: Sequence[SequenceState],
+        on_host: Sequence[SequenceState],
         lengths: Sequence[int],
-        proposals: Mapping[SequenceState, list[int]],
+        draft_tokens: Mapping[SequenceState, list[int]],
     ) -> mx.array:
-        """Lay the tokens of a step end to end: those on the device, and `lengths` known ones.
+        """Return the tokens of a step end to end: those on the device, then those of the host.
 
-        Behind those of a sequence comes what is proposed to follow them.
+        `lengths` are those of the `on_host` sequences, whose draft tokens follow behind each.
         """
         pieces = []
-        if ahead:
+        if in_flight:
             assert self._in_flight_step and self._in_flight_step.tokens is not None
-            tokens, choosing = self._in_flight_step.tokens, self._in_flight_step.rows
-            if list(ahead) != list(choosing):
-                tokens = tokens[mx.array([choosing.index(sequence) for sequence in ahead])]
+            tokens, rows = self._in_flight_step.tokens, self._in_flight_step.rows
+            if list(in_flight) != list(rows):
+                tokens = tokens[mx.array([rows.index(sequence) for sequence in in_flight])]
             pieces.append(tokens)
-        if known:
+        if on_host:
             ids = [
                 token
-                for sequence, length in zip(known, lengths, strict=True)
+                for sequence, length in zip(on_host, lengths, strict=True)
                 for token in (
                     *sequence.ids[sequence.num_computed : sequence.num_computed + length],
-                    *proposals.get(sequence, ()),
+                    *draft_tokens.get(sequence, ()),
                 )
             ]
             pieces.append(mx.array(ids, dtype=mx.int32))
         return pieces[0] if len(pieces) == 1 else mx.concatenate(pieces)
 
     def _prefill_chunks(self, step: Step[SequenceState]) -> dict[SequenceState, int]:
-        """Give whose prompts are read on in this step, and by how many tokens.
+        """Return the tokens to prefill in this step, by sequence.
 
-        It is a chunk of the first, and all of those that find room beside it.
+        That is a chunk of the first prompt, and all of those that still fit beside it.
         """
         chunks: dict[SequenceState, int] = {}
-        most = left = 0
+        limit = remaining = 0
         if step.prefilling:
-            deepest = max(sequence.num_computed for sequence in step.prefilling)
-            most = min(self.budget.chunk(deepest, self.scheduler.held()), backend.prefill_chunk())
-            most = left = self.scheduler.prefill_budget(step, most)
+            position = max(sequence.num_computed for sequence in step.prefilling)
+            limit = min(self.budget.chunk(position, self.scheduler.held()), backend.prefill_chunk())
+            limit = remaining = self.scheduler.prefill_budget(step, limit)
         for sequence in step.prefilling:
-            if (not chunks or sequence.num_uncomputed <= left) and self._report_progress(sequence):
-                chunks[sequence] = min(left, prefill_chunks(sequence.num_uncomputed, most)[0])
-                left -= chunks[sequence]
+            fits = not chunks or sequence.num_uncomputed <= remaining
+            if fits and self._report_progress(sequence):
+                chunks[sequence] = min(remaining, prefill_chunks(sequence.num_uncomputed, limit)[0])
+                remaining -= chunks[sequence]
         return chunks
 
     def _report_progress(self, sequence: SequenceState) -> bool:
-        """Tell how much of a prompt has been read, and whether that was taken well."""
+        """Report how much of a prompt is computed; return False if the callback raised."""
         request = sequence.request
         try:
             if request.progress:
                 request.progress(min(sequence.num_computed, len(request.ids)), len(request.ids))
-        except BaseException as error:  # noqa: BLE001 - this request's alone
-            self._end(sequence, error)
+        except BaseException as error:  # noqa: BLE001 - ends this request only
+            self._finish(sequence, error)
         return not sequence.ended
 
     def _masks(
         self,
-        choosing: Sequence[SequenceState],
+        rows: Sequence[SequenceState],
         logits: mx.array,
-        foreseen: "Mapping[SequenceState, list[Mask | None]]",
+        lookahead_masks: "Mapping[SequenceState, list[Mask | None]]",
     ) -> "dict[int, Mask]":
-        """Ask the constraints, by row, what is allowed, while the device computes the logits.
-
-        Those that were asked for a proposal are not asked again.
-        """
+        """Return the masks by row; sequences with lookahead masks have theirs already."""
         masks: dict[int, Mask | None] = {}
-        asked = [(row, s) for row, s in enumerate(choosing) if s.needs_mask and s not in foreseen]
-        if asked:
+        to_mask = [
+            (row, s) for row, s in enumerate(rows) if s.needs_mask and s not in lookahead_masks
+        ]
+        if to_mask:
+            # The device computes the logits while the host computes the masks.
             mx.async_eval(logits)
-        for row, sequence in asked:
+        for row, sequence in to_mask:
             assert sequence.request.constraint
             try:
-                masks[row] = _not_empty(sequence.request.constraint.mask())
-            except BaseException as error:  # noqa: BLE001 - this request's alone
-                self._end(sequence, error)
-        for sequence, ahead in foreseen.items():
-            masks |= dict(enumerate(ahead, choosing.index(sequence)))
+                masks[row] = _check_mask(sequence.request.constraint.mask())
+            except BaseException as error:  # noqa: BLE001 - ends this request only
+                self._finish(sequence, error)
+        for sequence, by_position in lookahead_masks.items():
+            masks |= dict(enumerate(by_position, rows.index(sequence)))
         return {row: mask for row, mask in masks.items() if mask is not None}
 
-    def _commit(self, following: InFlightStep | None = None) -> None:
-        """Wait for the step in work, hand `following` to the device, and tell what was chosen."""
-        done = self._in_flight_step
-        values = self._wait_for(done) if done else []
-        chances = done.logprobs.read(values, done.rows) if done and done.logprobs else {}
-        scores = done.prompt_logprobs.read() if done and done.prompt_logprobs else {}
-        if following:
-            mx.async_eval(following.arrays)
-            following.submitted = time.perf_counter()
-        self._in_flight_step, self._building = following, ()
-        if not done:
+    # --- run and commit -------------------------------------------------------------------------
+
+    def _commit(self, next_step: InFlightStep | None = None) -> None:
+        """Wait for the step in flight, submit `next_step`, and commit the tokens of the former."""
+        step = self._in_flight_step
+        values = self._wait_for(step) if step else []
+        logprobs = step.logprobs.read(values, step.rows) if step and step.logprobs else {}
+        prompt_logprobs = step.prompt_logprobs.read() if step and step.prompt_logprobs else {}
+        if next_step:
+            # Only now: while the former step holds the cache buffers, writes would copy them. And
+            # before the tokens are committed, so that the device works while callbacks run.
+            mx.async_eval(next_step.arrays)
+            next_step.submitted = time.perf_counter()
+        self._in_flight_step, self._building = next_step, ()
+        if not step:
             return
-        self._committing = done.sequences
-        for sequence, heard in scores.items():
-            self._report_prompt_logprobs(sequence, heard)
-        for sequence, rows in groupby(range(len(values)), key=done.rows.__getitem__):
+        self._committing = step.sequences
+        for sequence, scores in prompt_logprobs.items():
+            self._report_prompt_logprobs(sequence, scores)
+        for sequence, rows in groupby(range(len(values)), key=step.rows.__getitem__):
+            # For a sequence of the next step, `_build` has set the count already.
             if not self._is_in_flight(sequence):
                 sequence.num_in_flight = 0
-            if not sequence.ended and sequence not in done.discarded:
-                tokens = [(values[row], chances.get(row)) for row in rows]
-                self._commit_tokens(sequence, tokens, done)
-        for sequence in done.sequences:
+            if not sequence.ended and sequence not in step.discarded:
+                tokens = [(values[row], logprobs.get(row)) for row in rows]
+                self._commit_tokens(sequence, tokens, step)
+        for sequence in step.sequences:
             if sequence.ended:
+                # If the next step has a row of it, too, that is computed once and dropped; the kept
+                # prefix is then longer by an end token, which the next turn has anyway.
                 self._release(sequence)
             elif not (
                 sequence.request.max_tokens
                 or sequence.num_uncomputed
                 or self._is_in_flight(sequence)
             ):
-                self._end(sequence, sequence.result("length"))
+                self._finish(sequence, sequence.result("length"))
         self._committing = ()
 
-    def _wait_for(self, flight: InFlightStep) -> list[int]:
-        mx.eval(flight.arrays)
+    def _wait_for(self, step: InFlightStep) -> list[int]:
+        """Wait until `step` is done, and return the tokens that it chose, by row."""
+        mx.eval(step.arrays)
         values: list[int] = []
-        if flight.tokens is not None:
-            values = flight.tokens.tolist()  # type: ignore[assignment]
-        flight.arrays, flight.tokens = [], None  # or the next step would find the caches in use
+        if step.tokens is not None:
+            values = step.tokens.tolist()  # type: ignore[assignment]
+        # A reference kept here would have the next step copy the caches instead of writing in
+        # place: MLX donates a buffer only if nothing else holds it.
+        step.arrays, step.tokens = [], None
         now = time.perf_counter()
-        if flight.chunk:
-            self.scheduler.observe(flight.chunk, now - flight.submitted)
+        if step.chunk:
+            self.scheduler.observe(step.chunk, now - step.submitted)
             _free_buffers()
         elif self.speculator and self._committed_at is not None:
             self.speculator.observe_step(
-                flight.size, now - self._committed_at, synchronous=flight.synchronous
+                step.size, now - self._committed_at, synchronous=step.synchronous
             )
-        self._committed_at = None if flight.chunk else now
+        self._committed_at = None if step.chunk else now
         return values
 
     def _is_in_flight(self, sequence: SequenceState) -> bool:
@@ -513,76 +547,75 @@ class EngineCore:
         self,
         sequence: SequenceState,
         chosen: Sequence[tuple[int, SampledLogprob | None]],
-        flight: InFlightStep,
+        step: InFlightStep,
     ) -> None:
-        """Have a sequence take what was chosen for it, and see to what comes of that."""
-        proposal, accepted = flight.proposals.get(sequence, ()), sequence.accepted
+        """Append the chosen tokens to a sequence, and finish, roll back or continue it."""
+        draft, num_accepted = step.proposals.get(sequence, ()), sequence.accepted
         try:
             if sequence.failure:
                 raise sequence.failure
-            if flight.finite is not None:
-                self._refuse_nonfinite(sequence, flight, flight.finite)
-            told = sequence.num_output
-            goes_on = sequence.commit(chosen, proposal, masked=sequence in flight.masked)
-            self.token_meter.add(sequence.num_output - told)
-            if proposal and self.speculator:
-                self.speculator.observe(sequence, sequence.accepted - accepted)
+            if step.finite is not None:
+                self._check_finite(sequence, step, step.finite)
+            num_output = sequence.num_output
+            undisturbed = sequence.commit(chosen, draft, masked=sequence in step.masked)
+            self.token_meter.add(sequence.num_output - num_output)
+            if draft and self.speculator:
+                self.speculator.observe(sequence, sequence.accepted - num_accepted)
             if (
                 not sequence.logits_rechecked
                 and sequence.request.recheck_logits
                 and sequence.request.recheck_logits()
             ):
                 sequence.logits_rechecked = True
-                self._check_logits(sequence, flight)
-        except BaseException as error:  # noqa: BLE001 - this request's alone
-            self._end(sequence, self._cause_of(error, sequence, flight))
+                self._check_logits(sequence, step)
+        except BaseException as error:  # noqa: BLE001 - ends this request only
+            self._finish(sequence, self._root_cause(error, sequence, step))
             return
         if sequence.reason:
-            self._end(sequence, sequence.result(sequence.reason))
-        elif not goes_on:
+            self._finish(sequence, sequence.result(sequence.reason))
+        elif not undisturbed:
             self._discard_in_flight(sequence)
 
     def _report_prompt_logprobs(
         self, sequence: SequenceState, scores: Sequence[SampledLogprob]
     ) -> None:
-        """Hand on how likely the tokens of a prompt are, as far as it has been read."""
+        """Pass the logprobs of the prompt tokens that were read to the request's callback."""
         try:
-            if not all(math.isfinite(chance.logprob) for chance in scores):
+            if not all(math.isfinite(score.logprob) for score in scores):
                 raise self._nonfinite_error()
             if sequence.request.on_prompt_logprobs and not sequence.ended:
                 sequence.request.on_prompt_logprobs(scores)
-        except BaseException as error:  # noqa: BLE001 - this request's alone
-            self._end(sequence, error)
+        except BaseException as error:  # noqa: BLE001 - ends this request only
+            self._finish(sequence, error)
 
-    def _check_logits(self, sequence: SequenceState, flight: InFlightStep) -> None:
-        assert flight.logits is not None
-        finite = mx.isfinite(flight.logits[:, : self._vocabulary]).all(axis=-1)
-        self._refuse_nonfinite(sequence, flight, finite)
+    def _check_logits(self, sequence: SequenceState, step: InFlightStep) -> None:
+        """Raise a CheckpointError if the sequence's logits in `step` have NaN or infinity."""
+        assert step.logits is not None
+        finite = mx.isfinite(step.logits[:, : self._vocabulary]).all(axis=-1)
+        self._check_finite(sequence, step, finite)
 
-    def _cause_of(
-        self, error: BaseException, sequence: SequenceState, flight: InFlightStep
+    def _root_cause(
+        self, error: BaseException, sequence: SequenceState, step: InFlightStep
     ) -> BaseException:
-        """Return what has made a sequence fail: a grammar also fails where a network is broken."""
+        """Return the error to report: where the logits are NaN, a grammar fails as well."""
         if isinstance(error, ValueError):
             try:
-                self._check_logits(sequence, flight)
+                self._check_logits(sequence, step)
             except CheckpointError as broken:
                 return broken
-            except Exception:  # noqa: BLE001 - the first error is the one to be known
+            except Exception:  # noqa: BLE001 - the first error is the one to report
                 return error
         return error
 
-    def _refuse_nonfinite(
-        self, sequence: SequenceState, flight: InFlightStep, finite: mx.array
-    ) -> None:
+    def _check_finite(self, sequence: SequenceState, step: InFlightStep, finite: mx.array) -> None:
         """Raise a CheckpointError if the logits of a sequence's rows are not `finite` [N]."""
-        # A list is read from what is evaluated; an element would be a computation of its own, which
-        # waits for the step in work.
-        if not finite.tolist()[flight.rows.index(sequence)]:  # type: ignore[index]
+        # `tolist` reads what is evaluated; indexing the array would be a computation of its own,
+        # which waits for the step in flight.
+        if not finite.tolist()[step.rows.index(sequence)]:  # type: ignore[index]
             raise self._nonfinite_error()
 
     def _nonfinite_error(self) -> CheckpointError:
-        """Create the error of a network that gives no numbers."""
+        """Create the error of a network whose logits are not finite."""
         dtype = self.model.model.norm.weight.dtype
         wider = "" if dtype == mx.float32 else ', or load it with --dtype float32 (dtype="float32")'
         return CheckpointError(
@@ -592,88 +625,98 @@ class EngineCore:
         )
 
     def _discard_in_flight(self, sequence: SequenceState) -> None:
-        """Drop the token that the step in work chooses: it goes on from what is no longer so."""
-        flight = self._in_flight_step
-        if flight and flight.tokens is not None and sequence in flight.rows:
-            row = flight.rows.index(sequence)
-            sequence.sampler.rewind(flight.tokens[row : row + 1])
-            flight.discarded.append(sequence)
+        """Drop the token that the step in flight chooses: it follows tokens that have changed."""
+        step = self._in_flight_step
+        if step and step.tokens is not None and sequence in step.rows:
+            row = step.rows.index(sequence)
+            # The draw of the dropped token is repeated, so a seed gives the same reply either way.
+            sequence.sampler.rewind(step.tokens[row : row + 1])
+            step.discarded.append(sequence)
             sequence.num_in_flight = 0
         sequence.truncate(len(sequence.ids) - 1)
 
-    # --- beginnings and ends --------------------------------------------------------------------
+    # --- admission, preemption, release ---------------------------------------------------------
 
-    def admit(self, job: SequenceState) -> None:
-        """Give a sequence its caches, with what is kept of its tokens (see `scheduler.Memory`)."""
+    def admit(self, sequence: SequenceState) -> None:
+        """Create a sequence's caches, filled from the prefix cache; see `CacheOwner`."""
         try:
-            if job.cached_tokens is None:
-                job.force()
-        except BaseException as error:  # noqa: BLE001 - this request's alone
-            self._end(job, error)
+            # At the first admission only: after a preemption `ids` has the forced tokens already.
+            if sequence.cached_tokens is None:
+                sequence.force()
+        except BaseException as error:  # noqa: BLE001 - ends this request only
+            self._finish(sequence, error)
             return
-        if job.reason:
-            self._end(job, job.result(job.reason))
+        if sequence.reason:
+            self._finish(sequence, sequence.result(sequence.reason))
             return
         try:
-            job.layers = self._make_layers()
-            self._restore(job)
-        except Exception as error:  # noqa: BLE001 - this request's alone
-            self._end(job, _failure(error))
+            sequence.layers = self._make_cache()
+            self._restore(sequence)
+        except Exception as error:  # noqa: BLE001 - ends this request only
+            self._finish(sequence, _as_engine_error(error))
             return
-        job.num_prefix_hit = job.num_computed
-        if job.cached_tokens is None:
-            job.cached_tokens = min(job.num_computed, len(job.request.ids))
+        sequence.num_prefix_hit = sequence.num_computed
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = min(sequence.num_computed, len(sequence.request.ids))
 
-    def _make_layers(self) -> list[KVCache]:
+    def _make_cache(self) -> list[KVCache]:
         layers = self.model.make_cache()
         return layers + self.speculator.make_cache() if self.speculator else layers
 
-    def _restore(self, job: SequenceState) -> None:
-        """Fill a sequence's caches with what is kept of its tokens, on disk or in memory."""
-        most = job.skippable
+    def _restore(self, sequence: SequenceState) -> None:
+        """Fill a sequence's caches from the longest kept prefix, in memory or on disk."""
+        ids, limit = sequence.ids, sequence.skippable
         disk, prefixes = self._disk, self._prefixes
         try:
-            if disk and disk.match_length(job.ids, most) > prefixes.match_length(job.ids, most):
-                job.num_computed = disk.read(job.ids, most, job.layers[: self._depth])
-            if not job.num_computed and (kept := prefixes.acquire(job.ids, most)):
-                job.layers, job.room, job.num_computed = kept.layers, kept.room, len(kept.ids)
-        except Exception as error:  # noqa: BLE001 - all can be read anew
+            if disk and disk.match_length(ids, limit) > prefixes.match_length(ids, limit):
+                sequence.num_computed = disk.read(ids, limit, sequence.layers[: self._num_layers])
+            if not sequence.num_computed and (kept := prefixes.acquire(ids, limit)):
+                # Moved, not copied, where a request goes on from another's whole prompt.
+                sequence.layers, sequence.room = kept.layers, kept.room
+                sequence.num_computed = len(kept.ids)
+        except Exception as error:  # noqa: BLE001 - the prompt can be read again
             _log.warning("a kept prompt cannot be restored: %s", str(error) or repr(error))
-            job.reset()
-            job.layers = self._make_layers()
+            sequence.reset()
+            sequence.layers = self._make_cache()
 
-    def preempt(self, job: SequenceState) -> None:
-        """Put a sequence's caches among those kept; it will begin anew from there, or earlier."""
+    def preempt(self, sequence: SequenceState) -> None:
+        """Move a sequence's caches to the prefix cache; it starts again from there, or earlier."""
+        # The step in flight writes these caches. Committing it may end the sequence.
         self._commit()
-        if not job.ended:
+        if not sequence.ended:
             self._split_batch()
-            self._keep_prefix(job, job.num_computed)
-            job.reset()
+            self._keep_prefix(sequence, sequence.num_computed)
+            sequence.reset()
 
     def held_by_prefixes(self) -> int:
-        """The tokens that kept prefixes have room for."""
+        """Return the tokens that the prefix cache has room for."""
         return self._prefixes.held
 
     def evict(self, tokens: int) -> None:
-        """Give up kept prefixes for so many tokens, as far as there are any."""
+        """Evict kept prefixes with room for so many tokens, as far as there are any."""
         self._prefixes.evict(tokens)
         _free_buffers()
 
-    def _end(self, sequence: SequenceState, outcome: RequestResult | BaseException) -> None:
+    def _finish(self, sequence: SequenceState, outcome: RequestResult | BaseException) -> None:
+        """Report the outcome of a sequence, and release it unless a step in flight has it.
+
+        In that case `_commit` releases it.
+        """
         sequence.ended = True
-        well = isinstance(outcome, RequestResult) and outcome.reason != "cancelled"
+        completed = isinstance(outcome, RequestResult) and outcome.reason != "cancelled"
         failed = isinstance(outcome, BaseException)
-        # Of a cancelled request only what was there before it stays.
-        sequence.num_to_keep = None if well else 0 if failed else sequence.num_prefix_hit
+        # Of a cancelled request only the prefix that it was given stays.
+        sequence.num_to_keep = None if completed else 0 if failed else sequence.num_prefix_hit
         self._notify(sequence.request, outcome)
         if not self._is_in_flight(sequence):
             self._release(sequence)
 
     def _release(self, sequence: SequenceState) -> None:
-        """Let go of a sequence that has ended and that no step in work touches."""
+        """Remove an ended sequence from the scheduler, and keep its prefix."""
         if sequence in self.scheduler.running:
             self._split_batch()
             keep = sequence.num_computed if sequence.num_to_keep is None else sequence.num_to_keep
+            # `num_computed` may count tokens that the host does not know: without ids, no prefix.
             self._keep_prefix(sequence, min(keep, sequence.num_computed, len(sequence.ids)))
         elif sequence not in self.scheduler.waiting:
             return
@@ -682,19 +725,19 @@ class EngineCore:
         _free_buffers()
 
     def _split_batch(self) -> None:
-        """Have every sequence hold its own caches, before they are used for something else."""
+        """Copy batched caches back to their sequences, before they are used in another way."""
         if self._batched:
             self._batched.split()
 
     def _keep_prefix(self, sequence: SequenceState, tokens: int) -> None:
         if tokens:
             prompt = len(sequence.request.ids)
-            with _optional("keeping a prompt"):
+            with _best_effort("keeping a prompt"):
                 prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
                 self._prefixes.insert(prefix)
 
     def save(self, *, interrupted: Callable[[], bool]) -> bool:
-        """Write the prompt of a kept prefix to disk; False if there is none left to be written."""
+        """Write the prompt of one kept prefix to disk; return False if none is left to write."""
         if not self._disk:
             return False
         try:
@@ -702,9 +745,9 @@ class EngineCore:
                 return False
             ids = prefix.ids[: prefix.prompt]
             prefix.saved = not self._disk.wants(ids) or self._disk.write(
-                ids, prefix.layers[: self._depth], interrupted
+                ids, prefix.layers[: self._num_layers], interrupted
             )
-        except Exception as error:  # noqa: BLE001 - work goes on without it
+        except Exception as error:  # noqa: BLE001 - the engine goes on without the disk
             _log.warning("prompts are no longer kept on disk: %s", str(error) or repr(error))
             self._disk = None
         return True
@@ -712,19 +755,21 @@ class EngineCore:
     def _notify(self, request: Request, outcome: RequestResult | BaseException) -> None:
         try:
             request.on_finish(outcome)
-        except BaseException:  # noqa: BLE001 - the others' steps go on
-            _log.exception("a request's end could not be told")
+        except BaseException:  # noqa: BLE001 - the steps of other requests go on
+            _log.exception("a request's `on_finish` failed")
         if isinstance(outcome, BaseException):
             _log.debug("a request failed", exc_info=outcome)
 
     def _fail_step(self, error: Exception) -> None:
-        """Drop every cache that a failed step may have touched, and the kept ones."""
+        """End the requests of a failed step, and drop their caches and all kept prefixes."""
+        # `mx.eval` may return although the device has failed, and the error comes to light later:
+        # so the caches of all steps in work are dropped, and those kept meanwhile.
         touched = {
             *self._committing,
             *self._building,
             *(self._in_flight_step.sequences if self._in_flight_step else ()),
         }
-        if not touched:  # it failed in between: whose fault it is cannot be said
+        if not touched:  # it failed between steps: no sequence can be named as the cause
             touched = {*self.scheduler.running} or {*self.scheduler.waiting}
         self._in_flight_step, self._building, self._committing = None, (), ()
         if self._batched:
@@ -734,39 +779,39 @@ class EngineCore:
                 sequence.num_to_keep = 0
                 self._release(sequence)
             else:
-                self._end(sequence, _failure(error))
+                self._finish(sequence, _as_engine_error(error))
         self.forget()
 
 
 @contextmanager
-def _optional(what: str) -> Iterator[None]:
-    """Go on without what is done in here, if it fails: it would only have saved time."""
+def _best_effort(action: str) -> Iterator[None]:
+    """Log an error of the block and go on: the action would only have saved time."""
     try:
         yield
     except Exception as error:  # noqa: BLE001 - see above
-        _log.warning("%s failed, and is done without: %s", what, str(error) or repr(error))
+        _log.warning("%s failed, and is done without: %s", action, str(error) or repr(error))
 
 
 def _free_buffers() -> None:
-    """Give the memory of freed arrays back."""
-    with _optional("freeing memory"):
+    """Return the memory of freed arrays to the system."""
+    with _best_effort("freeing memory"):
         mx.clear_cache()
 
 
-def _failure(error: BaseException) -> Qwen3Error:
-    """Say what an error of a step means to the requests that had a part in it."""
+def _as_engine_error(error: BaseException) -> Qwen3Error:
+    """Return the error that the requests of a failed step end with."""
     if isinstance(error, Qwen3Error):
         return error
     if isinstance(error, RuntimeError | MemoryError):
-        failure = Qwen3Error(_OUT_OF_MEMORY.format(str(error) or repr(error)))
+        failure = Qwen3Error(_DEVICE_FAILED.format(str(error) or repr(error)))
     else:
-        failure = Qwen3Error(_FAULT.format(type(error).__name__, error))
+        failure = Qwen3Error(_ENGINE_FAILED.format(type(error).__name__, error))
     failure.__cause__ = error
     return failure
 
 
-def _not_empty(mask: "Mask | None") -> "Mask | None":
-    """Give a mask that allows something, or raise a ValueError."""
+def _check_mask(mask: "Mask | None") -> "Mask | None":
+    """Return `mask`, or raise a ValueError if it allows no token."""
     if mask is not None and not mask.any():
         raise ValueError("the constraint of this request allows no token")
     return mask

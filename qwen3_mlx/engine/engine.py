@@ -1,4 +1,4 @@
-"""Runs requests, any number at once: prompts in, tokens to their watchers, outcomes out."""
+"""The engine as other threads see it: submits requests, steps the core, streams tokens."""
 
 import time
 from collections import deque
@@ -21,26 +21,26 @@ from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 
-_MOST_AHEAD = 16  # prompts to be read in idle time: as many as prefixes are kept
+_MAX_PREFETCHES = 16  # prompts waiting to be read in idle time: as many as prefixes are kept
 
 
 class Thread(Protocol):
     """The thread that owns the network."""
 
-    ending: bool
+    ending: bool  # True once it has been stopped: requests are cancelled
 
     def check_process(self) -> None:
-        """Check that this is the thread's process; a Qwen3Error if not."""
+        """Raise a Qwen3Error if this process was forked from the thread's."""
 
     def post(self, job: Callable[[], None]) -> None:
-        """Have a job done later; a Qwen3Error if the thread has ended."""
+        """Queue a job; raise a Qwen3Error if the thread has ended."""
 
 
 class Engine:
-    """Takes requests from any thread; all else happens on the thread that owns the network.
+    """Accepts requests from any thread; all else happens on the thread that owns the network.
 
-    `budget` is what caches and activations may take when it is made, `context` the longest request;
-    `share` is what they may take as other engines come and go.
+    `budget` is what caches and activations may take at the start, `context` the longest request in
+    tokens; `share` is what they may take as other engines come and go.
     """
 
     def __init__(
@@ -54,12 +54,12 @@ class Engine:
         disk: DiskPrefixes | None = None,
         speculator: Speculator | None = None,
     ) -> None:
-        """Run `model`, which belongs to `worker`; ids from `vocabulary` on are never chosen.
+        """Create an engine for `model`, which belongs to `worker`.
 
-        Without a worker `step` is to be called for it to go on, by the thread that made the model.
-        `available` are the bytes that caches and activations may take, with a reserve; None is what
-        the machine can give now. No request may be longer than `context`. Long prompts are also
-        kept on `disk`. What `speculator` proposes is verified.
+        Ids from `vocabulary` on are never chosen. Without a worker, the thread that made the model
+        calls `step`. `available` are the bytes that caches and activations may take, with a
+        reserve; None is what the machine can give now. No request may be longer than `context`
+        tokens. Long prompts are also kept on `disk`. `speculator` proposes draft tokens.
         """
         self.model = model
         self.speculates = speculator is not None
@@ -69,15 +69,15 @@ class Engine:
         finalize(self, release, self.share).atexit = False
         self._worker = worker
         self._inbox: SimpleQueue[Request] = SimpleQueue()
-        self._ahead: deque[Request] = deque()  # the latest of what is read in idle time
-        self._lock = RLock()  # a finalizer may submit something in the middle of `_post`
-        self._posted = False  # whether a turn is in the worker's queue
-        self._stepped = time.monotonic()  # when a step ended last, or there was nothing to do
+        self._prefetches: deque[Request] = deque()  # the latest, read in idle time
+        self._lock = RLock()  # reentrant: a finalizer may submit in the middle of `_post`
+        self._posted = False  # True while `_run_once` is in the worker's queue
+        self._last_step_at = time.monotonic()  # or the time when work arrived
 
     # --- from any thread ------------------------------------------------------------------------
 
     def submit(self, request: Request) -> None:
-        """Run `request` when its turn comes; its watcher and `done` hear of it.
+        """Add `request`; its sink receives the tokens, `on_finish` the outcome.
 
         Raises:
             Qwen3Error: the engine's thread has ended.
@@ -85,14 +85,14 @@ class Engine:
         if self._worker:
             self._worker.check_process()
         if not self._pending():
-            self._stepped = time.monotonic()
+            self._last_step_at = time.monotonic()
         self._inbox.put(request)
         self._post()
 
     def read_ahead(self, ids: Sequence[int]) -> None:
-        """Have `ids` read while nothing else is to be done, for requests that begin with them.
+        """Prefill `ids` in idle time, for requests that begin with them.
 
-        Under steady load that time may never come, so only the latest few are kept waiting.
+        Under steady load that time may never come, so only the latest few wait for it.
 
         Raises:
             Qwen3Error: the engine's thread has ended.
@@ -103,25 +103,25 @@ class Engine:
             max_tokens=0,
             seed=0,
             end_ids=frozenset(),
-            sink=_LogitsSink(),
+            sink=_TokenBuffer(),
             on_finish=lambda outcome: None,
             priority=IDLE,
         )
         self.submit(request)
-        self._ahead.append(request)
-        if len(self._ahead) > _MOST_AHEAD:
-            self.cancel(self._ahead.popleft())
+        self._prefetches.append(request)
+        if len(self._prefetches) > _MAX_PREFETCHES:
+            self.cancel(self._prefetches.popleft())
 
     def cancel(self, request: Request) -> None:
-        """End `request` within a step."""
+        """Cancel `request`; it ends within a step."""
         request.cancelled.set()
 
     def activity(self) -> Activity:
-        """Return what is being done; without waiting, so that the parts may be a step apart."""
+        """Return the current activity. Nothing is locked, so its fields may be a step apart."""
         scheduler = self._core.scheduler
         running, waiting = (
-            sum(job.priority < IDLE for job in list(jobs))
-            for jobs in (scheduler.running, scheduler.waiting)
+            sum(sequence.priority < IDLE for sequence in list(sequences))
+            for sequences in (scheduler.running, scheduler.waiting)
         )
         return Activity(
             running,
@@ -130,7 +130,7 @@ class Engine:
             self.share.held,
             self.share.available,
             mx.get_active_memory(),
-            time.monotonic() - self._stepped if self._pending() else 0.0,
+            time.monotonic() - self._last_step_at if self._pending() else 0.0,
         )
 
     def _pending(self) -> int:
@@ -140,36 +140,36 @@ class Engine:
     # --- on the engine's thread -----------------------------------------------------------------
 
     def step(self) -> bool:
-        """Do the next step, or some idle work; False if there is nothing left to do."""
+        """Run the next step, or some idle work; return False if no work is left."""
         self._drain_inbox()
-        more = self._core.step()
-        self._stepped = time.monotonic()
-        if more or self._core.save(interrupted=lambda: not self._inbox.empty()):
+        has_work = self._core.step()
+        self._last_step_at = time.monotonic()
+        if has_work or self._core.save(interrupted=lambda: not self._inbox.empty()):
             return True
         return not self._inbox.empty()
 
     def stream(
         self, ids: Sequence[int], *, max_tokens: int, sampling: SamplingParams, seed: int = 0
     ) -> Iterator[int]:
-        """Give the tokens that continue `ids`, stepping the engine; for programs without a worker.
+        """Yield the tokens that continue `ids`, and step the engine; for use without a worker.
 
-        None of them ends the reply. Closing the iterator cancels it.
+        No token ends the reply. Closing the iterator cancels it.
         """
-        watcher, outcomes = _LogitsSink(), list[RequestResult | BaseException]()
+        buffer, outcomes = _TokenBuffer(), list[RequestResult | BaseException]()
         request = Request(
             ids=ids,
             sampling=sampling.over(NEUTRAL),
             max_tokens=max_tokens,
             seed=seed,
             end_ids=frozenset(),
-            sink=watcher,
+            sink=buffer,
             on_finish=outcomes.append,
         )
         self._inbox.put(request)
         try:
-            while not outcomes or watcher.tokens:
-                if watcher.tokens:
-                    yield watcher.tokens.pop(0)
+            while not outcomes or buffer.tokens:
+                if buffer.tokens:
+                    yield buffer.tokens.pop(0)
                 else:
                     self.step()
         finally:
@@ -180,34 +180,35 @@ class Engine:
             raise outcomes[0]
 
     def forget(self) -> None:
-        """Give up all kept prefixes."""
+        """Clear the prefix cache."""
         self._core.forget()
 
     def logits(self, ids: Sequence[int]) -> Logits:
-        """Begin to compute the logits of all ids; `read_on` goes on.
+        """Create the job that computes the logits of all ids; `read_on` advances it.
 
         Raises:
-            Qwen3Error: they do not fit; a ContextError: there are more ids than the context has.
+            ContextError: there are more ids than the context window has.
+            Qwen3Error: the logits take more memory than is free.
         """
         return self._core.logits(ids)
 
     def read_on(self, logits: Logits) -> bool:
-        """Compute a chunk more, and say whether some are left."""
+        """Compute one more chunk; return whether ids are left."""
         return self._core.advance_logits(logits)
 
     def _run_once(self) -> None:
-        """Do a step and stand in line again: other work of the thread comes in between."""
+        """Run a step and queue the next one, behind other jobs of the worker."""
         with self._lock:
             self._posted = False
         try:
             if self._worker and self._worker.ending:
-                self._end_all()
+                self._cancel_all()
             elif self.step():
                 try:
                     self._post()
-                except Qwen3Error:  # closed meanwhile
-                    self._end_all()
-        except BaseException as error:  # noqa: BLE001 - or requests would wait for ever
+                except Qwen3Error:  # the worker was stopped meanwhile
+                    self._cancel_all()
+        except BaseException as error:  # noqa: BLE001 - or requests would never end
             self._core.fail_all(error, [*self._new_requests()])
 
     def _post(self) -> None:
@@ -216,7 +217,7 @@ class Engine:
                 self._worker.post(self._run_once)
                 self._posted = True
 
-    def _end_all(self) -> None:
+    def _cancel_all(self) -> None:
         self._drain_inbox()
         self._core.cancel_all()
         while self._core.save(interrupted=lambda: False):
@@ -235,8 +236,8 @@ class Engine:
             yield request
 
 
-class _LogitsSink:
-    """Holds the tokens of `Engine.stream` until they are asked for."""
+class _TokenBuffer:
+    """Buffers the tokens of `Engine.stream` until the caller takes them."""
 
     finished = False
 
@@ -244,9 +245,9 @@ class _LogitsSink:
         self.tokens: list[int] = []
 
     def advance(self, ids: Sequence[int]) -> None:
-        """Take the next tokens."""
+        """Append the next tokens."""
         self.tokens += ids
 
     def rewind(self, count: int) -> None:
-        """Forget the last tokens."""
+        """Remove the last `count` tokens."""
         del self.tokens[len(self.tokens) - count :]

@@ -1,4 +1,4 @@
-"""One forward pass for whatever there is to do, and how a prompt is cut for it."""
+"""The forward pass of a step over all its sequences, and the chunks of a prompt."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,20 +10,20 @@ from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.ragged import ragged_layers
 from qwen3_mlx.model.qwen3 import Qwen3
 
-_CHUNK_MULTIPLE = 64
+_CHUNK_MULTIPLE = 64  # tokens
 
 
 @dataclass(frozen=True, slots=True)
 class BatchSlice:
-    """One sequence's share of a forward pass: `length` tokens for its caches, one a layer."""
+    """One sequence's part of a forward pass: `length` tokens for its caches, one cache a layer."""
 
     layers: Sequence[KVCache]
     length: int
-    wanted: int  # of how many of them, the last ones, the logits or hidden states are asked for
+    wanted: int  # the last of them whose logits or hidden states are needed
 
 
 def prefill_chunks(tokens: int, most: int) -> list[int]:
-    """Cut a prompt into chunks of equal size, so that none is a slow remainder of a few tokens."""
+    """Return the sizes of a prompt's chunks: equal, so that none is a slow remainder."""
     count = -(-tokens // most)
     size = -(-tokens // count)
     size = min(most, -(-size // _CHUNK_MULTIPLE) * _CHUNK_MULTIPLE)
@@ -38,29 +38,30 @@ def forward(
     *,
     head: bool = True,
 ) -> mx.array | None:
-    """Give the logits [N, V] that the parts want, unevaluated; None if they want none.
+    """Return the logits [N, V] of the wanted positions, unevaluated; None if there are none.
 
-    `ids` [T] are the parts' tokens, end to end. Where all caches are `together`, these answer.
-    Without the `head` it is the last hidden states [N, D].
+    `ids` [T] are the tokens of all parts, end to end. `together` are batched caches that hold all
+    sequences, used instead of those of the parts. Without the `head` the last hidden states [N, D]
+    are returned.
     """
     run = model if head else model.hidden
     if together:
-        found = run(ids[None], together)
+        outputs = run(ids[None], together)
     elif len(parts) == 1:
-        length, asked = parts[0].length, max(1, parts[0].wanted)
-        found = run(ids[None], parts[0].layers, wanted=range(length - asked, length))
+        length, num_wanted = parts[0].length, max(1, parts[0].wanted)
+        outputs = run(ids[None], parts[0].layers, wanted=range(length - num_wanted, length))
     else:
         lengths, wanted = [part.length for part in parts], [part.wanted for part in parts]
-        if not any(wanted):  # there must be a row, as above
+        if not any(wanted):  # the network needs at least one row, as above
             wanted[-1] = 1
         layers, rows = ragged_layers([part.layers for part in parts], lengths, wanted)
-        found = run(ids[None], layers, rows)
-    # What nobody asks for is never evaluated, and so never computed.
-    return found[0] if any(part.wanted for part in parts) else None
+        outputs = run(ids[None], layers, rows)
+    # Rows that are not wanted stay unevaluated, so they are never computed.
+    return outputs[0] if any(part.wanted for part in parts) else None
 
 
 def warm_up(model: Qwen3) -> None:
-    """Run a prompt of 64 tokens and one token more, so that no first request waits for kernels."""
+    """Run a chunk of 64 tokens and one token, so that no first request waits for kernels."""
     layers = model.make_cache()
     for length in (_CHUNK_MULTIPLE, 1):
         mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [BatchSlice(layers, length, 1)]))

@@ -1,4 +1,4 @@
-"""What follows one generation: a sink of its tokens, and a constraint on the next one."""
+"""Protocols of one generation: a sink for its tokens, and a constraint on the next token."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -11,53 +11,55 @@ if TYPE_CHECKING:  # numpy would cost the start a tenth of a second
 
 
 class TokenSink(Protocol):
-    """Follows the tokens of one generation and may end it."""
+    """Receives the tokens of one generation, and may end it."""
 
     finished: bool
 
     def advance(self, ids: Sequence[int]) -> None:
-        """Take the next tokens; end tokens are not among them."""
+        """Append the next tokens; end tokens are not among them."""
 
     def rewind(self, count: int) -> None:
-        """Forget the last `count` tokens taken: the constraint of this generation takes them back.
+        """Remove the last `count` tokens: the constraint of this generation rolls them back.
 
         They are tokens that the constraint itself would not have shown yet.
         """
 
 
 class Constraint(Protocol):
-    """Steers one generation: a grammar, say, or a budget of thinking.
+    """Decides which tokens may come next in one generation: a grammar or a thinking budget.
 
-    After each `advance` the engine looks at `finished`, `rollback`, `forced_tokens` and
-    `needs_mask`, in this order. Only while `needs_mask` does a step have to wait for the token of
-    the one before.
+    After each `advance` the engine reads `rollback`, `finished`, `forced_tokens` and `needs_mask`,
+    in this order. Only while `needs_mask` is true does a step wait for the token of the step
+    before it.
     """
 
     @property
     def finished(self) -> bool:
-        """Whether the reply ends here."""
+        """True if the reply ends here."""
 
     @property
     def rollback(self) -> int:
-        """How many of the last tokens are to be taken back; it has forgotten them itself."""
+        """Number of last tokens to roll back; the constraint itself has dropped them already."""
 
     @property
     def needs_mask(self) -> bool:
-        """Whether `mask` is to be asked before the next token is chosen."""
+        """True if `mask` restricts the next token."""
 
     def advance(self, ids: Sequence[int]) -> None:
-        """Take the next tokens, chosen or forced; end tokens are among them."""
+        """Append the next tokens, chosen or forced; end tokens are among them."""
 
     def forced_tokens(self) -> list[int]:
-        """Give the ids that must come next; the engine takes them as if they had been chosen."""
+        """Return the ids that must come next; the engine appends them like chosen ones."""
 
     def mask(self) -> "Mask | None":
-        """Give the ids allowed next as bits, 32 to a word, or None for all.
+        """Return the allowed next ids as bits, 32 to a word, or None if all are allowed.
 
-        Asked while the forward pass runs.
+        Called while the forward pass runs.
         """
 
     def lookahead_masks(self, ids: Sequence[int]) -> "list[Mask | None]":
-        """Give the mask for the next token, and those for the tokens that follow `ids`, if they
-        should come: at most one more than ids, and only as far as nothing is sure to be forced.
+        """Return the mask for the next token, and one for the token after each of `ids`.
+
+        Those hold if the draft tokens `ids` are chosen: at most len(ids) + 1 masks, and only up to
+        the first place where tokens are sure to be forced.
         """

@@ -1,7 +1,9 @@
-"""The logits that follow every token of a text, computed between the steps of an engine.
+"""The logits of every position of a text, computed between the steps of an engine.
 
 The text goes through a cache of its own, a chunk at a time. That cache is plain, whatever those of
-the engine are, so the logits are the network's. N tokens, L of a chunk, V vocabulary.
+the engine are, so a quantized cache does not affect the logits.
+
+N tokens, L of a chunk, V vocabulary.
 """
 
 from collections.abc import Sequence
@@ -27,10 +29,10 @@ _ITEMSIZE = 4  # of the result, float32
 
 
 def plan_logits(config: ModelConfig, work: Workload, tokens: int, free: int) -> tuple[int, int]:
-    """Return the bytes that the logits of so many tokens take, and the chunk to compute them by.
+    """Return the bytes that the logits of so many tokens take, and the chunk size in tokens.
 
     Raises:
-        Qwen3Error: they are more than are free; the message shows the sum.
+        Qwen3Error: they take more than `free` bytes; the message shows the sum.
     """
     block = min(tokens * config.vocab_size, max(config.vocab_size, _BLOCK)) * 2 * _ITEMSIZE
     logits = tokens * config.vocab_size * _ITEMSIZE + block
@@ -51,31 +53,34 @@ def plan_logits(config: ModelConfig, work: Workload, tokens: int, free: int) -> 
 class Logits:
     """The logits [N, V], float32, of ids [N], as far as they are computed.
 
-    They take `nbytes` with all that they need, if they are computed by `chunk` ids at a time.
+    `nbytes` is the memory that they and their computation take, with `chunk` ids at a time.
     """
 
     def __init__(self, model: Qwen3, ids: Sequence[int], nbytes: int, chunk: int) -> None:
-        """Begin with nothing computed, on the thread that owns `model`; see `plan_logits`."""
+        """Create the job, with nothing computed, on the thread that owns `model`.
+
+        `plan_logits` returns `nbytes` and `chunk`.
+        """
         self.nbytes = nbytes
         self.chunk = chunk
         self._model = model
         self._ids = ids
         self._cache = [KVCache(len(ids) + 1) for _ in model.layers]  # a write never fills a buffer
-        self._done = 0
+        self._num_computed = 0
         self.values = mx.zeros((len(ids), model.config.vocab_size))
 
     def advance(self, chunk: int) -> bool:
-        """Compute those of the next `chunk` ids, and say whether some are left."""
-        ids = self._ids[self._done : self._done + chunk]
+        """Compute the logits of the next `chunk` ids; return whether ids are left."""
+        ids = self._ids[self._num_computed : self._num_computed + chunk]
         hidden = self._model.model(mx.array([ids], dtype=mx.int32), self._cache, None)[0]  # [L, D]
         mx.eval(hidden, [layer.state for layer in self._cache])
         rows = max(1, _BLOCK // self._model.config.vocab_size)
         for start in range(0, len(ids), rows):
             block = self._model.head(hidden[start : start + rows]).astype(mx.float32)
-            first = self._done + start
+            first = self._num_computed + start
             # Written in place: nothing else holds the array.
             self.values[first : first + block.shape[0]] = block
             mx.eval(self.values)
-        self._done += len(ids)
+        self._num_computed += len(ids)
         mx.clear_cache()
-        return self._done < len(self._ids)
+        return self._num_computed < len(self._ids)

@@ -1,4 +1,4 @@
-"""How likely the chosen tokens were, for the requests that want to know."""
+"""Logprobs of the chosen tokens, for the requests that ask for them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from qwen3_mlx.engine.sequence import SequenceState
 
 @dataclass(frozen=True, slots=True)
 class LogprobBatch:
-    """What a step computes for them: K of its rows, with the k likeliest of each."""
+    """The logprobs that a step computes: for K of its rows, with the k likeliest tokens of each."""
 
     rows: Sequence[int]
     arrays: Sequence[mx.array]  # log probabilities [K]; ids [K, k] and their log probabilities
@@ -22,25 +22,25 @@ class LogprobBatch:
     def of(
         cls, logits: mx.array, tokens: mx.array, choosing: Sequence[SequenceState], vocabulary: int
     ) -> "LogprobBatch | None":
-        """Lay them out for logits [N, V] and tokens [N], or give None where nobody asks."""
+        """Create the arrays, unevaluated, for logits [N, V] and tokens [N]; None if no row asks."""
         rows = [row for row, sequence in enumerate(choosing) if sequence.request.on_logprobs]
         if not rows:
             return None
         logits = logits[mx.array(rows), :vocabulary].astype(mx.float32)
         total = mx.logsumexp(logits, axis=-1, keepdims=True)
-        most = max(choosing[row].request.top_logprobs for row in rows)
-        values, ids = likeliest(logits, max(1, min(most, vocabulary)), vocabulary)
+        top = max(choosing[row].request.top_logprobs for row in rows)
+        values, ids = likeliest(logits, max(1, min(top, vocabulary)), vocabulary)
         chosen = mx.take_along_axis(logits, tokens[mx.array(rows)][:, None], axis=-1) - total
         return cls(rows, [chosen[:, 0], ids, values - total])
 
     def read(
         self, tokens: Sequence[int], choosing: Sequence[SequenceState]
     ) -> dict[int, SampledLogprob]:
-        """Give them by row, when they have been computed."""
+        """Return the logprobs by row, once the arrays are evaluated."""
         chosen, ids, values = (np.array(array) for array in self.arrays)
-        found = {}
-        for place, row in enumerate(self.rows):
+        logprobs = {}
+        for index, row in enumerate(self.rows):
             count = choosing[row].request.top_logprobs
-            top = zip(ids[place, :count].tolist(), values[place, :count].tolist(), strict=True)
-            found[row] = SampledLogprob(tokens[row], float(chosen[place]), list(top))
-        return found
+            top = zip(ids[index, :count].tolist(), values[index, :count].tolist(), strict=True)
+            logprobs[row] = SampledLogprob(tokens[row], float(chosen[index]), list(top))
+        return logprobs

@@ -1,21 +1,21 @@
-"""How much memory a model takes: arithmetic over its config, before anything is read or fetched.
+"""Memory planning: computes what a model takes from its config, before weights are downloaded.
 
     weights + KV cache + prefill activations + reserve
 
-- Weights are exact: every tensor as loading lays it out. n weights of b bits in groups of g take
+- Weights are exact: every tensor as it is loaded. n weights of b bits in groups of g take
   n·b/8 bytes, and each group a scale and a bias in the compute dtype (mxfp4, mxfp8 and nvfp4: a
   scale of one byte). A tied head is the embedding.
 - The KV cache is exact: 2 · layers · key/value heads · head size · bytes, for every token it has
   room for. A byte count of 2 (bfloat16) becomes 1.0625 at 8 bits and 0.5625 at 4; for
   the values beside keys of 4 bits it is 0.625.
-- Activations are an estimate of what one chunk of a prompt holds at once. On a GPU: what a layer
-  makes, times the three layers that its command buffers keep alive (Qwen3-4B, 2,048 tokens: 0.69 GB
-  by this formula; 0.77 GB is what mlx-lm's published peak of 3.35 GB leaves). On a CPU one layer is
-  alive, but attention is unfused: the float32 scores of every head count, and the keys repeated for
-  each query head (measured on Qwen3-0.6B: within 5 %).
-- The reserve is for what no formula knows: the process, kernels, buffers not yet given back.
+- Activations are an estimate of what one chunk of a prompt holds at once. On a GPU: the arrays of
+  one layer, times the three layers that its command buffers keep alive (Qwen3-4B, 2,048 tokens:
+  0.69 GB by this formula; 0.77 GB is what mlx-lm's published peak of 3.35 GB leaves). On a CPU one
+  layer is alive, but attention is unfused: the float32 scores of every head count, and the keys
+  repeated for each query head (measured on Qwen3-0.6B: within 5 %).
+- The reserve covers what no formula counts: the process, kernels, buffers not yet freed.
 
-Loading itself holds one module's source weights beside the finished ones, when no cache exists yet.
+While loading, one module's source weights are held beside the finished ones; no cache exists yet.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,14 +26,14 @@ from qwen3_mlx.cache.kv import next_capacity
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.model.config import ModelConfig
 
-RESERVE = 500_000_000
-_LAYERS_IN_FLIGHT = 3
+RESERVE = 500_000_000  # bytes
+_LAYERS_IN_FLIGHT = 3  # layers whose activations a GPU's command buffers keep alive
 _SCORE_BYTES = 4  # the softmax is float32 in any dtype
-LEAST_CHUNK = 64  # tokens of a prompt; what is less reads all weights for too little
+LEAST_CHUNK = 64  # tokens of a prompt; fewer are not worth reading all weights
 
 
 class Quantized(Protocol):
-    """How a matrix is quantized: what the arithmetic needs of a checkpoint's format."""
+    """The format of a quantized matrix, as far as its size depends on it."""
 
     @property
     def bits(self) -> int:
@@ -53,12 +53,12 @@ FormatOf = Callable[[str], Quantized | None]  # by module path; None where nothi
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What shall run, and how: one sequence of `context` tokens, prompt and reply together.
+    """The work to plan for: one sequence of `context` tokens, prompt and reply together.
 
-    `itemsize` is the bytes of the compute dtype; `chunk` the prompt's tokens read at once; `fused`
-    whether attention has a fused kernel, as on a GPU; `bounded` whether the length of the reply is
-    known beforehand (max_tokens), so that the cache is allocated at once and does not grow;
-    `beside` the bytes that a draft model keeps of each token.
+    `itemsize` is the bytes of the compute dtype; `chunk` the prompt tokens of one prefill step;
+    `fused` is True if attention has a fused kernel, as on a GPU; `bounded` is True if the length of
+    the reply is known beforehand (max_tokens), so that the cache is allocated at once and does not
+    grow; `beside` is the bytes a token in the draft model's KV cache.
     """
 
     context: int
@@ -86,7 +86,7 @@ class Plan:
 
     @property
     def held(self) -> int:
-        """What stays: weights and cache."""
+        """The bytes that stay allocated: weights and cache."""
         return self.weights + self.cache
 
     def __str__(self) -> str:
@@ -101,19 +101,19 @@ class Plan:
 
 
 def in_gb(size: int) -> str:
-    """Write bytes as GB, of 10^9."""
+    """Return bytes as text in GB (10^9 bytes)."""
     return f"{size / 1e9:,.1f} GB"
 
 
 def make_plan(config: ModelConfig, weights: int, work: Workload) -> Plan:
-    """Plan for a model whose weights take `weights` bytes (see `weight_bytes`)."""
+    """Create the plan for a model whose weights take `weights` bytes (see `weight_bytes`)."""
     return Plan(weights, cache_bytes(config, work), activation_bytes(config, work), RESERVE)
 
 
 def largest_context(
     config: ModelConfig, weights: int, work: Workload, available: int, limit: int
 ) -> int:
-    """Give the longest context, up to `limit` tokens, that fits `available` bytes; 0 if none."""
+    """Return the longest context, up to `limit` tokens, that fits `available` bytes; 0 if none."""
 
     def fits(context: int) -> bool:
         return make_plan(config, weights, replace(work, context=context)).total <= available
@@ -127,9 +127,9 @@ def largest_context(
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """What caches and activations may take together while the engine runs, in bytes.
+    """The bytes that caches and activations may take together while the engine runs.
 
-    Tokens are counted as room in caches, used or not; all sequences' and the kept prefixes' add up.
+    Tokens are counted as room in caches, used or not: that of all sequences and kept prefixes.
     """
 
     config: ModelConfig
@@ -138,12 +138,12 @@ class Budget:
 
     @classmethod
     def of(cls, config: ModelConfig, work: Workload, available: int) -> "Budget":
-        """Divide what the machine can give, `available` bytes beside the weights."""
+        """Create the budget of `available` bytes: what the machine can give beside the weights."""
         return cls(config, work, max(0, available - RESERVE))
 
     @property
     def context(self) -> int:
-        """The longest context, prompt and reply, that can be honoured."""
+        """The longest context, prompt and reply together, that is sure to fit, in tokens."""
         least = replace(self.work, chunk=LEAST_CHUNK)
         window = self.config.context_window
         return largest_context(self.config, 0, least, self.available + RESERVE, window)
@@ -160,20 +160,20 @@ class Budget:
         return f"cache {in_gb(cache)} + activations {in_gb(activations)}"
 
     def least(self, context: int) -> int:
-        """Give the bytes that one request of `context` tokens takes, read in the least chunks."""
+        """Return the bytes of one request of `context` tokens, read in the smallest chunks."""
         work = replace(self.work, chunk=LEAST_CHUNK, context=context)
         return min(
             self.available, cache_bytes(self.config, work) + activation_bytes(self.config, work)
         )
 
     def bytes_of(self, tokens: int) -> int:
-        """Give the bytes of caches with room for so many tokens."""
+        """Return the bytes of caches with room for so many tokens."""
         return _cache_bytes(self.config, tokens, self.work)
 
     def chunk(self, position: int, held: int) -> int:
-        """Give the tokens of a prompt to read at once behind `position` others.
+        """Return the chunk size, in tokens, for a prompt of which `position` tokens are computed.
 
-        `held` tokens have room in caches. What activations would not fit is halved.
+        Caches have room for `held` tokens. The chunk is halved until its activations fit.
         """
         free, chunk = self.available - self.bytes_of(held), self.work.chunk
         while chunk > LEAST_CHUNK:
@@ -198,17 +198,17 @@ class _Module:
     def size(self) -> int:
         return self.count * self.rows * (self.columns or 1) + (self.rows if self.bias else 0)
 
-    def nbytes(self, form: Quantized | None, itemsize: int) -> int:
-        if form is None or not self.columns or self.columns % form.group_size:
+    def nbytes(self, fmt: Quantized | None, itemsize: int) -> int:
+        if fmt is None or not self.columns or self.columns % fmt.group_size:
             return self.size * itemsize
         weights = self.count * self.rows * self.columns
-        group_bytes = 2 * itemsize if form.mode == "affine" else 1
-        packed = weights * form.bits // 8 + weights // form.group_size * group_bytes
+        group_bytes = 2 * itemsize if fmt.mode == "affine" else 1
+        packed = weights * fmt.bits // 8 + weights // fmt.group_size * group_bytes
         return packed + (self.rows * itemsize if self.bias else 0)
 
 
 def _modules(config: ModelConfig) -> Iterator[_Module]:
-    """List the modules that have weights, as model/qwen3.py builds them."""
+    """Yield the modules that have weights, as model/qwen3.py builds them."""
     hidden, head = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     yield _Module("model.embed_tokens", config.vocab_size, hidden)
@@ -242,18 +242,19 @@ def count_weights(config: ModelConfig) -> int:
 
 
 def weight_bytes(config: ModelConfig, format_of: FormatOf, itemsize: int = 2) -> int:
-    """Give the bytes of all tensors, where `itemsize` is that of the compute dtype.
+    """Return the bytes of all tensors; `itemsize` is that of the compute dtype.
 
-    A matrix whose rows are no multiple of its format's group size stays as it is.
+    A matrix whose row length is not a multiple of its format's group size stays unquantized.
     """
     return sum(module.nbytes(format_of(module.path), itemsize) for module in _modules(config))
 
 
 def bytes_a_token(config: ModelConfig, format_of: FormatOf, work: Workload) -> int:
-    """Give the bytes read to decode one token with `work.context` tokens in the cache.
+    """Return the bytes read to decode one token with `work.context` tokens in the cache.
 
-    Of a mixture of experts that is what one token goes through; of an embedding that is not the
-    head, too, it is one row. Memory's bandwidth over this is an upper bound of tokens a second.
+    A mixture of experts counts with the experts of one token; an embedding that is not tied to the
+    head counts with one row. The memory bandwidth divided by this is an upper bound of tokens a
+    second.
     """
     read = _cache_bytes(config, work.context, work)
     for module in _modules(config):
@@ -267,10 +268,10 @@ def bytes_a_token(config: ModelConfig, format_of: FormatOf, work: Workload) -> i
 
 
 def cache_bytes(config: ModelConfig, work: Workload) -> int:
-    """Give the bytes of the KV cache that the workload ends with.
+    """Return the bytes of the KV cache at the end of the workload.
 
     Where the length of the reply is not known, the cache grows by a quarter at a time, and one
-    buffer, of keys or of values in one layer, is there twice while it is copied.
+    buffer, of keys or of values in one layer, exists twice while it is copied.
     """
     if work.bounded:
         return _cache_bytes(config, work.context, work)
@@ -283,7 +284,7 @@ def _cache_bytes(config: ModelConfig, tokens: int, work: Workload) -> int:
 
 
 def token_bytes(config: ModelConfig, cache: CacheFormat, itemsize: int) -> int:
-    """Give the bytes of a token in the KV cache; `itemsize` is that of the compute dtype."""
+    """Return the bytes of a token in the KV cache; `itemsize` is that of the compute dtype."""
     heads = config.num_hidden_layers * config.num_key_value_heads
     return heads * cache.nbytes(config.head_dim, itemsize)
 
@@ -301,7 +302,7 @@ def activation_bytes(config: ModelConfig, work: Workload) -> int:
 
 
 def _elements_a_token(config: ModelConfig) -> int:
-    """Count what one layer makes for a token: all that lives until its output is there."""
+    """Count the elements that one layer computes for a token: all live until its output."""
     attention = (3 * config.num_attention_heads + 4 * config.num_key_value_heads) * config.head_dim
     if config.experts:  # rows in, gate, up, their product, rows out, for each expert of a token
         experts = config.experts

@@ -1,10 +1,10 @@
-"""How likely the tokens of a prompt are, computed in the steps that read it.
+"""Logprobs of the tokens of a prompt, computed in the steps that prefill it.
 
 The head is applied to a few rows at a time, one block after the other: the logits of a whole chunk
-would be larger than many a model. The softmax is that of all V logits, as `LLM.logits` gives them
-and as transformers, whose scores evaluations are compared with, has it.
+would be larger than many a model. The softmax is over all V logits, as those of `LLM.logits` and of
+transformers are, so that scores of evaluations can be compared.
 
-R rows of a step's hidden states, D hidden, V vocabulary, n places of one prompt, k alternatives.
+R rows of a step's hidden states, D hidden, V vocabulary, n positions of one prompt, k alternatives.
 """
 
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ _BLOCK = 1 << 23  # logits computed at once: 32 MiB in float32
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprobBatch:
-    """What a step computes for the prompts that it reads.
+    """The logprobs that a step computes for the prompts that it reads.
 
-    Of each sequence: the ids [n] that follow the scored places, their log probabilities [n], and
-    those and the ids [n, k] of the likeliest; nothing where no place is scored.
+    `following` are, by sequence, the ids [n] after the scored positions. `computed` are their
+    logprobs [n], and the logprobs and ids [n, k] of the likeliest; no entry where n is 0.
     """
 
     following: Mapping[SequenceState, list[int]]
@@ -40,24 +40,24 @@ class PromptLogprobBatch:
         scoring: Mapping[SequenceState, tuple[range, int]],
         vocabulary: int,
     ) -> "PromptLogprobBatch":
-        """Lay out the scores for hidden states [R, D], which may be None where there is no place.
+        """Create the arrays, unevaluated, from hidden states [R, D]; None if no position is scored.
 
-        Of each sequence there are the places to score, and the row of the first of them.
+        `scoring` has, by sequence, the positions to score, and the row of the first of them.
         """
         following, computed = dict[SequenceState, list[int]](), {}
-        before: list[mx.array] = []
-        for sequence, (places, row) in scoring.items():
-            ids = sequence.ids[places.start + 1 : places.stop + 1]
+        previous: list[mx.array] = []
+        for sequence, (positions, row) in scoring.items():
+            ids = sequence.ids[positions.start + 1 : positions.stop + 1]
             following[sequence] = ids
             rows, blocks = max(1, _BLOCK // model.config.vocab_size), []
             for start in range(0, len(ids), rows):
                 assert hidden is not None
                 x = hidden[row + start : row + min(start + rows, len(ids))]
-                # Without an order all blocks could be computed, and be in memory, at once.
-                x = mx.depends([x], before)[0] if before else x
+                # Without this dependency all blocks could be in memory at the same time.
+                x = mx.depends([x], previous)[0] if previous else x
                 alternatives = sequence.request.top_logprobs
-                before = _block(model, x, ids[start : start + rows], alternatives, vocabulary)
-                blocks.append(before)
+                previous = _block(model, x, ids[start : start + rows], alternatives, vocabulary)
+                blocks.append(previous)
             if blocks:
                 chosen, values, best = (
                     mx.concatenate(list(arrays)) for arrays in zip(*blocks, strict=True)
@@ -67,32 +67,30 @@ class PromptLogprobBatch:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All that must be there for `read`."""
+        """All arrays that must be evaluated before `read`."""
         return [array for arrays in self.computed.values() for array in arrays]
 
     def read(self) -> dict[SequenceState, list[SampledLogprob]]:
-        """Return the scores by sequence, when they have been computed."""
-        found: dict[SequenceState, list[SampledLogprob]] = {}
+        """Return the logprobs by sequence, once the arrays are evaluated."""
+        logprobs: dict[SequenceState, list[SampledLogprob]] = {}
         for sequence, ids in self.following.items():
-            found[sequence] = []
+            logprobs[sequence] = []
             if sequence in self.computed:
                 chosen, values, best = (np.array(a).tolist() for a in self.computed[sequence])
                 count = sequence.request.top_logprobs
-                found[sequence] = [
+                logprobs[sequence] = [
                     SampledLogprob(
-                        token, chance, list(zip(tokens[:count], chances[:count], strict=True))
+                        token, logprob, list(zip(tokens[:count], top[:count], strict=True))
                     )
-                    for token, chance, tokens, chances in zip(
-                        ids, chosen, best, values, strict=True
-                    )
+                    for token, logprob, tokens, top in zip(ids, chosen, best, values, strict=True)
                 ]
-        return found
+        return logprobs
 
 
 def _block(
     model: Qwen3, hidden: mx.array, ids: list[int], alternatives: int, vocabulary: int
 ) -> list[mx.array]:
-    """Compute log p [R] of `ids` after states [R, D], and log p and ids [R, k] of the likeliest."""
+    """Compute logprobs [R] of `ids` after states [R, D]; logprobs, ids [R, k] of the likeliest."""
     logits = model.head(hidden).astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
     chosen = mx.take_along_axis(logits, mx.array(ids)[:, None], axis=-1) - total

@@ -1,4 +1,4 @@
-"""One generation as the engine is asked for it, and how it ended."""
+"""A request to the engine, and its result."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +10,10 @@ from qwen3_mlx.engine.sampling_params import SamplingParams
 
 @dataclass(frozen=True, slots=True)
 class RequestResult:
-    """How a generation ended: stop, length or cancelled.
+    """The result of a generation. `reason` is stop, length or cancelled.
 
-    `cached_tokens` of the prompt were in a kept cache and not read again. It took so many forward
-    `passes` in which a token was chosen; of the tokens `proposed` by speculation so many were
-    `accepted`.
+    `cached_tokens` of the prompt were in the prefix cache and not computed again. `passes` are the
+    forward passes in which a token was chosen; of the `proposed` draft tokens, `accepted` were.
     """
 
     reason: str
@@ -27,8 +26,9 @@ class RequestResult:
 
 @dataclass(frozen=True, slots=True)
 class SampledLogprob:
-    """How likely a chosen token was, as the model alone sees it: before bias, penalties,
-    temperature and masks. `top` are the likeliest in its place, with their log probabilities.
+    """Log probability of a sampled token, before bias, penalties, temperature and masks.
+
+    `top` are the likeliest tokens of that position, with their log probabilities.
     """
 
     token: int
@@ -36,22 +36,22 @@ class SampledLogprob:
     top: Sequence[tuple[int, float]]
 
 
-NORMAL, IDLE = 0, 1  # priorities: least first; idle work runs while there is no other
+NORMAL, IDLE = 0, 1  # priorities, least first; idle work runs only while there is no other
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One generation: what to continue, how, and whom to tell.
+    """One generation: the ids to continue, how to sample, and the callbacks.
 
-    `done` is called once, on the engine's thread, with the outcome or the error that ended it.
-    `on_logprobs` is told how likely each chosen token was, beside so many others (`top_logprobs`),
-    before the watcher hears of it; end tokens are among them, forced ones are not.
-    `on_prompt_logprobs` is called whenever a part of the prompt has been read, with how likely each
-    of its tokens but the first was after those before it; it has had all of them before the first
-    token is chosen. `sampling` has no None left. `progress(done, total)` is told the prompt tokens
+    All callbacks run on the engine's thread. `on_finish` is called once, with the result or the
+    error that ended the request. `on_logprobs` receives each sampled token with its `top_logprobs`
+    likeliest alternatives, before `sink` receives the token; end tokens are among them, forced ones
+    are not. `on_prompt_logprobs` is called whenever a part of the prompt has been read, with the
+    logprobs of its tokens; all but the first token of the prompt are reported, before the first
+    token is chosen. `sampling` has no None left. `progress(done, total)` receives the prompt tokens
     processed. With max_tokens=0 the prompt is only read, and kept for requests that begin with it.
-    `recheck_logits()` says that the reply looks like that of a broken network, so that its logits
-    are checked again. Requests that wait take turns by `client`.
+    `recheck_logits()` returns whether the reply looks like that of a broken network, so that its
+    logits are checked again. Waiting requests take turns by `client`.
     """
 
     ids: Sequence[int]

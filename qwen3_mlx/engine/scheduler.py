@@ -1,11 +1,13 @@
-"""Who runs next: pure decisions over counts of tokens. Nothing here computes or holds an array.
+"""Continuous batching: decides which sequences run in the next step.
 
-Every step all sequences that are being answered choose a token, and a chunk of prompts is read.
-Room in caches is counted in tokens, and nobody starts who has none.
+Pure decisions over counts of tokens; nothing here computes or holds an array. In every step each
+sequence that is being answered decodes one token, and a chunk of prompts is prefilled. Room in
+caches is counted in tokens, and no sequence starts without room.
 
-Clients take turns: of the jobs that wait with the least priority, the next is one of the client
-with the fewest running; of several such clients, the one that was served longest ago. A client with
-many jobs is so kept waiting by others with few, but not for ever: they run as its own are ending.
+Clients take turns: of the waiting sequences with the least priority number, the next belongs to the
+client with the fewest running; of several such clients, to the one that was served longest ago. A
+client with many requests is so kept waiting by others with few, but not for ever: they run as its
+own are ending.
 """
 
 from collections import Counter
@@ -15,33 +17,33 @@ from typing import Generic, Protocol, TypeVar
 
 from qwen3_mlx.engine.request import IDLE
 
-_MAX_STALL = 0.25  # seconds that a chunk of somebody's prompt may keep the others waiting
-_MAX_RUNNING = 32
-_MIN_CHUNK = 64
-_MEMORY = 0.7  # how much a new measurement of the speed leaves of the old
-_MAX_CLIENTS = 256  # clients, beyond which those with nothing to do are forgotten
+_MAX_STALL = 0.25  # seconds that a chunk of a prompt may delay the sequences that decode
+_MAX_RUNNING = 32  # sequences
+_MIN_CHUNK = 64  # tokens
+_SPEED_DECAY = 0.7  # weight of the old value when a new measurement of the speed arrives
+_MAX_CLIENTS = 256  # clients; beyond that, those without a request are forgotten
 
 
 class Schedulable(Protocol):
-    """What is known of a request here."""
+    """A sequence as the scheduler sees it."""
 
     room: int  # tokens that its caches have room for
 
     @property
     def priority(self) -> int:
-        """Who comes first: the least."""
+        """The priority; the least comes first."""
 
     @property
     def client(self) -> str:
-        """Whose job it is."""
+        """The client that the sequence belongs to."""
 
     @property
     def answering(self) -> bool:
-        """Whether its prompt has been read, so that it chooses a token a step."""
+        """True once the prompt is prefilled, so that each step chooses a token."""
 
     @property
     def complete(self) -> bool:
-        """Whether it needs no more steps; it goes when the last one is done."""
+        """True if it needs no more steps; it is removed when the last one is done."""
 
     @property
     def num_computed(self) -> int:
@@ -49,178 +51,187 @@ class Schedulable(Protocol):
 
     @property
     def num_uncomputed(self) -> int:
-        """The tokens known that are not in its caches yet."""
+        """The known tokens that are not in its caches yet."""
 
     def room_for(self, tokens: int) -> int:
-        """Give the room that its caches will have once they hold `tokens`."""
+        """Return the room that its caches have once they hold `tokens`."""
 
     def first_room(self) -> int:
-        """Give the room that it begins with."""
+        """Return the room that it starts with."""
 
     def reserve(self, room: int) -> None:
-        """Have so much room at the next write."""
+        """Grow its caches to `room` tokens at the next write."""
 
 
-J = TypeVar("J", bound=Schedulable)
-J_contra = TypeVar("J_contra", bound=Schedulable, contravariant=True)
+S = TypeVar("S", bound=Schedulable)
+S_contra = TypeVar("S_contra", bound=Schedulable, contravariant=True)
 
 
-class CacheOwner(Protocol[J_contra]):
-    """Who holds the caches, and does what is decided here."""
+class CacheOwner(Protocol[S_contra]):
+    """Holds the caches, and carries out what the scheduler decides."""
 
-    def admit(self, job: J_contra) -> None:
-        """Give a job its caches, with what is known of its tokens."""
+    def admit(self, sequence: S_contra) -> None:
+        """Create the caches of a sequence, filled with what is kept of its tokens."""
 
-    def preempt(self, job: J_contra) -> None:
-        """Take a job's caches away; it will begin anew."""
+    def preempt(self, sequence: S_contra) -> None:
+        """Release the caches of a sequence; it starts again later."""
 
     def held_by_prefixes(self) -> int:
-        """The tokens that kept prefixes have room for."""
+        """Return the tokens that kept prefixes have room for."""
 
     def evict(self, tokens: int) -> None:
-        """Give up kept prefixes for so many tokens, as far as there are any."""
+        """Evict kept prefixes with room for so many tokens, as far as there are any."""
 
 
 @dataclass(frozen=True, slots=True)
-class Step(Generic[J]):
-    """What the next forward pass does: a token for each of `decoding`, and a chunk of a prompt.
+class Step(Generic[S]):
+    """The work of one forward pass: a token for each of `decoding`, and a chunk of a prompt.
 
-    That is the first of `prefilling`; prompts of the others that are short find room beside it.
+    The chunk is of the first of `prefilling`; short prompts of the others may be read beside it.
     """
 
-    decoding: Sequence[J]
-    prefilling: Sequence[J]
+    decoding: Sequence[S]
+    prefilling: Sequence[S]
 
 
-class Scheduler(Generic[J]):
-    """Holds those who wait and those who run, and decides each step."""
+class Scheduler(Generic[S]):
+    """Holds the waiting and the running sequences, and decides each step."""
 
-    def __init__(self, room: int, memory: CacheOwner[J]) -> None:
-        """Share out `room` tokens of cache."""
+    def __init__(self, room: int, caches: CacheOwner[S]) -> None:
+        """Create a scheduler that shares out `room` tokens of cache."""
         self.room = room
-        self.waiting: list[J] = []
-        self.running: list[J] = []  # whoever loses least by making room for others is last
-        self._memory = memory
+        self.waiting: list[S] = []
+        self.running: list[S] = []  # the last, which loses least, is preempted first
+        self._caches = caches
         self._speed = 0.0  # tokens of prompt a second
-        self._stuck = False  # the first of the line found no room, and nothing has changed since
-        self._preempted: list[J] = []  # of those who wait: they had their turn, and come first
-        self._served: dict[str, int] = {}  # when each client was served last, counted in turns
-        self._turns = 0
+        self._blocked = False  # the first waiting found no room, and nothing has changed since
+        self._preempted: list[S] = []  # of those waiting: they come first, ahead of clients' turns
+        self._last_turn: dict[str, int] = {}  # the turn in which each client was last admitted
+        self._turn = 0  # admissions so far
 
-    def add(self, job: J) -> None:
-        """Have a job run when its turn comes: by priority, by client, then in order of arrival."""
-        self.waiting.append(job)
+    def add(self, sequence: S) -> None:
+        """Add a waiting sequence: it runs by priority, then by client, then in order of arrival."""
+        self.waiting.append(sequence)
         self.waiting.sort(key=lambda waiting: waiting.priority)
-        self._stuck = False
+        self._blocked = False
 
-    def remove(self, job: J) -> None:
-        """Forget a job."""
-        (self.running if job in self.running else self.waiting).remove(job)
-        if job in self._preempted:
-            self._preempted.remove(job)
-        self._stuck = False
+    def remove(self, sequence: S) -> None:
+        """Remove a sequence."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        if sequence in self._preempted:
+            self._preempted.remove(sequence)
+        self._blocked = False
 
     def clear(self) -> None:
-        """Forget all jobs."""
-        for jobs in (self.running, self.waiting, self._preempted):
-            jobs.clear()
-        self._stuck = False
+        """Remove all sequences."""
+        for sequences in (self.running, self.waiting, self._preempted):
+            sequences.clear()
+        self._blocked = False
 
     def held(self) -> int:
-        """Count the tokens that caches have room for, those of kept prefixes included."""
-        return sum(job.room for job in self.running) + self._memory.held_by_prefixes()
+        """Count the tokens that caches have room for, kept prefixes included."""
+        return sum(sequence.room for sequence in self.running) + self._caches.held_by_prefixes()
 
-    def next_step(self) -> Step[J]:
-        """Decide what runs next; admits and pauses as memory allows and priorities demand."""
+    def next_step(self) -> Step[S]:
+        """Return the next step, after admitting and preempting as room and priorities demand."""
         self._preempt_idle_work()
         self._admit()
-        for job in list(self.running):
-            if job in self.running and job.answering and not job.complete:
-                self._make_room(job, job.room_for(job.num_computed + max(1, job.num_uncomputed)))
-        alive = [job for job in self.running if not job.complete]
-        decoding = [job for job in alive if job.answering]
-        reading = [job for job in alive if not job.answering]
-        if reading:  # whoever else has a prompt to be read is next
-            self.running.remove(reading[0])
-            self.running.append(reading[0])
-        return Step(decoding, reading)
+        for sequence in list(self.running):
+            # Making room for one may have preempted another of the list.
+            if sequence in self.running and sequence.answering and not sequence.complete:
+                tokens = sequence.num_computed + max(1, sequence.num_uncomputed)
+                self._make_room(sequence, sequence.room_for(tokens))
+        active = [sequence for sequence in self.running if not sequence.complete]
+        decoding = [sequence for sequence in active if sequence.answering]
+        prefilling = [sequence for sequence in active if not sequence.answering]
+        if prefilling:  # round robin: another prompt is read first in the next step
+            self.running.remove(prefilling[0])
+            self.running.append(prefilling[0])
+        return Step(decoding, prefilling)
 
-    def prefill_budget(self, step: Step[J], limit: int) -> int:
-        """Give the most tokens to read of prompts, up to `limit`, so that nobody waits long."""
+    def prefill_budget(self, step: Step[S], limit: int) -> int:
+        """Return the most prompt tokens to read in `step`, up to `limit`.
+
+        By the measured speed, so that decoding is not stalled for longer than `_MAX_STALL`.
+        """
         if not step.decoding and step.prefilling and step.prefilling[0].priority < IDLE:
             return limit
-        patient = int(self._speed * _MAX_STALL) // _MIN_CHUNK * _MIN_CHUNK
-        return min(limit, max(_MIN_CHUNK, patient))
+        tokens = int(self._speed * _MAX_STALL) // _MIN_CHUNK * _MIN_CHUNK
+        return min(limit, max(_MIN_CHUNK, tokens))
 
     def observe(self, tokens: int, seconds: float) -> None:
-        """Learn how long a step with so many tokens of prompt took."""
+        """Record how long a step with so many tokens of prompt took."""
         speed = tokens / max(seconds, 1e-6)
-        self._speed = speed if not self._speed else _MEMORY * self._speed + (1 - _MEMORY) * speed
+        if self._speed:
+            speed = _SPEED_DECAY * self._speed + (1 - _SPEED_DECAY) * speed
+        self._speed = speed
 
     def _preempt_idle_work(self) -> None:
-        if any(job.priority < IDLE for job in (*self.waiting, *self.running)):
-            for job in [job for job in self.running if job.priority >= IDLE]:
-                self._preempt(job)
+        if any(sequence.priority < IDLE for sequence in (*self.waiting, *self.running)):
+            for sequence in [sequence for sequence in self.running if sequence.priority >= IDLE]:
+                self._preempt(sequence)
 
     def _admit(self) -> None:
-        self._stuck = self._stuck and bool(self.running)
-        while self.waiting and not self._stuck and len(self.running) < _MAX_RUNNING:
-            job = self._next()
-            if job.priority >= IDLE and self.running:
+        # With nothing running there is room for any: longer requests are refused before they wait.
+        self._blocked = self._blocked and bool(self.running)
+        while self.waiting and not self._blocked and len(self.running) < _MAX_RUNNING:
+            sequence = self._next_waiting()
+            if sequence.priority >= IDLE and self.running:
                 return
-            self._memory.admit(job)
-            if job not in self.waiting:  # it could not even begin
+            self._caches.admit(sequence)
+            if sequence not in self.waiting:  # it ended at admission
                 continue
-            self.waiting.remove(job)
-            if job in self._preempted:
-                self._preempted.remove(job)
-            self.running.append(job)
-            self._note_turn(job.client)
-            self._stuck = not self._make_room(job, job.first_room())
+            self.waiting.remove(sequence)
+            if sequence in self._preempted:
+                self._preempted.remove(sequence)
+            self.running.append(sequence)
+            self._record_turn(sequence.client)
+            self._blocked = not self._make_room(sequence, sequence.first_room())
 
-    def _next(self) -> J:
-        """Return whose turn it is of those who wait."""
-        first = [job for job in self.waiting if job.priority == self.waiting[0].priority]
-        for job in first:
-            if job in self._preempted:
-                return job
-        running = Counter(job.client for job in self.running)
+    def _next_waiting(self) -> S:
+        """Return the waiting sequence to admit next."""
+        least = self.waiting[0].priority
+        candidates = [sequence for sequence in self.waiting if sequence.priority == least]
+        for sequence in candidates:
+            if sequence in self._preempted:
+                return sequence
+        num_running = Counter(sequence.client for sequence in self.running)
 
-        def turn(job: J) -> tuple[int, int]:
-            return running[job.client], self._served.get(job.client, 0)
+        def turn(sequence: S) -> tuple[int, int]:
+            return num_running[sequence.client], self._last_turn.get(sequence.client, 0)
 
-        return min(first, key=turn)  # of equal ones that is the first to come
+        return min(candidates, key=turn)  # of equals, `min` takes the first to arrive
 
-    def _note_turn(self, client: str) -> None:
-        self._turns += 1
-        self._served[client] = self._turns
-        if len(self._served) > _MAX_CLIENTS:
-            present = {job.client for job in (*self.running, *self.waiting)}
-            self._served = {c: turn for c, turn in self._served.items() if c in present}
+    def _record_turn(self, client: str) -> None:
+        self._turn += 1
+        self._last_turn[client] = self._turn
+        if len(self._last_turn) > _MAX_CLIENTS:
+            active = {sequence.client for sequence in (*self.running, *self.waiting)}
+            self._last_turn = {c: turn for c, turn in self._last_turn.items() if c in active}
 
-    def _make_room(self, job: J, room: int) -> bool:
-        """Have a job's caches grow to `room`, if need be at the cost of those that came later.
+    def _make_room(self, sequence: S, room: int) -> bool:
+        """Grow a sequence's caches to `room`, preempting later arrivals if necessary.
 
-        False if it has been put back into the line itself.
+        Returns False if the sequence itself was preempted.
         """
-        if room <= job.room:
+        if room <= sequence.room:
             return True
-        while (lack := self.held() - job.room + room - self.room) > 0:
-            last = self.running[-1]
-            alone = last is job and len(self.running) == 1
-            if lack <= self._memory.held_by_prefixes() or alone:
-                self._memory.evict(lack)
-                break  # what one alone may need was made sure of before it was let in
-            self._preempt(last)
-            if last is job:
+        while (shortfall := self.held() - sequence.room + room - self.room) > 0:
+            victim = self.running[-1]
+            alone = victim is sequence and len(self.running) == 1
+            if shortfall <= self._caches.held_by_prefixes() or alone:
+                self._caches.evict(shortfall)
+                break  # one alone has room: longer requests are refused before they wait
+            self._preempt(victim)
+            if victim is sequence:
                 return False
-        job.reserve(room)
+        sequence.reserve(room)
         return True
 
-    def _preempt(self, job: J) -> None:
-        self._memory.preempt(job)
-        if job in self.running:  # it may have ended meanwhile
-            self.running.remove(job)
-            same = sum(other.priority < job.priority for other in self.waiting)
-            self.waiting.insert(same, job)
-            self._preempted.append(job)
+    def _preempt(self, sequence: S) -> None:
+        self._caches.preempt(sequence)
+        if sequence in self.running:  # not if the step in flight has ended it
+            self.running.remove(sequence)
+            position = sum(other.priority < sequence.priority for other in self.waiting)
+            self.waiting.insert(position, sequence)
+            self._preempted.append(sequence)

@@ -1,4 +1,4 @@
-"""One request as it runs: its tokens, its caches, and what is still to be done."""
+"""The state of one running request: its tokens, its caches, and how far both have come."""
 
 from collections.abc import Sequence
 
@@ -11,19 +11,19 @@ from qwen3_mlx.engine.sampling import Sampler
 from qwen3_mlx.engine.speculation.ngram import NgramProposer
 from qwen3_mlx.errors import Qwen3Error
 
-FIRST_ROOM = 256  # tokens of a reply to have room for at once
+FIRST_ROOM = 256  # tokens of the reply that a sequence has room for when it starts
 
 
 class SequenceState:
-    """A request's state, from its arrival to its end.
+    """State of a request, from its arrival to its end.
 
-    `ids` are the prompt and the reply as far as the host knows them. Where the step in work chooses
-    one more, `num_in_flight` is 1. `num_computed` tokens are in the caches, or will be when that
-    step is done.
+    `ids` are the prompt and the reply as far as the host knows them. Where the step in flight
+    chooses one more, `num_in_flight` is 1. `num_computed` tokens are in the caches, or will be when
+    that step is done.
     """
 
     def __init__(self, request: Request, vocabulary: int, context: int) -> None:
-        """Prepare to run `request`; no more than `context` tokens will be held.
+        """Create the state of `request`, which may hold at most `context` tokens.
 
         Raises:
             ValueError: it has no ids, or its `logit_bias` names one that is not in the vocabulary.
@@ -38,57 +38,61 @@ class SequenceState:
         self.sampler = Sampler(
             request.sampling, seed=request.seed, vocabulary=vocabulary, prompt=request.ids
         )
-        self.ngrams: NgramProposer | None = None  # what may come next, where anybody wants to know
-        self.cached_tokens: int | None = None  # of the prompt, when it was first begun
-        self.num_passes = 0  # in which a token was chosen
-        self.proposed = self.accepted = 0  # tokens
-        self.num_scored = 0  # tokens of the prompt after which the next one's probability is known
+        self.ngrams: NgramProposer | None = None  # None without speculation
+        self.cached_tokens: int | None = None  # prompt tokens in the prefix cache at admission
+        self.num_passes = 0  # forward passes in which a token was chosen
+        self.proposed = self.accepted = 0  # draft tokens
+        self.num_scored = 0  # prompt positions whose next token has its logprob
         self.reason: str | None = None  # why the reply has ended, if it has
-        self.failure: BaseException | None = None  # of its constraint, to end with
-        self.begun = False  # whether a token was chosen
+        self.failure: BaseException | None = None  # raised by the constraint; ends the request
+        self.begun = False  # True once a token was chosen
         self.ended = False
-        self.logits_rechecked = (
-            False  # whether its logits have been checked because it was doubtful
-        )
-        self.num_to_keep: int | None = None  # tokens, when it has ended; None is all
-        self._most = context + 1  # a write must never fill its buffer
+        self.logits_rechecked = False
+        self.num_to_keep: int | None = None  # tokens to keep as a prefix at the end; None is all
+        # One more than the context: a write must never fill its buffer, or it would become a view
+        # of the projection's output and keep all of that alive (`next_capacity`).
+        self._max_room = context + 1
         self.reset()
 
     def reset(self) -> None:
-        """Be without caches: to start, or to start anew, with what has been chosen so far."""
+        """Drop the caches: to start, or to start again with the tokens chosen so far."""
         self.layers: list[KVCache] = []
         self.room = 0  # tokens that the caches have room for, or will after their next write
         self.num_computed = 0
-        self.num_prefix_hit = 0  # tokens that were kept from another request
+        self.num_prefix_hit = 0  # tokens that came from the prefix cache
         self.num_in_flight = 0
-        self.answering = False  # whether all has been read once, so that tokens are being chosen
+        self.answering = False  # True once the prompt is prefilled, so that tokens are chosen
 
     @property
     def priority(self) -> int:
-        """Who comes first: the least."""
+        """The priority of the request; the least comes first."""
         return self.request.priority
 
     @property
     def client(self) -> str:
-        """Whose request it is."""
+        """The client that the request belongs to."""
         return self.request.client
 
     @property
     def num_uncomputed(self) -> int:
-        """The tokens known that are not in the caches yet."""
+        """The known tokens that are not in the caches yet."""
         return len(self.ids) - self.num_computed
 
     @property
     def skippable(self) -> int:
-        """The tokens that need not be read if other caches have them.
+        """The tokens that need not be computed if a kept prefix has them.
 
-        The last token is read in any case: its logits are needed, and there is a step to end at.
+        With prompt logprobs, only positions that have been scored are among them.
         """
-        most = len(self.ids) - 1
-        return most if self.request.on_prompt_logprobs is None else min(most, self.num_scored)
+        # The last token is always computed: its logits are needed, and a request ends in a step.
+        limit = len(self.ids) - 1
+        return limit if self.request.on_prompt_logprobs is None else min(limit, self.num_scored)
 
     def unscored(self, length: int) -> range:
-        """Return the places, of the next `length` tokens, whose logits score a prompt's token."""
+        """Return the prompt positions to score among the next `length` tokens.
+
+        The logits of a position score the token after it.
+        """
         if self.request.on_prompt_logprobs is None:
             return range(0)
         end = min(self.num_computed + length, len(self.request.ids) - 1)
@@ -103,44 +107,50 @@ class SequenceState:
 
     @property
     def num_sampled(self) -> int:
-        """The tokens of the reply, the one that the host does not know yet included."""
+        """The tokens of the reply, including one in flight."""
         return self.num_output + self.num_in_flight
 
     @property
     def needs_mask(self) -> bool:
-        """Whether its constraint must be asked before the next token is chosen."""
+        """True if the constraint masks the next token."""
         try:
             return self.request.constraint is not None and self.request.constraint.needs_mask
-        except BaseException as error:  # noqa: BLE001 - this request's alone
+        except BaseException as error:  # noqa: BLE001 - ends this request only
+            # Read in the middle of building a step for all: the error must not end the others, so
+            # it is kept until `EngineCore` ends this request.
             self.failure = error
             return False
 
     @property
     def complete(self) -> bool:
-        """Whether no forward pass is left to be done for this request."""
+        """True if this request needs no more forward passes."""
         if self.request.max_tokens == 0:
             return self.num_uncomputed == 0
+        # With the token in flight, so that no step is built beyond `max_tokens`.
         return self.ended or self.num_sampled >= self.request.max_tokens
 
     def room_for(self, tokens: int) -> int:
-        """Give the room that the caches will have once they hold `tokens`."""
-        return self.room if tokens <= self.room else min(next_capacity(tokens), self._most)
+        """Return the room of the caches once they hold `tokens`; it grows by a quarter at a time.
+
+        It is at most one token more than the context.
+        """
+        return self.room if tokens <= self.room else min(next_capacity(tokens), self._max_room)
 
     def first_room(self) -> int:
-        """Give the room to begin with: for all that is known, and some of what is to come."""
+        """Return the room to start with: for all known tokens and `FIRST_ROOM` of the reply."""
         if self.room > len(self.ids):
             return self.room
-        return min(len(self.ids) + FIRST_ROOM, self._most)
+        return min(len(self.ids) + FIRST_ROOM, self._max_room)
 
     def reserve(self, room: int) -> None:
-        """Have the caches make so much room at their next write, if they have less."""
+        """Grow the caches to `room` tokens at their next write, if they have less."""
         if room > self.room:
             self.room = room
             for layer in self.layers:
                 layer.reserve(room)
 
     def truncate(self, tokens: int) -> None:
-        """Have the caches forget what they have seen, or will have, beyond so many tokens."""
+        """Remove all but the first `tokens` from the caches, those of a step in flight included."""
         for layer in self.layers:
             layer.truncate(tokens)
         self.num_computed = min(self.num_computed, tokens)
@@ -154,87 +164,97 @@ class SequenceState:
         *,
         masked: bool,
     ) -> bool:
-        """Take what was chosen: as many tokens as were proposed, and the one that was not.
+        """Append the accepted draft tokens and the first token that differs or follows them.
 
-        `masked` says that each was chosen with the mask that was foreseen for its place. Gives
-        whether the reply goes on as if it were alone: what its constraint takes back or forces
-        changes what comes next.
+        `chosen` are the tokens of all rows of this sequence: one for each draft token in `proposal`
+        and one more. `masked` is True if each was chosen with its lookahead mask. Returns whether
+        a step that was built ahead on these tokens stays valid: it does not if the reply has ended,
+        or if the constraint takes back, forces or masks what comes next.
         """
         tokens = [token for token, _ in chosen]
-        right = common_prefix(tokens, proposal)
+        num_accepted = common_prefix(tokens, proposal)
         if proposal:
             self.proposed += len(proposal)
-            # What was chosen behind the first that differs stands on a token that never came.
-            self.truncate(len(self.ids) + right)
-        taken, goes_on = 0, True
-        while goes_on and taken <= right:
-            self.accepted += taken < right
-            goes_on = self._commit_one(*chosen[taken], masked=masked)
-            taken += 1
-        if taken < len(tokens):
-            self.sampler.rewind(mx.array(tokens[taken:]))
+            # Tokens behind the first that differs were computed from a rejected draft token.
+            self.truncate(len(self.ids) + num_accepted)
+        num_committed, undisturbed = 0, True
+        # An accepted token counts only if it is committed: the reply may end, or be rolled back,
+        # before the last accepted one.
+        while undisturbed and num_committed <= num_accepted:
+            self.accepted += num_committed < num_accepted
+            undisturbed = self._commit_one(*chosen[num_committed], masked=masked)
+            num_committed += 1
+        if num_committed < len(tokens):
+            # The randomness of dropped tokens is drawn again, so that a seed gives the same reply
+            # with speculation and without.
+            self.sampler.rewind(mx.array(tokens[num_committed:]))
             self.truncate(len(self.ids) - 1)
-        return goes_on
+        return undisturbed
 
     def force(self) -> bool:
-        """Take the tokens that the constraint forces, and say whether there were any."""
+        """Append the tokens that the constraint forces; return whether there were any."""
         constraint, any_forced = self.request.constraint, False
+        # In a loop: a constraint that has taken forced tokens may force more, or take them back.
         while constraint and not self.reason and (forced := constraint.forced_tokens()):
-            self.truncate(len(self.ids))  # a proposal may have been something else
+            self.truncate(len(self.ids))  # the caches may hold other draft tokens there
             self._append(forced[: self.request.max_tokens - self.num_output], forced=True)
             any_forced = True
         return any_forced
 
-    def _commit_one(self, token: int, chance: SampledLogprob | None, *, masked: bool) -> bool:
+    def _commit_one(self, token: int, logprob: SampledLogprob | None, *, masked: bool) -> bool:
+        """Append one chosen token and those forced after it; return as `commit` does."""
         request, constraint = self.request, self.request.constraint
-        if request.progress and not self.begun:  # others may have been forced before
+        # By `begun`, not by the length of the reply: tokens may have been forced before.
+        if request.progress and not self.begun:
             request.progress(len(request.ids), len(request.ids))
         self.begun = True
         if self.ngrams:
             self.ngrams.score(token)
-        self._append([token], chance)
+        self._append([token], logprob)
         if self.reason or not constraint:
             return not self.reason
-        changed = constraint.rollback > 0
-        return not (self.force() or changed or (constraint.needs_mask and not masked))
+        # Read before `force`: the next `advance` resets it.
+        rolled_back = constraint.rollback > 0
+        return not (self.force() or rolled_back or (constraint.needs_mask and not masked))
 
     def _append(
-        self, ids: list[int], chance: SampledLogprob | None = None, *, forced: bool = False
+        self, ids: list[int], logprob: SampledLogprob | None = None, *, forced: bool = False
     ) -> None:
-        """Add tokens to the reply, and see whether that ends it."""
+        """Append tokens to the reply, and set `reason` if they end it."""
         request, constraint = self.request, self.request.constraint
-        end = next((place for place, token in enumerate(ids) if token in request.end_ids), None)
+        end = next((index for index, token in enumerate(ids) if token in request.end_ids), None)
         ids = ids if end is None else ids[: end + 1]
         self.ids += ids
-        if forced:  # what is chosen was counted as it was chosen
+        if forced:  # chosen tokens were counted when they were sampled
             self.sampler.force(mx.array(ids))
         if self.ngrams:
             self.ngrams.index_new()
+        # The constraint comes before the sink: tokens that it takes back at once are never shown.
         if constraint:
             constraint.advance(ids)
             if constraint.rollback:
-                self._roll_back(constraint.rollback, new=len(ids))
+                self._roll_back(constraint.rollback, unseen=len(ids))
                 return
-        if chance and request.on_logprobs:
-            request.on_logprobs(chance)
-        if told := ids[:end]:
-            request.sink.advance(told)
+        if logprob and request.on_logprobs:
+            request.on_logprobs(logprob)
+        if shown := ids[:end]:
+            request.sink.advance(shown)
         if end is not None or request.sink.finished or (constraint and constraint.finished):
             self.reason = "stop"
         elif self.num_output >= request.max_tokens:
             self.reason = "length"
 
-    def _roll_back(self, count: int, *, new: int) -> None:
-        """Take back the last `count` tokens, of which the watcher has not heard of `new`."""
+    def _roll_back(self, count: int, *, unseen: int) -> None:
+        """Remove the last `count` tokens, of which the sink has not received the last `unseen`."""
         self.sampler.rewind(mx.array(self.ids[-count:]))
         if self.ngrams:
-            self.ngrams.forget(count)
+            self.ngrams.forget(count)  # before the ids go: it reads them
         del self.ids[-count:]
         self.truncate(len(self.ids))
-        if count > new:
-            self.request.sink.rewind(count - new)
+        if count > unseen:
+            self.request.sink.rewind(count - unseen)
 
     def result(self, reason: str) -> RequestResult:
-        """Sum up a generation that has ended."""
+        """Return the result of a generation that has ended."""
         counts = (self.num_passes, self.proposed, self.accepted)
         return RequestResult(reason, self.num_output, self.cached_tokens or 0, *counts)

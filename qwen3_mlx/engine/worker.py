@@ -1,7 +1,7 @@
-"""The one thread that owns MLX.
+"""The worker thread: the one thread that owns MLX.
 
 A lazy array belongs to the thread that made it, so everything that computes runs here, from loading
-on; other threads hand in work and take evaluated results.
+on; other threads submit jobs and receive evaluated results.
 """
 
 import atexit
@@ -20,26 +20,26 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.errors import Qwen3Error
 
-_INTERRUPTED = 130  # the exit code of a program that Ctrl-C has ended
+_INTERRUPTED = 130  # exit code of a program ended by Ctrl-C
 
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
-_FREE = nullcontext()
+_NO_WAIT = nullcontext()
 _CLOSED = "this LLM is closed; load it again"
 
 
 class _WorkerThread(Thread):
-    """The thread of a worker; a callback on it may wait for that of another worker."""
+    """The thread of a worker. `waits_for` is another worker's, while a callback waits for it."""
 
     waits_for: "_WorkerThread | None" = None
 
 
 class Worker:
-    """A thread that does the jobs given to it one after another.
+    """Runs jobs on a thread of its own, one after another.
 
-    There is no lock: the garbage collector may call `stop`, or anything else, in the middle of any
-    of these methods, on the same thread.
+    There is no lock: the garbage collector may call `stop`, or any other method, in the middle of
+    these methods, on the same thread.
     """
 
     def __init__(self) -> None:
@@ -50,16 +50,16 @@ class Worker:
         """
         backend.refuse_fork()
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
-        self.ending = False  # what runs should come to its end, too
-        self._ended = False  # what is posted from now on may be left undone
+        self.ending = False  # set by `stop`: running requests are cancelled
+        self._ended = False  # jobs posted from now on may not run
         self._process = os.getpid()
         self._stream = backend.acquire_stream()
-        self._thread = _WorkerThread(target=self._work, name="qwen3-mlx", daemon=True)
+        self._thread = _WorkerThread(target=self._run_jobs, name="qwen3-mlx", daemon=True)
         self._thread.start()
-        atexit.register(self._end)  # which runs even if no LLM has been made yet to be finalized
+        atexit.register(self._end)  # not by the LLM's finalizer: there may be no LLM yet
 
     def post(self, job: Callable[[], None]) -> None:
-        """Have `job` done later; an error that it raises is logged.
+        """Queue `job`; an error that it raises is logged.
 
         Raises:
             Qwen3Error: the thread has ended, or is another process's.
@@ -68,19 +68,19 @@ class Worker:
         if self.ending:
             raise Qwen3Error(_CLOSED)
         self._jobs.put(job)
-        if self._ended:  # between the two lines above: the job may have come too late
+        if self._ended:  # it may have ended between the two lines above
             raise Qwen3Error(_CLOSED)
 
     @property
     def left_behind(self) -> bool:
-        """Whether this process was forked from that of the thread."""
+        """True if this process was forked from that of the thread, which stayed behind."""
         return os.getpid() != self._process
 
     def check_process(self) -> None:
-        """Check that this is the process of the thread; to be called before any lock is taken.
+        """Check that this is the process of the thread; call it before any lock is taken.
 
         Raises:
-            Qwen3Error: it was forked from that one.
+            Qwen3Error: this process was forked from that one.
         """
         if self.left_behind:
             raise Qwen3Error(
@@ -89,7 +89,7 @@ class Worker:
             )
 
     def wait(self) -> AbstractContextManager[None]:
-        """Return the context in which the current thread waits for what this one does.
+        """Return the context in which the current thread waits for a result of this one.
 
         Raises:
             Qwen3Error: this one waits for the current thread, or is it, so that neither would end;
@@ -97,12 +97,12 @@ class Worker:
         """
         self.check_process()
         current = current_thread()
-        return self._wait_on(current) if isinstance(current, _WorkerThread) else _FREE
+        return self._wait_on(current) if isinstance(current, _WorkerThread) else _NO_WAIT
 
     @contextmanager
     def _wait_on(self, current: _WorkerThread) -> Iterator[None]:
         thread: _WorkerThread | None = self._thread
-        current.waits_for = thread  # before the others are looked at: they do the same
+        current.waits_for = thread  # before following the chain: other threads do the same
         try:
             while thread and thread is not current:
                 thread = thread.waits_for
@@ -116,7 +116,7 @@ class Worker:
             current.waits_for = None
 
     def call(self, job: Callable[[], T]) -> T:
-        """Have `job` done and give its result, or raise its error.
+        """Run `job` on the thread; return its result, or raise its error.
 
         Raises:
             Qwen3Error: the thread has ended, or it is the current one.
@@ -134,12 +134,12 @@ class Worker:
             return future.result()
 
     def stop(self) -> None:
-        """End the thread after the jobs given so far; may be called twice, and from a job."""
+        """End the thread after the jobs queued so far; may be called twice, and from a job."""
         if self.left_behind:
             return
         self.ending = True
         self._jobs.put(None)
-        # In a callback, or collected there, it ends later: nor may it wait for another worker.
+        # In a callback, or collected there, a join could deadlock, also that of another worker.
         if not isinstance(current_thread(), _WorkerThread):
             self._thread.join()
             atexit.unregister(self._end)
@@ -150,29 +150,30 @@ class Worker:
             return
         try:
             self.stop()
-        except KeyboardInterrupt:  # an ordinary exit would hang in OpenBLAS while this one computes
+        except KeyboardInterrupt:
+            # An ordinary exit would hang in OpenBLAS while the thread computes.
             for file in (sys.stdout, sys.stderr):
                 file.flush()
             os._exit(_INTERRUPTED)
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         mx.set_default_stream(self._stream)
         while (job := self._jobs.get()) is not None:
-            _do(job)
-            del job  # or its result would live until the next one
+            _run_job(job)
+            del job  # or what it refers to would live until the next job
         self._ended = True
         with suppress(Empty):
-            while True:  # a job that was being posted when the end came may stand behind it
+            while True:  # a job posted while the thread ended may stand behind the None
                 if job := self._jobs.get_nowait():
-                    _do(job)
+                    _run_job(job)
         backend.release_stream(self._stream)
-        mx.clear_streams()  # MLX's own clean-up at the end of a thread races with the exit
+        mx.clear_streams()  # MLX's own clean-up at the end of a thread races with the process exit
 
 
-def _do(job: Callable[[], None]) -> None:
-    """Do a job; whatever it raises, the thread goes on with the next."""
+def _run_job(job: Callable[[], None]) -> None:
+    """Run a job; whatever it raises, the thread goes on with the next."""
     try:
         job()
-    except BaseException:  # noqa: BLE001 - the thread is everybody's
-        with suppress(BaseException):  # of a handler of the log
+    except BaseException:  # noqa: BLE001 - the thread serves all callers
+        with suppress(BaseException):  # a log handler may raise
             _log.exception("a job of the thread that computes failed")

@@ -30,9 +30,9 @@ GREEDY = SamplingParams(temperature=0.0)
 SYSTEM = {"role": "system", "content": "Be brief. " + "apple pear plum " * 60}
 OPTIONAL = (
     *("disk.", "prefixes.acquire", "prefixes.insert", "prefixes.match_length", "prefixes.unsaved"),
-    *("Prefix", "clear_cache", "lookup.index_new"),
+    *("Prefix", "clear_cache", "proposer.index_new"),
 )
-"""What only saves time: no request fails with it."""
+"""Calls that only save time: no request fails with them."""
 OUTSIDE = ("qwen3_mlx", "mlx", __name__)
 ONE = (
     "make_cache",
@@ -43,11 +43,11 @@ ONE = (
     "lookahead_masks",
     "SequenceState",
 )
-"""What is one request's: no other fails with it."""
+"""Calls for one request: no other fails with them."""
 
 
-def say(*words: object) -> None:
-    """Tell what is being done, in case it hangs."""
+def log(*words: object) -> None:
+    """Print what is being done, in case it hangs."""
     sys.stdout.write(" ".join(map(str, words)) + "\n")
     sys.stdout.flush()
 
@@ -72,7 +72,7 @@ class Faults:
             return function(*args, **options)
         self.seen[place] += 1
         strikes = self.strikes and self.strikes[0][:2] == (place, self.seen[place])
-        last_event = place.endswith(".on_finish")  # that is told, and fails then
+        last_event = place.endswith(".on_finish")  # runs first, and fails then
         result = function(*args, **options) if last_event or not strikes else None
         if strikes:
             self.seen.clear()
@@ -81,7 +81,7 @@ class Faults:
 
 
 class _Passing(ast.NodeTransformer):
-    """Has every call pass through `_call`, which is told its place."""
+    """Passes every call through `_call`, with its place in the source."""
 
     def visit_Call(self, node: ast.Call) -> ast.Call:
         place = ast.Constant(f"{node.lineno}: {ast.unparse(node.func)}")
@@ -101,7 +101,7 @@ def install(faults: Faults) -> None:
 
 
 def crowd(llm: LLM) -> list[str | BaseException]:
-    """Ask for all kinds of replies at once, and give what comes of each; from disk, if they can."""
+    """Submit all kinds of requests at once, and return the outcome of each; some read from disk."""
 
     def ask(words: str, **options: Any) -> Stream:
         options = {"max_tokens": 9, "sampling": GREEDY, "thinking": False, **options}
@@ -138,15 +138,15 @@ def crowd(llm: LLM) -> list[str | BaseException]:
 
 
 def read(stream: Stream) -> str | BaseException:
-    """Read a stream to its end, or to the error in its place."""
-    said: list[Event] = []
+    """Read a stream to its end; return its text, or the error in its place."""
+    events: list[Event] = []
     try:
         for event in stream:
-            said.append(event)
-    except BaseException as error:  # noqa: BLE001 - judged by who asked
+            events.append(event)
+    except BaseException as error:  # noqa: BLE001 - judged by the caller
         return error
-    assert not said or isinstance(said[-1], Finish)
-    return "".join(getattr(event, "text", "") for event in said)
+    assert not events or isinstance(events[-1], Finish)
+    return "".join(getattr(event, "text", "") for event in events)
 
 
 def wait_for(llm: LLM, true: Callable[[core.EngineCore], bool], seconds: float) -> bool:
@@ -168,8 +168,8 @@ def check_rest(llm: LLM) -> None:
 
 
 def check(llm: LLM, faults: Faults, expected: list[Any], *strikes: Strike) -> None:
-    """Have calls fail, and check what comes of it."""
-    say(*(f"{place} ({count})" for place, count, _ in strikes))
+    """Run a crowd while calls fail, and check the outcomes."""
+    log(*(f"{place} ({count})" for place, count, _ in strikes))
     inner = llm._open().engine._core
     disk = inner._disk
     faulthandler.dump_traceback_later(LIMIT, exit=True)
@@ -181,12 +181,12 @@ def check(llm: LLM, faults: Faults, expected: list[Any], *strikes: Strike) -> No
     errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     for outcome, right in zip(outcomes, expected, strict=True):
         raised = outcome in [error for _, _, error in strikes]
-        told = isinstance(outcome, Qwen3Error) and "struck" in str(outcome)
-        assert raised or told or outcome == right, (outcome, right)
+        reported = isinstance(outcome, Qwen3Error) and "struck" in str(outcome)
+        assert raised or reported or outcome == right, (outcome, right)
     place = strikes[-1][0]
     if len(strikes) == 1 and any(name in place for name in (*OPTIONAL, *ONE)):
         assert len(errors) <= any(name in place for name in ONE), errors
-    say("   failed:", len(errors))
+    log("   failed:", len(errors))
     check_rest(llm)
     assert isinstance(read(llm.stream("Hello", max_tokens=4)), str)
     faulthandler.cancel_dump_traceback_later()

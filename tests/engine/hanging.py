@@ -1,6 +1,6 @@
-"""What could hang, as programs that tests/engine/test_hangs.py runs, each with a time limit.
+"""Programs that could hang; tests/engine/test_hangs.py runs each with a time limit.
 
-Each loads a model, has something go wrong, and checks that every caller gets an answer or an error.
+Each loads a model, makes something fail, and checks that every caller gets a reply or an error.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.text.events import Event, Finish
 from tests.support import DEMO
 
-Said = Event | BaseException
+Delivered = Event | BaseException
 GREEDY = SamplingParams(temperature=0.0)
 PROMPT = "Count from 3 to 9."
 ERRORS = (
@@ -44,12 +44,12 @@ ERRORS = (
 
 
 def answer(llm: LLM) -> str:
-    """Give a reply that is always the same."""
+    """Return a reply that is always the same."""
     return llm.chat(PROMPT, thinking=False, max_tokens=6, sampling=GREEDY).text
 
 
 def now() -> str:
-    """Tell the time."""
+    """Return the time."""
     return "noon"
 
 
@@ -71,7 +71,7 @@ def others_go_on(llm: LLM) -> Iterator[None]:
 
 
 def raising(error: BaseException, *, after: int = 0) -> Callable[..., None]:
-    """Give a callback that takes anything, and raises from some call on."""
+    """Return a callback that takes anything, and raises from some call on."""
     calls = iter(range(10_000))
 
     def callback(*_: Any, **__: Any) -> None:
@@ -101,7 +101,7 @@ def check_same(found: BaseException, error: BaseException) -> None:
 
 
 def progress() -> None:
-    """`progress` of each way to ask raises."""
+    """Check a `progress` callback that raises, in each method of the API."""
     with load() as llm:
         ways: list[Callable[..., object]] = [
             partial(llm.chat, "Who are you?", max_tokens=8),
@@ -130,32 +130,37 @@ def progress() -> None:
 
 
 def deliver() -> None:
-    """`deliver` of `begin` raises: it is told so as the last event; at the last, it had that."""
+    """Check a `deliver` callback of `begin` that raises: the error is the last event.
+
+    If it raises at the last event, that one has been delivered.
+    """
     with load() as llm:
         for error in ERRORS:
             for fails in (lambda event: not ends(event), ends):
-                said = SimpleQueue[Said]()
+                events = SimpleQueue[Delivered]()
 
-                def take(event: Said, said: Any = said, fails: Any = fails, e: Any = error) -> None:
-                    said.put(event)
+                def take(
+                    event: Delivered, events: Any = events, fails: Any = fails, e: Any = error
+                ) -> None:
+                    events.put(event)
                     if fails(event):
                         raise e
 
                 with others_go_on(llm):
                     task = llm.prepare(PROMPT, thinking=False, max_tokens=8)
                     llm.begin(task, take, threading.Event())
-                    while not ends(last := said.get()):
+                    while not ends(last := events.get()):
                         pass
                     assert last is error or isinstance(last, Finish)
-                assert said.empty()
+                assert events.empty()
 
 
-def ends(event: Said) -> bool:
+def ends(event: Delivered) -> bool:
     return isinstance(event, Finish | BaseException)
 
 
 def soon() -> None:
-    """Jobs of `call_soon` and of `compute` raise."""
+    """Check jobs of `call_soon` and of `compute` that raise."""
     with load() as llm:
         for error in ERRORS:
             with others_go_on(llm):
@@ -168,7 +173,7 @@ def soon() -> None:
 
 
 def nested() -> None:
-    """What would wait for its own thread says so, wherever it is called; the rest works."""
+    """Check that a call that would wait for its own thread raises; the other calls work."""
     with load() as llm:
 
         async def read() -> None:
@@ -211,7 +216,7 @@ def nested() -> None:
 
 
 def circle() -> None:
-    """Callbacks of two models may wait for the other one's, but not in a circle."""
+    """Check that callbacks of two models may wait for each other's, but not in a circle."""
     with load() as one, load() as other:
 
         def ask(llm: LLM, then: Callable[[], object]) -> object:
@@ -230,7 +235,7 @@ def circle() -> None:
 
 
 def callbacks(llm: LLM) -> list[Callable[[Callable[[], object]], object]]:
-    """Give the ways in which somebody's code comes to run on the thread that computes."""
+    """Return the ways in which a caller's code comes to run on the thread that computes."""
 
     def by_soon(do: Callable[[], object]) -> None:
         outcome = SimpleQueue[BaseException | None]()
@@ -264,7 +269,7 @@ def callbacks(llm: LLM) -> list[Callable[[Callable[[], object]], object]]:
 
 
 def closing() -> None:
-    """A callback may close the LLM: what runs is cancelled, what comes is refused."""
+    """Check that a callback may close the LLM: requests are cancelled, new ones refused."""
     for call in range(4):
         llm = load()
         stream = llm.stream(PROMPT, max_tokens=2000)
@@ -280,9 +285,9 @@ def closing() -> None:
 
 
 def tools() -> None:
-    """Tools run on the caller's thread: they may use the LLM, and what they raise is the caller's.
+    """Check that tools run on the caller's thread: they may use the LLM, and may raise SystemExit.
 
-    Errors proper are told to the model.
+    An Exception is reported to the model.
     """
     with load() as llm:
         here, threads = threading.current_thread(), list[threading.Thread]()
@@ -322,7 +327,7 @@ def tools() -> None:
 
 
 def failing() -> None:
-    """Parts of the engine fail for as long as some requests last: those end, and others follow."""
+    """Check that requests end while a part of the engine fails; later ones are answered."""
     parts = [
         *((Qwen3, "make_cache"), (core, "forward"), (core, "choose"), (core, "SequenceState")),
         *((Scheduler, name) for name in ("add", "next_step", "remove", "held", "prefill_budget")),
@@ -346,10 +351,10 @@ def failing() -> None:
                 except (Qwen3Error, RuntimeError) as error:
                     outcomes.append(error)
 
-            asking = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
-            for thread in asking:
+            threads = [threading.Thread(target=ask, daemon=True) for _ in range(3)]
+            for thread in threads:
                 thread.start()
-            for thread in asking:
+            for thread in threads:
                 thread.join()
             setattr(part, name, whole)
             assert len(outcomes) == 3
@@ -362,13 +367,13 @@ def failing() -> None:
 
 
 def finalizer() -> None:
-    """The collector ends an LLM in the middle of `Worker.post`, on either thread."""
+    """Check an LLM that is garbage collected in the middle of `Worker.post`, on either thread."""
     end_while_posting(on_worker=True)
     end_while_posting(on_worker=False)
 
 
 def end_while_posting(*, on_worker: bool) -> None:
-    llms, said = [load()], SimpleQueue[Said]()
+    llms, events = [load()], SimpleQueue[Delivered]()
     worker = llms[0]._worker
     jobs = worker._jobs
 
@@ -384,18 +389,18 @@ def end_while_posting(*, on_worker: bool) -> None:
                 assert worker.ending
             jobs.put(job)
 
-    llms[0].begin(llms[0].prepare(PROMPT, max_tokens=100), said.put, threading.Event())
+    llms[0].begin(llms[0].prepare(PROMPT, max_tokens=100), events.put, threading.Event())
     worker._jobs = Collecting()  # type: ignore[assignment]
     if not on_worker:
         assert isinstance(raised_by(lambda: worker.call(lambda: None)), Qwen3Error)
-    while not ends(last := said.get()):
+    while not ends(last := events.get()):
         pass
     assert isinstance(last, Finish)
     worker._thread.join()
 
 
 def fork_while_busy() -> None:
-    """A child cannot use its parent's model, whatever that was doing."""
+    """Check that a child cannot use its parent's model, whatever that was doing."""
     with load() as llm:
         done = threading.Event()
         begun = llm.stream("Hello there")
@@ -430,7 +435,7 @@ def check_child(child: int) -> None:
 
 
 def fork() -> None:
-    """In a fork of a process that computes, loading and converting are refused in words."""
+    """Check that loading and converting are refused in a fork of a process that computes."""
     warnings.simplefilter("ignore")
     folder = sys.argv[2]
     fork_while_busy()

@@ -1,4 +1,4 @@
-"""What the tests of this room share."""
+"""Shared by the tests of the engine: models, prompts, a client, constraints and fakes."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -18,7 +18,7 @@ from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import MOE, greedy_tokens, make_model, random_ids
 
 MODELS = {"dense": make_model(), "moe": make_model(MOE)}
-WAYS = ["plain", "lookup", "draft"]  # to speculate
+WAYS = ["plain", "lookup", "draft"]  # of speculation
 GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
 STEM = random_ids(70, seed=1)
 PROMPTS = [
@@ -33,7 +33,7 @@ MOST = 30
 
 
 class Client:
-    """Asks for one reply, and takes note of what it is told."""
+    """A client of one request that records its tokens, results and progress."""
 
     finished = False
 
@@ -85,17 +85,17 @@ def engine_of(model: Qwen3, way: str = "plain", **options: Any) -> Engine:
 
 
 class Free(StepCostModel):
-    """Has every proposal pay that may come true at all."""
+    """A cost model by which every draft pays that may be accepted at all."""
 
     def of(self, rows: int, *, synchronous: bool) -> float:
         return 1 + rows * 1e-6
 
     def observe(self, rows: int, seconds: float, *, synchronous: bool) -> None:
-        """Keep to that."""
+        """Ignore measurements."""
 
 
 def speculator_of(model: Qwen3, way: str) -> Speculator | None:
-    """Make one; the draft model of a dense model is its own weights, and knows most tokens."""
+    """Create a speculator; the draft model has the weights of the dense model."""
     if way == "plain":
         return None
     draft = DraftModel(model_of("dense")) if way == "draft" else None
@@ -106,11 +106,11 @@ def speculator_of(model: Qwen3, way: str) -> Speculator | None:
 
 @cache
 def alone(kind: str) -> list[list[int]]:
-    """Give what each prompt is answered with when nothing else runs."""
+    """Return the reply to each prompt when nothing else runs."""
     return [greedy_tokens(model_of(kind), prompt, MOST) for prompt in PROMPTS]
 
 
-class Script:
+class ScriptedConstraint:
     """Allows odd ids only, forces three ids after the fourth token, and ends at the tenth."""
 
     rollback, needs_mask = 0, True
@@ -133,54 +133,54 @@ class Script:
         return np.full(1088 // 32, 0xAAAAAAAA, dtype=np.uint32)
 
     def lookahead_masks(self, ids: Sequence[int]) -> list[Any]:
-        return foreseen(self.mask(), ids, 3 - len(self.taken))
+        return masks_until_even(self.mask(), ids, 3 - len(self.taken))
 
 
-def foreseen(mask: Any, ids: Sequence[int], most: int) -> list[Any]:
-    """Give a mask for each token up to the first that is not odd, and one more."""
-    odd = next((place for place, token in enumerate(ids) if token % 2 == 0), len(ids))
-    return [mask] * (1 + max(0, min(odd, most)))
+def masks_until_even(mask: Any, ids: Sequence[int], most: int) -> list[Any]:
+    """Return a mask for each token up to the first that is even, and one more."""
+    even = next((index for index, token in enumerate(ids) if token % 2 == 0), len(ids))
+    return [mask] * (1 + max(0, min(even, most)))
 
 
-def expected_of_a_script(model: Qwen3, prompt: list[int], first: list[int]) -> list[int]:
-    found: list[int] = list(first)
-    while len(found) < 10:
-        if len(found) == 4:
-            found += [2, 4, 6]
+def expected_of_scripted(model: Qwen3, prompt: list[int], first: list[int]) -> list[int]:
+    reply: list[int] = list(first)
+    while len(reply) < 10:
+        if len(reply) == 4:
+            reply += [2, 4, 6]
             continue
-        logits = np.array(model(mx.array([prompt + found]))[0, -1])
+        logits = np.array(model(mx.array([prompt + reply]))[0, -1])
         logits[::2] = -np.inf
-        found.append(int(logits.argmax()))
-    return found
+        reply.append(int(logits.argmax()))
+    return reply
 
 
-class Whims:
-    """Takes back, forces and masks by what was chosen, a few times each."""
+class ErraticConstraint:
+    """Rolls back, forces and masks depending on the chosen tokens, a few times each."""
 
     finished = False
 
     def __init__(self) -> None:
         self.rollback = 0
         self.taken: list[int] = []
-        self._whims = 0
+        self._interventions = 0
         self._due: list[int] = []
         self._forced: list[int] = []
 
     def advance(self, ids: Sequence[int]) -> None:
         self.taken += ids
         self.rollback = 0
-        if list(ids) == self._forced or self._whims > 8:
+        if list(ids) == self._forced or self._interventions > 8:
             return
         if (ids[0] + 5 * len(self.taken)) % 3 == 0:
-            self._whims += 1
-            self._due = [ids[0] // 2, 5, 6][: 1 + self._whims % 3]
-            if self._whims % 2:
+            self._interventions += 1
+            self._due = [ids[0] // 2, 5, 6][: 1 + self._interventions % 3]
+            if self._interventions % 2:
                 self.rollback = min(2, len(self.taken))
                 del self.taken[len(self.taken) - self.rollback :]
 
     @property
     def needs_mask(self) -> bool:
-        return self._whims % 3 == 2
+        return self._interventions % 3 == 2
 
     def forced_tokens(self) -> list[int]:
         self._forced, self._due = self._due, []
@@ -190,26 +190,26 @@ class Whims:
         return np.full(1088 // 32, 0xAAAAAAAA, dtype=np.uint32)
 
     def lookahead_masks(self, ids: Sequence[int]) -> list[Any]:
-        return foreseen(self.mask(), ids, len(ids))
+        return masks_until_even(self.mask(), ids, len(ids))
 
 
 @cache
-def whimsical(kind: str, which: int) -> list[int]:
-    """Give what a prompt is answered with by whims, a token at a time, without an engine."""
-    model, found, whims = model_of(kind), list[int](), Whims()
-    while len(found) < MOST:
-        logits = np.array(model(mx.array([PROMPTS[which] + found]), model.make_cache())[0, -1])
-        if whims.needs_mask:
+def expected_of_erratic(kind: str, which: int) -> list[int]:
+    """Return the reply under the erratic constraint, token by token, without an engine."""
+    model, reply, constraint = model_of(kind), list[int](), ErraticConstraint()
+    while len(reply) < MOST:
+        logits = np.array(model(mx.array([PROMPTS[which] + reply]), model.make_cache())[0, -1])
+        if constraint.needs_mask:
             logits[::2] = -np.inf
         token = int(logits.argmax())
-        found.append(token)
-        whims.advance([token])
-        if whims.rollback:
-            del found[len(found) - whims.rollback :]
-        while forced := whims.forced_tokens():
-            found += forced
-            whims.advance(forced)
-    return found[:MOST]
+        reply.append(token)
+        constraint.advance([token])
+        if constraint.rollback:
+            del reply[len(reply) - constraint.rollback :]
+        while forced := constraint.forced_tokens():
+            reply += forced
+            constraint.advance(forced)
+    return reply[:MOST]
 
 
 class Schedulable:
@@ -244,16 +244,16 @@ class Schedulable:
         self.answering |= not self.num_uncomputed
 
 
-class House:
+class FakeCaches:
     def __init__(self, kept: int = 0) -> None:
-        self.paused: list[Schedulable] = []
+        self.preempted: list[Schedulable] = []
         self._kept = kept
 
     def admit(self, job: Schedulable) -> None:
         pass
 
     def preempt(self, job: Schedulable) -> None:
-        self.paused.append(job)
+        self.preempted.append(job)
         job.num_uncomputed, job.num_computed, job.room, job.answering = (
             job.num_computed + job.num_uncomputed,
             0,

@@ -29,14 +29,14 @@ from tests.engine.harness import (
     STEM,
     WAYS,
     Client,
-    Script,
-    Whims,
+    ErraticConstraint,
+    ScriptedConstraint,
     alone,
     engine_of,
-    expected_of_a_script,
+    expected_of_erratic,
+    expected_of_scripted,
     model_of,
     run,
-    whimsical,
 )
 from tests.support import TINY, greedy_tokens, random_ids
 
@@ -47,7 +47,7 @@ TOKEN = 2 * 3 * 2 * 64 * 4  # bytes of a token in the caches of the tiny models
 
 @cache
 def logits_alone(kind: str) -> list[Any]:
-    """Give the logits [MOST, V] by which it is chosen, from one pass without any cache."""
+    """Return the logits [MOST, V] of a reply, from one pass without any cache."""
     model = model_of(kind)
     passes = [
         model(mx.array([prompt + reply[:-1]]), model.make_cache())[0, len(prompt) - 1 :]
@@ -83,7 +83,7 @@ class Rows:
 
 
 def follow_a_random_schedule(kind: str, way: str, seed: int) -> None:
-    """Let requests join, leave, be cancelled and reuse prefixes at random, in little memory."""
+    """Requests join, leave, are cancelled and reuse prefixes at random, in little memory."""
     rows = Rows()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwen3_mlx.engine.sequence.Sampler", rows.sampler)
@@ -95,24 +95,24 @@ def follow_a_random_schedule(kind: str, way: str, seed: int) -> None:
         (client,) = (client for client in clients if client.request.ids is prompt)
         if not client.tokens:
             continue
-        told = np.array(mx.stack(rows.of[sampler][: len(client.tokens)]))
+        logits = np.array(mx.stack(rows.of[sampler][: len(client.tokens)]))
         # Another order of sums may round a key or a value of a quantized cache the other way.
         allowed = 1e-4 if kind in MODELS else 0.02
-        assert np.abs(told - expected[: len(told)]).max() < allowed, f"seed {seed}"
+        assert np.abs(logits - expected[: len(logits)]).max() < allowed, f"seed {seed}"
 
 
 def random_client(kind: str, rng: random.Random) -> tuple[Client, list[int]]:
-    """Give one, with or without whims, and what it is answered with when nothing else runs."""
+    """Return a client, with or without a constraint, and its reply when nothing else runs."""
     which, most = rng.randrange(len(PROMPTS)), rng.randint(1, MOST)
     options: dict[str, Any] = {"priority": rng.choice([0, 0, 0, IDLE])}
     if rng.random() < 0.3:
-        options |= {"sampling": GREEDY_TOO, "constraint": Whims()}
-        return Client(PROMPTS[which], most, **options), whimsical(kind, which)
+        options |= {"sampling": GREEDY_TOO, "constraint": ErraticConstraint()}
+        return Client(PROMPTS[which], most, **options), expected_of_erratic(kind, which)
     return Client(PROMPTS[which], most, **options), alone(kind)[which]
 
 
 def run_a_random_schedule(kind: str, way: str, seed: int) -> list[Client]:
-    """Do so, and hold the tokens against those of each prompt alone."""
+    """Run it, and compare the tokens with those of each prompt alone."""
     rng = random.Random(seed)
     room = rng.choice([260, 500, 900, 100_000])  # tokens
     engine = engine_of(model_of(kind), way, available=RESERVE + 6_000_000 + 2 * room * TOKEN)
@@ -135,9 +135,9 @@ def run_a_random_schedule(kind: str, way: str, seed: int) -> list[Client]:
             assert cancelled_at is not None
         else:
             assert len(client.tokens) == client.request.max_tokens
-        # The whims of a longer reply might have taken the last tokens back.
-        told = client.tokens[: -2 if client.request.constraint else None]
-        assert told == expected[: len(told)], f"seed {seed}"
+        # With more tokens to come, the constraint might have rolled the last ones back.
+        tokens = client.tokens[: -2 if client.request.constraint else None]
+        assert tokens == expected[: len(tokens)], f"seed {seed}"
     assert engine._core.scheduler.running == engine._core.scheduler.waiting == []
     return [client for _, _, client, _ in coming]
 
@@ -289,9 +289,9 @@ def test_a_long_prompt_delays_nobody_by_more_than_a_chunk() -> None:
     long = Client(random_ids(900) * 2, 5)
     engine.submit(long.request)
     while not long.tokens and not any(client.outcomes for client in others):
-        told = [len(client.tokens) for client in others]
+        counts = [len(client.tokens) for client in others]
         engine.step()
-        assert [len(client.tokens) - n for client, n in zip(others, told, strict=True)] == [1] * 3
+        assert [len(client.tokens) - n for client, n in zip(others, counts, strict=True)] == [1] * 3
     assert len(long.read) > 2
     run(engine)
     assert long.tokens == greedy_tokens(MODELS["dense"], long.request.ids, 5)
@@ -464,27 +464,27 @@ def test_tokens_of_an_engine_without_a_worker() -> None:
 def test_constraints_mask_force_and_end(first: list[int]) -> None:
     model = MODELS["dense"]
     engine = engine_of(model)
-    scripts = [Script(first), Script(first)]
+    scripts = [ScriptedConstraint(first), ScriptedConstraint(first)]
     steered = [
         Client(PROMPTS[i], 30, constraint=script) for i, script in zip((0, 4), scripts, strict=True)
     ]
     free = Client(PROMPTS[1], 30)
     run(engine, *steered, free)
     for client, script, which in zip(steered, scripts, (0, 4), strict=True):
-        assert client.tokens == expected_of_a_script(model, PROMPTS[which], first)
+        assert client.tokens == expected_of_scripted(model, PROMPTS[which], first)
         assert script.taken == client.tokens
         assert (client.outcome.reason, client.outcome.completion_tokens) == ("stop", 10)
     assert free.tokens == alone("dense")[1][:30]
 
 
 def test_a_constraint_ends_in_time_and_fails_alone() -> None:
-    class Impossible(Script):
+    class Impossible(ScriptedConstraint):
         def mask(self) -> Any:
             return np.zeros(1088 // 32, dtype=np.uint32)
 
     engine = engine_of(MODELS["dense"])
     short, impossible = (
-        Client(PROMPTS[0], 6, constraint=Script()),
+        Client(PROMPTS[0], 6, constraint=ScriptedConstraint()),
         Client(PROMPTS[4], 6, constraint=Impossible()),
     )
     free = Client(PROMPTS[1], 8)
@@ -501,12 +501,12 @@ def test_a_constraint_ends_in_time_and_fails_alone() -> None:
 )
 @pytest.mark.parametrize("way", WAYS[:2])
 def test_a_constraint_may_raise_anything_anywhere(way: str, name: str, after: int) -> None:
-    """It is the end of that request, told once; the others get their replies."""
+    """It ends that request, once; the others get their replies."""
 
     class Raising:
         def __init__(self) -> None:
             self.left = after
-            self.script = Script()
+            self.script = ScriptedConstraint()
 
         def __getattr__(self, asked: str) -> Any:
             if asked == name:
@@ -528,11 +528,11 @@ def test_a_constraint_may_raise_anything_anywhere(way: str, name: str, after: in
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_a_constraint_takes_back_or_forces_is_as_if_nothing_had_run_ahead(kind: str) -> None:
     engine = engine_of(MODELS[kind])
-    clients = [Client(prompt, MOST, constraint=Whims()) for prompt in PROMPTS]
+    clients = [Client(prompt, MOST, constraint=ErraticConstraint()) for prompt in PROMPTS]
     free = Client(PROMPTS[1], MOST)
     run(engine, *clients, free)
     for which, client in enumerate(clients):
-        assert client.tokens == whimsical(kind, which)
+        assert client.tokens == expected_of_erratic(kind, which)
         assert client.outcome.completion_tokens == MOST
         assert client.request.constraint.taken == client.tokens  # type: ignore[union-attr]
     assert free.tokens == alone(kind)[1]
@@ -546,7 +546,7 @@ def test_a_seed_chooses_the_same_with_a_constraint_alone_and_among_others() -> N
     way = SamplingParams(temperature=1.0, top_k=50, frequency_penalty=0.5).over(NEUTRAL)
 
     def client(which: int) -> Client:
-        return Client(PROMPTS[which], 30, sampling=way, seed=which, constraint=Whims())
+        return Client(PROMPTS[which], 30, sampling=way, seed=which, constraint=ErraticConstraint())
 
     together = [client(i) for i in range(4)]
     run(engine_of(MODELS["dense"]), *together)
@@ -561,14 +561,14 @@ def check_counts(engine: Engine) -> int:
     checked = 0
     for sequence in engine._core.scheduler.running:
         ids = sequence.ids[len(sequence.request.ids) :]
-        flight = engine._core._in_flight_step
+        step = engine._core._in_flight_step
         if sequence.num_in_flight:  # what the step in work chooses is counted, too
-            assert flight and flight.tokens is not None
-            rows = [row for row, other in enumerate(flight.rows) if other is sequence]
-            ids = ids + [int(flight.tokens[row].item()) for row in rows]  # type: ignore[arg-type]
+            assert step and step.tokens is not None
+            rows = [row for row, other in enumerate(step.rows) if other is sequence]
+            ids = ids + [int(step.tokens[row].item()) for row in rows]  # type: ignore[arg-type]
         expected = np.bincount(ids, minlength=1088) if ids else np.zeros(1088)
         assert np.array(sequence.sampler._counts).tolist() == expected.tolist()
-        assert sequence.sampler._place == len(ids)
+        assert sequence.sampler._position == len(ids)
         checked += len(ids)
     return checked
 
@@ -578,7 +578,7 @@ def test_penalties_count_the_tokens_of_the_reply_whatever_became_of_others(way: 
     sampling = SamplingParams(temperature=0.7, frequency_penalty=0.3, presence_penalty=0.1)
     engine, checked = engine_of(MODELS["dense"], way), 0
     for number, prompt in enumerate(PROMPTS):
-        constraint = Whims() if number % 3 else Script([8, 10])
+        constraint = ErraticConstraint() if number % 3 else ScriptedConstraint([8, 10])
         client = Client(
             prompt, MOST, sampling=sampling.over(NEUTRAL), seed=number, constraint=constraint
         )
@@ -589,12 +589,20 @@ def test_penalties_count_the_tokens_of_the_reply_whatever_became_of_others(way: 
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_penalised_replies_with_whims_are_the_same_alone_together_and_speculated(way: str) -> None:
+def test_penalised_replies_with_constraints_are_the_same_alone_together_and_speculated(
+    way: str,
+) -> None:
     sampling = SamplingParams(temperature=0.7, frequency_penalty=0.3, repetition_penalty=1.1)
 
     def clients() -> list[Client]:
         return [
-            Client(prompt, MOST, sampling=sampling.over(NEUTRAL), seed=3, constraint=Whims())
+            Client(
+                prompt,
+                MOST,
+                sampling=sampling.over(NEUTRAL),
+                seed=3,
+                constraint=ErraticConstraint(),
+            )
             for prompt in PROMPTS
         ]
 
@@ -609,12 +617,12 @@ def test_penalised_replies_with_whims_are_the_same_alone_together_and_speculated
 def test_ids_are_masked_or_taken_back_at_the_end_too() -> None:
     """An end token that is taken back is no end."""
 
-    class Reluctant(Whims):
+    class Reluctant(ErraticConstraint):
         def advance(self, ids: Sequence[int]) -> None:
             self.taken += ids
             self.rollback = 0
-            if ids[0] == end and self._whims == 0:
-                self._whims, self.rollback, self._due = 1, 1, [7, 8]
+            if ids[0] == end and self._interventions == 0:
+                self._interventions, self.rollback, self._due = 1, 1, [7, 8]
                 self.taken.pop()
 
         masking = False

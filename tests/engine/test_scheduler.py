@@ -1,4 +1,4 @@
-"""Who runs next, decided over counts alone; no model and no array takes part."""
+"""The scheduler: which sequences run next, decided over counts alone, without a model."""
 
 import ast
 import sys
@@ -7,11 +7,11 @@ from pathlib import Path
 from qwen3_mlx.engine import scheduler
 from qwen3_mlx.engine.request import IDLE, NORMAL
 from qwen3_mlx.engine.scheduler import Scheduler
-from tests.engine.harness import House, Schedulable
+from tests.engine.harness import FakeCaches, Schedulable
 
 
 def run(plan: Scheduler[Schedulable], steps: int, chunk: int = 64) -> list[str]:
-    """Follow the plan and write each step down: who decodes, and who reads in brackets."""
+    """Run steps and return them as text: the decoding sequences, and the prefilling in brackets."""
     lines = []
     for _ in range(steps):
         step = plan.next_step()
@@ -26,9 +26,9 @@ def run(plan: Scheduler[Schedulable], steps: int, chunk: int = 64) -> list[str]:
     return lines
 
 
-def make(room: int = 10_000, kept: int = 0) -> tuple[Scheduler[Schedulable], House]:
-    house = House(kept)
-    return Scheduler(room, house), house
+def make(room: int = 10_000, kept: int = 0) -> tuple[Scheduler[Schedulable], FakeCaches]:
+    caches = FakeCaches(kept)
+    return Scheduler(room, caches), caches
 
 
 def test_all_decode_while_prompts_are_read_in_turn() -> None:
@@ -39,13 +39,13 @@ def test_all_decode_while_prompts_are_read_in_turn() -> None:
 
 
 def test_idle_work_runs_alone_and_gives_way() -> None:
-    plan, house = make()
+    plan, caches = make()
     idle = Schedulable("idle", 500, priority=IDLE)
     plan.add(idle)
     assert run(plan, 2) == ["[idle]", "[idle]"]
     plan.add(Schedulable("a", 60, reply=2))
     assert run(plan, 5) == ["[a]", "a", "a", "[idle]", "[idle]"]
-    assert house.paused == [idle]
+    assert caches.preempted == [idle]
 
 
 def test_priorities_come_before_arrival() -> None:
@@ -57,22 +57,22 @@ def test_priorities_come_before_arrival() -> None:
 
 
 def test_nobody_starts_without_room_and_kept_prefixes_give_way() -> None:
-    plan, house = make(room=200, kept=150)
+    plan, caches = make(room=200, kept=150)
     for name in "abc":
         plan.add(Schedulable(name, 60, reply=3))
     plan.next_step()
-    assert (len(plan.running), house.held_by_prefixes()) == (2, 60)
+    assert (len(plan.running), caches.held_by_prefixes()) == (2, 60)
     assert plan.held() == 200
     assert [job.name for job in plan.waiting] == ["c"]
 
 
 def test_the_last_to_come_makes_room_for_growth() -> None:
-    plan, house = make(room=141)
+    plan, caches = make(room=141)
     first, second = Schedulable("a", 60, reply=30), Schedulable("b", 60, reply=30)
     plan.add(first)
     plan.add(second)
     run(plan, 60)
-    assert house.paused and house.paused[0] is second
+    assert caches.preempted and caches.preempted[0] is second
     run(plan, 60)
     assert not plan.running and not plan.waiting
 

@@ -25,13 +25,13 @@ from tests.engine.harness import (
     PROMPTS,
     WAYS,
     Client,
-    Script,
-    Whims,
+    ErraticConstraint,
+    ScriptedConstraint,
     alone,
     engine_of,
-    expected_of_a_script,
+    expected_of_erratic,
+    expected_of_scripted,
     run,
-    whimsical,
 )
 from tests.support import DEMO
 
@@ -150,7 +150,7 @@ def proposed(speculator: Speculator, sequence: SequenceState) -> int:
 
 
 def see(lookup: NgramProposer, *, right: bool) -> None:
-    """Let lookup have been right, or wrong, for a while."""
+    """Record hits, or misses, of lookup for a while."""
     assert lookup.next is not None
     for _ in range(60):
         lookup.score(lookup.next if right else lookup.next + 1)
@@ -182,7 +182,9 @@ def test_waiting_must_pay_too() -> None:
         speculator.observe_step(1, seconds, synchronous=synchronous)
     assert not speculator.should_wait(sequence, rows=1)
     assert proposed(speculator, sequence) == 0
-    masked = SequenceState(replace(sequence.request, constraint=Script()), 1088, 100_000)
+    masked = SequenceState(
+        replace(sequence.request, constraint=ScriptedConstraint()), 1088, 100_000
+    )
     masked.room, masked.ngrams = sequence.room, lookup
     assert proposed(speculator, masked) > 0  # which has to wait in any case
 
@@ -243,27 +245,27 @@ def test_fewer_passes_give_the_same(kind: str, way: str) -> None:
 
 @cache
 def drawn(way: str, seed: int) -> tuple[Client, list[Any]]:
-    """Give who asked for a reply, and the probabilities that were given of it."""
-    heard: list[Any] = []
+    """Return a client and the logprobs that it received."""
+    logprobs: list[Any] = []
     client = Client(
         PROMPTS[seed % len(PROMPTS)],
         40,
         sampling=SAMPLED[seed % len(SAMPLED)].over(NEUTRAL),
         seed=seed,
-        on_logprobs=heard.append,
+        on_logprobs=logprobs.append,
         top_logprobs=2,
     )
     run(engine_of(MODELS["dense"], way), client)
-    return client, heard
+    return client, logprobs
 
 
 @pytest.mark.parametrize("way", FAST)
 def test_what_is_drawn_is_the_same_with_penalties_too(way: str) -> None:
     accepted = 0
     for seed in range(6):
-        (plain, expected), (client, heard) = drawn("plain", seed), drawn(way, seed)
+        (plain, expected), (client, logprobs) = drawn("plain", seed), drawn(way, seed)
         assert client.tokens == plain.tokens
-        for one, other in zip(heard, expected, strict=True):
+        for one, other in zip(logprobs, expected, strict=True):
             assert one.token == other.token
             assert one.logprob == pytest.approx(other.logprob, abs=1e-4)
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
@@ -273,21 +275,21 @@ def test_what_is_drawn_is_the_same_with_penalties_too(way: str) -> None:
 
 @pytest.mark.parametrize("way", FAST)
 @pytest.mark.parametrize("first", [[], [8, 10]])
-def test_masks_are_foreseen_and_what_is_forced_ends_a_proposal(way: str, first: list[int]) -> None:
-    clients = [Client(PROMPTS[i], 30, constraint=Script(first)) for i in (0, 4)]
+def test_drafts_have_lookahead_masks_and_end_at_forced_tokens(way: str, first: list[int]) -> None:
+    clients = [Client(PROMPTS[i], 30, constraint=ScriptedConstraint(first)) for i in (0, 4)]
     run(engine_of(MODELS["dense"], way), *clients)
     for client, which in zip(clients, (0, 4), strict=True):
-        assert client.tokens == expected_of_a_script(MODELS["dense"], PROMPTS[which], first)
+        assert client.tokens == expected_of_scripted(MODELS["dense"], PROMPTS[which], first)
         assert client.outcome.completion_tokens == 10
 
 
 @pytest.mark.parametrize("way", FAST)
 @pytest.mark.parametrize("kind", MODELS)
-def test_whims_are_obeyed(kind: str, way: str) -> None:
-    clients = [Client(prompt, MOST, constraint=Whims()) for prompt in PROMPTS]
+def test_erratic_constraints_are_obeyed(kind: str, way: str) -> None:
+    clients = [Client(prompt, MOST, constraint=ErraticConstraint()) for prompt in PROMPTS]
     run(engine_of(MODELS[kind], way), *clients)
     for which, client in enumerate(clients):
-        assert client.tokens == whimsical(kind, which)
+        assert client.tokens == expected_of_erratic(kind, which)
         assert client.request.constraint.taken == client.tokens  # type: ignore[union-attr]
 
 
@@ -323,7 +325,7 @@ def test_a_draft_model_that_lags_catches_up_and_a_useless_one_rests(
     useless = Client(PROMPTS[5], 250)
     engine = engine_of(MODELS["moe"], "draft")
     assert engine._core.speculator and engine._core.speculator.draft
-    engine._core.speculator.draft.size = engine._core.speculator._size // 2
+    engine._core.speculator.draft.size = engine._core.speculator._num_weights // 2
     run(engine, useless)
     assert useless.outcome.accepted <= useless.outcome.proposed < 80
     assert useless.outcome.passes <= 250

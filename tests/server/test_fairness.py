@@ -17,7 +17,7 @@ from qwen3_mlx import LLM
 from qwen3_mlx.engine.scheduler import Scheduler
 from qwen3_mlx.server.response import ActiveRequest
 from qwen3_mlx.server.settings import Settings
-from tests.engine.harness import House, Schedulable
+from tests.engine.harness import FakeCaches, Schedulable
 from tests.server.serving import Served, serving
 from tests.text.harness import TOKENIZER
 
@@ -27,7 +27,7 @@ PROXY = ("127.0.0.1",)
 # --- turns --------------------------------------------------------------------------------------
 
 
-class Line(House):
+class Line(FakeCaches):
     """A scheduler, and the order in which its jobs began."""
 
     def __init__(self, room: int, kept: int = 0) -> None:
@@ -35,7 +35,7 @@ class Line(House):
         self.began: list[Schedulable] = []
         self.plan: Scheduler[Schedulable] = Scheduler(room, self)
 
-    def begin(self, job: Schedulable) -> None:
+    def admit(self, job: Schedulable) -> None:
         if job not in self.began:
             self.began.append(job)
 
@@ -109,7 +109,7 @@ def test_what_was_put_back_comes_before_turns() -> None:
     first, second = (Schedulable(name, 60, reply=30, client="a") for name in "xy")
     line.plan.add(first)
     line.plan.add(second)
-    while not line.paused:
+    while not line.preempted:
         line.step()
     line.plan.add(newcomer := Schedulable("new", 5, reply=5, client="b"))
     while second not in line.plan.running:
@@ -124,7 +124,7 @@ def test_clients_that_have_gone_are_forgotten() -> None:
         line.plan.add(Schedulable("x", 1, reply=1, client=str(number)))
         while line.plan.running or line.plan.waiting:
             line.step()
-    assert len(line.plan._served) <= 257
+    assert len(line.plan._last_turn) <= 257
 
 
 # --- slots --------------------------------------------------------------------------------------

@@ -1,0 +1,1 @@
+"""Speculative decoding: proposes draft tokens where checking them pays."""

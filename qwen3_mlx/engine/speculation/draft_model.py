@@ -1,7 +1,8 @@
-"""A small model of the family that proposes what the large one may say next.
+"""The draft model: a small model of the family that proposes tokens for the large one to check.
 
-It draws each token as the large one will: with the same parameters and the same randomness of the
-place. Its caches stand behind the large one's in `Sequence.layers`, and lag behind as they like.
+It samples each token as the large one will: with the same parameters, and with the randomness of
+the same position. Its caches stand behind the large one's in `SequenceState.layers`, and may lag
+behind them.
 """
 
 import time
@@ -17,32 +18,32 @@ from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _CHUNK = 512  # tokens that it reads in a step to catch up
-_MEMORY = 0.8
+_SECONDS_DECAY = 0.8  # weight of the old value when a new measurement of `seconds` arrives
 
 
 class DraftModel:
-    """Proposes tokens.
+    """Proposes draft tokens.
 
-    `size` is its weights, `seconds` what a token takes, once it is known, and `token_bytes` what it
-    keeps of one.
+    `size` is the number of its weights, `seconds` the measured time of a draft token (0.0 until
+    there is one), and `token_bytes` the size of a token in its KV cache.
     """
 
     def __init__(self, model: Qwen3) -> None:
-        """Propose with `model`, which has the large one's vocabulary."""
+        """Create a proposer of `model`, which has the large model's vocabulary."""
         self.model = model
         self.size = count_weights(model.config)
         self.seconds = 0.0
         self.token_bytes = token_bytes(
             model.config, model.cache_format, model.model.norm.weight.dtype.size
         )
-        self._depth = len(model.layers)
+        self._num_layers = len(model.layers)
 
     def make_cache(self) -> list[KVCache]:
-        """Make one empty cache a layer."""
+        """Create one empty cache a layer."""
         return self.model.make_cache()
 
     def propose(self, counts: Mapping[SequenceState, int]) -> dict[SequenceState, list[int]]:
-        """Give so many tokens for each sequence; none as long as it has a lot to catch up on."""
+        """Return so many draft tokens for each sequence; none while its caches lag far behind."""
         drafts: dict[SequenceState, list[int]] = {}
         lagging = []
         for sequence in counts:
@@ -52,31 +53,34 @@ class DraftModel:
             else:
                 drafts[sequence] = []
         for sequence, ids in lagging:
-            self._read([sequence], [ids], wanted=0)
+            self._run([sequence], [ids], wanted=0)
         new = [sequence.ids[self._caches(sequence)[0].offset :] for sequence in drafts]
-        for place in range(max((counts[sequence] for sequence in drafts), default=0)):
-            asked = [sequence for sequence in drafts if counts[sequence] > place]
-            if place:
-                new = [drafts[sequence][-1:] for sequence in asked]
+        for position in range(max((counts[sequence] for sequence in drafts), default=0)):
+            drafting = [sequence for sequence in drafts if counts[sequence] > position]
+            if position:
+                new = [drafts[sequence][-1:] for sequence in drafting]
             started = time.perf_counter()
-            for sequence, token in zip(asked, self._read(asked, new, wanted=1), strict=True):
+            for sequence, token in zip(drafting, self._run(drafting, new, wanted=1), strict=True):
                 drafts[sequence].append(token)
-            if place:
-                taken = time.perf_counter() - started
-                self.seconds = _MEMORY * (self.seconds or taken) + (1 - _MEMORY) * taken
+            if position:  # the first pass also reads what the caches lack
+                elapsed = time.perf_counter() - started
+                self.seconds = (
+                    _SECONDS_DECAY * (self.seconds or elapsed) + (1 - _SECONDS_DECAY) * elapsed
+                )
+        # The large model samples the same positions, with the same randomness.
         for sequence, draft in drafts.items():
             sequence.sampler.rewind(mx.array(draft))
         return drafts
 
     def _caches(self, sequence: SequenceState) -> list[KVCache]:
-        return sequence.layers[-self._depth :]
+        return sequence.layers[-self._num_layers :]
 
-    def _read(
+    def _run(
         self, sequences: Sequence[SequenceState], new: Sequence[list[int]], *, wanted: int
     ) -> list[int]:
-        """Read new tokens of each, and choose what may come next where that is wanted.
+        """Run a forward pass over new tokens of each sequence; return the next tokens if `wanted`.
 
-        Each pass is waited for: one that is still running would have the next copy the caches.
+        Waits for the pass: one that is still running would make the next copy the caches.
         """
         caches = [self._caches(sequence) for sequence in sequences]
         parts = [BatchSlice(c, len(ids), wanted) for c, ids in zip(caches, new, strict=True)]
@@ -86,5 +90,5 @@ class DraftModel:
             mx.eval([array for layers in caches for layer in layers for array in layer.state])
             return []
         tokens = choose(logits, [sequence.sampler for sequence in sequences])
-        found: list[int] = tokens.tolist()  # type: ignore[assignment]
-        return found
+        next_tokens: list[int] = tokens.tolist()  # type: ignore[assignment]
+        return next_tokens

@@ -1,19 +1,19 @@
-"""Speculative decoding: several tokens from one forward pass, and not one of them another.
+"""Speculative decoding: several tokens from one forward pass, without changing the output.
 
-Tokens are proposed, by lookup or by a small model, and one pass of the large model goes over all of
-them. Each place is then sampled exactly as it would be without: with the same logits, penalties,
-mask, and the same randomness, which depends on the seed and the place alone. As long as the token
-so chosen is the one that was proposed, the next place has been computed, too; the first that
-differs is taken, and what follows it is forgotten. Rejection sampling (arXiv 2211.17192) keeps the
-distribution of the output; this keeps the output itself, and accepts a token just as often where
-the proposal is a single one, as it is here.
+Draft tokens are proposed, by n-gram lookup or by a draft model, and one pass of the large model
+reads all of them. Each position is then sampled exactly as it would be without them: with the same
+logits, penalties and mask, and with the same randomness, which depends only on the seed and the
+position. As long as the sampled token is the draft token, the next position is computed already;
+the first that differs is taken, and what follows it is rolled back. Rejection sampling (arXiv
+2211.17192) keeps the distribution of the output; this keeps the output itself, and accepts a token
+just as often where one token is proposed for each position, as here.
 
-A proposal costs time, since a pass over more rows takes longer, and the pipeline must wait to know
-its beginning. So a gate weighs what it will probably bring against what such passes have been
-measured to take, and proposes as many tokens as promise the most tokens a second, or none. How
-often proposals come true is kept track of while none is made, too.
+Draft tokens cost time: a pass over more rows takes longer, and the pipeline waits for the token
+that they follow. So the tokens expected of them are weighed against the measured time of such
+passes, and the plan with the most tokens a second is taken, which may be none. Acceptance rates of
+n-gram lookup are observed also while nothing is proposed.
 
-The rows of a step are the tokens of all sequences that it goes over.
+The rows of a step are the tokens of all sequences that it reads.
 """
 
 import time
@@ -30,23 +30,24 @@ from qwen3_mlx.engine.speculation.ngram import AcceptanceRate, AcceptanceRates, 
 from qwen3_mlx.engine.speculation.step_cost import StepCostModel, chip_costs
 from qwen3_mlx.model.config import ModelConfig
 
-_WIDE_CONTEXT = 4096  # tokens; kernels for many queries do not share out a longer one's keys
-_WORTH = 1.1  # how much faster it must promise to be
-_DRAFTS_RIGHT = 0.6  # the share that is believed before any has been seen
-# A draft model that does not pay is tried again with so many tokens, after so many others.
-_TRIAL, _FIRST_PAUSE, _LONGEST_PAUSE = 2, 64, 1024
+_MAX_WIDE_CONTEXT = 4096  # tokens; beyond, kernels for many queries do not split the keys
+_MIN_SPEEDUP = 1.1  # expected speedup for which the pipeline waits
+_PRIOR_DRAFT_RATE = 0.6  # acceptance rate of a draft model, assumed before any is observed
+# A draft model that does not pay is tried again after a pause, which doubles up to a limit.
+_TRIAL_TOKENS = 2
+_MIN_PAUSE, _MAX_PAUSE = 64, 1024  # steps without draft tokens of the model
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """How many tokens to propose, and what a step with them promises: tokens, in seconds."""
+    """A number of draft tokens for one sequence, and what a step is expected to give with them."""
 
-    count: int
-    rate: float  # of proposals that come true
-    tokens: float
-    seconds: float
+    count: int  # draft tokens
+    rate: float  # acceptance rate
+    tokens: float  # that the step is expected to give, over all sequences
+    seconds: float  # that it is expected to take
     drafted: bool = False  # by the draft model
-    trial: bool = False  # whatever it promises
+    trial: bool = False  # taken whatever its speed, to measure the draft model
 
     @property
     def speed(self) -> float:
@@ -54,7 +55,7 @@ class _Plan:
 
 
 class Speculator:
-    """Decides who is proposed what, for all sequences of an engine."""
+    """Chooses the proposer and the number of draft tokens for each sequence of an engine."""
 
     def __init__(
         self,
@@ -62,115 +63,131 @@ class Speculator:
         draft: DraftModel | None = None,
         costs: StepCostModel | None = None,
     ) -> None:
-        """Propose by lookup, and with `draft` where that promises more.
+        """Create a speculator of n-gram lookup, and of `draft` where that promises more.
 
-        `costs` are what is believed of passes; None is what the table says of this machine.
+        `costs` are the expected times of passes; None takes the table's for this machine.
         """
         self.draft = draft
         self._costs = costs or StepCostModel(chip_costs(backend.architecture()))
-        self._most = max_fused_queries(config.num_attention_heads, config.num_key_value_heads)
-        self._size = count_weights(config)
-        self._rates = AcceptanceRates()  # of lookup
-        self._draft_rate = AcceptanceRate.believed(_DRAFTS_RIGHT)
-        self._drafted: dict[SequenceState, int] = {}  # in the step in work
-        self._drafting = 0.0  # seconds of it
-        self._pause, self._waited = _FIRST_PAUSE, 0
+        self._max_queries = max_fused_queries(
+            config.num_attention_heads, config.num_key_value_heads
+        )
+        self._num_weights = count_weights(config)
+        self._ngram_rates = AcceptanceRates()
+        self._draft_rate = AcceptanceRate.believed(_PRIOR_DRAFT_RATE)
+        self._num_drafted: dict[SequenceState, int] = {}  # draft tokens, in this step
+        self._drafting_seconds = 0.0  # of this step
+        self._pause, self._steps_since_draft = _MIN_PAUSE, 0
 
     @property
     def token_bytes(self) -> int:
-        """The bytes that the draft model keeps of a token."""
+        """The bytes of a token in the draft model's KV cache."""
         return self.draft.token_bytes if self.draft else 0
 
     def make_cache(self) -> list[KVCache]:
-        """Make what the draft model needs for a sequence, if there is one."""
+        """Create the draft model's caches of a sequence; none without a draft model."""
         return self.draft.make_cache() if self.draft else []
 
     def ngram_proposer(self, ids: Sequence[int]) -> NgramProposer:
-        """Make what sees what comes next in `ids`."""
-        return NgramProposer(ids, self._rates)
+        """Create the n-gram proposer of a sequence with `ids`."""
+        return NgramProposer(ids, self._ngram_rates)
 
     def should_wait(self, sequence: SequenceState, rows: int) -> bool:
-        """Say whether to wait for the token on its way, so as to propose what follows it.
+        """Return whether to wait for the token in flight, to propose draft tokens behind it.
 
-        `rows` are those of the step that would not wait. What lookup would propose begins with the
-        token on its way, so it will be proposed if that one is right.
+        `rows` are those of a step that does not wait. The draft of n-gram lookup begins with the
+        token in flight, so it is proposed only if that one is right.
         """
-        plan = self._best(sequence, rows - 1)
+        plan = self._best_plan(sequence, rows - 1)
         if not plan.count:
             return False
-        right = 1.0 if plan.drafted else plan.rate
-        tokens = right * plan.tokens + (1 - right) * rows
-        seconds = right * plan.seconds + (1 - right) * self._costs.of(rows, synchronous=True)
-        return tokens / seconds > _WORTH * rows / self._costs.of(rows, synchronous=False)
+        probability = 1.0 if plan.drafted else plan.rate
+        tokens = probability * plan.tokens + (1 - probability) * rows
+        not_proposed = self._costs.of(rows, synchronous=True)
+        seconds = probability * plan.seconds + (1 - probability) * not_proposed
+        return tokens / seconds > _MIN_SPEEDUP * rows / self._costs.of(rows, synchronous=False)
 
     def propose(
         self, sequences: Sequence[SequenceState], rows: int
     ) -> dict[SequenceState, list[int]]:
-        """Give what is proposed to go on with, for some of `sequences`.
+        """Return draft tokens for some of `sequences`.
 
-        All that is known of them is read in this step, of `rows` rows without any proposals.
+        This step reads all their known tokens; it has `rows` rows without draft tokens.
         """
-        found: dict[SequenceState, list[int]] = {}
-        drafted: dict[SequenceState, int] = {}
+        proposals: dict[SequenceState, list[int]] = {}
+        num_drafted: dict[SequenceState, int] = {}
         for sequence in sequences:
-            plan = self._best(sequence, rows - 1)
+            plan = self._best_plan(sequence, rows - 1)
             rows += plan.count
             if plan.drafted:
-                drafted[sequence] = plan.count
-                self._pause = min(2 * self._pause, _LONGEST_PAUSE) if plan.trial else _FIRST_PAUSE
+                num_drafted[sequence] = plan.count
+                self._pause = min(2 * self._pause, _MAX_PAUSE) if plan.trial else _MIN_PAUSE
             elif plan.count and sequence.ngrams:
-                found[sequence] = sequence.ngrams.propose(plan.count)
-        self._drafted, started = drafted, time.perf_counter()
-        if self.draft and drafted and (drafts := self.draft.propose(drafted)):
-            found |= drafts
-            self._waited = 0
-        self._drafting = time.perf_counter() - started
-        return found
+                proposals[sequence] = sequence.ngrams.propose(plan.count)
+        self._num_drafted, started = num_drafted, time.perf_counter()
+        if self.draft and num_drafted and (drafts := self.draft.propose(num_drafted)):
+            proposals |= drafts
+            self._steps_since_draft = 0
+        self._drafting_seconds = time.perf_counter() - started
+        return proposals
 
     def observe(self, sequence: SequenceState, accepted: int) -> None:
-        """Take note of how many of the tokens proposed for a sequence were right."""
-        if proposed := self._drafted.pop(sequence, 0):
-            for place in range(min(accepted + 1, proposed)):
-                self._draft_rate.observe(hit=place < accepted)
+        """Record how many draft tokens of a sequence were accepted."""
+        if proposed := self._num_drafted.pop(sequence, 0):
+            # Behind the first rejected token nothing is known.
+            for position in range(min(accepted + 1, proposed)):
+                self._draft_rate.observe(hit=position < accepted)
 
     def observe_step(self, rows: int, seconds: float, *, synchronous: bool) -> None:
-        """Take note of what a step took, the host's work included."""
-        self._costs.observe(rows, seconds - self._drafting, synchronous=synchronous)
-        self._waited, self._drafting = self._waited + 1, 0.0
+        """Record the time of a step, the host's work included."""
+        self._costs.observe(rows, seconds - self._drafting_seconds, synchronous=synchronous)
+        self._steps_since_draft, self._drafting_seconds = self._steps_since_draft + 1, 0.0
 
-    def _best(self, sequence: SequenceState, others: int) -> _Plan:
-        """Weigh the ways to go on with a sequence, beside `others` rows of a step.
+    def _best_plan(self, sequence: SequenceState, others: int) -> _Plan:
+        """Return the fastest plan for a sequence, beside `others` rows of the step.
 
-        Without a proposal the steps to come need not wait, but for those that a mask has wait.
+        Without draft tokens the next steps need not wait, unless a mask makes them.
         """
-        alone = self._costs.of(others + 1, synchronous=sequence.needs_mask)
-        plans = [_Plan(0, 0.0, others + 1, alone)]
-        most = min(
+        seconds = self._costs.of(others + 1, synchronous=sequence.needs_mask)
+        plans = [_Plan(0, 0.0, others + 1, seconds)]
+        # Draft tokens never exceed `max_tokens`, and never make the caches grow.
+        limit = min(
             sequence.request.max_tokens - sequence.num_output - 1,
             sequence.room - len(sequence.ids) - 1,
         )
-        if most < 1:
+        if limit < 1:
             return plans[0]
-        lookup = sequence.ngrams
-        if lookup and lookup.length:
-            plans += self._candidates(sequence, lookup.rate.share, others, most)
+        ngrams = sequence.ngrams
+        if ngrams and ngrams.length:
+            plans += self._plans(sequence, ngrams.rate.share, others, limit)
         if self.draft:
-            if self._waited >= self._pause:
-                return _Plan(min(_TRIAL, most), 1.0, 1.0, 1e-9, drafted=True, trial=True)
-            each = self._costs.of(1, synchronous=True) * self.draft.size / self._size
+            if self._steps_since_draft >= self._pause:
+                return _Plan(min(_TRIAL_TOKENS, limit), 1.0, 1.0, 1e-9, drafted=True, trial=True)
+            draft_seconds = (
+                self._costs.of(1, synchronous=True) * self.draft.size / self._num_weights
+            )
             if self._costs.measured and self.draft.seconds:
-                each = self.draft.seconds
-            plans += self._candidates(sequence, self._draft_rate.share, others, most, each)
+                draft_seconds = self.draft.seconds
+            plans += self._plans(sequence, self._draft_rate.share, others, limit, draft_seconds)
         return max(plans, key=lambda plan: plan.speed)
 
-    def _candidates(
-        self, sequence: SequenceState, rate: float, others: int, most: int, each: float = 0.0
+    def _plans(
+        self,
+        sequence: SequenceState,
+        rate: float,
+        others: int,
+        limit: int,
+        draft_seconds: float = 0.0,
     ) -> Iterator[_Plan]:
-        """Give plans for proposals that come true at `rate`; a draft takes `each` seconds."""
-        wide = not each and len(sequence.ids) <= _WIDE_CONTEXT
+        """Yield plans of up to `limit` draft tokens at an acceptance `rate`.
+
+        A draft token takes `draft_seconds`; 0.0 for those of n-gram lookup.
+        """
+        wide = not draft_seconds and len(sequence.ids) <= _MAX_WIDE_CONTEXT
         for width in self._costs.table:
-            if 1 < width <= self._most or (width > FEW_QUERIES and wide):
-                count = min(width - 1, most)
-                tokens = others + sum(rate**place for place in range(count + 1))
-                seconds = self._costs.of(others + 1 + count, synchronous=True) + each * count
-                yield _Plan(count, rate, tokens, seconds, drafted=each > 0)
+            if 1 < width <= self._max_queries or (width > FEW_QUERIES and wide):
+                count = min(width - 1, limit)
+                tokens = others + sum(rate**position for position in range(count + 1))
+                seconds = self._costs.of(others + 1 + count, synchronous=True)
+                seconds += draft_seconds * count
+                yield _Plan(count, rate, tokens, seconds, drafted=draft_seconds > 0)
