@@ -102,6 +102,8 @@ class GrammarConstraint:
         if self.rollback:
             # The budget has rewound itself already; only the grammar has to follow.
             self._rewind_grammar(self.rollback)
+            if self.rollback != len(ids):
+                self._closing_ids = None  # it belongs to a longer text
         elif (
             self._open_answer and not self._closing and self._must_close_earlier(self._open_answer)
         ):
@@ -230,9 +232,12 @@ class GrammarConstraint:
         if end is not None and len(end) <= left:
             self._closing_ids = end
             return False
-        # If no closing is found here, one may be found after the next tokens, as long as there is
-        # room for those and for the last known closing.
-        return before is not None and left <= len(before) + _CLOSING_SEARCH_MARGIN
+        # The search may fail here and succeed after the next tokens. The known closing is one of the
+        # text before these, and only these can be removed: the reader has seen what came earlier.
+        if end is None and left > len(before or ()) + _CLOSING_SEARCH_MARGIN:
+            self._closing_ids = None
+            return False
+        return before is not None
 
     def _rewind_grammar(self, count: int) -> None:
         """Restore the grammar before the last `count` tokens."""

@@ -862,3 +862,17 @@ def test_penalised_replies_are_the_same_alone_together_and_with_speculation(
         for replies in (tiny.batch(prompts, **options), drafting.batch(prompts, **options)):
             for reply, expected in zip(replies, alone, strict=True):
                 assert (reply.reasoning, reply.text) == (expected.reasoning, expected.text)
+
+
+def test_an_answer_closes_where_a_choice_is_too_long_for_what_is_left(tiny: LLM) -> None:
+    pattern = r"\[([0-9],|#[a-z]{60},)*\]"
+
+    def bias(texts: str, value: float) -> dict[int, float]:
+        return {tiny.tokenizer.encode(text)[0]: value for text in texts}
+
+    # Each "#" begins an item of 62 characters, which the closing must not cut.
+    sampling = SamplingParams(logit_bias=bias("#", 30) | bias("]", -30) | bias("abcdefg", 10))
+    for most in (30, 50, 70):
+        for seed in range(2):
+            reply = tiny.chat("Hi", regex=pattern, max_tokens=most, seed=seed, sampling=sampling)
+            assert re.fullmatch(pattern, reply.text)
