@@ -81,12 +81,12 @@ def cache_format(kv_bits: int | str | None, head_dim: int) -> CacheFormat:
     """
     if kv_bits is None:
         return PLAIN
-    form = CACHE_FORMATS.get(str(kv_bits).lower())
-    if form is None or form == PLAIN or isinstance(kv_bits, bool):
+    fmt = CACHE_FORMATS.get(str(kv_bits).lower())
+    if fmt is None or fmt == PLAIN or isinstance(kv_bits, bool):
         raise ValueError(f'kv_bits must be 8, "k8v4" or 4, not {kv_bits!r}')
     if head_dim % _SMALLEST_GROUP:
         raise ValueError(f"kv_bits needs heads of a multiple of 32 numbers, not {head_dim}")
-    return form
+    return fmt
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,16 +111,16 @@ class Packing:
 class QuantizedKVCache(KVCache):
     """Keys, rotated, and values in few bits; see the top of this file."""
 
-    def __init__(self, form: CacheFormat, head_dim: int, capacity: int = 0) -> None:
+    def __init__(self, fmt: CacheFormat, head_dim: int, capacity: int = 0) -> None:
         """Make an empty cache; `capacity` tokens are allocated at once by the first write."""
         super().__init__(capacity)
-        self._form = form
+        self._fmt = fmt
         self._head_dim = head_dim
-        self._keys, self._values = form.packings(head_dim)
+        self._keys, self._values = fmt.packings(head_dim)
 
     def attend_rotated(self, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
         """Store k and v, and answer attention of q over all seen."""
-        if self._form.rotated:
+        if self._fmt.rotated:
             q = mx.hadamard_transform(q)
         packed = self.append(k, v)
         keys, values = packed[:3], packed[3:]
@@ -147,14 +147,14 @@ class QuantizedKVCache(KVCache):
 
         They are packed words, scales and biases, of the keys and then of the values.
         """
-        if self._form.rotated:
+        if self._fmt.rotated:
             k = mx.hadamard_transform(k)
         return self._write([*self._keys.pack(k), *self._values.pack(v)])
 
     def _empty(self) -> Self:
-        return type(self)(self._form, self._head_dim)
+        return type(self)(self._fmt, self._head_dim)
 
 
-def new_cache(form: CacheFormat, head_dim: int, capacity: int = 0) -> KVCache:
+def new_cache(fmt: CacheFormat, head_dim: int, capacity: int = 0) -> KVCache:
     """Make an empty cache of one layer, with room for `capacity` tokens allocated at first use."""
-    return QuantizedKVCache(form, head_dim, capacity) if form.key_bits else KVCache(capacity)
+    return QuantizedKVCache(fmt, head_dim, capacity) if fmt.key_bits else KVCache(capacity)

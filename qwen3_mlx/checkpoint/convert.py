@@ -89,7 +89,7 @@ class _Tensor:
 
     name: str
     matrix: Matrix
-    form: Format | None
+    fmt: Format | None
     planned: tuple[TensorSpec, ...]
 
     @property
@@ -183,12 +183,12 @@ def _plan(job: Job) -> list[_Tensor]:
     tensors = []
     for name, shape in needed.items():
         module, _, kind = name.rpartition(".")
-        form = job.formats.get(module) if kind == "weight" else None
-        parts = form.tensors(shape, job.dtype) if form else {kind: (shape, job.dtype)}
+        fmt = job.formats.get(module) if kind == "weight" else None
+        parts = fmt.tensors(shape, job.dtype) if fmt else {kind: (shape, job.dtype)}
         planned = tuple(
             TensorSpec(f"{module}.{key}", dtype, size) for key, (size, dtype) in parts.items()
         )
-        tensors.append(_Tensor(name, matrices[name], form, planned))
+        tensors.append(_Tensor(name, matrices[name], fmt, planned))
     return tensors
 
 
@@ -218,7 +218,7 @@ def _go_on_or_begin(job: Job, partial: Path, names: Sequence[str]) -> None:
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "config": dict(job.config),
         "tensors": list(names),
-        "formats": {path: form.as_config() for path, form in job.formats.items() if form},
+        "formats": {path: fmt.as_config() for path, fmt in job.formats.items() if fmt},
         "dtype": _DTYPE_NAMES[job.dtype],
         "calibration": job.calibration,
     }
@@ -294,16 +294,16 @@ class _Block:
     """
 
     def __init__(self, rows: mx.array, tensor: _Tensor, job: Job) -> None:
-        dtype, form = job.dtype, tensor.form
+        dtype, fmt = job.dtype, tensor.fmt
         self._rows = rows.astype(dtype)
         self._exponent = _EXPONENT[dtype]
         self.arrays: Sequence[mx.array] = [self._rows]
         inputs = job.moments.get(tensor.name.removesuffix(".weight"))
-        if form and inputs is not None and gptq.fits(form, rows.shape[-1]):
-            self.arrays = gptq.quantize(self._rows, form, inputs, dtype)
-        elif form:
+        if fmt and inputs is not None and gptq.fits(fmt, rows.shape[-1]):
+            self.arrays = gptq.quantize(self._rows, fmt, inputs, dtype)
+        elif fmt:
             self.arrays = mx.quantize(
-                self._rows, group_size=form.group_size, bits=form.bits, mode=form.mode
+                self._rows, group_size=fmt.group_size, bits=fmt.bits, mode=fmt.mode
             )
         self.arrays = [array.view(mx.uint8) for array in self.arrays]  # as they are written
         # Of the bits as integers, with a sign and without, those of infinities and of what is no
@@ -423,11 +423,11 @@ def _rope_scaling(config: Mapping[str, Any], network: ModelConfig) -> dict[str, 
 
 def _quantization(formats: Formats) -> dict[str, Any]:
     """State the commonest format once, and the others by module."""
-    used = [form for form in formats.values() if form]
+    used = [fmt for fmt in formats.values() if fmt]
     if not used:
         return {}
     usual = max(dict.fromkeys(used), key=used.count)
-    others = {path: form.as_config() for path, form in formats.items() if form and form != usual}
+    others = {path: fmt.as_config() for path, fmt in formats.items() if fmt and fmt != usual}
     return {**usual.as_config(), **others}
 
 

@@ -32,20 +32,20 @@ def moments(x: mx.array) -> mx.array:
     return by_block @ by_block.swapaxes(1, 2)
 
 
-def fits(form: Format, inputs: int) -> bool:
+def fits(fmt: Format, inputs: int) -> bool:
     """Say whether weights of that many inputs can be rounded this way to `form`."""
-    return form.mode == "affine" and block_size(inputs) % form.group_size == 0
+    return fmt.mode == "affine" and block_size(inputs) % fmt.group_size == 0
 
 
 def quantize(
-    rows: mx.array, form: Format, inputs: mx.array, dtype: mx.Dtype
+    rows: mx.array, fmt: Format, inputs: mx.array, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Give packed weights, scales and biases of rows [R, I], as `mx.quantize` does.
 
     `inputs` are the `moments` of what the rows are multiplied by.
     """
     blocks, size, _ = inputs.shape
-    group, top = form.group_size, (1 << form.bits) - 1
+    group, top = fmt.group_size, (1 << fmt.bits) - 1
     factors = _factors(inputs)  # [C, B, B]
     importance = mx.diagonal(inputs, axis1=1, axis2=2)
     importance = importance / mx.maximum(importance.mean(), 1e-30) + 1e-6
@@ -54,7 +54,7 @@ def quantize(
     for start in range(0, size, group):
         inside = slice(start, start + group)
         part = rest[..., inside]
-        scale, bias = fit(part, importance[:, inside], form, dtype)
+        scale, bias = fit(part, importance[:, inside], fmt, dtype)
         errors = []
         for place in range(group):
             factor = factors[:, start + place]  # [C, B]
@@ -72,7 +72,7 @@ def quantize(
         biases.append(bias)
     whole = mx.stack(codes, axis=2).reshape(rows.shape)
     return (
-        pack(whole.astype(mx.uint32), form.bits),
+        pack(whole.astype(mx.uint32), fmt.bits),
         mx.stack(scales, axis=2).reshape(rows.shape[0], -1).astype(dtype),
         mx.stack(biases, axis=2).reshape(rows.shape[0], -1).astype(dtype),
     )
@@ -88,14 +88,14 @@ def _factors(inputs: mx.array) -> mx.array:
 
 
 def fit(
-    part: mx.array, importance: mx.array, form: Format, dtype: mx.Dtype
+    part: mx.array, importance: mx.array, fmt: Format, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
     """Give scale and offset [R, C] for groups [R, C, g], rounded to `dtype`, in float32.
 
     From some ranges, rounding to codes and fitting a line to them by weighted least squares take
     turns; the best of all is taken.
     """
-    top = (1 << form.bits) - 1
+    top = (1 << fmt.bits) - 1
     low, high = part.min(axis=-1), part.max(axis=-1)
     total = importance.sum(axis=-1)
     best = mx.full(low.shape, mx.inf)

@@ -24,7 +24,7 @@ def group_of(path: str) -> str:
     return f"{parent}{dot}{TOGETHER.get(name, name)}"
 
 
-def choose_formats(modules: Mapping[str, tuple[int, ...]], recipe: str, form: Format) -> Formats:
+def choose_formats(modules: Mapping[str, tuple[int, ...]], recipe: str, fmt: Format) -> Formats:
     """Give each module its format by the recipe `uniform`, `mixed` or `mixed-rich`.
 
     `modules` are the weights' shapes by path, of modules that can be quantized. `mixed` spends more
@@ -35,12 +35,12 @@ def choose_formats(modules: Mapping[str, tuple[int, ...]], recipe: str, form: Fo
         ValueError: the recipe is unknown, or has no richer form of this mode.
     """
     if recipe == "uniform":
-        return {path: _fitting(form.for_module(path), shape) for path, shape in modules.items()}
+        return {path: _fitting(fmt.for_module(path), shape) for path, shape in modules.items()}
     if recipe not in RECIPES[1:3]:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
-    if form.mode != "affine":
-        raise ValueError(f"recipe {recipe!r} mixes bits, and {form.mode} has one kind of them")
-    richer = Format(_RICHER[form.bits], form.group_size)
+    if fmt.mode != "affine":
+        raise ValueError(f"recipe {recipe!r} mixes bits, and {fmt.mode} has one kind of them")
+    richer = Format(_RICHER[fmt.bits], fmt.group_size)
     last = max((_layer(path) for path in modules), default=0)
 
     def matters(path: str) -> bool:
@@ -49,13 +49,13 @@ def choose_formats(modules: Mapping[str, tuple[int, ...]], recipe: str, form: Fo
         return recipe == "mixed-rich" and (".self_attn." in path or path.endswith("down_proj"))
 
     return {
-        path: _fitting((richer if matters(path) else form).for_module(path), shape)
+        path: _fitting((richer if matters(path) else fmt).for_module(path), shape)
         for path, shape in modules.items()
     }
 
 
-def _fitting(form: Format, shape: tuple[int, ...]) -> Format | None:
-    return form if shape[-1] % form.group_size == 0 else None
+def _fitting(fmt: Format, shape: tuple[int, ...]) -> Format | None:
+    return fmt if shape[-1] % fmt.group_size == 0 else None
 
 
 def _layer(path: str) -> int:
@@ -81,12 +81,12 @@ def assign(
 
     def at(price: float) -> dict[str, Format]:
         return {
-            group: min(of, key=lambda form: (of[form] + price * bytes_of[group][form], form.bits))
+            group: min(of, key=lambda fmt: (of[fmt] + price * bytes_of[group][fmt], fmt.bits))
             for group, of in scores.items()
         }
 
     def size(choice: Mapping[str, Format]) -> int:
-        return sum(bytes_of[group][form] for group, form in choice.items())
+        return sum(bytes_of[group][fmt] for group, fmt in choice.items())
 
     low, high = 0.0, 1e6  # too cheap, dear enough
     if size(at(high)) > budget:
@@ -98,13 +98,13 @@ def assign(
     while True:
         room = budget - size(choice)
         gains = [
-            ((scores[group][choice[group]] - score) / extra, group, form)
+            ((scores[group][choice[group]] - score) / extra, group, fmt)
             for group, of in scores.items()
-            for form, score in of.items()
-            if 0 < (extra := bytes_of[group][form] - bytes_of[group][choice[group]]) <= room
+            for fmt, score in of.items()
+            if 0 < (extra := bytes_of[group][fmt] - bytes_of[group][choice[group]]) <= room
             and score < scores[group][choice[group]]
         ]
         if not gains:
             return choice
-        _, group, form = max(gains, key=lambda gain: gain[0])
-        choice[group] = form
+        _, group, fmt = max(gains, key=lambda gain: gain[0])
+        choice[group] = fmt

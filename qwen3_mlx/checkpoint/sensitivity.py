@@ -74,7 +74,7 @@ def measure(
     of_input = _embedding(matrices["model.embed_tokens.weight"], ids, gradients, formats)
     of_head = scores.get("model.embed_tokens", {})
     scores["model.embed_tokens"] = {
-        form: score + of_head.get(form, 0.0) for form, score in of_input.items()
+        fmt: score + of_head.get(fmt, 0.0) for fmt, score in of_input.items()
     }
     progress(2 * layers, 2 * layers)
     return scores, seen
@@ -129,17 +129,17 @@ def _batches(sequences: int, length: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, sequences, step)]
 
 
-def _change(weight: mx.array, form: Format) -> mx.array:
+def _change(weight: mx.array, fmt: Format) -> mx.array:
     """Give what quantizing adds to a weight."""
-    packed = mx.quantize(weight, form.group_size, form.bits, form.mode)
+    packed = mx.quantize(weight, fmt.group_size, fmt.bits, fmt.mode)
     scales, *biases = packed[1:]
     kept = mx.dequantize(
         packed[0],
         scales,
         biases[0] if biases else None,
-        form.group_size,
-        form.bits,
-        form.mode,
+        fmt.group_size,
+        fmt.bits,
+        fmt.mode,
         dtype=mx.float32,
     )
     return kept - weight
@@ -152,7 +152,7 @@ def _number(array: mx.array) -> float:
 
 
 def _fitting(weight: mx.array, formats: Sequence[Format]) -> list[Format]:
-    return [form for form in formats if weight.shape[-1] % form.group_size == 0]
+    return [fmt for fmt in formats if weight.shape[-1] % fmt.group_size == 0]
 
 
 # --- the head and the embedding -----------------------------------------------------------------
@@ -181,18 +181,18 @@ def _head(
             greatest[drawing] = mx.maximum(best, greatest[drawing])
             mx.eval(labels, greatest, total)
     mean = mx.zeros_like(h)
-    moments = {form: [mx.zeros_like(total)] * 2 for form in _fitting(h, formats)}
+    moments = {fmt: [mx.zeros_like(total)] * 2 for fmt in _fitting(h, formats)}
     for _, rows in _blocks_of(matrix):
         p = mx.exp(h @ rows.T - total[:, None])
         mean = mean + p @ rows
-        for form, (first, second) in moments.items():
-            change = h @ _change(rows, form).T
-            moments[form] = [first + (p * change).sum(1), second + (p * change * change).sum(1)]
-            mx.eval(moments[form])
+        for fmt, (first, second) in moments.items():
+            change = h @ _change(rows, fmt).T
+            moments[fmt] = [first + (p * change).sum(1), second + (p * change * change).sum(1)]
+            mx.eval(moments[fmt])
         mx.eval(mean)
     scores = {
-        form: 0.5 * _number((second - first * first).mean())
-        for form, (first, second) in moments.items()
+        fmt: 0.5 * _number((second - first * first).mean())
+        for fmt, (first, second) in moments.items()
     }
     of_normed = _rows_of(matrix, labels) - mean  # [R, N·L, D]
     parts = []
@@ -208,8 +208,8 @@ def _embedding(
 ) -> dict[Format, float]:
     rows = _rows_of(matrix, ids)  # each row is quantized by itself
     return {
-        form: _divergence((gradients * _change(rows, form)).sum((2, 3)), ids.shape[1])
-        for form in _fitting(rows, formats)
+        fmt: _divergence((gradients * _change(rows, fmt)).sum((2, 3)), ids.shape[1])
+        for fmt in _fitting(rows, formats)
     }
 
 
@@ -268,8 +268,8 @@ def _layer(
                 seen[name] = moments(tap.x) + seen.get(name, 0)
             mx.eval(seen)
         for place, (name, tap) in enumerate(taps.items()):
-            for form in _fitting(tap.weight, formats):
-                changed = tap.with_weight(_change(tap.weight, form))
+            for fmt in _fitting(tap.weight, formats):
+                changed = tap.with_weight(_change(tap.weight, fmt))
                 of_batch = mx.stack(
                     [
                         (pull[place] * call[place](changed)).flatten(1).sum(1)  # [R]
@@ -277,7 +277,7 @@ def _layer(
                     ]
                 )
                 mx.eval(of_batch)
-                products[name][form].append(of_batch)
+                products[name][fmt].append(of_batch)
     return mx.concatenate(carried, axis=1), _by_group(products, x.shape[1]), seen
 
 
@@ -311,12 +311,12 @@ def _by_group(
         groups[group_of(name)].append(name)
     scores: dict[str, dict[Format, float]] = {}
     for group, names in groups.items():
-        shared = [form for form in products[names[0]] if all(form in products[n] for n in names)]
+        shared = [fmt for fmt in products[names[0]] if all(fmt in products[n] for n in names)]
         scores[group] = {
-            form: _divergence(
-                mx.stack([mx.concatenate(products[name][form]) for name in names]).sum(0), length
+            fmt: _divergence(
+                mx.stack([mx.concatenate(products[name][fmt]) for name in names]).sum(0), length
             )
-            for form in shared
+            for fmt in shared
         }
     return scores
 

@@ -135,11 +135,11 @@ def _plain(weights: Weights, name: str) -> StoredRows:
 
 def _mlx(formats: StoredFormats) -> Decoder:
     def decode(weights: Weights, prefix: str) -> StoredRows:
-        form = formats.format_of(_module_name(prefix))
+        fmt = formats.format_of(_module_name(prefix))
         packed = weights.stored[f"{prefix}.weight"]
         names = [f"{prefix}.{kind}" for kind in ("weight", "scales", "biases")]
-        width = packed.shape[-1] * 32 // form.bits if packed.shape else 0
-        for kind, (shape, dtype) in form.tensors((*packed.shape[:-1], width), mx.float32).items():
+        width = packed.shape[-1] * 32 // fmt.bits if packed.shape else 0
+        for kind, (shape, dtype) in fmt.tensors((*packed.shape[:-1], width), mx.float32).items():
             dtypes = _FLOATS if dtype == mx.float32 else (STORED_AS[dtype],)
             _expect(weights, f"{prefix}.{kind}", dtypes, shape)
 
@@ -153,9 +153,9 @@ def _mlx(formats: StoredFormats) -> Decoder:
                 weight,
                 scales,
                 biases,
-                group_size=form.group_size,
-                bits=form.bits,
-                mode=form.mode,
+                group_size=fmt.group_size,
+                bits=fmt.bits,
+                mode=fmt.mode,
                 dtype=mx.float32,
             )
 
