@@ -1,13 +1,14 @@
-"""How much each group of modules minds being quantized, measured on text, one layer at a time.
+"""Sensitivity: how much quantizing each group of modules changes the model's output.
 
-The measure is the divergence of the model's output, KL(original ‖ quantized) a token, to second
-order in the change of the weights: ½ δᵀFδ with the Fisher information F of the output. With labels
-y drawn from the model itself, F is the mean of ggᵀ for the gradients g of log p(y), so half the
-mean of (g·δ)² over sequences and drawings is an unbiased estimate (Amari, "Natural Gradient Works
-Efficiently in Learning", 1998). The change of a weight enters by the change of its module's output:
-no gradient of a weight is ever made, and no more than one layer is in memory.
+It is measured on text, one layer at a time. The measure is the divergence of the model's output,
+KL(original ‖ quantized) a token, to second order in the change δ of the weights: ½ δᵀFδ with the
+Fisher information F of the output. With labels y drawn from the model itself, F is the mean of ggᵀ
+for the gradients g of log p(y), so half the mean of (g·δ)² over sequences and draws is an unbiased
+estimate (Amari, "Natural Gradient Works Efficiently in Learning", 1998). The change of a weight
+enters through the change of its module's output: no gradient of a weight is computed, and at most
+one layer is in memory.
 
-N sequences, L tokens each, R drawings of labels, D hidden, V vocabulary.
+N sequences, L tokens each, R draws of labels, D hidden, V vocabulary.
 """
 
 from collections import defaultdict
@@ -31,9 +32,9 @@ from qwen3_mlx.model.rope import Rope
 
 Progress = Callable[[int, int], None]
 PromptLogprobBatch = dict[str, dict[Format, float]]
-"""For each group of modules, the divergence in nats a token that each format brings about."""
+"""For each group of modules, the divergence in nats a token that each format causes."""
 Moments = dict[str, mx.array]
-"""For each module, what `rounding.moments` says of its inputs."""
+"""The second moments of each module's inputs, see `gptq.moments`."""
 
 DRAWINGS = 4
 _BATCH_TOKENS = 512
@@ -47,9 +48,10 @@ def measure(
     formats: Sequence[Format],
     progress: Progress,
 ) -> tuple[PromptLogprobBatch, Moments]:
-    """Measure each group of modules with each format on ids [N, L], and all modules' inputs.
+    """Compute the divergence of each group of modules in each format, and all modules' moments.
 
-    `progress(done, total)` counts layers, each of them twice.
+    The text is ids [N, L]. `progress(done, total)` counts layers, each of them twice: once
+    forwards, once backwards.
     """
     rope = Rope(config)
     layers = config.num_hidden_layers
@@ -98,7 +100,7 @@ def _load_block(config: ModelConfig, matrices: Mapping[str, Matrix], index: int)
 
 
 def _blocks_of(matrix: Matrix) -> Iterator[tuple[int, mx.array]]:
-    """Give the rows of the embedding in blocks, each with the number of its first row."""
+    """Yield the rows of the embedding in blocks, each with the number of its first row."""
     start = 0
     for rows in matrix.blocks(_VOCABULARY_BLOCK):
         yield start, rows.astype(mx.float32)
@@ -106,7 +108,7 @@ def _blocks_of(matrix: Matrix) -> Iterator[tuple[int, mx.array]]:
 
 
 def _rows_of(matrix: Matrix, ids: mx.array) -> mx.array:
-    """Gather rows [*ids, D] without holding the matrix."""
+    """Return rows [*ids, D] of a matrix that is never in memory as a whole."""
     found = mx.zeros((*ids.shape, matrix.shape[-1]))
     for start, rows in _blocks_of(matrix):
         inside = (ids >= start) & (ids < start + rows.shape[0])
@@ -130,7 +132,7 @@ def _batches(sequences: int, length: int) -> list[slice]:
 
 
 def _change(weight: mx.array, fmt: Format) -> mx.array:
-    """Give what quantizing adds to a weight."""
+    """Compute the change of a weight by quantization: quantized less original."""
     packed = mx.quantize(weight, fmt.group_size, fmt.bits, fmt.mode)
     scales, *biases = packed[1:]
     kept = mx.dequantize(
@@ -161,11 +163,11 @@ def _fitting(weight: mx.array, formats: Sequence[Format]) -> list[Format]:
 def _head(
     matrix: Matrix, norm: nn.RMSNorm, x: mx.array, formats: Sequence[Format]
 ) -> tuple[mx.array, dict[Format, float]]:
-    """Give the gradients [R, N, L, D] of log p(y) for drawn labels y, and the head's own scores.
+    """Compute the gradients [R, N, L, D] of log p(y) for drawn labels y, and the head's scores.
 
-    The vocabulary is gone through twice: for the normalisation and the drawings (the greatest sum
-    of logit and Gumbel noise is a draw), and for the gradients. What a format does to the logits is
-    known there, so half their variance is the divergence, without drawings.
+    The vocabulary is read twice: for the normalisation and the draws (the greatest sum of logit and
+    Gumbel noise is a draw), and for the gradients. The head's own change of the logits is known
+    exactly, so half its variance is the divergence, without draws.
     """
     h = norm(x).reshape(-1, x.shape[-1])  # [N·L, D]
     greatest = mx.full((DRAWINGS, h.shape[0]), -mx.inf)
@@ -214,7 +216,7 @@ def _embedding(
 
 
 def _divergence(products: mx.array, length: int) -> float:
-    """Give the divergence a token for products g·δ [R, N] of whole sequences."""
+    """Compute the divergence a token from products g·δ [R, N] of whole sequences."""
     return 0.5 * _number((products * products).mean()) / length
 
 
@@ -222,7 +224,7 @@ def _divergence(products: mx.array, length: int) -> float:
 
 
 class _Tap:
-    """Stands in a layer for a module: notes how it is called, and adds to its output."""
+    """Replaces a module in a layer: records its call, and adds to its output."""
 
     def __init__(self, inner: nn.Module) -> None:
         self.weight: mx.array = inner["weight"]
@@ -232,7 +234,7 @@ class _Tap:
         self._inner = inner
 
     def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
-        """Call the module."""
+        """Run the module; record the call, or add `added` to the output if it is set."""
         out: mx.array = self._inner(x, *args, **options)
         if self.added is not None:
             return out + self.added
@@ -241,17 +243,20 @@ class _Tap:
         return out
 
     def with_weight(self, weight: mx.array) -> nn.Module:
-        """Give the module with another weight and no bias."""
+        """Return a module of the same kind with another weight and no bias."""
         experts = isinstance(self._inner, SwitchLinear)
-        twin: nn.Module = SwitchLinear(1, 1, 1) if experts else Linear(1, 1, bias=False)
-        twin.weight = weight
-        return twin
+        module: nn.Module = SwitchLinear(1, 1, 1) if experts else Linear(1, 1, bias=False)
+        module.weight = weight
+        return module
 
 
 def _layer(
     block: Block, rope: Rope, x: mx.array, gradients: mx.array, formats: Sequence[Format]
 ) -> tuple[mx.array, dict[str, dict[Format, float]], Moments]:
-    """Carry gradients [R, N, L, D] back through a layer; give its groups' scores, too."""
+    """Compute the gradients [R, N, L, D] at a layer's input, its groups' scores, and its moments.
+
+    `gradients` [R, N, L, D] are those at its output. One sequence is differentiated at a time.
+    """
     taps = _install_taps(block)
     seen: Moments = {}
     products: dict[str, dict[Format, list[mx.array]]] = defaultdict(lambda: defaultdict(list))
@@ -284,7 +289,7 @@ def _layer(
 def _pull(
     block: Block, rope: Rope, taps: Mapping[str, _Tap], one: mx.array, gradients: mx.array
 ) -> list[mx.array]:
-    """Give the gradients of the input [R, 1, L, D] and of each tapped output of one sequence."""
+    """Compute the gradients at the input [R, 1, L, D] and at each tapped output of one sequence."""
 
     def forward(x: mx.array, *added: mx.array) -> mx.array:
         for tap, value in zip(taps.values(), added, strict=True):
@@ -322,7 +327,10 @@ def _by_group(
 
 
 def _install_taps(block: Block) -> dict[str, _Tap]:
-    """Put taps in the place of the modules to measure; the router keeps its bits anyway."""
+    """Replace the modules to measure by taps; return the taps by module path.
+
+    The router is left out: it keeps its bits in every recipe.
+    """
     taps = {}
     for path, module in quantizable(block):
         if not path.endswith("mlp.gate"):
