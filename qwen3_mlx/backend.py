@@ -334,7 +334,7 @@ def matmul_speed(size: int = 1024) -> float:
     """Compute the float operations a second of a [size, size] product, in the compute dtype."""
     a, b = (mx.random.normal((size, size)).astype(compute_dtype()) for _ in range(2))
     mx.eval(a, b)
-    return 2 * size**3 / _least_seconds(lambda: a @ b)
+    return 2 * size**3 / _min_seconds(lambda: a @ b)
 
 
 def memory_bandwidth(rows: int = 16384, columns: int = 4096) -> float:
@@ -346,11 +346,11 @@ def memory_bandwidth(rows: int = 16384, columns: int = 4096) -> float:
     matrix = mx.ones((rows, columns), compute_dtype())
     row, column = mx.ones((1, rows), matrix.dtype), mx.ones((columns, 1), matrix.dtype)
     mx.eval(matrix, row, column)
-    seconds = min(_least_seconds(lambda: row @ matrix), _least_seconds(lambda: matrix @ column))
+    seconds = min(_min_seconds(lambda: row @ matrix), _min_seconds(lambda: matrix @ column))
     return matrix.nbytes / seconds
 
 
-def _least_seconds(compute: Callable[[], mx.array]) -> float:
+def _min_seconds(compute: Callable[[], mx.array]) -> float:
     mx.eval(compute())  # warm-up: the first run also sets up the device
     times = []
     for _ in range(3):

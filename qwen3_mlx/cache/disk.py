@@ -59,7 +59,7 @@ class DiskPrefixes:
         for file in folder.glob(f"{_PATTERN}.*.new"):
             process = file.name.split(".")[2]
             with suppress(OSError):  # a folder may have such a name
-                if process.isdecimal() and not _alive(int(process)):
+                if process.isdecimal() and not _is_alive(int(process)):
                     file.unlink()
         self._entries = [entry for file in folder.glob(_PATTERN) if (entry := self._entry(file))]
 
@@ -76,7 +76,7 @@ class DiskPrefixes:
         if entry is None:
             return 0
         try:
-            if not _intact(entry.file):
+            if not _is_intact(entry.file):
                 entry.file.unlink(missing_ok=True)
                 raise ValueError("it was damaged, and is removed")
             stored: Any = mx.load(str(entry.file))
@@ -102,9 +102,9 @@ class DiskPrefixes:
 
         The length is 0 if no entry has at least `_MIN_TOKENS` of them.
         """
-        sought, best, longest = array("i", ids[:most]), None, _MIN_TOKENS - 1
+        wanted, best, longest = array("i", ids[:most]), None, _MIN_TOKENS - 1
         for entry in self._entries:
-            if (found := common_prefix(entry.ids, sought)) > longest:
+            if (found := common_prefix(entry.ids, wanted)) > longest:
                 best, longest = entry, found
         return (longest, best) if best else (0, None)
 
@@ -214,7 +214,7 @@ class _ChecksumFile:
         self._out.write(data)
 
 
-def _intact(file: Path) -> bool:
+def _is_intact(file: Path) -> bool:
     """Return whether the last bytes of a file are the checksum of all bytes before them."""
     left, checksum = file.stat().st_size - _CHECKSUM_BYTES, 0
     block = memoryview(bytearray(_READ_BYTES))
@@ -224,7 +224,7 @@ def _intact(file: Path) -> bool:
         return stream.read() == checksum.to_bytes(_CHECKSUM_BYTES, "little")
 
 
-def _alive(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:

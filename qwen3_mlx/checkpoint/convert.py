@@ -117,7 +117,7 @@ def run(job: Job, progress: Progress) -> Written:
     try:
         with _streams() as streams:
             _write_shards(job, partial, shards, streams, progress)
-        _write_rest(job, partial, shards, written)
+        _write_other_files(job, partial, shards, written)
         _publish(partial, job.output.resolve())
     except OSError as error:
         raise Qwen3Error(f"writing {partial} failed: {error.strerror or error}") from error
@@ -369,7 +369,7 @@ def _compute_blocks(
 # --- what goes with the weights -----------------------------------------------------------------
 
 
-def _write_rest(
+def _write_other_files(
     job: Job, partial: Path, shards: Mapping[str, list[_Tensor]], written: Written
 ) -> None:
     if len(shards) > 1:

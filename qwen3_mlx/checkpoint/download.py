@@ -51,7 +51,7 @@ class _File:
         return self.blob.with_name(f"{self.blob.name}.qwen3.incomplete")
 
     @property
-    def here(self) -> int:
+    def received(self) -> int:
         """Bytes that earlier downloads left."""
         return min(self.partial.stat().st_size, self.size) if self.partial.exists() else 0
 
@@ -71,18 +71,18 @@ def download(
     wanted = _files(name, commit, files)
     if not wanted:
         return
-    total, here = sum(file.size for file in wanted), sum(file.here for file in wanted)
-    _refuse_full_disk(name, wanted, total - here)
-    _log.info("downloading %s: %d bytes of %d are here", name, here, total)
+    total, received = sum(file.size for file in wanted), sum(file.received for file in wanted)
+    _refuse_full_disk(name, wanted, total - received)
+    _log.info("downloading %s: %d bytes of %d are present", name, received, total)
     stopped, lock = Flag(), Lock()
 
     def count(new: int) -> None:
-        nonlocal here
+        nonlocal received
         with lock:
-            here += new
+            received += new
             try:
                 if progress:
-                    progress(here, total)
+                    progress(received, total)
             except BaseException:  # raised by the caller's callback: it ends the download
                 stopped.set()
                 raise
@@ -136,7 +136,7 @@ def _fetch(file: _File, count: Callable[[int], None], stopped: Flag) -> None:
         if file.blob.exists():  # another process has completed it
             count(file.size)
             return
-        target.truncate(file.here)
+        target.truncate(file.received)
         failures = 0
         while (before := target.seek(0, 2)) < file.size and not stopped.is_set():
             try:

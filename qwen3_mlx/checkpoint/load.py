@@ -205,7 +205,7 @@ _PLAIN: dict[type, Callable[[], nn.Module]] = {
 }
 
 
-def _holder(model: nn.Module, path: str) -> tuple[Any, str]:
+def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
     *parents, name = path.split(".")
     place: Any = model
     for parent in parents:
@@ -215,11 +215,11 @@ def _holder(model: nn.Module, path: str) -> tuple[Any, str]:
 
 def _take(model: nn.Module, path: str) -> nn.Module:
     """Remove a module from the tree, so that nothing else keeps its source weights alive."""
-    place, name = _holder(model, path)
+    place, name = _parent(model, path)
     module: nn.Module = place.pop(name)
     return module
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    place, name = _holder(model, path)
+    place, name = _parent(model, path)
     place[name] = module

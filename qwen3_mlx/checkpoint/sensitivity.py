@@ -59,12 +59,12 @@ def measure(
     for index in range(layers):
         progress(index, 2 * layers)
         block = _load_block(config, matrices, index)
-        inputs.append(_through(block, rope, inputs[-1]))
+        inputs.append(_forward(block, rope, inputs[-1]))
     scores: PromptLogprobBatch = {}
     seen: Moments = {}
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    norm.weight = _whole(matrices["model.norm.weight"])
+    norm.weight = _read_matrix(matrices["model.norm.weight"])
     seen[head] = moments(norm(inputs[-1]))
     gradients, scores[head] = _head(matrices[f"{head}.weight"], norm, inputs.pop(), formats)
     for index in reversed(range(layers)):
@@ -85,7 +85,7 @@ def measure(
 # --- reading ------------------------------------------------------------------------------------
 
 
-def _whole(matrix: Matrix) -> mx.array:
+def _read_matrix(matrix: Matrix) -> mx.array:
     array = mx.concatenate(list(matrix.blocks(1 << 26))).astype(mx.float32).reshape(matrix.shape)
     mx.eval(array)
     return array
@@ -95,7 +95,7 @@ def _load_block(config: ModelConfig, matrices: Mapping[str, Matrix], index: int)
     block = Block(config, index)
     prefix = f"model.layers.{index}."
     named = [(name.removeprefix(prefix), name) for name in matrices if name.startswith(prefix)]
-    block.load_weights([(short, _whole(matrices[name])) for short, name in named])
+    block.load_weights([(short, _read_matrix(matrices[name])) for short, name in named])
     return block
 
 
@@ -118,7 +118,7 @@ def _rows_of(matrix: Matrix, ids: mx.array) -> mx.array:
     return found
 
 
-def _through(block: Block, rope: Rope, x: mx.array) -> mx.array:
+def _forward(block: Block, rope: Rope, x: mx.array) -> mx.array:
     parts = []
     for batch in _batches(x.shape[0], x.shape[1]):
         parts.append(block(x[batch], None, NoCache(), rope.for_pass()))
@@ -131,7 +131,7 @@ def _batches(sequences: int, length: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, sequences, step)]
 
 
-def _change(weight: mx.array, fmt: Format) -> mx.array:
+def _quantization_error(weight: mx.array, fmt: Format) -> mx.array:
     """Compute the change of a weight by quantization: quantized less original."""
     packed = mx.quantize(weight, fmt.group_size, fmt.bits, fmt.mode)
     scales, *biases = packed[1:]
@@ -147,7 +147,7 @@ def _change(weight: mx.array, fmt: Format) -> mx.array:
     return kept - weight
 
 
-def _number(array: mx.array) -> float:
+def _scalar(array: mx.array) -> float:
     value = array.item()
     assert isinstance(value, float)
     return value
@@ -188,12 +188,12 @@ def _head(
         p = mx.exp(h @ rows.T - total[:, None])
         mean = mean + p @ rows
         for fmt, (first, second) in moments.items():
-            change = h @ _change(rows, fmt).T
+            change = h @ _quantization_error(rows, fmt).T
             moments[fmt] = [first + (p * change).sum(1), second + (p * change * change).sum(1)]
             mx.eval(moments[fmt])
         mx.eval(mean)
     scores = {
-        fmt: 0.5 * _number((second - first * first).mean())
+        fmt: 0.5 * _scalar((second - first * first).mean())
         for fmt, (first, second) in moments.items()
     }
     of_normed = _rows_of(matrix, labels) - mean  # [R, N·L, D]
@@ -210,14 +210,14 @@ def _embedding(
 ) -> dict[Format, float]:
     rows = _rows_of(matrix, ids)  # each row is quantized by itself
     return {
-        fmt: _divergence((gradients * _change(rows, fmt)).sum((2, 3)), ids.shape[1])
+        fmt: _divergence((gradients * _quantization_error(rows, fmt)).sum((2, 3)), ids.shape[1])
         for fmt in _fitting(rows, formats)
     }
 
 
 def _divergence(products: mx.array, length: int) -> float:
     """Compute the divergence a token from products g·δ [R, N] of whole sequences."""
-    return 0.5 * _number((products * products).mean()) / length
+    return 0.5 * _scalar((products * products).mean()) / length
 
 
 # --- a layer ------------------------------------------------------------------------------------
@@ -263,9 +263,9 @@ def _layer(
     carried = []
     for batch in _batches(x.shape[0], x.shape[1]):
         calls, pulls = [], []
-        for one in range(batch.start, min(batch.stop, x.shape[0])):
-            one_gradients = gradients[:, one : one + 1]
-            of_input, *of_modules = _pull(block, rope, taps, x[one : one + 1], one_gradients)
+        for n in range(batch.start, min(batch.stop, x.shape[0])):
+            its_gradients = gradients[:, n : n + 1]
+            of_input, *of_modules = _backward(block, rope, taps, x[n : n + 1], its_gradients)
             carried.append(of_input)
             pulls.append(of_modules)
             calls.append([tap.call for tap in taps.values()])
@@ -274,7 +274,7 @@ def _layer(
             mx.eval(seen)
         for place, (name, tap) in enumerate(taps.items()):
             for fmt in _fitting(tap.weight, formats):
-                changed = tap.with_weight(_change(tap.weight, fmt))
+                changed = tap.with_weight(_quantization_error(tap.weight, fmt))
                 of_batch = mx.stack(
                     [
                         (pull[place] * call[place](changed)).flatten(1).sum(1)  # [R]
@@ -286,8 +286,8 @@ def _layer(
     return mx.concatenate(carried, axis=1), _by_group(products, x.shape[1]), seen
 
 
-def _pull(
-    block: Block, rope: Rope, taps: Mapping[str, _Tap], one: mx.array, gradients: mx.array
+def _backward(
+    block: Block, rope: Rope, taps: Mapping[str, _Tap], sequence: mx.array, gradients: mx.array
 ) -> list[mx.array]:
     """Compute the gradients at the input [R, 1, L, D] and at each tapped output of one sequence."""
 
@@ -298,10 +298,10 @@ def _pull(
 
     for tap in taps.values():
         tap.added = None
-    mx.eval(block(one, None, NoCache(), rope.for_pass()))
+    mx.eval(block(sequence, None, NoCache(), rope.for_pass()))
     zeros = [mx.zeros_like(tap.out) for tap in taps.values()]
     of_drawings = [
-        mx.vjp(forward, [one, *zeros], [gradients[drawing]])[1] for drawing in range(DRAWINGS)
+        mx.vjp(forward, [sequence, *zeros], [gradients[drawing]])[1] for drawing in range(DRAWINGS)
     ]
     pulled = list(map(mx.stack, map(list, zip(*of_drawings, strict=True))))
     mx.eval(pulled)

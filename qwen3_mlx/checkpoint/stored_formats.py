@@ -124,7 +124,9 @@ def _expect(
 def _plain(weights: Weights, name: str) -> StoredRows:
     entry = weights.stored[name]
     if entry.dtype not in _FLOATS:
-        raise CheckpointError(f"{name} is {entry.dtype}, and nothing tells what its numbers mean")
+        raise CheckpointError(
+            f"{name} is {entry.dtype}, and config.json does not state how to decode it"
+        )
     width = entry.shape[-1] if entry.shape else 1
     return StoredRows(
         rows=math.prod(entry.shape[:-1]),
@@ -235,11 +237,11 @@ def _awq(weights: Weights, prefix: str) -> StoredRows:
     def read(start: int, stop: int) -> mx.array:
         columns = slice(start // 8, -(-stop // 8))
         q, zeros = (
-            _unpacked(weights.rows(name, 0, rows)[:, columns], _AWQ_SHIFTS)
+            _unpack(weights.rows(name, 0, rows)[:, columns], _AWQ_SHIFTS)
             for name, rows in zip(names[:2], (inputs, groups), strict=True)
         )
         scales = weights.rows(names[2], 0, groups)[:, 8 * columns.start : 8 * columns.stop]
-        return _affine(q, zeros, scales, mx.arange(inputs) // group)[: stop - start]
+        return _dequantize(q, zeros, scales, mx.arange(inputs) // group)[: stop - start]
 
     return StoredRows(8 * words, inputs, read)
 
@@ -251,12 +253,12 @@ def _gptq_scheme(section: Mapping[str, Any]) -> _Scheme:
     def decode(weights: Weights, prefix: str) -> StoredRows:
         if ordered and f"{prefix}.g_idx" not in weights.stored:
             raise CheckpointError(f"{prefix}.g_idx is missing, and desc_act is true")
-        return _gptq(weights, prefix, bits, less_one=not second)
+        return _gptq(weights, prefix, bits, zeros_less_one=not second)
 
     return _Scheme("qweight", ("qzeros", "scales"), decode)
 
 
-def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> StoredRows:
+def _gptq(weights: Weights, prefix: str, bits: int, *, zeros_less_one: bool) -> StoredRows:
     """Create the matrix of (q − zero) · scale, stored as words [inputs · bits / 32, outputs].
 
     The first version of the format stores each zero less one.
@@ -275,13 +277,13 @@ def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> Stored
 
     def read(start: int, stop: int) -> mx.array:
         packed = weights.rows(q_name, 0, words)[:, start:stop]
-        q = _unpacked(packed.T, shifts).T
+        q = _unpack(packed.T, shifts).T
         stored = weights.rows(z_name, 0, groups).view(mx.uint32)
-        if less_one:
+        if zeros_less_one:
             # Writers subtract 1 from all zeros of a word at once, so a zero of 0 borrows from its
             # neighbour. Adding to the word as a whole carries it back.
             stored = stored + sum(1 << shift for shift in shifts)
-        zeros = _unpacked(stored, shifts)[:, start:stop]
+        zeros = _unpack(stored, shifts)[:, start:stop]
         scales = weights.rows(s_name, 0, groups)[:, start:stop]
         if ordered:
             index = weights.rows(order, 0, 1).flatten()
@@ -289,7 +291,7 @@ def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> Stored
                 raise CheckpointError(f"{order} names group {min(stray)} of {groups}")
         else:
             index = mx.arange(inputs) // group
-        return _affine(q, zeros, scales, index)
+        return _dequantize(q, zeros, scales, index)
 
     return StoredRows(outputs, inputs, read)
 
@@ -297,18 +299,18 @@ def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> Stored
 def _group_size(prefix: str, inputs: int, groups: int) -> int:
     if not groups or inputs % groups:
         raise CheckpointError(
-            f"{prefix} has {inputs} inputs, which do not divide into {groups} equal groups"
+            f"{prefix} has {inputs} inputs, which cannot be split into {groups} groups"
         )
     return inputs // groups
 
 
-def _unpacked(words: mx.array, shifts: list[int]) -> mx.array:
+def _unpack(words: mx.array, shifts: list[int]) -> mx.array:
     """Return the values [rows, words · values a word] of words [rows, words], float32."""
     mask = (1 << 32 // len(shifts)) - 1
     values = words.view(mx.uint32)[..., None] >> mx.array(shifts, dtype=mx.uint32) & mask
     return values.flatten(1).astype(mx.float32)
 
 
-def _affine(q: mx.array, zeros: mx.array, scales: mx.array, group: mx.array) -> mx.array:
+def _dequantize(q: mx.array, zeros: mx.array, scales: mx.array, group: mx.array) -> mx.array:
     """Compute the weight [outputs, inputs] of q [inputs, outputs], zeros and scales by group."""
     return ((q - zeros[group]) * scales.astype(mx.float32)[group]).T

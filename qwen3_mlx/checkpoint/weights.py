@@ -97,24 +97,24 @@ def weight_names(
         CheckpointError: the index is broken, or it is unclear which of the files are meant.
     """
     present = {file.name for file in folder.iterdir()} if files is None else set(files)
-    there = sorted(filter(_MODEL_FILE.fullmatch, present))
+    model_files = sorted(filter(_MODEL_FILE.fullmatch, present))
     place = place or str(folder)
     names, fault = _indexed(folder)
-    if fault and WHOLE not in there:
+    if fault and WHOLE not in model_files:
         raise CheckpointError(f"{place}: {fault}")
     if names:
-        if WHOLE in names or WHOLE not in there:
+        if WHOLE in names or WHOLE not in model_files:
             return names
         if not set(names) <= present:
             return [WHOLE]
         _refuse_two_sets(place, [WHOLE, names[0]])
-    numbered = [match for name in there if (match := _SHARD.fullmatch(name))]
+    numbered = [match for name in model_files if (match := _SHARD.fullmatch(name))]
     if not numbered:  # a variant such as model.fp16.safetensors is not fetched
-        return [WHOLE] if files is not None and WHOLE in there else there
+        return [WHOLE] if files is not None and WHOLE in model_files else model_files
     sets: dict[tuple[str, str], str] = {}  # the first file of each, by stem and count
     for match in numbered:
         sets.setdefault((match[1], match[3]), match[0])
-    _refuse_two_sets(place, [*([WHOLE] if WHOLE in there else []), *sets.values()])
+    _refuse_two_sets(place, [*([WHOLE] if WHOLE in model_files else []), *sets.values()])
     stem, number, count = numbered[0].groups()
     return [
         f"{stem}-{shard:0{len(number)}}-of-{count}.safetensors"
@@ -196,15 +196,15 @@ def why_none(
     """
     others = sorted(file for file in files if file.endswith(_UNSUPPORTED_SUFFIXES))
     if ggufs := [file for file in others if file.endswith(".gguf")]:
-        return f"{place} has {_some(ggufs)}, and {GGUF}"
+        return f"{place} has {_first_names(ggufs)}, and {GGUF}"
     if not set(ADAPTER_FILES).isdisjoint(files):
         return f"{place} is an adapter for {base}, {NO_WHOLE_MODEL}"
     if others and needed == WHOLE:
-        return f"{place} has {_some(others)}, but only safetensors files are read"
+        return f"{place} has {_first_names(others)}, but only safetensors files are read"
     return f"{place} has no {needed}"
 
 
-def _some(files: list[str]) -> str:
+def _first_names(files: list[str]) -> str:
     return ", ".join(files[:3]) + (" and others" if len(files) > 3 else "")
 
 
@@ -301,7 +301,7 @@ def mismatches(
     the embedding that their tied heads do not use.
     """
     unused = {"lm_head.weight", "lm_head.scales", "lm_head.biases"} if tied else set()
-    misshapen = _folded(
+    misshapen = _shape_mismatches(
         {name: (there[name], shape) for name, shape in needed.items() if name in there}
     )
     return [
@@ -315,7 +315,7 @@ def mismatches(
     ]
 
 
-def _folded(shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> list[str]:
+def _shape_mismatches(shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> list[str]:
     """Return a description of each wrong shape, from (present, needed); layers are combined."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, (has, needs) in shapes.items():
