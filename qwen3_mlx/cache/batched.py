@@ -93,8 +93,7 @@ class _Slots:
     @property
     def full(self) -> bool:
         """True if no column is left."""
-        # The last column is never written: a view of the whole buffer would be the buffer itself,
-        # and the next write would copy it (see `next_capacity`).
+        # As in `KVCache`, the capacity stays beyond what is written: the last column is never used.
         return self.column + 1 >= self._own.shape[1]
 
     def next_step(self) -> "Sequence[_Layer]":
