@@ -14,7 +14,7 @@ from qwen3_mlx.version import __version__ as __version__
 interrupt.end_at_once()
 try:
     from qwen3_mlx import backend as backend  # first: loads a fast BLAS before anything imports MLX
-except ImportError:  # raised anew for each public name, and one line of the command: see __main__
+except ImportError:  # raised again for each public name; __main__ reports it in one line
     pass
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
         Usage,
     )
 
-_HOMES = {
+_MODULES = {
     "LLM": "api.llm",
     "AsyncStream": "api.stream",
     "CheckpointError": "errors",
@@ -90,10 +90,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(f"{__name__}.backend")  # which says in words if MLX cannot be loaded
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+    import_module(f"{__name__}.backend")  # raises a clear ImportError if MLX cannot be loaded
+    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     globals()[name] = value
     return value
 

@@ -1,4 +1,7 @@
-"""The `qwen3` command, also `python -m qwen3_mlx`: says in one line if MLX cannot be loaded."""
+"""Entry point of the `qwen3` command and of `python -m qwen3_mlx`.
+
+If MLX cannot be loaded, the error is one line instead of a traceback.
+"""
 
 import sys
 
@@ -7,7 +10,7 @@ try:
     from qwen3_mlx.cli.main import main
 except ImportError as error:
     sys.exit(f"qwen3: {error}")
-except KeyboardInterrupt:  # where `qwen3_mlx.interrupt` could not see that this is the command
+except KeyboardInterrupt:  # where `qwen3_mlx.interrupt` did not recognise the command
     sys.exit(130)
 
 if __name__ == "__main__":

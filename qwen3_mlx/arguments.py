@@ -1,4 +1,4 @@
-"""Arguments as callers write them: numpy's scalars, lists of ids, options, functions as tools."""
+"""Normalises and checks arguments: numpy scalars, token ids, option names, functions as tools."""
 
 import inspect
 import sys
@@ -8,31 +8,31 @@ from typing import Any
 
 
 def plain(value: Any) -> Any:
-    """Return a numpy scalar as the Python value that it stands for, and all else unchanged."""
-    numpy = sys.modules.get("numpy")  # importing it takes a tenth of a second
+    """Return a numpy scalar as a Python value, and any other value unchanged."""
+    numpy = sys.modules.get("numpy")  # not imported here: that takes 0.1 s
     return value.item() if numpy and isinstance(value, numpy.generic) else value
 
 
 def token_ids(ids: Iterable[Any]) -> list[int]:
-    """Return token ids, of a list or a numpy array, as a list of ints.
+    """Return the token ids of a list or a numpy array as a list of ints.
 
     Raises:
-        TypeError: one of them is no whole number.
+        TypeError: an id is not a whole number.
     """
     if isinstance(ids, bytes | str) or not isinstance(ids, Iterable):
         raise TypeError(f"token ids must be whole numbers, not {ids!r}")
-    found = [plain(token) for token in ids]
-    for token in found:
+    tokens = [plain(token) for token in ids]
+    for token in tokens:
         if type(token) is not int:
             raise TypeError(f"token ids must be whole numbers, not {token!r}")
-    return found
+    return tokens
 
 
 def refuse_unknown(given: Iterable[str], known: Iterable[str]) -> None:
-    """Refuse the first keyword that does not exist, and name the closest one that does.
+    """Refuse a keyword that does not exist; the message names the closest one that does.
 
     Raises:
-        TypeError: there is such a keyword.
+        TypeError: an unknown keyword is given.
     """
     known = list(known)
     for name in given:
@@ -46,9 +46,10 @@ def refuse_deferred(name: str, function: Callable[..., Any]) -> None:
     """Refuse a tool that does not return its result when it is called.
 
     Raises:
-        TypeError: it is an async function or a generator.
+        TypeError: the tool is an async function or a generator.
     """
-    for called in (function, getattr(function, "__call__", None)):  # noqa: B004 - objects, too
+    # A callable object is judged by its __call__, too.
+    for called in (function, getattr(function, "__call__", None)):  # noqa: B004
         kind = None
         if inspect.iscoroutinefunction(called):
             kind = "an async function"

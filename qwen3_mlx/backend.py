@@ -1,8 +1,8 @@
-"""The machine: device, dtype, BLAS and memory limits. The one place that asks where we run.
+"""The machine: device, dtype, BLAS and memory limits. Only this module asks for them.
 
-Importing this module loads a fast BLAS on Linux, because MLX binds its BLAS symbols when
-`mlx.core` is first imported, and has the end of the process wait for what MLX still computes;
-nothing else in the package runs at import.
+Two things happen at import, and nothing else in the package runs at import. On Linux a fast BLAS
+is loaded, because MLX binds its BLAS symbols when `mlx.core` is first imported. And an exit
+handler is registered that waits for what MLX still computes.
 """
 
 import atexit
@@ -22,34 +22,34 @@ from threading import RLock
 
 from qwen3_mlx.errors import Qwen3Error
 
-# Plain `cblas_*` exports are what MLX's CPU build links to. numpy's and scipy's private OpenBLAS
-# rename theirs and do not serve. The order is by measured speed on x86-64.
+# MLX's CPU build links to plain `cblas_*` symbols. The private OpenBLAS of numpy and scipy cannot
+# be used: its symbols are renamed. The order is by measured speed on x86-64.
 _BLAS_LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.2", "libmkl_rt.so.3", "libblis.so.4")
 _OWN_BLAS = "MLX's own"
 
 
 def _preload_blas() -> str:
-    """Load a fast BLAS for MLX's Linux CPU build and say what was done."""
-    wish = os.environ.get("QWEN3_BLAS", "")
-    if sys.platform != "linux" or wish == "off":
-        return _OWN_BLAS if wish != "off" else f"{_OWN_BLAS} (QWEN3_BLAS=off)"
+    """Load a fast BLAS for MLX's Linux CPU build; return its name, or why MLX's own is used."""
+    requested = os.environ.get("QWEN3_BLAS", "")
+    if sys.platform != "linux" or requested == "off":
+        return _OWN_BLAS if requested != "off" else f"{_OWN_BLAS} (QWEN3_BLAS=off)"
     if "mlx.core" in sys.modules:
         return f"{_OWN_BLAS} (mlx was imported before qwen3_mlx)"
-    beside = [str(Path(sys.prefix) / "lib" / name) for name in _BLAS_LIBRARIES]
-    for name in [wish] if wish else [*_BLAS_LIBRARIES, *beside]:
+    in_prefix = [str(Path(sys.prefix) / "lib" / name) for name in _BLAS_LIBRARIES]
+    for name in [requested] if requested else [*_BLAS_LIBRARIES, *in_prefix]:
         try:
             library = ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
         except OSError:
             continue
         if hasattr(library, "cblas_sgemm"):
             return name
-    return f"{_OWN_BLAS} (QWEN3_BLAS={wish} cannot be loaded)" if wish else _OWN_BLAS
+    return f"{_OWN_BLAS} (QWEN3_BLAS={requested} cannot be loaded)" if requested else _OWN_BLAS
 
 
 BLAS = _preload_blas()
 
 try:
-    import mlx.core as mx  # only after the BLAS
+    import mlx.core as mx  # must come after the BLAS is loaded
 except ImportError as error:
     raise ImportError(
         f"MLX cannot be loaded ({error}); on Linux it needs a backend: pip install 'mlx[cpu]', or "
@@ -57,28 +57,28 @@ except ImportError as error:
     ) from error
 
 _GIB = 1 << 30
-_CACHE_LIMIT = 2 * _GIB  # freed buffers kept for reuse; MLX's own limit would be most of the memory
-_SMALL_MAC = 36 * _GIB  # up to which macOS gives the GPU a smaller share of the memory
-_NARROW = 512  # columns; the smallest published model has 1,024
+_CACHE_LIMIT = 2 * _GIB  # freed buffers kept for reuse; MLX's own limit is most of the memory
+_SMALL_MAC = 36 * _GIB  # up to this size macOS gives the GPU a smaller share of the memory
+_NARROW_COLUMNS = 512  # the smallest published model has 1,024
 _spare_streams: deque[mx.Stream] = deque()
 _DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
 
 def on_gpu() -> bool:
-    """Say whether MLX computes on a GPU."""
+    """Return whether MLX computes on a GPU."""
     return mx.default_device().type == mx.DeviceType.gpu
 
 
 def on_metal() -> bool:
-    """Say whether that GPU is a Mac's, which shares the memory of all programs."""
+    """Return whether MLX computes on a Mac's GPU, which shares the memory of all programs."""
     return on_gpu() and mx.metal.is_available()
 
 
 def wait_for_work(*streams: "mx.Stream | mx.ThreadLocalStream") -> None:
-    """Wait for what this thread has in flight on `streams`; without any, on its default stream.
+    """Wait for this thread's work in flight on `streams`, by default on its default stream.
 
-    OpenBLAS joins its threads when the process ends. One that is in the middle of a product then
-    never returns, and the process hangs.
+    Does nothing on a GPU. OpenBLAS joins its threads when the process ends; a thread in the middle
+    of a product then never returns, and the process hangs.
     """
     if not on_gpu():
         for stream in streams or (None,):
@@ -86,10 +86,10 @@ def wait_for_work(*streams: "mx.Stream | mx.ThreadLocalStream") -> None:
 
 
 def acquire_stream() -> mx.Stream:
-    """Lend a stream of the CPU that nobody else uses, until `release_stream`.
+    """Return a CPU stream for exclusive use until `release_stream`.
 
-    Each such stream has a thread that MLX never ends: with new ones, a process that loads and
-    closes models would gather threads, and all that it computes would slow down.
+    Streams are reused because each has a thread that MLX never ends. With new streams, a process
+    that loads and closes models would accumulate threads, and all its computation would slow down.
     """
     try:
         return _spare_streams.pop()
@@ -98,22 +98,22 @@ def acquire_stream() -> mx.Stream:
 
 
 def release_stream(stream: mx.Stream) -> None:
-    """Wait for what is in flight on a lent stream, and keep it for the next one who asks."""
+    """Wait for the work in flight on an acquired stream, and keep the stream for reuse."""
     mx.synchronize(stream)
     _spare_streams.append(stream)
 
 
 @atexit.register
 def _wait_at_exit(process: int = os.getpid()) -> None:
-    if os.getpid() == process:  # in a forked one MLX has no thread that would ever be done
+    if os.getpid() == process:  # a forked process lacks MLX's threads: the wait would never end
         wait_for_work()
 
 
 def compute_dtype(name: str | None = None) -> mx.Dtype:
-    """Give the dtype to compute in: the one asked for, else the machine's best.
+    """Return the dtype to compute in: `name`, or by default the best of the machine.
 
-    On a GPU that is bfloat16, as the checkpoints were trained; Qwen3's feed-forward activations
-    can overflow float16. MLX's CPU build emulates both halves, so there it is float32.
+    On a GPU the default is bfloat16, in which the checkpoints were trained; Qwen3's feed-forward
+    activations can overflow float16. MLX's CPU build emulates both, so there it is float32.
 
     Raises:
         ValueError: `name` is not bfloat16, float16 or float32.
@@ -127,16 +127,16 @@ def compute_dtype(name: str | None = None) -> mx.Dtype:
 
 @cache
 def prefers_columns() -> bool:
-    """Say whether a matrix times a column is faster than a row times the transposed matrix.
+    """Return whether a matrix times a column is faster than a row times the transposed matrix.
 
-    A fast BLAS on a CPU has its matrix-vector routine for that; MLX's own is slower so, and a GPU
-    does not care.
+    It is with a fast BLAS on a CPU, which has a matrix-vector routine. MLX's own BLAS is slower
+    that way, and on a GPU it makes no difference.
     """
     return not on_gpu() and not BLAS.startswith(_OWN_BLAS)
 
 
 def total_memory() -> int:
-    """Give the bytes of memory this process may hope for: the machine's, or its container's."""
+    """Return the bytes of memory of the machine, or of the container if its limit is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -146,42 +146,43 @@ def total_memory() -> int:
 
 
 def memory_limit() -> int:
-    """Give the most bytes that MLX should hold here, whatever else runs.
+    """Return the most bytes that MLX should hold here, regardless of other programs.
 
-    QWEN3_MEMORY says it; else it is a GPU's working set, or all memory.
+    This is QWEN3_MEMORY if it is set, else the working set of a GPU, or all memory.
     """
     return stated_memory() or (working_set() if on_gpu() else total_memory())
 
 
 def stated_memory() -> int | None:
-    """Return the bytes that QWEN3_MEMORY, in GB, lets this process plan with; None if it is unset.
+    """Return the bytes that QWEN3_MEMORY (in GB) allows this process; None if it is unset.
 
     Raises:
-        ValueError: it is not a number of GB.
+        ValueError: the variable is not a number of GB.
     """
-    stated = os.environ.get("QWEN3_MEMORY", "")
-    if not stated:
+    value = os.environ.get("QWEN3_MEMORY", "")
+    if not value:
         return None
     try:
-        size = float(stated)
+        size = float(value)
     except ValueError:
         size = math.nan
     if not 0 < size < math.inf:
-        raise ValueError(f"QWEN3_MEMORY must be GB, more than 0, not {stated!r}")
+        raise ValueError(f"QWEN3_MEMORY must be GB, more than 0, not {value!r}")
     return int(size * 1e9)
 
 
 def working_set() -> int:
-    """Return the bytes that Metal recommends to hold on this GPU, or all memory of another GPU."""
+    """Return the working set that Metal recommends for this GPU, or all memory of another GPU."""
     info = mx.device_info()
     return int(info.get("max_recommended_working_set_size") or info["total_memory"])
 
 
 def available_memory() -> int:
-    """Give the bytes that MLX can take now, beyond the arrays that it holds.
+    """Return the bytes that MLX can allocate now, beyond the arrays that it holds.
 
-    On a CPU no more than is free. A GPU has its working set: of what other programs hold, macOS
-    compresses what they do not use. Nor does it count where QWEN3_MEMORY sets the limit.
+    On a CPU this is at most the free memory. On a GPU it follows from the working set, because
+    macOS compresses the memory that other programs hold and do not use. Free memory does not count
+    either where QWEN3_MEMORY sets the limit.
     """
     within_limit = memory_limit() - mx.get_active_memory()
     if on_gpu() or stated_memory():
@@ -190,22 +191,22 @@ def available_memory() -> int:
 
 
 def working_set_of(memory: int) -> int:
-    """Return about what Metal recommends as a working set on a Mac with so many bytes of memory.
+    """Return an estimate of the working set that Metal recommends on a Mac with `memory` bytes.
 
-    macOS decides it, by machine and version. Logs that users of llama.cpp published show two thirds
-    of 16 and of 32 GB, three quarters of 64 and of 96 GB; and on newer systems more, 0.74 of 16 GB,
-    0.75 to 0.78 of 36 GB, 0.84 of 128 GB. These are the cautious figures.
+    macOS decides it by machine and version. Logs that users of llama.cpp published show two thirds
+    of 16 and of 32 GB, three quarters of 64 and of 96 GB; on newer systems more: 0.74 of 16 GB,
+    0.75 to 0.78 of 36 GB, 0.84 of 128 GB. This function uses the cautious figures.
     """
     return memory * 2 // 3 if memory <= _SMALL_MAC else memory * 3 // 4
 
 
 def free_memory() -> int:
-    """Return the bytes that MLX can take without those of other programs."""
+    """Return the bytes that MLX can allocate without displacing other programs."""
     return _free_memory() + mx.get_cache_memory()
 
 
 def _free_memory() -> int:
-    """Give the bytes that no program uses, or that the system only keeps for reuse."""
+    """Return the bytes that no program uses, or that the system only keeps for reuse."""
     try:
         if sys.platform == "darwin":
             command = ["/usr/bin/vm_stat"]
@@ -217,7 +218,7 @@ def _free_memory() -> int:
 
 
 def _free_on_mac(vm_stat: str) -> int:
-    """Add up what is free, and what Activity Monitor calls cached files."""
+    """Compute the free bytes, including what Activity Monitor calls cached files."""
     pages = ("Pages free:", "Pages purgeable:", "File-backed pages:")
     page_size = _number_after("page size of", vm_stat)
     return page_size * sum(_number_after(name, vm_stat) for name in pages)
@@ -233,7 +234,7 @@ def _free_in_container(group: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _number_after(name: str, text: str) -> int:
-    """Give the number that stands behind `name`.
+    """Return the number that follows `name` in `text`.
 
     Raises:
         ValueError: there is none.
@@ -245,15 +246,16 @@ def _number_after(name: str, text: str) -> int:
 
 
 def worth_dequantizing(float32_bytes: int) -> bool:
-    """Say whether quantized weights should be held as float32 here: on a CPU, if they are small.
+    """Return whether quantized weights should be held as float32 on this machine.
 
-    MLX's CPU build multiplies float32 matrices many times faster than quantized ones.
+    True on a CPU if they take at most half of the memory limit: MLX's CPU build multiplies float32
+    matrices many times faster than quantized ones.
     """
     return not on_gpu() and float32_bytes <= memory_limit() // 2
 
 
 def prefill_chunk() -> int:
-    """Give the tokens of a prompt to process at once.
+    """Return the number of tokens of a prefill chunk.
 
     The CPU has no fused attention: its score matrix grows with the chunk.
     """
@@ -261,33 +263,34 @@ def prefill_chunk() -> int:
 
 
 def tune_blas_threads(width: int) -> None:
-    """Have OpenBLAS use the threads that pay for matrices of `width` columns: all, or one.
+    """Set the number of OpenBLAS threads for matrices of `width` columns: all cores, or one.
 
-    They wait for work by spinning, and where matrices are small that takes more than it gives: 32
-    streams of the demo run a third faster with one. OPENBLAS_NUM_THREADS rules.
+    The threads wait for work by spinning, and with small matrices that costs more than it gains:
+    32 streams of the demo run a third faster with one thread. OPENBLAS_NUM_THREADS takes
+    precedence.
     """
     if BLAS.startswith(_OWN_BLAS) or "OPENBLAS_NUM_THREADS" in os.environ:
         return
     set_threads = getattr(ctypes.CDLL(BLAS), "openblas_set_num_threads", None)
     if set_threads:
-        set_threads(1 if width < _NARROW else len(os.sched_getaffinity(0)))
+        set_threads(1 if width < _NARROW_COLUMNS else len(os.sched_getaffinity(0)))
 
 
 def limit_buffer_cache() -> None:
-    """Bound the freed buffers that MLX keeps, which a growing KV cache would pile up."""
+    """Limit the freed buffers that MLX keeps for reuse; a growing KV cache frees many."""
     if on_gpu():
         mx.set_cache_limit(min(_CACHE_LIMIT, total_memory() // 8))
 
 
-_wired = 0  # bytes: the weights of all models that are loaded
-_wiring = RLock()  # a collection may unwire a model in the middle of this
+_wired = 0  # bytes: the weights of all loaded models
+_wiring = RLock()  # reentrant: a garbage collection may unwire a model while this thread wires one
 
 
 def wire(weights: int) -> None:
-    """Keep `weights` bytes more, a model's weights, from being paged out.
+    """Add `weights` bytes, the weights of one model, to the memory that is not paged out.
 
-    Called once a model, after its weights are evaluated: wiring more than the models need has been
-    tied to panics of the whole machine (ml-explore/mlx#3186).
+    Called once for each model, after its weights are evaluated: wiring more than the models need
+    has been tied to kernel panics (ml-explore/mlx#3186).
     """
     global _wired
     mx.clear_cache()
@@ -298,20 +301,21 @@ def wire(weights: int) -> None:
 
 
 def unwire(weights: int) -> None:
-    """Let go of what `wire` wired for one model, and of nothing else."""
+    """Remove the bytes that `wire` added for one model, and nothing else."""
     wire(-weights)
 
 
 def peak_memory() -> int:
-    """Give the most bytes that MLX has held at once."""
+    """Return the most bytes that MLX has held at once."""
     return mx.get_peak_memory()
 
 
 def refuse_fork() -> None:
-    """Check that MLX can compute in this process; to be called before it first does.
+    """Check that MLX can compute in this process; must be called before its first computation.
 
     Raises:
-        Qwen3Error: the process was forked from one that did, and MLX's threads stayed behind.
+        Qwen3Error: the process was forked from one that computes with MLX; a fork lacks MLX's
+            threads.
     """
     if _first_process() != os.getpid():
         raise Qwen3Error(
@@ -322,31 +326,32 @@ def refuse_fork() -> None:
 
 @cache
 def _first_process() -> int:
-    """Give the process that asked first; its forks remember the answer."""
+    """Return the id of the process that called this first; its forks inherit the cached value."""
     return os.getpid()
 
 
 def matmul_speed(size: int = 1024) -> float:
-    """Measure float operations a second in a [size, size] product, in the compute dtype."""
+    """Compute the float operations a second of a [size, size] product, in the compute dtype."""
     a, b = (mx.random.normal((size, size)).astype(compute_dtype()) for _ in range(2))
     mx.eval(a, b)
-    return 2 * size**3 / _least_seconds(lambda: a @ b)
+    return 2 * size**3 / _min_seconds(lambda: a @ b)
 
 
 def memory_bandwidth(rows: int = 16384, columns: int = 4096) -> float:
-    """Measure the bytes a second that are read where a matrix meets one row or one column.
+    """Compute the bytes a second that are read in a product of a matrix and one row or column.
 
-    That is what decoding does; its speed over the bytes of a token is at most this.
+    Decoding does such products: its tokens a second times the bytes read for a token are at most
+    this.
     """
     matrix = mx.ones((rows, columns), compute_dtype())
     row, column = mx.ones((1, rows), matrix.dtype), mx.ones((columns, 1), matrix.dtype)
     mx.eval(matrix, row, column)
-    seconds = min(_least_seconds(lambda: row @ matrix), _least_seconds(lambda: matrix @ column))
+    seconds = min(_min_seconds(lambda: row @ matrix), _min_seconds(lambda: matrix @ column))
     return matrix.nbytes / seconds
 
 
-def _least_seconds(compute: Callable[[], mx.array]) -> float:
-    mx.eval(compute())  # the first also sets up the device
+def _min_seconds(compute: Callable[[], mx.array]) -> float:
+    mx.eval(compute())  # warm-up: the first run also sets up the device
     times = []
     for _ in range(3):
         started = time.perf_counter()
@@ -356,12 +361,12 @@ def _least_seconds(compute: Callable[[], mx.array]) -> float:
 
 
 def architecture() -> str:
-    """Give MLX's name for the device, as applegpu_g16s (an M4 Pro or Max)."""
+    """Return MLX's name for the device, such as applegpu_g16s (an M4 Pro or Max)."""
     return str(mx.device_info().get("architecture", "unknown"))
 
 
 def describe() -> dict[str, str]:
-    """Tell the machine in words: system, device, BLAS, memory."""
+    """Return a description of the machine: system, device, BLAS, memory and others, by name."""
     info = mx.device_info()
     facts = {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",

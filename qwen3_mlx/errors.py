@@ -1,13 +1,13 @@
-"""The errors a caller may act on; a wrong argument is a `ValueError` or `TypeError` instead."""
+"""Exceptions that a caller may act on; a wrong argument raises `ValueError` or `TypeError`."""
 
 
 class Qwen3Error(Exception):
-    """Something that cannot be done as asked; the message says what, and the way out."""
+    """Base of this package's errors; the message names the problem and the way out."""
 
 
 class CheckpointError(Qwen3Error):
-    """A checkpoint that cannot be found, read or honoured."""
+    """A checkpoint cannot be found, read or run."""
 
 
 class ContextError(Qwen3Error):
-    """A prompt, or a prompt and the reply asked for, that the context window does not hold."""
+    """The prompt, or the prompt and the requested reply together, exceed the context window."""

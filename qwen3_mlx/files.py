@@ -1,6 +1,6 @@
-"""Safetensors and JSON files: headers read and distrusted, rows read, shards written.
+"""Reads and writes safetensors and JSON files; headers are validated before they are used.
 
-Only safetensors files are opened for weights: they hold numbers and cannot run code.
+Weights are read from safetensors files only: they hold numbers and cannot run code.
 """
 
 import json
@@ -20,9 +20,9 @@ from qwen3_mlx.errors import CheckpointError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
-_BLOCK = 1 << 20  # elements of a tensor that are compared at once
-_MOST_AXES = 8  # a checkpoint has three at most; a product of millions would take for ever
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_COMPARED_ELEMENTS = 1 << 20  # of a tensor, compared at once
+_MAX_AXES = 8  # a checkpoint has three at most; the product of a million sizes would take too long
 _ITEM_SIZE = {  # bytes of an element, by the format's name of its dtype
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
@@ -37,20 +37,18 @@ STORED_AS = {
     mx.int32: "I32",
     mx.uint8: "U8",
 }
-"""The format's names of the dtypes that are written."""
+"""Names that the format has for the dtypes that are written."""
 _READ_AS = {name: dtype for dtype, name in STORED_AS.items()}
 _FLOATS = {"BF16", "F16", "F32"}
-_READ_AS |= {"F8_E4M3": mx.uint8}  # MLX has no 8-bit floats
-
-
-_OF_MLX = {"format": "mlx"}
+_READ_AS |= {"F8_E4M3": mx.uint8}  # MLX has no 8-bit floats: they are read as bytes
+_MLX_METADATA = {"format": "mlx"}
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object from a file.
 
     Raises:
-        CheckpointError: it is missing or not a JSON object.
+        CheckpointError: the file is missing or does not hold a JSON object.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -65,7 +63,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What a file's header says of one tensor; `start` is the place of its bytes in the file."""
+    """One tensor as the header of a file describes it.
+
+    `start` is the offset of its first byte in the file.
+    """
 
     file: Path
     dtype: str
@@ -74,20 +75,20 @@ class Entry:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all its elements."""
+        """Bytes of all elements."""
         return math.prod(self.shape) * _ITEM_SIZE[self.dtype]
 
 
 def read_header(file: Path) -> dict[str, Entry]:
-    """Read what a safetensors file says it holds; see `read_header_and_metadata`."""
+    """Read the tensors' entries in a safetensors file; see `read_header_and_metadata`."""
     return read_header_and_metadata(file)[0]
 
 
 def read_header_and_metadata(file: Path) -> tuple[dict[str, Entry], dict[str, str]]:
-    """Read what a safetensors file says it holds, and its metadata; check that it holds just that.
+    """Read and check the header of a safetensors file: the tensors' entries, and the metadata.
 
-    The format's own rules are kept: the tensors lie side by side in the file, without gaps and
-    without overlaps, and each takes the bytes that its shape and dtype need.
+    The rules of the format are enforced: the tensors lie side by side in the file, without gaps
+    and without overlaps, and each takes the bytes that its shape and dtype need.
 
     Raises:
         CheckpointError: the file cannot be read, is truncated or broken.
@@ -96,7 +97,7 @@ def read_header_and_metadata(file: Path) -> tuple[dict[str, Entry], dict[str, st
         size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            if size < 8 or length > min(_LONGEST_HEADER, size - 8):
+            if size < 8 or length > min(_MAX_HEADER_BYTES, size - 8):
                 raise CheckpointError(
                     f"{file} is truncated or no safetensors file; download it again"
                 )
@@ -129,7 +130,7 @@ def read_header_and_metadata(file: Path) -> tuple[dict[str, Entry], dict[str, st
 def _entry(file: Path, fields: Mapping[str, Any], data: int) -> Entry:
     start, stop = fields["data_offsets"]
     shape = tuple(fields["shape"])
-    if len(shape) > _MOST_AXES:
+    if len(shape) > _MAX_AXES:
         raise ValueError("a tensor has too many axes")
     if any(type(number) is not int or number < 0 for number in (start, stop, *shape)):
         raise ValueError("offsets and shapes are whole numbers from 0 on")
@@ -148,16 +149,16 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_rows(entry: Entry, start: int, stop: int) -> mx.array:
-    """Read rows [stop - start, last axis] of a tensor, all its axes but the last taken as one.
+    """Read rows [stop - start, last axis] of a tensor; all axes but the last count as one.
 
     Raises:
-        CheckpointError: the dtype is none of a checkpoint's, or the file cannot be read.
+        CheckpointError: the dtype occurs in no checkpoint, or the file cannot be read.
     """
     if entry.dtype not in _READ_AS:
         raise CheckpointError(f"{entry.file} has a tensor of dtype {entry.dtype}, which none needs")
     width = entry.shape[-1] if entry.shape else 1
     raw = _read_elements(entry, start * width, stop * width)
-    numbers = mx.array(memoryview(raw))  # type: ignore[arg-type]  # which takes buffers, too
+    numbers = mx.array(memoryview(raw))  # type: ignore[arg-type]  # takes buffers, too
     return numbers.view(_READ_AS[entry.dtype]).reshape(stop - start, width)
 
 
@@ -175,18 +176,18 @@ def _read_elements(entry: Entry, start: int, stop: int) -> bytes:
 
 
 def same_numbers(one: Entry, other: Entry) -> bool:
-    """Return whether two tensors have one shape and the same numbers, in whatever floats.
+    """Return whether two tensors have the same shape and numbers; float dtypes may differ.
 
     Raises:
         CheckpointError: a file cannot be read.
     """
     if one.shape != other.shape:
         return False
-    import numpy as np  # imported where it is used, which is seldom: it would delay the start
+    import numpy as np  # rarely needed, and importing it would delay the start
 
     count = math.prod(one.shape)
-    for start in range(0, count, _BLOCK):
-        stop = min(start + _BLOCK, count)
+    for start in range(0, count, _COMPARED_ELEMENTS):
+        stop = min(start + _COMPARED_ELEMENTS, count)
         first, second = (_read_elements(entry, start, stop) for entry in (one, other))
         if one.dtype == other.dtype and first == second:
             continue
@@ -207,7 +208,7 @@ def _as_floats(raw: bytes, dtype: str) -> "NDArray[Any]":
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor that a file shall hold."""
+    """Name, dtype and shape of a tensor to be written."""
 
     name: str
     dtype: mx.Dtype
@@ -215,17 +216,20 @@ class TensorSpec:
 
     @property
     def nbytes(self) -> int:
-        """The bytes of all its elements."""
+        """Bytes of all elements."""
         return math.prod(self.shape) * self.dtype.size
 
 
 class ShardWriter:
-    """Fills a safetensors file whose tensors are known beforehand, each from its first row on."""
+    """Writes a safetensors file whose tensors are known beforehand; each is appended by rows."""
 
     def __init__(
-        self, stream: Any, tensors: Sequence[TensorSpec], metadata: Mapping[str, str] = _OF_MLX
+        self,
+        stream: Any,
+        tensors: Sequence[TensorSpec],
+        metadata: Mapping[str, str] = _MLX_METADATA,
     ) -> None:
-        """Write the header of `tensors` to an open binary file."""
+        """Write the header for `tensors` to an open binary file."""
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         place = 0
         for tensor in tensors:
@@ -236,7 +240,7 @@ class ShardWriter:
             }
             place += tensor.nbytes
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the data are aligned
+        text += b" " * (-len(text) % 8)  # aligns the data to 8 bytes
         stream.write(len(text).to_bytes(8, "little") + text)
         self._stream = stream
         self._next = {
@@ -253,14 +257,17 @@ class ShardWriter:
 
 
 def memory_of(array: mx.array) -> memoryview:
-    """Return an array's values as they lie in memory."""
-    buffer: Any = array  # which MLX's type stubs say from Python 3.12 up only
+    """Return a view of an array's bytes in memory."""
+    buffer: Any = array  # MLX's type stubs declare a buffer from Python 3.12 on only
     return memoryview(buffer)
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Any]:
-    """Open a file for writing that takes its name only when it is complete, and on the disk."""
+    """Open a file for writing; it takes its name only when it is complete and on the disk.
+
+    After an error nothing is left of it.
+    """
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         with unfinished.open("wb") as stream:

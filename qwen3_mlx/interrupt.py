@@ -1,7 +1,8 @@
-"""Ctrl-C in the `qwen3` command, while nothing is there that has to be put away.
+"""Ctrl-C in the `qwen3` command, while there is nothing to clean up.
 
-A KeyboardInterrupt would unwind through the imports as a traceback, and wait for what other threads
-download or read. A library leaves signals alone, so all of this is for the command's process only.
+A KeyboardInterrupt would unwind through the imports as a traceback, and would wait for other
+threads that download or read. A library must not touch signals, so this module acts only in the
+process of the command.
 """
 
 import os
@@ -11,38 +12,42 @@ from itertools import pairwise
 from threading import current_thread, main_thread
 from typing import NoReturn
 
-_CODE = 130  # as a shell has it: 128 and the signal's number
+_EXIT_STATUS = 130  # the shell's convention: 128 + SIGINT
 LINE = "interrupted"
-"""What the command says of it."""
-_CONVERT = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "convert.py")
+"""The message of the command after Ctrl-C."""
+_CONVERT_SCRIPT = os.path.join(
+    os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "convert.py"
+)
 
 
 def end_at_once() -> None:
-    """Let Ctrl-C end this process in one line, if it is the command and nobody ignores the signal.
+    """Install a handler by which Ctrl-C ends the command's process with one line.
 
-    To be called before the heavy imports.
+    Has no effect in other programs, or where the signal is ignored or handled already. Must be
+    called before the heavy imports.
     """
     if _is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def unwind() -> None:
-    """Let Ctrl-C raise a KeyboardInterrupt again, because there is something to put away now."""
+    """Restore the KeyboardInterrupt on Ctrl-C, because there is something to clean up now."""
     if current_thread() is main_thread() and signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _is_command() -> bool:
     program = next(iter(sys.argv), "")
-    if program == "-m":  # while Python looks for the module that it is to run
+    if program == "-m":  # Python has not yet located the module to run
         return ("-m", "qwen3_mlx") in pairwise(sys.orig_argv)
-    return os.path.basename(program) == "qwen3" or os.path.abspath(program) == _CONVERT
+    return os.path.basename(program) == "qwen3" or os.path.abspath(program) == _CONVERT_SCRIPT
 
 
 def _end(*_: object) -> NoReturn:
-    """End without a word from Python: threads are not joined, and no exit handler runs."""
-    bar_away = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""  # and the cursor, which it hides
+    """Exit at once: threads are not joined, no exit handler runs, and Python prints nothing."""
+    # Erases the progress bar and shows the cursor, which the bar hides.
+    erase = "\r\x1b[2K\x1b[?25h" if os.isatty(2) else ""
     try:
-        os.write(2, f"{bar_away}qwen3: {LINE}\n".encode())
+        os.write(2, f"{erase}qwen3: {LINE}\n".encode())
     finally:
-        os._exit(_CODE)
+        os._exit(_EXIT_STATUS)

@@ -1,0 +1,1 @@
+"""KV caches: plain, quantized, several sequences in one pass, prefixes in memory and on disk."""

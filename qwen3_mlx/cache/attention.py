@@ -1,4 +1,4 @@
-"""Causal attention within the limits of MLX's fused kernels, and what a layer asks of its cache.
+"""Causal attention with MLX's fused kernels, and the interface of a layer's cache.
 
 B batch, L new tokens, S tokens seen, Q queries (the last of the L), H query heads,
 K key/value heads, E head size.
@@ -13,33 +13,33 @@ from qwen3_mlx import backend
 
 RopeFn = Callable[[mx.array, int | tuple[int, ...]], mx.array]
 
-# Metal's kernel for few queries takes up to 8 of them, and up to 32 rows of queries times query
-# heads for each key head; the kernel for many queries starts at 9. Calls that fall between the
-# two run unfused and hold the whole score matrix.
+# Metal's kernel for few queries takes up to 8 queries, and up to 32 rows (queries times query
+# heads for each key head). The kernel for many queries starts at 9. A call between the two limits
+# runs unfused and holds the whole score matrix.
 FEW_QUERIES = 8
 _FEW_ROWS = 32
 
 
 class LayerCache(Protocol):
-    """What has been seen in one layer: it takes the new keys and values and answers attention."""
+    """The cache of one layer: stores new keys and values and computes attention over all."""
 
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
-        """Give the attended values [B, H, Q, E] of q [B, H, Q, E] over all seen and k, v.
+        """Return the attended values [B, H, Q, E] of q [B, H, Q, E] over the cache and k, v.
 
-        q and k come normalised and not yet rotated, k and v are [B, K, L, E]; the queries belong
-        to the last Q of the L new tokens.
+        q and k are normalised and not yet rotated. k and v are [B, K, L, E]; the queries belong to
+        the last Q of the L new tokens.
         """
 
 
 class NoCache:
-    """Nothing seen before and nothing kept: whole sequences at once, as in training."""
+    """Attention over whole sequences without a cache, as in training."""
 
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
-        """Answer attention over k and v alone; see `LayerCache.attend`."""
+        """Compute attention over k and v alone; see `LayerCache.attend`."""
         q, k = rope(q, k.shape[2] - q.shape[2]), rope(k, 0)
         return causal_attention(q, k, v, scale=scale)
 
@@ -47,10 +47,10 @@ class NoCache:
 def attend_per_sequence(
     q: mx.array, seen: Sequence[Sequence[mx.array]], *, scale: float
 ) -> mx.array:
-    """Give what each of T queries [T, H, 1, E] finds in keys and values of its own, [T, H, 1, E].
+    """Compute attention [T, H, 1, E] of T queries [T, H, 1, E], each over its own keys and values.
 
-    MLX's CPU build makes a dozen operations of a fused call, and there it is their number that
-    takes the time; so what can be done for all queries at once is.
+    MLX's CPU build splits a fused call into a dozen operations, and their number determines the
+    time. So on the CPU the operations that can run for all queries at once do so.
     """
     count, heads, _, size = q.shape
     if backend.on_gpu():
@@ -68,27 +68,27 @@ def attend_per_sequence(
 def attend_batched(
     q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: mx.array | None
 ) -> mx.array:
-    """Give what B queries [B, H, 1, E] find in k and v [B, K, S, E], each in a row of its own.
+    """Compute attention of B queries [B, H, 1, E] over k and v [B, K, S, E], row by row.
 
-    `mask` [B, H, 1, S] tells the keys of each; with None, all are its own.
+    `mask` [B, H, 1, S] is true for the keys of each query; None means all keys of its row.
     """
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
 
 def max_fused_queries(heads: int, key_heads: int) -> int:
-    """Give the most queries that the kernel for few of them takes."""
+    """Return the most queries that the fused kernel for few queries takes."""
     return max(1, min(FEW_QUERIES, _FEW_ROWS * key_heads // heads))
 
 
 def causal_attention(q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
-    """Give softmax(q·kᵀ·scale)·v, each query seeing the keys up to its own position.
+    """Compute softmax(q·kᵀ·scale)·v; each query sees the keys up to its own position.
 
-    q [B, H, Q, E] and k, v [B, K, S, E], the last query aligned with the last key; the result is
-    [B, H, Q, E].
+    q [B, H, Q, E] and k, v [B, K, S, E]; the last query is aligned with the last key. The result
+    is [B, H, Q, E].
     """
     queries = q.shape[2]
     if queries == 1:
-        # It sees every key: a mask would only keep it from the faster kernels.
+        # A single query sees every key, and a mask would rule out the faster kernels.
         return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=None)
     most = max_fused_queries(q.shape[1], k.shape[1])
     if queries > FEW_QUERIES or queries <= most:

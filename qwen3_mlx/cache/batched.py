@@ -1,13 +1,13 @@
-"""One pair of buffers a layer for all sequences that decode together.
+"""Joint KV caches: one pair of buffers a layer for all sequences that decode together.
 
-With caches of their own (`Ragged`), each of B sequences costs the host two writes and a call in
-every layer; here it is two writes and one call for all, at the price of a copy of all caches when
-somebody joins or leaves, and of a mask. That pays where the host is what a step waits for: small
-models, several sequences, in steps of nothing but decoding.
+With separate caches (`Ragged`), each of B sequences costs the host two writes and a call in every
+layer. Joint caches cost two writes and one call for all, plus a mask, and a copy of all caches
+when a sequence joins or leaves. They pay where the step waits for the host: with small models and
+several sequences, in steps that only decode.
 
-A step writes one column, every row its own token. Where a row is shorter than others, or has been
-rewound, it has columns that are not its own: those are masked. The order of columns means nothing,
-since keys are rotated by their own positions.
+Each step writes one column, which holds one token of every row. A row that is shorter than others,
+or was rolled back, has columns that hold none of its tokens: those are masked. The order of columns
+has no meaning, since keys are rotated by their own positions.
 
 B sequences, C columns, H query heads, K key/value heads, E head size.
 """
@@ -21,12 +21,12 @@ from qwen3_mlx.cache.attention import LayerCache, RopeFn, attend_batched
 from qwen3_mlx.cache.kv import KVCache, next_capacity
 from qwen3_mlx.cache.ragged import as_batch
 
-_LEAST = 4  # sequences; with fewer the host is as fast without
-_PATIENCE = 4  # steps that they must have been together for
+_MIN_SEQUENCES = 4  # with fewer the host is as fast without joint buffers
+_MIN_SHARED_STEPS = 4  # steps with the same sequences before the copy is worth it
 
 
 class BatchedCaches:
-    """Puts the caches of sequences together while they stay together, and apart again."""
+    """Moves the caches of sequences that keep decoding together into joint buffers, and back."""
 
     def __init__(self) -> None:
         self._slots: _Slots | None = None
@@ -36,57 +36,72 @@ class BatchedCaches:
     def layers(
         self, sequences: Sequence[Sequence[KVCache]], room: int
     ) -> "Sequence[LayerCache] | None":
-        """Give what answers a step with one token of each of `sequences`, in their order.
+        """Return the layers' joint caches for a step with one token of each of `sequences`.
 
-        None where caches of their own do: there are few of them, they have only just met, or the
-        copy does not fit `room` tokens. Whoever was together is apart then.
+        The rows are in the order of `sequences`. None if their separate caches serve the step:
+        there are few sequences, they have shared too few steps, or the copy does not fit `room`
+        tokens. An existing batch of other sequences is split first.
         """
+        # The cache object of the first layer identifies a sequence. Order counts as well: it is
+        # the order of the rows.
         same = len(sequences) == len(self._members) and all(
             one[0] is other[0] for one, other in zip(sequences, self._members, strict=True)
         )
         if not same or (self._slots and self._slots.full):
+            # Separate caches come back before a changed or full batch is laid out anew: rows and
+            # columns are fixed when the joint buffers are made.
             self.split()
             self._members = list(sequences)
         self._steps += 1
-        if not self._slots and len(sequences) >= _LEAST and self._steps > _PATIENCE:
+        if not self._slots and len(sequences) >= _MIN_SEQUENCES and self._steps > _MIN_SHARED_STEPS:
+            # All rows are as long as the longest: a batch of very uneven lengths may not fit.
             columns = next_capacity(max(caches[0].offset for caches in sequences))
             if len(sequences) * columns <= room:
                 self._slots = _Slots(sequences, columns)
         return self._slots.next_step() if self._slots else None
 
     def split(self) -> None:
-        """Give every sequence its own caches again; to be done before anybody else uses them."""
+        """Restore the separate caches of every sequence; required before any other use of them."""
         if self._slots:
             self._slots.split()
         self.abandon()
 
     def abandon(self) -> None:
-        """Forget about them: their caches are lost."""
+        """Drop the batch without copying anything back: the contents of its caches are lost.
+
+        After an error of the device nothing in the buffers can be relied on.
+        """
         self._slots, self._members, self._steps = None, [], 0
 
 
 class _Slots:
-    """The rows of a batch: whose they are, and which columns hold tokens of each."""
+    """The rows of a batch: the sequence of each, and the columns that hold its tokens."""
 
     def __init__(self, sequences: Sequence[Sequence[KVCache]], columns: int) -> None:
         self.column = max(caches[0].offset for caches in sequences)  # the next to be written
         self._mask: mx.array | None = None  # [B, H, 1, C] of the step that is built
         self._sequences = sequences
         self._counts = [caches[0].offset for caches in sequences]
-        self._own = np.zeros((len(sequences), columns), dtype=np.bool_)
+        self._own = np.zeros((len(sequences), columns), dtype=np.bool_)  # [B, C]
         for row, count in enumerate(self._counts):
             self._own[row, :count] = True
+        # While every column holds a token of every row, no mask is needed. A mask costs a
+        # transfer from the host in every step, and rules out faster kernels.
         self._even = min(self._counts) == self.column
         self._layers = [_Layer(caches, self, columns) for caches in zip(*sequences, strict=True)]
 
     @property
     def full(self) -> bool:
-        """Whether there is no column left; the last one is never written, see `KVCache`."""
+        """True if no column is left."""
+        # As in `KVCache`, the capacity stays beyond what is written: the last column is never used.
         return self.column + 1 >= self._own.shape[1]
 
     def next_step(self) -> "Sequence[_Layer]":
-        """Begin a step: take note of who has forgotten tokens, and lay out its column."""
+        """Start a step: apply rollbacks, and assign the next column to it."""
         for row, caches in enumerate(self._sequences):
+            # A rollback (`truncate`) changes the offsets of a sequence's caches only, the same in
+            # all layers. Its columns are masked here and stay unused: the next column is shared
+            # by all rows, so no row can go back alone.
             if (kept := caches[0].offset) < self._counts[row]:
                 self._own[row, np.flatnonzero(self._own[row])[kept:]] = False
                 self._counts[row], self._even = kept, False
@@ -97,28 +112,29 @@ class _Slots:
         return self._layers
 
     def mask(self, heads: int) -> mx.array | None:
-        """Give the columns that each row may see, [B, H, 1, C]; None if that is all of them.
-
-        It is laid out for every head once a step: Metal's kernel would copy it in every layer.
-        """
+        """Return the columns that each row may see, [B, H, 1, C]; None if it may see all."""
+        # Expanded to all heads once a step and shared by the layers: Metal's kernel would copy a
+        # broadcast mask in every layer.
         if self._mask is not None and self._mask.shape[1] != heads:
             rows, _, _, columns = self._mask.shape
             self._mask = mx.contiguous(mx.broadcast_to(self._mask, (rows, heads, 1, columns)))
         return self._mask
 
     def split(self) -> None:
-        """Copy each row's columns into caches of their own, a layer at a time."""
+        """Copy each row's columns back into separate caches, a layer at a time."""
         own = [np.flatnonzero(row) for row in self._own]
         for layer in self._layers:
             layer.split(own)
 
 
 class _Layer:
-    """The joint caches of one layer."""
+    """The joint cache of one layer."""
 
     def __init__(self, caches: Sequence[KVCache], slots: _Slots, columns: int) -> None:
         self._caches = caches
         self._slots = slots
+        # The joint buffers become the only owner of the tokens: a separate buffer that stayed
+        # alive would hold its memory twice.
         states = [cache.release() for cache in caches]
         self._buffers = []
         for which in range(2):  # keys, values
@@ -131,22 +147,30 @@ class _Layer:
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
-        """Answer for a token of each sequence: q, k, v are [1, ., B, E]."""
+        """Compute attention for one token of each sequence: q, k, v are [1, ., B, E]."""
+        # The order matters: `as_batch` reads the offsets as the positions of the new tokens. The
+        # separate caches keep counting, because rollbacks truncate them during a batch, too.
         q, k, v = as_batch(q, k, v, self._caches, rope)
         for cache in self._caches:
             cache.offset += 1
         keys, values = self._buffers
-        stop = self._slots.column
+        stop = self._slots.column  # `next_step` has counted this step's column already
+        # Keys and values have a buffer each: a write to a slice of a larger array would copy all
+        # of that array (see `KVCache`).
         keys[:, :, stop - 1 : stop], values[:, :, stop - 1 : stop] = k, v
         seen = keys[:, :, :stop], values[:, :, :stop]
         answers = attend_batched(q, *seen, scale=scale, mask=self._slots.mask(q.shape[1]))
         return answers.transpose(2, 1, 0, 3)
 
     def split(self, own: Sequence[np.ndarray]) -> None:
+        """Copy the columns `own[row]` of each row back into the cache of its sequence."""
         rows = []
         for row, (cache, columns) in enumerate(zip(self._caches, own, strict=True)):
+            # At most `offset` columns: a rollback since the last `next_step` is not in `own` yet.
             which = mx.array(columns[: cache.offset])
             rows.append([mx.take(joint[row : row + 1], which, axis=2) for joint in self._buffers])
+        # Evaluated now, so that the joint buffers can be freed: no more than one layer is held
+        # twice at any time.
         mx.eval(rows)
         for cache, state in zip(self._caches, rows, strict=True):
             cache.restore(state)

@@ -1,9 +1,9 @@
-"""Long prefixes on disk: what was read once is there after a restart.
+"""Prefix cache on disk: the KV caches of long prompts survive a restart.
 
-Each is a safetensors file: the ids, what every layer's cache keeps of them, and last a checksum of
-all before it. Its header says for which model, template and cache it was made, and what does not
-say the same is left alone. A file takes its name when it is whole, so what was cut off in the
-middle is never believed, and cleared away at the next start. One that was damaged is removed.
+Each prefix is a safetensors file: the ids, the state of every layer's cache, and last a checksum of
+everything before it. The header names the model, template and cache format of the file; files with
+another header are ignored and left in place. A file takes its name when it is complete, so an
+interrupted write is never read, and is removed at the next start. A damaged file is removed.
 """
 
 import hashlib
@@ -28,10 +28,10 @@ from qwen3_mlx.files import ShardWriter, TensorSpec, read_header_and_metadata
 
 _log = logging.getLogger(__name__)
 _VERSION = "2"
-_LEAST = 256  # tokens; less is read again before anybody notices
+_MIN_TOKENS = 256  # prefill of fewer tokens takes no noticeable time
 _PATTERN = "prefix-*.safetensors"
 _CHECKSUM, _CHECKSUM_BYTES = "checksum", 4  # the last tensor
-_BLOCK = 1 << 20  # bytes read at once
+_READ_BYTES = 1 << 20  # read at once to compute a checksum
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +41,16 @@ class _Entry:
 
 
 class DiskPrefixes:
-    """The prefixes of one model in a folder, which others may share."""
+    """The prefixes of one model in a folder; other models and processes may share the folder."""
 
     def __init__(self, folder: Path, identity: str, *, limit: int) -> None:
-        """Look what is there; the files of all models together shall take at most `limit` bytes.
+        """Create the folder if needed and scan it.
 
-        `identity` stands for all that keys and values depend on, besides the ids.
+        The files of all models together take at most `limit` bytes. `identity` represents
+        everything that keys and values depend on, besides the ids.
 
         Raises:
-            OSError: the folder cannot be made or read.
+            OSError: the folder cannot be created or read.
         """
         self._folder = folder
         self._header = {"qwen3_mlx_prefix": _VERSION, "identity": identity}
@@ -57,25 +58,25 @@ class DiskPrefixes:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         for file in folder.glob(f"{_PATTERN}.*.new"):
             process = file.name.split(".")[2]
-            with suppress(OSError):  # of a folder that somebody has called so
-                if process.isdecimal() and not _alive(int(process)):
+            with suppress(OSError):  # a folder may have such a name
+                if process.isdecimal() and not _is_alive(int(process)):
                     file.unlink()
         self._entries = [entry for file in folder.glob(_PATTERN) if (entry := self._entry(file))]
 
     def match_length(self, ids: Sequence[int], most: int) -> int:
-        """Count the ids at the start, at most `most`, that `read` would give."""
+        """Return the number of leading ids, at most `most`, that `read` would restore."""
         return self._longest(ids, most)[0]
 
     def read(self, ids: Sequence[int], most: int, caches: Sequence[KVCache]) -> int:
-        """Fill empty `caches`, one a layer, with the longest start of `ids` that is here.
+        """Restore the longest stored prefix of `ids`, at most `most` tokens, into empty `caches`.
 
-        At most `most` tokens; says how many: 0 if it cannot be read after all.
+        `caches` has one cache a layer. Return the number of tokens; 0 if the file cannot be read.
         """
         tokens, entry = self._longest(ids, most)
         if entry is None:
             return 0
         try:
-            if not _intact(entry.file):
+            if not _is_intact(entry.file):
                 entry.file.unlink(missing_ok=True)
                 raise ValueError("it was damaged, and is removed")
             stored: Any = mx.load(str(entry.file))
@@ -86,8 +87,8 @@ class DiskPrefixes:
             ]
             mx.eval(parts)
             os.utime(entry.file)
-        except Exception as error:  # noqa: BLE001 - all can be read anew
-            if not isinstance(error, FileNotFoundError):  # another process may have made room
+        except Exception as error:  # noqa: BLE001 - prefill can always replace a stored prefix
+            if not isinstance(error, FileNotFoundError):  # another process may have evicted it
                 reason = str(error) or repr(error)
                 _log.warning("a kept prompt is read anew: %s: %s", entry.file, reason)
             self._entries.remove(entry)
@@ -97,26 +98,30 @@ class DiskPrefixes:
         return tokens
 
     def _longest(self, ids: Sequence[int], most: int) -> tuple[int, _Entry | None]:
-        """Give the entry with the most of the first `most` ids, and how many; 0 if they are few."""
-        sought, best, longest = array("i", ids[:most]), None, _LEAST - 1
+        """Return the length of the longest stored prefix of the first `most` ids, and its entry.
+
+        The length is 0 if no entry has at least `_MIN_TOKENS` of them.
+        """
+        wanted, best, longest = array("i", ids[:most]), None, _MIN_TOKENS - 1
         for entry in self._entries:
-            if (found := common_prefix(entry.ids, sought)) > longest:
+            if (found := common_prefix(entry.ids, wanted)) > longest:
                 best, longest = entry, found
         return (longest, best) if best else (0, None)
 
     def wants(self, ids: Sequence[int]) -> bool:
-        """Say whether these ids are worth a file, and in none yet."""
-        return len(ids) >= _LEAST and self.match_length(ids, len(ids)) < len(ids)
+        """Return whether these ids are enough to be worth a file, and no file has all of them."""
+        return len(ids) >= _MIN_TOKENS and self.match_length(ids, len(ids)) < len(ids)
 
     def write(
         self, ids: Sequence[int], caches: Sequence[KVCache], interrupted: Callable[[], bool]
     ) -> bool:
-        """Save what `caches` keep of `ids`, their first tokens, in place of shorter starts of them.
+        """Write the state of `caches` for `ids`, their first tokens, to a file.
 
-        False if `interrupted` came true before it was done, and nothing is left of it.
+        Stored prefixes of `ids` are replaced by it. A file larger than the limit is not written.
+        Return False if `interrupted` became true before the end; nothing is left then.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         tensors = {"ids": mx.array(list(ids), dtype=mx.int32)}
         tensors |= {
@@ -129,22 +134,22 @@ class DiskPrefixes:
         numbers = array("i", ids)
         digest = hashlib.sha256(json.dumps(self._header).encode() + numbers.tobytes()).hexdigest()
         file = self._folder / f"prefix-{digest[:32]}.safetensors"
-        # Several processes, or several models of one, may be writing the same prompt.
+        # Several processes, or several models of one process, may be writing the same prompt.
         handle, path = tempfile.mkstemp(".new", f"{file.name}.{os.getpid()}.", self._folder)
-        new = Path(path)  # open to the owner alone
+        new = Path(path)  # mkstemp lets the owner alone read it: it holds a prompt
         try:
             with os.fdopen(handle, "wb") as out:
                 planned = [
                     TensorSpec(n, part.dtype, tuple(part.shape)) for n, part in tensors.items()
                 ]
                 planned.append(TensorSpec(_CHECKSUM, mx.uint32, (1,)))
-                summed = _Summed(out)
-                writer = ShardWriter(summed, planned, self._header)
-                for name, part in tensors.items():  # one at a time, so that memory hardly grows
+                checked = _ChecksumFile(out)
+                writer = ShardWriter(checked, planned, self._header)
+                for name, part in tensors.items():  # one at a time, to bound the memory
                     if interrupted():
                         return False
                     writer.append(name, part)
-                writer.append(_CHECKSUM, mx.array([summed.checksum], dtype=mx.uint32))
+                writer.append(_CHECKSUM, mx.array([checked.checksum], dtype=mx.uint32))
                 out.flush()
                 os.fsync(out.fileno())
             new.replace(file)
@@ -160,7 +165,10 @@ class DiskPrefixes:
         return True
 
     def _entry(self, file: Path) -> _Entry | None:
-        """Read the header and the ids of a file; None if it is another model's, or not whole."""
+        """Read the header and the ids of a file; None if another model wrote it, or it is damaged.
+
+        A file that cannot be read is logged, and stays.
+        """
         try:
             tensors, metadata = read_header_and_metadata(file)
             if metadata != self._header:
@@ -169,7 +177,7 @@ class DiskPrefixes:
             with file.open("rb") as stream:
                 stream.seek(stored.start)
                 ids.frombytes(stream.read(stored.nbytes))
-        except FileNotFoundError:  # another process has made room
+        except FileNotFoundError:  # another process has evicted it
             return None
         except (OSError, CheckpointError, KeyError, ValueError) as error:
             _log.warning("a kept prompt cannot be read, and is not used: %s: %s", file, error)
@@ -177,7 +185,7 @@ class DiskPrefixes:
         return _Entry(file, ids)
 
     def _make_room(self) -> None:
-        """Remove those that were not used for longest, until all fit."""
+        """Remove the least recently used files, of any model, until the others fit the limit."""
         found = []
         for file in self._folder.glob(_PATTERN):
             with suppress(OSError):
@@ -191,8 +199,8 @@ class DiskPrefixes:
             self._entries = [entry for entry in self._entries if entry.file != file]
 
 
-class _Summed:
-    """Passes on what is written to a file from its start to its end, and sums it up."""
+class _ChecksumFile:
+    """A file written from start to end that computes the checksum of its bytes."""
 
     def __init__(self, out: BinaryIO) -> None:
         self.checksum = 0
@@ -206,20 +214,21 @@ class _Summed:
         self._out.write(data)
 
 
-def _intact(file: Path) -> bool:
-    """Say whether a file is as it was written: its last bytes are the checksum of all before."""
-    left, checksum, block = file.stat().st_size - _CHECKSUM_BYTES, 0, memoryview(bytearray(_BLOCK))
+def _is_intact(file: Path) -> bool:
+    """Return whether the last bytes of a file are the checksum of all bytes before them."""
+    left, checksum = file.stat().st_size - _CHECKSUM_BYTES, 0
+    block = memoryview(bytearray(_READ_BYTES))
     with file.open("rb", buffering=0) as stream:
-        while left > 0 and (count := stream.readinto(block[: min(left, _BLOCK)])):
+        while left > 0 and (count := stream.readinto(block[: min(left, _READ_BYTES)])):
             checksum, left = zlib.crc32(block[:count], checksum), left - count
         return stream.read() == checksum.to_bytes(_CHECKSUM_BYTES, "little")
 
 
-def _alive(process: int) -> bool:
+def _is_alive(process: int) -> bool:
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        pass  # it is another user's, or no number of a process
+        pass  # the process is another user's, or the number is none of a process
     return True

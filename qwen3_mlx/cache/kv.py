@@ -1,4 +1,4 @@
-"""The plain cache: keys and values of one sequence in one layer, in the dtype of the model.
+"""The plain KV cache: keys and values of one sequence in one layer, in the model's dtype.
 
 B batch (1), L new tokens, S tokens seen, Q queries, H query heads, K key/value heads, E head size.
 """
@@ -15,24 +15,24 @@ _ALL = slice(None)
 
 
 def next_capacity(tokens: int) -> int:
-    """Give the tokens that a cache has room for after growing to hold `tokens`.
+    """Return the capacity in tokens of a cache that grows to hold `tokens`.
 
-    Always more: a write of exactly the buffer's size would become a view of the projection's
-    output and keep all of that alive.
+    It is always more than `tokens`: a write of exactly the buffer's size would become a view of the
+    projection's output and keep all of that alive.
     """
     return tokens + max(_SMALLEST_GROWTH, tokens // 4)
 
 
 class KVCache:
-    """Keys, rotated, and values of the `offset` tokens seen so far.
+    """Rotated keys, and values, of the `offset` tokens seen so far.
 
-    The buffers are written in place. That holds only while nobody else refers to them: a view kept
-    over a write, or a step still running, makes MLX copy the whole buffer. And it holds for buffers
-    of their own: of slices of a larger one, MLX copies all.
+    The buffers are written in place (donated) only while nothing else refers to them: a view kept
+    over a write, or a step still running, makes MLX copy the whole buffer. And each buffer must be
+    an array of its own: for slices of a larger array, MLX copies all of it.
     """
 
     def __init__(self, capacity: int = 0) -> None:
-        """Make an empty cache; `capacity` tokens are allocated at once by the first write."""
+        """Create an empty cache; the first write allocates `capacity` tokens at once."""
         self.offset = 0
         self._capacity = capacity
         self._allocated = 0
@@ -41,25 +41,25 @@ class KVCache:
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
-        """Store k and v, and answer attention over all seen; see `LayerCache.attend`."""
+        """Store k and v, and compute attention over all tokens; see `LayerCache.attend`."""
         start = self.offset + k.shape[2] - q.shape[2]
         return self.attend_rotated(rope(q, start), rope(k, self.offset), v, scale=scale)
 
     def attend_rotated(self, q: mx.array, k: mx.array, v: mx.array, *, scale: float) -> mx.array:
-        """Do as `attend` does for q and k that are rotated already."""
+        """Compute the same as `attend` for q and k that are rotated already."""
         keys, values = self.append(k, v)
         return causal_attention(q, keys, values, scale=scale)
 
     def store(self, k: mx.array, v: mx.array, *, rope: RopeFn) -> None:
-        """Keep k and v [1, K, L, E] without asking anything of them."""
+        """Add k and v [1, K, L, E] to the cache without computing attention."""
         self.append(rope(k, self.offset), v)
 
     def append(self, k: mx.array, v: mx.array) -> Sequence[mx.array]:
-        """Store k, rotated, and v, and give views of all seen; here [1, K, S, E] of each."""
+        """Add rotated k, and v; return views of all keys and values, here [1, K, S, E] each."""
         start, stop = self.offset, self.offset + k.shape[2]
         if self._allocated < stop:
             return self._write([k, v])
-        # What runs for every token, layer and sequence is written out.
+        # The same as `_write`, unrolled: this runs for every token, layer and sequence.
         self.offset = stop
         keys, values = self._buffers
         new, seen = (_ALL, _ALL, slice(start, stop)), (_ALL, _ALL, slice(stop))
@@ -67,14 +67,14 @@ class KVCache:
         return keys[seen], values[seen]
 
     def reserve(self, capacity: int) -> None:
-        """Have room for `capacity` tokens when the next write needs more than there is."""
+        """Set the capacity in tokens that the next growth of the buffers allocates."""
         self._capacity = capacity
 
     def copy(self, tokens: int) -> Self:
-        """Give a cache of its own that has seen the first `tokens` tokens, or as many as this has.
+        """Return a separate cache of the first `tokens` tokens, or of all if there are fewer.
 
-        They share no buffer. Its own are made by its first write, with the room that is reserved
-        until then.
+        The two share no buffer: the first write of the copy allocates its own, with the capacity
+        that is reserved by then.
         """
         other = self._empty()
         if tokens := min(tokens, self.offset):
@@ -82,35 +82,35 @@ class KVCache:
         return other
 
     def restore(self, state: Sequence[mx.array]) -> None:
-        """Have an empty cache see what another's `state` has; as after `copy`."""
+        """Load the `state` of another cache into this empty one; the next write copies it."""
         self.offset = state[0].shape[2]
         self._buffers = list(state)
 
     def release(self) -> Sequence[mx.array]:
-        """Give away what is kept of the tokens seen, until `restore` brings it back."""
+        """Return the state and drop the buffers, until `restore` loads a state again."""
         state = self.state
         self._buffers, self._allocated = [], 0
         return state
 
     def truncate(self, tokens: int) -> None:
-        """Forget all that was seen behind the first `tokens` tokens."""
+        """Remove all tokens after the first `tokens`; the buffers keep their size."""
         self.offset = min(self.offset, tokens)
 
     @property
     def state(self) -> tuple[mx.array, ...]:
-        """What is kept of the tokens seen, [1, K, S, .]; not to be held over the next write."""
+        """Views of the tokens' keys and values, [1, K, S, .]; must not be held over a write."""
         return tuple(buffer[:, :, : self.offset] for buffer in self._buffers)
 
     @property
     def nbytes(self) -> int:
-        """The bytes allocated, whether used yet or not."""
+        """Bytes allocated, used or not."""
         return sum(buffer.nbytes for buffer in self._buffers)
 
     def _empty(self) -> Self:
         return type(self)()
 
     def _write(self, new: Sequence[mx.array]) -> list[mx.array]:
-        """Append [1, K, L, .] to each buffer, and give views of all seen."""
+        """Append [1, K, L, .] to each buffer; return views of all tokens."""
         start, stop = self.offset, self.offset + new[0].shape[2]
         if self._allocated < stop:
             self._allocated = self._capacity if self._capacity > stop else next_capacity(stop)

@@ -1,6 +1,6 @@
-"""Caches of finished sequences, kept for requests that begin with the same tokens.
+"""Prefix cache: the KV caches of finished sequences, kept for requests with the same first tokens.
 
-The engine counts memory in tokens of cache, so this store does, too.
+Sizes are in tokens of cache, the unit in which the engine counts memory.
 """
 
 from collections.abc import Sequence
@@ -8,17 +8,18 @@ from dataclasses import dataclass
 
 from qwen3_mlx.cache.kv import KVCache
 
-_MOST = 16  # laptops serve a handful of conversations
-_LEAST = 16  # tokens; less is read again as fast as it is kept
+_MAX_PREFIXES = 16  # a laptop serves a handful of conversations
+_MIN_TOKENS = 16  # prefill of fewer tokens is as fast as keeping them
 _SLACK = 16  # tokens at the end of a prompt that a continued conversation may render differently
 
 
+# Compared by identity: equality would compare thousands of ids whenever a list is searched.
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """Tokens, and the caches, one a layer, that have seen them, and perhaps more after them.
+    """Tokens, and the caches (one a layer) that have seen them, and perhaps tokens after them.
 
-    The first `prompt` tokens were a request's, the others its reply. `room` is the tokens that the
-    caches have room for, or will have after their next write.
+    The first `prompt` tokens were the prompt of a request, the others its reply. `room` is the
+    capacity of the caches in tokens, now or after their next write.
     """
 
     ids: list[int]
@@ -29,7 +30,7 @@ class Prefix:
 
 
 class PrefixStore:
-    """Keeps prefixes, at most `limit` tokens of cache, and gives up the least recently used."""
+    """Keeps prefixes of at most `limit` tokens of cache; the least recently used go first."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
@@ -37,70 +38,86 @@ class PrefixStore:
 
     @property
     def held(self) -> int:
-        """The tokens that the kept caches have room for."""
+        """Capacity of the kept caches, in tokens."""
         return sum(prefix.room for prefix in self._kept)
 
     def insert(self, prefix: Prefix) -> None:
-        """Keep a prefix; the caller must not use its caches any more."""
-        if len(prefix.ids) < _LEAST:
+        """Add a prefix; the caller must not use its caches any more."""
+        if len(prefix.ids) < _MIN_TOKENS:
             return
         for other in self._kept:
-            if common_prefix(other.ids, prefix.ids) == len(prefix.ids):  # it has all of this, too
+            # A kept prefix that begins with all of these tokens serves every request that this one
+            # would serve. It only becomes the most recently used.
+            if common_prefix(other.ids, prefix.ids) == len(prefix.ids):
                 self._kept.remove(other)
                 self._kept.append(other)
                 return
+        # The reverse: a kept prefix with which the new one begins is of no more use.
         self._kept = [
             other for other in self._kept if common_prefix(other.ids, prefix.ids) < len(other.ids)
         ]
+        # Appended before the eviction, so that the new one counts. It is evicted last, and only if
+        # it exceeds the limit by itself.
         self._kept.append(prefix)
         self.evict(self.held - self.limit)
-        del self._kept[:-_MOST]
+        del self._kept[:-_MAX_PREFIXES]
 
     def acquire(self, ids: Sequence[int], most: int) -> Prefix | None:
-        """Give the longest prefix kept of the first `most` ids, or None.
+        """Return the longest kept prefix of the first `most` ids, or None.
 
-        A request that goes on from all of another's prompt gets that one's caches, rewound to what
-        both have in common. Where they part earlier, the tokens are shared, by a system turn say,
-        and it gets a copy; whoever goes on with the other finds it as it was.
+        A request that continues from the whole prompt of another gets the other's caches, truncated
+        to the common tokens. A request that shares less, a system turn for example, gets a copy;
+        the original stays as it is for requests that continue it.
         """
-        best, length = None, _LEAST - 1
+        best, length = None, _MIN_TOKENS - 1
         for prefix in self._kept:
             if (found := min(most, common_prefix(prefix.ids, ids))) > length:
                 best, length = prefix, found
         if best is None:
             return None
+        # Caches in use must not stay in the store: they are written in place, and another request
+        # could acquire them.
         self._kept.remove(best)
+        # The ids part well before the end of the other prompt: this is another conversation. Small
+        # differences at the end (`_SLACK`) are the same conversation, rendered with its next turn.
         if length + _SLACK < min(best.prompt, len(best.ids)):
-            self._kept.append(best)
+            self._kept.append(best)  # now the most recently used
             copies = [layer.copy(length) for layer in best.layers]
-            return Prefix(best.ids[:length], copies, length, 0)
+            return Prefix(best.ids[:length], copies, length, 0)  # no room: not allocated yet
+        # Moved instead of copied: nothing is allocated, so `room` stays that of the buffers.
         for layer in best.layers:
             layer.truncate(length)
         return Prefix(best.ids[:length], best.layers, min(best.prompt, length), best.room)
 
     def match_length(self, ids: Sequence[int], most: int) -> int:
-        """Count the ids at the start, at most `most`, that `acquire` would give."""
+        """Return the number of leading ids, at most `most`, that `acquire` would return."""
         longest = max((common_prefix(kept.ids, ids) for kept in self._kept), default=0)
-        return min(most, longest) if longest >= _LEAST else 0
+        return min(most, longest) if longest >= _MIN_TOKENS else 0
 
     def unsaved(self) -> Prefix | None:
-        """Give one that is not on disk yet, those in use last first."""
+        """Return a prefix that is not on disk yet, or None."""
+        # The most recently used first: it is the most likely to be needed again.
         return next((prefix for prefix in reversed(self._kept) if not prefix.saved), None)
 
     def evict(self, tokens: int) -> int:
-        """Give up prefixes until `tokens` tokens are free, and say how many were."""
+        """Remove prefixes until `tokens` tokens are freed; return how many were.
+
+        More than `tokens` may be freed, because prefixes go whole; fewer if none is left.
+        """
         freed = 0
         while freed < tokens and self._kept:
             freed += self._kept.pop(0).room
         return freed
 
     def clear(self) -> None:
-        """Give up all."""
+        """Remove all prefixes."""
         self._kept.clear()
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Count the ids at the start that are the same in both lists."""
+    """Return the number of leading ids that are the same in both lists."""
+    # Binary search over slices: comparing slices runs in C, and is many times faster than a loop
+    # over the ids of a long prompt. Invariant: the first `low` ids are equal.
     low, high = 0, min(len(a), len(b))
     while low < high:
         middle = (low + high + 1) // 2

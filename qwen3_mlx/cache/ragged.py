@@ -1,7 +1,7 @@
-"""Several sequences in one forward pass: their tokens end to end, each with a cache of its own.
+"""Several sequences in one forward pass: their tokens end to end, each with its own cache.
 
-There is no padding and no shared buffer, so a sequence joins or leaves without a copy, and each may
-bring one token or a chunk of its prompt.
+There is no padding and no shared buffer, so a sequence joins or leaves without a copy. Each
+sequence contributes one token or a chunk of its prompt.
 
 T tokens of all sequences, H query heads, K key/value heads, E head size.
 """
@@ -16,14 +16,15 @@ from qwen3_mlx.cache.kv import KVCache
 
 
 class Ragged:
-    """The caches of several sequences in one layer, asked as if they were one."""
+    """The caches of several sequences in one layer, with the interface of a single cache."""
 
     def __init__(
         self, caches: Sequence[KVCache], lengths: Sequence[int], wanted: Sequence[int]
     ) -> None:
-        """Expect `lengths[i]` tokens for `caches[i]`, the last `wanted[i]` of them as queries.
+        """Create the joint view for a pass with `lengths[i]` new tokens for `caches[i]`.
 
-        The wanted counts matter in a model's last layer only, where other queries serve nobody.
+        The last `wanted[i]` of them are queries. This matters in a model's last layer only, where
+        the output of other queries is not used.
         """
         self.caches = caches
         self.lengths = lengths
@@ -33,25 +34,27 @@ class Ragged:
     def attend(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
-        """Split q, k, v [1, ., T, E] by sequence, let each cache answer, and join the answers."""
+        """Compute attention of q, k, v [1, ., T, E]: each cache attends for its own sequence."""
         if self._one_token_each and q.shape[2] == k.shape[2]:
             return self._attend_single_tokens(q, k, v, scale=scale, rope=rope)
         queries = self.lengths if q.shape[2] == k.shape[2] else self.wanted
-        answers = []
+        attended = []
         spans = zip(self.caches, _spans(queries), _spans(self.lengths), strict=True)
-        for cache, asked, new in spans:
+        for cache, query, new in spans:
             k_new, v_new = k[:, :, new], v[:, :, new]
-            if asked.start == asked.stop:
+            if query.start == query.stop:
                 cache.store(k_new, v_new, rope=rope)
             else:
-                answer = cache.attend(q[:, :, asked], k_new, v_new, scale=scale, rope=rope)
-                answers.append(answer)
-        return mx.concatenate(answers, axis=2)
+                attended.append(cache.attend(q[:, :, query], k_new, v_new, scale=scale, rope=rope))
+        return mx.concatenate(attended, axis=2)
 
     def _attend_single_tokens(
         self, q: mx.array, k: mx.array, v: mx.array, *, scale: float, rope: RopeFn
     ) -> mx.array:
-        """Rotate all sequences' tokens in one call each for q and k, with a vector of offsets."""
+        """Compute `attend` where each sequence has one token.
+
+        q and k of all sequences are rotated in one call each, with a vector of offsets.
+        """
         q, k, v = as_batch(q, k, v, self.caches, rope)
         count = len(self.caches)
         keys, values = mx.split(k, count), mx.split(v, count)
@@ -67,7 +70,7 @@ class Ragged:
 def as_batch(
     q: mx.array, k: mx.array, v: mx.array, caches: Sequence[KVCache], rope: RopeFn
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Lay out [1, ., T, E], a token for each of the caches, as [T, ., 1, E], q and k rotated."""
+    """Convert q, k, v [1, ., T, E], one token a cache, to [T, ., 1, E], and rotate q and k."""
     offsets = tuple(cache.offset for cache in caches)
     q, k, v = (x.transpose(2, 1, 0, 3) for x in (q, k, v))
     return rope(q, offsets), rope(k, offsets), v
@@ -82,11 +85,11 @@ def ragged_layers(
     lengths: Sequence[int],
     wanted: Sequence[int] | None = None,
 ) -> tuple[list[Ragged], list[int] | None]:
-    """Join the caches of several sequences for one forward pass.
+    """Create the layers' caches for one forward pass of several sequences.
 
-    `sequences[i]` holds one cache a layer; `lengths[i]` of its tokens come next; the logits of the
-    last `wanted[i]` of them are asked for (None: of all). Gives the layers' caches and the rows
-    of the T tokens whose logits are wanted, as `Qwen3.__call__` takes them.
+    `sequences[i]` holds one cache a layer. The pass has `lengths[i]` of its tokens, and computes
+    the logits of the last `wanted[i]` of them (None: of all). Return the layers' caches, and the
+    rows of the T tokens whose logits are wanted (None: all), as `Qwen3.__call__` takes them.
     """
     per_layer = zip(*sequences, strict=True)
     if wanted is None:

@@ -1,0 +1,1 @@
+"""Checkpoints: finding, downloading, checking, loading, quantizing and converting weights."""

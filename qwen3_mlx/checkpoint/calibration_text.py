@@ -1,4 +1,4 @@
-"""Text that is on every machine, to measure a model with where nobody gives a better one."""
+"""Default calibration text, available on every machine."""
 
 from importlib import import_module
 
@@ -6,12 +6,12 @@ from qwen3_mlx.errors import Qwen3Error
 
 
 def default_text() -> str:
-    """Give English prose with code in it: the topics of Python's own help, some 460,000 characters.
+    """Return English prose with code in it: the topics of Python's help, some 460,000 characters.
 
-    Which words they are depends on the version of Python; on one machine they stay the same.
+    The text depends on the version of Python; on one machine it stays the same.
 
     Raises:
-        Qwen3Error: this Python came without them.
+        Qwen3Error: this Python was installed without its help topics.
     """
     try:
         topics: dict[str, str] = import_module("pydoc_data.topics").topics

@@ -1,8 +1,8 @@
-"""From any checkpoint to an MLX folder, some rows at a time: no model is ever held.
+"""Converts any supported checkpoint to an MLX folder, some rows at a time.
 
-All output tensors are known before the first is computed, so each shard's header is written first
-and its rows follow as they come. Shards that are finished stay finished: whoever starts the same
-conversion again goes on behind them.
+The model is never in memory as a whole. All output tensors are known before the first is computed,
+so each shard's header is written first, and its rows follow as they are computed. Finished shards
+are kept: the same conversion, started again, continues after them.
 """
 
 import json
@@ -34,27 +34,27 @@ from qwen3_mlx.version import __version__
 
 _log = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]
-_SHARD_BYTES = 1_000_000_000  # at most, but for a single larger tensor
-_BLOCK = 1 << 23  # numbers of a tensor in work at once
-_IN_WORK = 3  # blocks
+_SHARD_BYTES = 1_000_000_000  # maximum, except for a single larger tensor
+_BLOCK = 1 << 23  # numbers of a tensor that are computed at once
+_BLOCKS_IN_FLIGHT = 3
 CARRIED = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "LICENSE"),
 )
 _STATE = "conversion.json"
 _DTYPE_NAMES = {mx.bfloat16: "bfloat16", mx.float16: "float16", mx.float32: "float32"}
-# The bits of the exponent; where all are set stands an infinity, or no number at all.
+# The bits of the exponent. A number in which all are set is an infinity or NaN.
 _EXPONENT = {mx.bfloat16: 0x7F80, mx.float16: 0x7C00, mx.float32: 0x7F800000}
 _INTEGERS = {2: (mx.uint16, mx.int16), 4: (mx.uint32, mx.int32)}
 
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What to write, and how.
+    """The source, the output and the settings of a conversion.
 
     `formats` has a format for each module whose weights are to be quantized; other numbers become
-    `dtype`. Modules with `moments` of their inputs are rounded with care for those; `calibration`
-    names the text they were measured on. `card` writes the README.md that goes with it.
+    `dtype`. Modules that have `moments` of their inputs are rounded by GPTQ; `calibration` names
+    the text on which the moments were measured. `card` returns the text of the README.md.
     """
 
     source: Path
@@ -71,7 +71,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """What a conversion wrote: tensors, weights (numbers of the network), bytes of the tensors."""
+    """The result of a conversion: tensors, weights (numbers of the network), tensor bytes."""
 
     tensors: int
     weights: int
@@ -79,17 +79,17 @@ class Written:
 
     @property
     def bits_per_weight(self) -> float:
-        """The bits that a weight takes on average, scales and biases included."""
+        """Average bits of a weight, scales and biases included."""
         return 8 * self.bytes / self.weights
 
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the source, and those that it becomes."""
+    """A tensor of the source, and the output tensors that it is converted to."""
 
     name: str
     matrix: Matrix
-    form: Format | None
+    fmt: Format | None
     planned: tuple[TensorSpec, ...]
 
     @property
@@ -98,11 +98,11 @@ class _Tensor:
 
 
 def run(job: Job, progress: Progress) -> Written:
-    """Convert; `progress(done, total)` is told the bytes written.
+    """Run a conversion; `progress(done, total)` is called with the bytes written.
 
     Raises:
-        Qwen3Error: the output is there already, would lie in the source, or does not fit the disk.
-        CheckpointError: the source is broken, or has numbers that are none.
+        Qwen3Error: the output exists, would lie in the source, or does not fit the disk.
+        CheckpointError: the source is broken, or contains NaN or infinity.
     """
     check_output(job.source, job.output, force=job.force)
     tensors = _plan(job)
@@ -113,25 +113,25 @@ def run(job: Job, progress: Progress) -> Written:
     )
     shards = _shards(tensors)
     partial = partial_folder(job.output)
-    _go_on_or_begin(job, partial, [tensor.name for tensor in tensors])
+    _prepare_partial(job, partial, [tensor.name for tensor in tensors])
     try:
         with _streams() as streams:
             _write_shards(job, partial, shards, streams, progress)
-        _write_rest(job, partial, shards, written)
-        _take_name(partial, job.output.resolve())
+        _write_other_files(job, partial, shards, written)
+        _publish(partial, job.output.resolve())
     except OSError as error:
         raise Qwen3Error(f"writing {partial} failed: {error.strerror or error}") from error
-    except CheckpointError:  # of a broken source nothing is worth keeping
+    except CheckpointError:  # shards of a broken source are not worth keeping
         shutil.rmtree(partial, ignore_errors=True)
         raise
     finally:
-        if not any(partial.glob("*.safetensors")):  # nothing that would be worth going on from
+        if not any(partial.glob("*.safetensors")):  # there is nothing to continue from
             shutil.rmtree(partial, ignore_errors=True)
     return written
 
 
 def partial_folder(output: Path) -> Path:
-    """Give the folder that a conversion works in until it is finished."""
+    """Return the folder in which a conversion works until it is finished."""
     output = output.resolve()
     return output.with_name(output.name + ".partial")
 
@@ -141,26 +141,29 @@ def _replaced_folder(output: Path) -> Path:
 
 
 def check_output(source: Path | None, output: Path, *, force: bool) -> None:
-    """Refuse a place that a conversion must not write to.
+    """Refuse an output folder that a conversion must not write to.
 
     Raises:
-        Qwen3Error: it is the source or lies in it, or what is there is not to be replaced.
+        Qwen3Error: the output is the source or lies in it, or exists and must not be replaced.
     """
     source, output = source and source.resolve(), output.resolve()
     if source and (output == source or source in output.parents):
         raise Qwen3Error(f"{output} lies in the source; give another folder for the result")
     if output == output.parent:
-        raise Qwen3Error(f"{output} is no place for a result; give another folder")
+        raise Qwen3Error(f"{output} cannot be the output folder; give another folder")
     for needed in (partial_folder(output), _replaced_folder(output)):
         if source and (needed == source or needed in source.parents):
-            raise Qwen3Error(f"{needed} is needed for the work, and the source; rename one of them")
+            raise Qwen3Error(
+                f"the conversion needs {needed} as a working folder, and it is the source or "
+                "contains it; rename one of them"
+            )
     if not output.exists() or (output.is_dir() and _is_empty(output)):
         return
     if not force:
         raise Qwen3Error(f"{output} exists; --force (force=True) replaces it")
     whole = (output / "config.json").is_file() and any(output.glob("*.safetensors"))
     if not whole or (source and output in source.parents):
-        raise Qwen3Error(f"{output} is no checkpoint's folder, so it is not replaced")
+        raise Qwen3Error(f"{output} is not a checkpoint folder, so it is not replaced")
 
 
 def _is_empty(folder: Path) -> bool:
@@ -171,29 +174,29 @@ def _is_empty(folder: Path) -> bool:
 
 
 def _plan(job: Job) -> list[_Tensor]:
-    """List the tensors to write, in the order of the network."""
+    """Return the tensors to write, in the order of the network."""
     geometry = ModelConfig.from_dict(job.config)
     matrices = read_matrices(job.source, job.config)
     refuse_missing_layers(geometry, matrices)
     model = Qwen3(geometry)
     needed = {name: tuple(array.shape) for name, array in model.tensors().items()}
-    there = {name: matrix.shape for name, matrix in matrices.items()}
-    if complaints := mismatches(needed, there, tied=model.config.tie_word_embeddings):
-        raise CheckpointError(f"weights and config.json do not match; {'; '.join(complaints)}")
+    present = {name: matrix.shape for name, matrix in matrices.items()}
+    if problems := mismatches(needed, present, tied=model.config.tie_word_embeddings):
+        raise CheckpointError(f"weights and config.json do not match; {'; '.join(problems)}")
     tensors = []
     for name, shape in needed.items():
         module, _, kind = name.rpartition(".")
-        form = job.formats.get(module) if kind == "weight" else None
-        parts = form.tensors(shape, job.dtype) if form else {kind: (shape, job.dtype)}
+        fmt = job.formats.get(module) if kind == "weight" else None
+        parts = fmt.tensors(shape, job.dtype) if fmt else {kind: (shape, job.dtype)}
         planned = tuple(
             TensorSpec(f"{module}.{key}", dtype, size) for key, (size, dtype) in parts.items()
         )
-        tensors.append(_Tensor(name, matrices[name], form, planned))
+        tensors.append(_Tensor(name, matrices[name], fmt, planned))
     return tensors
 
 
 def _shards(tensors: Sequence[_Tensor]) -> dict[str, list[_Tensor]]:
-    """Share the tensors out among files."""
+    """Return the tensors of each output file, by its name."""
     groups: list[list[_Tensor]] = [[]]
     room = _SHARD_BYTES
     for tensor in tensors:
@@ -210,22 +213,28 @@ def _shards(tensors: Sequence[_Tensor]) -> dict[str, list[_Tensor]]:
     }
 
 
-def _go_on_or_begin(job: Job, partial: Path, names: Sequence[str]) -> None:
-    """Keep the finished shards of an interrupted run of the same job, and drop any other's."""
+def _prepare_partial(job: Job, partial: Path, names: Sequence[str]) -> None:
+    """Create the working folder; keep the finished shards of an interrupted run of the same job.
+
+    Shards of any other job are removed.
+    """
     files = [job.source / name for name in weight_names(job.source)]
     identity = {
         "version": __version__,
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
         "config": dict(job.config),
         "tensors": list(names),
-        "formats": {path: form.as_config() for path, form in job.formats.items() if form},
+        "formats": {path: fmt.as_config() for path, fmt in job.formats.items() if fmt},
         "dtype": _DTYPE_NAMES[job.dtype],
         "calibration": job.calibration,
     }
     text = json.dumps(identity, sort_keys=True)
     state = partial / _STATE
     if not state.is_file() and partial.exists() and not (partial.is_dir() and _is_empty(partial)):
-        raise Qwen3Error(f"{partial} is needed for the work and is no conversion's; move it away")
+        raise Qwen3Error(
+            f"the conversion needs {partial} as its working folder, and something else is there; "
+            "move it away"
+        )
     if not state.is_file() or state.read_text("utf-8", "replace") != text:
         if partial.exists():
             shutil.rmtree(partial)
@@ -261,9 +270,9 @@ def _write_shards(
             tensors = shards[file]
             writer = ShardWriter(stream, [plan for tensor in tensors for plan in tensor.planned])
             nonfinite: Counter[str] = Counter()
-            for tensor, block in _computed(tensors, job, streams):
+            for tensor, block in _compute_blocks(tensors, job, streams):
                 if nonfinite and tensor.name not in nonfinite and not job.allow_nonfinite:
-                    break  # the tensor that has some is counted to its end
+                    break  # the first tensor with NaN or infinity is counted to its end
                 nonfinite += Counter({tensor.name: block.count_nonfinite()})
                 for planned, rows in zip(tensor.planned, block.arrays, strict=True):
                     writer.append(planned.name, rows)
@@ -275,45 +284,45 @@ def _write_shards(
 
 def _refuse_nonfinite(counts: Mapping[str, int], dtype: mx.Dtype, *, allowed: bool) -> None:
     if counts:
-        told = ", ".join(
+        found = ", ".join(
             f"{name} has NaN or infinity in {n:,} places as {_DTYPE_NAMES[dtype]}"
             for name, n in counts.items()
         )
         if not allowed:
             raise CheckpointError(
-                f"{told}; look for a sound copy, or take them as they are with --allow-nonfinite "
+                f"{found}; look for a sound copy, or take them as they are with --allow-nonfinite "
                 "(allow_nonfinite=True)"
             )
-        _log.warning("%s", told)
+        _log.warning("%s", found)
 
 
 class _Block:
-    """Some rows of a tensor on their way to the file; all is in work once it is made.
+    """Some rows of a tensor being converted; the computation starts when the block is created.
 
-    `arrays` are the bytes of what the rows become.
+    `arrays` are the bytes of the output tensors' rows.
     """
 
     def __init__(self, rows: mx.array, tensor: _Tensor, job: Job) -> None:
-        dtype, form = job.dtype, tensor.form
+        dtype, fmt = job.dtype, tensor.fmt
         self._rows = rows.astype(dtype)
         self._exponent = _EXPONENT[dtype]
         self.arrays: Sequence[mx.array] = [self._rows]
         inputs = job.moments.get(tensor.name.removesuffix(".weight"))
-        if form and inputs is not None and gptq.fits(form, rows.shape[-1]):
-            self.arrays = gptq.quantize(self._rows, form, inputs, dtype)
-        elif form:
+        if fmt and inputs is not None and gptq.fits(fmt, rows.shape[-1]):
+            self.arrays = gptq.quantize(self._rows, fmt, inputs, dtype)
+        elif fmt:
             self.arrays = mx.quantize(
-                self._rows, group_size=form.group_size, bits=form.bits, mode=form.mode
+                self._rows, group_size=fmt.group_size, bits=fmt.bits, mode=fmt.mode
             )
         self.arrays = [array.view(mx.uint8) for array in self.arrays]  # as they are written
-        # Of the bits as integers, with a sign and without, those of infinities and of what is no
-        # number are the greatest: two maxima are ten times as fast as looking at each number.
+        # Read as integers, unsigned and signed, the bits of infinities and NaN are the greatest.
+        # Two maxima find them ten times as fast as a check of each number.
         unsigned, signed = _INTEGERS[dtype.size]
         self._greatest = self._rows.view(unsigned).max(), self._rows.view(signed).max()
         mx.async_eval(self.arrays, self._greatest)
 
     def count_nonfinite(self) -> int:
-        """Count the infinities and what is no number, once the block is computed."""
+        """Count the infinities and NaN; waits until the block is computed."""
         unsigned, signed = (int(array.item()) for array in self._greatest)  # type: ignore[arg-type]
         sign = 1 << 8 * self._rows.dtype.size - 1
         if unsigned < sign | self._exponent and signed < self._exponent:
@@ -324,7 +333,7 @@ class _Block:
 
 @contextmanager
 def _streams() -> Iterator[Sequence[mx.Stream]]:
-    """Lend the streams that share the work: two on a CPU, because a stream there is one thread."""
+    """Yield the streams that share the work: two on a CPU, because a stream there is one thread."""
     default = mx.default_stream(mx.default_device())
     if backend.on_gpu():
         yield [default]
@@ -332,35 +341,35 @@ def _streams() -> Iterator[Sequence[mx.Stream]]:
     second = backend.acquire_stream()
     try:
         yield [default, second]
-    finally:  # an error or Ctrl-C leaves blocks in work
+    finally:  # an error or Ctrl-C leaves blocks in flight
         backend.wait_for_work(default)
         backend.release_stream(second)
 
 
-def _computed(
+def _compute_blocks(
     tensors: Sequence[_Tensor], job: Job, streams: Sequence[mx.Stream]
 ) -> Iterator[tuple[_Tensor, _Block]]:
-    """Give all tensors' blocks in order, while some ahead are in work."""
-    in_work: deque[tuple[_Tensor, _Block]] = deque()
+    """Yield the blocks of all tensors in order, while the next blocks are computed."""
+    in_flight: deque[tuple[_Tensor, _Block]] = deque()
     blocks = ((tensor, rows) for tensor in tensors for rows in tensor.matrix.blocks(_BLOCK))
     for stream in cycle(streams):
-        # All that becomes of a block runs on its own stream, its reading included: what ran on
-        # another would wait for the block in work there.
+        # All work on a block runs on its own stream, its reading included: work on the other
+        # stream would wait for the block that is computed there.
         with mx.stream(stream):
-            following = next(blocks, None)
-            if following is None:
+            upcoming = next(blocks, None)
+            if upcoming is None:
                 break
-            tensor, rows = following
-            in_work.append((tensor, _Block(rows, tensor, job)))
-        if len(in_work) == _IN_WORK:
-            yield in_work.popleft()
-    yield from in_work
+            tensor, rows = upcoming
+            in_flight.append((tensor, _Block(rows, tensor, job)))
+        if len(in_flight) == _BLOCKS_IN_FLIGHT:
+            yield in_flight.popleft()
+    yield from in_flight
 
 
 # --- what goes with the weights -----------------------------------------------------------------
 
 
-def _write_rest(
+def _write_other_files(
     job: Job, partial: Path, shards: Mapping[str, list[_Tensor]], written: Written
 ) -> None:
     if len(shards) > 1:
@@ -384,11 +393,11 @@ def _write_rest(
 
 
 def output_config(job: Job) -> dict[str, Any]:
-    """Give the result's config.json: the source's, with the quantization as MLX programs read it.
+    """Return the output's config.json: the source's, with the quantization as MLX programs read it.
 
-    Keys that only newer versions of other libraries write are stated in the older spelling as
-    well, for programs that know no other, and defaults that were left out are stated for those that
-    have none or others.
+    Keys in the spelling of newer libraries are added in the older spelling as well, for programs
+    that know only that. Defaults that were left out are written, for programs that have none or
+    others.
     """
     network = ModelConfig.from_dict(job.config)
     config = {
@@ -396,10 +405,10 @@ def output_config(job: Job) -> dict[str, Any]:
         for key, value in job.config.items()
         if key not in ("quantization", "quantization_config", "dtype")
     }
-    known = {**asdict(network), **(asdict(network.experts) if network.experts else {})}
-    for key in known.keys() - {"yarn", "experts"}:
+    values = {**asdict(network), **(asdict(network.experts) if network.experts else {})}
+    for key in values.keys() - {"yarn", "experts"}:
         if config.get(key) is None:
-            config[key] = known[key]
+            config[key] = values[key]
     config["rope_theta"] = network.rope_theta
     config["rope_scaling"] = _rope_scaling(config, network)
     config["torch_dtype"] = _DTYPE_NAMES[job.dtype]
@@ -409,7 +418,7 @@ def output_config(job: Job) -> dict[str, Any]:
 
 
 def _rope_scaling(config: Mapping[str, Any], network: ModelConfig) -> dict[str, Any] | None:
-    """State the scaling that is in force, whichever section and spelling it comes from."""
+    """Return the scaling that is in effect, from whichever section and spelling it comes."""
     if network.yarn is None:
         return None
     stated = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
@@ -422,20 +431,20 @@ def _rope_scaling(config: Mapping[str, Any], network: ModelConfig) -> dict[str, 
 
 
 def _quantization(formats: Formats) -> dict[str, Any]:
-    """State the commonest format once, and the others by module."""
-    used = [form for form in formats.values() if form]
+    """Return the quantization section: the most frequent format, and the others by module."""
+    used = [fmt for fmt in formats.values() if fmt]
     if not used:
         return {}
     usual = max(dict.fromkeys(used), key=used.count)
-    others = {path: form.as_config() for path, form in formats.items() if form and form != usual}
+    others = {path: fmt.as_config() for path, fmt in formats.items() if fmt and fmt != usual}
     return {**usual.as_config(), **others}
 
 
-def _take_name(partial: Path, output: Path) -> None:
-    """Put the finished folder where the result is to be; what it replaces goes last."""
+def _publish(partial: Path, output: Path) -> None:
+    """Rename the finished folder to the output; a folder that it replaces is removed last."""
     replaced = _replaced_folder(output)
     if output.exists():
-        shutil.rmtree(replaced, ignore_errors=True)  # of an earlier run that was cut short here
+        shutil.rmtree(replaced, ignore_errors=True)  # left by a run that was interrupted here
         output.rename(replaced)
     try:
         partial.rename(output)
@@ -448,6 +457,6 @@ def _take_name(partial: Path, output: Path) -> None:
 
 
 def modules_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Give the weights' shapes of the modules that can be quantized, by their paths."""
+    """Return the weight shapes of the modules that can be quantized, by module path."""
     model = Qwen3(ModelConfig.from_dict(config))
     return {path: tuple(module["weight"].shape) for path, module in quantizable(model)}

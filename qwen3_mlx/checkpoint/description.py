@@ -1,4 +1,7 @@
-"""What a checkpoint says of itself, judged before its weights are fetched."""
+"""Reads and checks a checkpoint's description before its weights are fetched.
+
+The description is its config.json, tokenizer files, weight index and list of files.
+"""
 
 import logging
 from collections.abc import Collection, Sequence
@@ -26,15 +29,15 @@ _log = logging.getLogger(__name__)
 def read_config(
     place: Source, files: Sequence[str] = DESCRIPTION_FILES
 ) -> tuple[Path, dict[str, Any]]:
-    """Fetch the files that describe a checkpoint; return their folder and its config.json, checked.
+    """Fetch the files that describe a checkpoint; return their folder and the checked config.json.
 
     Raises:
-        CheckpointError: it is no Qwen3 that can be read: another network, a GGUF file, an adapter,
-            or weights quantized by a method that is not read.
+        CheckpointError: the checkpoint is not a supported Qwen3: it is another network, a GGUF
+            file, an adapter, or quantized by a method that is not supported.
     """
     folder = None if place.lacks("config.json") else place.fetch([*files, MODELOPT])
     if folder is None or not (folder / "config.json").is_file():
-        raise CheckpointError(_what_is_there(place, needed="config.json"))
+        raise CheckpointError(_missing_message(place, needed="config.json"))
     config = read_json(folder / "config.json")
     ModelConfig.from_dict(config)
     if quantization_of(config) is None and (folder / MODELOPT).is_file():
@@ -49,45 +52,45 @@ def read_config(
 
 
 def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path:
-    """Make sure that the weights of a checkpoint described in `folder` are here; return where.
+    """Fetch the weights of the checkpoint described in `folder`; return the folder that has them.
 
     Raises:
-        CheckpointError: it has none that are read.
+        CheckpointError: the checkpoint has no weights of a supported kind.
     """
     files = None if are_here(folder) else place.listed()
     names = weight_names(folder, files, place=place.name)
     folder = place.fetch([*also, *(names or [WHOLE])]) if names or files is None else folder
     if not weight_names(folder):
-        raise CheckpointError(_what_is_there(place, needed=WHOLE))
+        raise CheckpointError(_missing_message(place, needed=WHOLE))
     if fault := index_fault(folder):
         _log.warning("%s: %s; %s is read", place.name, fault, WHOLE)
     return folder
 
 
 def tensors_listed(place: Source, folder: Path) -> Collection[str] | None:
-    """Return the names of a checkpoint's tensors, by its index; None where none can be relied on.
+    """Return the names of a checkpoint's tensors from its index; None if there is no valid index.
 
-    No weights are fetched. A checkpoint of a config.json alone is let pass.
+    No weights are fetched. A checkpoint of a config.json alone is accepted.
 
     Raises:
-        CheckpointError: its weights are of a kind that is not read, or there twice.
+        CheckpointError: the weights are of an unsupported kind, or present twice.
     """
     files = place.listed()
     if files and INDEX in files:
         folder = place.fetch(["config.json", INDEX])
     names = weight_names(folder, files, place=place.name)
     if files and not names and instead_of_weights(files):
-        raise CheckpointError(_what_is_there(place, needed=WHOLE))
+        raise CheckpointError(_missing_message(place, needed=WHOLE))
     if not (folder / INDEX).is_file() or index_fault(folder, files):
         return None
     return set(read_json(folder / INDEX)["weight_map"])
 
 
-def _what_is_there(place: Source, *, needed: str) -> str:
-    """Return a sentence for a checkpoint that lacks a file, by the files that it has."""
+def _missing_message(place: Source, *, needed: str) -> str:
+    """Return the message for a checkpoint that lacks the file `needed`, from the files it has."""
     files = place.files()
     base = None
-    if ADAPTER_CONFIG in files:  # peft writes the first key, mlx-lm the second
+    if ADAPTER_CONFIG in files:  # of the two keys peft writes the first, mlx-lm the second
         adapter = read_json(place.fetch([ADAPTER_CONFIG]) / ADAPTER_CONFIG)
         base = adapter.get("base_model_name_or_path") or adapter.get("model")
     return why_none(place.name, files, needed, str(base or "another model"))

@@ -1,8 +1,9 @@
-"""Fetches files of the hub into its library's cache, so that a download that broke is resumed.
+"""Resumable downloads from the Hugging Face hub into the cache of its library.
 
-The library begins a file anew in each process: its partial files have names of their own. Here the
-partial file is named after the content, and goes on where it ends by an HTTP Range, which the hub
-takes for what it stores in Xet, too; what is whole lies where the library finds it.
+The hub's library starts every file anew in each process, because its partial files have random
+names. Here the partial file is named after the content and is resumed by an HTTP Range request,
+which the hub also supports for files stored in Xet. Complete files lie where the library finds
+them.
 """
 
 import hashlib
@@ -23,17 +24,17 @@ from qwen3_mlx.errors import CheckpointError
 
 Progress = Callable[[int, int], None]
 _log = logging.getLogger(__name__)
-_TRIES = 5  # in a row that bring nothing
-_PAUSE = 1.0  # seconds before a try, when the one before brought nothing
-_WORKERS = 4
-_RESERVE = 100_000_000  # bytes of disk that are left free
+_MAX_FAILURES = 5  # tries in a row that bring no bytes
+_PAUSE = 1.0  # seconds before the next try, if the last one brought no bytes
+_WORKERS = 4  # files downloaded at once
+_RESERVED_BYTES = 100_000_000  # of the disk, left free
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-_PASSING = (408, 429, 500, 502, 503, 504)  # states of a hub that will be over
+_RETRYABLE_STATUS = (408, 429, 500, 502, 503, 504)
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
-    """A file to fetch: its name and address, its length, and where the library looks for it."""
+    """A file to fetch: its name, URL, size in bytes, and path in the library's cache."""
 
     name: str
     url: str
@@ -42,46 +43,47 @@ class _File:
 
     @property
     def partial(self) -> Path:
-        """The file that grows; its name is that of the content, so no other content goes on in it.
+        """Path of the partial file.
 
-        The library counts and removes *.incomplete as its own.
+        It is named after the content, so that only the same content is resumed. The hub's library
+        counts and removes *.incomplete as its own files.
         """
         return self.blob.with_name(f"{self.blob.name}.qwen3.incomplete")
 
     @property
-    def here(self) -> int:
-        """The bytes that earlier downloads left."""
+    def received(self) -> int:
+        """Bytes that earlier downloads left."""
         return min(self.partial.stat().st_size, self.size) if self.partial.exists() else 0
 
 
 def download(
     name: str, commit: str, files: Sequence[str], progress: Progress | None = None
 ) -> None:
-    """Fetch `files` of a commit of the hub's model `name`, resuming what is there in part.
+    """Load `files` of a commit of the hub's model `name`; partial files are resumed.
 
-    `progress` is called with (bytes here, bytes in all), from other threads. Files whose length the
-    hub does not tell are left to its library.
+    `progress` is called with (bytes present, total bytes), from other threads. Files whose length
+    the hub does not state are left to its library.
 
     Raises:
-        CheckpointError: the disk has no room for them, the hub stops answering, or what it sent
-            does not have its checksum.
+        CheckpointError: the disk has no room, the hub stops responding, or the data do not match
+            their checksum.
     """
     wanted = _files(name, commit, files)
     if not wanted:
         return
-    total, here = sum(file.size for file in wanted), sum(file.here for file in wanted)
-    _refuse_full_disk(name, wanted, total - here)
-    _log.info("downloading %s: %d bytes of %d are here", name, here, total)
+    total, received = sum(file.size for file in wanted), sum(file.received for file in wanted)
+    _refuse_full_disk(name, wanted, total - received)
+    _log.info("downloading %s: %d bytes of %d are present", name, received, total)
     stopped, lock = Flag(), Lock()
 
     def count(new: int) -> None:
-        nonlocal here
+        nonlocal received
         with lock:
-            here += new
+            received += new
             try:
                 if progress:
-                    progress(here, total)
-            except BaseException:  # the caller's own, which ends the download
+                    progress(received, total)
+            except BaseException:  # raised by the caller's callback: it ends the download
                 stopped.set()
                 raise
 
@@ -90,14 +92,14 @@ def download(
             fetching = [pool.submit(_fetch, file, count, stopped) for file in wanted]
             for done in as_completed(fetching):
                 done.result()
-        except BaseException:  # a file failed, or Ctrl-C: the others end at their next piece
+        except BaseException:  # a file failed, or Ctrl-C: the others stop after their next chunk
             stopped.set()
             pool.shutdown(cancel_futures=True)
             raise
 
 
 def _files(name: str, commit: str, files: Sequence[str]) -> list[_File]:
-    """Ask the hub for the length and the content's name of each file; leave out what is here."""
+    """Return the files that are not in the cache, with the size and content hash from the hub."""
     from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
     from huggingface_hub.file_download import repo_folder_name
 
@@ -110,7 +112,8 @@ def _files(name: str, commit: str, files: Sequence[str]) -> list[_File]:
         if about.etag and about.size and about.size <= constants.MAX_HTTP_DOWNLOAD_SIZE:
             blob = blobs / about.etag
             if not blob.exists():
-                found[blob] = _File(file, url, about.size, blob)  # two names may have one content
+                # Keyed by the content: files with the same content are fetched once.
+                found[blob] = _File(file, url, about.size, blob)
     return list(found.values())
 
 
@@ -119,7 +122,7 @@ def _refuse_full_disk(name: str, files: Sequence[_File], needed: int) -> None:
     while not folder.exists():
         folder = folder.parent
     free = shutil.disk_usage(folder).free
-    if needed > free - _RESERVE:
+    if needed > free - _RESERVED_BYTES:
         raise CheckpointError(
             f"{name} needs {needed / 1e9:,.2f} GB more, and the disk of {folder} has "
             f"{free / 1e9:,.2f} GB free; make room, or set HF_HOME to a folder of another disk"
@@ -127,22 +130,22 @@ def _refuse_full_disk(name: str, files: Sequence[_File], needed: int) -> None:
 
 
 def _fetch(file: _File, count: Callable[[int], None], stopped: Flag) -> None:
-    """Fetch one file, trying again while that brings something."""
+    """Load one file; retry until several tries in a row bring no bytes."""
     file.blob.parent.mkdir(parents=True, exist_ok=True)
-    with file.partial.open("ab+") as target, _alone_with(target):
-        if file.blob.exists():  # another process was faster
+    with file.partial.open("ab+") as target, _exclusive(target):
+        if file.blob.exists():  # another process has completed it
             count(file.size)
             return
-        target.truncate(file.here)
+        target.truncate(file.received)
         failures = 0
         while (before := target.seek(0, 2)) < file.size and not stopped.is_set():
             try:
                 _read(file, target, count, stopped)
             except Exception as error:
                 failures = 0 if target.seek(0, 2) > before else failures + 1
-                if stopped.is_set() or not _may_pass(error):
+                if stopped.is_set() or not _is_retryable(error):
                     raise
-                if failures == _TRIES:
+                if failures == _MAX_FAILURES:
                     raise CheckpointError(
                         f"the hub stopped sending {file.name} after {before / 1e6:,.1f} of "
                         f"{file.size / 1e6:,.1f} MB ({first_line(error)}); "
@@ -157,7 +160,7 @@ def _fetch(file: _File, count: Callable[[int], None], stopped: Flag) -> None:
 
 
 def _read(file: _File, target: BufferedRandom, count: Callable[[int], None], stopped: Flag) -> None:
-    """Append what is still missing, or all of it where the hub cannot send a part."""
+    """Append the missing bytes to the partial file, or restart it if the hub sends no part."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
@@ -166,7 +169,7 @@ def _read(file: _File, target: BufferedRandom, count: Callable[[int], None], sto
     if start:
         headers["Range"] = f"bytes={start}-"
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
-    request: Any = get_session().stream(  # of httpx or httpx2, as the library's version has it
+    request: Any = get_session().stream(  # of httpx or httpx2, by the version of the library
         "GET", file.url, headers=headers, follow_redirects=True, timeout=timeout
     )
     with request as response:
@@ -176,7 +179,7 @@ def _read(file: _File, target: BufferedRandom, count: Callable[[int], None], sto
             count(-start)
         for chunk in response.iter_bytes():
             target.write(chunk)
-            target.flush()  # or a process that is ended now would lose it
+            target.flush()  # keeps the bytes if the process is killed
             count(len(chunk))
             if stopped.is_set():
                 return
@@ -184,44 +187,42 @@ def _read(file: _File, target: BufferedRandom, count: Callable[[int], None], sto
         raise EOFError("the hub ended the transfer early")
 
 
-def _may_pass(error: Exception) -> bool:
-    """Return whether another try may help: the connection broke, or the hub is busy."""
-    if isinstance(error, OSError) and error.errno is not None:  # of the disk
+def _is_retryable(error: Exception) -> bool:
+    """Return whether a retry may help: the connection broke, or the hub is busy."""
+    if isinstance(error, OSError) and error.errno is not None:  # an error of the disk
         return False
     response = getattr(error, "response", None)
-    return response is None or response.status_code in _PASSING
+    return response is None or response.status_code in _RETRYABLE_STATUS
 
 
 def _check(file: _File, target: BufferedRandom) -> None:
-    """Compare length and checksum, which large files are named by, and drop what differs."""
+    """Check size and checksum (large files are named by it); remove the file if they differ."""
     sound = target.seek(0, 2) == file.size
     if sound and _SHA256.fullmatch(file.blob.name):
         target.seek(0)
         sound = hashlib.file_digest(target, "sha256").hexdigest() == file.blob.name
     if not sound:
         file.partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{file.name} came with other bytes than the hub's checksum says; try again"
-        )
+        raise CheckpointError(f"{file.name} does not match the hub's checksum; try again")
 
 
 @contextmanager
-def _alone_with(target: BufferedRandom) -> Iterator[None]:
-    """Wait until no other process writes to this file; closing it lets the next one in."""
+def _exclusive(target: BufferedRandom) -> Iterator[None]:
+    """Wait until no other process writes to this file, and lock it until it is closed."""
     import fcntl
 
-    with suppress(OSError):  # a file system without locks; the checksum finds what that mixes
+    with suppress(OSError):  # no locks on this file system; mixed writes fail the checksum
         fcntl.flock(target, fcntl.LOCK_EX)
     yield
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an error says; those of the hub's library have more."""
+    """Return the first line of an error's message; errors of the hub's library have several."""
     return str(error).strip().split("\n")[0]
 
 
 def no_bar() -> type:
-    """Create a class of progress bars that show nothing, for calls of the hub's library."""
+    """Create a progress bar class that shows nothing, for calls of the hub's library."""
     from huggingface_hub.utils import tqdm
 
     class NoBar(tqdm):

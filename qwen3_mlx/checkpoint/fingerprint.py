@@ -1,4 +1,4 @@
-"""What tells one checkpoint from another, without reading all of it."""
+"""Fingerprint of a checkpoint: tells it from others without reading all of its weights."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 from qwen3_mlx.checkpoint.weights import weight_names
 
-_TEXT = (
+_TEXT_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "added_tokens.json"),
     *("chat_template.jinja", "chat_template.json"),
 )
@@ -17,20 +17,21 @@ _BLOCKS = 256  # of each weight file, at equal distances
 
 
 def fingerprint(folder: Path, config: Mapping[str, Any], held_as: Sequence[object]) -> str:
-    """Give a hash of a checkpoint's config, tokenizer, template and weights, and how they are held.
+    """Return a hash of a checkpoint's config, tokenizer, template and weights, and of `held_as`.
 
-    Of each weight file its size and a mebibyte all over it are taken, its header among it: whoever
-    trains a model on changes whole matrices of it.
+    `held_as` is what else determines the numbers: load options, cache format, device. Of each
+    weight file the hash covers the name, the size, and a mebibyte in blocks spread over the file,
+    its header included. That suffices because training changes whole matrices.
     """
-    found = hashlib.sha256(json.dumps([config, [str(one) for one in held_as]]).encode())
-    for name in _TEXT:
+    digest = hashlib.sha256(json.dumps([config, [str(one) for one in held_as]]).encode())
+    for name in _TEXT_FILES:
         if (file := folder / name).is_file():
-            found.update(hashlib.sha256(file.read_bytes()).digest())
+            digest.update(hashlib.sha256(file.read_bytes()).digest())
     for name in sorted(weight_names(folder)):
         with (folder / name).open("rb") as stream:
             size = stream.seek(0, 2)
-            found.update(f"{name} {size}".encode())
+            digest.update(f"{name} {size}".encode())
             for place in range(0, size, max(_BLOCK, size // _BLOCKS)):
                 stream.seek(place)
-                found.update(stream.read(_BLOCK))
-    return found.hexdigest()
+                digest.update(stream.read(_BLOCK))
+    return digest.hexdigest()

@@ -1,9 +1,9 @@
-"""Rounding weights with an eye on what they are multiplied by.
+"""GPTQ: quantizes weights with regard to the inputs that they are multiplied by.
 
-MLX's own quantization spreads each group's values between its least and greatest weight. Here scale
-and offset are fitted, and each rounding error is made good in the weights that follow it, as far as
-the inputs go together (GPTQ, arXiv 2210.17323, kept to blocks of inputs so that memory is bounded).
-The result is stored and computed with as any other of the format.
+MLX's own quantization spreads each group's codes evenly between its least and greatest weight. Here
+scale and offset are fitted, and each rounding error is compensated in the weights after it, as far
+as their inputs correlate (GPTQ, arXiv 2210.17323, within blocks of inputs, so that memory is
+bounded). The result is stored and computed with like any other of its format.
 
 R rows, I inputs, B inputs of a block, C = I / B blocks, g weights of a group.
 """
@@ -13,48 +13,48 @@ import numpy as np
 
 from qwen3_mlx.model.quantization import Format
 
-_LARGEST_BLOCK = 192  # inputs; a layer's moments take 4 · I · B bytes
-_DAMPING = 0.01  # of the mean second moment, added to each: what was not seen may come
-_SHRINKINGS = (1.0, 0.85)  # of a group's range, from which scale and offset are fitted
-_ROUNDS = 3
+_MAX_BLOCK = 192  # inputs; a layer's moments take 4 · I · B bytes
+_DAMPING = 0.01  # share of the mean second moment, added to each: calibration did not see all
+_SHRINKINGS = (1.0, 0.85)  # parts of a group's range, where the fit of scale and offset starts
+_FIT_ROUNDS = 3
 
 
 def block_size(inputs: int) -> int:
-    """Give the inputs of a block: the most that divide `inputs` and hold whole groups, or all."""
-    sizes = [size for size in range(64, _LARGEST_BLOCK + 1, 64) if inputs % size == 0]
+    """Return the inputs of a block: the most that divide `inputs` and hold whole groups, or all."""
+    sizes = [size for size in range(64, _MAX_BLOCK + 1, 64) if inputs % size == 0]
     return max(sizes, default=inputs)
 
 
 def moments(x: mx.array) -> mx.array:
-    """Give the second moments [C, B, B] of inputs x [..., I], summed over all but the last axis."""
+    """Compute the second moments [C, B, B] of inputs x [..., I], summed over the other axes."""
     blocks = x.reshape(-1, x.shape[-1] // block_size(x.shape[-1]), block_size(x.shape[-1]))
     by_block = blocks.transpose(1, 2, 0)
     return by_block @ by_block.swapaxes(1, 2)
 
 
-def fits(form: Format, inputs: int) -> bool:
-    """Say whether weights of that many inputs can be rounded this way to `form`."""
-    return form.mode == "affine" and block_size(inputs) % form.group_size == 0
+def fits(fmt: Format, inputs: int) -> bool:
+    """Return whether weights with `inputs` inputs can be quantized to `fmt` this way."""
+    return fmt.mode == "affine" and block_size(inputs) % fmt.group_size == 0
 
 
 def quantize(
-    rows: mx.array, form: Format, inputs: mx.array, dtype: mx.Dtype
+    rows: mx.array, fmt: Format, inputs: mx.array, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """Give packed weights, scales and biases of rows [R, I], as `mx.quantize` does.
+    """Compute the packed weights, scales and biases of rows [R, I], in the layout of `mx.quantize`.
 
-    `inputs` are the `moments` of what the rows are multiplied by.
+    `inputs` are the `moments` of the inputs that the rows are multiplied by.
     """
     blocks, size, _ = inputs.shape
-    group, top = form.group_size, (1 << form.bits) - 1
+    group, top = fmt.group_size, (1 << fmt.bits) - 1
     factors = _factors(inputs)  # [C, B, B]
     importance = mx.diagonal(inputs, axis1=1, axis2=2)
     importance = importance / mx.maximum(importance.mean(), 1e-30) + 1e-6
-    rest = rows.astype(mx.float32).reshape(-1, blocks, size)  # what is yet to be represented
+    rest = rows.astype(mx.float32).reshape(-1, blocks, size)  # the weights, errors compensated
     codes, scales, biases = [], [], []
     for start in range(0, size, group):
         inside = slice(start, start + group)
         part = rest[..., inside]
-        scale, bias = fit(part, importance[:, inside], form, dtype)
+        scale, bias = fit(part, importance[:, inside], fmt, dtype)
         errors = []
         for place in range(group):
             factor = factors[:, start + place]  # [C, B]
@@ -72,14 +72,14 @@ def quantize(
         biases.append(bias)
     whole = mx.stack(codes, axis=2).reshape(rows.shape)
     return (
-        pack(whole.astype(mx.uint32), form.bits),
+        pack(whole.astype(mx.uint32), fmt.bits),
         mx.stack(scales, axis=2).reshape(rows.shape[0], -1).astype(dtype),
         mx.stack(biases, axis=2).reshape(rows.shape[0], -1).astype(dtype),
     )
 
 
 def _factors(inputs: mx.array) -> mx.array:
-    """Give the upper Cholesky factor of each block's inverse moments, damped."""
+    """Compute the upper Cholesky factor of each block's inverse damped moments."""
     exact, size = np.array(inputs, dtype=np.float64), inputs.shape[1]
     mean = exact.trace(axis1=1, axis2=2)[:, None, None] / size
     damped = exact + (_DAMPING * mean + 1e-12) * np.eye(size)
@@ -88,14 +88,14 @@ def _factors(inputs: mx.array) -> mx.array:
 
 
 def fit(
-    part: mx.array, importance: mx.array, form: Format, dtype: mx.Dtype
+    part: mx.array, importance: mx.array, fmt: Format, dtype: mx.Dtype
 ) -> tuple[mx.array, mx.array]:
-    """Give scale and offset [R, C] for groups [R, C, g], rounded to `dtype`, in float32.
+    """Compute scale and offset [R, C] of groups [R, C, g], rounded to `dtype`, in float32.
 
-    From some ranges, rounding to codes and fitting a line to them by weighted least squares take
-    turns; the best of all is taken.
+    From each of some initial ranges, two steps alternate: rounding to codes, and fitting a line to
+    the codes by weighted least squares. The best pair of all rounds is returned.
     """
-    top = (1 << form.bits) - 1
+    top = (1 << fmt.bits) - 1
     low, high = part.min(axis=-1), part.max(axis=-1)
     total = importance.sum(axis=-1)
     best = mx.full(low.shape, mx.inf)
@@ -103,7 +103,7 @@ def fit(
     for shrinking in _SHRINKINGS:
         half = (high - low) / 2 * shrinking
         scale, bias = 2 * half / top, (high + low) / 2 - half
-        for _ in range(_ROUNDS):
+        for _ in range(_FIT_ROUNDS):
             scale = scale.astype(dtype).astype(mx.float32)
             bias = bias.astype(dtype).astype(mx.float32)
             scale = mx.where(scale == 0, 1, scale)

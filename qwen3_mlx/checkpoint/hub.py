@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder, or a name on the Hugging Face hub to download from.
+"""The source of a checkpoint: a folder, or a name on the Hugging Face hub to download from.
 
 `HF_ENDPOINT`, `HF_HUB_OFFLINE` and the hub's other variables are honoured by its own library.
 """
@@ -27,16 +27,16 @@ GGUF = (
     "GGUF is not read; take the safetensors that it was made from, such as Qwen/Qwen3-8B, or a "
     "build for MLX, such as Qwen/Qwen3-8B-MLX-4bit"
 )
-"""What to say of that format, and the way out."""
+"""Error message for GGUF files."""
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapters.safetensors")
-"""The files of adapters, as peft and mlx-lm name them."""
+"""File names of adapters, of peft and of mlx-lm."""
 NO_WHOLE_MODEL = (
     "not a whole model; merge it into that first (peft: merge_and_unload, mlx-lm: mlx_lm.fuse) and "
     "give the result"
 )
-"""What to say of an adapter for another model, and the way out."""
-_TOKEN_REFUSED = 401  # where a name is unknown, too, but then the hub's library says so
+"""End of the error messages for adapters."""
+_UNAUTHORIZED = 401  # also of unknown names, for which the hub's library raises its own error
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_ADDRESS = re.compile(
     rf"(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/({_HUB_NAME.pattern}).*"
@@ -44,17 +44,17 @@ _HUB_ADDRESS = re.compile(
 
 
 def check_name(name: str) -> None:
-    """Raise a ValueError if the hub can have no checkpoint of that name."""
+    """Raise a ValueError if `name` is not a valid hub name."""
     if not _HUB_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no hub name such as somebody/Qwen3-8B-4bit")
 
 
 def upload(folder: Path, name: str) -> str:
-    """Put a checkpoint's folder on the hub under `name`, as one commit; give its address.
+    """Upload a checkpoint's folder to the hub under `name`, as one commit; return its URL.
 
     Raises:
         CheckpointError: the hub refuses it or cannot be reached.
-        ValueError: the name is none that the hub can have.
+        ValueError: the name is not a valid hub name.
     """
     check_name(name)
     from huggingface_hub import HfApi
@@ -63,23 +63,22 @@ def upload(folder: Path, name: str) -> str:
         hub = HfApi()
         hub.create_repo(name, exist_ok=True)
         return str(hub.upload_folder(repo_id=name, folder_path=folder).commit_url)
-    except Exception as error:  # the hub's library lets those of its HTTP client through
+    except Exception as error:  # the hub's library passes on errors of its HTTP client
         raise CheckpointError(f"uploading to {name} failed: {first_line(error)}") from error
 
 
 class Source:
-    """A checkpoint's place; nothing is downloaded until `fetch` names the files."""
+    """The folder or hub name of a checkpoint; nothing is downloaded before `fetch`."""
 
     def __init__(
         self, name: str, revision: str | None = None, progress: Progress | None = None
     ) -> None:
-        """Take a folder's path or a hub name such as Qwen/Qwen3-8B.
+        """Create the source of a folder's path or a hub name such as Qwen/Qwen3-8B.
 
-        While files are downloaded, `progress` is called with the bytes that are here and those of
-        all files.
+        While files are downloaded, `progress` is called with (bytes present, total bytes).
 
         Raises:
-            CheckpointError: it is neither.
+            CheckpointError: `name` is neither.
             ValueError: a revision is given for a folder.
         """
         self.name = name
@@ -106,25 +105,25 @@ class Source:
             raise ValueError(f"revision belongs to hub names; {name} is a folder")
 
     def listed(self) -> list[str] | None:
-        """List the files that it has; None where the hub cannot be reached."""
+        """Return the names of the checkpoint's files; None if the hub cannot be reached."""
         if self.folder:
             return sorted(file.name for file in self.folder.iterdir())
         if self._listed is None:
             from huggingface_hub import HfApi
 
             try:
-                # Where the hub cannot be reached this fails at once; other calls try for long.
+                # If the hub cannot be reached, this call fails at once; others retry for long.
                 found = HfApi().model_info(self.name, revision=self._revision)
                 self._listed = sorted(file.rfilename for file in found.siblings or ())
                 self._commit = found.sha
-            except Exception:  # noqa: BLE001 - the library lets those of its HTTP client through
+            except Exception:  # noqa: BLE001 - the library passes on errors of its HTTP client
                 _log.debug("%s: its files could not be listed", self.name, exc_info=True)
         return self._listed
 
     def lacks(self, file: str) -> bool:
-        """Return whether a file is known to be missing; the hub is asked only where it is not here.
+        """Return whether a file is known to be missing; the hub is asked only if it is not cached.
 
-        Fetching what is not there would end in lines of the hub's library.
+        Fetching a missing file would make the hub's library print messages of its own.
         """
         if self.folder is None:
             from huggingface_hub import try_to_load_from_cache
@@ -134,27 +133,27 @@ class Source:
                     try_to_load_from_cache(self.name, file, revision=self._revision), str
                 ):
                     return False
-            except ValueError:  # a name that the hub cannot have: fetching says so
+            except ValueError:  # an invalid name: `fetch` raises the clear error
                 return False
         files = self.listed()
         return files is not None and file not in files
 
     def files(self) -> list[str]:
-        """List the files that it has; where the hub cannot be reached, those that are here."""
+        """Return the names of the checkpoint's files; the cached ones if the hub is unreachable."""
         files = self.listed()
         if files is None:
             files = sorted(file.name for file in self.fetch([]).iterdir())
         return files
 
     def fetch(self, files: Sequence[str]) -> Path:
-        """Make sure that those of `files` that the checkpoint has are here; give their folder.
+        """Load those of `files` that the checkpoint has, if needed; return their folder.
 
         Raises:
             CheckpointError: the hub does not have it, refuses it, or cannot be reached.
         """
         if self.folder:
             return self.folder
-        # Imported where it is used: it takes 0.35 s, and most loads are from a folder.
+        # Imported here because it takes 0.35 s, and most loads are from a folder.
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import (
             GatedRepoError,
@@ -167,7 +166,7 @@ class Source:
         try:
             if missing := self._missing(files):
                 download(self.name, self._commit or "", missing, self._progress)
-            return Path(  # which has nothing left to download, but knows the cache's links
+            return Path(  # nothing is left to download, but this call creates the cache's links
                 snapshot_download(
                     self.name,
                     revision=self._revision,
@@ -194,12 +193,12 @@ class Source:
                 "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
             ) from error
         except HFValidationError as error:
-            raise CheckpointError(f"{self.name!r} is no name that the hub can have") from error
-        except Exception as error:  # the hub's library lets those of its HTTP client through
+            raise CheckpointError(f"{self.name!r} is not a valid hub name") from error
+        except Exception as error:  # the hub's library passes on errors of its HTTP client
             raise CheckpointError(f"downloading {self.name} failed: {_reason(error)}") from error
 
     def _missing(self, files: Sequence[str]) -> list[str]:
-        """List those of `files` that the hub has and that are not in the cache, as far as known."""
+        """Return those of `files` that the hub is known to have and that are not in the cache."""
         from huggingface_hub import try_to_load_from_cache
 
         listed = self.listed() or ()
@@ -212,9 +211,9 @@ class Source:
 
 
 def _reason(error: Exception) -> str:
-    """Say why a download failed, with the way out where one is known."""
-    if getattr(getattr(error, "response", None), "status_code", 0) == _TOKEN_REFUSED:
+    """Return why a download failed, with the way out if one is known."""
+    if getattr(getattr(error, "response", None), "status_code", 0) == _UNAUTHORIZED:
         return "the hub refuses the token; `hf auth login` takes another, or unset HF_TOKEN"
     if isinstance(error, JSONDecodeError):
-        return "what answers is no hub; see to HF_ENDPOINT, or sign in to the network"
+        return "the server that answers is not a hub; check HF_ENDPOINT, or sign in to the network"
     return first_line(error)

@@ -1,8 +1,8 @@
-"""From files to a model in memory, one module at a time.
+"""Loads a checkpoint into a model, one module at a time.
 
-The network is built from config.json first, unevaluated; the headers of the weight files are held
-against it, and only then is a tensor read. No more than one module's source weights are in memory
-beside the finished ones.
+The network is built from config.json first, unevaluated, and checked against the headers of the
+weight files. Only then are tensors read. At most one module's source weights are in memory beside
+the finished modules.
 """
 
 import logging
@@ -30,10 +30,10 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """How the weights shall lie in memory.
+    """How the weights are held in memory.
 
-    `quantize` gives a format to weights that have none on disk. `dequantize` True holds quantized
-    weights in `dtype` instead; None does so where the machine computes faster with them.
+    `quantize` is the format for weights that are not quantized on disk. `dequantize=True` holds
+    quantized weights in `dtype` instead; None does so if the machine computes faster that way.
     """
 
     dtype: mx.Dtype
@@ -44,34 +44,34 @@ class LoadOptions:
 def load_model(
     config: Mapping[str, Any], weights: Weights, options: LoadOptions, progress: Progress
 ) -> Qwen3:
-    """Build the network that `config` describes and fill it with `weights`.
+    """Create the network that `config` describes and load `weights` into it.
 
-    `progress(done, total)` is told the modules finished. The result is evaluated. Whether the head
-    is tied is what `config` says; see `weights.untied`.
+    `progress(done, total)` counts modules. The result is evaluated. `config` decides whether the
+    head is tied; see `weights.untied`.
 
     Raises:
-        CheckpointError: config and weights do not fit together, or the weights are quantized and
-            another quantization is asked for.
+        CheckpointError: config and weights do not match, or the weights are quantized already and
+            `options` state another quantization.
     """
     geometry = ModelConfig.from_dict(config)
     refuse_missing_layers(geometry, weights.tensors)
     model = Qwen3(geometry)
     stored = StoredFormats.of(config)
     if stored:
-        _give_quantized_shape(model, stored, weights)
+        _quantize_layout(model, stored, weights)
     if stored and options.quantize:
         raise CheckpointError(
             "the checkpoint is quantized already; leave bits out, or load the original weights"
         )
-    _compare(model, weights)
-    if wanted := options.quantize:
+    _check_tensors(model, weights)
+    if fmt := options.quantize:
         kept = [
             path
             for path, module in quantizable(model)
-            if module["weight"].shape[-1] % wanted.for_module(path).group_size
+            if module["weight"].shape[-1] % fmt.for_module(path).group_size
         ]
         if kept:
-            _log.warning("rows that are no multiple of the group stay as they are: %s", kept)
+            _log.warning("not quantized: rows that are no multiple of the group size: %s", kept)
     dequantize = options.dequantize
     if dequantize is None:
         dequantize = backend.worth_dequantizing(4 * _count_weights(model))
@@ -95,53 +95,57 @@ def _leaves(model: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def quantizable(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """List the modules that can be quantized, by their paths."""
+    """Return the modules that can be quantized, with their paths."""
     return [(path, module) for path, module in _leaves(model) if hasattr(module, "to_quantized")]
 
 
-def _give_quantized_shape(model: Qwen3, stored: StoredFormats, weights: Weights) -> None:
-    """Make those modules quantized whose weights are; nothing is computed yet."""
+def _quantize_layout(model: Qwen3, stored: StoredFormats, weights: Weights) -> None:
+    """Replace the modules whose weights are quantized on disk; nothing is computed yet."""
 
-    def form(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    def format_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in weights.tensors or not hasattr(module, "to_quantized"):
             return False
-        wanted = stored.format_of(path)
-        return {"bits": wanted.bits, "group_size": wanted.group_size, "mode": wanted.mode}
+        fmt = stored.format_of(path)
+        return {"bits": fmt.bits, "group_size": fmt.group_size, "mode": fmt.mode}
 
     try:
-        nn.quantize(model, class_predicate=form)
+        nn.quantize(model, class_predicate=format_of)
     except ValueError as error:  # a row that is no multiple of the group size
         raise CheckpointError(f"config.json: its quantization does not fit: {error}") from error
 
 
-def _compare(model: Qwen3, weights: Weights) -> None:
-    """Hold the tensors that the network needs against those that are there."""
-    needed, there = model.tensors(), weights.tensors
-    complaints = mismatches(
+def _check_tensors(model: Qwen3, weights: Weights) -> None:
+    """Check that the checkpoint has the tensors that the network needs, and no others.
+
+    Raises:
+        CheckpointError: it has not; one message names all tensors at fault.
+    """
+    needed, present = model.tensors(), weights.tensors
+    problems = mismatches(
         {name: tuple(array.shape) for name, array in needed.items()},
-        {name: tensor.shape for name, tensor in there.items()},
+        {name: tensor.shape for name, tensor in present.items()},
         tied=model.config.tie_word_embeddings,
     )
     mistyped = [
-        f"{name} is {there[name].dtype}"
+        f"{name} is {present[name].dtype}"
         for name, array in needed.items()
-        if name in there and there[name].dtype not in _stored_dtypes(array)
+        if name in present and present[name].dtype not in _stored_dtypes(array)
     ]
     if mistyped:
-        complaints.append(f"of a dtype that has no place there: {', '.join(mistyped)}")
-    if complaints:
-        raise CheckpointError(f"weights and config.json do not match; {'; '.join(complaints)}")
+        problems.append(f"of a dtype that does not belong there: {', '.join(mistyped)}")
+    if problems:
+        raise CheckpointError(f"weights and config.json do not match; {'; '.join(problems)}")
 
 
 def _stored_dtypes(array: mx.array) -> tuple[str, ...]:
-    """Name the dtypes on disk that can become an array of the network."""
+    """Return the dtypes on disk that can be loaded into an array of the network."""
     if mx.issubdtype(array.dtype, mx.floating):
         return "BF16", "F16", "F32"
     return ("U32",) if array.dtype == mx.uint32 else ("U8",)  # packed weights; scales as codes
 
 
 def _count_weights(model: Qwen3) -> int:
-    """Count the weights of the network as if none were quantized."""
+    """Return the number of weights of the network, quantized ones unpacked."""
     count = 0
     for _, module in _leaves(model):
         for name, array in module.parameters().items():
@@ -155,16 +159,16 @@ def _count_weights(model: Qwen3) -> int:
 def _fill(
     path: str, module: nn.Module, weights: Weights, options: LoadOptions, *, dequantize: bool
 ) -> nn.Module:
-    """Give the module at `path` with its weights, in the form they shall have in memory."""
+    """Return the module at `path` with its weights loaded, and converted as `options` state."""
     for name in module.parameters():
         module[name] = weights.take(f"{path}.{name}")
     if hasattr(module, "bits"):
         if dequantize:
             return _dequantized(module, options.dtype)
     elif options.quantize and hasattr(module, "to_quantized"):
-        wanted = options.quantize.for_module(path)
-        if module["weight"].shape[-1] % wanted.group_size == 0:
-            module = module.to_quantized(wanted.group_size, wanted.bits, mode=wanted.mode)
+        fmt = options.quantize.for_module(path)
+        if module["weight"].shape[-1] % fmt.group_size == 0:
+            module = module.to_quantized(fmt.group_size, fmt.bits, mode=fmt.mode)
             if dequantize:
                 mx.eval(module.parameters())
                 return _dequantized(module, options.dtype)
@@ -175,9 +179,9 @@ def _fill(
 
 
 def _dequantized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """Give the unquantized twin of a quantized module, computed in float32."""
+    """Return the unquantized counterpart of a quantized module, computed in float32."""
     scales, biases = module["scales"], module.get("biases")
-    if biases is not None:  # the mx and nv modes have none, and scales that are codes
+    if biases is not None:  # the mx and nv modes have no biases, and their scales are codes
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     plain: nn.Module = _PLAIN[type(module)]()
     plain.weight = mx.dequantize(
@@ -193,7 +197,7 @@ def _dequantized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     return plain
 
 
-# The twins, made as small as can be: their weights are replaced at once.
+# The unquantized counterparts, of size 1 because their weights are replaced at once.
 _PLAIN: dict[type, Callable[[], nn.Module]] = {
     nn.QuantizedLinear: lambda: Linear(1, 1, bias=False),
     nn.QuantizedEmbedding: lambda: Embedding(1, 1),
@@ -201,7 +205,7 @@ _PLAIN: dict[type, Callable[[], nn.Module]] = {
 }
 
 
-def _holder(model: nn.Module, path: str) -> tuple[Any, str]:
+def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
     *parents, name = path.split(".")
     place: Any = model
     for parent in parents:
@@ -210,12 +214,12 @@ def _holder(model: nn.Module, path: str) -> tuple[Any, str]:
 
 
 def _take(model: nn.Module, path: str) -> nn.Module:
-    """Take a module out of the tree, so that nothing else keeps its source weights alive."""
-    place, name = _holder(model, path)
+    """Remove a module from the tree, so that nothing else keeps its source weights alive."""
+    place, name = _parent(model, path)
     module: nn.Module = place.pop(name)
     return module
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    place, name = _holder(model, path)
+    place, name = _parent(model, path)
     place[name] = module

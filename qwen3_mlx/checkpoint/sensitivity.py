@@ -1,13 +1,14 @@
-"""How much each group of modules minds being quantized, measured on text, one layer at a time.
+"""Sensitivity: how much quantizing each group of modules changes the model's output.
 
-The measure is the divergence of the model's output, KL(original ‖ quantized) a token, to second
-order in the change of the weights: ½ δᵀFδ with the Fisher information F of the output. With labels
-y drawn from the model itself, F is the mean of ggᵀ for the gradients g of log p(y), so half the
-mean of (g·δ)² over sequences and drawings is an unbiased estimate (Amari, "Natural Gradient Works
-Efficiently in Learning", 1998). The change of a weight enters by the change of its module's output:
-no gradient of a weight is ever made, and no more than one layer is in memory.
+It is measured on text, one layer at a time. The measure is the divergence of the model's output,
+KL(original ‖ quantized) a token, to second order in the change δ of the weights: ½ δᵀFδ with the
+Fisher information F of the output. With labels y drawn from the model itself, F is the mean of ggᵀ
+for the gradients g of log p(y), so half the mean of (g·δ)² over sequences and draws is an unbiased
+estimate (Amari, "Natural Gradient Works Efficiently in Learning", 1998). The change of a weight
+enters through the change of its module's output: no gradient of a weight is computed, and at most
+one layer is in memory.
 
-N sequences, L tokens each, R drawings of labels, D hidden, V vocabulary.
+N sequences, L tokens each, R draws of labels, D hidden, V vocabulary.
 """
 
 from collections import defaultdict
@@ -31,9 +32,9 @@ from qwen3_mlx.model.rope import Rope
 
 Progress = Callable[[int, int], None]
 PromptLogprobBatch = dict[str, dict[Format, float]]
-"""For each group of modules, the divergence in nats a token that each format brings about."""
+"""For each group of modules, the divergence in nats a token that each format causes."""
 Moments = dict[str, mx.array]
-"""For each module, what `rounding.moments` says of its inputs."""
+"""The second moments of each module's inputs, see `gptq.moments`."""
 
 DRAWINGS = 4
 _BATCH_TOKENS = 512
@@ -47,9 +48,10 @@ def measure(
     formats: Sequence[Format],
     progress: Progress,
 ) -> tuple[PromptLogprobBatch, Moments]:
-    """Measure each group of modules with each format on ids [N, L], and all modules' inputs.
+    """Compute the divergence of each group of modules in each format, and all modules' moments.
 
-    `progress(done, total)` counts layers, each of them twice.
+    The text is ids [N, L]. `progress(done, total)` counts layers, each of them twice: once
+    forwards, once backwards.
     """
     rope = Rope(config)
     layers = config.num_hidden_layers
@@ -57,12 +59,12 @@ def measure(
     for index in range(layers):
         progress(index, 2 * layers)
         block = _load_block(config, matrices, index)
-        inputs.append(_through(block, rope, inputs[-1]))
+        inputs.append(_forward(block, rope, inputs[-1]))
     scores: PromptLogprobBatch = {}
     seen: Moments = {}
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    norm.weight = _whole(matrices["model.norm.weight"])
+    norm.weight = _read_matrix(matrices["model.norm.weight"])
     seen[head] = moments(norm(inputs[-1]))
     gradients, scores[head] = _head(matrices[f"{head}.weight"], norm, inputs.pop(), formats)
     for index in reversed(range(layers)):
@@ -74,7 +76,7 @@ def measure(
     of_input = _embedding(matrices["model.embed_tokens.weight"], ids, gradients, formats)
     of_head = scores.get("model.embed_tokens", {})
     scores["model.embed_tokens"] = {
-        form: score + of_head.get(form, 0.0) for form, score in of_input.items()
+        fmt: score + of_head.get(fmt, 0.0) for fmt, score in of_input.items()
     }
     progress(2 * layers, 2 * layers)
     return scores, seen
@@ -83,7 +85,7 @@ def measure(
 # --- reading ------------------------------------------------------------------------------------
 
 
-def _whole(matrix: Matrix) -> mx.array:
+def _read_matrix(matrix: Matrix) -> mx.array:
     array = mx.concatenate(list(matrix.blocks(1 << 26))).astype(mx.float32).reshape(matrix.shape)
     mx.eval(array)
     return array
@@ -93,12 +95,12 @@ def _load_block(config: ModelConfig, matrices: Mapping[str, Matrix], index: int)
     block = Block(config, index)
     prefix = f"model.layers.{index}."
     named = [(name.removeprefix(prefix), name) for name in matrices if name.startswith(prefix)]
-    block.load_weights([(short, _whole(matrices[name])) for short, name in named])
+    block.load_weights([(short, _read_matrix(matrices[name])) for short, name in named])
     return block
 
 
 def _blocks_of(matrix: Matrix) -> Iterator[tuple[int, mx.array]]:
-    """Give the rows of the embedding in blocks, each with the number of its first row."""
+    """Yield the rows of the embedding in blocks, each with the number of its first row."""
     start = 0
     for rows in matrix.blocks(_VOCABULARY_BLOCK):
         yield start, rows.astype(mx.float32)
@@ -106,7 +108,7 @@ def _blocks_of(matrix: Matrix) -> Iterator[tuple[int, mx.array]]:
 
 
 def _rows_of(matrix: Matrix, ids: mx.array) -> mx.array:
-    """Gather rows [*ids, D] without holding the matrix."""
+    """Return rows [*ids, D] of a matrix that is never in memory as a whole."""
     found = mx.zeros((*ids.shape, matrix.shape[-1]))
     for start, rows in _blocks_of(matrix):
         inside = (ids >= start) & (ids < start + rows.shape[0])
@@ -116,7 +118,7 @@ def _rows_of(matrix: Matrix, ids: mx.array) -> mx.array:
     return found
 
 
-def _through(block: Block, rope: Rope, x: mx.array) -> mx.array:
+def _forward(block: Block, rope: Rope, x: mx.array) -> mx.array:
     parts = []
     for batch in _batches(x.shape[0], x.shape[1]):
         parts.append(block(x[batch], None, NoCache(), rope.for_pass()))
@@ -129,30 +131,30 @@ def _batches(sequences: int, length: int) -> list[slice]:
     return [slice(start, start + step) for start in range(0, sequences, step)]
 
 
-def _change(weight: mx.array, form: Format) -> mx.array:
-    """Give what quantizing adds to a weight."""
-    packed = mx.quantize(weight, form.group_size, form.bits, form.mode)
+def _quantization_error(weight: mx.array, fmt: Format) -> mx.array:
+    """Compute the change of a weight by quantization: quantized less original."""
+    packed = mx.quantize(weight, fmt.group_size, fmt.bits, fmt.mode)
     scales, *biases = packed[1:]
     kept = mx.dequantize(
         packed[0],
         scales,
         biases[0] if biases else None,
-        form.group_size,
-        form.bits,
-        form.mode,
+        fmt.group_size,
+        fmt.bits,
+        fmt.mode,
         dtype=mx.float32,
     )
     return kept - weight
 
 
-def _number(array: mx.array) -> float:
+def _scalar(array: mx.array) -> float:
     value = array.item()
     assert isinstance(value, float)
     return value
 
 
 def _fitting(weight: mx.array, formats: Sequence[Format]) -> list[Format]:
-    return [form for form in formats if weight.shape[-1] % form.group_size == 0]
+    return [fmt for fmt in formats if weight.shape[-1] % fmt.group_size == 0]
 
 
 # --- the head and the embedding -----------------------------------------------------------------
@@ -161,11 +163,11 @@ def _fitting(weight: mx.array, formats: Sequence[Format]) -> list[Format]:
 def _head(
     matrix: Matrix, norm: nn.RMSNorm, x: mx.array, formats: Sequence[Format]
 ) -> tuple[mx.array, dict[Format, float]]:
-    """Give the gradients [R, N, L, D] of log p(y) for drawn labels y, and the head's own scores.
+    """Compute the gradients [R, N, L, D] of log p(y) for drawn labels y, and the head's scores.
 
-    The vocabulary is gone through twice: for the normalisation and the drawings (the greatest sum
-    of logit and Gumbel noise is a draw), and for the gradients. What a format does to the logits is
-    known there, so half their variance is the divergence, without drawings.
+    The vocabulary is read twice: for the normalisation and the draws (the greatest sum of logit and
+    Gumbel noise is a draw), and for the gradients. The head's own change of the logits is known
+    exactly, so half its variance is the divergence, without draws.
     """
     h = norm(x).reshape(-1, x.shape[-1])  # [N·L, D]
     greatest = mx.full((DRAWINGS, h.shape[0]), -mx.inf)
@@ -181,18 +183,18 @@ def _head(
             greatest[drawing] = mx.maximum(best, greatest[drawing])
             mx.eval(labels, greatest, total)
     mean = mx.zeros_like(h)
-    moments = {form: [mx.zeros_like(total)] * 2 for form in _fitting(h, formats)}
+    moments = {fmt: [mx.zeros_like(total)] * 2 for fmt in _fitting(h, formats)}
     for _, rows in _blocks_of(matrix):
         p = mx.exp(h @ rows.T - total[:, None])
         mean = mean + p @ rows
-        for form, (first, second) in moments.items():
-            change = h @ _change(rows, form).T
-            moments[form] = [first + (p * change).sum(1), second + (p * change * change).sum(1)]
-            mx.eval(moments[form])
+        for fmt, (first, second) in moments.items():
+            change = h @ _quantization_error(rows, fmt).T
+            moments[fmt] = [first + (p * change).sum(1), second + (p * change * change).sum(1)]
+            mx.eval(moments[fmt])
         mx.eval(mean)
     scores = {
-        form: 0.5 * _number((second - first * first).mean())
-        for form, (first, second) in moments.items()
+        fmt: 0.5 * _scalar((second - first * first).mean())
+        for fmt, (first, second) in moments.items()
     }
     of_normed = _rows_of(matrix, labels) - mean  # [R, N·L, D]
     parts = []
@@ -208,21 +210,21 @@ def _embedding(
 ) -> dict[Format, float]:
     rows = _rows_of(matrix, ids)  # each row is quantized by itself
     return {
-        form: _divergence((gradients * _change(rows, form)).sum((2, 3)), ids.shape[1])
-        for form in _fitting(rows, formats)
+        fmt: _divergence((gradients * _quantization_error(rows, fmt)).sum((2, 3)), ids.shape[1])
+        for fmt in _fitting(rows, formats)
     }
 
 
 def _divergence(products: mx.array, length: int) -> float:
-    """Give the divergence a token for products g·δ [R, N] of whole sequences."""
-    return 0.5 * _number((products * products).mean()) / length
+    """Compute the divergence a token from products g·δ [R, N] of whole sequences."""
+    return 0.5 * _scalar((products * products).mean()) / length
 
 
 # --- a layer ------------------------------------------------------------------------------------
 
 
 class _Tap:
-    """Stands in a layer for a module: notes how it is called, and adds to its output."""
+    """Replaces a module in a layer: records its call, and adds to its output."""
 
     def __init__(self, inner: nn.Module) -> None:
         self.weight: mx.array = inner["weight"]
@@ -232,7 +234,7 @@ class _Tap:
         self._inner = inner
 
     def __call__(self, x: mx.array, *args: Any, **options: Any) -> mx.array:
-        """Call the module."""
+        """Run the module; record the call, or add `added` to the output if it is set."""
         out: mx.array = self._inner(x, *args, **options)
         if self.added is not None:
             return out + self.added
@@ -241,26 +243,29 @@ class _Tap:
         return out
 
     def with_weight(self, weight: mx.array) -> nn.Module:
-        """Give the module with another weight and no bias."""
+        """Return a module of the same kind with another weight and no bias."""
         experts = isinstance(self._inner, SwitchLinear)
-        twin: nn.Module = SwitchLinear(1, 1, 1) if experts else Linear(1, 1, bias=False)
-        twin.weight = weight
-        return twin
+        module: nn.Module = SwitchLinear(1, 1, 1) if experts else Linear(1, 1, bias=False)
+        module.weight = weight
+        return module
 
 
 def _layer(
     block: Block, rope: Rope, x: mx.array, gradients: mx.array, formats: Sequence[Format]
 ) -> tuple[mx.array, dict[str, dict[Format, float]], Moments]:
-    """Carry gradients [R, N, L, D] back through a layer; give its groups' scores, too."""
+    """Compute the gradients [R, N, L, D] at a layer's input, its groups' scores, and its moments.
+
+    `gradients` [R, N, L, D] are those at its output. One sequence is differentiated at a time.
+    """
     taps = _install_taps(block)
     seen: Moments = {}
     products: dict[str, dict[Format, list[mx.array]]] = defaultdict(lambda: defaultdict(list))
     carried = []
     for batch in _batches(x.shape[0], x.shape[1]):
         calls, pulls = [], []
-        for one in range(batch.start, min(batch.stop, x.shape[0])):
-            one_gradients = gradients[:, one : one + 1]
-            of_input, *of_modules = _pull(block, rope, taps, x[one : one + 1], one_gradients)
+        for n in range(batch.start, min(batch.stop, x.shape[0])):
+            its_gradients = gradients[:, n : n + 1]
+            of_input, *of_modules = _backward(block, rope, taps, x[n : n + 1], its_gradients)
             carried.append(of_input)
             pulls.append(of_modules)
             calls.append([tap.call for tap in taps.values()])
@@ -268,8 +273,8 @@ def _layer(
                 seen[name] = moments(tap.x) + seen.get(name, 0)
             mx.eval(seen)
         for place, (name, tap) in enumerate(taps.items()):
-            for form in _fitting(tap.weight, formats):
-                changed = tap.with_weight(_change(tap.weight, form))
+            for fmt in _fitting(tap.weight, formats):
+                changed = tap.with_weight(_quantization_error(tap.weight, fmt))
                 of_batch = mx.stack(
                     [
                         (pull[place] * call[place](changed)).flatten(1).sum(1)  # [R]
@@ -277,14 +282,14 @@ def _layer(
                     ]
                 )
                 mx.eval(of_batch)
-                products[name][form].append(of_batch)
+                products[name][fmt].append(of_batch)
     return mx.concatenate(carried, axis=1), _by_group(products, x.shape[1]), seen
 
 
-def _pull(
-    block: Block, rope: Rope, taps: Mapping[str, _Tap], one: mx.array, gradients: mx.array
+def _backward(
+    block: Block, rope: Rope, taps: Mapping[str, _Tap], sequence: mx.array, gradients: mx.array
 ) -> list[mx.array]:
-    """Give the gradients of the input [R, 1, L, D] and of each tapped output of one sequence."""
+    """Compute the gradients at the input [R, 1, L, D] and at each tapped output of one sequence."""
 
     def forward(x: mx.array, *added: mx.array) -> mx.array:
         for tap, value in zip(taps.values(), added, strict=True):
@@ -293,10 +298,10 @@ def _pull(
 
     for tap in taps.values():
         tap.added = None
-    mx.eval(block(one, None, NoCache(), rope.for_pass()))
+    mx.eval(block(sequence, None, NoCache(), rope.for_pass()))
     zeros = [mx.zeros_like(tap.out) for tap in taps.values()]
     of_drawings = [
-        mx.vjp(forward, [one, *zeros], [gradients[drawing]])[1] for drawing in range(DRAWINGS)
+        mx.vjp(forward, [sequence, *zeros], [gradients[drawing]])[1] for drawing in range(DRAWINGS)
     ]
     pulled = list(map(mx.stack, map(list, zip(*of_drawings, strict=True))))
     mx.eval(pulled)
@@ -311,18 +316,21 @@ def _by_group(
         groups[group_of(name)].append(name)
     scores: dict[str, dict[Format, float]] = {}
     for group, names in groups.items():
-        shared = [form for form in products[names[0]] if all(form in products[n] for n in names)]
+        shared = [fmt for fmt in products[names[0]] if all(fmt in products[n] for n in names)]
         scores[group] = {
-            form: _divergence(
-                mx.stack([mx.concatenate(products[name][form]) for name in names]).sum(0), length
+            fmt: _divergence(
+                mx.stack([mx.concatenate(products[name][fmt]) for name in names]).sum(0), length
             )
-            for form in shared
+            for fmt in shared
         }
     return scores
 
 
 def _install_taps(block: Block) -> dict[str, _Tap]:
-    """Put taps in the place of the modules to measure; the router keeps its bits anyway."""
+    """Replace the modules to measure by taps; return the taps by module path.
+
+    The router is left out: it keeps its bits in every recipe.
+    """
     taps = {}
     for path, module in quantizable(block):
         if not path.endswith("mlp.gate"):

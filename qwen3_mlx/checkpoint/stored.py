@@ -1,4 +1,4 @@
-"""How the weights of a checkpoint are quantized, as its config.json tells."""
+"""Quantization of a checkpoint's weights, as its config.json states it."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ MODELOPT = "hf_quant_config.json"
 MLX = "mlx"
 _MLX_KEYS = {"bits", "group_size", "mode"}  # and the paths of modules
 _UNNAMED = ""
-# The other methods that a conversion reads. Of each, the keys of its section that must have one of
-# some values, and what it means that a key is missing.
+# The other methods that a conversion reads: for each, the keys of its section whose values are
+# restricted, with the allowed values and the default of a missing key.
 _READ: Mapping[str, Mapping[str, tuple[tuple[object, ...], object]]] = {
     "fp8": {},
     "awq": {
@@ -36,17 +36,18 @@ _READ: Mapping[str, Mapping[str, tuple[tuple[object, ...], object]]] = {
 
 @dataclass(frozen=True, slots=True)
 class Quantization:
-    """How the weights of a checkpoint are quantized: the method, and its section of config.json."""
+    """The quantization of a checkpoint: the method, and its section of config.json."""
 
     method: str
     section: Mapping[str, Any]
 
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
-    """Return how the weights are quantized, by config.json alone; None where they are not.
+    """Return how the weights are quantized, by config.json alone; None if they are not.
 
     Raises:
-        CheckpointError: neither loading nor converting reads that; the message names the method.
+        CheckpointError: the method is supported by neither loading nor converting; the message
+            names it.
     """
     found = _stated(config)
     if found is None or found.method == MLX:
@@ -72,9 +73,9 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
 
 
 def _stated(config: Mapping[str, Any]) -> Quantization | None:
-    """Return the method and its section, whatever it is.
+    """Return the method and its section, supported or not.
 
-    MLX's own formats stand in `quantization`, and mlx-lm writes them to `quantization_config` too.
+    MLX's own formats are in `quantization`, and mlx-lm writes them to `quantization_config`, too.
     """
     own, foreign = config.get("quantization"), config.get("quantization_config")
     method: object = None
@@ -96,7 +97,7 @@ def _stated(config: Mapping[str, Any]) -> Quantization | None:
 
 
 def _is_mlx(section: Mapping[str, Any]) -> bool:
-    """Return whether a section that names no method has none but the keys of MLX's formats."""
+    """Return whether a section without a method has only the keys of MLX's formats."""
     return all(key in _MLX_KEYS or key == "lm_head" or "." in key for key in section)
 
 
@@ -107,10 +108,12 @@ def _is_block(block: object) -> bool:
 
 
 def refuse_modelopt(stated: Mapping[str, Any]) -> None:
-    """Refuse what the contents of a hf_quant_config.json say, beside a config.json that is silent.
+    """Refuse a checkpoint that only its hf_quant_config.json declares as quantized.
+
+    `stated` are the contents of that file.
 
     Raises:
-        CheckpointError: it says that the weights are quantized.
+        CheckpointError: the file states a method.
     """
     section = stated.get("quantization")
     method = section.get("quant_algo") if isinstance(section, Mapping) else section
@@ -118,10 +121,10 @@ def refuse_modelopt(stated: Mapping[str, Any]) -> None:
         raise _unreadable(f"as modelopt's {method}", where=MODELOPT)
 
 
-def _unreadable(form: str, how: str = "", *, where: str = "config.json") -> CheckpointError:
-    how = how or f", which is not read ({', '.join(_READ).upper()} and MLX's own formats are)"
+def _unreadable(method: str, reason: str = "", *, where: str = "config.json") -> CheckpointError:
+    reason = reason or f", which is not read ({', '.join(_READ).upper()} and MLX's own formats are)"
     return CheckpointError(
-        f"{where}: the weights are quantized {form}{how}; take the original weights, or a "
+        f"{where}: the weights are quantized {method}{reason}; take the original weights, or a "
         "build for MLX such as Qwen/Qwen3-8B-MLX-4bit"
     )
 
@@ -134,10 +137,10 @@ class StoredFormats:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "StoredFormats | None":
-        """Read the section from a config.json; None where nothing is quantized.
+        """Create the formats from a config.json; None if the weights are not quantized.
 
         Raises:
-            CheckpointError: the weights are quantized in a form that MLX does not compute with.
+            CheckpointError: the weights are quantized in a format that MLX cannot compute with.
         """
         found = quantization_of(config)
         if found is None:
@@ -150,12 +153,12 @@ class StoredFormats:
         return cls(found.section)
 
     def format_of(self, path: str) -> Format:
-        """Give the format of the quantized module at `path`.
+        """Return the format of the quantized module at `path`.
 
         Raises:
-            CheckpointError: it is one that MLX does not have.
+            CheckpointError: MLX has no such format.
         """
-        own = self._section.get(path, True)  # true is how mlx-lm writes "as all others"
+        own = self._section.get(path, True)  # mlx-lm writes true for "like all others"
         if not isinstance(own, Mapping | bool):
             raise CheckpointError(f"config.json: quantization of {path} is {own!r}, not an object")
         section = own if isinstance(own, Mapping) else self._section
@@ -169,26 +172,26 @@ class StoredFormats:
             raise CheckpointError(f"config.json: quantization of {path}: {error}") from error
 
     def leaves_out(self, path: str) -> bool:
-        """Say whether the module at `path` is named as one that is not quantized."""
+        """Return whether config.json names the module at `path` as not quantized."""
         return self._section.get(path) is False
 
 
 def formats_stored(
     config: Mapping[str, Any], folder: Path | None = None
 ) -> Callable[[str], Format | None] | None:
-    """Give the format of each module of an MLX-quantized checkpoint; None for any other.
+    """Return a function from module path to format; None if the checkpoint is not quantized.
 
-    The index of the weight files, where `folder` has it, tells which modules are quantized at all;
-    without it, all are but those that config.json excepts.
+    If `folder` has the index of the weight files, it decides which modules are quantized. Without
+    an index, all are except those that config.json excludes.
 
     Raises:
-        CheckpointError: the weights are quantized in a form that MLX does not compute with.
+        CheckpointError: the weights are quantized in a format that MLX cannot compute with.
     """
     stored = StoredFormats.of(config)
     if stored is None:
         return None
-    known = folder and (folder / INDEX).is_file() and not index_fault(folder)
-    names = read_json(folder / INDEX).get("weight_map") if folder and known else None
+    usable = folder and (folder / INDEX).is_file() and not index_fault(folder)
+    names = read_json(folder / INDEX).get("weight_map") if folder and usable else None
 
     def format_of(path: str) -> Format | None:
         if isinstance(names, dict):

@@ -1,6 +1,6 @@
-"""What a checkpoint's tensors stand for: rows of numbers, whatever format they are stored in.
+"""Decoders of stored weights: every supported format is read as rows of floats.
 
-Plain floats, MLX's quantized formats, block-scaled 8-bit floats (FP8), AWQ and GPTQ are read here,
+Plain floats, MLX's quantized formats, block-scaled 8-bit floats (FP8), AWQ and GPTQ are decoded
 some rows at a time. A layer's weight is [outputs, inputs], experts' weights [experts, outputs,
 inputs]; rows are counted over all axes but the last.
 """
@@ -21,12 +21,12 @@ from qwen3_mlx.files import STORED_AS
 
 Read = Callable[[int, int], mx.array]
 _FLOATS = ("BF16", "F16", "F32")
-_WORDS = ("I32", "U32")  # of packed integers; the sign of a word means nothing
+_WORDS = ("I32", "U32")  # of packed integers; the sign of a word has no meaning
 
 
 @dataclass(frozen=True, slots=True)
 class StoredRows:
-    """One stored matrix: `read(start, stop)` gives rows of it as floats."""
+    """One stored matrix: `read(start, stop)` returns rows of it as floats."""
 
     rows: int
     width: int
@@ -41,21 +41,21 @@ class Matrix:
     parts: tuple[StoredRows, ...]
 
     def blocks(self, most: int) -> Iterator[mx.array]:
-        """Give all rows in order, in blocks of at most about `most` numbers."""
+        """Yield all rows in order, in blocks of about `most` numbers at most."""
         for part in self.parts:
-            # A multiple of 128 rows, so that no block of FP8's or AWQ's is cut.
+            # A multiple of 128 rows, so that no block of FP8 or AWQ is cut.
             step = max(most // part.width // 128, 1) * 128
             for start in range(0, part.rows, step):
                 yield part.read(start, min(start + step, part.rows))
 
 
 Decoder = Callable[[Weights, str], StoredRows]
-"""Makes a readable part of the stored tensors that begin with a name."""
+"""Creates the readable matrix of the stored tensors with a name prefix."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Scheme:
-    """How quantized modules are stored: the tensor that marks one, those beside it, the decoder."""
+    """Storage of quantized modules: the tensor that marks one, its companions, the decoder."""
 
     marker: str
     beside: tuple[str, ...]
@@ -63,10 +63,10 @@ class _Scheme:
 
 
 def read_matrices(folder: Path, config: Mapping[str, Any]) -> dict[str, Matrix]:
-    """Find the tensors of a checkpoint by the names that the network has for them.
+    """Return the tensors of a checkpoint by their names in the network.
 
     Raises:
-        CheckpointError: a file is broken, or the weights are quantized in a form that is not read.
+        CheckpointError: a file is broken, or the quantization is not supported.
     """
     weights = Weights(folder)
     scheme = _scheme_of(config)
@@ -91,7 +91,7 @@ def read_matrices(folder: Path, config: Mapping[str, Any]) -> dict[str, Matrix]:
 
 
 def _scheme_of(config: Mapping[str, Any]) -> _Scheme | None:
-    """Return how quantized modules are stored, by config.json; None where there are none."""
+    """Return the storage of quantized modules, by config.json; None if nothing is quantized."""
     found = quantization_of(config)
     if found is None:
         return None
@@ -104,15 +104,15 @@ def _scheme_of(config: Mapping[str, Any]) -> _Scheme | None:
 def _expect(
     weights: Weights, name: str, dtypes: tuple[str, ...], shape: tuple[int, ...] | None = None
 ) -> tuple[int, ...]:
-    """Give a stored tensor's shape; refuse another dtype or shape, two axes where none is said."""
+    """Check dtype and shape of a stored tensor (by default two axes); return the shape."""
     if name not in weights.stored:
         raise CheckpointError(f"{name} is missing")
     entry = weights.stored[name]
     fits = entry.shape == shape if shape is not None else len(entry.shape) == 2
     if entry.dtype not in dtypes or not fits:
-        wanted = list(shape) if shape is not None else "[rows, columns]"
+        needed = list(shape) if shape is not None else "[rows, columns]"
         raise CheckpointError(
-            f"{name} is {entry.dtype} {list(entry.shape)} where {' or '.join(dtypes)} {wanted} is "
+            f"{name} is {entry.dtype} {list(entry.shape)} where {' or '.join(dtypes)} {needed} is "
             "needed"
         )
     return entry.shape
@@ -124,7 +124,9 @@ def _expect(
 def _plain(weights: Weights, name: str) -> StoredRows:
     entry = weights.stored[name]
     if entry.dtype not in _FLOATS:
-        raise CheckpointError(f"{name} is {entry.dtype}, and nothing tells what its numbers mean")
+        raise CheckpointError(
+            f"{name} is {entry.dtype}, and config.json does not state how to decode it"
+        )
     width = entry.shape[-1] if entry.shape else 1
     return StoredRows(
         rows=math.prod(entry.shape[:-1]),
@@ -135,27 +137,27 @@ def _plain(weights: Weights, name: str) -> StoredRows:
 
 def _mlx(formats: StoredFormats) -> Decoder:
     def decode(weights: Weights, prefix: str) -> StoredRows:
-        form = formats.format_of(_module_name(prefix))
+        fmt = formats.format_of(_module_name(prefix))
         packed = weights.stored[f"{prefix}.weight"]
         names = [f"{prefix}.{kind}" for kind in ("weight", "scales", "biases")]
-        width = packed.shape[-1] * 32 // form.bits if packed.shape else 0
-        for kind, (shape, dtype) in form.tensors((*packed.shape[:-1], width), mx.float32).items():
+        width = packed.shape[-1] * 32 // fmt.bits if packed.shape else 0
+        for kind, (shape, dtype) in fmt.tensors((*packed.shape[:-1], width), mx.float32).items():
             dtypes = _FLOATS if dtype == mx.float32 else (STORED_AS[dtype],)
             _expect(weights, f"{prefix}.{kind}", dtypes, shape)
 
         def read(start: int, stop: int) -> mx.array:
             weight, scales = (weights.rows(name, start, stop) for name in names[:2])
             biases = None
-            if names[2] in weights.stored:  # the mx and nv modes have none, and codes for scales
+            if names[2] in weights.stored:  # the mx and nv modes have none, and scales as codes
                 biases = weights.rows(names[2], start, stop).astype(mx.float32)
                 scales = scales.astype(mx.float32)
             return mx.dequantize(
                 weight,
                 scales,
                 biases,
-                group_size=form.group_size,
-                bits=form.bits,
-                mode=form.mode,
+                group_size=fmt.group_size,
+                bits=fmt.bits,
+                mode=fmt.mode,
                 dtype=mx.float32,
             )
 
@@ -165,7 +167,7 @@ def _mlx(formats: StoredFormats) -> Decoder:
 
 
 def _module_name(prefix: str) -> str:
-    """Give the name that config.json has for a stored module: experts go by their stack's."""
+    """Return a stored module's name in config.json: experts have the name of their stack."""
     before, found, after = prefix.partition(".experts.")
     return f"{before}.switch_mlp.{after.partition('.')[2]}" if found else prefix
 
@@ -179,7 +181,7 @@ def _fp8_scheme(section: Mapping[str, Any]) -> _Scheme:
 
 
 def _fp8(weights: Weights, prefix: str, block_rows: int, block_columns: int) -> StoredRows:
-    """Give number · scale of its block, which the format calls the inverse scale."""
+    """Create the matrix of number · scale of its block (which the format calls inverse scale)."""
     codes, scales = f"{prefix}.weight", f"{prefix}.weight_scale_inv"
     rows, width = _expect(weights, codes, ("F8_E4M3",))
     _expect(weights, scales, _FLOATS, (-(-rows // block_rows), -(-width // block_columns)))
@@ -195,10 +197,10 @@ def _fp8(weights: Weights, prefix: str, block_rows: int, block_columns: int) -> 
 
 
 def _e4m3_values() -> "np.ndarray[tuple[int], np.dtype[np.float32]]":
-    """Give the 256 numbers of 8-bit floats with 4 bits of exponent and 3 of mantissa.
+    """Compute the 256 values of 8-bit floats with 4 bits of exponent and 3 of mantissa.
 
-    The exponent's bias is 7; there is no infinity, and 0x7F and 0xFF are no numbers (OCP 8-bit
-    floating point specification, 2023, "E4M3").
+    The exponent's bias is 7; there is no infinity, and 0x7F and 0xFF are NaN (OCP 8-bit floating
+    point specification, 2023, "E4M3").
     """
     codes = np.arange(256)
     exponents, mantissas = codes >> 3 & 15, codes & 7
@@ -216,7 +218,7 @@ _E4M3 = _e4m3_values()
 
 # --- AWQ and GPTQ: integers with a scale and a zero for each group of inputs --------------------
 
-# Where in a word its eight values lie: AutoAWQ's "GEMM" layout has them in this order.
+# The shifts of the eight values in a word: AutoAWQ's "GEMM" layout has them in this order.
 _AWQ_SHIFTS = [4 * place for place in (0, 4, 1, 5, 2, 6, 3, 7)]
 
 
@@ -225,7 +227,7 @@ def _awq_scheme(_: Mapping[str, Any]) -> _Scheme:
 
 
 def _awq(weights: Weights, prefix: str) -> StoredRows:
-    """Give (q − zero) · scale; a word of [inputs, outputs / 8] holds eight outputs."""
+    """Create the matrix of (q − zero) · scale; words [inputs, outputs / 8] hold eight outputs."""
     names = [f"{prefix}.{kind}" for kind in ("qweight", "qzeros", "scales")]
     (inputs, words), (groups, _) = (_expect(weights, name, _WORDS) for name in names[:2])
     _expect(weights, names[1], _WORDS, (groups, words))
@@ -235,11 +237,11 @@ def _awq(weights: Weights, prefix: str) -> StoredRows:
     def read(start: int, stop: int) -> mx.array:
         columns = slice(start // 8, -(-stop // 8))
         q, zeros = (
-            _unpacked(weights.rows(name, 0, rows)[:, columns], _AWQ_SHIFTS)
+            _unpack(weights.rows(name, 0, rows)[:, columns], _AWQ_SHIFTS)
             for name, rows in zip(names[:2], (inputs, groups), strict=True)
         )
         scales = weights.rows(names[2], 0, groups)[:, 8 * columns.start : 8 * columns.stop]
-        return _affine(q, zeros, scales, mx.arange(inputs) // group)[: stop - start]
+        return _dequantize(q, zeros, scales, mx.arange(inputs) // group)[: stop - start]
 
     return StoredRows(8 * words, inputs, read)
 
@@ -251,15 +253,15 @@ def _gptq_scheme(section: Mapping[str, Any]) -> _Scheme:
     def decode(weights: Weights, prefix: str) -> StoredRows:
         if ordered and f"{prefix}.g_idx" not in weights.stored:
             raise CheckpointError(f"{prefix}.g_idx is missing, and desc_act is true")
-        return _gptq(weights, prefix, bits, less_one=not second)
+        return _gptq(weights, prefix, bits, zeros_less_one=not second)
 
     return _Scheme("qweight", ("qzeros", "scales"), decode)
 
 
-def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> StoredRows:
-    """Return (q − zero) · scale. Stored are [inputs · bits / 32, outputs] words.
+def _gptq(weights: Weights, prefix: str, bits: int, *, zeros_less_one: bool) -> StoredRows:
+    """Create the matrix of (q − zero) · scale, stored as words [inputs · bits / 32, outputs].
 
-    The first version of the format has the zeros less one.
+    The first version of the format stores each zero less one.
     """
     q_name, z_name, s_name = (f"{prefix}.{kind}" for kind in ("qweight", "qzeros", "scales"))
     (words, outputs), (groups, _) = (_expect(weights, name, _WORDS) for name in (q_name, z_name))
@@ -275,13 +277,13 @@ def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> Stored
 
     def read(start: int, stop: int) -> mx.array:
         packed = weights.rows(q_name, 0, words)[:, start:stop]
-        q = _unpacked(packed.T, shifts).T
+        q = _unpack(packed.T, shifts).T
         stored = weights.rows(z_name, 0, groups).view(mx.uint32)
-        if less_one:
-            # The writers subtract from a word as a whole, so that a zero of 0 borrows from its
-            # neighbour; added to the word, the carry gives it back.
+        if zeros_less_one:
+            # Writers subtract 1 from all zeros of a word at once, so a zero of 0 borrows from its
+            # neighbour. Adding to the word as a whole carries it back.
             stored = stored + sum(1 << shift for shift in shifts)
-        zeros = _unpacked(stored, shifts)[:, start:stop]
+        zeros = _unpack(stored, shifts)[:, start:stop]
         scales = weights.rows(s_name, 0, groups)[:, start:stop]
         if ordered:
             index = weights.rows(order, 0, 1).flatten()
@@ -289,24 +291,26 @@ def _gptq(weights: Weights, prefix: str, bits: int, *, less_one: bool) -> Stored
                 raise CheckpointError(f"{order} names group {min(stray)} of {groups}")
         else:
             index = mx.arange(inputs) // group
-        return _affine(q, zeros, scales, index)
+        return _dequantize(q, zeros, scales, index)
 
     return StoredRows(outputs, inputs, read)
 
 
 def _group_size(prefix: str, inputs: int, groups: int) -> int:
     if not groups or inputs % groups:
-        raise CheckpointError(f"{prefix} has {inputs} inputs, which are no {groups} groups alike")
+        raise CheckpointError(
+            f"{prefix} has {inputs} inputs, which cannot be split into {groups} groups"
+        )
     return inputs // groups
 
 
-def _unpacked(words: mx.array, shifts: list[int]) -> mx.array:
-    """Give the values [rows, words · values a word] of words [rows, words], float32."""
+def _unpack(words: mx.array, shifts: list[int]) -> mx.array:
+    """Return the values [rows, words · values a word] of words [rows, words], float32."""
     mask = (1 << 32 // len(shifts)) - 1
     values = words.view(mx.uint32)[..., None] >> mx.array(shifts, dtype=mx.uint32) & mask
     return values.flatten(1).astype(mx.float32)
 
 
-def _affine(q: mx.array, zeros: mx.array, scales: mx.array, group: mx.array) -> mx.array:
-    """Give the weight [outputs, inputs] of q [inputs, outputs] and its groups' zeros and scales."""
+def _dequantize(q: mx.array, zeros: mx.array, scales: mx.array, group: mx.array) -> mx.array:
+    """Compute the weight [outputs, inputs] of q [inputs, outputs], zeros and scales by group."""
     return ((q - zeros[group]) * scales.astype(mx.float32)[group]).T

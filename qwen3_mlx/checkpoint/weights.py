@@ -1,6 +1,6 @@
-"""The tensors of a checkpoint: found and checked by their headers, read one by one.
+"""The tensors of a checkpoint: finds its weight files, checks their headers, reads tensors.
 
-MLX reads a tensor from the file when it is evaluated, so knowing a checkpoint costs no memory.
+MLX reads a tensor from its file when it is evaluated, so opening a checkpoint takes no memory.
 """
 
 import logging
@@ -20,18 +20,18 @@ from qwen3_mlx.model.config import ModelConfig
 _log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
-_OTHERS = (".bin", ".pt", ".pth", ".gguf", ".npz")
-_OF_MODEL = re.compile(r"model[^/]*\.safetensors")
+_UNSUPPORTED_SUFFIXES = (".bin", ".pt", ".pth", ".gguf", ".npz")
+_MODEL_FILE = re.compile(r"model[^/]*\.safetensors")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
-_NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer, or an expert
+_NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer or an expert
 _EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.(\w+)")
 
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """A tensor as a model knows it, and the stored tensors it is made of.
+    """A tensor of the network, and the stored tensors that it consists of.
 
-    There is more than one part where a published checkpoint keeps each expert by itself.
+    It has more than one part if the checkpoint stores each expert by itself.
     """
 
     shape: tuple[int, ...]
@@ -40,13 +40,13 @@ class Tensor:
 
 
 class Weights:
-    """All tensors of a checkpoint's folder, by the name that a model gives them."""
+    """All tensors of a checkpoint's folder, by their names in the network."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the headers of every weight file.
+        """Read the headers of all weight files.
 
         Raises:
-            CheckpointError: there is none, or one is missing, truncated or broken.
+            CheckpointError: there is no weight file, or one is missing, truncated or broken.
         """
         self.files = _weight_files(folder)
         self.stored: dict[str, Entry] = {}
@@ -62,14 +62,17 @@ class Weights:
         )
 
     def take(self, name: str) -> mx.array:
-        """Give a tensor, unevaluated; each can be taken once, so that nothing is kept alive."""
+        """Return a tensor, unevaluated, and drop it here, so that its memory can be freed.
+
+        Each tensor can be taken once.
+        """
         parts = [self._take_stored(part) for part in self.tensors[name].parts]
         return parts[0] if len(parts) == 1 else mx.stack(parts)
 
     def rows(self, stored_name: str, start: int, stop: int) -> mx.array:
-        """Give some rows of a stored tensor, all its axes but the last taken as one.
+        """Read some rows of a stored tensor; all axes but the last count as one.
 
-        They are read at once; 8-bit floats come as their bytes.
+        The rows are read at once; 8-bit floats are returned as bytes.
         """
         return read_rows(self.stored[stored_name], start, stop)
 
@@ -77,7 +80,7 @@ class Weights:
         file = self.stored[name].file
         if file not in self._open:
             arrays = mx.load(str(file), format="safetensors")
-            assert isinstance(arrays, dict)  # as it is for safetensors
+            assert isinstance(arrays, dict)  # always, for safetensors
             self._open[file] = arrays
         return self._open[file].pop(name)
 
@@ -85,34 +88,33 @@ class Weights:
 def weight_names(
     folder: Path, files: Collection[str] | None = None, *, place: str = ""
 ) -> list[str]:
-    """List the weight files that belong to the checkpoint: those its index names, or what is there.
+    """Return the weight files of the checkpoint: those that its index names, or those present.
 
-    `files` are those that the checkpoint has at `place`, where not all are in `folder`. Where an
-    index is broken or names files that are not there, and the weights lie in one file, that is
-    taken.
+    `files` are the files of the checkpoint at `place`, if not all are in `folder`. If the index is
+    broken or names missing files, and the weights are in one file (`WHOLE`), that file is used.
 
     Raises:
-        CheckpointError: the index is broken, or nothing says which of the files are meant.
+        CheckpointError: the index is broken, or it is unclear which of the files are meant.
     """
     present = {file.name for file in folder.iterdir()} if files is None else set(files)
-    there = sorted(filter(_OF_MODEL.fullmatch, present))
+    model_files = sorted(filter(_MODEL_FILE.fullmatch, present))
     place = place or str(folder)
     names, fault = _indexed(folder)
-    if fault and WHOLE not in there:
+    if fault and WHOLE not in model_files:
         raise CheckpointError(f"{place}: {fault}")
     if names:
-        if WHOLE in names or WHOLE not in there:
+        if WHOLE in names or WHOLE not in model_files:
             return names
         if not set(names) <= present:
             return [WHOLE]
         _refuse_two_sets(place, [WHOLE, names[0]])
-    numbered = [match for name in there if (match := _SHARD.fullmatch(name))]
+    numbered = [match for name in model_files if (match := _SHARD.fullmatch(name))]
     if not numbered:  # a variant such as model.fp16.safetensors is not fetched
-        return [WHOLE] if files is not None and WHOLE in there else there
+        return [WHOLE] if files is not None and WHOLE in model_files else model_files
     sets: dict[tuple[str, str], str] = {}  # the first file of each, by stem and count
     for match in numbered:
         sets.setdefault((match[1], match[3]), match[0])
-    _refuse_two_sets(place, [*([WHOLE] if WHOLE in there else []), *sets.values()])
+    _refuse_two_sets(place, [*([WHOLE] if WHOLE in model_files else []), *sets.values()])
     stem, number, count = numbered[0].groups()
     return [
         f"{stem}-{shard:0{len(number)}}-of-{count}.safetensors"
@@ -121,9 +123,10 @@ def weight_names(
 
 
 def index_fault(folder: Path, files: Collection[str] | None = None) -> str:
-    """Return why an index says nothing of the weights that are taken; "" if it does, or is none.
+    """Return why the index does not describe the weights that are used.
 
-    `files` are those that the checkpoint has, where not all of them are in `folder`.
+    The result is "" if it does, or if there is no index. `files` are the files of the checkpoint,
+    if not all of them are in `folder`.
     """
     names, fault = _indexed(folder)
     if names and WHOLE not in names and weight_names(folder, files) == [WHOLE]:
@@ -132,7 +135,7 @@ def index_fault(folder: Path, files: Collection[str] | None = None) -> str:
 
 
 def _indexed(folder: Path) -> tuple[list[str], str]:
-    """Return the files that an index names; or none, and what is wrong with it if it is there."""
+    """Return the files that the index names; or none, and the fault of an index that is broken."""
     if not (folder / INDEX).is_file():
         return [], ""
     try:
@@ -150,7 +153,7 @@ def _indexed(folder: Path) -> tuple[list[str], str]:
 
 
 def _refuse_two_sets(place: str, examples: Collection[str]) -> None:
-    """Refuse weights that are there twice, `examples` being a file of each set."""
+    """Refuse weights that are present twice; `examples` has one file of each set."""
     if len(examples) > 1:
         raise CheckpointError(
             f"{place} has {' and '.join(examples)}, which are not parts of one set of weights; "
@@ -162,7 +165,7 @@ def are_here(folder: Path) -> bool:
     """Return whether all weight files of a checkpoint are in its folder."""
     try:
         names = weight_names(folder)
-    except CheckpointError:  # reading them says more
+    except CheckpointError:  # reading the weights raises the clear error
         return False
     return bool(names) and all((folder / name).is_file() for name in names)
 
@@ -178,28 +181,30 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def instead_of_weights(files: Collection[str]) -> list[str]:
-    """List the files that hold weights of a kind that is not read, or of an adapter."""
-    return sorted(file for file in files if file.endswith(_OTHERS) or file in ADAPTER_FILES)
+    """Return the files with weights of an unsupported kind, or of an adapter."""
+    return sorted(
+        file for file in files if file.endswith(_UNSUPPORTED_SUFFIXES) or file in ADAPTER_FILES
+    )
 
 
 def why_none(
     place: str, files: Collection[str], needed: str = WHOLE, base: str = "another model"
 ) -> str:
-    """Return a sentence for what lacks the file `needed`, by the files that it has instead.
+    """Return the message for a checkpoint without the file `needed`, from the files that it has.
 
-    Where these are an adapter, `base` names the model that it is for.
+    If the files are those of an adapter, `base` names its model.
     """
-    others = sorted(file for file in files if file.endswith(_OTHERS))
+    others = sorted(file for file in files if file.endswith(_UNSUPPORTED_SUFFIXES))
     if ggufs := [file for file in others if file.endswith(".gguf")]:
-        return f"{place} has {_some(ggufs)}, and {GGUF}"
+        return f"{place} has {_first_names(ggufs)}, and {GGUF}"
     if not set(ADAPTER_FILES).isdisjoint(files):
         return f"{place} is an adapter for {base}, {NO_WHOLE_MODEL}"
     if others and needed == WHOLE:
-        return f"{place} has {_some(others)}, but only safetensors files are read"
+        return f"{place} has {_first_names(others)}, but only safetensors files are read"
     return f"{place} has no {needed}"
 
 
-def _some(files: list[str]) -> str:
+def _first_names(files: list[str]) -> str:
     return ", ".join(files[:3]) + (" and others" if len(files) > 3 else "")
 
 
@@ -207,25 +212,25 @@ def _some(files: list[str]) -> str:
 
 
 def has_own_head(weights: Weights) -> bool:
-    """Return whether `lm_head` is there and is no copy of the embedding."""
+    """Return whether `lm_head` is stored and is not a copy of the embedding."""
     return any(
         (copied := weights.stored.get(name.replace("lm_head", "model.embed_tokens", 1))) is None
         or not same_numbers(entry, copied)
         for name, entry in weights.stored.items()
-        if name.startswith("lm_head.") and name != "lm_head.bias"  # which no Qwen3 has
+        if name.startswith("lm_head.") and name != "lm_head.bias"  # no Qwen3 has a bias there
     )
 
 
 def untied(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a config.json as its weights would have it: with a head of its own, if they have one.
+    """Return a config.json with an untied head, if the weights have a head of their own.
 
-    Adapters merged into a tied model, or an extended vocabulary, leave such a head behind while the
-    config still ties it to the embedding. As in transformers, the weights win, with a warning; a
-    copy of the embedding, as some published checkpoints carry it, stays unused.
+    Merging adapters into a tied model, or extending its vocabulary, leaves such a head behind while
+    the config still ties it to the embedding. As in transformers, the weights win, with a warning.
+    A copy of the embedding, which some published checkpoints contain, stays unused. The weights are
+    read only if the config ties the head.
 
     Raises:
-        CheckpointError: a weight file is broken, or the head is of another shape than config.json
-            has it; only those of a tied model are looked at.
+        CheckpointError: a weight file is broken, or the head's shape does not match config.json.
     """
     if config.get("tie_word_embeddings") is not True:
         return dict(config)
@@ -253,7 +258,7 @@ def _refuse_another_shape(weights: Weights, needed: list[int]) -> None:
 
 
 def _stack_experts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gather `mlp.experts.N.up_proj.weight` and the like into `mlp.switch_mlp.up_proj.weight`."""
+    """Combine `mlp.experts.N.up_proj.weight` and the like as `mlp.switch_mlp.up_proj.weight`."""
     tensors: dict[str, Tensor] = {}
     stacks: dict[str, dict[int, str]] = {}
     for name, tensor in stored.items():
@@ -273,7 +278,7 @@ def _stack_experts(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def refuse_missing_layers(config: ModelConfig, names: Iterable[str]) -> None:
-    """Refuse a config.json that promises more layers than there are, before they are built.
+    """Refuse a config.json with more layers than the weights have, before the layers are built.
 
     Raises:
         CheckpointError: the last layer has no tensor.
@@ -290,12 +295,13 @@ def refuse_missing_layers(config: ModelConfig, names: Iterable[str]) -> None:
 def mismatches(
     needed: Mapping[str, tuple[int, ...]], there: Mapping[str, tuple[int, ...]], *, tied: bool
 ) -> list[str]:
-    """Name what is missing, unexpected or misshapen among the tensors that are `there`.
+    """Return descriptions of the missing, unexpected and misshapen tensors among those `there`.
 
-    The small published checkpoints carry a copy of the embedding that their tied heads do not use.
+    With `tied`, an `lm_head` is not unexpected: the small published checkpoints contain a copy of
+    the embedding that their tied heads do not use.
     """
     unused = {"lm_head.weight", "lm_head.scales", "lm_head.biases"} if tied else set()
-    misshapen = _folded(
+    misshapen = _shape_mismatches(
         {name: (there[name], shape) for name, shape in needed.items() if name in there}
     )
     return [
@@ -309,8 +315,8 @@ def mismatches(
     ]
 
 
-def _folded(shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> list[str]:
-    """Say of each tensor that has another shape than is needed what it has, the layers together."""
+def _shape_mismatches(shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> list[str]:
+    """Return a description of each wrong shape, from (present, needed); layers are combined."""
     alike: dict[tuple[str, str], list[str]] = {}
     for name, (has, needs) in shapes.items():
         if has != needs:

@@ -1,8 +1,8 @@
-"""What a checkpoint's config.json says of the network: read and checked.
+"""The geometry of the network: reads and checks a checkpoint's config.json.
 
-Both spellings are read: the published one (transformers 4) and the one transformers 5 writes. A key
-that is missing or null has the default of transformers' Qwen3Config and Qwen3MoeConfig (5.24); only
-the sizes that make the network have none.
+Two spellings are read: the published one (transformers 4), and the one that transformers 5 writes.
+A key that is missing or null has the default of transformers' Qwen3Config and Qwen3MoeConfig
+(5.24). Only the sizes that define the network have no default.
 """
 
 import math
@@ -13,11 +13,11 @@ from typing import Any
 from qwen3_mlx.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
-_MOST_LAYERS = 10_000  # more are a mistake, and would take long to find out
-_LARGEST = 1 << 31  # no size of a network comes near; MLX counts in 32 bits
-_THETA = 10_000.0
-_WINDOW = 32_768
-_FULL_BELOW = 28  # layers, where a sliding window begins above `max_window_layers`
+_MAX_LAYERS = 10_000  # more are a mistake, and building them would take long before it fails
+_MAX_SIZE = 1 << 31  # no size of a network comes near it; MLX counts in 32 bits
+_DEFAULT_THETA = 10_000.0
+_DEFAULT_WINDOW = 32_768
+_DEFAULT_MAX_WINDOW_LAYERS = 28  # the layers below attend to all tokens, with a sliding window
 # The keys of rope_scaling and rope_parameters that are read, by rope_type.
 _ROPE_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
 _YARN_KEYS = _ROPE_KEYS | {
@@ -50,7 +50,7 @@ class Experts:
     mlp_only_layers: tuple[int, ...]
 
     def in_layer(self, index: int) -> bool:
-        """Say whether layer `index`, counted from 0, routes to experts."""
+        """Return whether layer `index`, counted from 0, routes to experts."""
         every = self.decoder_sparse_step
         return index not in self.mlp_only_layers and (index + 1) % every == 0
 
@@ -77,15 +77,16 @@ class ModelConfig:
 
     @property
     def attention_scale(self) -> float:
-        """The factor on q·k. YaRN scales q and k alike, so its factor enters squared."""
+        """Factor on q·k. YaRN scales both q and k, so its factor enters squared."""
         stretch = self.yarn.attention_factor if self.yarn else 1.0
         return stretch**2 / math.sqrt(self.head_dim)
 
     @property
     def context_window(self) -> int:
-        """The most tokens of prompt and reply together.
+        """Maximum number of tokens of prompt and reply together.
 
-        Who adds YaRN to a config.json often leaves `max_position_embeddings` as it was.
+        A config.json with YaRN added by hand often keeps the old `max_position_embeddings`, so the
+        stretched window counts if it is larger.
         """
         if self.yarn is None:
             return self.max_position_embeddings
@@ -94,11 +95,11 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
-        """Read the contents of a config.json.
+        """Create the config from the contents of a config.json.
 
         Raises:
-            CheckpointError: it is not a Qwen3 network, lacks a key, or asks for what this
-                package does not do; the message names the key.
+            CheckpointError: the network is not Qwen3, a key is missing, or a value is not
+                supported; the message names the key.
         """
         read = _Reader(config)
         model_type = config.get("model_type")
@@ -116,9 +117,9 @@ class ModelConfig:
                 f"num_key_value_heads ({kv_heads})"
             )
         hidden = read.count("hidden_size")
-        # Where it is missing, transformers has a number for dense networks, and a share for others.
-        share = 128 if model_type == "qwen3" else hidden // heads
-        head_dim = read.count("head_dim", default=share)
+        # transformers' defaults: a fixed size for dense networks, and a quotient for MoE.
+        default_dim = 128 if model_type == "qwen3" else hidden // heads
+        head_dim = read.count("head_dim", default=default_dim)
         if head_dim % 2:
             raise CheckpointError(f"config.json: head_dim ({head_dim}) is odd")
         theta, yarn = _read_rope(config)
@@ -127,12 +128,12 @@ class ModelConfig:
             vocab_size=read.count("vocab_size"),
             hidden_size=hidden,
             intermediate_size=read.count("intermediate_size"),
-            num_hidden_layers=read.count("num_hidden_layers", most=_MOST_LAYERS),
+            num_hidden_layers=read.count("num_hidden_layers", most=_MAX_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
             rms_norm_eps=read.number("rms_norm_eps", default=1e-6),
-            max_position_embeddings=read.count("max_position_embeddings", default=_WINDOW),
+            max_position_embeddings=read.count("max_position_embeddings", default=_DEFAULT_WINDOW),
             tie_word_embeddings=read.flag("tie_word_embeddings"),
             attention_bias=read.flag("attention_bias"),
             rope_theta=theta,
@@ -142,7 +143,7 @@ class ModelConfig:
 
 
 class _Reader:
-    """Typed access to a config that names the key in every complaint."""
+    """Typed access to a config; every error names the key."""
 
     def __init__(self, config: Mapping[str, Any], where: str = "config.json") -> None:
         self.config = config
@@ -156,7 +157,7 @@ class _Reader:
             raise CheckpointError(f"{self.where}: {' or '.join(names)} is missing")
         return default
 
-    def count(self, *names: str, most: int = _LARGEST, default: int | None = None) -> int:
+    def count(self, *names: str, most: int = _MAX_SIZE, default: int | None = None) -> int:
         value = self.get(*names, default=default)
         if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
             raise CheckpointError(
@@ -169,7 +170,7 @@ class _Reader:
         if (
             not isinstance(value, int | float)
             or isinstance(value, bool)
-            or not 0 < value < _LARGEST
+            or not 0 < value < _MAX_SIZE
         ):
             raise CheckpointError(
                 f"{self.where}: {name} is {_shown(value)}, not a positive number within reason"
@@ -195,7 +196,7 @@ def _shown(value: object) -> str:
 
 
 def _missing_kv_heads(config: Mapping[str, Any], heads: int) -> int:
-    """Return transformers' number where none is stated; null means as many as there are heads."""
+    """Return transformers' default of num_key_value_heads; null means the number of heads."""
     if config.get("model_type") == "qwen3_moe":
         return 4
     return heads if "num_key_value_heads" in config else 32
@@ -211,27 +212,28 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
                 f"config.json: layer_types has {', '.join(other)}; only 'full_attention' is "
                 "supported"
             )
-    elif _slides(config):
+    elif _has_sliding_window(config):
         raise CheckpointError(
             "config.json: use_sliding_window is true; attention over a sliding window is not "
             "supported"
         )
 
 
-def _slides(config: Mapping[str, Any]) -> bool:
-    """Return whether a layer attends to a window only, where `layer_types` does not.
+def _has_sliding_window(config: Mapping[str, Any]) -> bool:
+    """Return whether any layer attends to a sliding window, if `layer_types` is missing.
 
-    In a dense network the layers below `max_window_layers` do not; in a mixture of experts all do.
+    In a dense network the layers below `max_window_layers` attend to all tokens; in a mixture of
+    experts every layer uses the window.
     """
     if not config.get("use_sliding_window") or config.get("sliding_window", 4096) is None:
         return False
     read = _Reader(config)
-    below = read.count("max_window_layers", default=_FULL_BELOW)
+    below = read.count("max_window_layers", default=_DEFAULT_MAX_WINDOW_LAYERS)
     return config.get("model_type") == "qwen3_moe" or below < read.count("num_hidden_layers")
 
 
 def unknown_rope_keys(config: Mapping[str, Any]) -> list[str]:
-    """Name the keys of config.json's rope sections that change nothing here.
+    """Return the keys of config.json's rope sections that have no effect in this package.
 
     Raises:
         CheckpointError: a section is not an object.
@@ -242,11 +244,11 @@ def unknown_rope_keys(config: Mapping[str, Any]) -> list[str]:
 
 
 def _rope_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Return what `rope_parameters` and `rope_scaling` state together, and which of them rules.
+    """Return `rope_parameters` and `rope_scaling` merged, and the name of the one that wins.
 
-    Where both are there, `rope_scaling` has been added by hand to a config that transformers 5
-    wrote, so it wins. What it leaves out, above all rope_theta, is still that of `rope_parameters`;
-    transformers 5.24 replaces the whole section there, and falls back to a theta of 10,000.
+    If both exist, `rope_scaling` was added by hand to a config that transformers 5 wrote, so it
+    wins. Keys that it leaves out, above all rope_theta, come from `rope_parameters`. transformers
+    5.24 replaces the whole section instead, and falls back to a theta of 10,000.
     """
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     section: dict[str, Any] = {}
@@ -265,10 +267,10 @@ def _rope_section(config: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
 
 
 def _read_rope(config: Mapping[str, Any]) -> tuple[float, Yarn | None]:
-    """Return theta and the scaling, from `rope_parameters` or `rope_theta` and `rope_scaling`."""
+    """Return theta and the YaRN settings, from `rope_parameters`, `rope_theta`, `rope_scaling`."""
     section, where = _rope_section(config)
     theta = _Reader(section).number(
-        "rope_theta", default=_Reader(config).number("rope_theta", default=_THETA)
+        "rope_theta", default=_Reader(config).number("rope_theta", default=_DEFAULT_THETA)
     )
     if {**config, **section}.get("partial_rotary_factor") not in (None, 1):
         raise CheckpointError("config.json: partial_rotary_factor is not supported")
@@ -286,11 +288,11 @@ def _read_rope(config: Mapping[str, Any]) -> tuple[float, Yarn | None]:
 
 
 def _read_yarn(read: _Reader, config: Mapping[str, Any]) -> Yarn:
-    """Read YaRN as transformers 5 does; what is optional there is optional here."""
+    """Read the YaRN settings as transformers 5 does, with the same optional keys."""
     stated = read.config.get("original_max_position_embeddings") is not None
     original = "original_max_position_embeddings" if stated else "max_position_embeddings"
     factor = read.number("factor")
-    window = (read if stated else _Reader(config)).count(original, default=_WINDOW)
+    window = (read if stated else _Reader(config)).count(original, default=_DEFAULT_WINDOW)
     return Yarn(
         factor=factor,
         original_max_position_embeddings=window,
@@ -302,10 +304,10 @@ def _read_yarn(read: _Reader, config: Mapping[str, Any]) -> Yarn:
 
 
 def _attention_factor(read: _Reader, factor: float) -> float:
-    """Return the factor on q and on k: stated, or 0.1·ln(factor) + 1 (YaRN paper, section 3.4).
+    """Return the factor on q and on k: as stated, or 0.1·ln(factor) + 1 (YaRN, section 3.4).
 
-    `attn_factor` multiplies that, as in vLLM. DeepSeek-R1-0528-Qwen3-8B states its inverse there,
-    so that nothing is scaled; transformers does not know the key and warns.
+    `attn_factor` multiplies the formula's result, as in vLLM. DeepSeek-R1-0528-Qwen3-8B states the
+    inverse there, so that nothing is scaled; transformers does not know the key and warns.
     """
     if read.config.get("attention_factor") is not None:
         if read.config.get("attn_factor") is not None:
@@ -314,11 +316,11 @@ def _attention_factor(read: _Reader, factor: float) -> float:
             )
         return read.number("attention_factor")
     if read.config.get("mscale") and read.config.get("mscale_all_dim"):
-        whole, part = (_mscale(factor, read.number(key)) for key in ("mscale", "mscale_all_dim"))
-        plain = whole / part
+        scale, all_dim = (_mscale(factor, read.number(key)) for key in ("mscale", "mscale_all_dim"))
+        base = scale / all_dim
     else:
-        plain = _mscale(factor, 1.0)
-    return plain * read.number("attn_factor", default=1.0)
+        base = _mscale(factor, 1.0)
+    return base * read.number("attn_factor", default=1.0)
 
 
 def _mscale(factor: float, weight: float) -> float:

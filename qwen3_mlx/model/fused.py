@@ -1,4 +1,4 @@
-"""Projections of one input stored as one matrix, and computed at once where one token runs."""
+"""Fused projections: linear layers over the same input, stored and computed as one matrix."""
 
 import copy
 from collections.abc import Sequence
@@ -9,35 +9,37 @@ import mlx.nn as nn
 
 from qwen3_mlx.model.linear import Linear
 
-_BY_ROW = ("weight", "scales", "biases", "bias")
+_ROW_PARAMETERS = ("weight", "scales", "biases", "bias")
 
 
 class RowFused:
     """Linear layers over the same input whose weights are row blocks of one matrix.
 
-    The layers keep their names and their parameters, which become views of the joint storage, so
-    saving, adapters and sharding see what they expect. Quantization works row by row, so joining
-    rows changes no number. With several tokens the layers are used one by one: the split of a
-    joint result would have to be copied before the norms of q and k.
+    The layers keep their names and their parameters. The parameters become views of the joint
+    storage, so saving, adapters and sharding work as before. Quantization works row by row, so
+    joining rows changes no number. The joint matrix is used for a single token only. With several
+    tokens the layers are used one by one: the parts of a joint result would have to be copied
+    before the norms of q and k.
     """
 
     def __init__(
         self, owner: nn.Module, names: Sequence[str], *, head_dim: int | None = None
     ) -> None:
-        """Join the layers `owner[name]`, whose form must agree (see `can_fuse`).
+        """Join the layers `owner[name]`, which must agree in layout (see `can_fuse`).
 
-        With `head_dim` their outputs come as attention wants them, the heads in front.
+        With `head_dim` the outputs have the layout of attention, heads before tokens.
         """
         layers = [owner[name] for name in names]
         self._joint = copy.copy(layers[0])
         ends = list(accumulate(layer["weight"].shape[0] for layer in layers))
-        for kind in _BY_ROW:
+        for kind in _ROW_PARAMETERS:
             if layers[0].get(kind) is None:
                 continue
             self._joint[kind] = joined = mx.concatenate([layer[kind] for layer in layers])
+            # Evaluated kind by kind, so that only one kind is in memory twice.
             mx.eval(joined)
             for layer, start, stop in zip(layers, [0, *ends], ends, strict=False):
-                layer[kind] = joined[start:stop]
+                layer[kind] = joined[start:stop]  # a row slice of a dense array: a view, no copy
                 mx.eval(layer[kind])
         self._axis = 1 if head_dim else 2
         self._shape = (1, -1, 1, head_dim) if head_dim else (1, 1, -1)
@@ -47,9 +49,9 @@ class RowFused:
         ]
 
     def holds(self, owner: nn.Module) -> bool:
-        """Say whether `owner` still has the layers that were joined, with those weights.
+        """Return whether `owner` still has the joined layers with the joined weights.
 
-        An adapter or an update puts others in their place; the joint matrix is then stale.
+        An adapter or an update replaces a layer or its weight; the joint matrix is then stale.
         """
         for name, layer, view in self._parts:
             if owner[name] is not layer or layer["weight"] is not view:
@@ -57,20 +59,20 @@ class RowFused:
         return True
 
     def __call__(self, x: mx.array) -> list[mx.array]:
-        """Give each layer's output for one token, x [1, 1, D].
+        """Compute each layer's output for one token, x [1, 1, D].
 
-        That is [1, 1, out], or with heads [1, out / head_dim, 1, head_dim].
+        The shape is [1, 1, out], or with `head_dim` [1, out / head_dim, 1, head_dim].
         """
         joint: mx.array = self._joint(x).reshape(self._shape)
         return list(mx.split(joint, self._ends, axis=self._axis))
 
 
 def can_fuse(owner: nn.Module, names: Sequence[str]) -> bool:
-    """Say whether the layers agree in form: class, bits, group size, mode and bias."""
+    """Return whether the layers agree in class, bits, group size, mode and bias."""
 
-    def form(layer: nn.Module) -> tuple[object, ...]:
+    def layout(layer: nn.Module) -> tuple[object, ...]:
         quantization = [getattr(layer, name, None) for name in ("bits", "group_size", "mode")]
-        return (type(layer), *quantization, *(layer.get(kind) is None for kind in _BY_ROW))
+        return (type(layer), *quantization, *(layer.get(kind) is None for kind in _ROW_PARAMETERS))
 
-    forms = {form(owner[name]) for name in names}
-    return len(forms) == 1 and type(owner[names[0]]) in (Linear, nn.QuantizedLinear)
+    layouts = {layout(owner[name]) for name in names}
+    return len(layouts) == 1 and type(owner[names[0]]) in (Linear, nn.QuantizedLinear)

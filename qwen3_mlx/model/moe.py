@@ -12,13 +12,13 @@ import mlx.nn as nn
 from qwen3_mlx.model.config import Experts
 from qwen3_mlx.model.linear import Linear
 
-# From this many rows on, sorting them by expert lets each expert's weights be read once.
-_WORTH_SORTING = 64
+# From this many rows on they are sorted by expert, so that each expert's weights are read once.
+_MIN_ROWS_TO_SORT = 64
 
 
 @partial(mx.compile, shapeless=True)
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
-    """Give silu(gate)·up, as one kernel."""
+    """Compute silu(gate)·up, as one kernel."""
     activated: mx.array = nn.silu(gate)
     return activated * up
 
@@ -32,19 +32,19 @@ class SwitchLinear(nn.Module):
         self.weight = mx.random.uniform(-bound, bound, (experts, outputs, inputs))
 
     def __call__(self, x: mx.array, indices: mx.array, *, ordered: bool) -> mx.array:
-        """Apply expert `indices[...]` to each row of x [..., 1, in]; gives [..., 1, out]."""
+        """Apply expert `indices[...]` to each row of x [..., 1, in]; return [..., 1, out]."""
         weight = self["weight"].swapaxes(-1, -2)
         return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=ordered)
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
     ) -> "QuantizedSwitchLinear":
-        """Give the layer with its weights quantized; `nn.quantize` calls this."""
+        """Return the layer with quantized weights; `nn.quantize` calls this."""
         return QuantizedSwitchLinear(self["weight"], group_size, bits, mode)
 
 
 class QuantizedSwitchLinear(nn.Module):
-    """The same with quantized weights."""
+    """`SwitchLinear` with quantized weights."""
 
     def __init__(
         self, weight: mx.array, group_size: int | None, bits: int | None, mode: str
@@ -83,8 +83,8 @@ class SwitchMLP(nn.Module):
         self.down_proj = SwitchLinear(config.num_experts, sizes[2], hidden_size)
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """Send each row of x [T, D] through its experts, indices [T, k]; gives [T, k, D]."""
-        if indices.size < _WORTH_SORTING:
+        """Apply to each row of x [T, D] its experts, indices [T, k]; return [T, k, D]."""
+        if indices.size < _MIN_ROWS_TO_SORT:
             return self._apply(x[:, None, None], indices, ordered=False).squeeze(-2)
         chosen = indices.flatten()
         order = mx.argsort(chosen)
@@ -109,15 +109,15 @@ class MoE(nn.Module):
         self.switch_mlp = SwitchMLP(config, hidden_size)
 
     def fuse(self) -> None:
-        """Leave the experts as they are stored: their matrices are gathered one by one."""
+        """Keep the experts as they are stored: their matrices are gathered one by one."""
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Mix the experts' outputs for x [B, L, D]."""
+        """Compute the weighted sum of the chosen experts' outputs for x [B, L, D]."""
         rows = x.reshape(-1, x.shape[-1])
-        # Over all experts, in float32, and only then the choice: as the router was trained.
+        # Softmax over all experts in float32 before the choice, as the router was trained.
         weights = mx.softmax(self.gate(rows).astype(mx.float32), axis=-1)
         chosen = mx.argpartition(weights, kth=-self.top_k, axis=-1)[:, -self.top_k :]
-        chosen = mx.stop_gradient(chosen)  # which it is changes in jumps
+        chosen = mx.stop_gradient(chosen)  # a choice of indices has no gradient
         weights = mx.take_along_axis(weights, chosen, axis=-1)
         if self.normalise:
             weights = weights / weights.sum(axis=-1, keepdims=True)

@@ -1,4 +1,4 @@
-"""The formats in which MLX multiplies quantized matrices, and the bytes that they take."""
+"""Quantization formats of MLX: bits, group size and mode, and the bytes that they take."""
 
 import math
 from dataclasses import dataclass
@@ -6,14 +6,14 @@ from typing import Any
 
 import mlx.core as mx
 
-# What MLX's kernels read: bits and group sizes of each mode.
+# Bits and group sizes that MLX's kernels support, by mode.
 _FORMATS = {
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
     "mxfp4": ((4,), (32,)),
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),
 }
-# What MLX takes where a config leaves bits or group_size out, or null as mlx-lm sometimes does.
+# MLX's bits and group_size where a config leaves them out, or has null as mlx-lm sometimes writes.
 MODE_DEFAULTS = {"affine": (4, 64), "mxfp4": (4, 32), "mxfp8": (8, 32), "nvfp4": (4, 16)}
 _ROUTER_BITS = 8
 
@@ -40,22 +40,28 @@ class Format:
 
     @classmethod
     def of(cls, mode: str, bits: int | None, group_size: int | None) -> "Format":
-        """Give a format with what MLX takes for the mode where bits or group size are None."""
-        usual = MODE_DEFAULTS.get(mode, (0, 0))
+        """Create a format; bits or group size that are None become the defaults of the mode."""
+        default_bits, default_size = MODE_DEFAULTS.get(mode, (0, 0))
         return cls(
-            usual[0] if bits is None else bits, usual[1] if group_size is None else group_size, mode
+            default_bits if bits is None else bits,
+            default_size if group_size is None else group_size,
+            mode,
         )
 
     def for_module(self, path: str) -> "Format":
-        """Give the format to quantize the module at `path` with.
+        """Return the format in which to quantize the module at `path`.
 
-        The router of a mixture of experts keeps 8 bits: it decides what runs at all.
+        The router of a mixture of experts keeps 8 bits: it decides which experts run.
         """
         is_router = path.endswith("mlp.gate")
         return Format(max(self.bits, _ROUTER_BITS), 64) if is_router else self
 
     def tensors(self, shape: tuple[int, ...], dtype: mx.Dtype) -> dict[str, tuple[Any, mx.Dtype]]:
-        """Give shape and dtype of each tensor that a weight of that shape becomes."""
+        """Return shape and dtype of each tensor that a weight of `shape` is quantized to.
+
+        `dtype` is that of scales and biases in the affine mode; the other modes have no biases,
+        and scales of 8 bits.
+        """
         *outer, inputs = shape
         packed, groups = (*outer, inputs * self.bits // 32), (*outer, inputs // self.group_size)
         if self.mode != "affine":
@@ -63,12 +69,12 @@ class Format:
         return {"weight": (packed, mx.uint32), "scales": (groups, dtype), "biases": (groups, dtype)}
 
     def nbytes(self, shape: tuple[int, ...], dtype: mx.Dtype) -> int:
-        """Give the bytes that a weight of that shape takes."""
+        """Return the bytes that a weight of `shape` takes when quantized."""
         parts = self.tensors(shape, dtype).values()
         return sum(math.prod(size) * kind.size for size, kind in parts)
 
     def as_config(self) -> dict[str, Any]:
-        """Give the format as config.json states it."""
+        """Return the format as a section of config.json."""
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 

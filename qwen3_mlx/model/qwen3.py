@@ -1,7 +1,8 @@
-"""Qwen3, dense and mixture-of-experts: token ids in, logits out.
+"""The Qwen3 network, dense and mixture-of-experts: token ids in, logits out.
 
-Read downwards. Modules and parameters bear the names of the published checkpoints. What runs for
-every token finds its modules as items: as attributes they take MLX ten times as long.
+Read downwards. Modules and parameters have the names of the published checkpoints. Code that runs
+for every token accesses modules as items (`self["norm"]`): attribute access takes MLX ten times as
+long.
 
 B batch, L new tokens, Q queries (L, or in the last layer those whose logits are wanted),
 H query heads, K key/value heads, E head size, D hidden, V vocabulary.
@@ -25,14 +26,14 @@ from qwen3_mlx.model.rope import Rope
 
 
 class Attention(nn.Module):
-    """Grouped-query attention; q and k are normalised head by head before the rotation."""
+    """Grouped-query attention; each head of q and of k is normalised before RoPE."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         hidden, bias = config.hidden_size, config.attention_bias
         self.head_dim = config.head_dim
         self.scale = config.attention_scale
-        # H x E is not D: of the published sizes only 8B and 14B have them equal.
+        # H x E is not always D: of the published sizes only 8B and 14B have them equal.
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(hidden, query_size, bias=bias)
@@ -56,7 +57,7 @@ class Attention(nn.Module):
             q, k, v = fused(x)  # heads in front already
             q, k = self["q_norm"](q), self["k_norm"](k)
         else:
-            # Normed before the transpose: the kernel wants rows that lie side by side.
+            # Normalised before the transpose: the norm kernel needs dense rows.
             q = self.q_norm(self._by_head(self.q_proj(x if rows is None else x[:, rows])))
             k = self.k_norm(self._by_head(self.k_proj(x)))
             v = self._by_head(self.v_proj(x)).transpose(0, 2, 1, 3)
@@ -98,7 +99,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and feed-forward, each normalised before and added after."""
+    """One transformer layer: attention and feed-forward, each with pre-norm and residual."""
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -112,7 +113,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def fuse(self) -> None:
-        """Join the storage of projections of one input; done once the weights are there."""
+        """Fuse the projections of one input; called after the weights are loaded."""
         self.self_attn.fuse()
         self.mlp.fuse()
 
@@ -126,7 +127,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The stack of layers between the embedding and the head; its name on disk is `model`."""
+    """Embedding, transformer layers and final norm; named `model` in checkpoints."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -142,14 +143,19 @@ class Decoder(nn.Module):
         x = self.embed_tokens(ids)
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            # Only the last layer can leave rows out: the others' keys are read by what follows.
+            # Only the last layer can leave rows out: the next layer needs all rows of the others
+            # for its keys and values.
             x = layer(x, rows if index == last else None, cache[index], rope)
         normed: mx.array = self.norm(x)
         return normed
 
 
 class Qwen3(nn.Module):
-    """The whole network; `cache_format` is that of the caches it makes, `source` names it."""
+    """The whole network.
+
+    `cache_format` is the format of the caches that `make_cache` creates. `source` names the
+    checkpoint in messages.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -166,12 +172,12 @@ class Qwen3(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         wanted: Sequence[int] | None = None,
     ) -> mx.array:
-        """Give the logits [B, Q, V] of ids [B, L], int32.
+        """Compute the logits [B, Q, V] of ids [B, L], int32.
 
-        `cache` holds one cache a layer, which remembers these tokens; without one the whole
-        sequence stands for itself, as in training. `wanted` lists the positions, of the L, whose
-        logits are needed; what serves no other position is then not computed. With a plain cache
-        these must be the last ones. None means all.
+        `cache` holds one cache a layer, to which the tokens are appended; without it, ids are whole
+        sequences, as in training. `wanted` lists the positions, of the L, whose logits are needed
+        (None: all); the last layer computes only those. With a plain cache they must be the last
+        positions.
         """
         return self.head(self.hidden(ids, cache, wanted))
 
@@ -181,7 +187,7 @@ class Qwen3(nn.Module):
         cache: Sequence[LayerCache] | None = None,
         wanted: Sequence[int] | None = None,
     ) -> mx.array:
-        """Return the last hidden states [B, Q, D], of which `head` makes the logits."""
+        """Compute the last hidden states [B, Q, D], the input of `head`."""
         rows = None
         if wanted is not None and len(wanted) < ids.shape[1]:
             rows = mx.array(list(wanted), dtype=mx.int32)
@@ -189,7 +195,7 @@ class Qwen3(nn.Module):
         return last
 
     def head(self, x: mx.array) -> mx.array:
-        """Give the logits [..., V] of the last hidden states x [..., D], any rows of them."""
+        """Compute the logits [..., V] of any rows x [..., D] of the last hidden states."""
         tied = self.config.tie_word_embeddings
         logits: mx.array = self.model.embed_tokens.as_linear(x) if tied else self.lm_head(x)
         return logits
@@ -200,10 +206,10 @@ class Qwen3(nn.Module):
         return self.model.layers
 
     def tensors(self) -> dict[str, mx.array]:
-        """Give the parameters by their names in a checkpoint."""
+        """Return the parameters by their names in a checkpoint."""
         named: list[tuple[str, Any]] = tree_flatten(self.parameters())  # type: ignore[assignment]
         return dict(named)
 
     def make_cache(self, capacity: int = 0) -> list[KVCache]:
-        """Make one empty cache a layer, with room for `capacity` tokens allocated at first use."""
+        """Create one empty cache a layer; the first write allocates `capacity` tokens at once."""
         return [new_cache(self.cache_format, self.config.head_dim, capacity) for _ in self.layers]

@@ -1,6 +1,6 @@
-"""Rotary position embeddings, plain and stretched by YaRN.
+"""Rotary position embeddings (RoPE), plain or stretched by YaRN.
 
-Only angles live here. YaRN's attention factor is part of `ModelConfig.attention_scale`.
+This module computes angles only. YaRN's attention factor is part of `ModelConfig.attention_scale`.
 """
 
 import math
@@ -15,7 +15,7 @@ from qwen3_mlx.model.config import ModelConfig, Yarn
 
 
 class Rope:
-    """The rotation that all layers share; it holds no weights."""
+    """The rotation, shared by all layers; it has no weights."""
 
     def __init__(self, config: ModelConfig) -> None:
         periods = None
@@ -27,15 +27,16 @@ class Rope:
             base=None if config.yarn else config.rope_theta,
             periods=periods,
         )
-        # MLX's CPU build makes a dozen operations of a rotation, unless they are compiled; that
-        # is done once for a shape, so only for the one that comes again with every token.
+        # MLX's CPU build splits a rotation into a dozen operations unless it is compiled. Each
+        # shape is compiled anew, so only the shape that recurs with every token is.
         self._rotate_one = self._rotate if backend.on_gpu() else mx.compile(self._rotate)
 
     def for_pass(self) -> RopeFn:
-        """Give the rotation for one forward pass: `rotate(x, offset)` for x [B, H, L, E].
+        """Return the rotation of one forward pass: `rotate(x, offset)` for x [B, H, L, E].
 
-        `offset` is the position of the first of the L tokens, or a tuple with one for each row of
-        B. An offset becomes a device array once a pass, instead of once for every layer's q and k.
+        `offset` is the position of the first of the L tokens, or a tuple with one position for
+        each row of B. Each offset is converted to a device array once a pass, instead of once for
+        every layer's q and k.
         """
         arrays: dict[int | tuple[int, ...], mx.array] = {}
 
@@ -63,18 +64,18 @@ def _rotate(
 
 
 def yarn_periods(dims: int, base: float, yarn: Yarn) -> mx.array:
-    """Give one over the angular frequency of each pair of dimensions, float32 [dims / 2].
+    """Compute the inverse angular frequency of each pair of dimensions, float32 [dims / 2].
 
-    Pairs that turn more than `beta_fast` times within the trained window keep their frequency,
-    those that turn less than `beta_slow` times are slowed by `factor`, those between are blended
+    Pairs that turn more than `beta_fast` times within the trained window keep their frequency.
+    Pairs that turn less than `beta_slow` times are slowed by `factor`. Pairs between are blended
     (YaRN, arXiv 2309.00071, section 3.2, with the rounding of the range that Qwen's settings use).
     """
 
-    def pair_that_turns(times: float) -> float:
+    def pair_with_turns(turns: float) -> float:
         window = yarn.original_max_position_embeddings
-        return dims * math.log(window / (times * 2 * math.pi)) / (2 * math.log(base))
+        return dims * math.log(window / (turns * 2 * math.pi)) / (2 * math.log(base))
 
-    low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    low, high = pair_with_turns(yarn.beta_fast), pair_with_turns(yarn.beta_slow)
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dims - 1)

@@ -1,6 +1,7 @@
-"""The sizes that Qwen3 is published in: enough to plan for them, and to make their like.
+"""The published sizes of Qwen3: their geometry, hub names and YaRN settings.
 
-From the config.json of each Qwen/Qwen3-SIZE on the hub.
+From the config.json of each Qwen/Qwen3-SIZE on the hub. It is enough to plan memory for a size
+without its files, and to create random models of its shape.
 """
 
 from collections.abc import Mapping
@@ -20,8 +21,8 @@ class _Geometry:
     heads: int
     kv_heads: int
     tied: bool = False
-    expert_width: int = 0  # of each of 128 experts, 8 of which a token goes through
-    yarn: bool = True  # the model card tells how to reach beyond the window
+    expert_width: int = 0  # of each of 128 experts, 8 for a token; 0 for a dense network
+    yarn: bool = True  # the model card has YaRN settings for contexts beyond the window
 
 
 _GEOMETRIES = {
@@ -35,13 +36,13 @@ _GEOMETRIES = {
     "235B-A22B": _Geometry(4096, 12288, 94, 64, 4, expert_width=1536),
 }
 SIZES = tuple(_GEOMETRIES)
-_WINDOW = 40960  # 32,768 of training and output, 8,192 of prompt
-_TRAINED = 32768
-_YARN_LENGTHS = (65536, 131072)  # factors 2 and 4 on a window of 32,768, as the model cards say
+_WINDOW = 40960  # tokens: 32,768 as trained and for output, 8,192 for the prompt
+_TRAINED_WINDOW = 32768  # tokens
+_YARN_LENGTHS = (65536, 131072)  # factors 2 and 4 on the trained window (model cards)
 
 
 def published_config(size: str) -> dict[str, object]:
-    """Give what the config.json of a published size says of the network."""
+    """Return the keys of a published size's config.json that describe the network."""
     geometry = _GEOMETRIES[size]
     config: dict[str, object] = {
         "architectures": ["Qwen3MoeForCausalLM" if geometry.expert_width else "Qwen3ForCausalLM"],
@@ -76,38 +77,39 @@ def published_config(size: str) -> dict[str, object]:
 
 
 def published(size: str) -> ModelConfig:
-    """Give the network of a published size."""
+    """Return the config of a published size."""
     return ModelConfig.from_dict(published_config(size))
 
 
 def mlx_4bit_name(size: str) -> str:
-    """Give the hub name of a published size that is quantized to 4 bits already."""
+    """Return the hub name of the 4-bit MLX build of a published size."""
     return f"Qwen/Qwen3-{size}-MLX-4bit"
 
 
 def size_named(name: str) -> str | None:
-    """Return the published size that `name` spells, in upper or lower case; None if it is none."""
+    """Return the published size that `name` names, in any case; None if there is no such size."""
     return next((size for size in SIZES if size.lower() == name.lower()), None)
 
 
 def full_name(name: str | Path) -> str:
-    """Return the hub name that a bare size stands for, and anything else as it is.
+    """Return the hub name of a bare size, and any other name unchanged.
 
-    A folder that is called like a size is a Path, or is named with a slash: ./8B.
+    A folder with the name of a size must be given as a Path, or with a slash: ./8B.
     """
     size = size_named(name) if isinstance(name, str) else None
     return mlx_4bit_name(size) if size else str(name)
 
 
 def folder_name(folder: Path) -> str:
-    """Return a folder's path as text that is not taken for a size."""
+    """Return a folder's path as text that cannot be mistaken for a size."""
     return f"./{folder}" if size_named(str(folder)) else str(folder)
 
 
 def yarn_lengths(config: ModelConfig) -> tuple[int, ...]:
-    """Give the contexts beyond the window for which Qwen publishes YaRN settings.
+    """Return the context lengths beyond the window for which Qwen publishes YaRN settings.
 
-    Told by the geometry: the sizes from 4B on, with the window of their first release.
+    The model is recognised by its geometry: the sizes from 4B on, with the window of their first
+    release.
     """
     shape = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
     shapes = {(g.hidden, g.layers, g.heads) for g in _GEOMETRIES.values() if g.yarn}
@@ -116,12 +118,12 @@ def yarn_lengths(config: ModelConfig) -> tuple[int, ...]:
 
 
 def with_yarn(content: Mapping[str, Any], context: int) -> dict[str, Any]:
-    """Give the contents of a config.json with YaRN switched on, where `context` needs it.
+    """Return the contents of a config.json with YaRN enabled if `context` needs it.
 
     The factor is that of the model cards: the context over the 32,768 tokens of training.
 
     Raises:
-        Qwen3Error: the context is beyond the window, and beyond what YaRN is published for.
+        Qwen3Error: the context is beyond the window, and beyond the published YaRN lengths.
     """
     config = ModelConfig.from_dict(content)
     window, lengths = config.context_window, yarn_lengths(config)
@@ -134,7 +136,7 @@ def with_yarn(content: Mapping[str, Any], context: int) -> dict[str, Any]:
         )
     yarn = {
         "rope_type": "yarn",
-        "factor": context / _TRAINED,
-        "original_max_position_embeddings": _TRAINED,
+        "factor": context / _TRAINED_WINDOW,
+        "original_max_position_embeddings": _TRAINED_WINDOW,
     }
     return {**content, "rope_scaling": yarn}

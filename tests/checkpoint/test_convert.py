@@ -633,9 +633,9 @@ def test_places_that_are_not_written_to(tied: Path, tmp_path: Path) -> None:
     for output in (source, source / "inside", source / "a" / "b", tmp_path / "x" / ".." / "source"):
         with pytest.raises(Qwen3Error, match="lies in the source"):
             run(replace(job, output=output), quiet)
-    with pytest.raises(Qwen3Error, match="is no checkpoint's folder"):
+    with pytest.raises(Qwen3Error, match="is not a checkpoint folder"):
         run(replace(job, output=tmp_path), quiet)
-    with pytest.raises(Qwen3Error, match="is no place"):
+    with pytest.raises(Qwen3Error, match="cannot be the output folder"):
         run(replace(job, output=Path("/")), quiet)
     link = tmp_path / "link"
     link.symlink_to(source)
@@ -644,7 +644,7 @@ def test_places_that_are_not_written_to(tied: Path, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("precious")
     for force in (False, True):
-        with pytest.raises(Qwen3Error, match="exists|is no checkpoint"):
+        with pytest.raises(Qwen3Error, match="exists|is not a checkpoint"):
             run(replace(job, output=file, force=force), quiet)
     assert contents(source) == before
     assert {place.name for place in tmp_path.iterdir()} == {"source", "link", "file"}
@@ -655,7 +655,7 @@ def test_places_that_are_not_written_to(tied: Path, tmp_path: Path) -> None:
 def test_a_source_where_the_work_would_be_is_safe(suffix: str, tied: Path, tmp_path: Path) -> None:
     source = shutil.copytree(tied, tmp_path / f"model.{suffix}")
     before = contents(source)
-    with pytest.raises(Qwen3Error, match="is needed for the work"):
+    with pytest.raises(Qwen3Error, match="as a working folder"):
         run(make_job(source, tmp_path / "model", Format(4, 64), force=True), quiet)
     assert contents(source) == before
 
@@ -665,12 +665,12 @@ def test_a_strangers_folder_where_the_work_would_be_is_safe(tied: Path, tmp_path
     strange = tmp_path / "model.partial"
     strange.mkdir()
     (strange / "thesis.txt").write_text("precious")
-    with pytest.raises(Qwen3Error, match="is no conversion's; move it away"):
+    with pytest.raises(Qwen3Error, match="something else is there; move it away"):
         run(job, quiet)
     assert contents(strange) == {"thesis.txt": b"precious"}
     shutil.rmtree(strange)
     strange.write_text("precious")
-    with pytest.raises(Qwen3Error, match="is no conversion's; move it away"):
+    with pytest.raises(Qwen3Error, match="something else is there; move it away"):
         run(job, quiet)
     strange.unlink()
     strange.mkdir()
@@ -695,7 +695,7 @@ def test_only_a_checkpoint_is_replaced_and_only_by_force(tied: Path, tmp_path: P
     other.mkdir()
     for name in ("config.json", "index.js"):
         (other / name).write_text("{}")
-        with pytest.raises(Qwen3Error, match="is no checkpoint's folder, so it is not replaced"):
+        with pytest.raises(Qwen3Error, match="is not a checkpoint folder, so it is not replaced"):
             run(replace(job, output=other, force=True), quiet)
     assert contents(other) == {"config.json": b"{}", "index.js": b"{}"}
 

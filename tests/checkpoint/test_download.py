@@ -154,7 +154,7 @@ def test_bytes_that_are_not_those_of_the_checksum_are_dropped(cache: Cache) -> N
     code, (line,) = cache.ask("-q")
     assert (code, line) == (
         1,
-        f"qwen3: {WEIGHTS} came with other bytes than the hub's checksum says; try again",
+        f"qwen3: {WEIGHTS} does not match the hub's checksum; try again",
     )
     assert cache.ask("-q") == (0, [])
     assert cache.ranges == ["bytes=1000-", None]

@@ -101,7 +101,11 @@ class Doorkeeper(Hub):
     ("status", "page", "complaint"),
     [
         (401, b'{"error": "Invalid"}', "the hub refuses the token; `hf auth login` takes another"),
-        (200, b"<html>Sign in</html>", "what answers is no hub; see to HF_ENDPOINT, or sign in"),
+        (
+            200,
+            b"<html>Sign in</html>",
+            "the server that answers is not a hub; check HF_ENDPOINT, or sign in",
+        ),
     ],
 )
 def test_a_hub_that_lets_nothing_through(

@@ -375,7 +375,7 @@ BROKEN = {
     "no such dtype": (edit_entry(dtype="F7"), "has a broken header"),
     "metadata no text": (edit_header(lambda h: h.update(__metadata__={"a": 1})), "broken header"),
     "twice": (twice_in_two_files, "has model.norm.weight twice, in model-00001-of-00002"),
-    "integers": (edit_weights(as_integers), "no place there: model.norm.weight is I16"),
+    "integers": (edit_weights(as_integers), "does not belong there: model.norm.weight is I16"),
     "layers without end": (edit_json("config.json", num_hidden_layers=99), "missing: model.lay"),
     "end id as text": (
         edit_json("config.json", eos_token_id="<|im_end|>"),

@@ -89,7 +89,7 @@ def test_recipes_that_are_none() -> None:
         with pytest.raises(ValueError, match="recipe must be one of uniform, mixed, mixed-rich"):
             choose_formats(modules, recipe, Format(4, 64))
     for form in OTHERS:
-        with pytest.raises(ValueError, match=f"mixes bits, and {form.mode} has one kind"):
+        with pytest.raises(ValueError, match=f"mixes bits, and {form.mode} has only one choice"):
             choose_formats(modules, "mixed", form)
 
 
