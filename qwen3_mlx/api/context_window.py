@@ -67,15 +67,15 @@ class Window:
         return ids
 
     def room(
-        self, prompt_tokens: int, wish: int | None, least: int, *, shortens: bool = False
+        self, prompt_tokens: int, max_tokens: int | None, least: int, *, shortens: bool = False
     ) -> int:
         """Return the most tokens that a reply may have.
 
         Args:
             prompt_tokens: tokens of the prompt.
-            wish: `max_tokens` of the request; None is all that is left of the window.
-            least: tokens that must be left where `wish` is None or 0.
-            shortens: reduce a `wish` that is too large to the tokens left, instead of refusing it.
+            max_tokens: the most that the request allows; None is all that is left of the window.
+            least: tokens that must be left if `max_tokens` is None or 0.
+            shortens: reduce `max_tokens` to the tokens left, instead of refusing the request.
 
         Raises:
             ValueError: the prompt is empty.
@@ -84,15 +84,15 @@ class Window:
         if prompt_tokens == 0:
             raise ValueError("the prompt is empty; give some text")
         window = self._engine.context
-        if prompt_tokens + (1 if wish else least) > window:
+        if prompt_tokens + (1 if max_tokens else least) > window:
             raise self._too_long(f"{prompt_tokens:,} tokens")
         room = window - prompt_tokens
-        if wish is not None and wish > room and not shortens:
+        if max_tokens is not None and max_tokens > room and not shortens:
             raise ContextError(
-                f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
-                f"context window of {self._described()} has room for {room:,}"
+                f"max_tokens={max_tokens:,} does not fit: after {prompt_tokens:,} tokens of prompt "
+                f"the context window of {self._described()} has room for {room:,}"
             )
-        return room if wish is None else min(wish, room)
+        return room if max_tokens is None else min(max_tokens, room)
 
     def _too_long(self, counted: str) -> ContextError:
         return ContextError(

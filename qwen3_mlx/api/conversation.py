@@ -233,7 +233,9 @@ class Conversation:
         try:
             return places[number]
         except IndexError:
-            raise ValueError(f"there is no turn {number}: {len(places)} have been said") from None
+            raise ValueError(
+                f"there is no turn {number}: the conversation has {len(places)}"
+            ) from None
 
 
 def _arguments_of(function: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -149,7 +149,7 @@ class ReplyGenerator:
             else None
         )
         if tools and calls is None:
-            raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
+            raise Qwen3Error("this checkpoint cannot call tools; leave tools out")
         render_prompt = render_begun if continued else render_whole
         prompt = render_prompt(words, history, asked.thinking, tools)
         ids = self.window.fitting(prompt)
@@ -161,7 +161,7 @@ class ReplyGenerator:
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
         if asked.must_call and form:
-            warnings.append("a call of a tool is demanded, so the form of the answer was ignored")
+            warnings.append("a tool call is required, so the form of the answer was ignored")
         if continued:
             draws_as_thinking = bool(thinking_of(continued))
             if asked.thinking and not inside:
@@ -197,7 +197,7 @@ class ReplyGenerator:
 
     def start(
         self,
-        task: PreparedRequest,
+        prepared: PreparedRequest,
         deliver: Callable[[Event | BaseException], None],
         cancelled: Flag,
         on_end: Callable[[ReplyBuilder], None] | None = None,
@@ -209,7 +209,7 @@ class ReplyGenerator:
 
         Raises what `Window.room` and `ThinkingLimits.of` raise.
         """
-        words, asked, reply = self.words, task.asked, ReplyBuilder(task.continued)
+        words, asked, reply = self.words, prepared.asked, ReplyBuilder(prepared.continued)
 
         def emit(event: Event | BaseException) -> None:
             reply.add(event)
@@ -218,22 +218,28 @@ class ReplyGenerator:
                 event = _error_of(partial(on_end, reply)) or event
             deliver(event)
 
-        ids = task.ids
-        room = self.window.room(len(ids), task.max_tokens, task.least_room, shortens=task.shortens)
-        thinking = None if task.thinks is None else words.thinking
+        ids = prepared.ids
+        room = self.window.room(
+            len(ids), prepared.max_tokens, prepared.least_room, shortens=prepared.shortens
+        )
+        thinking = None if prepared.thinks is None else words.thinking
         parser = ReplyParser(
             words.tokenizer,
             emit,
             thinking=thinking,
-            inside=task.inside,
-            begun=is_begun(task.continued),
+            inside=prepared.inside,
+            begun=is_begun(prepared.continued),
             stop=asked.stop_strings,
-            calls=task.calls,
+            calls=prepared.calls,
             logprobs=asked.logprobs is not None,
         )
-        parser.logprob_of_end = task.score_prompt  # scoring reports every token, the end token too
-        form = task.form and task.form.copy([])  # a grammar has state, so each reply has its own
-        budget = self._thinking_budget(task, room, form)
+        parser.logprob_of_end = (
+            prepared.score_prompt
+        )  # scoring reports every token, the end token too
+        form = prepared.form and prepared.form.copy(
+            []
+        )  # a grammar has state, so each reply has its own
+        budget = self._thinking_budget(prepared, room, form)
         failures: list[str] = []  # of the grammars of calls; filled while the reply runs
 
         def finish(result: RequestResult | BaseException) -> None:
@@ -244,8 +250,8 @@ class ReplyGenerator:
                 len(ids), result.cached_tokens, result.completion_tokens, parser.reasoning_tokens
             )
             reason = _finish_reason(result, parser, looped=budget.finished)
-            details = parser.details | budget.details | task.details
-            warnings = [task.details.get("warning"), *dict.fromkeys(failures), parser.warning]
+            details = parser.details | budget.details | prepared.details
+            warnings = [prepared.details.get("warning"), *dict.fromkeys(failures), parser.warning]
             if warning := "; ".join(filter(None, warnings)):
                 details["warning"] = warning
             if self.engine.speculates:
@@ -256,8 +262,8 @@ class ReplyGenerator:
                 }
             emit(Finish(reason, usage, details))
             if asked.prefetch_next_turn and reason in ("stop", "length"):
-                job = partial(self._read_ahead, task, reply.message(), len(ids))
-                if len(task.prompt) < _LONG:
+                job = partial(self._read_ahead, prepared, reply.message(), len(ids))
+                if len(prepared.prompt) < _LONG:
                     job()
                 else:  # this is the worker thread, which must not encode a long prompt
                     Thread(target=job, name="qwen3-ahead", daemon=True).start()
@@ -267,7 +273,7 @@ class ReplyGenerator:
 
         defaults = sampling_defaults(
             words.sampling,
-            thinking=task.draws_as_thinking,
+            thinking=prepared.draws_as_thinking,
             hybrid=thinking is not None and thinking.hybrid,
         )
         request = Request(
@@ -275,20 +281,20 @@ class ReplyGenerator:
             sampling=(asked.sampling or SamplingParams()).over(defaults),
             max_tokens=room,
             seed=secrets.randbits(32) if asked.seed is None else asked.seed,
-            end_ids=self._end_ids(task),
+            end_ids=self._end_ids(prepared),
             sink=parser,
             on_finish=partial(_finish_once, finish, reply, emit),
             progress=asked.progress,
-            constraint=self._constraint(task, room, budget, form, failures),
+            constraint=self._constraint(prepared, room, budget, form, failures),
             cancelled=cancelled,
             on_logprobs=None if asked.logprobs is None else add_logprob,
-            on_prompt_logprobs=self._prompt_scorer(ids, emit) if task.score_prompt else None,
+            on_prompt_logprobs=self._prompt_scorer(ids, emit) if prepared.score_prompt else None,
             top_logprobs=asked.logprobs or 0,
             recheck_logits=lambda: budget.looped,
-            client=task.client,
+            client=prepared.client,
         )
         self.engine.submit(request)
-        return StartedReply(len(ids), room, budget.finish_thinking, task.continued)
+        return StartedReply(len(ids), room, budget.finish_thinking, prepared.continued)
 
     def _prompt_scorer(
         self, ids: Sequence[int], emit: Callable[[Event], None]
@@ -300,20 +306,20 @@ class ReplyGenerator:
 
         return add
 
-    def _end_ids(self, task: PreparedRequest) -> frozenset[int]:
+    def _end_ids(self, prepared: PreparedRequest) -> frozenset[int]:
         words = self.words
-        return words.end_ids if task.thinks is None else words.end_ids | words.turn_end_ids
+        return words.end_ids if prepared.thinks is None else words.end_ids | words.turn_end_ids
 
     def _thinking_budget(
-        self, task: PreparedRequest, room: int, form: GrammarState | None
+        self, prepared: PreparedRequest, room: int, form: GrammarState | None
     ) -> ThinkingBudget:
         """Create the thinking budget and repetition guard; a constrained answer keeps its room."""
-        words, asked = self.words, task.asked
-        thinking = None if task.thinks is None else words.thinking
-        budget = asked.thinking_budget if task.thinks else None
+        words, asked = self.words, prepared.asked
+        thinking = None if prepared.thinks is None else words.thinking
+        budget = asked.thinking_budget if prepared.thinks else None
         # A call that stands in the thinking is not constrained: it may be any call, in any number.
         # Where a call is demanded, or only one allowed, it cannot end the thinking.
-        settled = task.calls is not None and (asked.must_call or not asked.parallel_tool_calls)
+        settled = prepared.calls is not None and (asked.must_call or not asked.parallel_tool_calls)
         bounded = form is not None or settled
         # A budget is refused only if the request's own max_tokens leaves no room for it. If the
         # context window is what ends, the budget gives way.
@@ -321,7 +327,7 @@ class ReplyGenerator:
         limits = ThinkingLimits.of(
             words.tokenizer,
             thinking,
-            budget=room if bounded and budget is None and task.thinks else budget,
+            budget=room if bounded and budget is None and prepared.thinks else budget,
             message=asked.thinking_budget_message,
             max_tokens=room,
             guard=asked.loop_guard,
@@ -332,15 +338,15 @@ class ReplyGenerator:
             words.tokenizer,
             thinking,
             limits,
-            inside=task.inside,
-            answering=is_begun(task.continued) and not task.inside,
-            end_ids=self._end_ids(task),
-            calls=None if settled else task.calls,
+            inside=prepared.inside,
+            answering=is_begun(prepared.continued) and not prepared.inside,
+            end_ids=self._end_ids(prepared),
+            calls=None if settled else prepared.calls,
         )
 
     def _constraint(
         self,
-        task: PreparedRequest,
+        prepared: PreparedRequest,
         room: int,
         budget: ThinkingBudget,
         form: GrammarState | None,
@@ -351,41 +357,41 @@ class ReplyGenerator:
         Failures of a call's grammar are appended to `failures`.
         """
         words = self.words
-        if not form and not task.calls:
+        if not form and not prepared.calls:
             return budget
         return GrammarConstraint(
             budget,
             words.tokenizer,
             words.thinking,
-            thinks=bool(task.thinks),
+            thinks=bool(prepared.thinks),
             max_tokens=room,
             answer=form,
             calling=ToolCallRule(
-                task.calls,
-                partial(task.call_grammar.copy, failures),
-                must=task.asked.must_call,
-                only_one=not task.asked.parallel_tool_calls,
+                prepared.calls,
+                partial(prepared.call_grammar.copy, failures),
+                must=prepared.asked.must_call,
+                only_one=not prepared.asked.parallel_tool_calls,
             )
-            if task.calls and task.call_grammar
+            if prepared.calls and prepared.call_grammar
             else None,
         )
 
-    def _read_ahead(self, task: PreparedRequest, reply: Message, already: int) -> None:
+    def _read_ahead(self, prepared: PreparedRequest, reply: Message, already: int) -> None:
         """Submit the beginning of the next turn's prompt for prefill in idle time.
 
         The template decides what that beginning is. Two prompts with different texts of the user
         are rendered; their common prefix is what any next turn begins with. `already` is about the
         number of tokens that are in the KV cache now.
         """
-        before = [*(task.messages[:-1] if task.continued else task.messages), reply]
+        before = [*(prepared.messages[:-1] if prepared.continued else prepared.messages), reply]
         try:
             first, second = (
                 self.words.tokenizer.encode(
                     render(
                         self.words,
                         [*before, {"role": "user", "content": text}],
-                        task.asked.thinking,
-                        task.tools,
+                        prepared.asked.thinking,
+                        prepared.tools,
                         add_generation_prompt=False,
                     )
                 )

@@ -183,7 +183,9 @@ class GenerationOptions:
         if len(forms) > 1:
             raise ValueError(f"an answer can have one form, not {' and '.join(forms)}")
         if forms and self.continue_last:
-            raise ValueError(f"{forms[0]} is the form of a whole answer, not of a continued one")
+            raise ValueError(
+                f"{forms[0]} constrains a whole answer, not one that continue_last continues"
+            )
 
     def _check_types(self) -> None:
         for name, (kind, expected) in _KINDS.items():

@@ -123,7 +123,7 @@ def test_retry_edit_and_branch(demo: LLM) -> None:
         pass
     assert [m["content"] for m in conversation.messages] == ["What is 2 + 2?", "2 + 2 = 4"]
     assert [m["content"] for m in branch.messages] == ["What is 5 + 6?", first.text]
-    with pytest.raises(ValueError, match="there is no turn 5: 1 have been said"):
+    with pytest.raises(ValueError, match="there is no turn 5: the conversation has 1"):
         conversation.edit("What?", turn=5)
     with pytest.raises(ValueError, match="there is nothing to reply to"):
         conversation.chat()
