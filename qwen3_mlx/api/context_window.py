@@ -19,8 +19,8 @@ MOST_COUNTED = 2
 class Window:
     """The context window of one engine, for prompts of one checkpoint."""
 
-    def __init__(self, words: TextProcessor, engine: Engine) -> None:
-        self._words = words
+    def __init__(self, processor: TextProcessor, engine: Engine) -> None:
+        self._processor = processor
         self._engine = engine
 
     def check(self, history: Sequence[Message], times: int = 1) -> None:
@@ -30,7 +30,7 @@ class Window:
             ContextError: a lower bound of their tokens is more than that.
         """
         limit = times * self._engine.context
-        if (least := least_tokens(self._words, history, limit)) > limit:
+        if (least := least_tokens(self._processor, history, limit)) > limit:
             raise self._too_long(f"{least:,} tokens or more")
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -47,7 +47,7 @@ class Window:
                 raise ValueError(f"token ids are 0 to {rows - 1:,}, not {outside[0]}")
             return list(prompt)
         try:
-            ids = self._words.tokenizer.encode(prompt, most=MOST_COUNTED * self._engine.context)
+            ids = self._processor.tokenizer.encode(prompt, most=MOST_COUNTED * self._engine.context)
         except TooLong as error:
             raise self._too_long(f"{error.least:,} tokens or more") from error
         if (largest := max(ids, default=0)) >= rows:

@@ -106,18 +106,21 @@ class ReplyGenerator:
         self.window = Window(words, engine)
 
     def text(
-        self, prompt: str | Sequence[int], asked: GenerationOptions, caller: Caller = PATIENT
+        self, prompt: str | Sequence[int], options: GenerationOptions, caller: Caller = PATIENT
     ) -> PreparedRequest:
         """Prepare the continuation of raw text or of token ids.
 
         Raises what `Window.fitting` and `GenerationOptions.form` raise.
         """
         ids = self.window.fitting(prompt)
-        form = asked.form(self.words.grammars.on_behalf_of(caller))
-        return PreparedRequest(prompt, ids, None, False, asked, form=form)
+        form = options.form(self.words.grammars.on_behalf_of(caller))
+        return PreparedRequest(prompt, ids, None, False, options, form=form)
 
     def chat(
-        self, messages: str | Sequence[Message], asked: GenerationOptions, caller: Caller = PATIENT
+        self,
+        messages: str | Sequence[Message],
+        options: GenerationOptions,
+        caller: Caller = PATIENT,
     ) -> PreparedRequest:
         """Prepare a reply to a conversation; `caller` may cancel it meanwhile.
 
@@ -127,11 +130,11 @@ class ReplyGenerator:
             Qwen3Error: the checkpoint cannot honour an option.
         """
         words = self.words
-        thinks = words.thinking.resolve(asked.thinking)
+        thinks = words.thinking.resolve(options.thinking)
         history = without_empty_end(normalise(messages))
         self.window.check(history)  # cheap: refuses far too long prompts before rendering them
         continued, inside = None, thinks and words.thinking.opens_in_prompt
-        if asked.continue_last:
+        if options.continue_last:
             history = begun(history)
             continued, inside = history[-1], not history[-1]["content"]
             if inside and not thinks:
@@ -139,59 +142,59 @@ class ReplyGenerator:
             thinks = inside
         elif history[-1]["role"] == "assistant":
             raise ValueError(why_no_turn(history[-1]))
-        if asked.thinking_budget is not None and not thinks and not continued:
+        if options.thinking_budget is not None and not thinks and not continued:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
-        tools = asked.described_tools()
-        named = [tool for tool in tools if tool["function"]["name"] == asked.tool_choice]
+        tools = options.described_tools()
+        named = [tool for tool in tools if tool["function"]["name"] == options.tool_choice]
         calls = (
-            ToolCallSyntax.of(words.template, words.tokenizer, tools, partial=asked.partial_calls)
+            ToolCallSyntax.of(words.template, words.tokenizer, tools, partial=options.partial_calls)
             if tools
             else None
         )
         if tools and calls is None:
             raise Qwen3Error("this checkpoint cannot call tools; leave tools out")
         render_prompt = render_begun if continued else render_whole
-        prompt = render_prompt(words, history, asked.thinking, tools)
+        prompt = render_prompt(words, history, options.thinking, tools)
         ids = self.window.fitting(prompt)
         grammars = words.grammars.on_behalf_of(caller)
-        form = asked.form(grammars)
+        form = options.form(grammars)
         call_grammar = calls.grammar(grammars, named or tools) if calls else None
         warnings = [*call_grammar.warnings] if call_grammar else []
         # The model itself obeys /think and /no_think; here they choose the sampling defaults only.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
-        if asked.must_call and form:
+        if options.must_call and form:
             warnings.append("a tool call is required, so the form of the answer was ignored")
         if continued:
             draws_as_thinking = bool(thinking_of(continued))
-            if asked.thinking and not inside:
+            if options.thinking and not inside:
                 warnings.append("the answer had begun, so it was continued without thinking")
         return PreparedRequest(
             prompt,
             ids,
             thinks,
             draws_as_thinking,
-            asked,
-            inside,
-            continued,
-            history,
-            tools,
-            calls,
-            None if asked.must_call else form,
-            call_grammar,
-            {"warning": "; ".join(warnings)} if warnings else {},
+            options,
+            inside=inside,
+            continued=continued,
+            messages=history,
+            tools=tools,
+            calls=calls,
+            form=None if options.must_call else form,
+            call_grammar=call_grammar,
+            details={"warning": "; ".join(warnings)} if warnings else {},
         )
 
-    def count_tokens(self, messages: str | Sequence[Message], asked: GenerationOptions) -> int:
+    def count_tokens(self, messages: str | Sequence[Message], options: GenerationOptions) -> int:
         """Return the number of tokens of a prompt; see `LLM.count_tokens`."""
         history = normalise(messages)
         self.window.check(history, MOST_COUNTED)
         prompt = render(
             self.words,
             history,
-            asked.thinking,
-            asked.described_tools(),
-            continue_last=asked.continue_last,
+            options.thinking,
+            options.described_tools(),
+            continue_last=options.continue_last,
         )
         return len(self.window.encode(prompt))
 
@@ -209,7 +212,7 @@ class ReplyGenerator:
 
         Raises what `Window.room` and `ThinkingLimits.of` raise.
         """
-        words, asked, reply = self.words, prepared.asked, ReplyBuilder(prepared.continued)
+        words, options, reply = self.words, prepared.asked, ReplyBuilder(prepared.continued)
 
         def emit(event: Event | BaseException) -> None:
             reply.add(event)
@@ -229,9 +232,9 @@ class ReplyGenerator:
             thinking=thinking,
             inside=prepared.inside,
             begun=is_begun(prepared.continued),
-            stop=asked.stop_strings,
+            stop=options.stop_strings,
             calls=prepared.calls,
-            logprobs=asked.logprobs is not None,
+            logprobs=options.logprobs is not None,
         )
         parser.logprob_of_end = (
             prepared.score_prompt
@@ -261,7 +264,7 @@ class ReplyGenerator:
                     "accepted_tokens": str(result.accepted),
                 }
             emit(Finish(reason, usage, details))
-            if asked.prefetch_next_turn and reason in ("stop", "length"):
+            if options.prefetch_next_turn and reason in ("stop", "length"):
                 job = partial(self._read_ahead, prepared, reply.message(), len(ids))
                 if len(prepared.prompt) < _LONG:
                     job()
@@ -278,18 +281,18 @@ class ReplyGenerator:
         )
         request = Request(
             ids=ids,
-            sampling=(asked.sampling or SamplingParams()).over(defaults),
+            sampling=(options.sampling or SamplingParams()).over(defaults),
             max_tokens=room,
-            seed=secrets.randbits(32) if asked.seed is None else asked.seed,
+            seed=secrets.randbits(32) if options.seed is None else options.seed,
             end_ids=self._end_ids(prepared),
             sink=parser,
             on_finish=partial(_finish_once, finish, reply, emit),
-            progress=asked.progress,
+            progress=options.progress,
             constraint=self._constraint(prepared, room, budget, form, failures),
             cancelled=cancelled,
-            on_logprobs=None if asked.logprobs is None else add_logprob,
+            on_logprobs=None if options.logprobs is None else add_logprob,
             on_prompt_logprobs=self._prompt_scorer(ids, emit) if prepared.score_prompt else None,
-            top_logprobs=asked.logprobs or 0,
+            top_logprobs=options.logprobs or 0,
             recheck_logits=lambda: budget.looped,
             client=prepared.client,
         )
@@ -314,25 +317,28 @@ class ReplyGenerator:
         self, prepared: PreparedRequest, room: int, form: GrammarState | None
     ) -> ThinkingBudget:
         """Create the thinking budget and repetition guard; a constrained answer keeps its room."""
-        words, asked = self.words, prepared.asked
+        words, options = self.words, prepared.asked
         thinking = None if prepared.thinks is None else words.thinking
-        budget = asked.thinking_budget if prepared.thinks else None
+        budget = options.thinking_budget if prepared.thinks else None
         # A call that stands in the thinking is not constrained: it may be any call, in any number.
         # Where a call is demanded, or only one allowed, it cannot end the thinking.
-        settled = prepared.calls is not None and (asked.must_call or not asked.parallel_tool_calls)
+        settled = prepared.calls is not None and (
+            options.must_call or not options.parallel_tool_calls
+        )
+        # Where something must follow the thinking, a budget keeps room for it, stated or not.
         bounded = form is not None or settled
         # A budget is refused only if the request's own max_tokens leaves no room for it. If the
         # context window is what ends, the budget gives way.
-        short = room != asked.max_tokens
+        short = room != options.max_tokens
         limits = ThinkingLimits.of(
             words.tokenizer,
             thinking,
             budget=room if bounded and budget is None and prepared.thinks else budget,
-            message=asked.thinking_budget_message,
+            message=options.thinking_budget_message,
             max_tokens=room,
-            guard=asked.loop_guard,
+            guard=options.loop_guard,
             least_answer=len(form.closing() or ()) + 1 if form else 1,
-            bends=budget is None or asked.thinking_budget_bends or short,
+            bends=budget is None or options.thinking_budget_bends or short,
         )
         return ThinkingBudget(
             words.tokenizer,

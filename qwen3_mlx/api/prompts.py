@@ -47,7 +47,7 @@ class TextProcessor:
 
 
 def render(
-    words: TextProcessor,
+    processor: TextProcessor,
     messages: str | Sequence[Message],
     thinking: bool | None = None,
     tools: Sequence[Tool] | None = None,
@@ -55,18 +55,18 @@ def render(
     continue_last: bool = False,
 ) -> Prompt:
     """Render a conversation; see `LLM.render`."""
-    words.thinking.resolve(thinking)
+    processor.thinking.resolve(thinking)
     described = [tool_schema(tool) for tool in tools or ()]
     history = normalise(messages)
     if continue_last:
-        return render_begun(words, begun(history), thinking, described)
+        return render_begun(processor, begun(history), thinking, described)
     if add_generation_prompt:
         history = without_empty_end(history)
-    return render_whole(words, history, thinking, described, add_generation_prompt)
+    return render_whole(processor, history, thinking, described, add_generation_prompt)
 
 
 def render_whole(
-    words: TextProcessor,
+    processor: TextProcessor,
     history: Sequence[Message],
     thinking: bool | None,
     tools: Sequence[Mapping[str, Any]],
@@ -77,13 +77,13 @@ def render_whole(
     Raises:
         Qwen3Error: there is no template, or it refuses the messages.
     """
-    hiding = Hiding(words.control)
-    rendered = _rendered(words, hiding, history, thinking, tools, add_generation_prompt)
+    hiding = Hiding(processor.control)
+    rendered = _rendered(processor, hiding, history, thinking, tools, add_generation_prompt)
     return hiding.prompt(rendered)
 
 
 def render_begun(
-    words: TextProcessor,
+    processor: TextProcessor,
     history: Sequence[Message],
     thinking: bool | None,
     tools: Sequence[Mapping[str, Any]],
@@ -98,8 +98,10 @@ def render_begun(
     # A random mark at the end of the text shows where the template has put that end.
     end = f"q{secrets.token_hex(8)}e"
     history = [*before, {**last, field: last[field] + end}]
-    hiding = Hiding(words.control)
-    rendered, found, _ = _rendered(words, hiding, history, thinking, tools, False).rpartition(end)
+    hiding = Hiding(processor.control)
+    rendered, found, _ = _rendered(processor, hiding, history, thinking, tools, False).rpartition(
+        end
+    )
     if not found:
         raise Qwen3Error(
             "the last message cannot be continued: this checkpoint's chat template leaves it out"
@@ -108,19 +110,19 @@ def render_begun(
 
 
 def _rendered(
-    words: TextProcessor,
+    processor: TextProcessor,
     hiding: Hiding,
     history: Sequence[Message],
     thinking: bool | None,
     tools: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
 ) -> str:
-    if words.template is None:
-        raise Qwen3Error(words.no_template)
+    if processor.template is None:
+        raise Qwen3Error(processor.no_template)
     try:
-        return words.template.render(
-            [hiding.hide_in_message(message) for message in words.template.prepared(history)],
-            thinking=thinking if words.thinking.hybrid else None,
+        return processor.template.render(
+            [hiding.hide_in_message(message) for message in processor.template.prepared(history)],
+            thinking=thinking if processor.thinking.hybrid else None,
             tools=hiding.hide(tools),
             add_generation_prompt=add_generation_prompt,
         )
@@ -128,7 +130,7 @@ def _rendered(
         raise Qwen3Error(hiding.show(str(error))) from error
 
 
-def least_tokens(words: TextProcessor, history: Sequence[Message], enough: int) -> int:
+def least_tokens(processor: TextProcessor, history: Sequence[Message], enough: int) -> int:
     """Return a lower bound of the number of tokens of a prompt, without rendering it.
 
     Counts what no template leaves out: one token for each message, and its content without
@@ -139,7 +141,7 @@ def least_tokens(words: TextProcessor, history: Sequence[Message], enough: int) 
         if least > enough:
             break
         text = message["content"].rpartition(END_THINK)[2].strip()
-        least += words.tokenizer.least_tokens(text, enough)
+        least += processor.tokenizer.least_tokens(text, enough)
     return least
 
 

@@ -120,7 +120,7 @@ class MlxLm:
     """mlx-lm: `generate_step` with a prompt cache that is kept, as in its chat, and its batches."""
 
     def __init__(self, folder: str, terms: NumericSettings | None) -> None:
-        # Imported here because mlx-lm is an optional dependency.
+        # Imported here: no other part of this package may depend on mlx-lm.
         from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.utils import dequantize_model, load_model

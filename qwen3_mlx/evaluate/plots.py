@@ -54,7 +54,7 @@ def check_picture(path: Path) -> None:
     if path.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"a picture's name must end in .png or .svg, and {path.name} does not")
     if not path.parent.is_dir():
-        raise ValueError(f"{path.parent}, where the picture shall go, is no folder")
+        raise ValueError(f"{path.parent}, the folder of the picture, does not exist")
     if find_spec("matplotlib") is None:
         raise Qwen3Error(f"a picture needs matplotlib: {install_command('plot')}")
 

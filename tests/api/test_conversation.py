@@ -127,7 +127,7 @@ def test_retry_edit_and_branch(demo: LLM) -> None:
         conversation.edit("What?", turn=5)
     with pytest.raises(ValueError, match="there is nothing to reply to"):
         conversation.chat()
-    with pytest.raises(ValueError, match="there is no turn -1: 0 have"):
+    with pytest.raises(ValueError, match="there is no turn -1: the conversation has 0"):
         early.retry()
 
 
