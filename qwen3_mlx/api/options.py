@@ -52,8 +52,9 @@ class Options(TextOptions, total=False):
             last 256 tokens, and four whole circles, repeat what stood before them, the thinking is
             closed or the answer ended.
 
-    Sampling (see `SamplingParams` for the order of the steps). Without a value, the defaults of the
-    checkpoint and of its mode, thinking or not, apply:
+    Sampling (see `SamplingParams` for the order of the steps). Each defaults to None, which is the
+    value of the checkpoint, or else Qwen's for the mode: temperature 0.6, top_p 0.95, top_k 20 with
+    thinking and 0.7, 0.8, 20 without; the others change nothing:
         temperature: float, 0 to 100. Divides the logits; 0 always takes the likeliest token.
         top_p: float, above 0 to 1. Keeps the fewest tokens whose probabilities add up to top_p.
         top_k: int, from 0. Keeps the k likeliest tokens; 0 keeps all.
@@ -89,7 +90,8 @@ class Options(TextOptions, total=False):
 
     Structured output, at most one of these; default None. The constraint applies to the answer, not
     to the thinking:
-        schema: dict (JSON schema) or pydantic model. The answer is JSON that fits the schema.
+        schema: JSON schema as a dict, or a pydantic model. The answer is JSON that fits
+            it; `Reply.parsed` holds the data.
         regex: str. The whole answer matches this regular expression.
         choice: sequence of str. The answer is one of these texts.
         grammar: str. The answer follows this grammar, in Lark's syntax.

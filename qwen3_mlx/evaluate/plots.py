@@ -48,13 +48,13 @@ def check_picture(path: Path) -> None:
     """Check that a plot can be saved to `path`, before the measurements for it are made.
 
     Raises:
-        ValueError: the name ends neither in .png nor in .svg, or its folder does not exist.
+        ValueError: the name ends neither in .png nor in .svg, or its parent is not a folder.
         Qwen3Error: matplotlib is not installed.
     """
     if path.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"a picture's name must end in .png or .svg, and {path.name} does not")
     if not path.parent.is_dir():
-        raise ValueError(f"{path.parent}, the folder of the picture, does not exist")
+        raise ValueError(f"a picture cannot be saved in {path.parent}, which is no folder")
     if find_spec("matplotlib") is None:
         raise Qwen3Error(f"a picture needs matplotlib: {install_command('plot')}")
 
