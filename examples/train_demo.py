@@ -498,7 +498,7 @@ def train(options: argparse.Namespace) -> None:
     done = {"stage": 0.0, "step": 0.0, "pool": 0.0, "seconds": 0.0}
     if options.resume and state.is_file():
         done = trainer.restore(state)
-        log.info("going on from step %d of stage %d", done["step"], done["stage"] + 1)
+        log.info("resuming at step %d of stage %d", done["step"], done["stage"] + 1)
     probes = make_probes(template, tokenizer)
     for number in range(int(done["stage"]), len(STAGES)):
         steps = _steps_from(done, template, tokenizer, options)
@@ -568,7 +568,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--probe-every", type=int, default=500, metavar="STEPS")
-    parser.add_argument("--resume", action="store_true", help="go on from a stopped run")
+    parser.add_argument("--resume", action="store_true", help="resume a stopped run")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(

@@ -90,10 +90,10 @@ def check_fits(
         _suggest_model(available),
     ]
     if plan.total <= available + beside:
-        ways.append("so it would without a draft model")
+        ways.append("without a draft model it would fit")
     if owed() and plan.total <= available + owed():
         ways.append(
-            "closing another LLM of this process, or loading it with less context, would do"
+            "closing another LLM of this process, or loading it with less context, would make room"
         )
     stated = backend.stated_memory() is not None
     if plan.total <= backend.memory_limit() - beside:
@@ -162,6 +162,6 @@ def _suggest_model(available: int) -> str:
     plans = {size: plan_load(published(size), lambda _: _READY_FORMAT, options) for size in SIZES}
     fitting = {size: plan.total for size, plan in plans.items() if plan.total <= available}
     if not fitting:
-        return "nor does any of the ready 4-bit models"
+        return "none of the ready 4-bit models fits either"
     best = max(fitting, key=lambda size: fitting[size])
     return f"--model {best} fits ({mlx_4bit_name(best)}, 4-bit, {in_gb(fitting[best])})"

@@ -257,7 +257,7 @@ def read_messages(file: str | Path) -> list[Message]:
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         if content["version"] != _VERSION:
-            raise Qwen3Error(f"{file} was written by a version of qwen3-mlx that is not this one")
+            raise Qwen3Error(f"{file} was written by another version of qwen3-mlx")
         return normalise(content["messages"]) if content["messages"] else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Qwen3Error(f"{file} is not a saved conversation: {error}") from error

@@ -86,7 +86,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
 ) -> Conversion:
     """Convert a checkpoint to a quantized MLX checkpoint; the model is never held in memory.
 
-    The tensors are streamed from disk to disk. A conversion that was interrupted goes on after its
+    The tensors are streamed from disk to disk. An interrupted conversion resumes after its
     finished shards when it is started again. `bits`, `group_size` and `mode` cannot be combined
     with the recipe "auto" or with `dequantize`.
 

@@ -146,7 +146,7 @@ class LLM:
             system: text of a system message, placed first; default None.
             messages: the messages so far; default none.
             file: a file that `Conversation.save` wrote; its messages follow `messages`.
-            drop_oldest: when the context window is full, True drops the oldest turns and goes on;
+            drop_oldest: when the context window is full, True drops the oldest turns;
                 False (the default) raises a `ContextError`.
             **options: defaults of every reply; see `Options`. `prefetch_next_turn` is on: idle time
                 after a reply is used to prefill the next turn.

@@ -75,7 +75,7 @@ def compare(
         results = {OURS: _run(Setup(OURS, folder, cases, count), seconds, on_measurement)}
         terms = results[OURS].terms
         if not results[OURS].figures:
-            raise Qwen3Error(f"not one figure was there after {seconds:g} s; give it more time")
+            raise Qwen3Error(f"there is no measurement after {seconds:g} s; allow more time")
         for way in (AS_IT_COMES, EQUAL):
             if way not in against:
                 continue
