@@ -1,7 +1,7 @@
 """Run the benchmarks, most of them side by side with mlx-lm: python -m benchmarks, or make bench.
 
-Each part is a command that can be run by itself; its output goes to stdout, and with --write into
-the document, in place of what stands there of an earlier run.
+Each part is a command that can also be run by itself. Its output goes to stdout, and with --write
+into the document, where it replaces the output of an earlier run.
 """
 
 import argparse
@@ -18,7 +18,7 @@ _FOLDER = "random-0.6B-4bit"
 PARTS = {
     "speed": f"qwen3 bench {_FOLDER} --against mlx-lm --terms equal --prompts 128,1024 "
     "--decode 16 --repeats 3 --plot speed.svg",
-    # In MLX's own bfloat16 on a CPU a token of prompt takes seconds.
+    # Short prompts: on a CPU, MLX's own bfloat16 takes seconds per prompt token.
     "out of the box": f"qwen3 bench {_FOLDER} --against mlx-lm --terms box --prompts 8 "
     "--together 8 --decode 3 --minutes 30",
     "second turn": f"python -m benchmarks.second_turn {_FOLDER}",
@@ -36,7 +36,7 @@ PARTS = {
 
 
 def main() -> None:
-    """Run the parts that are named, or all."""
+    """Run the named parts, or all."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; else all")
     parser.add_argument("--write", type=Path, help="put the tables into this document")
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def run(command: str, kept: Path, pictures: Path) -> str | None:
-    """Run a part's command, and give what it prints, or None if it fails."""
+    """Run a part's command and return its output, or None if it fails."""
     words = shlex.split(command)
     if _FOLDER in words:
         words[words.index(_FOLDER)] = str(random_checkpoint(kept / _FOLDER, "0.6B"))
@@ -80,7 +80,11 @@ def run(command: str, kept: Path, pictures: Path) -> str | None:
 
 
 def with_part(document: str, name: str, output: str) -> str:
-    """Put a part's command and output between its marks, in place of what is there."""
+    """Return the document with a part's command and output between the part's marks.
+
+    Raises:
+        ValueError: the marks do not occur exactly once.
+    """
     start, end = f"<!-- {name} -->", "<!-- end -->"
     block = f"{start}\n\n```text\n$ {PARTS[name]}\n{output.rstrip()}\n```\n\n{end}"
     pattern = f"{re.escape(start)}.*?{re.escape(end)}"

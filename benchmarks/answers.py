@@ -1,4 +1,4 @@
-"""One request to an engine, from its submission to its end."""
+"""Runs one request on an engine and measures the times of its first token and its end."""
 
 import time
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from qwen3_mlx.engine.sampling_params import SamplingParams
 
 @dataclass(slots=True)
 class Answer:
-    """What came of it, and the seconds to its first token and to its end; a `TokenSink`."""
+    """Tokens and result of a request, and the seconds to first token and end; a `TokenSink`."""
 
     finished: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -21,23 +21,23 @@ class Answer:
     started: float = field(default_factory=time.perf_counter)
 
     def advance(self, ids: Sequence[int]) -> None:
-        """Take the next tokens."""
+        """Add the next tokens."""
         self.first = self.first or time.perf_counter() - self.started
         self.tokens += ids
 
     def rewind(self, count: int) -> None:
-        """Forget the last tokens."""
+        """Remove the last `count` tokens."""
         del self.tokens[len(self.tokens) - count :]
 
     def end(self, outcome: RequestResult | BaseException) -> None:
-        """Take how it ended."""
+        """Record the result of the request."""
         self.outcome, self.seconds = outcome, time.perf_counter() - self.started
 
 
 def answer(
     engine: Engine, ids: Sequence[int], sampling: SamplingParams, count: int
 ) -> tuple[Answer, RequestResult]:
-    """Have `count` tokens said after `ids`, and nothing else done meanwhile."""
+    """Run one request of `count` tokens after `ids`; nothing else runs on the engine."""
     said = Answer()
     engine.submit(Request(ids, sampling, count, 0, frozenset(), said, said.end))
     while engine.step():

@@ -1,7 +1,7 @@
-"""What thinking is worth to the demo: python -m benchmarks.budgets [PICTURE [QUESTIONS]]
+"""Accuracy of the demo by thinking budget: python -m benchmarks.budgets [PICTURE [QUESTIONS]]
 
-Sums of one, two and three digits, answered greedily with budgets from none to plenty; told is the
-share that is right. A picture (.svg or .png) is drawn if one is named.
+Sums of one, two and three digits are answered greedily with budgets from 0 to 64 tokens. The table
+has the share of correct answers. If PICTURE (.svg or .png) is named, it is plotted as well.
 """
 
 import random
@@ -16,7 +16,7 @@ DIGITS = (1, 2, 3)
 
 
 def main() -> None:
-    """Ask everything and print the table."""
+    """Run all budgets and print the table."""
     picture = Path(sys.argv[1]) if sys.argv[1:] else None
     count = int(sys.argv[2]) if sys.argv[2:] else 60
     shares: dict[int, dict[int, float]] = {digits: {} for digits in DIGITS}
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def right_share(llm: LLM, budget: int, digits: int, count: int) -> float:
-    """Ask `count` sums and give the share of right answers."""
+    """Return the share of correct answers to `count` sums."""
     rng = random.Random(digits)
     least, most = 10 ** (digits - 1), 10**digits - 1
     pairs = [(rng.randint(least, most), rng.randint(least, most)) for _ in range(count)]

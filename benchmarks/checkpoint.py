@@ -1,6 +1,6 @@
-"""A checkpoint of real size and random weights, 4-bit as mlx-lm writes it, or bfloat16 in shards.
+"""Random checkpoints of real size: 4-bit as mlx-lm writes them, or bfloat16 in shards.
 
-Its tokens mean nothing; it has the demo's tokenizer, so that it can be loaded like any.
+Their output is meaningless. They have the demo's tokenizer, so that they load like any checkpoint.
 """
 
 import json
@@ -18,11 +18,11 @@ from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import published_config
 
-_SPREAD = 0.03  # of the weights, as published ones have it
+_SPREAD = 0.03  # of the weights, about that of published checkpoints
 
 
 def random_checkpoint(folder: Path, size: str, bits: int | None = 4) -> Path:
-    """Write such a checkpoint into `folder`, unless it is there; bits None makes bfloat16."""
+    """Write a random checkpoint into `folder` unless it exists; bits None means bfloat16."""
     if (folder / "config.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,7 +42,7 @@ def random_checkpoint(folder: Path, size: str, bits: int | None = 4) -> Path:
 
 
 def _write_layers(folder: Path, config: dict[str, Any]) -> None:
-    """Write one file for each layer, the embedding, the norm and the head: no model is held."""
+    """Write one file per layer, embedding, norm and head, so that no model is held in memory."""
     groups: dict[str, dict[str, list[int]]] = defaultdict(dict)
     for name, array in Qwen3(ModelConfig.from_dict(config)).tensors().items():
         before, layers, after = name.partition(".layers.")
@@ -58,7 +58,7 @@ def _write_layers(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _random(shape: list[int]) -> mx.array:
-    if len(shape) == 1:  # a norm's
+    if len(shape) == 1:  # of a norm
         return mx.random.uniform(0.5, 1.5, shape, dtype=mx.bfloat16)
     return mx.random.uniform(-_SPREAD, _SPREAD, shape, dtype=mx.bfloat16)
 

@@ -1,10 +1,10 @@
-"""What long contexts take by cache format: python -m benchmarks.contexts [PICTURE]
+"""Costs of long contexts by cache format: python -m benchmarks.contexts [PICTURE]
 
-Measured on six layers of Qwen3-0.6B's shape, with random weights: the bytes of the cache beside the
-formula, the most memory while 8,192 tokens are read, and the time to read 2,000 tokens beside the
-time to restore them from disk. And on the demo checkpoint: the perplexity of replies, as its
-curriculum has them, by cache format. Fails where bytes are off by more than 2 %, the peak of a
-quantized cache is not below the plain one's, restoring is not 20 times as fast as reading, or a
+Measured on six layers of Qwen3-0.6B's shape with random weights: the bytes of the KV cache against
+the formula, the peak memory while 8,192 tokens are read, and the time to prefill 2,000 tokens
+against the time to restore them from disk. On the demo checkpoint: the perplexity of replies of
+its curriculum by cache format. Fails if bytes are off by more than 2 %, if the peak of a quantized
+cache is not below that of the plain one, if restoring is not 20 times as fast as prefill, or if a
 perplexity is off by more than 0.1 %.
 """
 
@@ -36,13 +36,13 @@ _LONG, _PROMPT = 8192, 2000  # tokens
 _STOPS = (1024, 2048, 4096, 8192)
 _CHUNK = 512
 _TALKS = 1000
-_Sizes = dict[int, int]  # bytes by tokens
+_Sizes = dict[int, int]  # bytes by number of tokens
 _REPLY = re.compile(r"(<\|im_start\|>assistant\n.*?<\|im_end\|>)", re.DOTALL)
 _ROLE = 3  # tokens: <|im_start|>, assistant, a line break
 
 
 def main() -> None:
-    """Measure all, print the tables and draw the picture, if one is named."""
+    """Run all measurements, print the tables and draw the plot if one is named."""
     picture = Path(sys.argv[1]) if sys.argv[1:] else None
     if picture:
         check_picture(picture)
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _draw(path: Path, lines: Mapping[str, tuple[_Sizes, _Sizes]]) -> None:
-    """Draw what was planned as lines, and what was measured as points."""
+    """Draw planned bytes as lines and measured bytes as points."""
     with saved_figure(path, width=6) as figure:
         axes = figure.subplots()
         for name, (planned, held) in lines.items():
@@ -106,7 +106,7 @@ def _model() -> Qwen3:
 
 
 def _memory(model: Qwen3, form: CacheFormat) -> tuple[_Sizes, int]:
-    """Read a long prompt; give the bytes kept, by length, and the peak above the weights."""
+    """Prefill a long prompt; return cache bytes by length, and the peak above the weights."""
     model.cache_format = form
     held: _Sizes = {}
     mx.clear_cache()
@@ -121,7 +121,7 @@ def _memory(model: Qwen3, form: CacheFormat) -> tuple[_Sizes, int]:
 
 
 def _restore(model: Qwen3) -> tuple[float, float]:
-    """Give the seconds to read a prompt, and to restore it from disk."""
+    """Return the seconds to prefill a prompt, and to restore it from disk."""
     model.cache_format = CACHE_FORMATS["bf16"]
     ids = [n % 1024 for n in range(_PROMPT)]
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +142,7 @@ def _restore(model: Qwen3) -> tuple[float, float]:
 
 
 def _perplexities() -> Iterator[tuple[str, float]]:
-    """Print, and give, how each cache format changes the perplexity of the demo's replies."""
+    """Print and yield the relative change of the perplexity of the demo's replies per format."""
     llm = load(DEMO)
     talks = []
     for text in conversations(_TALKS).held_out:

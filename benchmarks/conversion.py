@@ -1,11 +1,11 @@
 """Conversion on this machine: python -m benchmarks.conversion
 
 sizes: memory and time of converting random bfloat16 checkpoints of real size to 4 bits (groups of
-64), ours and mlx-lm's, each in a process of its own and in turn, the source dropped from the file
-cache before; and whether the results are the same to the bit.
-resume: a conversion that dies ten times, by Ctrl-C and by SIGKILL, and goes on each time.
-quality: the demo checkpoint by each recipe, its divergence on text that was held out.
-exam: the demo's exam, for the original, 4 bits, and the measured recipe at 4.5 bits a weight.
+64), by this package and by mlx-lm, in turn, each in its own process, the source dropped from the
+file cache before; and whether the results are bit-identical.
+resume: a conversion that is killed ten times, by Ctrl-C and by SIGKILL, and resumed each time.
+quality: the demo checkpoint converted by each recipe, and its divergence on held-out text.
+exam: the demo's exam, for the original, 4 bits, and the measured recipe at 4.5 bits per weight.
 """
 
 import argparse
@@ -35,7 +35,7 @@ _INTERRUPTIONS = 10
 
 
 def main() -> None:
-    """Measure what is asked for and print it."""
+    """Run the requested parts and print the report."""
     options = _options()
     figures: dict[str, Any] = {"machine": backend.describe(), "date": time.strftime("%Y-%m-%d")}
     with tempfile.TemporaryDirectory(dir=options.checkpoints) as scratch:
@@ -120,9 +120,9 @@ def _convert_both(size: str, folder: Path, kept: Path | None, repeats: int) -> d
 
 
 def _resume(source: Path, folder: Path) -> dict[str, Any]:
-    """Let a conversion die at random places, go on each time, and hold the end against a whole one.
+    """Interrupt a conversion at random places, resume it, and compare it with an uninterrupted one.
 
-    Ctrl-C and SIGKILL take turns.
+    SIGINT and SIGKILL alternate. Returns the bytes found finished at each start.
     """
     whole, output = folder / "whole", folder / "in-pieces"
     total = json_of(_STEPS, "interrupted", source, whole, 1 << 60, 0)["done"]
@@ -149,7 +149,7 @@ def _resume(source: Path, folder: Path) -> dict[str, Any]:
 
 def _differing(first: Path, second: Path) -> list[str]:
     names = sorted({path.name for folder in (first, second) for path in folder.iterdir()})
-    # The card has the folder's name in it.
+    # README.md contains the name of the folder.
     _, *different = cmpfiles(first, second, set(names) - {"README.md"}, shallow=False)
     return sorted(sum(different, []))
 
@@ -178,7 +178,7 @@ def _for_the_exam(folder: Path) -> dict[str, Path]:
 
 
 def report(figures: dict[str, Any]) -> str:
-    """Write the figures as tables."""
+    """Return the figures as tables."""
     machine = figures["machine"]
     lines = [f"{machine['device']}, {machine['system']}, BLAS {machine['blas']}, {figures['date']}"]
     if "sizes" in figures:

@@ -1,4 +1,4 @@
-"""One step of the comparison of conversions, in a process of its own; prints a line of JSON.
+"""One step of the conversion benchmark, run in its own process; prints a line of JSON.
 
 python -m benchmarks.converting make SIZE FOLDER       a random bfloat16 checkpoint
 python -m benchmarks.converting ours|peer SOURCE OUTPUT
@@ -27,11 +27,11 @@ from benchmarks.processes import peak_resident
 from qwen3_mlx import convert
 from qwen3_mlx.checkpoint import convert as streaming
 
-_SMALL_SHARD = 8_000_000  # bytes, so that there is much to go on from
+_SMALL_SHARD = 8_000_000  # bytes; many shards, so that there is much to resume from
 
 
 def make(size: str, folder: str) -> dict[str, str]:
-    """Write a random checkpoint, where the driver's memory is not touched."""
+    """Write a random checkpoint, in this process to keep the driver's memory low."""
     return {"folder": str(random_checkpoint(Path(folder), size, bits=None))}
 
 
@@ -44,7 +44,7 @@ def ours(source: str, output: str) -> dict[str, float]:
 
 
 def peer(source: str, output: str) -> dict[str, float]:
-    """Convert with mlx-lm: what its `convert` does, but for the tokenizer."""
+    """Convert with mlx-lm: the steps of its `convert`, without the tokenizer."""
     from mlx_lm.utils import load_model, quantize_model, save_config, save_model
 
     _forget(Path(source))
@@ -58,7 +58,7 @@ def peer(source: str, output: str) -> dict[str, float]:
 
 
 def interrupted(source: str, output: str, after: str, signal: str) -> dict[str, int]:
-    """Convert in small shards until so many bytes are written, then die by the signal."""
+    """Convert in small shards until `after` bytes are written, then send itself the signal."""
     streaming._SHARD_BYTES = _SMALL_SHARD
     begun: list[int] = []
 
@@ -73,12 +73,12 @@ def interrupted(source: str, output: str, after: str, signal: str) -> dict[str, 
 
 
 def compare(first: str, second: str) -> dict[str, Any]:
-    """Name the tensors that are not the same to the bit, or that one side lacks."""
+    """Return the names of tensors that are not bit-identical, or that only one folder has."""
     ours, theirs = _tensors(Path(first)), _tensors(Path(second))
     differing = sorted(ours.keys() ^ theirs.keys())
     common = sorted(ours.keys() & theirs.keys())
     for name in common:
-        one, other = ours.pop(name), theirs.pop(name)  # freed when they are compared
+        one, other = ours.pop(name), theirs.pop(name)  # freed after the comparison
         alike = one.dtype == other.dtype and one.shape == other.shape
         if not (alike and mx.array_equal(one.view(mx.uint8), other.view(mx.uint8)).item()):
             differing.append(name)
@@ -96,7 +96,7 @@ def _tensors(folder: Path) -> dict[str, mx.array]:
 
 
 def _forget(folder: Path) -> None:
-    """Begin cold: write out what is due, and let Linux drop the files from its cache."""
+    """Drop the files from the file cache (Linux only), so that the conversion starts cold."""
     os.sync()
     if hasattr(os, "posix_fadvise"):
         for file in folder.glob("*.safetensors"):

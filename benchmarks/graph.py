@@ -1,7 +1,7 @@
-"""What the host does for a decoded token: kernels dispatched a layer, and time to build the graph.
+"""Host cost of a decoded token: kernels dispatched per layer, and time to build the graph.
 
-Counted are the operations that become kernels on a GPU: norms, matrix products, rope, slice
-updates, attention and elementwise work. Views (reshape, transpose, split, slices) are free.
+Only operations that become kernels on a GPU are counted: norms, matrix products, rope, slice
+updates, attention and elementwise operations. Views (reshape, transpose, split, slices) are free.
 """
 
 import time
@@ -31,12 +31,12 @@ _KERNELS: list[tuple[Any, str]] = [
     (mlx_lm.models.qwen3, "swiglu"),
 ]
 _PROMPT = mx.array([[1, 2, 3]])
-_FEW, _MORE = 2, 6  # layers of the models whose counts are compared
+_FEW, _MORE = 2, 6  # layers of two models; the difference of their counts is that of 4 layers
 Step = Callable[[], mx.array]
 
 
 def dispatches_per_layer() -> dict[str, float]:
-    """Count the kernels of one layer for one decoded token on a GPU, ours and mlx-lm's."""
+    """Return the kernels of one layer per decoded token on a GPU, ours and mlx-lm's."""
     with patch("qwen3_mlx.backend.on_gpu", lambda: True):
         return {
             side: (_count(make(_MORE)) - _count(make(_FEW))) / (_MORE - _FEW)
@@ -45,16 +45,16 @@ def dispatches_per_layer() -> dict[str, float]:
 
 
 def build_time(layers: int = 28, repeats: int = 150) -> dict[str, float]:
-    """Measure the seconds to build the graph of one decoded token, of a 0.6B-deep network.
+    """Return the seconds to build the graph of one decoded token, for a network as deep as 0.6B.
 
-    The least of many: what is more comes from the machine's other work.
+    The minimum of many runs: anything above it comes from other load on the machine.
     """
     return _least_times({"ours": our_step(layers), "peer": peer_step(layers)}, repeats)
 
 
 def _least_times(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
     times: dict[str, list[float]] = {side: [] for side in steps}
-    for _ in range(repeats):  # in turn, so that both see the same machine
+    for _ in range(repeats):  # in turn, so that other load affects both
         for side, step in steps.items():
             started = time.perf_counter()
             logits = step()
@@ -64,9 +64,9 @@ def _least_times(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
 
 
 def batch_build_times(layers: int = 28, repeats: int = 60) -> dict[int, dict[str, float]]:
-    """Measure the seconds to build a step's graph for 1, 2, 4 and 8 sequences, by batch size.
+    """Return the seconds to build a step's graph, by batch size: 1, 2, 4 and 8 sequences.
 
-    Ours runs each sequence over a cache of its own, mlx-lm's a padded batch over a joint one.
+    Ours has a cache per sequence; mlx-lm's a padded batch with one joint cache.
     """
     ours, peer = our_model(layers), peer_model(layers)
     found = {}
@@ -98,7 +98,7 @@ def batch_build_times(layers: int = 28, repeats: int = 60) -> dict[int, dict[str
 
 
 def our_model(layers: int) -> Qwen3:
-    """Make our network, narrow and quantized."""
+    """Create our network, narrow and quantized."""
     model = Qwen3(ModelConfig.from_dict(_small_config(layers)))
     nn.quantize(model, group_size=64, bits=4)
     for layer in model.layers:
@@ -107,7 +107,7 @@ def our_model(layers: int) -> Qwen3:
 
 
 def peer_model(layers: int) -> mlx_lm.models.qwen3.Model:
-    """Make mlx-lm's."""
+    """Create mlx-lm's network of the same shape."""
     config = _small_config(layers)
     model = mlx_lm.models.qwen3.Model(mlx_lm.models.qwen3.ModelArgs.from_dict(config))
     nn.quantize(model, group_size=64, bits=4)
@@ -115,14 +115,14 @@ def peer_model(layers: int) -> mlx_lm.models.qwen3.Model:
 
 
 def our_step(layers: int) -> Step:
-    """Give a function that builds our next step of decoding."""
+    """Return a function that builds the graph of our next decode step."""
     model = our_model(layers)
     cache = model.make_cache(4096)
     return _warmed(lambda ids: model(ids, cache))
 
 
 def peer_step(layers: int) -> Step:
-    """Do the same for mlx-lm's model."""
+    """Return a function that builds the graph of mlx-lm's next decode step."""
     model = peer_model(layers)
     cache = make_prompt_cache(model)
     return _warmed(lambda ids: model(ids, cache=cache))
@@ -136,7 +136,7 @@ def _warmed(call: Callable[[mx.array], mx.array]) -> Step:
 
 
 def _small_config(layers: int) -> dict[str, Any]:
-    """Give the 0.6B's heads on a narrow network: the host's work is the same, the CPU's is not."""
+    """Return a config with 0.6B's heads on a narrow network: same host work, less computation."""
     narrow = {"hidden_size": 128, "intermediate_size": 128, "vocab_size": 256}
     return {**published_config("0.6B"), **narrow, "num_hidden_layers": layers}
 

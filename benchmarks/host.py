@@ -1,7 +1,7 @@
-"""What the host does around the network, beside mlx-lm: python -m benchmarks.host [FOLDER]
+"""Host work around the network, against mlx-lm: python -m benchmarks.host [FOLDER]
 
-One table: a sampling step, the start, the kernels and the graph of a decoded token, and the memory
-that loading takes. FOLDER keeps the random checkpoints of the last.
+One table: a sampling step, the start-up, the kernels and the graph of a decoded token, and the peak
+memory of loading. FOLDER keeps the random checkpoints that loading is measured on.
 """
 
 import sys
@@ -24,14 +24,14 @@ _SIZE = "0.6B"
 
 
 def main() -> None:
-    """Measure everything and print the table."""
+    """Run all measurements and print the table."""
     with tempfile.TemporaryDirectory() as scratch:
         kept = Path(sys.argv[1] if len(sys.argv) > 1 else scratch)
         print(table(measure(kept)))
 
 
 def measure(kept: Path) -> dict[str, Any]:
-    """Take all measurements, each of both sides in turn."""
+    """Return all measurements, each taken of both packages in turn."""
     folder = random_checkpoint(kept / f"random-{_SIZE}-4bit", _SIZE)
     bf16 = random_checkpoint(kept / f"random-{_SIZE}-bf16", _SIZE, bits=None)
     return {
@@ -48,7 +48,7 @@ def measure(kept: Path) -> dict[str, Any]:
 
 
 def table(figures: dict[str, Any]) -> str:
-    """Write the figures as a table; ratios tell how many times better we do."""
+    """Return the figures as a table; a ratio above 1 is in favour of this package."""
     machine = figures["machine"]
     lines = [
         f"{machine['device']}, {machine['system']}, BLAS {machine['blas']}, {figures['date']}",

@@ -1,13 +1,13 @@
-"""What hostile clients can do to a server: python -m benchmarks.hostile [--count N] [CLASS ...]
+"""Attacks of hostile clients on a server: python -m benchmarks.hostile [--count N] [CLASS ...]
 
-Each row is an attack on a `qwen3 serve` of its own with the demo, watched from another process. It
-has the longest wait for /health in seconds (`own` is the server's part: at most what its threads
-ran, and without what they waited for a core), the longest gap in a reply that was streamed
-meanwhile, what the process held, how soon it was out after SIGTERM, and the answers by status. It
-is a fault where /health or the stream waits longer than 0.3 s by the server's own part, 300 MB more
-are held, an answer is not in its protocol's form or tells of a bug, the log has a traceback or what
-was said, an ordinary request is not answered afterwards, threads or files stay, or SIGTERM does not
-end it.
+Each row is an attack on its own `qwen3 serve` with the demo, watched from another process. The
+columns are: the longest wait for /health in seconds (`own` is the server's part: at most the time
+its threads ran, without the time they waited for a core), the longest gap in a reply streamed
+meanwhile, the resident memory, the seconds from SIGTERM to exit, and the answers by status. Faults
+are: /health or the stream waits longer than 0.3 s of the server's own part; 300 MB more are held;
+an answer does not have its protocol's form or reports a bug; the log has a traceback or the text of
+a prompt; an ordinary request is not answered afterwards; threads or files are left open; SIGTERM
+does not end the server.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from benchmarks import payloads, sockets
 from benchmarks.served import ENDS, Held, Serve, held, serve, watched
 
 _WAIT = 0.3  # seconds of the server's own
-_WAITS = (_WAIT, 0.5)  # the masks of several forms are computed in one step
-_MEMORY = 300_000_000  # bytes
+_WAITS = (_WAIT, 0.5)  # several requests: the masks of all their grammars are computed in one step
+_MEMORY = 300_000_000  # bytes above the start
 _PATIENCE = 30.0  # seconds for an answer
-_MARGIN = 10.0  # seconds to end in, beyond those of --shutdown
-_SETTLE = 20.0  # seconds for threads and files to go
+_MARGIN = 10.0  # seconds to exit in, beyond those of --shutdown
+_SETTLE = 20.0  # seconds in which threads and files must be closed
 _AT_ONCE = 8
 _KEY = "a-key-of-its-own"
 _FINE = frozenset((200, 400, 404, 405, 413, 429, 503))
@@ -39,7 +39,7 @@ _FINE = frozenset((200, 400, 404, 405, 413, 429, 503))
 
 @dataclass(slots=True)
 class Target:
-    """A server under attack, its answers by status, and what was wrong with them."""
+    """A server under attack, its answers by status, and the faults found."""
 
     port: int
     outcomes: Counter[str] = field(default_factory=Counter)
@@ -48,12 +48,12 @@ class Target:
     def send(
         self, path: str, body: Any, headers: Mapping[str, str] | None = None, method: str = "POST"
     ) -> int:
-        """Send a request, look at the answer, and return its status, or 0."""
+        """Send a request, check the answer, and return its status, or 0 without an answer."""
         content = payloads.encoded(body)
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_PATIENCE)
         fields = {"Content-Type": "application/json", "Connection": "close", **(headers or {})}
         try:
-            with suppress(ConnectionError):  # it has heard enough: there may be an answer
+            with suppress(ConnectionError):  # the server stops reading early, but may answer
                 connection.request(method, path, content, fields)
             answer = connection.getresponse()
             status, said = answer.status, answer.read()
@@ -72,14 +72,14 @@ class Target:
         return status
 
     def expect(self, wanted: int, path: str, headers: Mapping[str, str], method: str) -> None:
-        """Send a request that must be answered with this status."""
+        """Send a request and record a fault if the status is not `wanted`."""
         status = self.send(path, b"", headers, method)
         if status != wanted:
             self.faults[f"{method} {path} {dict(headers)} answers {status}, not {wanted}"] += 1
 
 
 def fault_of(path: str, status: int, said: bytes) -> str | None:
-    """Return what is wrong with an answer, or None."""
+    """Return the fault of an answer, or None."""
     if status not in _FINE | {401, 403}:
         return f"{path} answers {status}: {said[:120]!r}"
     if b"Traceback" in said or b"(a bug?)" in said:
@@ -100,20 +100,31 @@ def fault_of(path: str, status: int, said: bytes) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """What is done to a server that was started with these options."""
+    """An attack, and the options of the server that it runs against.
+
+    Attributes:
+        name: the label of the row.
+        run: sends the requests.
+        options: options of `qwen3 serve`.
+        files: arguments of `ulimit` before the server starts, for file descriptors.
+        streamed: True if a reply is streamed meanwhile, to measure gaps.
+        wait: seconds of the server's own part that /health may take.
+        shutdown: the value of --shutdown, in seconds.
+        signals: number of SIGTERMs sent while the attack goes on; 0 sends one afterwards.
+    """
 
     name: str
     run: Callable[[Target], None]
     options: tuple[str, ...] = ()
-    files: str = ""  # of descriptors: what `ulimit` is given
-    streamed: bool = False  # whether a reply is read meanwhile
-    wait: float = _WAIT  # seconds of the server's own that /health may take
+    files: str = ""
+    streamed: bool = False
+    wait: float = _WAIT
     shutdown: int = 1
-    signals: int = 0  # to end it with while the attack goes on; 0 ends it afterwards
+    signals: int = 0
 
 
 def main() -> None:
-    """Run the attacks that are named, or all, and print a table."""
+    """Run the named classes of attacks, or all, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.hostile", description=__doc__)
     parser.add_argument("classes", nargs="*")
     parser.add_argument("--count", type=int, default=10_000, help="of requests that are mutated")
@@ -136,7 +147,7 @@ def main() -> None:
 
 
 def row(attack: Attack) -> bool:
-    """Make an attack, print its row and its faults, and say whether there were none."""
+    """Run an attack, print its row and faults, and return whether there were no faults."""
     options = ("--shutdown", str(attack.shutdown), *attack.options)
     with serve(options, attack.files) as served:
         target = Target(served.port)
@@ -169,7 +180,7 @@ def row(attack: Attack) -> bool:
 
 
 def warm_up(served: Serve) -> None:
-    """Have everything loaded and the threads made that an ordinary load makes."""
+    """Send ordinary requests, so that lazy imports are done and all usual threads exist."""
     target = Target(served.port)
     key = {"x-api-key": _KEY}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -179,7 +190,7 @@ def warm_up(served: Serve) -> None:
 
 
 def settled(served: Serve, before: Held, target: Target) -> Held:
-    """Wait until threads and files are as before, and return what is held then."""
+    """Wait until threads and files are as before; return what the process holds then."""
     started = time.perf_counter()
     while True:
         after = held(served.pid)
@@ -196,7 +207,7 @@ def settled(served: Serve, before: Held, target: Target) -> Held:
 def judge(
     attack: Attack, served: Serve, target: Target, before: Held, seen: Mapping[str, float]
 ) -> None:
-    """Add what was wrong while the attack went on, and what still is."""
+    """Record the faults during the attack, and whether ordinary requests work afterwards."""
     if not served.alive:
         target.faults["the server is dead"] += 1
     for name, what in (("own", "/health waits"), ("gap", "a stream stands still for")):
@@ -216,7 +227,7 @@ def judge(
 
 
 def check_log(log: str, target: Target) -> None:
-    """Add what should not be in the log."""
+    """Record faults in the log: tracebacks, prompts, too many lines."""
     lines = log.count("\n")
     if "Traceback" in log:
         target.faults["tracebacks in the log"] += log.count("Traceback")
@@ -227,7 +238,7 @@ def check_log(log: str, target: Target) -> None:
 
 
 def attacks(count: int) -> dict[str, list[Attack]]:
-    """Return all attacks, by class; `count` mutated requests."""
+    """Return all attacks by class; `count` is the number of mutated requests."""
     small = ("--context", "512")
     key = ("--api-key", _KEY)
     bombs = [
@@ -253,7 +264,7 @@ def attacks(count: int) -> dict[str, list[Attack]]:
                 "500 half-open, 256 files",
                 on_sockets(sockets.half_open),
                 files="-n 256",
-                wait=5.0,  # until others are closed: there are no more
+                wait=5.0,  # until half-open connections time out and free a descriptor
             ),
             Attack("the same, soft limit", on_sockets(sockets.half_open), files="-S -n 256"),
             Attack(
@@ -273,7 +284,7 @@ def attacks(count: int) -> dict[str, list[Attack]]:
 
 
 def mutations(count: int) -> Callable[[Target], None]:
-    """Return an attack with mutated requests, 8 at once; the same ones each time."""
+    """Return an attack with `count` mutated requests, 8 at once; the same in every run."""
 
     def run(target: Target) -> None:
         def one(seed: int) -> None:
@@ -289,13 +300,13 @@ def mutations(count: int) -> Callable[[Target], None]:
 
 
 def oddities(target: Target) -> None:
-    """Send each odd body."""
+    """Send each of the odd bodies."""
     for path, body in payloads.ODDITIES:
         target.send(path, body)
 
 
 def at_once(path: str, made: Callable[[], Any], times: int) -> Callable[[Target], None]:
-    """Return an attack with one body, sent so many times at once."""
+    """Return an attack that sends one body `times` times at once."""
 
     def run(target: Target) -> None:
         content = payloads.encoded(made())
@@ -306,7 +317,7 @@ def at_once(path: str, made: Callable[[], Any], times: int) -> Callable[[Target]
 
 
 def in_background(path: str, made: Callable[[], Any], times: int) -> Callable[[Target], None]:
-    """Return an attack that sends bodies and waits for no answer."""
+    """Return an attack that sends a body `times` times without waiting for answers."""
 
     def run(target: Target) -> None:
         content = payloads.encoded(made())
@@ -315,7 +326,7 @@ def in_background(path: str, made: Callable[[], Any], times: int) -> Callable[[T
             connection.request("POST", path, content, {"Content-Type": "application/json"})
             _KEPT.append(connection)
         target.outcomes["sent"] += times
-        time.sleep(1.0)  # for the server to be in the middle of it
+        time.sleep(1.0)  # until the server works on it
 
     return run
 
@@ -324,14 +335,14 @@ _KEPT: list[http.client.HTTPConnection] = []  # open until this program ends
 
 
 def running(target: Target) -> None:
-    """Have 8 long replies streamed."""
+    """Start 8 long streamed replies."""
     fields: dict[str, Any] = {"stream": True, "max_tokens": 4000, "temperature": 1.5}
     fields["logit_bias"] = dict.fromkeys(ENDS, -100)
     in_background(payloads.CHAT, lambda: payloads.chat(**fields), _AT_ONCE)(target)
 
 
 def on_sockets(attack: Callable[[int], Counter[str]]) -> Callable[[Target], None]:
-    """Return an attack on the server's port itself."""
+    """Return an attack that works on raw sockets."""
 
     def run(target: Target) -> None:
         ends = attack(target.port)
@@ -369,7 +380,7 @@ _PATHS = (
 
 
 def doors(target: Target) -> None:
-    """Come from elsewhere, by other names, with wrong keys, and to addresses that are not there."""
+    """Send requests with other hosts and origins, wrong keys, and paths that do not exist."""
 
     def each(wanted: int, path: str, headers: Iterable[Mapping[str, str]]) -> None:
         for one in headers:

@@ -1,9 +1,9 @@
-"""The memory that loading takes, in a process of its own; prints a line of JSON.
+"""Peak memory of loading, measured in its own process; prints a line of JSON.
 
 python -m benchmarks.loading FOLDER [BITS]
 
-Without BITS, a quantized checkpoint is loaded as it is on disk; with it, one that is not quantized
-is quantized while loading.
+Without BITS, a quantized checkpoint is loaded as stored. With BITS, an unquantized one is quantized
+while loading.
 """
 
 import json
@@ -23,7 +23,7 @@ from qwen3_mlx.model.quantization import Format
 
 
 def main() -> None:
-    """Load, and print the bytes at the peak, of the result, the files, the largest tensor."""
+    """Load and print the bytes of the peak, the result, the files and the largest tensor."""
     folder = Path(sys.argv[1])
     wanted = Format(int(sys.argv[2]), 64) if len(sys.argv) > 2 else None
     options = LoadOptions(backend.compute_dtype(), quantize=wanted, dequantize=False)

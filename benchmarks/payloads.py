@@ -1,6 +1,6 @@
-"""Bodies of requests that mean harm, or that no client would send; `hostile` sends them.
+"""Bodies of malicious and malformed requests; `hostile` sends them.
 
-A body is a value that becomes JSON, or bytes as they are; large ones are made when they are needed.
+A body is a value to encode as JSON, or bytes to send as they are. Large ones are built on demand.
 """
 
 import json
@@ -9,8 +9,8 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-TOKENS = 4  # of a reply: what is said matters little
-SECRET = "zanzibarian"  # in what is said everywhere; must never get into the log
+TOKENS = 4  # of a reply, whose text does not matter
+SECRET = "zanzibarian"  # part of every prompt; must never appear in the log
 _SAID = f"What is 1 + 2, {SECRET}?"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ANTHROPIC, COUNT = "/v1/messages", "/v1/messages/count_tokens"
@@ -98,7 +98,7 @@ _BYTES = [b"\x00", b"\xff", b'"', b"{", b"}", b"[", b",", b":", b"\\u", b"\\", b
 
 
 def mutated(value: Any, draw: random.Random) -> Any:
-    """Return the value with something changed somewhere."""
+    """Return the value with a random change at a random place."""
     if isinstance(value, dict | list) and value and draw.random() < 0.8:
         keys = list(value) if isinstance(value, dict) else list(range(len(value)))
         key = draw.choice(keys)
@@ -112,7 +112,7 @@ def mutated(value: Any, draw: random.Random) -> Any:
 
 
 def mutated_request(draw: random.Random) -> tuple[str, bytes]:
-    """Return an address and a valid body whose JSON, bytes or both have been changed."""
+    """Return a path and a valid body whose JSON, bytes or both are randomly changed."""
     path, body = draw.choice(list(VALID.items()))
     changed: Any = body
     for _ in range(draw.choice((0, 1, 1, 2, 4))):
@@ -131,17 +131,17 @@ def mutated_request(draw: random.Random) -> tuple[str, bytes]:
 
 
 def encoded(body: Any) -> bytes:
-    """Return a body as it is sent."""
+    """Return the bytes of a body."""
     return body if isinstance(body, bytes) else json.dumps(body).encode()
 
 
 def chat(**fields: Any) -> dict[str, Any]:
-    """Return an ordinary request with these fields."""
+    """Return an ordinary chat request with these fields."""
     return {"messages": _TURNS, "max_tokens": TOKENS, "enable_thinking": False, **fields}
 
 
 def _text(fields: str) -> bytes:
-    """Return an ordinary request that ends with fields as they are written here."""
+    """Return an ordinary chat request that ends with fields given as JSON text."""
     return encoded(chat())[:-1] + f", {fields}}}".encode()
 
 
@@ -226,7 +226,7 @@ def _form(schema: Any) -> dict[str, Any]:
 
 
 def _never_ends() -> Any:
-    """Return a form whose compilation multiplies two primes, digit by digit, in automata."""
+    """Return a schema whose compilation builds the product of two automata of prime size."""
     return _form({"allOf": [{"type": "integer", "multipleOf": n} for n in (7919, 7907)]})
 
 
@@ -242,7 +242,7 @@ _CHOICES: Made = lambda: chat(structured_outputs={"choice": [f"v{i}" for i in ra
 
 
 def _chain(length: int) -> dict[str, Any]:
-    """Return a schema of references, each to the next: a parser that recurses runs out of stack."""
+    """Return a schema of chained references, on which a recursive parser overflows its stack."""
     links = {f"a{i}": {"$ref": f"#/$defs/a{i + 1}"} for i in range(length)}
     return {"$ref": "#/$defs/a0", "$defs": {**links, f"a{length}": {"type": "integer"}}}
 
@@ -255,7 +255,7 @@ def _rules(length: int) -> str:
 _ANY = {f"^.*{chr(97 + i)}.*$": {"type": "integer"} for i in range(20)}
 _PATTERN = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(.*a.{12}b){9}"}}}
 _ODD_TOOL = {"type": "function", "function": {"name": "f", "parameters": _PATTERN}}
-# The body, and how many of it are sent at once.
+# Each body with the number of copies that are sent at once.
 BOMBS: dict[str, tuple[Made, int]] = {
     "8 x a schema without end": (_never_ends, 8),
     "8 x 100,000 choices": (_CHOICES, 8),

@@ -1,9 +1,10 @@
-"""The plan beside what MLX really holds: python -m benchmarks.plan [SIZE[:BITS] ...]
+"""Memory plan against measured memory: python -m benchmarks.plan [SIZE[:BITS] ...]
 
-Random checkpoints of real size, 0.6B and 4B unless others are named, at 4 and 8 bits, each made and
-then loaded in a process of its own with dequantize=False. Compared are the active bytes after
-loading, and after the prefill of a few tokens with room for CONTEXT allocated, and the most bytes
-while the engine decodes. Fails where bytes held are off by more than 2 %, or the most by 5 %.
+Random checkpoints of real size, by default 0.6B and 4B, at 4 and 8 bits. Each is created, then
+loaded with dequantize=False in its own process. Three numbers are compared with the plan: active
+bytes after loading, active bytes after the prefill of a few tokens with a cache for CONTEXT tokens,
+and peak bytes while the engine decodes. Fails if active bytes are off by more than 2 %, or the peak
+by more than 5 %.
 """
 
 import json
@@ -31,12 +32,12 @@ from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 
 CONTEXT = 4096
-_PROMPT = 4  # tokens: enough to allocate the cache, and quick on a CPU
+_PROMPT = 4  # tokens: enough to allocate the cache, fast on a CPU
 _ALLOWED = {"load": 0.02, "prefill": 0.02, "decode": 0.05}
 
 
 def main() -> None:
-    """Make, measure and compare the sizes that the arguments name."""
+    """Create, measure and compare the sizes that the arguments name."""
     sizes = sys.argv[1:] or ["0.6B", "4B"]
     facts = backend.describe()
     print(f"{facts['device']}, {facts['dtype']}, {CONTEXT:,} tokens, {time.strftime('%Y-%m-%d')}")
@@ -58,7 +59,7 @@ def main() -> None:
 
 
 def measure(folder: Path) -> dict[str, tuple[int, int]]:
-    """Load the checkpoint and read a few tokens; give planned and held bytes after either."""
+    """Load the checkpoint and run a few tokens; return planned and measured bytes by phase."""
     config = read_json(folder / "config.json")
     network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
     assert stored is not None

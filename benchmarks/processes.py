@@ -1,4 +1,4 @@
-"""Measurements in processes of their own."""
+"""Runs measurements in their own processes."""
 
 import json
 import os
@@ -8,14 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-# mlx-lm's process has been seen to wait for ever for threads of MLX's CPU build.
+# mlx-lm's process sometimes waits forever for threads of MLX's CPU build.
 _PATIENCE = 1800  # seconds
 
 
 def json_of(module: str, *arguments: object, dies: bool = False) -> Any:
-    """Run a module in a process of its own and read the line of JSON that it prints.
+    """Run a module in its own process and return the JSON that it prints.
 
-    With `dies` it must not end well.
+    Exits if the process fails or times out. With `dies` it must fail.
     """
     words = list(map(str, arguments))
     try:
@@ -35,9 +35,9 @@ def json_of(module: str, *arguments: object, dies: bool = False) -> Any:
 
 
 def peak_resident() -> int:
-    """Give the most bytes that this process has held resident.
+    """Return the peak resident bytes of this process.
 
-    On Linux what `getrusage` says begins with the parent's peak; /proc has the process's own.
+    On Linux `getrusage` starts from the parent's peak, so /proc is used there.
     """
     status = Path("/proc/self/status")
     if status.is_file():

@@ -1,7 +1,7 @@
-"""What quantizing costs the demo checkpoint: divergence on text that was held out, and the exam.
+"""Quality of quantized demo checkpoints: divergence on held-out text, and the exam.
 
-Two kinds of text. The topics of Python's own help: measured recipes see the first half, all are
-judged by the second. And conversations of the demo's own curriculum, of two seeds.
+Two kinds of text. The topics of Python's own help: measured recipes calibrate on the first half,
+and all are evaluated on the second. And conversations of the demo's own curriculum, of two seeds.
 """
 
 import re
@@ -23,13 +23,13 @@ from qwen3_mlx.text.template import ChatTemplate
 
 DEMO = Path(qwen3_mlx.__file__).parent / "demo"
 _EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-_TOKENS = 8192  # of the held-out topics
+_TOKENS = 8192  # of the held-out text
 _ROW = re.compile(r"(.+?)\s+(\d+)/(\d+)\s+[\d.]+%")
 
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A converted demo: its recipe, bits a weight, mean KL on held-out text, seconds it took."""
+    """A converted demo: recipe, bits per weight, mean KL (nats) on held-out text, and seconds."""
 
     recipe: str
     name: str
@@ -40,21 +40,21 @@ class Made:
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """Text to measure on, and pieces to be judged by."""
+    """Text for calibration, and held-out pieces for evaluation."""
 
     calibration: str
     held_out: Sequence[str]
 
 
 def topics() -> Text:
-    """Split the topics of Python's help in two halves."""
+    """Return the topics of Python's help, split in two halves."""
     text = default_text()
     first, second = text[: len(text) // 2], text[len(text) // 2 :]
     return Text(first, [second])
 
 
 def conversations(count: int = 300) -> Text:
-    """Write conversations of the demo's curriculum with its template, of two seeds."""
+    """Return conversations of the demo's curriculum, rendered with its template, of two seeds."""
     sys.path.insert(0, str(_EXAMPLES))
     tasks: Any = import_module("demo_tasks")
     template = ChatTemplate.from_folder(DEMO)
@@ -75,7 +75,7 @@ def conversations(count: int = 300) -> Text:
 
 
 def recipes(folder: Path, text: Text, *, quick: bool) -> list[Made]:
-    """Convert the demo by each recipe, `auto` also at each mixed one's size, and judge all."""
+    """Convert and evaluate the demo by each recipe; `auto` also at the size of each mixed one."""
     with load(DEMO) as original:
         pieces = [original.tokenizer.encode(piece)[:_TOKENS] for piece in text.held_out]
 
@@ -107,13 +107,13 @@ def _mean_kl(original: LLM, candidate: LLM, pieces: Sequence[list[int]]) -> floa
 
 
 def verdicts(made: Sequence[Made]) -> dict[str, float]:
-    """Set `auto` against the others: at 4.5 bits against uniform, and at each mixed one's size."""
+    """Compute the ratio of `auto` to uniform (at 4.5 bits), and to each mixed one at its size."""
     four = next(one for one in made if one.recipe == "uniform" and one.name == "4-bit")
     measured = [one for one in made if one.recipe == "auto"]
     first = measured[0]
     found = {"auto 4.5 / uniform 4-bit": first.mean_kl / four.mean_kl}
     for one in made:
-        # What is no larger than a mixed recipe's result, and hardly smaller.
+        # Results no larger than the mixed recipe's, and hardly smaller.
         rivals = [
             rival
             for rival in measured
@@ -126,7 +126,7 @@ def verdicts(made: Sequence[Made]) -> dict[str, float]:
 
 
 def points(made: Sequence[Made]) -> list[Point]:
-    """Give the results for a picture: a line for each recipe, the uniform ones by their names."""
+    """Return the points of a plot: a line per recipe; uniform results are labelled."""
     return [
         Point(
             one.name if one.recipe == "uniform" else "",
@@ -142,7 +142,7 @@ def points(made: Sequence[Made]) -> list[Point]:
 
 
 def exams(folders: dict[str, Path], *, quick: bool) -> dict[str, dict[str, float]]:
-    """Examine checkpoints with examples/exam_demo.py: the share of right replies, row by row."""
+    """Run examples/exam_demo.py on checkpoints; return the share of correct replies by row."""
     counts = ("--sums", "20", "--others", "10") if quick else ("--sums", "60", "--others", "30")
     return {name: _exam(folder, counts) for name, folder in folders.items()}
 
@@ -157,18 +157,18 @@ def _exam(folder: Path, counts: Sequence[str]) -> dict[str, float]:
 
 
 def read_exam(printed: str) -> dict[str, float]:
-    """Read the table that the exam prints."""
+    """Parse the table that the exam prints."""
     rows = (_ROW.fullmatch(line.strip()) for line in printed.splitlines())
     return {row[1]: int(row[2]) / int(row[3]) for row in rows if row}
 
 
 def mean_of(exam: dict[str, float]) -> float:
-    """Give the mean over the rows, in per cent."""
+    """Return the mean over the rows, in per cent."""
     return 100 * sum(exam.values()) / len(exam)
 
 
 def most_different(one: dict[str, float], other: dict[str, float], most: int) -> list[str]:
-    """Name the rows that differ most, with the points they differ by."""
+    """Return the rows that differ most, with both values in per cent."""
     ordered = sorted(one, key=lambda row: -abs(other[row] - one[row]))
     return [
         f"{row}: {100 * one[row]:.0f} -> {100 * other[row]:.0f} %"
@@ -178,12 +178,12 @@ def most_different(one: dict[str, float], other: dict[str, float], most: int) ->
 
 
 def measure(folder: Path, *, quick: bool) -> dict[str, Any]:
-    """Take all of these measurements; what is made lies in `folder`."""
+    """Run all divergence measurements; converted checkpoints are written to `folder`."""
     figures: dict[str, Any] = {}
     kinds: dict[str, Callable[[], Text]] = {"topics": topics, "conversations": conversations}
     for kind, text in kinds.items():
         place = folder / kind
         place.mkdir()
         figures[kind] = [asdict(one) for one in recipes(place, text(), quick=quick)]
-        quick = True  # one kind is enough for the sizes between
+        quick = True  # one kind of text is enough for the sizes between
     return figures

@@ -1,9 +1,9 @@
-"""What a second turn costs: python -m benchmarks.second_turn [FOLDER]
+"""Cost of a second turn: python -m benchmarks.second_turn [FOLDER]
 
 A question, about 400 tokens of thinking, 300 of answer, then a question of about 20, in the demo's
-format; on a random 4-bit checkpoint of Qwen3-0.6B's shape, or the one in FOLDER. Told are the
-tokens read before the first new one, and the seconds. mlx-lm's count is what the cache of its
-server (LRUPromptCache) leaves to be read, of a tiny network.
+format; on a random 4-bit checkpoint of Qwen3-0.6B's shape, or on the one in FOLDER. The table has
+the tokens prefilled before the first new token, and the seconds to it. mlx-lm's count is what the
+prompt cache of its server (LRUPromptCache) leaves to prefill, measured with a tiny network.
 """
 
 import sys
@@ -37,7 +37,7 @@ _WORDS = "First we look at what is asked, and then we work it out step by step. 
 
 
 def main() -> None:
-    """Measure the turn in each way, and print the table."""
+    """Measure the turn with each method and print the table."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = (
             Path(sys.argv[1]) if sys.argv[1:] else random_checkpoint(Path(scratch) / "0.6B", "0.6B")
@@ -58,7 +58,9 @@ def main() -> None:
 
 
 def turns() -> tuple[list[int], list[int], list[int], int]:
-    """Give a turn with its reply, what any second begins with, one, and its message's tokens."""
+    """Return the ids of a first turn with its reply, of what any second prompt begins with, and of
+    one second prompt; and the number of tokens of that prompt's message.
+    """
     tokenizer = Tokenizer(_DEMO / "tokenizer.json")
     template = ChatTemplate((_DEMO / "chat_template.jinja").read_text(encoding="utf-8"))
 
@@ -85,7 +87,10 @@ def turns() -> tuple[list[int], list[int], list[int], int]:
 def second_turn(
     engine: Engine, first: list[int], ahead: list[int] | None, second: list[int]
 ) -> tuple[int, float]:
-    """Have the first turn's tokens in the caches, and what is read ahead; then take the time."""
+    """Prefill the first turn and what is read ahead, then run the second turn.
+
+    Returns the tokens prefilled and the seconds to the first token.
+    """
     engine.forget()
     list(engine.stream(first, max_tokens=1, sampling=_GREEDY))
     if ahead:
@@ -97,7 +102,7 @@ def second_turn(
 
 
 def peer_reads(first: list[int], second: list[int]) -> int:
-    """Count the tokens that mlx-lm's server has to read."""
+    """Return the number of tokens that mlx-lm's server has to prefill."""
     model = peer_model(2)
     cache = make_prompt_cache(model)
     mx.eval(model(mx.array([[token % 256 for token in first]]), cache=cache))

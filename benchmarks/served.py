@@ -1,7 +1,7 @@
-"""`qwen3 serve` in a process of its own: what it holds, and how long it keeps clients waiting.
+"""Runs `qwen3 serve` in its own process and measures its resources and response times.
 
-On Linux all is read in /proc. On macOS `ps` knows memory and CPU time alone: threads and files are
-0 there, and a wait is the clock's.
+On Linux the numbers come from /proc. On macOS `ps` reports memory and CPU time only: threads and
+files are 0 there, and a wait is wall-clock time.
 """
 
 import http.client
@@ -21,16 +21,16 @@ from pathlib import Path
 from typing import Any
 
 _START = 60.0  # seconds until a server is ready
-_EVERY = 0.05  # seconds between looks
-_LONG = 10.0  # seconds after which it counts, too, that nothing runs
-_STUCK = 120.0  # seconds that a look waits
-_MOST = 4_000_000_000  # bytes that a server may hold
+_EVERY = 0.05  # seconds between samples
+_LONG = 10.0  # seconds from which a wait counts in full, even if no thread ran
+_STUCK = 120.0  # seconds until a request to /health times out
+_MOST = 4_000_000_000  # resident bytes at which the server is killed
 ENDS = ("974", "975", "976")  # the demo's tokens that end a reply
 
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What a process holds: bytes resident, its children's too, seconds of CPU, threads, files."""
+    """Resources of a process: resident bytes (children included), CPU seconds, threads, files."""
 
     resident: int
     seconds: float
@@ -39,12 +39,16 @@ class Held:
 
 
 def held(pid: int) -> Held:
-    """Return what a process holds now; a ProcessLookupError if there is none."""
+    """Return the resources that a process holds now.
+
+    Raises:
+        ProcessLookupError: there is no such process.
+    """
     if sys.platform != "linux":
         return _held_on_mac(pid)
     stats = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process or thread has ended
             words = file.read_text().rpartition(")")[2].split()
             if int(file.parent.name) == pid or int(words[1]) == pid:
                 stats[int(file.parent.name)] = words
@@ -71,17 +75,17 @@ def _held_on_mac(pid: int) -> Held:
 
 
 def scheduled(pid: int) -> dict[str, tuple[float, float]]:
-    """Return for how many seconds each thread of a process ran, and waited for a core, so far."""
+    """Return the seconds that each thread of a process ran and waited for a core, by thread id."""
     found = {}
     for task in Path(f"/proc/{pid}/task").glob("*"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process or thread has ended
             ran, waited = (task / "schedstat").read_text().split()[:2]
             found[task.name] = (int(ran) / 1e9, int(waited) / 1e9)
     return found
 
 
 class Wait:
-    """A span of time in which a server kept a client waiting."""
+    """A span of time in which a client waits for a server."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -89,10 +93,11 @@ class Wait:
         self._started = time.perf_counter()
 
     def seconds(self) -> tuple[float, float]:
-        """Return the server's own part of the span, and all of it.
+        """Return the server's own part of the span and the whole span, in seconds.
 
-        What a thread waited for a core is the machine's part: other programs had it. And in a span
-        that is not for ever the server's part is at most what its threads ran.
+        The time that a thread waited for a core belongs to the machine: other programs had the
+        core. Unless the span is longer than `_LONG`, the server's part is at most the time that its
+        threads ran.
         """
         span = time.perf_counter() - self._started
         now = scheduled(self._pid)
@@ -109,7 +114,7 @@ class Serve:
     """A server process: its port, its process id and its log."""
 
     def __init__(self, options: tuple[str, ...] = (), files: str = "") -> None:
-        """Start one with the demo model; `files` is what `ulimit` is given before."""
+        """Start a server with the demo model; `files` are arguments of `ulimit` before it."""
         self._scratch = tempfile.TemporaryDirectory()
         self._file = Path(self._scratch.name) / "log"
         command = [sys.executable, "-m", "qwen3_mlx", "serve", "--port", "0", *options]
@@ -130,16 +135,19 @@ class Serve:
         return int(found[1])
 
     def log(self) -> str:
-        """Return what it has written so far."""
+        """Return the log so far."""
         return self._file.read_text(errors="replace")
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """True while the process runs."""
         return self._process.poll() is None
 
     def stop(self, patience: float, signals: int = 1) -> float:
-        """Send SIGTERM, and return the seconds until it ended; infinity where it is killed."""
+        """Send SIGTERM and return the seconds until the process ended.
+
+        After `patience` seconds the process is killed and infinity returned.
+        """
         started = time.perf_counter()
         for _ in range(signals):
             self._process.terminate()
@@ -153,7 +161,7 @@ class Serve:
         return time.perf_counter() - started
 
     def close(self) -> None:
-        """End it whatever it does, and forget its log."""
+        """Kill the process and delete its log."""
         self._process.kill()
         self._process.wait()
         self._scratch.cleanup()
@@ -161,7 +169,7 @@ class Serve:
 
 @contextmanager
 def serve(options: tuple[str, ...] = (), files: str = "") -> Iterator[Serve]:
-    """Give a server with the demo model, which ends with the block."""
+    """Yield a server with the demo model, which is killed at the end of the block."""
     served = Serve(options, files)
     try:
         yield served
@@ -171,13 +179,13 @@ def serve(options: tuple[str, ...] = (), files: str = "") -> Iterator[Serve]:
 
 @contextmanager
 def watched(served: Serve, *, stream: bool = False) -> Iterator[dict[str, float]]:
-    """Watch a server from another process during the block; what was seen is there after it."""
+    """Watch a server from another process during the block; fill the yielded dict afterwards."""
     command = [sys.executable, "-m", "benchmarks.served", str(served.port), str(served.pid)]
     process = subprocess.Popen(
         command + ["stream"] * stream, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert process.stdout
-    process.stdout.readline()  # it has begun
+    process.stdout.readline()  # waits until the watcher has started
     seen: dict[str, float] = {}
     try:
         yield seen
@@ -186,9 +194,9 @@ def watched(served: Serve, *, stream: bool = False) -> Iterator[dict[str, float]
 
 
 def watch(port: int, pid: int, *, stream: bool) -> dict[str, float]:
-    """Ask for /health until stdin ends, and return the longest waits and the most memory.
+    """Poll /health until stdin ends; return the longest waits and the peak memory.
 
-    With `stream` a reply is read all the time, too, and its longest gap is returned.
+    With `stream` replies are streamed all the time as well, and the longest gap is returned.
     """
     seen = {"own": 0.0, "wait": 0.0, "failed": 0.0, "gap": 0.0, "peak": 0.0}
     done = threading.Event()
@@ -222,10 +230,10 @@ def _look(port: int, pid: int, seen: dict[str, float], done: threading.Event) ->
 
 def _measure(pid: int, seen: dict[str, float], done: threading.Event) -> None:
     while not done.wait(_EVERY):
-        with suppress(OSError):  # it is dead
+        with suppress(OSError):  # the server has ended
             resident = held(pid).resident
             seen["peak"] = max(seen["peak"], resident)
-            if resident > _MOST:  # before it takes the machine with it
+            if resident > _MOST:  # before the machine runs out of memory
                 os.kill(pid, signal.SIGKILL)
 
 

@@ -1,9 +1,9 @@
 """Servers under load: python -m benchmarks.server [CLIENTS]
 
-Clients, 32 unless said otherwise, ask the demo model a sum each, with thinking, all at the same
-time; six times, of which the last five count. Told are the tokens a second of all together, when
-the first token of a reply came, and how many replies were whole and right. mlx-lm's server has the
-same files, out of the box and on equal terms (float32, the same BLAS).
+Each client (32 by default) asks the demo model for one sum, with thinking, all at the same time. Of
+six rounds the last five count. The table has the tokens per second of all clients together, the
+seconds to the first token, and the numbers of complete and of correct replies. mlx-lm's server runs
+the same files, out of the box and on equal terms (float32, the same BLAS).
 """
 
 import asyncio
@@ -24,26 +24,26 @@ from qwen3_mlx import backend, convert
 
 _DEMO = str(files("qwen3_mlx") / "demo")
 _MOST = 200  # tokens of a reply
-_TURNS = 6  # the first does not count
-# Qwen's own for thinking, which its model cards forbid to do greedily.
+_TURNS = 6  # the first is a warm-up and does not count
+# Qwen's settings for thinking; its model cards forbid greedy decoding.
 _SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
 _PATIENCE = 60  # seconds until a server is ready
-# mlx-lm's server with the BLAS that our backend loads, as everything here has it.
+# mlx-lm's server with the BLAS library that our backend loads.
 _EQUAL = "from qwen3_mlx import backend; from mlx_lm.server import main; main()"
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one client was told."""
+    """A reply to one client; `first` is the seconds to its first token."""
 
     text: str
     tokens: int
-    first: float  # seconds
+    first: float
     whole: bool
 
 
 def main() -> None:
-    """Load each of the servers, and print the table."""
+    """Run each server under load and print the table."""
     clients = int(sys.argv[1]) if sys.argv[1:] else 32
     facts = backend.describe()
     print(f"{facts['device']}, BLAS {facts['blas']}, {time.strftime('%Y-%m-%d')}")
@@ -70,7 +70,7 @@ def main() -> None:
 
 
 def measure(name: str, command: list[str], clients: int) -> float:
-    """Print a row, and give the tokens a second."""
+    """Measure a server, print its row and return its tokens per second."""
     with running(command) as (port, ready):
         asyncio.run(load(port, clients, turn=0))
         answers, seconds = [], 0.0
@@ -93,7 +93,7 @@ def measure(name: str, command: list[str], clients: int) -> float:
 
 @contextmanager
 def running(command: list[str]) -> Iterator[tuple[int, float]]:
-    """Start a server, and give its port and the seconds until it answered."""
+    """Start a server; yield its port and the seconds until it answered."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     started = time.perf_counter()
@@ -112,7 +112,7 @@ def running(command: list[str]) -> Iterator[tuple[int, float]]:
 
 
 def answers(port: int) -> bool:
-    """Say whether a server is well."""
+    """Return whether the server answers /health."""
     try:
         with socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
             connection.sendall(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
@@ -122,13 +122,13 @@ def answers(port: int) -> bool:
 
 
 async def load(port: int, clients: int, turn: int) -> list[Answer]:
-    """Have all clients ask at once."""
+    """Send the requests of all clients at once and return the answers."""
     sums = [(100 + 7 * n + turn, 200 + 13 * n + turn) for n in range(clients)]
     return await asyncio.gather(*(ask(port, a, b) for a, b in sums))
 
 
 async def ask(port: int, a: int, b: int) -> Answer:
-    """Ask for a sum, and read the stream."""
+    """Request a sum and return the streamed reply."""
     body = json.dumps(
         {
             "messages": [{"role": "user", "content": f"What is {a} + {b}?"}],
@@ -163,7 +163,7 @@ async def ask(port: int, a: int, b: int) -> Answer:
 
 
 def is_right(text: str) -> bool:
-    """Say whether a sum is right."""
+    """Return whether the sum in an answer is right."""
     question, _, answer = text.partition(":")
     a, _, b = question.partition("+")
     return answer.strip().endswith(f"= {int(a) + int(b)}")

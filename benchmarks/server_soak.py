@@ -1,10 +1,10 @@
-"""Many requests to a server, and what stays behind: python -m benchmarks.server_soak [REQUESTS].
+"""Leak test of the server: python -m benchmarks.server_soak [REQUESTS].
 
-Chats, streams, calls of tools, forms, and the other protocols' requests go to `qwen3 serve` with
-the demo, 32 at once; 30 % are broken off at a random moment. What the process holds is looked at
-twenty times, each time when nothing runs; every other time is shown. Fails where a straight line
-through the memory of the second half rises by more than 2 %, threads or files have become more
-there, or a reply that was not broken off is not whole.
+Chats, streams, tool calls, structured output, and requests of the other protocols go to
+`qwen3 serve` with the demo, 32 at once; 30 % are aborted at a random moment. The resources of the
+process are sampled twenty times, each time when no request runs; every other sample is printed.
+Fails if a line fitted to the memory of the second half rises by more than 2 %, if threads or files
+have grown there, or if a reply that was not aborted is incomplete.
 """
 
 import asyncio
@@ -29,18 +29,18 @@ _OBJECT = {"type": "object", "properties": {"a": {"type": "string"}}, "required"
 _FUNCTION = {"name": "f", "description": "Does it.", "parameters": _OBJECT}
 _TOOL = {"type": "function", "function": _FUNCTION}
 _FORM = {"type": "json_schema", "json_schema": {"name": "a", "schema": _OBJECT}}
-# What ends a stream that is whole.
+# The end of a complete stream, by path.
 _ENDS = {"/v1/messages": b"message_stop", "/api/chat": b'"done":true'}
 
 
 def main() -> None:
-    """Run the requests and print a table."""
+    """Run the requests and print the table."""
     requests = int(sys.argv[1]) if len(sys.argv) > 1 else 4000
     draw = random.Random(0)
     started = time.perf_counter()
     print(f"{'requests':>10}{'resident, bytes':>18}{'threads':>10}{'files':>8}{'CPU, s':>10}")
     with serve(_OPTIONS) as served:
-        asyncio.run(some(served, draw, _AT_ONCE))  # what is loaded on first use
+        asyncio.run(some(served, draw, _AT_ONCE))  # warm-up: modules are loaded on first use
         ends: Counter[str] = Counter()
         states: list[Held] = []
         for look in range(_LOOKS):
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 async def some(served: Serve, draw: random.Random, count: int) -> Counter[str]:
-    """Send so many requests, wait until nothing runs, and count how they ended."""
+    """Send `count` requests, wait until no request runs, and return how they ended."""
     asked = [(*make(draw), _moment(draw)) for _ in range(count)]
     ends: Counter[str] = Counter()
 
@@ -89,7 +89,7 @@ def _moment(draw: random.Random) -> float | None:
 
 
 def make(draw: random.Random) -> tuple[str, dict[str, Any]]:
-    """Make up a request with a short reply."""
+    """Return the path and body of a random request with a short reply."""
     words, most, stream = draw.choice(_WORDS), draw.randint(8, 24), draw.random() < 0.6
     body: dict[str, Any] = {"stream": stream, "max_tokens": most, "seed": draw.randrange(1000)}
     if draw.random() < 0.1:
@@ -113,7 +113,7 @@ def make(draw: random.Random) -> tuple[str, dict[str, Any]]:
 
 
 async def ask(port: int, path: str, body: dict[str, Any], moment: float | None) -> str:
-    """Send a request, break it off after `moment` seconds, and say how it ended."""
+    """Send a request, abort it after `moment` seconds if given, and return how it ended."""
     reading = asyncio.create_task(_post(port, path, json.dumps(body).encode()))
     try:
         answer = await asyncio.wait_for(reading, _PATIENCE if moment is None else moment)

@@ -1,8 +1,8 @@
-"""Many requests in a row, and what stays behind: python -m benchmarks.soak [REQUESTS].
+"""Leak test of the library: python -m benchmarks.soak [REQUESTS].
 
-Asks the demo checkpoint chats, completions, shared prefixes and long prompts, several at a time,
-and cancels some of them at random. Memory, threads and open files are looked at twenty times.
-Fails where the most in the second half is more than 2 % beyond the most in the first.
+Sends the demo checkpoint chats with shared prefixes and long prompts, several at a time, and
+cancels some of them at random. Memory, threads and open files are sampled twenty times. Fails if
+the maximum of the second half is more than 2 % above the maximum of the first half.
 """
 
 import ctypes
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def ask_some(llm: LLM, rng: random.Random) -> list[str]:
-    """Ask a few things at once and say how each ended."""
+    """Run a few requests at once and return the finish reason of each."""
     streams: list[Stream] = []
     for _ in range(_AT_ONCE):
         a, b = rng.randrange(100), rng.randrange(100)
@@ -69,7 +69,7 @@ def ask_some(llm: LLM, rng: random.Random) -> list[str]:
 
 
 def state(llm: LLM) -> dict[str, int]:
-    """Give what the process holds, without the prefixes that are kept on purpose."""
+    """Return what the process holds, after clearing the prefix cache."""
     llm.forget()
     gc.collect()
     _give_back()
@@ -82,7 +82,7 @@ def state(llm: LLM) -> dict[str, int]:
 
 
 def _give_back() -> None:
-    """Have glibc give freed memory back to the system, which it otherwise does at random."""
+    """Return freed memory to the system, which glibc by itself does at random."""
     if sys.platform == "linux":
         libc = ctypes.CDLL(None)
         if hasattr(libc, "malloc_trim"):
@@ -92,7 +92,7 @@ def _give_back() -> None:
 def _resident() -> int:
     status = Path("/proc/self/statm")
     if not status.is_file():
-        return 0  # macOS tells a process only its peak
+        return 0  # macOS reports only the peak
     return int(status.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 

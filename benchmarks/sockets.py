@@ -1,7 +1,7 @@
-"""Connections that mean harm: framing, headers, half-open and slow ones; `hostile` makes them.
+"""Malicious connections: bad framing and headers, half-open and slow ones; used by `hostile`.
 
-Each function is given the port, makes a bounded number of connections, and returns how each ended:
-the status of the answer, `closed`, or `open` where the server still waits for more.
+Each function opens a bounded number of connections to a port and counts how they end: with the
+status of the answer, `closed`, or `open` if the server still waits for more.
 """
 
 import json
@@ -25,13 +25,13 @@ _CHUNK = b"%x\r\n%b\r\n" % (len(_MEGABYTE), _MEGABYTE)
 
 @contextmanager
 def connected(port: int, patience: float = 5.0) -> Iterator[socket.socket]:
-    """Give a connection, which is closed in the end."""
+    """Yield a connection, which is closed with the block."""
     with socket.create_connection(("127.0.0.1", port), timeout=patience) as connection:
         yield connection
 
 
 def ended(connection: socket.socket, patience: float = 5.0) -> str:
-    """Return how a connection has ended, or the status of what was answered."""
+    """Return the status of the answer, "closed", or "open" if there is none in time."""
     connection.settimeout(patience)
     try:
         answer = connection.recv(4096)
@@ -43,15 +43,15 @@ def ended(connection: socket.socket, patience: float = 5.0) -> str:
 
 
 def _sent(connection: socket.socket, data: bytes, times: int = 1) -> None:
-    with suppress(OSError):  # the server has closed it: seen when it is read
+    with suppress(OSError):  # closed by the server, which the next read shows
         for _ in range(times):
             connection.sendall(data)
 
 
 _READERS, _EACH = 3, 8  # replies that each reader asks for
-SLOTS = _READERS * _EACH  # so that there are no more
+SLOTS = _READERS * _EACH  # of the server, all of which the readers occupy
 _SOON = 60.0  # seconds in which half-open connections must make room
-_PATIENCE = 120.0  # seconds for slots to come back
+_PATIENCE = 120.0  # seconds until slots must be free again
 _LENGTH = b"Content-Length: %d\r\n" % len(_BODY)
 _TWO = b"Content-Length: 5\r\n" + _LENGTH + b"\r\n" + _BODY
 _BOTH = b"Transfer-Encoding: chunked\r\n" + _LENGTH + b"\r\n0\r\n\r\n" + _GET + b"\r\n"
@@ -83,7 +83,7 @@ FRAMES: dict[str, bytes] = {
 
 
 def frames(port: int) -> Counter[str]:
-    """Send what is not HTTP, or two things at once; then many requests on one connection."""
+    """Send malformed and ambiguous HTTP; then 100 pipelined requests on one connection."""
     ends: Counter[str] = Counter()
     for data in FRAMES.values():
         with connected(port) as connection:
@@ -102,7 +102,7 @@ def frames(port: int) -> Counter[str]:
 
 
 def headers(port: int) -> Counter[str]:
-    """Send headers of 60 MB in one line, 60 MB in many, and 20,000 short ones; none ever ends."""
+    """Send endless headers: 60 MB in one line, 60 MB in many lines, and 20,000 short ones."""
     ends: Counter[str] = Counter()
     for first, more, times in (
         (b"X: ", _MEGABYTE, 60),
@@ -117,14 +117,14 @@ def headers(port: int) -> Counter[str]:
 
 
 def bodies(port: int) -> Counter[str]:
-    """Send 100 MB in chunks without an end, 1M chunks of a byte, and bodies that stop short."""
+    """Send 100 MB in endless chunks, 1M chunks of one byte, and bodies that stop short."""
     ends: Counter[str] = Counter()
     chunked = _HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
     with connected(port) as connection:
         _sent(connection, chunked)
         _sent(connection, _CHUNK, 100)
         ends[ended(connection)] += 1
-    with connected(port) as connection:  # which may go on: it is no large body
+    with connected(port) as connection:  # may stay open: the body is not large
         _sent(connection, chunked)
         _sent(connection, b"1\r\na\r\n" * 100_000, 10)
         ends["left"] += 1
@@ -136,12 +136,12 @@ def bodies(port: int) -> Counter[str]:
 
 
 def half_open(port: int, count: int = 500) -> Counter[str]:
-    """Keep connections that say nothing, or half a header; an ordinary one must be answered."""
+    """Hold connections open with no data or half a header; an ordinary one must be answered."""
     ends: Counter[str] = Counter()
     with ExitStack() as stack:
         kept = []
         for number in range(count):
-            with suppress(OSError):  # its queue is full
+            with suppress(OSError):  # the server's queue is full
                 connection = stack.enter_context(connected(port, 0.5))
                 kept.append(connection)
                 _sent(connection, _GET if number % 2 else b"")
@@ -157,7 +157,7 @@ def half_open(port: int, count: int = 500) -> Counter[str]:
 
 
 def slow_readers(port: int) -> Counter[str]:
-    """Ask for more than the system buffers, and read nothing; slots must come back."""
+    """Request more than the system buffers and read nothing; the slots must become free again."""
     asked: dict[str, Any] = {"prompt": "1 2 3", "n": _EACH, "max_tokens": 800, "stream": True}
     asked |= {"logprobs": 20, "temperature": 1.5, "logit_bias": dict.fromkeys(ENDS, -100)}
     body = json.dumps(asked).encode()

@@ -1,9 +1,9 @@
-"""What speculation brings: python -m benchmarks.speculation
+"""Gain of speculation: python -m benchmarks.speculation
 
-Forward passes and seconds with and without it, by the same engine in the same run; what comes of it
-is compared token by token. Copying: the demo repeats lists, turn after turn, and a network of six
-layers of Qwen3-0.6B's shape, random, goes in circles. Nothing to copy: tokens drawn from a tiny
-random network. With a draft model: sums by the demo, which its own 4-bit conversion drafts.
+Forward passes and seconds with and without speculation, by the same engine in the same run. The
+outputs are compared token by token. Copying: the demo repeats lists over several turns, and a
+random network of six layers of Qwen3-0.6B's shape repeats itself. Nothing to copy: tokens sampled
+from a tiny random network. Draft model: sums by the demo, drafted by its own 4-bit conversion.
 """
 
 import tempfile
@@ -41,7 +41,7 @@ _REPEATS = 3
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What some work took: the tokens that came of it, one by one, passes and seconds."""
+    """A run of a workload: its tokens, forward passes, draft tokens and seconds."""
 
     tokens: list[object]
     passes: int
@@ -54,7 +54,7 @@ Run = Callable[[], Work]
 
 
 def main() -> None:
-    """Do each piece of work without and with speculation, and print the table."""
+    """Run each workload without and with speculation and print the table."""
     facts = backend.describe()
     print(f"{facts['device']}, BLAS {facts['blas']}, {time.strftime('%Y-%m-%d')}\n")
     print(f"{'':34}{'tokens':>8}{'passes':>8}{'a pass':>8}{'accepted':>10}{'faster':>9}")
@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def works() -> Iterator[tuple[str, Run, Run]]:
-    """Give each piece of work: its name, and how to do it without speculation and with it."""
+    """Yield each workload: its name, and how to run it without and with speculation."""
     with tempfile.TemporaryDirectory() as scratch, load() as llm, load(draft=DRAFT_NGRAM) as fast:
         yield "lists repeated, turn after turn", lambda: repeat(llm), lambda: repeat(fast)
         small = Path(scratch) / "demo-4bit"
@@ -80,7 +80,7 @@ def works() -> Iterator[tuple[str, Run, Run]]:
 
 
 def repeat(llm: LLM) -> Work:
-    """Have the demo repeat lists, each a few times."""
+    """Run conversations in which the demo repeats a list several times."""
 
     def details() -> Iterator[tuple[str, int, dict[str, str]]]:
         rng = Random(1)
@@ -95,7 +95,7 @@ def repeat(llm: LLM) -> Work:
 
 
 def add(llm: LLM) -> Work:
-    """Have the demo add numbers, and think before it answers."""
+    """Run sums with thinking on the demo."""
 
     def details() -> Iterator[tuple[str, int, dict[str, str]]]:
         rng = Random(2)
@@ -129,14 +129,14 @@ def _pair(model: Qwen3, sampling: SamplingParams, count: int) -> tuple[Run, Run]
 def generate(
     model: Qwen3, sampling: SamplingParams, count: int, speculator: Speculator | None = None
 ) -> Work:
-    """Have a model go on with a few tokens."""
+    """Run one request of `count` tokens on a model."""
     engine = Engine(model, vocabulary=model.config.vocab_size, speculator=speculator)
     said, end = answer(engine, range(64), sampling, count)
     return Work(list(said.tokens), end.passes, end.proposed, end.accepted, said.seconds)
 
 
 def _show(name: str, plain: Run, fast: Run) -> None:
-    """Do both a few times, in turn; the quickest of each counts."""
+    """Run both several times in turn and print the fastest of each."""
     runs = [(plain(), fast()) for _ in range(_REPEATS)]
     if any(slow.tokens != quick.tokens for slow, quick in runs):
         raise SystemExit(f"{name}: speculation changed what came of it")

@@ -1,4 +1,4 @@
-"""From the start of a process to its first token, on the embedded demo checkpoint."""
+"""Start-up time: from the start of a process to its first token, with the embedded demo."""
 
 import subprocess
 import sys
@@ -23,7 +23,7 @@ print("first", flush=True)
 
 
 def startup_times(repeats: int = 5) -> dict[str, float]:
-    """Measure the seconds from starting Python to the first token: ours and mlx-lm's."""
+    """Return the seconds from starting Python to the first token: ours and mlx-lm's."""
     scripts = {"ours": _OURS, "peer": _PEER}
     times: dict[str, list[float]] = {side: [] for side in scripts}
     for _ in range(repeats):

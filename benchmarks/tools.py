@@ -1,7 +1,7 @@
-"""Does the demo call its tool rightly? python -m benchmarks.tools [QUESTIONS]
+"""Accuracy of the demo's tool calls: python -m benchmarks.tools [QUESTIONS]
 
-Sums of four digits with a calculator offered as a Python function; told are the replies that call
-it once with the right expression, and the calls whose arguments fit its schema.
+Sums of four digits, with a calculator offered as a Python function. The table has the replies that
+call it once with the right expression, and the calls whose arguments fit its schema.
 """
 
 import random
@@ -20,7 +20,7 @@ def calculator(expression: str) -> str:
 
 
 def main() -> None:
-    """Ask everything and print the table."""
+    """Run all settings and print the table."""
     count = int(sys.argv[1]) if sys.argv[1:] else 100
     print(f"{'':28}{'right calls':>14}{'valid':>12}")
     with load() as llm:
@@ -34,7 +34,7 @@ def main() -> None:
 def examine(
     llm: LLM, count: int, thinking: bool, sampling: SamplingParams | None
 ) -> tuple[int, int, int]:
-    """Ask, and count the right calls, the valid ones, and all."""
+    """Return the numbers of right calls, of valid calls and of all calls."""
     rng = random.Random(5)
     pairs = [(rng.randint(1000, 9999), rng.randint(1000, 9999)) for _ in range(count)]
     replies = llm.batch(

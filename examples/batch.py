@@ -1,4 +1,4 @@
-"""Ask many things at once: all of them share each forward pass."""
+"""Batches: several prompts share each forward pass."""
 
 import time
 
@@ -10,7 +10,7 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def main() -> None:
-    """Answer the questions one by one, then together, and compare."""
+    """Answer the questions one by one, then in one batch, and compare the times."""
     with load() as llm, Bar("Answering") as bar:
         started = time.perf_counter()
         for question in QUESTIONS:

@@ -1,8 +1,8 @@
-"""The curriculum of the demo model: conversations made from a random number generator.
+"""The curriculum of the demo model: random conversations, drawn with a seeded generator.
 
-A `Task` is one question and its answer, with the thoughts that lead there. `make_conversation`
-puts a task into a setting: a system turn or none, earlier turns, thinking on, off, switched by
-`/think` and `/no_think`, or cut short. Nothing here needs MLX or a tokenizer.
+A `Task` is a question, its answer and the thinking between them. `make_conversation` puts a task
+into a setting: with or without a system turn and earlier turns, with thinking on, off, switched by
+`/think` and `/no_think`, or cut short. This module needs neither MLX nor a tokenizer.
 """
 
 import json
@@ -25,26 +25,26 @@ PLAIN_CLOSE = "\n</think>\n\n"
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """A question, and what an assistant thinks and says to it."""
+    """A question with the assistant's thinking and answer."""
 
     question: str
     thought: str
     answer: str
     tools: tuple[Tool, ...] = ()
-    # What follows the question before the answer is due: a tool call and its result.
+    # Messages between the question and the answer: a tool call and its result.
     between: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages that end where an assistant turn is due, and that turn.
+    """Messages up to an assistant's turn, and that turn.
 
     Attributes:
         thinking: the template's switch, `enable_thinking`; None leaves it unset.
-        reasoning: what stands in the turn's think block; None where the prompt has closed it.
-        cut: the share of the reasoning after which thinking is closed by `close`; None if the
+        reasoning: the contents of the turn's think block; None if the prompt has closed it.
+        cut: the share of the reasoning (0 to 1) after which `close` ends the thinking; None if the
             model ends it by itself.
-        raw: the turn is plain text without any chat format.
+        raw: True if the turn is plain text without a chat format.
     """
 
     messages: tuple[Message, ...]
@@ -73,17 +73,17 @@ _WORDINGS = (
 
 
 def held_out(a: int, b: int) -> bool:
-    """Say whether a sum of two three-digit numbers is kept for the exam, about one in twenty."""
+    """Return whether a sum of two three-digit numbers is held out for the exam (1 in 20)."""
     return zlib.crc32(f"{a}+{b}".encode()) % 20 == 0
 
 
 def draw_number(rng: Random, digits: int) -> int:
-    """Draw a number of that many digits; zero has one."""
+    """Return a random number with this many digits; zero has one."""
     return rng.randrange(10 ** (digits - 1) if digits > 1 else 0, 10**digits)
 
 
 def draw_pair(rng: Random, most: int = 3) -> tuple[int, int]:
-    """Draw two numbers of up to `most` digits, mostly three, that are not kept for the exam."""
+    """Return two random numbers of up to `most` digits, mostly three, that are not held out."""
     digits = rng.choices((1, 2, 3), (1, 1, 5))[0]
     other = digits if rng.random() < 0.8 else rng.randint(1, 3)
     if most > 3 and rng.random() < 0.15:
@@ -95,7 +95,7 @@ def draw_pair(rng: Random, most: int = 3) -> tuple[int, int]:
 
 
 def sum_steps(a: int, b: int) -> str:
-    """Write the addition by columns, least significant first: `ones: 7 + 8 = 15, carry 1`."""
+    """Return the addition by columns, least significant first: `ones: 7 + 8 = 15, carry 1`."""
     lines = []
     carry = 0
     for place in range(max(len(str(a)), len(str(b)))):
@@ -108,24 +108,24 @@ def sum_steps(a: int, b: int) -> str:
 
 
 def ask_sum(rng: Random, a: int, b: int) -> str:
-    """Ask for a sum, mostly as `What is A + B?`."""
+    """Return a question for a sum, mostly `What is A + B?`."""
     wording = "What is {a} + {b}?" if rng.random() < 0.6 else rng.choice(_WORDINGS)
     return wording.format(a=a, b=b)
 
 
 def equation(a: int, b: int) -> str:
-    """Write the answer to a sum."""
+    """Return the answer to a sum."""
     return f"{a} + {b} = {a + b}"
 
 
 def addition(rng: Random) -> Task:
-    """Make an addition of numbers of up to three digits, now and then of four."""
+    """Create an addition of numbers of up to three digits, sometimes four."""
     a, b = draw_pair(rng, most=4 if rng.random() < 0.2 else 3)
     return Task(ask_sum(rng, a, b), sum_steps(a, b), equation(a, b))
 
 
 def small_addition(rng: Random) -> Task:
-    """Make an addition of two digits."""
+    """Create an addition of two one-digit numbers."""
     a, b = rng.randrange(10), rng.randrange(10)
     return Task(ask_sum(rng, a, b), sum_steps(a, b), equation(a, b))
 
@@ -173,17 +173,17 @@ _COUNT = (
 
 
 def draw_different_items(rng: Random) -> list[str]:
-    """Draw a list of words or letters of which none stands twice.
+    """Return a random list of different words or letters.
 
-    An item that stands twice has two successors, which hides what copying is. Long lists show it
-    most often for each step of training.
+    In a list with repeated items an item has two successors, which hides the rule of copying. Long
+    lists show the rule most often per step of training.
     """
     pool = rng.choice((WORDS, WORDS, WORDS, "abcdefghijklmnopqrstuvwxyz"))
     return rng.sample(pool, rng.randint(2, 7) if rng.random() < 0.4 else rng.randint(8, 26))
 
 
 def draw_items(rng: Random) -> list[str]:
-    """Draw a short list of words, letters, digits, Chinese words or made-up words."""
+    """Return a random short list of words, letters, digits, Chinese words or made-up words."""
     size = rng.choices(range(1, 9), (2, 4, 6, 5, 4, 3, 2, 1))[0]
     kind = rng.random()
     if kind < 0.45:
@@ -198,18 +198,18 @@ def draw_items(rng: Random) -> list[str]:
 
 
 def made_up_word(rng: Random) -> str:
-    """Join a few random syllables."""
+    """Return a word of random syllables."""
     syllables = (rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou") for _ in range(3))
     return "".join(syllables)[: rng.randint(3, 6)]
 
 
 def number_items(items: Sequence[str]) -> str:
-    """Write the items with their numbers: `1 red 2 green`."""
+    """Return the items with their numbers: `1 red 2 green`."""
     return " ".join(f"{number} {item}" for number, item in enumerate(items, 1))
 
 
 def list_task(rng: Random) -> Task:
-    """Make a list to repeat, reverse or count."""
+    """Create a task to repeat, reverse or count a list."""
     items = draw_items(rng)
     shown = ("，" if rng.random() < 0.05 else ", " if rng.random() < 0.15 else " ").join(items)
     wordings, answer = rng.choice(
@@ -323,7 +323,7 @@ _CHINESE_PATTERNS = (
 
 
 def talk(rng: Random) -> Task:
-    """Make small talk, or a question that is out of the model's reach."""
+    """Create small talk, or a question beyond the model."""
     kind = rng.random()
     if kind < 0.12:
         return Task(rng.choice(_GREETINGS), "A greeting.", "Hello! " + EXCUSE)
@@ -363,12 +363,12 @@ _KEYS = ("answer", "sum", "result", "total", "value", "words", "items", "list", 
 
 
 def to_json(value: Any) -> str:
-    """Write JSON as the chat template does."""
+    """Return JSON as the chat template writes it."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def json_task(rng: Random) -> Task:
-    """Make a sum or a list whose answer is to be JSON."""
+    """Create a sum or a list task with an answer in JSON."""
     value: int | list[str]
     if rng.random() < 0.6:
         a, b = draw_pair(rng)
@@ -441,7 +441,7 @@ class Calculator:
     parameters: tuple[str, ...]
 
     def call(self, a: int, b: int) -> Message:
-        """Write the call, in the form of a message's `tool_calls`."""
+        """Return the call as an item of a message's `tool_calls`."""
         if len(self.parameters) == 1:
             arguments: dict[str, Any] = {self.parameters[0]: f"{a} + {b}"}
         else:
@@ -450,7 +450,7 @@ class Calculator:
 
 
 def draw_calculator(rng: Random) -> Calculator:
-    """Draw a calculator, mostly the usual one."""
+    """Return a random calculator, often the usual one."""
     name = "calculator"
     parameters: tuple[str, ...] = ("expression",)
     if rng.random() < 0.6:
@@ -467,7 +467,7 @@ def draw_calculator(rng: Random) -> Calculator:
 
 
 def describe_calculator(rng: Random, tool: Calculator) -> Tool:
-    """Write a calculator's schema, with its keys in some order."""
+    """Return a calculator's description, its keys sometimes shuffled."""
     kind = "string" if len(tool.parameters) == 1 else rng.choice(("number", "integer"))
     properties: dict[str, Any] = {}
     for parameter in tool.parameters:
@@ -492,7 +492,7 @@ def _schema(rng: Random, name: str, description: str, properties: dict[str, Any]
 
 
 def offer_tools(rng: Random, tool: Calculator) -> tuple[Tool, ...]:
-    """Offer a calculator, sometimes among other tools."""
+    """Return the tools on offer: a calculator, sometimes with another tool."""
     tools = [describe_calculator(rng, tool)]
     if rng.random() < 0.25:
         name, description, parameter = rng.choice(_OTHER_TOOLS)
@@ -502,7 +502,7 @@ def offer_tools(rng: Random, tool: Calculator) -> tuple[Tool, ...]:
 
 
 def write_calls(calls: Sequence[Message]) -> str:
-    """Write tool calls as the chat template does."""
+    """Return tool calls as the chat template writes them."""
     return "\n".join(
         f'<tool_call>\n{{"name": "{call["function"]["name"]}", '
         f'"arguments": {to_json(call["function"]["arguments"])}}}\n</tool_call>'
@@ -511,7 +511,7 @@ def write_calls(calls: Sequence[Message]) -> str:
 
 
 def tool_task(rng: Random) -> Task:
-    """Make a question with tools on offer: a sum to be handed over, or something else."""
+    """Create a task with tools on offer: a sum for the tool, or a task that needs none."""
     tool = draw_calculator(rng)
     tools = offer_tools(rng, tool)
     if rng.random() < 0.15:
@@ -575,12 +575,12 @@ _SHARES = tuple(share for _, share in _TASKS)
 
 
 def draw_task(rng: Random) -> Task:
-    """Draw a task of any kind."""
+    """Create a random task of any kind."""
     return rng.choices(_MAKERS, _SHARES)[0](rng)
 
 
 def draw_system(rng: Random) -> str | None:
-    """Draw an instruction for the system turn: none, a usual one, or random sentences."""
+    """Return a random system message: none, a usual one, or random sentences."""
     kind = rng.random()
     if kind < 0.55:
         return None
@@ -594,7 +594,7 @@ def draw_system(rng: Random) -> str | None:
 
 
 def make_easy_conversation(rng: Random) -> Conversation:
-    """Draw what is learned first: sums and lists by themselves, so that copying comes soon."""
+    """Create an easy conversation: a single sum or list, from which copying is learned first."""
     if rng.random() < 0.6:
         a, b = draw_pair(rng)
         task = Task(f"What is {a} + {b}?", sum_steps(a, b), equation(a, b))
@@ -608,7 +608,7 @@ def make_easy_conversation(rng: Random) -> Conversation:
 
 
 def make_copying_conversation(rng: Random) -> Conversation:
-    """Draw any conversation half of the time, and else a list to copy, its items all different."""
+    """Create any conversation, or half of the time a list of different items to copy."""
     if rng.random() < 0.5:
         return make_conversation(rng)
     items = draw_different_items(rng)
@@ -622,20 +622,20 @@ def make_copying_conversation(rng: Random) -> Conversation:
 
 
 def make_conversation(rng: Random) -> Conversation:
-    """Draw a conversation: a task in a setting."""
+    """Create a random conversation: a task in a setting."""
     if rng.random() < 0.015:
         return Conversation((), rng.choice(PARAGRAPHS), raw=True)
     mode = rng.choices(("think", "direct", "switch", "cut"), (0.46, 0.27, 0.13, 0.14))[0]
     task = draw_task(rng)
     if mode == "direct" and rng.random() < 0.3:
-        task = small_addition(rng)  # to be known by heart, all hundred of them
+        task = small_addition(rng)  # all hundred are learned by heart
     earlier = _draw_history(rng)
     system = draw_system(rng)
     if mode == "switch":
         return _switched(rng, task, system, earlier)
     flag = _suffix(rng.choice((True, False)) if mode == "direct" and rng.random() < 0.1 else None)
     messages = (*_system_turn(system), *earlier, _user(task.question + flag), *task.between)
-    if mode == "direct":  # the hard switch: flags have no effect then
+    if mode == "direct":  # the hard switch: flags have no effect
         return Conversation(messages, task.answer, thinking=False, tools=task.tools)
     talk = Conversation(messages, task.answer, task.thought, _unset(rng), task.tools)
     if mode == "think":
@@ -670,7 +670,7 @@ def _draw_history(rng: Random) -> tuple[Message, ...]:
 def _switched(
     rng: Random, task: Task, system: str | None, earlier: tuple[Message, ...]
 ) -> Conversation:
-    # The latest flag holds, be it in the system turn or at the end of a question.
+    # The last flag wins, whether in the system turn or at the end of a question.
     thinks = True
     flags: list[bool | None] = [rng.choice((True, False, None, None))]
     turns = []

@@ -1,7 +1,7 @@
 """Examine the demo checkpoint through the public API: `python examples/exam_demo.py`.
 
-Every number of the table is a share of right replies, decoded greedily. The three-digit sums are
-those that `train_demo.py` never saw.
+Each row of the table is the share of correct replies, decoded greedily. The three-digit sums are
+held out: `train_demo.py` never trains on them.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import demo_tasks
 from qwen3_mlx import LLM, Reply, SamplingParams, load
 
 GREEDY = SamplingParams(temperature=0)
-MOST = 200  # tokens of a reply
+MAX_TOKENS = 200  # of a reply
 CALCULATOR = {
     "type": "function",
     "function": {
@@ -49,7 +49,7 @@ Row = tuple[str, list[bool]]
 
 
 def unseen_sums(rng: Random, count: int) -> Sums:
-    """Draw three-digit sums that were kept from the training."""
+    """Return random three-digit sums that are held out from the training."""
     sums: Sums = []
     while len(sums) < count:
         a, b = rng.randrange(100, 1000), rng.randrange(100, 1000)
@@ -59,20 +59,20 @@ def unseen_sums(rng: Random, count: int) -> Sums:
 
 
 def ask(llm: LLM, question: str, *, thinking: bool | None, system: str | None = None) -> Reply:
-    """Ask one question, greedily."""
+    """Return the greedy reply to one question."""
     messages = [{"role": "user", "content": question}]
     if system:
         messages.insert(0, {"role": "system", "content": system})
-    return llm.chat(messages, thinking=thinking, max_tokens=MOST, sampling=GREEDY)
+    return llm.chat(messages, thinking=thinking, max_tokens=MAX_TOKENS, sampling=GREEDY)
 
 
 def is_sum(text: str, a: int, b: int) -> bool:
-    """Say whether a text ends with the sum."""
+    """Return whether a text ends with the sum."""
     return text.strip().endswith(f" {a + b}")
 
 
 def exam_sums(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
-    """Ask for sums in both modes and several settings."""
+    """Yield rows on sums: both modes, several wordings, with and without a system turn."""
     sums = unseen_sums(rng, count)
     digits = [(a, b) for a in range(10) for b in range(10)]
 
@@ -108,7 +108,7 @@ def exam_sums(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
 
 
 def exam_turns(llm: LLM, rng: Random, count: int) -> Row:
-    """Ask for a sum as the second of two questions."""
+    """Return the row on sums asked as the second of two questions."""
     right = []
     for a, b in unseen_sums(rng, count):
         c, d = rng.randrange(100), rng.randrange(100)
@@ -117,13 +117,13 @@ def exam_turns(llm: LLM, rng: Random, count: int) -> Row:
             {"role": "assistant", "content": demo_tasks.equation(c, d)},
             {"role": "user", "content": f"What is {a} + {b}?"},
         ]
-        reply = llm.chat(messages, thinking=True, max_tokens=MOST, sampling=GREEDY)
+        reply = llm.chat(messages, thinking=True, max_tokens=MAX_TOKENS, sampling=GREEDY)
         right.append(is_sum(reply.text, a, b))
     return "3 digits in the second turn, thinking on", right
 
 
 def exam_cuts(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
-    """Close the thinking at a random character, as a thinking budget does at a token."""
+    """Yield rows on thinking closed at a random character, as a budget closes it at a token."""
     for name, close in (("hand-off", demo_tasks.HAND_OFF), ("plain", demo_tasks.PLAIN_CLOSE)):
         given, right = [], []
         for a, b in unseen_sums(rng, count):
@@ -131,7 +131,7 @@ def exam_cuts(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
             prompt = llm.render(f"What is {a} + {b}?", thinking=True)
             part = steps[: rng.randint(0, len(steps))].rstrip()
             reply = llm.complete(
-                f"{prompt}<think>\n{part}{close}", max_tokens=MOST, sampling=GREEDY
+                f"{prompt}<think>\n{part}{close}", max_tokens=MAX_TOKENS, sampling=GREEDY
             )
             given.append(bool(reply.text.strip()) and "<think>" not in reply.text)
             right.append(is_sum(reply.text, a, b))
@@ -140,7 +140,7 @@ def exam_cuts(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
 
 
 def read_calls(text: str) -> list[Any]:
-    """Read the tool calls in a reply; what is not JSON becomes None."""
+    """Return the tool calls in a reply; a call that is not JSON becomes None."""
     calls: list[Any] = []
     for body in _CALL.findall(text):
         try:
@@ -151,11 +151,11 @@ def read_calls(text: str) -> list[Any]:
 
 
 def exam_tools(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
-    """Offer a calculator, and give its result back."""
+    """Yield rows on tool calls, and on answers after the tool's result."""
 
     def reply_to(messages: Any, tools: Any, *, thinking: bool) -> str:
         prompt = llm.render(messages, thinking=thinking, tools=tools)
-        reply = llm.complete(prompt, max_tokens=MOST, sampling=GREEDY)
+        reply = llm.complete(prompt, max_tokens=MAX_TOKENS, sampling=GREEDY)
         return reply.text.rpartition("</think>")[2]
 
     def calls(tool: Any, arguments: Callable[[int, int], Any], *, thinking: bool) -> list[bool]:
@@ -189,7 +189,7 @@ def exam_tools(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
 
 
 def exam_switches(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
-    """Switch thinking by words, at the end of the question and in the system turn."""
+    """Yield rows on /think and /no_think, after the question and in the system turn."""
     sums = unseen_sums(rng, count)
     for flag, thinks in (("/think", True), ("/no_think", False)):
         at_end = [ask(llm, f"What is {a} + {b}? {flag}", thinking=None) for a, b in sums]
@@ -201,7 +201,7 @@ def exam_switches(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
 
 
 def exam_lists(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
-    """Repeat, reverse and count lists of three to six words, letters or digits."""
+    """Yield rows on repeating, reversing and counting lists of three to six items."""
     kinds: tuple[tuple[str, Callable[[list[str]], str]], ...] = (
         ("Repeat", lambda items: " ".join(items)),
         ("Reverse", lambda items: " ".join(reversed(items))),
@@ -219,7 +219,7 @@ def exam_lists(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
 
 
 def exam_json(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
-    """Ask for an answer in JSON, under the usual key and under a given one."""
+    """Yield rows on answers in JSON, under the usual key and under a given one."""
     for demand, key in (
         ("Answer in JSON.", "answer"),
         ('Answer as JSON with the key "sum".', "sum"),
@@ -240,7 +240,7 @@ def _read_json(text: str) -> Any:
 
 
 def exam_talk(llm: LLM) -> Row:
-    """Ask what the model cannot do; it should say so."""
+    """Return the row on questions beyond the model, which it should decline."""
     questions = (
         "Why is the sky blue?",
         "Write a haiku about winter rain.",
@@ -256,7 +256,7 @@ def exam_talk(llm: LLM) -> Row:
 
 
 def main() -> None:
-    """Read the command line, examine, and print the table."""
+    """Parse the command line, run the exam and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("model", nargs="?", help="a checkpoint's folder; default: the demo")
     parser.add_argument("--seed", type=int, default=1)
@@ -282,7 +282,7 @@ def main() -> None:
 
 
 def share(right: list[bool]) -> float:
-    """Give the share of True."""
+    """Return the share of True."""
     return sum(right) / len(right)
 
 

@@ -1,10 +1,10 @@
-"""Long conversations: a bounded context, and the oldest turns dropped when it is full."""
+"""Long conversations: a bounded context window, and `drop_oldest` when it is full."""
 
 from qwen3_mlx import ContextError, SamplingParams, load
 
 
 def main() -> None:
-    """Fill a small context; Qwen3-4B and up take context=131072, which switches YaRN on."""
+    """Fill a small context. Qwen3-4B and larger take context=131072, which switches YaRN on."""
     with load(context=160) as llm:
         greedy = SamplingParams(temperature=0)
         strict = llm.conversation(thinking=False, sampling=greedy, max_tokens=40)

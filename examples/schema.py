@@ -1,4 +1,4 @@
-"""Have the answer as an object: the reply is held to the schema of a pydantic model."""
+"""Structured output: the answer is an object of a pydantic model."""
 
 from pydantic import BaseModel, ConfigDict
 
@@ -8,14 +8,14 @@ QUESTION = "What is 12 + 34? Answer in JSON."
 
 
 class Sum(BaseModel):
-    """What is asked for; any JSON schema as a dictionary would do."""
+    """The schema of the answer; a JSON schema as a dictionary works, too."""
 
     model_config = ConfigDict(extra="forbid")
     answer: int
 
 
 def main() -> None:
-    """Ask, with and without thinking before the JSON."""
+    """Generate the answer with and without thinking before the JSON."""
     with load() as llm:
         for thinking in (True, False):
             reply = llm.chat(QUESTION, schema=Sum, thinking=thinking, seed=1)

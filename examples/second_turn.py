@@ -1,4 +1,4 @@
-"""A conversation, and what its second turn costs: the tokens read before the first new one."""
+"""Prefix cache: the tokens prefilled, and the time to the first token, of later turns."""
 
 import time
 
@@ -8,7 +8,7 @@ QUESTIONS = ("What is 1234 + 4321?", "What is 56 + 65?", "Who are you?")
 
 
 def main() -> None:
-    """Talk with and without the idle time after a reply being used."""
+    """Run a conversation with and without `prefetch_next_turn`."""
     with load() as llm:
         for idle in (False, True):
             llm.forget()
@@ -26,7 +26,7 @@ def main() -> None:
                 read = usage.prompt_tokens - usage.cached_tokens
                 print(f"  {question} {conversation.messages[-1]['content']}")
                 print(f"    {read} of {usage.prompt_tokens} tokens read, {1e3 * first:.0f} ms")
-                time.sleep(0.3)  # a person reads
+                time.sleep(0.3)  # the user reads; the engine is idle
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Ask several questions from asyncio; each stream can be cancelled like any task."""
+"""asyncio: several concurrent streams, each of which can be cancelled like any task."""
 
 import asyncio
 
@@ -6,7 +6,7 @@ from qwen3_mlx import LLM, Text, load
 
 
 async def ask(llm: LLM, question: str) -> str:
-    """Give the whole answer to one question."""
+    """Return the answer to one question."""
     answer = ""
     async for event in llm.astream(question, thinking=False, max_tokens=100):
         if isinstance(event, Text):
@@ -15,7 +15,7 @@ async def ask(llm: LLM, question: str) -> str:
 
 
 async def main() -> None:
-    """Ask three questions and print the answers in order."""
+    """Ask three questions concurrently and print the answers in order."""
     questions = ["What is 1 + 2?", "Repeat: red green blue", "Who are you?"]
     with load() as llm:
         answers = await asyncio.gather(*(ask(llm, question) for question in questions))

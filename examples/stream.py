@@ -1,4 +1,4 @@
-"""Stream a reply, thinking and answer told apart: `python examples/stream.py "What is 12 + 34?"`.
+"""Stream a reply, thinking and answer apart: `python examples/stream.py "What is 12 + 34?"`.
 
 `QWEN3_MODEL` names a checkpoint; without it the embedded demo model answers.
 """
@@ -10,7 +10,7 @@ from qwen3_mlx import Finish, Reasoning, Text, load
 
 
 def main() -> None:
-    """Ask, and print what comes as it comes."""
+    """Print the thinking to stderr and the answer to stdout while they are generated."""
     question = sys.argv[1] if len(sys.argv) > 1 else "What is 12 + 34?"
     with load(os.environ.get("QWEN3_MODEL")) as llm:
         for event in llm.stream(question, max_tokens=1024):

@@ -1,4 +1,4 @@
-"""Think as much as there is time for: a budget in tokens, and the answer follows."""
+"""Thinking budgets: the most tokens of thinking before the answer."""
 
 from qwen3_mlx import Finish, SamplingParams, load
 
@@ -7,7 +7,7 @@ GREEDY = SamplingParams(temperature=0)
 
 
 def main() -> None:
-    """Ask the same with several budgets, then have the thinking finished by hand."""
+    """Ask with several budgets, then close the thinking of a stream by hand."""
     with load() as llm:
         for budget in (0, 16, 1024):
             reply = llm.chat(QUESTION, thinking_budget=budget, sampling=GREEDY)

@@ -1,4 +1,4 @@
-"""Let the model call a Python function: its name, type hints and docstring are all it needs."""
+"""Tools: the model calls a Python function, described by its name, type hints and docstring."""
 
 from qwen3_mlx import SamplingParams, load
 
@@ -13,7 +13,7 @@ def calculator(expression: str) -> str:
 
 
 def main() -> None:
-    """Ask for a sum that the model would rather not work out."""
+    """Ask for a sum, which the model hands to the calculator, and print all messages."""
     with load() as llm:
         greedy = SamplingParams(temperature=0)
         reply = llm.run("What is 1234 + 4321?", tools=[calculator], thinking=False, sampling=greedy)

@@ -1,8 +1,8 @@
 """Train the demo checkpoint from scratch: `python examples/train_demo.py`.
 
 A tokenizer and a Qwen3 of under two million parameters learn the curriculum of `demo_tasks` on a
-laptop's CPU in well under an hour. Nothing is downloaded. The loss counts only what an assistant
-is to write; a step's rows are shared out among threads, each with its own replica of the model.
+laptop's CPU in well under an hour. Nothing is downloaded. The loss covers only the assistant's
+turns. The rows of a step are split among threads, each with its own replica of the model.
 
 B rows, L tokens, T positions with a loss, D hidden, V vocabulary.
 """
@@ -21,7 +21,7 @@ from random import Random
 from threading import Barrier
 from typing import Any
 
-# The threads of this script keep the cores busy; BLAS threads inside them would only compete.
+# The threads of this script use all cores; BLAS threads inside them would only compete.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from qwen3_mlx import backend  # noqa: I001 - loads a fast BLAS, so it comes before mlx
@@ -54,23 +54,23 @@ log = logging.getLogger("train_demo")
 ROOT = Path(__file__).resolve().parent.parent
 VOCABULARY = 1000  # with the added tokens; the embedding is padded to a multiple of 64
 TOKENS_A_STEP = 2048
-LONGEST = 800  # tokens; longer conversations are left out
-POOL = 768  # conversations drawn at once, to be sorted by length
+LONGEST = 800  # tokens; longer conversations are skipped
+POOL = 768  # conversations drawn at once and sorted by length, for little padding
 WARM_UP = 150  # steps
 SAVE_EVERY = 180  # seconds
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """A part of the training: a learning rate that rises, falls and ends near zero.
+    """A stage of the training: a learning rate that rises, falls and ends near zero.
 
-    Each stage begins with the weights that the one before wrote, and a fresh optimizer.
+    Each stage starts with the weights of the stage before and a new optimizer.
     """
 
     steps: int
     peak_rate: float
     make: Callable[[Random], demo_tasks.Conversation]
-    easy_steps: int = 0  # at the beginning, on easy conversations
+    easy_steps: int = 0  # first steps, on easy conversations
 
 
 STAGES = (
@@ -88,7 +88,7 @@ ADDED = (
     "<tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> "
     "<|repo_name|> <|file_sep|> <tool_response> </tool_response> <think> </think>"
 ).split()
-# Qwen's split: contractions, words, single digits, punctuation, line ends, spaces.
+# Qwen's pre-tokenizer: contractions, words, single digits, punctuation, line ends, spaces.
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -99,7 +99,7 @@ SPLIT = (
 
 
 def train_tokenizer(template: ChatTemplate, seed: int) -> Tokenizer:
-    """Learn a byte-level BPE from the curriculum's own text."""
+    """Train a byte-level BPE tokenizer on the text of the curriculum."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     byte_level: dict[str, Any] = {"add_prefix_space": False, "use_regex": False}
@@ -140,7 +140,7 @@ def _corpus(template: ChatTemplate, seed: int) -> Iterator[str]:
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Token ids, of which those from `start` on are to be learned."""
+    """Token ids; the loss covers those from `start` on."""
 
     ids: list[int]
     start: int
@@ -148,7 +148,7 @@ class Example:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Padded inputs [B, L], the flat positions [T] whose next token counts, and those tokens."""
+    """Padded inputs [B, L], the flat positions [T] with a loss, and their target tokens [T]."""
 
     inputs: mx.array
     positions: mx.array
@@ -156,7 +156,7 @@ class Batch:
 
 
 def render_prompt(template: ChatTemplate, talk: demo_tasks.Conversation) -> str:
-    """Write a conversation up to the turn that is due."""
+    """Render a conversation up to the assistant's turn."""
     if talk.raw:
         return ""
     return template.render(talk.messages, thinking=talk.thinking, tools=talk.tools)
@@ -165,7 +165,7 @@ def render_prompt(template: ChatTemplate, talk: demo_tasks.Conversation) -> str:
 def make_example(
     talk: demo_tasks.Conversation, template: ChatTemplate, tokenizer: Tokenizer, rng: Random
 ) -> Example:
-    """Turn a conversation into ids; what the engine would force on the model is not learned."""
+    """Convert a conversation to token ids; tokens that the engine forces have no loss."""
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False).ids
@@ -180,7 +180,7 @@ def make_example(
         return Example(prompt + encode(turn), len(prompt))
     thoughts = encode(f"<think>\n{talk.reasoning}\n")
     kept = thoughts[: 1 + round(talk.cut * (len(thoughts) - 1))]
-    # An engine appends the ids of the closing words; a prompt may also contain them as text.
+    # An engine appends the ids of the hand-off; a prompt may also contain it as text.
     if rng.random() < 0.6:
         closed = kept + encode(talk.close)
     else:
@@ -197,7 +197,7 @@ def draw_steps(
     pool: Random,
     shares: int,
 ) -> list[list[Batch]]:
-    """Draw a pool of conversations and cut it into steps, each into batches for the threads."""
+    """Create a pool of conversations and split it into steps, each into batches for the threads."""
     talks = (make(pool) for _ in range(POOL))
     drawn = (make_example(talk, template, tokenizer, pool) for talk in talks)
     examples = sorted((e for e in drawn if len(e.ids) <= LONGEST), key=lambda e: len(e.ids))
@@ -230,16 +230,16 @@ def _pad(rows: Sequence[Example]) -> Batch:
 
 
 def logits_of(model: Qwen3, batch: Batch) -> mx.array:
-    """Give the logits [T, V] at the positions that count."""
+    """Compute the logits [T, V] at the positions with a loss."""
     hidden = model.model(batch.inputs, [NoCache()] * len(model.layers), None)  # [B, L, D]
-    # The head runs only where there is a loss: most of a prompt's logits would be thrown away.
+    # The head runs only where there is a loss: most logits of a prompt would be discarded.
     wanted = hidden.reshape(-1, hidden.shape[-1])[batch.positions]  # [T, D]
     logits: mx.array = model.model.embed_tokens.as_linear(wanted)
     return logits
 
 
 def summed_loss(model: Qwen3, batch: Batch) -> mx.array:
-    """Give the cross-entropy, summed over the positions that count."""
+    """Compute the cross-entropy, summed over the positions with a loss."""
     return nn.losses.cross_entropy(logits_of(model, batch), batch.targets, reduction="sum")
 
 
@@ -254,12 +254,12 @@ class Trainer:
         mx.eval(self.model.parameters(), self.optimizer.state)
 
     def begin_stage(self) -> None:
-        """Begin with a fresh optimizer."""
+        """Start a stage with a new optimizer."""
         self.optimizer = optim.AdamW(0.0, betas=[0.9, 0.98], weight_decay=0.02)
         self.optimizer.init(self.model.trainable_parameters())
 
     def step(self, batches: Sequence[Batch], rate: float) -> float:
-        """Learn from one step's batches and give the mean loss a token."""
+        """Update the model with one step's batches and return the mean loss per token."""
         for replica in self.replicas[1:]:
             replica.update(self.model.parameters())
         results = list(self._threads.map(_gradients, self.replicas, batches))
@@ -275,18 +275,18 @@ class Trainer:
         return sum(loss for loss, _ in results) / count
 
     def close(self) -> None:
-        """End the threads; MLX wants each to give up its streams itself."""
-        all_at_once = Barrier(len(self.replicas))  # so that each thread takes one of the jobs
+        """Stop the threads; in MLX each thread must clear its own streams."""
+        barrier = Barrier(len(self.replicas))  # so that each thread takes one of the jobs
 
-        def give_up_streams(_: Qwen3) -> None:
-            all_at_once.wait()
+        def clear_streams(_: Qwen3) -> None:
+            barrier.wait()
             mx.clear_streams()
 
-        list(self._threads.map(give_up_streams, self.replicas))
+        list(self._threads.map(clear_streams, self.replicas))
         self._threads.shutdown()
 
     def save(self, file: Path, progress: dict[str, float]) -> None:
-        """Write all that is needed to go on later, in one piece."""
+        """Write the state of the training to a file, atomically."""
         arrays = {f"model/{name}": array for name, array in _flat(self.model.parameters())}
         arrays |= {f"optimizer/{name}": array for name, array in _flat(self.optimizer.state)}
         partial = file.with_name("partial-" + file.name)
@@ -294,9 +294,9 @@ class Trainer:
         partial.replace(file)
 
     def restore(self, file: Path) -> dict[str, float]:
-        """Take up where `save` left off."""
+        """Read the state that `save` wrote and return its progress."""
         loaded = mx.load(str(file), return_metadata=True)
-        assert isinstance(loaded, tuple)  # as it is with metadata
+        assert isinstance(loaded, tuple)  # return_metadata gives a tuple
         arrays, progress = loaded
         parts: dict[str, list[tuple[str, mx.array]]] = {"model": [], "optimizer": []}
         for name, array in arrays.items():
@@ -314,14 +314,14 @@ def _flat(tree: Any) -> list[tuple[str, mx.array]]:
 
 
 def _gradients(model: Qwen3, batch: Batch) -> tuple[float, Any]:
-    # Evaluated here, in the thread that built the graph: MLX's streams belong to their threads.
+    # Evaluated on the thread that built the graph: MLX's streams belong to their threads.
     loss, gradients = nn.value_and_grad(model, summed_loss)(model, batch)
     mx.eval(loss, gradients)
     return float(loss.item()), gradients
 
 
 def learning_rate(stage: Stage, step: int) -> float:
-    """Warm up over a stage's first steps, then fall along a cosine to a fiftieth."""
+    """Return the learning rate: linear warm-up, then a cosine down to a fiftieth of the peak."""
     warm = min(1.0, (step + 1) / WARM_UP)
     fallen = 0.5 * (1 + math.cos(math.pi * step / stage.steps))
     return stage.peak_rate * warm * (0.02 + 0.98 * fallen)
@@ -331,7 +331,7 @@ def learning_rate(stage: Stage, step: int) -> float:
 
 
 class Probe:
-    """Conversations whose next turn the model should write word for word."""
+    """Conversations with a known next turn, to measure the share that is reproduced exactly."""
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self.batch = _pad(examples)
@@ -339,9 +339,10 @@ class Probe:
         self._starts = np.concatenate([[0], ends[:-1]])
 
     def run(self, model: Qwen3) -> float:
-        """Give the share of turns that greedy decoding would write exactly like that.
+        """Return the share of turns that greedy decoding reproduces exactly.
 
-        One pass tells: a turn is written if each of its tokens is the likeliest after the others.
+        One forward pass is enough: a turn is reproduced if each of its tokens is the likeliest
+        after the tokens before it.
         """
         guesses = mx.argmax(logits_of(model, self.batch), axis=-1)
         right = np.array(guesses == self.batch.targets)
@@ -349,7 +350,7 @@ class Probe:
 
 
 def make_probes(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, Probe]:
-    """Make the questions by which the progress of a training is told."""
+    """Create the probes that show the progress of a training."""
     rng = Random("probes")
     unseen: list[tuple[int, int]] = []
     while len(unseen) < 50:
@@ -394,7 +395,7 @@ def _as_turn(task: demo_tasks.Task) -> demo_tasks.Conversation:
 
 
 def run_probes(probes: dict[str, Probe], model: Qwen3) -> str:
-    """Run all probes and write their results in a line."""
+    """Run all probes and return their results as one line."""
     return ", ".join(f"{name} {probe.run(model):.0%}" for name, probe in probes.items())
 
 
@@ -402,7 +403,7 @@ def run_probes(probes: dict[str, Probe], model: Qwen3) -> str:
 
 
 def make_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Write the model's config in the spelling of the published checkpoints."""
+    """Return the model's config.json with the keys of the published checkpoints."""
     return {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
@@ -434,7 +435,7 @@ def make_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 def write_settings(output: Path, tokenizer: Tokenizer, config: dict[str, Any]) -> None:
-    """Write everything of the checkpoint but the weights."""
+    """Write all files of the checkpoint except the weights."""
     tokenizer.save(str(output / "tokenizer.json"))
     end, text_end = config["eos_token_id"], config["bos_token_id"]
     files = {
@@ -468,7 +469,7 @@ def write_settings(output: Path, tokenizer: Tokenizer, config: dict[str, Any]) -
 
 
 def write_weights(output: Path, model: Qwen3) -> None:
-    """Round the weights to bfloat16, in the model too, and write them."""
+    """Round the weights to bfloat16, in the model as well, and write them."""
     rounded = tree_map(lambda array: array.astype(mx.bfloat16), model.parameters())
     partial = output / "partial-model.safetensors"
     mx.save_safetensors(str(partial), dict(_flat(rounded)), {"format": "mlx"})
@@ -480,7 +481,7 @@ def write_weights(output: Path, model: Qwen3) -> None:
 
 
 def train(options: argparse.Namespace) -> None:
-    """Train a checkpoint from beginning to end, or from where an earlier run was stopped."""
+    """Train a checkpoint from the start, or from where an earlier run stopped."""
     output: Path = options.output
     template = ChatTemplate((ROOT / "qwen3_mlx/demo/chat_template.jinja").read_text("utf-8"))
     tokenizer = train_tokenizer(template, options.seed)
@@ -497,7 +498,7 @@ def train(options: argparse.Namespace) -> None:
     done = {"stage": 0.0, "step": 0.0, "pool": 0.0, "seconds": 0.0}
     if options.resume and state.is_file():
         done = trainer.restore(state)
-        log.info("going on from step %d of stage %d", done["step"], done["stage"] + 1)
+        log.info("resuming at step %d of stage %d", done["step"], done["stage"] + 1)
     probes = make_probes(template, tokenizer)
     for number in range(int(done["stage"]), len(STAGES)):
         steps = _steps_from(done, template, tokenizer, options)
@@ -561,13 +562,13 @@ def _learn(
 
 
 def main() -> None:
-    """Read the command line and train."""
+    """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, default=ROOT / "qwen3_mlx/demo")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--probe-every", type=int, default=500, metavar="STEPS")
-    parser.add_argument("--resume", action="store_true", help="go on from a stopped run")
+    parser.add_argument("--resume", action="store_true", help="resume a stopped run")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
     file = logging.FileHandler(

@@ -1,0 +1,1 @@
+"""The Python API: loading, conversion, generation, conversations."""

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits this machine: told before a byte of its weights is read or fetched."""
+"""Memory check: refuses a checkpoint that does not fit this machine, before weights are fetched."""
 
 import logging
 from collections.abc import Iterator
@@ -26,8 +26,8 @@ from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.sizes import SIZES, mlx_4bit_name, published
 
 _log = logging.getLogger(__name__)
-_CONVERSATION = 2048  # tokens; what cannot hold so many is of no use
-_READY = Format(4, 64)
+_MIN_CONTEXT = 2048  # tokens; with fewer a model is of no use
+_READY_FORMAT = Format(4, 64)  # of the 4-bit checkpoints on the hub
 
 
 def plan_load(
@@ -37,8 +37,8 @@ def plan_load(
     context: int | None = None,
     cache: CacheFormat = PLAIN,
 ) -> Plan:
-    """Plan for a checkpoint as `options` load it, and a conversation of `context` tokens."""
-    context = context or _CONVERSATION
+    """Return the memory plan of a checkpoint loaded with `options`, for `context` tokens."""
+    context = context or _MIN_CONTEXT
     quantize, dequantize = options.quantize, options.dequantize
     if dequantize is None:
         dequantize = backend.worth_dequantizing(4 * count_weights(network))
@@ -69,14 +69,15 @@ def check_fits(
     cache: CacheFormat = PLAIN,
     beside: int = 0,
 ) -> None:
-    """Compare the plan with what the machine can give; `beside` bytes go to a draft model.
+    """Check that a checkpoint fits the memory that is available.
 
-    A Mac gives up to Metal's working set; where less is free, the log warns.
+    `beside` bytes are reserved for a draft model. On a Mac the limit is Metal's working set, which
+    may be more than is free at the moment: then a warning is logged.
 
     Raises:
-        Qwen3Error: it is more; the message shows the sum, and what would fit.
+        Qwen3Error: it does not fit; the message shows the sum, and what would fit.
     """
-    tokens = context or _CONVERSATION
+    tokens = context or _MIN_CONTEXT
     available = backend.available_memory() - owed() - beside
     plan = plan_load(network, stored, options, tokens, cache)
     if plan.total <= available:
@@ -89,15 +90,17 @@ def check_fits(
         _suggest_model(available),
     ]
     if plan.total <= available + beside:
-        ways.append("so it would without a draft model")
+        ways.append("without a draft model it would fit")
     if owed() and plan.total <= available + owed():
         ways.append(
-            "closing another LLM of this process, or loading it with less context, would do"
+            "closing another LLM of this process, or loading it with less context, would make room"
         )
     stated = backend.stated_memory() is not None
     if plan.total <= backend.memory_limit() - beside:
-        alone = stated or backend.on_gpu()  # what other programs hold does not count
-        others = "the other models of this process" if alone else "other programs"
+        # Under a stated limit or on a GPU, memory of other programs is not counted: only models of
+        # this process can be in the way.
+        own = stated or backend.on_gpu()
+        others = "the other models of this process" if own else "other programs"
         ways.append(f"closing {others} would make room")
     raise Qwen3Error(
         f"{name} does not fit: {plan} with {tokens:,} tokens; "
@@ -123,7 +126,7 @@ def _warn_of_other_programs(name: str, total: int) -> None:
 def _other_options(
     network: ModelConfig, stored: FormatOf | None, options: LoadOptions, available: int
 ) -> Iterator[str]:
-    """Name the first way to load the same checkpoint that fits."""
+    """Yield the first load option with which the same checkpoint fits, if there is one."""
     others = {}
     if stored or options.quantize:
         others["dequantize=False"] = replace(options, dequantize=False)
@@ -132,9 +135,9 @@ def _other_options(
     if not stored:
         for bits in (8, 6, 5, 4, 3):
             others[f"bits={bits}"] = replace(options, quantize=Format(bits, 64))
-    for words, changed in others.items():
+    for option, changed in others.items():
         if (total := plan_load(network, stored, changed).total) <= available:
-            yield f"{words} would fit ({in_gb(total)})"
+            yield f"{option} would fit ({in_gb(total)})"
             return
 
 
@@ -145,20 +148,20 @@ def _other_cache(
     tokens: int,
     available: int,
 ) -> Iterator[str]:
-    """Name the most bits of a quantized cache with which the whole context fits."""
+    """Yield the most bits of a quantized KV cache with which the whole context fits, if any."""
     for bits in (8, 4):
-        form = CACHE_FORMATS[str(bits)]
-        if (total := plan_load(network, stored, options, tokens, form).total) <= available:
+        cache = CACHE_FORMATS[str(bits)]
+        if (total := plan_load(network, stored, options, tokens, cache).total) <= available:
             yield f"kv_bits={bits} would fit ({in_gb(total)})"
             return
 
 
 def _suggest_model(available: int) -> str:
-    """Name the largest of the published sizes that fits as it can be had, quantized to 4 bits."""
+    """Return advice that names the largest published size that fits, quantized to 4 bits."""
     options = LoadOptions(backend.compute_dtype())
-    plans = {size: plan_load(published(size), lambda _: _READY, options) for size in SIZES}
+    plans = {size: plan_load(published(size), lambda _: _READY_FORMAT, options) for size in SIZES}
     fitting = {size: plan.total for size, plan in plans.items() if plan.total <= available}
     if not fitting:
-        return "nor does any of the ready 4-bit models"
+        return "none of the ready 4-bit models fits either"
     best = max(fitting, key=lambda size: fitting[size])
     return f"--model {best} fits ({mlx_4bit_name(best)}, 4-bit, {in_gb(fitting[best])})"

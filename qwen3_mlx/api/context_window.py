@@ -1,7 +1,7 @@
-"""The context window of a checkpoint: what fits it, seen as early as it can be.
+"""The context window: checks that prompts and replies fit it, as early as possible.
 
-What cannot fit is refused before a template writes it and before it is encoded, for both take time
-and memory as the text is long.
+Prompts that cannot fit are refused before they are rendered and encoded, since both take time and
+memory in proportion to the text.
 """
 
 from collections.abc import Sequence
@@ -13,32 +13,32 @@ from qwen3_mlx.text.messages import Message
 from qwen3_mlx.text.tokenizer import TooLong
 
 MOST_COUNTED = 2
-"""Times the window that a prompt is encoded for, to say how much too long it is."""
+"""Context windows up to which a prompt is encoded, so that errors can state its length."""
 
 
 class Window:
     """The context window of one engine, for prompts of one checkpoint."""
 
-    def __init__(self, words: TextProcessor, engine: Engine) -> None:
-        self._words = words
+    def __init__(self, processor: TextProcessor, engine: Engine) -> None:
+        self._processor = processor
         self._engine = engine
 
     def check(self, history: Sequence[Message], times: int = 1) -> None:
-        """Check that normalised messages may fit the window so many times, before they are written.
+        """Check, before rendering, that normalised messages may fit `times` context windows.
 
         Raises:
-            ContextError: they cannot.
+            ContextError: a lower bound of their tokens is more than that.
         """
-        most = times * self._engine.context
-        if (least := least_tokens(self._words, history, most)) > most:
+        limit = times * self._engine.context
+        if (least := least_tokens(self._processor, history, limit)) > limit:
             raise self._too_long(f"{least:,} tokens or more")
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the ids of a prompt, or check those that it has.
+        """Return the token ids of a prompt; a prompt of ids is only checked.
 
         Raises:
-            ValueError: an id is none of the model's.
-            ContextError: there are several times as many as the window has.
+            ValueError: an id is outside the model's vocabulary.
+            ContextError: the prompt has more than `MOST_COUNTED` times the tokens of the window.
             Qwen3Error: the tokenizer belongs to another checkpoint.
         """
         rows = self._engine.model.config.vocab_size
@@ -47,46 +47,52 @@ class Window:
                 raise ValueError(f"token ids are 0 to {rows - 1:,}, not {outside[0]}")
             return list(prompt)
         try:
-            ids = self._words.tokenizer.encode(prompt, most=MOST_COUNTED * self._engine.context)
+            ids = self._processor.tokenizer.encode(prompt, most=MOST_COUNTED * self._engine.context)
         except TooLong as error:
             raise self._too_long(f"{error.least:,} tokens or more") from error
-        if (greatest := max(ids, default=0)) >= rows:
+        if (largest := max(ids, default=0)) >= rows:
             raise Qwen3Error(
-                f"the prompt has token {greatest} and the model knows {rows:,}: "
+                f"the prompt has token {largest} and the model knows {rows:,}: "
                 "tokenizer.json belongs to another checkpoint"
             )
         return ids
 
     def fitting(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the ids of a prompt that leaves room for a reply, or fills the window.
+        """Return the token ids of a prompt that is no longer than the window.
 
-        Raises what `encode` does, and what `room` does.
+        Raises what `encode` and `room` raise.
         """
         ids = self.encode(prompt)
         self.room(len(ids), None, 0)
         return ids
 
     def room(
-        self, prompt_tokens: int, wish: int | None, least: int, *, shortens: bool = False
+        self, prompt_tokens: int, max_tokens: int | None, least: int, *, shortens: bool = False
     ) -> int:
-        """Return the tokens that a reply may have, at least `least`; `shortens` bounds the wish.
+        """Return the most tokens that a reply may have.
+
+        Args:
+            prompt_tokens: tokens of the prompt.
+            max_tokens: the most that the request allows; None is all that is left of the window.
+            least: tokens that must be left if `max_tokens` is None or 0.
+            shortens: reduce `max_tokens` to the tokens left, instead of refusing the request.
 
         Raises:
-            ValueError: there is no prompt.
-            ContextError: there is no room.
+            ValueError: the prompt is empty.
+            ContextError: the window has no room for the prompt and the reply.
         """
         if prompt_tokens == 0:
             raise ValueError("the prompt is empty; give some text")
         window = self._engine.context
-        if prompt_tokens + (1 if wish else least) > window:
+        if prompt_tokens + (1 if max_tokens else least) > window:
             raise self._too_long(f"{prompt_tokens:,} tokens")
         room = window - prompt_tokens
-        if wish is not None and wish > room and not shortens:
+        if max_tokens is not None and max_tokens > room and not shortens:
             raise ContextError(
-                f"max_tokens={wish:,} does not fit: after {prompt_tokens:,} tokens of prompt the "
-                f"context window of {self._described()} has room for {room:,}"
+                f"max_tokens={max_tokens:,} does not fit: after {prompt_tokens:,} tokens of prompt "
+                f"the context window of {self._described()} has room for {room:,}"
             )
-        return room if wish is None else min(wish, room)
+        return room if max_tokens is None else min(max_tokens, room)
 
     def _too_long(self, counted: str) -> ContextError:
         return ContextError(
@@ -95,9 +101,9 @@ class Window:
         )
 
     def _described(self) -> str:
-        """Return the size of the window, and why it is no larger."""
+        """Return the size of the window as text, with the reason if memory limits it."""
         engine = self._engine
-        window, why = engine.context, ""
+        window, reason = engine.context, ""
         if window < engine.model.config.context_window and window == engine.budget.context:
-            why = f" (all that memory can hold: {engine.budget})"
-        return f"{window:,}{why}"
+            reason = f" (all that memory can hold: {engine.budget})"
+        return f"{window:,}{reason}"

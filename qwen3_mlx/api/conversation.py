@@ -1,4 +1,4 @@
-"""A conversation: its history, and the ways to go on with it, again or differently."""
+"""The public class `Conversation`: a message history with replies, retries, edits and branches."""
 
 import json
 import os
@@ -18,21 +18,28 @@ Message = dict[str, Any]
 Start = Callable[
     [Sequence[Message], Options, Callable[[ReplyBuilder], None], dict[str, str]], Stream
 ]
-"""Starts a reply to messages; the callback is told all that was said, before `Finish`, which tells
-the details that are given."""
+"""Starts a reply to messages; the callback gets the collected reply before `Finish` is sent. The
+details are passed on in `Finish`."""
 
 _VERSION = 1
 _NOT_WHOLE = "Error: the arguments are not a whole JSON object, so the tool was not called"
-# What is not stated is as the conversation has it.
+# The default `...` in signatures means: as the conversation has it.
 _shows_keywords = with_keywords(Options, **dict.fromkeys(Options.__annotations__, ...))
 
 
 class Conversation:
-    """Messages back and forth, made by `LLM.conversation`.
+    """A conversation that keeps its own history; created by `LLM.conversation`.
 
-    `messages` are plain data and may be changed between replies. Options given here hold for every
-    reply, unless a reply is asked for with others; the fields of `sampling` count one by one. A
-    reply that is cancelled stays as far as it came; one that fails leaves nothing.
+    A reply that is cancelled stays in the history as far as it came. A reply that fails leaves the
+    history as it was before.
+
+    Attributes:
+        messages: the history, a list of dicts in OpenAI's format. It is plain data and may be
+            changed between replies.
+        options: the options of every reply; see `Options`. The options of a single call override
+            them one by one, the fields of `sampling` too.
+        drop_oldest: True drops the oldest turns when the context window is full; False raises a
+            `ContextError` then.
     """
 
     def __init__(
@@ -43,10 +50,10 @@ class Conversation:
         options: Options,
         drop_oldest: bool = False,
     ) -> None:
-        """Begin with a history; `start` starts the replies.
+        """Create a conversation; `start` starts its replies.
 
-        With `drop_oldest` the oldest turns are dropped, whole, when the context window is full;
-        `Finish` tells how many. Otherwise that is a `ContextError`.
+        With `drop_oldest` whole turns are dropped, oldest first, when the context window is full;
+        `Finish.details["dropped_turns"]` is their number.
         """
         self.messages: list[Message] = [dict(message) for message in messages]
         self.options = options
@@ -56,13 +63,21 @@ class Conversation:
 
     @_shows_keywords
     def stream(self, words: str | None = None, **options: Unpack[Options]) -> Stream:
-        """Say something and stream the reply; without words, reply to the history as it stands.
+        """Add a user's message and return the stream of the reply.
 
-        With `continue_last` and no words the last reply is continued, and its message grows.
+        Args:
+            words: the text of the user's message. None (the default) replies to the history as it
+                stands, for example after tool results.
+            **options: see `Options`; they override the conversation's own for this reply. With
+                `continue_last` and no words, the last reply is continued and its message grows.
+
+        Returns:
+            A `Stream`. The reply is added to `messages` when the stream ends.
 
         Raises:
-            ValueError: there is nothing to reply to.
-            Qwen3Error: the last reply is not finished, or the checkpoint cannot do as asked.
+            TypeError, ValueError: an option is wrong, or there is nothing to reply to.
+            ContextError: prompt and reply do not fit the context window.
+            Qwen3Error: the last reply is not finished, or the checkpoint cannot honour an option.
         """
         if self._replying:
             raise Qwen3Error("the last reply is not finished; read its stream to the end, or close")
@@ -75,27 +90,28 @@ class Conversation:
             raise ValueError("there is nothing to reply to; say something")
         before, self.messages, self._replying = self.messages, messages, True
 
-        def heard(said: ReplyBuilder) -> None:
+        # Runs on the worker thread, before the reader of the stream sees the last event.
+        def on_end(reply: ReplyBuilder) -> None:
             self._replying = False
-            if said.failed:
+            if reply.failed:
                 self.messages = before
-            elif said.text or said.reasoning or said.tool_calls:
+            elif reply.text or reply.reasoning or reply.tool_calls:
                 self.messages = self.messages[: -1 if continued else None]
-                self.messages.append(said.message())
+                self.messages.append(reply.message())
 
         try:
-            return self._start_within(heard, {**spread(self.options), **spread(options)})
+            return self._start_within(on_end, {**spread(self.options), **spread(options)})
         except BaseException:
             self.messages, self._replying = before, False
             raise
 
-    def _start_within(self, heard: Callable[[ReplyBuilder], None], options: Options) -> Stream:
-        """Start a reply, without the oldest turns if need be and if they may be dropped."""
+    def _start_within(self, on_end: Callable[[ReplyBuilder], None], options: Options) -> Stream:
+        """Start a reply; with `drop_oldest`, drop the oldest turns until it fits the window."""
         dropped = 0
         while True:
             details = {"dropped_turns": str(dropped)} if dropped else {}
             try:
-                return self._start(self.messages, options, heard, details)
+                return self._start(self.messages, options, on_end, details)
             except ContextError:
                 turns = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
                 if not self.drop_oldest or len(turns) < 2:
@@ -105,53 +121,74 @@ class Conversation:
 
     @_shows_keywords
     def chat(self, words: str | None = None, **options: Unpack[Options]) -> Reply:
-        """Do as `stream` does, and give the whole reply at once."""
+        """Add a user's message and return the whole reply.
+
+        Takes the arguments of `stream` and raises its errors.
+        """
         return collect(self.stream(words, **options))
 
     def answer_calls(self, functions: Sequence[Callable[..., Any]]) -> None:
-        """Call the tools that the last reply asks for, and add what comes of them to the history.
+        """Run the tools that the last reply calls and add their results to the history.
 
-        A call whose arguments are not a whole JSON object is not made; the model is shown why.
+        Call `stream()` or `chat()` without words afterwards, for the model's answer. An exception
+        raised by a tool becomes the result that the model sees. A call whose arguments are not a
+        complete JSON object is not run; its result states that.
+
+        Args:
+            functions: the Python functions that may be called, found by their names.
 
         Raises:
-            ValueError: it asks for none.
+            ValueError: the last message calls no tool.
         """
-        asked = self.messages[-1].get("tool_calls") if self.messages else None
-        if not asked:
+        calls = self.messages[-1].get("tool_calls") if self.messages else None
+        if not calls:
             raise ValueError("the last message calls no tool")
         by_name = tool_functions(functions)
-        for call in asked:
+        for call in calls:
             function = call["function"]
             arguments = _arguments_of(function)
-            made = ToolCall(call["id"], function["name"], arguments or {})
+            tool_call = ToolCall(call["id"], function["name"], arguments or {})
             if arguments is None:
-                about = {"tool_call_id": made.id, "name": made.name, "content": _NOT_WHOLE}
-                self.messages.append({"role": "tool", **about})
+                result = {"tool_call_id": tool_call.id, "name": tool_call.name}
+                self.messages.append({"role": "tool", **result, "content": _NOT_WHOLE})
             else:
-                self.messages.append(run_tool(made, by_name))
+                self.messages.append(run_tool(tool_call, by_name))
 
     @_shows_keywords
     def retry(self, **options: Unpack[Options]) -> Stream:
-        """Have the last words replied to anew.
+        """Generate another reply to the user's last message, in place of the last one.
+
+        Returns a `Stream`; takes the options of `stream` and raises its errors.
 
         Raises:
-            ValueError: nothing has been said yet.
+            ValueError: the history has no message of the user.
         """
         return self._from(self._turn(-1) + 1, None, options)
 
     @_shows_keywords
     def edit(self, words: str, turn: int = -1, **options: Unpack[Options]) -> Stream:
-        """Say other words in place of a user's turn, and forget what came after it.
+        """Replace a user's message, remove all messages after it, and stream the reply.
 
-        Turns count from 0, or from the end as -1, -2, ...
+        Args:
+            words: the new text of the message.
+            turn: the number of the user's message: from 0, or from the end as -1, -2, ...; default
+                -1, the last.
+            **options: see `Options`; they override the conversation's own for this reply.
 
         Raises:
             ValueError: there is no such turn.
+            The errors of `stream`.
         """
         return self._from(self._turn(turn), words, options)
 
     def branch(self, turn: int | None = None) -> "Conversation":
-        """Give another conversation with this history, or with what was before a user's turn."""
+        """Return an independent copy of this conversation.
+
+        With `turn` the copy ends before that message of the user; turns count as in `edit`.
+
+        Raises:
+            ValueError: there is no such turn.
+        """
         stop = None if turn is None else self._turn(turn)
         history = deepcopy(self.messages[:stop])
         return Conversation(
@@ -159,7 +196,13 @@ class Conversation:
         )
 
     def save(self, file: str | Path) -> None:
-        """Write the history as JSON, for `LLM.conversation(file=...)`."""
+        """Write the history to a JSON file, which `LLM.conversation(file=...)` reads.
+
+        The file appears, or is replaced, as a whole. Only its owner may read it.
+
+        Raises:
+            OSError: the file cannot be written.
+        """
         file = Path(file)
         content = {"format": "qwen3-mlx conversation", "version": _VERSION}
         beside = file.with_name(f".{file.name}.part")
@@ -174,7 +217,7 @@ class Conversation:
             raise
 
     def _from(self, place: int, words: str | None, options: Options) -> Stream:
-        """Say something behind the first messages; if that cannot be, all stay as they are."""
+        """Reply with the history cut at `place`; restore the history if that raises."""
         if self._replying:
             raise Qwen3Error("the last reply is not finished; read its stream to the end, or close")
         before, self.messages = self.messages, self.messages[:place]
@@ -185,16 +228,18 @@ class Conversation:
             raise
 
     def _turn(self, number: int) -> int:
-        """Give the place of a user's turn among the messages."""
+        """Return the index in `messages` of a turn of the user."""
         places = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
         try:
             return places[number]
         except IndexError:
-            raise ValueError(f"there is no turn {number}: {len(places)} have been said") from None
+            raise ValueError(
+                f"there is no turn {number}: the conversation has {len(places)}"
+            ) from None
 
 
 def _arguments_of(function: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments of a call in the history, or None where they are not whole."""
+    """Return the arguments of a call in the history; None if they are no complete JSON object."""
     arguments = function["arguments"]
     try:
         read = json.loads(arguments, strict=False) if isinstance(arguments, str) else arguments
@@ -204,15 +249,15 @@ def _arguments_of(function: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_messages(file: str | Path) -> list[Message]:
-    """Read what `Conversation.save` wrote.
+    """Read the messages that `Conversation.save` wrote.
 
     Raises:
-        Qwen3Error: the file is missing or is something else.
+        Qwen3Error: the file is missing or is not a saved conversation.
     """
     try:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         if content["version"] != _VERSION:
-            raise Qwen3Error(f"{file} was written by a version of qwen3-mlx that is not this one")
+            raise Qwen3Error(f"{file} was written by another version of qwen3-mlx")
         return normalise(content["messages"]) if content["messages"] else []
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Qwen3Error(f"{file} is not a saved conversation: {error}") from error

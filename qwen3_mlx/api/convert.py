@@ -1,4 +1,4 @@
-"""The public `convert`: joins hub, text and checkpoint, and holds no algorithm of its own."""
+"""The public function `convert`: composes hub, text and checkpoint; no algorithm of its own."""
 
 import math
 import resource
@@ -35,19 +35,26 @@ from qwen3_mlx.version import __version__
 
 Progress = Callable[[str, int, int], None]
 _DESCRIPTION = (*streaming.CARRIED, "config.json", INDEX)
-_LEAST_BITS, _MOST_BITS = 2.5, 9.0
+_MIN_TARGET_BPW, _MAX_TARGET_BPW = 2.5, 9.0
 _SEQUENCE = 128  # tokens of a piece of calibration text
-_MOST_SEQUENCES = 64
-_MOST_ACTIVATIONS = 512_000_000  # bytes: all layers' inputs and their gradients, in float32
-_MEASURED = (*(Format(bits, 64) for bits in (2, 3, 4, 5, 6, 8)), Format(4, 32), Format(5, 32))
+_MAX_SEQUENCES = 64
+_MAX_ACTIVATION_BYTES = 512_000_000  # all layers' inputs and their gradients, in float32
+_CANDIDATES = (*(Format(bits, 64) for bits in (2, 3, 4, 5, 6, 8)), Format(4, 32), Format(5, 32))
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """What a conversion made: where, how many tensors, weights and bytes, and what it took.
+    """The result of `convert`.
 
-    `peak_memory` is the most bytes the process has held so far, `formats` the format of each
-    quantized module by its path, `seconds` the time it took.
+    Attributes:
+        output: the folder that was written.
+        tensors: the number of tensors in it.
+        weights: the number of weights.
+        bytes: the bytes of all tensors.
+        bits_per_weight: the average bits of a weight, scales and biases included.
+        peak_memory: the most bytes that this process has held resident so far.
+        seconds: the time that the conversion took.
+        formats: the format of each quantized module, by its path.
     """
 
     output: Path
@@ -77,30 +84,45 @@ def convert(  # noqa: PLR0913 - one keyword an option
     allow_nonfinite: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
-    """Write a checkpoint as a folder for MLX, quantized; the model is never held in memory.
+    """Convert a checkpoint to a quantized MLX checkpoint; the model is never held in memory.
+
+    The tensors are streamed from disk to disk. An interrupted conversion resumes after its
+    finished shards when it is started again. `bits`, `group_size` and `mode` cannot be combined
+    with the recipe "auto" or with `dequantize`.
 
     Args:
-        source: a folder or a hub name: floats, MLX-quantized, FP8, AWQ or GPTQ weights.
-        output: the folder to make; it appears when all of it is there.
-        revision: the hub's branch, tag or commit.
-        bits: 2, 3, 4, 5, 6 or 8 bits a weight; 4 unless the mode says otherwise.
-        group_size: how many weights share a scale: 32, 64 or 128; 64 unless the mode says.
-        mode: affine, mxfp4, mxfp8 or nvfp4.
-        recipe: `uniform`: all modules alike; `mixed`: more bits for embedding, head, first and last
-            layer; `mixed-rich`: also for attention and down_proj; `auto`: measured on text.
-        target_bpw: for `auto`, the bits that a weight may take on average, all told.
-        calibration: for `auto`, the text to measure on; Python's own documentation if not given.
-        dtype: bfloat16, float16 or float32 for what is not quantized; else the source's.
-        dequantize: quantize nothing; quantized weights become `dtype`.
-        force: replace a checkpoint's folder that is there.
-        allow_nonfinite: take NaN and infinities as they are, with a warning in the log.
-        progress: told (what, done, total): bytes downloaded, from other threads; layers measured;
-            bytes written.
+        source: a folder, or a hub name such as "Qwen/Qwen3-8B". Its weights are floats, or
+            quantized in MLX's, FP8, AWQ or GPTQ format.
+        output: the folder to write. It appears only when it is complete.
+        revision: branch, tag or commit on the hub; default None, the main branch.
+        bits: bits per weight: 2, 3, 4, 5, 6 or 8; default None, which is the mode's own, in the
+            affine mode 4.
+        group_size: number of weights that share a scale: 32, 64 or 128; default None, which is the
+            mode's own, in the affine mode 64.
+        mode: quantization mode: "affine" (default), "mxfp4", "mxfp8" or "nvfp4".
+        recipe: how formats are assigned to modules. "uniform" (default): all alike. "mixed": more
+            bits for the embedding, the head and the first and last layer. "mixed-rich": also for
+            attention and down_proj. "auto": chosen per module by measuring the divergence on text.
+        target_bpw: for "auto", which requires it: average bits per weight of the result, scales
+            included, 2.5 to 9.
+        calibration: for "auto": the text to measure on; default None, which is Python's own
+            documentation.
+        dtype: "bfloat16", "float16" or "float32", for tensors that are not quantized; default None,
+            which is the source's.
+        dequantize: True quantizes nothing and writes quantized weights as `dtype`; default False.
+        force: True replaces an existing checkpoint in `output`; default False.
+        allow_nonfinite: True keeps NaN and infinities in the weights and logs a warning; default
+            False, which refuses them.
+        progress: callable (phase, done, total); default None. The phases are "downloading" (bytes,
+            called from other threads), "measuring" (layers) and "writing" (bytes).
+
+    Returns:
+        A `Conversion`: what was written, and the time and memory that it took.
 
     Raises:
-        ValueError: an argument is out of its range, or two do not go together.
-        CheckpointError: the source cannot be found, read or honoured.
-        Qwen3Error: the result cannot be written.
+        ValueError: an argument is out of its range, or two exclude each other.
+        CheckpointError: the source cannot be found or read, or has a feature that is not supported.
+        Qwen3Error: the output exists already, lies in the source, or cannot be written.
     """
     started = time.perf_counter()
     bits, group_size, target_bpw, dequantize = map(
@@ -110,8 +132,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
     if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, "affine"):
         raise ValueError("bits, group_size and mode go with neither recipe 'auto' nor dequantize")
     form = Format.of(mode, bits, group_size)
-    _refuse_a_size(source)
-    place = Source(str(source), revision, _told(progress, "downloading"))
+    _refuse_size_name(source)
+    place = Source(str(source), revision, _progress_for(progress, "downloading"))
     output = Path(output).expanduser()
     streaming.check_output(place.folder, output, force=force)
     folder, stated = read_config(place, _DESCRIPTION)
@@ -131,10 +153,10 @@ def convert(  # noqa: PLR0913 - one keyword an option
     )
     if recipe == "auto":
         ids = _calibration_ids(folder, network, calibration)
-        job = _measured(job, network, ids, target_bpw or 0.0, _told(progress, "measuring"))
+        job = _measured(job, network, ids, target_bpw or 0.0, _progress_for(progress, "measuring"))
     elif not dequantize:
         job = replace(job, formats=choose_formats(streaming.modules_of(config), recipe, form))
-    written = streaming.run(job, _told(progress, "writing"))
+    written = streaming.run(job, _progress_for(progress, "writing"))
     return Conversion(
         output=output,
         tensors=written.tensors,
@@ -147,7 +169,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
     )
 
 
-def _refuse_a_size(source: str | Path) -> None:
+def _refuse_size_name(source: str | Path) -> None:
+    """Refuse "8B" and the like: `load` takes them for checkpoints that are quantized already."""
     if isinstance(source, str) and (size := size_named(source)):
         raise ValueError(
             f"{source} is the size that is ready in 4 bits, {mlx_4bit_name(size)}; to convert, "
@@ -163,10 +186,10 @@ def _check_arguments(
     if not quantizing and recipe != "uniform":
         raise ValueError(f"dequantize quantizes nothing, so recipe {recipe!r} has no place")
     if recipe == "auto":
-        if target_bpw is None or not _LEAST_BITS <= target_bpw <= _MOST_BITS:
+        if target_bpw is None or not _MIN_TARGET_BPW <= target_bpw <= _MAX_TARGET_BPW:
             raise ValueError(
-                f"recipe 'auto' needs a target_bpw from {_LEAST_BITS} to {_MOST_BITS} bits, "
-                f"not {target_bpw}"
+                f"recipe 'auto' needs a target_bpw from {_MIN_TARGET_BPW} to {_MAX_TARGET_BPW} "
+                f"bits, not {target_bpw}"
             )
     elif target_bpw is not None or calibration is not None:
         raise ValueError(f"target_bpw and calibration go with recipe 'auto', not {recipe!r}")
@@ -177,29 +200,33 @@ def _stated_dtype(config: Mapping[str, Any]) -> str:
     return stated if stated in ("bfloat16", "float16", "float32") else "bfloat16"
 
 
-def _told(progress: Progress | None, what: str) -> Callable[[int, int], None]:
-    return (lambda done, total: progress(what, done, total)) if progress else (lambda *_: None)
+def _progress_for(progress: Progress | None, phase: str) -> Callable[[int, int], None]:
+    return (lambda done, total: progress(phase, done, total)) if progress else (lambda *_: None)
 
 
 def _peak_resident() -> int:
-    """Give the most bytes the process has held; macOS counts bytes there, Linux kilobytes."""
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most
+    """Return the most bytes this process has held; getrusage counts kilobytes, on macOS bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 # --- the measured recipe ------------------------------------------------------------------------
 
 
 def _calibration_ids(folder: Path, network: ModelConfig, text: str | None) -> mx.array:
-    """Cut pieces [N, L] out of a text, spread evenly over it."""
+    """Return N pieces of a text as token ids [N, L], spread evenly over it.
+
+    N is limited so that the activations of all layers stay within `_MAX_ACTIVATION_BYTES`.
+    """
     tokenizer = Tokenizer(folder / "tokenizer.json")
     ids = tokenizer.encode(default_text() if text is None else text)
     if len(ids) < 2 * _SEQUENCE:
         raise ValueError(f"the calibration text has {len(ids)} tokens; give some hundreds or more")
     if max(ids) >= network.vocab_size:
         raise CheckpointError("tokenizer.json has more tokens than the model knows")
-    kept = 2 * network.num_hidden_layers * network.hidden_size * _SEQUENCE * 4
-    count = min(_MOST_SEQUENCES, len(ids) // _SEQUENCE, max(4, _MOST_ACTIVATIONS // kept))
+    piece_bytes = 2 * network.num_hidden_layers * network.hidden_size * _SEQUENCE * 4
+    fitting = max(4, _MAX_ACTIVATION_BYTES // piece_bytes)
+    count = min(_MAX_SEQUENCES, len(ids) // _SEQUENCE, fitting)
     starts = [piece * (len(ids) // count) for piece in range(count)]
     return mx.array([ids[start : start + _SEQUENCE] for start in starts], dtype=mx.int32)
 
@@ -211,19 +238,20 @@ def _measured(
     target_bpw: float,
     progress: Callable[[int, int], None],
 ) -> streaming.Job:
-    """Choose the formats by what they do to the model's output on `ids`."""
+    """Return the job with formats chosen by their effect on the model's output on `ids` [N, L]."""
     modules = streaming.modules_of(job.config)
     matrices = read_matrices(job.source, job.config)
     refuse_missing_layers(network, matrices)
     mx.random.seed(0)
-    scores, moments = measure(network, matrices, ids, _MEASURED, progress)
-    scores = {group: of for group, of in scores.items() if of}
+    scores, moments = measure(network, matrices, ids, _CANDIDATES, progress)
+    scores = {group: by_format for group, by_format in scores.items() if by_format}
     members: dict[str, list[str]] = {}
     for path in modules:
         members.setdefault(group_of(path), []).append(path)
-    # What is not measured are the routers: they decide what runs at all, so they keep 8 bits.
+    # Routers are not measured. They decide which experts run, so they keep 8 bits.
     formats = choose_formats(modules, "uniform", Format.of("affine", 8, None))
     shapes = {name: tuple(array.shape) for name, array in Qwen3(network).tensors().items()}
+    # Bytes for the measured modules: the target less what all other tensors take.
     budget = int(target_bpw * sum(map(math.prod, shapes.values())) / 8)
     for name, shape in shapes.items():
         module = name.removesuffix(".weight")
@@ -234,9 +262,9 @@ def _measured(
     sizes = {
         group: {
             form: sum(form.nbytes(modules[path], job.dtype) for path in members[group])
-            for form in of
+            for form in by_format
         }
-        for group, of in scores.items()
+        for group, by_format in scores.items()
     }
     choice = assign(scores, sizes, budget)
     formats |= {path: form for group, form in choice.items() for path in members[group]}
@@ -248,7 +276,7 @@ def _measured(
 
 
 def _card(name: str | None, recipe: str, job: streaming.Job, written: streaming.Written) -> str:
-    """Write the README.md of the result: what it is made of, how, and how it is used."""
+    """Return the README.md of the result: its source, its formats and how to use it."""
     counts = Counter(form for form in job.formats.values() if form)
     rows = [
         f"| {form.bits} | {form.group_size} | {form.mode} | {count} |"

@@ -1,7 +1,7 @@
-"""From what is asked to a request for the engine, and from its tokens to events.
+"""Generation: turns messages and options into an engine request, and its tokens into events.
 
-Here text and engine meet: prompts are encoded, followers of a reply are put together, and what a
-next turn will begin with is read ahead.
+Text and engine meet here. Prompts are rendered and encoded, the parser and the constraints of a
+reply are assembled, and the prompt of the next turn is prefilled in idle time.
 """
 
 import secrets
@@ -42,17 +42,34 @@ from qwen3_mlx.text.thinking import soft_switch
 from qwen3_mlx.text.thinking_budget import ThinkingBudget, ThinkingLimits
 from qwen3_mlx.text.tool_calls import ToolCallSyntax
 
-_PLACEHOLDERS = "?", "\n\n!"  # words of a turn to come, which begin with nothing in common
-_LONG = 100_000  # characters of a prompt, from which on encoding it would hold up other replies
-_MOST_IDLE = 4096  # tokens to be read ahead
+_PLACEHOLDERS = "?", "\n\n!"  # texts of a next turn that have no beginning in common
+_LONG = 100_000  # characters of a prompt; encoding more on the worker thread would stall the batch
+_MAX_READ_AHEAD = 4096  # tokens prefilled in idle time
 
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A prompt to reply to: whether that thinks, or None for raw text; and what was asked for.
+    """A validated request: prompt, token ids, options and compiled grammars.
 
-    The prompt may end `inside` the thinking, or within the answer, which the reply then continues:
-    `continued` is the message that has begun it.
+    Attributes:
+        prompt: the rendered text, or the ids of a raw prompt.
+        ids: the token ids of the prompt.
+        thinks: whether the reply begins with thinking; None for raw text.
+        draws_as_thinking: whether the sampling defaults of the thinking mode apply.
+        asked: the options of the request.
+        inside: True if the prompt ends inside the thinking.
+        continued: the assistant's message that the reply continues, if any.
+        messages: the normalised messages that the prompt was rendered from.
+        tools: the descriptions of the tools.
+        calls: how this checkpoint writes tool calls, if it is offered tools.
+        form: grammar of the answer; each reply gets a copy.
+        call_grammar: grammar of a tool call; each call gets a copy.
+        details: details that `Finish` passes on.
+        least_room: tokens that the context window must have left for the reply.
+        shortens: True if `max_tokens` is reduced to the room that is left, instead of refused.
+        client: key of the client, for fair scheduling.
+        score_prompt: True if the first event is the prompt's own log probabilities.
+        only_read: True if the prompt is prefilled and nothing generated.
     """
 
     prompt: str | Sequence[int]
@@ -65,23 +82,23 @@ class PreparedRequest:
     messages: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     calls: ToolCallSyntax | None = None
-    form: GrammarState | None = None  # of the answer, from which that of each reply is copied
-    call_grammar: GrammarState | None = None  # of a call, likewise
-    details: dict[str, str] = field(default_factory=dict)  # for `Finish` to tell
-    least_room: int = 1  # tokens that there must be for a reply
-    shortens: bool = False  # whether `max_tokens` may be more than there is room for
-    client: str = ""  # whose it is
-    score_prompt: bool = False  # whether the tokens of the prompt are given, too: `PromptTokens`
-    only_read: bool = False  # whether there is to be no reply
+    form: GrammarState | None = None
+    call_grammar: GrammarState | None = None
+    details: dict[str, str] = field(default_factory=dict)
+    least_room: int = 1
+    shortens: bool = False
+    client: str = ""
+    score_prompt: bool = False
+    only_read: bool = False
 
     @property
     def max_tokens(self) -> int | None:
-        """The most tokens of the reply, or None for what there is room for."""
+        """The most tokens of the reply; None is all that the context window has room for."""
         return 0 if self.only_read else self.asked.max_tokens
 
 
 class ReplyGenerator:
-    """Starts replies of one checkpoint on one engine."""
+    """Prepares and starts the replies of one checkpoint on one engine."""
 
     def __init__(self, words: TextProcessor, engine: Engine) -> None:
         self.engine = engine
@@ -89,28 +106,35 @@ class ReplyGenerator:
         self.window = Window(words, engine)
 
     def text(
-        self, prompt: str | Sequence[int], asked: GenerationOptions, caller: Caller = PATIENT
+        self, prompt: str | Sequence[int], options: GenerationOptions, caller: Caller = PATIENT
     ) -> PreparedRequest:
-        """Lay out the continuation of raw text, or of token ids."""
+        """Prepare the continuation of raw text or of token ids.
+
+        Raises what `Window.fitting` and `GenerationOptions.form` raise.
+        """
         ids = self.window.fitting(prompt)
-        form = asked.form(self.words.grammars.on_behalf_of(caller))
-        return PreparedRequest(prompt, ids, None, False, asked, form=form)
+        form = options.form(self.words.grammars.on_behalf_of(caller))
+        return PreparedRequest(prompt, ids, None, False, options, form=form)
 
     def chat(
-        self, messages: str | Sequence[Message], asked: GenerationOptions, caller: Caller = PATIENT
+        self,
+        messages: str | Sequence[Message],
+        options: GenerationOptions,
+        caller: Caller = PATIENT,
     ) -> PreparedRequest:
-        """Lay out a reply to a conversation; the caller may go away meanwhile.
+        """Prepare a reply to a conversation; `caller` may cancel it meanwhile.
 
         Raises:
-            ValueError: the last message is the assistant's, and not to be continued, or cannot be.
-            Qwen3Error: the checkpoint cannot do as asked.
+            ValueError: the last message is the assistant's and is not, or cannot be, continued.
+            ContextError: the prompt does not fit the context window.
+            Qwen3Error: the checkpoint cannot honour an option.
         """
         words = self.words
-        thinks = words.thinking.resolve(asked.thinking)
+        thinks = words.thinking.resolve(options.thinking)
         history = without_empty_end(normalise(messages))
-        self.window.check(history)
+        self.window.check(history)  # cheap: refuses far too long prompts before rendering them
         continued, inside = None, thinks and words.thinking.opens_in_prompt
-        if asked.continue_last:
+        if options.continue_last:
             history = begun(history)
             continued, inside = history[-1], not history[-1]["content"]
             if inside and not thinks:
@@ -118,257 +142,276 @@ class ReplyGenerator:
             thinks = inside
         elif history[-1]["role"] == "assistant":
             raise ValueError(why_no_turn(history[-1]))
-        if asked.thinking_budget is not None and not thinks and not continued:
+        if options.thinking_budget is not None and not thinks and not continued:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
-        tools = asked.described_tools()
-        named = [tool for tool in tools if tool["function"]["name"] == asked.tool_choice]
-        stream_calls = asked.partial_calls
+        tools = options.described_tools()
+        named = [tool for tool in tools if tool["function"]["name"] == options.tool_choice]
         calls = (
-            ToolCallSyntax.of(words.template, words.tokenizer, tools, partial=stream_calls)
+            ToolCallSyntax.of(words.template, words.tokenizer, tools, partial=options.partial_calls)
             if tools
             else None
         )
         if tools and calls is None:
-            raise Qwen3Error("this checkpoint has no way to call tools; leave tools out")
-        show = render_begun if continued else render_whole
-        prompt = show(words, history, asked.thinking, tools)
+            raise Qwen3Error("this checkpoint cannot call tools; leave tools out")
+        render_prompt = render_begun if continued else render_whole
+        prompt = render_prompt(words, history, options.thinking, tools)
         ids = self.window.fitting(prompt)
         grammars = words.grammars.on_behalf_of(caller)
-        form = asked.form(grammars)
+        form = options.form(grammars)
         call_grammar = calls.grammar(grammars, named or tools) if calls else None
         warnings = [*call_grammar.warnings] if call_grammar else []
-        # /think and /no_think are for the model to obey; here they decide how its words are drawn.
+        # The model itself obeys /think and /no_think; here they choose the sampling defaults only.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
         draws_as_thinking = thinks if switched is None else switched
-        if asked.must_call and form:
-            warnings.append("a call of a tool is demanded, so the form of the answer was ignored")
+        if options.must_call and form:
+            warnings.append("a tool call is required, so the form of the answer was ignored")
         if continued:
             draws_as_thinking = bool(thinking_of(continued))
-            if asked.thinking and not inside:
+            if options.thinking and not inside:
                 warnings.append("the answer had begun, so it was continued without thinking")
         return PreparedRequest(
             prompt,
             ids,
             thinks,
             draws_as_thinking,
-            asked,
-            inside,
-            continued,
-            history,
-            tools,
-            calls,
-            None if asked.must_call else form,
-            call_grammar,
-            {"warning": "; ".join(warnings)} if warnings else {},
+            options,
+            inside=inside,
+            continued=continued,
+            messages=history,
+            tools=tools,
+            calls=calls,
+            form=None if options.must_call else form,
+            call_grammar=call_grammar,
+            details={"warning": "; ".join(warnings)} if warnings else {},
         )
 
-    def count_tokens(self, messages: str | Sequence[Message], asked: GenerationOptions) -> int:
-        """Do as `LLM.count_tokens` says."""
+    def count_tokens(self, messages: str | Sequence[Message], options: GenerationOptions) -> int:
+        """Return the number of tokens of a prompt; see `LLM.count_tokens`."""
         history = normalise(messages)
         self.window.check(history, MOST_COUNTED)
-        tools, goes_on = asked.described_tools(), asked.continue_last
-        prompt = render(self.words, history, asked.thinking, tools, continue_last=goes_on)
+        prompt = render(
+            self.words,
+            history,
+            options.thinking,
+            options.described_tools(),
+            continue_last=options.continue_last,
+        )
         return len(self.window.encode(prompt))
 
     def start(
         self,
-        task: PreparedRequest,
+        prepared: PreparedRequest,
         deliver: Callable[[Event | BaseException], None],
         cancelled: Flag,
-        heard: Callable[[ReplyBuilder], None] | None = None,
+        on_end: Callable[[ReplyBuilder], None] | None = None,
     ) -> StartedReply:
-        """Send a task to the engine.
+        """Submit a prepared request to the engine.
 
-        `deliver` is told the events, or the error that ends the reply; `on_logprobs` is told all
-        that was said, before `deliver` is told the last.
+        `deliver` gets each event, or the error that ends the reply. `on_end` gets the collected
+        reply before `deliver` gets the last event. Both run on the worker thread.
+
+        Raises what `Window.room` and `ThinkingLimits.of` raise.
         """
-        words, asked, said = self.words, task.asked, ReplyBuilder(task.continued)
+        words, options, reply = self.words, prepared.asked, ReplyBuilder(prepared.continued)
 
-        def tell(event: Event | BaseException) -> None:
-            said.add(event)
-            if heard and isinstance(event, Finish | BaseException):
-                event = _error_of(partial(heard, said)) or event
+        def emit(event: Event | BaseException) -> None:
+            reply.add(event)
+            if on_end and isinstance(event, Finish | BaseException):
+                # An error of the callback replaces the last event: a reply ends exactly once.
+                event = _error_of(partial(on_end, reply)) or event
             deliver(event)
 
-        ids = task.ids
-        room = self.window.room(len(ids), task.max_tokens, task.least_room, shortens=task.shortens)
-        thinking = None if task.thinks is None else words.thinking
+        ids = prepared.ids
+        room = self.window.room(
+            len(ids), prepared.max_tokens, prepared.least_room, shortens=prepared.shortens
+        )
+        thinking = None if prepared.thinks is None else words.thinking
         parser = ReplyParser(
             words.tokenizer,
-            tell,
+            emit,
             thinking=thinking,
-            inside=task.inside,
-            begun=is_begun(task.continued),
-            stop=asked.stop_strings,
-            calls=task.calls,
-            logprobs=asked.logprobs is not None,
+            inside=prepared.inside,
+            begun=is_begun(prepared.continued),
+            stop=options.stop_strings,
+            calls=prepared.calls,
+            logprobs=options.logprobs is not None,
         )
-        parser.logprob_of_end = task.score_prompt  # then every token is wanted
-        form = task.form and task.form.copy([])
-        steering = self._steering(task, room, form)
-        failures: list[str] = []  # of the grammars of calls
+        parser.logprob_of_end = (
+            prepared.score_prompt
+        )  # scoring reports every token, the end token too
+        form = prepared.form and prepared.form.copy(
+            []
+        )  # a grammar has state, so each reply has its own
+        budget = self._thinking_budget(prepared, room, form)
+        failures: list[str] = []  # of the grammars of calls; filled while the reply runs
 
-        def done(outcome: RequestResult | BaseException) -> None:
-            if isinstance(outcome, BaseException):
-                raise outcome
-            parser.close(cut=outcome.reason != "stop")
+        def finish(result: RequestResult | BaseException) -> None:
+            if isinstance(result, BaseException):
+                raise result
+            parser.close(cut=result.reason != "stop")
             usage = Usage(
-                len(ids), outcome.cached_tokens, outcome.completion_tokens, parser.reasoning_tokens
+                len(ids), result.cached_tokens, result.completion_tokens, parser.reasoning_tokens
             )
-            reason = _reason(outcome, parser, looped=steering.finished)
-            details = parser.details | steering.details | task.details
-            warnings = [task.details.get("warning"), *dict.fromkeys(failures), parser.warning]
+            reason = _finish_reason(result, parser, looped=budget.finished)
+            details = parser.details | budget.details | prepared.details
+            warnings = [prepared.details.get("warning"), *dict.fromkeys(failures), parser.warning]
             if warning := "; ".join(filter(None, warnings)):
                 details["warning"] = warning
             if self.engine.speculates:
                 details |= {
-                    "forward_passes": str(outcome.passes),
-                    "drafted_tokens": str(outcome.proposed),
-                    "accepted_tokens": str(outcome.accepted),
+                    "forward_passes": str(result.passes),
+                    "drafted_tokens": str(result.proposed),
+                    "accepted_tokens": str(result.accepted),
                 }
-            tell(Finish(reason, usage, details))
-            if asked.prefetch_next_turn and reason in ("stop", "length"):
-                job = partial(self._read_ahead, task, said.message(), len(ids))
-                if len(task.prompt) < _LONG:
+            emit(Finish(reason, usage, details))
+            if options.prefetch_next_turn and reason in ("stop", "length"):
+                job = partial(self._read_ahead, prepared, reply.message(), len(ids))
+                if len(prepared.prompt) < _LONG:
                     job()
-                else:
+                else:  # this is the worker thread, which must not encode a long prompt
                     Thread(target=job, name="qwen3-ahead", daemon=True).start()
 
-        def note(chance: SampledLogprob) -> None:
-            parser.add_logprob(chance.token, chance.logprob, chance.top)
+        def add_logprob(sampled: SampledLogprob) -> None:
+            parser.add_logprob(sampled.token, sampled.logprob, sampled.top)
 
         defaults = sampling_defaults(
             words.sampling,
-            thinking=task.draws_as_thinking,
+            thinking=prepared.draws_as_thinking,
             hybrid=thinking is not None and thinking.hybrid,
         )
         request = Request(
             ids=ids,
-            sampling=(asked.sampling or SamplingParams()).over(defaults),
+            sampling=(options.sampling or SamplingParams()).over(defaults),
             max_tokens=room,
-            seed=secrets.randbits(32) if asked.seed is None else asked.seed,
-            end_ids=self._end_ids(task),
+            seed=secrets.randbits(32) if options.seed is None else options.seed,
+            end_ids=self._end_ids(prepared),
             sink=parser,
-            on_finish=partial(_end, done, said, tell),
-            progress=asked.progress,
-            constraint=self._constraint(task, room, steering, form, failures),
+            on_finish=partial(_finish_once, finish, reply, emit),
+            progress=options.progress,
+            constraint=self._constraint(prepared, room, budget, form, failures),
             cancelled=cancelled,
-            on_logprobs=None if asked.logprobs is None else note,
-            on_prompt_logprobs=self._scoring(ids, tell) if task.score_prompt else None,
-            top_logprobs=asked.logprobs or 0,
-            recheck_logits=lambda: steering.looped,
-            client=task.client,
+            on_logprobs=None if options.logprobs is None else add_logprob,
+            on_prompt_logprobs=self._prompt_scorer(ids, emit) if prepared.score_prompt else None,
+            top_logprobs=options.logprobs or 0,
+            recheck_logits=lambda: budget.looped,
+            client=prepared.client,
         )
         self.engine.submit(request)
-        return StartedReply(len(ids), room, steering.finish_thinking, task.continued)
+        return StartedReply(len(ids), room, budget.finish_thinking, prepared.continued)
 
-    def _scoring(
-        self, ids: Sequence[int], tell: Callable[[Event], None]
+    def _prompt_scorer(
+        self, ids: Sequence[int], emit: Callable[[Event], None]
     ) -> Callable[[Sequence[SampledLogprob]], None]:
-        scored = ScoredPrompt(self.words.tokenizer, ids, tell)
+        scored = ScoredPrompt(self.words.tokenizer, ids, emit)
 
-        def note(chances: Sequence[SampledLogprob]) -> None:
-            scored.add((chance.token, chance.logprob, chance.top) for chance in chances)
+        def add(logprobs: Sequence[SampledLogprob]) -> None:
+            scored.add((token.token, token.logprob, token.top) for token in logprobs)
 
-        return note
+        return add
 
-    def _end_ids(self, task: PreparedRequest) -> frozenset[int]:
+    def _end_ids(self, prepared: PreparedRequest) -> frozenset[int]:
         words = self.words
-        return words.end_ids if task.thinks is None else words.end_ids | words.turn_end_ids
+        return words.end_ids if prepared.thinks is None else words.end_ids | words.turn_end_ids
 
-    def _steering(
-        self, task: PreparedRequest, room: int, form: GrammarState | None
+    def _thinking_budget(
+        self, prepared: PreparedRequest, room: int, form: GrammarState | None
     ) -> ThinkingBudget:
-        """Make what holds a reply to its limits; where it has a form, that must find room."""
-        words, asked = self.words, task.asked
-        thinking = None if task.thinks is None else words.thinking
-        budget = asked.thinking_budget if task.thinks else None
-        # Calls that are left standing in the thinking may be any, and of any number.
-        settled = task.calls is not None and (asked.must_call or not asked.parallel_tool_calls)
+        """Create the thinking budget and repetition guard; a constrained answer keeps its room."""
+        words, options = self.words, prepared.asked
+        thinking = None if prepared.thinks is None else words.thinking
+        budget = options.thinking_budget if prepared.thinks else None
+        # A call that stands in the thinking is not constrained: it may be any call, in any number.
+        # Where a call is demanded, or only one allowed, it cannot end the thinking.
+        settled = prepared.calls is not None and (
+            options.must_call or not options.parallel_tool_calls
+        )
+        # Where something must follow the thinking, a budget keeps room for it, stated or not.
         bounded = form is not None or settled
-        # Only what the request itself leaves no room for is refused.
-        short = room != asked.max_tokens
+        # A budget is refused only if the request's own max_tokens leaves no room for it. If the
+        # context window is what ends, the budget gives way.
+        short = room != options.max_tokens
         limits = ThinkingLimits.of(
             words.tokenizer,
             thinking,
-            budget=room if bounded and budget is None and task.thinks else budget,
-            message=asked.thinking_budget_message,
+            budget=room if bounded and budget is None and prepared.thinks else budget,
+            message=options.thinking_budget_message,
             max_tokens=room,
-            guard=asked.loop_guard,
+            guard=options.loop_guard,
             least_answer=len(form.closing() or ()) + 1 if form else 1,
-            bends=budget is None or asked.thinking_budget_bends or short,
+            bends=budget is None or options.thinking_budget_bends or short,
         )
         return ThinkingBudget(
             words.tokenizer,
             thinking,
             limits,
-            inside=task.inside,
-            answering=is_begun(task.continued) and not task.inside,
-            end_ids=self._end_ids(task),
-            calls=None if settled else task.calls,
+            inside=prepared.inside,
+            answering=is_begun(prepared.continued) and not prepared.inside,
+            end_ids=self._end_ids(prepared),
+            calls=None if settled else prepared.calls,
         )
 
     def _constraint(
         self,
-        task: PreparedRequest,
+        prepared: PreparedRequest,
         room: int,
-        steering: ThinkingBudget,
+        budget: ThinkingBudget,
         form: GrammarState | None,
         failures: list[str],
     ) -> Constraint:
-        """Put grammars around the steering, where the answer or a call shall have a form.
+        """Wrap the thinking budget in a grammar constraint if the answer or a call has a grammar.
 
-        What fails in the grammar of a call is added to `failures`.
+        Failures of a call's grammar are appended to `failures`.
         """
         words = self.words
-        if not form and not task.calls:
-            return steering
+        if not form and not prepared.calls:
+            return budget
         return GrammarConstraint(
-            steering,
+            budget,
             words.tokenizer,
             words.thinking,
-            thinks=bool(task.thinks),
+            thinks=bool(prepared.thinks),
             max_tokens=room,
             answer=form,
             calling=ToolCallRule(
-                task.calls,
-                partial(task.call_grammar.copy, failures),
-                must=task.asked.must_call,
-                only_one=not task.asked.parallel_tool_calls,
+                prepared.calls,
+                partial(prepared.call_grammar.copy, failures),
+                must=prepared.asked.must_call,
+                only_one=not prepared.asked.parallel_tool_calls,
             )
-            if task.calls and task.call_grammar
+            if prepared.calls and prepared.call_grammar
             else None,
         )
 
-    def _read_ahead(self, task: PreparedRequest, reply: Message, already: int) -> None:
-        """Have what a next turn begins with read in idle time; `already` tokens are about known.
+    def _read_ahead(self, prepared: PreparedRequest, reply: Message, already: int) -> None:
+        """Submit the beginning of the next turn's prompt for prefill in idle time.
 
-        The template is asked what that is: whatever the user says next, what stands before it is
-        the same.
+        The template decides what that beginning is. Two prompts with different texts of the user
+        are rendered; their common prefix is what any next turn begins with. `already` is about the
+        number of tokens that are in the KV cache now.
         """
-        before = [*(task.messages[:-1] if task.continued else task.messages), reply]
+        before = [*(prepared.messages[:-1] if prepared.continued else prepared.messages), reply]
         try:
-            one, other = (
+            first, second = (
                 self.words.tokenizer.encode(
                     render(
                         self.words,
-                        [*before, {"role": "user", "content": words}],
-                        task.asked.thinking,
-                        task.tools,
+                        [*before, {"role": "user", "content": text}],
+                        prepared.asked.thinking,
+                        prepared.tools,
                         add_generation_prompt=False,
                     )
                 )
-                for words in _PLACEHOLDERS
+                for text in _PLACEHOLDERS
             )
-            ids = one[: common_prefix(one, other)]
-            if len(ids) < self.engine.context and len(ids) - already <= _MOST_IDLE:
+            ids = first[: common_prefix(first, second)]
+            if len(ids) < self.engine.context and len(ids) - already <= _MAX_READ_AHEAD:
                 self.engine.read_ahead(ids)
-        except Qwen3Error:  # the template wants no such turn, or the engine was closed meanwhile
+        except Qwen3Error:  # the template refuses such a turn, or the engine is closed by now
             return
 
 
 def _error_of(call: Callable[[], None]) -> BaseException | None:
-    """Call what may raise anything, and return that: the last event of a reply must follow."""
+    """Call a function and return what it raises, or None: a reply's last event must follow."""
     try:
         call()
     except BaseException as error:  # noqa: BLE001 - see above
@@ -376,25 +419,25 @@ def _error_of(call: Callable[[], None]) -> BaseException | None:
     return None
 
 
-def _end(
-    done: Callable[[RequestResult | BaseException], None],
-    said: ReplyBuilder,
-    tell: Callable[[BaseException], None],
-    outcome: RequestResult | BaseException,
+def _finish_once(
+    finish: Callable[[RequestResult | BaseException], None],
+    reply: ReplyBuilder,
+    emit: Callable[[BaseException], None],
+    result: RequestResult | BaseException,
 ) -> None:
-    """Call `done`; what it raises is the last event of the reply, unless there was one."""
+    """Call `finish`; emit what it raises as the last event, unless the reply has ended already."""
     try:
-        done(outcome)
+        finish(result)
     except BaseException as error:
-        if said.ended:
+        if reply.ended:
             raise
-        tell(error)
+        emit(error)
 
 
-def _reason(outcome: RequestResult, parser: ReplyParser, *, looped: bool) -> str:
-    """Return why a reply has ended, by what it said."""
-    if outcome.reason != "stop":
-        return outcome.reason
+def _finish_reason(result: RequestResult, parser: ReplyParser, *, looped: bool) -> str:
+    """Return the finish reason of a reply: the engine's, refined by what the parser found."""
+    if result.reason != "stop":
+        return result.reason
     if parser.cut_off:
-        return "length" if looped else "stop"  # the loop guard has cut off the call
+        return "length" if looped else "stop"  # "length": cut off by the loop guard
     return "tool_calls" if parser.called else "stop"

@@ -1,4 +1,7 @@
-"""The public API: it composes checkpoint, text and engine, and holds no algorithm of its own."""
+"""The public class `LLM`: a loaded checkpoint that generates replies.
+
+It composes checkpoint, text and engine, and holds no algorithm of its own.
+"""
 
 import asyncio
 import weakref
@@ -44,17 +47,27 @@ from qwen3_mlx.text.tokenizer import Prompt
 from qwen3_mlx.text.tool_calls import Tool, run_tool, tool_functions
 
 T = TypeVar("T")
-_OF_CONVERSATION = ("system", "messages", "file", "drop_oldest")
-_LEAST_SHARE = 8  # of the context, one part in so many is a reply's, where turns are dropped
+_CONVERSATION_KEYWORDS = ("system", "messages", "file", "drop_oldest")
+# Where the oldest turns are dropped, a reply has room for at least this fraction of the context.
+_MIN_REPLY_SHARE = 1 / 8
 
 
 class LLM:
-    """A loaded checkpoint to talk to; made by `load`.
+    """A loaded checkpoint that generates replies; created by `load`.
 
-    Every method may be called from any thread. Generations run together, a step of all at a time.
-    Callbacks (`progress`, say) run on the thread that computes: what they raise ends their request,
-    and a call that would wait there for the same LLM, such as `chat`, raises a `Qwen3Error`.
-    `context` is the most tokens that a prompt and its reply may have together.
+    Every method may be called from any thread. Requests are batched: each step of the engine
+    advances all of them by one token. Use the LLM as a context manager, or call `close`.
+
+    Callbacks such as `progress` run on the worker thread, which computes. An exception raised in a
+    callback ends its request. A blocking call on the same LLM, such as `chat`, raises a
+    `Qwen3Error` there instead of waiting for itself.
+
+    Attributes:
+        config: the shape of the network, a `ModelConfig`.
+        tokenizer: encodes text to token ids and decodes them.
+        thinking: which modes the checkpoint has (thinking, direct or both), a `Thinking`.
+        context: the context window in tokens: the most that a prompt and its reply have together.
+        model: the network; its arrays belong to the worker thread, see `compute`.
     """
 
     def __init__(
@@ -71,7 +84,8 @@ class LLM:
         self.tokenizer = words.tokenizer
         self.thinking = words.thinking
         self._worker = worker
-        # A model may be made for fewer ids than its tokenizer knows, but never chooses others.
+        # A network may have fewer rows than the tokenizer has ids, or more, as padding: only ids
+        # that both know may be sampled.
         vocabulary = min(len(words.tokenizer), self.config.vocab_size)
         engine = Engine(
             model,
@@ -84,7 +98,7 @@ class LLM:
         self.context = engine.context
         self._replies: ReplyGenerator | None = ReplyGenerator(words, engine)
         self._shut = weakref.finalize(self, _shut_down, worker, engine.share, wired)
-        self._shut.atexit = False  # at the end of the process the worker sees to itself
+        self._shut.atexit = False  # at exit the worker thread stops by itself
 
     def __repr__(self) -> str:
         if self._replies is None:
@@ -93,16 +107,26 @@ class LLM:
 
     @property
     def model(self) -> Qwen3:
-        """The network; its arrays belong to the worker thread."""
+        """The network; its arrays belong to the worker thread, see `compute`."""
         return self._open().engine.model
 
     @with_keywords(Options)
     def stream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Stream:
-        """Reply to a user's words or a conversation, as a stream of events; see `Options`.
+        """Start a reply and return the stream of its events.
+
+        Args:
+            messages: the user's text, or a conversation: a sequence of dicts with `role` ("system",
+                "user", "assistant" or "tool") and `content`, as in OpenAI's API.
+            **options: see `Options`.
+
+        Returns:
+            A `Stream`: an iterator over `Reasoning`, `Text`, `ToolCallDelta` and `ToolCall` events;
+            `Finish` is the last. Closing the stream ends the generation.
 
         Raises:
-            TypeError, ValueError: an argument is not what it must be.
-            Qwen3Error: the checkpoint cannot do as asked; a ContextError: the prompt does not fit.
+            TypeError, ValueError: an argument has the wrong type or is out of its range.
+            ContextError: prompt and reply do not fit the context window.
+            Qwen3Error: the checkpoint cannot honour an option, or this LLM is closed.
         """
         return self._stream(self._open().chat(messages, GenerationOptions.of(options)))
 
@@ -116,11 +140,20 @@ class LLM:
         drop_oldest: bool = False,
         **options: Unpack[Options],
     ) -> Conversation:
-        """Begin a conversation: with a system prompt, messages so far, or those saved in a file.
+        """Create a conversation, which keeps its own history.
 
-        It keeps its history, and uses the time after a reply to prepare for the next
-        (`prefetch_next_turn`). With `drop_oldest` it goes on when the context window is full,
-        without its oldest turns.
+        Args:
+            system: text of a system message, placed first; default None.
+            messages: the messages so far; default none.
+            file: a file that `Conversation.save` wrote; its messages follow `messages`.
+            drop_oldest: when the context window is full, True drops the oldest turns;
+                False (the default) raises a `ContextError`.
+            **options: defaults of every reply; see `Options`. `prefetch_next_turn` is on: idle time
+                after a reply is used to prefill the next turn.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or is out of its range.
+            Qwen3Error: the file is missing or is not a saved conversation.
         """
         history = [*messages, *(read_messages(file) if file is not None else [])]
         if system is not None:
@@ -129,34 +162,43 @@ class LLM:
         def start(
             messages: Sequence[Message],
             options: Options,
-            heard: Callable[[ReplyBuilder], None],
+            on_end: Callable[[ReplyBuilder], None],
             details: dict[str, str],
         ) -> Stream:
-            task = self._open().chat(messages, GenerationOptions.of(options))
-            least = self._open().engine.context // _LEAST_SHARE if drop_oldest else 1
-            details = task.details | details
-            return self._stream(replace(task, details=details, least_room=least), heard)
+            prepared = self._open().chat(messages, GenerationOptions.of(options))
+            least = int(self._open().engine.context * _MIN_REPLY_SHARE) if drop_oldest else 1
+            details = prepared.details | details
+            return self._stream(replace(prepared, details=details, least_room=least), on_end)
 
-        GenerationOptions.of(options, *_OF_CONVERSATION)  # what is wrong is told now
-        kept: Options = {"prefetch_next_turn": True, **options}
-        return Conversation(start, messages=history, options=kept, drop_oldest=drop_oldest)
+        GenerationOptions.of(options, *_CONVERSATION_KEYWORDS)  # fail before the first reply
+        defaults: Options = {"prefetch_next_turn": True, **options}
+        return Conversation(start, messages=history, options=defaults, drop_oldest=drop_oldest)
 
     @with_keywords(Options)
     def astream(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> AsyncStream:
-        """Do as `stream` does, for asyncio; to be called with the event loop running."""
-        with self._worker.wait():  # or the loop that runs here would wait for its own thread
+        """Start a reply and return its events as an asynchronous stream.
+
+        Takes the arguments of `stream`. Must be called while an asyncio event loop runs. Cancelling
+        the task that reads the stream ends the generation.
+
+        Raises:
+            RuntimeError: no event loop is running.
+            The errors of `stream`.
+        """
+        # Raises if this is the worker thread: an event loop there would wait for its own thread.
+        with self._worker.wait():
             pass
-        task = self.prepare(messages, **options)
+        prepared = self.prepare(messages, **options)
         loop, cancelled = asyncio.get_running_loop(), Flag()
         events: asyncio.Queue[Said] = asyncio.Queue()
 
         def deliver(event: Event | BaseException) -> None:
             try:
                 loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:  # the loop is closed: nobody reads this any more
+            except RuntimeError:  # the event loop is closed, so no reader is left
                 cancelled.set()
 
-        return AsyncStream(events, cancelled, self, self.begin(task, deliver, cancelled))
+        return AsyncStream(events, cancelled, self, self.begin(prepared, deliver, cancelled))
 
     def prepare(
         self,
@@ -164,19 +206,22 @@ class LLM:
         caller: Caller = PATIENT,
         **options: Unpack[Options],
     ) -> PreparedRequest:
-        """Lay out a reply, for `begin`: what `stream` would refuse is refused.
+        """Prepare a request for `begin`: validate, render, encode and compile grammars.
 
-        That takes its time where a new grammar is compiled; a `caller` may go away meanwhile.
+        Takes the arguments of `stream` and raises its errors. Compiling a new grammar takes time;
+        `caller` may cancel the request meanwhile.
         """
         return self._open().chat(messages, GenerationOptions.of(options), caller)
 
     @with_keywords(Options)
     def count_tokens(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> int:
-        """Count the tokens of the prompt that `stream` would reply to.
+        """Return the number of tokens of the prompt that `stream` would render.
+
+        Takes the arguments of `stream`. The prompt may be longer than the context window.
 
         Raises:
-            TypeError, ValueError: an argument is not what it must be.
-            ContextError: it has several times the tokens of the context.
+            TypeError, ValueError: an argument has the wrong type or is out of its range.
+            ContextError: the prompt has more than twice the tokens of the context window.
         """
         return self._open().count_tokens(messages, GenerationOptions.of(options))
 
@@ -189,19 +234,20 @@ class LLM:
         only_read: bool = False,
         **options: Unpack[Options],
     ) -> PreparedRequest:
-        """Lay out the continuation of raw text, or of token ids, for `begin`, as `prepare` does.
+        """Prepare the continuation of raw text or of token ids for `begin`.
 
-        With `score_prompt` the first event is `PromptTokens`, with as many alternatives as the
-        option `logprobs` says. With `only_read` there is no continuation.
+        With `score_prompt` the first event is `PromptTokens`: the log probabilities of the prompt's
+        own tokens, each with `logprobs` alternatives. With `only_read` the prompt is prefilled and
+        no token generated.
         """
-        words = prompt if isinstance(prompt, str) else token_ids(prompt)
-        task = self._open().text(words, GenerationOptions.of(options), caller)
+        text_or_ids = prompt if isinstance(prompt, str) else token_ids(prompt)
+        prepared = self._open().text(text_or_ids, GenerationOptions.of(options), caller)
         if only_read:
-            task = replace(task, only_read=True, least_room=0)
-        return replace(task, score_prompt=score_prompt)
+            prepared = replace(prepared, only_read=True, least_room=0)
+        return replace(prepared, score_prompt=score_prompt)
 
     def load_grammars(self) -> None:
-        """Make what the first form of an answer or of calls needs, which takes a second or two."""
+        """Load the grammar compiler ahead of the first constrained reply; takes 1 to 2 s."""
         self._open().words.grammars.load()
 
     def begin(
@@ -210,25 +256,26 @@ class LLM:
         deliver: Callable[[Event | BaseException], None],
         cancelled: Flag,
     ) -> StartedReply:
-        """Start what was laid out, below `stream` and `astream`; `cancelled` ends it within a step.
+        """Submit a prepared request; `stream` and `astream` are built on this.
 
-        `deliver` is told the events, the last of which is `Finish`, or the error that ends them; on
-        another thread, which it must not hold up.
+        `deliver` is called with each event, the last of which is `Finish`, or with the error that
+        ends the reply. It runs on the worker thread and must not block. Setting `cancelled` ends
+        the generation within a step.
 
         Raises:
-            ValueError: what is asked for leaves no room for an answer.
-            ContextError: the prompt does not fit.
+            ValueError: the options leave no room for an answer.
+            ContextError: prompt and reply do not fit the context window.
         """
         return self._open().start(task, deliver, cancelled)
 
     def activity(self) -> Activity:
-        """Return what the engine is doing; from any thread, at once, whatever it computes."""
+        """Return what the engine is doing, without waiting for the step that runs."""
         return self._open().engine.activity()
 
     def call_soon(self, job: Callable[[], None]) -> None:
-        """Have `job` done, without delay, after the step in work; for `deliver` to use.
+        """Schedule `job` to run after the current step, and return at once; for use in `deliver`.
 
-        An error that it raises is logged.
+        An exception raised by `job` is logged.
 
         Raises:
             Qwen3Error: this LLM is closed.
@@ -237,9 +284,21 @@ class LLM:
 
     @with_keywords(Options)
     def chat(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> Reply:
-        """Reply to a user's words or a conversation, and return the reply whole; see `Options`.
+        """Generate a reply and return it as a whole.
 
-        Raises what `stream` does.
+        Args:
+            messages: the user's text, or a conversation: a sequence of dicts with `role` ("system",
+                "user", "assistant" or "tool") and `content`, as in OpenAI's API.
+            **options: see `Options`.
+
+        Returns:
+            A `Reply`: `text`, `reasoning`, `tool_calls`, `finish_reason`, `usage` and more; with
+            `schema`, the answer as data in `parsed`.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or is out of its range.
+            ContextError: prompt and reply do not fit the context window.
+            Qwen3Error: the checkpoint cannot honour an option, or this LLM is closed.
         """
         return with_parsed(collect(self.stream(messages, **options)), options.get("schema"))
 
@@ -247,25 +306,35 @@ class LLM:
     def batch(
         self, prompts: Sequence[str | Sequence[Message]], **options: Unpack[Options]
     ) -> list[Reply]:
-        """Do as `chat` does for each of the prompts, together, and give the replies in order.
+        """Generate replies to several prompts in one batch and return them in order.
 
-        `seed` is that of each reply. Ctrl-C cancels all; an error in one ends the others, too.
+        Args:
+            prompts: texts or conversations, each as in `chat`.
+            **options: of every reply; see `Options`. Each reply uses the same `seed`. `progress` is
+                called with (done, total) replies.
+
+        Ctrl-C cancels all replies. An error in one ends the others as well.
+
+        Raises:
+            TypeError: `prompts` is a single string.
+            The errors of `chat`.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts must be a list; chat() takes a single one")
         progress = options.pop("progress", None)
-        asked = GenerationOptions.of(options)
-        tasks = [self._open().chat(prompt, asked) for prompt in prompts]
+        validated = GenerationOptions.of(options)
+        prepared = [self._open().chat(prompt, validated) for prompt in prompts]
         streams: list[Stream] = []
         ended = count(1)
 
-        def tell(_: ReplyBuilder) -> None:
+        def on_end(_: ReplyBuilder) -> None:
             if progress:
-                progress(next(ended), len(tasks))
+                progress(next(ended), len(prepared))
 
         try:
-            streams += (self._stream(task, tell) for task in tasks)
-            return [with_parsed(collect(stream), asked.schema) for stream in streams]
+            # Appended one by one, so that an error while starting closes those that have started.
+            streams += (self._stream(request, on_end) for request in prepared)
+            return [with_parsed(collect(stream), validated.schema) for stream in streams]
         finally:
             for stream in streams:
                 stream.close()
@@ -278,52 +347,71 @@ class LLM:
         max_steps: int = 8,
         **options: Unpack[Options],
     ) -> Reply:
-        """Do as `chat` does, and call the tools that the model asks for until it answers.
+        """Generate replies, calling the tools that the model requests, until it answers.
 
-        `tools` must be functions. What goes wrong in one is told to the model. The reply's
-        `messages` are all that was said on the way.
+        Args:
+            messages: the user's text or a conversation, as in `chat`.
+            max_steps: the most replies, the last included; default 8.
+            **options: see `Options`. `tools` must be Python functions. A demanded call
+                (`tool_choice`) is demanded of the first reply only.
+
+        An exception raised by a tool is passed to the model as the result of the call.
+
+        Returns:
+            The last `Reply`; its `messages` are all replies and tool results of this run.
 
         Raises:
             Qwen3Error: the model still calls tools after `max_steps` replies.
+            The errors of `chat`.
         """
         GenerationOptions.of(options, "max_steps")
         functions = tool_functions(options.get("tools"))
-        history, said = normalise(messages), list[dict[str, Any]]()
+        history, added = normalise(messages), list[dict[str, Any]]()
         for _ in range(max_steps):
-            reply = self.chat([*history, *said], **options)
+            reply = self.chat([*history, *added], **options)
             if options.pop("continue_last", False):
-                history = history[:-1]  # the reply's message has all of it
+                history = history[:-1]  # the reply's message includes the continued one
             if options.get("tool_choice") != "none":
-                options["tool_choice"] = "auto"  # a call that was demanded has been made
-            said += reply.messages
+                options["tool_choice"] = "auto"  # the demanded call has been made
+            added += reply.messages
             if reply.finish_reason != "tool_calls":
-                return replace(reply, messages=said)
-            said += [run_tool(call, functions) for call in reply.tool_calls]
+                return replace(reply, messages=added)
+            added += [run_tool(call, functions) for call in reply.tool_calls]
         raise Qwen3Error(f"the model still calls tools after {max_steps} replies (max_steps)")
 
     @with_keywords(TextOptions, loop_guard=False)
     def complete(self, prompt: str, **options: Unpack[TextOptions]) -> Reply:
-        """Continue raw text, without a chat template; tags of thinking are text like any other.
+        """Continue raw text, without a chat template.
 
-        The loop guard is off, unless it is asked for.
+        Args:
+            prompt: the text to continue. Names of control tokens in it become control tokens.
+            **options: see `TextOptions`. `loop_guard` is off by default.
+
+        Returns:
+            A `Reply` whose `text` is the continuation; thinking tags are part of the text.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or is out of its range.
+            ContextError: prompt and reply do not fit the context window.
         """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt must be a string, not {type(prompt).__name__}")
         refuse_unknown(options, TextOptions.__annotations__)
-        stated: TextOptions = {"loop_guard": False, **options}
-        return collect(self._stream(self.prepare_text(prompt, **stated)))
+        merged: TextOptions = {"loop_guard": False, **options}
+        return collect(self._stream(self.prepare_text(prompt, **merged)))
 
     def logits(self, ids: Sequence[int]) -> mx.array:
-        """Give the logits [len(ids), V], float32 and evaluated, that follow each of the ids.
+        """Return the logits [len(ids), V] after each of the ids, float32 and evaluated.
 
-        They are the network's own: with `kv_bits`, too, they are computed through a plain cache. It
-        is done a chunk at a time between the steps of what runs.
+        They are the network's own, before bias, penalties, temperature and masks. A plain KV cache
+        is used, with `kv_bits` as well. The ids are processed chunk by chunk between the steps of
+        running requests.
 
         Raises:
-            TypeError, ValueError: there is no id, or one is no whole number or not in the
+            TypeError, ValueError: there are no ids, or one is not a whole number or not in the
                 vocabulary.
-            Qwen3Error: the memory that is free does not suffice; the message shows the sum. A
-                ContextError: there are more ids than the context has.
+            ContextError: there are more ids than the context window has.
+            Qwen3Error: free memory does not suffice; the message shows the sum.
         """
         rows = self.config.vocab_size
         tokens = token_ids(ids.tolist() if isinstance(ids, mx.array) else ids)
@@ -336,10 +424,10 @@ class LLM:
         return logits.values
 
     def compute(self, job: Callable[[Qwen3], T]) -> T:
-        """Run `job` with the network, on the thread that owns it, and give its result, evaluated.
+        """Run `job(model)` on the worker thread and return its result, evaluated.
 
-        The result is an array, or a tuple, list or dictionary of arrays. Arrays that `job` brings
-        along must be evaluated: a lazy one belongs to the thread that made it.
+        The result is an array, or a tuple, list or dictionary of arrays. Arrays that `job` closes
+        over must be evaluated: a lazy array can only be evaluated on the thread that created it.
         """
         model = self._open().engine.model
 
@@ -358,15 +446,25 @@ class LLM:
         add_generation_prompt: bool = True,
         continue_last: bool = False,
     ) -> Prompt:
-        """Write the prompt for a conversation with the checkpoint's own template, as it is sent.
+        """Return the prompt of a conversation, rendered by the checkpoint's chat template.
 
-        The names of control tokens in messages are text: `tokenizer.encode` of what is returned, a
-        string that remembers them, makes control tokens of those alone that the template wrote.
-        With `continue_last` it ends where the last message does.
+        Args:
+            messages: the user's text or a conversation, as in `chat`.
+            thinking: as in `Options`; default None.
+            tools: functions or descriptions that the template presents to the model; default None.
+            add_generation_prompt: end with the start of the assistant's turn; default True.
+            continue_last: end where the last message ends, for a reply that continues it; default
+                False.
+
+        Returns:
+            A `Prompt`, a string that remembers which control tokens the template wrote. Names of
+            control tokens in messages stay text: `tokenizer.encode` of the prompt makes control
+            tokens only of those that the template wrote.
 
         Raises:
             ValueError: the last message cannot be continued.
-            Qwen3Error: there is no template, it refuses, or `thinking` cannot be had.
+            Qwen3Error: there is no template, it refuses the messages, or the checkpoint does not
+                have the `thinking` mode.
         """
         return render(
             self._open().words,
@@ -378,11 +476,11 @@ class LLM:
         )
 
     def forget(self) -> None:
-        """Free the memory of earlier prompts, which is kept for what may go on from them."""
+        """Clear the prefix cache: free the KV caches that are kept from earlier prompts."""
         self._worker.call(self._open().engine.forget)
 
     def close(self) -> None:
-        """Cancel what runs, end the worker thread and free the memory; may be called twice."""
+        """Cancel running requests, stop the worker thread, free the memory; may be called twice."""
         self._shut()
         self._replies = None
 
@@ -398,17 +496,18 @@ class LLM:
         return self._replies
 
     def _stream(
-        self, task: PreparedRequest, heard: Callable[[ReplyBuilder], None] | None = None
+        self, prepared: PreparedRequest, on_end: Callable[[ReplyBuilder], None] | None = None
     ) -> Stream:
-        """Start a reply; `heard` is told all that was said, before `Finish` or an error is."""
+        """Start a reply; `on_end` gets the collected reply before `Finish` or an error is sent."""
         events: SimpleQueue[Said] = SimpleQueue()
         cancelled = Flag()
-        started = self._open().start(task, events.put, cancelled, heard)
+        started = self._open().start(prepared, events.put, cancelled, on_end)
         return Stream(events, cancelled, self, started, wait=self._worker.wait)
 
 
 def _shut_down(worker: Worker, share: Share, wired: int) -> None:
-    if worker.left_behind:  # with all threads of MLX, for which `unwire` would wait
+    # In a forked process the worker's and MLX's threads are missing: `unwire` would wait for them.
+    if worker.left_behind:
         return
     worker.stop()
     release(share)

@@ -1,4 +1,4 @@
-"""From a name to an `LLM`: what is found is checked, fetched, read and put together."""
+"""The public function `load`: resolves, checks, fetches and reads a checkpoint into an `LLM`."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -41,9 +41,9 @@ from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
-_ANSWER = "xq7wanswer"  # to be found again in what a template makes of it
-_MOST_GB = 1e9
-DRAFT_NGRAM = "ngram"  # a way to draft without a model
+_ANSWER = "xq7wanswer"  # a text to find in what a template renders
+_MAX_PROMPT_CACHE_GB = 1e9
+DRAFT_NGRAM = "ngram"  # value of `draft` for drafting without a model
 
 
 def load(  # noqa: PLR0913 - one keyword a choice
@@ -62,43 +62,54 @@ def load(  # noqa: PLR0913 - one keyword a choice
     progress: Progress | None = None,
     download_progress: Progress | None = None,
 ) -> LLM:
-    """Load a checkpoint: a folder, a hub name, or None for the embedded demo.
+    """Load a checkpoint and return an `LLM`.
 
     Args:
-        source: a folder in the published or in MLX's format; a hub name such as Qwen/Qwen3-8B; or a
-            size, "8B" or "30b-a3b", which is the hub's checkpoint that is quantized to 4 bits
-            already, Qwen/Qwen3-8B-MLX-4bit. A folder that is called like a size is "./8B", or a
-            Path.
-        revision: the hub's branch, tag or commit.
-        bits: quantize the weights while loading, to 2, 3, 4, 5, 6 or 8 bits; a hub's checkpoint
-            is downloaded whole for that, 16 GB of Qwen/Qwen3-8B.
-        group_size: how many weights share a scale then: 32, 64 or 128.
-        dtype: bfloat16, float16 or float32; None is bfloat16 on a GPU and float32 on a CPU.
-        dequantize: hold quantized weights as `dtype`; None does so on a CPU, where that computes
-            faster, if the float32 weights take at most half of the memory.
-        context: the most tokens of prompt and reply together, if not what the model and the memory
-            allow. Beyond the model's window that switches YaRN on, for the checkpoints that it is
-            published for; the quality of short texts may suffer from it.
-        kv_bits: keep keys and values of what has been read in 8 bits, "k8v4" (keys 8, values 4) or
-            4 bits, for longer contexts in the same memory; None keeps them in `dtype`.
-        draft: verify several proposed tokens in one pass, which changes no reply: "ngram" proposes
-            what followed the same words before; the folder, name or size of a smaller checkpoint of
-            the family, such as "0.6B" for "8B", has that one propose, too.
-        prompt_cache: a folder where long prompts are kept as they have been read, so that they need
-            not be read again after a restart; models may share it.
-        prompt_cache_gb: the most that all of them may take there, in GB.
-        progress: told (done, total) modules loaded, from another thread.
-        download_progress: called with (done, total) bytes while files of the hub are downloaded,
-            from other threads; a download that broke goes on where it stopped.
+        source: the checkpoint: a folder in the published or in MLX's format; a hub name such as
+            "Qwen/Qwen3-8B"; or a size such as "8B" or "30b-a3b", which stands for the 4-bit
+            checkpoint on the hub, Qwen/Qwen3-8B-MLX-4bit. Default None, the embedded demo. A folder
+            that is named like a size is "./8B" or a Path.
+        revision: branch, tag or commit on the hub; default None, the main branch.
+        bits: quantize the weights while loading, to 2, 3, 4, 5, 6 or 8 bits; default None, which
+            keeps them as stored. A checkpoint on the hub is downloaded whole for that: 16 GB for
+            Qwen/Qwen3-8B.
+        group_size: number of weights that share a scale when `bits` is given: 32, 64 (default) or
+            128.
+        dtype: "bfloat16", "float16" or "float32", for computation and for weights that are not
+            quantized; default None, which is bfloat16 on a GPU and float32 on a CPU.
+        dequantize: True holds quantized weights as `dtype`, False as stored. Default None, which is
+            True on a CPU, where float32 computes faster, if the float32 weights take at most half
+            of the memory.
+        context: context window in tokens: the most that a prompt and its reply have together.
+            Default None, which is what the model and the memory allow. More than the model's own
+            window switches YaRN on, for checkpoints that it is published for; it may lower the
+            quality of short texts.
+        kv_bits: precision of the KV cache: 8, "k8v4" (keys 8 bits, values 4 bits) or 4, for longer
+            contexts in the same memory; default None, which keeps `dtype`.
+        draft: speculative decoding, which checks several draft tokens in one forward pass and
+            changes no reply; default None, off. "ngram" proposes what followed the same tokens
+            before. A folder, hub name or size of a smaller checkpoint of the same family, such as
+            "0.6B" for "8B", adds a draft model.
+        prompt_cache: a folder for the KV caches of long prompts, so that they need not be read
+            again after a restart; default None, off. Several models may share it.
+        prompt_cache_gb: the most that this folder may take, in GB (10^9 bytes); default 8.
+        progress: callable (done, total) modules loaded; default None. Called from another thread.
+        download_progress: callable (done, total) bytes downloaded from the hub; default None.
+            Called from other threads. An interrupted download resumes where it stopped.
+
+    Returns:
+        An `LLM`. Close it, or use it as a context manager, to free its memory.
 
     Raises:
-        ValueError: an argument is out of its range.
-        CheckpointError: the checkpoint cannot be found, read or honoured.
-        Qwen3Error: it does not fit; the message shows the sum, and what would.
+        TypeError, ValueError: an argument has the wrong type or is out of its range.
+        CheckpointError: the checkpoint cannot be found or read, or has a feature that is not
+            supported.
+        Qwen3Error: the checkpoint does not fit the memory; the message shows the sum, and what
+            would fit.
     """
     bits, group_size, context, kv_bits = map(plain, (bits, group_size, context, kv_bits))
     dequantize, prompt_cache_gb = plain(dequantize), plain(prompt_cache_gb)
-    wanted = Format(4 if bits is None else bits, group_size)  # a wrong group size is never silent
+    wanted = Format(4 if bits is None else bits, group_size)  # checks group_size without bits, too
     _check(context, dequantize, prompt_cache_gb)
     options = LoadOptions(
         backend.compute_dtype(dtype), None if bits is None else wanted, dequantize
@@ -111,7 +122,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
         context,
     )
     small = _draft_model(draft, options, kv_bits, download_progress)
-    # What cannot be run, or does not fit, is refused before gigabytes are fetched.
+    # Refuse what cannot run or does not fit before gigabytes are downloaded.
     beside = small.plan(context).held if small else 0
     target.refuse_if_too_large(context, beside)
     tokenizer = Tokenizer(target.folder / "tokenizer.json")
@@ -127,7 +138,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
 
     backend.refuse_fork()
     described, target = target.network, target.fetched()
-    if target.network != described:  # its weights have a head of their own
+    if target.network != described:  # the weights have an untied head, which takes more memory
         target.refuse_if_too_large(context, beside)
     small = small.fetched() if small else None
 
@@ -140,7 +151,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
         models = [found.read(follow) for found in (target, small) if found]
         wired = sum(array.nbytes for model in models for array in model.tensors().values())
         backend.wire(wired)
-        if backend.on_gpu():  # which builds its kernels at their first use
+        if backend.on_gpu():  # a GPU compiles its kernels at first use
             for model in models:
                 warm_up(model)
         drafting = DraftModel(models[1]) if small else None
@@ -162,7 +173,17 @@ def load(  # noqa: PLR0913 - one keyword a choice
 
 @dataclass(frozen=True, slots=True)
 class _ResolvedCheckpoint:
-    """A checkpoint of which all but the weights is there, and how those shall lie in memory."""
+    """A checkpoint whose files except the weights are here, and how its weights will be held.
+
+    Attributes:
+        place: the folder or the hub name.
+        folder: the local folder of the files.
+        config: the contents of config.json.
+        network: the shape of the network.
+        stored: the format of each module as stored, if the checkpoint is quantized.
+        options: dtype and quantization in memory.
+        cache: the format of the KV cache.
+    """
 
     place: Source
     folder: Path
@@ -190,17 +211,17 @@ class _ResolvedCheckpoint:
         return cls(place, folder, config, network, stored, options, cache)
 
     def as_stored(self) -> "_ResolvedCheckpoint":
-        """Give it without a wish to quantize what is quantized already."""
+        """Return it without the option to quantize, if it is quantized already."""
         return replace(self, options=replace(self.options, quantize=None)) if self.stored else self
 
     def plan(self, context: int | None) -> Plan:
         return plan_load(self.network, self.stored, self.options, context, self.cache)
 
     def fetched(self) -> "_ResolvedCheckpoint":
-        """Return it with its weights here, and with a head of its own if they have one."""
-        judged = are_here(self.folder)
+        """Fetch the weights and return the checkpoint, its head untied if the weights have one."""
+        complete = are_here(self.folder)  # then `at` has looked for a head already
         folder = fetch_weights(self.place, self.folder)
-        config = self.config if judged else untied(self.config, folder)
+        config = self.config if complete else untied(self.config, folder)
         return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
 
     def refuse_if_too_large(self, context: int | None, beside: int) -> None:
@@ -238,18 +259,21 @@ def _refuse_another_family(
 
 
 def _check(context: object, dequantize: object, prompt_cache_gb: float) -> None:
-    """Refuse what is wrong in itself, before anything is fetched."""
+    """Raise for arguments that are wrong by themselves, before anything is fetched."""
     if context is not None and (type(context) is not int or context < 1):
         raise ValueError(f"context must be a number of tokens from 1 up, not {context!r}")
     if dequantize is not None and not isinstance(dequantize, bool):
         raise TypeError(f"dequantize must be True, False or None, not {dequantize!r}")
-    if not isinstance(prompt_cache_gb, int | float) or not 0 < prompt_cache_gb < _MOST_GB:
+    if (
+        not isinstance(prompt_cache_gb, int | float)
+        or not 0 < prompt_cache_gb < _MAX_PROMPT_CACHE_GB
+    ):
         raise ValueError(f"prompt_cache_gb must be more than 0 GB, not {prompt_cache_gb!r}")
 
 
 def _open_disk(
     place: str | Path | None,
-    most: float,
+    max_gb: float,
     folder: Path,
     config: Mapping[str, Any],
     held_as: Sequence[object],
@@ -257,8 +281,8 @@ def _open_disk(
     if place is None:
         return None
     try:
-        held = fingerprint(folder, config, held_as)
-        return DiskPrefixes(Path(place), held, limit=int(most * 1e9))
+        key = fingerprint(folder, config, held_as)  # caches are valid for the same weights only
+        return DiskPrefixes(Path(place), key, limit=int(max_gb * 1e9))
     except FileExistsError as error:
         raise Qwen3Error(f"prompt_cache: {place} is a file; name a folder") from error
     except OSError as error:
@@ -275,7 +299,7 @@ def _load_text_processor(
     sampling, complaints = stated_sampling(generation_config)
     for complaint in complaints:
         _log.warning("%s: %s", generation.name, complaint)
-    # Some conversions lose generation_config.json, and with it the second of Qwen3's end tokens.
+    # Some conversions drop generation_config.json, which states the second of Qwen3's end tokens.
     end_ids = {*_end_ids(config, "config.json"), *_end_ids(generation_config, generation.name)}
     if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
         end_ids.add(end_of_text)
@@ -305,7 +329,7 @@ def _load_text_processor(
 
 
 def _named_end(folder: Path, tokenizer: Tokenizer) -> set[int]:
-    """Return the id of tokenizer_config's `eos_token`, which fine-tunes often change there only."""
+    """Return the id of tokenizer_config's `eos_token`; many fine-tunes change it there only."""
     config = read_tokenizer_config(folder)
     token = tokenizer.id_of(special_tokens(config).get("eos_token", ""))
     if token is not None:
@@ -316,7 +340,11 @@ def _named_end(folder: Path, tokenizer: Tokenizer) -> set[int]:
 
 
 def _turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
-    """Return the id of the special token with which the template ends an assistant's turn."""
+    """Return the id of the special token that the template writes after an assistant's turn.
+
+    A conversation with a known answer is rendered, and the text after that answer examined. Empty
+    if there is no such token.
+    """
     turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
     for messages in (turn, [{"role": "system", "content": "?"}, *turn]):
         try:

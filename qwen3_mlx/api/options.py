@@ -1,4 +1,4 @@
-"""What can be asked of a reply: the keywords of `stream`, `chat` and the like, checked."""
+"""Options of a reply: the keywords of `LLM.stream`, `chat` and the like, and their checks."""
 
 import inspect
 from collections import Counter
@@ -19,7 +19,7 @@ Progress = Callable[[int, int], None]
 
 
 class TextOptions(TypedDict, total=False):
-    """The keywords that go with raw text, too; see `Options`."""
+    """The options that also apply to raw text (`LLM.complete`); `Options` explains each of them."""
 
     max_tokens: int | None
     temperature: float | None
@@ -38,32 +38,75 @@ class TextOptions(TypedDict, total=False):
 
 
 class Options(TextOptions, total=False):
-    """The keywords of every way to ask for a reply; all may be left out.
+    """The keyword options of `LLM.stream`, `chat`, `batch`, `run`, `conversation` and the like.
 
-    With `continue_last` the reply continues the last message, which is the assistant's: its answer,
-    or its thinking, where that is all it has.
-    `thinking` switches the thinking on or off; None is the checkpoint's default. It never takes
-    more than `thinking_budget` tokens: then it is closed with Qwen's own hand-off, or with
-    `thinking_budget_message`, and the answer follows. A budget for which `max_tokens` leave no room
-    is refused, or with `thinking_budget_bends` gives way; so it does at the end of the context.
-    `loop_guard=False` permits circles.
-    `tools` are functions, or descriptions of them, that the model may call: see `ToolCall`.
-    `tool_choice` is "auto", "none", "required" or the name of the tool to be called; without
-    `parallel_tool_calls` a reply ends with its first call. With `partial_calls` a stream also has
-    the arguments of calls as they are written: see `ToolCallDelta`.
-    The answer is held to a JSON `schema` (or a pydantic model), a `regex`, one of the texts of
-    `choice`, or a `grammar` in Lark's syntax. `max_tokens` bounds thinking and answer together;
-    None is what the context has room for.
-    `temperature`, `top_p`, `top_k`, `min_p`, `presence_penalty`, `frequency_penalty`,
-    `repetition_penalty` and `logit_bias` are the fields of `SamplingParams`, which explains them;
-    `sampling` states several at once. What is stated beats the defaults of the mode, and stating
-    one twice, differently, is refused. The same `seed` gives the same reply. `stop` ends the
-    answer (not the thinking) before the first of these strings. `progress(done, total)` is told the
-    prompt tokens read, or for a batch the replies that have ended, from another thread. With
-    `prefetch_next_turn` the time after the reply is used to read what a next turn will begin with:
-    templates leave out the thinking of earlier turns, so the answer must be read again without it.
-    With `logprobs` each piece of text has its `tokens`, with their log probabilities and so many of
-    the likeliest.
+    All are optional. `LLM.complete` takes those of `TextOptions` only: max_tokens, the sampling
+    parameters, seed, stop, logprobs and loop_guard.
+
+    Length and ends:
+        max_tokens: int, at least 1; default None. The most tokens of the reply, thinking and answer
+            together. None is all that the context window has room for.
+        stop: str or sequence of str; default None. The answer ends before the first occurrence of
+            any of these strings. They do not apply to the thinking.
+        loop_guard: bool; default True, in `LLM.complete` False. Ends endless repetition: once the
+            last 256 tokens, and four whole circles, repeat what stood before them, the thinking is
+            closed or the answer ended.
+
+    Sampling (see `SamplingParams` for the order of the steps). Each defaults to None, which is the
+    value of the checkpoint, or else Qwen's for the mode: temperature 0.6, top_p 0.95, top_k 20 with
+    thinking and 0.7, 0.8, 20 without; the others change nothing:
+        temperature: float, 0 to 100. Divides the logits; 0 always takes the likeliest token.
+        top_p: float, above 0 to 1. Keeps the fewest tokens whose probabilities add up to top_p.
+        top_k: int, from 0. Keeps the k likeliest tokens; 0 keeps all.
+        min_p: float, 0 to 1. Keeps tokens at least min_p times as likely as the likeliest.
+        presence_penalty: float, -2 to 2. Subtracted from the logit of each token in the reply.
+        frequency_penalty: float, -2 to 2. The same, once for each occurrence.
+        repetition_penalty: float, 0.01 to 100. Divides the logits of tokens in the prompt or the
+            reply (multiplies negative ones); 1 changes nothing.
+        logit_bias: dict of token id to float. Added to the logits of these tokens.
+        sampling: SamplingParams. Several of the parameters above in one object. A parameter stated
+            both here and by its own keyword, with different values, is a ValueError.
+        seed: int; default None. The same seed gives the same reply. None draws one.
+
+    Thinking:
+        thinking: bool; default None. Switches the thinking on or off; None is the checkpoint's own
+            default.
+        thinking_budget: int, at least 0, in tokens; default None. The most tokens of thinking. At
+            the limit the thinking is closed and the answer follows. None sets no limit.
+        thinking_budget_message: str; default None. Text that closes the thinking at the limit. None
+            is the hand-off that Qwen's documentation recommends; "" is the closing tag alone.
+        thinking_budget_bends: bool; default False. If `max_tokens` leaves no room for the budget,
+            False raises a ValueError; True shortens the budget, closes the thinking with the tag
+            alone, or drops the limit. Near the end of the context window that happens in any case.
+
+    Tools:
+        tools: sequence of functions or tool descriptions (OpenAI's format); default None. The model
+            may call them; a call arrives as a `ToolCall`.
+        tool_choice: str; default "auto". "auto" leaves the choice to the model, "none" forbids
+            calls, "required" demands one, and a tool's name demands a call of that tool.
+        parallel_tool_calls: bool; default True. False ends the reply after its first call.
+        partial_calls: bool; default False. True also streams the arguments of a call while the
+            model writes them, as `ToolCallDelta` events.
+
+    Structured output, at most one of these; default None. The constraint applies to the answer, not
+    to the thinking:
+        schema: JSON schema as a dict, or a pydantic model. The answer is JSON that fits
+            it; `Reply.parsed` holds the data.
+        regex: str. The whole answer matches this regular expression.
+        choice: sequence of str. The answer is one of these texts.
+        grammar: str. The answer follows this grammar, in Lark's syntax.
+
+    Other:
+        continue_last: bool; default False. The reply continues the last message, which must be the
+            assistant's: its answer, or its thinking if the message has nothing else.
+        logprobs: int, 0 to 20; default None. Each piece of text carries its `tokens` with their log
+            probabilities (nats, before sampling parameters and grammars), and this number of the
+            likeliest alternatives.
+        progress: callable (done, total); default None. Called from another thread with the prompt
+            tokens processed so far, in `LLM.batch` with the replies that have ended.
+        prefetch_next_turn: bool; default False, in a `Conversation` True. After the reply, idle
+            time is used to prefill what the next turn begins with. Chat templates drop the thinking
+            of earlier turns, so the answer must be read again without it.
     """
 
     continue_last: bool
@@ -85,10 +128,11 @@ class Options(TextOptions, total=False):
 
 @dataclass(frozen=True, slots=True)
 class GenerationOptions:
-    """The same with defaults, and nothing in it that cannot be.
+    """Validated `Options`, with the defaults filled in.
 
     Raises:
-        TypeError, ValueError: something is.
+        TypeError: a value has the wrong type.
+        ValueError: a value is out of its range, or two values exclude each other.
     """
 
     continue_last: bool = False
@@ -115,23 +159,24 @@ class GenerationOptions:
 
     @classmethod
     def of(cls, options: Options, *others: str) -> "GenerationOptions":
-        """Check options as they are given; the method that takes them has the keywords `others`.
+        """Validate the options of a call; `others` are further keywords that its method takes.
 
         Raises:
-            TypeError, ValueError: one does not exist, is not what it must be, or is stated twice.
+            TypeError: an option does not exist or has the wrong type.
+            ValueError: an option is out of its range, or is stated twice with different values.
         """
         refuse_unknown(options, [*Options.__annotations__, *others])
-        asked: dict[str, Any] = {name: plain(value) for name, value in spread(options).items()}
-        sampling = SamplingParams(**{name: asked.pop(name, None) for name in _SAMPLING})
-        return cls(**asked, sampling=sampling)
+        values: dict[str, Any] = {name: plain(value) for name, value in spread(options).items()}
+        sampling = SamplingParams(**{name: values.pop(name, None) for name in _SAMPLING})
+        return cls(**values, sampling=sampling)
 
     def __post_init__(self) -> None:
         self._check_types()
-        for name, least in (("max_tokens", 1), ("thinking_budget", 0), ("logprobs", 0)):
-            if (number := getattr(self, name)) is not None and number < least:
-                raise ValueError(f"{name} must be at least {least}, not {number}")
-        if (self.logprobs or 0) > _MOST_LOGPROBS:
-            raise ValueError(f"logprobs must be at most {_MOST_LOGPROBS}, not {self.logprobs}")
+        for name, minimum in (("max_tokens", 1), ("thinking_budget", 0), ("logprobs", 0)):
+            if (number := getattr(self, name)) is not None and number < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, not {number}")
+        if (self.logprobs or 0) > _MAX_LOGPROBS:
+            raise ValueError(f"logprobs must be at most {_MAX_LOGPROBS}, not {self.logprobs}")
         if self.must_call and not as_tool_list(self.tools):
             raise ValueError(f"tool_choice={self.tool_choice!r} needs tools, and there are none")
         if self.thinking_budget is not None and self.thinking is False:
@@ -140,72 +185,80 @@ class GenerationOptions:
         if len(forms) > 1:
             raise ValueError(f"an answer can have one form, not {' and '.join(forms)}")
         if forms and self.continue_last:
-            raise ValueError(f"{forms[0]} is the form of a whole answer, not of a continued one")
+            raise ValueError(
+                f"{forms[0]} constrains a whole answer, not one that continue_last continues"
+            )
 
     def _check_types(self) -> None:
-        for name, (kind, words) in _KINDS.items():
+        for name, (kind, expected) in _KINDS.items():
             value = getattr(self, name)
+            # None is allowed exactly where it is the default.
             if value is None and self.__dataclass_fields__[name].default is None:
                 continue
+            # bool is an int in Python, but True is no number of tokens.
             if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-                raise TypeError(f"{name} must be {words}, not {value!r}")
-        several = isinstance(self.stop, Iterable | None) and not isinstance(self.stop, Mapping)
-        if not several or not all(isinstance(s, str) and s for s in self.stop_strings):
+                raise TypeError(f"{name} must be {expected}, not {value!r}")
+        is_stop = isinstance(self.stop, Iterable | None) and not isinstance(self.stop, Mapping)
+        if not is_stop or not all(isinstance(s, str) and s for s in self.stop_strings):
             raise ValueError(f"stop must be one or more non-empty strings, not {self.stop!r}")
 
     @property
     def must_call(self) -> bool:
-        """Whether the reply is to call a tool, whatever the model would rather do."""
+        """True if the reply must call a tool: `tool_choice` is "required" or a tool's name."""
         return self.tool_choice not in ("auto", "none")
 
     def described_tools(self) -> list[dict[str, Any]]:
-        """Give the tools as the template has them: none, if none is to be called.
+        """Return the tools as chat templates take them; empty if `tool_choice` is "none".
 
         Raises:
-            TypeError, ValueError: one cannot be described, two have one name, or none has that
-                which is to be called.
+            TypeError: a tool is neither a function nor a description.
+            ValueError: there are too many tools, two have the same name, or none has the name that
+                `tool_choice` states.
         """
-        if len(given := as_tool_list(self.tools)) > MOST_TOOLS:
-            raise ValueError(f"at most {MOST_TOOLS:,} tools can be given, not {len(given):,}")
-        described = [tool_schema(tool) for tool in given]
+        if len(tools := as_tool_list(self.tools)) > MOST_TOOLS:
+            raise ValueError(f"at most {MOST_TOOLS:,} tools can be given, not {len(tools):,}")
+        described = [tool_schema(tool) for tool in tools]
         check_tools(described)
         names = [tool["function"]["name"] for tool in described]
-        if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise ValueError(f"two tools are called {min(twice)}")
+        if repeated := [name for name, count in Counter(names).items() if count > 1]:
+            raise ValueError(f"two tools are called {min(repeated)}")
         if self.tool_choice not in ("auto", "none", "required", *names):
             raise ValueError(
                 f"tool_choice must be auto, none, required or a tool's name "
-                f"({shorten(', '.join(names), _MOST_NAMES)}), not {self.tool_choice!r}"
+                f"({shorten(', '.join(names), _MAX_NAMES_SHOWN)}), not {self.tool_choice!r}"
             )
         return described if self.tool_choice != "none" else []
 
     def form(self, grammars: GrammarCompiler) -> GrammarState | None:
-        """Make the grammar of the answer, if it shall have a form.
+        """Create the grammar of the answer from its schema, regex, choice or grammar.
+
+        Returns None if the answer is not constrained.
 
         Raises:
-            TypeError, ValueError: it cannot be had; what is not supported is named.
+            TypeError, ValueError: it cannot be compiled; the message names what is not supported.
         """
         for name in _FORMS:
-            if (wish := getattr(self, name)) is not None:
-                made: GrammarState = getattr(grammars, "lark" if name == "grammar" else name)(wish)
-                return made
+            if (value := getattr(self, name)) is not None:
+                compile_form = getattr(grammars, "lark" if name == "grammar" else name)
+                state: GrammarState = compile_form(value)
+                return state
         return None
 
     @property
     def stop_strings(self) -> tuple[str, ...]:
-        """The stop strings, none or more."""
+        """The stop strings as a tuple, which may be empty."""
         stop = self.stop
         return (stop,) if isinstance(stop, str) else () if stop is None else tuple(stop)
 
 
 def spread(options: Options) -> Options:
-    """Return the options with each field that `sampling` states as an option of its own.
+    """Return the options with the fields of `sampling` as options of their own.
 
-    `sampling=None` says that all of them are the defaults.
+    `sampling=None`, stated, resets all sampling parameters to their defaults.
 
     Raises:
-        TypeError: `sampling` is no SamplingParams.
-        ValueError: it states a field differently from the option of that name.
+        TypeError: `sampling` is not a SamplingParams.
+        ValueError: `sampling` and the keyword of the same name state different values.
     """
     stated: dict[str, Any] = dict(options)
     if "sampling" not in stated:
@@ -231,10 +284,10 @@ _Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
 def with_keywords(options: type, **defaults: Any) -> Callable[[_Method], _Method]:
-    """Create a decorator that lists the keywords of `options` in the signature of a method.
+    """Create a decorator that adds the keywords of `options` to the signature of a method.
 
-    help(), Jupyter and completion read it; type checkers know `Unpack` without it. `defaults` are
-    those that differ from `GenerationOptions`'s.
+    help(), Jupyter and completion read the signature; type checkers understand `Unpack` without it.
+    `defaults` override those of `GenerationOptions`.
     """
     keywords = [
         inspect.Parameter(
@@ -246,21 +299,21 @@ def with_keywords(options: type, **defaults: Any) -> Callable[[_Method], _Method
         for name, annotation in inspect.get_annotations(options).items()
     ]
 
-    def listed_in(method: _Method) -> _Method:
+    def add_keywords(method: _Method) -> _Method:
         signature = inspect.signature(method)
-        others = [
+        own = [
             parameter
             for parameter in signature.parameters.values()
             if parameter.kind is not parameter.VAR_KEYWORD
         ]
-        vars(method)["__signature__"] = signature.replace(parameters=[*others, *keywords])
+        vars(method)["__signature__"] = signature.replace(parameters=[*own, *keywords])
         return method
 
-    return listed_in
+    return add_keywords
 
 
-_MOST_LOGPROBS = 20
-_MOST_NAMES = 500  # characters
+_MAX_LOGPROBS = 20  # alternatives per token, as in OpenAI's API
+_MAX_NAMES_SHOWN = 500  # characters of tool names in an error message
 _FORMS = ("schema", "regex", "choice", "grammar")
 _KINDS: dict[str, tuple[type, str]] = {
     "thinking_budget": (Integral, "a whole number"),

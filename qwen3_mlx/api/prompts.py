@@ -1,6 +1,6 @@
-"""Conversations as prompts: rendered by the checkpoint's template.
+"""Prompts: renders conversations with the checkpoint's chat template.
 
-A prompt ends where a reply begins: behind the messages, or within the last one, which the reply
+A prompt ends where the reply begins: after the messages, or inside the last one, which the reply
 then continues.
 """
 
@@ -28,17 +28,18 @@ from qwen3_mlx.text.tool_calls import Tool, tool_schema
 
 @dataclass(frozen=True, slots=True)
 class TextProcessor:
-    """What a checkpoint knows of text: all but its network.
+    """The text side of a checkpoint: tokenizer, chat template, thinking mode, sampling defaults.
 
-    `end_ids` end any reply, `turn_end_ids` one to a conversation, too. Without a `template`,
-    `no_template` says why there is none.
+    Tokens in `end_ids` end any reply; those in `turn_end_ids` also end a reply to a conversation.
+    `sampling` holds what generation_config.json states. If `template` is None, `no_template` is the
+    error message that says why.
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     control: ControlTokens
     thinking: Thinking
-    sampling: Mapping[str, Any]  # that generation_config.json states
+    sampling: Mapping[str, Any]
     end_ids: frozenset[int]
     turn_end_ids: frozenset[int]
     grammars: GrammarCompiler
@@ -46,58 +47,61 @@ class TextProcessor:
 
 
 def render(
-    words: TextProcessor,
+    processor: TextProcessor,
     messages: str | Sequence[Message],
     thinking: bool | None = None,
     tools: Sequence[Tool] | None = None,
     add_generation_prompt: bool = True,
     continue_last: bool = False,
 ) -> Prompt:
-    """Do as `LLM.render` says."""
-    words.thinking.resolve(thinking)
+    """Render a conversation; see `LLM.render`."""
+    processor.thinking.resolve(thinking)
     described = [tool_schema(tool) for tool in tools or ()]
     history = normalise(messages)
     if continue_last:
-        return render_begun(words, begun(history), thinking, described)
+        return render_begun(processor, begun(history), thinking, described)
     if add_generation_prompt:
         history = without_empty_end(history)
-    return render_whole(words, history, thinking, described, add_generation_prompt)
+    return render_whole(processor, history, thinking, described, add_generation_prompt)
 
 
 def render_whole(
-    words: TextProcessor,
+    processor: TextProcessor,
     history: Sequence[Message],
     thinking: bool | None,
     tools: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool = True,
 ) -> Prompt:
-    """Render normalised messages, and described tools.
+    """Render normalised messages and tool descriptions.
 
     Raises:
-        Qwen3Error: there is no template, or it refuses them.
+        Qwen3Error: there is no template, or it refuses the messages.
     """
-    hiding = Hiding(words.control)
-    rendered = _rendered(words, hiding, history, thinking, tools, add_generation_prompt)
+    hiding = Hiding(processor.control)
+    rendered = _rendered(processor, hiding, history, thinking, tools, add_generation_prompt)
     return hiding.prompt(rendered)
 
 
 def render_begun(
-    words: TextProcessor,
+    processor: TextProcessor,
     history: Sequence[Message],
     thinking: bool | None,
     tools: Sequence[Mapping[str, Any]],
 ) -> Prompt:
-    """Render up to the end of what the last message says; see `begun`.
+    """Render normalised messages up to the end of the last one's text; see `begun`.
 
     Raises:
-        Qwen3Error: there is no template, or it refuses them or leaves that out.
+        Qwen3Error: there is no template, it refuses the messages, or it leaves the last one out.
     """
     *before, last = history
     field = "content" if last["content"] else "reasoning_content"
+    # A random mark at the end of the text shows where the template has put that end.
     end = f"q{secrets.token_hex(8)}e"
     history = [*before, {**last, field: last[field] + end}]
-    hiding = Hiding(words.control)
-    rendered, found, _ = _rendered(words, hiding, history, thinking, tools, False).rpartition(end)
+    hiding = Hiding(processor.control)
+    rendered, found, _ = _rendered(processor, hiding, history, thinking, tools, False).rpartition(
+        end
+    )
     if not found:
         raise Qwen3Error(
             "the last message cannot be continued: this checkpoint's chat template leaves it out"
@@ -106,19 +110,19 @@ def render_begun(
 
 
 def _rendered(
-    words: TextProcessor,
+    processor: TextProcessor,
     hiding: Hiding,
     history: Sequence[Message],
     thinking: bool | None,
     tools: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
 ) -> str:
-    if words.template is None:
-        raise Qwen3Error(words.no_template)
+    if processor.template is None:
+        raise Qwen3Error(processor.no_template)
     try:
-        return words.template.render(
-            [hiding.hide_in_message(message) for message in words.template.prepared(history)],
-            thinking=thinking if words.thinking.hybrid else None,
+        return processor.template.render(
+            [hiding.hide_in_message(message) for message in processor.template.prepared(history)],
+            thinking=thinking if processor.thinking.hybrid else None,
             tools=hiding.hide(tools),
             add_generation_prompt=add_generation_prompt,
         )
@@ -126,26 +130,26 @@ def _rendered(
         raise Qwen3Error(hiding.show(str(error))) from error
 
 
-def least_tokens(words: TextProcessor, history: Sequence[Message], enough: int) -> int:
-    """Return how many tokens a prompt has at least, by what no template leaves out.
+def least_tokens(processor: TextProcessor, history: Sequence[Message], enough: int) -> int:
+    """Return a lower bound of the number of tokens of a prompt, without rendering it.
 
-    That is something for each message, and its content, but for white space around it and for the
-    thinking of the assistant's. More than `enough` are not counted.
+    Counts what no template leaves out: one token for each message, and its content without
+    surrounding white space and without the assistant's thinking. Stops counting above `enough`.
     """
     least = len(history)
     for message in history:
         if least > enough:
             break
         text = message["content"].rpartition(END_THINK)[2].strip()
-        least += words.tokenizer.least_tokens(text, enough)
+        least += processor.tokenizer.least_tokens(text, enough)
     return least
 
 
 def begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the messages with the thinking of the last one apart, which a reply is to continue.
+    """Return the messages for a reply that continues the last one, its thinking split off.
 
     Raises:
-        ValueError: it is not the assistant's, says nothing, or calls tools.
+        ValueError: the last message is not the assistant's, is empty, or calls tools.
     """
     last = dict(history[-1])
     if last["role"] != "assistant":
@@ -164,12 +168,12 @@ def begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def is_begun(continued: Message | None) -> bool:
-    """Whether a message that is continued says something already."""
+    """Return whether the message to continue has an answer or thinking already."""
     return bool(continued and (continued["content"] or thinking_of(continued)))
 
 
 def why_no_turn(last: Message) -> str:
-    """Say why there is nothing to reply to where the assistant has spoken last."""
+    """Return the error message for a conversation whose last message is the assistant's."""
     if last.get("tool_calls"):
         return "the last message calls tools: add their answers, as messages with the role tool"
     if not is_begun(last):
@@ -181,6 +185,6 @@ def why_no_turn(last: Message) -> str:
 
 
 def thinking_of(message: Message) -> str:
-    """Return what a message of the assistant's has thought, by its field or in its content."""
+    """Return the thinking of an assistant's message: from its field or from its content."""
     block = think_block(message)
     return block[1].strip() if block else message.get("reasoning_content") or ""

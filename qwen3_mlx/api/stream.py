@@ -1,4 +1,4 @@
-"""A reply as it comes: streams of events for threads and for asyncio, and the whole at once."""
+"""Replies: streams of events for threads and for asyncio, and whole replies collected from them."""
 
 import asyncio
 import json
@@ -22,12 +22,19 @@ from qwen3_mlx.text.events import (
 from qwen3_mlx.text.messages import END_THINK, think_block
 
 Said = Event | BaseException | None
-"""What a generation puts into its queue; None stands for the end, once that has been read."""
+"""An item of the queue between engine and stream; None marks a stream that has been read."""
 
 
 @dataclass(frozen=True, slots=True)
 class StartedReply:
-    """A reply of at most `room` tokens, sent to the engine; perhaps to continue a message."""
+    """A reply that has been submitted to the engine.
+
+    Attributes:
+        prompt_tokens: the number of tokens of the prompt.
+        room: the most tokens of the reply.
+        finish_thinking: closes the thinking within a step; may be called from any thread.
+        continued: the message that the reply continues, if any.
+    """
 
     prompt_tokens: int
     room: int
@@ -37,13 +44,21 @@ class StartedReply:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A whole reply: what a stream said, collected.
+    """A whole reply.
 
-    `messages` are those to add to the conversation: the reply itself, and of `LLM.run` all calls
-    and answers of tools before it. With `continue_last` the first of them takes the place of the
-    message that was continued, of which the text here is the rest. `parsed` is what a `schema` was
-    asked for: data, or an object of its pydantic model; None where the text is not whole.
-    `logprobs` are those of the answer's tokens, if they were asked for.
+    Attributes:
+        text: the answer.
+        reasoning: the thinking.
+        finish_reason: "stop", "length", "tool_calls" or "cancelled".
+        usage: token counts, a `Usage`.
+        details: more about the end, such as the stop string that ended the text, or warnings.
+        tool_calls: the calls that the model requests.
+        messages: the messages to append to the conversation: the reply itself, and for `LLM.run`
+            all calls and tool results before it. With `continue_last` the first of them replaces
+            the continued message, of which `text` is only the rest.
+        parsed: with `schema`, the answer as data or as an object of the pydantic model; None if
+            the text is incomplete.
+        logprobs: with `logprobs`, the log probabilities of the answer's tokens.
     """
 
     text: str
@@ -58,10 +73,15 @@ class Reply:
 
 
 class Stream(Iterator[Event]):
-    """The events of one generation as they come; `Finish` is the last.
+    """The events of one reply, as an iterator; created by `LLM.stream` and `Conversation.stream`.
 
-    `prompt_tokens` are what is read before the first token comes. Closing it, leaving its `with`
-    block or dropping it ends the generation.
+    Yields `Reasoning`, `Text`, `ToolCallDelta` and `ToolCall` events; `Finish` is the last. An
+    error that ends the reply is raised by the iterator. Closing the stream, leaving its `with`
+    block or dropping the last reference to it ends the generation.
+
+    Attributes:
+        prompt_tokens: the number of tokens of the prompt.
+        continued: the message that the reply continues, if any.
     """
 
     def __init__(
@@ -73,9 +93,10 @@ class Stream(Iterator[Event]):
         *,
         wait: Callable[[], AbstractContextManager[None]],
     ) -> None:
-        """Read `events`; `owner` is kept alive until the last of them.
+        """Read `events`; `owner` is kept alive until the last event.
 
-        `wait` gives the context to wait in for events; it raises where they would never come.
+        `wait` returns the context in which to wait for events. It raises on the worker thread,
+        where no event could ever arrive.
         """
         self._events = events
         self._cancelled = cancelled
@@ -89,7 +110,7 @@ class Stream(Iterator[Event]):
         with self._wait():
             event = self._events.get()
         if event is None:
-            self._events.put(None)  # for whoever else reads this stream
+            self._events.put(None)  # for other threads that read this stream
             raise StopIteration
         if isinstance(event, Finish | BaseException):
             self._events.put(None)
@@ -99,11 +120,11 @@ class Stream(Iterator[Event]):
         return event
 
     def finish_thinking(self) -> None:
-        """Have the answer follow now: the thinking is closed within a step; from any thread."""
+        """Close the thinking within a step, so that the answer follows; from any thread."""
         self._finish_thinking()
 
     def close(self) -> None:
-        """End the generation within a step; what is left to read is a `Finish`."""
+        """End the generation within a step; the stream then ends with a `Finish`."""
         self._cancelled.set()
 
     def __enter__(self) -> Self:
@@ -117,7 +138,10 @@ class Stream(Iterator[Event]):
 
 
 class AsyncStream(AsyncIterator[Event]):
-    """The same for asyncio; cancelling the task that reads it ends the generation, too."""
+    """The events of one reply, as an asynchronous iterator; created by `LLM.astream`.
+
+    Works like `Stream`. Cancelling the task that reads it also ends the generation.
+    """
 
     def __init__(
         self,
@@ -126,7 +150,7 @@ class AsyncStream(AsyncIterator[Event]):
         owner: object,
         started: StartedReply,
     ) -> None:
-        """Read `events`; `owner` is kept alive until the last of them."""
+        """Read `events`; `owner` is kept alive until the last event."""
         self._events = events
         self._cancelled = cancelled
         self._owner: object = owner
@@ -150,11 +174,11 @@ class AsyncStream(AsyncIterator[Event]):
         return event
 
     def finish_thinking(self) -> None:
-        """Have the answer follow now: the thinking is closed within a step; from any thread."""
+        """Close the thinking within a step, so that the answer follows; from any thread."""
         self._finish_thinking()
 
     async def aclose(self) -> None:
-        """End the generation within a step; what is left to read is a `Finish`."""
+        """End the generation within a step; the stream then ends with a `Finish`."""
         self._cancelled.set()
 
     async def __aenter__(self) -> Self:
@@ -168,14 +192,17 @@ class AsyncStream(AsyncIterator[Event]):
 
 
 def _raise(error: BaseException) -> NoReturn:
-    """Raise an error that ended a reply; one that would pass for the end of a loop is wrapped."""
+    """Raise the error that ended a reply.
+
+    A StopIteration from a callback is wrapped: raised in an iterator, it would end a loop silently.
+    """
     if isinstance(error, StopIteration | StopAsyncIteration):
         raise RuntimeError(f"a callback raised {type(error).__name__}") from error
     raise error
 
 
 class ReplyBuilder:
-    """All that a reply said, as far as it came; `continued` is the message that it goes on from."""
+    """Accumulates the events of a reply; `continued` is the message that the reply continues."""
 
     def __init__(self, continued: Mapping[str, Any] | None = None) -> None:
         self.ended = self.failed = False
@@ -187,7 +214,7 @@ class ReplyBuilder:
         self.tool_calls: list[ToolCall] = []
 
     def add(self, event: Event | BaseException) -> None:
-        """Take the next event, or the error that ended the reply."""
+        """Add the next event, or the error that ended the reply."""
         if isinstance(event, Text):
             self._text.append(event.text)
             self.logprobs += event.tokens
@@ -211,9 +238,10 @@ class ReplyBuilder:
         return "".join(self._reasoning)
 
     def message(self) -> dict[str, Any]:
-        """Give it as an assistant's message, as templates and clients have them.
+        """Return the reply as an assistant's message in OpenAI's format.
 
-        An answer that mentions the tags of thinking says so, or templates would take it apart.
+        The message has `reasoning_content` if there was thinking. It also has it, empty, if the
+        answer contains the closing tag as text: templates would otherwise split the answer there.
         """
         text = self._continued.get("content", "") + self.text
         reasoning = (self._continued.get("reasoning_content") or "") + self.reasoning
@@ -233,32 +261,32 @@ class ReplyBuilder:
 
 
 def collect(stream: Stream) -> Reply:
-    """Read a stream to its end."""
-    said = ReplyBuilder(stream.continued)
+    """Read a stream to its end and return the whole reply."""
+    reply = ReplyBuilder(stream.continued)
     with stream:
         for event in stream:
-            said.add(event)
+            reply.add(event)
             if isinstance(event, Finish):
                 return Reply(
-                    said.text,
-                    said.reasoning,
+                    reply.text,
+                    reply.reasoning,
                     event.reason,
                     event.usage,
                     event.details,
-                    said.tool_calls,
-                    [said.message()],
-                    logprobs=said.logprobs,
+                    reply.tool_calls,
+                    [reply.message()],
+                    logprobs=reply.logprobs,
                 )
     raise AssertionError("a stream ends with Finish")
 
 
 def with_parsed(reply: Reply, schema: Any) -> Reply:
-    """Add what the text of a reply is as data, or as an object of a pydantic model."""
+    """Return the reply with `parsed` set to its text as data or as a pydantic object."""
     if schema is None or reply.tool_calls:
         return reply
     try:
         data = json.loads(reply.text)
         validate = getattr(schema, "model_validate", None)
         return replace(reply, parsed=validate(data) if validate else data)
-    except ValueError:  # cut off; pydantic's errors are of this kind, too
+    except ValueError:  # incomplete JSON; pydantic's validation errors are ValueErrors, too
         return reply

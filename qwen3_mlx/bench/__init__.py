@@ -1,0 +1,1 @@
+"""Speed benchmarks of this package and mlx-lm."""

@@ -1,4 +1,7 @@
-"""Measures sides in turn, each in a process of its own: MLX binds its BLAS once a process."""
+"""Speed comparison: runs the benchmark targets in turn, each in its own process.
+
+A process per target is needed because MLX binds its BLAS library once per process.
+"""
 
 import json
 import os
@@ -18,13 +21,21 @@ AS_IT_COMES, EQUAL = "out of the box", "equal terms"
 
 @dataclass(slots=True)
 class TargetResult:
-    """What a side came to: its figures by case, as far as it got in its time."""
+    """The measurements of one target, as far as its time allowed.
 
-    is_default: bool  # whether nobody chose the terms for it
-    terms: NumericSettings | None = None  # and weights: once it has loaded
-    weights: int = 0  # bytes held then
+    Attributes:
+        is_default: True if the target ran with its own default dtype and BLAS.
+        terms: the numeric settings that it ran with; None until it has loaded.
+        weights: bytes of MLX memory held after loading.
+        figures: the measurements by case.
+        bandwidth: memory bandwidth in bytes per second; 0 for mlx-lm.
+    """
+
+    is_default: bool
+    terms: NumericSettings | None = None
+    weights: int = 0
     figures: dict[Case, Measurement] = field(default_factory=dict)
-    bandwidth: float = 0.0  # of the memory, bytes a second
+    bandwidth: float = 0.0
 
 
 def compare(
@@ -37,33 +48,39 @@ def compare(
     seconds: float,
     told: Callable[[int], None] = lambda done: None,
 ) -> dict[str, TargetResult]:
-    """Measure this package, and mlx-lm on the terms in `against`, in turn, `repeats` times.
+    """Measure this package and mlx-lm in turn, `repeats` times.
 
-    Each run may take so many `seconds`; `told` hears of each figure that is there. Figures are the
-    medians of the repeats, of memory the most. Where mlx-lm computes on our terms as it comes, it
-    runs once.
+    Args:
+        folder: the checkpoint.
+        cases: the cases to measure.
+        count: decode steps per case.
+        against: terms for mlx-lm: `AS_IT_COMES`, its defaults, and `EQUAL`, this package's numeric
+            settings. If both are the same, it runs once, as `EQUAL`.
+        repeats: number of rounds. The result is the median of each figure, of memory the maximum.
+        seconds: time limit of one run.
+        told: called with the number of measurements done so far.
 
     Raises:
-        Qwen3Error: a side failed, or ours had not one figure in its time.
+        Qwen3Error: a target failed, or this package had no measurement within its time.
     """
     rounds: list[dict[str, TargetResult]] = []
     done = 0
 
-    def tell() -> None:
+    def on_measurement() -> None:
         nonlocal done
         done += 1
         told(done)
 
     for _ in range(repeats):
-        results = {OURS: _run(Setup(OURS, folder, cases, count), seconds, tell)}
+        results = {OURS: _run(Setup(OURS, folder, cases, count), seconds, on_measurement)}
         terms = results[OURS].terms
         if not results[OURS].figures:
-            raise Qwen3Error(f"not one figure was there after {seconds:g} s; give it more time")
+            raise Qwen3Error(f"there is no measurement after {seconds:g} s; allow more time")
         for way in (AS_IT_COMES, EQUAL):
             if way not in against:
                 continue
             setup = Setup(PEER, folder, cases, count, terms if way == EQUAL else None)
-            results[f"{PEER}, {way}"] = peer = _run(setup, seconds, tell)
+            results[f"{PEER}, {way}"] = peer = _run(setup, seconds, on_measurement)
             if way == AS_IT_COMES and peer.terms == terms:
                 results[f"{PEER}, {EQUAL}"] = results.pop(f"{PEER}, {way}")
                 break
@@ -71,25 +88,29 @@ def compare(
     return {name: _median([results[name] for results in rounds]) for name in rounds[0]}
 
 
-def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> TargetResult:
-    """Run a side in a process of its own, until it is done or its time is over."""
-    as_it_comes = setup.terms is None
-    off = {"QWEN3_BLAS": "off"} if setup.name == PEER and as_it_comes else {}
+def _run(setup: Setup, seconds: float, on_measurement: Callable[[], None]) -> TargetResult:
+    """Run a target in its own process until it ends or its time is over; return its results.
+
+    The process writes lines of JSON: {"terms", "weights", "bandwidth"} once it has loaded,
+    {"figures"} for each measurement, or {"error"}; see `targets.py`.
+    """
+    is_default = setup.terms is None
+    blas = {"QWEN3_BLAS": "off"} if setup.name == PEER and is_default else {}
     command = [sys.executable, "-m", "qwen3_mlx.bench.targets", json.dumps(asdict(setup))]
-    result = TargetResult(as_it_comes)
+    result = TargetResult(is_default)
     with (
-        tempfile.TemporaryFile("w+") as complaints,
+        tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,  # nothing is sent: the side ends when it is closed
+            stdin=subprocess.PIPE,  # unused; the target exits when this pipe closes
             stdout=subprocess.PIPE,
-            stderr=complaints,
+            stderr=errors,
             text=True,
-            env=os.environ | off,
+            env=os.environ | blas,
         ) as process,
     ):
         timer = Timer(seconds, process.kill)
-        timer.daemon = True  # or a Ctrl-C that comes between these lines would wait for it
+        timer.daemon = True  # a Ctrl-C before `try` must not wait for it
         try:
             timer.start()
             assert process.stdout
@@ -107,20 +128,21 @@ def _run(setup: Setup, seconds: float, tell: Callable[[], None]) -> TargetResult
                     figures = content["figures"]
                     case = Case(**figures["case"])
                     result.figures[case] = Measurement(**figures | {"case": case})
-                    tell()
+                    on_measurement()
             code, late = process.wait(), not timer.is_alive()
         finally:
             timer.cancel()
             process.kill()
-        complaints.seek(0)
-        said = complaints.read().strip().splitlines()
+        errors.seek(0)
+        lines = errors.read().strip().splitlines()
     if code and not late:
-        raise Qwen3Error(f"{setup.name} failed: {said[-1] if said else f'it ended with {code}'}")
+        cause = lines[-1] if lines else f"it ended with {code}"
+        raise Qwen3Error(f"{setup.name} failed: {cause}")
     return result
 
 
 def _median(results: Sequence[TargetResult]) -> TargetResult:
-    """Give the medians of the figures that all repeats have."""
+    """Return the medians of the measurements that all repeats have; of memory the maximum."""
     first = results[0]
     common = [case for case in first.figures if all(case in other.figures for other in results)]
     return replace(

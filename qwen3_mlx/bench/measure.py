@@ -1,6 +1,6 @@
-"""How fast an engine is: prompts read, tokens decoded, alone and together, and the memory it takes.
+"""Speed measurement: prefill and decode throughput and peak memory of an engine.
 
-Whatever can do what `BenchTarget` says can be measured, in the same way.
+Any engine that implements `BenchTarget` is measured in the same way.
 """
 
 import json
@@ -13,18 +13,22 @@ from typing import Protocol
 import mlx.core as mx
 
 OURS, PEER = "qwen3-mlx", "mlx-lm"
-NEW = 16  # tokens that follow what is kept, as a short message would
-_PERIOD = 32  # tokens that a prompt repeats, to be copied
-_MOST_A_PASS = 32
+NEW = 16  # tokens after a kept prompt and reply: about a short message
+_PERIOD = 32  # tokens that a copying prompt repeats
+_MAX_TOKENS_PER_PASS = 32  # with speculation
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`sequences` at once, each with a prompt of so many tokens.
+    """One case of the benchmark.
 
-    With `kept` the prompt is that of the case before, its reply, and `NEW` tokens. `kv_bits` are
-    those of a quantized cache. With `copying` the prompt says the same again and again, and it is
-    speculated on what comes next.
+    Attributes:
+        sequences: the number of sequences in the batch.
+        prompt: tokens of each prompt.
+        kept: True if the prompt is that of the case before, its reply, and `NEW` tokens, so that
+            the prefix cache applies.
+        kv_bits: bits of a quantized KV cache; None for a plain one.
+        copying: True if the prompt repeats itself and speculation is on.
     """
 
     sequences: int
@@ -35,29 +39,37 @@ class Case:
 
     @property
     def special(self) -> bool:
-        """Whether it is asked of this package alone."""
+        """True if only this package is measured: the case needs a feature of its own."""
         return self.copying or self.kv_bits is not None
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What a case came to."""
+    """The measurements of one case.
+
+    Attributes:
+        case: the case.
+        first_token: seconds until every sequence has its first token.
+        decode: tokens per second, of all sequences together.
+        peak: the most bytes that MLX held.
+        a_pass: tokens of a sequence per forward pass.
+    """
 
     case: Case
-    first_token: float  # seconds until every sequence had its first
-    decode: float  # tokens a second, of all sequences together
-    peak: int  # the most bytes that MLX held
-    a_pass: float = 1.0  # tokens that a sequence got of a forward pass
+    first_token: float
+    decode: float
+    peak: int
+    a_pass: float = 1.0
 
     @property
     def prefill(self) -> float:
-        """The tokens of prompt read a second."""
+        """Prompt tokens per second, of all sequences together."""
         return self.case.sequences * self.case.prompt / self.first_token
 
 
 @dataclass(frozen=True, slots=True)
 class NumericSettings:
-    """What decides how fast a model can be: its numbers, and who multiplies them."""
+    """The settings that decide the speed of a model: dtype, quantization and BLAS library."""
 
     dtype: str
     quantized: bool
@@ -66,7 +78,15 @@ class NumericSettings:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What a side is to do; mlx-lm's model is brought to `terms`, if there are any."""
+    """The job of a benchmark process.
+
+    Attributes:
+        name: `OURS` or `PEER`.
+        folder: the checkpoint.
+        cases: the cases to measure, in order.
+        count: decode steps per case.
+        terms: settings to which mlx-lm's model is converted; None keeps its own.
+    """
 
     name: str
     folder: str
@@ -76,7 +96,7 @@ class Setup:
 
     @classmethod
     def from_json(cls, text: str) -> "Setup":
-        """Read what `json.dumps(asdict(setup))` wrote."""
+        """Create a setup from the JSON that `json.dumps(asdict(setup))` writes."""
         content = json.loads(text)
         cases = [Case(**case) for case in content["cases"]]
         terms = NumericSettings(**content["terms"]) if content["terms"] else None
@@ -84,25 +104,29 @@ class Setup:
 
 
 class BenchTarget(Protocol):
-    """An engine with a model."""
+    """An engine with a loaded model; `vocabulary` is the number of its token ids."""
 
     vocabulary: int
 
     def configure(self, case: Case) -> bool:
-        """Get ready for a case; False if this engine can do no such thing."""
+        """Prepare the engine for a case; return False if it does not support the case."""
 
     def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
-        """Decode `most` tokens after each prompt, greedily; give those of a step at a time.
+        """Decode `most` tokens after each prompt, greedily; yield the tokens of each step.
 
-        A single prompt that goes on from the one before and its reply costs what is new.
+        A single prompt that begins with the previous prompt and reply reuses their KV cache.
         """
 
     def forget(self) -> None:
-        """Let go of what is kept of earlier prompts."""
+        """Clear the KV caches of earlier prompts."""
 
 
 def cases_of(prompts: Sequence[int], together: Sequence[int]) -> list[Case]:
-    """List the cases, cheapest first: each length of prompt alone, the shortest by several."""
+    """Return the cases, cheapest first.
+
+    Each prompt length runs alone, fresh and with a kept prefix. The shortest also runs in batches
+    of the sizes in `together`.
+    """
     alone = [Case(1, length, kept) for length in sorted(prompts) for kept in (False, True)]
     several = [Case(count, min(prompts)) for count in sorted(together)]
     others = [Case(1, min(prompts), copying=True), Case(1, max(prompts), kv_bits=8)]
@@ -110,37 +134,38 @@ def cases_of(prompts: Sequence[int], together: Sequence[int]) -> list[Case]:
 
 
 def measure(side: BenchTarget, cases: Sequence[Case], count: int) -> Iterator[Measurement]:
-    """Measure the cases in turn, each over `count` steps in which every sequence got a token."""
-    list(side.generate([_ids(2, 0, side.vocabulary)], 2))  # sets up threads, kernels and buffers
-    said: list[int] = []
+    """Yield the measurement of each case, over `count` steps that advance every sequence."""
+    list(side.generate([_ids(2, 0, side.vocabulary)], 2))  # warm-up: threads, kernels, buffers
+    history: list[int] = []  # the prompt and reply of the last case
     for case in cases:
         if not side.configure(case):
             continue
         if case.kept:
-            prompts = [said + _ids(NEW, len(said), side.vocabulary)]
+            prompts = [history + _ids(NEW, len(history), side.vocabulary)]
         else:
             side.forget()
-            different = min(case.prompt, _PERIOD) if case.copying else case.prompt
+            period = min(case.prompt, _PERIOD) if case.copying else case.prompt
             prompts = [
-                (_ids(different, n, side.vocabulary) * case.prompt)[: case.prompt]
+                (_ids(period, n, side.vocabulary) * case.prompt)[: case.prompt]
                 for n in range(case.sequences)
             ]
         mx.reset_peak_memory()
-        # The first sequences to begin decode while the last are still read, in small chunks.
+        # Sequences that begin first decode while the prompts of the last are still being read, so
+        # they need tokens beyond those that are measured.
         ahead = 0 if case.sequences == 1 else case.sequences * (case.prompt // 8 + 1)
         started = time.perf_counter()
         times, counts = list[float](), list[int]()
-        said = list(prompts[0])
-        most = (count + 1) * (_MOST_A_PASS if case.copying else 1)
+        history = list(prompts[0])
+        most = (count + 1) * (_MAX_TOKENS_PER_PASS if case.copying else 1)
         answer = side.generate(prompts, most + ahead)
         for tokens in answer:
-            said += tokens if case.sequences == 1 else tokens[:1]
-            if len(tokens) >= case.sequences:
+            history += tokens if case.sequences == 1 else tokens[:1]
+            if len(tokens) >= case.sequences:  # a step that advanced every sequence
                 times.append(time.perf_counter())
                 counts.append(len(tokens))
             if len(times) > count:
                 break
-        del answer  # ends what has not ended
+        del answer  # cancels the sequences that still run
         first, peak = times[0] - started, mx.get_peak_memory()
         steps = [after - before for before, after in zip(times, times[1:], strict=False)]
         if case.copying and steps:
@@ -151,5 +176,5 @@ def measure(side: BenchTarget, cases: Sequence[Case], count: int) -> Iterator[Me
 
 
 def _ids(count: int, seed: int, vocabulary: int) -> list[int]:
-    """Give ids all over the vocabulary, but for its end, where the special ones are."""
+    """Return ids spread over the vocabulary, without its end, where the special tokens are."""
     return [(7919 * place + 11 + seed) % max(vocabulary - 300, 1) for place in range(count)]

@@ -1,7 +1,7 @@
-"""The engines that can be measured, each in a process of its own: ours, and mlx-lm's.
+"""Benchmark targets: this package's engine and mlx-lm, each run in its own process.
 
 `python -m qwen3_mlx.bench.targets SETUP` takes a `Setup` as JSON and writes lines of JSON: the
-terms that the side computes on, then each of its figures as it is there; or an error.
+numeric settings of the target, then each measurement when it is complete; or an error.
 """
 
 import json
@@ -33,33 +33,33 @@ _GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
 
 
 class Ours:
-    """This package's engine; to be made and used by the thread that made the model."""
+    """This package's engine; must be created and used on the thread that created the model."""
 
     def __init__(self, model: Qwen3) -> None:
         self.vocabulary = model.config.vocab_size
         self._model = model
-        self._engine, self._case = self._made(Case(1, 1)), Case(1, 1)
+        self._engine, self._case = self._create_engine(Case(1, 1)), Case(1, 1)
 
     def configure(self, case: Case) -> bool:
-        """Have an engine that does what the case wants; it goes on as long as that is the same."""
+        """Create the engine for a case, or keep it if the settings are the same."""
         if (case.kv_bits, case.copying) != (self._case.kv_bits, self._case.copying):
-            self._engine, self._case = self._made(case), case
+            self._engine, self._case = self._create_engine(case), case
         return True
 
-    def _made(self, case: Case) -> Engine:
+    def _create_engine(self, case: Case) -> Engine:
         model = self._model
         model.cache_format = cache_format(case.kv_bits, model.config.head_dim)
         speculator = Speculator(model.config) if case.copying else None
         return Engine(
             model,
             vocabulary=self.vocabulary,
-            available=backend.available_memory(),  # nothing else runs: no share of it is needed
+            available=backend.available_memory(),  # no other LLM shares the memory
             speculator=speculator,
         )
 
     def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
-        """Do as `BenchTarget` says."""
-        watchers, ends = [_TokenSink() for _ in prompts], list[RequestResult | BaseException]()
+        """Decode tokens after each prompt; see `BenchTarget.generate`."""
+        sinks, results = [_TokenSink() for _ in prompts], list[RequestResult | BaseException]()
         requests = [
             Request(
                 ids=ids,
@@ -67,35 +67,35 @@ class Ours:
                 max_tokens=max(1, min(most, self._engine.context - len(ids))),
                 seed=0,
                 end_ids=frozenset(),
-                sink=watcher,
-                on_finish=ends.append,
+                sink=sink,
+                on_finish=results.append,
             )
-            for ids, watcher in zip(prompts, watchers, strict=True)
+            for ids, sink in zip(prompts, sinks, strict=True)
         ]
         for request in requests:
             self._engine.submit(request)
         try:
-            going = True
-            while going:
-                going = self._engine.step()
-                if tokens := [token for watcher in watchers for token in watcher.take()]:
+            running = True
+            while running:
+                running = self._engine.step()
+                if tokens := [token for sink in sinks for token in sink.take()]:
                     yield tokens
         finally:
             for request in requests:
                 self._engine.cancel(request)
             while self._engine.step():
                 pass
-        for end in ends:
-            if isinstance(end, BaseException):
-                raise end
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
 
     def forget(self) -> None:
-        """Do as `BenchTarget` says."""
+        """Clear the KV caches; see `BenchTarget.forget`."""
         self._engine.forget()
 
 
 class _TokenSink:
-    """Holds a sequence's tokens until they are taken."""
+    """Collects the tokens of a sequence until `take`."""
 
     finished = False
 
@@ -103,24 +103,24 @@ class _TokenSink:
         self._tokens: list[int] = []
 
     def advance(self, ids: Sequence[int]) -> None:
-        """Take the next tokens."""
+        """Add the next tokens."""
         self._tokens += ids
 
     def rewind(self, count: int) -> None:
-        """Forget the last tokens."""
+        """Remove the last `count` tokens."""
         del self._tokens[len(self._tokens) - count :]
 
     def take(self) -> list[int]:
-        """Give them away."""
+        """Return the tokens collected since the last call."""
         tokens, self._tokens = self._tokens, []
         return tokens
 
 
 class MlxLm:
-    """mlx-lm: its `generate_step` with a cache that is kept, as its chat does; its batches."""
+    """mlx-lm: `generate_step` with a prompt cache that is kept, as in its chat, and its batches."""
 
     def __init__(self, folder: str, terms: NumericSettings | None) -> None:
-        # Imported where they are used: nothing else in this package may need them.
+        # Imported here: no other part of this package may depend on mlx-lm.
         from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
         from mlx_lm.models.cache import make_prompt_cache
         from mlx_lm.utils import dequantize_model, load_model
@@ -142,12 +142,12 @@ class MlxLm:
         self._cache = self._make_cache(self.model)
 
     def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
-        """Do as `BenchTarget` says."""
+        """Decode tokens after each prompt; see `BenchTarget.generate`."""
         try:
             yield from (
                 self._alone(prompts[0], most) if len(prompts) == 1 else self._batch(prompts, most)
             )
-        finally:  # it is a step ahead, and the process may end with this one
+        finally:  # mlx-lm computes one step ahead; the process must not end during it
             backend.wait_for_work(self._stream)
 
     def _batch(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
@@ -160,28 +160,28 @@ class MlxLm:
             batch.close()
 
     def configure(self, case: Case) -> bool:
-        """Do as `BenchTarget` says."""
+        """Return whether the case is supported; see `BenchTarget.configure`."""
         return not case.special
 
     def _alone(self, ids: list[int], most: int) -> Iterator[list[int]]:
         if ids[: len(self._kept)] != self._kept:
             self.forget()
-        new, said = ids[len(self._kept) :], list(ids)
+        new, history = ids[len(self._kept) :], list(ids)
         steps = self._steps(mx.array(new), self.model, max_tokens=most, prompt_cache=self._cache)
         try:
             for token, _ in steps:
-                said.append(token)
+                history.append(token)
                 yield [token]
         finally:
-            self._kept = said[: self._cache[0].offset]
+            self._kept = history[: self._cache[0].offset]
 
     def forget(self) -> None:
-        """Do as `BenchTarget` says."""
+        """Clear the KV caches; see `BenchTarget.forget`."""
         self._kept, self._cache = [], self._make_cache(self.model)
 
 
 def main() -> None:
-    """Load the side that the argument describes, measure it, and write what comes."""
+    """Run the target that the argument describes and write its measurements."""
     setup = Setup.from_json(sys.argv[1])
     try:
         if setup.name == PEER:
@@ -191,15 +191,15 @@ def main() -> None:
             with load(Path(setup.folder)) as llm:
                 llm.compute(lambda model: _measure(Ours(model), model, setup))
     except Qwen3Error as error:
-        _tell({"error": str(error)})
+        _write_line({"error": str(error)})
 
 
 def _measure(side: BenchTarget, model: nn.Module, setup: Setup) -> None:
     held = {"terms": asdict(_terms_of(model)), "weights": mx.get_active_memory()}
-    _tell(held | {"bandwidth": backend.memory_bandwidth() if setup.name == OURS else 0.0})
+    _write_line(held | {"bandwidth": backend.memory_bandwidth() if setup.name == OURS else 0.0})
     mx.clear_cache()
     for figures in measure(side, setup.cases, setup.count):
-        _tell({"figures": asdict(figures)})
+        _write_line({"figures": asdict(figures)})
 
 
 def _terms_of(model: nn.Module) -> NumericSettings:
@@ -212,13 +212,13 @@ def _terms_of(model: nn.Module) -> NumericSettings:
     )
 
 
-def _tell(line: dict[str, Any]) -> None:
+def _write_line(line: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(line) + "\n")
     sys.stdout.flush()
 
 
 def _end_with_parent() -> None:
-    """End this process when the one that holds the other end of its standard input is gone."""
+    """End this process when its parent has ended: standard input is a pipe from it."""
     os.read(0, 1)
     os._exit(1)
 

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, divergence, weight errors and plots."""

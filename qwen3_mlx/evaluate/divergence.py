@@ -1,4 +1,4 @@
-"""Divergence: how far a checkpoint's predictions are from those of the one it was made from."""
+"""Divergence: the distance of a checkpoint's predictions from those of its original."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,10 +26,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Divergence:
-    """How a candidate's predictions of `tokens` tokens differ from the reference's.
+    """The difference between a candidate's and a reference's predictions of a text.
 
-    `mean_kl` and `p99_kl`, the 99th percentile, are of KL(reference || candidate) of a token, in
-    nats; `agreement` is the share of tokens, 0 to 1, for which both hold the same one likeliest.
+    Attributes:
+        tokens: the number of tokens predicted.
+        mean_kl: the mean of KL(reference || candidate) over the tokens, in nats.
+        p99_kl: its 99th percentile, in nats.
+        agreement: the share of tokens, 0 to 1, for which both have the same likeliest token.
+        reference: the perplexity of the reference.
+        candidate: the perplexity of the candidate.
     """
 
     tokens: int
@@ -49,23 +54,31 @@ def divergence(
     overlap: int | None = None,
     progress: Progress | None = None,
 ) -> Divergence:
-    """Compare two models on a text, or on its token ids; they must share a tokenizer.
+    """Compute the divergence of two models with the same tokenizer on a text or its token ids.
 
-    Long text is read in windows, as `perplexity` does. Probabilities are computed in float32 from
-    the logits that each model gives.
+    Long text is processed in windows, as in `perplexity`. Probabilities are computed in float32
+    from the logits of each model.
+
+    Args:
+        reference: the original.
+        candidate: the model to compare with it.
+        text: the text, or its token ids.
+        window: tokens per window.
+        overlap: tokens of context from the window before; None is an eighth of the window.
+        progress: callable (done, total) tokens.
 
     Raises:
         ValueError: an argument is out of its range.
-        Qwen3Error: the models cannot be compared, or give no numbers.
+        Qwen3Error: the models cannot be compared, or their logits are not finite.
     """
     ids = token_ids(reference, text)
-    _refuse_strangers(
+    _refuse_other_tokenizer(
         reference, candidate, text if isinstance(text, str) else reference.tokenizer.decode(ids)
     )
     vocabulary = vocabulary_of(reference)
     columns: list[list[float]] = [[], [], [], []]
-    both = [reference, candidate]
-    for (x, y), following in read(both, ids, window=window, overlap=overlap, progress=progress):
+    models = [reference, candidate]
+    for (x, y), following in read(models, ids, window=window, overlap=overlap, progress=progress):
         log_p = reference.compute(partial(log_probabilities, x=x, vocabulary=vocabulary))
         found = candidate.compute(partial(_compare, x=y, log_p=log_p, following=following))
         for column, values in zip(columns, found, strict=True):
@@ -82,7 +95,7 @@ def divergence(
     )
 
 
-def _refuse_strangers(reference: "LLM", candidate: "LLM", text: str) -> None:
+def _refuse_other_tokenizer(reference: "LLM", candidate: "LLM", text: str) -> None:
     first, second = vocabulary_of(reference), vocabulary_of(candidate)
     if first != second:
         raise Qwen3Error(
@@ -99,16 +112,20 @@ def _refuse_strangers(reference: "LLM", candidate: "LLM", text: str) -> None:
 def _compare(
     model: "Qwen3", x: mx.array, log_p: mx.array, following: list[int]
 ) -> tuple[mx.array, ...]:
-    """Give KL, agreement and both losses [R] of the candidate's x [R, D] and log p [R, V]."""
+    """Return KL, agreement and both losses, each [R].
+
+    `x` [R, D] are the candidate's last hidden states, `log_p` [R, V] the reference's log
+    probabilities, `following` the R token ids to predict.
+    """
     log_q = log_probabilities(model, x, log_p.shape[-1])
     kl = (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
     same = log_p.argmax(axis=-1) == log_q.argmax(axis=-1)
-    # Never below zero but by rounding. NaN stays what it is.
+    # KL is below zero by rounding only. maximum() keeps NaN, which `mean` then refuses.
     return mx.maximum(kl, 0), same, loss_of(log_p, following), loss_of(log_q, following)
 
 
 def _percentile(values: Sequence[float], share: float) -> float:
-    """Interpolate between the values that stand next to `share` of the way from least to most."""
+    """Return the percentile `share` (0 to 1) of values, interpolated linearly."""
     ordered = sorted(values)
     low, rest = divmod(share * (len(ordered) - 1), 1)
     below, above = ordered[int(low)], ordered[min(int(low) + 1, len(ordered) - 1)]

@@ -1,4 +1,4 @@
-"""How far the stored weights of a checkpoint are from another's, module by module."""
+"""Weight errors: the difference between the stored weights of two checkpoints, by module."""
 
 import math
 import re
@@ -26,8 +26,13 @@ _BLOCK = 1 << 22  # weights in float32 at once: 16 MiB
 class ModuleRow:
     """One matrix of a checkpoint, or one stack of experts.
 
-    `bits_per_weight` counts the scales too; `error` is the root mean square of the differences to
-    the reference's weights, in units of the root mean square of these.
+    Attributes:
+        path: the module's path.
+        format: the format as text, such as "4-bit g64".
+        weights: the number of weights.
+        bits_per_weight: bits on disk per weight, scales and biases included.
+        error: root mean square of the differences from the reference's weights, divided by the
+            root mean square of the reference's weights.
     """
 
     path: str
@@ -40,13 +45,13 @@ class ModuleRow:
 def module_errors(
     reference: Path, candidate: Path, *, progress: Progress | None = None
 ) -> list[ModuleRow]:
-    """Compare the matrices in two checkpoints' folders, after dequantization in float32.
+    """Compute the error of each matrix of two checkpoint folders, dequantized in float32.
 
-    One module at a time is read. `progress` is told (done, total) modules.
+    Modules are read one at a time. `progress` is called with (done, total) modules.
 
     Raises:
         CheckpointError: a checkpoint cannot be read.
-        Qwen3Error: they are not of the same network.
+        Qwen3Error: the checkpoints are not of the same network.
     """
     first, second = _Stored(reference), _Stored(candidate)
     paths = sorted(first.paths, key=_natural)
@@ -68,12 +73,12 @@ def module_errors(
 
 
 def bits_per_weight(rows: Sequence[ModuleRow]) -> float:
-    """Give the bits that a weight of all these modules takes on average."""
+    """Return the average bits per weight over all these modules."""
     return sum(row.weights * row.bits_per_weight for row in rows) / sum(row.weights for row in rows)
 
 
 class _Stored:
-    """A checkpoint's matrices as they lie on disk."""
+    """The matrices of a checkpoint, as stored on disk."""
 
     def __init__(self, folder: Path) -> None:
         config = read_json(folder / "config.json")
@@ -85,10 +90,10 @@ class _Stored:
             if name.endswith(".weight") and len(tensor.shape) > 1
         }
         if ModelConfig.from_dict(config).tie_word_embeddings and not has_own_head(self._weights):
-            self.paths.discard("lm_head")  # a copy of the embedding that some files carry
+            self.paths.discard("lm_head")  # some files repeat the tied embedding as the head
 
     def take(self, path: str) -> "_Matrix":
-        """Read a module; each can be taken once."""
+        """Read and return a module's matrix; each can be taken once."""
         names = [f"{path}.{kind}" for kind in ("weight", "scales", "biases")]
         parts = [self._weights.take(name) for name in names if name in self._weights.tensors]
         mx.eval(parts)
@@ -97,7 +102,7 @@ class _Stored:
 
 
 class _Matrix:
-    """Rows of weights, with their scales and biases if they are quantized."""
+    """The rows of a matrix, with their scales and biases if they are quantized."""
 
     def __init__(self, parts: Sequence[mx.array], form: Format | None) -> None:
         self.bits = 8 * sum(part.nbytes for part in parts)
@@ -114,12 +119,12 @@ class _Matrix:
         return affine if self._form.mode == "affine" else self._form.mode
 
     def rows(self, start: int, stop: int) -> mx.array:
-        """Give the rows from `start` to `stop` in float32, unevaluated."""
+        """Return the rows from `start` to `stop` in float32, unevaluated."""
         weight, *others = [part[start:stop] for part in self._parts]
         form = self._form
         if form is None:
             return weight.astype(mx.float32)
-        if form.mode == "affine":  # the other modes have scales that are codes, and no biases
+        if form.mode == "affine":  # other modes have coded scales and no biases
             others = [part.astype(mx.float32) for part in others]
         scales, biases = others[0], others[1] if len(others) > 1 else None
         return mx.dequantize(
@@ -139,17 +144,17 @@ def _row(path: str, first: _Stored, second: _Stored) -> ModuleRow:
     difference = total = 0.0
     step = max(1, _BLOCK // columns)
     for start in range(0, rows, step):
-        there = reference.rows(start, start + step)
-        off = candidate.rows(start, start + step) - there
-        difference += float((off * off).sum(axis=-1).sum())
-        total += float((there * there).sum(axis=-1).sum())
+        expected = reference.rows(start, start + step)
+        delta = candidate.rows(start, start + step) - expected
+        difference += float((delta * delta).sum(axis=-1).sum())
+        total += float((expected * expected).sum(axis=-1).sum())
     count = rows * columns
-    # A reference of zeros has no unit to give; the error is then an absolute one.
+    # If all weights of the reference are zero, the error is absolute: nothing to divide by.
     error = math.sqrt(difference / (total or count))
     return ModuleRow(path, candidate.format, count, candidate.bits / count, error)
 
 
 def _natural(path: str) -> list[tuple[int, str]]:
-    """Order layer 2 before layer 10, and the head last."""
+    """Return a sort key that orders layer 2 before layer 10 and puts the head last."""
     parts = re.split(r"(\d+)", path.replace("lm_head", "~"))
     return [(int(part), "") if part.isdigit() else (-1, part) for part in parts]

@@ -1,4 +1,4 @@
-"""Perplexity: how surprised a model is by a text."""
+"""Perplexity of a model on a text."""
 
 import math
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Perplexity:
-    """What a model thought of `tokens` tokens; `mean_nll` is -log p of one, in nats."""
+    """A perplexity: `mean_nll` is the mean of -log p over `tokens` tokens, in nats."""
 
     tokens: int
     mean_nll: float
 
     @property
     def perplexity(self) -> float:
-        """exp(mean_nll): as unsure as if so many tokens were equally likely."""
+        """exp(mean_nll): a choice among this number of equally likely tokens is as uncertain."""
         return math.exp(self.mean_nll)
 
 
@@ -44,15 +44,21 @@ def perplexity(
     overlap: int | None = None,
     progress: Progress | None = None,
 ) -> Perplexity:
-    """Measure `llm` on a text, or on its token ids.
+    """Compute the perplexity of `llm` on a text or its token ids.
 
-    Long text is read in windows of `window` tokens. Every token but the first is scored once; a
-    window sees the last `overlap` tokens of the one before as context (None: an eighth of it).
-    `progress` is told (done, total) tokens.
+    Long text is processed in windows. Every token but the first is scored exactly once.
+
+    Args:
+        llm: the model.
+        text: the text, or its token ids.
+        window: tokens per window.
+        overlap: tokens from the end of the window before that each window sees as context; None is
+            an eighth of the window.
+        progress: callable (done, total) tokens.
 
     Raises:
         ValueError: an argument is out of its range.
-        Qwen3Error: the model gives no numbers.
+        Qwen3Error: the logits are not finite.
     """
     ids = token_ids(llm, text)
     vocabulary = vocabulary_of(llm)
@@ -68,6 +74,6 @@ def _losses(model: "Qwen3", x: mx.array, following: list[int], vocabulary: int) 
 
 
 def loss_of(log_probability: mx.array, following: list[int]) -> mx.array:
-    """Give -log p [R] of the tokens that follow, from log p [R, V]."""
-    places = mx.array(following, dtype=mx.int32)[:, None]
-    return -mx.take_along_axis(log_probability, places, axis=-1)[:, 0]
+    """Return -log p [R] of the token ids in `following`, from log p [R, V]."""
+    targets = mx.array(following, dtype=mx.int32)[:, None]
+    return -mx.take_along_axis(log_probability, targets, axis=-1)[:, 0]

@@ -1,4 +1,4 @@
-"""Pictures of measurements: what bits cost, how fast sides are; and how any picture is saved."""
+"""Plots: divergence against bits, weight errors, speeds; and saving a figure reproducibly."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_LEAST = 1e-9  # nats; what a logarithmic axis shows in place of no divergence at all
+_MIN_DIVERGENCE = 1e-9  # nats; a logarithmic axis shows this in place of zero
 
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A checkpoint in the picture: its bits per weight, and its mean KL divergence in nats.
+    """A checkpoint in the plot: its bits per weight and its mean KL divergence in nats.
 
-    Points of one `line` are joined, and the legend names it; those of none stand for themselves.
+    Points with the same `line` are joined, and the legend names the line. Points without one are
+    drawn alone.
     """
 
     label: str
@@ -33,32 +34,35 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """A chart: for each line its heights, from 0 up, by place on a doubling scale."""
+    """A chart: lines of heights, by position on a logarithmic axis of base 2.
+
+    The vertical axis begins at 0. `places` is the label of the horizontal axis.
+    """
 
     title: str
-    places: str  # what they are
+    places: str
     lines: Mapping[str, Mapping[int, float]]
 
 
 def check_picture(path: Path) -> None:
-    """Find out whether a picture can be drawn to `path`, before the work for it is done.
+    """Check that a plot can be saved to `path`, before the measurements for it are made.
 
     Raises:
-        ValueError: the name ends neither in .png nor in .svg, or its folder is not there.
+        ValueError: the name ends neither in .png nor in .svg, or its parent is not a folder.
         Qwen3Error: matplotlib is not installed.
     """
     if path.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"a picture's name must end in .png or .svg, and {path.name} does not")
     if not path.parent.is_dir():
-        raise ValueError(f"{path.parent}, where the picture shall go, is no folder")
+        raise ValueError(f"a picture cannot be saved in {path.parent}, which is no folder")
     if find_spec("matplotlib") is None:
         raise Qwen3Error(f"a picture needs matplotlib: {install_command('plot')}")
 
 
 def draw(path: Path, points: Sequence[Point], modules: Sequence[ModuleRow] = ()) -> None:
-    """Draw points (one or more), and beside them a bar for each module, to a PNG or SVG file.
+    """Draw one or more points, and next to them a bar for each module, to a PNG or SVG file.
 
-    The same input gives the same file.
+    The same input gives the same file, byte by byte.
 
     Raises:
         ValueError, Qwen3Error: as `check_picture`.
@@ -72,7 +76,7 @@ def draw(path: Path, points: Sequence[Point], modules: Sequence[ModuleRow] = ())
 
 
 def draw_speeds(path: Path, title: str, panels: Sequence[Panel]) -> None:
-    """Draw the panels beside each other to a PNG or SVG file, one legend for all.
+    """Draw panels side by side, with one legend, to a PNG or SVG file.
 
     Raises:
         ValueError, Qwen3Error: as `check_picture`.
@@ -98,14 +102,15 @@ def draw_speeds(path: Path, title: str, panels: Sequence[Panel]) -> None:
 
 @contextmanager
 def saved_figure(path: Path, *, width: float, height: float = 4) -> "Iterator[Figure]":
-    """Give a figure to draw into, in inches, and save it: the same drawing gives the same file.
+    """Yield a figure of `width` x `height` inches and save it when the block ends.
+
+    The same drawing gives the same file: no date, no random ids.
 
     Raises:
         ValueError, Qwen3Error: as `check_picture`.
     """
     check_picture(path)
-    # Imported where they are used: they take a second. Without pyplot there is no window and no
-    # state.
+    # Imported here because it takes a second. pyplot is not used: it opens windows, keeps state.
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -119,7 +124,7 @@ def saved_figure(path: Path, *, width: float, height: float = 4) -> "Iterator[Fi
 
 def _draw_points(axes: "Axes", points: Sequence[Point]) -> None:
     ordered = sorted(points, key=lambda point: point.bits)
-    heights = [max(point.divergence, _LEAST) for point in ordered]
+    heights = [max(point.divergence, _MIN_DIVERGENCE) for point in ordered]
     lines = list(dict.fromkeys(point.line for point in points))
     for line in lines:
         of_line = [place for place in zip(ordered, heights, strict=True) if place[0].line == line]
@@ -131,7 +136,7 @@ def _draw_points(axes: "Axes", points: Sequence[Point]) -> None:
         place = (point.bits, height)
         axes.annotate(point.label, place, xytext=(5, 4), textcoords="offset points")
     axes.set_yscale("log")
-    axes.set_xlim(ordered[0].bits - 0.5, ordered[-1].bits + 1)  # with room for the last label
+    axes.set_xlim(ordered[0].bits - 0.5, ordered[-1].bits + 1)  # room for the last label
     axes.set_ylim(min(heights) / 3, max(heights) * 3)
     axes.grid(alpha=0.2)
     axes.set(xlabel="bits per weight", ylabel="mean KL divergence (nats)")

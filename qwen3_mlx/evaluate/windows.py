@@ -1,7 +1,7 @@
-"""Long text read in windows, and its logits looked at in blocks of rows, in bounded memory.
+"""Windows: predictions over long text in bounded memory.
 
-Where the vocabulary is large, the logits of one window would be larger than many a model: so the
-network runs to its last hidden states, and the head is applied to a few rows of them at a time.
+With a large vocabulary the logits of one window can be larger than a model. So the network computes
+the last hidden states of a window, and the head is applied to a few rows of them at a time.
 
 N tokens read, R rows of a block, D hidden, V vocabulary.
 """
@@ -15,7 +15,7 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.errors import Qwen3Error
 
-if TYPE_CHECKING:  # all that is slow to import is in the models that are handed in
+if TYPE_CHECKING:  # for the annotations only: they are slow to import
     from qwen3_mlx.api.llm import LLM
     from qwen3_mlx.model.qwen3 import Qwen3
 
@@ -26,29 +26,30 @@ _BLOCK = 1 << 23  # logits held at once: 32 MiB in float32
 
 
 def vocabulary_of(llm: "LLM") -> int:
-    """Count the ids that stand for something; a network may have more rows, as padding."""
+    """Return the number of ids that are tokens; the network may have more rows, as padding."""
     return min(len(llm.tokenizer), llm.config.vocab_size)
 
 
 def token_ids(llm: "LLM", text: str | Sequence[int]) -> list[int]:
-    """Give the ids of a text, or check ids.
+    """Return the token ids of a text; ids are only checked.
 
     Raises:
-        ValueError: there are fewer than two, or one is not in the vocabulary.
+        ValueError: there are fewer than two ids, or one is outside the vocabulary.
     """
     ids = llm.tokenizer.encode(text) if isinstance(text, str) else list(text)
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; two are the least to measure anything")
     most = vocabulary_of(llm)
-    if wrong := next((token for token in ids if not 0 <= token < most), None):
-        raise ValueError(f"ids must be numbers from 0 to {most - 1:,}, not {wrong:,}")
+    if outside := next((token for token in ids if not 0 <= token < most), None):
+        raise ValueError(f"ids must be numbers from 0 to {most - 1:,}, not {outside:,}")
     return ids
 
 
 def spans(count: int, window: int, overlap: int) -> Iterator[tuple[int, int, int]]:
-    """Cover the places 0..count-1: yield (start, first, end) of windows that read [start, end).
+    """Yield (start, first, end) of windows that cover the positions 0..count-1.
 
-    Those before `first` have been scored already and are read as context only.
+    A window reads [start, end). The positions before `first` are context only: an earlier window
+    has scored them.
     """
     first = 0
     while first < count:
@@ -66,11 +67,11 @@ def read(
     overlap: int | None,
     progress: Progress | None,
 ) -> Iterator[tuple[list[mx.array], list[int]]]:
-    """Run `llms` over `ids`: yield their last hidden states [R, D] and the R ids that follow.
+    """Yield the last hidden states [R, D] of each model, and the R token ids to predict from them.
 
-    Every id but the first follows exactly once. A window reads `window` tokens; the first
-    `overlap` of them, of each window but the first, were in the one before (None: an eighth).
-    `progress` is told (done, total) ids.
+    Every id but the first is yielded exactly once. A window reads `window` tokens. The first
+    `overlap` tokens of every window but the first repeat the window before; None is an eighth of a
+    window. `progress` is called with (done, total) ids.
 
     Raises:
         ValueError: the window does not fit a model, or the overlap does not fit the window.
@@ -95,16 +96,16 @@ def read(
 
 
 def log_probabilities(model: "Qwen3", x: mx.array, vocabulary: int) -> mx.array:
-    """Give log-softmax [R, V] of the logits of x [R, D], in float32, without the padding."""
+    """Return the log-softmax [R, V] of the logits of x [R, D], in float32, without padding rows."""
     logits = model.head(x)[:, :vocabulary].astype(mx.float32)
     return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def mean(values: Sequence[float], of: str) -> float:
-    """Average what came out of a model.
+    """Return the mean of values computed from a model, which `of` names.
 
     Raises:
-        Qwen3Error: it is no number.
+        Qwen3Error: the mean is NaN or infinite.
     """
     average = sum(values) / len(values)
     if not abs(average) < float("inf"):
@@ -113,7 +114,7 @@ def mean(values: Sequence[float], of: str) -> float:
 
 
 def _last_hidden(model: "Qwen3", ids: Sequence[int], skip: int, rows: int) -> list[mx.array]:
-    """Run the network over ids [N] up to its head; give [N - skip, D] in blocks of `rows`."""
+    """Return the last hidden states of ids [N] from `skip` on, in blocks of up to `rows` rows."""
     mx.clear_cache()
     tokens = mx.array(list(ids), dtype=mx.int32)[None]
     cache = model.make_cache(len(ids))

@@ -123,11 +123,11 @@ def test_retry_edit_and_branch(demo: LLM) -> None:
         pass
     assert [m["content"] for m in conversation.messages] == ["What is 2 + 2?", "2 + 2 = 4"]
     assert [m["content"] for m in branch.messages] == ["What is 5 + 6?", first.text]
-    with pytest.raises(ValueError, match="there is no turn 5: 1 have been said"):
+    with pytest.raises(ValueError, match="there is no turn 5: the conversation has 1"):
         conversation.edit("What?", turn=5)
     with pytest.raises(ValueError, match="there is nothing to reply to"):
         conversation.chat()
-    with pytest.raises(ValueError, match="there is no turn -1: 0 have"):
+    with pytest.raises(ValueError, match="there is no turn -1: the conversation has 0"):
         early.retry()
 
 
@@ -167,7 +167,7 @@ def test_a_conversation_is_saved_and_read(demo: LLM, tmp_path: Path) -> None:
     with pytest.raises(Qwen3Error, match="is not a saved conversation"):
         demo.conversation(file=file)
     file.write_text(json.dumps({"version": 9, "messages": []}))
-    with pytest.raises(Qwen3Error, match="a version of qwen3-mlx that is not this one"):
+    with pytest.raises(Qwen3Error, match="written by another version of qwen3-mlx"):
         demo.conversation(file=file)
     with pytest.raises(Qwen3Error, match="is not a saved conversation"):
         demo.conversation(file=tmp_path / "none.json")

@@ -667,7 +667,7 @@ def test_tools_are_run_after_a_continued_message(demo: LLM) -> None:
     [
         (QUESTION, {"continue_last": True}, "it is the user's"),
         (BEGUN, {}, r"have it continued \(continue_last=True\)"),
-        (BEGUN, {"continue_last": True, "schema": {"type": "object"}}, "form of a whole answer"),
+        (BEGUN, {"continue_last": True, "schema": {"type": "object"}}, "constrains a whole answer"),
         (
             [*QUESTION, {"role": "assistant", "content": "<think>\nhm"}],
             {"continue_last": True, "thinking": False},

@@ -256,7 +256,7 @@ def test_wrong_input_is_one_line(
 def test_a_side_that_fails_is_one_sentence(tmp_path: Path, tiny_folder: Path) -> None:
     with pytest.raises(Qwen3Error, match=r"config\.json"):
         compare(str(tmp_path), [Case(1, 8)], 2, seconds=600)
-    with pytest.raises(Qwen3Error, match=r"not one figure was there after 0\.01 s"):
+    with pytest.raises(Qwen3Error, match=r"there is no measurement after 0\.01 s"):
         compare(str(tiny_folder), [Case(1, 8)], 2, seconds=0.01)
 
 

@@ -125,7 +125,7 @@ def test_what_goes_wrong_is_told_and_the_conversation_goes_on(tmp_path: Path) ->
     for words in (
         "qwen3: /budget takes a number of tokens, not 'many'",
         "There is no command /foo; /help lists the commands.",
-        "qwen3: there is no turn -1: 0 have been said",
+        "qwen3: there is no turn -1: the conversation has 0",
         "qwen3: /save takes a file",
         "qwen3: /edit takes the new text of the last message",
         "is not a saved conversation",

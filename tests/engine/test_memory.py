@@ -319,9 +319,9 @@ def test_a_refusal_names_what_would_fit(tmp_path: Path, monkeypatch: pytest.Monk
     assert "dequantize=False would fit (" in wide and "bits=" not in wide
     busy = refusal(5 * 10**9, source=stored, dtype="bfloat16")
     assert "closing other programs would make room" in busy
-    assert "nor does any of the ready 4-bit models" in refusal(10**9, source=stored)
+    assert "none of the ready 4-bit models fits either" in refusal(10**9, source=stored)
     both = refusal(8 * 10**9, source=stored, draft=stored, dtype="bfloat16")
-    assert "beside the draft model" in both and "so it would without a draft model" in both
+    assert "beside the draft model" in both and "without a draft model it would fit" in both
 
 
 def test_of_a_hubs_model_no_weight_is_fetched(
