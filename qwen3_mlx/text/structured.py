@@ -232,8 +232,8 @@ class GrammarConstraint:
         if end is not None and len(end) <= left:
             self._closing_ids = end
             return False
-        # The search may fail here and succeed after the next tokens. The known closing is one of the
-        # text before these, and only these can be removed: the reader has seen what came earlier.
+        # The search may fail here and succeed after the next tokens. The known closing is one of
+        # the text before these, and only these can be removed: the reader has seen what came earlier.
         if end is None and left > len(before or ()) + _CLOSING_SEARCH_MARGIN:
             self._closing_ids = None
             return False
