@@ -233,7 +233,7 @@ class GrammarConstraint:
             self._closing_ids = end
             return False
         # The search may fail here and succeed after the next tokens. The known closing is one of
-        # the text before these, and only these can be removed: the reader has seen what came earlier.
+        # the text before these, and only these can be removed: the earlier ones have been shown.
         if end is None and left > len(before or ()) + _CLOSING_SEARCH_MARGIN:
             self._closing_ids = None
             return False
