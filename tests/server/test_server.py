@@ -231,7 +231,7 @@ def test_what_is_wrong_is_said_in_the_form_of_the_protocol(
         ({"max_tokens": 5, "max_completion_tokens": 6}, "contradict each other"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs=true"),
         ({"stream_options": {"include_usage": True}}, "stream_options is for streams"),
-        ({"logit_bias": {"x": 1}}, "'x' is no token id"),
+        ({"logit_bias": {"x": 1}}, "'x' is not a token id"),
         ({"logit_bias": {"99999": 1}}, "logit_bias names 99999"),
         ({"response_format": {"type": "json_schema"}}, "needs json_schema"),
         ({"tool_choice": "required"}, "tool_choice='required' needs tools"),
