@@ -75,19 +75,20 @@ class Admission:
         """
         if count > self._max_replies:
             raise ApiError(
-                400, f"{count:,} replies are asked for, and at most {self._max_replies} can be"
+                400,
+                f"{count:,} replies are requested, and at most {self._max_replies} are possible",
             )
         if count > self._max_per_client:
             raise ApiError(
                 400,
-                f"{count:,} replies are asked for, and one client can have at most "
+                f"{count:,} replies are requested, and one client can have at most "
                 f"{self._max_per_client} (--max-per-client)",
             )
         others = [slot for slot in self._slots if slot is not beside]
         active = sum(slot.count for slot in others)
         if active + count > self._max_replies:
             raise self._too_many(
-                f"the server answers or keeps waiting {active} of at most {self._max_replies}",
+                f"the server has {active} of at most {self._max_replies}",
                 count,
             )
         own = sum(slot.count for slot in others if slot.client == client)
@@ -98,7 +99,7 @@ class Admission:
         wait = min(max(1, round(self._mean_seconds)), _MAX_RETRY_AFTER)
         return ApiError(
             429,
-            f"{what} replies, and {count} more are asked for; try again in {wait} s",
+            f"{what} replies, and {count} more are requested; try again in {wait} s",
             code="rate_limit_exceeded",
             headers={"Retry-After": str(wait)},
         )

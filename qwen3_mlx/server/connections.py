@@ -180,7 +180,7 @@ class Connection(HttpToolsProtocol):
             self.refuse(503, "the server is at its limit of connections; try again", 0)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Unregister the connection, and tell the application that its client is gone."""
+        """Unregister the connection, and signal the disconnect to the application."""
         self._all.remove(self)
         if self._answering:
             self._disconnect()
@@ -344,7 +344,7 @@ class Connection(HttpToolsProtocol):
             record["error"] = reason
 
     def _disconnect(self) -> None:
-        """Tell the application that the client is gone, and drop what it still writes."""
+        """Signal a disconnect to the application, whose further output is dropped."""
         if self._current:
             self._current.disconnected = True
             self._current.message_event.set()

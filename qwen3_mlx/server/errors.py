@@ -33,7 +33,7 @@ _TYPES = ("str", "int", "float", "bool", "none")
 
 
 class ApiError(Exception):
-    """An error that a client receives: HTTP status, message, and where known a code and a field."""
+    """An error response: HTTP status and message, and where known the code and the field."""
 
     def __init__(
         self,
@@ -117,7 +117,7 @@ def from_validation(error: ValidationError) -> ApiError:
 
 
 def _is_type_error(error: Any) -> bool:
-    """Return whether a value has not the type, or is none of the literals, of a union member."""
+    """Return whether a value lacks the type of a union member, or is none of its literals."""
     return bool(error["msg"].startswith(_EXPECTED)) and error["type"].endswith(
         ("type", "literal_error")
     )

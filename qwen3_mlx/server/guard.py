@@ -106,7 +106,7 @@ class Guard:
             scope.setdefault("record", {})["key"] = number
 
     def _is_own_host(self, host: str) -> bool:
-        """Return whether a host is this server; an IP address is, since DNS cannot rebind it."""
+        """Return whether a Host is this server's. Any IP address is: no attacker can point one here."""
         if host in self._hosts or host.endswith(".localhost"):
             return True
         try:
@@ -141,9 +141,8 @@ class AccessLog:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID] = request_id
-                if scope["path"].startswith(
-                    "/v1/messages"
-                ):  # the name that Anthropic's clients read
+                # Anthropic's clients read the id under another name.
+                if scope["path"].startswith("/v1/messages"):
                     headers["request-id"] = request_id
             await send(message)
 

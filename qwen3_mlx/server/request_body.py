@@ -25,12 +25,7 @@ from qwen3_mlx.server.wire import RequestModel
 _MIN_SIGN_LIMIT = 250_000
 _SIGNS_PER_TOKEN = 1.1
 _BOM = b"\xef\xbb\xbf"
-_TYPE_NAMES: dict[type, str] = {
-    list: "a list",
-    str: "a string",
-    bool: "true or false",
-    int: "a number",
-}
+_TYPES: dict[type, str] = {list: "a list", str: "a string", bool: "true or false", int: "a number"}
 
 Body = TypeVar("Body", bound=RequestModel)
 
@@ -96,7 +91,7 @@ def parsed(sent: bytes, body: type[Body], context: int) -> Body:
         )
     data = _json(sent)
     if not isinstance(data, dict):
-        kind = _TYPE_NAMES.get(type(data), "something else")
+        kind = _TYPES.get(type(data), "something else")
         raise ApiError(400, f"send the request as a JSON object, {{...}}; this is {kind}")
     try:
         return body.model_validate(data)

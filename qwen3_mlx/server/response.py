@@ -168,8 +168,8 @@ class ActiveRequest:
         self._cancel_for(
             ApiError(
                 504,
-                f"the reply had not begun after {seconds} s, and is not waited for any longer "
-                "(--request-timeout); ask for less, or when the server has less to do",
+                f"the reply had no token after {seconds} s (--request-timeout); send a shorter "
+                "prompt, or try again when the server is less busy",
                 code="timeout",
             )
         )
@@ -284,7 +284,9 @@ class ActiveRequest:
         first, usage = self.first or now, self.usage
         prefilled, decoded = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
         prefill, decode = first - self.started, now - first  # seconds
-        after_first = max(decoded - self.count, 0)  # the first token of each reply is prefill's
+        after_first = max(
+            decoded - self.count, 0
+        )  # the first token of each reply belongs to prefill
         return {
             "prompt_n": prefilled,
             "prompt_ms": round(prefill * 1e3, 1),

@@ -99,15 +99,11 @@ def check_unknown(
         ValueError: an unsupported field has another value.
     """
     sent = request.model_extra or {}
-    for name, without_effect in unsupported.items():
+    for name, neutral in unsupported.items():
         value = sent.get(name)
-        off = value is False and not any(accepted is True for accepted in without_effect)
-        if value is not None and not off and value not in without_effect and value != []:
-            hint = (
-                f"; it may be {', '.join(map(repr, without_effect))}"
-                if without_effect
-                else "; leave it out"
-            )
+        off = value is False and not any(accepted is True for accepted in neutral)
+        if value is not None and not off and value not in neutral and value != []:
+            hint = f"; it may be {', '.join(map(repr, neutral))}" if neutral else "; leave it out"
             raise ValueError(f"{name} is not supported{hint}")
     warnings = [
         f"{name} has no effect here" for name in hints if sent.get(name) not in (None, *hints[name])

@@ -116,7 +116,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "100,000 prompts": (
         TEXT,
         lambda: json.dumps({"n": 32, "prompt": ["a"] * 100_000}).encode(),
-        "3,200,000 replies are asked for, and at most 64 can be",
+        "3,200,000 replies are requested, and at most 64 are possible",
     ),
     "400,000 nulls": (
         TEXT,

@@ -26,9 +26,8 @@ HARMLESS = frozenset(("metadata", "betas", "cache_control", "inference_geo"))
 # Fields of a tool that the model sees; the others are for the provider.
 _LIBRARY_NAMES = {"name": "name", "description": "description", "input_schema": "parameters"}
 _EFFORT = "output_config.effort"
-_BILLING = (
-    "x-anthropic-billing-header:"  # differs in each request, so it would spoil the prefix cache
-)
+# Differs in each request, which would defeat the prefix cache, and has no meaning here.
+_BILLING = "x-anthropic-billing-header:"
 
 
 class Block(WireModel):

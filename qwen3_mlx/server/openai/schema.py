@@ -26,9 +26,7 @@ def _check_most(tokens: int) -> int:
     return tokens
 
 
-Most = Annotated[
-    int, AfterValidator(_check_most), Field(description="Maximum tokens; -1 means no limit.")
-]
+Most = Annotated[int, AfterValidator(_check_most), Field(description="-1 means no limit.")]
 Budget = Annotated[int, Field(ge=UNLIMITED, description="Thinking tokens; -1 means no limit.")]
 _BUDGET_FIELDS = (
     "thinking_budget",
@@ -324,9 +322,7 @@ class TextRequest(SamplingFields):
     """`POST /v1/completions`."""
 
     prompt: str | FailFast[str] | FailFast[int] | FailFast[FailFast[int]]
-    max_tokens: (
-        Annotated[int, Field(ge=-1, description="Maximum tokens; -1 means no limit.")] | None
-    ) = None
+    max_tokens: Annotated[int, Field(ge=-1, description="-1 means no limit.")] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 
