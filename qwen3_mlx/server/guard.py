@@ -106,7 +106,7 @@ class Guard:
             scope.setdefault("record", {})["key"] = number
 
     def _is_own_host(self, host: str) -> bool:
-        """Return whether a Host is this server's. Any IP address is: no attacker can point one here."""
+        """Return whether a Host is this server's; an IP address is, since DNS cannot rebind it."""
         if host in self._hosts or host.endswith(".localhost"):
             return True
         try:

@@ -654,7 +654,7 @@ def test_more_than_it_can_take_is_told_to_come_again(demo: LLM) -> None:
                 assert "2 of at most 2 replies" in message_of(response)
         until_idle(running)
         assert running.chat(max_tokens=3).status_code == 200
-        assert "at most 2 can be" in message_of(running.chat(n=3))
+        assert "at most 2 are possible" in message_of(running.chat(n=3))
 
 
 def test_many_at_once_are_each_told_their_own(served: Served, demo: LLM) -> None:
