@@ -1,0 +1,1 @@
+"""HTTP server: the protocols of OpenAI, Anthropic and Ollama over one engine."""

@@ -1,4 +1,4 @@
-"""Who is let in: the places that requests take, from before their bodies are read."""
+"""Admission: limits the replies in progress, counted before a body is read."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,106 +7,110 @@ from typing import Any
 
 from qwen3_mlx.server.errors import ApiError
 
-_LONGEST_WAIT = 60  # seconds that a client is told to stay away
-_MEMORY = 0.8  # how much a new measurement leaves of the old
+_MAX_RETRY_AFTER = 60  # seconds
+_DECAY = 0.8  # weight of the old value in the moving average of durations
 
 
 class Slot:
-    """A request among the others, until `release`; counts as many as the replies it wants."""
+    """The place of one request among those in progress, until `release`; counts its replies."""
 
     def __init__(self, places: "Admission", record: dict[str, Any], client: str) -> None:
         self.client = client
-        self.count = 1  # as far as is known
+        self.count = 1  # until the body has been parsed
         self.record = record
         self.cancelled = Flag()
-        self.kept = False  # by replies that run, and leave it when they end
-        self._places = places
+        self.kept = False  # True if running replies hold the slot; they release it when they end
+        self._admission = places
 
     def widen(self, count: int) -> None:
-        """Count for so many replies.
+        """Count `count` replies instead of one.
 
         Raises:
-            ApiError: there are too many.
+            ApiError: there is no room for so many.
         """
         if count > 1:
-            self._places.check_room(count, self.client, beside=self)
+            self._admission.check_room(count, self.client, beside=self)
             self.count = count
 
     def release(self, took: float | None = None) -> None:
-        """Make room for others, after so many seconds of replies; may be called twice."""
-        self._places.release(self, took)
+        """Free the slot, after `took` seconds of replies; may be called twice."""
+        self._admission.release(self, took)
 
 
 class Admission:
-    """All places that are taken; for the event loop alone."""
+    """All slots in use. Not thread-safe: only the event loop uses it."""
 
     def __init__(self, most: int, most_per_client: int) -> None:
-        self._most = most
-        self._most_per_client = most_per_client
-        self._taken: set[Slot] = set()
-        self._pace = 1.0  # seconds that a request takes, lately
+        self._max_replies = most
+        self._max_per_client = most_per_client
+        self._slots: set[Slot] = set()
+        self._mean_seconds = 1.0  # moving average of the seconds that a request takes
 
     @property
     def active(self) -> int:
-        """The replies that run or wait."""
-        return sum(place.count for place in self._taken)
+        """Number of replies that run or wait."""
+        return sum(slot.count for slot in self._slots)
 
     @contextmanager
     def one(self, record: dict[str, Any], client: str) -> Iterator[Slot]:
-        """Let a client's request in; unless replies that run keep its place, it leaves it at last.
+        """Admit a request of a client; free its slot at the end, unless running replies hold it.
 
         Raises:
-            ApiError: there are too many already.
+            ApiError: there are too many requests already.
         """
         self.check_room(1, client)
-        place = Slot(self, record, client)
-        self._taken.add(place)
+        slot = Slot(self, record, client)
+        self._slots.add(slot)
         try:
-            yield place
+            yield slot
         finally:
-            if not place.kept:
-                place.release()
+            if not slot.kept:
+                slot.release()
 
     def check_room(self, count: int, client: str, beside: Slot | None = None) -> None:
-        """Check that there is room for a client's replies, without what `beside` counts already.
+        """Check that there is room for `count` replies of a client, not counting `beside`.
 
         Raises:
-            ApiError: there is not.
+            ApiError: there is no room; 400 if there can never be, otherwise 429.
         """
-        if count > self._most:
-            raise ApiError(400, f"{count:,} replies are asked for, and at most {self._most} can be")
-        if count > self._most_per_client:
+        if count > self._max_replies:
             raise ApiError(
                 400,
-                f"{count:,} replies are asked for, and one client can have at most "
-                f"{self._most_per_client} (--max-per-client)",
+                f"{count:,} replies are requested, and at most {self._max_replies} are possible",
             )
-        others = [place for place in self._taken if place is not beside]
-        active = sum(place.count for place in others)
-        if active + count > self._most:
+        if count > self._max_per_client:
+            raise ApiError(
+                400,
+                f"{count:,} replies are requested, and one client can have at most "
+                f"{self._max_per_client} (--max-per-client)",
+            )
+        others = [slot for slot in self._slots if slot is not beside]
+        active = sum(slot.count for slot in others)
+        if active + count > self._max_replies:
             raise self._too_many(
-                f"the server answers or keeps waiting {active} of at most {self._most}", count
+                f"the server has {active} of at most {self._max_replies}",
+                count,
             )
-        own = sum(place.count for place in others if place.client == client)
-        if own + count > self._most_per_client:
-            raise self._too_many(f"this client has {own} of its {self._most_per_client}", count)
+        own = sum(slot.count for slot in others if slot.client == client)
+        if own + count > self._max_per_client:
+            raise self._too_many(f"this client has {own} of its {self._max_per_client}", count)
 
     def _too_many(self, what: str, count: int) -> ApiError:
-        wait = min(max(1, round(self._pace)), _LONGEST_WAIT)
+        wait = min(max(1, round(self._mean_seconds)), _MAX_RETRY_AFTER)
         return ApiError(
             429,
-            f"{what} replies, and {count} more are asked for; try again in {wait} s",
+            f"{what} replies, and {count} more are requested; try again in {wait} s",
             code="rate_limit_exceeded",
             headers={"Retry-After": str(wait)},
         )
 
     def release(self, place: Slot, took: float | None) -> None:
-        """Make room for others."""
-        self._taken.discard(place)
+        """Free a slot, after `took` seconds of replies."""
+        self._slots.discard(place)
         if took is not None:
-            self._pace = _MEMORY * self._pace + (1 - _MEMORY) * took
+            self._mean_seconds = _DECAY * self._mean_seconds + (1 - _DECAY) * took
 
     def cancel_all(self) -> None:
-        """End all that runs."""
-        for place in self._taken:
-            place.cancelled.set()
+        """Cancel all requests in progress."""
+        for slot in self._slots:
+            slot.cancelled.set()

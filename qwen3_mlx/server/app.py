@@ -1,4 +1,4 @@
-"""The application: all routes over one engine, behind the guard."""
+"""The application: the routes of all protocols, the page and /health, behind the guard."""
 
 import asyncio
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ from qwen3_mlx.server.wire import RequestModel
 from qwen3_mlx.version import __version__
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
-# Nothing from elsewhere, nothing inline, no frames around it.
+# The page loads nothing from other hosts and nothing inline, and cannot be framed.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -41,10 +41,10 @@ _PAGE_HEADERS = {
 
 
 def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
-    """Make the application for a loaded checkpoint.
+    """Create the application for a loaded checkpoint.
 
     Raises:
-        Qwen3Error: the checkpoint cannot think as the settings want it to.
+        Qwen3Error: the checkpoint cannot think as the settings require.
     """
     llm.thinking.resolve(settings.thinking)
     if settings.thinking_budget is not None and not llm.thinking.can_think:
@@ -53,7 +53,7 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
     app = FastAPI(
         title="qwen3-mlx",
         version=__version__,
-        docs_url=None,  # those pages load from elsewhere
+        docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
         openapi_url=None,  # see _describe
     )
@@ -65,7 +65,7 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
     _add_errors(app)
     _describe(app)
     app.add_middleware(Guard, settings=settings, keys=service.keys)
-    if settings.cors_origins:  # around the guard, so that pages may read what it says
+    if settings.cors_origins:  # outside the guard, so that pages can read its errors
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
@@ -78,23 +78,26 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
 
 
 def _describe(app: FastAPI) -> None:
-    """Describe the bodies that `entry` reads, and no form of errors that is never sent."""
-    writing = Lock()
+    """Add /openapi.json, with the bodies that `request_body` parses.
+
+    FastAPI's own description would lack them, and would list a validation error that is never sent.
+    """
+    lock = Lock()
 
     def description() -> dict[str, Any]:
-        with writing:
+        with lock:
             if app.openapi_schema is None:
-                made = get_openapi(title=app.title, version=app.version, routes=app.routes)
-                schemas = made["components"]["schemas"]
+                schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
+                schemas = schema["components"]["schemas"]
                 for body in _bodies(RequestModel):
                     within = f"{reference(body)}/$defs/{{model}}"
                     schemas[body.__name__] = body.model_json_schema(ref_template=within)
-                app.openapi_schema = made
+                app.openapi_schema = schema
             return app.openapi_schema
 
     @app.get("/openapi.json", include_in_schema=False)
     async def described() -> JSONResponse:
-        return JSONResponse(await asyncio.to_thread(description))  # which takes a second at first
+        return JSONResponse(await asyncio.to_thread(description))  # the first call takes a second
 
     app.openapi = description  # type: ignore[method-assign]
 
@@ -106,12 +109,12 @@ def _bodies(kind: type[RequestModel]) -> Iterator[type[RequestModel]]:
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
-    @app.head("/health", include_in_schema=False)  # as wget --spider asks
+    @app.head("/health", include_in_schema=False)  # used by wget --spider
     @app.get("/health", tags=["Operations"])
     async def health() -> JSONResponse:
-        """Say that the server is at work, and how much; 503 when it is not."""
-        found = health_of(service)
-        return JSONResponse(found, 200 if found["status"] == "ok" else 503)
+        """Return the state and load of the server; 503 if it is stuck or shutting down."""
+        state = health_of(service)
+        return JSONResponse(state, 200 if state["status"] == "ok" else 503)
 
 
 def _add_page(app: FastAPI) -> None:
@@ -132,19 +135,19 @@ def _add_page(app: FastAPI) -> None:
         return served("index.html")
 
     @app.get("/page/{name}", include_in_schema=False)
-    async def part(name: str) -> Response:
+    async def asset(name: str) -> Response:
         return served(name)
 
 
 def _add_errors(app: FastAPI) -> None:
-    def answered(request: Request, error: ApiError) -> JSONResponse:
+    def respond(request: Request, error: ApiError) -> JSONResponse:
         note_error(request.scope, error)
         return error.response(request.url.path)
 
     @app.exception_handler(ApiError)
-    async def chunks_for(request: Request, error: ApiError) -> JSONResponse:
-        return answered(request, error)
+    async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
+        return respond(request, error)
 
     @app.exception_handler(HTTPException)
-    async def known(request: Request, error: HTTPException) -> JSONResponse:
-        return answered(request, from_status(error.status_code, error.detail, error.headers))
+    async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
+        return respond(request, from_status(error.status_code, error.detail, error.headers))

@@ -1,4 +1,4 @@
-"""How much memory bodies may take together, while they come and while they are answered."""
+"""Limits the memory of all request bodies together, while they are received and answered."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.settings import Settings
 
-_LARGEST = 4  # bodies of the largest size that there may be at once
-_SMALL = 1 << 16  # bytes that are not counted: those who send no more never wait for others
+_MAX_LARGEST = 4  # bodies of the largest size at once
+_FREE_BYTES = 1 << 16  # of each body, not counted: small requests are never refused for others
 
 
 class BodyMemory:
-    """The body of one request."""
+    """The memory of one body."""
 
     def __init__(self, bodies: "BodyMemoryLimit", client: str) -> None:
         self.client = client
@@ -21,14 +21,14 @@ class BodyMemory:
 
     @property
     def counted(self) -> int:
-        """The bytes that count among those of others."""
-        return max(0, self.size - _SMALL)
+        """The bytes that count towards the limits."""
+        return max(0, self.size - _FREE_BYTES)
 
     def grow(self, more: int) -> None:
-        """Take more of it.
+        """Count `more` received bytes.
 
         Raises:
-            ApiError: it is too large, or there is no room beside the others.
+            ApiError: the body is too large (413), or all bodies together are (503).
         """
         before = self.counted
         self.size += more
@@ -36,44 +36,44 @@ class BodyMemory:
 
 
 class BodyMemoryLimit:
-    """All bodies; for the event loop alone."""
+    """The memory of all bodies. Not thread-safe: only the event loop uses it."""
 
     def __init__(self, settings: Settings) -> None:
         self._largest = settings.max_body
-        self._most = _LARGEST * settings.max_body
+        self._limit = _MAX_LARGEST * settings.max_body
         share = settings.most_per_client / settings.max_requests
-        self._most_per_client = max(self._largest, round(share * self._most))
+        self._limit_per_client = max(self._largest, round(share * self._limit))
         self._held = Counter[str]()  # bytes, by clients
 
     @contextmanager
     def one(self, client: str) -> Iterator[BodyMemory]:
-        """Surround a request."""
+        """Count the body of a request until the block ends."""
         body = BodyMemory(self, client)
         try:
             yield body
         finally:
             self._held[client] -= body.counted
-            self._held += Counter()  # without those that have none
+            self._held += Counter()  # drops the clients at zero
 
     def check(self, size: int) -> None:
-        """Raise an ApiError if no body may have so many bytes."""
+        """Raise an ApiError if a body of `size` bytes is too large."""
         if size > self._largest:
             raise ApiError(413, f"the request is larger than {self._largest:,} bytes (--max-body)")
 
     def take(self, body: BodyMemory, more: int) -> None:
-        """Count so much more of a body; see `Body.grow`."""
+        """Count `more` bytes of a body; see `BodyMemory.grow`."""
         self._held[body.client] += more
         self.check(body.size)
         if not more:
             return
-        for held, most in (
-            (self._held[body.client], self._most_per_client),
-            (self._held.total(), self._most),
+        for held, limit in (
+            (self._held[body.client], self._limit_per_client),
+            (self._held.total(), self._limit),
         ):
-            if held > most:
+            if held > limit:
                 raise ApiError(
                     503,
-                    f"large requests have {held:,} of at most {most:,} bytes; try again in a "
+                    f"large requests have {held:,} of at most {limit:,} bytes; try again in a "
                     "moment, or send less",
                     code="unavailable",
                     headers={"Retry-After": "5"},

@@ -1,4 +1,4 @@
-"""What OpenAI's two kinds of completion share: being answered whole or as a stream."""
+"""Shared part of OpenAI's chat and text completions: complete responses and streams."""
 
 import secrets
 import time
@@ -23,12 +23,12 @@ from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.version import __version__
 
 EVENTS = "text/event-stream"
-_MOST_DIGITS = 18  # of a token's id
-_TOKEN = 64  # bytes that a token may take in a reply, or many more, if there are logprobs
+_MAX_DIGITS = 18  # of a token's id
+_TOKEN_BYTES = 64  # JSON that a token may take in a response; many more with logprobs
 
 
 class Completion(ABC):
-    """What both kinds have in common: how they are answered, whole or as a stream."""
+    """Base of both kinds of completion: a complete response, or a stream."""
 
     kind: str
     chunk_kind: str
@@ -52,37 +52,39 @@ class Completion(ABC):
 
     @abstractmethod
     def prepare_all(self) -> Sequence[Prepare]:
-        """Give what lays out the first reply to each prompt; the seeds of the others follow."""
+        """Return one function for each prompt that prepares its first reply."""
 
     @abstractmethod
     def opening_chunk(self, index: int) -> Mapping[str, Any] | None:
-        """Give the choice that a stream begins with."""
+        """Return the choice that a stream begins with, if any."""
 
     @abstractmethod
     def chunks_for(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
-        """Give the choices of the chunks that tell of an event."""
+        """Return the choices of the chunks for an event."""
 
     @abstractmethod
     def choice(self, index: int, said: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
-        """Give a whole reply."""
+        """Return a complete choice."""
 
     async def respond(self, request: Request, place: Slot) -> Response:
-        """Answer the request."""
+        """Return the response, complete or as a stream."""
         running = await self.service.run(request, place, self.prepare_all(), choices=self.choices)
         headers = warnings_header(self.warnings + running.warnings)
         if self._streams:
             return EventStreamResponse(running, self._chunks(running), EVENTS, headers)
         await running.complete(request)
-        echoed = sum(len(said.prompt.others) for said in running.said if said.prompt)
-        size = (running.usage.completion_tokens + echoed) * _TOKEN
-        content = await self.service.aside(size, partial(self._whole, running))
+        echoed = sum(len(reply.prompt.others) for reply in running.said if reply.prompt)
+        size = (running.usage.completion_tokens + echoed) * _TOKEN_BYTES
+        content = await self.service.aside(size, partial(self._complete_response, running))
         return Response(content, media_type="application/json", headers=headers)
 
-    def _whole(self, running: ActiveRequest) -> bytes:
-        """Write the replies, each by itself: other threads wait while one is written."""
+    def _complete_response(self, running: ActiveRequest) -> bytes:
+        """Return the response as JSON, one choice at a time, since json.dumps holds the GIL."""
         choices = (
-            self.written(self.choice(index, said, finish))
-            for index, (said, finish) in enumerate(zip(running.said, running.finishes, strict=True))
+            self.written(self.choice(index, reply, finish))
+            for index, (reply, finish) in enumerate(
+                zip(running.said, running.finishes, strict=True)
+            )
             if finish
         )
         end = json_bytes({"usage": usage_of(running.usage), "timings": running.timings})
@@ -90,12 +92,12 @@ class Completion(ABC):
         return before + b",".join(choices) + b"]," + end[1:]
 
     def written(self, choice: Mapping[str, Any]) -> bytes:
-        """Write a reply."""
+        """Return a choice as JSON."""
         return json_bytes(choice)
 
     async def _chunks(self, running: ActiveRequest) -> AsyncIterator[bytes]:
         with_usage = bool(self._stream_options and self._stream_options.include_usage)
-        # What all chunks have in common is written once.
+        # The constant part of all chunks is serialised once.
         before = b"data: " + json_bytes(self.head)[:-1] + b',"choices":['
         after = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
         begun = False
@@ -120,11 +122,17 @@ class Completion(ABC):
 
 
 def sampling_options(asked: SamplingFields) -> Options:
-    """Give how tokens are to be chosen as the library has it; a ValueError if it cannot be."""
+    """Return sampling parameters, stop strings and seed for the library.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
     bias = {}
     for token, value in (asked.logit_bias or {}).items():
-        if not token.isdecimal() or not token.isascii() or len(token) > _MOST_DIGITS:
-            raise ValueError(f"logit_bias maps token ids to numbers; {token!r:.60} is no token id")
+        if not token.isdecimal() or not token.isascii() or len(token) > _MAX_DIGITS:
+            raise ValueError(
+                f"logit_bias maps token ids to numbers; {token!r:.60} is not a token id"
+            )
         bias[int(token)] = value
     sampling = SamplingParams(
         temperature=asked.temperature,
@@ -140,18 +148,18 @@ def sampling_options(asked: SamplingFields) -> Options:
 
 
 def stops(said: str | Sequence[str] | None) -> list[str] | None:
-    """Give the strings to stop at; empty ones, which some clients send for none, say nothing."""
+    """Return the stop strings without empty ones, which some clients send for none."""
     strings = [said] if isinstance(said, str) else said or ()
-    return [one for one in strings if one] or None
+    return [string for string in strings if string] or None
 
 
 def seed_of(seed: int | None) -> int | None:
-    """Give the seed that was sent; -1 is local servers' word for a random one."""
+    """Return the seed; -1 means a random seed, as on other local servers."""
     return None if seed == -1 else seed
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:
-    """Give the counts by OpenAI's names."""
+    """Return the token counts under OpenAI's names."""
     return {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
@@ -162,11 +170,11 @@ def usage_of(usage: Usage) -> dict[str, Any]:
 
 
 def sign_of_life(running: ActiveRequest) -> bytes:
-    """Give a comment, which clients pass over, with how much of the prompt has been read."""
+    """Return an SSE comment, which clients ignore, with the prefilled tokens of the prompt."""
     if running.spoken:
         return b": keepalive\n\n"
-    read = running.read
-    done, total = (read.done, read.total) if read else (0, running.prompt_tokens)
+    progress = running.read
+    done, total = (progress.done, progress.total) if progress else (0, running.prompt_tokens)
     return f": keepalive {done}/{total}\n\n".encode()
 
 
@@ -175,5 +183,5 @@ def _data(chunk: Mapping[str, Any]) -> bytes:
 
 
 def token_text(token: bytes) -> str:
-    """Give a token as text; what is no whole character is replaced."""
+    """Return a token as text; incomplete characters are replaced by U+FFFD."""
     return token.decode("utf-8", "replace")

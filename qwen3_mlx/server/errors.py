@@ -1,4 +1,4 @@
-"""Errors as the clients of each protocol know them."""
+"""Error responses, in the form of each protocol."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,20 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
 }
 _OPENAI_TYPES = {429: "rate_limit_error"}
-_PLAIN = {
+_SENTENCES = {
     404: "there is nothing at this address",
     405: "this address does not take this method",
 }
-_FIRST = 20  # errors of a request that are looked at
-_MOST_SAID = 2000  # characters, where a message repeats what was sent
-_CLASS = re.compile(r"a valid dictionary(?: or instance of \w+)?")  # which are Python's words
-_SHOULD = "Input should be "
-_KINDS = ("str", "int", "float", "bool", "none")
+_MAX_ERRORS = 20  # validation errors that are examined, of each request
+_MAX_MESSAGE = 2000  # characters: a message may quote what the client sent
+# Pydantic names Python's types, where a client knows JSON's.
+_DICT = re.compile(r"a valid dictionary(?: or instance of \w+)?")
+_EXPECTED = "Input should be "
+_TYPES = ("str", "int", "float", "bool", "none")
 
 
 class ApiError(Exception):
-    """What is answered in place of a reply."""
+    """An error response: HTTP status and message, and where known the code and the field."""
 
     def __init__(
         self,
@@ -45,28 +46,28 @@ class ApiError(Exception):
     ) -> None:
         super().__init__(message)
         self.status = status
-        self.message = message if len(message) <= _MOST_SAID else f"{message[:_MOST_SAID]}..."
+        self.message = message if len(message) <= _MAX_MESSAGE else f"{message[:_MAX_MESSAGE]}..."
         self.code = code
         self.param = param
         self.headers = headers
 
     @classmethod
     def of(cls, error: BaseException) -> "ApiError":
-        """Say what an error of the library is to a client: its own fault, or ours."""
+        """Convert an error of the library: 4xx if the request caused it, otherwise 5xx."""
         if isinstance(error, ApiError):
             return error
         if isinstance(error, ContextError):
             return cls(400, str(error), code="context_length_exceeded", param="messages")
         if isinstance(error, ValueError | TypeError):
             return cls(400, str(error))
-        if isinstance(error, CheckpointError):  # which no second try will mend
+        if isinstance(error, CheckpointError):  # not a 503: a retry cannot succeed
             return cls(500, str(error), code="internal")
         if isinstance(error, Qwen3Error):
             return cls(503, str(error), code="unavailable")
         return cls(500, f"{type(error).__name__}: {error} (a bug?)", code="internal")
 
     def body(self, path: str) -> dict[str, Any]:
-        """Give it in the form of the protocol to which `path` belongs."""
+        """Return the body, in the form of the protocol that `path` belongs to."""
         message = self.message
         if path.startswith("/v1/messages"):
             fallback = "invalid_request_error" if self.status < 500 else "api_error"
@@ -79,48 +80,50 @@ class ApiError(Exception):
         return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self, path: str) -> Json:
-        """Give it as a whole response."""
+        """Return the complete response."""
         return Json(self.body(path), self.status, headers=dict(self.headers or {}))
 
 
 def as_client_error(error: BaseException) -> ApiError:
-    """Say what an error means that came before anything was begun: the request cannot be had."""
-    known = ApiError.of(error)
-    return ApiError(400, known.message) if known.status == 503 else known
+    """Convert an error raised before the reply began; a 503 becomes 400: the request caused it."""
+    converted = ApiError.of(error)
+    return ApiError(400, converted.message) if converted.status == 503 else converted
 
 
 def from_status(status: int, detail: object, headers: Mapping[str, str] | None) -> ApiError:
-    """Say in a sentence what the framework knows by a number."""
-    said = str(detail)
-    if said == HTTPStatus(status).phrase or status == 405:
-        said = _PLAIN.get(status, said)
-    return ApiError(status, said, headers=headers)
+    """Convert an error of the framework; a bare status phrase becomes a sentence."""
+    message = str(detail)
+    if message == HTTPStatus(status).phrase or status == 405:
+        message = _SENTENCES.get(status, message)
+    return ApiError(status, message, headers=headers)
 
 
 def from_validation(error: ValidationError) -> ApiError:
-    """Name the field that is wrong, and what it may be."""
+    """Convert a validation error: the message names one wrong field and its allowed values."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    # Of a field that may be of several kinds there is an error for each: the furthest is meant, and
-    # of these one that has the right kind; where none has, all kinds are told.
+    # A field of a union type has one error for each member. The deepest error is the likeliest, and
+    # of these one of a member whose type fits; if none fits, the message lists all types.
     first = _path(found[0]["loc"])
-    same = [one for one in found[:_FIRST] if _path(one["loc"])[: len(first)] == first]
-    furthest = max(same, key=lambda one: (len(_path(one["loc"])), not _of_kind(one)))
+    same = [error for error in found[:_MAX_ERRORS] if _path(error["loc"])[: len(first)] == first]
+    furthest = max(same, key=lambda error: (len(_path(error["loc"])), not _is_type_error(error)))
     path = _path(furthest["loc"])
-    said = furthest["msg"].removeprefix("Value error, ")
-    if _of_kind(furthest):
-        kinds = (one["msg"].removeprefix(_SHOULD) for one in same if _path(one["loc"]) == path)
-        said = _SHOULD + _CLASS.sub("an object", " or ".join(dict.fromkeys(kinds)))
-    return ApiError(400, f"{'.'.join(path)}: {said}", param=".".join(path))
+    message = furthest["msg"].removeprefix("Value error, ")
+    if _is_type_error(furthest):
+        types = (
+            error["msg"].removeprefix(_EXPECTED) for error in same if _path(error["loc"]) == path
+        )
+        message = _EXPECTED + _DICT.sub("an object", " or ".join(dict.fromkeys(types)))
+    return ApiError(400, f"{'.'.join(path)}: {message}", param=".".join(path))
 
 
-def _of_kind(error: Any) -> bool:
-    """Return whether an error is of the kind of a value, of several that may be right."""
-    return bool(error["msg"].startswith(_SHOULD)) and error["type"].endswith(
+def _is_type_error(error: Any) -> bool:
+    """Return whether a value lacks the type of a union member, or is none of its literals."""
+    return bool(error["msg"].startswith(_EXPECTED)) and error["type"].endswith(
         ("type", "literal_error")
     )
 
 
-def _path(place: Sequence[str | int]) -> list[str]:
-    """Give the names of the fields in a place, without those of types."""
-    parts = [str(part) for part in place]
-    return [part for part in parts if "[" not in part and part[:1].islower() and part not in _KINDS]
+def _path(location: Sequence[str | int]) -> list[str]:
+    """Return the field names of a location, without the names of union members."""
+    parts = [str(part) for part in location]
+    return [part for part in parts if "[" not in part and part[:1].islower() and part not in _TYPES]

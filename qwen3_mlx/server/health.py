@@ -1,4 +1,4 @@
-"""What an operator, or a balancer of loads, wants to know of a server."""
+"""The state of the server, for operators and load balancers."""
 
 import time
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.version import __version__
 
-_STUCK = 120  # seconds without a step, though there is work
+_STUCK = 120  # seconds without a step although requests are running
 
 
 def health_of(service: Service) -> dict[str, Any]:
-    """Return what a server is doing; it waits for nothing."""
-    doing = service.llm.activity()
-    stuck = doing.silent > _STUCK or service.preparing.is_stuck
+    """Return the state of the server, without waiting for the engine."""
+    activity = service.llm.activity()
+    stuck = activity.silent > _STUCK or service.preparing.is_stuck
     return {
         "status": "stopping" if service.stopping else "stuck" if stuck else "ok",
         "model": service.settings.model,
@@ -22,12 +22,12 @@ def health_of(service: Service) -> dict[str, Any]:
         "active": service.active,
         "max_requests": service.settings.max_requests,
         "preparing": service.preparing.state,
-        "running": doing.running,
-        "waiting": doing.waiting,
-        "tokens_per_second": doing.tokens_per_second,
+        "running": activity.running,
+        "waiting": activity.waiting,
+        "tokens_per_second": activity.tokens_per_second,
         "memory": {
-            "used": doing.device_bytes,
-            "caches": doing.cache_bytes,
-            "caches_limit": doing.cache_limit,
+            "used": activity.device_bytes,
+            "caches": activity.cache_bytes,
+            "caches_limit": activity.cache_limit,
         },
     }

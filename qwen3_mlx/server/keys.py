@@ -1,4 +1,4 @@
-"""The keys that let clients in: one that was given at the start, or those of a file."""
+"""API keys: one that is set at the start, or those of a key file."""
 
 import hmac
 import logging
@@ -7,52 +7,52 @@ import time
 from pathlib import Path
 
 _log = logging.getLogger(__name__)
-_EVERY = 1.0  # seconds from one look at the file to the next
-_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+_POLL_SECONDS = 1.0  # between two checks of the key file
+_OTHER_USERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 class Keys:
-    """Checks keys. A file has one a line, beside empty lines and those that begin with #.
+    """Checks API keys. A key file has one a line; empty lines and lines of # are skipped.
 
-    What is written to the file later holds within a second; while it cannot be used, what it said
-    before does.
+    A change of the file takes effect within a second; while the file is invalid, the previous keys
+    stay in effect.
     """
 
     def __init__(self, key: str | None, file: Path | None) -> None:
-        """Take a key, read a file, or let everyone in.
+        """Accept one key, or the keys of a file; with neither, no key is needed.
 
         Raises:
-            ValueError: the file cannot be read, or has no key or a wrong one.
+            ValueError: the file cannot be read, has no key, or has an invalid one.
         """
         self._file = file
         self._keys = [key.encode()] if key is not None else []
-        self._looked, self._state = time.monotonic(), _state(file)
+        self._checked_at, self._state = time.monotonic(), _state(file)
         if file is not None:
             self._keys = read_keys(file)
-            if file.stat().st_mode & _OTHERS:
+            if file.stat().st_mode & _OTHER_USERS:
                 _log.warning("%s can be read by others: chmod 600 %s", file, file)
 
     @property
     def several(self) -> bool:
-        """Whether there are several, so that a key says who the client is."""
+        """True if there are several keys, so that the key identifies the client."""
         return len(self._keys) > 1
 
     @property
     def demanded(self) -> bool:
-        """Whether a key is needed at all."""
+        """True if a key is needed."""
         return bool(self._keys)
 
     def find(self, given: str) -> int | None:
-        """Return the number of a key, from 1, or None; the time it takes tells nothing of them."""
-        self._look_again()
+        """Return the number of a valid key, from 1, or None; the time taken reveals no key."""
+        self._reload_if_changed()
         sent = given.strip().encode("utf-8", "surrogateescape")
-        same = [hmac.compare_digest(sent, key) for key in self._keys]
-        return same.index(True) + 1 if any(same) else None
+        equal = [hmac.compare_digest(sent, key) for key in self._keys]  # all, in constant time
+        return equal.index(True) + 1 if any(equal) else None
 
-    def _look_again(self) -> None:
-        if self._file is None or time.monotonic() - self._looked < _EVERY:
+    def _reload_if_changed(self) -> None:
+        if self._file is None or time.monotonic() - self._checked_at < _POLL_SECONDS:
             return
-        self._looked = time.monotonic()
+        self._checked_at = time.monotonic()
         if (state := _state(self._file)) == self._state:
             return
         self._state = state
@@ -64,10 +64,10 @@ class Keys:
 
 
 def read_keys(file: Path) -> list[bytes]:
-    """Return the keys in a file.
+    """Return the keys of a file.
 
     Raises:
-        ValueError: it cannot be read, or has no key or a wrong one.
+        ValueError: the file cannot be read, has no key, or has an invalid one.
     """
     try:
         lines = file.read_text("utf-8").splitlines()
@@ -81,7 +81,7 @@ def read_keys(file: Path) -> list[bytes]:
             continue
         if not is_key(key):
             raise ValueError(
-                f"line {number} of {file} is no key: one a line, of printable ASCII without spaces"
+                f"line {number} of {file} is not a key: one a line, printable ASCII without spaces"
             )
         keys.append(key.encode())
     if not keys:
@@ -90,13 +90,14 @@ def read_keys(file: Path) -> list[bytes]:
 
 
 def is_key(key: str) -> bool:
-    """Whether it can be a key, which travels in a header."""
+    """Return whether a string can be a key: printable ASCII without spaces, as in a header."""
     return key.isascii() and key.isprintable() and " " not in key and bool(key)
 
 
 def _state(file: Path | None) -> tuple[int, ...]:
+    """Return what changes when the file is replaced or written to."""
     try:
-        found = file.stat() if file else None
+        info = file.stat() if file else None
     except OSError:
-        found = None
-    return (found.st_mtime_ns, found.st_size, found.st_ino) if found else ()
+        info = None
+    return (info.st_mtime_ns, info.st_size, info.st_ino) if info else ()

@@ -1,8 +1,8 @@
-"""What is done for a request before its reply begins: beside the event loop, and with an end.
+"""Preparation of requests, outside the event loop and with a timeout.
 
-Rendering, encoding and grammars are done by a thread for each request. A few compute at once, for
-they take turns with the event loop and the engine; while a grammar is compiled, others may. The
-client for whom the fewest do is next.
+Each request has a thread that renders, encodes and compiles grammars. Only a few of them compute at
+once, because they share the interpreter with the event loop and the engine; a thread that waits for
+a grammar to be compiled lets another compute. The client with the fewest turns is next.
 The threads are daemons: the process does not wait for them when it ends.
 """
 
@@ -20,8 +20,8 @@ from fastapi import Request
 from qwen3_mlx.server.errors import ApiError, as_client_error
 from qwen3_mlx.text.fair_queue import LOOK, Caller, FairQueue
 
-_AT_ONCE = 4  # requests
-_PATIENCE = 60.0  # seconds until a request that waits for others is told to come again
+_MAX_COMPUTING = 4  # requests that compute at once
+_TIMEOUT = 60.0  # seconds until a preparation is given up with a 503
 
 T = TypeVar("T")
 
@@ -30,58 +30,58 @@ class PreparationPool:
     """The requests that are being prepared."""
 
     def __init__(self) -> None:
-        self._turns = FairQueue(_AT_ONCE)
+        self._turns = FairQueue(_MAX_COMPUTING)
         self._jobs: set[_Job] = set()
 
     @property
     def state(self) -> dict[str, Any]:
-        """What an operator sees; `stuck` are those that go on although they were given up."""
+        """State for /health; `stuck` counts preparations that go on although they were given up."""
         ages = [job.age for job in self._jobs]
         return {
             "requests": len(ages),
             "longest_seconds": round(max(ages, default=0.0), 1),
-            "stuck": sum(age > _PATIENCE + 1 for age in ages),
+            "stuck": sum(age > _TIMEOUT + 1 for age in ages),
         }
 
     @property
     def is_stuck(self) -> bool:
-        """Whether no request can be prepared any more."""
-        return bool(self.state["stuck"] >= _AT_ONCE)
+        """True if stuck preparations leave no turn for others."""
+        return bool(self.state["stuck"] >= _MAX_COMPUTING)
 
     async def do(self, request: Request, cancelled: Flag, work: Callable[[Caller], T]) -> T:
-        """Do some work for a request on a thread, and return what it does.
+        """Run the preparation of a request on a thread, and return its result.
 
-        The work is given up, and `cancelled` set, if the client goes away or it takes too long.
+        If the client disconnects or the timeout passes, the work is given up and `cancelled` set.
 
         Raises:
-            ApiError: it failed, or was given up.
+            ApiError: the work failed or was given up.
         """
         job = _Job(self._turns, cancelled, request.scope.get("caller", ""))
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        watching = asyncio.create_task(gone(request))
-        waited: list[asyncio.Future[Any]] = [done, watching]
+        disconnected = asyncio.create_task(gone(request))
+        awaited: list[asyncio.Future[Any]] = [done, disconnected]
         self._jobs.add(job)
         job.start(work, done, partial(self._jobs.discard, job))
         try:
             while not done.done():
-                await asyncio.wait(waited, timeout=LOOK, return_when="FIRST_COMPLETED")
+                await asyncio.wait(awaited, timeout=LOOK, return_when="FIRST_COMPLETED")
                 if not done.done():
-                    _check(job, gone=watching.done())
+                    _check(job, gone=disconnected.done())
             return done.result()
         except ApiError:
             raise
         except Exception as error:
-            _check(job, gone=watching.done())  # if it was given up, that is why it has failed
+            _check(job, gone=disconnected.done())  # work that was given up fails for that reason
             raise as_client_error(error) from error
         finally:
-            watching.cancel()
+            disconnected.cancel()
             if not done.done():
                 cancelled.set()
                 done.cancel()
 
 
 class _Job(Caller):
-    """The work for one request, which computes when it is its turn."""
+    """The preparation of one request; it computes during its turns."""
 
     def __init__(self, turns: FairQueue, cancelled: Flag, client: str) -> None:
         self.client = client
@@ -96,7 +96,7 @@ class _Job(Caller):
         done: asyncio.Future[T],
         ended: Callable[[], None],
     ) -> None:
-        """Begin with the work, which settles `done`; `ended` is called by the loop in any case."""
+        """Start the work, whose result settles `done`; the loop calls `ended` in any case."""
 
         def run() -> None:
             settle: Callable[[], None]
@@ -118,17 +118,17 @@ class _Job(Caller):
 
     @property
     def age(self) -> float:
-        """Seconds since it began."""
+        """Seconds since the start."""
         return time.monotonic() - self._started
 
     @property
     def gone(self) -> bool:
-        """Whether it was given up."""
+        """True if the work was given up."""
         return self._cancelled.is_set()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Surround what computes."""
+        """Hold a turn while the block computes."""
         self._take()
         try:
             yield
@@ -137,7 +137,7 @@ class _Job(Caller):
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let others have the turn meanwhile."""
+        """Release the turn while the block waits."""
         self._leave()
         try:
             yield
@@ -155,21 +155,21 @@ class _Job(Caller):
 
 
 async def gone(request: Request) -> None:
-    """Wait until the client goes away."""
+    """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
 
 def _check(job: _Job, *, gone: bool) -> None:
-    """Raise an ApiError if a request is to be given up."""
+    """Raise an ApiError if the preparation must be given up."""
     if gone:
         raise ApiError(499, "the client went away")
     if job.gone:
         raise ApiError(503, "the server is shutting down", code="unavailable")
-    if job.age > _PATIENCE:
+    if job.age > _TIMEOUT:
         raise ApiError(
             503,
-            f"the request could not be prepared within {_PATIENCE:g} s: others are; try again",
+            f"the request could not be prepared within {_TIMEOUT:g} s beside others; try again",
             code="unavailable",
             headers={"Retry-After": "10"},
         )

@@ -1,8 +1,9 @@
-"""How a request comes in: its body is read, counted, and made an object, at nobody's cost.
+"""Request bodies: received, counted and parsed, at a bounded cost.
 
-The order bounds what a body can cost: its size (`Guard`), a place among the requests, the number of
-values in it, which is seen without reading them, then the fields, then the replies asked for. A
-large body is read on one of a few threads, so that neither the event loop nor memory suffers.
+The order of the checks bounds the cost of a body: its size (`Guard`), a slot (`Admission`), the
+number of its values, which is counted without parsing, then the fields, then the number of replies.
+A large body is parsed on one of a few threads: it does not block the event loop, and few are parsed
+in memory at once.
 """
 
 from collections.abc import Callable
@@ -18,33 +19,34 @@ from qwen3_mlx.server.errors import ApiError, from_validation
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import RequestModel
 
-# No prompt that fits the context has more of the signs of values than this: each token id has one,
-# and so, about, has each token of a schema; a message has more tokens than signs.
-_VALUES = 250_000
-_VALUES_A_TOKEN = 1.1
+# Limit of the commas and brackets of a body, which show how many values it has. No prompt that fits
+# the context window needs more than these for each token: a token id has one, a token of a schema
+# about one, and a message has more tokens than signs.
+_MIN_SIGN_LIMIT = 250_000
+_SIGNS_PER_TOKEN = 1.1
 _BOM = b"\xef\xbb\xbf"
-_KINDS: dict[type, str] = {list: "a list", str: "a string", bool: "true or false", int: "a number"}
+_TYPES: dict[type, str] = {list: "a list", str: "a string", bool: "true or false", int: "a number"}
 
 Body = TypeVar("Body", bound=RequestModel)
 
 
 class Reply(Protocol):
-    """What a request is answered with."""
+    """Answers one request."""
 
     async def respond(self, request: Request, place: Slot) -> Response:
-        """Answer; whatever is returned or raised, the place is given back in the end."""
+        """Return the response; the slot is freed whatever is returned or raised."""
         ...
 
 
 def takes(body: type[RequestModel]) -> dict[str, Any]:
-    """Return the keywords by which a route is described as one that takes such a body."""
+    """Return the keywords of a route that declare its body in the API's description."""
     schema = {"$ref": reference(body)}
     content = {"application/json": {"schema": schema}}
     return {"openapi_extra": {"requestBody": {"required": True, "content": content}}}
 
 
 def reference(body: type[RequestModel]) -> str:
-    """Return where the description of the API has the schema of a body."""
+    """Return the reference to a body's schema in the API's description."""
     return f"#/components/schemas/{body.__name__}"
 
 
@@ -54,42 +56,42 @@ async def answered(
     body: type[Body],
     make: Callable[[Service, Body], Reply],
 ) -> Response:
-    """Answer a request: `make` has what was asked, and must not need the event loop.
+    """Answer a request with what `make` creates from its body; `make` may run on a thread.
 
     Raises:
         ApiError: the body cannot be read, or there are too many requests.
     """
     coding = request.headers.get("content-encoding", "")
     if coding.strip().lower() not in ("", "identity"):
-        raise ApiError(415, f"a body in {coding!r:.100} is not unpacked here; send it as it is")
+        raise ApiError(415, f"a body in {coding!r:.100} is not supported; send it uncompressed")
     sent = await request.body()
     record = request.scope.setdefault("record", {})
     record["model"] = service.settings.model
-    with service.places.one(record, request.scope.get("caller", "")) as place:
-        asked = await service.aside(len(sent), lambda: parsed(sent, body, service.context))
-        place.widen(asked.replies)
-        reply = await service.aside(len(sent), lambda: make(service, asked))
-        return await reply.respond(request, place)
+    with service.places.one(record, request.scope.get("caller", "")) as slot:
+        parsed_body = await service.aside(len(sent), lambda: parsed(sent, body, service.context))
+        slot.widen(parsed_body.replies)
+        reply = await service.aside(len(sent), lambda: make(service, parsed_body))
+        return await reply.respond(request, slot)
 
 
 def parsed(sent: bytes, body: type[Body], context: int) -> Body:
-    """Make a body of the bytes that were sent, whatever type they were said to have.
+    """Parse a body of the bytes that were sent, whatever their Content-Type.
 
     Raises:
-        ApiError: they are no JSON, have more values than any prompt of the context's tokens needs,
+        ApiError: they are not JSON, have more values than any prompt that fits the context needs,
             or a field is wrong.
     """
-    most = max(_VALUES, round(_VALUES_A_TOKEN * context))
-    values = sum(sent.count(sign) for sign in (b",", b"[", b"{"))
-    if values > most:
+    limit = max(_MIN_SIGN_LIMIT, round(_SIGNS_PER_TOKEN * context))
+    signs = sum(sent.count(sign) for sign in (b",", b"[", b"{"))
+    if signs > limit:
         raise ApiError(
             400,
-            f"the request has {values:,} commas and brackets, and at most {most:,} are read; no "
+            f"the request has {signs:,} commas and brackets, and at most {limit:,} are read; no "
             f"prompt that fits the context of {context:,} tokens needs more",
         )
     data = _json(sent)
     if not isinstance(data, dict):
-        kind = _KINDS.get(type(data), "something else")
+        kind = _TYPES.get(type(data), "something else")
         raise ApiError(400, f"send the request as a JSON object, {{...}}; this is {kind}")
     try:
         return body.model_validate(data)
@@ -103,11 +105,11 @@ def _json(sent: bytes) -> Any:
     try:
         return from_json(sent.removeprefix(_BOM), allow_inf_nan=False)
     except ValueError as error:
-        why = str(error)
-    if why.startswith("recursion limit"):
-        why = f"it is nested too deeply ({why})"
-    elif b"\0" in sent[:4]:  # where JSON in UTF-8 has none
-        why = "it is not in UTF-8"
-    elif why.startswith("number out of range"):
-        why = f"a number has too many digits ({why})"
-    raise ApiError(400, f"the request cannot be read as JSON: {why}")
+        reason = str(error)
+    if reason.startswith("recursion limit"):
+        reason = f"it is nested too deeply ({reason})"
+    elif b"\0" in sent[:4]:  # as in UTF-16 and UTF-32; JSON in UTF-8 has no zero bytes
+        reason = "it is not in UTF-8"
+    elif reason.startswith("number out of range"):
+        reason = f"a number has too many digits ({reason})"
+    raise ApiError(400, f"the request cannot be read as JSON: {reason}")

@@ -1,4 +1,4 @@
-"""The replies to one request, from the engine's thread to the client."""
+"""The replies to one request, on their way from the engine's thread to the client."""
 
 import asyncio
 import time
@@ -21,13 +21,13 @@ from qwen3_mlx.server.preparing import gone
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
-_MOST_UNREAD = 1 << 16  # pieces of a reply that a client has not taken: some 13 MB
-_AT_A_TIME = 512  # of those, written at once
+_MAX_UNREAD = 1 << 16  # pieces of a reply that a slow client has not read: some 13 MB
+_MAX_BATCH = 512  # pieces that are written at once
 
 
 @dataclass(frozen=True, slots=True)
 class PrefillProgress:
-    """How much of a prompt has been read."""
+    """Tokens of a prompt that have been prefilled, of how many in total."""
 
     done: int
     total: int
@@ -37,41 +37,41 @@ Heard = Event | PrefillProgress | BaseException
 
 
 class EventBridge:
-    """Carries what is heard to the event loop: all of a step at once, for waking it costs more."""
+    """Carries events to the event loop: all of a step at once, since waking the loop is costly."""
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self._letters: list[tuple[ActiveRequest, int, Heard]] = []
+        self._pending: list[tuple[ActiveRequest, int, Heard]] = []
 
     def put(self, running: "ActiveRequest", index: int, heard: Heard) -> None:
-        """Take what a reply of `running` says; on the thread that owns the network."""
-        self._letters.append((running, index, heard))
-        if len(self._letters) == 1:
+        """Queue an event of reply `index` of `running`; called on the engine's thread."""
+        self._pending.append((running, index, heard))
+        if len(self._pending) == 1:
             try:
                 self.llm.call_soon(self._send)
-            except Qwen3Error:  # it is being closed: this is the end of all replies
+            except Qwen3Error:  # the engine is being closed: these are the last events
                 self._send()
 
     def _send(self) -> None:
-        letters, self._letters = self._letters, []
-        if not letters:  # sent already, when this was asked for at the very end
+        pending, self._pending = self._pending, []
+        if not pending:  # `put` has sent them already, while the engine was being closed
             return
-        loop = letters[0][0].loop
+        loop = pending[0][0].loop
         try:
-            loop.call_soon_threadsafe(_sort, letters)
-        except RuntimeError:  # the loop is closed: nobody reads this any more
-            for running, _, _ in letters:
+            loop.call_soon_threadsafe(_dispatch, pending)
+        except RuntimeError:  # the loop is closed: no client is left to read
+            for running, _, _ in pending:
                 running.cancelled.set()
 
 
-def _sort(letters: list[tuple["ActiveRequest", int, Heard]]) -> None:
-    for running, index, heard in letters:
+def _dispatch(pending: list[tuple["ActiveRequest", int, Heard]]) -> None:
+    for running, index, heard in pending:
         running.hear(index, heard)
 
 
-def _weight(heard: Heard) -> int:
-    """Count the pieces that an event takes in memory."""
-    tokens = heard.tokens if isinstance(heard, Text | Reasoning) else ()
+def _weight(event: Heard) -> int:
+    """Return the memory that an event takes, in pieces: logprobs count one by one."""
+    tokens = event.tokens if isinstance(event, Text | Reasoning) else ()
     return 1 + sum(1 + len(token.top) for token in tokens)
 
 
@@ -81,94 +81,95 @@ class ActiveRequest:
     def __init__(
         self, mailbox: "EventBridge", settings: Settings, place: Slot, choices: int
     ) -> None:
-        """Prepare for the replies that `place` counts: so many `choices` to each prompt."""
+        """Expect the replies that `place` counts, `choices` of them to each prompt."""
         count = place.count
         place.kept = True
         self.said = [ReplyBuilder() for _ in range(count)]
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
-        self.warnings: list[str] = []  # of the request, once it has been prepared
+        self.warnings: list[str] = []  # of the preparation
         self.read: PrefillProgress | None = None
         self.started = time.perf_counter()
-        self.first: float | None = None  # when the first token was chosen
-        self.spoken = False  # whether an event came
+        self.first: float | None = None  # time of the first token
+        self.spoken = False  # True after the first event
         self.cancelled = place.cancelled
         self.count = count
         self._choices = choices
-        self._mailbox = mailbox
+        self._bridge = mailbox
         self._settings = settings
         self._place = place
         self._record = place.record
         self.loop = asyncio.get_running_loop()
         self.queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
         self._unread = 0  # pieces in the queue
-        self._sent = self._ends = 0  # replies that the engine was given, and those it has ended
-        self._failed = self._closed = self._left = False
-        self.ended_by: ApiError | None = None  # what the server has cancelled the replies for
+        self._sent = self._ends = 0  # replies submitted to the engine, and those that have ended
+        self._failed = self._closed = self._released = False
+        self.ended_by: ApiError | None = None  # why the server has cancelled the replies
         timeout = settings.request_timeout
-        self._timer = self.loop.call_later(timeout, self._time_is_up) if timeout else None
+        self._timer = self.loop.call_later(timeout, self._on_timeout) if timeout else None
 
     def begin(self, tasks: Sequence[PreparedRequest]) -> None:
-        """Send the tasks to the engine; from any thread."""
+        """Submit the prepared replies to the engine; callable from any thread."""
         try:
             self._begin(tasks)
         finally:
-            # A reply may end before it has been counted here, and the client may go meanwhile.
-            self.loop.call_soon_threadsafe(self._leave_if_done)
+            # A reply may end before `_sent` counts it, and the client may leave meanwhile.
+            self.loop.call_soon_threadsafe(self._release_if_done)
 
     def _begin(self, tasks: Sequence[PreparedRequest]) -> None:
         for index, task in enumerate(tasks):
-            deliver = partial(self._mailbox.put, self, index)
+            deliver = partial(self._bridge.put, self, index)
 
-            def tell(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
-                if done == total and self.first is None:  # told so with the first token
+            def report(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
+                if done == total and self.first is None:  # reported with the first token
                     self.first = time.perf_counter()
                 deliver(PrefillProgress(done, total))
 
-            asked = replace(task.asked, progress=tell)
-            begun = replace(task, asked=asked, shortens=True, client=self._place.client)
-            started = self._mailbox.llm.begin(begun, deliver, self.cancelled)
+            options = replace(task.asked, progress=report)
+            reply = replace(task, asked=options, shortens=True, client=self._place.client)
+            started = self._bridge.llm.begin(reply, deliver, self.cancelled)
             self._sent += 1
             self.prompt_tokens = started.prompt_tokens
-            if asked.max_tokens is not None and started.room < asked.max_tokens:
+            if options.max_tokens is not None and started.room < options.max_tokens:
                 warning = (
-                    f"max_tokens={asked.max_tokens:,} was shortened to {started.room:,}: after "
+                    f"max_tokens={options.max_tokens:,} was shortened to {started.room:,}: after "
                     f"{started.prompt_tokens:,} tokens of prompt the context has room for no more"
                 )
-                if warning not in self.warnings:  # each choice has the same
+                if warning not in self.warnings:  # every choice has the same warning
                     self.warnings.append(warning)
 
     def hear(self, index: int, heard: Heard) -> None:
-        """Take what a reply says. The last that the engine says makes room for other requests.
+        """Queue an event of a reply; called on the event loop.
 
-        How long a client takes to read the rest is its own affair, within bounds.
+        The last event of all replies frees the slot for other requests: the slot does not wait for
+        the client to read them. A client that leaves too much unread has its replies cancelled.
         """
         if not self._closed:
             self.queue.put_nowait((index, heard))
             self._unread += _weight(heard)
-        if self._unread > _MOST_UNREAD:
-            self._cancel_for(ApiError(408, "the client took too little of the reply for too long"))
+        if self._unread > _MAX_UNREAD:
+            self._cancel_for(ApiError(408, "the client read the reply too slowly"))
         if isinstance(heard, BaseException):
-            self.cancelled.set()  # the other replies to the same request
+            self.cancelled.set()  # ends the other replies to the same request
         if isinstance(heard, Finish | BaseException):
             self._ends += 1
-            self._leave_if_done()
+            self._release_if_done()
 
-    def _leave_if_done(self) -> None:
+    def _release_if_done(self) -> None:
         done = self._ends == self._sent and (self._closed or self._sent == self.count)
-        if done and not self._left:
-            self._left = True
+        if done and not self._released:
+            self._released = True
             if self._timer:
                 self._timer.cancel()
             self._place.release(time.perf_counter() - self.started)
 
-    def _time_is_up(self) -> None:
+    def _on_timeout(self) -> None:
         seconds = f"{self._settings.request_timeout:g}"
         self._cancel_for(
             ApiError(
                 504,
-                f"the reply had not begun after {seconds} s, and is not waited for any longer "
-                "(--request-timeout); ask for less, or when the server has less to do",
+                f"the reply had no token after {seconds} s (--request-timeout); send a shorter "
+                "prompt, or try again when the server is less busy",
                 code="timeout",
             )
         )
@@ -179,10 +180,10 @@ class ActiveRequest:
             self.cancelled.set()
 
     def _end_of(self, finish: Finish) -> Finish:
-        """Return how a reply ends: what time has cut off is as long as it may be.
+        """Return how a reply ends; one cut off by the timeout ends with "length".
 
         Raises:
-            ApiError: it was cancelled for another reason, or before it had begun.
+            ApiError: it was cancelled for another reason, or before its first token.
         """
         if finish.reason != "cancelled":
             return finish
@@ -192,20 +193,20 @@ class ActiveRequest:
         return replace(finish, reason="length", details={**finish.details, "ended_by": "timeout"})
 
     async def batches(self, patience: float) -> AsyncIterator[list[tuple[int, Event]]]:
-        """Give the events as they come, all that are there at once; none when time is up.
+        """Yield the events in batches of all that are ready; an empty one after `patience` seconds.
 
         Raises:
-            ApiError: a reply failed, or the server is being shut down.
+            ApiError: a reply failed or was cancelled by the server.
         """
         open_replies = self.count
         while open_replies:
-            heard = await self._waiting(patience)
+            received = await self._receive(patience)
             events: list[tuple[int, Event]] = []
-            for index, event in heard:
+            for index, event in received:
                 self._unread -= _weight(event)
                 if isinstance(event, BaseException):
                     self._failed = True
-                    raise self._noted(ApiError.of(event))
+                    raise self._record_error(ApiError.of(event))
                 if isinstance(event, PrefillProgress):
                     self.read = event
                     continue
@@ -214,45 +215,45 @@ class ActiveRequest:
                     try:
                         event = self._end_of(event)
                     except ApiError as error:
-                        raise self._noted(error) from None
+                        raise self._record_error(error) from None
                     self.finishes[index] = event
                     open_replies -= 1
                 self.said[index].add(event)
                 events.append((index, event))
             yield events
 
-    def _noted(self, error: ApiError) -> ApiError:
+    def _record_error(self, error: ApiError) -> ApiError:
         self._record.setdefault("error", reason_of(error))
         return error
 
-    async def _waiting(self, patience: float) -> list[tuple[int, Heard]]:
-        heard = []
+    async def _receive(self, patience: float) -> list[tuple[int, Heard]]:
+        received = []
         if self.queue.empty():
             try:
                 async with asyncio.timeout(patience):
-                    heard = [await self.queue.get()]
+                    received = [await self.queue.get()]
             except TimeoutError:
                 return []
-        size = sum(_weight(event) for _, event in heard)
-        while not self.queue.empty() and size < _AT_A_TIME:
-            heard.append(self.queue.get_nowait())
-            size += _weight(heard[-1][1])
-        if not self.queue.empty():  # of what a slow client has left: others have their turn, too
+        size = sum(_weight(event) for _, event in received)
+        while not self.queue.empty() and size < _MAX_BATCH:
+            received.append(self.queue.get_nowait())
+            size += _weight(received[-1][1])
+        if not self.queue.empty():  # a slow client has a backlog: let other tasks run first
             await asyncio.sleep(0)
-        return heard
+        return received
 
     async def complete(self, request: Request) -> None:
-        """Wait for all to be said; end the replies if the client goes away before.
+        """Wait until all replies are complete; cancel them if the client disconnects before.
 
         Raises:
-            ApiError: a reply failed, or nobody waits for it any more.
+            ApiError: a reply failed or was cancelled, or the client disconnected (499).
         """
 
-        async def end_with_client() -> None:
+        async def cancel_on_disconnect() -> None:
             await gone(request)
             self.cancelled.set()
 
-        watching = asyncio.create_task(end_with_client())
+        watching = asyncio.create_task(cancel_on_disconnect())
         try:
             async for _ in self.batches(self._settings.keep_alive):
                 pass
@@ -266,7 +267,7 @@ class ActiveRequest:
 
     @property
     def usage(self) -> Usage:
-        """What the replies took together; a prompt counts once."""
+        """Token counts of all replies together; the prompt of several choices counts once."""
         ends = [finish.usage for finish in self.finishes if finish]
         firsts = [finish.usage for finish in self.finishes[:: self._choices] if finish]
         return Usage(
@@ -278,43 +279,46 @@ class ActiveRequest:
 
     @property
     def timings(self) -> dict[str, float]:
-        """How long it took, by the names that llama.cpp's clients know; in milliseconds."""
+        """Durations in milliseconds, and rates, under the names of llama.cpp's server."""
         now = time.perf_counter()
         first, usage = self.first or now, self.usage
-        read, made = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
-        reading, making = first - self.started, now - first
+        prefilled, decoded = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
+        prefill, decode = first - self.started, now - first  # seconds
+        after_first = max(
+            decoded - self.count, 0
+        )  # the first token of each reply belongs to prefill
         return {
-            "prompt_n": read,
-            "prompt_ms": round(reading * 1e3, 1),
-            "prompt_per_second": round(read / max(reading, 1e-9), 1),
-            "predicted_n": made,
-            "predicted_ms": round(making * 1e3, 1),
-            "predicted_per_second": round(max(made - self.count, 0) / making, 1) if making else 0.0,
+            "prompt_n": prefilled,
+            "prompt_ms": round(prefill * 1e3, 1),
+            "prompt_per_second": round(prefilled / max(prefill, 1e-9), 1),
+            "predicted_n": decoded,
+            "predicted_ms": round(decode * 1e3, 1),
+            "predicted_per_second": round(after_first / decode, 1) if decode else 0.0,
         }
 
     def close(self) -> None:
-        """End what still runs, make room for others, and leave a record; may be called twice."""
+        """Cancel what still runs, free the slot, complete the log record; may be called twice."""
         if self._closed:
             return
         self._closed = True
         self.cancelled.set()
         if self._sent:
-            other = "error" if self._failed else "cancelled"
-            self._record["finish"] = [end.reason if end else other for end in self.finishes]
+            unfinished = "error" if self._failed else "cancelled"
+            self._record["finish"] = [end.reason if end else unfinished for end in self.finishes]
             if not all(self.finishes):
                 self._record.setdefault("error", "the client went away")
         if self.first:
             self._record["first_ms"] = round((self.first - self.started) * 1e3, 1)
             self._record["tokens_per_second"] = self.timings["predicted_per_second"]
-        if all(self.finishes):  # or the counts are not known
+        if all(self.finishes):  # otherwise the counts are incomplete
             self._record |= asdict(self.usage)
         if self._settings.log_content:
-            self._record["replies"] = [said.message() for said in self.said]
-        self._leave_if_done()
+            self._record["replies"] = [reply.message() for reply in self.said]
+        self._release_if_done()
 
 
 class EventStreamResponse(StreamingResponse):
-    """A stream of what is being said. However it ends, the replies end with it."""
+    """A streamed response. However it ends, its replies are cancelled with it."""
 
     def __init__(
         self,
@@ -323,12 +327,12 @@ class EventStreamResponse(StreamingResponse):
         media_type: str,
         headers: Mapping[str, str],
     ) -> None:
-        told = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
-        super().__init__(content, media_type=media_type, headers=told)
+        all_headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
+        super().__init__(content, media_type=media_type, headers=all_headers)
         self._running = running
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
+        """Send the stream, then close the request."""
         try:
             await super().__call__(scope, receive, send)
         finally:

@@ -1,4 +1,4 @@
-"""Runs the application, until it is told to stop; then what is being said may be finished."""
+"""Runs the application until a signal stops it; running replies may then finish."""
 
 import asyncio
 import signal
@@ -17,16 +17,17 @@ from qwen3_mlx.server.connections import Connection, Connections, Limits, raise_
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
 
-_LAST_WORDS = 2  # seconds, at most half of all, for cancelled replies to tell their clients
+# Seconds of `shutdown`, at most half of it, in which cancelled replies tell their clients so.
+_NOTICE = 2
 BACKLOG = 128
-# Seconds that a thread keeps the interpreter while others want it. Python's 0.005 for each of the
-# threads that prepare, and for each step of the event loop, make 0.3 s of waiting.
-_INTERVAL = 0.001
-_TICKS = 10  # of a tenth of a second, from one look at all connections to the next
+# Seconds that a thread keeps the interpreter lock while others want it. Python's default of 0.005,
+# for each preparing thread and each step of the event loop, would add up to a delay of 0.3 s.
+_SWITCH_INTERVAL = 0.001
+_TICKS_PER_SWEEP = 10  # a tick is 0.1 s
 
 
 class Server(uvicorn.Server):
-    """A server over sockets that are open already."""
+    """An HTTP server on sockets that are already bound."""
 
     def __init__(
         self,
@@ -36,7 +37,7 @@ class Server(uvicorn.Server):
         limits: Limits | None = None,
     ) -> None:
         app, self._service = make_app(llm, settings)
-        self._deadline = settings.shutdown - min(_LAST_WORDS, settings.shutdown / 2)
+        self._deadline = settings.shutdown - min(_NOTICE, settings.shutdown / 2)
         self._ready = ready
         limits = limits or Limits.of_process()
         self.connections = Connections(limits)
@@ -60,34 +61,35 @@ class Server(uvicorn.Server):
 
     @property
     def service(self) -> Service:
-        """What it serves."""
+        """The service behind the application."""
         return self._service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to listen."""
+        """Start to listen, then call `ready`."""
         self.loop = asyncio.get_running_loop()
         self.loop.set_exception_handler(self.connections.on_error)
         await super().startup(sockets)
         for listener in sockets or ():
-            # More may wait to be accepted than are accepted at once, which asyncio takes for one.
+            # asyncio takes one number for the connections accepted at once and for those that wait
+            # in the socket's queue; the queue may be longer.
             listener.listen(BACKLOG)
         self._ready()
 
     async def on_tick(self, counter: int) -> bool:
-        """Do what is done every tenth of a second."""
-        if counter % _TICKS == 0:
+        """Check the connections once a second; called every tenth of a second."""
+        if counter % _TICKS_PER_SWEEP == 0:
             self.connections.sweep(self.loop.time())
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take a signal: the first lets replies come to their end, another ends them now."""
+        """Handle a signal: the first lets running replies finish, the second cancels them."""
         if self.should_exit:
             self.loop.call_soon_threadsafe(self._service.cancel_all)
         self._service.stopping = True
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more requests, and end those that are not done in time."""
+        """Accept no more requests, and cancel replies that do not finish in time."""
         self._service.stopping = True
         timer = self.loop.call_later(self._deadline, self._service.cancel_all)
         await super().shutdown(sockets)
@@ -102,11 +104,11 @@ def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable
     """
     raise_file_limit()
     interval = sys.getswitchinterval()
-    sys.setswitchinterval(_INTERVAL)
+    sys.setswitchinterval(_SWITCH_INTERVAL)
     before = signal.signal(signal.SIGTERM, _quit)
     try:
         Server(llm, settings, ready).run([listener])
-    except KeyboardInterrupt:  # which the server hands on when all is done
+    except KeyboardInterrupt:  # uvicorn raises the signal again after the shutdown
         pass
     finally:
         signal.signal(signal.SIGTERM, before)

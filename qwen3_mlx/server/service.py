@@ -1,4 +1,4 @@
-"""The one engine behind all routes: who is let in, and what is begun."""
+"""The service behind all routes: admits requests and starts their replies on the one engine."""
 
 import asyncio
 import time
@@ -21,57 +21,57 @@ from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import ThinkingRequest
 from qwen3_mlx.text.fair_queue import Caller
 
-_AT_ONCE = 16 << 10  # bytes that take little longer than to wake a thread for them
-_READERS = 2  # threads for large bodies, which together take as many times the memory of one
+_MAX_INLINE = 16 << 10  # bytes of JSON that cost little more than waking a thread for them
+_BODY_THREADS = 2  # for large bodies; each adds the memory of one body that is parsed
 
 Prepare = Callable[[Caller], PreparedRequest]
 T = TypeVar("T")
 
 
 class Service:
-    """A loaded checkpoint, and the requests that it is answering."""
+    """A loaded checkpoint and the requests in progress."""
 
     def __init__(self, llm: LLM, settings: Settings) -> None:
         self.llm = llm
         self.settings = settings
         self.context = llm.context
-        self._mailbox = EventBridge(llm)
+        self._bridge = EventBridge(llm)
         self.created = int(time.time())
         self.keys = Keys(settings.api_key, settings.key_file)
         self.stopping = False
         self.started = time.monotonic()
-        self._readers = ThreadPoolExecutor(_READERS, "qwen3-body")
+        self._body_threads = ThreadPoolExecutor(_BODY_THREADS, "qwen3-body")
         self.places = Admission(settings.max_requests, settings.most_per_client)
         self.preparing = PreparationPool()
-        llm.load_grammars()  # now, for it would hold up all that runs
+        llm.load_grammars()  # now, since later it would delay all running requests
 
     @property
     def active(self) -> int:
-        """The replies that run or wait."""
+        """Number of replies that run or wait."""
         return self.places.active
 
     def another_model(self, name: str | None) -> list[str]:
-        """Warn of a model that is asked for and is not the one that answers."""
+        """Return a warning if the request names a model other than the one that is served."""
         if name in (None, "", "default", self.settings.model):
             return []
         return [f"there is no model {name!r:.200} here; {self.settings.model} answers"]
 
     def options(self, wish: ThinkingRequest, warnings: list[str]) -> Options:
-        """Give what a request says of thinking as the library has it, and add to its warnings."""
+        """Return the library's options for the thinking of a request, and append its warnings."""
         settings = self.settings
-        found = wish.resolve(self.llm.thinking, settings.thinking, settings.thinking_budget)
-        warnings += found.warnings
+        resolved = wish.resolve(self.llm.thinking, settings.thinking, settings.thinking_budget)
+        warnings += resolved.warnings
         return {
-            "thinking": found.thinking,
-            "thinking_budget": found.budget,
-            "thinking_budget_bends": found.bends,
+            "thinking": resolved.thinking,
+            "thinking_budget": resolved.budget,
+            "thinking_budget_bends": resolved.bends,
         }
 
     async def aside(self, size: int, job: Callable[[], T]) -> T:
-        """Do a job whose time grows with so many bytes of JSON: at once if few, or on a thread."""
-        if size <= _AT_ONCE:
+        """Run a job over `size` bytes of JSON: inline if they are few, otherwise on a thread."""
+        if size <= _MAX_INLINE:
             return job()
-        return await asyncio.get_running_loop().run_in_executor(self._readers, job)
+        return await asyncio.get_running_loop().run_in_executor(self._body_threads, job)
 
     async def run(
         self,
@@ -81,23 +81,23 @@ class Service:
         *,
         choices: int = 1,
     ) -> ActiveRequest:
-        """Send the replies to a request to the engine; to be closed by the caller.
+        """Submit the replies to a request to the engine; the caller closes the result.
 
-        What is prepared may take its time, and is done on a thread. A reply gets less than
-        `max_tokens`, with a warning, where the context has less room.
+        The preparation may be slow and runs on a thread. Where the context window has less room
+        than `max_tokens`, the reply is shortened, with a warning.
 
         Raises:
-            ApiError: it cannot be had.
+            ApiError: the request cannot be served.
         """
-        running = ActiveRequest(self._mailbox, self.settings, place, choices)
+        running = ActiveRequest(self._bridge, self.settings, place, choices)
 
         def start(caller: Caller) -> None:
-            tasks = [task for prepare in prepares for task in _copies(prepare(caller), choices)]
-            if warning := tasks[0].details.get("warning"):
+            prepared = [copy for prepare in prepares for copy in _copies(prepare(caller), choices)]
+            if warning := prepared[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
-                place.record["prompts"] = [task.prompt for task in tasks]
-            running.begin(tasks)
+                place.record["prompts"] = [reply.prompt for reply in prepared]
+            running.begin(prepared)
 
         try:
             await self.preparing.do(request, place.cancelled, start)
@@ -109,13 +109,14 @@ class Service:
         return running
 
     def cancel_all(self) -> None:
-        """End all that runs: the time for a shutdown is over."""
+        """Cancel all replies: the time for a graceful shutdown is over."""
         self.places.cancel_all()
 
 
-def _copies(task: PreparedRequest, count: int) -> list[PreparedRequest]:
-    """Return a task as often as there are to be replies to it, whose seeds follow each other."""
-    seed = task.asked.seed
-    if seed is None:
-        return [task] * count
-    return [replace(task, asked=replace(task.asked, seed=seed + n)) for n in range(count)]
+def _copies(prepared: PreparedRequest, count: int) -> list[PreparedRequest]:
+    """Return one prepared request for each choice, with consecutive seeds if a seed is set."""
+    options = prepared.asked
+    if options.seed is None:
+        return [prepared] * count
+    seeds = range(options.seed, options.seed + count)
+    return [replace(prepared, asked=replace(options, seed=seed)) for seed in seeds]

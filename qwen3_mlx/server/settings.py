@@ -1,4 +1,4 @@
-"""How a server is to behave."""
+"""Server configuration."""
 
 import ipaddress
 import math
@@ -13,15 +13,16 @@ REASONING_FIELDS = ("both", "reasoning_content", "reasoning", "none")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What is said once, at the start.
+    """Server configuration, fixed at the start.
 
-    `key_file` has one key a line; with several, a client is its key, otherwise its address, which a
-    proxy in `trusted_proxies` may state. A client may have `max_per_client` replies running and
-    waiting; None is three quarters of `max_requests`, or all where only this machine is served. A
-    reply that is not done after `request_timeout` ends as it is.
-    `model` is the name that clients see. `thinking` and `thinking_budget` hold where a request says
-    nothing of either. `reasoning_field` is where OpenAI's clients find the thinking. Times are in
-    seconds, sizes in bytes.
+    `key_file` has one key a line. With several keys, a client is identified by its key, otherwise
+    by its address, which a proxy in `trusted_proxies` may forward. `max_per_client` limits the
+    replies of one client, running and waiting; None is three quarters of `max_requests`, or all of
+    them where only this machine is served. A reply that is not complete after `request_timeout`
+    ends as it is; one without a first token fails with 504.
+    `model` is the name that clients see. `thinking` and `thinking_budget` are the defaults for a
+    request that sets neither. `reasoning_field` is where OpenAI's clients find the thinking. Times
+    are in seconds, sizes in bytes.
 
     Raises:
         ValueError: a value is out of its range.
@@ -41,8 +42,8 @@ class Settings:
     max_per_client: int | None = None
     request_timeout: float | None = None
     max_body: int = 32 << 20
-    keep_alive: float = 5.0  # between the signs of life on a stream that has nothing to say
-    shutdown: float = 10.0  # for replies to be finished in
+    keep_alive: float = 5.0  # between keep-alives on a stream that has no events
+    shutdown: float = 10.0  # for running replies to finish
     log_content: bool = False
 
     def __post_init__(self) -> None:
@@ -76,27 +77,27 @@ class Settings:
         for origin in self.cors_origins:
             if origin != "*" and not ORIGIN.fullmatch(origin):
                 raise ValueError(
-                    f"an origin to let in is {origin!r}, which is no origin; "
-                    "one is like https://example.com or http://localhost:3000, and * is all"
+                    f"allowed origin {origin!r} is not an origin; "
+                    "write https://example.com or http://localhost:3000, or * for all"
                 )
         for name in self.allowed_hosts:
             if not _HOST.fullmatch(name):
                 raise ValueError(
-                    f"an allowed host is {name!r}, which is no name of a host; "
-                    "one is like mac.local, without http:// and without a port"
+                    f"allowed host {name!r} is not a host name; "
+                    "write mac.local, without http:// and without a port"
                 )
         for proxy in self.trusted_proxies:
             try:
                 ipaddress.ip_network(proxy)
             except ValueError:
                 raise ValueError(
-                    f"a trusted proxy is {proxy!r}, which is no address; "
-                    "one is like 127.0.0.1, and a network like 10.0.0.0/8"
+                    f"trusted proxy {proxy!r} is not an address; "
+                    "write 127.0.0.1, or 10.0.0.0/8 for a network"
                 ) from None
 
     @property
     def local(self) -> bool:
-        """Whether it listens to this machine alone."""
+        """True if the server listens on a loopback address only."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -104,11 +105,11 @@ class Settings:
 
     @property
     def most_per_client(self) -> int:
-        """How many replies one client may have, running and waiting."""
+        """Number of replies that one client may have, running and waiting."""
         if self.max_per_client is not None:
             return min(self.max_per_client, self.max_requests)
         one_user = self.local and not self.trusted_proxies and self.key_file is None
-        return self.max_requests if one_user else math.ceil(self.max_requests * _SHARE)
+        return self.max_requests if one_user else math.ceil(self.max_requests * _CLIENT_SHARE)
 
 
 def own_names() -> set[str]:
@@ -117,7 +118,7 @@ def own_names() -> set[str]:
     return {name, f"{name}.local"} if name else set()
 
 
-_SHARE = 3 / 4  # of the replies that one client may have, where there may be others
+_CLIENT_SHARE = 3 / 4  # of `max_requests`, for one client where there may be others
 _HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?", re.IGNORECASE)
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")

@@ -1,9 +1,9 @@
-"""Thinking by every spelling that clients have, made one wish.
+"""Thinking options of a request: the spellings of all protocols, resolved to one setting.
 
-What is said most plainly wins: a switch, then a budget, then an effort, then what the server was
-started with, then the checkpoint's own default. Where two say the same thing differently and
-neither comes first, or what is wished cannot be, that is an error. An effort is a hint: what cannot
-be done about it, or is decided by something that comes first, is a warning.
+The most explicit field wins: a switch, then a budget, then an effort, then the server's setting,
+then the checkpoint's default. Fields of equal rank that contradict each other are an error, and so
+is a combination that is impossible. An effort is a hint: one that the checkpoint cannot follow, or
+that a field of higher rank overrules, gives a warning.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,16 +22,16 @@ EFFORTS = {
     "xhigh": UNLIMITED,
     "max": UNLIMITED,
 }
-"""Tokens of thinking; those of the tiers that other local servers use."""
+"""Thinking budget in tokens for each effort: the tiers that other local servers use."""
 
 Said = tuple[str, bool | int | str | None]
-"""A field's name and what it says."""
+"""Name of a field, and its value."""
 
 
 class Resolved(NamedTuple):
-    """What a wish is for the library, whether its budget `bends`, and what clients are warned of.
+    """Thinking options for the library, and warnings for the client.
 
-    A budget bends unless the request names it: where `max_tokens` leave no room, it gives way.
+    The budget `bends` unless the request names it: it is reduced where `max_tokens` has no room.
     """
 
     thinking: bool | None
@@ -42,10 +42,10 @@ class Resolved(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ThinkingRequest:
-    """What a request says of thinking: switches by rank, budgets, and an effort.
+    """Thinking fields of a request: switches by rank, budgets, and an effort.
 
-    `adaptive` is the field that leaves it to the model, where one does. `overruled` are fields that
-    the protocol itself puts after others, and which those are.
+    `adaptive` is the name of the field that leaves thinking to the model, if there is one.
+    `overruled` are fields that the protocol ranks below others, each with the field that wins.
     """
 
     switches: Sequence[Sequence[Said]] = ()
@@ -58,19 +58,19 @@ class ThinkingRequest:
     def resolve(
         self, thinking: Thinking, default: bool | None, default_budget: int | None
     ) -> Resolved:
-        """Give `thinking` and `thinking_budget` for the library, and warnings.
+        """Return `thinking` and `thinking_budget` for the library, and warnings.
 
         Raises:
-            ValueError: the request contradicts itself.
+            ValueError: fields contradict each other.
         """
-        agreed = [found for rank in self.switches if (found := _agreed(rank))]
-        switch = agreed[0] if agreed else None
-        said = _agreed(self.budgets)
-        budget = int(said[1] or 0) if said else None
+        switches = [field for rank in self.switches if (field := _agreed(rank))]
+        switch = switches[0] if switches else None
+        named = _agreed(self.budgets)
+        budget = int(named[1] or 0) if named else None
         wanted = bool(switch[1]) if switch else None
-        if switch and not wanted and said and (budget or 0) > 0:
-            raise ValueError(f"{said[0]}={budget} is for thinking, which {switch[0]} switches off")
-        effort, why = self._effort(thinking, switch, said)
+        if switch and not wanted and named and (budget or 0) > 0:
+            raise ValueError(f"{named[0]}={budget} is for thinking, which {switch[0]} switches off")
+        effort, effort_warnings = self._effort(thinking, switch, named)
         if wanted is None and budget is None and effort is not None:
             wanted = effort != "none"
         elif wanted is None and budget not in (None, 0):
@@ -83,41 +83,45 @@ class ThinkingRequest:
         if budget is None and thinks:
             budget = default_budget
         bounded = thinks and budget not in (None, UNLIMITED)
-        warnings = [*self._overruled(agreed), *why]
-        return Resolved(wanted, budget if bounded else None, said is None, warnings)
+        warnings = [*self._overruled(switches), *effort_warnings]
+        return Resolved(wanted, budget if bounded else None, named is None, warnings)
 
     def _effort(
         self, thinking: Thinking, switch: Said | None, budget: Said | None
     ) -> tuple[str | None, list[str]]:
-        """Give the effort, if it has a say, and why it has none otherwise."""
-        unable = "this checkpoint cannot think"
-        able, warnings = thinking.can_think, list[str]()
-        if not able and self.adaptive:
-            warnings.append(_ignored((self.adaptive, "adaptive"), unable))
+        """Return the effort, or None where it is not followed, and warnings with the reason."""
+        cannot_think = "this checkpoint cannot think"
+        can_think, warnings = thinking.can_think, list[str]()
+        if not can_think and self.adaptive:
+            warnings.append(_ignored((self.adaptive, "adaptive"), cannot_think))
         if self.effort is None:
             return None, warnings
         on = self.effort != "none"
-        first = switch if switch and bool(switch[1]) != on else None
-        off = switch is not None and not on  # a switch has said the same as an effort of none
-        if not first and able and not off and budget and budget[1] != EFFORTS[self.effort]:
-            first = budget
-        why = unable if on and not able else ""
-        if first:
-            why = f"{_stated(first)} comes first"
-        if not why:
+        winner = switch if switch and bool(switch[1]) != on else None
+        off = switch is not None and not on  # the switch and an effort of none agree
+        if not winner and can_think and not off and budget and budget[1] != EFFORTS[self.effort]:
+            winner = budget
+        reason = cannot_think if on and not can_think else ""
+        if winner:
+            reason = f"{_stated(winner)} comes first"
+        if not reason:
             return self.effort, warnings
-        return None, [*warnings, _ignored((self.effort_name, self.effort), why)]
+        return None, [*warnings, _ignored((self.effort_name, self.effort), reason)]
 
     def _overruled(self, switches: Sequence[Said]) -> Iterator[str]:
-        for one in switches[1:]:
-            if one[1] != switches[0][1]:
-                yield _ignored(one, f"{_stated(switches[0])} comes first")
-        for one, other in self.overruled:
-            yield _ignored(one, f"{other} comes first")
+        for switch in switches[1:]:
+            if switch[1] != switches[0][1]:
+                yield _ignored(switch, f"{_stated(switches[0])} comes first")
+        for field, winner in self.overruled:
+            yield _ignored(field, f"{winner} comes first")
 
 
 def _agreed(fields: Sequence[Said]) -> Said | None:
-    """Give the field that says something, if any does; all that do must say the same."""
+    """Return the first field that has a value, if any has.
+
+    Raises:
+        ValueError: two fields have different values.
+    """
     stated = [(name, value) for name, value in fields if value is not None]
     for name, value in stated[1:]:
         if value != stated[0][1]:
@@ -129,21 +133,21 @@ def _agreed(fields: Sequence[Said]) -> Said | None:
 
 
 def agreed_effort(efforts: Sequence[tuple[str, str | None]]) -> tuple[str, str | None]:
-    """Give the field of an effort that says something, and what; the first, if none does.
+    """Return the name and value of the effort field that has a value; the first name if none has.
 
     Raises:
-        ValueError: two name different efforts.
+        ValueError: two fields name different efforts.
     """
-    found = _agreed(efforts)
-    return (found[0], str(found[1])) if found else (efforts[0][0], None)
+    field = _agreed(efforts)
+    return (field[0], str(field[1])) if field else (efforts[0][0], None)
 
 
-def _ignored(field: Said, why: str) -> str:
-    return f"{_stated(field)} was ignored: {why}"
+def _ignored(field: Said, reason: str) -> str:
+    return f"{_stated(field)} was ignored: {reason}"
 
 
 def _stated(field: Said) -> str:
-    """Give a field and its value as the client wrote them."""
+    """Return a field and its value as the client wrote them."""
     name, value = field
     if name == "thinking.type" and isinstance(value, bool):
         value = "enabled" if value else "disabled"

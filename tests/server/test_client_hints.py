@@ -298,7 +298,7 @@ def test_a_schema_holds_by_any_name(served: Served, fields: dict[str, Any]) -> N
         ),
         ({"think": True, "thinking": {"type": "disabled"}}, "contradict each other"),
         ({"think": "low", "reasoning_effort": "high"}, "contradict each other"),
-        ({"logit_bias": {"9" * 5000: 1}}, "is no token id"),
+        ({"logit_bias": {"9" * 5000: 1}}, "is not a token id"),
         ({"skip_special_tokens": False}, "skip_special_tokens is not supported"),
     ],
 )

@@ -240,16 +240,16 @@ def test_a_client_that_takes_nothing_is_closed(
             wait_until(lambda: not len(served.server.connections), "it is not closed")
             assert b"[DONE]" not in all_of(connection)
         wait_until(lambda: not served.server.service.active, "it goes on")
-    assert "the client did not take the response" in caplog.text
+    assert "the client did not read the response" in caplog.text
 
 
 def test_what_is_kept_for_a_client_is_bounded(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_buffers(monkeypatch)
-    monkeypatch.setattr("qwen3_mlx.server.response._MOST_UNREAD", 500)
+    monkeypatch.setattr("qwen3_mlx.server.response._MAX_UNREAD", 500)
     with serving(tiny) as served:
         with reading_nothing(served, endless(max_tokens=1900)) as connection:
             wait_until(lambda: not served.server.service.active, "it goes on")
-            assert b"the client took too little" in until(connection, b"for too long")
+            assert b"the client read the reply too slowly" in until(connection, b"too slowly")
         assert served.chat(max_tokens=3).status_code == 200
 
 
@@ -289,7 +289,7 @@ def test_new_clients_get_in_however_many_hold_idle_connections(
             assert len(served.server.connections) <= 8
             for one in idle:
                 one.__exit__(None, None, None)
-    assert caplog.text.count("8 connections are as many as there may be") == 1
+    assert caplog.text.count("the limit of 8 connections is reached, so idle") == 1
 
 
 def test_where_all_are_at_work_one_more_is_refused(demo: LLM) -> None:
@@ -356,7 +356,7 @@ def test_what_is_no_request_is_told_so(served: Served) -> None:
         with connected(served, sent) as connection:
             response = all_of(connection)
         assert status_of(response) == 400
-        assert b"no request of HTTP/1.1; for TLS put a proxy" in response
+        assert b"not an HTTP/1.1 request; for TLS put a proxy" in response
 
 
 # --- half of a connection -------------------------------------------------------------------------

@@ -263,7 +263,7 @@ def time_is_up(served: Served, made: list[ActiveRequest]) -> None:
     while not made or not made[0].first:
         assert time.monotonic() < end, "no reply has begun"
         time.sleep(0.001)
-    served.server.loop.call_soon_threadsafe(made[0]._time_is_up)
+    served.server.loop.call_soon_threadsafe(made[0]._on_timeout)
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat"])

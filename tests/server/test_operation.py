@@ -234,7 +234,7 @@ def test_a_speed_is_that_of_the_last_seconds() -> None:
 def test_keys_of_a_file(
     demo: LLM, caplog: pytest.LogCaptureFixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(keys_module, "_EVERY", 0)
+    monkeypatch.setattr(keys_module, "_POLL_SECONDS", 0)
     file = tmp_path / "keys"
     file.write_text("# those of the house\n\nfirst\n  second  \n")
     file.chmod(0o600)
@@ -319,14 +319,14 @@ def test_the_networks_names_of_this_machine_are_ours(
 @pytest.mark.parametrize(
     ("settings", "complaint"),
     [
-        ({"cors_origins": ["foo"]}, "'foo', which is no origin; one is like https://"),
-        ({"cors_origins": ["http://a.test/"]}, "no origin"),
-        ({"cors_origins": ["*", "null"]}, "'null', which is no origin"),
-        ({"allowed_hosts": ["http://a.test"]}, "no name of a host"),
+        ({"cors_origins": ["foo"]}, "'foo' is not an origin; write https://"),
+        ({"cors_origins": ["http://a.test/"]}, "not an origin"),
+        ({"cors_origins": ["*", "null"]}, "'null' is not an origin"),
+        ({"allowed_hosts": ["http://a.test"]}, "not a host name"),
         ({"allowed_hosts": ["a.test:8080"]}, "without a port"),
         ({"shutdown": -1}, "shutdown must be 0 seconds or more, not -1"),
         ({"shutdown": float("nan")}, "shutdown must be 0 seconds or more, not nan"),
-        ({"trusted_proxies": ["proxy"]}, "'proxy', which is no address"),
+        ({"trusted_proxies": ["proxy"]}, "'proxy' is not an address"),
         ({"key_file": Path("x"), "api_key": "y"}, "two sources of keys"),
     ],
 )
@@ -378,7 +378,7 @@ def test_the_start_says_how_the_network_finds_it(tmp_path: Path) -> None:
             ["--key-file", "/nowhere/keys"],
             "the key file /nowhere/keys cannot be read: No such file",
         ),
-        (["--cors-origin", "foo"], "'foo', which is no origin"),
+        (["--cors-origin", "foo"], "'foo' is not an origin"),
         (["--request-timeout", "0"], "--request-timeout must be more than 0 seconds"),
     ],
 )

@@ -176,7 +176,7 @@ def test_nobody_waits_for_what_compiles_for_others(
     known = structured(regex="(known|words)")
     assert served.chat("Hi", enable_thinking=False, **known).status_code == 200
     answers: list[httpx.Response] = []
-    count = preparing._AT_ONCE + 1
+    count = preparing._MAX_COMPUTING + 1
 
     def ask(number: int) -> None:
         form = structured(regex=f"(new|words){number}")
@@ -217,7 +217,7 @@ def test_only_a_few_compute_at_once(
         thread.start()
     for thread in ask:
         thread.join()
-    assert max(most) <= preparing._AT_ONCE and len(most) == 12
+    assert max(most) <= preparing._MAX_COMPUTING and len(most) == 12
 
 
 def test_a_client_that_goes_away_gives_its_place_back(
@@ -237,7 +237,7 @@ def test_a_client_that_goes_away_gives_its_place_back(
 def test_a_request_that_waits_too_long_is_told_to_come_again(
     served: Served, lanes: list[grammar_trial._Lane], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "_PATIENCE", 0.2)
+    monkeypatch.setattr(preparing, "_TIMEOUT", 0.2)
     with occupied(lanes):
         response = served.chat("Hi", **structured(regex="patience"))
     assert (response.status_code, response.headers["Retry-After"]) == (503, "10")
@@ -264,7 +264,7 @@ def test_work_that_cannot_be_given_up_is_seen(
     served: Served, demo: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
-    monkeypatch.setattr(preparing, "_PATIENCE", 0.1)
+    monkeypatch.setattr(preparing, "_TIMEOUT", 0.1)
     monkeypatch.setattr(demo, "prepare", lambda *_, **__: go_on.wait())
     try:
         assert served.chat("Hi").status_code == 503

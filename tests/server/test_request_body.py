@@ -116,7 +116,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "100,000 prompts": (
         TEXT,
         lambda: json.dumps({"n": 32, "prompt": ["a"] * 100_000}).encode(),
-        "3,200,000 replies are asked for, and at most 64 can be",
+        "3,200,000 replies are requested, and at most 64 are possible",
     ),
     "400,000 nulls": (
         TEXT,
@@ -286,7 +286,7 @@ def test_an_origin_that_is_no_address_is_no_error(
         (b'{"a": "\xff"}', "cannot be read as JSON: invalid unicode code point"),
         (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "it is nested too deeply"),
         (b'{"seed": ' + b"9" * 5000 + b"}", "a number has too many digits"),
-        (said("x", logit_bias={"1" * 5000: 1}), "is no token id"),
+        (said("x", logit_bias={"1" * 5000: 1}), "is not a token id"),
     ],
 )
 def test_what_cannot_be_read_is_said(served: Served, body: bytes, complaint: str) -> None:

@@ -231,7 +231,7 @@ def test_what_is_wrong_is_said_in_the_form_of_the_protocol(
         ({"max_tokens": 5, "max_completion_tokens": 6}, "contradict each other"),
         ({"top_logprobs": 3}, "top_logprobs needs logprobs=true"),
         ({"stream_options": {"include_usage": True}}, "stream_options is for streams"),
-        ({"logit_bias": {"x": 1}}, "'x' is no token id"),
+        ({"logit_bias": {"x": 1}}, "'x' is not a token id"),
         ({"logit_bias": {"99999": 1}}, "logit_bias names 99999"),
         ({"response_format": {"type": "json_schema"}}, "needs json_schema"),
         ({"tool_choice": "required"}, "tool_choice='required' needs tools"),
@@ -654,7 +654,7 @@ def test_more_than_it_can_take_is_told_to_come_again(demo: LLM) -> None:
                 assert "2 of at most 2 replies" in message_of(response)
         until_idle(running)
         assert running.chat(max_tokens=3).status_code == 200
-        assert "at most 2 can be" in message_of(running.chat(n=3))
+        assert "at most 2 are possible" in message_of(running.chat(n=3))
 
 
 def test_many_at_once_are_each_told_their_own(served: Served, demo: LLM) -> None:

@@ -1,4 +1,4 @@
-"""Anthropic's API: messages, and how many tokens they have."""
+"""Routes of Anthropic's API: messages, and token counts."""
 
 import secrets
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -47,20 +47,22 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
-# Clients send it back with the thinking and want it to be there; it proves nothing here.
+# Clients require a signature, and send it back with the thinking; it is not verified here.
 _SIGNATURE = "qwen3-mlx"
 
 
 def routes(service: Service) -> APIRouter:
-    """Make the routes of this protocol."""
+    """Create the routes of this protocol."""
     router = APIRouter(prefix="/v1/messages", tags=["Anthropic"], responses=_ERRORS)
 
     @router.post("", response_model=MessageOut, responses=_STREAM, **takes(MessagesRequest))
     async def messages(request: Request) -> Response:
+        """Create a message, complete or as a stream of events."""
         return await answered(service, request, MessagesRequest, _Messages)
 
     @router.post("/count_tokens", response_model=CountOut, **takes(PromptBody))
     async def count_tokens(request: Request) -> Response:
+        """Count the tokens of a prompt, without generating a reply."""
         return await answered(service, request, PromptBody, _Count)
 
     return router
@@ -70,7 +72,7 @@ def _prompt(service: Service, asked: PromptBody) -> tuple[list[dict[str, Any]], 
     """Return the messages of a prompt, the options that it depends on, and warnings.
 
     Raises:
-        TypeError, ValueError: it cannot be had.
+        TypeError, ValueError: the prompt is invalid or not supported.
     """
     warnings = service.another_model(asked.model)
     warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
@@ -78,11 +80,11 @@ def _prompt(service: Service, asked: PromptBody) -> tuple[list[dict[str, Any]], 
     choice = asked.tool_choice
     if choice and (choice.type == "tool") != bool(choice.name):
         raise ValueError("tool_choice of type tool needs a name, and no other type has one")
-    names = {"auto": "auto", "any": "required", "none": "none"}
+    modes = {"auto": "auto", "any": "required", "none": "none"}
     options: Options = {
         **service.options(asked.wish(), warnings),
         "tools": asked.library_tools() or None,
-        "tool_choice": (choice.name or names[choice.type]) if choice else "auto",
+        "tool_choice": (choice.name or modes[choice.type]) if choice else "auto",
         "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
         "continue_last": ends_with_words(messages),
     }
@@ -90,7 +92,7 @@ def _prompt(service: Service, asked: PromptBody) -> tuple[list[dict[str, Any]], 
 
 
 class _Count:
-    """The number of tokens that a prompt has."""
+    """Answers a request for the number of tokens of a prompt."""
 
     def __init__(self, service: Service, asked: PromptBody) -> None:
         self._service = service
@@ -100,7 +102,7 @@ class _Count:
             raise ApiError(400, str(error)) from error
 
     async def respond(self, request: Request, place: Slot) -> Response:
-        """Answer the request."""
+        """Return the response."""
         count = partial(self._service.llm.count_tokens, self._messages, **self._options)
         do = self._service.preparing.do
         counted = await do(request, place.cancelled, lambda _: count())
@@ -108,7 +110,7 @@ class _Count:
 
 
 class _Messages:
-    """A reply to messages."""
+    """Answers a request for a message."""
 
     def __init__(self, service: Service, asked: MessagesRequest) -> None:
         self._service = service
@@ -134,18 +136,18 @@ class _Messages:
             raise ApiError(400, str(error)) from error
 
     async def respond(self, request: Request, place: Slot) -> Response:
-        """Answer the request."""
+        """Return the response, complete or as a stream."""
         prepare = partial(self._service.llm.prepare, self._messages, **self._options)
         running = await self._service.run(request, place, [prepare])
         headers = warnings_header(self._warnings + running.warnings)
         if self._asked.stream:
             return EventStreamResponse(running, self._events(running), EVENTS, headers)
         await running.complete(request)
-        said, finish = running.said[0], running.finishes[0]
+        reply, finish = running.said[0], running.finishes[0]
         assert finish
         usage = _usage(finish.usage)
         end = self._end(finish)
-        content = list(_blocks(said))
+        content = list(_blocks(reply))
         return Json({**self._head(), "content": content, **end, "usage": usage}, headers=headers)
 
     def _head(self) -> dict[str, Any]:
@@ -157,13 +159,14 @@ class _Messages:
         }
 
     def _end(self, finish: Finish) -> dict[str, Any]:
+        """Return the stop reason and the stop sequence."""
         stop = finish.details.get("stop")
         reason = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}[
             finish.reason
         ]
-        made = finish.usage.completion_tokens
-        full = finish.usage.prompt_tokens + made >= self._service.context
-        if reason == "max_tokens" and full and made < self._asked.max_tokens:
+        generated = finish.usage.completion_tokens
+        full = finish.usage.prompt_tokens + generated >= self._service.context
+        if reason == "max_tokens" and full and generated < self._asked.max_tokens:
             reason = "model_context_window_exceeded"
         return {"stop_reason": "stop_sequence" if stop else reason, "stop_sequence": stop}
 
@@ -195,18 +198,18 @@ class _Messages:
 
 
 class _Writer:
-    """Writes the blocks of a stream, one after another."""
+    """Writes the content blocks of a stream, one open at a time."""
 
     def __init__(self) -> None:
         self._index = 0
         self._open: str | None = None
 
     def write(self, event: Event) -> Iterator[bytes]:
-        """Give what tells of an event."""
+        """Yield the server-sent events for an event of the reply."""
         if isinstance(event, Reasoning):
-            yield from self._say("thinking", event.text, {"thinking": "", "signature": ""})
+            yield from self._write_delta("thinking", event.text, {"thinking": "", "signature": ""})
         elif isinstance(event, Text):
-            yield from self._say("text", event.text, {"text": ""})
+            yield from self._write_delta("text", event.text, {"text": ""})
         elif isinstance(event, ToolCallDelta):
             if self._open != event.id:
                 yield from self._close()
@@ -216,7 +219,7 @@ class _Writer:
         else:
             yield from self._close()
 
-    def _say(self, kind: str, text: str, empty: Mapping[str, str]) -> Iterator[bytes]:
+    def _write_delta(self, kind: str, text: str, empty: Mapping[str, str]) -> Iterator[bytes]:
         if self._open != kind:
             yield from self._close()
             yield self._start({"type": kind, **empty})
@@ -239,12 +242,13 @@ class _Writer:
         return _event("content_block_delta", index=self._index, delta=delta)
 
 
-def _blocks(said: ReplyBuilder) -> Iterator[dict[str, Any]]:
-    if said.reasoning:
-        yield {"type": "thinking", "thinking": said.reasoning, "signature": _SIGNATURE}
-    if said.text:
-        yield {"type": "text", "text": said.text}
-    for call in said.tool_calls:
+def _blocks(reply: ReplyBuilder) -> Iterator[dict[str, Any]]:
+    """Yield the content blocks of a complete reply."""
+    if reply.reasoning:
+        yield {"type": "thinking", "thinking": reply.reasoning, "signature": _SIGNATURE}
+    if reply.text:
+        yield {"type": "text", "text": reply.text}
+    for call in reply.tool_calls:
         yield {"type": "tool_use", **_tool(call), "input": call.arguments}
 
 

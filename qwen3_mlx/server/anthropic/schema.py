@@ -1,4 +1,4 @@
-"""The requests and responses of Anthropic's Messages API, as far as they are honoured here."""
+"""Request and response models of Anthropic's Messages API, with the fields that are supported."""
 
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -23,14 +23,15 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "standard_only"),
 }
 HARMLESS = frozenset(("metadata", "betas", "cache_control", "inference_geo"))
-# What a model is told of a tool; the rest is for the provider.
+# Fields of a tool that the model sees; the others are for the provider.
 _LIBRARY_NAMES = {"name": "name", "description": "description", "input_schema": "parameters"}
 _EFFORT = "output_config.effort"
-_BILLING = "x-anthropic-billing-header:"  # changes from request to request, and means nothing here
+# Differs in each request, which would defeat the prefix cache, and has no meaning here.
+_BILLING = "x-anthropic-billing-header:"
 
 
 class Block(WireModel):
-    """A part of a message: text, thinking, a call of a tool, or what came of one."""
+    """A content block: text, thinking, a tool call, or the result of one."""
 
     type: str
     text: str | None = None
@@ -67,7 +68,7 @@ class ToolIn(OrderedModel):
 
 
 class ToolChoice(WireModel):
-    """Which of them it must call, if any."""
+    """The tool that the model must call, if any."""
 
     type: Literal["auto", "any", "tool", "none"]
     name: str | None = None
@@ -75,21 +76,21 @@ class ToolChoice(WireModel):
 
 
 class OutputFormat(WireModel):
-    """The form of the answer."""
+    """Format of the answer."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
 class OutputConfig(WireModel):
-    """How much to think, and the form of the answer."""
+    """Effort of thinking, and format of the answer."""
 
     effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
     format: OutputFormat | None = None
 
 
 class PromptBody(RequestModel):
-    """What a prompt is made of."""
+    """Fields that determine a prompt."""
 
     model: str | None = None
     messages: Annotated[Messages[Message], Field(min_length=1)]
@@ -100,7 +101,7 @@ class PromptBody(RequestModel):
     output_config: OutputConfig | None = None
 
     def wish(self) -> ThinkingRequest:
-        """Give what is said of thinking; an effort wins over a budget, as it does elsewhere."""
+        """Return the thinking fields; an effort takes precedence over a budget in this protocol."""
         thinking, config = self.thinking, self.output_config
         switch = thinking.switch if thinking else None
         budget = ("thinking.budget_tokens", thinking.budget_tokens if thinking else None)
@@ -116,20 +117,20 @@ class PromptBody(RequestModel):
         )
 
     def library_messages(self) -> list[dict[str, Any]]:
-        """Give the messages as the library has them.
+        """Return the messages for the library.
 
         Raises:
-            ValueError: a part cannot be read.
+            ValueError: a content block is not text, thinking, a tool call or a result.
         """
-        made = [{"role": "system", "content": text}] if (text := self._system()) else []
-        for place, message in enumerate(self.messages):
+        messages = [{"role": "system", "content": text}] if (text := self._system()) else []
+        for index, message in enumerate(self.messages):
             if isinstance(message.content, str):
-                made.append({"role": message.role, "content": message.content})
+                messages.append({"role": message.role, "content": message.content})
             elif message.role == "assistant":
-                made.append(_reply(message.content, f"messages[{place}]"))
+                messages.append(_assistant_message(message.content, f"messages[{index}]"))
             else:
-                made += _turn(message.role, message.content, f"messages[{place}]")
-        return made
+                messages += _user_messages(message.role, message.content, f"messages[{index}]")
+        return messages
 
     def _system(self) -> str:
         if self.system is None or isinstance(self.system, str):
@@ -138,12 +139,12 @@ class PromptBody(RequestModel):
         return "\n\n".join(text for text in texts if not text.startswith(_BILLING))
 
     def library_tools(self) -> list[dict[str, Any]]:
-        """Give the tools as the library has them.
+        """Return the tools for the library.
 
         Raises:
-            ValueError: one is the provider's own.
+            ValueError: a tool is one that the provider runs.
         """
-        made = []
+        tools = []
         for tool in self.tools or ():
             if tool.type not in (None, "custom") or tool.input_schema is None:
                 kind = f" of type {tool.type!r:.100}" if tool.type else ""
@@ -156,8 +157,8 @@ class PromptBody(RequestModel):
                 for name, value in tool.sent.items()
                 if name in _LIBRARY_NAMES
             }
-            made.append({"type": "function", "function": function})
-        return made
+            tools.append({"type": "function", "function": function})
+        return tools
 
 
 class MessagesRequest(PromptBody):
@@ -172,7 +173,7 @@ class MessagesRequest(PromptBody):
 
 
 class UsageOut(WireModel):
-    """Tokens counted; those of the prompt that were cached are not among `input_tokens`."""
+    """Token counts; `input_tokens` excludes the cached tokens of the prompt."""
 
     input_tokens: int
     output_tokens: int
@@ -181,7 +182,7 @@ class UsageOut(WireModel):
 
 
 class MessageOut(WireModel):
-    """A whole reply."""
+    """A complete message of the assistant."""
 
     id: str
     type: Literal["message"]
@@ -196,20 +197,20 @@ class MessageOut(WireModel):
 
 
 class CountOut(WireModel):
-    """How many tokens a prompt has."""
+    """Number of tokens of a prompt."""
 
     input_tokens: int
 
 
 class ErrorDetails(WireModel):
-    """What is wrong."""
+    """Type and message of an error."""
 
     type: str
     message: str
 
 
 class ErrorOut(WireModel):
-    """Any response that is not the one asked for."""
+    """An error response."""
 
     type: Literal["error"]
     error: ErrorDetails
@@ -221,8 +222,8 @@ def _text(block: Block, where: str) -> str:
     raise ValueError(f"{where}: a part of type {block.type!r} has no text; Qwen3 reads text only")
 
 
-def _reply(blocks: list[Block], where: str) -> dict[str, Any]:
-    """Put an assistant's message together; signatures come back as they went, unread."""
+def _assistant_message(blocks: list[Block], where: str) -> dict[str, Any]:
+    """Convert the blocks of an assistant's message; signatures are not verified."""
     texts, thinking, calls = [], [], []
     for block in blocks:
         if block.type == "thinking":
@@ -230,28 +231,28 @@ def _reply(blocks: list[Block], where: str) -> dict[str, Any]:
         elif block.type == "tool_use" and block.name is not None:
             function = {"name": block.name, "arguments": block.input or {}}
             calls.append({"id": block.id, "type": "function", "function": function})
-        elif block.type != "redacted_thinking":  # which nobody can read but who wrote it
+        elif block.type != "redacted_thinking":  # encrypted by the provider
             texts.append(_text(block, where))
-    made: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(texts)}
     if thinking:
-        made["reasoning_content"] = "\n".join(thinking)
+        message["reasoning_content"] = "\n".join(thinking)
     if calls:
-        made["tool_calls"] = calls
-    return made
+        message["tool_calls"] = calls
+    return message
 
 
-def _turn(role: str, blocks: list[Block], where: str) -> Iterator[dict[str, Any]]:
-    """Take a user's message apart: what came of calls, and what is said beside it."""
-    said = []
+def _user_messages(role: str, blocks: list[Block], where: str) -> Iterator[dict[str, Any]]:
+    """Yield the tool results of a user's message, then one message with its text."""
+    texts = []
     for block in blocks:
         if block.type != "tool_result":
-            said.append(_text(block, where))
+            texts.append(_text(block, where))
             continue
         content = block.content or ""
         parts = [content] if isinstance(content, str) else [_text(part, where) for part in content]
-        words = "".join(parts)
-        if block.is_error and not words.startswith("Error"):
-            words = f"Error: {words}"
-        yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": words}
-    if said or not blocks:
-        yield {"role": role, "content": "\n\n".join(said)}
+        result = "".join(parts)
+        if block.is_error and not result.startswith("Error"):
+            result = f"Error: {result}"
+        yield {"role": "tool", "tool_call_id": block.tool_use_id, "content": result}
+    if texts or not blocks:
+        yield {"role": role, "content": "\n\n".join(texts)}

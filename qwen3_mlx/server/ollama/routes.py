@@ -1,4 +1,4 @@
-"""Ollama's API: chat, generate, and what its clients want to know of the model."""
+"""Routes of Ollama's API: chat, generate, and the description of the model."""
 
 import time
 from abc import ABC, abstractmethod
@@ -46,16 +46,16 @@ from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, 
 from qwen3_mlx.version import __version__
 
 _LINES = "application/x-ndjson"
-_NEVER = "9999-12-31T23:59:59Z"  # when the model is unloaded
+_NEVER = "9999-12-31T23:59:59Z"  # expiry of the model, which stays loaded
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
 }
 _STREAM: dict[str, Any] = {"content": {_LINES: {}}}
-_COUNTS = (
+_COUNT_FIELDS = (
     *("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration"),
     *("eval_count", "eval_duration"),
 )
-_NOT_HERE = {
+_UNSUPPORTED_ROUTES = {
     "/embed": ("POST", "makes no embeddings"),
     "/embeddings": ("POST", "makes no embeddings"),
     "/pull": ("POST", "fetches no others"),
@@ -67,13 +67,14 @@ _NOT_HERE = {
 
 
 def routes(service: Service) -> APIRouter:
-    """Make the routes of this protocol."""
+    """Create the routes of this protocol."""
     router = APIRouter(prefix="/api", tags=["Ollama"], responses=_ERRORS)
 
     @router.post(
         "/chat", response_model=OllamaChatOut, responses={200: _STREAM}, **takes(OllamaChatRequest)
     )
     async def chat(request: Request) -> Response:
+        """Create a chat message, complete or as a stream of lines."""
         return await answered(service, request, OllamaChatRequest, _Chat)
 
     @router.post(
@@ -83,63 +84,67 @@ def routes(service: Service) -> APIRouter:
         **takes(OllamaGenerateRequest),
     )
     async def generate(request: Request) -> Response:
+        """Answer a prompt, or continue it as raw text with `raw`."""
         return await answered(service, request, OllamaGenerateRequest, _Generate)
 
     @router.head("/tags", include_in_schema=False)
     @router.get("/tags")
     async def tags() -> dict[str, Any]:
+        """List the names of the served model."""
         return {"models": [_model(service, name) for name in _names(service)]}
 
     @router.get("/ps")
     async def loaded() -> dict[str, Any]:
+        """List the loaded model."""
         model = _model(service, service.settings.model)
         more = {"expires_at": _NEVER, "size_vram": 0, "context_length": service.context}
         return {"models": [{**model, **more}]}
 
     @router.post("/show", **takes(OllamaShowRequest))
     async def show(request: Request) -> Response:
+        """Describe the served model and its capabilities."""
         sent = await request.body()
-        read = partial(parsed, sent, OllamaShowRequest, service.context)
-        asked = await service.aside(len(sent), read)
-        _check_model(service, asked.model or asked.name)
+        parse = partial(parsed, sent, OllamaShowRequest, service.context)
+        body = await service.aside(len(sent), parse)
+        _check_model(service, body.model or body.name)
         return Json(
-            _described(service), headers=warnings_header(check_unknown(asked, {}, frozenset()))
+            _description(service), headers=warnings_header(check_unknown(body, {}, frozenset()))
         )
 
     @router.head("/version", include_in_schema=False)
     @router.get("/version")
     async def version() -> dict[str, str]:
-        """Give the version of Ollama whose API this is, which clients compare, and our own."""
+        """Return the version of Ollama's API, which clients compare, and that of this server."""
         return {"version": API_VERSION, "qwen3_mlx": __version__}
 
-    for path, (method, why) in _NOT_HERE.items():
-        refuse = _refusal(f"/api{path}", service.settings.model, why)
+    for path, (method, reason) in _UNSUPPORTED_ROUTES.items():
+        refuse = _refusal(f"/api{path}", service.settings.model, reason)
         router.add_api_route(path, refuse, methods=[method], include_in_schema=False)
     return router
 
 
-def _refusal(path: str, model: str, why: str) -> Callable[[], Response]:
+def _refusal(path: str, model: str, reason: str) -> Callable[[], Response]:
     def refuse() -> Response:
         raise ApiError(
-            501, f"{path} is not supported: this server has one model, {model}, and {why}"
+            501, f"{path} is not supported: this server has one model, {model}, and {reason}"
         )
 
     return refuse
 
 
 def _names(service: Service) -> list[str]:
-    """Give the names that the model has here."""
+    """Return the names of the served model."""
     return [*dict.fromkeys((service.settings.model, "default"))]
 
 
 def _check_model(service: Service, name: str | None) -> None:
-    """Check that a model is the one that is here; no name is its name, too.
+    """Check that a name is one of the served model's; no name stands for it, too.
 
     Raises:
-        ApiError: it is another.
+        ApiError: the name is another model's (404).
     """
     names = _names(service)
-    if name and name.lower().removesuffix(":latest") not in [known.lower() for known in names]:
+    if name and name.lower().removesuffix(":latest") not in [own.lower() for own in names]:
         raise ApiError(404, f"model {name!r:.200} not found; there is {' or '.join(names)}")
 
 
@@ -148,9 +153,9 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "model": name,
-        "modified_at": _when(service.created),
+        "modified_at": _timestamp(service.created),
         "size": 0,
-        "digest": sha256(name.encode()).hexdigest(),  # of which Ollama's command shows a part
+        "digest": sha256(name.encode()).hexdigest(),  # Ollama's command line shows a part of it
         "details": {
             "parent_model": "",
             "format": "safetensors",
@@ -162,12 +167,12 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     }
 
 
-def _described(service: Service) -> dict[str, Any]:
-    thinks = ["thinking"] if service.llm.thinking.can_think else []
+def _description(service: Service) -> dict[str, Any]:
+    thinking = ["thinking"] if service.llm.thinking.can_think else []
     family = service.llm.config.model_type
     return {
         **_model(service, service.settings.model),
-        "capabilities": ["completion", "tools", *thinks],
+        "capabilities": ["completion", "tools", *thinking],
         "model_info": {
             "general.architecture": family,
             f"{family}.context_length": service.context,
@@ -175,12 +180,12 @@ def _described(service: Service) -> dict[str, Any]:
     }
 
 
-def _when(seconds: float) -> str:
+def _timestamp(seconds: float) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 class _Reply(ABC):
-    """What chat and generate have in common."""
+    """Base of the answers to chat and generate."""
 
     def __init__(
         self, service: Service, asked: OllamaRequest, unsupported: Mapping[str, tuple[Any, ...]]
@@ -188,9 +193,9 @@ class _Reply(ABC):
         _check_model(service, asked.model)
         self._service = service
         self._streams = asked.stream is not False
-        self._noting = bool(asked.logprobs)
+        self._with_logprobs = bool(asked.logprobs)
         try:
-            self._stays = seconds_of(asked.keep_alive)
+            self._keep_alive_seconds = seconds_of(asked.keep_alive)
             self._warnings = check_unknown(asked, unsupported, frozenset())
             sampling_options, warnings = read_options(asked.options or {}, service.context)
             self._warnings += warnings + asked.not_honoured()
@@ -201,24 +206,24 @@ class _Reply(ABC):
                 "schema": {"type": "object"} if asked.format == "json" else asked.format or None,
                 "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
             }
-            self._prepare = self._lay_out()
+            self._prepare = self._make_prepare()
         except (ValueError, TypeError) as error:
             raise ApiError(400, in_their_words(str(error))) from error
 
     @abstractmethod
-    def _lay_out(self) -> Prepare | None:
-        """Give what lays out the reply, or None where the model is to be loaded alone."""
+    def _make_prepare(self) -> Prepare | None:
+        """Return the function that prepares the reply; None if the model is only to be loaded."""
 
     @abstractmethod
     def _part(
         self, text: str = "", thinking: str = "", calls: Sequence[ToolCall] = ()
     ) -> dict[str, Any]:
-        """Give what was said as a part of a response."""
+        """Return the fields of a response for text, thinking and tool calls."""
 
     async def respond(self, request: Request, place: Slot) -> Response:
-        """Answer the request."""
+        """Return the response, complete or as a stream of lines."""
         if self._prepare is None:
-            reason = "unload" if self._stays == 0 else "load"
+            reason = "unload" if self._keep_alive_seconds == 0 else "load"
             return Json(self._end(reason, {}), headers=warnings_header(self._warnings))
         try:
             running = await self._service.run(request, place, [self._prepare])
@@ -229,10 +234,10 @@ class _Reply(ABC):
         if self._streams:
             return EventStreamResponse(running, self._lines(running), _LINES, headers)
         await running.complete(request)
-        said = running.said[0]
-        whole = self._part(said.text, said.reasoning, said.tool_calls)
+        reply = running.said[0]
+        content = self._part(reply.text, reply.reasoning, reply.tool_calls)
         return Json(
-            {**self._last(running), **whole, **self._logprobs(said.logprobs)}, headers=headers
+            {**self._last(running), **content, **self._logprobs(reply.logprobs)}, headers=headers
         )
 
     async def _lines(self, running: ActiveRequest) -> AsyncIterator[bytes]:
@@ -256,51 +261,52 @@ class _Reply(ABC):
         return json_bytes({**self._head(), **part, "done": False}) + b"\n"
 
     def _head(self) -> dict[str, Any]:
-        return {"model": self._service.settings.model, "created_at": _when(time.time())}
+        return {"model": self._service.settings.model, "created_at": _timestamp(time.time())}
 
     def _last(self, running: ActiveRequest) -> dict[str, Any]:
         finish, timings = running.finishes[0], running.timings
         assert finish
-        reading, making = (int(timings[name] * 1e6) for name in ("prompt_ms", "predicted_ms"))
+        # Milliseconds to nanoseconds.
+        prefill, decode = (int(timings[name] * 1e6) for name in ("prompt_ms", "predicted_ms"))
         counts = {
-            "total_duration": reading + making,
+            "total_duration": prefill + decode,
             "prompt_eval_count": finish.usage.prompt_tokens,
-            "prompt_eval_duration": reading,
+            "prompt_eval_duration": prefill,
             "eval_count": finish.usage.completion_tokens,
-            "eval_duration": making,
+            "eval_duration": decode,
         }
         return self._end("length" if finish.reason == "length" else "stop", counts)
 
     def _end(self, reason: str, counts: Mapping[str, int]) -> dict[str, Any]:
         head = {**self._head(), **self._part(), "done": True, "done_reason": reason}
-        return {**head, **dict.fromkeys(_COUNTS, 0), **counts}
+        return {**head, **dict.fromkeys(_COUNT_FIELDS, 0), **counts}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
-        if not self._noting:
+        if not self._with_logprobs:
             return {}
-        noted = [
+        logprobs = [
             _logprob(token.token, token.logprob)
-            | {"top_logprobs": [_logprob(*one) for one in token.top]}
+            | {"top_logprobs": [_logprob(*top) for top in token.top]}
             for token in tokens
         ]
-        return {"logprobs": noted}
+        return {"logprobs": logprobs}
 
 
 class _Chat(_Reply):
-    """A reply to messages."""
+    """Answers a chat request."""
 
     def __init__(self, service: Service, asked: OllamaChatRequest) -> None:
         self._asked = asked
         super().__init__(service, asked, NOT_FOR_CHAT)
 
-    def _lay_out(self) -> Prepare | None:
+    def _make_prepare(self) -> Prepare | None:
         asked = self._asked
         if not asked.messages:
             return None
         messages = [_library_message(message) for message in asked.messages]
         options: Options = {
             **self._options,
-            **self._service.options(_wish(asked.think), self._warnings),
+            **self._service.options(_thinking_request(asked.think), self._warnings),
             "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
             "continue_last": ends_with_words(messages),
             "prefetch_next_turn": True,
@@ -321,20 +327,20 @@ class _Chat(_Reply):
 
 
 class _Generate(_Reply):
-    """A reply to a prompt, which with `raw` goes on from it."""
+    """Answers a generate request: replies to a prompt, or continues it with `raw`."""
 
     def __init__(self, service: Service, asked: OllamaGenerateRequest) -> None:
         self._asked = asked
         super().__init__(service, asked, NOT_FOR_GENERATE)
 
-    def _lay_out(self) -> Prepare | None:
+    def _make_prepare(self) -> Prepare | None:
         asked, llm = self._asked, self._service.llm
         if not asked.prompt:
             return None
         if not asked.raw:
             system = [{"role": "system", "content": asked.system}] if asked.system else []
             messages = [*system, {"role": "user", "content": asked.prompt}]
-            thinking = self._service.options(_wish(asked.think), self._warnings)
+            thinking = self._service.options(_thinking_request(asked.think), self._warnings)
             turn: Options = {**self._options, **thinking, "prefetch_next_turn": True}
             return partial(llm.prepare, messages, **turn)
         for name, value in (("system", asked.system), ("think", asked.think)):
@@ -349,7 +355,7 @@ class _Generate(_Reply):
         return {"response": text} | ({"thinking": thinking} if thinking else {})
 
 
-def _wish(think: bool | str | None) -> ThinkingRequest:
+def _thinking_request(think: bool | str | None) -> ThinkingRequest:
     if isinstance(think, str):
         return ThinkingRequest(effort=think, effort_name="think")
     return ThinkingRequest(([("think", think)],))
@@ -358,20 +364,20 @@ def _wish(think: bool | str | None) -> ThinkingRequest:
 def _library_message(message: OllamaMessage) -> dict[str, Any]:
     if message.images:
         raise ValueError("images cannot be read: Qwen3 reads text only")
-    made: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+    converted: dict[str, Any] = {"role": message.role, "content": message.content or ""}
     if message.thinking:
-        made["reasoning_content"] = message.thinking
+        converted["reasoning_content"] = message.thinking
     if message.tool_call_id:
-        made["tool_call_id"] = message.tool_call_id
+        converted["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        made["tool_calls"] = [
+        converted["tool_calls"] = [
             {
                 "type": "function",
                 "function": call.function.model_dump(include={"name", "arguments"}),
             }
             for call in message.tool_calls
         ]
-    return made
+    return converted
 
 
 def _logprob(token: bytes, logprob: float) -> dict[str, Any]:

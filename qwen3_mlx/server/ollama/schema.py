@@ -1,4 +1,4 @@
-"""The requests and responses of Ollama's API, as far as they are honoured here."""
+"""Request and response models of Ollama's API, with the fields that are supported."""
 
 import re
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from qwen3_mlx.server.openai.schema import ToolIn
 from qwen3_mlx.server.wire import Messages, Parts, RequestModel, Tools, WireModel
 
 API_VERSION = "0.12.11"
-"""The version of Ollama whose API this is: the first with log probabilities."""
+"""Version of Ollama whose API this is: the first with logprobs."""
 
-# What asks for something that cannot be had, and the values of it that ask for nothing.
+# Unsupported fields, each with the values that have no effect and are accepted.
 NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "_debug_render_only": (),
 }
@@ -33,29 +33,29 @@ _SAMPLING = {
     "presence_penalty": "presence_penalty",
     "frequency_penalty": "frequency_penalty",
 }
-_WHOLE = frozenset(("num_predict", "top_k", "seed", "num_ctx", "repeat_last_n"))
-_NUMBERS = _WHOLE | _SAMPLING.keys()
-# How Ollama uses its machine, and what it keeps where it shortens a prompt, which is not done here:
-# no reply depends on them.
+_INTEGERS = frozenset(("num_predict", "top_k", "seed", "num_ctx", "repeat_last_n"))
+_NUMBERS = _INTEGERS | _SAMPLING.keys()
+# Options that no reply depends on: Ollama's use of its machine, and what it keeps of a prompt that
+# it shortens, which is not done here.
 _HARMLESS = frozenset(
     ("num_gpu", "num_thread", "num_batch", "use_mmap", "use_mlock", "low_vram", "numa", "main_gpu")
     + ("f16_kv", "num_keep")
 )
-# Ways to choose tokens that are not known here, and the values that switch them off.
-_IDLE: dict[str, float] = {"mirostat": 0, "tfs_z": 1, "typical_p": 1}
-_RANDOM = -1  # as a seed
-# What the library calls otherwise, where its errors and warnings begin with it.
-_THEIRS = {
+# Sampling methods that are not supported, and the values that switch them off.
+_SWITCHED_OFF: dict[str, float] = {"mirostat": 0, "tfs_z": 1, "typical_p": 1}
+_RANDOM = -1  # this seed means a random one
+# The library's names of fields, as its errors and warnings begin, and Ollama's names.
+_OLLAMA_NAMES = {
     "max_tokens": "options.num_predict",
     "repetition_penalty": "options.repeat_penalty",
     "schema": "format",
 }
-_OURS = re.compile(rf"({'|'.join(_THEIRS)})(?==|: | must be )")
+_LIBRARY_NAME = re.compile(rf"({'|'.join(_OLLAMA_NAMES)})(?==|: | must be )")
 _DURATION = re.compile(r"[-+]?(\d+\.?\d*(h|m|s|ms|us|µs|ns))+")
 
 
 class FunctionCall(WireModel):
-    """A call as an assistant made it; `arguments` are an object, or the JSON text of one."""
+    """Name and arguments of a tool call; `arguments` are an object, or its JSON text."""
 
     name: str
     arguments: Any = {}
@@ -63,7 +63,7 @@ class FunctionCall(WireModel):
 
 
 class ToolCallIn(WireModel):
-    """A call in the history."""
+    """A tool call of an earlier turn."""
 
     id: str | None = None
     type: str | None = None
@@ -83,7 +83,7 @@ class OllamaMessage(WireModel):
 
 
 class OllamaRequest(RequestModel):
-    """What `/api/chat` and `/api/generate` have in common."""
+    """Fields of `/api/chat` and `/api/generate`."""
 
     model: str | None = None
     stream: bool | None = None
@@ -97,29 +97,29 @@ class OllamaRequest(RequestModel):
     shift: bool | None = None
 
     def not_honoured(self) -> list[str]:
-        """Return warnings of what is asked for and does not happen.
+        """Return warnings of fields that are not honoured.
 
         Raises:
-            ValueError: `keep_alive` is no length of time.
+            ValueError: `keep_alive` is not a duration.
         """
-        stays = seconds_of(self.keep_alive)
+        seconds = seconds_of(self.keep_alive)
         warnings = {
-            "keep_alive was ignored: the model stays loaded": stays is not None and stays >= 0,
+            "keep_alive was ignored: the model stays loaded": seconds is not None and seconds >= 0,
             "truncate was ignored: a prompt that does not fit is refused": self.truncate,
             "shift was ignored: a reply ends where the context does": self.shift,
         }
-        return [words for words, so in warnings.items() if so]
+        return [warning for warning, applies in warnings.items() if applies]
 
 
 class OllamaChatRequest(OllamaRequest):
-    """`POST /api/chat`; without messages it loads the model, or unloads it."""
+    """`POST /api/chat`; without messages the model is only loaded or unloaded."""
 
     messages: Messages[OllamaMessage] | None = None
     tools: Tools[ToolIn] | None = None
 
 
 class OllamaGenerateRequest(OllamaRequest):
-    """`POST /api/generate`; without a prompt it loads the model, or unloads it."""
+    """`POST /api/generate`; without a prompt the model is only loaded or unloaded."""
 
     prompt: str | None = None
     system: str | None = None
@@ -127,17 +127,17 @@ class OllamaGenerateRequest(OllamaRequest):
 
 
 class OllamaShowRequest(RequestModel):
-    """`POST /api/show`; `name` is what the model was called once."""
+    """`POST /api/show`; `name` is the older name of `model`."""
 
     model: str | None = None
     name: str | None = None
 
 
-# --- what is answered ---------------------------------------------------------------------------
+# --- responses ----------------------------------------------------------------------------------
 
 
 class OllamaMessageOut(WireModel):
-    """What the model said."""
+    """A message of the assistant."""
 
     role: Literal["assistant"]
     content: str
@@ -160,20 +160,20 @@ class _Out(WireModel):
 
 
 class OllamaChatOut(_Out):
-    """The response without a stream, and the last line of one; times are in nanoseconds."""
+    """The response without a stream, and the last line of a stream; durations in nanoseconds."""
 
     message: OllamaMessageOut
 
 
 class OllamaGenerateOut(_Out):
-    """The same for `/api/generate`."""
+    """The response of `/api/generate`, as `OllamaChatOut`."""
 
     response: str
     thinking: str | None = None
 
 
 class ErrorOut(WireModel):
-    """Any response that is not the one asked for."""
+    """An error response."""
 
     error: str
 
@@ -182,22 +182,22 @@ class ErrorOut(WireModel):
 
 
 def read_options(options: Mapping[str, Any], context: int) -> tuple[Options, list[str]]:
-    """Return the options as the library has them, and warnings of what is not honoured.
+    """Return the options for the library, and warnings of those that are not honoured.
 
     Raises:
-        ValueError: one has a value that it cannot have.
+        ValueError: an option has an invalid value.
     """
-    known = _NUMBERS | _HARMLESS | _IDLE.keys() | {"stop"}
+    known = _NUMBERS | _HARMLESS | _SWITCHED_OFF.keys() | {"stop"}
     warnings = [f"unknown option {name!r} was ignored" for name in options if name not in known]
     warnings += [
         f"options.{name} is not supported and was ignored"
-        for name, idle in _IDLE.items()
-        if options.get(name) not in (None, idle)
+        for name, off in _SWITCHED_OFF.items()
+        if options.get(name) not in (None, off)
     ]
     numbers = {
         name: _number(name, options[name]) for name in _NUMBERS if options.get(name) is not None
     }
-    sampling = {ours: numbers.get(theirs) for theirs, ours in _SAMPLING.items()}
+    sampling = {field: numbers.get(option) for option, field in _SAMPLING.items()}
     if sampling["top_k"] is not None:
         sampling["top_k"] = max(0, sampling["top_k"])
     if (window := numbers.get("repeat_last_n")) == 0:
@@ -207,33 +207,33 @@ def read_options(options: Mapping[str, Any], context: int) -> tuple[Options, lis
             f"options.repeat_last_n={window} was ignored: repeat_penalty looks at all tokens of "
             "prompt and reply, the other penalties at those of the reply"
         )
-    room = numbers.get("num_ctx")
-    if room is not None and room != context:
+    num_ctx = numbers.get("num_ctx")
+    if num_ctx is not None and num_ctx != context:
         warnings.append(
-            f"options.num_ctx={room} was ignored: the context of this server has {context:,} tokens"
+            f"options.num_ctx={num_ctx} was ignored: this server's context has {context:,} tokens"
         )
-    most = numbers.get("num_predict")
-    if most == 0:
+    limit = numbers.get("num_predict")
+    if limit == 0:
         warnings.append("options.num_predict=0 is no limit, as -1 is")
     seed = numbers.get("seed")
-    made: Options = {
+    converted: Options = {
         "sampling": SamplingParams(**sampling),  # type: ignore[arg-type]
-        "max_tokens": int(most) if most is not None and most > 0 else None,
+        "max_tokens": int(limit) if limit is not None and limit > 0 else None,
         "seed": None if seed in (None, _RANDOM) else int(seed or 0),
         "stop": _stops(options.get("stop")),
     }
-    return made, warnings
+    return converted, warnings
 
 
 def in_their_words(message: str) -> str:
-    """Return an error or a warning with the name by which clients of this API know the field."""
-    found = _OURS.match(message)
-    return _THEIRS[found[1]] + message[found.end() :] if found else message
+    """Return an error or a warning with Ollama's name of the field that it begins with."""
+    match = _LIBRARY_NAME.match(message)
+    return _OLLAMA_NAMES[match[1]] + message[match.end() :] if match else message
 
 
 def _number(name: str, value: Any) -> int | float:
-    """Return a number as an option needs it; many clients have no whole numbers but 4096.0."""
-    whole = name in _WHOLE
+    """Return the number of an option; 4096.0 is accepted as whole, since many clients send it."""
+    whole = name in _INTEGERS
     if isinstance(value, float) and whole and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
@@ -242,18 +242,18 @@ def _number(name: str, value: Any) -> int | float:
 
 
 def _stops(stop: Any) -> Any:
-    """Return the strings that end a reply; an empty one ends none."""
+    """Return the stop strings, without empty ones."""
     strings = [stop] if isinstance(stop, str) else stop
     if isinstance(strings, list):
-        return [one for one in strings if one != ""] or None
+        return [string for string in strings if string != ""] or None
     return strings
 
 
 def seconds_of(keep_alive: float | str | None) -> float | None:
-    """Return how long the model is to stay, as far as it matters here: its sign.
+    """Return a number with the sign of `keep_alive`, which is all that matters here.
 
     Raises:
-        ValueError: it is no length of time.
+        ValueError: it is not a duration.
     """
     if not isinstance(keep_alive, str):
         return keep_alive
@@ -262,7 +262,7 @@ def seconds_of(keep_alive: float | str | None) -> float | None:
     except ValueError:
         if not _DURATION.fullmatch(keep_alive):
             raise ValueError(
-                f"keep_alive must be seconds, or a length of time such as 5m, not {keep_alive!r}"
+                f"keep_alive must be seconds, or a duration such as 5m, not {keep_alive!r}"
             ) from None
     length = 1.0 if re.search("[1-9]", keep_alive) else 0.0
     return -length if keep_alive.startswith("-") else length

@@ -1,4 +1,4 @@
-"""Chat completions: requests as the library has them, replies as OpenAI's clients know them."""
+"""Chat completions: converts OpenAI's requests for the library, and its replies for clients."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -23,7 +23,7 @@ from qwen3_mlx.server.thinking import UNLIMITED
 from qwen3_mlx.server.wire import check_unknown, ends_with_words
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCallDelta
 
-_FIELDS = {
+_REASONING_FIELDS = {
     "both": ("reasoning_content", "reasoning"),
     "reasoning_content": ("reasoning_content",),
     "reasoning": ("reasoning",),
@@ -39,12 +39,14 @@ class ChatCompletion(Completion):
     def __init__(self, service: Service, asked: ChatRequest) -> None:
         super().__init__(service, asked)
         self._asked = asked
-        self._calls: list[list[str]] = [[] for _ in range(self.choices)]  # ids of those begun
+        self._call_ids: list[list[str]] = [
+            [] for _ in range(self.choices)
+        ]  # ids of the calls begun in each choice
         hidden = asked.include_reasoning is False or (asked.reasoning and asked.reasoning.exclude)
-        self._fields = () if hidden else _FIELDS[service.settings.reasoning_field]
+        self._fields = () if hidden else _REASONING_FIELDS[service.settings.reasoning_field]
         try:
             self.warnings += check_unknown(asked, NOT_FOR_CHAT, HARMLESS, HINTS)
-            self.warnings += _unread(asked.messages)
+            self.warnings += _message_warnings(asked.messages)
             self._messages = [_library_message(message) for message in asked.messages]
             self._options: Options = {
                 **_chat_options(asked),
@@ -59,31 +61,33 @@ class ChatCompletion(Completion):
             raise ApiError(400, str(error)) from error
 
     def _may_think(self) -> bool:
-        wish = self._options["thinking"]
-        return self.service.llm.thinking.can_think if wish is None else wish
+        thinking = self._options["thinking"]
+        return self.service.llm.thinking.can_think if thinking is None else thinking
 
     def prepare_all(self) -> Sequence[Prepare]:
-        """Give the only one."""
+        """Return the function that prepares the only prompt."""
         options: Options = {**self._options, "prefetch_next_turn": self.choices == 1}
         return [partial(self.service.llm.prepare, self._messages, **options)]
 
     def opening_chunk(self, index: int) -> Mapping[str, Any]:
-        """Give the role."""
+        """Return the delta with the role."""
         return _chunk(index, {"role": "assistant", "content": ""})
 
     def chunks_for(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
-        """Give what an event adds to the message."""
+        """Return the deltas that an event adds to the message."""
         if isinstance(event, Text):
             return [_chunk(index, {"content": event.text}, self._logprobs(event.tokens))]
         if isinstance(event, Reasoning):
             delta = dict.fromkeys(self._fields, event.text)
             return [_chunk(index, delta)] if delta else []
         if isinstance(event, ToolCallDelta):
-            return [_chunk(index, {"tool_calls": [part]}) for part in self._parts(index, event)]
+            return [
+                _chunk(index, {"tool_calls": [part]}) for part in self._call_deltas(index, event)
+            ]
         return [_chunk(index, {}, finish=event)] if isinstance(event, Finish) else []
 
     def choice(self, index: int, said: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
-        """Give the whole message, with null for an answer only where there is none but calls."""
+        """Return the complete message; `content` is null if there are tool calls and no text."""
         message = said.message()
         thinking = message.pop("reasoning_content", None)
         if thinking:
@@ -98,17 +102,16 @@ class ChatCompletion(Completion):
             **_details(finish),
         }
 
-    def _parts(self, index: int, delta: ToolCallDelta) -> Iterator[dict[str, Any]]:
-        """Yield what a piece of a call adds: the first of them names the tool."""
-        begun = self._calls[index]
+    def _call_deltas(self, index: int, delta: ToolCallDelta) -> Iterator[dict[str, Any]]:
+        """Yield the deltas of a tool call; the first of each call names the tool."""
+        begun = self._call_ids[index]
         if delta.id not in begun:
             begun.append(delta.id)
-            named = {"name": delta.name, "arguments": ""}
             yield {
                 "index": len(begun) - 1,
                 "id": delta.id,
                 "type": "function",
-                "function": named,
+                "function": {"name": delta.name, "arguments": ""},
             }
         yield {"index": len(begun) - 1, "function": {"arguments": delta.text}}
 
@@ -118,7 +121,7 @@ class ChatCompletion(Completion):
         return {
             "content": [
                 _logprob(token.token, token.logprob)
-                | {"top_logprobs": [_logprob(text, chance) for text, chance in token.top]}
+                | {"top_logprobs": [_logprob(*top) for top in token.top]}
                 for token in tokens
             ],
             "refusal": None,
@@ -126,62 +129,65 @@ class ChatCompletion(Completion):
 
 
 def _library_message(message: Message) -> dict[str, Any]:
-    """Give a message as the library has it; what an assistant thought goes apart."""
+    """Convert a message for the library; an assistant's thinking becomes a field of its own."""
     content, thoughts = message.content, [message.reasoning_content or message.reasoning]
     if message.refusal:
-        said = content if isinstance(content, list) else [Part(text=content or "")]
-        content = [*said, Part(type="refusal", refusal=message.refusal)]
-    made: dict[str, Any] = {"role": message.role, "content": content}
+        parts = content if isinstance(content, list) else [Part(text=content or "")]
+        content = [*parts, Part(type="refusal", refusal=message.refusal)]
+    converted: dict[str, Any] = {"role": message.role, "content": content}
     if message.role == "developer":
-        made["role"] = "system"
+        converted["role"] = "system"
     if isinstance(content, list):
-        answers = message.role == "assistant"
-        thoughts += [_thought(part) for part in content if answers and part.type == "thinking"]
-        said = [part for part in content if not (answers and part.type == "thinking")]
-        made["content"] = [_part(part, answers) for part in said]
+        assistant = message.role == "assistant"
+        thoughts += [_thinking(part) for part in content if assistant and part.type == "thinking"]
+        parts = [part for part in content if not (assistant and part.type == "thinking")]
+        converted["content"] = [_part(part, assistant) for part in parts]
     if thinking := "\n".join(filter(None, thoughts)):
-        made["reasoning_content"] = thinking
+        converted["reasoning_content"] = thinking
     if message.tool_calls:
-        made["tool_calls"] = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+        calls = [call.model_dump(exclude_none=True) for call in message.tool_calls]
+        converted["tool_calls"] = calls
     if message.tool_call_id:
-        made["tool_call_id"] = message.tool_call_id
-    return made
+        converted["tool_call_id"] = message.tool_call_id
+    return converted
 
 
-def _part(part: Part, answers: bool) -> dict[str, Any]:
-    text = part.refusal if answers and part.type == "refusal" else part.text
+def _part(part: Part, assistant: bool) -> dict[str, Any]:
+    text = part.refusal if assistant and part.type == "refusal" else part.text
     return {"type": part.type} | ({} if text is None else {"text": text})
 
 
-def _thought(part: Part) -> str:
+def _thinking(part: Part) -> str:
     thinking = part.thinking
     if isinstance(thinking, list):
-        return "".join(one.text or "" for one in thinking)
+        return "".join(piece.text or "" for piece in thinking)
     return thinking or part.text or ""
 
 
-def _unread(messages: Sequence[Message]) -> list[str]:
-    """Warn of what messages say that a prompt has no place for."""
+def _message_warnings(messages: Sequence[Message]) -> list[str]:
+    """Return warnings of message fields that a prompt has no place for."""
     if any(message.name and message.role != "tool" for message in messages):
         return ["names of speakers (messages[].name) are not shown to the model"]
     return []
 
 
 def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether the reply continues the last message: as the client says, or if it is an answer.
+    """Return whether the reply continues the last message: as requested, or if it is an answer.
 
     Raises:
-        ValueError: the client says what cannot be.
+        ValueError: fields contradict each other, or the request is impossible.
     """
-    wishes = [asked.continue_final_message]
+    requested = [asked.continue_final_message]
     if asked.add_generation_prompt is not None:
-        wishes.append(not asked.add_generation_prompt)
-    begun = [place for place, one in enumerate(asked.messages) if one.prefix or one.partial]
-    if begun:  # where it is false, it says what goes without saying
+        requested.append(not asked.add_generation_prompt)
+    begun = [
+        place for place, message in enumerate(asked.messages) if message.prefix or message.partial
+    ]
+    if begun:  # a value of false is the default, and requests nothing
         if begun[0] < len(messages) - 1:
             raise ValueError(f"messages[{begun[0]}]: only the last message can be continued")
-        wishes.append(True)
-    stated = set(wishes) - {None}
+        requested.append(True)
+    stated = set(requested) - {None}
     if len(stated) > 1:
         raise ValueError(
             "continue_final_message and add_generation_prompt contradict each other; send one"
@@ -195,10 +201,10 @@ def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> boo
 
 
 def _chat_options(asked: ChatRequest) -> Options:
-    most = {asked.max_tokens, asked.max_completion_tokens} - {None}
-    if most == {UNLIMITED}:
-        most.clear()
-    if len(most) > 1:
+    limits = {asked.max_tokens, asked.max_completion_tokens} - {None}
+    if limits == {UNLIMITED}:
+        limits.clear()
+    if len(limits) > 1:
         raise ValueError(
             f"max_tokens={asked.max_tokens} and max_completion_tokens="
             f"{asked.max_completion_tokens} contradict each other; send one of them"
@@ -209,7 +215,7 @@ def _chat_options(asked: ChatRequest) -> Options:
     return {
         **sampling_options(asked),
         **form_of(asked),
-        "max_tokens": most.pop() if most else None,
+        "max_tokens": limits.pop() if limits else None,
         "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
         "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
         "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice,

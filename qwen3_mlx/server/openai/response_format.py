@@ -1,4 +1,4 @@
-"""The form of an answer, by any field in which OpenAI's clients name one."""
+"""Structured output: reads the constraint of an answer from the fields that may name one."""
 
 from collections.abc import Iterator
 from typing import Any, cast
@@ -6,55 +6,55 @@ from typing import Any, cast
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.server.openai.schema import ChatRequest, ResponseFormat, StructuredOutputs
 
-_Form = tuple[str, str, Any]  # the field, the library's keyword, and its value
+_Form = tuple[str, str, Any]  # the request's field, the library's keyword, its value
 _ANY_JSON = {"type": "object"}
 
 
 def form_of(asked: ChatRequest) -> Options:
-    """Give the form that the answer is to have as the library has it.
+    """Return the option that constrains the answer, or none.
 
     Raises:
-        ValueError: it is not whole, or two are named.
+        ValueError: a field is incomplete, or two fields differ.
     """
-    named = list(_named(asked))
-    # That it is JSON goes without saying where a schema is named, too.
-    others = [one for one in named if one[2] != _ANY_JSON]
-    found = others if any(keyword == "schema" for _, keyword, _ in others) else named
-    for field, *form in found[1:]:
-        if form != list(found[0][1:]):
-            raise ValueError(f"an answer can have one form, not {found[0][0]} and {field}")
-    return cast(Options, {keyword: value for _, keyword, value in found[:1]})
+    forms = list(_all_forms(asked))
+    # "Any JSON object" adds nothing to a schema, so it does not contradict one.
+    specific = [form for form in forms if form[2] != _ANY_JSON]
+    forms = specific if any(keyword == "schema" for _, keyword, _ in specific) else forms
+    for field, *form in forms[1:]:
+        if form != list(forms[0][1:]):
+            raise ValueError(f"an answer can have one form, not {forms[0][0]} and {field}")
+    return cast(Options, {keyword: value for _, keyword, value in forms[:1]})
 
 
-def _named(asked: ChatRequest) -> Iterator[_Form]:
+def _all_forms(asked: ChatRequest) -> Iterator[_Form]:
     if asked.response_format:
-        yield from _of_response(asked.response_format)
+        yield from _from_response_format(asked.response_format)
     if asked.structured_outputs:
-        yield from _of_outputs(asked.structured_outputs)
+        yield from _from_structured_outputs(asked.structured_outputs)
     if asked.json_schema is not None:
         yield "json_schema", "schema", asked.json_schema
     if asked.format not in (None, ""):
         yield "format", "schema", _ANY_JSON if asked.format == "json" else asked.format
 
 
-def _of_response(wish: ResponseFormat) -> Iterator[_Form]:
-    schema = wish.json_schema.schema_ if wish.json_schema else wish.schema_
-    if wish.json_schema and wish.schema_ not in (None, schema):
+def _from_response_format(spec: ResponseFormat) -> Iterator[_Form]:
+    schema = spec.json_schema.schema_ if spec.json_schema else spec.schema_
+    if spec.json_schema and spec.schema_ not in (None, schema):
         raise ValueError("response_format has two schemas; send json_schema alone")
-    if wish.type == "text":
+    if spec.type == "text":
         if schema is not None:
             raise ValueError("response_format of type text has no schema; json_schema has one")
         return
-    if wish.type == "json_schema" and schema is None:
+    if spec.type == "json_schema" and schema is None:
         raise ValueError("response_format of type json_schema needs json_schema")
     yield "response_format", "schema", _ANY_JSON if schema is None else schema
 
 
-def _of_outputs(wish: StructuredOutputs) -> Iterator[_Form]:
-    if wish.json_object:
+def _from_structured_outputs(spec: StructuredOutputs) -> Iterator[_Form]:
+    if spec.json_object:
         yield "json_object", "schema", _ANY_JSON
-    if wish.json_ is not None:
-        yield "json", "schema", wish.json_
+    if spec.json_ is not None:
+        yield "json", "schema", spec.json_
     for name in ("regex", "choice", "grammar"):
-        if (value := getattr(wish, name)) is not None:
+        if (value := getattr(spec, name)) is not None:
             yield name, name, value

@@ -1,4 +1,4 @@
-"""The responses of OpenAI's API."""
+"""Response models of OpenAI's API."""
 
 from typing import Any, Literal
 
@@ -7,19 +7,19 @@ from qwen3_mlx.server.wire import WireModel
 
 
 class PromptDetails(WireModel):
-    """Of the prompt's tokens, those that did not have to be read."""
+    """Prompt tokens that were read from the prefix cache."""
 
     cached_tokens: int
 
 
 class CompletionDetails(WireModel):
-    """Of the reply's tokens, those of thinking."""
+    """Completion tokens that are thinking."""
 
     reasoning_tokens: int
 
 
 class UsageOut(WireModel):
-    """Tokens counted."""
+    """Token counts."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -29,7 +29,7 @@ class UsageOut(WireModel):
 
 
 class MessageOut(WireModel):
-    """A whole reply."""
+    """A complete message of the assistant."""
 
     role: Literal["assistant"]
     content: str | None
@@ -39,7 +39,7 @@ class MessageOut(WireModel):
 
 
 class ChoiceOut(WireModel):
-    """One of the replies."""
+    """One of the `n` replies."""
 
     index: int
     message: MessageOut
@@ -62,7 +62,7 @@ class ChatOut(WireModel):
 
 
 class TextChoiceOut(WireModel):
-    """One of the continuations."""
+    """One of the `n` continuations."""
 
     index: int
     text: str
@@ -84,7 +84,7 @@ class TextOut(WireModel):
 
 
 class ModelOut(WireModel):
-    """A model that is served, as OpenAI's clients know it and as Anthropic's do."""
+    """The served model, with the fields of OpenAI's and of Anthropic's API."""
 
     id: str
     object: Literal["model"]
@@ -99,7 +99,7 @@ class ModelOut(WireModel):
 
 
 class ModelsOut(WireModel):
-    """All of them."""
+    """The list of models, with the one that is served."""
 
     object: Literal["list"]
     data: list[ModelOut]
@@ -109,7 +109,7 @@ class ModelsOut(WireModel):
 
 
 class ErrorDetails(WireModel):
-    """What is wrong, and where."""
+    """Message and type of an error, with the field and the code where known."""
 
     message: str
     type: str
@@ -118,6 +118,6 @@ class ErrorDetails(WireModel):
 
 
 class ErrorOut(WireModel):
-    """Any response that is not the one asked for."""
+    """An error response."""
 
     error: ErrorDetails

@@ -1,4 +1,4 @@
-"""OpenAI's API: chat completions, text completions, models."""
+"""Routes of OpenAI's API: chat completions, text completions, models."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -22,31 +22,35 @@ _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
 
 
 def routes(service: Service) -> APIRouter:
-    """Make the routes of this protocol."""
+    """Create the routes of this protocol."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=_ERRORS)
 
     @router.post(
         "/chat/completions", response_model=ChatOut, responses=_STREAM, **takes(ChatRequest)
     )
     async def chat_completions(request: Request) -> Response:
+        """Create a chat completion, complete or as a stream of events."""
         return await answered(service, request, ChatRequest, ChatCompletion)
 
     @router.post("/completions", response_model=TextOut, responses=_STREAM, **takes(TextRequest))
     async def completions(request: Request) -> Response:
+        """Continue raw text, without a chat template."""
         return await answered(service, request, TextRequest, TextCompletion)
 
     @router.get("/models", response_model=ModelsOut)
     async def models() -> dict[str, Any]:
+        """List the one model that is served."""
         model = _model(service)
         ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
         return {"object": "list", "data": [model], **ends}
 
     @router.get("/models/{name:path}", response_model=ModelOut)
     async def model(name: str) -> dict[str, Any]:
+        """Return the served model, by its name or as `default`."""
         if name not in ("default", service.settings.model):
             raise ApiError(
                 404,
-                f"there is no model {name!r} here; there is {service.settings.model}",
+                f"there is no model {name!r} here; {service.settings.model} is served",
                 code="model_not_found",
             )
         return _model(service)
@@ -55,9 +59,9 @@ def routes(service: Service) -> APIRouter:
 
 
 def _model(service: Service) -> dict[str, Any]:
-    """Describe the model that is served, in OpenAI's words and in Anthropic's."""
+    """Return the served model, with the fields of OpenAI's and of Anthropic's API."""
     thinking = service.llm.thinking
-    only = "always" if thinking.can_think else "never"
+    fixed = "always" if thinking.can_think else "never"
     return {
         "id": service.settings.model,
         "object": "model",
@@ -68,5 +72,5 @@ def _model(service: Service) -> dict[str, Any]:
         "owned_by": "qwen3-mlx",
         "context_length": service.context,
         "max_input_tokens": service.context,
-        "thinking": "hybrid" if thinking.hybrid else only,
+        "thinking": "hybrid" if thinking.hybrid else fixed,
     }

@@ -1,4 +1,4 @@
-"""The requests of OpenAI's API, as far as they are honoured here."""
+"""Request models of OpenAI's API, with the fields that are supported."""
 
 from typing import Annotated, Any, Literal
 
@@ -26,29 +26,29 @@ def _check_most(tokens: int) -> int:
     return tokens
 
 
-Most = Annotated[int, AfterValidator(_check_most), Field(description="-1 is no limit.")]
-Budget = Annotated[int, Field(ge=UNLIMITED, description="Tokens of thinking; -1 is no limit.")]
-_BUDGETS = (
+Most = Annotated[int, AfterValidator(_check_most), Field(description="-1 means no limit.")]
+Budget = Annotated[int, Field(ge=UNLIMITED, description="Thinking tokens; -1 means no limit.")]
+_BUDGET_FIELDS = (
     "thinking_budget",
     "thinking_token_budget",
     "thinking_budget_tokens",
     "reasoning_budget_tokens",
     "reasoning_max_tokens",
 )
-_MOST_CHOICES = 32
-_MOST_BIASES = 10_000
+_MAX_CHOICES = 32
+_MAX_BIASES = 10_000
 
 
 def _check_biases(sent: Any) -> Any:
-    """Raise a ValueError where so much may be wrong that to say so would take long."""
-    if isinstance(sent, dict) and len(sent) > _MOST_BIASES:
-        raise ValueError(f"at most {_MOST_BIASES:,} tokens can have a bias, not {len(sent):,}")
+    """Reject a mapping so large that validating it and listing its errors would take long."""
+    if isinstance(sent, dict) and len(sent) > _MAX_BIASES:
+        raise ValueError(f"at most {_MAX_BIASES:,} tokens can have a bias, not {len(sent):,}")
     return sent
 
 
 Biases = Annotated[dict[str, float], BeforeValidator(_check_biases)]
 
-# What asks for something that cannot be had, and the values of it that ask for nothing.
+# Unsupported fields, each with the values that have no effect and are accepted.
 NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "best_of": (1,),
@@ -69,15 +69,14 @@ NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
 NOT_FOR_TEXT = {name: idle for name, idle in NOT_FOR_CHAT.items() if name != "echo"} | {
     "suffix": ("",)
 }
-# What wishes for a reply of some length or speed, has no effect here, and is warned of; and the
-# values of it that wish for nothing.
+# Hints about the length or the speed of a reply. They have no effect here, and are warned of unless
+# they have one of these values.
 HINTS: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "service_tier": ("auto", "default"),
     "verbosity": ("medium",),
 }
-# What asks for nothing in the reply: it is about caching, which is done in any case, or for the
-# provider's own books.
+# Fields that do not concern the reply: caching, which is always on, and the provider's accounting.
 HARMLESS = frozenset(
     ("cache_prompt", "prompt_cache_key", "prompt_cache_retention", "keep_alive")
     + ("metadata", "safety_identifier", "user", "api_key")
@@ -85,7 +84,7 @@ HARMLESS = frozenset(
 
 
 class Part(WireModel):
-    """A part of a message; only text can be read, and what an assistant thought or refused with."""
+    """A part of a message: text, or an assistant's thinking or refusal."""
 
     type: str = "text"
     text: str | None = None
@@ -94,14 +93,14 @@ class Part(WireModel):
 
 
 class Function(WireModel):
-    """A call as an assistant made it; `arguments` are JSON text, or what it stands for."""
+    """Name and arguments of a tool call; `arguments` are JSON text, or its value."""
 
     name: str
     arguments: Any = "{}"
 
 
 class Call(WireModel):
-    """A call in the history."""
+    """A tool call of an earlier turn."""
 
     id: str | None = None
     type: Literal["function"] = "function"
@@ -110,7 +109,7 @@ class Call(WireModel):
 
 
 class Message(WireModel):
-    """A message of the conversation; the thinking of earlier turns goes by either name."""
+    """A message of the conversation; an assistant's thinking may have either of two names."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Parts[Part] | None = None
@@ -120,12 +119,12 @@ class Message(WireModel):
     refusal: str | None = None
     tool_calls: Parts[Call] | None = None
     tool_call_id: str | None = None
-    prefix: bool | None = None  # DeepSeek's and Qwen's words for a last message to be continued
+    prefix: bool | None = None  # DeepSeek's and Qwen's fields to continue the last message
     partial: bool | None = None
 
 
 class FunctionIn(OrderedModel):
-    """What a model is told of a function."""
+    """The function that the model sees."""
 
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
@@ -134,32 +133,32 @@ class FunctionIn(OrderedModel):
 
 
 class ToolIn(OrderedModel):
-    """A function that the model may call."""
+    """A tool that the model may call."""
 
     type: Literal["function"] = "function"
     function: FunctionIn
 
     def library_tool(self) -> dict[str, Any]:
-        """Give it as the library has it."""
+        """Return the tool for the library, with its keys in the order in which they were sent."""
         parts = {"type": self.type, "function": self.function.sent}
         return {name: parts.pop(name) for name in self.sent if name in parts} | parts
 
 
 class NamedFunction(WireModel):
-    """The name of a function."""
+    """Name of a function."""
 
     name: str
 
 
 class NamedTool(WireModel):
-    """The function that is to be called."""
+    """The function that the model must call."""
 
     type: Literal["function"]
     function: NamedFunction
 
 
 class JsonSchema(WireModel):
-    """A schema that the answer is held to."""
+    """JSON schema that the answer must fit."""
 
     name: str | None = None
     description: str | None = None
@@ -168,7 +167,7 @@ class JsonSchema(WireModel):
 
 
 class ResponseFormat(WireModel):
-    """The form of the answer; `schema` is where other local servers have it."""
+    """Format of the answer; `schema` is the field of other local servers."""
 
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
@@ -176,7 +175,7 @@ class ResponseFormat(WireModel):
 
 
 class StructuredOutputs(WireModel):
-    """vLLM's words for a form: one of these."""
+    """vLLM's constraints of the answer; set one."""
 
     json_: dict[str, Any] | None = Field(None, alias="json")
     regex: str | None = None
@@ -186,20 +185,20 @@ class StructuredOutputs(WireModel):
 
 
 class StreamOptions(WireModel):
-    """What a stream tells beside the reply."""
+    """Options of a stream."""
 
     include_usage: bool = False
     include_obfuscation: bool | None = None
 
 
 class TemplateKwargs(WireModel):
-    """vLLM's place for switches of the chat template."""
+    """vLLM's variables of the chat template."""
 
     enable_thinking: bool | None = None
 
 
 class ReasoningIn(WireModel):
-    """OpenRouter's way to speak of thinking."""
+    """OpenRouter's thinking options."""
 
     effort: Effort | None = None
     max_tokens: Budget | None = None
@@ -208,27 +207,27 @@ class ReasoningIn(WireModel):
 
 
 class ThinkingIn(WireModel):
-    """Anthropic's way to speak of it."""
+    """Anthropic's thinking options."""
 
     type: Literal["enabled", "disabled", "adaptive"]
     budget_tokens: Budget | None = None
 
     @property
     def switch(self) -> bool | None:
-        """Whether it says on or off."""
+        """True for on, False for off; None if `adaptive`."""
         return {"enabled": True, "disabled": False, "adaptive": None}[self.type]
 
     @property
     def adaptive(self) -> str | None:
-        """The name of the field, where it leaves the thinking to the model."""
+        """Name of the field if it leaves thinking to the model."""
         return "thinking.type" if self.type == "adaptive" else None
 
 
 class SamplingFields(RequestModel):
-    """What chat and text completions have in common."""
+    """Fields of chat and text completions."""
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=_MOST_CHOICES)] | None = None
+    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
     seed: int | None = None
     stop: str | Stops | None = None
     stream: bool | None = None
@@ -244,7 +243,7 @@ class SamplingFields(RequestModel):
 
     @property
     def replies(self) -> int:
-        """How many replies are asked for."""
+        """Number of replies that the request wants."""
         return self.n or 1
 
 
@@ -263,9 +262,9 @@ class ChatRequest(SamplingFields):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    json_schema: dict[str, Any] | None = None  # llama.cpp's word for a form
-    format: Literal["json", ""] | dict[str, Any] | None = None  # Ollama's
-    think: bool | Effort | None = None  # and its word for thinking
+    json_schema: dict[str, Any] | None = None  # llama.cpp's field
+    format: Literal["json", ""] | dict[str, Any] | None = None  # Ollama's field
+    think: bool | Effort | None = None  # Ollama's field
     chat_template_kwargs: TemplateKwargs | None = None
     enable_thinking: bool | None = None
     thinking: ThinkingIn | None = None
@@ -280,7 +279,7 @@ class ChatRequest(SamplingFields):
     include_reasoning: bool | None = None
 
     def wish(self) -> ThinkingRequest:
-        """Give what is said of thinking.
+        """Return the thinking fields of the request.
 
         Raises:
             ValueError: two fields name different efforts.
@@ -297,8 +296,8 @@ class ChatRequest(SamplingFields):
                 ("think", think_effort),
             ]
         )
-        said: list[Said] = [(name, getattr(self, name)) for name in _BUDGETS]
-        said += [
+        budgets: list[Said] = [(name, getattr(self, name)) for name in _BUDGET_FIELDS]
+        budgets += [
             ("thinking.budget_tokens", thinking.budget_tokens if thinking else None),
             ("reasoning.max_tokens", reasoning.max_tokens),
         ]
@@ -312,7 +311,7 @@ class ChatRequest(SamplingFields):
                     ("think", switch),
                 ],
             ),
-            said,
+            budgets,
             effort,
             effort_name,
             thinking.adaptive if thinking else None,
@@ -323,12 +322,12 @@ class TextRequest(SamplingFields):
     """`POST /v1/completions`."""
 
     prompt: str | FailFast[str] | FailFast[int] | FailFast[FailFast[int]]
-    max_tokens: Annotated[int, Field(ge=-1, description="-1 is no limit.")] | None = None
+    max_tokens: Annotated[int, Field(ge=-1, description="-1 means no limit.")] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
 
     @property
     def replies(self) -> int:
-        """How many replies are asked for: `n` to each prompt."""
+        """Number of replies that the request wants: `n` to each prompt."""
         several = isinstance(self.prompt, list) and not isinstance((*self.prompt, 0)[0], int)
         return (self.n or 1) * (len(self.prompt) if several else 1)

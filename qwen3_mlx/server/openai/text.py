@@ -1,4 +1,4 @@
-"""Text completions: raw text goes on, without a chat template."""
+"""Text completions: continues raw text, without a chat template."""
 
 from codecs import getincrementaldecoder
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +14,10 @@ from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.wire import check_unknown, json_bytes
 from qwen3_mlx.text.events import Event, Finish, PromptTokens, Text, TokenLogprob
 
-_FEW = 16  # tokens where no number is named, as OpenAI's API has it
+_DEFAULT_MAX_TOKENS = 16  # of OpenAI's API
 _NO_LIMIT = -1  # max_tokens of other local servers
-_MOST_ECHOED = 5  # alternatives of each token of a prompt: OpenAI's limit for all tokens
-_SLICE = 1000  # tokens written at once: json.dumps holds the interpreter's lock
+_MAX_ECHO_LOGPROBS = 5  # alternatives of a prompt token; OpenAI's limit for every token
+_SLICE = 1000  # tokens serialised at once: json.dumps holds the GIL
 _LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 Logprobs = dict[str, list[Any]]
@@ -35,20 +35,20 @@ class TextCompletion(Completion):
         self._prompts = _prompts(asked.prompt)
         if not self._prompts:
             raise ApiError(400, "prompt is empty; give some text", param="prompt")
-        self._scores = bool(asked.echo) and asked.logprobs is not None
-        if self._scores and (asked.logprobs or 0) > _MOST_ECHOED:
+        self._scores_prompt = bool(asked.echo) and asked.logprobs is not None
+        if self._scores_prompt and (asked.logprobs or 0) > _MAX_ECHO_LOGPROBS:
             raise ApiError(
                 400,
-                f"logprobs must be at most {_MOST_ECHOED} with echo, not {asked.logprobs}",
+                f"logprobs must be at most {_MAX_ECHO_LOGPROBS} with echo, not {asked.logprobs}",
                 param="logprobs",
             )
         self._offsets = [_Offsets() for _ in range(len(self._prompts) * self.choices)]
         try:
             self.warnings += check_unknown(asked, NOT_FOR_TEXT, HARMLESS, HINTS)
-            most = _FEW if asked.max_tokens is None else asked.max_tokens
+            limit = _DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
             self._options: Options = {
                 **sampling_options(asked),
-                "max_tokens": None if most in (0, _NO_LIMIT) else most,
+                "max_tokens": None if limit in (0, _NO_LIMIT) else limit,
                 "logprobs": asked.logprobs,
                 "loop_guard": False,
             }
@@ -56,22 +56,22 @@ class TextCompletion(Completion):
             raise ApiError(400, str(error)) from error
 
     def prepare_all(self) -> Sequence[Prepare]:
-        """Give one for each prompt."""
+        """Return one function for each prompt that prepares its first reply."""
         prepare = partial(
             self.service.llm.prepare_text,
-            score_prompt=self._scores,
+            score_prompt=self._scores_prompt,
             only_read=self._asked.max_tokens == 0,
         )
         return [partial(prepare, prompt, **self._options) for prompt in self._prompts]
 
     def opening_chunk(self, index: int) -> Mapping[str, Any] | None:
-        """Give the prompt, if it is to be repeated and its tokens do not follow."""
-        if not self._asked.echo or self._scores:
+        """Return the prompt if `echo` is set and no `PromptTokens` event will follow."""
+        if not self._asked.echo or self._scores_prompt:
             return None
         return self._choice(index, self._prompt(index))
 
     def chunks_for(self, index: int, event: Event) -> Sequence[Mapping[str, Any]]:
-        """Give what an event adds to the text."""
+        """Return the text that an event adds."""
         if isinstance(event, PromptTokens):
             echoed = self._echoed(index, event)
             return [self._choice(index, _text_of(event)) | {"logprobs": echoed}]
@@ -81,7 +81,7 @@ class TextCompletion(Completion):
         return [self._choice(index, "", finish=event)]
 
     def choice(self, index: int, said: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
-        """Give the whole text."""
+        """Return the complete text."""
         if said.prompt is None:
             text = (self._prompt(index) if self._asked.echo else "") + said.text
             return self._choice(index, text, said.logprobs, finish)
@@ -91,8 +91,8 @@ class TextCompletion(Completion):
         return choice | {"logprobs": logprobs}
 
     def written(self, choice: Mapping[str, Any]) -> bytes:
-        """Write a reply; one with a prompt's tokens in pieces, none of which takes long."""
-        if not self._scores:
+        """Return a choice as JSON; the logprobs of a prompt are serialised in short slices."""
+        if not self._scores_prompt:
             return super().written(choice)
         lists = [
             json_bytes(name) + b":[" + b",".join(_slices(values)) + b"]"
@@ -102,6 +102,7 @@ class TextCompletion(Completion):
         return json_bytes(rest)[:-1] + b',"logprobs":{' + b",".join(lists) + b"}}"
 
     def _prompt(self, index: int) -> str:
+        """Return the prompt of a choice as text."""
         prompt = self._prompts[index // self.choices]
         return prompt if isinstance(prompt, str) else self.service.llm.tokenizer.decode(prompt)
 
@@ -121,34 +122,34 @@ class TextCompletion(Completion):
         }
 
     def _echoed(self, index: int, prompt: PromptTokens) -> Logprobs:
-        """Give the tokens of a prompt; the first has no log probability."""
+        """Return the logprobs of a prompt; those of its first token are null."""
         offset = self._offsets[index].advance(prompt.first)
         others = self._logprobs(index, prompt.others)
         first = (token_text(prompt.first), None, None, offset)
-        return {name: [one, *others[name]] for name, one in zip(_LISTS, first, strict=True)}
+        return {name: [head, *others[name]] for name, head in zip(_LISTS, first, strict=True)}
 
     def _logprobs(self, index: int, tokens: Sequence[TokenLogprob]) -> Logprobs:
         offsets = self._offsets[index]
         return {
             "tokens": [token_text(token.token) for token in tokens],
             "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [_best(token) for token in tokens],
+            "top_logprobs": [_top_logprobs(token) for token in tokens],
             "text_offset": [offsets.advance(token.token) for token in tokens],
         }
 
 
 class _Offsets:
-    """The places of tokens in a text, in characters."""
+    """Offsets of tokens in a text, in characters."""
 
     def __init__(self) -> None:
         self._decoder = getincrementaldecoder("utf-8")("replace")
         self._length = 0
 
     def advance(self, token: bytes) -> int:
-        """Give the place of the next token: behind the characters that are whole before it."""
-        place = self._length
+        """Return the offset of the next token: the number of complete characters before it."""
+        offset = self._length
         self._length += len(self._decoder.decode(token))
-        return place
+        return offset
 
 
 def _slices(values: Sequence[Any]) -> Iterator[bytes]:
@@ -156,11 +157,11 @@ def _slices(values: Sequence[Any]) -> Iterator[bytes]:
         yield json_bytes(values[start : start + _SLICE])[1:-1]
 
 
-def _best(token: TokenLogprob) -> dict[str, float]:
-    """Give the likeliest tokens by their text; of those with the same text, the likelier."""
+def _top_logprobs(token: TokenLogprob) -> dict[str, float]:
+    """Return the logprobs of the likeliest tokens by text; for equal texts, the highest."""
     best: dict[str, float] = {}
-    for one, logprob in token.top:
-        best.setdefault(token_text(one), logprob)
+    for alternative, logprob in token.top:
+        best.setdefault(token_text(alternative), logprob)
     return best
 
 
@@ -173,4 +174,4 @@ def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[
         return [prompt]
     if prompt and isinstance(prompt[0], int):
         return [[token for token in prompt if isinstance(token, int)]]
-    return [one for one in prompt if not isinstance(one, int)]
+    return [item for item in prompt if not isinstance(item, int)]

@@ -1,8 +1,8 @@
-// Talks to the server, by OpenAI's protocol.
+// Client of the server, in OpenAI's protocol.
 
 const KEY = "qwen3-key";
 
-/** An answer that is not the one asked for. */
+/** An error response of the server. */
 export class ServerError extends Error {}
 
 async function call(path, options = {}) {
@@ -21,14 +21,14 @@ async function call(path, options = {}) {
   throw new ServerError(body?.error?.message ?? `the server answers with ${response.status}`);
 }
 
-/** Give the model that is served. */
+/** Return the served model. */
 export async function model() {
   return (await (await call("/v1/models")).json()).data[0];
 }
 
 /**
- * Ask for a reply, and hand over what comes: `progress(done, total)` while the prompt is read, and
- * `chunk(object)` for each piece of it.
+ * Request a reply: calls `progress(done, total)` with tokens during prefill, and `chunk(object)` for
+ * each chunk of the stream.
  */
 export async function complete(request, { signal, progress, chunk }) {
   const body = { ...request, stream: true, stream_options: { include_usage: true } };

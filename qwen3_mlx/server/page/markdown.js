@@ -1,6 +1,6 @@
-// Markdown as nodes of the document. Text never becomes markup, so nothing that a model writes can run.
+// Markdown as DOM nodes. Text is never parsed as HTML, so nothing that a model writes can run.
 
-/** Make an element, with properties and children. */
+/** Create an element, with properties and children. */
 export function element(name, properties = {}, ...children) {
   const made = document.createElement(name);
   for (const [key, value] of Object.entries(properties)) {
@@ -11,7 +11,7 @@ export function element(name, properties = {}, ...children) {
   return made;
 }
 
-/** A button that copies what `text()` gives. */
+/** Create a button that copies the text that `text()` returns. */
 export function copyButton(text, properties = {}) {
   const button = element("button", { type: "button", textContent: "Copy", ...properties });
   button.addEventListener("click", async () => {
@@ -33,7 +33,7 @@ const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +|$)/;
 const ALIGNMENT = /^ *\|?(?: *:?-+:? *\|)+ *(?::?-+:?)? *\|? *$/;
 
-/** Give the nodes of a text. */
+/** Return the nodes of a text. */
 export function markdown(text) {
   return blocks(text.split("\n"));
 }
@@ -105,7 +105,7 @@ function list(lines, start) {
   return [made, at];
 }
 
-/** Whether a line goes on with the item of a list that stands `indent` deep. */
+/** Return whether a line continues the list item that is indented by `indent` spaces. */
 function belongs(lines, at, indent) {
   const line = lines[at];
   const spaces = /^ */.exec(line)[0].length;
@@ -123,7 +123,7 @@ function listItem(lines) {
   if (task) lines = [lines[0].slice(4), ...lines.slice(1)];
   const made = element("li");
   const inner = blocks(lines);
-  // A single line needs no paragraph around it.
+  // An item of a single paragraph is shown without the paragraph.
   if (inner[0]?.tagName === "P") inner.splice(0, 1, ...inner[0].childNodes);
   if (task) made.append(element("input", { type: "checkbox", disabled: true, checked: task[1] !== " " }));
   made.append(...inner);
@@ -150,7 +150,7 @@ function paragraph(lines, start) {
   return [element("p", {}, ...inline(lines.slice(start, end).join("\n"))), end];
 }
 
-// Each pattern is tried where one of the special characters stands; what none takes is text.
+// Each pattern is tried at each special character; what no pattern matches is text.
 const INLINE = [
   [/\\([\\`*_{}[\]()#+\-.!|~<>])/y, (found) => found[1]],
   [/(`+)(?!`)([^]*?[^`])\1(?!`)/y, (found) => element("code", { textContent: found[2].trim() })],
@@ -203,7 +203,7 @@ function matchAt(pattern, text, at) {
   return pattern.exec(text);
 }
 
-/** A link that leads out of here, or the text as it was if it leads anywhere odd. */
+/** Return a link to a web or mail address, or the text as written for any other address. */
 function link(address, words, written) {
   if (!/^(https?:\/\/|mailto:)/i.test(address)) return written;
   return element("a", { href: address, rel: "noopener noreferrer", target: "_blank", textContent: words || address });

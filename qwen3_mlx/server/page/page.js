@@ -1,4 +1,4 @@
-// The page: a conversation, the list of them, and the settings.
+// The page: a conversation, the list of conversations, and the settings.
 
 import { ServerError, complete, model } from "/page/client.js";
 import { copyButton, element, markdown } from "/page/markdown.js";
@@ -8,14 +8,14 @@ const EXAMPLES = ["What is 123 + 456?", "Reverse the list: 4 8 1", "Count from 3
 const THEMES = { "": "◐", light: "☀", dark: "☾" };
 const CLOSED_BY = { budget: "its budget", end: "an early end", loop: "the loop guard", request: "request" };
 const FIELDS = ["system", "mode", "budget", "temperature", "max-tokens", "tools"];
-const NEAR = 80; // pixels from the bottom that count as being there
+const NEAR = 80; // pixels from the end within which new text scrolls the view
 
 const $ = (id) => document.getElementById(id);
 
 const conversations = load();
 let current = conversations[0] ?? begin();
 let served = null;
-let running = null; // {controller, message, view} while a reply comes
+let running = null; // {controller, message, view} during a reply
 let warned = false;
 
 // --- conversations ---------------------------------------------------------------------------
@@ -128,7 +128,7 @@ function userView(message, index) {
   return made;
 }
 
-/** Shows a reply, while it comes and after. */
+/** Shows a reply, during the stream and after it. */
 class ReplyView {
   constructor(message) {
     this.message = message;
@@ -143,7 +143,7 @@ class ReplyView {
     this.show();
   }
 
-  /** Show what has changed. */
+  /** Update the parts that have changed. */
   show() {
     const { reasoning_content: thought = "", content, thoughtFor, live } = this.message;
     this.thinking.hidden = !thought;
@@ -207,7 +207,7 @@ function pretty(text) {
   return value ? JSON.stringify(value, null, 2) : text;
 }
 
-/** Give the object that JSON text stands for, or nothing where it is cut off. */
+/** Return the value of JSON text, or undefined if the text is cut off. */
 function parsed(text) {
   try {
     return JSON.parse(text);
@@ -216,7 +216,7 @@ function parsed(text) {
   }
 }
 
-// --- asking ----------------------------------------------------------------------------------
+// --- requests --------------------------------------------------------------------------------
 
 function say(words) {
   if (running || !words.trim()) return;
@@ -240,7 +240,7 @@ async function reply() {
   $("messages").append(turn.view.node);
   setBusy(true);
   keep();
-  const timer = setInterval(() => draw(turn), 250); // the seconds of thinking go on, words or not
+  const timer = setInterval(() => draw(turn), 250); // updates the seconds of thinking between chunks
   try {
     await complete(request, { signal: turn.controller.signal, progress: showProgress, chunk: (chunk) => take(turn, chunk) });
     message.stats = statsOf(turn);
@@ -253,7 +253,7 @@ async function reply() {
   }
 }
 
-/** Give what is to be sent, or throw what is wrong with the settings. */
+/** Return the request, or throw an error that names the invalid setting. */
 function asked() {
   const messages = plain(current);
   if ($("system").value.trim()) messages.unshift({ role: "system", content: $("system").value });
@@ -315,7 +315,7 @@ function draw(turn) {
   if (follow) toBottom();
 }
 
-/** Make text of calls that were cut off: they ask for nothing. */
+/** Convert tool calls that were cut off to text: they cannot be run. */
 function settleCalls(message) {
   message.tool_calls = message.tool_calls?.filter(({ function: { name, arguments: written } }) => {
     if (parsed(written)) return true;

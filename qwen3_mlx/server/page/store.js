@@ -1,20 +1,20 @@
-// Conversations, kept in the browser.
+// Conversations and settings, stored in the browser.
 
 const PLACE = "qwen3-conversations";
 
-/** Read them, newest first; what is there and cannot be read counts as none. */
+/** Read the conversations, newest first; none if the stored text cannot be read. */
 export function load() {
   try {
     const kept = JSON.parse(localStorage.getItem(PLACE) ?? "[]");
     const whole = kept.filter((one) => one.id && Array.isArray(one.messages));
-    for (const message of whole.flatMap((one) => one.messages)) delete message.live; // it was left so
+    for (const message of whole.flatMap((one) => one.messages)) delete message.live; // the page was closed during a reply
     return whole;
   } catch {
     return [];
   }
 }
 
-/** Keep them, and say whether that was possible. */
+/** Store the conversations; return whether that succeeded. */
 export function save(conversations) {
   try {
     localStorage.setItem(PLACE, JSON.stringify(conversations));
@@ -24,23 +24,23 @@ export function save(conversations) {
   }
 }
 
-/** Read or write one of the settings of this browser. */
+/** Read or write a setting of this browser. */
 export function setting(name, value) {
   try {
     if (value === undefined) return localStorage.getItem(`qwen3-${name}`) ?? "";
     localStorage.setItem(`qwen3-${name}`, value);
   } catch {
-    // Then it holds for this page only.
+    // Storage is off: the setting holds for this page only.
   }
   return value ?? "";
 }
 
-/** Give the messages without what only this page knows of them. */
+/** Return the messages without the fields that only this page uses. */
 export function plain({ messages }) {
   return messages.map(({ role, content, reasoning_content, tool_calls, tool_call_id }) => ({ role, content, reasoning_content, tool_calls, tool_call_id }));
 }
 
-/** Offer a conversation as a file. */
+/** Download a conversation as a file. */
 export function download(conversation) {
   const text = JSON.stringify({ format: "qwen3-mlx conversation", version: 1, messages: plain(conversation) }, null, 1);
   const link = document.createElement("a");
