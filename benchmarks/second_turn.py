@@ -94,7 +94,7 @@ def second_turn(
     engine.forget()
     list(engine.stream(first, max_tokens=1, sampling=_GREEDY))
     if ahead:
-        engine.read_ahead(ahead)
+        engine.prefetch(ahead)
         while engine.step():
             pass
     said, end = answer(engine, second, _GREEDY, 1)

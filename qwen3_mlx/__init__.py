@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from qwen3_mlx import interrupt
 from qwen3_mlx.version import __version__ as __version__
 
-interrupt.end_at_once()
+interrupt.install_handler()
 try:
     from qwen3_mlx import backend as backend  # first: loads a fast BLAS before anything imports MLX
 except ImportError:  # raised again for each public name; __main__ reports it in one line

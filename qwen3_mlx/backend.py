@@ -150,10 +150,10 @@ def memory_limit() -> int:
 
     This is QWEN3_MEMORY if it is set, else the working set of a GPU, or all memory.
     """
-    return stated_memory() or (working_set() if on_gpu() else total_memory())
+    return memory_from_environment() or (working_set() if on_gpu() else total_memory())
 
 
-def stated_memory() -> int | None:
+def memory_from_environment() -> int | None:
     """Return the bytes that QWEN3_MEMORY (in GB) allows this process; None if it is unset.
 
     Raises:
@@ -185,7 +185,7 @@ def available_memory() -> int:
     either where QWEN3_MEMORY sets the limit.
     """
     within_limit = memory_limit() - mx.get_active_memory()
-    if on_gpu() or stated_memory():
+    if on_gpu() or memory_from_environment():
         return max(0, within_limit)
     return max(0, min(within_limit, free_memory()))
 

@@ -250,13 +250,13 @@ class ShardWriter:
 
     def append(self, name: str, rows: mx.array) -> None:
         """Write the next rows of a tensor."""
-        raw = memory_of(mx.contiguous(rows).view(mx.uint8)).cast("B")
+        raw = as_memoryview(mx.contiguous(rows).view(mx.uint8)).cast("B")
         self._stream.seek(self._next[name])
         self._stream.write(raw)
         self._next[name] += len(raw)
 
 
-def memory_of(array: mx.array) -> memoryview:
+def as_memoryview(array: mx.array) -> memoryview:
     """Return a view of an array's bytes in memory."""
     buffer: Any = array  # MLX's type stubs declare a buffer from Python 3.12 on only
     return memoryview(buffer)

@@ -20,7 +20,7 @@ _CONVERT_SCRIPT = os.path.join(
 )
 
 
-def end_at_once() -> None:
+def install_handler() -> None:
     """Install a handler by which Ctrl-C ends the command's process with one line.
 
     Has no effect in other programs, or where the signal is ignored or handled already. Must be
@@ -30,7 +30,7 @@ def end_at_once() -> None:
         signal.signal(signal.SIGINT, _end)
 
 
-def unwind() -> None:
+def restore_keyboard_interrupt() -> None:
     """Restore the KeyboardInterrupt on Ctrl-C, because there is something to clean up now."""
     if current_thread() is main_thread() and signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)

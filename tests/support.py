@@ -165,19 +165,19 @@ def moe_folder(folder: Path, *, shards: int = 1) -> Path:
     """Write a MoE checkpoint as published: each expert by itself, perhaps over two shards."""
     write_tiny(folder, MOE)
     weights = read_weights(folder)
-    published: dict[str, mx.array] = {}
+    published_model_config: dict[str, mx.array] = {}
     for name, value in weights.items():
         if ".switch_mlp." in name:
             for expert, part in enumerate(value):
-                published[name.replace("switch_mlp", f"experts.{expert}")] = part
+                published_model_config[name.replace("switch_mlp", f"experts.{expert}")] = part
         else:
-            published[name] = value
+            published_model_config[name] = value
     (folder / "model.safetensors").unlink()
-    names = sorted(published)
+    names = sorted(published_model_config)
     index: dict[str, str] = {}
     for shard in range(shards):
         file = f"model-{shard + 1:05}-of-{shards:05}.safetensors"
-        part_of = {name: published[name] for name in names[shard::shards]}
+        part_of = {name: published_model_config[name] for name in names[shard::shards]}
         mx.save_safetensors(str(folder / file), part_of)
         index |= dict.fromkeys(part_of, file)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))

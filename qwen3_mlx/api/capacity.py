@@ -19,11 +19,11 @@ from qwen3_mlx.engine.memory import (
     make_plan,
     weight_bytes,
 )
-from qwen3_mlx.engine.memory_ledger import owed
+from qwen3_mlx.engine.memory_ledger import unallocated_guarantees
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
-from qwen3_mlx.model.sizes import SIZES, mlx_4bit_name, published
+from qwen3_mlx.model.sizes import SIZES, mlx_4bit_name, published_model_config
 
 _log = logging.getLogger(__name__)
 _MIN_CONTEXT = 2048  # tokens; with fewer a model is of no use
@@ -78,7 +78,7 @@ def check_fits(
         Qwen3Error: it does not fit; the message shows the sum, and what would fit.
     """
     tokens = context or _MIN_CONTEXT
-    available = backend.available_memory() - owed() - beside
+    available = backend.available_memory() - unallocated_guarantees() - beside
     plan = plan_load(network, stored, options, tokens, cache)
     if plan.total <= available:
         _warn_of_other_programs(name, plan.total + beside)
@@ -91,11 +91,11 @@ def check_fits(
     ]
     if plan.total <= available + beside:
         ways.append("without a draft model it would fit")
-    if owed() and plan.total <= available + owed():
+    if unallocated_guarantees() and plan.total <= available + unallocated_guarantees():
         ways.append(
             "closing another LLM of this process, or loading it with less context, would make room"
         )
-    stated = backend.stated_memory() is not None
+    stated = backend.memory_from_environment() is not None
     if plan.total <= backend.memory_limit() - beside:
         # Under a stated limit or on a GPU, memory of other programs is not counted: only models of
         # this process can be in the way.
@@ -111,7 +111,7 @@ def check_fits(
 
 
 def _warn_of_other_programs(name: str, total: int) -> None:
-    if not backend.on_metal() or backend.stated_memory():
+    if not backend.on_metal() or backend.memory_from_environment():
         return
     if total > (free := backend.free_memory()):
         _log.warning(
@@ -159,7 +159,10 @@ def _other_cache(
 def _suggest_model(available: int) -> str:
     """Return advice that names the largest published size that fits, quantized to 4 bits."""
     options = LoadOptions(backend.compute_dtype())
-    plans = {size: plan_load(published(size), lambda _: _READY_FORMAT, options) for size in SIZES}
+    plans = {
+        size: plan_load(published_model_config(size), lambda _: _READY_FORMAT, options)
+        for size in SIZES
+    }
     fitting = {size: plan.total for size, plan in plans.items() if plan.total <= available}
     if not fitting:
         return "none of the ready 4-bit models fits either"

@@ -67,7 +67,12 @@ class Window:
         return ids
 
     def room(
-        self, prompt_tokens: int, max_tokens: int | None, least: int, *, shortens: bool = False
+        self,
+        prompt_tokens: int,
+        max_tokens: int | None,
+        least: int,
+        *,
+        clamp_max_tokens: bool = False,
     ) -> int:
         """Return the most tokens that a reply may have.
 
@@ -87,7 +92,7 @@ class Window:
         if prompt_tokens + (1 if max_tokens else least) > window:
             raise self._too_long(f"{prompt_tokens:,} tokens")
         room = window - prompt_tokens
-        if max_tokens is not None and max_tokens > room and not shortens:
+        if max_tokens is not None and max_tokens > room and not clamp_max_tokens:
             raise ContextError(
                 f"max_tokens={max_tokens:,} does not fit: after {prompt_tokens:,} tokens of prompt "
                 f"the context window of {self._described()} has room for {room:,}"

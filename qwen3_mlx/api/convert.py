@@ -23,9 +23,9 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.recipes import RECIPES, assign, choose_formats, group_of
 from qwen3_mlx.checkpoint.sensitivity import measure
 from qwen3_mlx.checkpoint.stored_formats import read_matrices
-from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, untied
+from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, untie_if_needed
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import memory_of
+from qwen3_mlx.files import as_memoryview
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -34,7 +34,7 @@ from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.version import __version__
 
 Progress = Callable[[str, int, int], None]
-_DESCRIPTION = (*streaming.CARRIED, "config.json", INDEX)
+_DESCRIPTION = (*streaming.COPIED_FILES, "config.json", INDEX)
 _MIN_TARGET_BPW, _MAX_TARGET_BPW = 2.5, 9.0
 _SEQUENCE = 128  # tokens of a piece of calibration text
 _MAX_SEQUENCES = 64
@@ -138,7 +138,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     streaming.check_output(place.folder, output, force=force)
     folder, stated = read_config(place, _DESCRIPTION)
     folder = fetch_weights(place, folder, also=_DESCRIPTION)
-    config = untied(stated, folder)
+    config = untie_if_needed(stated, folder)
     network = ModelConfig.from_dict(config)
     backend.refuse_fork()
     job = streaming.Job(
@@ -155,7 +155,9 @@ def convert(  # noqa: PLR0913 - one keyword an option
         ids = _calibration_ids(folder, network, calibration)
         job = _measured(job, network, ids, target_bpw or 0.0, _progress_for(progress, "measuring"))
     elif not dequantize:
-        job = replace(job, formats=choose_formats(streaming.modules_of(config), recipe, form))
+        job = replace(
+            job, formats=choose_formats(streaming.quantizable_shapes(config), recipe, form)
+        )
     written = streaming.run(job, _progress_for(progress, "writing"))
     return Conversion(
         output=output,
@@ -239,7 +241,7 @@ def _measured(
     progress: Callable[[int, int], None],
 ) -> streaming.Job:
     """Return the job with formats chosen by their effect on the model's output on `ids` [N, L]."""
-    modules = streaming.modules_of(job.config)
+    modules = streaming.quantizable_shapes(job.config)
     matrices = read_matrices(job.source, job.config)
     refuse_missing_layers(network, matrices)
     mx.random.seed(0)
@@ -268,7 +270,7 @@ def _measured(
     }
     choice = assign(scores, sizes, budget)
     formats |= {path: form for group, form in choice.items() for path in members[group]}
-    digest = blake2b(bytes(memory_of(ids)), digest_size=16).hexdigest()
+    digest = blake2b(bytes(as_memoryview(ids)), digest_size=16).hexdigest()
     return replace(job, formats=formats, moments=moments, calibration=digest)
 
 

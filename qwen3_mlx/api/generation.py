@@ -17,12 +17,12 @@ from qwen3_mlx.api.options import GenerationOptions
 from qwen3_mlx.api.prompts import (
     TextProcessor,
     begun,
-    is_begun,
+    has_content,
+    no_turn_message,
     render,
     render_begun,
     render_whole,
     thinking_of,
-    why_no_turn,
 )
 from qwen3_mlx.api.stream import ReplyBuilder, StartedReply
 from qwen3_mlx.cache.prefix import common_prefix
@@ -66,8 +66,8 @@ class PreparedRequest:
         call_grammar: grammar of a tool call; each call gets a copy.
         details: details that `Finish` passes on.
         least_room: tokens that the context window must have left for the reply.
-        shortens: True if `max_tokens` is reduced to the room that is left, instead of refused.
-        client: key of the client, for fair scheduling.
+        clamp_max_tokens: True if `max_tokens` is reduced to the room that is left, instead of
+        refused. client: key of the client, for fair scheduling.
         score_prompt: True if the first event is the prompt's own log probabilities.
         only_read: True if the prompt is prefilled and nothing generated.
     """
@@ -75,8 +75,8 @@ class PreparedRequest:
     prompt: str | Sequence[int]
     ids: Sequence[int]
     thinks: bool | None
-    draws_as_thinking: bool
-    asked: GenerationOptions
+    samples_as_thinking: bool
+    options: GenerationOptions
     inside: bool = False
     continued: Message | None = None
     messages: Sequence[Message] = ()
@@ -85,16 +85,16 @@ class PreparedRequest:
     form: GrammarState | None = None
     call_grammar: GrammarState | None = None
     details: dict[str, str] = field(default_factory=dict)
-    least_room: int = 1
-    shortens: bool = False
+    min_room: int = 1
+    clamp_max_tokens: bool = False
     client: str = ""
     score_prompt: bool = False
-    only_read: bool = False
+    prefill_only: bool = False
 
     @property
     def max_tokens(self) -> int | None:
         """The most tokens of the reply; None is all that the context window has room for."""
-        return 0 if self.only_read else self.asked.max_tokens
+        return 0 if self.prefill_only else self.options.max_tokens
 
 
 class ReplyGenerator:
@@ -113,7 +113,7 @@ class ReplyGenerator:
         Raises what `Window.fitting` and `GenerationOptions.form` raise.
         """
         ids = self.window.fitting(prompt)
-        form = options.form(self.words.grammars.on_behalf_of(caller))
+        form = options.form(self.words.grammars.for_caller(caller))
         return PreparedRequest(prompt, ids, None, False, options, form=form)
 
     def chat(
@@ -141,7 +141,7 @@ class ReplyGenerator:
                 raise ValueError("the thinking of the last message needs thinking to be continued")
             thinks = inside
         elif history[-1]["role"] == "assistant":
-            raise ValueError(why_no_turn(history[-1]))
+            raise ValueError(no_turn_message(history[-1]))
         if options.thinking_budget is not None and not thinks and not continued:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
         tools = options.described_tools()
@@ -156,24 +156,24 @@ class ReplyGenerator:
         render_prompt = render_begun if continued else render_whole
         prompt = render_prompt(words, history, options.thinking, tools)
         ids = self.window.fitting(prompt)
-        grammars = words.grammars.on_behalf_of(caller)
+        grammars = words.grammars.for_caller(caller)
         form = options.form(grammars)
         call_grammar = calls.grammar(grammars, named or tools) if calls else None
         warnings = [*call_grammar.warnings] if call_grammar else []
         # The model itself obeys /think and /no_think; here they choose the sampling defaults only.
         switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
-        draws_as_thinking = thinks if switched is None else switched
+        samples_as_thinking = thinks if switched is None else switched
         if options.must_call and form:
             warnings.append("a tool call is required, so the form of the answer was ignored")
         if continued:
-            draws_as_thinking = bool(thinking_of(continued))
+            samples_as_thinking = bool(thinking_of(continued))
             if options.thinking and not inside:
                 warnings.append("the answer had begun, so it was continued without thinking")
         return PreparedRequest(
             prompt,
             ids,
             thinks,
-            draws_as_thinking,
+            samples_as_thinking,
             options,
             inside=inside,
             continued=continued,
@@ -212,7 +212,7 @@ class ReplyGenerator:
 
         Raises what `Window.room` and `ThinkingLimits.of` raise.
         """
-        words, options, reply = self.words, prepared.asked, ReplyBuilder(prepared.continued)
+        words, options, reply = self.words, prepared.options, ReplyBuilder(prepared.continued)
 
         def emit(event: Event | BaseException) -> None:
             reply.add(event)
@@ -223,7 +223,10 @@ class ReplyGenerator:
 
         ids = prepared.ids
         room = self.window.room(
-            len(ids), prepared.max_tokens, prepared.least_room, shortens=prepared.shortens
+            len(ids),
+            prepared.max_tokens,
+            prepared.min_room,
+            clamp_max_tokens=prepared.clamp_max_tokens,
         )
         thinking = None if prepared.thinks is None else words.thinking
         parser = ReplyParser(
@@ -231,7 +234,7 @@ class ReplyGenerator:
             emit,
             thinking=thinking,
             inside=prepared.inside,
-            begun=is_begun(prepared.continued),
+            begun=has_content(prepared.continued),
             stop=options.stop_strings,
             calls=prepared.calls,
             logprobs=options.logprobs is not None,
@@ -276,7 +279,7 @@ class ReplyGenerator:
 
         defaults = sampling_defaults(
             words.sampling,
-            thinking=prepared.draws_as_thinking,
+            thinking=prepared.samples_as_thinking,
             hybrid=thinking is not None and thinking.hybrid,
         )
         request = Request(
@@ -317,7 +320,7 @@ class ReplyGenerator:
         self, prepared: PreparedRequest, room: int, form: GrammarState | None
     ) -> ThinkingBudget:
         """Create the thinking budget and repetition guard; a constrained answer keeps its room."""
-        words, options = self.words, prepared.asked
+        words, options = self.words, prepared.options
         thinking = None if prepared.thinks is None else words.thinking
         budget = options.thinking_budget if prepared.thinks else None
         # A call that stands in the thinking is not constrained: it may be any call, in any number.
@@ -345,7 +348,7 @@ class ReplyGenerator:
             thinking,
             limits,
             inside=prepared.inside,
-            answering=is_begun(prepared.continued) and not prepared.inside,
+            answering=has_content(prepared.continued) and not prepared.inside,
             end_ids=self._end_ids(prepared),
             calls=None if settled else prepared.calls,
         )
@@ -375,8 +378,8 @@ class ReplyGenerator:
             calling=ToolCallRule(
                 prepared.calls,
                 partial(prepared.call_grammar.copy, failures),
-                must=prepared.asked.must_call,
-                only_one=not prepared.asked.parallel_tool_calls,
+                must=prepared.options.must_call,
+                only_one=not prepared.options.parallel_tool_calls,
             )
             if prepared.calls and prepared.call_grammar
             else None,
@@ -396,7 +399,7 @@ class ReplyGenerator:
                     render(
                         self.words,
                         [*before, {"role": "user", "content": text}],
-                        prepared.asked.thinking,
+                        prepared.options.thinking,
                         prepared.tools,
                         add_generation_prompt=False,
                     )
@@ -405,7 +408,7 @@ class ReplyGenerator:
             )
             ids = first[: common_prefix(first, second)]
             if len(ids) < self.engine.context and len(ids) - already <= _MAX_READ_AHEAD:
-                self.engine.read_ahead(ids)
+                self.engine.prefetch(ids)
         except Qwen3Error:  # the template refuses such a turn, or the engine is closed by now
             return
 

@@ -25,9 +25,9 @@ from qwen3_mlx.api.stream import (
     AsyncStream,
     Reply,
     ReplyBuilder,
-    Said,
     StartedReply,
     Stream,
+    StreamItem,
     collect,
     with_parsed,
 )
@@ -168,7 +168,7 @@ class LLM:
             prepared = self._open().chat(messages, GenerationOptions.of(options))
             least = int(self._open().engine.context * _MIN_REPLY_SHARE) if drop_oldest else 1
             details = prepared.details | details
-            return self._stream(replace(prepared, details=details, least_room=least), on_end)
+            return self._stream(replace(prepared, details=details, min_room=least), on_end)
 
         GenerationOptions.of(options, *_CONVERSATION_KEYWORDS)  # fail before the first reply
         defaults: Options = {"prefetch_next_turn": True, **options}
@@ -190,7 +190,7 @@ class LLM:
             pass
         prepared = self.prepare(messages, **options)
         loop, cancelled = asyncio.get_running_loop(), Flag()
-        events: asyncio.Queue[Said] = asyncio.Queue()
+        events: asyncio.Queue[StreamItem] = asyncio.Queue()
 
         def deliver(event: Event | BaseException) -> None:
             try:
@@ -231,19 +231,19 @@ class LLM:
         caller: Caller = PATIENT,
         *,
         score_prompt: bool = False,
-        only_read: bool = False,
+        prefill_only: bool = False,
         **options: Unpack[Options],
     ) -> PreparedRequest:
         """Prepare the continuation of raw text or of token ids for `begin`.
 
         With `score_prompt` the first event is `PromptTokens`: the log probabilities of the prompt's
-        own tokens, each with `logprobs` alternatives. With `only_read` the prompt is prefilled and
-        no token generated.
+        own tokens, each with `logprobs` alternatives. With `prefill_only` the prompt is prefilled
+        and no token generated.
         """
         text_or_ids = prompt if isinstance(prompt, str) else token_ids(prompt)
         prepared = self._open().text(text_or_ids, GenerationOptions.of(options), caller)
-        if only_read:
-            prepared = replace(prepared, only_read=True, least_room=0)
+        if prefill_only:
+            prepared = replace(prepared, prefill_only=True, min_room=0)
         return replace(prepared, score_prompt=score_prompt)
 
     def load_grammars(self) -> None:
@@ -499,7 +499,7 @@ class LLM:
         self, prepared: PreparedRequest, on_end: Callable[[ReplyBuilder], None] | None = None
     ) -> Stream:
         """Start a reply; `on_end` gets the collected reply before `Finish` or an error is sent."""
-        events: SimpleQueue[Said] = SimpleQueue()
+        events: SimpleQueue[StreamItem] = SimpleQueue()
         cancelled = Flag()
         started = self._open().start(prepared, events.put, cancelled, on_end)
         return Stream(events, cancelled, self, started, wait=self._worker.wait)
@@ -507,7 +507,7 @@ class LLM:
 
 def _shut_down(worker: Worker, share: Share, wired: int) -> None:
     # In a forked process the worker's and MLX's threads are missing: `unwire` would wait for them.
-    if worker.left_behind:
+    if worker.forked:
         return
     worker.stop()
     release(share)

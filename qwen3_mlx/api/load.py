@@ -21,7 +21,7 @@ from qwen3_mlx.checkpoint.fingerprint import fingerprint
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.stored import formats_stored
-from qwen3_mlx.checkpoint.weights import Weights, are_here, untied
+from qwen3_mlx.checkpoint.weights import Weights, has_all_weights, untie_if_needed
 from qwen3_mlx.engine.forward import warm_up
 from qwen3_mlx.engine.memory import FormatOf, Plan
 from qwen3_mlx.engine.sampling_params import stated_sampling
@@ -33,7 +33,7 @@ from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.model.sizes import full_name, with_yarn
+from qwen3_mlx.model.sizes import hub_name, with_yarn
 from qwen3_mlx.text.grammar_compiler import GrammarCompiler
 from qwen3_mlx.text.prompt import ControlTokens
 from qwen3_mlx.text.template import ChatTemplate, read_tokenizer_config, special_tokens
@@ -116,7 +116,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
     )
     demo = str(files("qwen3_mlx") / "demo")
     target = _ResolvedCheckpoint.at(
-        Source(demo if source is None else full_name(source), revision, download_progress),
+        Source(demo if source is None else hub_name(source), revision, download_progress),
         options,
         kv_bits,
         context,
@@ -202,8 +202,8 @@ class _ResolvedCheckpoint:
         context: int | None = None,
     ) -> "_ResolvedCheckpoint":
         folder, config = read_config(place)
-        if are_here(folder):
-            config = untied(config, folder)
+        if has_all_weights(folder):
+            config = untie_if_needed(config, folder)
         if context is not None:
             config = with_yarn(config, context)
         network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
@@ -219,9 +219,9 @@ class _ResolvedCheckpoint:
 
     def fetched(self) -> "_ResolvedCheckpoint":
         """Fetch the weights and return the checkpoint, its head untied if the weights have one."""
-        complete = are_here(self.folder)  # then `at` has looked for a head already
+        complete = has_all_weights(self.folder)  # then `at` has looked for a head already
         folder = fetch_weights(self.place, self.folder)
-        config = self.config if complete else untied(self.config, folder)
+        config = self.config if complete else untie_if_needed(self.config, folder)
         return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
 
     def refuse_if_too_large(self, context: int | None, beside: int) -> None:
@@ -243,7 +243,7 @@ def _draft_model(
 ) -> _ResolvedCheckpoint | None:
     if draft is None or draft == DRAFT_NGRAM:
         return None
-    place = Source(full_name(draft), progress=progress)
+    place = Source(hub_name(draft), progress=progress)
     return _ResolvedCheckpoint.at(place, options, kv_bits).as_stored()
 
 

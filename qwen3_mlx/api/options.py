@@ -11,7 +11,7 @@ from typing import Any, TypedDict, TypeVar, cast
 from qwen3_mlx.arguments import plain, refuse_unknown
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.text.grammar import GrammarState
-from qwen3_mlx.text.grammar_compiler import Form, GrammarCompiler
+from qwen3_mlx.text.grammar_compiler import GrammarCompiler, SchemaLike
 from qwen3_mlx.text.grammar_limits import MOST_TOOLS, check_tools
 from qwen3_mlx.text.tool_calls import Tool, as_tool_list, tool_schema
 
@@ -118,7 +118,7 @@ class Options(TextOptions, total=False):
     tool_choice: str
     parallel_tool_calls: bool
     partial_calls: bool
-    schema: Form | None
+    schema: SchemaLike | None
     regex: str | None
     choice: Sequence[str] | None
     grammar: str | None
@@ -145,7 +145,7 @@ class GenerationOptions:
     tool_choice: str = "auto"
     parallel_tool_calls: bool = True
     partial_calls: bool = False
-    schema: Form | None = None
+    schema: SchemaLike | None = None
     regex: str | None = None
     choice: Sequence[str] | None = None
     grammar: str | None = None

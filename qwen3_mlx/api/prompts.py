@@ -19,7 +19,7 @@ from qwen3_mlx.text.messages import (
     think_block,
     without_empty_end,
 )
-from qwen3_mlx.text.prompt import ControlTokens, Hiding
+from qwen3_mlx.text.prompt import ControlTokenEscaper, ControlTokens
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Prompt, Tokenizer
@@ -77,7 +77,7 @@ def render_whole(
     Raises:
         Qwen3Error: there is no template, or it refuses the messages.
     """
-    hiding = Hiding(processor.control)
+    hiding = ControlTokenEscaper(processor.control)
     rendered = _rendered(processor, hiding, history, thinking, tools, add_generation_prompt)
     return hiding.prompt(rendered)
 
@@ -98,7 +98,7 @@ def render_begun(
     # A random mark at the end of the text shows where the template has put that end.
     end = f"q{secrets.token_hex(8)}e"
     history = [*before, {**last, field: last[field] + end}]
-    hiding = Hiding(processor.control)
+    hiding = ControlTokenEscaper(processor.control)
     rendered, found, _ = _rendered(processor, hiding, history, thinking, tools, False).rpartition(
         end
     )
@@ -111,7 +111,7 @@ def render_begun(
 
 def _rendered(
     processor: TextProcessor,
-    hiding: Hiding,
+    hiding: ControlTokenEscaper,
     history: Sequence[Message],
     thinking: bool | None,
     tools: Sequence[Mapping[str, Any]],
@@ -158,7 +158,7 @@ def begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             f"{last['role']}'s"
         )
     if last.get("tool_calls"):
-        raise ValueError(why_no_turn(last))
+        raise ValueError(no_turn_message(last))
     opened = last["content"].lstrip()
     if opened.startswith(THINK) and END_THINK not in opened and not thinking_of(last):
         last |= {"content": "", "reasoning_content": opened.removeprefix(THINK).lstrip("\n")}
@@ -167,16 +167,16 @@ def begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*history[:-1], last]
 
 
-def is_begun(continued: Message | None) -> bool:
+def has_content(continued: Message | None) -> bool:
     """Return whether the message to continue has an answer or thinking already."""
     return bool(continued and (continued["content"] or thinking_of(continued)))
 
 
-def why_no_turn(last: Message) -> str:
+def no_turn_message(last: Message) -> str:
     """Return the error message for a conversation whose last message is the assistant's."""
     if last.get("tool_calls"):
         return "the last message calls tools: add their answers, as messages with the role tool"
-    if not is_begun(last):
+    if not has_content(last):
         return "the last message is the assistant's and says nothing: add a message to reply to"
     return (
         "the last message is the assistant's: add a message to reply to, or have it continued "

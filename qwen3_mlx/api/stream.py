@@ -21,7 +21,7 @@ from qwen3_mlx.text.events import (
 )
 from qwen3_mlx.text.messages import END_THINK, think_block
 
-Said = Event | BaseException | None
+StreamItem = Event | BaseException | None
 """An item of the queue between engine and stream; None marks a stream that has been read."""
 
 
@@ -86,7 +86,7 @@ class Stream(Iterator[Event]):
 
     def __init__(
         self,
-        events: "SimpleQueue[Said]",
+        events: "SimpleQueue[StreamItem]",
         cancelled: Flag,
         owner: object,
         started: StartedReply,
@@ -145,7 +145,7 @@ class AsyncStream(AsyncIterator[Event]):
 
     def __init__(
         self,
-        events: "asyncio.Queue[Said]",
+        events: "asyncio.Queue[StreamItem]",
         cancelled: Flag,
         owner: object,
         started: StartedReply,

@@ -16,7 +16,7 @@ from threading import Timer
 from qwen3_mlx.bench.measure import OURS, PEER, Case, Measurement, NumericSettings, Setup
 from qwen3_mlx.errors import Qwen3Error
 
-AS_IT_COMES, EQUAL = "out of the box", "equal terms"
+DEFAULTS, EQUAL = "out of the box", "equal terms"
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ def compare(
     against: Sequence[str] = (),
     repeats: int = 1,
     seconds: float,
-    told: Callable[[int], None] = lambda done: None,
+    on_measurement: Callable[[int], None] = lambda done: None,
 ) -> dict[str, TargetResult]:
     """Measure this package and mlx-lm in turn, `repeats` times.
 
@@ -54,7 +54,7 @@ def compare(
         folder: the checkpoint.
         cases: the cases to measure.
         count: decode steps per case.
-        against: terms for mlx-lm: `AS_IT_COMES`, its defaults, and `EQUAL`, this package's numeric
+        against: terms for mlx-lm: `DEFAULTS`, its defaults, and `EQUAL`, this package's numeric
             settings. If both are the same, it runs once, as `EQUAL`.
         repeats: number of rounds. The result is the median of each figure, of memory the maximum.
         seconds: time limit of one run.
@@ -66,29 +66,29 @@ def compare(
     rounds: list[dict[str, TargetResult]] = []
     done = 0
 
-    def on_measurement() -> None:
+    def measured() -> None:
         nonlocal done
         done += 1
-        told(done)
+        on_measurement(done)
 
     for _ in range(repeats):
-        results = {OURS: _run(Setup(OURS, folder, cases, count), seconds, on_measurement)}
+        results = {OURS: _run(Setup(OURS, folder, cases, count), seconds, measured)}
         terms = results[OURS].terms
         if not results[OURS].figures:
             raise Qwen3Error(f"there is no measurement after {seconds:g} s; allow more time")
-        for way in (AS_IT_COMES, EQUAL):
+        for way in (DEFAULTS, EQUAL):
             if way not in against:
                 continue
             setup = Setup(PEER, folder, cases, count, terms if way == EQUAL else None)
-            results[f"{PEER}, {way}"] = peer = _run(setup, seconds, on_measurement)
-            if way == AS_IT_COMES and peer.terms == terms:
+            results[f"{PEER}, {way}"] = peer = _run(setup, seconds, measured)
+            if way == DEFAULTS and peer.terms == terms:
                 results[f"{PEER}, {EQUAL}"] = results.pop(f"{PEER}, {way}")
                 break
         rounds.append(results)
     return {name: _median([results[name] for results in rounds]) for name in rounds[0]}
 
 
-def _run(setup: Setup, seconds: float, on_measurement: Callable[[], None]) -> TargetResult:
+def _run(setup: Setup, seconds: float, measured: Callable[[], None]) -> TargetResult:
     """Run a target in its own process until it ends or its time is over; return its results.
 
     The process writes lines of JSON: {"terms", "weights", "bandwidth"} once it has loaded,
@@ -128,7 +128,7 @@ def _run(setup: Setup, seconds: float, on_measurement: Callable[[], None]) -> Ta
                     figures = content["figures"]
                     case = Case(**figures["case"])
                     result.figures[case] = Measurement(**figures | {"case": case})
-                    on_measurement()
+                    measured()
             code, late = process.wait(), not timer.is_alive()
         finally:
             timer.cancel()

@@ -108,7 +108,7 @@ class DiskPrefixes:
                 best, longest = entry, found
         return (longest, best) if best else (0, None)
 
-    def wants(self, ids: Sequence[int]) -> bool:
+    def is_worth_saving(self, ids: Sequence[int]) -> bool:
         """Return whether these ids are enough to be worth a file, and no file has all of them."""
         return len(ids) >= _MIN_TOKENS and self.match_length(ids, len(ids)) < len(ids)
 

@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 _SHARD_BYTES = 1_000_000_000  # maximum, except for a single larger tensor
 _BLOCK = 1 << 23  # numbers of a tensor that are computed at once
 _BLOCKS_IN_FLIGHT = 3
-CARRIED = (
+COPIED_FILES = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "LICENSE"),
 )
@@ -383,7 +383,7 @@ def _write_other_files(
             },
         }
         (partial / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
-    for name in CARRIED:
+    for name in COPIED_FILES:
         if (job.source / name).is_file():
             shutil.copyfile(job.source / name, partial / name)
     if job.card:
@@ -456,7 +456,7 @@ def _publish(partial: Path, output: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def modules_of(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def quantizable_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Return the weight shapes of the modules that can be quantized, by module path."""
     model = Qwen3(ModelConfig.from_dict(config))
     return {path: tuple(module["weight"].shape) for path, module in quantizable(model)}

@@ -13,11 +13,11 @@ from qwen3_mlx.checkpoint.stored import MODELOPT, quantization_of, refuse_modelo
 from qwen3_mlx.checkpoint.weights import (
     INDEX,
     WHOLE,
-    are_here,
+    has_all_weights,
     index_fault,
-    instead_of_weights,
+    missing_message,
+    unsupported_weights,
     weight_names,
-    why_none,
 )
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
@@ -35,7 +35,7 @@ def read_config(
         CheckpointError: the checkpoint is not a supported Qwen3: it is another network, a GGUF
             file, an adapter, or quantized by a method that is not supported.
     """
-    folder = None if place.lacks("config.json") else place.fetch([*files, MODELOPT])
+    folder = None if place.is_missing("config.json") else place.fetch([*files, MODELOPT])
     if folder is None or not (folder / "config.json").is_file():
         raise CheckpointError(_missing_message(place, needed="config.json"))
     config = read_json(folder / "config.json")
@@ -57,7 +57,7 @@ def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path
     Raises:
         CheckpointError: the checkpoint has no weights of a supported kind.
     """
-    files = None if are_here(folder) else place.listed()
+    files = None if has_all_weights(folder) else place.list_files()
     names = weight_names(folder, files, place=place.name)
     folder = place.fetch([*also, *(names or [WHOLE])]) if names or files is None else folder
     if not weight_names(folder):
@@ -67,7 +67,7 @@ def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path
     return folder
 
 
-def tensors_listed(place: Source, folder: Path) -> Collection[str] | None:
+def indexed_tensor_names(place: Source, folder: Path) -> Collection[str] | None:
     """Return the names of a checkpoint's tensors from its index; None if there is no valid index.
 
     No weights are fetched. A checkpoint of a config.json alone is accepted.
@@ -75,11 +75,11 @@ def tensors_listed(place: Source, folder: Path) -> Collection[str] | None:
     Raises:
         CheckpointError: the weights are of an unsupported kind, or present twice.
     """
-    files = place.listed()
+    files = place.list_files()
     if files and INDEX in files:
         folder = place.fetch(["config.json", INDEX])
     names = weight_names(folder, files, place=place.name)
-    if files and not names and instead_of_weights(files):
+    if files and not names and unsupported_weights(files):
         raise CheckpointError(_missing_message(place, needed=WHOLE))
     if not (folder / INDEX).is_file() or index_fault(folder, files):
         return None
@@ -93,4 +93,4 @@ def _missing_message(place: Source, *, needed: str) -> str:
     if ADAPTER_CONFIG in files:  # of the two keys peft writes the first, mlx-lm the second
         adapter = read_json(place.fetch([ADAPTER_CONFIG]) / ADAPTER_CONFIG)
         base = adapter.get("base_model_name_or_path") or adapter.get("model")
-    return why_none(place.name, files, needed, str(base or "another model"))
+    return missing_message(place.name, files, needed, str(base or "another model"))

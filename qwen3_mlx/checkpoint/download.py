@@ -221,7 +221,7 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def no_bar() -> type:
+def silent_progress_bar() -> type:
     """Create a progress bar class that shows nothing, for calls of the hub's library."""
     from huggingface_hub.utils import tqdm
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from json import JSONDecodeError
 from pathlib import Path
 
-from qwen3_mlx.checkpoint.download import Progress, download, first_line, no_bar
+from qwen3_mlx.checkpoint.download import Progress, download, first_line, silent_progress_bar
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.sizes import SIZES
 
@@ -104,7 +104,7 @@ class Source:
         if self.folder and revision is not None:
             raise ValueError(f"revision belongs to hub names; {name} is a folder")
 
-    def listed(self) -> list[str] | None:
+    def list_files(self) -> list[str] | None:
         """Return the names of the checkpoint's files; None if the hub cannot be reached."""
         if self.folder:
             return sorted(file.name for file in self.folder.iterdir())
@@ -120,7 +120,7 @@ class Source:
                 _log.debug("%s: its files could not be listed", self.name, exc_info=True)
         return self._listed
 
-    def lacks(self, file: str) -> bool:
+    def is_missing(self, file: str) -> bool:
         """Return whether a file is known to be missing; the hub is asked only if it is not cached.
 
         Fetching a missing file would make the hub's library print messages of its own.
@@ -135,12 +135,12 @@ class Source:
                     return False
             except ValueError:  # an invalid name: `fetch` raises the clear error
                 return False
-        files = self.listed()
+        files = self.list_files()
         return files is not None and file not in files
 
     def files(self) -> list[str]:
         """Return the names of the checkpoint's files; the cached ones if the hub is unreachable."""
-        files = self.listed()
+        files = self.list_files()
         if files is None:
             files = sorted(file.name for file in self.fetch([]).iterdir())
         return files
@@ -171,7 +171,7 @@ class Source:
                     self.name,
                     revision=self._revision,
                     allow_patterns=list(files),
-                    tqdm_class=no_bar(),
+                    tqdm_class=silent_progress_bar(),
                 )
             )
         except CheckpointError:
@@ -201,7 +201,7 @@ class Source:
         """Return those of `files` that the hub is known to have and that are not in the cache."""
         from huggingface_hub import try_to_load_from_cache
 
-        listed = self.listed() or ()
+        listed = self.list_files() or ()
         return [
             file
             for file in dict.fromkeys(files)

@@ -11,7 +11,7 @@ Formats = dict[str, Format | None]
 """The format of each module's weights by module path; None leaves them unquantized."""
 
 # Modules over the same input. The network stores them as one matrix if their formats agree.
-TOGETHER = {
+FUSED_GROUPS = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv"),
     **dict.fromkeys(("gate_proj", "up_proj"), "gate_up"),
 }
@@ -21,7 +21,7 @@ _RICHER_BITS = {2: 4, 3: 5, 4: 6, 5: 8, 6: 8, 8: 8}  # bits of sensitive modules
 def group_of(path: str) -> str:
     """Return the name of a module's group, which has one format: q, k, v of a layer; gate, up."""
     parent, dot, name = path.rpartition(".")
-    return f"{parent}{dot}{TOGETHER.get(name, name)}"
+    return f"{parent}{dot}{FUSED_GROUPS.get(name, name)}"
 
 
 def choose_formats(modules: Mapping[str, tuple[int, ...]], recipe: str, fmt: Format) -> Formats:

@@ -31,7 +31,7 @@ from qwen3_mlx.model.qwen3 import Block
 from qwen3_mlx.model.rope import Rope
 
 Progress = Callable[[int, int], None]
-PromptLogprobBatch = dict[str, dict[Format, float]]
+SensitivityScores = dict[str, dict[Format, float]]
 """For each group of modules, the divergence in nats a token that each format causes."""
 Moments = dict[str, mx.array]
 """The second moments of each module's inputs, see `gptq.moments`."""
@@ -47,7 +47,7 @@ def measure(
     ids: mx.array,
     formats: Sequence[Format],
     progress: Progress,
-) -> tuple[PromptLogprobBatch, Moments]:
+) -> tuple[SensitivityScores, Moments]:
     """Compute the divergence of each group of modules in each format, and all modules' moments.
 
     The text is ids [N, L]. `progress(done, total)` counts layers, each of them twice: once
@@ -60,7 +60,7 @@ def measure(
         progress(index, 2 * layers)
         block = _load_block(config, matrices, index)
         inputs.append(_forward(block, rope, inputs[-1]))
-    scores: PromptLogprobBatch = {}
+    scores: SensitivityScores = {}
     seen: Moments = {}
     head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
     norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -161,7 +161,7 @@ def _refuse_two_sets(place: str, examples: Collection[str]) -> None:
         )
 
 
-def are_here(folder: Path) -> bool:
+def has_all_weights(folder: Path) -> bool:
     """Return whether all weight files of a checkpoint are in its folder."""
     try:
         names = weight_names(folder)
@@ -176,18 +176,20 @@ def _weight_files(folder: Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; download it again")
     if not names:
-        raise CheckpointError(why_none(str(folder), [file.name for file in folder.iterdir()]))
+        raise CheckpointError(
+            missing_message(str(folder), [file.name for file in folder.iterdir()])
+        )
     return [folder / name for name in names]
 
 
-def instead_of_weights(files: Collection[str]) -> list[str]:
+def unsupported_weights(files: Collection[str]) -> list[str]:
     """Return the files with weights of an unsupported kind, or of an adapter."""
     return sorted(
         file for file in files if file.endswith(_UNSUPPORTED_SUFFIXES) or file in ADAPTER_FILES
     )
 
 
-def why_none(
+def missing_message(
     place: str, files: Collection[str], needed: str = WHOLE, base: str = "another model"
 ) -> str:
     """Return the message for a checkpoint without the file `needed`, from the files that it has.
@@ -221,7 +223,7 @@ def has_own_head(weights: Weights) -> bool:
     )
 
 
-def untied(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def untie_if_needed(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """Return a config.json with an untied head, if the weights have a head of their own.
 
     Merging adapters into a tied model, or extending its vocabulary, leaves such a head behind while

@@ -12,7 +12,7 @@ import typer
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx import backend
 from qwen3_mlx.cli.console import YARN_NOTE, Bar, note, stderr_text
-from qwen3_mlx.cli.error_wording import WrongUsage
+from qwen3_mlx.cli.error_wording import UsageError
 from qwen3_mlx.cli.load_options import (
     Bits,
     Context,
@@ -100,7 +100,7 @@ def ask(  # noqa: PLR0913 - one parameter an option
     messages = [{"role": "system", "content": system}] if system else []
     if ctx.args:  # the words after the first
         words = " ".join([prompt or "", *ctx.args])
-        raise WrongUsage(f'put the prompt in quotes: qwen3 "{words}"')
+        raise UsageError(f'put the prompt in quotes: qwen3 "{words}"')
     messages.append({"role": "user", "content": _with_piped(prompt)})
     llm = load(
         model,

@@ -12,23 +12,23 @@ import mlx.core as mx
 import typer
 
 from qwen3_mlx import backend, interrupt
-from qwen3_mlx.bench.compare import AS_IT_COMES, EQUAL, TargetResult, compare
+from qwen3_mlx.bench.compare import DEFAULTS, EQUAL, TargetResult, compare
 from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Measurement, cases_of
 from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import formats_stored
-from qwen3_mlx.checkpoint.weights import untied
+from qwen3_mlx.checkpoint.weights import untie_if_needed
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.load_options import ModelArgument
-from qwen3_mlx.engine.memory import FormatOf, Workload, bytes_a_token
+from qwen3_mlx.engine.memory import FormatOf, Workload, bytes_per_token
 from qwen3_mlx.evaluate.plots import Panel, check_picture, draw_speeds
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.sizes import full_name
+from qwen3_mlx.model.sizes import hub_name
 
 _PROMPTS, _TOGETHER, _COUNT, _MINUTES = "128,1024,4096", "2,4,8", 32, 10.0
-_TERMS = {"both": (AS_IT_COMES, EQUAL), "box": (AS_IT_COMES,), "equal": (EQUAL,)}
+_TERMS = {"both": (DEFAULTS, EQUAL), "box": (DEFAULTS,), "equal": (EQUAL,)}
 _NAME, _CELL, _RATIO = 38, 14, 8  # widths of the table's columns, in characters
 _WIDE = _CELL + _RATIO
 
@@ -83,13 +83,13 @@ def bench(  # noqa: PLR0913 - one parameter an option
     if plot:
         check_picture(plot)
     folder = _folder(model)
-    content = untied(read_json(folder / "config.json"), folder)
+    content = untie_if_needed(read_json(folder / "config.json"), folder)
     config, stored = ModelConfig.from_dict(content), formats_stored(content, folder)
     lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
     cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))
     peer_terms = _TERMS[terms] if against else ()
     shared = [case for case in cases if not case.special]
-    interrupt.unwind()  # so that the engines' processes end, too
+    interrupt.restore_keyboard_interrupt()  # so that the engines' processes end, too
     with Bar("measuring") as bar:
         results = compare(
             str(folder),
@@ -98,7 +98,9 @@ def bench(  # noqa: PLR0913 - one parameter an option
             against=peer_terms,
             repeats=repeats,
             seconds=60 * minutes,
-            told=lambda done: bar(done, repeats * (len(cases) + len(peer_terms) * len(shared))),
+            on_measurement=lambda done: bar(
+                done, repeats * (len(cases) + len(peer_terms) * len(shared))
+            ),
         )
     facts = {
         "model": model or "demo",
@@ -131,7 +133,7 @@ def _folder(model: str | None) -> Path:
     if model is None:
         return Path(str(files("qwen3_mlx") / "demo"))
     with Bar("downloading", in_bytes=True) as bar:
-        source = Source(full_name(model), progress=bar)
+        source = Source(hub_name(model), progress=bar)
         folder, content = read_config(source)
         formats_stored(content, folder)  # refuse unsupported weights before downloading them
         return fetch_weights(source, folder)
@@ -211,7 +213,7 @@ def _shares_of_bandwidth(
                 cache=cache_format(case.kv_bits, config.head_dim),
             )
             formats = stored if stored and result.terms.quantized else lambda _: None
-            moved = bytes_a_token(config, formats, work)
+            moved = bytes_per_token(config, formats, work)
             shares[case] = figures.decode / figures.a_pass * moved / result.bandwidth
     return shares
 

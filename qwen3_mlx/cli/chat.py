@@ -43,7 +43,7 @@ from qwen3_mlx.cli.load_options import (
     TopP,
     load,
 )
-from qwen3_mlx.cli.screen import Screen, enter_key
+from qwen3_mlx.cli.screen import Screen, on_enter_key
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Finish, Usage
@@ -225,7 +225,7 @@ class _Session:
 
     def _show(self, stream: "qwen3_mlx.Stream") -> Finish:
         started = time.monotonic()
-        with _ctrl_c_closes(stream), enter_key(stream.finish_thinking):
+        with _ctrl_c_closes(stream), on_enter_key(stream.finish_thinking):
             finish = self._screen.show(stream)
         self._stats.add(finish.usage, time.monotonic() - started)
         return finish
@@ -257,7 +257,7 @@ class _Session:
         note(f"Thinking takes at most {text} tokens." if text else "Thinking has no budget.")
 
     def _do_tools(self, text: str) -> None:
-        self._functions = functions_in(Path(shlex.split(text)[0]).expanduser()) if text else []
+        self._functions = load_functions(Path(shlex.split(text)[0]).expanduser()) if text else []
         self.conversation.options["tools"] = self._functions or None
         names = ", ".join(function.__name__ for function in self._functions)
         note(f"The model may call {names}." if names else "No tools.")
@@ -290,7 +290,7 @@ class _Session:
         note(str(self._stats))
 
 
-def functions_in(file: Path) -> list[Callable[..., Any]]:
+def load_functions(file: Path) -> list[Callable[..., Any]]:
     """Return the functions that a Python file of the user defines, except those named `_...`.
 
     Runs the file.

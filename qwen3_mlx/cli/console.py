@@ -35,7 +35,7 @@ def stderr_text(text: str) -> None:
     sys.stderr.flush()
 
 
-def sized(count: int) -> str:
+def format_bytes(count: int) -> str:
     """Return a number of bytes in MB or GB, as text."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 

@@ -13,8 +13,8 @@ from rich.table import Table
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx import interrupt
 from qwen3_mlx.checkpoint.hub import check_name, upload
-from qwen3_mlx.cli.console import Bar, note, sized
-from qwen3_mlx.cli.evaluate import compare, facts_of, read_text, refuse_unloadable
+from qwen3_mlx.cli.console import Bar, format_bytes, note
+from qwen3_mlx.cli.evaluate import compare, comparison_dict, read_text, refuse_unloadable
 from qwen3_mlx.cli.load_options import option
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
 from qwen3_mlx.model.sizes import folder_name
@@ -153,7 +153,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     if report:
         found, modules = compare(source, output, read_text(None), revision=revision)
         draw(picture, [Point(output.name, made.bits_per_weight, found.mean_kl)], modules)
-        facts["report"] = facts_of(source, str(output), found, modules)
+        facts["report"] = comparison_dict(source, str(output), found, modules)
         (output / "report.json").write_text(json.dumps(facts["report"], indent=2), "utf-8")
     if upload_to:
         facts["commit"] = upload(output, upload_to)
@@ -179,7 +179,7 @@ class _Bars:
             in_bytes = what in (_DOWNLOADING, "writing")
             self._bar = self._stack.enter_context(Bar(what, in_bytes=in_bytes))
             if what != _DOWNLOADING:
-                interrupt.unwind()
+                interrupt.restore_keyboard_interrupt()
         self._bar(done, total)
 
     def __enter__(self) -> "_Bars":
@@ -196,10 +196,10 @@ def _print(made: "qwen3_mlx.Conversion", facts: dict[str, Any]) -> None:
     table = Table.grid(padding=(0, 2))
     shown = {
         "folder": str(made.output),
-        "size": f"{sized(made.bytes)} in {made.tensors:,} tensors",
+        "size": f"{format_bytes(made.bytes)} in {made.tensors:,} tensors",
         "bits per weight": f"{made.bits_per_weight:.2f}",
         "time": f"{made.seconds:,.1f} s",
-        "peak memory": sized(made.peak_memory),
+        "peak memory": format_bytes(made.peak_memory),
     }
     if found := facts.get("report"):
         shown["mean KL divergence"] = f"{found['mean_kl']:.5f} nats a token"

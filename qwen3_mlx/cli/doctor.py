@@ -37,7 +37,7 @@ def doctor() -> None:
             "MLX's CPU build is slow without a BLAS: apt install libopenblas0-pthread "
             "(or pip install mkl) makes it many times faster"
         )
-    stated = " (QWEN3_MEMORY)" if backend.stated_memory() else ""
+    stated = " (QWEN3_MEMORY)" if backend.memory_from_environment() else ""
     facts["memory limit"] = f"{in_gb(backend.memory_limit())}{stated}, {in_gb(available)} now"
     if backend.on_metal():
         facts["free"] = (

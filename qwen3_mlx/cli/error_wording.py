@@ -16,13 +16,13 @@ _CUTOFF = 0.75  # difflib's ratio of four letters, two of them swapped
 _FOREIGN_COMMANDS = {"help": "--help", "version": "--version", "run": "chat --model"}
 
 
-class WrongUsage(TyperException):
+class UsageError(TyperException):
     """A command line that is probably a mistake; the message says what to type instead."""
 
     exit_code = 2
 
 
-def in_options(message: str, keywords: Collection[str]) -> str:
+def with_option_names(message: str, keywords: Collection[str]) -> str:
     """Return an error message with the `keywords` of the library written as options.
 
     A remedy that only a program has, the call of a function, is left out.
@@ -55,7 +55,7 @@ def _option(match: re.Match[str]) -> str:
     return f"--no-{name}" if value == "False" else f"--{name} {value}"
 
 
-def verb_meant(word: str, verbs: Collection[str]) -> str | None:
+def closest_command(word: str, verbs: Collection[str]) -> str | None:
     """Return the subcommand or option that a misspelt word probably stands for, or None."""
     close = get_close_matches(word, verbs, 1, _CUTOFF)
     return close[0] if close else _FOREIGN_COMMANDS.get(word)

@@ -26,7 +26,7 @@ from qwen3_mlx.evaluate.perplexity import Perplexity, perplexity
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
 from qwen3_mlx.evaluate.windows import WINDOW
 from qwen3_mlx.files import read_json
-from qwen3_mlx.model.sizes import full_name
+from qwen3_mlx.model.sizes import hub_name
 
 _DEFAULT_TOKENS = 8192
 _FEW_TOKENS = 16  # below this a perplexity is mostly chance
@@ -156,7 +156,7 @@ def divergence_command(
         modules_needed=plot is not None,
     )
     if as_json:
-        _print_json(facts_of(reference, candidate, found, modules))
+        _print_json(comparison_dict(reference, candidate, found, modules))
     else:
         _print_divergence(found, modules)
     if plot:
@@ -191,7 +191,7 @@ def compare(
     return found, _modules(*folders, needed=modules_needed)
 
 
-def facts_of(
+def comparison_dict(
     reference: str, candidate: str, found: Divergence, modules: Sequence[ModuleRow]
 ) -> dict[str, Any]:
     """Return a comparison as a dict for JSON."""
@@ -219,8 +219,8 @@ def refuse_unloadable(model: str | Path, revision: str | None = None) -> None:
     Raises:
         CheckpointError: the weights must be converted first, or cannot be read.
     """
-    source = Source(full_name(model), revision)
-    if source.lacks("config.json"):
+    source = Source(hub_name(model), revision)
+    if source.is_missing("config.json"):
         return  # loading gives the better error message
     folder = source.fetch(DESCRIPTION_FILES)
     if (folder / "config.json").is_file():
@@ -266,7 +266,7 @@ def _modules(reference: Path, candidate: Path, *, needed: bool) -> list[ModuleRo
 
 def _folder(model: str | Path, revision: str | None = None) -> Path:
     """Return the folder of a checkpoint, which is on disk because it was loaded."""
-    source = Source(full_name(model), revision)
+    source = Source(hub_name(model), revision)
     return fetch_weights(source, source.fetch(DESCRIPTION_FILES))
 
 

@@ -149,5 +149,6 @@ def load(
         if not quiet:
             options |= {"progress": loading, "download_progress": downloading}
         llm = qwen3_mlx.load(model, **options)
-    interrupt.unwind()  # until here Ctrl-C ends the process at once: nothing needs closing
+    # Until here Ctrl-C ends the process at once: nothing needs closing.
+    interrupt.restore_keyboard_interrupt()
     return llm

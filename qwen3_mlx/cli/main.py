@@ -16,7 +16,7 @@ from qwen3_mlx.cli.bench import bench
 from qwen3_mlx.cli.chat import chat
 from qwen3_mlx.cli.convert import convert
 from qwen3_mlx.cli.doctor import doctor
-from qwen3_mlx.cli.error_wording import WrongUsage, in_options, usage, verb_meant
+from qwen3_mlx.cli.error_wording import UsageError, closest_command, usage, with_option_names
 from qwen3_mlx.cli.evaluate import app as evaluate
 from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.cli.serve import serve
@@ -38,8 +38,8 @@ class _Root(TyperGroup):
 
     def _refuse_typo(self, first: str) -> None:
         """Refuse a first argument that is probably a misspelt subcommand."""
-        if meant := verb_meant(first, [name for name in self.commands if name != "ask"]):
-            raise WrongUsage(
+        if meant := closest_command(first, [name for name in self.commands if name != "ask"]):
+            raise UsageError(
                 f"there is no command {first!r}; did you mean qwen3 {meant}? To send it as a "
                 f"prompt: qwen3 -- {first}; put several words in quotes"
             )
@@ -123,7 +123,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except TyperException as error:  # wrong usage
         code = _print_error(usage(error), error.exit_code)
     except (Qwen3Error, ValueError, TypeError) as error:
-        code = _print_error(in_options(str(error), _keywords()), 1)
+        code = _print_error(with_option_names(str(error), _keywords()), 1)
     except KeyboardInterrupt:
         code = 130
     except OSError as error:  # such as a full disk under stdout

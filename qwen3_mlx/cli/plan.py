@@ -11,17 +11,17 @@ import typer
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
-from qwen3_mlx.checkpoint.description import read_config, tensors_listed
+from qwen3_mlx.checkpoint.description import indexed_tensor_names, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
-from qwen3_mlx.checkpoint.weights import are_here, untied
+from qwen3_mlx.checkpoint.weights import has_all_weights, untie_if_needed
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.plan_plots import Picture, draw
+from qwen3_mlx.cli.plan_plots import PlanPlot, draw
 from qwen3_mlx.engine.memory import (
     FormatOf,
     Plan,
     Workload,
-    bytes_a_token,
+    bytes_per_token,
     count_weights,
     in_gb,
     largest_context,
@@ -30,7 +30,7 @@ from qwen3_mlx.engine.memory import (
 )
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
-from qwen3_mlx.model.sizes import SIZES, published, size_named, yarn_lengths
+from qwen3_mlx.model.sizes import SIZES, published_model_config, size_named, yarn_lengths
 
 _SHORTEST_CONTEXT = 2048  # tokens
 _MAC_CHUNK = 2048  # tokens of a prompt that a GPU prefills at once
@@ -67,7 +67,7 @@ class _Machine:
     @classmethod
     def here(cls) -> "_Machine":
         available, limit = backend.available_memory(), backend.memory_limit()
-        if backend.stated_memory():
+        if backend.memory_from_environment():
             description = f"This process can have {in_gb(available)}, as QWEN3_MEMORY says"
         elif backend.on_metal():
             description = (
@@ -164,7 +164,7 @@ class _MemoryEstimate:
 
         Each token reads the weights that it passes through, and the KV cache.
         """
-        moved = bytes_a_token(self.config, self.formats[fmt], self.work(context, cache))
+        moved = bytes_per_token(self.config, self.formats[fmt], self.work(context, cache))
         return self.bandwidth / moved if self.bandwidth else None
 
 
@@ -238,7 +238,7 @@ def _resolve(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[s
             raise ValueError(
                 f"--revision belongs to hub names; {size} is planned from its published config"
             )
-        return f"Qwen3-{size}", published(size), formats
+        return f"Qwen3-{size}", published_model_config(size), formats
     source = Source(model, revision)
     folder, content = read_config(source, ["config.json"])
     config = ModelConfig.from_dict(_checked_config(content, source, folder))
@@ -261,9 +261,9 @@ def _checked_config(content: Mapping[str, Any], source: Source, folder: Path) ->
     Raises:
         CheckpointError: the weights are of a kind that cannot be read.
     """
-    if are_here(folder):
-        return untied(content, folder)
-    tensors = tensors_listed(source, folder) or ()
+    if has_all_weights(folder):
+        return untie_if_needed(content, folder)
+    tensors = indexed_tensor_names(source, folder) or ()
     if content.get("tie_word_embeddings") is True and "lm_head.weight" in tensors:
         note(
             "config.json ties the head to the embedding, but there is an lm_head; if it is not a "
@@ -408,9 +408,9 @@ def _length(tokens: int) -> str:
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else f"{tokens:,}"
 
 
-def _picture(estimate: _MemoryEstimate, cache: str) -> Picture:
+def _picture(estimate: _MemoryEstimate, cache: str) -> PlanPlot:
     contexts = estimate.contexts
-    return Picture(
+    return PlanPlot(
         title=f"{estimate.name}, KV cache {estimate.format_name(cache)}",
         plans={
             estimate.label(fmt): [estimate.plan(fmt, context, cache) for context in contexts]

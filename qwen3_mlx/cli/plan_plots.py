@@ -22,7 +22,7 @@ _TOO_MUCH_COLOUR = "#c0392b"
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class PlanPlot:
     """Content of the plot: for each weight format, a memory plan per context."""
 
     title: str
@@ -33,7 +33,7 @@ class Picture:
     machine: str
 
 
-def draw(path: Path, picture: Picture) -> None:
+def draw(path: Path, picture: PlanPlot) -> None:
     """Write the plot as PNG or SVG, the same bytes for the same plans.
 
     Raises:
@@ -48,7 +48,7 @@ def draw(path: Path, picture: Picture) -> None:
         figure.suptitle(picture.title, x=0.01, ha="left", weight="bold")
 
 
-def _draw_bars(axes: Any, picture: Picture) -> None:
+def _draw_bars(axes: Any, picture: PlanPlot) -> None:
     """Draw one bar per weight format: the terms of the memory at one context, stacked."""
     index = max(
         i for i, n in enumerate(picture.contexts) if n <= max(_BARS_AT, min(picture.contexts))
@@ -69,7 +69,7 @@ def _draw_bars(axes: Any, picture: Picture) -> None:
     axes.legend(frameon=False, fontsize=9, loc="upper right", reverse=True)
 
 
-def _draw_curves(axes: Any, picture: Picture) -> None:
+def _draw_curves(axes: Any, picture: PlanPlot) -> None:
     """Draw the total over the context, one curve per format, labelled at its end."""
     totals = {name: [p.total / 1e9 for p in plans] for name, plans in picture.plans.items()}
     top = max(max(curve) for curve in totals.values())
@@ -93,7 +93,7 @@ def _draw_curves(axes: Any, picture: Picture) -> None:
     axes.set_title("memory by context and weights", loc="left", fontsize=10)
 
 
-def _draw_limit(axes: Any, picture: Picture, *, top: float) -> None:
+def _draw_limit(axes: Any, picture: PlanPlot, *, top: float) -> None:
     """Draw the available memory as a line, unless it is far above all totals."""
     limit = picture.available / 1e9
     axes.set_ylim(0, 1.12 * top)

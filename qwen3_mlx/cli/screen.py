@@ -118,7 +118,7 @@ def _end_of_block(text: str) -> int | None:
 
 
 @contextmanager
-def enter_key(pressed: Callable[[], None]) -> Iterator[None]:
+def on_enter_key(pressed: Callable[[], None]) -> Iterator[None]:
     """Call `pressed` whenever Enter is pressed in the block, on a terminal, without echo."""
     if not (sys.stdin.isatty() and sys.stdout.isatty() and os.name == "posix"):
         yield

@@ -28,7 +28,7 @@ from qwen3_mlx.cli.load_options import (
 )
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
-from qwen3_mlx.model.sizes import full_name
+from qwen3_mlx.model.sizes import hub_name
 from qwen3_mlx.server.keys import read_keys
 from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, own_names
 
@@ -236,7 +236,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
 def _name_of(model: str | None) -> str:
     if model is None:
         return "qwen3-demo"
-    name = full_name(model)
+    name = hub_name(model)
     folder = Path(name)
     return folder.resolve().name if folder.is_dir() else name
 

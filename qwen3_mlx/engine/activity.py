@@ -13,7 +13,7 @@ class Activity:
 
     Requests `running` and `waiting` are those of callers; prompts read in idle time do not count.
     Caches hold `cache_bytes` of at most `cache_limit`; `device_bytes` are all arrays of the
-    process. No step has ended for `silent` seconds although there was work.
+    process. No step has ended for `seconds_since_step` seconds although there was work.
     """
 
     running: int
@@ -22,7 +22,7 @@ class Activity:
     cache_bytes: int
     cache_limit: int
     device_bytes: int
-    silent: float
+    seconds_since_step: float
 
 
 class Meter:

@@ -64,12 +64,12 @@ class InFlightStep:
     sequences: Sequence[SequenceState]  # those whose caches the step writes
     tokens: mx.array | None  # [N], the chosen ones
     synchronous: bool  # True if it was built only after the step before it had been committed
-    size: int  # tokens that the forward pass reads
-    chunk: int  # tokens of prompts among them
+    num_tokens: int  # tokens that the forward pass reads
+    num_prefill_tokens: int  # tokens of prompts among them
     arrays: list[mx.array]  # all that must be evaluated when the step is done
     logprobs: LogprobBatch | None = None
-    proposals: Mapping[SequenceState, list[int]] = field(default_factory=dict)
-    masked: Mapping[SequenceState, object] = field(default_factory=dict)  # lookahead masks
+    draft_tokens: Mapping[SequenceState, list[int]] = field(default_factory=dict)
+    lookahead_masks: Mapping[SequenceState, object] = field(default_factory=dict)  # lookahead masks
     submitted: float = 0.0
     discarded: list[SequenceState] = field(default_factory=list)  # their chosen token is dropped
     logits: mx.array | None = None  # [N, V]
@@ -99,7 +99,7 @@ class EngineCore:
             cache=model.cache_format,
             chunk=backend.prefill_chunk(),
             fused=backend.on_gpu(),
-            beside=speculator.token_bytes if speculator else 0,
+            draft_token_bytes=speculator.token_bytes if speculator else 0,
         )
 
         def min_bytes(free: int) -> int:
@@ -254,7 +254,7 @@ class EngineCore:
     def _next_depends_on(self, step: InFlightStep) -> bool:
         """Return whether the next step can be built only when the tokens of `step` are known."""
         # With draft tokens it is open how many come next; a mask is computed from the last token.
-        if step.proposals or any(sequence.needs_mask for sequence in step.rows):
+        if step.draft_tokens or any(sequence.needs_mask for sequence in step.rows):
             return True
         num_rows, speculator = len(step.rows), self.speculator
         return speculator is not None and any(
@@ -291,7 +291,7 @@ class EngineCore:
             draft = draft_tokens.get(sequence, [])
             samples = is_last_chunk and sequence.request.max_tokens > 0
             num_rows = 1 + len(draft) if samples else 0
-            unscored = sequence.unscored(length)
+            unscored = sequence.positions_to_score(length)
             num_wanted = max(
                 num_rows, sequence.num_computed + length - unscored.start if unscored else 0
             )
@@ -334,12 +334,12 @@ class EngineCore:
             sequences=self._building,
             tokens=tokens,
             synchronous=self._in_flight_step is None,
-            size=ids.size,
-            chunk=sum(chunks.values()),
+            num_tokens=ids.size,
+            num_prefill_tokens=sum(chunks.values()),
             arrays=arrays,
             logprobs=logprobs,
-            proposals=draft_tokens,
-            masked=lookahead_masks,
+            draft_tokens=draft_tokens,
+            lookahead_masks=lookahead_masks,
             logits=logits,
             finite=finite,
             prompt_logprobs=prompt_logprobs,
@@ -530,14 +530,14 @@ class EngineCore:
         # place: MLX donates a buffer only if nothing else holds it.
         step.arrays, step.tokens = [], None
         now = time.perf_counter()
-        if step.chunk:
-            self.scheduler.observe(step.chunk, now - step.submitted)
+        if step.num_prefill_tokens:
+            self.scheduler.observe(step.num_prefill_tokens, now - step.submitted)
             _free_buffers()
         elif self.speculator and self._committed_at is not None:
             self.speculator.observe_step(
-                step.size, now - self._committed_at, synchronous=step.synchronous
+                step.num_tokens, now - self._committed_at, synchronous=step.synchronous
             )
-        self._committed_at = None if step.chunk else now
+        self._committed_at = None if step.num_prefill_tokens else now
         return values
 
     def _is_in_flight(self, sequence: SequenceState) -> bool:
@@ -550,14 +550,14 @@ class EngineCore:
         step: InFlightStep,
     ) -> None:
         """Append the chosen tokens to a sequence, and finish, roll back or continue it."""
-        draft, num_accepted = step.proposals.get(sequence, ()), sequence.accepted
+        draft, num_accepted = step.draft_tokens.get(sequence, ()), sequence.accepted
         try:
             if sequence.failure:
                 raise sequence.failure
             if step.finite is not None:
                 self._check_finite(sequence, step, step.finite)
             num_output = sequence.num_output
-            undisturbed = sequence.commit(chosen, draft, masked=sequence in step.masked)
+            undisturbed = sequence.commit(chosen, draft, masked=sequence in step.lookahead_masks)
             self.token_meter.add(sequence.num_output - num_output)
             if draft and self.speculator:
                 self.speculator.observe(sequence, sequence.accepted - num_accepted)
@@ -665,7 +665,7 @@ class EngineCore:
 
     def _restore(self, sequence: SequenceState) -> None:
         """Fill a sequence's caches from the longest kept prefix, in memory or on disk."""
-        ids, limit = sequence.ids, sequence.skippable
+        ids, limit = sequence.ids, sequence.max_prefix_hit
         disk, prefixes = self._disk, self._prefixes
         try:
             if disk and disk.match_length(ids, limit) > prefixes.match_length(ids, limit):
@@ -744,7 +744,7 @@ class EngineCore:
             if not (prefix := self._prefixes.unsaved()):
                 return False
             ids = prefix.ids[: prefix.prompt]
-            prefix.saved = not self._disk.wants(ids) or self._disk.write(
+            prefix.saved = not self._disk.is_worth_saving(ids) or self._disk.write(
                 ids, prefix.layers[: self._num_layers], interrupted
             )
         except Exception as error:  # noqa: BLE001 - the engine goes on without the disk

@@ -89,7 +89,7 @@ class Engine:
         self._inbox.put(request)
         self._post()
 
-    def read_ahead(self, ids: Sequence[int]) -> None:
+    def prefetch(self, ids: Sequence[int]) -> None:
         """Prefill `ids` in idle time, for requests that begin with them.
 
         Under steady load that time may never come, so only the latest few wait for it.

@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen3_mlx.engine.request import SampledLogprob
-from qwen3_mlx.engine.sampling import likeliest
+from qwen3_mlx.engine.sampling import top_k_logits
 from qwen3_mlx.engine.sequence import SequenceState
 
 
@@ -29,7 +29,7 @@ class LogprobBatch:
         logits = logits[mx.array(rows), :vocabulary].astype(mx.float32)
         total = mx.logsumexp(logits, axis=-1, keepdims=True)
         top = max(choosing[row].request.top_logprobs for row in rows)
-        values, ids = likeliest(logits, max(1, min(top, vocabulary)), vocabulary)
+        values, ids = top_k_logits(logits, max(1, min(top, vocabulary)), vocabulary)
         chosen = mx.take_along_axis(logits, tokens[mx.array(rows)][:, None], axis=-1) - total
         return cls(rows, [chosen[:, 0], ids, values - total])
 

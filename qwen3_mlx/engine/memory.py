@@ -29,7 +29,7 @@ from qwen3_mlx.model.config import ModelConfig
 RESERVE = 500_000_000  # bytes
 _LAYERS_IN_FLIGHT = 3  # layers whose activations a GPU's command buffers keep alive
 _SCORE_BYTES = 4  # the softmax is float32 in any dtype
-LEAST_CHUNK = 64  # tokens of a prompt; fewer are not worth reading all weights
+MIN_CHUNK = 64  # tokens of a prompt; fewer are not worth reading all weights
 
 
 class Quantized(Protocol):
@@ -58,7 +58,7 @@ class Workload:
     `itemsize` is the bytes of the compute dtype; `chunk` the prompt tokens of one prefill step;
     `fused` is True if attention has a fused kernel, as on a GPU; `bounded` is True if the length of
     the reply is known beforehand (max_tokens), so that the cache is allocated at once and does not
-    grow; `beside` is the bytes a token in the draft model's KV cache.
+    grow; `draft_token_bytes` is the bytes a token in the draft model's KV cache.
     """
 
     context: int
@@ -67,7 +67,7 @@ class Workload:
     chunk: int = 2048
     fused: bool = True
     bounded: bool = True
-    beside: int = 0
+    draft_token_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,24 +144,24 @@ class Budget:
     @property
     def context(self) -> int:
         """The longest context, prompt and reply together, that is sure to fit, in tokens."""
-        least = replace(self.work, chunk=LEAST_CHUNK)
+        least = replace(self.work, chunk=MIN_CHUNK)
         window = self.config.context_window
         return largest_context(self.config, 0, least, self.available + RESERVE, window)
 
     @property
     def tokens(self) -> int:
         """The tokens that all caches together may have room for."""
-        least = replace(self.work, chunk=LEAST_CHUNK, context=self.context)
+        least = replace(self.work, chunk=MIN_CHUNK, context=self.context)
         return max(0, self.available - activation_bytes(self.config, least)) // self.bytes_of(1)
 
     def __str__(self) -> str:
-        whole = replace(self.work, chunk=LEAST_CHUNK, context=self.context)
+        whole = replace(self.work, chunk=MIN_CHUNK, context=self.context)
         cache, activations = cache_bytes(self.config, whole), activation_bytes(self.config, whole)
         return f"cache {in_gb(cache)} + activations {in_gb(activations)}"
 
     def least(self, context: int) -> int:
         """Return the bytes of one request of `context` tokens, read in the smallest chunks."""
-        work = replace(self.work, chunk=LEAST_CHUNK, context=context)
+        work = replace(self.work, chunk=MIN_CHUNK, context=context)
         return min(
             self.available, cache_bytes(self.config, work) + activation_bytes(self.config, work)
         )
@@ -176,7 +176,7 @@ class Budget:
         Caches have room for `held` tokens. The chunk is halved until its activations fit.
         """
         free, chunk = self.available - self.bytes_of(held), self.work.chunk
-        while chunk > LEAST_CHUNK:
+        while chunk > MIN_CHUNK:
             work = replace(self.work, chunk=chunk, context=position + chunk)
             if activation_bytes(self.config, work) <= free:
                 break
@@ -249,7 +249,7 @@ def weight_bytes(config: ModelConfig, format_of: FormatOf, itemsize: int = 2) ->
     return sum(module.nbytes(format_of(module.path), itemsize) for module in _modules(config))
 
 
-def bytes_a_token(config: ModelConfig, format_of: FormatOf, work: Workload) -> int:
+def bytes_per_token(config: ModelConfig, format_of: FormatOf, work: Workload) -> int:
     """Return the bytes read to decode one token with `work.context` tokens in the cache.
 
     A mixture of experts counts with the experts of one token; an embedding that is not tied to the
@@ -280,7 +280,7 @@ def cache_bytes(config: ModelConfig, work: Workload) -> int:
 
 
 def _cache_bytes(config: ModelConfig, tokens: int, work: Workload) -> int:
-    return tokens * (token_bytes(config, work.cache, work.itemsize) + work.beside)
+    return tokens * (token_bytes(config, work.cache, work.itemsize) + work.draft_token_bytes)
 
 
 def token_bytes(config: ModelConfig, cache: CacheFormat, itemsize: int) -> int:

@@ -21,7 +21,7 @@ _shares: list[Share] = []
 _lock = RLock()  # reentrant: the garbage collector may release a share in here
 
 
-def owed() -> int:
+def unallocated_guarantees() -> int:
     """Return the bytes that are guaranteed to engines and not allocated yet."""
     with _lock:
         return sum(max(0, share.least - share.held) for share in list(_shares))
@@ -34,7 +34,7 @@ def claim(free: Callable[[], int], least_of: Callable[[int], int]) -> Share:
     many of the bytes that are not guaranteed to others the new engine's longest request takes.
     """
     with _lock:
-        unpromised = free() - owed()
+        unpromised = free() - unallocated_guarantees()
         share = Share(least_of(max(0, unpromised)))
         others, rest = list(_shares), max(0, unpromised - share.least)
         for each in (share, *others):

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen3_mlx.engine.request import SampledLogprob
-from qwen3_mlx.engine.sampling import likeliest
+from qwen3_mlx.engine.sampling import top_k_logits
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.model.qwen3 import Qwen3
 
@@ -94,5 +94,5 @@ def _block(
     logits = model.head(hidden).astype(mx.float32)
     total = mx.logsumexp(logits, axis=-1, keepdims=True)
     chosen = mx.take_along_axis(logits, mx.array(ids)[:, None], axis=-1) - total
-    values, best = likeliest(logits, max(1, min(alternatives, vocabulary)), vocabulary)
+    values, best = top_k_logits(logits, max(1, min(alternatives, vocabulary)), vocabulary)
     return [chosen[:, 0], values - total, best]

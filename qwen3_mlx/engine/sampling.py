@@ -114,7 +114,7 @@ class Chain:
             return mx.argmax(logits[:, :vocabulary], axis=-1).astype(mx.int32)
         ids = None
         if self.top_k and self.top_k < vocabulary:
-            logits, ids = likeliest(logits, self.top_k, vocabulary)
+            logits, ids = top_k_logits(logits, self.top_k, vocabulary)
         elif self.top_p < 1:
             ids = mx.argsort(-logits[:, :vocabulary], axis=-1)
             logits = mx.take_along_axis(logits, ids, axis=-1)
@@ -123,9 +123,9 @@ class Chain:
         # Neither dtype nor temperature changes the order, so both are applied to the few left.
         scaled = logits.astype(mx.float32) * (1 / self.temperature)
         if self.top_p < 1:
-            scaled = within_top_p(scaled, self.top_p)
+            scaled = apply_top_p(scaled, self.top_p)
         if self.min_p:
-            scaled = within_min_p(scaled, self.min_p)
+            scaled = apply_min_p(scaled, self.min_p)
         # Gumbel-max trick: the argmax of logits plus Gumbel noise is a sample of their softmax.
         width = scaled.shape[-1]
         noise = mx.vmap(lambda key: mx.random.gumbel((width,), key=key))
@@ -189,7 +189,7 @@ def _masked(logits: mx.array, mask: "Mask | None") -> mx.array:
     return mx.where(allowed, logits, -mx.inf)
 
 
-def likeliest(logits: mx.array, k: int, vocabulary: int) -> tuple[mx.array, mx.array]:
+def top_k_logits(logits: mx.array, k: int, vocabulary: int) -> tuple[mx.array, mx.array]:
     """Return the k greatest of the first `vocabulary` logits, greatest first, and their ids.
 
     Logits are [N, V], both results [N, k]. Sorting a whole vocabulary is slow on every device. Cut
@@ -215,14 +215,14 @@ def likeliest(logits: mx.array, k: int, vocabulary: int) -> tuple[mx.array, mx.a
     return mx.take_along_axis(values, order, axis=-1), mx.take_along_axis(ids, best, axis=-1)
 
 
-def within_top_p(logits: mx.array, p: float) -> mx.array:
+def apply_top_p(logits: mx.array, p: float) -> mx.array:
     """Mask all but the fewest logits whose probabilities reach p; rows are greatest first."""
     probabilities = mx.softmax(logits, axis=-1)
     preceding = mx.cumsum(probabilities, axis=-1) - probabilities
     return mx.where(preceding < p, logits, -mx.inf)
 
 
-def within_min_p(logits: mx.array, p: float) -> mx.array:
+def apply_min_p(logits: mx.array, p: float) -> mx.array:
     """Mask the logits of tokens less than p times as likely as their row's likeliest."""
     return mx.where(logits >= logits.max(axis=-1, keepdims=True) + math.log(p), logits, -mx.inf)
 

@@ -144,7 +144,9 @@ def sampling_defaults(stated: Mapping[str, Any], *, thinking: bool, hybrid: bool
     checkpoint with one mode do.
     """
     published_part = {(name, stated[name]) for name in _PUBLISHED[0] if name in stated}
-    if hybrid and any(published_part <= published.items() for published in _PUBLISHED):
+    if hybrid and any(
+        published_part <= published_model_config.items() for published_model_config in _PUBLISHED
+    ):
         stated = {name: value for name, value in stated.items() if name not in _PUBLISHED[0]}
     mode = THINKING if thinking else DIRECT
     return SamplingParams(**stated).over(mode).over(NEUTRAL)

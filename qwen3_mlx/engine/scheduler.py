@@ -56,7 +56,7 @@ class Schedulable(Protocol):
     def room_for(self, tokens: int) -> int:
         """Return the room that its caches have once they hold `tokens`."""
 
-    def first_room(self) -> int:
+    def initial_room(self) -> int:
         """Return the room that it starts with."""
 
     def reserve(self, room: int) -> None:
@@ -186,7 +186,7 @@ class Scheduler(Generic[S]):
                 self._preempted.remove(sequence)
             self.running.append(sequence)
             self._record_turn(sequence.client)
-            self._blocked = not self._make_room(sequence, sequence.first_room())
+            self._blocked = not self._make_room(sequence, sequence.initial_room())
 
     def _next_waiting(self) -> S:
         """Return the waiting sequence to admit next."""

@@ -45,7 +45,7 @@ class SequenceState:
         self.num_scored = 0  # prompt positions whose next token has its logprob
         self.reason: str | None = None  # why the reply has ended, if it has
         self.failure: BaseException | None = None  # raised by the constraint; ends the request
-        self.begun = False  # True once a token was chosen
+        self.has_sampled = False  # True once a token was chosen
         self.ended = False
         self.logits_rechecked = False
         self.num_to_keep: int | None = None  # tokens to keep as a prefix at the end; None is all
@@ -79,7 +79,7 @@ class SequenceState:
         return len(self.ids) - self.num_computed
 
     @property
-    def skippable(self) -> int:
+    def max_prefix_hit(self) -> int:
         """The tokens that need not be computed if a kept prefix has them.
 
         With prompt logprobs, only positions that have been scored are among them.
@@ -88,7 +88,7 @@ class SequenceState:
         limit = len(self.ids) - 1
         return limit if self.request.on_prompt_logprobs is None else min(limit, self.num_scored)
 
-    def unscored(self, length: int) -> range:
+    def positions_to_score(self, length: int) -> range:
         """Return the prompt positions to score among the next `length` tokens.
 
         The logits of a position score the token after it.
@@ -136,7 +136,7 @@ class SequenceState:
         """
         return self.room if tokens <= self.room else min(next_capacity(tokens), self._max_room)
 
-    def first_room(self) -> int:
+    def initial_room(self) -> int:
         """Return the room to start with: for all known tokens and `FIRST_ROOM` of the reply."""
         if self.room > len(self.ids):
             return self.room
@@ -204,10 +204,10 @@ class SequenceState:
     def _commit_one(self, token: int, logprob: SampledLogprob | None, *, masked: bool) -> bool:
         """Append one chosen token and those forced after it; return as `commit` does."""
         request, constraint = self.request, self.request.constraint
-        # By `begun`, not by the length of the reply: tokens may have been forced before.
-        if request.progress and not self.begun:
+        # By `has_sampled`, not by the length of the reply: tokens may have been forced before.
+        if request.progress and not self.has_sampled:
             request.progress(len(request.ids), len(request.ids))
-        self.begun = True
+        self.has_sampled = True
         if self.ngrams:
             self.ngrams.score(token)
         self._append([token], logprob)

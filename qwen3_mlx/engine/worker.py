@@ -72,7 +72,7 @@ class Worker:
             raise Qwen3Error(_CLOSED)
 
     @property
-    def left_behind(self) -> bool:
+    def forked(self) -> bool:
         """True if this process was forked from that of the thread, which stayed behind."""
         return os.getpid() != self._process
 
@@ -82,7 +82,7 @@ class Worker:
         Raises:
             Qwen3Error: this process was forked from that one.
         """
-        if self.left_behind:
+        if self.forked:
             raise Qwen3Error(
                 "this LLM was loaded before the process forked, and its thread stayed behind; "
                 "load it in the new process, started with the spawn method"
@@ -135,7 +135,7 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread after the jobs queued so far; may be called twice, and from a job."""
-        if self.left_behind:
+        if self.forked:
             return
         self.ending = True
         self._jobs.put(None)
@@ -146,7 +146,7 @@ class Worker:
 
     def _end(self) -> None:
         """Stop before the process exits, however often it is interrupted."""
-        if self.left_behind:
+        if self.forked:
             return
         try:
             self.stop()

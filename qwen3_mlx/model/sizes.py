@@ -76,7 +76,7 @@ def published_config(size: str) -> dict[str, object]:
     return config
 
 
-def published(size: str) -> ModelConfig:
+def published_model_config(size: str) -> ModelConfig:
     """Return the config of a published size."""
     return ModelConfig.from_dict(published_config(size))
 
@@ -91,7 +91,7 @@ def size_named(name: str) -> str | None:
     return next((size for size in SIZES if size.lower() == name.lower()), None)
 
 
-def full_name(name: str | Path) -> str:
+def hub_name(name: str | Path) -> str:
     """Return the hub name of a bare size, and any other name unchanged.
 
     A folder with the name of a size must be given as a Path, or with a slash: ./8B.

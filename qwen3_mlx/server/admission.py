@@ -40,9 +40,9 @@ class Slot:
 class Admission:
     """All slots in use. Not thread-safe: only the event loop uses it."""
 
-    def __init__(self, most: int, most_per_client: int) -> None:
+    def __init__(self, most: int, max_replies_per_client: int) -> None:
         self._max_replies = most
-        self._max_per_client = most_per_client
+        self._max_per_client = max_replies_per_client
         self._slots: set[Slot] = set()
         self._mean_seconds = 1.0  # moving average of the seconds that a request takes
 

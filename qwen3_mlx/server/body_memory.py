@@ -41,7 +41,7 @@ class BodyMemoryLimit:
     def __init__(self, settings: Settings) -> None:
         self._largest = settings.max_body
         self._limit = _MAX_LARGEST * settings.max_body
-        share = settings.most_per_client / settings.max_requests
+        share = settings.max_replies_per_client / settings.max_requests
         self._limit_per_client = max(self._largest, round(share * self._limit))
         self._held = Counter[str]()  # bytes, by clients
 

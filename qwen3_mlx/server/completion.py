@@ -36,7 +36,7 @@ class Completion(ABC):
 
     def __init__(self, service: Service, asked: SamplingFields) -> None:
         self.service = service
-        self.warnings = service.another_model(asked.model)
+        self.warnings = service.model_warnings(asked.model)
         self.choices = asked.n or 1
         self._streams = bool(asked.stream)
         self._stream_options = asked.stream_options
@@ -73,17 +73,17 @@ class Completion(ABC):
         if self._streams:
             return EventStreamResponse(running, self._chunks(running), EVENTS, headers)
         await running.complete(request)
-        echoed = sum(len(reply.prompt.others) for reply in running.said if reply.prompt)
+        echoed = sum(len(reply.prompt.others) for reply in running.replies if reply.prompt)
         size = (running.usage.completion_tokens + echoed) * _TOKEN_BYTES
-        content = await self.service.aside(size, partial(self._complete_response, running))
+        content = await self.service.run_sized(size, partial(self._complete_response, running))
         return Response(content, media_type="application/json", headers=headers)
 
     def _complete_response(self, running: ActiveRequest) -> bytes:
         """Return the response as JSON, one choice at a time, since json.dumps holds the GIL."""
         choices = (
-            self.written(self.choice(index, reply, finish))
+            self.serialise(self.choice(index, reply, finish))
             for index, (reply, finish) in enumerate(
-                zip(running.said, running.finishes, strict=True)
+                zip(running.replies, running.finishes, strict=True)
             )
             if finish
         )
@@ -91,7 +91,7 @@ class Completion(ABC):
         before = json_bytes(self.head)[:-1] + b',"choices":['
         return before + b",".join(choices) + b"]," + end[1:]
 
-    def written(self, choice: Mapping[str, Any]) -> bytes:
+    def serialise(self, choice: Mapping[str, Any]) -> bytes:
         """Return a choice as JSON."""
         return json_bytes(choice)
 
@@ -104,7 +104,7 @@ class Completion(ABC):
         try:
             async for events in running.batches(self.service.settings.keep_alive):
                 if not events:
-                    yield sign_of_life(running)
+                    yield keepalive_comment(running)
                     continue
                 chunks = (
                     [] if begun else [self.opening_chunk(index) for index in range(running.count)]
@@ -144,10 +144,10 @@ def sampling_options(asked: SamplingFields) -> Options:
         repetition_penalty=asked.repetition_penalty,
         logit_bias=bias or None,
     )
-    return {"sampling": sampling, "stop": stops(asked.stop), "seed": seed_of(asked.seed)}
+    return {"sampling": sampling, "stop": stop_strings(asked.stop), "seed": seed_of(asked.seed)}
 
 
-def stops(said: str | Sequence[str] | None) -> list[str] | None:
+def stop_strings(said: str | Sequence[str] | None) -> list[str] | None:
     """Return the stop strings without empty ones, which some clients send for none."""
     strings = [said] if isinstance(said, str) else said or ()
     return [string for string in strings if string] or None
@@ -169,9 +169,9 @@ def usage_of(usage: Usage) -> dict[str, Any]:
     }
 
 
-def sign_of_life(running: ActiveRequest) -> bytes:
+def keepalive_comment(running: ActiveRequest) -> bytes:
     """Return an SSE comment, which clients ignore, with the prefilled tokens of the prompt."""
-    if running.spoken:
+    if running.has_events:
         return b": keepalive\n\n"
     progress = running.read
     done, total = (progress.done, progress.total) if progress else (0, running.prompt_tokens)

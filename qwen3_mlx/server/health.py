@@ -12,7 +12,7 @@ _STUCK = 120  # seconds without a step although requests are running
 def health_of(service: Service) -> dict[str, Any]:
     """Return the state of the server, without waiting for the engine."""
     activity = service.llm.activity()
-    stuck = activity.silent > _STUCK or service.preparing.is_stuck
+    stuck = activity.seconds_since_step > _STUCK or service.preparing.is_stuck
     return {
         "status": "stopping" if service.stopping else "stuck" if stuck else "ok",
         "model": service.settings.model,

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from qwen3_mlx.server.errors import ApiError, as_client_error
-from qwen3_mlx.text.fair_queue import LOOK, Caller, FairQueue
+from qwen3_mlx.text.fair_queue import POLL_SECONDS, Caller, FairQueue
 
 _MAX_COMPUTING = 4  # requests that compute at once
 _TIMEOUT = 60.0  # seconds until a preparation is given up with a 503
@@ -58,13 +58,13 @@ class PreparationPool:
         """
         job = _Job(self._turns, cancelled, request.scope.get("caller", ""))
         done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        disconnected = asyncio.create_task(gone(request))
+        disconnected = asyncio.create_task(wait_for_disconnect(request))
         awaited: list[asyncio.Future[Any]] = [done, disconnected]
         self._jobs.add(job)
         job.start(work, done, partial(self._jobs.discard, job))
         try:
             while not done.done():
-                await asyncio.wait(awaited, timeout=LOOK, return_when="FIRST_COMPLETED")
+                await asyncio.wait(awaited, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
                 if not done.done():
                     _check(job, gone=disconnected.done())
             return done.result()
@@ -154,7 +154,7 @@ class _Job(Caller):
             self._turns.release(self)
 
 
-async def gone(request: Request) -> None:
+async def wait_for_disconnect(request: Request) -> None:
     """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

@@ -38,7 +38,7 @@ class Reply(Protocol):
         ...
 
 
-def takes(body: type[RequestModel]) -> dict[str, Any]:
+def body_schema(body: type[RequestModel]) -> dict[str, Any]:
     """Return the keywords of a route that declare its body in the API's description."""
     schema = {"$ref": reference(body)}
     content = {"application/json": {"schema": schema}}
@@ -50,7 +50,7 @@ def reference(body: type[RequestModel]) -> str:
     return f"#/components/schemas/{body.__name__}"
 
 
-async def answered(
+async def answer_request(
     service: Service,
     request: Request,
     body: type[Body],
@@ -67,14 +67,16 @@ async def answered(
     sent = await request.body()
     record = request.scope.setdefault("record", {})
     record["model"] = service.settings.model
-    with service.places.one(record, request.scope.get("caller", "")) as slot:
-        parsed_body = await service.aside(len(sent), lambda: parsed(sent, body, service.context))
+    with service.admission.one(record, request.scope.get("caller", "")) as slot:
+        parsed_body = await service.run_sized(
+            len(sent), lambda: parse_body(sent, body, service.context)
+        )
         slot.widen(parsed_body.replies)
-        reply = await service.aside(len(sent), lambda: make(service, parsed_body))
+        reply = await service.run_sized(len(sent), lambda: make(service, parsed_body))
         return await reply.respond(request, slot)
 
 
-def parsed(sent: bytes, body: type[Body], context: int) -> Body:
+def parse_body(sent: bytes, body: type[Body], context: int) -> Body:
     """Parse a body of the bytes that were sent, whatever their Content-Type.
 
     Raises:

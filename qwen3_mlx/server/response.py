@@ -17,7 +17,7 @@ from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.guard import reason_of
-from qwen3_mlx.server.preparing import gone
+from qwen3_mlx.server.preparing import wait_for_disconnect
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
 
@@ -33,7 +33,7 @@ class PrefillProgress:
     total: int
 
 
-Heard = Event | PrefillProgress | BaseException
+StreamItem = Event | PrefillProgress | BaseException
 
 
 class EventBridge:
@@ -41,9 +41,9 @@ class EventBridge:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self._pending: list[tuple[ActiveRequest, int, Heard]] = []
+        self._pending: list[tuple[ActiveRequest, int, StreamItem]] = []
 
-    def put(self, running: "ActiveRequest", index: int, heard: Heard) -> None:
+    def put(self, running: "ActiveRequest", index: int, heard: StreamItem) -> None:
         """Queue an event of reply `index` of `running`; called on the engine's thread."""
         self._pending.append((running, index, heard))
         if len(self._pending) == 1:
@@ -64,12 +64,12 @@ class EventBridge:
                 running.cancelled.set()
 
 
-def _dispatch(pending: list[tuple["ActiveRequest", int, Heard]]) -> None:
+def _dispatch(pending: list[tuple["ActiveRequest", int, StreamItem]]) -> None:
     for running, index, heard in pending:
-        running.hear(index, heard)
+        running.receive(index, heard)
 
 
-def _weight(event: Heard) -> int:
+def _weight(event: StreamItem) -> int:
     """Return the memory that an event takes, in pieces: logprobs count one by one."""
     tokens = event.tokens if isinstance(event, Text | Reasoning) else ()
     return 1 + sum(1 + len(token.top) for token in tokens)
@@ -84,14 +84,14 @@ class ActiveRequest:
         """Expect the replies that `place` counts, `choices` of them to each prompt."""
         count = place.count
         place.kept = True
-        self.said = [ReplyBuilder() for _ in range(count)]
+        self.replies = [ReplyBuilder() for _ in range(count)]
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
         self.warnings: list[str] = []  # of the preparation
         self.read: PrefillProgress | None = None
         self.started = time.perf_counter()
-        self.first: float | None = None  # time of the first token
-        self.spoken = False  # True after the first event
+        self.first_token_at: float | None = None  # time of the first token
+        self.has_events = False  # True after the first event
         self.cancelled = place.cancelled
         self.count = count
         self._choices = choices
@@ -100,7 +100,7 @@ class ActiveRequest:
         self._place = place
         self._record = place.record
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[tuple[int, Heard]] = asyncio.Queue()
+        self.queue: asyncio.Queue[tuple[int, StreamItem]] = asyncio.Queue()
         self._unread = 0  # pieces in the queue
         self._sent = self._ends = 0  # replies submitted to the engine, and those that have ended
         self._failed = self._closed = self._released = False
@@ -120,13 +120,15 @@ class ActiveRequest:
         for index, task in enumerate(tasks):
             deliver = partial(self._bridge.put, self, index)
 
-            def report(done: int, total: int, deliver: Callable[[Heard], None] = deliver) -> None:
-                if done == total and self.first is None:  # reported with the first token
-                    self.first = time.perf_counter()
+            def report(
+                done: int, total: int, deliver: Callable[[StreamItem], None] = deliver
+            ) -> None:
+                if done == total and self.first_token_at is None:  # reported with the first token
+                    self.first_token_at = time.perf_counter()
                 deliver(PrefillProgress(done, total))
 
-            options = replace(task.asked, progress=report)
-            reply = replace(task, asked=options, shortens=True, client=self._place.client)
+            options = replace(task.options, progress=report)
+            reply = replace(task, options=options, clamp_max_tokens=True, client=self._place.client)
             started = self._bridge.llm.begin(reply, deliver, self.cancelled)
             self._sent += 1
             self.prompt_tokens = started.prompt_tokens
@@ -138,7 +140,7 @@ class ActiveRequest:
                 if warning not in self.warnings:  # every choice has the same warning
                     self.warnings.append(warning)
 
-    def hear(self, index: int, heard: Heard) -> None:
+    def receive(self, index: int, heard: StreamItem) -> None:
         """Queue an event of a reply; called on the event loop.
 
         The last event of all replies frees the slot for other requests: the slot does not wait for
@@ -188,7 +190,7 @@ class ActiveRequest:
         if finish.reason != "cancelled":
             return finish
         reason = self.ended_by or ApiError(503, "the server is shutting down", code="unavailable")
-        if reason.status != 504 or self.first is None:
+        if reason.status != 504 or self.first_token_at is None:
             raise reason
         return replace(finish, reason="length", details={**finish.details, "ended_by": "timeout"})
 
@@ -210,7 +212,7 @@ class ActiveRequest:
                 if isinstance(event, PrefillProgress):
                     self.read = event
                     continue
-                self.spoken = True
+                self.has_events = True
                 if isinstance(event, Finish):
                     try:
                         event = self._end_of(event)
@@ -218,7 +220,7 @@ class ActiveRequest:
                         raise self._record_error(error) from None
                     self.finishes[index] = event
                     open_replies -= 1
-                self.said[index].add(event)
+                self.replies[index].add(event)
                 events.append((index, event))
             yield events
 
@@ -226,7 +228,7 @@ class ActiveRequest:
         self._record.setdefault("error", reason_of(error))
         return error
 
-    async def _receive(self, patience: float) -> list[tuple[int, Heard]]:
+    async def _receive(self, patience: float) -> list[tuple[int, StreamItem]]:
         received = []
         if self.queue.empty():
             try:
@@ -250,7 +252,7 @@ class ActiveRequest:
         """
 
         async def cancel_on_disconnect() -> None:
-            await gone(request)
+            await wait_for_disconnect(request)
             self.cancelled.set()
 
         watching = asyncio.create_task(cancel_on_disconnect())
@@ -281,7 +283,7 @@ class ActiveRequest:
     def timings(self) -> dict[str, float]:
         """Durations in milliseconds, and rates, under the names of llama.cpp's server."""
         now = time.perf_counter()
-        first, usage = self.first or now, self.usage
+        first, usage = self.first_token_at or now, self.usage
         prefilled, decoded = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
         prefill, decode = first - self.started, now - first  # seconds
         after_first = max(
@@ -307,13 +309,13 @@ class ActiveRequest:
             self._record["finish"] = [end.reason if end else unfinished for end in self.finishes]
             if not all(self.finishes):
                 self._record.setdefault("error", "the client went away")
-        if self.first:
-            self._record["first_ms"] = round((self.first - self.started) * 1e3, 1)
+        if self.first_token_at:
+            self._record["first_ms"] = round((self.first_token_at - self.started) * 1e3, 1)
             self._record["tokens_per_second"] = self.timings["predicted_per_second"]
         if all(self.finishes):  # otherwise the counts are incomplete
             self._record |= asdict(self.usage)
         if self._settings.log_content:
-            self._record["replies"] = [reply.message() for reply in self.said]
+            self._record["replies"] = [reply.message() for reply in self.replies]
         self._release_if_done()
 
 

@@ -41,16 +41,16 @@ class Service:
         self.stopping = False
         self.started = time.monotonic()
         self._body_threads = ThreadPoolExecutor(_BODY_THREADS, "qwen3-body")
-        self.places = Admission(settings.max_requests, settings.most_per_client)
+        self.admission = Admission(settings.max_requests, settings.max_replies_per_client)
         self.preparing = PreparationPool()
         llm.load_grammars()  # now, since later it would delay all running requests
 
     @property
     def active(self) -> int:
         """Number of replies that run or wait."""
-        return self.places.active
+        return self.admission.active
 
-    def another_model(self, name: str | None) -> list[str]:
+    def model_warnings(self, name: str | None) -> list[str]:
         """Return a warning if the request names a model other than the one that is served."""
         if name in (None, "", "default", self.settings.model):
             return []
@@ -67,7 +67,7 @@ class Service:
             "thinking_budget_bends": resolved.bends,
         }
 
-    async def aside(self, size: int, job: Callable[[], T]) -> T:
+    async def run_sized(self, size: int, job: Callable[[], T]) -> T:
         """Run a job over `size` bytes of JSON: inline if they are few, otherwise on a thread."""
         if size <= _MAX_INLINE:
             return job()
@@ -110,13 +110,13 @@ class Service:
 
     def cancel_all(self) -> None:
         """Cancel all replies: the time for a graceful shutdown is over."""
-        self.places.cancel_all()
+        self.admission.cancel_all()
 
 
 def _copies(prepared: PreparedRequest, count: int) -> list[PreparedRequest]:
     """Return one prepared request for each choice, with consecutive seeds if a seed is set."""
-    options = prepared.asked
+    options = prepared.options
     if options.seed is None:
         return [prepared] * count
     seeds = range(options.seed, options.seed + count)
-    return [replace(prepared, asked=replace(options, seed=seed)) for seed in seeds]
+    return [replace(prepared, options=replace(options, seed=seed)) for seed in seeds]

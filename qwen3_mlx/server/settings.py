@@ -104,7 +104,7 @@ class Settings:
             return self.host == "localhost"
 
     @property
-    def most_per_client(self) -> int:
+    def max_replies_per_client(self) -> int:
         """Number of replies that one client may have, running and waiting."""
         if self.max_per_client is not None:
             return min(self.max_per_client, self.max_requests)

@@ -24,7 +24,7 @@ EFFORTS = {
 }
 """Thinking budget in tokens for each effort: the tiers that other local servers use."""
 
-Said = tuple[str, bool | int | str | None]
+NamedValue = tuple[str, bool | int | str | None]
 """Name of a field, and its value."""
 
 
@@ -48,12 +48,12 @@ class ThinkingRequest:
     `overruled` are fields that the protocol ranks below others, each with the field that wins.
     """
 
-    switches: Sequence[Sequence[Said]] = ()
-    budgets: Sequence[Said] = ()
+    switches: Sequence[Sequence[NamedValue]] = ()
+    budgets: Sequence[NamedValue] = ()
     effort: str | None = None
     effort_name: str = "reasoning_effort"
     adaptive: str | None = None
-    overruled: Sequence[tuple[Said, str]] = ()
+    overruled: Sequence[tuple[NamedValue, str]] = ()
 
     def resolve(
         self, thinking: Thinking, default: bool | None, default_budget: int | None
@@ -87,7 +87,7 @@ class ThinkingRequest:
         return Resolved(wanted, budget if bounded else None, named is None, warnings)
 
     def _effort(
-        self, thinking: Thinking, switch: Said | None, budget: Said | None
+        self, thinking: Thinking, switch: NamedValue | None, budget: NamedValue | None
     ) -> tuple[str | None, list[str]]:
         """Return the effort, or None where it is not followed, and warnings with the reason."""
         cannot_think = "this checkpoint cannot think"
@@ -108,7 +108,7 @@ class ThinkingRequest:
             return self.effort, warnings
         return None, [*warnings, _ignored((self.effort_name, self.effort), reason)]
 
-    def _overruled(self, switches: Sequence[Said]) -> Iterator[str]:
+    def _overruled(self, switches: Sequence[NamedValue]) -> Iterator[str]:
         for switch in switches[1:]:
             if switch[1] != switches[0][1]:
                 yield _ignored(switch, f"{_stated(switches[0])} comes first")
@@ -116,7 +116,7 @@ class ThinkingRequest:
             yield _ignored(field, f"{winner} comes first")
 
 
-def _agreed(fields: Sequence[Said]) -> Said | None:
+def _agreed(fields: Sequence[NamedValue]) -> NamedValue | None:
     """Return the first field that has a value, if any has.
 
     Raises:
@@ -142,11 +142,11 @@ def agreed_effort(efforts: Sequence[tuple[str, str | None]]) -> tuple[str, str |
     return (field[0], str(field[1])) if field else (efforts[0][0], None)
 
 
-def _ignored(field: Said, reason: str) -> str:
+def _ignored(field: NamedValue, reason: str) -> str:
     return f"{_stated(field)} was ignored: {reason}"
 
 
-def _stated(field: Said) -> str:
+def _stated(field: NamedValue) -> str:
     """Return a field and its value as the client wrote them."""
     name, value = field
     if name == "thinking.type" and isinstance(value, bool):

@@ -116,7 +116,7 @@ def check_unknown(
     return warnings
 
 
-def ends_with_words(messages: Sequence[Mapping[str, Any]]) -> bool:
+def ends_with_assistant_text(messages: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether the last message is a non-empty one of the assistant, to be continued."""
     last = without_empty_end(normalise(messages))[-1]
     text = last.get("content") or last.get("reasoning_content")

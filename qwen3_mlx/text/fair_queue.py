@@ -7,7 +7,7 @@ from threading import Condition
 
 from qwen3_mlx.errors import Qwen3Error
 
-LOOK = 0.1
+POLL_SECONDS = 0.1
 """Seconds between two checks whether a caller is still waiting."""
 
 
@@ -62,7 +62,7 @@ class FairQueue:
             self._waiting.append(caller)
             try:
                 while not (self._free and self._next() is caller):
-                    self._changed.wait(LOOK)
+                    self._changed.wait(POLL_SECONDS)
                     caller.check()
                 self._free -= 1
                 self._having[caller.client] += 1

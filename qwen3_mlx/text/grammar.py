@@ -32,7 +32,7 @@ _CLOSERS = b'"}],0/' + b"nulltruefalse" + b": -." + bytes(range(97, 123)) + byte
 _AT_FIRST, _A_STEP = 0.5, 0.01
 
 
-class Pace:
+class TimeLimit:
     """Counts the CPU time of following a text and checks it against a limit per step."""
 
     def __init__(self) -> None:
@@ -78,7 +78,7 @@ class GrammarState:
         self._vocabulary = vocabulary
         self._byte_ids = byte_ids
         self._name = name
-        self._pace = Pace()
+        self._pace = TimeLimit()
 
     def copy(self, warnings: list[str]) -> "GrammarState":
         """Return a copy in the same state; failures of the copy are added to `warnings`."""
@@ -160,7 +160,7 @@ class GrammarState:
             raise ValueError(complaint)
         # The spare starts empty, so it has to consume the text so far. It has a fresh time limit,
         # and no spare of its own: if it fails as well, the reply ends.
-        self._matcher, self._pace, self.spare = self.spare()._matcher, Pace(), None
+        self._matcher, self._pace, self.spare = self.spare()._matcher, TimeLimit(), None
         self._matcher.consume_tokens(self._ids)
         self.warnings.append(f"the schema of a tool was not enforced in a call: {complaint}")
         return self._recover() or True

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from qwen3_mlx.text.fair_queue import PATIENT, Caller
 from qwen3_mlx.text.grammar import GrammarState, line_of
 from qwen3_mlx.text.grammar_limits import MOST_CHOICES, check_lark, check_schema, check_size
-from qwen3_mlx.text.grammar_trial import Kept, TrialCompiler
+from qwen3_mlx.text.grammar_trial import ResultCache, TrialCompiler
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.text.tool_schema import Kinds, kinds_of, on_its_own, parameters_of, properties_of
+from qwen3_mlx.text.tool_schema import Kinds, kinds_of, parameters_of, properties_of, standalone
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -27,7 +27,7 @@ _JSON: Any = {
 _TOOL_JSON: Any = {**_JSON, "lenient": True, "coerce_one_of": True}
 _TEXT_RULE = r"text[lazy]: /((.|\n)*\n)?<\/parameter>\n/"
 
-Form = Mapping[str, Any] | type | bool
+SchemaLike = Mapping[str, Any] | type | bool
 """A JSON schema: a dictionary or a pydantic model."""
 
 _MOST_WRITTEN = 4_000_000  # characters of all tools' documents; each may repeat all references
@@ -45,10 +45,10 @@ class GrammarCompiler:
         self._tokenizer = tokenizer
         self._end_ids = sorted(token for token in end_ids if token < len(tokenizer))
         self._compiler = TrialCompiler(self._vocabulary)
-        self._checked: Kept[tuple[str, str]] = Kept(_MAX_CHECKED)
+        self._checked: ResultCache[tuple[str, str]] = ResultCache(_MAX_CHECKED)
         self._caller = PATIENT
 
-    def on_behalf_of(self, caller: Caller) -> "GrammarCompiler":
+    def for_caller(self, caller: Caller) -> "GrammarCompiler":
         """Return the same compiler for a caller that may disconnect while it waits."""
         made = copy.copy(self)
         made._caller = caller
@@ -83,7 +83,7 @@ class GrammarCompiler:
         pieces = ((token, self._tokenizer.token_bytes(token)) for token in tokens)
         return {piece[0]: token for token, piece in pieces if len(piece) == 1}
 
-    def schema(self, schema: Form) -> GrammarState:
+    def schema(self, schema: SchemaLike) -> GrammarState:
         """Compile a JSON schema.
 
         Raises:
@@ -183,7 +183,7 @@ class GrammarCompiler:
             # Compiled within a step of the engine, so it must not wait for a trial. Without the
             # tools' schemas it is harmless.
             grammar = LLMatcher.grammar_from_lark(write(tools, free))
-            return self._state_of(self._compiler.compile_untried(grammar), "tools")
+            return self._state_of(self._compiler.compile_trusted(grammar), "tools")
 
         from llguidance import LLMatcher
 
@@ -270,7 +270,7 @@ def _coder_rules(tools: Sequence[Mapping[str, Any]], write_schema: _WriteSchema)
             begin = json.dumps(f"<parameter={name}>\n")
             kinds = known.of(schema)
             if kinds and "string" not in kinds:
-                own = partial(on_its_own, schema, root)
+                own = partial(standalone, schema, root)
                 document = write_schema(function["name"], own, {"type": sorted(kinds)})
                 rules.append(f'{rule}: {begin} j{rule} "\\n</parameter>\\n"')
                 rules.append(f"j{rule}: %json {document}")
@@ -303,7 +303,7 @@ def _schema_grammar(matcher: "type[LLMatcher]", schema: Any, options: Any = _JSO
     return matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
 
 
-def schema_of(form: Form) -> Any:
+def schema_of(form: SchemaLike) -> Any:
     """Return the JSON schema of a dictionary or pydantic model.
 
     Raises:

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text import grammar_worker
-from qwen3_mlx.text.fair_queue import LOOK, Caller, FairQueue
+from qwen3_mlx.text.fair_queue import POLL_SECONDS, Caller, FairQueue
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -38,7 +38,7 @@ _LIMITS: Any = {"initial_lexer_fuel": 300_000, "verbose_errors": False}
 # CPU seconds of a trial, and the number of trials at once. Sixty tools take 0.02 s, the largest
 # grammar that is allowed 0.5 s. A grammar that exceeds the first limit moves to the second lane,
 # so that it does not delay the short ones.
-LANES = ((0.25, 2), (2.0, 1))
+TRIAL_LANES = ((0.25, 2), (2.0, 1))
 _ANSWER_TIMEOUT = 60.0  # seconds on the wall clock; the machine has slept, or it swaps
 _MAX_REMEMBERED = 4096  # grammars whose verdict is kept
 _MAX_ATTEMPTS = 3
@@ -47,7 +47,7 @@ _log = logging.getLogger(__name__)
 _Value = TypeVar("_Value")
 
 
-class Kept(Generic[_Value]):
+class ResultCache(Generic[_Value]):
     """Cache of the latest results by source text; only a hash of the text is stored."""
 
     def __init__(self, most: int) -> None:
@@ -90,7 +90,7 @@ class TrialCompiler:
         self._built: LLTokenizer | None = None
         self._lock = Lock()
         # By grammar: the lane that sufficed, or the error message.
-        self._verdicts: Kept[int | str] = Kept(_MAX_REMEMBERED)
+        self._verdicts: ResultCache[int | str] = ResultCache(_MAX_REMEMBERED)
 
     def vocabulary(self) -> "LLTokenizer":
         """Return the vocabulary; build it on first use."""
@@ -108,14 +108,14 @@ class TrialCompiler:
         """
         if self._known_lane(grammar) == 0:  # known to be quick: no need to queue behind slower ones
             with caller.waiting():
-                return self.compile_untried(grammar)
+                return self.compile_trusted(grammar)
         with caller.waiting():
             for number, lane in enumerate(_lanes()):
                 with lane.helper(caller) as helper:
                     # Another caller's trial of the same grammar may have ended in the meantime.
                     found = self._known_lane(grammar)
                     if found is None:
-                        problem = helper.wrong_with(grammar, lane.seconds, caller)
+                        problem = helper.check(grammar, lane.seconds, caller)
                         if problem:
                             raise self._refusal(grammar, problem)
                         if problem is None:  # too long for this lane
@@ -123,14 +123,14 @@ class TrialCompiler:
                         self._verdicts.put(grammar, number)
                     elif found != number:
                         continue
-                    return self.compile_untried(grammar)
+                    return self.compile_trusted(grammar)
         raise self._refusal(
             grammar,
-            f"it takes more than {LANES[-1][0]:g} s to compile; try a simpler one, with fewer "
-            "alternatives, repetitions or expressions that are intersected",
+            f"it takes more than {TRIAL_LANES[-1][0]:g} s to compile; try a simpler one, with "
+            "fewer alternatives, repetitions or expressions that are intersected",
         )
 
-    def compile_untried(self, grammar: str) -> "LLMatcher":
+    def compile_trusted(self, grammar: str) -> "LLMatcher":
         """Return a matcher at the start of a grammar that is known to be harmless."""
         from llguidance import LLMatcher, LLParserLimits
 
@@ -159,7 +159,7 @@ class _TrialProcess:
         self._connection: socket.socket | None = None
         self._end: Callable[[], object] = lambda: None
 
-    def wrong_with(self, grammar: str, seconds: float, caller: Caller) -> str | None:
+    def check(self, grammar: str, seconds: float, caller: Caller) -> str | None:
         """Return the error message of a grammar, "" if it compiles, None if it takes too long.
 
         Raises:
@@ -226,7 +226,7 @@ def _answer(connection: socket.socket, message: bytes, caller: Caller) -> bytes:
     try:
         connection.sendall(message)
         started = time.monotonic()
-        connection.settimeout(LOOK)
+        connection.settimeout(POLL_SECONDS)
         while True:
             try:
                 connection.recv(1, socket.MSG_PEEK)
@@ -279,4 +279,4 @@ class _Lane:
 @cache
 def _lanes() -> list[_Lane]:
     """Return the lanes of this process, which all vocabularies share."""
-    return [_Lane(seconds, helpers) for seconds, helpers in LANES]
+    return [_Lane(seconds, helpers) for seconds, helpers in TRIAL_LANES]

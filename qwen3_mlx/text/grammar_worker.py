@@ -35,12 +35,12 @@ def serve(connection: socket.socket) -> None:
             request = json.loads(message)
             # SIGPROF kills the process when its CPU time is used up, within llguidance as well.
             signal.setitimer(signal.ITIMER_PROF, request["seconds"])
-            problem = wrong_with(request["grammar"], vocabulary, request["limits"])
+            problem = check(request["grammar"], vocabulary, request["limits"])
             signal.setitimer(signal.ITIMER_PROF, 0)
             connection.sendall(framed(json.dumps(problem).encode()))
 
 
-def wrong_with(grammar: str, vocabulary: "LLTokenizer", limits: dict[str, Any]) -> str:
+def check(grammar: str, vocabulary: "LLTokenizer", limits: dict[str, Any]) -> str:
     """Return the error message of a grammar, "" if it compiles."""
     from llguidance import LLMatcher, LLParserLimits
 

@@ -134,7 +134,7 @@ def _is_empty(arguments: str) -> bool:
     return arguments.strip() in ("", "null")
 
 
-def arguments_read(function: Mapping[str, Any]) -> dict[str, Any]:
+def parsed_arguments(function: Mapping[str, Any]) -> dict[str, Any]:
     """Return the arguments of a call in the history as an object, for templates that need one.
 
     A value that is not an object, for example because it was cut off, becomes the only argument.

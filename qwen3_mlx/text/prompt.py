@@ -62,7 +62,7 @@ class ControlTokens:
         return name in self._names or name not in self.tokenizer.added_tokens
 
 
-class Hiding:
+class ControlTokenEscaper:
     """Hides the control tokens in the messages of one conversation while they are rendered."""
 
     def __init__(self, control: ControlTokens) -> None:

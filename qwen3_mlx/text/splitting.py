@@ -24,7 +24,7 @@ def can_be_cut(tokenizer: tokenizers.Tokenizer) -> bool:
     """Return whether text is split as by the published tokenizer and no added token spans a cut."""
     steps = tokenizer.pre_tokenizer and json.loads(tokenizer.pre_tokenizer.__getstate__())
     normalizer = tokenizer.normalizer and json.loads(tokenizer.normalizer.__getstate__())
-    published = {
+    published_model_config = {
         "type": "Sequence",
         "pretokenizers": [
             {
@@ -43,7 +43,7 @@ def can_be_cut(tokenizer: tokenizers.Tokenizer) -> bool:
     }
     added = tokenizer.get_added_tokens_decoder().values()
     return (
-        steps == published
+        steps == published_model_config
         and normalizer in (None, {"type": "NFC"})
         and not any(_CUT.search(f".{token.content}") or token.rstrip for token in added)
     )

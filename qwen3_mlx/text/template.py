@@ -13,7 +13,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
-from qwen3_mlx.text.messages import arguments_read
+from qwen3_mlx.text.messages import parsed_arguments
 
 Tool = Mapping[str, Any]
 TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -180,7 +180,7 @@ def _with_parsed_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:
     read = []
     for call in calls:
         function = dict(call.get("function", call))
-        read.append({**call, "function": {**function, "arguments": arguments_read(function)}})
+        read.append({**call, "function": {**function, "arguments": parsed_arguments(function)}})
     return {**message, "tool_calls": read}
 
 

@@ -127,7 +127,7 @@ def _resolve(ref: str, root: Mapping[str, Any]) -> Any:
     return found if ref.startswith("#") else None
 
 
-def on_its_own(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
+def standalone(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the schema of an argument as a document in which references into `root` resolve."""
     if not any("$ref" in part for part in parts_of(schema)):
         return schema
@@ -136,7 +136,7 @@ def on_its_own(schema: Mapping[str, Any], root: Mapping[str, Any]) -> Mapping[st
 
 
 def _moved(value: Any) -> Any:
-    """Return a schema with its references changed to where `on_its_own` puts the root."""
+    """Return a schema with its references changed to where `standalone` puts the root."""
     if isinstance(value, list):
         return [_moved(part) for part in value]
     if not isinstance(value, Mapping):

@@ -54,8 +54,8 @@ WAYS: dict[str, Callable[[LLM, dict[str, Any]], str]] = {
     "conversation.chat": lambda llm, options: (
         llm.conversation(thinking=False).chat("Hello", **options).text
     ),
-    "prepare": lambda llm, options: repr(llm.prepare("Hello", **options).asked),
-    "prepare_text": lambda llm, options: repr(llm.prepare_text("Hello", **options).asked),
+    "prepare": lambda llm, options: repr(llm.prepare("Hello", **options).options),
+    "prepare_text": lambda llm, options: repr(llm.prepare_text("Hello", **options).options),
 }
 
 

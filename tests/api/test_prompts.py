@@ -800,7 +800,7 @@ def test_no_arguments_of_clients_stop_a_conversation(coder: LLM, demo: LLM, prot
 
 
 @pytest.fixture(scope="module", params=["hybrid", "instruct-2507", "thinking-2507"])
-def published(
+def published_model_config(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, LLM]]:
     """A random model with a published tokenizer and template."""
@@ -817,9 +817,11 @@ def published(
         yield kind, llm
 
 
-@pytest.mark.published
-def test_published_goldens(published: tuple[str, LLM], caplog: pytest.LogCaptureFixture) -> None:
-    kind, llm = published
+@pytest.mark.published_model_config
+def test_published_goldens(
+    published_model_config: tuple[str, LLM], caplog: pytest.LogCaptureFixture
+) -> None:
+    kind, llm = published_model_config
     caplog.set_level(logging.INFO, logger="qwen3_mlx.server")
     with serving(llm, log_content=True) as served:
         shown = Shown(served, caplog)
@@ -842,7 +844,7 @@ def test_published_goldens(published: tuple[str, LLM], caplog: pytest.LogCapture
                 assert (record["prompt_tokens"] == len(case["ids"])) != has_tags(case["messages"])
 
 
-@pytest.mark.published
-def test_a_thousand_published_conversations(published: tuple[str, LLM]) -> None:
+@pytest.mark.published_model_config
+def test_a_thousand_published_conversations(published_model_config: tuple[str, LLM]) -> None:
     for seed in range(1000):
-        check_a_conversation(published[1], seed)
+        check_a_conversation(published_model_config[1], seed)

@@ -112,10 +112,10 @@ def test_a_write_is_seen_whole_or_not_at_all(tmp_path: Path) -> None:
     answers = iter([False] * 3 + [True])
     assert not disk.write(IDS, cache, lambda: next(answers))
     assert not kept(tmp_path)
-    assert disk.wants(IDS)
+    assert disk.is_worth_saving(IDS)
     assert disk.write(IDS, cache, lambda: False)
-    assert not disk.wants(IDS)
-    assert not disk.wants(IDS[:300])
+    assert not disk.is_worth_saving(IDS)
+    assert not disk.is_worth_saving(IDS[:300])
     (file,) = kept(tmp_path)
     assert file.stat().st_mode & 0o777 == 0o600
     assert isinstance(mx.load(str(file)), dict)
@@ -333,7 +333,7 @@ def test_models_of_one_process_share_a_folder(
 
 
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no memory"), TypeError("what?")])
-@pytest.mark.parametrize("method", ["read", "write", "match_length", "wants"])
+@pytest.mark.parametrize("method", ["read", "write", "match_length", "is_worth_saving"])
 def test_whatever_fails_on_disk_work_goes_on(
     method: str,
     error: Exception,

@@ -16,7 +16,7 @@ from mlx.utils import tree_flatten
 from qwen3_mlx import CheckpointError, Qwen3Error, load
 from qwen3_mlx import convert as convert_folder
 from qwen3_mlx.checkpoint import convert
-from qwen3_mlx.checkpoint.convert import Job, Written, modules_of, run
+from qwen3_mlx.checkpoint.convert import Job, Written, quantizable_shapes, run
 from qwen3_mlx.checkpoint.recipes import choose_formats
 from qwen3_mlx.files import ShardWriter, read_header, read_json
 from qwen3_mlx.model.quantization import Format
@@ -42,7 +42,7 @@ def make_job(source: Path, output: Path, form: Format | None = None, **options: 
     """Describe a conversion; bfloat16 unless `dtype` says otherwise, uniform unless `recipe`."""
     config = read_json(source / "config.json")
     recipe = options.pop("recipe", "uniform")
-    formats = choose_formats(modules_of(config), recipe, form) if form else {}
+    formats = choose_formats(quantizable_shapes(config), recipe, form) if form else {}
     return Job(source, output, config, formats, options.pop("dtype", mx.bfloat16), **options)
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_mlx.checkpoint.convert import modules_of
+from qwen3_mlx.checkpoint.convert import quantizable_shapes
 from qwen3_mlx.checkpoint.recipes import Formats, assign, choose_formats, group_of
 from qwen3_mlx.model.quantization import Format
 from tests.support import MOE, TINY
@@ -26,7 +26,7 @@ def bits_of(formats: Formats, end: str) -> set[int]:
 @pytest.mark.parametrize("recipe", ["uniform", "mixed", "mixed-rich"])
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_what_every_recipe_promises(form: Format, recipe: str, config: dict[str, Any]) -> None:
-    modules = modules_of(config)
+    modules = quantizable_shapes(config)
     formats = choose_formats(modules, recipe, form)
     assert formats.keys() == modules.keys()
     groups: dict[str, set[Format | None]] = {}
@@ -49,14 +49,14 @@ def test_what_every_recipe_promises(form: Format, recipe: str, config: dict[str,
 def test_uniform_is_uniform() -> None:
     for form in (*FORMS, *OTHERS):
         for config in (TINY, MOE):
-            formats = choose_formats(modules_of(config), "uniform", form)
+            formats = choose_formats(quantizable_shapes(config), "uniform", form)
             gates = {path for path in formats if path.endswith("mlp.gate")}
             assert {own for path, own in formats.items() if path not in gates} == {form}
             assert all(formats[gate] == Format(8, 64) for gate in gates)
 
 
 def test_where_the_mixed_recipes_spend() -> None:
-    modules = modules_of(UNTIED)
+    modules = quantizable_shapes(UNTIED)
     mixed = choose_formats(modules, "mixed", Format(4, 64))
     rich = choose_formats(modules, "mixed-rich", Format(4, 64))
     for formats in (mixed, rich):
@@ -74,7 +74,7 @@ def test_where_the_mixed_recipes_spend() -> None:
 
 @pytest.mark.parametrize("form", [Format(4, 128), Format(4, 64), Format(4, 32)])
 def test_rows_that_are_no_multiple_of_the_group_stay(form: Format) -> None:
-    modules = modules_of({**MOE, "moe_intermediate_size": 96, "hidden_size": 160})
+    modules = quantizable_shapes({**MOE, "moe_intermediate_size": 96, "hidden_size": 160})
     for recipe in ("uniform", "mixed", "mixed-rich"):
         formats = choose_formats(modules, recipe, form)
         for path, shape in modules.items():
@@ -84,7 +84,7 @@ def test_rows_that_are_no_multiple_of_the_group_stay(form: Format) -> None:
 
 
 def test_recipes_that_are_none() -> None:
-    modules = modules_of(TINY)
+    modules = quantizable_shapes(TINY)
     for recipe in ("rich", "auto", ""):
         with pytest.raises(ValueError, match="recipe must be one of uniform, mixed, mixed-rich"):
             choose_formats(modules, recipe, Format(4, 64))
@@ -96,11 +96,11 @@ def test_recipes_that_are_none() -> None:
 # --- the best assignment under a limit ----------------------------------------------------------
 
 CHOICES = [Format(bits, 64) for bits in (2, 3, 4, 6, 8)]
-PromptLogprobBatch = dict[str, dict[Format, float]]
+SensitivityScores = dict[str, dict[Format, float]]
 Sizes = dict[str, dict[Format, int]]
 
 
-def best(scores: PromptLogprobBatch, sizes: Sizes, budget: int) -> float | None:
+def best(scores: SensitivityScores, sizes: Sizes, budget: int) -> float | None:
     """Try all assignments."""
     groups = list(scores)
     sums = [
@@ -116,7 +116,7 @@ def total(of: Any, choice: dict[str, Format]) -> Any:
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[PromptLogprobBatch, Sizes, int]:
+def cases(draw: st.DrawFn) -> tuple[SensitivityScores, Sizes, int]:
     """Draw up to five groups whose scores fall with the bits, each at its own rate."""
     scores, sizes = {}, {}
     for number in range(draw(st.integers(1, 5))):
@@ -132,7 +132,7 @@ def cases(draw: st.DrawFn) -> tuple[PromptLogprobBatch, Sizes, int]:
 
 @settings(max_examples=150, deadline=None)
 @given(cases())
-def test_against_trying_all(case: tuple[PromptLogprobBatch, Sizes, int]) -> None:
+def test_against_trying_all(case: tuple[SensitivityScores, Sizes, int]) -> None:
     scores, sizes, budget = case
     least = best(scores, sizes, budget)
     if least is None:
@@ -151,7 +151,7 @@ def test_the_gap_to_the_best_is_mostly_none() -> None:
     gaps = []
     for seed in range(100):
         dice = random.Random(seed)
-        scores: PromptLogprobBatch = {}
+        scores: SensitivityScores = {}
         sizes: Sizes = {}
         for number in range(5):
             weights, hurt = dice.randint(1000, 9000), 10 ** dice.uniform(-3, 0)
@@ -172,7 +172,7 @@ def test_many_groups_come_close_to_the_best() -> None:
     """With many groups the gap is small: the bound by prices shows it without trying all."""
     for seed in range(5):
         dice = random.Random(seed)
-        scores: PromptLogprobBatch = {}
+        scores: SensitivityScores = {}
         sizes: Sizes = {}
         for number in range(100):
             weights, hurt = dice.randint(1000, 9000), 10 ** dice.uniform(-4, -1)

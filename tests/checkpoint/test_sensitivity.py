@@ -9,10 +9,10 @@ import mlx.core as mx
 import pytest
 
 from qwen3_mlx.checkpoint import sensitivity
-from qwen3_mlx.checkpoint.convert import modules_of
+from qwen3_mlx.checkpoint.convert import quantizable_shapes
 from qwen3_mlx.checkpoint.gptq import block_size
 from qwen3_mlx.checkpoint.recipes import group_of
-from qwen3_mlx.checkpoint.sensitivity import PromptLogprobBatch, measure
+from qwen3_mlx.checkpoint.sensitivity import SensitivityScores, measure
 from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
@@ -46,7 +46,7 @@ def sharpen(folder: Path, factor: float) -> None:
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
 
 
-def estimated(folder: Path, ids: mx.array, formats: list[Format]) -> PromptLogprobBatch:
+def estimated(folder: Path, ids: mx.array, formats: list[Format]) -> SensitivityScores:
     mx.random.seed(1)
     return measure(*opened(folder), ids, formats, lambda done, total: None)[0]
 
@@ -88,7 +88,7 @@ class Outright:
 
 def groups_of(folder: Path) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
-    for path in modules_of(read_json(folder / "config.json")):
+    for path in quantizable_shapes(read_json(folder / "config.json")):
         if not path.endswith("mlp.gate"):
             groups.setdefault(group_of(path), []).append(path)
     return groups

@@ -206,7 +206,7 @@ def test_every_verb_knows_the_sizes(
         raise CheckpointError(f"would fetch {self.name}")
 
     monkeypatch.setattr(Source, "fetch", fetch_none)
-    monkeypatch.setattr(Source, "lacks", lambda *_: False)
+    monkeypatch.setattr(Source, "is_missing", lambda *_: False)
     for size in SIZES:  # folders that are called so do not count: they are ./8B
         (tmp_path / size).mkdir()
         (tmp_path / size.lower()).mkdir(exist_ok=True)

@@ -13,8 +13,8 @@ from threading import Event as Flag
 import pytest
 
 from qwen3_mlx import LLM
-from qwen3_mlx.cli.chat import functions_in
-from qwen3_mlx.cli.screen import _end_of_block, enter_key
+from qwen3_mlx.cli.chat import load_functions
+from qwen3_mlx.cli.screen import _end_of_block, on_enter_key
 from qwen3_mlx.errors import Qwen3Error
 
 CHAT = [sys.executable, "-m", "qwen3_mlx", "chat"]
@@ -94,7 +94,7 @@ def test_a_call_that_the_context_cuts_off_is_not_made(demo: LLM, tmp_path: Path)
         TOOL.replace("    return", f"    open({str(trace)!r}, 'w').close()\n    return")
     )
     question = "What is 1234 + 4321?"
-    prompt = demo.render(question, thinking=False, tools=functions_in(tool))
+    prompt = demo.render(question, thinking=False, tools=load_functions(tool))
     tokens = len(demo.tokenizer.encode(prompt))
     for room, called in ((24, False), (200, True)):
         options = ("--no-thinking", "--context", str(tokens + room))
@@ -150,11 +150,11 @@ def test_options_and_wrong_ones(tmp_path: Path) -> None:
 def test_functions_of_a_file(tmp_path: Path) -> None:
     file = tmp_path / "tool.py"
     file.write_text(TOOL)
-    assert [function.__name__ for function in functions_in(file)] == ["calculator"]
+    assert [function.__name__ for function in load_functions(file)] == ["calculator"]
     for text, words in (("x = 1", "defines no function"), ("1 / 0", "fails: ZeroDivisionError")):
         file.write_text(text)
         with pytest.raises(Qwen3Error, match=words):
-            functions_in(file)
+            load_functions(file)
     file.write_text("async def later(x: str) -> str:\n    return x")
     done = talk(f"/tools {file}")
     assert "qwen3: the tool later is an async function" in done.stderr
@@ -229,7 +229,7 @@ def test_the_enter_key_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
     with open(theirs, encoding="utf-8", closefd=False) as terminal:
         monkeypatch.setattr(sys, "stdin", terminal)
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        with enter_key(pressed.set):
+        with on_enter_key(pressed.set):
             os.write(ours, b"x")
             assert not pressed.wait(0.3)
             os.write(ours, b"\n")

@@ -15,7 +15,7 @@ import pytest
 import typer
 
 from qwen3_mlx import LLM, backend, extras, load
-from qwen3_mlx.cli.error_wording import in_options
+from qwen3_mlx.cli.error_wording import with_option_names
 from qwen3_mlx.cli.main import _keywords, app
 from tests.cli.harness import call
 
@@ -291,7 +291,7 @@ def test_errors_name_options() -> None:
         ("x: max_tokens must be 1", "x: max_tokens must be 1"),
         ("http://x/?seed2=1 and folder=8 stay", "http://x/?seed2=1 and folder=8 stay"),
     ):
-        assert in_options(message, KEYWORDS).endswith(wanted)
+        assert with_option_names(message, KEYWORDS).endswith(wanted)
 
 
 def _messages() -> dict[str, str]:
@@ -318,7 +318,8 @@ def test_no_error_of_the_command_advises_python() -> None:
     assert {
         place: words
         for place, words in messages.items()
-        if python.search(in_options(words, KEYWORDS)) and not any(map(words.count, no_option))
+        if python.search(with_option_names(words, KEYWORDS))
+        and not any(map(words.count, no_option))
     } == {}
 
 

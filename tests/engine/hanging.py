@@ -335,7 +335,7 @@ def failing() -> None:
             (PrefixStore, name)
             for name in ("acquire", "insert", "match_length", "evict", "unsaved", "clear")
         ),
-        *((DiskPrefixes, name) for name in ("match_length", "read", "wants", "write")),
+        *((DiskPrefixes, name) for name in ("match_length", "read", "is_worth_saving", "write")),
         *((SequenceState, name) for name in ("commit", "force", "reset", "result", "reserve")),
         *((mx, name) for name in ("clear_cache", "eval", "async_eval")),
     ]

@@ -231,7 +231,7 @@ class Schedulable:
     def room_for(self, tokens: int) -> int:
         return max(self.room, tokens)
 
-    def first_room(self) -> int:
+    def initial_room(self) -> int:
         return max(self.room, self.num_computed + self.num_uncomputed + 10)
 
     def reserve(self, room: int) -> None:

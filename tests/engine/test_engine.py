@@ -259,7 +259,7 @@ def test_under_steady_load_only_the_latest_is_kept_to_be_read_ahead() -> None:
     engine.submit(asked.request)
     ahead = [random_ids(30, seed=100 + number) for number in range(MOST - 2)]
     for ids in ahead:
-        engine.read_ahead(ids)
+        engine.prefetch(ids)
         engine.step()
         assert len(engine._core.scheduler.waiting) <= 17
     assert not asked.outcomes

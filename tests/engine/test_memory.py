@@ -24,7 +24,7 @@ from qwen3_mlx.engine.memory import (
     RESERVE,
     Workload,
     activation_bytes,
-    bytes_a_token,
+    bytes_per_token,
     cache_bytes,
     count_weights,
     largest_context,
@@ -35,7 +35,7 @@ from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.model.sizes import SIZES, published, published_config, yarn_lengths
+from qwen3_mlx.model.sizes import SIZES, published_config, published_model_config, yarn_lengths
 from tests.support import DEMO, MOE, TINY, make_model, prefill, write_tiny
 
 pytestmark = pytest.mark.usefixtures("whole_memory")
@@ -137,14 +137,14 @@ def test_the_published_sizes_are_those_of_the_published_files() -> None:
         "30B-A3B": 30_532_122_624,
         "235B-A22B": 235_093_634_560,
     }
-    assert {size: count_weights(published(size)) for size in SIZES} == parameters
+    assert {size: count_weights(published_model_config(size)) for size in SIZES} == parameters
     for size, count in parameters.items():
-        assert weight_bytes(published(size), plain) == 2 * count
-    assert weight_bytes(published("4B"), four_bits) == 2_262_920_192
-    assert weight_bytes(published("30B-A3B"), plain) == 61_064_245_248
+        assert weight_bytes(published_model_config(size), plain) == 2 * count
+    assert weight_bytes(published_model_config("4B"), four_bits) == 2_262_920_192
+    assert weight_bytes(published_model_config("30B-A3B"), plain) == 61_064_245_248
     # Qwen/Qwen3-0.6B's file also holds a copy of the tied embedding, and a header.
     copied = 2 * 151936 * 1024
-    assert weight_bytes(published("0.6B"), plain) + copied + 35_560 == 1_503_300_328
+    assert weight_bytes(published_model_config("0.6B"), plain) + copied + 35_560 == 1_503_300_328
 
 
 @pytest.mark.parametrize("size", ["0.6B", "8B", "30B-A3B"])
@@ -181,7 +181,7 @@ def test_a_growing_cache_never_passes_its_plan() -> None:
     ("size", "kib"), [("0.6B", 112), ("8B", 144), ("14B", 160), ("32B", 256), ("235B-A22B", 188)]
 )
 def test_a_token_of_cache_takes_what_the_formula_says(size: str, kib: int) -> None:
-    config, work = published(size), Workload(1024)
+    config, work = published_model_config(size), Workload(1024)
     sizes = {
         name: cache_bytes(config, replace(work, cache=form)) / 1024 / 1024
         for name, form in CACHE_FORMATS.items()
@@ -193,7 +193,7 @@ def test_a_token_of_cache_takes_what_the_formula_says(size: str, kib: int) -> No
 
 
 def test_more_of_anything_takes_more() -> None:
-    config, work = published("8B"), Workload(8192)
+    config, work = published_model_config("8B"), Workload(8192)
     sizes = [weight_bytes(config, lambda _, b=bits: Format(b, 64)) for bits in (2, 3, 4, 5, 6, 8)]  # type: ignore[misc]
     assert sizes == sorted(set(sizes))
     for fused in (True, False):
@@ -231,7 +231,10 @@ def test_activations_are_about_what_prefill_holds() -> None:
 
 
 def test_the_largest_context_is_the_last_that_fits() -> None:
-    config, weights = published("8B"), weight_bytes(published("8B"), four_bits)
+    config, weights = (
+        published_model_config("8B"),
+        weight_bytes(published_model_config("8B"), four_bits),
+    )
     work = Workload(0)
     most = largest_context(config, weights, work, 10**10, 131072)
     totals = [make_plan(config, weights, replace(work, context=most + n)).total for n in (0, 1)]
@@ -243,22 +246,27 @@ def test_the_largest_context_is_the_last_that_fits() -> None:
 def test_a_token_moves_what_it_goes_through() -> None:
     nothing = Workload(0)
     # Dense and tied: all weights, the embedding as the head.
-    assert bytes_a_token(published("4B"), plain, nothing) == 2 * count_weights(published("4B"))
-    dense = published("8B")
+    assert bytes_per_token(published_model_config("4B"), plain, nothing) == 2 * count_weights(
+        published_model_config("4B")
+    )
+    dense = published_model_config("8B")
     embedding = 2 * 151936 * 4096
     row = embedding // 151936
     expected = 2 * count_weights(dense) - embedding + row
-    assert bytes_a_token(dense, plain, nothing) == expected
-    full = bytes_a_token(dense, plain, Workload(1000))
+    assert bytes_per_token(dense, plain, nothing) == expected
+    full = bytes_per_token(dense, plain, Workload(1000))
     assert full - expected == cache_bytes(dense, Workload(1000))
     # 3.35 billion weights of Qwen3-30B-A3B are active, embedding included.
-    active = bytes_a_token(published("30B-A3B"), plain, nothing) / 2 + 151936 * 2048
+    active = bytes_per_token(published_model_config("30B-A3B"), plain, nothing) / 2 + 151936 * 2048
     assert active == pytest.approx(3.35e9, rel=0.003)
 
 
 def test_yarn_is_for_the_sizes_and_the_window_it_is_published_for() -> None:
-    assert [size for size in SIZES if not yarn_lengths(published(size))] == ["0.6B", "1.7B"]
-    assert yarn_lengths(published("8B")) == (65536, 131072)
+    assert [size for size in SIZES if not yarn_lengths(published_model_config(size))] == [
+        "0.6B",
+        "1.7B",
+    ]
+    assert yarn_lengths(published_model_config("8B")) == (65536, 131072)
     longer = {**published_config("4B"), "max_position_embeddings": 262144}
     assert yarn_lengths(ModelConfig.from_dict(longer)) == ()
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
@@ -289,7 +297,7 @@ def test_what_cannot_fit_is_refused_before_a_weight_is_read(
     with pytest.raises(Qwen3Error) as error:
         load(folder, dtype="bfloat16")
     message = str(error.value)
-    plan = plan_load(published("8B"), None, LoadOptions(mx.bfloat16))
+    plan = plan_load(published_model_config("8B"), None, LoadOptions(mx.bfloat16))
     assert message.startswith(f"{folder} does not fit: weights 16.4 GB + cache 0.3 GB + act")
     assert f"reserve 0.5 GB = {plan.total / 1e9:.1f} GB with 2,048 tokens; " in message
     assert "this machine can give 4.0 GB" in message
@@ -341,7 +349,7 @@ def test_of_a_hubs_model_no_weight_is_fetched(
 
 
 def test_dequantizing_by_itself_is_planned(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, options = published("0.6B"), LoadOptions(mx.float32)
+    network, options = published_model_config("0.6B"), LoadOptions(mx.float32)
     kept = plan_load(network, four_bits, replace(options, dequantize=False))
     monkeypatch.setattr(backend, "worth_dequantizing", lambda size: size <= 4 * 596_049_920)
     assert plan_load(network, four_bits, options).weights == 4 * 596_049_920
@@ -350,7 +358,7 @@ def test_dequantizing_by_itself_is_planned(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_plan_adds_up() -> None:
-    plan = make_plan(published("8B"), 4_607_731_712, Workload(4096))
+    plan = make_plan(published_model_config("8B"), 4_607_731_712, Workload(4096))
     assert plan.total == plan.weights + plan.cache + plan.activations + RESERVE
     assert str(plan) == (
         "weights 4.6 GB + cache 0.6 GB + activations 0.9 GB + reserve 0.5 GB = 6.6 GB"
@@ -487,9 +495,9 @@ def test_on_metal_the_working_set_is_the_limit(monkeypatch: pytest.MonkeyPatch) 
     _on_a_mac(monkeypatch, 10**15, free=10**12)
     assert backend.memory_limit() == 10**15
     assert backend.available_memory() == 10**15 - mx.get_active_memory()
-    assert capacity.plan_load(published("8B"), None, LoadOptions(mx.bfloat16)).activations == (
-        activation_bytes(published("8B"), Workload(2048))
-    )
+    assert capacity.plan_load(
+        published_model_config("8B"), None, LoadOptions(mx.bfloat16)
+    ).activations == (activation_bytes(published_model_config("8B"), Workload(2048)))
 
 
 def test_threads_suit_the_size_of_the_matrices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,11 +60,11 @@ def test_one_engine_alone_may_take_all_and_two_share_what_neither_is_sure_of() -
     assert one.available == 1000
     other = memory_ledger.claim(lambda: 900, lambda most: most // 4)
     assert (other.least, one.available, other.available) == (200, 400, 500)
-    assert memory_ledger.owed() == 300
+    assert memory_ledger.unallocated_guarantees() == 300
     one.held = 60
-    assert memory_ledger.owed() == 240
+    assert memory_ledger.unallocated_guarantees() == 240
     memory_ledger.release(other)
-    assert (one.available, memory_ledger.owed()) == (900, 40)
+    assert (one.available, memory_ledger.unallocated_guarantees()) == (900, 40)
 
 
 # --- several LLMs -------------------------------------------------------------------------------
@@ -132,11 +132,11 @@ def test_an_engine_that_cannot_be_made_gives_back(
         raise MemoryError
 
     gc.collect()
-    before = memory_ledger.owed()
+    before = memory_ledger.unallocated_guarantees()
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
         patched.setattr("qwen3_mlx.engine.core.PrefixStore", fail)
         load(folder)
-    assert memory_ledger.owed() == before
+    assert memory_ledger.unallocated_guarantees() == before
 
 
 def test_a_smaller_context_leaves_more_for_others(
@@ -331,6 +331,6 @@ def test_what_is_forgotten_is_owed_again(folder: Path, room_for: Callable[[int],
         (share,) = shares_of(llm)
         for _ in range(3):  # turns of the engine, the last of which takes note of what is kept
             llm.compute(lambda model: mx.zeros(1))
-        assert share.held > 0 and memory_ledger.owed() == share.least - share.held
+        assert share.held > 0 and memory_ledger.unallocated_guarantees() == share.least - share.held
         llm.forget()
-        assert share.held == 0 and memory_ledger.owed() == share.least
+        assert share.held == 0 and memory_ledger.unallocated_guarantees() == share.least

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from qwen3_mlx import LLM, load
 from qwen3_mlx.engine.sampling import (
     Sampler,
+    apply_min_p,
+    apply_top_p,
     choose,
-    likeliest,
     penalise,
-    within_min_p,
-    within_top_p,
+    top_k_logits,
 )
 from qwen3_mlx.engine.sampling_params import (
     DIRECT,
@@ -82,7 +82,7 @@ def test_the_likeliest_are_those_of_a_whole_sort(
     size: int, padding: int, k: int, seed: int
 ) -> None:
     values = np.random.RandomState(seed).permutation(size + padding).astype(np.float32)
-    best, ids = likeliest(mx.array(values)[None], k, size)
+    best, ids = top_k_logits(mx.array(values)[None], k, size)
     expected = np.argsort(-values[:size])[:k]
     assert np.array(ids)[0].tolist() == expected.tolist()
     assert np.array(best)[0].tolist() == values[expected].tolist()
@@ -179,8 +179,8 @@ def test_logit_bias() -> None:
 
 def test_filters_keep_at_least_the_likeliest() -> None:
     logits = mx.array([5.0, 1.0, 0.0])
-    assert item((within_top_p(logits, 1e-6) > -mx.inf).sum()) == 1
-    assert item((within_min_p(logits, 1.0) > -mx.inf).sum()) == 1
+    assert item((apply_top_p(logits, 1e-6) > -mx.inf).sum()) == 1
+    assert item((apply_min_p(logits, 1.0) > -mx.inf).sum()) == 1
 
 
 @pytest.mark.parametrize(
@@ -222,8 +222,12 @@ def test_defaults_follow_the_mode_on_a_hybrid_checkpoint() -> None:
 def test_defaults_of_a_one_mode_checkpoint_are_its_own() -> None:
     own = sampling_defaults({"temperature": 0.3}, thinking=False, hybrid=False)
     assert (own.temperature, own.top_p, own.top_k, own.min_p) == (0.3, 0.8, 20, 0.0)
-    published = sampling_defaults(PUBLISHED, thinking=False, hybrid=False)
-    assert (published.temperature, published.top_p, published.top_k) == (0.6, 0.95, 20)
+    published_model_config = sampling_defaults(PUBLISHED, thinking=False, hybrid=False)
+    assert (
+        published_model_config.temperature,
+        published_model_config.top_p,
+        published_model_config.top_k,
+    ) == (0.6, 0.95, 20)
     assert SamplingParams(temperature=1.2).over(own).temperature == 1.2
 
 

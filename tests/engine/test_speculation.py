@@ -18,7 +18,7 @@ from qwen3_mlx.engine.speculation.ngram import AcceptanceRates, NgramProposer
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.speculation.step_cost import StepCostModel, chip_costs
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.model.sizes import SIZES, published
+from qwen3_mlx.model.sizes import SIZES, published_model_config
 from tests.engine.harness import (
     MODELS,
     MOST,
@@ -157,7 +157,9 @@ def see(lookup: NgramProposer, *, right: bool) -> None:
 
 
 def test_the_gate_follows_what_comes_true_and_what_it_costs() -> None:
-    speculator = Speculator(published("8B"), costs=StepCostModel(chip_costs("applegpu_g16s")))
+    speculator = Speculator(
+        published_model_config("8B"), costs=StepCostModel(chip_costs("applegpu_g16s"))
+    )
     sequence, lookup = running(speculator, COPYING)
     assert speculator.should_wait(sequence, rows=1)
     see(lookup, right=False)
@@ -175,7 +177,9 @@ def test_the_gate_follows_what_comes_true_and_what_it_costs() -> None:
 
 
 def test_waiting_must_pay_too() -> None:
-    speculator = Speculator(published("8B"), costs=StepCostModel(chip_costs("applegpu_g16s")))
+    speculator = Speculator(
+        published_model_config("8B"), costs=StepCostModel(chip_costs("applegpu_g16s"))
+    )
     sequence, lookup = running(speculator, COPYING)
     see(lookup, right=True)
     for synchronous, seconds in ((False, 0.01), (True, 0.05)) * 20:
@@ -190,7 +194,9 @@ def test_waiting_must_pay_too() -> None:
 
 
 def test_old_chips_verify_long_copies_or_none() -> None:
-    speculator = Speculator(published("8B"), costs=StepCostModel(chip_costs("applegpu_g13g")))
+    speculator = Speculator(
+        published_model_config("8B"), costs=StepCostModel(chip_costs("applegpu_g13g"))
+    )
     sequence, lookup = running(speculator, COPYING)
     assert proposed(speculator, sequence) == 0
     see(lookup, right=True)
@@ -202,7 +208,7 @@ def test_old_chips_verify_long_copies_or_none() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 def test_proposals_keep_to_the_kernels_limits_and_to_what_is_left(size: str) -> None:
-    config = published(size)
+    config = published_model_config(size)
     group = config.num_attention_heads // config.num_key_value_heads
     speculator = Speculator(
         config, costs=StepCostModel({1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 6: 1.0, 8: 1.0})

@@ -28,17 +28,18 @@ class Case:
 class Protocol:
     """A request that is whole as `base` says.
 
-    Of each kind of object within it `places` say where one stands, and what else the request then
-    has. `cases` are changes of fields of which more is to be said than their type, or that the
-    model leaves open. What `silent` fields say may be without effect, for the reason that is named.
+    Of each kind of object within it `admission` say where one stands, and what else the request
+    then has. `cases` are changes of fields of which more is to be said than their type, or that the
+    model leaves open. What `seconds_since_step` fields say may be without effect, for the reason
+    that is named.
     """
 
     path: str
     model: type[WireModel]
     base: Mapping[str, Any]
-    places: Mapping[str, tuple[str, Mapping[str, Any]]]
+    admission: Mapping[str, tuple[str, Mapping[str, Any]]]
     cases: Mapping[str, Case]
-    silent: Mapping[str, str] = field(default_factory=dict)
+    seconds_since_step: Mapping[str, str] = field(default_factory=dict)
 
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
@@ -81,7 +82,7 @@ CHAT = Protocol(
     "/v1/chat/completions",
     openai_wire.ChatRequest,
     {"messages": [USER], "max_tokens": 99},
-    places={
+    admission={
         "ChatRequest": ("", {}),
         "Message": ("messages.0", {}),
         "Part": ("messages.0.content.0", _PARTS),
@@ -144,7 +145,7 @@ CHAT = Protocol(
         "ReasoningIn.exclude": Case(True),
         "ToolIn.function": Case({"name": "third"}),
     },
-    silent={
+    seconds_since_step={
         "Call.id": ORDER,
         "Call.index": ORDER,
         "JsonSchema.description": "the schema has descriptions of its own, and none is shown",
@@ -160,7 +161,7 @@ COMPLETION = Protocol(
     "/v1/completions",
     openai_wire.TextRequest,
     {"prompt": "Once", "max_tokens": 99},
-    places={
+    admission={
         "TextRequest": ("", {}),
         "StreamOptions": ("stream_options", {"stream": True, "stream_options": {}}),
     },
@@ -168,7 +169,11 @@ COMPLETION = Protocol(
         "TextRequest.logit_bias": Case({"7": 1.0}),
         "TextRequest.stream_options": Case({"include_usage": True}, {"stream": True}),
     },
-    silent={"StreamOptions.include_obfuscation": CHAT.silent["StreamOptions.include_obfuscation"]},
+    seconds_since_step={
+        "StreamOptions.include_obfuscation": CHAT.seconds_since_step[
+            "StreamOptions.include_obfuscation"
+        ]
+    },
 )
 
 # --- Anthropic ------------------------------------------------------------------------------------
@@ -244,23 +249,23 @@ MESSAGES = Protocol(
     "/v1/messages",
     anthropic_wire.MessagesRequest,
     {"messages": [USER], "max_tokens": 99},
-    places={"MessagesRequest": ("", {}), **_CLAUDE_PLACES},
+    admission={"MessagesRequest": ("", {}), **_CLAUDE_PLACES},
     cases={
         **_CLAUDE_CASES,
         **{f"MessagesRequest.{name}": case for name, case in _CLAUDE_OF_REQUEST.items()},
     },
-    silent=_CLAUDE_SILENT,
+    seconds_since_step=_CLAUDE_SILENT,
 )
 COUNTED = Protocol(
     "/v1/messages/count_tokens",
     anthropic_wire.PromptBody,
     {"messages": [USER]},
-    places={"PromptBody": ("", {}), **_CLAUDE_PLACES},
+    admission={"PromptBody": ("", {}), **_CLAUDE_PLACES},
     cases={
         **_CLAUDE_CASES,
         **{f"PromptBody.{name}": case for name, case in _CLAUDE_OF_REQUEST.items()},
     },
-    silent={
+    seconds_since_step={
         **_CLAUDE_SILENT,
         "PromptBody.output_config": _NOT_COUNTED,
         "OutputConfig.effort": _NOT_COUNTED,
@@ -315,7 +320,7 @@ OLLAMA = Protocol(
     "/api/chat",
     ollama_wire.OllamaChatRequest,
     {"messages": [USER], "stream": False},
-    places={
+    admission={
         "OllamaChatRequest": ("", {}),
         "OllamaMessage": ("messages.0", {}),
         "ToolCallIn": (_CALLED, _LLAMA_CHAIN),
@@ -340,7 +345,7 @@ OLLAMA = Protocol(
         "ToolIn.function": Case({"name": "third"}),
         **_llama_cases("OllamaChatRequest"),
     },
-    silent={
+    seconds_since_step={
         "ToolCallIn.id": ORDER,
         "ToolCallIn.type": "all calls are of functions",
         "FunctionCall.index": ORDER,
@@ -355,9 +360,9 @@ GENERATE = Protocol(
     "/api/generate",
     ollama_wire.OllamaGenerateRequest,
     {"prompt": "What is 12 + 34?", "stream": False},
-    places={"OllamaGenerateRequest": ("", {})},
+    admission={"OllamaGenerateRequest": ("", {})},
     cases=_llama_cases("OllamaGenerateRequest"),
-    silent={"OllamaGenerateRequest.model": _NAMES, "options.num_gpu": _OF_NO_EFFECT},
+    seconds_since_step={"OllamaGenerateRequest.model": _NAMES, "options.num_gpu": _OF_NO_EFFECT},
 )
 
 PROTOCOLS = (CHAT, COMPLETION, MESSAGES, COUNTED, OLLAMA, GENERATE)

@@ -204,7 +204,7 @@ def test_who_is_not_trusted_cannot_say_who_it_is(demo: LLM) -> None:
     ],
 )
 def test_how_many_one_client_may_have(settings: dict[str, Any], most: int) -> None:
-    assert Settings(model="demo", **settings).most_per_client == most
+    assert Settings(model="demo", **settings).max_replies_per_client == most
 
 
 # --- time ---------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def test_the_end_of_its_time_is_told(tiny: LLM, made: list[ActiveRequest]) -> No
 def time_is_up(served: Served, made: list[ActiveRequest]) -> None:
     """Have the time of a request be over when its reply has begun."""
     end = time.monotonic() + 60
-    while not made or not made[0].first:
+    while not made or not made[0].first_token_at:
         assert time.monotonic() < end, "no reply has begun"
         time.sleep(0.001)
     served.server.loop.call_soon_threadsafe(made[0]._on_timeout)

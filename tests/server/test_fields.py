@@ -46,8 +46,8 @@ class Spy:
 
     def begin(self, task: PreparedRequest, *arguments: Any) -> Any:
         """Note what is asked for; tools are in the prompt, as far as they are anywhere."""
-        names = {one.name for one in fields(task.asked)} - {"tools", "progress"}
-        self.notes.append({name: getattr(task.asked, name) for name in names})
+        names = {one.name for one in fields(task.options)} - {"tools", "progress"}
+        self.notes.append({name: getattr(task.options, name) for name in names})
         return self._begin(task, *arguments)
 
     def submit(self, request: Request) -> None:
@@ -141,7 +141,7 @@ def other_value(annotation: Any, now: Any) -> Any:
 def bodies(protocol: Protocol, name: str, key: str, annotation: Any) -> tuple[Any, Any]:
     """Give a request without and with a change."""
     case = protocol.cases.get(name, Case())
-    where, beside = protocol.places.get(name.split(".")[0], ("", {}))
+    where, beside = protocol.admission.get(name.split(".")[0], ("", {}))
     before = deepcopy({**protocol.base, **(beside if case.beside is None else case.beside)})
     after = deepcopy(before)
     steps = [step for step in (where if case.at is None else case.at).split(".") if step]
@@ -176,7 +176,7 @@ def test_no_field_is_accepted_and_dropped(
     (first, *_), (second, *_) = seen
     case = protocol.cases.get(name, Case())
     assert first == 200 and second == (400 if case.refused else 200), seen[1]
-    if name in protocol.silent:
+    if name in protocol.seconds_since_step:
         assert seen[0] == seen[1], f"{name} is not silent; tests.server.fields says it is"
     else:
         assert seen[0] != seen[1], f"{name}={after} does nothing, and nothing says so"
@@ -185,4 +185,4 @@ def test_no_field_is_accepted_and_dropped(
 def test_what_is_silent_is_a_field() -> None:
     for protocol in PROTOCOLS:
         known = {name for one, name, _, _ in ALL if one is protocol}
-        assert known >= {*protocol.silent, *protocol.cases}
+        assert known >= {*protocol.seconds_since_step, *protocol.cases}

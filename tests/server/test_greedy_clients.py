@@ -21,7 +21,7 @@ from qwen3_mlx import LLM
 from qwen3_mlx.api.llm import LLM as Llm
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.schema import ChatRequest
-from qwen3_mlx.server.request_body import parsed
+from qwen3_mlx.server.request_body import parse_body
 from qwen3_mlx.server.response import ActiveRequest
 from qwen3_mlx.text import grammar_trial
 from qwen3_mlx.text.fair_queue import PATIENT, Caller, FairQueue
@@ -164,7 +164,7 @@ def test_a_place_is_given_back_where_a_reply_ends_before_it_is_counted(
     demo: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ended, closed = threading.Event(), threading.Event()
-    begin, hear, close = Llm.begin, ActiveRequest.hear, ActiveRequest.close
+    begin, hear, close = Llm.begin, ActiveRequest.receive, ActiveRequest.close
 
     def slow(*given: Any) -> Any:
         started = begin(*given)
@@ -182,7 +182,7 @@ def test_a_place_is_given_back_where_a_reply_ends_before_it_is_counted(
 
     with serving(demo) as served:
         monkeypatch.setattr(Llm, "begin", slow)
-        monkeypatch.setattr(ActiveRequest, "hear", heard)
+        monkeypatch.setattr(ActiveRequest, "receive", heard)
         monkeypatch.setattr(ActiveRequest, "close", shut)
         url = urlparse(served.url)
         body = b'{"prompt":"x","max_tokens":1}'
@@ -260,7 +260,7 @@ def test_a_form_or_a_bias_that_is_wrong_throughout_is_refused_at_once(
 ) -> None:
     body = {"messages": [{"role": "user", "content": "Hi"}], **fields}
     with pytest.raises(ApiError, match=re.escape(complaint)) as caught:
-        parsed(json.dumps(body).encode(), ChatRequest, 8192)
+        parse_body(json.dumps(body).encode(), ChatRequest, 8192)
     wrong = caught.value.__cause__
     assert isinstance(wrong, ValidationError) and wrong.error_count() == 1  # each takes its time
 
@@ -270,10 +270,10 @@ def test_a_form_or_a_bias_that_is_wrong_throughout_is_refused_at_once(
 
 def test_a_trial_that_is_killed_from_outside_is_made_again() -> None:
     helper = grammar_trial._TrialProcess()
-    assert helper.wrong_with('start: "a"', 5, PATIENT) == ""
+    assert helper.check('start: "a"', 5, PATIENT) == ""
     assert helper._process
     helper._process.kill()  # it may be found dead before it is asked, or later
-    assert helper.wrong_with('start: "b"', 5, PATIENT) == ""
+    assert helper.check('start: "b"', 5, PATIENT) == ""
     helper._end()
 
 

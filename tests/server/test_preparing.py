@@ -153,13 +153,13 @@ def test_a_request_compiles_each_grammar_once(
     demo: LLM, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled = []
-    made = TrialCompiler.compile_untried
+    made = TrialCompiler.compile_trusted
 
     def counted(compiler: TrialCompiler, text: str) -> Any:
         compiled.append(text)
         return made(compiler, text)
 
-    monkeypatch.setattr(TrialCompiler, "compile_untried", counted)
+    monkeypatch.setattr(TrialCompiler, "compile_trusted", counted)
     wanted: dict[str, Any] = {"schema": {"enum": [1, 2, form]}}
     if form == "tools":
         wanted = {"tools": [tool(properties={"a": {"enum": [1, 2, 3]}})]}
@@ -294,23 +294,23 @@ class Leaving(Caller):
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
 def test_a_trial_ends_with_its_caller(error: BaseException | None) -> None:
     helper = grammar_trial._TrialProcess()
-    assert helper.wrong_with('start: "a"', 5, PATIENT) == ""
+    assert helper.check('start: "a"', 5, PATIENT) == ""
     process = helper._process
     assert process and process.poll() is None
     with pytest.raises(KeyboardInterrupt if error else Qwen3Error):
-        helper.wrong_with(_ENDLESS, 30, Leaving(error))
+        helper.check(_ENDLESS, 30, Leaving(error))
     assert process.poll() is not None
-    assert helper.wrong_with("start: 1", 5, PATIENT)  # by the next one
+    assert helper.check("start: 1", 5, PATIENT)  # by the next one
     helper._end()
 
 
 def test_a_process_that_was_idle_is_replaced() -> None:
     helper = grammar_trial._TrialProcess()
-    assert helper.wrong_with('start: "a"', 5, PATIENT) == ""
+    assert helper.check('start: "a"', 5, PATIENT) == ""
     process, connection = helper._process, helper._connection
     assert process and connection
     connection.shutdown(socket.SHUT_WR)  # so that it has nothing to wait for
-    assert helper.wrong_with('start: "b"', 5, PATIENT) == ""
+    assert helper.check('start: "b"', 5, PATIENT) == ""
     assert process.returncode == 0 and helper._process is not process
     helper._end()
 
@@ -342,7 +342,7 @@ def test_where_no_process_can_be_started_grammars_are_made_all_the_same(
 ) -> None:
     for command in ([], [sys.executable, "-c", "raise SystemExit(3)"]):
         monkeypatch.setattr(grammar_trial, "_command", lambda command=command: command)
-        assert grammar_trial._TrialProcess().wrong_with('start: "a"', 5, PATIENT) == ""
+        assert grammar_trial._TrialProcess().check('start: "a"', 5, PATIENT) == ""
         assert "a grammar is compiled without a trial" in caplog.text
         caplog.clear()
 

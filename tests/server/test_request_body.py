@@ -433,7 +433,7 @@ def test_a_long_conversation_is_read_ahead_beside_the_engine(
     engine = demo._open().engine
     found: list[tuple[str, list[int]]] = []
     monkeypatch.setattr(
-        engine, "read_ahead", lambda ids: found.append((threading.current_thread().name, ids))
+        engine, "prefetch", lambda ids: found.append((threading.current_thread().name, ids))
     )
     for longest in (generation._LONG, 1):
         monkeypatch.setattr(generation, "_LONG", longest)
@@ -445,7 +445,7 @@ def test_a_long_conversation_is_read_ahead_beside_the_engine(
     assert ids == same and (one, other) == ("qwen3-mlx", "qwen3-ahead")
 
 
-@pytest.mark.published
+@pytest.mark.published_model_config
 def test_a_long_prompt_holds_up_no_other_stream() -> None:
     tokenizer = Tokenizer(Path(os.environ["QWEN3_FILES"]) / "tokenizer.json")
     text = (Path(__file__).read_text() * 100)[:1_000_000]

@@ -50,17 +50,17 @@ def test_the_demos_template_renders_the_published_format(case: dict[str, Any]) -
 
 
 @pytest.fixture(scope="session")
-def published() -> Path:
+def published_model_config() -> Path:
     """The folder with the published tokenizer and templates."""
     return Path(os.environ["QWEN3_FILES"])
 
 
-@pytest.mark.published
-def test_published_templates_and_ids(published: Path) -> None:
-    tokenizer = Tokenizer(published / "tokenizer.json")
+@pytest.mark.published_model_config
+def test_published_templates_and_ids(published_model_config: Path) -> None:
+    tokenizer = Tokenizer(published_model_config / "tokenizer.json")
     for case in CASES:
         kind = "" if case["template"] == "hybrid" else f".{case['template']}"
-        template = ChatTemplate((published / f"chat_template{kind}.jinja").read_text())
+        template = ChatTemplate((published_model_config / f"chat_template{kind}.jinja").read_text())
         text = render(template, case)
         assert text == case["text"]
         assert tokenizer.encode(text) == case["ids"]
@@ -88,9 +88,11 @@ def random_message(rng: random.Random) -> dict[str, Any]:
     return message
 
 
-@pytest.mark.published
-def test_the_demos_template_renders_any_conversation_as_the_published_one(published: Path) -> None:
-    other = ChatTemplate((published / "chat_template.jinja").read_text())
+@pytest.mark.published_model_config
+def test_the_demos_template_renders_any_conversation_as_the_published_one(
+    published_model_config: Path,
+) -> None:
+    other = ChatTemplate((published_model_config / "chat_template.jinja").read_text())
     tool = {"name": "f", "description": "d<&>", "parameters": {"z": 1, "a": 2}}
     for seed in range(3000):
         rng = random.Random(seed)
@@ -109,12 +111,12 @@ def test_the_demos_template_renders_any_conversation_as_the_published_one(publis
         assert rendered[0] == rendered[1]
 
 
-@pytest.mark.published
-def test_capabilities_of_the_published_templates(published: Path) -> None:
-    tokenizer = Tokenizer(published / "tokenizer.json")
+@pytest.mark.published_model_config
+def test_capabilities_of_the_published_templates(published_model_config: Path) -> None:
+    tokenizer = Tokenizer(published_model_config / "tokenizer.json")
 
     def of(kind: str) -> Thinking:
-        template = ChatTemplate((published / f"chat_template{kind}.jinja").read_text())
+        template = ChatTemplate((published_model_config / f"chat_template{kind}.jinja").read_text())
         return Thinking.of(template, tokenizer)
 
     assert of("") == Thinking(True, True, False, 151667, 151668)
@@ -123,11 +125,11 @@ def test_capabilities_of_the_published_templates(published: Path) -> None:
     assert len(tokenizer) == 151669
 
 
-@pytest.mark.published
+@pytest.mark.published_model_config
 @settings(max_examples=300, deadline=None)
 @given(ids=st.lists(st.integers(0, 151668), max_size=40))
-def test_streaming_the_published_vocabulary(published: Path, ids: list[int]) -> None:
-    tokenizer = _published_tokenizer(published)
+def test_streaming_the_published_vocabulary(published_model_config: Path, ids: list[int]) -> None:
+    tokenizer = _published_tokenizer(published_model_config)
     assert streamed(tokenizer, ids) == tokenizer.decode(ids)
 
 

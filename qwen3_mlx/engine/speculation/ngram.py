@@ -26,7 +26,7 @@ class AcceptanceRate:
     tries: float = _PRIOR_WEIGHT
 
     @classmethod
-    def believed(cls, share: float) -> "AcceptanceRate":
+    def from_prior(cls, share: float) -> "AcceptanceRate":
         """Create a rate with the prior `share`."""
         return cls(share * _PRIOR_WEIGHT)
 
@@ -52,7 +52,7 @@ class AcceptanceRates:
         digits = length.bit_length()
         if digits not in self._rates:
             prior = _PRIOR_RATES.get(digits, _PRIOR_RATE_LONGER)
-            self._rates[digits] = AcceptanceRate.believed(prior)
+            self._rates[digits] = AcceptanceRate.from_prior(prior)
         return self._rates[digits]
 
 

@@ -74,7 +74,7 @@ class Speculator:
         )
         self._num_weights = count_weights(config)
         self._ngram_rates = AcceptanceRates()
-        self._draft_rate = AcceptanceRate.believed(_PRIOR_DRAFT_RATE)
+        self._draft_rate = AcceptanceRate.from_prior(_PRIOR_DRAFT_RATE)
         self._num_drafted: dict[SequenceState, int] = {}  # draft tokens, in this step
         self._drafting_seconds = 0.0  # of this step
         self._pause, self._steps_since_draft = _MIN_PAUSE, 0

@@ -21,15 +21,15 @@ from qwen3_mlx.server.anthropic.schema import (
     MessagesRequest,
     PromptBody,
 )
-from qwen3_mlx.server.completion import EVENTS, stops
+from qwen3_mlx.server.completion import EVENTS, stop_strings
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.request_body import answered, takes
+from qwen3_mlx.server.request_body import answer_request, body_schema
 from qwen3_mlx.server.response import ActiveRequest, EventStreamResponse
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import (
     Json,
     check_unknown,
-    ends_with_words,
+    ends_with_assistant_text,
     json_bytes,
     warnings_header,
 )
@@ -55,15 +55,15 @@ def routes(service: Service) -> APIRouter:
     """Create the routes of this protocol."""
     router = APIRouter(prefix="/v1/messages", tags=["Anthropic"], responses=_ERRORS)
 
-    @router.post("", response_model=MessageOut, responses=_STREAM, **takes(MessagesRequest))
+    @router.post("", response_model=MessageOut, responses=_STREAM, **body_schema(MessagesRequest))
     async def messages(request: Request) -> Response:
         """Create a message, complete or as a stream of events."""
-        return await answered(service, request, MessagesRequest, _Messages)
+        return await answer_request(service, request, MessagesRequest, _Messages)
 
-    @router.post("/count_tokens", response_model=CountOut, **takes(PromptBody))
+    @router.post("/count_tokens", response_model=CountOut, **body_schema(PromptBody))
     async def count_tokens(request: Request) -> Response:
         """Count the tokens of a prompt, without generating a reply."""
-        return await answered(service, request, PromptBody, _Count)
+        return await answer_request(service, request, PromptBody, _Count)
 
     return router
 
@@ -74,7 +74,7 @@ def _prompt(service: Service, asked: PromptBody) -> tuple[list[dict[str, Any]], 
     Raises:
         TypeError, ValueError: the prompt is invalid or not supported.
     """
-    warnings = service.another_model(asked.model)
+    warnings = service.model_warnings(asked.model)
     warnings += check_unknown(asked, NOT_SUPPORTED, HARMLESS)
     messages = asked.library_messages()
     choice = asked.tool_choice
@@ -82,11 +82,11 @@ def _prompt(service: Service, asked: PromptBody) -> tuple[list[dict[str, Any]], 
         raise ValueError("tool_choice of type tool needs a name, and no other type has one")
     modes = {"auto": "auto", "any": "required", "none": "none"}
     options: Options = {
-        **service.options(asked.wish(), warnings),
+        **service.options(asked.thinking_request(), warnings),
         "tools": asked.library_tools() or None,
         "tool_choice": (choice.name or modes[choice.type]) if choice else "auto",
         "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),
-        "continue_last": ends_with_words(messages),
+        "continue_last": ends_with_assistant_text(messages),
     }
     return messages, options, warnings
 
@@ -127,7 +127,7 @@ class _Messages:
                     top_k=0 if asked.top_k == -1 else asked.top_k,
                 ),
                 "max_tokens": asked.max_tokens,
-                "stop": stops(asked.stop_sequences),
+                "stop": stop_strings(asked.stop_sequences),
                 "schema": form.schema_ if form else None,
                 "partial_calls": bool(asked.stream),
                 "prefetch_next_turn": True,
@@ -143,7 +143,7 @@ class _Messages:
         if self._asked.stream:
             return EventStreamResponse(running, self._events(running), EVENTS, headers)
         await running.complete(request)
-        reply, finish = running.said[0], running.finishes[0]
+        reply, finish = running.replies[0], running.finishes[0]
         assert finish
         usage = _usage(finish.usage)
         end = self._end(finish)

@@ -100,7 +100,7 @@ class PromptBody(RequestModel):
     thinking: ThinkingIn | None = None
     output_config: OutputConfig | None = None
 
-    def wish(self) -> ThinkingRequest:
+    def thinking_request(self) -> ThinkingRequest:
         """Return the thinking fields; an effort takes precedence over a budget in this protocol."""
         thinking, config = self.thinking, self.output_config
         switch = thinking.switch if thinking else None

@@ -27,18 +27,18 @@ from qwen3_mlx.server.ollama.schema import (
     OllamaMessage,
     OllamaRequest,
     OllamaShowRequest,
-    in_their_words,
     read_options,
     seconds_of,
+    with_ollama_names,
 )
-from qwen3_mlx.server.request_body import answered, parsed, takes
+from qwen3_mlx.server.request_body import answer_request, body_schema, parse_body
 from qwen3_mlx.server.response import ActiveRequest, EventStreamResponse
 from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.thinking import ThinkingRequest
 from qwen3_mlx.server.wire import (
     Json,
     check_unknown,
-    ends_with_words,
+    ends_with_assistant_text,
     json_bytes,
     warnings_header,
 )
@@ -71,21 +71,24 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/api", tags=["Ollama"], responses=_ERRORS)
 
     @router.post(
-        "/chat", response_model=OllamaChatOut, responses={200: _STREAM}, **takes(OllamaChatRequest)
+        "/chat",
+        response_model=OllamaChatOut,
+        responses={200: _STREAM},
+        **body_schema(OllamaChatRequest),
     )
     async def chat(request: Request) -> Response:
         """Create a chat message, complete or as a stream of lines."""
-        return await answered(service, request, OllamaChatRequest, _Chat)
+        return await answer_request(service, request, OllamaChatRequest, _Chat)
 
     @router.post(
         "/generate",
         response_model=OllamaGenerateOut,
         responses={200: _STREAM},
-        **takes(OllamaGenerateRequest),
+        **body_schema(OllamaGenerateRequest),
     )
     async def generate(request: Request) -> Response:
         """Answer a prompt, or continue it as raw text with `raw`."""
-        return await answered(service, request, OllamaGenerateRequest, _Generate)
+        return await answer_request(service, request, OllamaGenerateRequest, _Generate)
 
     @router.head("/tags", include_in_schema=False)
     @router.get("/tags")
@@ -100,12 +103,12 @@ def routes(service: Service) -> APIRouter:
         more = {"expires_at": _NEVER, "size_vram": 0, "context_length": service.context}
         return {"models": [{**model, **more}]}
 
-    @router.post("/show", **takes(OllamaShowRequest))
+    @router.post("/show", **body_schema(OllamaShowRequest))
     async def show(request: Request) -> Response:
         """Describe the served model and its capabilities."""
         sent = await request.body()
-        parse = partial(parsed, sent, OllamaShowRequest, service.context)
-        body = await service.aside(len(sent), parse)
+        parse = partial(parse_body, sent, OllamaShowRequest, service.context)
+        body = await service.run_sized(len(sent), parse)
         _check_model(service, body.model or body.name)
         return Json(
             _description(service), headers=warnings_header(check_unknown(body, {}, frozenset()))
@@ -208,7 +211,7 @@ class _Reply(ABC):
             }
             self._prepare = self._make_prepare()
         except (ValueError, TypeError) as error:
-            raise ApiError(400, in_their_words(str(error))) from error
+            raise ApiError(400, with_ollama_names(str(error))) from error
 
     @abstractmethod
     def _make_prepare(self) -> Prepare | None:
@@ -228,13 +231,13 @@ class _Reply(ABC):
         try:
             running = await self._service.run(request, place, [self._prepare])
         except ApiError as error:
-            error.message = in_their_words(error.message)
+            error.message = with_ollama_names(error.message)
             raise
-        headers = warnings_header(self._warnings + [*map(in_their_words, running.warnings)])
+        headers = warnings_header(self._warnings + [*map(with_ollama_names, running.warnings)])
         if self._streams:
             return EventStreamResponse(running, self._lines(running), _LINES, headers)
         await running.complete(request)
-        reply = running.said[0]
+        reply = running.replies[0]
         content = self._part(reply.text, reply.reasoning, reply.tool_calls)
         return Json(
             {**self._last(running), **content, **self._logprobs(reply.logprobs)}, headers=headers
@@ -308,7 +311,7 @@ class _Chat(_Reply):
             **self._options,
             **self._service.options(_thinking_request(asked.think), self._warnings),
             "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
-            "continue_last": ends_with_words(messages),
+            "continue_last": ends_with_assistant_text(messages),
             "prefetch_next_turn": True,
         }
         return partial(self._service.llm.prepare, messages, **options)

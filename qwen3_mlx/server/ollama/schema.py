@@ -225,7 +225,7 @@ def read_options(options: Mapping[str, Any], context: int) -> tuple[Options, lis
     return converted, warnings
 
 
-def in_their_words(message: str) -> str:
+def with_ollama_names(message: str) -> str:
     """Return an error or a warning with Ollama's name of the field that it begins with."""
     match = _LIBRARY_NAME.match(message)
     return _OLLAMA_NAMES[match[1]] + message[match.end() :] if match else message

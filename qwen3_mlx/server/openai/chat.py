@@ -20,7 +20,7 @@ from qwen3_mlx.server.openai.schema import (
 )
 from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.thinking import UNLIMITED
-from qwen3_mlx.server.wire import check_unknown, ends_with_words
+from qwen3_mlx.server.wire import check_unknown, ends_with_assistant_text
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCallDelta
 
 _REASONING_FIELDS = {
@@ -50,7 +50,7 @@ class ChatCompletion(Completion):
             self._messages = [_library_message(message) for message in asked.messages]
             self._options: Options = {
                 **_chat_options(asked),
-                **service.options(asked.wish(), self.warnings),
+                **service.options(asked.thinking_request(), self.warnings),
                 "continue_last": _continues(asked, self._messages),
             }
             if asked.thinking_budget_message is not None and not self._may_think():
@@ -192,7 +192,7 @@ def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> boo
         raise ValueError(
             "continue_final_message and add_generation_prompt contradict each other; send one"
         )
-    continues = ends_with_words(messages)
+    continues = ends_with_assistant_text(messages)
     if continues and False in stated:
         raise ValueError("the last message is the assistant's: it can be continued, not replied to")
     if True in stated and messages[-1]["role"] != "assistant":

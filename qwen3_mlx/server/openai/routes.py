@@ -12,7 +12,7 @@ from qwen3_mlx.server.openai.chat import ChatCompletion
 from qwen3_mlx.server.openai.responses import ChatOut, ErrorOut, ModelOut, ModelsOut, TextOut
 from qwen3_mlx.server.openai.schema import ChatRequest, TextRequest
 from qwen3_mlx.server.openai.text import TextCompletion
-from qwen3_mlx.server.request_body import answered, takes
+from qwen3_mlx.server.request_body import answer_request, body_schema
 from qwen3_mlx.server.service import Service
 
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -26,16 +26,18 @@ def routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=_ERRORS)
 
     @router.post(
-        "/chat/completions", response_model=ChatOut, responses=_STREAM, **takes(ChatRequest)
+        "/chat/completions", response_model=ChatOut, responses=_STREAM, **body_schema(ChatRequest)
     )
     async def chat_completions(request: Request) -> Response:
         """Create a chat completion, complete or as a stream of events."""
-        return await answered(service, request, ChatRequest, ChatCompletion)
+        return await answer_request(service, request, ChatRequest, ChatCompletion)
 
-    @router.post("/completions", response_model=TextOut, responses=_STREAM, **takes(TextRequest))
+    @router.post(
+        "/completions", response_model=TextOut, responses=_STREAM, **body_schema(TextRequest)
+    )
     async def completions(request: Request) -> Response:
         """Continue raw text, without a chat template."""
-        return await answered(service, request, TextRequest, TextCompletion)
+        return await answer_request(service, request, TextRequest, TextCompletion)
 
     @router.get("/models", response_model=ModelsOut)
     async def models() -> dict[str, Any]:

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
-from qwen3_mlx.server.thinking import UNLIMITED, Said, ThinkingRequest, agreed_effort
+from qwen3_mlx.server.thinking import UNLIMITED, NamedValue, ThinkingRequest, agreed_effort
 from qwen3_mlx.server.wire import (
     FailFast,
     Messages,
@@ -26,7 +26,7 @@ def _check_most(tokens: int) -> int:
     return tokens
 
 
-Most = Annotated[int, AfterValidator(_check_most), Field(description="-1 means no limit.")]
+TokenLimit = Annotated[int, AfterValidator(_check_most), Field(description="-1 means no limit.")]
 Budget = Annotated[int, Field(ge=UNLIMITED, description="Thinking tokens; -1 means no limit.")]
 _BUDGET_FIELDS = (
     "thinking_budget",
@@ -253,8 +253,8 @@ class ChatRequest(SamplingFields):
     messages: Annotated[Messages[Message], Field(min_length=1)]
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
-    max_tokens: Most | None = None
-    max_completion_tokens: Most | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Tools[ToolIn] | None = None
@@ -278,7 +278,7 @@ class ChatRequest(SamplingFields):
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
 
-    def wish(self) -> ThinkingRequest:
+    def thinking_request(self) -> ThinkingRequest:
         """Return the thinking fields of the request.
 
         Raises:
@@ -296,7 +296,7 @@ class ChatRequest(SamplingFields):
                 ("think", think_effort),
             ]
         )
-        budgets: list[Said] = [(name, getattr(self, name)) for name in _BUDGET_FIELDS]
+        budgets: list[NamedValue] = [(name, getattr(self, name)) for name in _BUDGET_FIELDS]
         budgets += [
             ("thinking.budget_tokens", thinking.budget_tokens if thinking else None),
             ("reasoning.max_tokens", reasoning.max_tokens),

@@ -60,7 +60,7 @@ class TextCompletion(Completion):
         prepare = partial(
             self.service.llm.prepare_text,
             score_prompt=self._scores_prompt,
-            only_read=self._asked.max_tokens == 0,
+            prefill_only=self._asked.max_tokens == 0,
         )
         return [partial(prepare, prompt, **self._options) for prompt in self._prompts]
 
@@ -90,10 +90,10 @@ class TextCompletion(Completion):
         choice = self._choice(index, _text_of(said.prompt) + said.text, finish=finish)
         return choice | {"logprobs": logprobs}
 
-    def written(self, choice: Mapping[str, Any]) -> bytes:
+    def serialise(self, choice: Mapping[str, Any]) -> bytes:
         """Return a choice as JSON; the logprobs of a prompt are serialised in short slices."""
         if not self._scores_prompt:
-            return super().written(choice)
+            return super().serialise(choice)
         lists = [
             json_bytes(name) + b":[" + b",".join(_slices(values)) + b"]"
             for name, values in choice["logprobs"].items()
