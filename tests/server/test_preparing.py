@@ -319,7 +319,7 @@ def test_a_trial_does_not_outlive_a_program_that_was_killed() -> None:
     program = (
         "from qwen3_mlx.text import fair_queue, grammar_trial;"
         "helper = grammar_trial._TrialProcess();"
-        "helper.wrong_with('start: \"a\"', 5, fair_queue.PATIENT);"
+        "helper.check('start: \"a\"', 5, fair_queue.PATIENT);"
         "print(helper._process.pid, flush=True); input()"
     )
     pipe = subprocess.PIPE
