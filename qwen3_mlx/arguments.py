@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 from typing import Any
 
+Progress = Callable[[int, int], None]
+"""Called with how much of the work is done, and how much there is."""
+
 
 def plain(value: Any) -> Any:
     """Return a numpy scalar as a Python value, and any other value unchanged."""

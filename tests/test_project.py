@@ -164,6 +164,26 @@ def test_importing_loads_none_of_the_heavy_packages() -> None:
     assert not loaded & {"transformers", "torch", "mlx_lm", "huggingface_hub", "pydantic"}
 
 
+_FOREIGN = r"(Give|Say|Tell|Have|Let|Do|Make|Whether|Who|What)\b"
+"""How no docstring begins: functions return, compute, check, create, parse or raise."""
+
+
+@pytest.mark.parametrize("module", _MODULES)
+def test_docstrings_are_in_the_words_of_the_field(module: str) -> None:
+    assert ast.get_docstring(_TREES[module]), f"{module} does not say what it is"
+    for node in ast.walk(_TREES[module]):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            text = ast.get_docstring(node) or ""
+            assert not re.match(_FOREIGN, text), f"{module}: {node.name} begins {text[:20]!r}"
+            word = re.search(r"\b([Ww]hoever|[Ss]omebody|[Nn]obody)\b", text)
+            assert not word, f"{module}: {node.name} has {word.group()!r}"
+
+
+def test_every_public_name_resolves() -> None:
+    for name in qwen3_mlx.__all__:
+        assert getattr(qwen3_mlx, name)
+
+
 def test_nothing_is_left_unfinished() -> None:
     folders = ("qwen3_mlx", "benchmarks", "docs", "examples", "scripts", "tests")
     files = [path for folder in folders for path in (_ROOT / folder).rglob("*")]

@@ -11,9 +11,8 @@ from typing import Any
 from qwen3_mlx import backend
 from qwen3_mlx.api.capacity import check_fits, plan_load
 from qwen3_mlx.api.llm import LLM
-from qwen3_mlx.api.options import Progress
 from qwen3_mlx.api.prompts import TextProcessor
-from qwen3_mlx.arguments import plain
+from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import CacheFormat, cache_format
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config

@@ -8,14 +8,12 @@ from numbers import Integral
 from textwrap import shorten
 from typing import Any, TypedDict, TypeVar, cast
 
-from qwen3_mlx.arguments import plain, refuse_unknown
+from qwen3_mlx.arguments import Progress, plain, refuse_unknown
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.text.grammar import GrammarState
 from qwen3_mlx.text.grammar_compiler import GrammarCompiler, SchemaLike
 from qwen3_mlx.text.grammar_limits import MOST_TOOLS, check_tools
 from qwen3_mlx.text.tool_calls import Tool, as_tool_list, tool_schema
-
-Progress = Callable[[int, int], None]
 
 
 class TextOptions(TypedDict, total=False):

@@ -20,6 +20,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint import gptq
 from qwen3_mlx.checkpoint.load import quantizable
 from qwen3_mlx.checkpoint.recipes import Formats
@@ -33,7 +34,6 @@ from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.version import __version__
 
 _log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
 _SHARD_BYTES = 1_000_000_000  # maximum, except for a single larger tensor
 _BLOCK = 1 << 23  # numbers of a tensor that are computed at once
 _BLOCKS_IN_FLIGHT = 3

@@ -20,9 +20,9 @@ from threading import Event as Flag
 from threading import Lock
 from typing import Any
 
+from qwen3_mlx.arguments import Progress
 from qwen3_mlx.errors import CheckpointError
 
-Progress = Callable[[int, int], None]
 _log = logging.getLogger(__name__)
 _MAX_FAILURES = 5  # tries in a row that bring no bytes
 _PAUSE = 1.0  # seconds before the next try, if the last one brought no bytes

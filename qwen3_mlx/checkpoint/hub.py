@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from json import JSONDecodeError
 from pathlib import Path
 
-from qwen3_mlx.checkpoint.download import Progress, download, first_line, silent_progress_bar
+from qwen3_mlx.arguments import Progress
+from qwen3_mlx.checkpoint.download import download, first_line, silent_progress_bar
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.sizes import SIZES
 

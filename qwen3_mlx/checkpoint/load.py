@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from qwen3_mlx import backend
+from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.stored import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, mismatches, refuse_missing_layers
 from qwen3_mlx.errors import CheckpointError
@@ -25,7 +26,6 @@ from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _log = logging.getLogger(__name__)
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from qwen3_mlx.arguments import Progress
 from qwen3_mlx.cache.attention import NoCache
 from qwen3_mlx.checkpoint.gptq import moments
 from qwen3_mlx.checkpoint.load import quantizable
@@ -30,7 +31,6 @@ from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Block
 from qwen3_mlx.model.rope import Rope
 
-Progress = Callable[[int, int], None]
 SensitivityScores = dict[str, dict[Format, float]]
 """For each group of modules, the divergence in nats a token that each format causes."""
 Moments = dict[str, mx.array]

@@ -9,7 +9,7 @@ _WINDOW = 10  # seconds over which a rate is averaged
 
 @dataclass(frozen=True, slots=True)
 class Activity:
-    """What an engine does at one moment; sizes are in bytes.
+    """State of an engine: what it does at one moment; sizes are in bytes.
 
     Requests `running` and `waiting` are those of callers; prompts read in idle time do not count.
     Caches hold `cache_bytes` of at most `cache_limit`; `device_bytes` are all arrays of the

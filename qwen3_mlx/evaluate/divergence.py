@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from qwen3_mlx.arguments import Progress
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.perplexity import Perplexity, loss_of
 from qwen3_mlx.evaluate.windows import (
     WINDOW,
-    Progress,
     log_probabilities,
     mean,
     read,

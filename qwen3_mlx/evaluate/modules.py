@@ -2,13 +2,14 @@
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
+from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.stored import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, has_own_head
 from qwen3_mlx.engine.worker import Worker
@@ -16,8 +17,6 @@ from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
-
-Progress = Callable[[int, int], None]
 
 _BLOCK = 1 << 22  # weights in float32 at once: 16 MiB
 

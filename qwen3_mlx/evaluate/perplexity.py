@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
+from qwen3_mlx.arguments import Progress
 from qwen3_mlx.evaluate.windows import (
     WINDOW,
-    Progress,
     log_probabilities,
     mean,
     read,

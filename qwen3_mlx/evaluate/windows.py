@@ -6,20 +6,20 @@ the last hidden states of a window, and the head is applied to a few rows of the
 N tokens read, R rows of a block, D hidden, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.arguments import Progress
 from qwen3_mlx.errors import Qwen3Error
 
 if TYPE_CHECKING:  # for the annotations only: they are slow to import
     from qwen3_mlx.api.llm import LLM
     from qwen3_mlx.model.qwen3 import Qwen3
 
-Progress = Callable[[int, int], None]
 
 WINDOW = 1024  # tokens
 _BLOCK = 1 << 23  # logits held at once: 32 MiB in float32

@@ -817,7 +817,7 @@ def published_model_config(
         yield kind, llm
 
 
-@pytest.mark.published_model_config
+@pytest.mark.published
 def test_published_goldens(
     published_model_config: tuple[str, LLM], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -844,7 +844,7 @@ def test_published_goldens(
                 assert (record["prompt_tokens"] == len(case["ids"])) != has_tags(case["messages"])
 
 
-@pytest.mark.published_model_config
+@pytest.mark.published
 def test_a_thousand_published_conversations(published_model_config: tuple[str, LLM]) -> None:
     for seed in range(1000):
         check_a_conversation(published_model_config[1], seed)

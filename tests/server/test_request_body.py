@@ -445,7 +445,7 @@ def test_a_long_conversation_is_read_ahead_beside_the_engine(
     assert ids == same and (one, other) == ("qwen3-mlx", "qwen3-ahead")
 
 
-@pytest.mark.published_model_config
+@pytest.mark.published
 def test_a_long_prompt_holds_up_no_other_stream() -> None:
     tokenizer = Tokenizer(Path(os.environ["QWEN3_FILES"]) / "tokenizer.json")
     text = (Path(__file__).read_text() * 100)[:1_000_000]

@@ -790,7 +790,7 @@ def test_masks_take_less_than_a_millisecond() -> None:
     assert sorted(times)[len(times) // 2] < 1e-3
 
 
-@pytest.mark.published_model_config
+@pytest.mark.published
 def test_masks_of_the_published_vocabulary_are_quick() -> None:
     tokenizer = Tokenizer(Path(os.environ["QWEN3_FILES"]) / "tokenizer.json")
     ends = frozenset(tokenizer.id_of(name) or 0 for name in ("<|im_end|>", "<|endoftext|>"))

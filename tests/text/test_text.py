@@ -55,7 +55,7 @@ def published_model_config() -> Path:
     return Path(os.environ["QWEN3_FILES"])
 
 
-@pytest.mark.published_model_config
+@pytest.mark.published
 def test_published_templates_and_ids(published_model_config: Path) -> None:
     tokenizer = Tokenizer(published_model_config / "tokenizer.json")
     for case in CASES:
@@ -88,7 +88,7 @@ def random_message(rng: random.Random) -> dict[str, Any]:
     return message
 
 
-@pytest.mark.published_model_config
+@pytest.mark.published
 def test_the_demos_template_renders_any_conversation_as_the_published_one(
     published_model_config: Path,
 ) -> None:
@@ -111,7 +111,7 @@ def test_the_demos_template_renders_any_conversation_as_the_published_one(
         assert rendered[0] == rendered[1]
 
 
-@pytest.mark.published_model_config
+@pytest.mark.published
 def test_capabilities_of_the_published_templates(published_model_config: Path) -> None:
     tokenizer = Tokenizer(published_model_config / "tokenizer.json")
 
@@ -125,7 +125,7 @@ def test_capabilities_of_the_published_templates(published_model_config: Path) -
     assert len(tokenizer) == 151669
 
 
-@pytest.mark.published_model_config
+@pytest.mark.published
 @settings(max_examples=300, deadline=None)
 @given(ids=st.lists(st.integers(0, 151668), max_size=40))
 def test_streaming_the_published_vocabulary(published_model_config: Path, ids: list[int]) -> None:

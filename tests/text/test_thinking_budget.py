@@ -130,7 +130,7 @@ def test_a_budget_leaves_room_for_an_answer() -> None:
         budget_within(0, 25, hand_off)
 
 
-@pytest.mark.published_model_config
+@pytest.mark.published
 def test_the_hand_off_is_that_of_qwens_documentation() -> None:
     tokenizer = Tokenizer(Path(os.environ["QWEN3_FILES"]) / "tokenizer.json")
     thinking = Thinking(True, True, False, 151667, 151668)
