@@ -224,9 +224,8 @@ def test_minus_one_is_no_seed(served: Served) -> None:
 
     assert said(7) == said(7)
     assert len({said(-1) for _ in range(4)}) > 1
-    several = served.chat(seed=-1, n=2, temperature=2, max_tokens=40, enable_thinking=False).json()
-    first, second = (choice["message"]["content"] for choice in several["choices"])
-    assert first != second
+    several = served.chat(seed=-1, n=4, temperature=2, max_tokens=40, enable_thinking=False).json()
+    assert len({choice["message"]["content"] for choice in several["choices"]}) > 1
 
 
 @pytest.mark.parametrize(
