@@ -9,8 +9,7 @@ turns out to be unwanted.
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -20,12 +19,9 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import LayerCache
-from qwen3_mlx.cache.batched import BatchedCaches
 from qwen3_mlx.cache.disk import DiskPrefixes
-from qwen3_mlx.cache.kv import KVCache
-from qwen3_mlx.cache.prefix import Prefix, PrefixStore
-from qwen3_mlx.cache.quantized import PLAIN
 from qwen3_mlx.engine.activity import Meter
+from qwen3_mlx.engine.cache_manager import CacheManager, best_effort, free_buffers
 from qwen3_mlx.engine.forward import BatchSlice, forward, prefill_chunks
 from qwen3_mlx.engine.logits import Logits, plan_logits
 from qwen3_mlx.engine.logprobs import LogprobBatch
@@ -44,10 +40,6 @@ if TYPE_CHECKING:
     from qwen3_mlx.engine.hooks import Mask
 
 _log = logging.getLogger(__name__)
-# Hidden size of the 1.7B model: above it the host is done before the device, so that batched caches
-# save nothing.
-_MAX_BATCHED_HIDDEN_SIZE = 2048
-_PREFIX_CACHE_DIVISOR = 4  # the prefix cache may take a quarter of the room for caches
 _DEVICE_FAILED = (
     "the device failed, probably because it is out of memory ({}); its caches were dropped"
 )
@@ -125,12 +117,7 @@ class EngineCore:
         self._logits_jobs: WeakSet[Logits] = WeakSet()
         self.scheduler: Scheduler[SequenceState] = Scheduler(self.budget.tokens, self)
         self.token_meter = Meter()
-        self._prefixes = PrefixStore(self.budget.tokens // _PREFIX_CACHE_DIVISOR)
-        self._disk = disk
-        # A sequence's first layers are those of `model`; those of a draft model stand behind them.
-        self._num_layers = len(model.layers)
-        small = model.config.hidden_size <= _MAX_BATCHED_HIDDEN_SIZE and model.cache_format == PLAIN
-        self._batched = BatchedCaches() if small and not self.speculator else None
+        self.caches = CacheManager(model, self.speculator, disk, self.budget.tokens)
         self._in_flight_step: InFlightStep | None = None
         self._committed_at: float | None = None  # set while steps follow one another at once
         # After an error these name the sequences whose caches an unfinished step may have touched.
@@ -161,14 +148,13 @@ class EngineCore:
         if self._in_flight_step or self.scheduler.running or self.scheduler.waiting:
             return True
         self._committed_at = None
-        _free_buffers()
+        free_buffers()
         self._update_budget()
         return False
 
     def forget(self) -> None:
         """Clear the prefix cache."""
-        self._prefixes.clear()
-        _free_buffers()
+        self.caches.clear()
         self._update_budget()
 
     def logits(self, ids: Sequence[int]) -> Logits:
@@ -210,7 +196,7 @@ class EngineCore:
         if available != self.budget.available:
             self.budget = replace(self.budget, available=available)
             self.scheduler.room = self.budget.tokens
-            self._prefixes.limit = self.budget.tokens // _PREFIX_CACHE_DIVISOR
+            self.caches.resize(self.budget.tokens)
 
     def cancel_all(self) -> None:
         """Cancel all requests that run or wait, once the step in flight is done."""
@@ -233,8 +219,7 @@ class EngineCore:
         unfinished = [s for s in (*self.scheduler.running, *self.scheduler.waiting) if not s.ended]
         self.scheduler.clear()
         self._in_flight_step, self._building, self._committing = None, (), ()
-        if self._batched:
-            self._batched.abandon()
+        self.caches.abandon_batch()
         for sequence in unfinished:
             sequence.ended = True
         for request in (*(sequence.request for sequence in unfinished), *arrived):
@@ -299,7 +284,7 @@ class EngineCore:
                 prompt_positions[sequence] = unscored, num_hidden
                 sequence.num_scored = max(sequence.num_scored, unscored.stop)
             slices.append(
-                BatchSlice(sequence.layers[: self._num_layers], length + len(draft), num_wanted)
+                BatchSlice(self.caches.of_model(sequence), length + len(draft), num_wanted)
             )
             num_hidden += num_wanted
             logit_rows += range(num_hidden - num_rows, num_hidden)
@@ -366,10 +351,10 @@ class EngineCore:
 
     def _batched_layers(self, slices: Sequence[BatchSlice]) -> Sequence[LayerCache] | None:
         """Return caches that hold all sequences of the step, if it only decodes; else None."""
-        if self._batched and all(part.length == part.wanted == 1 for part in slices):
+        if all(part.length == part.wanted == 1 for part in slices):
             room = self.scheduler.room - self.scheduler.held()
-            return self._batched.layers([part.layers for part in slices], room)
-        self._split_batch()
+            return self.caches.batched_layers([part.layers for part in slices], room)
+        self.caches.split_batch()
         return None
 
     def _propose(
@@ -395,7 +380,7 @@ class EngineCore:
         """Index new tokens for the n-gram proposer; after an error the sequence goes without."""
         proposer, sequence.ngrams = sequence.ngrams, None
         if proposer:
-            with _best_effort("indexing n-grams"):
+            with best_effort("indexing n-grams"):
                 proposer.index_new()
                 sequence.ngrams = proposer
 
@@ -532,7 +517,7 @@ class EngineCore:
         now = time.perf_counter()
         if step.num_prefill_tokens:
             self.scheduler.observe(step.num_prefill_tokens, now - step.submitted)
-            _free_buffers()
+            free_buffers()
         elif self.speculator and self._committed_at is not None:
             self.speculator.observe_step(
                 step.num_tokens, now - self._committed_at, synchronous=step.synchronous
@@ -650,8 +635,7 @@ class EngineCore:
             self._finish(sequence, sequence.result(sequence.reason))
             return
         try:
-            sequence.layers = self._make_cache()
-            self._restore(sequence)
+            self.caches.allocate(sequence)
         except Exception as error:  # noqa: BLE001 - ends this request only
             self._finish(sequence, _as_engine_error(error))
             return
@@ -659,43 +643,21 @@ class EngineCore:
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(sequence.num_computed, len(sequence.request.ids))
 
-    def _make_cache(self) -> list[KVCache]:
-        layers = self.model.make_cache()
-        return layers + self.speculator.make_cache() if self.speculator else layers
-
-    def _restore(self, sequence: SequenceState) -> None:
-        """Fill a sequence's caches from the longest kept prefix, in memory or on disk."""
-        ids, limit = sequence.ids, sequence.max_prefix_hit
-        disk, prefixes = self._disk, self._prefixes
-        try:
-            if disk and disk.match_length(ids, limit) > prefixes.match_length(ids, limit):
-                sequence.num_computed = disk.read(ids, limit, sequence.layers[: self._num_layers])
-            if not sequence.num_computed and (kept := prefixes.acquire(ids, limit)):
-                # Moved, not copied, where a request goes on from another's whole prompt.
-                sequence.layers, sequence.room = kept.layers, kept.room
-                sequence.num_computed = len(kept.ids)
-        except Exception as error:  # noqa: BLE001 - the prompt can be read again
-            _log.warning("a kept prompt cannot be restored: %s", str(error) or repr(error))
-            sequence.reset()
-            sequence.layers = self._make_cache()
-
     def preempt(self, sequence: SequenceState) -> None:
         """Move a sequence's caches to the prefix cache; it starts again from there, or earlier."""
         # The step in flight writes these caches. Committing it may end the sequence.
         self._commit()
         if not sequence.ended:
-            self._split_batch()
-            self._keep_prefix(sequence, sequence.num_computed)
+            self.caches.keep(sequence, sequence.num_computed)
             sequence.reset()
 
     def held_by_prefixes(self) -> int:
         """Return the tokens that the prefix cache has room for."""
-        return self._prefixes.held
+        return self.caches.held_by_prefixes
 
     def evict(self, tokens: int) -> None:
         """Evict kept prefixes with room for so many tokens, as far as there are any."""
-        self._prefixes.evict(tokens)
-        _free_buffers()
+        self.caches.evict(tokens)
 
     def _finish(self, sequence: SequenceState, outcome: RequestResult | BaseException) -> None:
         """Report the outcome of a sequence, and release it unless a step in flight has it.
@@ -714,43 +676,14 @@ class EngineCore:
     def _release(self, sequence: SequenceState) -> None:
         """Remove an ended sequence from the scheduler, and keep its prefix."""
         if sequence in self.scheduler.running:
-            self._split_batch()
             keep = sequence.num_computed if sequence.num_to_keep is None else sequence.num_to_keep
             # `num_computed` may count tokens that the host does not know: without ids, no prefix.
-            self._keep_prefix(sequence, min(keep, sequence.num_computed, len(sequence.ids)))
+            self.caches.keep(sequence, min(keep, sequence.num_computed, len(sequence.ids)))
         elif sequence not in self.scheduler.waiting:
             return
         self.scheduler.remove(sequence)
         sequence.reset()
-        _free_buffers()
-
-    def _split_batch(self) -> None:
-        """Copy batched caches back to their sequences, before they are used in another way."""
-        if self._batched:
-            self._batched.split()
-
-    def _keep_prefix(self, sequence: SequenceState, tokens: int) -> None:
-        if tokens:
-            prompt = len(sequence.request.ids)
-            with _best_effort("keeping a prompt"):
-                prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
-                self._prefixes.insert(prefix)
-
-    def save(self, *, interrupted: Callable[[], bool]) -> bool:
-        """Write the prompt of one kept prefix to disk; return False if none is left to write."""
-        if not self._disk:
-            return False
-        try:
-            if not (prefix := self._prefixes.unsaved()):
-                return False
-            ids = prefix.ids[: prefix.prompt]
-            prefix.saved = not self._disk.is_worth_saving(ids) or self._disk.write(
-                ids, prefix.layers[: self._num_layers], interrupted
-            )
-        except Exception as error:  # noqa: BLE001 - the engine goes on without the disk
-            _log.warning("prompts are no longer kept on disk: %s", str(error) or repr(error))
-            self._disk = None
-        return True
+        free_buffers()
 
     def _notify(self, request: Request, outcome: RequestResult | BaseException) -> None:
         try:
@@ -772,8 +705,7 @@ class EngineCore:
         if not touched:  # it failed between steps: no sequence can be named as the cause
             touched = {*self.scheduler.running} or {*self.scheduler.waiting}
         self._in_flight_step, self._building, self._committing = None, (), ()
-        if self._batched:
-            self._batched.abandon()
+        self.caches.abandon_batch()
         for sequence in touched:
             if sequence.ended:
                 sequence.num_to_keep = 0
@@ -781,21 +713,6 @@ class EngineCore:
             else:
                 self._finish(sequence, _as_engine_error(error))
         self.forget()
-
-
-@contextmanager
-def _best_effort(action: str) -> Iterator[None]:
-    """Log an error of the block and go on: the action would only have saved time."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - see above
-        _log.warning("%s failed, and is done without: %s", action, str(error) or repr(error))
-
-
-def _free_buffers() -> None:
-    """Return the memory of freed arrays to the system."""
-    with _best_effort("freeing memory"):
-        mx.clear_cache()
 
 
 def _as_engine_error(error: BaseException) -> Qwen3Error:

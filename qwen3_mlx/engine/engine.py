@@ -144,7 +144,7 @@ class Engine:
         self._drain_inbox()
         has_work = self._core.step()
         self._last_step_at = time.monotonic()
-        if has_work or self._core.save(interrupted=lambda: not self._inbox.empty()):
+        if has_work or self._core.caches.save(interrupted=lambda: not self._inbox.empty()):
             return True
         return not self._inbox.empty()
 
@@ -220,7 +220,7 @@ class Engine:
     def _cancel_all(self) -> None:
         self._drain_inbox()
         self._core.cancel_all()
-        while self._core.save(interrupted=lambda: False):
+        while self._core.caches.save(interrupted=lambda: False):
             pass
 
     def _drain_inbox(self) -> None:

@@ -1,4 +1,4 @@
-"""Every call that leaves engine/core.py fails in turn: python -m tests.engine.faults WAY FOLDER
+"""Every call that leaves the engine's core fails in turn: python -m tests.engine.faults WAY FOLDER
 
 The module's source is compiled anew with each call passing through `Faults.call`, which can raise
 instead of it. A crowd of requests meets each fault, on one LLM that must survive them all: every
@@ -20,7 +20,7 @@ from typing import Any
 from qwen3_mlx import LLM, Qwen3Error, SamplingParams, backend, load
 from qwen3_mlx.api import load as loading
 from qwen3_mlx.api.stream import Stream
-from qwen3_mlx.engine import core, engine
+from qwen3_mlx.engine import cache_manager, core, engine
 from qwen3_mlx.text.events import Event, Finish
 from tests.support import write_tiny
 
@@ -34,6 +34,7 @@ OPTIONAL = (
 )
 """Calls that only save time: no request fails with them."""
 OUTSIDE = ("qwen3_mlx", "mlx", __name__)
+WITHIN = (".core", ".cache_manager", ".errors")
 ONE = (
     "make_cache",
     "force",
@@ -68,7 +69,9 @@ class Faults:
 
     def call(self, place: str, function: Callable[..., Any], *args: Any, **options: Any) -> Any:
         module = str(getattr(function, "__module__", None))
-        if not module.startswith(OUTSIDE) or module.endswith((".core", ".errors")):
+        if not module.startswith(OUTSIDE) or module.endswith(
+            (".core", ".cache_manager", ".errors")
+        ):
             return function(*args, **options)
         self.seen[place] += 1
         strikes = self.strikes and self.strikes[0][:2] == (place, self.seen[place])
@@ -83,8 +86,11 @@ class Faults:
 class _Passing(ast.NodeTransformer):
     """Passes every call through `_call`, with its place in the source."""
 
+    def __init__(self, module: str) -> None:
+        self.module = module
+
     def visit_Call(self, node: ast.Call) -> ast.Call:
-        place = ast.Constant(f"{node.lineno}: {ast.unparse(node.func)}")
+        place = ast.Constant(f"{self.module} {node.lineno:4}: {ast.unparse(node.func)}")
         self.generic_visit(node)
         passing = ast.Call(ast.Name("_call", ast.Load()), [place, node.func, *node.args], [])
         passing.keywords = node.keywords
@@ -92,11 +98,13 @@ class _Passing(ast.NodeTransformer):
 
 
 def install(faults: Faults) -> None:
-    """Put the passing calls into the module, and its class where that is used."""
-    file = Path(str(core.__file__))
-    tree = ast.fix_missing_locations(_Passing().visit(ast.parse(file.read_text("utf-8"))))
-    vars(core)["_call"] = faults.call
-    exec(compile(tree, file, "exec"), vars(core))  # the project's own source
+    """Put the passing calls into the modules, and their class where that is used."""
+    for module in (cache_manager, core):  # in this order: the second imports the first
+        file = Path(str(module.__file__))
+        passing = _Passing(file.stem).visit(ast.parse(file.read_text("utf-8")))
+        vars(module)["_call"] = faults.call
+        code = compile(ast.fix_missing_locations(passing), file, "exec")
+        exec(code, vars(module))  # the project's own source
     vars(engine)["EngineCore"] = core.EngineCore
 
 
@@ -133,8 +141,13 @@ def crowd(llm: LLM) -> list[str | BaseException]:
     read(cancelled)
     # What was read is written to disk, and all memory is free.
     assert wait_for(llm, lambda s: not (s.scheduler.running or s.scheduler.waiting), LIMIT)
-    assert wait_for(llm, lambda s: not s._disk or all(p.saved for p in s._prefixes._kept), LIMIT)
+    assert wait_for(llm, lambda s: all_saved(s.caches), LIMIT)
     return outcomes
+
+
+def all_saved(caches: cache_manager.CacheManager) -> bool:
+    """Return whether nothing is left to be written to disk."""
+    return not caches._disk or all(prefix.saved for prefix in caches._prefixes._kept)
 
 
 def read(stream: Stream) -> str | BaseException:
@@ -170,14 +183,14 @@ def check_rest(llm: LLM) -> None:
 def check(llm: LLM, faults: Faults, expected: list[Any], *strikes: Strike) -> None:
     """Run a crowd while calls fail, and check the outcomes."""
     log(*(f"{place} ({count})" for place, count, _ in strikes))
-    inner = llm._open().engine._core
-    disk = inner._disk
+    caches = llm._open().engine._core.caches
+    disk = caches._disk
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     llm.forget()
     faults.arm(*strikes)
     outcomes = crowd(llm)
     faults.arm()
-    inner._disk = disk
+    caches._disk = disk
     errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
     for outcome, right in zip(outcomes, expected, strict=True):
         raised = outcome in [error for _, _, error in strikes]
@@ -206,7 +219,7 @@ def main(way: str, folder: Path, *, thorough: bool) -> None:
     assert not any(isinstance(outcome, BaseException) for outcome in expected), expected
     faults.arm()
     assert crowd(llm) == expected
-    reached = dict(sorted(faults.seen.items(), key=lambda item: int(item[0].split(":")[0])))
+    reached = dict(sorted(faults.seen.items(), key=lambda item: item[0].split(":")[0]))
     (forward,) = (call for call in reached if call.endswith(": forward"))
     for call, seen in reached.items():
         later = call, seen // 2 + 1, TypeError("struck")

@@ -134,7 +134,7 @@ def test_an_engine_that_cannot_be_made_gives_back(
     gc.collect()
     before = memory_ledger.unallocated_guarantees()
     with monkeypatch.context() as patched, pytest.raises(MemoryError):
-        patched.setattr("qwen3_mlx.engine.core.PrefixStore", fail)
+        patched.setattr("qwen3_mlx.engine.cache_manager.PrefixStore", fail)
         load(folder)
     assert memory_ledger.unallocated_guarantees() == before
 
