@@ -332,7 +332,9 @@ def test_a_form_that_fails_is_an_error(served: Served, path: str) -> None:
             form = {"structured_outputs": {"json": schema}}
         body = {**with_tool(path, {}), "tools": None, **form}
         response = served.post(path, body)
-        assert response.status_code == 400 and re.search(f"schema: .*{words}", message_of(response))
+        message = message_of(response)
+        assert re.search(f"schema: .*{words}", message), message
+        assert response.status_code == 400
         response = served.post(path, {**body, "stream": True})
         assert re.search(f"schema: .*{words}", response.text)
     assert served.chat("Who are you?", max_tokens=5).status_code == 200
