@@ -152,7 +152,8 @@ class ActiveRequest:
         if self._unread > _MAX_UNREAD:
             self._cancel_for(ApiError(408, "the client read the reply too slowly"))
         if isinstance(heard, BaseException):
-            self.cancelled.set()  # ends the other replies to the same request
+            # Ends the other replies. The reason counts where some are still being submitted.
+            self._cancel_for(ApiError.of(heard))
         if isinstance(heard, Finish | BaseException):
             self._ends += 1
             self._release_if_done()
