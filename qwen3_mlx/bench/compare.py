@@ -58,7 +58,7 @@ def compare(
             settings. If both are the same, it runs once, as `EQUAL`.
         repeats: number of rounds. The result is the median of each figure, of memory the maximum.
         seconds: time limit of one run.
-        told: called with the number of measurements done so far.
+        on_measurement: called with the number of measurements done so far.
 
     Raises:
         Qwen3Error: a target failed, or this package had no measurement within its time.

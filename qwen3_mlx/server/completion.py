@@ -63,7 +63,7 @@ class Completion(ABC):
         """Return the choices of the chunks for an event."""
 
     @abstractmethod
-    def choice(self, index: int, said: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
+    def choice(self, index: int, reply: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
         """Return a complete choice."""
 
     async def respond(self, request: Request, place: Slot) -> Response:
@@ -147,9 +147,9 @@ def sampling_options(asked: SamplingFields) -> Options:
     return {"sampling": sampling, "stop": stop_strings(asked.stop), "seed": seed_of(asked.seed)}
 
 
-def stop_strings(said: str | Sequence[str] | None) -> list[str] | None:
+def stop_strings(given: str | Sequence[str] | None) -> list[str] | None:
     """Return the stop strings without empty ones, which some clients send for none."""
-    strings = [said] if isinstance(said, str) else said or ()
+    strings = [given] if isinstance(given, str) else given or ()
     return [string for string in strings if string] or None
 
 

@@ -43,9 +43,9 @@ class EventBridge:
         self.llm = llm
         self._pending: list[tuple[ActiveRequest, int, StreamItem]] = []
 
-    def put(self, running: "ActiveRequest", index: int, heard: StreamItem) -> None:
+    def put(self, running: "ActiveRequest", index: int, event: StreamItem) -> None:
         """Queue an event of reply `index` of `running`; called on the engine's thread."""
-        self._pending.append((running, index, heard))
+        self._pending.append((running, index, event))
         if len(self._pending) == 1:
             try:
                 self.llm.call_soon(self._send)
@@ -65,8 +65,8 @@ class EventBridge:
 
 
 def _dispatch(pending: list[tuple["ActiveRequest", int, StreamItem]]) -> None:
-    for running, index, heard in pending:
-        running.receive(index, heard)
+    for running, index, event in pending:
+        running.receive(index, event)
 
 
 def _weight(event: StreamItem) -> int:
@@ -140,21 +140,21 @@ class ActiveRequest:
                 if warning not in self.warnings:  # every choice has the same warning
                     self.warnings.append(warning)
 
-    def receive(self, index: int, heard: StreamItem) -> None:
+    def receive(self, index: int, event: StreamItem) -> None:
         """Queue an event of a reply; called on the event loop.
 
         The last event of all replies frees the slot for other requests: the slot does not wait for
         the client to read them. A client that leaves too much unread has its replies cancelled.
         """
         if not self._closed:
-            self.queue.put_nowait((index, heard))
-            self._unread += _weight(heard)
+            self.queue.put_nowait((index, event))
+            self._unread += _weight(event)
         if self._unread > _MAX_UNREAD:
             self._cancel_for(ApiError(408, "the client read the reply too slowly"))
-        if isinstance(heard, BaseException):
+        if isinstance(event, BaseException):
             # Ends the other replies. The reason counts where some are still being submitted.
-            self._cancel_for(ApiError.of(heard))
-        if isinstance(heard, Finish | BaseException):
+            self._cancel_for(ApiError.of(event))
+        if isinstance(event, Finish | BaseException):
             self._ends += 1
             self._release_if_done()
 

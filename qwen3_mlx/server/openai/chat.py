@@ -86,18 +86,18 @@ class ChatCompletion(Completion):
             ]
         return [_chunk(index, {}, finish=event)] if isinstance(event, Finish) else []
 
-    def choice(self, index: int, said: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
+    def choice(self, index: int, reply: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
         """Return the complete message; `content` is null if there are tool calls and no text."""
-        message = said.message()
+        message = reply.message()
         thinking = message.pop("reasoning_content", None)
         if thinking:
             message |= dict.fromkeys(self._fields, thinking)
-        if said.tool_calls and not said.text:
+        if reply.tool_calls and not reply.text:
             message["content"] = None
         return {
             "index": index,
             "message": message,
-            "logprobs": self._logprobs(said.logprobs),
+            "logprobs": self._logprobs(reply.logprobs),
             "finish_reason": finish.reason,
             **_details(finish),
         }

@@ -80,14 +80,14 @@ class TextCompletion(Completion):
         assert isinstance(event, Finish)
         return [self._choice(index, "", finish=event)]
 
-    def choice(self, index: int, said: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
+    def choice(self, index: int, reply: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
         """Return the complete text."""
-        if said.prompt is None:
-            text = (self._prompt(index) if self._asked.echo else "") + said.text
-            return self._choice(index, text, said.logprobs, finish)
-        echoed, added = self._echoed(index, said.prompt), self._logprobs(index, said.logprobs)
+        if reply.prompt is None:
+            text = (self._prompt(index) if self._asked.echo else "") + reply.text
+            return self._choice(index, text, reply.logprobs, finish)
+        echoed, added = self._echoed(index, reply.prompt), self._logprobs(index, reply.logprobs)
         logprobs = {name: echoed[name] + added[name] for name in _LISTS}
-        choice = self._choice(index, _text_of(said.prompt) + said.text, finish=finish)
+        choice = self._choice(index, _text_of(reply.prompt) + reply.text, finish=finish)
         return choice | {"logprobs": logprobs}
 
     def serialise(self, choice: Mapping[str, Any]) -> bytes:
