@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwen3_mlx import backend
-from qwen3_mlx.arguments import plain
+from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.checkpoint import convert as streaming
 from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
@@ -33,7 +33,7 @@ from qwen3_mlx.model.sizes import mlx_4bit_name, size_named
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.version import __version__
 
-Progress = Callable[[str, int, int], None]
+PhaseProgress = Callable[[str, int, int], None]
 _DESCRIPTION = (*streaming.COPIED_FILES, "config.json", INDEX)
 _MIN_TARGET_BPW, _MAX_TARGET_BPW = 2.5, 9.0
 _SEQUENCE = 128  # tokens of a piece of calibration text
@@ -82,7 +82,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     dequantize: bool = False,
     force: bool = False,
     allow_nonfinite: bool = False,
-    progress: Progress | None = None,
+    progress: PhaseProgress | None = None,
 ) -> Conversion:
     """Convert a checkpoint to a quantized MLX checkpoint; the model is never held in memory.
 
@@ -202,7 +202,7 @@ def _stated_dtype(config: Mapping[str, Any]) -> str:
     return stated if stated in ("bfloat16", "float16", "float32") else "bfloat16"
 
 
-def _progress_for(progress: Progress | None, phase: str) -> Callable[[int, int], None]:
+def _progress_for(progress: PhaseProgress | None, phase: str) -> Progress:
     return (lambda done, total: progress(phase, done, total)) if progress else (lambda *_: None)
 
 

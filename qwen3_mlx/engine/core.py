@@ -61,7 +61,7 @@ class InFlightStep:
     arrays: list[mx.array]  # all that must be evaluated when the step is done
     logprobs: LogprobBatch | None = None
     draft_tokens: Mapping[SequenceState, list[int]] = field(default_factory=dict)
-    lookahead_masks: Mapping[SequenceState, object] = field(default_factory=dict)  # lookahead masks
+    lookahead_masks: Mapping[SequenceState, object] = field(default_factory=dict)
     submitted: float = 0.0
     discarded: list[SequenceState] = field(default_factory=list)  # their chosen token is dropped
     logits: mx.array | None = None  # [N, V]

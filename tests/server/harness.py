@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from qwen3_mlx import LLM
+from qwen3_mlx.server.response import ActiveRequest
 from tests.server.serving import Served
 from tests.support import write_tiny
 from tests.text.harness import TOKENIZER
@@ -119,3 +121,31 @@ class Process:
         self.process.send_signal(number)
         out, err = self.process.communicate(timeout=120)
         return self.process.returncode, out, err
+
+
+def submit_slowly(monkeypatch: pytest.MonkeyPatch, last: type) -> threading.Event:
+    """Have `LLM.begin` return only after a `last` event and the request's end, as a thread may.
+
+    The flag that is returned is set by the event.
+    """
+    ended, closed = threading.Event(), threading.Event()
+    begin, receive, close = LLM.begin, ActiveRequest.receive, ActiveRequest.close
+
+    def slow(*given: Any) -> Any:
+        started = begin(*given)
+        assert ended.wait(60) and closed.wait(60)
+        return started
+
+    def received(running: ActiveRequest, index: int, event: Any) -> None:
+        receive(running, index, event)
+        if isinstance(event, last):
+            ended.set()
+
+    def shut(running: ActiveRequest) -> None:
+        close(running)
+        closed.set()
+
+    monkeypatch.setattr(LLM, "begin", slow)
+    monkeypatch.setattr(ActiveRequest, "receive", received)
+    monkeypatch.setattr(ActiveRequest, "close", shut)
+    return ended

@@ -17,17 +17,16 @@ import httpx
 import pytest
 from pydantic import ValidationError
 
-from qwen3_mlx import LLM
+from qwen3_mlx import LLM, Finish
 from qwen3_mlx.api.llm import LLM as Llm
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.schema import ChatRequest
 from qwen3_mlx.server.request_body import parse_body
-from qwen3_mlx.server.response import ActiveRequest
 from qwen3_mlx.text import grammar_trial
 from qwen3_mlx.text.fair_queue import PATIENT, Caller, FairQueue
 from qwen3_mlx.text.stop_strings import StopStrings
 from qwen3_mlx.text.tool_schema import Kinds
-from tests.server.harness import until
+from tests.server.harness import submit_slowly, until
 from tests.server.serving import Served, serving
 
 _MB = 1 << 20
@@ -163,27 +162,8 @@ def test_no_grammar_is_made_for_a_prompt_that_does_not_fit(
 def test_a_place_is_given_back_where_a_reply_ends_before_it_is_counted(
     demo: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ended, closed = threading.Event(), threading.Event()
-    begin, hear, close = Llm.begin, ActiveRequest.receive, ActiveRequest.close
-
-    def slow(*given: Any) -> Any:
-        started = begin(*given)
-        assert ended.wait(60) and closed.wait(60)  # as a thread may be kept from going on
-        return started
-
-    def heard(running: ActiveRequest, index: int, what: Any) -> None:
-        hear(running, index, what)
-        if type(what).__name__ == "Finish":
-            ended.set()
-
-    def shut(running: ActiveRequest) -> None:
-        close(running)
-        closed.set()
-
     with serving(demo) as served:
-        monkeypatch.setattr(Llm, "begin", slow)
-        monkeypatch.setattr(ActiveRequest, "receive", heard)
-        monkeypatch.setattr(ActiveRequest, "close", shut)
+        ended = submit_slowly(monkeypatch, Finish)
         url = urlparse(served.url)
         body = b'{"prompt":"x","max_tokens":1}'
         head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"

@@ -16,13 +16,12 @@ import pytest
 from qwen3_mlx import LLM
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server import preparing
-from qwen3_mlx.server.response import ActiveRequest
 from qwen3_mlx.text import grammar, grammar_compiler, grammar_trial, grammar_worker
 from qwen3_mlx.text.fair_queue import PATIENT, Caller
 from qwen3_mlx.text.grammar_limits import MOST_CHARACTERS
 from qwen3_mlx.text.grammar_trial import TrialCompiler
 from qwen3_mlx.text.tool_schema import kinds_of
-from tests.server.harness import until
+from tests.server.harness import submit_slowly, until
 from tests.server.serving import Served, serving
 
 # As many as are let pass; it would take minutes and gigabytes.
@@ -388,26 +387,7 @@ def test_all_schemas_together_are_bounded(demo: LLM, monkeypatch: pytest.MonkeyP
 def test_a_reply_that_fails_while_it_is_submitted_says_why(
     demo: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    failed, given_up = threading.Event(), threading.Event()
-    begin, receive, close = LLM.begin, ActiveRequest.receive, ActiveRequest.close
-
-    def slow(*given: Any) -> Any:
-        started = begin(*given)
-        assert failed.wait(60) and given_up.wait(60)  # as a thread may be kept from going on
-        return started
-
-    def received(running: ActiveRequest, index: int, event: Any) -> None:
-        receive(running, index, event)
-        if isinstance(event, BaseException):
-            failed.set()
-
-    def closed(running: ActiveRequest) -> None:
-        close(running)
-        given_up.set()
-
     with serving(demo) as served:
-        monkeypatch.setattr(LLM, "begin", slow)
-        monkeypatch.setattr(ActiveRequest, "receive", received)
-        monkeypatch.setattr(ActiveRequest, "close", closed)
+        submit_slowly(monkeypatch, BaseException)
         response = served.chat("Hi", structured_outputs={"regex": "^(a{800}){800}$"})
         assert response.status_code == 400 and "too many expressions" in response.text
