@@ -10,9 +10,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS, PLAIN, CacheFormat
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.engine.memory import (
-    FormatOf,
     Plan,
-    Quantized,
     Workload,
     count_weights,
     in_gb,
@@ -22,7 +20,7 @@ from qwen3_mlx.engine.memory import (
 from qwen3_mlx.engine.memory_ledger import unallocated_guarantees
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.quantization import Format
+from qwen3_mlx.model.quantization import Format, FormatOf
 from qwen3_mlx.model.sizes import SIZES, mlx_4bit_name, published_model_config
 
 _log = logging.getLogger(__name__)
@@ -43,7 +41,7 @@ def plan_load(
     if dequantize is None:
         dequantize = backend.worth_dequantizing(4 * count_weights(network))
 
-    def format_of(path: str) -> Quantized | None:
+    def format_of(path: str) -> Format | None:
         if dequantize:
             return None
         if stored:

@@ -27,7 +27,7 @@ from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, untie_if_
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import as_memoryview
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.quantization import Format
+from qwen3_mlx.model.quantization import AFFINE, Format
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import mlx_4bit_name, size_named
 from qwen3_mlx.text.tokenizer import Tokenizer
@@ -74,7 +74,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     revision: str | None = None,
     bits: int | None = None,
     group_size: int | None = None,
-    mode: str = "affine",
+    mode: str = AFFINE,
     recipe: str = "uniform",
     target_bpw: float | None = None,
     calibration: str | None = None,
@@ -129,7 +129,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
         plain, (bits, group_size, target_bpw, dequantize)
     )
     _check_arguments(recipe, target_bpw, calibration, quantizing=not dequantize)
-    if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, "affine"):
+    if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, AFFINE):
         raise ValueError("bits, group_size and mode go with neither recipe 'auto' nor dequantize")
     form = Format.of(mode, bits, group_size)
     _refuse_size_name(source)
@@ -251,7 +251,7 @@ def _measured(
     for path in modules:
         members.setdefault(group_of(path), []).append(path)
     # Routers are not measured. They decide which experts run, so they keep 8 bits.
-    formats = choose_formats(modules, "uniform", Format.of("affine", 8, None))
+    formats = choose_formats(modules, "uniform", Format(8, 64))
     shapes = {name: tuple(array.shape) for name, array in Qwen3(network).tensors().items()}
     # Bytes for the measured modules: the target less what all other tensors take.
     budget = int(target_bpw * sum(map(math.prod, shapes.values())) / 8)
@@ -259,11 +259,11 @@ def _measured(
         module = name.removesuffix(".weight")
         if group_of(module) not in scores or module not in modules:
             form = formats.get(module)
-            size = form.nbytes(shape, job.dtype) if form else math.prod(shape) * job.dtype.size
+            size = form.nbytes(shape, job.dtype.size) if form else math.prod(shape) * job.dtype.size
             budget -= size
     sizes = {
         group: {
-            form: sum(form.nbytes(modules[path], job.dtype) for path in members[group])
+            form: sum(form.nbytes(modules[path], job.dtype.size) for path in members[group])
             for form in by_format
         }
         for group, by_format in scores.items()

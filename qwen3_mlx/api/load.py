@@ -22,7 +22,7 @@ from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, has_all_weights, untie_if_needed
 from qwen3_mlx.engine.forward import warm_up
-from qwen3_mlx.engine.memory import FormatOf, Plan
+from qwen3_mlx.engine.memory import Plan
 from qwen3_mlx.engine.sampling_params import stated_sampling
 from qwen3_mlx.engine.speculation.draft_model import DraftModel
 from qwen3_mlx.engine.speculation.speculator import Speculator
@@ -30,7 +30,7 @@ from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.quantization import Format
+from qwen3_mlx.model.quantization import Format, FormatOf
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import hub_name, with_yarn
 from qwen3_mlx.text.grammar_compiler import GrammarCompiler

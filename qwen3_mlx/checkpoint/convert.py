@@ -311,9 +311,7 @@ class _Block:
         if fmt and inputs is not None and gptq.fits(fmt, rows.shape[-1]):
             self.arrays = gptq.quantize(self._rows, fmt, inputs, dtype)
         elif fmt:
-            self.arrays = mx.quantize(
-                self._rows, group_size=fmt.group_size, bits=fmt.bits, mode=fmt.mode
-            )
+            self.arrays = mx.quantize(self._rows, **fmt.as_config())
         self.arrays = [array.view(mx.uint8) for array in self.arrays]  # as they are written
         # Read as integers, unsigned and signed, the bits of infinities and NaN are the greatest.
         # Two maxima find them ten times as fast as a check of each number.

@@ -34,7 +34,7 @@ def moments(x: mx.array) -> mx.array:
 
 def fits(fmt: Format, inputs: int) -> bool:
     """Return whether weights with `inputs` inputs can be quantized to `fmt` this way."""
-    return fmt.mode == "affine" and block_size(inputs) % fmt.group_size == 0
+    return fmt.has_biases and block_size(inputs) % fmt.group_size == 0
 
 
 def quantize(

@@ -68,7 +68,7 @@ def load_model(
         kept = [
             path
             for path, module in quantizable(model)
-            if module["weight"].shape[-1] % fmt.for_module(path).group_size
+            if not fmt.for_module(path).fits(module["weight"].shape)
         ]
         if kept:
             _log.warning("not quantized: rows that are no multiple of the group size: %s", kept)
@@ -105,8 +105,7 @@ def _quantize_layout(model: Qwen3, stored: StoredFormats, weights: Weights) -> N
     def format_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in weights.tensors or not hasattr(module, "to_quantized"):
             return False
-        fmt = stored.format_of(path)
-        return {"bits": fmt.bits, "group_size": fmt.group_size, "mode": fmt.mode}
+        return stored.format_of(path).as_config()
 
     try:
         nn.quantize(model, class_predicate=format_of)
@@ -167,8 +166,8 @@ def _fill(
             return _dequantized(module, options.dtype)
     elif options.quantize and hasattr(module, "to_quantized"):
         fmt = options.quantize.for_module(path)
-        if module["weight"].shape[-1] % fmt.group_size == 0:
-            module = module.to_quantized(fmt.group_size, fmt.bits, mode=fmt.mode)
+        if fmt.fits(module["weight"].shape):
+            module = module.to_quantized(**fmt.as_config())
             if dequantize:
                 mx.eval(module.parameters())
                 return _dequantized(module, options.dtype)
@@ -180,18 +179,10 @@ def _fill(
 
 def _dequantized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
     """Return the unquantized counterpart of a quantized module, computed in float32."""
-    scales, biases = module["scales"], module.get("biases")
-    if biases is not None:  # the mx and nv modes have no biases, and their scales are codes
-        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
+    fmt = Format(module.bits, module.group_size, module.mode)
+    weight = fmt.dequantize_float32(module["weight"], module["scales"], module.get("biases"))
     plain: nn.Module = _PLAIN[type(module)]()
-    plain.weight = mx.dequantize(
-        module["weight"],
-        scales,
-        biases,
-        group_size=module.group_size,
-        bits=module.bits,
-        mode=module.mode,
-    ).astype(dtype)
+    plain.weight = weight.astype(dtype)
     if "bias" in module:
         plain.bias = module["bias"].astype(dtype)
     return plain

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from qwen3_mlx.model.quantization import Format
+from qwen3_mlx.model.quantization import AFFINE, Format
 
 RECIPES = ("uniform", "mixed", "mixed-rich", "auto")
 """`auto` measures the modules (see `sensitivity.py`); the others decide by module names alone."""
@@ -39,7 +39,7 @@ def choose_formats(modules: Mapping[str, tuple[int, ...]], recipe: str, fmt: For
         return {path: _fitting(fmt.for_module(path), shape) for path, shape in modules.items()}
     if recipe not in RECIPES[1:3]:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
-    if fmt.mode != "affine":
+    if fmt.mode != AFFINE:
         raise ValueError(f"recipe {recipe!r} mixes bits, and {fmt.mode} has only one choice")
     richer = Format(_RICHER_BITS[fmt.bits], fmt.group_size)
     last = max((_layer(path) for path in modules), default=0)
@@ -56,7 +56,7 @@ def choose_formats(modules: Mapping[str, tuple[int, ...]], recipe: str, fmt: For
 
 
 def _fitting(fmt: Format, shape: tuple[int, ...]) -> Format | None:
-    return fmt if shape[-1] % fmt.group_size == 0 else None
+    return fmt if fmt.fits(shape) else None
 
 
 def _layer(path: str) -> int:

@@ -133,18 +133,7 @@ def _batches(sequences: int, length: int) -> list[slice]:
 
 def _quantization_error(weight: mx.array, fmt: Format) -> mx.array:
     """Compute the change of a weight by quantization: quantized less original."""
-    packed = mx.quantize(weight, fmt.group_size, fmt.bits, fmt.mode)
-    scales, *biases = packed[1:]
-    kept = mx.dequantize(
-        packed[0],
-        scales,
-        biases[0] if biases else None,
-        fmt.group_size,
-        fmt.bits,
-        fmt.mode,
-        dtype=mx.float32,
-    )
-    return kept - weight
+    return fmt.dequantize_float32(*mx.quantize(weight, **fmt.as_config())) - weight
 
 
 def _scalar(array: mx.array) -> float:
@@ -154,7 +143,7 @@ def _scalar(array: mx.array) -> float:
 
 
 def _fitting(weight: mx.array, formats: Sequence[Format]) -> list[Format]:
-    return [fmt for fmt in formats if weight.shape[-1] % fmt.group_size == 0]
+    return [fmt for fmt in formats if fmt.fits(weight.shape)]
 
 
 # --- the head and the embedding -----------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Quantization of a checkpoint's weights, as its config.json states it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 from qwen3_mlx.checkpoint.weights import INDEX, index_fault
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
-from qwen3_mlx.model.quantization import MODE_DEFAULTS, Format
+from qwen3_mlx.model.quantization import AFFINE, Format, FormatOf
 
 # --- what the files of a checkpoint hold --------------------------------------------------------
 
@@ -162,12 +162,9 @@ class StoredFormats:
         if not isinstance(own, Mapping | bool):
             raise CheckpointError(f"config.json: quantization of {path} is {own!r}, not an object")
         section = own if isinstance(own, Mapping) else self._section
-        mode = section.get("mode") or "affine"
+        mode = section.get("mode") or AFFINE
         try:
-            bits, group_size = MODE_DEFAULTS.get(mode, (0, 0))
-            return Format(
-                section.get("bits") or bits, section.get("group_size") or group_size, mode
-            )
+            return Format.of(mode, section.get("bits") or None, section.get("group_size") or None)
         except (ValueError, TypeError) as error:
             raise CheckpointError(f"config.json: quantization of {path}: {error}") from error
 
@@ -176,9 +173,7 @@ class StoredFormats:
         return self._section.get(path) is False
 
 
-def formats_stored(
-    config: Mapping[str, Any], folder: Path | None = None
-) -> Callable[[str], Format | None] | None:
+def formats_stored(config: Mapping[str, Any], folder: Path | None = None) -> FormatOf | None:
     """Return a function from module path to format; None if the checkpoint is not quantized.
 
     If `folder` has the index of the weight files, it decides which modules are quantized. Without

@@ -139,27 +139,15 @@ def _mlx(formats: StoredFormats) -> Decoder:
     def decode(weights: Weights, prefix: str) -> StoredRows:
         fmt = formats.format_of(_module_name(prefix))
         packed = weights.stored[f"{prefix}.weight"]
-        names = [f"{prefix}.{kind}" for kind in ("weight", "scales", "biases")]
         width = packed.shape[-1] * 32 // fmt.bits if packed.shape else 0
-        for kind, (shape, dtype) in fmt.tensors((*packed.shape[:-1], width), mx.float32).items():
+        tensors = fmt.tensors((*packed.shape[:-1], width), mx.float32)
+        names = [f"{prefix}.{kind}" for kind in tensors]
+        for name, (shape, dtype) in zip(names, tensors.values(), strict=True):
             dtypes = _FLOATS if dtype == mx.float32 else (STORED_AS[dtype],)
-            _expect(weights, f"{prefix}.{kind}", dtypes, shape)
+            _expect(weights, name, dtypes, shape)
 
         def read(start: int, stop: int) -> mx.array:
-            weight, scales = (weights.rows(name, start, stop) for name in names[:2])
-            biases = None
-            if names[2] in weights.stored:  # the mx and nv modes have none, and scales as codes
-                biases = weights.rows(names[2], start, stop).astype(mx.float32)
-                scales = scales.astype(mx.float32)
-            return mx.dequantize(
-                weight,
-                scales,
-                biases,
-                group_size=fmt.group_size,
-                bits=fmt.bits,
-                mode=fmt.mode,
-                dtype=mx.float32,
-            )
+            return fmt.dequantize_float32(*(weights.rows(name, start, stop) for name in names))
 
         return StoredRows(math.prod(packed.shape[:-1]), width, read)
 

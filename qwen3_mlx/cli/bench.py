@@ -21,10 +21,11 @@ from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import untie_if_needed
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.load_options import ModelArgument
-from qwen3_mlx.engine.memory import FormatOf, Workload, bytes_per_token
+from qwen3_mlx.engine.memory import Workload, bytes_per_token
 from qwen3_mlx.evaluate.plots import Panel, check_picture, draw_speeds
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import FormatOf
 from qwen3_mlx.model.sizes import hub_name
 
 _PROMPTS, _TOGETHER, _COUNT, _MINUTES = "128,1024,4096", "2,4,8", 32, 10.0

@@ -17,6 +17,7 @@ from qwen3_mlx.cli.console import Bar, format_bytes, note
 from qwen3_mlx.cli.evaluate import compare, comparison_dict, read_text, refuse_unloadable
 from qwen3_mlx.cli.load_options import option
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
+from qwen3_mlx.model.quantization import AFFINE
 from qwen3_mlx.model.sizes import folder_name
 
 _FORMAT, _RECIPE, _SOURCE, _OUTPUT = "Format", "Recipe", "Source", "Output"
@@ -46,7 +47,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     ] = None,
     mode: Annotated[
         str, option("--mode", panel=_FORMAT, text="affine (the default), mxfp4, mxfp8 or nvfp4.")
-    ] = "affine",
+    ] = AFFINE,
     dtype: Annotated[
         str | None,
         option(

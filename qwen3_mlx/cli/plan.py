@@ -18,7 +18,6 @@ from qwen3_mlx.checkpoint.weights import has_all_weights, untie_if_needed
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.plan_plots import PlanPlot, draw
 from qwen3_mlx.engine.memory import (
-    FormatOf,
     Plan,
     Workload,
     bytes_per_token,
@@ -29,7 +28,7 @@ from qwen3_mlx.engine.memory import (
     weight_bytes,
 )
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.quantization import Format
+from qwen3_mlx.model.quantization import Format, FormatOf
 from qwen3_mlx.model.sizes import SIZES, published_model_config, size_named, yarn_lengths
 
 _SHORTEST_CONTEXT = 2048  # tokens

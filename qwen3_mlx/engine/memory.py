@@ -18,37 +18,18 @@
 While loading, one module's source weights are held beside the finished ones; no cache exists yet.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from qwen3_mlx.cache.kv import next_capacity
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import Format, FormatOf
 
 RESERVE = 500_000_000  # bytes
 _LAYERS_IN_FLIGHT = 3  # layers whose activations a GPU's command buffers keep alive
 _SCORE_BYTES = 4  # the softmax is float32 in any dtype
 MIN_CHUNK = 64  # tokens of a prompt; fewer are not worth reading all weights
-
-
-class Quantized(Protocol):
-    """The format of a quantized matrix, as far as its size depends on it."""
-
-    @property
-    def bits(self) -> int:
-        """Bits a weight."""
-
-    @property
-    def group_size(self) -> int:
-        """Weights of a row that share a scale."""
-
-    @property
-    def mode(self) -> str:
-        """The mode of MLX: affine, mxfp4, mxfp8 or nvfp4."""
-
-
-FormatOf = Callable[[str], Quantized | None]  # by module path; None where nothing is quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,13 +179,11 @@ class _Module:
     def size(self) -> int:
         return self.count * self.rows * (self.columns or 1) + (self.rows if self.bias else 0)
 
-    def nbytes(self, fmt: Quantized | None, itemsize: int) -> int:
-        if fmt is None or not self.columns or self.columns % fmt.group_size:
+    def nbytes(self, fmt: Format | None, itemsize: int) -> int:
+        shape = self.count, self.rows, self.columns
+        if fmt is None or not self.columns or not fmt.fits(shape):
             return self.size * itemsize
-        weights = self.count * self.rows * self.columns
-        group_bytes = 2 * itemsize if fmt.mode == "affine" else 1
-        packed = weights * fmt.bits // 8 + weights // fmt.group_size * group_bytes
-        return packed + (self.rows * itemsize if self.bias else 0)
+        return fmt.nbytes(shape, itemsize) + (self.rows * itemsize if self.bias else 0)
 
 
 def _modules(config: ModelConfig) -> Iterator[_Module]:

@@ -16,7 +16,7 @@ from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.quantization import Format
+from qwen3_mlx.model.quantization import AFFINE, Format
 
 _BLOCK = 1 << 22  # weights in float32 at once: 16 MiB
 
@@ -103,32 +103,26 @@ class _Stored:
 class _Matrix:
     """The rows of a matrix, with their scales and biases if they are quantized."""
 
-    def __init__(self, parts: Sequence[mx.array], form: Format | None) -> None:
+    def __init__(self, parts: Sequence[mx.array], fmt: Format | None) -> None:
         self.bits = 8 * sum(part.nbytes for part in parts)
         self._parts = [part.reshape(-1, part.shape[-1]) for part in parts]
-        self._form = form
+        self._fmt = fmt
         packed = self._parts[0].shape[1]
-        self.shape = self._parts[0].shape[0], packed * 32 // form.bits if form else packed
+        self.shape = self._parts[0].shape[0], packed * 32 // fmt.bits if fmt else packed
 
     @property
     def format(self) -> str:
-        if self._form is None:
+        fmt = self._fmt
+        if fmt is None:
             return str(self._parts[0].dtype).removeprefix("mlx.core.")
-        affine = f"{self._form.bits}-bit g{self._form.group_size}"
-        return affine if self._form.mode == "affine" else self._form.mode
+        return f"{fmt.bits}-bit g{fmt.group_size}" if fmt.mode == AFFINE else fmt.mode
 
     def rows(self, start: int, stop: int) -> mx.array:
         """Return the rows from `start` to `stop` in float32, unevaluated."""
-        weight, *others = [part[start:stop] for part in self._parts]
-        form = self._form
-        if form is None:
-            return weight.astype(mx.float32)
-        if form.mode == "affine":  # other modes have coded scales and no biases
-            others = [part.astype(mx.float32) for part in others]
-        scales, biases = others[0], others[1] if len(others) > 1 else None
-        return mx.dequantize(
-            weight, scales, biases, group_size=form.group_size, bits=form.bits, mode=form.mode
-        ).astype(mx.float32)
+        parts = [part[start:stop] for part in self._parts]
+        if self._fmt is None:
+            return parts[0].astype(mx.float32)
+        return self._fmt.dequantize_float32(*parts)
 
 
 def _row(path: str, first: _Stored, second: _Stored) -> ModuleRow:

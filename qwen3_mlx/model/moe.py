@@ -11,6 +11,7 @@ import mlx.nn as nn
 
 from qwen3_mlx.model.config import Experts
 from qwen3_mlx.model.linear import Linear
+from qwen3_mlx.model.quantization import AFFINE
 
 # From this many rows on they are sorted by expert, so that each expert's weights are read once.
 _MIN_ROWS_TO_SORT = 64
@@ -37,7 +38,7 @@ class SwitchLinear(nn.Module):
         return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=ordered)
 
     def to_quantized(
-        self, group_size: int | None = None, bits: int | None = None, mode: str = "affine"
+        self, group_size: int | None = None, bits: int | None = None, mode: str = AFFINE
     ) -> "QuantizedSwitchLinear":
         """Return the layer with quantized weights; `nn.quantize` calls this."""
         return QuantizedSwitchLinear(self["weight"], group_size, bits, mode)
