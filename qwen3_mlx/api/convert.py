@@ -1,12 +1,10 @@
 """The public function `convert`: composes hub, text and checkpoint; no algorithm of its own."""
 
-import math
 import resource
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -16,30 +14,27 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress, plain
-from qwen3_mlx.checkpoint import convert as streaming
+from qwen3_mlx.checkpoint.auto_recipe import choose_measured_formats
 from qwen3_mlx.checkpoint.calibration_text import default_text
+from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, check_output, quantizable_shapes, run
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
-from qwen3_mlx.checkpoint.recipes import RECIPES, assign, choose_formats, group_of
-from qwen3_mlx.checkpoint.sensitivity import measure
-from qwen3_mlx.checkpoint.stored_formats import read_matrices
-from qwen3_mlx.checkpoint.weights import INDEX, refuse_missing_layers, untie_if_needed
+from qwen3_mlx.checkpoint.model_card import model_card
+from qwen3_mlx.checkpoint.recipes import RECIPES, choose_formats
+from qwen3_mlx.checkpoint.weights import INDEX, untie_if_needed
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import as_memoryview
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import AFFINE, Format
-from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import mlx_4bit_name, size_named
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.version import __version__
 
 PhaseProgress = Callable[[str, int, int], None]
-_DESCRIPTION = (*streaming.COPIED_FILES, "config.json", INDEX)
+_DESCRIPTION = (*COPIED_FILES, "config.json", INDEX)
 _MIN_TARGET_BPW, _MAX_TARGET_BPW = 2.5, 9.0
 _SEQUENCE = 128  # tokens of a piece of calibration text
 _MAX_SEQUENCES = 64
 _MAX_ACTIVATION_BYTES = 512_000_000  # all layers' inputs and their gradients, in float32
-_CANDIDATES = (*(Format(bits, 64) for bits in (2, 3, 4, 5, 6, 8)), Format(4, 32), Format(5, 32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,43 +126,37 @@ def convert(  # noqa: PLR0913 - one keyword an option
     _check_arguments(recipe, target_bpw, calibration, quantizing=not dequantize)
     if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, AFFINE):
         raise ValueError("bits, group_size and mode go with neither recipe 'auto' nor dequantize")
-    form = Format.of(mode, bits, group_size)
+    fmt = Format.of(mode, bits, group_size)
     _refuse_size_name(source)
     place = Source(str(source), revision, _progress_for(progress, "downloading"))
     output = Path(output).expanduser()
-    streaming.check_output(place.folder, output, force=force)
+    check_output(place.folder, output, force=force)
     folder, stated = read_config(place, _DESCRIPTION)
     folder = fetch_weights(place, folder, also=_DESCRIPTION)
     config = untie_if_needed(stated, folder)
-    network = ModelConfig.from_dict(config)
     backend.refuse_fork()
-    job = streaming.Job(
+    job = Job(
         source=folder,
         output=output,
         config=config,
         formats={},
         dtype=backend.compute_dtype(dtype or _stated_dtype(config)),
-        card=partial(_card, None if place.folder else str(source), recipe),
+        card=partial(model_card, None if place.folder else str(source), recipe),
         force=force,
         allow_nonfinite=allow_nonfinite,
     )
     if recipe == "auto":
-        ids = _calibration_ids(folder, network, calibration)
-        job = _measured(job, network, ids, target_bpw or 0.0, _progress_for(progress, "measuring"))
+        job = _measured(job, calibration, target_bpw or 0.0, progress)
     elif not dequantize:
-        job = replace(
-            job, formats=choose_formats(streaming.quantizable_shapes(config), recipe, form)
-        )
-    written = streaming.run(job, _progress_for(progress, "writing"))
+        job = replace(job, formats=choose_formats(quantizable_shapes(config), recipe, fmt))
+    written = run(job, _progress_for(progress, "writing"))
     return Conversion(
         output=output,
-        tensors=written.tensors,
-        weights=written.weights,
-        bytes=written.bytes,
+        **asdict(written),
         bits_per_weight=written.bits_per_weight,
         peak_memory=_peak_resident(),
         seconds=time.perf_counter() - started,
-        formats={path: form for path, form in job.formats.items() if form},
+        formats={path: fmt for path, fmt in job.formats.items() if fmt},
     )
 
 
@@ -233,85 +222,16 @@ def _calibration_ids(folder: Path, network: ModelConfig, text: str | None) -> mx
     return mx.array([ids[start : start + _SEQUENCE] for start in starts], dtype=mx.int32)
 
 
-def _measured(
-    job: streaming.Job,
-    network: ModelConfig,
-    ids: mx.array,
-    target_bpw: float,
-    progress: Callable[[int, int], None],
-) -> streaming.Job:
-    """Return the job with formats chosen by their effect on the model's output on `ids` [N, L]."""
-    modules = streaming.quantizable_shapes(job.config)
-    matrices = read_matrices(job.source, job.config)
-    refuse_missing_layers(network, matrices)
-    mx.random.seed(0)
-    scores, moments = measure(network, matrices, ids, _CANDIDATES, progress)
-    scores = {group: by_format for group, by_format in scores.items() if by_format}
-    members: dict[str, list[str]] = {}
-    for path in modules:
-        members.setdefault(group_of(path), []).append(path)
-    # Routers are not measured. They decide which experts run, so they keep 8 bits.
-    formats = choose_formats(modules, "uniform", Format(8, 64))
-    shapes = {name: tuple(array.shape) for name, array in Qwen3(network).tensors().items()}
-    # Bytes for the measured modules: the target less what all other tensors take.
-    budget = int(target_bpw * sum(map(math.prod, shapes.values())) / 8)
-    for name, shape in shapes.items():
-        module = name.removesuffix(".weight")
-        if group_of(module) not in scores or module not in modules:
-            form = formats.get(module)
-            size = form.nbytes(shape, job.dtype.size) if form else math.prod(shape) * job.dtype.size
-            budget -= size
-    sizes = {
-        group: {
-            form: sum(form.nbytes(modules[path], job.dtype.size) for path in members[group])
-            for form in by_format
-        }
-        for group, by_format in scores.items()
-    }
-    choice = assign(scores, sizes, budget)
-    formats |= {path: form for group, form in choice.items() for path in members[group]}
+def _measured(job: Job, text: str | None, target_bpw: float, progress: PhaseProgress | None) -> Job:
+    """Return the job with formats chosen, and inputs measured, on a calibration text."""
+    ids = _calibration_ids(job.source, ModelConfig.from_dict(job.config), text)
+    formats, moments = choose_measured_formats(
+        job.source,
+        job.config,
+        ids,
+        target_bpw=target_bpw,
+        dtype=job.dtype,
+        progress=_progress_for(progress, "measuring"),
+    )
     digest = blake2b(bytes(as_memoryview(ids)), digest_size=16).hexdigest()
     return replace(job, formats=formats, moments=moments, calibration=digest)
-
-
-# --- the model card -----------------------------------------------------------------------------
-
-
-def _card(name: str | None, recipe: str, job: streaming.Job, written: streaming.Written) -> str:
-    """Return the README.md of the result: its source, its formats and how to use it."""
-    counts = Counter(form for form in job.formats.values() if form)
-    rows = [
-        f"| {form.bits} | {form.group_size} | {form.mode} | {count} |"
-        for form, count in sorted(counts.items(), key=lambda item: -item[1])
-    ]
-    if rows:
-        rows = ["| bits | group size | mode | modules |", "| --- | --- | --- | --- |", *rows]
-    base = [f"base_model: {name}", "base_model_relation: quantized"] if name else []
-    what = name or "a local checkpoint"
-    return "\n".join(
-        [
-            "---",
-            "library_name: mlx",
-            "pipeline_tag: text-generation",
-            *base,
-            "tags:",
-            "- mlx",
-            "- qwen3",
-            "---",
-            "",
-            f"# {job.output.name}",
-            "",
-            f"Made from {what} with qwen3-mlx {__version__}, recipe `{recipe}`: "
-            f"{written.weights:,} weights in {written.bytes:,} bytes, "
-            f"{written.bits_per_weight:.2f} bits per weight.",
-            "",
-            *rows,
-            "",
-            "```sh",
-            f'qwen3 --model ./{job.output.name} "Why is the sky blue?"',
-            "```",
-            "",
-            "It loads in mlx-lm, LM Studio and other programs that read MLX checkpoints, too.",
-            "",
-        ]
-    )

@@ -1,0 +1,45 @@
+"""The model card (README.md) of a converted checkpoint: its source, its formats, how to use it."""
+
+from collections import Counter
+
+from qwen3_mlx.checkpoint.convert import Job, Written
+from qwen3_mlx.version import __version__
+
+
+def model_card(base_model: str | None, recipe: str, job: Job, written: Written) -> str:
+    """Return the text of the card; `base_model` is the source's hub name, None for a folder."""
+    counts = Counter(fmt for fmt in job.formats.values() if fmt)
+    rows = [
+        f"| {fmt.bits} | {fmt.group_size} | {fmt.mode} | {count} |"
+        for fmt, count in sorted(counts.items(), key=lambda item: -item[1])
+    ]
+    if rows:
+        rows = ["| bits | group size | mode | modules |", "| --- | --- | --- | --- |", *rows]
+    base = [f"base_model: {base_model}", "base_model_relation: quantized"] if base_model else []
+    return "\n".join(
+        [
+            "---",
+            "library_name: mlx",
+            "pipeline_tag: text-generation",
+            *base,
+            "tags:",
+            "- mlx",
+            "- qwen3",
+            "---",
+            "",
+            f"# {job.output.name}",
+            "",
+            f"Made from {base_model or 'a local checkpoint'} with qwen3-mlx {__version__}, recipe "
+            f"`{recipe}`: {written.weights:,} weights in {written.bytes:,} bytes, "
+            f"{written.bits_per_weight:.2f} bits per weight.",
+            "",
+            *rows,
+            "",
+            "```sh",
+            f'qwen3 --model ./{job.output.name} "Why is the sky blue?"',
+            "```",
+            "",
+            "It loads in mlx-lm, LM Studio and other programs that read MLX checkpoints, too.",
+            "",
+        ]
+    )
