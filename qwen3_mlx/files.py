@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import mlx.core as mx
 
@@ -263,14 +263,20 @@ def as_memoryview(array: mx.array) -> memoryview:
 
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Any]:
+def atomic_write(
+    path: Path, *, suffix: str = ".unfinished", private: bool = False
+) -> Iterator[BinaryIO]:
     """Open a file for writing; it takes its name only when it is complete and on the disk.
 
-    After an error nothing is left of it.
+    Until then its name ends in `suffix`, which must differ where several write the same file. With
+    `private` only its owner may read it. After an error nothing is left of it.
     """
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(path.name + suffix)
+    mode = 0o600 if private else 0o666
     try:
-        with unfinished.open("wb") as stream:
+        with open(
+            unfinished, "wb", opener=lambda name, flags: os.open(name, flags, mode)
+        ) as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

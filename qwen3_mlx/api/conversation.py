@@ -1,7 +1,6 @@
 """The public class `Conversation`: a message history with replies, retries, edits and branches."""
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, Unpack
 from qwen3_mlx.api.options import Options, spread, with_keywords
 from qwen3_mlx.api.stream import Reply, ReplyBuilder, Stream, collect
 from qwen3_mlx.errors import ContextError, Qwen3Error
+from qwen3_mlx.files import atomic_write
 from qwen3_mlx.text.events import ToolCall
 from qwen3_mlx.text.messages import normalise
 from qwen3_mlx.text.tool_calls import run_tool, tool_functions
@@ -203,18 +203,10 @@ class Conversation:
         Raises:
             OSError: the file cannot be written.
         """
-        file = Path(file)
         content = {"format": "qwen3-mlx conversation", "version": _VERSION}
-        beside = file.with_name(f".{file.name}.part")
-        try:
-            with os.fdopen(
-                os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w"
-            ) as out:
-                json.dump(content | {"messages": self.messages}, out, ensure_ascii=False, indent=1)
-            beside.replace(file)
-        except BaseException:
-            beside.unlink(missing_ok=True)
-            raise
+        content |= {"messages": self.messages}
+        with atomic_write(Path(file), private=True) as out:
+            out.write(json.dumps(content, ensure_ascii=False, indent=1).encode())
 
     def _from(self, place: int, words: str | None, options: Options) -> Stream:
         """Reply with the history cut at `place`; restore the history if that raises."""

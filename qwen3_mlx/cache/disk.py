@@ -10,21 +10,21 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import zlib
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
+from uuid import uuid4
 
 import mlx.core as mx
 
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import ShardWriter, TensorSpec, read_header_and_metadata
+from qwen3_mlx.files import ShardWriter, TensorSpec, atomic_write, read_header_and_metadata
 
 _log = logging.getLogger(__name__)
 _VERSION = "2"
@@ -63,16 +63,16 @@ class DiskPrefixes:
                     file.unlink()
         self._entries = [entry for file in folder.glob(_PATTERN) if (entry := self._entry(file))]
 
-    def match_length(self, ids: Sequence[int], most: int) -> int:
-        """Return the number of leading ids, at most `most`, that `read` would restore."""
-        return self._longest(ids, most)[0]
+    def match_length(self, ids: Sequence[int], max_tokens: int) -> int:
+        """Return the number of leading ids, at most `max_tokens`, that `read` would restore."""
+        return self._longest(ids, max_tokens)[0]
 
-    def read(self, ids: Sequence[int], most: int, caches: Sequence[KVCache]) -> int:
-        """Restore the longest stored prefix of `ids`, at most `most` tokens, into empty `caches`.
+    def read(self, ids: Sequence[int], max_tokens: int, caches: Sequence[KVCache]) -> int:
+        """Restore the longest stored prefix of the first `max_tokens` ids into empty `caches`.
 
         `caches` has one cache a layer. Return the number of tokens; 0 if the file cannot be read.
         """
-        tokens, entry = self._longest(ids, most)
+        tokens, entry = self._longest(ids, max_tokens)
         if entry is None:
             return 0
         try:
@@ -97,12 +97,12 @@ class DiskPrefixes:
             cache.restore(kept)
         return tokens
 
-    def _longest(self, ids: Sequence[int], most: int) -> tuple[int, _Entry | None]:
-        """Return the length of the longest stored prefix of the first `most` ids, and its entry.
+    def _longest(self, ids: Sequence[int], max_tokens: int) -> tuple[int, _Entry | None]:
+        """Return the longest stored prefix of `ids`, up to `max_tokens`: its length and its entry.
 
         The length is 0 if no entry has at least `_MIN_TOKENS` of them.
         """
-        wanted, best, longest = array("i", ids[:most]), None, _MIN_TOKENS - 1
+        wanted, best, longest = array("i", ids[:max_tokens]), None, _MIN_TOKENS - 1
         for entry in self._entries:
             if (found := common_prefix(entry.ids, wanted)) > longest:
                 best, longest = entry, found
@@ -134,27 +134,10 @@ class DiskPrefixes:
         numbers = array("i", ids)
         digest = hashlib.sha256(json.dumps(self._header).encode() + numbers.tobytes()).hexdigest()
         file = self._folder / f"prefix-{digest[:32]}.safetensors"
-        # Several processes, or several models of one process, may be writing the same prompt.
-        handle, path = tempfile.mkstemp(".new", f"{file.name}.{os.getpid()}.", self._folder)
-        new = Path(path)  # mkstemp lets the owner alone read it: it holds a prompt
         try:
-            with os.fdopen(handle, "wb") as out:
-                planned = [
-                    TensorSpec(n, part.dtype, tuple(part.shape)) for n, part in tensors.items()
-                ]
-                planned.append(TensorSpec(_CHECKSUM, mx.uint32, (1,)))
-                checked = _ChecksumFile(out)
-                writer = ShardWriter(checked, planned, self._header)
-                for name, part in tensors.items():  # one at a time, to bound the memory
-                    if interrupted():
-                        return False
-                    writer.append(name, part)
-                writer.append(_CHECKSUM, mx.array([checked.checksum], dtype=mx.uint32))
-                out.flush()
-                os.fsync(out.fileno())
-            new.replace(file)
-        finally:
-            new.unlink(missing_ok=True)
+            self._write(file, tensors, interrupted)
+        except _Interrupted:
+            return False
         shorter = [one for one in self._entries if common_prefix(one.ids, numbers) == len(one.ids)]
         for entry in shorter:
             self._entries.remove(entry)
@@ -163,6 +146,22 @@ class DiskPrefixes:
         self._entries.append(_Entry(file, numbers))
         self._make_room()
         return True
+
+    def _write(
+        self, file: Path, tensors: Mapping[str, mx.array], interrupted: Callable[[], bool]
+    ) -> None:
+        specs = [TensorSpec(name, part.dtype, tuple(part.shape)) for name, part in tensors.items()]
+        specs.append(TensorSpec(_CHECKSUM, mx.uint32, (1,)))
+        # Several processes, or several models of one process, may be writing the same prompt.
+        suffix = f".{os.getpid()}.{uuid4().hex}.new"
+        with atomic_write(file, suffix=suffix, private=True) as out:
+            checked = _ChecksumFile(out)
+            writer = ShardWriter(checked, specs, self._header)
+            for name, part in tensors.items():  # one at a time, to bound the memory
+                if interrupted():
+                    raise _Interrupted
+                writer.append(name, part)
+            writer.append(_CHECKSUM, mx.array([checked.checksum], dtype=mx.uint32))
 
     def _entry(self, file: Path) -> _Entry | None:
         """Read the header and the ids of a file; None if another model wrote it, or it is damaged.
@@ -197,6 +196,10 @@ class DiskPrefixes:
             file.unlink(missing_ok=True)
             held -= size
             self._entries = [entry for entry in self._entries if entry.file != file]
+
+
+class _Interrupted(Exception):
+    """Ends a write before its end, so that nothing is left of the file."""
 
 
 class _ChecksumFile:

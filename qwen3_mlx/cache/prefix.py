@@ -62,8 +62,8 @@ class PrefixStore:
         self.evict(self.held - self.limit)
         del self._kept[:-_MAX_PREFIXES]
 
-    def acquire(self, ids: Sequence[int], most: int) -> Prefix | None:
-        """Return the longest kept prefix of the first `most` ids, or None.
+    def acquire(self, ids: Sequence[int], max_tokens: int) -> Prefix | None:
+        """Return the longest kept prefix of the first `max_tokens` ids, or None.
 
         A request that continues from the whole prompt of another gets the other's caches, truncated
         to the common tokens. A request that shares less, a system turn for example, gets a copy;
@@ -71,7 +71,7 @@ class PrefixStore:
         """
         best, length = None, _MIN_TOKENS - 1
         for prefix in self._kept:
-            if (found := min(most, common_prefix(prefix.ids, ids))) > length:
+            if (found := min(max_tokens, common_prefix(prefix.ids, ids))) > length:
                 best, length = prefix, found
         if best is None:
             return None
@@ -89,10 +89,10 @@ class PrefixStore:
             layer.truncate(length)
         return Prefix(best.ids[:length], best.layers, min(best.prompt, length), best.room)
 
-    def match_length(self, ids: Sequence[int], most: int) -> int:
-        """Return the number of leading ids, at most `most`, that `acquire` would return."""
+    def match_length(self, ids: Sequence[int], max_tokens: int) -> int:
+        """Return the number of leading ids, at most `max_tokens`, that `acquire` would return."""
         longest = max((common_prefix(kept.ids, ids) for kept in self._kept), default=0)
-        return min(most, longest) if longest >= _MIN_TOKENS else 0
+        return min(max_tokens, longest) if longest >= _MIN_TOKENS else 0
 
     def unsaved(self) -> Prefix | None:
         """Return a prefix that is not on disk yet, or None."""
