@@ -9,7 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.stored import MODELOPT, quantization_of, refuse_modelopt
+from qwen3_mlx.checkpoint.stored import (
+    MODELOPT,
+    formats_stored,
+    quantization_of,
+    refuse_modelopt,
+)
 from qwen3_mlx.checkpoint.weights import (
     INDEX,
     WHOLE,
@@ -65,6 +70,17 @@ def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path
     if fault := index_fault(folder):
         _log.warning("%s: %s; %s is read", place.name, fault, WHOLE)
     return folder
+
+
+def checkpoint_folder(place: Source) -> Path:
+    """Return the folder of a checkpoint that can be loaded; downloads what is not on disk.
+
+    Raises:
+        CheckpointError: it is not a supported Qwen3, or must be converted first.
+    """
+    folder, config = read_config(place)
+    formats_stored(config, folder)  # refuse unsupported weights before downloading them
+    return fetch_weights(place, folder)
 
 
 def indexed_tensor_names(place: Source, folder: Path) -> Collection[str] | None:

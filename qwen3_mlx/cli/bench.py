@@ -15,7 +15,7 @@ from qwen3_mlx import backend, interrupt
 from qwen3_mlx.bench.compare import DEFAULTS, EQUAL, TargetResult, compare
 from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Measurement, cases_of
 from qwen3_mlx.cache.quantized import cache_format
-from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import untie_if_needed
@@ -134,10 +134,7 @@ def _folder(model: str | None) -> Path:
     if model is None:
         return Path(str(files("qwen3_mlx") / "demo"))
     with Bar("downloading", in_bytes=True) as bar:
-        source = Source(hub_name(model), progress=bar)
-        folder, content = read_config(source)
-        formats_stored(content, folder)  # refuse unsupported weights before downloading them
-        return fetch_weights(source, folder)
+        return checkpoint_folder(Source(hub_name(model), progress=bar))
 
 
 def _numbers(option: str, text: str) -> list[int]:

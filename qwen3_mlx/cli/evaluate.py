@@ -14,7 +14,7 @@ from rich.table import Table
 
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.checkpoint.calibration_text import default_text
-from qwen3_mlx.checkpoint.description import fetch_weights
+from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.cli.console import Bar, note
@@ -187,7 +187,10 @@ def compare(
     ):
         ids = _ids(first, words, tokens)
         found = divergence(first, second, ids, window=window, overlap=overlap, progress=bar)
-    folders = _folder(reference, revision), _folder(candidate)
+    folders = [  # on disk, because they were loaded
+        checkpoint_folder(Source(hub_name(model), its_revision))
+        for model, its_revision in ((reference, revision), (candidate, None))
+    ]
     return found, _modules(*folders, needed=modules_needed)
 
 
@@ -262,12 +265,6 @@ def _modules(reference: Path, candidate: Path, *, needed: bool) -> list[ModuleRo
                 raise
             note(f"No table of modules: {error}.")
             return []
-
-
-def _folder(model: str | Path, revision: str | None = None) -> Path:
-    """Return the folder of a checkpoint, which is on disk because it was loaded."""
-    source = Source(hub_name(model), revision)
-    return fetch_weights(source, source.fetch(DESCRIPTION_FILES))
 
 
 def _perplexity_facts(found: Perplexity) -> dict[str, float]:
