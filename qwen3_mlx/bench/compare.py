@@ -8,10 +8,11 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from statistics import median
 from threading import Timer
+from typing import Any
 
 from qwen3_mlx.bench.measure import OURS, PEER, Case, Measurement, NumericSettings, Setup
 from qwen3_mlx.errors import Qwen3Error
@@ -36,6 +37,25 @@ class TargetResult:
     weights: int = 0
     figures: dict[Case, Measurement] = field(default_factory=dict)
     bandwidth: float = 0.0
+
+    def read(self, line: Mapping[str, Any]) -> bool:
+        """Add a line that the target's process wrote; return True if it is a measurement.
+
+        The process writes {"terms", "weights", "bandwidth"} once it has loaded, {"figures"} for
+        each measurement, or {"error"}; see `targets.py`.
+
+        Raises:
+            Qwen3Error: it is an error.
+        """
+        if "error" in line:
+            raise Qwen3Error(line["error"])
+        if "terms" in line:
+            self.terms = NumericSettings(**line["terms"])
+            self.weights, self.bandwidth = line["weights"], line["bandwidth"]
+            return False
+        case = Case(**line["figures"]["case"])
+        self.figures[case] = Measurement(**line["figures"] | {"case": case})
+        return True
 
 
 def compare(
@@ -89,11 +109,7 @@ def compare(
 
 
 def _run(setup: Setup, seconds: float, measured: Callable[[], None]) -> TargetResult:
-    """Run a target in its own process until it ends or its time is over; return its results.
-
-    The process writes lines of JSON: {"terms", "weights", "bandwidth"} once it has loaded,
-    {"figures"} for each measurement, or {"error"}; see `targets.py`.
-    """
+    """Run a target in its own process until it ends or its time is over; return its results."""
     is_default = setup.terms is None
     blas = {"QWEN3_BLAS": "off"} if setup.name == PEER and is_default else {}
     command = [sys.executable, "-m", "qwen3_mlx.bench.targets", json.dumps(asdict(setup))]
@@ -115,19 +131,7 @@ def _run(setup: Setup, seconds: float, measured: Callable[[], None]) -> TargetRe
             timer.start()
             assert process.stdout
             for line in process.stdout:
-                content = json.loads(line)
-                if "error" in content:
-                    raise Qwen3Error(content["error"])
-                if "terms" in content:
-                    result.terms, result.weights = (
-                        NumericSettings(**content["terms"]),
-                        content["weights"],
-                    )
-                    result.bandwidth = content["bandwidth"]
-                else:
-                    figures = content["figures"]
-                    case = Case(**figures["case"])
-                    result.figures[case] = Measurement(**figures | {"case": case})
+                if result.read(json.loads(line)):
                     measured()
             code, late = process.wait(), not timer.is_alive()
         finally:

@@ -265,35 +265,51 @@ def _write_shards(
             f"{free / 1e9:.2f} GB free"
         )
     progress(done, total)
+
+    def advance(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(done, total)
+
     for file in missing:
-        with atomic_write(partial / file) as stream:
-            tensors = shards[file]
-            writer = ShardWriter(stream, [plan for tensor in tensors for plan in tensor.planned])
-            nonfinite: Counter[str] = Counter()
-            for tensor, block in _compute_blocks(tensors, job, streams):
-                if nonfinite and tensor.name not in nonfinite and not job.allow_nonfinite:
-                    break  # the first tensor with NaN or infinity is counted to its end
-                nonfinite += Counter({tensor.name: block.count_nonfinite()})
-                for planned, rows in zip(tensor.planned, block.arrays, strict=True):
-                    writer.append(planned.name, rows)
-                    done += rows.nbytes
-                progress(done, total)
-            _refuse_nonfinite(nonfinite, job.dtype, allowed=job.allow_nonfinite)
+        _write_shard(job, partial / file, shards[file], streams, advance)
     mx.clear_cache()
 
 
+def _write_shard(
+    job: Job,
+    path: Path,
+    tensors: Sequence[_Tensor],
+    streams: Sequence[mx.Stream],
+    advance: Callable[[int], None],
+) -> None:
+    """Compute and write one shard; `advance` is called with the bytes of each block."""
+    nonfinite: Counter[str] = Counter()
+    with atomic_write(path) as stream:
+        writer = ShardWriter(stream, [spec for tensor in tensors for spec in tensor.planned])
+        for tensor, block in _compute_blocks(tensors, job, streams):
+            if nonfinite and tensor.name not in nonfinite and not job.allow_nonfinite:
+                break  # the first tensor with NaN or infinity is counted to its end
+            nonfinite += Counter({tensor.name: block.count_nonfinite()})
+            for spec, rows in zip(tensor.planned, block.arrays, strict=True):
+                writer.append(spec.name, rows)
+            advance(sum(rows.nbytes for rows in block.arrays))
+        _refuse_nonfinite(nonfinite, job.dtype, allowed=job.allow_nonfinite)
+
+
 def _refuse_nonfinite(counts: Mapping[str, int], dtype: mx.Dtype, *, allowed: bool) -> None:
-    if counts:
-        found = ", ".join(
-            f"{name} has NaN or infinity in {n:,} places as {_DTYPE_NAMES[dtype]}"
-            for name, n in counts.items()
+    if not counts:
+        return
+    found = ", ".join(
+        f"{name} has NaN or infinity in {n:,} places as {_DTYPE_NAMES[dtype]}"
+        for name, n in counts.items()
+    )
+    if not allowed:
+        raise CheckpointError(
+            f"{found}; look for a sound copy, or take them as they are with --allow-nonfinite "
+            "(allow_nonfinite=True)"
         )
-        if not allowed:
-            raise CheckpointError(
-                f"{found}; look for a sound copy, or take them as they are with --allow-nonfinite "
-                "(allow_nonfinite=True)"
-            )
-        _log.warning("%s", found)
+    _log.warning("%s", found)
 
 
 class _Block:

@@ -130,33 +130,40 @@ def _refuse_full_disk(name: str, files: Sequence[_File], needed: int) -> None:
 
 
 def _fetch(file: _File, count: Callable[[int], None], stopped: Flag) -> None:
-    """Load one file; retry until several tries in a row bring no bytes."""
+    """Load one file, and check it."""
     file.blob.parent.mkdir(parents=True, exist_ok=True)
     with file.partial.open("ab+") as target, _exclusive(target):
         if file.blob.exists():  # another process has completed it
             count(file.size)
             return
         target.truncate(file.received)
-        failures = 0
-        while (before := target.seek(0, 2)) < file.size and not stopped.is_set():
-            try:
-                _read(file, target, count, stopped)
-            except Exception as error:
-                failures = 0 if target.seek(0, 2) > before else failures + 1
-                if stopped.is_set() or not _is_retryable(error):
-                    raise
-                if failures == _MAX_FAILURES:
-                    raise CheckpointError(
-                        f"the hub stopped sending {file.name} after {before / 1e6:,.1f} of "
-                        f"{file.size / 1e6:,.1f} MB ({first_line(error)}); "
-                        "the same command goes on from there"
-                    ) from error
-                _log.info("%s: %s; trying again", file.name, error)
-                stopped.wait(_PAUSE if failures else 0)
+        _read_to_end(file, target, count, stopped)
         if stopped.is_set():
             return
         _check(file, target)
         file.partial.replace(file.blob)
+
+
+def _read_to_end(
+    file: _File, target: BufferedRandom, count: Callable[[int], None], stopped: Flag
+) -> None:
+    """Read the missing bytes; retry until several tries in a row bring none."""
+    failures = 0
+    while (before := target.seek(0, 2)) < file.size and not stopped.is_set():
+        try:
+            _read(file, target, count, stopped)
+        except Exception as error:
+            failures = 0 if target.seek(0, 2) > before else failures + 1
+            if stopped.is_set() or not _is_retryable(error):
+                raise
+            if failures == _MAX_FAILURES:
+                raise CheckpointError(
+                    f"the hub stopped sending {file.name} after {before / 1e6:,.1f} of "
+                    f"{file.size / 1e6:,.1f} MB ({first_line(error)}); "
+                    "the same command goes on from there"
+                ) from error
+            _log.info("%s: %s; trying again", file.name, error)
+            stopped.wait(_PAUSE if failures else 0)
 
 
 def _read(file: _File, target: BufferedRandom, count: Callable[[int], None], stopped: Flag) -> None:
