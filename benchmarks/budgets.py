@@ -39,8 +39,8 @@ def main() -> None:
 def right_share(llm: LLM, budget: int, digits: int, count: int) -> float:
     """Return the share of correct answers to `count` sums."""
     rng = random.Random(digits)
-    least, most = 10 ** (digits - 1), 10**digits - 1
-    pairs = [(rng.randint(least, most), rng.randint(least, most)) for _ in range(count)]
+    low, high = 10 ** (digits - 1), 10**digits - 1
+    pairs = [(rng.randint(low, high), rng.randint(low, high)) for _ in range(count)]
     replies = llm.batch(
         [f"What is {a} + {b}?" for a, b in pairs],
         thinking=True,

@@ -162,9 +162,9 @@ def row(attack: Attack) -> bool:
             after = settled(served, before, target) if served.alive else before
         judge(attack, served, target, before, seen)
         out = served.stop(attack.shutdown + _MARGIN, attack.signals or 1)
-        most = _MARGIN if attack.signals > 1 else attack.shutdown + _MARGIN
-        if out > most:
-            target.faults[f"SIGTERM does not end it in {most:.0f} s"] += 1
+        allowed = _MARGIN if attack.signals > 1 else attack.shutdown + _MARGIN
+        if out > allowed:
+            target.faults[f"SIGTERM does not end it in {allowed:.0f} s"] += 1
         check_log(served.log(), target)
     answers = " ".join(f"{end}:{n:,}" for end, n in sorted(target.outcomes.items()))
     peak = max(seen.get("peak", 0.0), after.resident)

@@ -167,12 +167,12 @@ def mean_of(exam: dict[str, float]) -> float:
     return 100 * sum(exam.values()) / len(exam)
 
 
-def most_different(one: dict[str, float], other: dict[str, float], most: int) -> list[str]:
-    """Return the rows that differ most, with both values in per cent."""
+def most_different(one: dict[str, float], other: dict[str, float], count: int) -> list[str]:
+    """Return the `count` rows that differ most, with both values in per cent."""
     ordered = sorted(one, key=lambda row: -abs(other[row] - one[row]))
     return [
         f"{row}: {100 * one[row]:.0f} -> {100 * other[row]:.0f} %"
-        for row in ordered[:most]
+        for row in ordered[:count]
         if other[row] != one[row]
     ]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from qwen3_mlx import backend, convert
 
 _DEMO = str(files("qwen3_mlx") / "demo")
-_MOST = 200  # tokens of a reply
+_MAX_TOKENS = 200  # tokens of a reply
 _TURNS = 6  # the first is a warm-up and does not count
 # Qwen's settings for thinking; its model cards forbid greedy decoding.
 _SAMPLING = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
@@ -47,7 +47,10 @@ def main() -> None:
     clients = int(sys.argv[1]) if sys.argv[1:] else 32
     facts = backend.describe()
     print(f"{facts['device']}, BLAS {facts['blas']}, {time.strftime('%Y-%m-%d')}")
-    print(f"{clients} clients at once, the demo model, Qwen's sampling, at most {_MOST} tokens\n")
+    print(
+        f"{clients} clients at once, the demo model, Qwen's sampling, "
+        f"at most {_MAX_TOKENS} tokens\n"
+    )
     print(
         f"{'':26}{'ready, s':>9}{'tokens/s':>10}{'first token, s':>24}"
         f"{'whole':>8}{'right':>7}\n{'':45}{'median    95 %    last':>24}"
@@ -132,7 +135,7 @@ async def ask(port: int, a: int, b: int) -> Answer:
     body = json.dumps(
         {
             "messages": [{"role": "user", "content": f"What is {a} + {b}?"}],
-            "max_tokens": _MOST,
+            "max_tokens": _MAX_TOKENS,
             **_SAMPLING,
             "chat_template_kwargs": {"enable_thinking": True},
             "stream": True,

@@ -90,8 +90,8 @@ def _moment(draw: random.Random) -> float | None:
 
 def make(draw: random.Random) -> tuple[str, dict[str, Any]]:
     """Return the path and body of a random request with a short reply."""
-    words, most, stream = draw.choice(_WORDS), draw.randint(8, 24), draw.random() < 0.6
-    body: dict[str, Any] = {"stream": stream, "max_tokens": most, "seed": draw.randrange(1000)}
+    words, count, stream = draw.choice(_WORDS), draw.randint(8, 24), draw.random() < 0.6
+    body: dict[str, Any] = {"stream": stream, "max_tokens": count, "seed": draw.randrange(1000)}
     if draw.random() < 0.1:
         fields = {"prompt": [words, "1 2 3"], "logprobs": 2, "n": draw.choice((1, 2))}
         return "/v1/completions", body | fields
@@ -100,7 +100,7 @@ def make(draw: random.Random) -> tuple[str, dict[str, Any]]:
         case 0:
             return "/v1/messages", body
         case 1:
-            options = {"num_predict": most}
+            options = {"num_predict": count}
             return "/api/chat", {"messages": body["messages"], "stream": stream, "options": options}
         case 2:
             fields = {"tools": [_TOOL], "tool_choice": draw.choice(("auto", "required"))}

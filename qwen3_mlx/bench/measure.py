@@ -111,8 +111,8 @@ class BenchTarget(Protocol):
     def configure(self, case: Case) -> bool:
         """Prepare the engine for a case; return False if it does not support the case."""
 
-    def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
-        """Decode `most` tokens after each prompt, greedily; yield the tokens of each step.
+    def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
+        """Decode `max_tokens` tokens after each prompt, greedily; yield the tokens of each step.
 
         A single prompt that begins with the previous prompt and reply reuses their KV cache.
         """
@@ -133,20 +133,20 @@ def cases_of(prompts: Sequence[int], together: Sequence[int]) -> list[Case]:
     return sorted([*alone, *several, *others], key=lambda case: case.sequences * case.prompt)
 
 
-def measure(side: BenchTarget, cases: Sequence[Case], count: int) -> Iterator[Measurement]:
+def measure(target: BenchTarget, cases: Sequence[Case], count: int) -> Iterator[Measurement]:
     """Yield the measurement of each case, over `count` steps that advance every sequence."""
-    list(side.generate([_ids(2, 0, side.vocabulary)], 2))  # warm-up: threads, kernels, buffers
+    list(target.generate([_ids(2, 0, target.vocabulary)], 2))  # warm-up: threads, kernels, buffers
     history: list[int] = []  # the prompt and reply of the last case
     for case in cases:
-        if not side.configure(case):
+        if not target.configure(case):
             continue
         if case.kept:
-            prompts = [history + _ids(NEW, len(history), side.vocabulary)]
+            prompts = [history + _ids(NEW, len(history), target.vocabulary)]
         else:
-            side.forget()
+            target.forget()
             period = min(case.prompt, _PERIOD) if case.copying else case.prompt
             prompts = [
-                (_ids(period, n, side.vocabulary) * case.prompt)[: case.prompt]
+                (_ids(period, n, target.vocabulary) * case.prompt)[: case.prompt]
                 for n in range(case.sequences)
             ]
         mx.reset_peak_memory()
@@ -156,8 +156,8 @@ def measure(side: BenchTarget, cases: Sequence[Case], count: int) -> Iterator[Me
         started = time.perf_counter()
         times, counts = list[float](), list[int]()
         history = list(prompts[0])
-        most = (count + 1) * (_MAX_TOKENS_PER_PASS if case.copying else 1)
-        answer = side.generate(prompts, most + ahead)
+        max_tokens = (count + 1) * (_MAX_TOKENS_PER_PASS if case.copying else 1)
+        answer = target.generate(prompts, max_tokens + ahead)
         for tokens in answer:
             history += tokens if case.sequences == 1 else tokens[:1]
             if len(tokens) >= case.sequences:  # a step that advanced every sequence

@@ -57,14 +57,14 @@ class Ours:
             speculator=speculator,
         )
 
-    def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+    def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
         """Decode tokens after each prompt; see `BenchTarget.generate`."""
         sinks, results = [_TokenSink() for _ in prompts], list[RequestResult | BaseException]()
         requests = [
             Request(
                 ids=ids,
                 sampling=_GREEDY,
-                max_tokens=max(1, min(most, self._engine.context - len(ids))),
+                max_tokens=max(1, min(max_tokens, self._engine.context - len(ids))),
                 seed=0,
                 end_ids=frozenset(),
                 sink=sink,
@@ -141,19 +141,20 @@ class MlxLm:
         self._kept: list[int] = []
         self._cache = self._make_cache(self.model)
 
-    def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+    def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
         """Decode tokens after each prompt; see `BenchTarget.generate`."""
         try:
-            yield from (
-                self._alone(prompts[0], most) if len(prompts) == 1 else self._batch(prompts, most)
-            )
+            if len(prompts) == 1:
+                yield from self._alone(prompts[0], max_tokens)
+            else:
+                yield from self._batch(prompts, max_tokens)
         finally:  # mlx-lm computes one step ahead; the process must not end during it
             backend.wait_for_work(self._stream)
 
-    def _batch(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
+    def _batch(self, prompts: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
         batch = self._batches(self.model, stop_tokens=[])
         try:
-            batch.insert(prompts, [most] * len(prompts))
+            batch.insert(prompts, [max_tokens] * len(prompts))
             while answers := batch.next_generated():
                 yield [answer.token for answer in answers]
         finally:
@@ -163,11 +164,13 @@ class MlxLm:
         """Return whether the case is supported; see `BenchTarget.configure`."""
         return not case.special
 
-    def _alone(self, ids: list[int], most: int) -> Iterator[list[int]]:
+    def _alone(self, ids: list[int], max_tokens: int) -> Iterator[list[int]]:
         if ids[: len(self._kept)] != self._kept:
             self.forget()
         new, history = ids[len(self._kept) :], list(ids)
-        steps = self._steps(mx.array(new), self.model, max_tokens=most, prompt_cache=self._cache)
+        steps = self._steps(
+            mx.array(new), self.model, max_tokens=max_tokens, prompt_cache=self._cache
+        )
         try:
             for token, _ in steps:
                 history.append(token)
@@ -194,11 +197,11 @@ def main() -> None:
         _write_line({"error": str(error)})
 
 
-def _measure(side: BenchTarget, model: nn.Module, setup: Setup) -> None:
+def _measure(target: BenchTarget, model: nn.Module, setup: Setup) -> None:
     held = {"terms": asdict(_terms_of(model)), "weights": mx.get_active_memory()}
     _write_line(held | {"bandwidth": backend.memory_bandwidth() if setup.name == OURS else 0.0})
     mx.clear_cache()
-    for figures in measure(side, setup.cases, setup.count):
+    for figures in measure(target, setup.cases, setup.count):
         _write_line({"figures": asdict(figures)})
 
 

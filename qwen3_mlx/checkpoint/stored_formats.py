@@ -40,11 +40,11 @@ class Matrix:
     shape: tuple[int, ...]
     parts: tuple[StoredRows, ...]
 
-    def blocks(self, most: int) -> Iterator[mx.array]:
-        """Yield all rows in order, in blocks of about `most` numbers at most."""
+    def blocks(self, size: int) -> Iterator[mx.array]:
+        """Yield all rows in order, in blocks of about `size` numbers."""
         for part in self.parts:
             # A multiple of 128 rows, so that no block of FP8 or AWQ is cut.
-            step = max(most // part.width // 128, 1) * 128
+            step = max(size // part.width // 128, 1) * 128
             for start in range(0, part.rows, step):
                 yield part.read(start, min(start + step, part.rows))
 

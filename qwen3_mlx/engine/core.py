@@ -96,7 +96,7 @@ class EngineCore:
 
         def min_bytes(free: int) -> int:
             budget = Budget(model.config, work, free)
-            return budget.least(min(budget.context, context or budget.context))
+            return budget.min_bytes(min(budget.context, context or budget.context))
 
         if available is None:
             self.share = claim(lambda: backend.available_memory() - RESERVE, min_bytes)

@@ -117,35 +117,32 @@ class Budget:
     work: Workload
     available: int  # bytes, without weights and reserve
 
-    @classmethod
-    def of(cls, config: ModelConfig, work: Workload, available: int) -> "Budget":
-        """Create the budget of `available` bytes: what the machine can give beside the weights."""
-        return cls(config, work, max(0, available - RESERVE))
-
     @property
     def context(self) -> int:
         """The longest context, prompt and reply together, that is sure to fit, in tokens."""
-        least = replace(self.work, chunk=MIN_CHUNK)
         window = self.config.context_window
-        return largest_context(self.config, 0, least, self.available + RESERVE, window)
+        work = self._in_min_chunks(window)
+        return largest_context(self.config, 0, work, self.available + RESERVE, window)
 
     @property
     def tokens(self) -> int:
         """The tokens that all caches together may have room for."""
-        least = replace(self.work, chunk=MIN_CHUNK, context=self.context)
-        return max(0, self.available - activation_bytes(self.config, least)) // self.bytes_of(1)
+        work = self._in_min_chunks(self.context)
+        return max(0, self.available - activation_bytes(self.config, work)) // self.bytes_of(1)
 
     def __str__(self) -> str:
-        whole = replace(self.work, chunk=MIN_CHUNK, context=self.context)
-        cache, activations = cache_bytes(self.config, whole), activation_bytes(self.config, whole)
+        work = self._in_min_chunks(self.context)
+        cache, activations = cache_bytes(self.config, work), activation_bytes(self.config, work)
         return f"cache {in_gb(cache)} + activations {in_gb(activations)}"
 
-    def least(self, context: int) -> int:
+    def min_bytes(self, context: int) -> int:
         """Return the bytes of one request of `context` tokens, read in the smallest chunks."""
-        work = replace(self.work, chunk=MIN_CHUNK, context=context)
-        return min(
-            self.available, cache_bytes(self.config, work) + activation_bytes(self.config, work)
-        )
+        work = self._in_min_chunks(context)
+        needed = cache_bytes(self.config, work) + activation_bytes(self.config, work)
+        return min(self.available, needed)
+
+    def _in_min_chunks(self, context: int) -> Workload:
+        return replace(self.work, chunk=MIN_CHUNK, context=context)
 
     def bytes_of(self, tokens: int) -> int:
         """Return the bytes of caches with room for so many tokens."""

@@ -39,9 +39,9 @@ def token_ids(llm: "LLM", text: str | Sequence[int]) -> list[int]:
     ids = llm.tokenizer.encode(text) if isinstance(text, str) else list(text)
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; two are the least to measure anything")
-    most = vocabulary_of(llm)
-    if outside := next((token for token in ids if not 0 <= token < most), None):
-        raise ValueError(f"ids must be numbers from 0 to {most - 1:,}, not {outside:,}")
+    count = vocabulary_of(llm)
+    if outside := next((token for token in ids if not 0 <= token < count), None):
+        raise ValueError(f"ids must be numbers from 0 to {count - 1:,}, not {outside:,}")
     return ids
 
 

@@ -128,7 +128,7 @@ class ModelConfig:
             vocab_size=read.count("vocab_size"),
             hidden_size=hidden,
             intermediate_size=read.count("intermediate_size"),
-            num_hidden_layers=read.count("num_hidden_layers", most=_MAX_LAYERS),
+            num_hidden_layers=read.count("num_hidden_layers", maximum=_MAX_LAYERS),
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             head_dim=head_dim,
@@ -157,9 +157,9 @@ class _Reader:
             raise CheckpointError(f"{self.where}: {' or '.join(names)} is missing")
         return default
 
-    def count(self, *names: str, most: int = _MAX_SIZE, default: int | None = None) -> int:
+    def count(self, *names: str, maximum: int = _MAX_SIZE, default: int | None = None) -> int:
         value = self.get(*names, default=default)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= maximum:
             raise CheckpointError(
                 f"{self.where}: {names[0]} is {_shown(value)}, not a positive integer within reason"
             )

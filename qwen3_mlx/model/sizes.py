@@ -130,9 +130,9 @@ def with_yarn(content: Mapping[str, Any], context: int) -> dict[str, Any]:
     if context <= window:
         return dict(content)
     if not lengths or context > lengths[-1]:
-        most = f", and with YaRN {lengths[-1]:,}" if lengths else ""
+        with_yarn = f", and with YaRN {lengths[-1]:,}" if lengths else ""
         raise Qwen3Error(
-            f"context={context:,} is beyond this model: its window is {window:,}{most}"
+            f"context={context:,} is beyond this model: its window is {window:,}{with_yarn}"
         )
     yarn = {
         "rope_type": "yarn",

@@ -45,9 +45,9 @@ class Scripted:
     def configure(self, case: Case) -> bool:
         return case.kv_bits is None
 
-    def generate(self, prompts: Sequence[list[int]], most: int) -> Iterator[list[int]]:
-        self.calls.append((list(map(list, prompts)), most))
-        for step in range(most + len(prompts) - 1):
+    def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
+        self.calls.append((list(map(list, prompts)), max_tokens))
+        for step in range(max_tokens + len(prompts) - 1):
             self.now += 0.002
             yield [7] * min(step + 1, len(prompts))
 
