@@ -8,10 +8,10 @@ by more than 5 %.
 """
 
 import json
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from qwen3_mlx import backend  # first: the BLAS
@@ -21,6 +21,7 @@ from qwen3_mlx import backend  # first: the BLAS
 import mlx.core as mx
 
 from benchmarks.checkpoint import random_checkpoint
+from benchmarks.processes import json_of
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import Weights
@@ -47,15 +48,19 @@ def main() -> None:
         size, _, only = word.partition(":")
         for bits in [int(only)] if only else (4, 8):
             with tempfile.TemporaryDirectory() as scratch:
-                _in_own_process("make", scratch, size, str(bits))
-                figures = json.loads(_in_own_process("measure", scratch))
-            for name, (planned, held) in figures.items():
-                off = held / planned - 1
-                label = f"{size} {bits} {name}"
-                if abs(off) > _ALLOWED[name]:
-                    wrong.append(label)
-                print(f"{label:16}{planned:>16,}{held:>16,}{off:>+9.3%}", flush=True)
+                json_of("benchmarks.plan", "make", scratch, size, bits)
+                figures = json_of("benchmarks.plan", "measure", scratch)
+            wrong += [f"{size} {bits} {name}" for name in _show(f"{size} {bits}", figures)]
     sys.exit(f"too far off: {', '.join(wrong)}" if wrong else 0)
+
+
+def _show(label: str, figures: dict[str, tuple[int, int]]) -> Iterator[str]:
+    """Print planned and measured bytes by phase; yield the phases that are too far off."""
+    for name, (planned, held) in figures.items():
+        off = held / planned - 1
+        print(f"{f'{label} {name}':16}{planned:>16,}{held:>16,}{off:>+9.3%}", flush=True)
+        if abs(off) > _ALLOWED[name]:
+            yield name
 
 
 def measure(folder: Path) -> dict[str, tuple[int, int]]:
@@ -90,18 +95,10 @@ def measure(folder: Path) -> dict[str, tuple[int, int]]:
     return figures | {"decode": (plan.total - plan.reserve, mx.get_peak_memory())}
 
 
-def _in_own_process(*arguments: str) -> str:
-    command = [sys.executable, "-m", "benchmarks.plan", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stderr}")
-    return done.stdout
-
-
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["make", folder, size, bits]:
-            random_checkpoint(Path(folder), size, int(bits))
+            print(json.dumps(str(random_checkpoint(Path(folder), size, int(bits)))))
         case ["measure", folder]:
             print(json.dumps(measure(Path(folder))))
         case _:

@@ -246,16 +246,21 @@ def _read(port: int, pid: int, seen: dict[str, float], done: threading.Event) ->
         with suppress(OSError, http.client.HTTPException):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_STUCK)
             connection.request("POST", "/v1/completions", body, kind)
-            answer = connection.getresponse()
-            answer.readline()
-            wait = Wait(pid)
-            while not done.is_set() and (line := answer.readline()):
-                if line.startswith(b"data: [DONE]"):
-                    break
-                seen["gap"] = max(seen["gap"], wait.seconds()[0])
-                wait = Wait(pid)
+            for gap in _gaps(connection.getresponse(), pid, done):
+                seen["gap"] = max(seen["gap"], gap)
             connection.close()
         done.wait(_EVERY)
+
+
+def _gaps(answer: http.client.HTTPResponse, pid: int, done: threading.Event) -> Iterator[float]:
+    """Yield the server's own part of the seconds between the lines of a stream."""
+    answer.readline()
+    wait = Wait(pid)
+    while not done.is_set() and (line := answer.readline()):
+        if line.startswith(b"data: [DONE]"):
+            return
+        yield wait.seconds()[0]
+        wait = Wait(pid)
 
 
 if __name__ == "__main__":
