@@ -16,9 +16,10 @@ from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.checkpoint.auto_recipe import choose_measured_formats
 from qwen3_mlx.checkpoint.calibration_text import default_text
-from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, check_output, quantizable_shapes, run
+from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, check_output, run
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
+from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.model_card import model_card
 from qwen3_mlx.checkpoint.recipes import RECIPES, choose_formats
 from qwen3_mlx.checkpoint.weights import INDEX, untie_if_needed

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwen3_mlx.arguments import Progress
-from qwen3_mlx.checkpoint.convert import quantizable_shapes
+from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.recipes import Formats, assign, choose_formats, group_of
 from qwen3_mlx.checkpoint.sensitivity import Moments, measure
 from qwen3_mlx.checkpoint.stored_formats import read_matrices

@@ -22,7 +22,6 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint import gptq
-from qwen3_mlx.checkpoint.load import quantizable
 from qwen3_mlx.checkpoint.recipes import Formats
 from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, mismatches, refuse_missing_layers, weight_names
@@ -468,9 +467,3 @@ def _publish(partial: Path, output: Path) -> None:
         raise
     (output / _STATE).unlink()
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def quantizable_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Return the weight shapes of the modules that can be quantized, by module path."""
-    model = Qwen3(ModelConfig.from_dict(config))
-    return {path: tuple(module["weight"].shape) for path, module in quantizable(model)}

@@ -99,6 +99,12 @@ def quantizable(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(path, module) for path, module in _leaves(model) if hasattr(module, "to_quantized")]
 
 
+def quantizable_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Return the weight shapes of the modules that can be quantized, by module path."""
+    model = Qwen3(ModelConfig.from_dict(config))
+    return {path: tuple(module["weight"].shape) for path, module in quantizable(model)}
+
+
 def _quantize_layout(model: Qwen3, stored: StoredFormats, weights: Weights) -> None:
     """Replace the modules whose weights are quantized on disk; nothing is computed yet."""
 
@@ -161,16 +167,13 @@ def _fill(
     """Return the module at `path` with its weights loaded, and converted as `options` state."""
     for name in module.parameters():
         module[name] = weights.take(f"{path}.{name}")
-    if hasattr(module, "bits"):
-        if dequantize:
-            return _dequantized(module, options.dtype)
-    elif options.quantize and hasattr(module, "to_quantized"):
+    if options.quantize and hasattr(module, "to_quantized"):
         fmt = options.quantize.for_module(path)
         if fmt.fits(module["weight"].shape):
             module = module.to_quantized(**fmt.as_config())
-            if dequantize:
-                mx.eval(module.parameters())
-                return _dequantized(module, options.dtype)
+            mx.eval(module.parameters())  # frees the source before anything else is computed
+    if dequantize and hasattr(module, "bits"):
+        return _dequantized(module, options.dtype)
     for name, array in module.parameters().items():
         if mx.issubdtype(array.dtype, mx.floating):
             module[name] = array.astype(options.dtype)
@@ -196,7 +199,8 @@ _PLAIN: dict[type, Callable[[], nn.Module]] = {
 }
 
 
-def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
+def parent_of(model: nn.Module, path: str) -> tuple[Any, str]:
+    """Return the module or list that holds the module at `path`, and its name there."""
     *parents, name = path.split(".")
     place: Any = model
     for parent in parents:
@@ -206,11 +210,11 @@ def _parent(model: nn.Module, path: str) -> tuple[Any, str]:
 
 def _take(model: nn.Module, path: str) -> nn.Module:
     """Remove a module from the tree, so that nothing else keeps its source weights alive."""
-    place, name = _parent(model, path)
+    place, name = parent_of(model, path)
     module: nn.Module = place.pop(name)
     return module
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    place, name = _parent(model, path)
+    place, name = parent_of(model, path)
     place[name] = module

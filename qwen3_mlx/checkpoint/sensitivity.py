@@ -21,7 +21,7 @@ import mlx.nn as nn
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.cache.attention import NoCache
 from qwen3_mlx.checkpoint.gptq import moments
-from qwen3_mlx.checkpoint.load import quantizable
+from qwen3_mlx.checkpoint.load import parent_of, quantizable
 from qwen3_mlx.checkpoint.recipes import group_of
 from qwen3_mlx.checkpoint.stored_formats import Matrix
 from qwen3_mlx.model.config import ModelConfig
@@ -323,9 +323,6 @@ def _install_taps(block: Block) -> dict[str, _Tap]:
     taps = {}
     for path, module in quantizable(block):
         if not path.endswith("mlp.gate"):
-            *parents, name = path.split(".")
-            owner: Any = block
-            for parent in parents:
-                owner = owner[parent]
+            owner, name = parent_of(block, path)
             owner[name] = taps[path] = _Tap(module)
     return taps

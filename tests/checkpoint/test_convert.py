@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten
 from qwen3_mlx import CheckpointError, Qwen3Error, load
 from qwen3_mlx import convert as convert_folder
 from qwen3_mlx.checkpoint import convert
-from qwen3_mlx.checkpoint.convert import Job, Written, quantizable_shapes, run
+from qwen3_mlx.checkpoint.convert import Job, Written, run
+from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.recipes import choose_formats
 from qwen3_mlx.files import ShardWriter, read_header, read_json
 from qwen3_mlx.model.quantization import Format

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwen3_mlx.checkpoint.convert import quantizable_shapes
+from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.recipes import Formats, assign, choose_formats, group_of
 from qwen3_mlx.model.quantization import Format
 from tests.support import MOE, TINY

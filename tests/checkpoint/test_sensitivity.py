@@ -9,8 +9,8 @@ import mlx.core as mx
 import pytest
 
 from qwen3_mlx.checkpoint import sensitivity
-from qwen3_mlx.checkpoint.convert import quantizable_shapes
 from qwen3_mlx.checkpoint.gptq import block_size
+from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.recipes import group_of
 from qwen3_mlx.checkpoint.sensitivity import SensitivityScores, measure
 from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
