@@ -125,6 +125,11 @@ def compute_dtype(name: str | None = None) -> mx.Dtype:
     return _DTYPES[name]
 
 
+def dtype_name(dtype: mx.Dtype) -> str:
+    """Return the name of a dtype as config.json has it, such as bfloat16."""
+    return str(dtype).removeprefix("mlx.core.")
+
+
 @cache
 def prefers_columns() -> bool:
     """Return whether a matrix times a column is faster than a row times the transposed matrix.
@@ -375,7 +380,7 @@ def describe() -> dict[str, str]:
         "architecture": architecture(),
         "blas": "Metal" if on_metal() else "CUDA" if on_gpu() else BLAS,
         "memory": f"{total_memory() / _GIB:.1f} GiB",
-        "dtype": str(compute_dtype()).removeprefix("mlx.core."),
+        "dtype": dtype_name(compute_dtype()),
     }
     if on_metal():
         facts["working set"] = f"{working_set() / _GIB:.1f} GiB recommended by Metal"

@@ -209,7 +209,7 @@ def _terms_of(model: nn.Module) -> NumericSettings:
     named: list[tuple[str, mx.array]] = tree_flatten(model.parameters())  # type: ignore[assignment]
     parameters = dict(named)
     return NumericSettings(
-        dtype=str(parameters["model.norm.weight"].dtype).removeprefix("mlx.core."),
+        dtype=backend.dtype_name(parameters["model.norm.weight"].dtype),
         quantized=any(name.endswith(".scales") for name in parameters),
         blas=backend.BLAS.split(" (")[0],
     )

@@ -12,7 +12,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint import gptq
+from qwen3_mlx.checkpoint.output_config import output_config
 from qwen3_mlx.checkpoint.recipes import Formats
 from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, mismatches, refuse_missing_layers, weight_names
@@ -41,7 +42,6 @@ COPIED_FILES = (
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "LICENSE"),
 )
 _STATE = "conversion.json"
-_DTYPE_NAMES = {mx.bfloat16: "bfloat16", mx.float16: "float16", mx.float32: "float32"}
 # The bits of the exponent. A number in which all are set is an infinity or NaN.
 _EXPONENT = {mx.bfloat16: 0x7F80, mx.float16: 0x7C00, mx.float32: 0x7F800000}
 _INTEGERS = {2: (mx.uint16, mx.int16), 4: (mx.uint32, mx.int32)}
@@ -224,7 +224,7 @@ def _prepare_partial(job: Job, partial: Path, names: Sequence[str]) -> None:
         "config": dict(job.config),
         "tensors": list(names),
         "formats": {path: fmt.as_config() for path, fmt in job.formats.items() if fmt},
-        "dtype": _DTYPE_NAMES[job.dtype],
+        "dtype": backend.dtype_name(job.dtype),
         "calibration": job.calibration,
     }
     text = json.dumps(identity, sort_keys=True)
@@ -300,7 +300,7 @@ def _refuse_nonfinite(counts: Mapping[str, int], dtype: mx.Dtype, *, allowed: bo
     if not counts:
         return
     found = ", ".join(
-        f"{name} has NaN or infinity in {n:,} places as {_DTYPE_NAMES[dtype]}"
+        f"{name} has NaN or infinity in {n:,} places as {backend.dtype_name(dtype)}"
         for name, n in counts.items()
     )
     if not allowed:
@@ -401,56 +401,8 @@ def _write_other_files(
             shutil.copyfile(job.source / name, partial / name)
     if job.card:
         (partial / "README.md").write_text(job.card(job, written), "utf-8")
-    config = output_config(job)
+    config = output_config(job.config, job.formats, job.dtype)
     (partial / "config.json").write_text(json.dumps(config, indent=4) + "\n", "utf-8")
-
-
-def output_config(job: Job) -> dict[str, Any]:
-    """Return the output's config.json: the source's, with the quantization as MLX programs read it.
-
-    Keys in the spelling of newer libraries are added in the older spelling as well, for programs
-    that know only that. Defaults that were left out are written, for programs that have none or
-    others.
-    """
-    network = ModelConfig.from_dict(job.config)
-    config = {
-        key: value
-        for key, value in job.config.items()
-        if key not in ("quantization", "quantization_config", "dtype")
-    }
-    values = {**asdict(network), **(asdict(network.experts) if network.experts else {})}
-    for key in values.keys() - {"yarn", "experts"}:
-        if config.get(key) is None:
-            config[key] = values[key]
-    config["rope_theta"] = network.rope_theta
-    config["rope_scaling"] = _rope_scaling(config, network)
-    config["torch_dtype"] = _DTYPE_NAMES[job.dtype]
-    if section := _quantization(job.formats):
-        config["quantization"] = config["quantization_config"] = section
-    return config
-
-
-def _rope_scaling(config: Mapping[str, Any], network: ModelConfig) -> dict[str, Any] | None:
-    """Return the scaling that is in effect, from whichever section and spelling it comes."""
-    if network.yarn is None:
-        return None
-    stated = {**(config.get("rope_parameters") or {}), **(config.get("rope_scaling") or {})}
-    window = network.yarn.original_max_position_embeddings
-    return {
-        **{key: value for key, value in stated.items() if value is not None and key != "type"},
-        "rope_type": "yarn",
-        "original_max_position_embeddings": window,
-    }
-
-
-def _quantization(formats: Formats) -> dict[str, Any]:
-    """Return the quantization section: the most frequent format, and the others by module."""
-    used = [fmt for fmt in formats.values() if fmt]
-    if not used:
-        return {}
-    usual = max(dict.fromkeys(used), key=used.count)
-    others = {path: fmt.as_config() for path, fmt in formats.items() if fmt and fmt != usual}
-    return {**usual.as_config(), **others}
 
 
 def _publish(partial: Path, output: Path) -> None:

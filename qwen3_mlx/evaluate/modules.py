@@ -9,6 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.stored import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, has_own_head
@@ -114,7 +115,7 @@ class _Matrix:
     def format(self) -> str:
         fmt = self._fmt
         if fmt is None:
-            return str(self._parts[0].dtype).removeprefix("mlx.core.")
+            return backend.dtype_name(self._parts[0].dtype)
         return f"{fmt.bits}-bit g{fmt.group_size}" if fmt.mode == AFFINE else fmt.mode
 
     def rows(self, start: int, stop: int) -> mx.array:
