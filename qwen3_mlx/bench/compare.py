@@ -130,9 +130,8 @@ def _run(setup: Setup, seconds: float, measured: Callable[[], None]) -> TargetRe
         try:
             timer.start()
             assert process.stdout
-            for line in process.stdout:
-                if result.read(json.loads(line)):
-                    measured()
+            for _ in filter(result.read, map(json.loads, process.stdout)):
+                measured()
             code, late = process.wait(), not timer.is_alive()
         finally:
             timer.cancel()
