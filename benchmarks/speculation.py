@@ -23,8 +23,8 @@ import mlx.core as mx
 from benchmarks.answers import answer
 from benchmarks.graph import our_model
 from qwen3_mlx import convert, load
+from qwen3_mlx.api.checkpoints import DRAFT_NGRAM
 from qwen3_mlx.api.llm import LLM
-from qwen3_mlx.api.load import DRAFT_NGRAM
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator

@@ -321,7 +321,7 @@ def test_a_second_turn_reads_what_is_new(tiny: LLM) -> None:
 def test_memory_bounds_the_context(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, whole_memory: None
 ) -> None:
-    monkeypatch.setattr("qwen3_mlx.api.load.check_fits", lambda *_: None)
+    monkeypatch.setattr("qwen3_mlx.api.checkpoints.check_fits", lambda *_: None)
     monkeypatch.setattr("qwen3_mlx.backend.available_memory", lambda: 504_000_000)
     with load(tiny_folder) as llm:
         assert llm.chat("Hello", max_tokens=5).usage.completion_tokens == 5

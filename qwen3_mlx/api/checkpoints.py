@@ -1,0 +1,158 @@
+"""The checkpoints that `load` reads: described and checked before their weights are fetched."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from qwen3_mlx.api.capacity import check_fits, plan_load
+from qwen3_mlx.arguments import Progress
+from qwen3_mlx.cache.quantized import CacheFormat, cache_format
+from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.hub import Source
+from qwen3_mlx.checkpoint.load import LoadOptions, load_model
+from qwen3_mlx.checkpoint.stored import formats_stored
+from qwen3_mlx.checkpoint.weights import Weights, has_all_weights, untie_if_needed
+from qwen3_mlx.engine.memory import Plan
+from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import FormatOf
+from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import hub_name, with_yarn
+from qwen3_mlx.text.tokenizer import Tokenizer
+
+DRAFT_NGRAM = "ngram"  # value of `draft` for drafting without a model
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedCheckpoint:
+    """A checkpoint whose files except the weights are here, and how its weights will be held.
+
+    Attributes:
+        place: the folder or the hub name.
+        folder: the local folder of the files.
+        config: the contents of config.json.
+        network: the shape of the network.
+        stored: the format of each module as stored, if the checkpoint is quantized.
+        options: dtype and quantization in memory.
+        cache: the format of the KV cache.
+    """
+
+    place: Source
+    folder: Path
+    config: Mapping[str, Any]
+    network: ModelConfig
+    stored: FormatOf | None
+    options: LoadOptions
+    cache: CacheFormat
+
+    @classmethod
+    def at(
+        cls,
+        place: Source,
+        options: LoadOptions,
+        kv_bits: int | str | None,
+        context: int | None = None,
+    ) -> "ResolvedCheckpoint":
+        folder, config = read_config(place)
+        if has_all_weights(folder):
+            config = untie_if_needed(config, folder)
+        if context is not None:
+            config = with_yarn(config, context)
+        network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
+        cache = cache_format(kv_bits, network.head_dim)
+        return cls(place, folder, config, network, stored, options, cache)
+
+    def as_stored(self) -> "ResolvedCheckpoint":
+        """Return it without the option to quantize, if it is quantized already."""
+        return replace(self, options=replace(self.options, quantize=None)) if self.stored else self
+
+    def plan(self, context: int | None) -> Plan:
+        return plan_load(self.network, self.stored, self.options, context, self.cache)
+
+    def fetched(self) -> "ResolvedCheckpoint":
+        """Fetch the weights and return the checkpoint, its head untied if the weights have one."""
+        complete = has_all_weights(self.folder)  # then `at` has looked for a head already
+        folder = fetch_weights(self.place, self.folder)
+        config = self.config if complete else untie_if_needed(self.config, folder)
+        return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
+
+    def read(self, progress: Progress) -> Qwen3:
+        model = load_model(self.config, Weights(self.folder), self.options, progress)
+        model.cache_format, model.source = self.cache, self.place.name
+        return model
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoints:
+    """The checkpoint to load, and that of its draft model.
+
+    Attributes:
+        target: the checkpoint to load.
+        draft: that of the draft model, if there is one.
+        speculates: whether tokens are drafted, by a model or by n-grams.
+        context: the context window asked for; None is what fits.
+    """
+
+    target: ResolvedCheckpoint
+    draft: ResolvedCheckpoint | None
+    speculates: bool
+    context: int | None
+
+    @classmethod
+    def resolve(
+        cls,
+        source: str | Path | None,
+        revision: str | None,
+        draft: str | Path | None,
+        options: LoadOptions,
+        kv_bits: int | str | None,
+        context: int | None,
+        progress: Progress | None,
+    ) -> "Checkpoints":
+        """Resolve the arguments of `load`; only descriptions are fetched."""
+        name = str(files("qwen3_mlx") / "demo") if source is None else hub_name(source)
+        place = Source(name, revision, progress)
+        target, small = ResolvedCheckpoint.at(place, options, kv_bits, context), None
+        if draft is not None and draft != DRAFT_NGRAM:
+            place = Source(hub_name(draft), progress=progress)
+            small = ResolvedCheckpoint.at(place, options, kv_bits).as_stored()
+        return cls(target, small, draft is not None, context)
+
+    def check_memory(self) -> None:
+        """Check that both fit the memory that is available; raises what `check_fits` raises."""
+        target = self.target
+        check_fits(
+            target.place.name,
+            target.network,
+            target.stored,
+            target.options,
+            self.context,
+            target.cache,
+            self.draft.plan(self.context).held if self.draft else 0,
+        )
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the tokenizer of both.
+
+        Raises:
+            CheckpointError: the draft model has another one.
+        """
+        tokenizer = Tokenizer(self.target.folder / "tokenizer.json")
+        if self.draft:
+            knows = Tokenizer(self.draft.folder / "tokenizer.json").knows_all_of(tokenizer)
+            if not knows or self.draft.network.vocab_size < self.target.network.vocab_size:
+                raise CheckpointError(
+                    f"draft: {self.draft.place.name} has other tokens than "
+                    f"{self.target.place.name}; take a smaller model of its family, or "
+                    f"draft={DRAFT_NGRAM!r}"
+                )
+        return tokenizer
+
+    def fetched(self) -> "Checkpoints":
+        """Fetch the weights; the memory is checked again if they have a head of their own."""
+        fetched = replace(self, target=self.target.fetched())
+        if fetched.target.network != self.target.network:
+            fetched.check_memory()
+        return replace(fetched, draft=self.draft.fetched() if self.draft else None)

@@ -1,0 +1,95 @@
+"""Reads the text side of a checkpoint: chat template, end tokens and sampling defaults."""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwen3_mlx.api.prompts import TextProcessor
+from qwen3_mlx.engine.sampling_params import stated_sampling
+from qwen3_mlx.errors import CheckpointError, Qwen3Error
+from qwen3_mlx.files import read_json
+from qwen3_mlx.text.grammar_compiler import GrammarCompiler
+from qwen3_mlx.text.prompt import ControlTokens
+from qwen3_mlx.text.template import ChatTemplate, read_tokenizer_config, special_tokens
+from qwen3_mlx.text.thinking import Thinking
+from qwen3_mlx.text.tokenizer import Tokenizer
+
+_log = logging.getLogger(__name__)
+_ANSWER = "xq7wanswer"  # a text to find in what a template renders
+
+
+def load_text_processor(
+    folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer
+) -> TextProcessor:
+    generation = folder / "generation_config.json"
+    generation_config = read_json(generation) if generation.is_file() else {}
+    sampling, complaints = stated_sampling(generation_config)
+    for complaint in complaints:
+        _log.warning("%s: %s", generation.name, complaint)
+    # Some conversions drop generation_config.json, which states the second of Qwen3's end tokens.
+    end_ids = {*_end_ids(config, "config.json"), *_end_ids(generation_config, generation.name)}
+    if (end_of_text := tokenizer.id_of("<|endoftext|>")) is not None:
+        end_ids.add(end_of_text)
+    end_ids |= _named_end(folder, tokenizer)
+    grammars = GrammarCompiler(tokenizer, frozenset(end_ids))
+    template, no_template = (
+        None,
+        "this checkpoint has no chat template; take one that has, such as Qwen/Qwen3-8B, "
+        "or continue raw text with complete()",
+    )
+    try:
+        template = ChatTemplate.from_folder(folder)
+    except CheckpointError as error:
+        _log.warning("there is no chat, only raw text: %s", error)
+        no_template = str(error)
+    return TextProcessor(
+        tokenizer,
+        template,
+        ControlTokens(tokenizer, template.source if template else ""),
+        Thinking.of(template, tokenizer),
+        sampling,
+        frozenset(end_ids),
+        _turn_end(template, tokenizer) if template else frozenset(),
+        grammars,
+        no_template,
+    )
+
+
+def _named_end(folder: Path, tokenizer: Tokenizer) -> set[int]:
+    """Return the id of tokenizer_config's `eos_token`; many fine-tunes change it there only."""
+    config = read_tokenizer_config(folder)
+    token = tokenizer.id_of(special_tokens(config).get("eos_token", ""))
+    if token is not None:
+        return {token}
+    if stated := config.get("eos_token"):
+        _log.warning("tokenizer_config.json: its eos_token %r is no token; it ends nothing", stated)
+    return set()
+
+
+def _turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:
+    """Return the id of the special token that the template writes after an assistant's turn.
+
+    A conversation with a known answer is rendered, and the text after that answer examined. Empty
+    if there is no such token.
+    """
+    turn = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    for messages in (turn, [{"role": "system", "content": "?"}, *turn]):
+        try:
+            rendered = template.render(messages, add_generation_prompt=False)
+        except Qwen3Error:  # some templates demand a system turn
+            continue
+        after = rendered.partition(_ANSWER)[2].lstrip()
+        for name, is_special in tokenizer.added_tokens.items():
+            token = tokenizer.id_of(name)
+            if is_special and token is not None and after.startswith(name):
+                return frozenset([token])
+    return frozenset()
+
+
+def _end_ids(config: Mapping[str, Any], where: str) -> list[int]:
+    stated = config.get("eos_token_id")
+    ids = stated if isinstance(stated, list) else [] if stated is None else [stated]
+    if any(type(token) is not int or token < 0 for token in ids):
+        raise CheckpointError(f"{where}: eos_token_id is {stated!r}, not one or more token ids")
+    return ids
