@@ -12,6 +12,7 @@ from fastapi import Request
 from qwen3_mlx.api.generation import PreparedRequest
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.options import Options
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.admission import Admission, Slot
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
@@ -92,7 +93,11 @@ class Service:
         running = ActiveRequest(self._bridge, self.settings, place, choices)
 
         def start(caller: Caller) -> None:
-            prepared = [copy for prepare in prepares for copy in _copies(prepare(caller), choices)]
+            prepared = [
+                copy
+                for prepare in prepares
+                for copy in _copies(prepare(caller), choices, self.settings)
+            ]
             if warning := prepared[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
@@ -113,10 +118,15 @@ class Service:
         self.admission.cancel_all()
 
 
-def _copies(prepared: PreparedRequest, count: int) -> list[PreparedRequest]:
-    """Return one prepared request for each choice, with consecutive seeds if a seed is set."""
+def _copies(prepared: PreparedRequest, count: int, settings: Settings) -> list[PreparedRequest]:
+    """Return one prepared request for each choice, with the server's sampling where it sets none.
+
+    If a seed is set, the choices have consecutive seeds.
+    """
     options = prepared.options
-    if options.seed is None:
-        return [prepared] * count
-    seeds = range(options.seed, options.seed + count)
-    return [replace(prepared, options=replace(options, seed=seed)) for seed in seeds]
+    sampling = (options.sampling or SamplingParams()).over(settings.sampling)
+    seed = settings.seed if options.seed is None else options.seed
+    seeds = [None] * count if seed is None else range(seed, seed + count)
+    return [
+        replace(prepared, options=replace(options, sampling=sampling, seed=seed)) for seed in seeds
+    ]

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from qwen3_mlx.engine.sampling_params import SamplingParams
+
 REASONING_FIELDS = ("both", "reasoning_content", "reasoning", "none")
 
 
@@ -21,7 +23,8 @@ class Settings:
     them where only this machine is served. A reply that is not complete after `request_timeout`
     ends as it is; one without a first token fails with 504.
     `model` is the name that clients see. `thinking` and `thinking_budget` are the defaults for a
-    request that sets neither. `reasoning_field` is where OpenAI's clients find the thinking. Times
+    request that sets neither; `seed` and each field of `sampling` hold for requests that do not set
+    it. `reasoning_field` is where OpenAI's clients find the thinking. Times
     are in seconds, sizes in bytes.
 
     Raises:
@@ -37,6 +40,8 @@ class Settings:
     cors_origins: Sequence[str] = ()
     thinking: bool | None = None
     thinking_budget: int | None = None
+    seed: int | None = None
+    sampling: SamplingParams = SamplingParams()
     reasoning_field: str = "both"
     max_requests: int = 64  # running and waiting
     max_per_client: int | None = None

@@ -10,7 +10,8 @@ import anthropic
 import openai
 import pytest
 
-from qwen3_mlx import LLM, load
+from qwen3_mlx import LLM, SamplingParams, load
+from qwen3_mlx.api.generation import PreparedRequest
 from qwen3_mlx.engine import core
 from qwen3_mlx.server import response as replies
 from tests.server.harness import (
@@ -137,6 +138,36 @@ def test_a_budget_that_no_request_names_bends(demo: LLM) -> None:
             assert choice["finish_details"] == {"thinking_closed_by": "budget"}
             assert "limited time" not in choice["message"]["reasoning_content"]
         assert running.chat(max_tokens=16, thinking_budget=64).status_code == 400
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages", "/api/chat"])
+def test_the_servers_sampling_holds_where_a_request_sets_none(
+    path: str, demo: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen, begin = [], LLM.begin
+
+    def noted(llm: LLM, task: PreparedRequest, *rest: Any) -> Any:
+        seen.append(task.options)
+        return begin(llm, task, *rest)
+
+    monkeypatch.setattr(LLM, "begin", noted)
+    with serving(demo, seed=7, sampling=SamplingParams(temperature=0.5, min_p=0.1)) as running:
+        running.post(path, short(path, 2))
+        own = {"temperature": 1.25, "top_p": 0.5}
+        running.post(path, short(path, 2) | own | {"options": own | {"num_predict": 2}})
+    assert [options.sampling for options in seen] == [
+        SamplingParams(temperature=0.5, min_p=0.1),
+        SamplingParams(temperature=1.25, top_p=0.5, min_p=0.1),
+    ]
+    assert [options.seed for options in seen] == [7, 7]
+
+
+def test_choices_count_up_from_the_servers_seed(served: Served, demo: LLM) -> None:
+    body = {"prompt": "1 2 3", "max_tokens": 8, "temperature": 1.5, "n": 2}
+    with serving(demo, seed=7) as running:
+        found = running.post("/v1/completions", body).json()["choices"]
+    stated = served.post("/v1/completions", body | {"seed": 7}).json()["choices"]
+    assert found == stated and found[0]["text"] != found[1]["text"]
 
 
 @pytest.mark.parametrize(
