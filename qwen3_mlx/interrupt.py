@@ -1,13 +1,15 @@
-"""Ctrl-C in the `qwen3` command, while there is nothing to clean up.
+"""Ctrl-C in the `qwen3` command: it ends the process at once, or where `interruptible`, in order.
 
-A KeyboardInterrupt would unwind through the imports as a traceback, and would wait for other
-threads that download or read. A library must not touch signals, so this module acts only in the
-process of the command.
+While there is nothing to clean up, a KeyboardInterrupt would only unwind through the imports as a
+traceback, and would wait for other threads that download or read. A library must not touch signals,
+so this module acts only in the process of the command.
 """
 
 import os
 import signal
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from threading import current_thread, main_thread
 from typing import NoReturn
@@ -30,10 +32,32 @@ def install_handler() -> None:
         signal.signal(signal.SIGINT, _end)
 
 
-def restore_keyboard_interrupt() -> None:
-    """Restore the KeyboardInterrupt on Ctrl-C, because there is something to clean up now."""
-    if current_thread() is main_thread() and signal.getsignal(signal.SIGINT) is _end:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+@contextmanager
+def interruptible(
+    stop: Callable[[], object] | None = None, *, patient: bool = False
+) -> Iterator[None]:
+    """Create a context in which Ctrl-C raises KeyboardInterrupt: there is something to clean up.
+
+    With `stop`, Ctrl-C calls that instead, and what runs in the block ends by itself; a second
+    Ctrl-C does not wait for that and raises, unless `patient`. Has no effect outside the main
+    thread, or where the signal is ignored or handled by others.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if current_thread() is not main_thread() or before not in (_end, signal.default_int_handler):
+        yield
+        return
+
+    def call_stop(*_: object) -> None:
+        assert stop
+        stop()
+        if not patient:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, call_stop if stop else signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _is_command() -> bool:

@@ -1,44 +1,26 @@
 """`qwen3 "prompt"`: answers one prompt, streamed."""
 
-import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx import backend
-from qwen3_mlx.cli.console import YARN_NOTE, Bar, note, stderr_text
+from qwen3_mlx.cli.console import Bar, note, stderr_text
 from qwen3_mlx.cli.error_wording import UsageError
-from qwen3_mlx.cli.load_options import (
-    Bits,
-    Context,
-    Dequantize,
-    Draft,
-    Dtype,
+from qwen3_mlx.cli.options import (
     HideThinking,
-    KvBits,
-    MaxTokens,
-    MinP,
     Model,
-    PresencePenalty,
-    PromptCache,
+    ModelOptions,
     Quiet,
-    Revision,
-    Seed,
-    Stop,
-    System,
-    Temperature,
-    Thinking,
-    ThinkingBudget,
-    TopK,
-    TopP,
-    load,
+    ReplyOptions,
+    SamplingOptions,
+    load_model,
+    with_options,
 )
-from qwen3_mlx.engine.sampling_params import SamplingParams
+from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.text.events import Finish, Reasoning, Text
 
 _DEMO_NOTE = (
@@ -53,8 +35,10 @@ _CLOSED_BY = {
 }
 
 
-def ask(  # noqa: PLR0913 - one parameter an option
+@with_options
+def ask(
     ctx: typer.Context,
+    *,
     prompt: Annotated[
         str | None,
         typer.Argument(
@@ -64,25 +48,9 @@ def ask(  # noqa: PLR0913 - one parameter an option
         ),
     ] = None,
     model: Model = None,
-    revision: Revision = None,
-    bits: Bits = None,
-    dtype: Dtype = None,
-    dequantize: Dequantize = None,
-    context: Context = None,
-    kv_bits: KvBits = None,
-    draft: Draft = None,
-    prompt_cache: PromptCache = None,
-    system: System = None,
-    thinking: Thinking = None,
-    thinking_budget: ThinkingBudget = None,
-    max_tokens: MaxTokens = None,
-    stop: Stop = None,
-    seed: Seed = None,
-    temperature: Temperature = None,
-    top_p: TopP = None,
-    top_k: TopK = None,
-    min_p: MinP = None,
-    presence_penalty: PresencePenalty = None,
+    loading: ModelOptions,
+    reply: ReplyOptions,
+    sampling: SamplingOptions,
     hide_thinking: HideThinking = False,
     quiet: Quiet = False,
 ) -> int:
@@ -90,47 +58,21 @@ def ask(  # noqa: PLR0913 - one parameter an option
 
     Only the answer goes to stdout; thinking and notes go to stderr.
     """
-    sampling = SamplingParams(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        presence_penalty=presence_penalty,
-    )
-    messages = [{"role": "system", "content": system}] if system else []
+    options = sampling.keywords()
     if ctx.args:  # the words after the first
         words = " ".join([prompt or "", *ctx.args])
         raise UsageError(f'put the prompt in quotes: qwen3 "{words}"')
+    messages = [{"role": "system", "content": reply.system}] if reply.system else []
     messages.append({"role": "user", "content": _with_piped(prompt)})
-    llm = load(
-        model,
-        quiet=quiet,
-        revision=revision,
-        bits=bits,
-        dtype=dtype,
-        dequantize=dequantize,
-        context=context,
-        kv_bits=kv_bits,
-        draft=draft,
-        prompt_cache=prompt_cache,
-    )
-    with llm, Bar("reading the prompt") as bar:
+    with load_model(model, loading, quiet=quiet) as llm, Bar("reading the prompt") as bar:
         started = time.perf_counter()
+        progress = None if quiet else bar
         stream = llm.stream(
-            messages,
-            thinking=thinking,
-            thinking_budget=thinking_budget,
-            max_tokens=max_tokens,
-            sampling=sampling,
-            seed=seed,
-            stop=stop,
-            progress=None if quiet else bar,
+            messages, max_tokens=reply.max_tokens, stop=reply.stop, progress=progress, **options
         )
         if model is None and not quiet:
             note(_DEMO_NOTE)
-        if context is not None and llm.config.yarn and not quiet:
-            note(YARN_NOTE)
-        with _ctrl_c_closes(stream):
+        with interruptible(stream.close):  # the stream still yields its `Finish` event
             finish, first = _show(stream, show_thinking=not (hide_thinking or quiet))
         if not quiet:
             note(_status(finish, first - started, time.perf_counter() - first))
@@ -167,21 +109,6 @@ def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, f
     elif thought:
         note("")
     return finish, first
-
-
-@contextmanager
-def _ctrl_c_closes(stream: "qwen3_mlx.Stream") -> Iterator[None]:
-    """End the generation on Ctrl-C; the stream still yields its `Finish` event."""
-
-    def close(*_: object) -> None:
-        stream.close()
-        signal.signal(signal.SIGINT, before)  # a second Ctrl-C does not wait
-
-    before = signal.signal(signal.SIGINT, close)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _write(text: str) -> None:

@@ -8,10 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
-import mlx.core as mx
-import typer
-
-from qwen3_mlx import backend, interrupt
+from qwen3_mlx import backend
 from qwen3_mlx.bench.compare import DEFAULTS, EQUAL, TargetResult, compare
 from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Measurement, cases_of
 from qwen3_mlx.cache.quantized import cache_format
@@ -20,10 +17,11 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import untie_if_needed
 from qwen3_mlx.cli.console import Bar
-from qwen3_mlx.cli.load_options import ModelArgument
+from qwen3_mlx.cli.options import Json, ModelArgument, Plot, option
 from qwen3_mlx.engine.memory import Workload, bytes_per_token
 from qwen3_mlx.evaluate.plots import Panel, check_picture, draw_speeds
 from qwen3_mlx.files import read_json
+from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import FormatOf
 from qwen3_mlx.model.sizes import hub_name
@@ -39,36 +37,34 @@ _Number = Callable[[Measurement], float]
 def bench(  # noqa: PLR0913 - one parameter an option
     model: ModelArgument = None,
     against: Annotated[
-        str | None,
-        typer.Option("--against", help=f"Also measure this engine: {PEER}.", show_default=False),
+        str | None, option("--against", text=f"Also measure this engine: {PEER}.")
     ] = None,
     terms: Annotated[
         str,
-        typer.Option(
-            "--terms", help="Its settings: box (its defaults), equal (our dtype and BLAS), or both."
+        option(
+            text="Its settings: box (its defaults), equal (our dtype and BLAS), or both.",
+            show_default=True,
         ),
     ] = "both",
     prompts: Annotated[
-        str, typer.Option("--prompts", help="Prompt lengths in tokens, comma-separated.")
+        str, option(text="Prompt lengths in tokens, comma-separated.", show_default=True)
     ] = _PROMPTS,
     together: Annotated[
-        str, typer.Option("--together", help="Batch sizes, comma-separated.")
+        str, option(text="Batch sizes, comma-separated.", show_default=True)
     ] = _TOGETHER,
     count: Annotated[
-        int, typer.Option("--decode", min=2, help="Decode steps to take the median of.")
+        int,
+        option("--decode", min=2, text="Decode steps to take the median of.", show_default=True),
     ] = _COUNT,
     repeats: Annotated[
         int,
-        typer.Option("--repeats", min=1, help="Runs per engine, alternating; medians are shown."),
+        option(min=1, text="Runs per engine, alternating; medians are shown.", show_default=True),
     ] = 1,
     minutes: Annotated[
-        float, typer.Option("--minutes", min=0.01, help="Time limit of one run of an engine.")
+        float, option(min=0.01, text="Time limit of one run of an engine.", show_default=True)
     ] = _MINUTES,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", help="Also draw a plot: a .png or .svg file.", show_default=False),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    plot: Plot = None,
+    as_json: Json = False,
 ) -> None:
     """Measure prefill and decode speed and memory of MODEL on this machine.
 
@@ -90,8 +86,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
     cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))
     peer_terms = _TERMS[terms] if against else ()
     shared = [case for case in cases if not case.special]
-    interrupt.restore_keyboard_interrupt()  # so that the engines' processes end, too
-    with Bar("measuring") as bar:
+    with interruptible(), Bar("measuring") as bar:  # so that the engines' processes end, too
         results = compare(
             str(folder),
             cases,
@@ -207,7 +202,7 @@ def _shares_of_bandwidth(
         if case.sequences == 1 and not case.kept:
             work = Workload(
                 context=case.prompt,
-                itemsize=getattr(mx, result.terms.dtype).size,
+                itemsize=backend.compute_dtype(result.terms.dtype).size,
                 cache=cache_format(case.kv_bits, config.head_dim),
             )
             formats = stored if stored and result.terms.quantized else lambda _: None

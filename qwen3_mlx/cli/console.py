@@ -18,7 +18,6 @@ from rich.progress import (
 )
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
-YARN_NOTE = "YaRN is on for this context window; quality on short texts may be slightly lower."
 _BAR_DELAY_SECONDS = 0.7  # shorter work shows no bar
 
 

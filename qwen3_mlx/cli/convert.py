@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 import qwen3_mlx  # resolves its names on first use
-from qwen3_mlx import interrupt
 from qwen3_mlx.checkpoint.hub import check_name, upload
 from qwen3_mlx.cli.console import Bar, format_bytes, note
 from qwen3_mlx.cli.evaluate import compare, comparison_dict, read_text, refuse_unloadable
-from qwen3_mlx.cli.load_options import option
+from qwen3_mlx.cli.options import CheckpointOptions, option
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
+from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.model.quantization import AFFINE
 from qwen3_mlx.model.sizes import folder_name
 
@@ -152,7 +152,8 @@ def convert(  # noqa: PLR0913 - one parameter an option
     facts = {key: value for key, value in asdict(made).items() if key != "formats"}
     facts["output"] = str(made.output)
     if report:
-        found, modules = compare(source, output, read_text(None), revision=revision)
+        original = CheckpointOptions(revision=revision)
+        found, modules = compare(source, output, reference_options=original)
         draw(picture, [Point(output.name, made.bits_per_weight, found.mean_kl)], modules)
         facts["report"] = comparison_dict(source, str(output), found, modules)
         (output / "report.json").write_text(json.dumps(facts["report"], indent=2), "utf-8")
@@ -179,8 +180,8 @@ class _Bars:
             self._what = what
             in_bytes = what in (_DOWNLOADING, "writing")
             self._bar = self._stack.enter_context(Bar(what, in_bytes=in_bytes))
-            if what != _DOWNLOADING:
-                interrupt.restore_keyboard_interrupt()
+            if what != _DOWNLOADING:  # there, Ctrl-C ends the process without waiting for threads
+                self._stack.enter_context(interruptible())
         self._bar(done, total)
 
     def __enter__(self) -> "_Bars":

@@ -3,7 +3,8 @@
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,14 @@ from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.cli.console import Bar, note
-from qwen3_mlx.cli.load_options import ModelArgument, load
+from qwen3_mlx.cli.options import (
+    CheckpointOptions,
+    Json,
+    ModelArgument,
+    load_model,
+    option,
+    with_options,
+)
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
 from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
@@ -28,7 +36,6 @@ from qwen3_mlx.evaluate.windows import WINDOW
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.sizes import hub_name
 
-_DEFAULT_TOKENS = 8192
 _FEW_TOKENS = 16  # below this a perplexity is mostly chance
 _SHOWN_MODULES = 10
 
@@ -46,55 +53,44 @@ def evaluate(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
-_Text = Annotated[
-    Path | None,
-    typer.Option(
-        "--text",
-        help="UTF-8 text file, or - for stdin (default: Python's help topics).",
-        show_default=False,
-    ),
-]
-_Tokens = Annotated[
-    int, typer.Option("--tokens", min=0, help="Maximum tokens to evaluate; 0 is all.")
-]
-_Window = Annotated[int, typer.Option("--window", help="Tokens per window.")]
-_Overlap = Annotated[
-    int | None,
-    typer.Option(
-        "--overlap",
-        help="Tokens shared with the window before (default: an eighth).",
-        show_default=False,
-    ),
-]
-_KvBits = Annotated[
-    str | None,
-    typer.Option(
-        "--kv-bits",
-        help="KV cache precision: 8, k8v4 or 4 bits.",
-        show_default=False,
-    ),
-]
-_Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+@dataclass(frozen=True, slots=True)
+class ReadingOptions:
+    """The text to evaluate on, and how it is cut into windows."""
+
+    text: Annotated[
+        Path | None,
+        option(text="UTF-8 text file, or - for stdin (default: Python's help topics)."),
+    ] = None
+    tokens: Annotated[
+        int, option(min=0, text="Maximum tokens to evaluate; 0 is all.", show_default=True)
+    ] = 8192
+    window: Annotated[int, option(text="Tokens per window.", show_default=True)] = WINDOW
+    overlap: Annotated[
+        int | None, option(text="Tokens shared with the window before (default: an eighth).")
+    ] = None
+
+
+_DEFAULT_TEXT, _AS_PUBLISHED = ReadingOptions(), CheckpointOptions()
 
 
 @app.command("perplexity")
+@with_options
 def perplexity_command(
+    *,
     model: ModelArgument = None,
-    text: _Text = None,
-    tokens: _Tokens = _DEFAULT_TOKENS,
-    window: _Window = WINDOW,
-    overlap: _Overlap = None,
-    kv_bits: _KvBits = None,
-    as_json: _Json = False,
+    loading: CheckpointOptions,
+    reading: ReadingOptions,
+    as_json: Json = False,
 ) -> None:
     """Measure how well MODEL predicts a text; lower is better.
 
     A perplexity of 8: as uncertain as between 8 equally likely tokens. Compare
-    only models with the same tokenizer, on the same text and window.
+    only models with the same tokenizer, on the same text and window. Nothing is
+    generated, so there are no options for thinking and sampling.
     """
-    words = read_text(text)
-    with _load(model, kv_bits) as llm, Bar("reading") as bar:
-        ids = _ids(llm, words, tokens)
+    text, window, overlap = read_text(reading.text), reading.window, reading.overlap
+    with _load(model, loading) as llm, Bar("reading") as bar:
+        ids = _ids(llm, text, reading.tokens)
         found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
     if found.tokens < _FEW_TOKENS:
         note(f"Only {found.tokens} tokens were measured: unreliable; give a longer text.")
@@ -111,10 +107,11 @@ def perplexity_command(
 
 
 @app.command("divergence")
+@with_options
 def divergence_command(
+    *,
     reference: Annotated[
-        str,
-        typer.Argument(metavar="REFERENCE", help="Original: folder, hub name or size."),
+        str, typer.Argument(metavar="REFERENCE", help="Original: folder, hub name or size.")
     ],
     candidate: Annotated[
         str,
@@ -122,20 +119,16 @@ def divergence_command(
             metavar="CANDIDATE", help="Checkpoint made from it: folder, hub name or size."
         ),
     ],
-    text: _Text = None,
-    tokens: _Tokens = _DEFAULT_TOKENS,
-    window: _Window = WINDOW,
-    overlap: _Overlap = None,
+    loading: CheckpointOptions,
+    reading: ReadingOptions,
     plot: Annotated[
         Path | None,
-        typer.Option(
-            "--plot",
+        option(
             dir_okay=False,
-            help="Also draw bits against divergence, and the modules: a .png or .svg file.",
-            show_default=False,
+            text="Also draw bits against divergence, and the modules: a .png or .svg file.",
         ),
     ] = None,
-    as_json: _Json = False,
+    as_json: Json = False,
 ) -> None:
     """Measure how far CANDIDATE's predictions are from REFERENCE's, as after quantization.
 
@@ -143,16 +136,19 @@ def divergence_command(
     the text; 0 nats is no difference. It shows a loss that two perplexities can
     hide. The error of a module is that of its weights alone: the root mean
     square of their changes, relative to that of the weights.
+
+    The model options are those of CANDIDATE; REFERENCE is loaded without. With
+    the same checkpoint as both, they show what an option such as --kv-bits costs.
     """
     if plot:
         check_picture(plot)
+        if loading.bits is not None:
+            raise ValueError("--plot shows the stored weights, which --bits changes: convert them")
     found, modules = compare(
         reference,
         candidate,
-        read_text(text),
-        tokens=tokens,
-        window=window,
-        overlap=overlap,
+        reading,
+        candidate_options=loading,
         modules_needed=plot is not None,
     )
     if as_json:
@@ -167,29 +163,27 @@ def divergence_command(
 def compare(
     reference: str,
     candidate: str | Path,
-    words: str,
+    reading: ReadingOptions = _DEFAULT_TEXT,
     *,
-    tokens: int = _DEFAULT_TOKENS,
-    window: int = WINDOW,
-    overlap: int | None = None,
+    reference_options: CheckpointOptions = _AS_PUBLISHED,
+    candidate_options: CheckpointOptions = _AS_PUBLISHED,
     modules_needed: bool = True,
-    revision: str | None = None,
 ) -> tuple[Divergence, list[ModuleRow]]:
-    """Compare the predictions of two checkpoints on a text, and their weights by module.
-
-    `revision` is that of the reference.
-    """
-    refuse_unloadable(candidate)
+    """Compare the predictions of two checkpoints on a text, and their stored weights by module."""
+    text, window, overlap = read_text(reading.text), reading.window, reading.overlap
+    refuse_unloadable(candidate, candidate_options.revision)
     with (
-        _load(reference, revision=revision) as first,
-        _load(candidate) as second,
+        _load(reference, reference_options) as first,
+        _load(candidate, candidate_options) as second,
         Bar("comparing") as bar,
     ):
-        ids = _ids(first, words, tokens)
+        ids = _ids(first, text, reading.tokens)
         found = divergence(first, second, ids, window=window, overlap=overlap, progress=bar)
+    if candidate_options.bits is not None:  # its weights are not those that are stored
+        return found, []
     folders = [  # on disk, because they were loaded
-        checkpoint_folder(Source(hub_name(model), its_revision))
-        for model, its_revision in ((reference, revision), (candidate, None))
+        checkpoint_folder(Source(hub_name(model), options.revision))
+        for model, options in ((reference, reference_options), (candidate, candidate_options))
     ]
     return found, _modules(*folders, needed=modules_needed)
 
@@ -211,9 +205,9 @@ def comparison_dict(
 
 
 def _load(
-    model: str | Path | None, kv_bits: str | None = None, revision: str | None = None
-) -> "qwen3_mlx.LLM":
-    return load(model, what=f"loading {model or 'the demo'}", revision=revision, kv_bits=kv_bits)
+    model: str | Path | None, options: CheckpointOptions
+) -> AbstractContextManager["qwen3_mlx.LLM"]:
+    return load_model(model, options, what=f"loading {model or 'the demo'}")
 
 
 def refuse_unloadable(model: str | Path, revision: str | None = None) -> None:

@@ -1,22 +1,36 @@
-"""Options that several subcommands share, and the loading of the model they name."""
+"""Options that several subcommands share, each declared once, and the model that they describe.
 
+A subcommand takes a group of options as one parameter, a dataclass; `with_options` shows typer the
+fields of that class in its place.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import wraps
+from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 
 import qwen3_mlx  # resolves its names on first use: `--help` loads no tokenizer and no model
 from qwen3_mlx import interrupt
-from qwen3_mlx.cli.console import Bar
+from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.model.sizes import SIZES
 
-_MODEL, _REPLY, _SAMPLING, _DISPLAY = "Model", "Generation", "Sampling", "Display"
+_MODEL, _GENERATION, _THINKING = "Model", "Generation", "Thinking"
+_SAMPLING, _DISPLAY = "Sampling", "Display"
 _VARIABLE = "QWEN3_MODEL"
+_YARN_NOTE = "YaRN is on for this context window; quality on short texts may be slightly lower."
+
+T = TypeVar("T")
 
 
-def option(*names: str, panel: str, text: str, **more: Any) -> Any:
-    """Create an option that the help shows in `panel`."""
-    return typer.Option(*names, help=text, rich_help_panel=panel, show_default=False, **more)
+def option(*names: str, text: str, panel: str | None = None, **more: Any) -> Any:
+    """Create an option, shown in `panel`; without `names`, it is called like its parameter."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **{"show_default": False, **more})
 
 
 Model = Annotated[
@@ -38,117 +52,214 @@ ModelArgument = Annotated[
         show_default=False,
     ),
 ]
-Revision = Annotated[
-    str | None, option("--revision", panel=_MODEL, text="Branch, tag or commit on the hub.")
-]
-Bits = Annotated[
-    int | None,
-    option("--bits", panel=_MODEL, text="Quantize while loading: 2, 3, 4, 5, 6 or 8 bits."),
-]
-Dtype = Annotated[
-    str | None, option("--dtype", panel=_MODEL, text="Compute dtype: bfloat16, float16 or float32.")
-]
-Dequantize = Annotated[
-    bool | None,
-    option(
-        "--dequantize/--no-dequantize",
-        panel=_MODEL,
-        text="Hold quantized weights as --dtype; default for small models on a CPU (faster).",
-    ),
-]
-Context = Annotated[
-    int | None,
-    option("--context", panel=_MODEL, text="Context window: maximum tokens of prompt and reply."),
-]
-KvBits = Annotated[
-    str | None,
-    option("--kv-bits", panel=_MODEL, text="KV cache precision: 8, k8v4 or 4 bits."),
-]
-Draft = Annotated[
-    str | None,
-    option(
-        "--draft",
-        panel=_MODEL,
-        text="Speculative decoding, same reply: ngram, or a smaller model, such as 0.6B for 8B.",
-    ),
-]
-PromptCache = Annotated[
-    Path | None,
-    option(
-        "--prompt-cache",
-        panel=_MODEL,
-        text="Folder that keeps KV caches of long prompts across restarts.",
-    ),
-]
-System = Annotated[str | None, option("--system", "-s", panel=_REPLY, text="System prompt.")]
-Thinking = Annotated[
-    bool | None,
-    option(
-        "--thinking/--no-thinking", panel=_REPLY, text="Think before the answer, or answer at once."
-    ),
-]
-ThinkingBudget = Annotated[
-    int | None, option("--thinking-budget", panel=_REPLY, text="Maximum tokens of thinking.")
-]
-MaxTokens = Annotated[
-    int | None,
-    option(
-        "--max-tokens", "-n", panel=_REPLY, text="Maximum tokens to generate, thinking included."
-    ),
-]
-Stop = Annotated[
-    list[str] | None,
-    option("--stop", panel=_REPLY, text="Stop string: end the answer before it; may be repeated."),
-]
-Seed = Annotated[
-    int | None,
-    option("--seed", panel=_SAMPLING, text="Random seed: the same seed gives the same reply."),
-]
-Temperature = Annotated[
-    float | None,
-    option("--temperature", "-t", panel=_SAMPLING, text="Sampling temperature; 0 is greedy."),
-]
-TopP = Annotated[
-    float | None,
-    option(
-        "--top-p", panel=_SAMPLING, text="Keep the most likely tokens up to this total probability."
-    ),
-]
-TopK = Annotated[
-    int | None,
-    option("--top-k", panel=_SAMPLING, text="Keep the k most likely tokens; 0 keeps all."),
-]
-MinP = Annotated[
-    float | None,
-    option(
-        "--min-p", panel=_SAMPLING, text="Minimum probability, relative to the most likely token."
-    ),
-]
-PresencePenalty = Annotated[
-    float | None,
-    option(
-        "--presence-penalty",
-        panel=_SAMPLING,
-        text="Penalty on tokens already in the reply: 0 to 2.",
-    ),
-]
 HideThinking = Annotated[bool, option("--hide-thinking", panel=_DISPLAY, text="Hide the thinking.")]
 Quiet = Annotated[
     bool, option("--quiet", "-q", panel=_DISPLAY, text="Show only the answer and errors.")
 ]
+Json = Annotated[bool, option("--json", text="Print the result as JSON.")]
+Plot = Annotated[Path | None, option(text="Also draw a plot: a .png or .svg file.")]
 
 
-def load(
-    model: str | Path | None, *, what: str = "loading", quiet: bool = False, **options: Any
-) -> "qwen3_mlx.LLM":
-    """Load a model, with a progress bar for the download and one for loading, unless `quiet`.
+@dataclass(frozen=True, slots=True)
+class CheckpointOptions:
+    """Those options of `load` that change what a model predicts, or how exactly."""
 
-    From then on Ctrl-C raises KeyboardInterrupt, so that the model is closed.
+    revision: Annotated[
+        str | None, option(panel=_MODEL, text="Branch, tag or commit on the hub.")
+    ] = None
+    bits: Annotated[
+        int | None, option(panel=_MODEL, text="Quantize while loading: 2, 3, 4, 5, 6 or 8 bits.")
+    ] = None
+    dtype: Annotated[
+        str | None, option(panel=_MODEL, text="Compute dtype: bfloat16, float16 or float32.")
+    ] = None
+    dequantize: Annotated[
+        bool | None,
+        option(
+            panel=_MODEL,
+            text="Hold quantized weights as --dtype; default for small models on a CPU (faster).",
+        ),
+    ] = None
+    context: Annotated[
+        int | None,
+        option(
+            panel=_MODEL,
+            text="Context window: maximum tokens of prompt and reply; beyond the model's own, with "
+            "YaRN.",
+        ),
+    ] = None
+    kv_bits: Annotated[
+        str | None, option(panel=_MODEL, text="KV cache precision: 8, k8v4 or 4 bits.")
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions(CheckpointOptions):
+    """The options of `load` for a model that generates."""
+
+    draft: Annotated[
+        str | None,
+        option(
+            panel=_MODEL,
+            text="Speculative decoding, same reply: ngram, or a smaller model, such as 0.6B "
+            "for 8B.",
+        ),
+    ] = None
+    prompt_cache: Annotated[
+        Path | None,
+        option(panel=_MODEL, text="Folder that keeps KV caches of long prompts across restarts."),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class ReplyOptions:
+    """System prompt, length and end of a reply."""
+
+    system: Annotated[
+        str | None, option("--system", "-s", panel=_GENERATION, text="System prompt.")
+    ] = None
+    max_tokens: Annotated[
+        int | None,
+        option(
+            "--max-tokens",
+            "-n",
+            panel=_GENERATION,
+            text="Maximum tokens to generate, thinking included.",
+        ),
+    ] = None
+    stop: Annotated[
+        list[str] | None,
+        option(panel=_GENERATION, text="Stop string: end the answer before it; may be repeated."),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingOptions:
+    """Thinking and sampling of a reply, or of all replies of a server that set none."""
+
+    thinking: Annotated[
+        bool | None, option(panel=_THINKING, text="Think before the answer, or answer at once.")
+    ] = None
+    thinking_budget: Annotated[
+        int | None, option(panel=_THINKING, text="Maximum tokens of thinking.")
+    ] = None
+    seed: Annotated[
+        int | None, option(panel=_SAMPLING, text="Random seed: the same seed gives the same reply.")
+    ] = None
+    temperature: Annotated[
+        float | None,
+        option("--temperature", "-t", panel=_SAMPLING, text="Sampling temperature; 0 is greedy."),
+    ] = None
+    top_p: Annotated[
+        float | None,
+        option(panel=_SAMPLING, text="Keep the most likely tokens up to this total probability."),
+    ] = None
+    top_k: Annotated[
+        int | None, option(panel=_SAMPLING, text="Keep the k most likely tokens; 0 keeps all.")
+    ] = None
+    min_p: Annotated[
+        float | None,
+        option(panel=_SAMPLING, text="Minimum probability, relative to the most likely token."),
+    ] = None
+    presence_penalty: Annotated[
+        float | None,
+        option(panel=_SAMPLING, text="Penalty on tokens already in the reply: -2 to 2."),
+    ] = None
+    frequency_penalty: Annotated[
+        float | None,
+        option(
+            panel=_SAMPLING, text="Penalty on tokens for each time they are in the reply: -2 to 2."
+        ),
+    ] = None
+    repetition_penalty: Annotated[
+        float | None,
+        option(
+            panel=_SAMPLING,
+            text="Divide the logits of tokens in prompt and reply by this; 1 is off.",
+        ),
+    ] = None
+    logit_bias: Annotated[
+        list[str] | None,
+        option(
+            panel=_SAMPLING,
+            metavar="ID=BIAS",
+            text="Add BIAS to the logit of the token with this id; may be repeated.",
+        ),
+    ] = None
+
+    def keywords(self) -> dict[str, Any]:
+        """Return the options as keywords of the library and of the server's settings.
+
+        Raises:
+            ValueError: a sampling parameter is out of its range.
+        """
+        names = [parameter.name for parameter in fields(SamplingParams)]
+        stated = {name: getattr(self, name) for name in names} | {"logit_bias": self._biases()}
+        return {
+            "thinking": self.thinking,
+            "thinking_budget": self.thinking_budget,
+            "seed": self.seed,
+            "sampling": SamplingParams(**stated),
+        }
+
+    def _biases(self) -> dict[int, float] | None:
+        pairs = [pair.partition("=") for pair in self.logit_bias or ()]
+        try:
+            return {int(token): float(bias) for token, _, bias in pairs} or None
+        except ValueError:
+            stated = " ".join(self.logit_bias or ())
+            raise ValueError(f"--logit-bias takes ID=BIAS, such as 42=-5, not {stated}") from None
+
+
+def with_options(command: Callable[..., T]) -> Callable[..., T]:
+    """Replace each parameter of a command that is a dataclass by the fields of that class."""
+    groups: dict[str, Any] = {}
+    parameters = []
+    for parameter in signature(command).parameters.values():
+        group = parameter.annotation
+        if is_dataclass(group):
+            groups[parameter.name] = group
+            options = [(entry.name, entry.default, entry.type) for entry in fields(group)]
+        else:
+            options = [(parameter.name, parameter.default, group)]
+        parameters += [
+            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+            for name, default, kind in options
+        ]
+
+    @wraps(command)
+    def run(**values: Any) -> T:
+        for name, group in groups.items():
+            values[name] = group(**{entry.name: values.pop(entry.name) for entry in fields(group)})
+        return command(**values)
+
+    # Typer reads both.
+    vars(run)["__signature__"] = Signature(parameters)
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return run
+
+
+@contextmanager
+def load_model(
+    model: str | Path | None,
+    options: CheckpointOptions,
+    *,
+    what: str = "loading",
+    quiet: bool = False,
+) -> Iterator["qwen3_mlx.LLM"]:
+    """Load a model for the block, with a bar for the download and one for loading, unless `quiet`.
+
+    While it loads, Ctrl-C ends the process at once; in the block it raises KeyboardInterrupt, so
+    that the model is closed.
     """
     with Bar("downloading", in_bytes=True) as downloading, Bar(what) as loading:
-        if not quiet:
-            options |= {"progress": loading, "download_progress": downloading}
-        llm = qwen3_mlx.load(model, **options)
-    # Until here Ctrl-C ends the process at once: nothing needs closing.
-    interrupt.restore_keyboard_interrupt()
-    return llm
+        llm = qwen3_mlx.load(
+            model,
+            **asdict(options),
+            progress=None if quiet else loading,
+            download_progress=None if quiet else downloading,
+        )
+    with interrupt.interruptible(), llm:
+        if options.context is not None and llm.config.yarn and not quiet:
+            note(_YARN_NOTE)
+        yield llm

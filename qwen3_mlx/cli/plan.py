@@ -16,6 +16,7 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
 from qwen3_mlx.checkpoint.weights import has_all_weights, untie_if_needed
 from qwen3_mlx.cli.console import note
+from qwen3_mlx.cli.options import Plot, option
 from qwen3_mlx.cli.plan_plots import PlanPlot, draw
 from qwen3_mlx.engine.memory import (
     Plan,
@@ -58,7 +59,8 @@ _FORMATS = {
 class _Machine:
     """Memory that a machine has for a model, in bytes, and how it prefills prompts."""
 
-    description: str
+    name: str
+    description: str  # a sentence about the memory
     available: int
     chunk: int
     fused: bool
@@ -66,35 +68,30 @@ class _Machine:
     @classmethod
     def here(cls) -> "_Machine":
         available, limit = backend.available_memory(), backend.memory_limit()
+        name, gives = "This machine", f"can give {in_gb(available)} now"
         if backend.memory_from_environment():
-            description = f"This process can have {in_gb(available)}, as QWEN3_MEMORY says"
+            name, gives = "This process", f"can have {in_gb(available)}, as QWEN3_MEMORY says"
         elif backend.on_metal():
-            description = (
-                f"This Mac can give {in_gb(available)}, the working set that Metal recommends; "
+            name = "This Mac"
+            gives = (
+                f"can give {in_gb(available)}, the working set that Metal recommends; "
                 f"{in_gb(backend.free_memory())} of memory are free now"
             )
-        else:
-            description = f"This machine can give {in_gb(available)} now"
-            if available < limit:
-                description += f", and {in_gb(limit)} with nothing else running"
-        return cls(description, available, backend.prefill_chunk(), backend.on_gpu())
+        elif available < limit:
+            gives += f", and {in_gb(limit)} with nothing else running"
+        return cls(name, f"{name} {gives}", available, backend.prefill_chunk(), backend.on_gpu())
 
     @classmethod
     def mac(cls, memory: float) -> "_Machine":
         total = int(memory * _GIB)
         if backend.on_metal() and total == backend.total_memory():
-            available = backend.working_set()
-            description = (
-                f"This Mac, with {memory:g} GB: its GPU can have {in_gb(available)} of 10^9 bytes"
-            )
+            name, available = f"This Mac, with {memory:g} GB", backend.working_set()
+            gives = f"its GPU can have {in_gb(available)}"
         else:
-            available = backend.working_set_of(total)
+            name, available = f"A Mac with {memory:g} GB", backend.working_set_of(total)
             share = "two thirds" if available == total * 2 // 3 else "three quarters"
-            description = (
-                f"A Mac with {memory:g} GB: macOS lets the GPU have about {share} by default, "
-                f"{in_gb(available)} of 10^9 bytes"
-            )
-        return cls(description, available, _MAC_CHUNK, True)
+            gives = f"macOS lets the GPU have about {share} by default, {in_gb(available)}"
+        return cls(name, f"{name}: {gives} of 10^9 bytes", available, _MAC_CHUNK, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,44 +164,34 @@ class _MemoryEstimate:
         return self.bandwidth / moved if self.bandwidth else None
 
 
-def _option(*names: str, text: str, **more: Any) -> Any:
-    return typer.Option(*names, help=text, show_default=False, **more)
-
-
 def plan(  # noqa: PLR0913 - one parameter an option
     model: Annotated[
         str,
         typer.Argument(metavar="MODEL", help=f"Size ({', '.join(SIZES)}), folder or hub name."),
     ],
-    revision: Annotated[
-        str | None, _option("--revision", text="Branch, tag or commit on the hub.")
-    ] = None,
+    revision: Annotated[str | None, option(text="Branch, tag or commit on the hub.")] = None,
     memory: Annotated[
         float | None,
-        _option("--memory", text="Plan for a Mac with this many GB, not for this machine."),
+        option(text="Plan for a Mac with this many GB, not for this machine."),
     ] = None,
     cache: Annotated[
         str,
-        _option(
-            "--cache", text=f"KV cache precision shown: {', '.join(CACHE_FORMATS)} (default: bf16)."
-        ),
+        option(text=f"KV cache precision shown: {', '.join(CACHE_FORMATS)} (default: bf16)."),
     ] = "bf16",
     dtype: Annotated[
         str,
-        _option("--dtype", text="Compute dtype: bfloat16 (the default), float16 or float32."),
+        option(text="Compute dtype: bfloat16 (the default), float16 or float32."),
     ] = "bfloat16",
     bandwidth: Annotated[
-        float | None, _option("--bandwidth", text="Memory bandwidth in GB/s, to bound tokens/s.")
+        float | None, option(text="Memory bandwidth in GB/s, to bound tokens/s.")
     ] = None,
     chip: Annotated[
         str | None,
-        _option("--chip", text='Use the memory bandwidth of this chip, such as "M4 Max".'),
+        option(text='Use the memory bandwidth of this chip, such as "M4 Max".'),
     ] = None,
-    plot: Annotated[
-        Path | None, _option("--plot", text="Also draw a plot: a .png or .svg file.")
-    ] = None,
+    plot: Plot = None,
     as_json: Annotated[
-        bool, _option("--json", text="Print everything as JSON, sizes in bytes.")
+        bool, option("--json", text="Print everything as JSON, sizes in bytes.")
     ] = False,
 ) -> None:
     """Show the memory a model needs in each format and context, and what fits.
@@ -418,5 +405,5 @@ def _picture(estimate: _MemoryEstimate, cache: str) -> PlanPlot:
         contexts=contexts,
         labels=[_length(n) + ("*" if estimate.with_yarn(n) else "") for n in contexts],
         available=estimate.machine.available,
-        machine=estimate.machine.description.split(":")[0].split(" can")[0],
+        machine=estimate.machine.name,
     )

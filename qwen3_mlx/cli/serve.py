@@ -13,18 +13,13 @@ from pathlib import Path
 from typing import Annotated
 
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.load_options import (
-    Bits,
-    Context,
-    Dequantize,
-    Draft,
-    Dtype,
-    KvBits,
+from qwen3_mlx.cli.options import (
     Model,
-    PromptCache,
-    Revision,
-    load,
+    ModelOptions,
+    SamplingOptions,
+    load_model,
     option,
+    with_options,
 )
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
@@ -35,26 +30,20 @@ from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, own_names
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
 _OTHER_NETWORK = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): no machine has it
 _BACKLOG = 128  # connections
-_MODEL, _NETWORK, _THINKING = "Model", "Network and access", "Thinking"
+_NETWORK, _THINKING = "Network and access", "Thinking"
 _LIMITS, _DISPLAY = "Limits", "Display and logs"
 
 
+@with_options
 def serve(  # noqa: PLR0913 - one parameter an option
+    *,
     model: Model = None,
-    revision: Revision = None,
-    bits: Bits = None,
-    dtype: Dtype = None,
-    dequantize: Dequantize = None,
-    kv_bits: KvBits = None,
-    draft: Draft = None,
-    prompt_cache: PromptCache = None,
-    context: Context = None,
-    name: Annotated[
-        str | None, option("--name", panel=_MODEL, text="Model name shown to clients.")
-    ] = None,
+    loading: ModelOptions,
+    name: Annotated[str | None, option(panel="Model", text="Model name shown to clients.")] = None,
+    defaults: SamplingOptions,
     host: Annotated[
         str,
-        option("--host", panel=_NETWORK, text="Address to listen on; 0.0.0.0 for the network."),
+        option(panel=_NETWORK, text="Address to listen on; 0.0.0.0 for the network."),
     ] = "127.0.0.1",
     port: Annotated[
         int,
@@ -69,56 +58,37 @@ def serve(  # noqa: PLR0913 - one parameter an option
     ] = 8080,
     api_key: Annotated[
         str | None,
-        option("--api-key", panel=_NETWORK, text="Require this API key.", envvar="QWEN3_API_KEY"),
+        option(panel=_NETWORK, text="Require this API key.", envvar="QWEN3_API_KEY"),
     ] = None,
     key_file: Annotated[
         Path | None,
-        option(
-            "--key-file", panel=_NETWORK, text="Require an API key from this file, one per line."
-        ),
+        option(panel=_NETWORK, text="Require an API key from this file, one per line."),
     ] = None,
     trust_proxy: Annotated[
         list[str] | None,
         option(
-            "--trust-proxy",
             panel=_NETWORK,
             text="Take client addresses from the proxy at this address; may be repeated.",
         ),
     ] = None,
     allow_host: Annotated[
         list[str] | None,
-        option(
-            "--allow-host", panel=_NETWORK, text="Also answer to this host name; may be repeated."
-        ),
+        option(panel=_NETWORK, text="Also answer to this host name; may be repeated."),
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
         option(
-            "--cors-origin",
             panel=_NETWORK,
             text="Allow web pages of this origin, * is any; may be repeated.",
         ),
     ] = None,
     max_body: Annotated[
         int,
-        option(
-            "--max-body", panel=_LIMITS, text="Maximum request size in MiB (default: 32).", min=1
-        ),
+        option(panel=_LIMITS, text="Maximum request size in MiB (default: 32).", min=1),
     ] = 32,
-    thinking: Annotated[
-        bool | None,
-        option(
-            "--thinking/--no-thinking", panel=_THINKING, text="Default for requests that set none."
-        ),
-    ] = None,
-    thinking_budget: Annotated[
-        int | None,
-        option("--thinking-budget", panel=_THINKING, text="Default thinking budget, in tokens."),
-    ] = None,
     reasoning_field: Annotated[
         str,
         option(
-            "--reasoning-field",
             panel=_THINKING,
             text=f"Field of the thinking in OpenAI responses: {', '.join(REASONING_FIELDS)}.",
         ),
@@ -126,7 +96,6 @@ def serve(  # noqa: PLR0913 - one parameter an option
     max_requests: Annotated[
         int,
         option(
-            "--max-requests",
             panel=_LIMITS,
             text="Maximum requests, running and waiting (default: 64).",
         ),
@@ -134,7 +103,6 @@ def serve(  # noqa: PLR0913 - one parameter an option
     max_per_client: Annotated[
         int | None,
         option(
-            "--max-per-client",
             panel=_LIMITS,
             text="Maximum of those per client (default: 3/4; all if only this machine is served).",
         ),
@@ -142,7 +110,6 @@ def serve(  # noqa: PLR0913 - one parameter an option
     request_timeout: Annotated[
         float | None,
         option(
-            "--request-timeout",
             panel=_LIMITS,
             text="Seconds after which a reply is cut off (default: no limit).",
         ),
@@ -150,7 +117,6 @@ def serve(  # noqa: PLR0913 - one parameter an option
     shutdown: Annotated[
         float,
         option(
-            "--shutdown",
             panel=_LIMITS,
             text="Seconds for replies to finish at shutdown (default: 10).",
         ),
@@ -173,6 +139,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     [bold]curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json'
     -d '{"messages": [{"role": "user", "content": "Hello"}]}'[/bold]   send a request.
 
+    Thinking and sampling options hold for requests that set none of their own.
     Ctrl-C lets running replies finish; a second Ctrl-C does not wait.
     Each request is logged as a line of JSON on stderr.
     """
@@ -186,8 +153,6 @@ def serve(  # noqa: PLR0913 - one parameter an option
         trusted_proxies=trust_proxy or (),
         allowed_hosts=allow_host or (),
         cors_origins=cors_origin or (),
-        thinking=thinking,
-        thinking_budget=thinking_budget,
         reasoning_field=reasoning_field,
         max_requests=max_requests,
         max_per_client=max_per_client,
@@ -195,42 +160,34 @@ def serve(  # noqa: PLR0913 - one parameter an option
         max_body=max_body << 20,
         shutdown=shutdown,
         log_content=log_content,
+        **defaults.keywords(),
     )
     if key_file is not None:
         read_keys(key_file)  # report a bad key file before the model is loaded
     listener = _listen(host, port)
-    url = _url_of(listener)
 
     def ready() -> None:
-        note(f"{settings.model} is served at {url} (open it to chat); Ctrl-C stops the server")
-        note(f"for clients: OpenAI {url}/v1 · Anthropic {url} · Ollama {url}")
-        if host in _ALL_INTERFACES:
-            port = listener.getsockname()[1]
-            others = " · ".join(f"http://{name}:{port}" for name in _network_names())
-            note(f"from the network: {others}")
-        if api_key is None and key_file is None and not settings.local:
-            note("no API key is set, so every client of the network has access: see --api-key KEY")
+        _announce(settings, listener)
         if open_page and (sys.platform == "darwin" or "DISPLAY" in os.environ):
-            webbrowser.open(url)
+            webbrowser.open(_url_of(listener))
 
-    serving = import_module(
-        "qwen3_mlx.server.run"
-    )  # imports FastAPI, which only this command needs
-    llm = load(
-        model,
-        quiet=quiet,
-        revision=revision,
-        bits=bits,
-        dtype=dtype,
-        dequantize=dequantize,
-        kv_bits=kv_bits,
-        draft=draft,
-        prompt_cache=prompt_cache,
-        context=context,
-    )
-    _log_to_stderr(quiet=quiet)
-    with llm, listener:
+    serving = import_module("qwen3_mlx.server.run")  # FastAPI, which only this command needs
+    with load_model(model, loading, quiet=quiet) as llm, listener:
+        _log_to_stderr(quiet=quiet)
         serving.serve(llm, settings, listener, ready)
+
+
+def _announce(settings: Settings, listener: socket.socket) -> None:
+    """Write the addresses at which clients reach the server, and who has access."""
+    url = _url_of(listener)
+    note(f"{settings.model} is served at {url} (open it to chat); Ctrl-C stops the server")
+    note(f"for clients: OpenAI {url}/v1 · Anthropic {url} · Ollama {url}")
+    if settings.host in _ALL_INTERFACES:
+        port = listener.getsockname()[1]
+        others = " · ".join(f"http://{name}:{port}" for name in _network_names())
+        note(f"from the network: {others}")
+    if settings.api_key is None and settings.key_file is None and not settings.local:
+        note("no API key is set, so every client of the network has access: see --api-key KEY")
 
 
 def _name_of(model: str | None) -> str:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from qwen3_mlx import CheckpointError, Qwen3Error, SamplingParams, convert, load
-from qwen3_mlx.cli.evaluate import compare
+from qwen3_mlx.cli.evaluate import ReadingOptions, compare
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.model.quantization import Format
 from tests.cli.harness import call
@@ -135,7 +135,9 @@ def test_what_is_there_is_not_lost(tmp_path: Path) -> None:
 def test_the_command_and_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3_mlx.cli.convert.compare", partial(compare, tokens=600))
+    monkeypatch.setattr(
+        "qwen3_mlx.cli.convert.compare", partial(compare, reading=ReadingOptions(tokens=600))
+    )
     output = tmp_path / "made"
     with pytest.raises(SystemExit) as ended:
         main(["convert", str(DEMO), str(output), "--bits", "6", "--report", "--json"])
@@ -151,7 +153,9 @@ def test_the_command_and_its_report(
 def test_a_result_that_is_called_like_a_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwen3_mlx.cli.convert.compare", partial(compare, tokens=100))
+    monkeypatch.setattr(
+        "qwen3_mlx.cli.convert.compare", partial(compare, reading=ReadingOptions(tokens=100))
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     code, _, err = call(["convert", str(DEMO), "0.6b", "--report"], capsys)

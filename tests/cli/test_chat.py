@@ -13,8 +13,8 @@ from threading import Event as Flag
 import pytest
 
 from qwen3_mlx import LLM
-from qwen3_mlx.cli.chat import load_functions
 from qwen3_mlx.cli.screen import _end_of_block, on_enter_key
+from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
 
 CHAT = [sys.executable, "-m", "qwen3_mlx", "chat"]

@@ -8,13 +8,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import fields
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import typer
 
-from qwen3_mlx import LLM, backend, extras, load
+from qwen3_mlx import LLM, SamplingParams, backend, extras, load
 from qwen3_mlx.cli.error_wording import with_option_names
 from qwen3_mlx.cli.main import _keywords, app
 from tests.cli.harness import call
@@ -197,19 +199,69 @@ def test_a_wrong_size_lists_the_sizes(capsys: pytest.CaptureFixture[str]) -> Non
     assert code == 1 and "nor one of the sizes 0.6B, 1.7B, 4B, 8B" in err
 
 
+def options_of(*words: str) -> dict[str, str | None]:
+    command: Any = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+    return {
+        name: param.help
+        for param in command.params
+        if param.param_type_name == "option"
+        for name in [*param.opts, *param.secondary_opts]
+    }
+
+
 def test_one_question_and_a_conversation_take_the_same_options() -> None:
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    ask, chat = (
-        {
-            name: param.help
-            for param in commands[verb].params
-            if param.param_type_name == "option"
-            for name in [*param.opts, *param.secondary_opts]
-        }
-        for verb in ("ask", "chat")
-    )
+    ask, chat = options_of("ask"), options_of("chat")
     assert {name: chat.get(name) for name in ask} == ask
     assert set(chat) - set(ask) == {"--load"}
+
+
+def test_every_verb_that_loads_a_model_takes_the_same_options() -> None:
+    ask, serve = options_of("ask"), options_of("serve")
+    once = {"--system", "-s", "--max-tokens", "-n", "--stop", "--hide-thinking", "--quiet", "-q"}
+    assert {name: serve.get(name) for name in set(ask) - once} == {
+        name: ask[name] for name in set(ask) - once
+    }
+    assert {f"--{field.name.replace('_', '-')}" for field in fields(SamplingParams)} <= set(ask)
+    loading = {"--revision", "--bits", "--dtype", "--dequantize", "--context", "--kv-bits"}
+    for measurement in ("perplexity", "divergence"):
+        found = options_of("eval", measurement)
+        assert {name: found.get(name) for name in loading} == {name: ask[name] for name in loading}
+
+
+def test_all_sampling_parameters_reach_the_sampler(
+    tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    def stream(self: LLM, *_: Any, **options: Any) -> NoReturn:
+        seen.update(options)
+        raise ValueError("seen")
+
+    monkeypatch.setattr(LLM, "stream", stream)
+    words = "Hello -t 1.5 --top-p 0.5 --top-k 7 --min-p 0.1 --seed 3 --presence-penalty 1"
+    words += (
+        " --frequency-penalty 0.5 --repetition-penalty 1.1 --logit-bias 5=-2 --logit-bias 6=1.5"
+    )
+    assert call([*words.split(), "-m", str(tiny_folder)], capsys)[0] == 1
+    assert seen["seed"] == 3
+    assert seen["sampling"] == SamplingParams(
+        temperature=1.5,
+        top_p=0.5,
+        top_k=7,
+        min_p=0.1,
+        presence_penalty=1.0,
+        frequency_penalty=0.5,
+        repetition_penalty=1.1,
+        logit_bias={5: -2.0, 6: 1.5},
+    )
+    for stated in ("5", "x=1", "5=", "5=1=2"):
+        code, _, err = call(["Hello", "--logit-bias", stated], capsys)
+        assert (code, err) == (
+            1,
+            f"qwen3: --logit-bias takes ID=BIAS, such as 42=-5, not {stated}\n",
+        )
 
 
 def test_quiet_chat_says_the_answers_alone(

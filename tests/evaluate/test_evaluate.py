@@ -423,6 +423,27 @@ def test_eval_perplexity(
     assert code == 0 and "39" in out and "the first 40 of" in err
 
 
+def test_eval_measures_what_a_load_option_costs(
+    tiny_folder: Path, four_bits: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = ("divergence", tiny_folder, tiny_folder, "--text", text_file, "--json")
+    facts = json.loads(call(capsys, *same)[1])
+    assert facts["mean_kl"] == 0 and facts["bits_per_weight"] == 32
+    for option in ("--kv-bits", "--bits"):
+        facts = json.loads(call(capsys, *same, option, "4")[1])
+        assert facts["mean_kl"] > 0 and facts["candidate"] != facts["reference"]
+    assert facts["modules"] == [] and facts["bits_per_weight"] is None  # the stored ones have 32
+    stored = json.loads(call(capsys, "divergence", tiny_folder, four_bits, *same[3:])[1])
+    assert facts["mean_kl"] == pytest.approx(stored["mean_kl"], rel=1e-3)
+    with_bits = ("--bits", "4", "--plot", text_file.with_suffix(".svg"))
+    code, _, err = call(capsys, *same, *with_bits)
+    assert code == 1 and "--plot shows the stored weights, which --bits changes" in err
+    one = ("perplexity", tiny_folder, "--text", text_file, "--json")
+    assert json.loads(call(capsys, *one)[1])["mean_nll"] == facts["reference"]["mean_nll"]
+    found = json.loads(call(capsys, *one, "--bits", "4")[1])
+    assert found["mean_nll"] == facts["candidate"]["mean_nll"]
+
+
 def test_eval_helps(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([], ["--help"]):
         code, out, err = call(capsys, *arguments)
@@ -443,6 +464,7 @@ def test_eval_helps(capsys: pytest.CaptureFixture[str]) -> None:
         (["perplexity", "--window", "0"], 1, "window must be from 1"),
         (["perplexity", "--tokens", "-1"], 2, "--tokens"),
         (["perplexity", "--tokens", "1"], 1, "two are the least"),
+        (["perplexity", "--temperature", "1"], 2, "No such option: --temperature"),
         (["divergence", "./a", "./b", "--plot", "a.pdf"], 1, "must end in .png or .svg"),
         (["nothing"], 2, "No such command"),
     ],
