@@ -111,17 +111,8 @@ def bench(  # noqa: PLR0913 - one parameter an option
     if as_json:
         print(json.dumps(facts | {"sides": _as_json(results, shares)}, indent=1))
     else:
-        print(
-            "\n".join(
-                [
-                    _title(facts),
-                    "",
-                    *_table(cases, results, shares),
-                    "",
-                    *_notes(cases, results, minutes),
-                ]
-            )
-        )
+        print(_title(facts), "", *_table(cases, results, shares), "", sep="\n")
+        print(*_notes(cases, results, minutes), sep="\n")
 
 
 def _folder(model: str | None) -> Path:

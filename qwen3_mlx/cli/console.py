@@ -1,8 +1,9 @@
-"""Terminal output beside the answer: thinking, progress bars and notes, all on stderr."""
+"""Terminal output of all subcommands: notes and progress bars on stderr, tables of facts."""
 
 import os
 import sys
 import time
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -16,6 +17,7 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.table import Table
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
 _BAR_DELAY_SECONDS = 0.7  # shorter work shows no bar
@@ -37,6 +39,14 @@ def stderr_text(text: str) -> None:
 def format_bytes(count: int) -> str:
     """Return a number of bytes in MB or GB, as text."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def print_facts(facts: Mapping[str, str]) -> None:
+    """Print names and values as two columns on stdout."""
+    table = Table.grid(padding=(0, 2))
+    for name, fact in facts.items():
+        table.add_row(f"[bold]{name}[/bold]", fact)
+    Console().print(table)
 
 
 class Bar:

@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.checkpoint.hub import check_name, upload
-from qwen3_mlx.cli.console import Bar, format_bytes, note
+from qwen3_mlx.cli.console import Bar, format_bytes, note, print_facts
 from qwen3_mlx.cli.evaluate import compare, comparison_dict, read_text, refuse_unloadable
 from qwen3_mlx.cli.options import CheckpointOptions, option
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
@@ -195,7 +193,6 @@ class _Bars:
 
 
 def _print(made: "qwen3_mlx.Conversion", facts: dict[str, Any]) -> None:
-    table = Table.grid(padding=(0, 2))
     shown = {
         "folder": str(made.output),
         "size": f"{format_bytes(made.bytes)} in {made.tensors:,} tensors",
@@ -208,7 +205,5 @@ def _print(made: "qwen3_mlx.Conversion", facts: dict[str, Any]) -> None:
         shown["same likeliest token"] = f"{100 * found['agreement']:.2f} %"
     if "commit" in facts:
         shown["uploaded"] = facts["commit"]
-    for name, fact in shown.items():
-        table.add_row(f"[bold]{name}[/bold]", fact)
-    Console().print(table)
+    print_facts(shown)
     note(f'Try it: qwen3 --model {folder_name(made.output)} "Why is the sky blue?"')

@@ -7,9 +7,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
 
 from qwen3_mlx import backend
+from qwen3_mlx.cli.console import print_facts
 from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.version import __version__
@@ -43,18 +43,14 @@ def doctor() -> None:
         facts["free"] = (
             f"{in_gb(backend.free_memory())}; macOS compresses unused memory of programs"
         )
-    largest = backend.memory_limit() // 2 // 4
     if not backend.on_gpu():
+        largest = backend.memory_limit() // 2 // 4
         facts["dequantize"] = (
             f"quantized models of up to {largest / 1e9:.1f} billion weights run as float32"
         )
     facts["downloads"] = _downloads()
-    table = Table.grid(padding=(0, 2))
-    for name, fact in facts.items():
-        table.add_row(f"[bold]{name}[/bold]", fact)
-    console = Console()
-    console.print(table)
-    console.print("\n".join(["", *advice] if advice else ["", "No problems found."]))
+    print_facts(facts)
+    Console().print("\n".join(["", *(advice or ["No problems found."])]))
 
 
 def _version(package: str) -> str:

@@ -18,7 +18,7 @@ from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.stored import formats_stored
-from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.cli.console import Bar, note, print_facts
 from qwen3_mlx.cli.options import (
     CheckpointOptions,
     Json,
@@ -97,7 +97,7 @@ def perplexity_command(
     if as_json:
         _print_json({"model": model, **_perplexity_facts(found)})
     else:
-        _print_facts(
+        print_facts(
             {
                 "tokens": f"{found.tokens:,}",
                 "mean loss": f"{found.mean_nll:.4f} nats a token",
@@ -276,7 +276,7 @@ def _print_divergence(found: Divergence, modules: Sequence[ModuleRow]) -> None:
     }
     if modules:
         facts["bits per weight"] = f"{bits_per_weight(modules):.2f}"
-    _print_facts(facts)
+    print_facts(facts)
     if not modules:
         return
     worst = sorted(modules, key=lambda row: -row.error)[:_SHOWN_MODULES]
@@ -291,13 +291,6 @@ def _print_divergence(found: Divergence, modules: Sequence[ModuleRow]) -> None:
     console = Console()
     console.print()
     console.print(table)
-
-
-def _print_facts(facts: dict[str, str]) -> None:
-    table = Table.grid(padding=(0, 2))
-    for name, fact in facts.items():
-        table.add_row(f"[bold]{name}[/bold]", fact)
-    Console().print(table)
 
 
 def _print_json(facts: dict[str, Any]) -> None:
