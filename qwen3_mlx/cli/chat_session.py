@@ -87,10 +87,7 @@ class ChatSession:
     def _show(self, stream: "qwen3_mlx.Stream") -> Finish:
         started = time.monotonic()
         # The first Ctrl-C stops the answer, and the next ones must not end the program meanwhile.
-        with (
-            interruptible(stream.close, patient=True),
-            on_enter_key(stream.finish_thinking),
-        ):
+        with interruptible(stream.close, patient=True), on_enter_key(stream.finish_thinking):
             finish = self._screen.show(stream)
         self._usages.append(finish.usage)
         self._seconds += time.monotonic() - started

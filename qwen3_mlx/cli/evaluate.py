@@ -58,8 +58,7 @@ class ReadingOptions:
     """The text to evaluate on, and how it is cut into windows."""
 
     text: Annotated[
-        Path | None,
-        option(text="UTF-8 text file, or - for stdin (default: Python's help topics)."),
+        Path | None, option(text="UTF-8 text file, or - for stdin (default: Python's help topics).")
     ] = None
     tokens: Annotated[
         int, option(min=0, text="Maximum tokens to evaluate; 0 is all.", show_default=True)
@@ -145,11 +144,7 @@ def divergence_command(
         if loading.bits is not None:
             raise ValueError("--plot shows the stored weights, which --bits changes: convert them")
     found, modules = compare(
-        reference,
-        candidate,
-        reading,
-        candidate_options=loading,
-        modules_needed=plot is not None,
+        reference, candidate, reading, candidate_options=loading, modules_needed=plot is not None
     )
     if as_json:
         _print_json(comparison_dict(reference, candidate, found, modules))

@@ -42,8 +42,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     name: Annotated[str | None, option(panel="Model", text="Model name shown to clients.")] = None,
     defaults: SamplingOptions,
     host: Annotated[
-        str,
-        option(panel=_NETWORK, text="Address to listen on; 0.0.0.0 for the network."),
+        str, option(panel=_NETWORK, text="Address to listen on; 0.0.0.0 for the network.")
     ] = "127.0.0.1",
     port: Annotated[
         int,
@@ -57,12 +56,10 @@ def serve(  # noqa: PLR0913 - one parameter an option
         ),
     ] = 8080,
     api_key: Annotated[
-        str | None,
-        option(panel=_NETWORK, text="Require this API key.", envvar="QWEN3_API_KEY"),
+        str | None, option(panel=_NETWORK, text="Require this API key.", envvar="QWEN3_API_KEY")
     ] = None,
     key_file: Annotated[
-        Path | None,
-        option(panel=_NETWORK, text="Require an API key from this file, one per line."),
+        Path | None, option(panel=_NETWORK, text="Require an API key from this file, one per line.")
     ] = None,
     trust_proxy: Annotated[
         list[str] | None,
@@ -77,14 +74,10 @@ def serve(  # noqa: PLR0913 - one parameter an option
     ] = None,
     cors_origin: Annotated[
         list[str] | None,
-        option(
-            panel=_NETWORK,
-            text="Allow web pages of this origin, * is any; may be repeated.",
-        ),
+        option(panel=_NETWORK, text="Allow web pages of this origin, * is any; may be repeated."),
     ] = None,
     max_body: Annotated[
-        int,
-        option(panel=_LIMITS, text="Maximum request size in MiB (default: 32).", min=1),
+        int, option(panel=_LIMITS, text="Maximum request size in MiB (default: 32).", min=1)
     ] = 32,
     reasoning_field: Annotated[
         str,
@@ -94,11 +87,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
         ),
     ] = "both",
     max_requests: Annotated[
-        int,
-        option(
-            panel=_LIMITS,
-            text="Maximum requests, running and waiting (default: 64).",
-        ),
+        int, option(panel=_LIMITS, text="Maximum requests, running and waiting (default: 64).")
     ] = 64,
     max_per_client: Annotated[
         int | None,
@@ -109,17 +98,11 @@ def serve(  # noqa: PLR0913 - one parameter an option
     ] = None,
     request_timeout: Annotated[
         float | None,
-        option(
-            panel=_LIMITS,
-            text="Seconds after which a reply is cut off (default: no limit).",
-        ),
+        option(panel=_LIMITS, text="Seconds after which a reply is cut off (default: no limit)."),
     ] = None,
     shutdown: Annotated[
         float,
-        option(
-            panel=_LIMITS,
-            text="Seconds for replies to finish at shutdown (default: 10).",
-        ),
+        option(panel=_LIMITS, text="Seconds for replies to finish at shutdown (default: 10)."),
     ] = 10.0,
     log_content: Annotated[
         bool, option("--log-content", panel=_DISPLAY, text="Log prompts and replies, too.")

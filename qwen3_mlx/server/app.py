@@ -45,10 +45,15 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
 
     Raises:
         Qwen3Error: the checkpoint cannot think as the settings require.
+        ValueError: a token of the settings' `logit_bias` is not in the vocabulary.
     """
     llm.thinking.resolve(settings.thinking)
     if settings.thinking_budget is not None and not llm.thinking.can_think:
         raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
+    vocabulary = min(len(llm.tokenizer), llm.config.vocab_size)
+    for token in settings.sampling.logit_bias or ():
+        if not 0 <= token < vocabulary:  # each request would be refused
+            raise ValueError(f"logit_bias names {token}; token ids are 0 to {vocabulary - 1}")
     service = Service(llm, settings)
     app = FastAPI(
         title="qwen3-mlx",

@@ -14,6 +14,8 @@ from qwen3_mlx import LLM, SamplingParams, load
 from qwen3_mlx.api.generation import PreparedRequest
 from qwen3_mlx.engine import core
 from qwen3_mlx.server import response as replies
+from qwen3_mlx.server.app import make_app
+from qwen3_mlx.server.settings import Settings
 from tests.server.harness import (
     CALCULATOR,
     NEVER,
@@ -160,6 +162,12 @@ def test_the_servers_sampling_holds_where_a_request_sets_none(
         SamplingParams(temperature=1.25, top_p=0.5, min_p=0.1),
     ]
     assert [options.seed for options in seen] == [7, 7]
+
+
+def test_a_bias_of_no_token_is_refused_at_the_start(demo: LLM) -> None:
+    for token in (-1, len(demo.tokenizer)):
+        with pytest.raises(ValueError, match=f"logit_bias names {token}; token ids are 0 to"):
+            make_app(demo, Settings(model="demo", sampling=SamplingParams(logit_bias={token: 1})))
 
 
 def test_choices_count_up_from_the_servers_seed(served: Served, demo: LLM) -> None:
