@@ -44,7 +44,7 @@ def test_a_patient_block_is_not_interrupted() -> None:
     assert stops == [1, 1]
 
 
-def test_an_ignored_signal_stays_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ignored_signal_stays_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with interruptible(), interruptible(pytest.fail):
