@@ -107,12 +107,11 @@ def _model() -> Qwen3:
 
 def _memory(model: Qwen3, form: CacheFormat) -> tuple[_Sizes, int]:
     """Prefill a long prompt; return cache bytes by length, and the peak above the weights."""
-    model.cache_format = form
     held: _Sizes = {}
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    cache = model.make_cache(_LONG + 1)
+    cache = model.make_cache(_LONG + 1, cache_format=form)
     for start in range(0, _LONG, _CHUNK):
         mx.eval(model(mx.arange(start, start + _CHUNK)[None] % 1024, cache, wanted=[_CHUNK - 1]))
         if (tokens := start + _CHUNK) in _STOPS:
@@ -122,7 +121,6 @@ def _memory(model: Qwen3, form: CacheFormat) -> tuple[_Sizes, int]:
 
 def _restore(model: Qwen3) -> tuple[float, float]:
     """Return the seconds to prefill a prompt, and to restore it from disk."""
-    model.cache_format = CACHE_FORMATS["bf16"]
     ids = [n % 1024 for n in range(_PROMPT)]
     with tempfile.TemporaryDirectory() as folder:
         cache = model.make_cache()
@@ -155,12 +153,12 @@ def _perplexities() -> Iterator[tuple[str, float]]:
         talks.append((ids, scored))
 
     def losses(form: CacheFormat) -> list[float]:
-        llm.model.cache_format = form
         found = list[float]()
         for ids, scored in talks:
 
             def job(model: Qwen3, ids: list[int] = ids) -> mx.array:
-                logits = model(mx.array([ids]), model.make_cache())[0, :-1].astype(mx.float32)
+                cache = model.make_cache(cache_format=form)
+                logits = model(mx.array([ids]), cache)[0, :-1].astype(mx.float32)
                 chosen = mx.take_along_axis(logits, mx.array(ids[1:])[:, None], axis=-1)[:, 0]
                 return mx.logsumexp(logits, axis=-1) - chosen
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qwen3_mlx.cache.kv import KVCache
+from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.model.config import ModelConfig
@@ -53,10 +54,26 @@ MOE: dict[str, Any] = {
 }
 
 
-def make_model(config: dict[str, Any] | None = None, seed: int = 0) -> Qwen3:
+class TinyQwen3(Qwen3):
+    """A network that makes caches of its own format, unless it is asked for another."""
+
+    cache_format: CacheFormat = PLAIN
+
+    def make_cache(
+        self, capacity: int = 0, *, cache_format: CacheFormat | None = None
+    ) -> list[KVCache]:
+        return super().make_cache(capacity, cache_format=cache_format or self.cache_format)
+
+
+def cache_format_of(model: Qwen3) -> CacheFormat:
+    """Return the format of the caches that a test's model makes."""
+    return model.cache_format if isinstance(model, TinyQwen3) else PLAIN
+
+
+def make_model(config: dict[str, Any] | None = None, seed: int = 0) -> TinyQwen3:
     """Make a random model, evaluated, with lively norms so that every parameter matters."""
     mx.random.seed(seed)
-    model = Qwen3(ModelConfig.from_dict(config or TINY))
+    model = TinyQwen3(ModelConfig.from_dict(config or TINY))
     lively = [
         (name, value + 0.3 * mx.random.normal(value.shape) if value.ndim == 1 else value)
         for name, value in model.tensors().items()
@@ -68,7 +85,8 @@ def make_model(config: dict[str, Any] | None = None, seed: int = 0) -> Qwen3:
 
 def greedy_tokens(model: Qwen3, ids: Sequence[int], count: int) -> list[int]:
     """Give the tokens that an engine of its own chooses after `ids`."""
-    engine = Engine(model, vocabulary=model.config.vocab_size)
+    vocabulary = model.config.vocab_size
+    engine = Engine(model, vocabulary=vocabulary, cache_format=cache_format_of(model))
     return list(engine.stream(ids, max_tokens=count, sampling=SamplingParams(temperature=0.0)))
 
 

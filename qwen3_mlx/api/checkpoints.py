@@ -80,7 +80,7 @@ class ResolvedCheckpoint:
 
     def read(self, progress: Progress) -> Qwen3:
         model = load_model(self.config, Weights(self.folder), self.options, progress)
-        model.cache_format, model.source = self.cache, self.place.name
+        model.source = self.place.name
         return model
 
 

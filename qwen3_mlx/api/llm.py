@@ -33,6 +33,7 @@ from qwen3_mlx.api.stream import (
 )
 from qwen3_mlx.arguments import plain, refuse_unknown, token_ids
 from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.engine.activity import Activity
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory_ledger import Share, release
@@ -67,6 +68,7 @@ class LLM:
         tokenizer: encodes text to token ids and decodes them.
         thinking: which modes the checkpoint has (thinking, direct or both), a `Thinking`.
         context: the context window in tokens: the most that a prompt and its reply have together.
+        cache_format: the format of the KV caches, a `CacheFormat`.
         model: the network; its arrays belong to the worker thread, see `compute`.
     """
 
@@ -79,8 +81,11 @@ class LLM:
         disk: DiskPrefixes | None = None,
         speculator: Speculator | None = None,
         wired: int = 0,
+        *,
+        cache_format: CacheFormat = PLAIN,
     ) -> None:
         self.config = model.config
+        self.cache_format = cache_format
         self.tokenizer = words.tokenizer
         self.thinking = words.thinking
         self._worker = worker
@@ -91,6 +96,7 @@ class LLM:
             model,
             worker,
             vocabulary=vocabulary,
+            cache_format=cache_format,
             context=context,
             disk=disk,
             speculator=speculator,

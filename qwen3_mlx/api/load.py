@@ -104,7 +104,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
     try:
         model, speculator = worker.call(reader.read)
         words = load_text_processor(target.folder, target.config, tokenizer)
-        return LLM(model, words, worker, context, disk, speculator, reader.wired)
+        cache, wired = target.cache, reader.wired
+        return LLM(model, words, worker, context, disk, speculator, wired, cache_format=cache)
     except BaseException:
         reader.abandon()
         worker.stop()
@@ -135,10 +136,11 @@ class _Reader:
         backend.wire(self.wired)
         if backend.on_gpu():  # a GPU compiles its kernels at first use
             for model in models:
-                warm_up(model)
+                warm_up(model, target.cache)
         if not self._checkpoints.speculates:
             return models[0], None
-        return models[0], Speculator(target.network, DraftModel(models[1]) if small else None)
+        drafting = DraftModel(models[1], target.cache) if small else None
+        return models[0], Speculator(target.network, drafting)
 
     def abandon(self) -> None:
         """End the reading after the current module."""

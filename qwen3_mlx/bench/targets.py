@@ -48,11 +48,11 @@ class Ours:
 
     def _create_engine(self, case: Case) -> Engine:
         model = self._model
-        model.cache_format = cache_format(case.kv_bits, model.config.head_dim)
         speculator = Speculator(model.config) if case.copying else None
         return Engine(
             model,
             vocabulary=self.vocabulary,
+            cache_format=cache_format(case.kv_bits, model.config.head_dim),
             available=backend.available_memory(),  # no other LLM shares the memory
             speculator=speculator,
         )

@@ -152,7 +152,7 @@ class _Layer:
         # separate caches keep counting, because rollbacks truncate them during a batch, too.
         q, k, v = as_batch(q, k, v, self._caches, rope)
         for cache in self._caches:
-            cache.offset += 1
+            cache.count_released()
         keys, values = self._buffers
         stop = self._slots.column  # `next_step` has counted this step's column already
         # Keys and values have a buffer each: a write to a slice of a larger array would copy all

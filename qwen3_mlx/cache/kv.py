@@ -92,6 +92,10 @@ class KVCache:
         self._buffers, self._allocated = [], 0
         return state
 
+    def count_released(self) -> None:
+        """Count one more token of a released cache: it stands in a joint buffer."""
+        self.offset += 1
+
     def truncate(self, tokens: int) -> None:
         """Remove all tokens after the first `tokens`; the buffers keep their size."""
         self.offset = min(self.offset, tokens)

@@ -6,7 +6,7 @@ Sizes are in tokens of cache, the unit in which the engine counts memory.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from qwen3_mlx.cache.kv import KVCache
+from qwen3_mlx.cache.sequence_caches import SequenceCaches
 
 _MAX_PREFIXES = 16  # a laptop serves a handful of conversations
 _MIN_TOKENS = 16  # prefill of fewer tokens is as fast as keeping them
@@ -16,16 +16,14 @@ _SLACK = 16  # tokens at the end of a prompt that a continued conversation may r
 # Compared by identity: equality would compare thousands of ids whenever a list is searched.
 @dataclass(slots=True, eq=False)
 class Prefix:
-    """Tokens, and the caches (one a layer) that have seen them, and perhaps tokens after them.
+    """Tokens, and the caches that have seen them, and perhaps tokens after them.
 
-    The first `prompt` tokens were the prompt of a request, the others its reply. `room` is the
-    capacity of the caches in tokens, now or after their next write.
+    The first `prompt` tokens were the prompt of a request, the others its reply.
     """
 
     ids: list[int]
-    layers: list[KVCache]
+    caches: SequenceCaches
     prompt: int
-    room: int
     saved: bool = False  # on disk, or not worth it
 
 
@@ -37,9 +35,9 @@ class PrefixStore:
         self._kept: list[Prefix] = []  # least recently used first
 
     @property
-    def held(self) -> int:
-        """Capacity of the kept caches, in tokens."""
-        return sum(prefix.room for prefix in self._kept)
+    def room(self) -> int:
+        """The room of the kept caches, in tokens."""
+        return sum(prefix.caches.room for prefix in self._kept)
 
     def insert(self, prefix: Prefix) -> None:
         """Add a prefix; the caller must not use its caches any more."""
@@ -59,7 +57,7 @@ class PrefixStore:
         # Appended before the eviction, so that the new one counts. It is evicted last, and only if
         # it exceeds the limit by itself.
         self._kept.append(prefix)
-        self.evict(self.held - self.limit)
+        self.evict(self.room - self.limit)
         del self._kept[:-_MAX_PREFIXES]
 
     def acquire(self, ids: Sequence[int], max_tokens: int) -> Prefix | None:
@@ -82,12 +80,10 @@ class PrefixStore:
         # differences at the end (`_SLACK`) are the same conversation, rendered with its next turn.
         if length + _SLACK < min(best.prompt, len(best.ids)):
             self._kept.append(best)  # now the most recently used
-            copies = [layer.copy(length) for layer in best.layers]
-            return Prefix(best.ids[:length], copies, length, 0)  # no room: not allocated yet
+            return Prefix(best.ids[:length], best.caches.copy(length), length)
         # Moved instead of copied: nothing is allocated, so `room` stays that of the buffers.
-        for layer in best.layers:
-            layer.truncate(length)
-        return Prefix(best.ids[:length], best.layers, min(best.prompt, length), best.room)
+        best.caches.truncate(length)
+        return Prefix(best.ids[:length], best.caches, min(best.prompt, length))
 
     def match_length(self, ids: Sequence[int], max_tokens: int) -> int:
         """Return the number of leading ids, at most `max_tokens`, that `acquire` would return."""
@@ -106,7 +102,7 @@ class PrefixStore:
         """
         freed = 0
         while freed < tokens and self._kept:
-            freed += self._kept.pop(0).room
+            freed += self._kept.pop(0).caches.room
         return freed
 
     def clear(self) -> None:

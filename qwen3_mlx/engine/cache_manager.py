@@ -1,17 +1,17 @@
 """The caches of sequences: created or restored, batched, kept as prefixes, saved to disk."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-
-import mlx.core as mx
+from collections.abc import Callable, Sequence
 
 from qwen3_mlx.cache.attention import LayerCache
 from qwen3_mlx.cache.batched import BatchedCaches
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.prefix import Prefix, PrefixStore
-from qwen3_mlx.cache.quantized import PLAIN
+from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
+from qwen3_mlx.cache.sequence_caches import SequenceCaches
+from qwen3_mlx.engine.best_effort import best_effort, free_buffers
+from qwen3_mlx.engine.errors import engine_error
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -27,22 +27,27 @@ class CacheManager:
     """Creates the caches of sequences, and keeps those of ended ones for requests to come."""
 
     def __init__(
-        self, model: Qwen3, speculator: Speculator | None, disk: DiskPrefixes | None, room: int
+        self,
+        model: Qwen3,
+        cache_format: CacheFormat,
+        speculator: Speculator | None,
+        disk: DiskPrefixes | None,
+        commit_in_flight: Callable[[], None],
     ) -> None:
-        """Begin with nothing kept; all caches together have `room` tokens."""
+        """Begin with nothing kept; `commit_in_flight` commits the step that writes the caches."""
         self._model = model
+        self._format = cache_format
         self._speculator = speculator
         self._disk = disk
-        self._prefixes = PrefixStore(room // _PREFIX_CACHE_DIVISOR)
-        # A sequence's first layers are those of `model`; those of a draft model stand behind them.
-        self._num_layers = len(model.layers)
-        small = model.config.hidden_size <= _MAX_BATCHED_HIDDEN_SIZE and model.cache_format == PLAIN
+        self._commit_in_flight = commit_in_flight
+        self._prefixes = PrefixStore(limit=0)
+        small = model.config.hidden_size <= _MAX_BATCHED_HIDDEN_SIZE and cache_format == PLAIN
         self._batched = BatchedCaches() if small and not speculator else None
 
     @property
-    def held_by_prefixes(self) -> int:
+    def prefix_room(self) -> int:
         """Tokens that the prefix cache has room for."""
-        return self._prefixes.held
+        return self._prefixes.room
 
     def resize(self, room: int) -> None:
         """Adapt the limit of the prefix cache to the room that all caches have together."""
@@ -60,39 +65,69 @@ class CacheManager:
 
     # --- a sequence's caches --------------------------------------------------------------------
 
-    def allocate(self, sequence: SequenceState) -> None:
-        """Create a sequence's caches, filled from the longest kept prefix, in memory or on disk."""
-        sequence.layers = self._make_cache()
-        ids, limit = sequence.ids, sequence.max_prefix_hit
+    def admit(self, sequence: SequenceState) -> None:
+        """Create a sequence's caches, filled from the longest kept prefix, in memory or on disk.
+
+        The sequence may end here: by its forced tokens, or with an error.
+        """
+        try:
+            # At the first admission only: after a preemption `ids` has the forced tokens already.
+            if sequence.cached_tokens is None:
+                sequence.force()
+        except BaseException as error:  # noqa: BLE001 - ends this request only
+            sequence.end(error)
+        if sequence.ended:
+            return
+        try:
+            sequence.start(*self._allocate(sequence.ids, sequence.max_prefix_hit))
+        except Exception as error:  # noqa: BLE001 - ends this request only
+            sequence.end(engine_error(error))
+
+    def _allocate(self, ids: Sequence[int], limit: int) -> tuple[SequenceCaches, int]:
+        """Return caches that hold up to `limit` of the `ids`, and how many they hold."""
         disk, prefixes = self._disk, self._prefixes
         try:
             if disk and disk.match_length(ids, limit) > prefixes.match_length(ids, limit):
-                sequence.num_computed = disk.read(ids, limit, self.of_model(sequence))
-            if not sequence.num_computed and (kept := prefixes.acquire(ids, limit)):
+                caches = self._make_caches()
+                if length := disk.read(ids, limit, caches.layers):
+                    return caches, length
+            if kept := prefixes.acquire(ids, limit):
                 # Moved, not copied, where a request goes on from another's whole prompt.
-                sequence.layers, sequence.room = kept.layers, kept.room
-                sequence.num_computed = len(kept.ids)
+                return kept.caches, len(kept.ids)
         except Exception as error:  # noqa: BLE001 - the prompt can be read again
             _log.warning("a kept prompt cannot be restored: %s", str(error) or repr(error))
-            sequence.reset()
-            sequence.layers = self._make_cache()
+        return self._make_caches(), 0
 
-    def _make_cache(self) -> list[KVCache]:
-        layers = self._model.make_cache()
-        return layers + self._speculator.make_cache() if self._speculator else layers
+    def _make_caches(self) -> SequenceCaches:
+        drafting = self._speculator.make_cache() if self._speculator else ()
+        layers = self._model.make_cache(cache_format=self._format)
+        return SequenceCaches(layers, draft_layers=drafting)
 
-    def of_model(self, sequence: SequenceState) -> list[KVCache]:
-        """Return the caches of the model's layers, without those of a draft model."""
-        return sequence.layers[: self._num_layers]
+    def preempt(self, sequence: SequenceState) -> None:
+        """Move a sequence's caches to the prefix cache; it starts again from there, or earlier."""
+        # The step in flight writes these caches. Committing it may end the sequence.
+        self._commit_in_flight()
+        if not sequence.ended:
+            self._keep(sequence, sequence.num_computed)
+            sequence.drop_caches()
 
-    def keep(self, sequence: SequenceState, tokens: int) -> None:
-        """Keep the first `tokens` of a sequence's caches as a prefix; it must drop them then."""
+    def release(self, sequence: SequenceState) -> None:
+        """Move the caches of an ended sequence to the prefix cache, unless it has failed."""
+        keep = sequence.num_computed
+        if sequence.outcome == "cancelled":  # only the prefix that it was given
+            keep = min(keep, sequence.num_prefix_hit)
+        # `num_computed` may count tokens that the host does not know: without ids, no prefix.
+        failed = isinstance(sequence.outcome, BaseException)
+        self._keep(sequence, 0 if failed else min(keep, len(sequence.ids)))
+        sequence.drop_caches()
+        free_buffers()
+
+    def _keep(self, sequence: SequenceState, tokens: int) -> None:
         self.split_batch()
         if tokens:
-            prompt = len(sequence.request.ids)
             with best_effort("keeping a prompt"):
-                prefix = Prefix(sequence.ids[:tokens], sequence.layers, prompt, sequence.room)
-                self._prefixes.insert(prefix)
+                prompt = len(sequence.request.ids)
+                self._prefixes.insert(Prefix(sequence.ids[:tokens], sequence.caches, prompt))
 
     # --- the caches of a batch ------------------------------------------------------------------
 
@@ -123,24 +158,9 @@ class CacheManager:
                 return False
             ids = prefix.ids[: prefix.prompt]
             prefix.saved = not self._disk.is_worth_saving(ids) or self._disk.write(
-                ids, prefix.layers[: self._num_layers], interrupted
+                ids, prefix.caches.layers, interrupted
             )
         except Exception as error:  # noqa: BLE001 - the engine goes on without the disk
             _log.warning("prompts are no longer kept on disk: %s", str(error) or repr(error))
             self._disk = None
         return True
-
-
-@contextmanager
-def best_effort(action: str) -> Iterator[None]:
-    """Log an error of the block and go on: the action would only have saved time."""
-    try:
-        yield
-    except Exception as error:  # noqa: BLE001 - see above
-        _log.warning("%s failed, and is done without: %s", action, str(error) or repr(error))
-
-
-def free_buffers() -> None:
-    """Return the memory of freed arrays to the system."""
-    with best_effort("freeing memory"):
-        mx.clear_cache()

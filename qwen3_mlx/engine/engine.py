@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import RLock
 from typing import Protocol
@@ -11,6 +12,7 @@ from weakref import finalize
 import mlx.core as mx
 
 from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.engine.activity import Activity
 from qwen3_mlx.engine.core import EngineCore
 from qwen3_mlx.engine.logits import Logits
@@ -49,6 +51,7 @@ class Engine:
         worker: Thread | None = None,
         *,
         vocabulary: int,
+        cache_format: CacheFormat = PLAIN,
         available: int | None = None,
         context: int | None = None,
         disk: DiskPrefixes | None = None,
@@ -57,13 +60,22 @@ class Engine:
         """Create an engine for `model`, which belongs to `worker`.
 
         Ids from `vocabulary` on are never chosen. Without a worker, the thread that made the model
-        calls `step`. `available` are the bytes that caches and activations may take, with a
-        reserve; None is what the machine can give now. No request may be longer than `context`
-        tokens. Long prompts are also kept on `disk`. `speculator` proposes draft tokens.
+        calls `step`. The KV caches have `cache_format`. `available` are the bytes that caches and
+        activations may take, with a reserve; None is what the machine can give now. No request may
+        be longer than `context` tokens. Long prompts are also kept on `disk`. `speculator` proposes
+        draft tokens.
         """
         self.model = model
         self.speculates = speculator is not None
-        self._core = EngineCore(model, vocabulary, available, context, disk, speculator)
+        self._core = EngineCore(
+            model,
+            vocabulary,
+            cache_format=cache_format,
+            available=available,
+            context=context,
+            disk=disk,
+            speculator=speculator,
+        )
         self.budget, self.context = self._core.budget, self._core.context
         self.share = self._core.share
         finalize(self, release, self.share).atexit = False
@@ -141,7 +153,8 @@ class Engine:
 
     def step(self) -> bool:
         """Run the next step, or some idle work; return False if no work is left."""
-        self._drain_inbox()
+        for request in self._new_requests():
+            self._core.add(request)
         has_work = self._core.step()
         self._last_step_at = time.monotonic()
         if has_work or self._core.caches.save(interrupted=lambda: not self._inbox.empty()):
@@ -218,22 +231,16 @@ class Engine:
                 self._posted = True
 
     def _cancel_all(self) -> None:
-        self._drain_inbox()
+        for request in self._new_requests():
+            self._core.add(request)
         self._core.cancel_all()
         while self._core.caches.save(interrupted=lambda: False):
             pass
 
-    def _drain_inbox(self) -> None:
-        for request in self._new_requests():
-            self._core.add(request)
-
     def _new_requests(self) -> Iterator[Request]:
-        while True:
-            try:
-                request = self._inbox.get_nowait()
-            except Empty:
-                return
-            yield request
+        with suppress(Empty):
+            while True:
+                yield self._inbox.get_nowait()
 
 
 class _TokenBuffer:

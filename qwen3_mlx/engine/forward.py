@@ -7,6 +7,7 @@ import mlx.core as mx
 
 from qwen3_mlx.cache.attention import LayerCache
 from qwen3_mlx.cache.kv import KVCache
+from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.cache.ragged import ragged_layers
 from qwen3_mlx.model.qwen3 import Qwen3
 
@@ -60,9 +61,9 @@ def forward(
     return outputs[0] if any(part.wanted for part in parts) else None
 
 
-def warm_up(model: Qwen3) -> None:
+def warm_up(model: Qwen3, cache_format: CacheFormat = PLAIN) -> None:
     """Run a chunk of 64 tokens and one token, so that no first request waits for kernels."""
-    layers = model.make_cache()
+    layers = model.make_cache(cache_format=cache_format)
     for length in (_CHUNK_MULTIPLE, 1):
         mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [BatchSlice(layers, length, 1)]))
     del layers

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from threading import Event
 
 from qwen3_mlx.engine.hooks import Constraint, TokenSink
@@ -34,6 +35,15 @@ class SampledLogprob:
     token: int
     logprob: float
     top: Sequence[tuple[int, float]]
+
+
+class Phase(Enum):
+    """How far a request has come; a preempted one waits again."""
+
+    WAITING = auto()  # without caches
+    PREFILL = auto()  # its prompt is computed, a chunk a step
+    DECODE = auto()  # each step chooses a token of its reply
+    ENDED = auto()
 
 
 NORMAL, IDLE = 0, 1  # priorities, least first; idle work runs only while there is no other

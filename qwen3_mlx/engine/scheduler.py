@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
-from qwen3_mlx.engine.request import IDLE
+from qwen3_mlx.engine.moving_average import MovingAverage
+from qwen3_mlx.engine.request import IDLE, Phase
 
 _MAX_STALL = 0.25  # seconds that a chunk of a prompt may delay the sequences that decode
 _MAX_RUNNING = 32  # sequences
@@ -27,19 +28,13 @@ _MAX_CLIENTS = 256  # clients; beyond that, those without a request are forgotte
 class Schedulable(Protocol):
     """A sequence as the scheduler sees it."""
 
-    room: int  # tokens that its caches have room for
+    priority: int  # the least comes first
+    client: str
+    phase: Phase
 
     @property
-    def priority(self) -> int:
-        """The priority; the least comes first."""
-
-    @property
-    def client(self) -> str:
-        """The client that the sequence belongs to."""
-
-    @property
-    def answering(self) -> bool:
-        """True once the prompt is prefilled, so that each step chooses a token."""
+    def room(self) -> int:
+        """The tokens that its caches have room for."""
 
     @property
     def complete(self) -> bool:
@@ -70,14 +65,15 @@ S_contra = TypeVar("S_contra", bound=Schedulable, contravariant=True)
 class CacheOwner(Protocol[S_contra]):
     """Holds the caches, and carries out what the scheduler decides."""
 
+    @property
+    def prefix_room(self) -> int:
+        """The tokens that kept prefixes have room for."""
+
     def admit(self, sequence: S_contra) -> None:
-        """Create the caches of a sequence, filled with what is kept of its tokens."""
+        """Create the caches of a sequence, filled with what is kept of its tokens, or end it."""
 
     def preempt(self, sequence: S_contra) -> None:
         """Release the caches of a sequence; it starts again later."""
-
-    def held_by_prefixes(self) -> int:
-        """Return the tokens that kept prefixes have room for."""
 
     def evict(self, tokens: int) -> None:
         """Evict kept prefixes with room for so many tokens, as far as there are any."""
@@ -103,7 +99,7 @@ class Scheduler(Generic[S]):
         self.waiting: list[S] = []
         self.running: list[S] = []  # the last, which loses least, is preempted first
         self._caches = caches
-        self._speed = 0.0  # tokens of prompt a second
+        self._speed = MovingAverage(_SPEED_DECAY)  # tokens of prompt a second
         self._blocked = False  # the first waiting found no room, and nothing has changed since
         self._preempted: list[S] = []  # of those waiting: they come first, ahead of clients' turns
         self._last_turn: dict[str, int] = {}  # the turn in which each client was last admitted
@@ -128,9 +124,9 @@ class Scheduler(Generic[S]):
             sequences.clear()
         self._blocked = False
 
-    def held(self) -> int:
+    def room_in_use(self) -> int:
         """Count the tokens that caches have room for, kept prefixes included."""
-        return sum(sequence.room for sequence in self.running) + self._caches.held_by_prefixes()
+        return sum(sequence.room for sequence in self.running) + self._caches.prefix_room
 
     def next_step(self) -> Step[S]:
         """Return the next step, after admitting and preempting as room and priorities demand."""
@@ -138,12 +134,16 @@ class Scheduler(Generic[S]):
         self._admit()
         for sequence in list(self.running):
             # Making room for one may have preempted another of the list.
-            if sequence in self.running and sequence.answering and not sequence.complete:
+            if (
+                sequence in self.running
+                and sequence.phase is Phase.DECODE
+                and not sequence.complete
+            ):
                 tokens = sequence.num_computed + max(1, sequence.num_uncomputed)
                 self._make_room(sequence, sequence.room_for(tokens))
         active = [sequence for sequence in self.running if not sequence.complete]
-        decoding = [sequence for sequence in active if sequence.answering]
-        prefilling = [sequence for sequence in active if not sequence.answering]
+        decoding = [sequence for sequence in active if sequence.phase is Phase.DECODE]
+        prefilling = [sequence for sequence in active if sequence.phase is Phase.PREFILL]
         if prefilling:  # round robin: another prompt is read first in the next step
             self.running.remove(prefilling[0])
             self.running.append(prefilling[0])
@@ -156,15 +156,12 @@ class Scheduler(Generic[S]):
         """
         if not step.decoding and step.prefilling and step.prefilling[0].priority < IDLE:
             return limit
-        tokens = int(self._speed * _MAX_STALL) // _MIN_CHUNK * _MIN_CHUNK
+        tokens = int(self._speed.value * _MAX_STALL) // _MIN_CHUNK * _MIN_CHUNK
         return min(limit, max(_MIN_CHUNK, tokens))
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Record how long a step with so many tokens of prompt took."""
-        speed = tokens / max(seconds, 1e-6)
-        if self._speed:
-            speed = _SPEED_DECAY * self._speed + (1 - _SPEED_DECAY) * speed
-        self._speed = speed
+        self._speed.add(tokens / max(seconds, 1e-6))
 
     def _preempt_idle_work(self) -> None:
         if any(sequence.priority < IDLE for sequence in (*self.waiting, *self.running)):
@@ -174,12 +171,12 @@ class Scheduler(Generic[S]):
     def _admit(self) -> None:
         # With nothing running there is room for any: longer requests are refused before they wait.
         self._blocked = self._blocked and bool(self.running)
-        while self.waiting and not self._blocked and len(self.running) < _MAX_RUNNING:
+        while not self._blocked and len(self.running) < _MAX_RUNNING:
             sequence = self._next_waiting()
-            if sequence.priority >= IDLE and self.running:
+            if sequence is None or (sequence.priority >= IDLE and self.running):
                 return
             self._caches.admit(sequence)
-            if sequence not in self.waiting:  # it ended at admission
+            if sequence.phase is Phase.ENDED:
                 continue
             self.waiting.remove(sequence)
             if sequence in self._preempted:
@@ -188,10 +185,10 @@ class Scheduler(Generic[S]):
             self._record_turn(sequence.client)
             self._blocked = not self._make_room(sequence, sequence.initial_room())
 
-    def _next_waiting(self) -> S:
-        """Return the waiting sequence to admit next."""
-        least = self.waiting[0].priority
-        candidates = [sequence for sequence in self.waiting if sequence.priority == least]
+    def _next_waiting(self) -> S | None:
+        """Return the waiting sequence to admit next, if there is one."""
+        waiting = [sequence for sequence in self.waiting if sequence.phase is not Phase.ENDED]
+        candidates = [sequence for sequence in waiting if sequence.priority == waiting[0].priority]
         for sequence in candidates:
             if sequence in self._preempted:
                 return sequence
@@ -200,7 +197,8 @@ class Scheduler(Generic[S]):
         def turn(sequence: S) -> tuple[int, int]:
             return num_running[sequence.client], self._last_turn.get(sequence.client, 0)
 
-        return min(candidates, key=turn)  # of equals, `min` takes the first to arrive
+        # Of equals, `min` takes the first to arrive.
+        return min(candidates, key=turn, default=None)
 
     def _record_turn(self, client: str) -> None:
         self._turn += 1
@@ -212,18 +210,18 @@ class Scheduler(Generic[S]):
     def _make_room(self, sequence: S, room: int) -> bool:
         """Grow a sequence's caches to `room`, preempting later arrivals if necessary.
 
-        Returns False if the sequence itself was preempted.
+        Returns False if the sequence itself was preempted, or has ended.
         """
         if room <= sequence.room:
             return True
-        while (shortfall := self.held() - sequence.room + room - self.room) > 0:
+        while (shortfall := self.room_in_use() - sequence.room + room - self.room) > 0:
             victim = self.running[-1]
             alone = victim is sequence and len(self.running) == 1
-            if shortfall <= self._caches.held_by_prefixes() or alone:
+            if shortfall <= self._caches.prefix_room or alone:
                 self._caches.evict(shortfall)
                 break  # one alone has room: longer requests are refused before they wait
             self._preempt(victim)
-            if victim is sequence:
+            if sequence not in self.running:  # the victim, or ended by the step in flight
                 return False
         sequence.reserve(room)
         return True

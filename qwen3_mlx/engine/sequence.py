@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from qwen3_mlx.cache.kv import KVCache, next_capacity
+from qwen3_mlx.cache.kv import next_capacity
 from qwen3_mlx.cache.prefix import common_prefix
-from qwen3_mlx.engine.request import Request, RequestResult, SampledLogprob
+from qwen3_mlx.cache.sequence_caches import SequenceCaches
+from qwen3_mlx.engine.request import Phase, Request, RequestResult, SampledLogprob
 from qwen3_mlx.engine.sampling import Sampler
-from qwen3_mlx.engine.speculation.ngram import NgramProposer
+from qwen3_mlx.engine.speculation.ngram import AcceptanceRates, NgramProposer
 from qwen3_mlx.errors import Qwen3Error
 
 FIRST_ROOM = 256  # tokens of the reply that a sequence has room for when it starts
@@ -19,11 +20,19 @@ class SequenceState:
 
     `ids` are the prompt and the reply as far as the host knows them. Where the step in flight
     chooses one more, `num_in_flight` is 1. `num_computed` tokens are in the caches, or will be when
-    that step is done.
+    that step is done. Only these methods change the state.
     """
 
-    def __init__(self, request: Request, vocabulary: int, context: int) -> None:
+    def __init__(
+        self,
+        request: Request,
+        vocabulary: int,
+        context: int,
+        ngram_rates: AcceptanceRates | None = None,
+    ) -> None:
         """Create the state of `request`, which may hold at most `context` tokens.
+
+        With `ngram_rates`, draft tokens are proposed by n-gram lookup.
 
         Raises:
             ValueError: it has no ids, or its `logit_bias` names one that is not in the vocabulary.
@@ -34,44 +43,95 @@ class SequenceState:
         if (tokens := len(request.ids) + request.max_tokens) > context:
             raise Qwen3Error(f"the request may take {tokens:,} tokens; the context is {context:,}")
         self.request = request
+        self.priority, self.client = request.priority, request.client
+        self.phase = Phase.WAITING
+        self.outcome: str | BaseException | None = None  # set by `end`
         self.ids = list(request.ids)
         self.sampler = Sampler(
             request.sampling, seed=request.seed, vocabulary=vocabulary, prompt=request.ids
         )
-        self.ngrams: NgramProposer | None = None  # None without speculation
+        self.ngrams = NgramProposer(self.ids, ngram_rates) if ngram_rates else None
         self.cached_tokens: int | None = None  # prompt tokens in the prefix cache at admission
         self.num_passes = 0  # forward passes in which a token was chosen
         self.proposed = self.accepted = 0  # draft tokens
         self.num_scored = 0  # prompt positions whose next token has its logprob
-        self.reason: str | None = None  # why the reply has ended, if it has
         self.failure: BaseException | None = None  # raised by the constraint; ends the request
-        self.has_sampled = False  # True once a token was chosen
-        self.ended = False
-        self.logits_rechecked = False
-        self.num_to_keep: int | None = None  # tokens to keep as a prefix at the end; None is all
+        self._prompt_reported = self._logits_rechecked = self._reported = False
         # One more than the context: a write must never fill its buffer, or it would become a view
         # of the projection's output and keep all of that alive (`next_capacity`).
         self._max_room = context + 1
-        self.reset()
+        self.drop_caches()
 
-    def reset(self) -> None:
-        """Drop the caches: to start, or to start again with the tokens chosen so far."""
-        self.layers: list[KVCache] = []
-        self.room = 0  # tokens that the caches have room for, or will after their next write
+    # --- phases ---------------------------------------------------------------------------------
+
+    def start(self, caches: SequenceCaches, num_computed: int) -> None:
+        """Begin the prefill, with caches that hold the first `num_computed` tokens."""
+        self.phase = Phase.PREFILL
+        self.caches = caches
+        self.num_computed = self.num_prefix_hit = num_computed
+        if self.cached_tokens is None:
+            self.cached_tokens = min(num_computed, len(self.request.ids))
+
+    def begin_pass(self, tokens: int, *, last_chunk: bool, scored: range | None) -> None:
+        """Count a forward pass that reads `tokens` more, draft tokens included.
+
+        The counters run ahead of the device: the next step is built before this one is done. If
+        draft tokens are rejected, or the choice is dropped, `truncate` takes them back.
+        """
+        self.num_computed += tokens
+        if scored is not None:
+            self.num_scored = max(self.num_scored, scored.stop)
+        if last_chunk:
+            self.phase = Phase.DECODE
+            self.num_in_flight = int(self.request.max_tokens > 0)
+            self.num_passes += self.num_in_flight
+
+    def end_pass(self) -> None:
+        """Count no token in flight: the step that chooses it is done."""
+        self.num_in_flight = 0
+
+    def discard_in_flight(self, token: mx.array | None) -> None:
+        """Drop the `token` [1] that the step in flight chooses: those before it have changed."""
+        if token is not None:
+            # Its draw is repeated, so that a seed gives the same reply either way.
+            self.sampler.rewind(token)
+            self.num_in_flight = 0
+        self.truncate(len(self.ids) - 1)
+
+    def end(self, outcome: str | BaseException) -> None:
+        """End the request with an error, or with the reason stop, length or cancelled."""
+        self.phase, self.outcome = Phase.ENDED, outcome
+
+    def report(self) -> RequestResult | BaseException | None:
+        """Return the outcome of an ended request, and None if it has been returned before."""
+        if self._reported or self.outcome is None:
+            return None
+        self._reported = True
+        if isinstance(self.outcome, BaseException):
+            return self.outcome
+        counts = (self.num_passes, self.proposed, self.accepted)
+        return RequestResult(self.outcome, self.num_output, self.cached_tokens or 0, *counts)
+
+    def drop_caches(self) -> None:
+        """Drop the caches; unless it has ended, the request starts again with its tokens so far."""
+        if not self.ended:
+            self.phase = Phase.WAITING
+        self.caches = SequenceCaches()
         self.num_computed = 0
         self.num_prefix_hit = 0  # tokens that came from the prefix cache
         self.num_in_flight = 0
-        self.answering = False  # True once the prompt is prefilled, so that tokens are chosen
 
     @property
-    def priority(self) -> int:
-        """The priority of the request; the least comes first."""
-        return self.request.priority
+    def ended(self) -> bool:
+        """True if the request has its outcome."""
+        return self.phase is Phase.ENDED
+
+    # --- counts ---------------------------------------------------------------------------------
 
     @property
-    def client(self) -> str:
-        """The client that the request belongs to."""
-        return self.request.client
+    def room(self) -> int:
+        """The tokens that the caches have room for, or will after their next write."""
+        return self.caches.room
 
     @property
     def num_uncomputed(self) -> int:
@@ -87,18 +147,6 @@ class SequenceState:
         # The last token is always computed: its logits are needed, and a request ends in a step.
         limit = len(self.ids) - 1
         return limit if self.request.on_prompt_logprobs is None else min(limit, self.num_scored)
-
-    def positions_to_score(self, length: int) -> range:
-        """Return the prompt positions to score among the next `length` tokens.
-
-        The logits of a position score the token after it.
-        """
-        if self.request.on_prompt_logprobs is None:
-            return range(0)
-        end = min(self.num_computed + length, len(self.request.ids) - 1)
-        return range(
-            max(self.num_computed, self.num_scored), max(self.num_computed, self.num_scored, end)
-        )
 
     @property
     def num_output(self) -> int:
@@ -129,31 +177,31 @@ class SequenceState:
         # With the token in flight, so that no step is built beyond `max_tokens`.
         return self.ended or self.num_sampled >= self.request.max_tokens
 
-    def room_for(self, tokens: int) -> int:
-        """Return the room of the caches once they hold `tokens`; it grows by a quarter at a time.
-
-        It is at most one token more than the context.
-        """
-        return self.room if tokens <= self.room else min(next_capacity(tokens), self._max_room)
-
     def initial_room(self) -> int:
         """Return the room to start with: for all known tokens and `FIRST_ROOM` of the reply."""
-        if self.room > len(self.ids):
-            return self.room
-        return min(len(self.ids) + FIRST_ROOM, self._max_room)
+        room = self.caches.room
+        return room if room > len(self.ids) else min(len(self.ids) + FIRST_ROOM, self._max_room)
+
+    def room_for(self, tokens: int) -> int:
+        """Return the room once the caches hold `tokens`: it grows by a quarter at a time."""
+        room = self.caches.room
+        return room if tokens <= room else min(next_capacity(tokens), self._max_room)
 
     def reserve(self, room: int) -> None:
         """Grow the caches to `room` tokens at their next write, if they have less."""
-        if room > self.room:
-            self.room = room
-            for layer in self.layers:
-                layer.reserve(room)
+        self.caches.reserve(room)
 
     def truncate(self, tokens: int) -> None:
         """Remove all but the first `tokens` from the caches, those of a step in flight included."""
-        for layer in self.layers:
-            layer.truncate(tokens)
+        self.caches.truncate(tokens)
         self.num_computed = min(self.num_computed, tokens)
+
+    def index_ngrams(self) -> None:
+        """Index new tokens for n-gram lookup; after an error the sequence goes without."""
+        proposer, self.ngrams = self.ngrams, None
+        if proposer:
+            proposer.index_new()
+            self.ngrams = proposer
 
     # --- tokens ---------------------------------------------------------------------------------
 
@@ -195,7 +243,7 @@ class SequenceState:
         """Append the tokens that the constraint forces; return whether there were any."""
         constraint, any_forced = self.request.constraint, False
         # In a loop: a constraint that has taken forced tokens may force more, or take them back.
-        while constraint and not self.reason and (forced := constraint.forced_tokens()):
+        while constraint and not self.ended and (forced := constraint.forced_tokens()):
             self.truncate(len(self.ids))  # the caches may hold other draft tokens there
             self._append(forced[: self.request.max_tokens - self.num_output], forced=True)
             any_forced = True
@@ -204,15 +252,15 @@ class SequenceState:
     def _commit_one(self, token: int, logprob: SampledLogprob | None, *, masked: bool) -> bool:
         """Append one chosen token and those forced after it; return as `commit` does."""
         request, constraint = self.request, self.request.constraint
-        # By `has_sampled`, not by the length of the reply: tokens may have been forced before.
-        if request.progress and not self.has_sampled:
+        # Not by the length of the reply: tokens may have been forced before.
+        if request.progress and not self._prompt_reported:
             request.progress(len(request.ids), len(request.ids))
-        self.has_sampled = True
+        self._prompt_reported = True
         if self.ngrams:
             self.ngrams.score(token)
         self._append([token], logprob)
-        if self.reason or not constraint:
-            return not self.reason
+        if self.ended or not constraint:
+            return not self.ended
         # Read before `force`: the next `advance` resets it.
         rolled_back = constraint.rollback > 0
         return not (self.force() or rolled_back or (constraint.needs_mask and not masked))
@@ -220,7 +268,7 @@ class SequenceState:
     def _append(
         self, ids: list[int], logprob: SampledLogprob | None = None, *, forced: bool = False
     ) -> None:
-        """Append tokens to the reply, and set `reason` if they end it."""
+        """Append tokens to the reply, and end the request if they end it."""
         request, constraint = self.request, self.request.constraint
         end = next((index for index, token in enumerate(ids) if token in request.end_ids), None)
         ids = ids if end is None else ids[: end + 1]
@@ -240,9 +288,16 @@ class SequenceState:
         if shown := ids[:end]:
             request.sink.advance(shown)
         if end is not None or request.sink.finished or (constraint and constraint.finished):
-            self.reason = "stop"
+            self.end("stop")
         elif self.num_output >= request.max_tokens:
-            self.reason = "length"
+            self.end("length")
+
+    def suspects_logits(self) -> bool:
+        """Return whether the reply looks like that of a broken network; true once at most."""
+        if self._logits_rechecked or not self.request.recheck_logits:
+            return False
+        self._logits_rechecked = self.request.recheck_logits()
+        return self._logits_rechecked
 
     def _roll_back(self, count: int, *, unseen: int) -> None:
         """Remove the last `count` tokens, of which the sink has not received the last `unseen`."""
@@ -253,8 +308,3 @@ class SequenceState:
         self.truncate(len(self.ids))
         if count > unseen:
             self.request.sink.rewind(count - unseen)
-
-    def result(self, reason: str) -> RequestResult:
-        """Return the result of a generation that has ended."""
-        counts = (self.num_passes, self.proposed, self.accepted)
-        return RequestResult(reason, self.num_output, self.cached_tokens or 0, *counts)

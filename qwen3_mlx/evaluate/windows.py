@@ -18,6 +18,7 @@ from qwen3_mlx.errors import Qwen3Error
 
 if TYPE_CHECKING:  # for the annotations only: they are slow to import
     from qwen3_mlx.api.llm import LLM
+    from qwen3_mlx.cache.quantized import CacheFormat
     from qwen3_mlx.model.qwen3 import Qwen3
 
 
@@ -86,7 +87,7 @@ def read(
     count = len(ids) - 1  # nothing follows the last
     for start, first, end in spans(count, window, overlap):
         job = partial(_last_hidden, ids=ids[start:end], skip=first - start, rows=rows)
-        hidden = [llm.compute(job) for llm in llms]
+        hidden = [llm.compute(partial(job, cache_format=llm.cache_format)) for llm in llms]
         for at, blocks in zip(range(first, end, rows), zip(*hidden, strict=True), strict=True):
             if progress:
                 progress(at, count)
@@ -113,11 +114,13 @@ def mean(values: Sequence[float], of: str) -> float:
     return average
 
 
-def _last_hidden(model: "Qwen3", ids: Sequence[int], skip: int, rows: int) -> list[mx.array]:
+def _last_hidden(
+    model: "Qwen3", ids: Sequence[int], skip: int, rows: int, cache_format: "CacheFormat"
+) -> list[mx.array]:
     """Return the last hidden states of ids [N] from `skip` on, in blocks of up to `rows` rows."""
     mx.clear_cache()
     tokens = mx.array(list(ids), dtype=mx.int32)[None]
-    cache = model.make_cache(len(ids))
+    cache = model.make_cache(len(ids), cache_format=cache_format)
     chunk = backend.prefill_chunk()
     parts = []
     for start in range(0, len(ids), chunk):

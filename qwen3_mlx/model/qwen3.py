@@ -151,16 +151,11 @@ class Decoder(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """The whole network.
-
-    `cache_format` is the format of the caches that `make_cache` creates. `source` names the
-    checkpoint in messages.
-    """
+    """The whole network. `source` names the checkpoint in messages."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.cache_format: CacheFormat = PLAIN
         self.source = "this checkpoint"
         self.model = Decoder(config)
         if not config.tie_word_embeddings:
@@ -210,6 +205,6 @@ class Qwen3(nn.Module):
         named: list[tuple[str, Any]] = tree_flatten(self.parameters())  # type: ignore[assignment]
         return dict(named)
 
-    def make_cache(self, capacity: int = 0) -> list[KVCache]:
+    def make_cache(self, capacity: int = 0, *, cache_format: CacheFormat = PLAIN) -> list[KVCache]:
         """Create one empty cache a layer; the first write allocates `capacity` tokens at once."""
-        return [new_cache(self.cache_format, self.config.head_dim, capacity) for _ in self.layers]
+        return [new_cache(cache_format, self.config.head_dim, capacity) for _ in self.layers]

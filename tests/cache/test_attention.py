@@ -113,7 +113,13 @@ def test_speculation_and_kept_prefixes_need_no_other_call(
     model = model_with(*HEADS[geometry])
     model.cache_format = CACHE_FORMATS[form]
     speculator = Speculator(model.config, costs=StepCostModel(dict.fromkeys(range(1, 9), 1.0)))
-    engine = Engine(model, vocabulary=TINY["vocab_size"], speculator=speculator, available=10**9)
+    engine = Engine(
+        model,
+        vocabulary=TINY["vocab_size"],
+        cache_format=CACHE_FORMATS[form],
+        speculator=speculator,
+        available=10**9,
+    )
     ids = random_ids(12) * 4
     greedy = SamplingParams(temperature=0.0)
     said = list(engine.stream(ids, max_tokens=40, sampling=greedy))

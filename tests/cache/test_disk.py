@@ -23,7 +23,7 @@ from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.files import ShardWriter, read_header_and_metadata
 from qwen3_mlx.model.qwen3 import Qwen3
-from tests.support import assert_close, make_model, prefill, random_ids, write_tiny
+from tests.support import TinyQwen3, assert_close, make_model, prefill, random_ids, write_tiny
 
 IDS = random_ids(400)
 LIMIT = 10**9
@@ -35,6 +35,10 @@ def write(disk: DiskPrefixes, model: Qwen3, ids: list[int]) -> None:
     cache = model.make_cache()
     prefill(model, cache, ids, 128)
     assert disk.write(ids, cache, lambda: False)
+
+
+def engine_for(model: TinyQwen3, disk: DiskPrefixes | None = None) -> Engine:
+    return Engine(model, vocabulary=1088, cache_format=model.cache_format, disk=disk)
 
 
 def kept(folder: Path) -> list[Path]:
@@ -209,11 +213,11 @@ def test_an_engine_goes_on_from_it(name: str, tmp_path: Path) -> None:
     def answer() -> tuple[list[int], int]:
         disk = DiskPrefixes(tmp_path, "a", limit=LIMIT)
         restored = disk.match_length(IDS, 399)
-        engine = Engine(model, vocabulary=1088, disk=disk)
+        engine = engine_for(model, disk)
         return list(engine.stream(IDS, max_tokens=20, sampling=GREEDY)), restored
 
     assert answer()[1] == 0
-    plain = list(Engine(model, vocabulary=1088).stream(IDS, max_tokens=20, sampling=GREEDY))
+    plain = list(engine_for(model).stream(IDS, max_tokens=20, sampling=GREEDY))
     assert answer() == (plain, 399)
 
 

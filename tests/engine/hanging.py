@@ -22,7 +22,7 @@ import mlx.core as mx
 from qwen3_mlx import LLM, Qwen3Error, SamplingParams, convert, load
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.prefix import PrefixStore
-from qwen3_mlx.engine import core
+from qwen3_mlx.engine import core, step_builder
 from qwen3_mlx.engine.scheduler import Scheduler
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -329,14 +329,21 @@ def tools() -> None:
 def failing() -> None:
     """Check that requests end while a part of the engine fails; later ones are answered."""
     parts = [
-        *((Qwen3, "make_cache"), (core, "forward"), (core, "choose"), (core, "SequenceState")),
-        *((Scheduler, name) for name in ("add", "next_step", "remove", "held", "prefill_budget")),
+        *((Qwen3, "make_cache"), (core, "SequenceState")),
+        *((step_builder, name) for name in ("forward", "choose")),
+        *(
+            (Scheduler, name)
+            for name in ("add", "next_step", "remove", "room_in_use", "prefill_budget")
+        ),
         *(
             (PrefixStore, name)
             for name in ("acquire", "insert", "match_length", "evict", "unsaved", "clear")
         ),
         *((DiskPrefixes, name) for name in ("match_length", "read", "is_worth_saving", "write")),
-        *((SequenceState, name) for name in ("commit", "force", "reset", "result", "reserve")),
+        *(
+            (SequenceState, name)
+            for name in ("commit", "force", "drop_caches", "report", "reserve")
+        ),
         *((mx, name) for name in ("clear_cache", "eval", "async_eval")),
     ]
     for part, name in parts:

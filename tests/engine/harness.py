@@ -9,13 +9,13 @@ import numpy as np
 
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.request import NORMAL, Request, RequestResult
+from qwen3_mlx.engine.request import NORMAL, Phase, Request, RequestResult
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.draft_model import DraftModel
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.speculation.step_cost import StepCostModel, chip_costs
 from qwen3_mlx.model.qwen3 import Qwen3
-from tests.support import MOE, greedy_tokens, make_model, random_ids
+from tests.support import MOE, TinyQwen3, cache_format_of, greedy_tokens, make_model, random_ids
 
 MODELS = {"dense": make_model(), "moe": make_model(MOE)}
 WAYS = ["plain", "lookup", "draft"]  # of speculation
@@ -65,7 +65,7 @@ class Client:
 
 
 @cache
-def model_of(kind: str) -> Qwen3:
+def model_of(kind: str) -> TinyQwen3:
     if kind in MODELS:
         return MODELS[kind]
     model = make_model()
@@ -81,6 +81,7 @@ def run(engine: Engine, *clients: Client) -> None:
 
 
 def engine_of(model: Qwen3, way: str = "plain", **options: Any) -> Engine:
+    options = {"cache_format": cache_format_of(model), **options}
     return Engine(model, vocabulary=1088, speculator=speculator_of(model, way), **options)
 
 
@@ -219,7 +220,7 @@ class Schedulable:
         self.name, self.priority, self.client = name, priority, client
         self.room = self.num_computed = 0
         self.num_uncomputed, self._left = prompt, reply
-        self.answering = False
+        self.phase = Phase.WAITING
 
     def __repr__(self) -> str:
         return self.name
@@ -239,9 +240,10 @@ class Schedulable:
 
     def take(self, tokens: int) -> None:
         self.num_computed += tokens
-        self._left -= self.answering
+        self._left -= self.phase is Phase.DECODE
         self.num_uncomputed = max(0, self.num_uncomputed - tokens)
-        self.answering |= not self.num_uncomputed
+        if not self.num_uncomputed:
+            self.phase = Phase.DECODE
 
 
 class FakeCaches:
@@ -250,18 +252,15 @@ class FakeCaches:
         self._kept = kept
 
     def admit(self, job: Schedulable) -> None:
-        pass
+        job.phase = Phase.PREFILL
 
     def preempt(self, job: Schedulable) -> None:
         self.preempted.append(job)
-        job.num_uncomputed, job.num_computed, job.room, job.answering = (
-            job.num_computed + job.num_uncomputed,
-            0,
-            0,
-            False,
-        )
+        job.num_uncomputed += job.num_computed
+        job.num_computed, job.room, job.phase = 0, 0, Phase.WAITING
 
-    def held_by_prefixes(self) -> int:
+    @property
+    def prefix_room(self) -> int:
         return self._kept
 
     def evict(self, tokens: int) -> None:

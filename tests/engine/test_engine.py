@@ -87,7 +87,7 @@ def follow_a_random_schedule(kind: str, way: str, seed: int) -> None:
     rows = Rows()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("qwen3_mlx.engine.sequence.Sampler", rows.sampler)
-        patch.setattr("qwen3_mlx.engine.core.choose", rows.choose)
+        patch.setattr("qwen3_mlx.engine.step_builder.choose", rows.choose)
         patch.setattr("qwen3_mlx.engine.speculation.draft_model.choose", rows.choose)
         clients = run_a_random_schedule(kind, way, seed)
     for sampler, prompt in rows.prompts.items():
@@ -250,7 +250,7 @@ def test_what_is_known_already_is_read_ahead_at_once() -> None:
     again = Client(ids, 0, priority=IDLE)
     run(engine, again)
     assert again.outcome == RequestResult("length", 0, 99)  # without a pass
-    assert engine._core.held_by_prefixes() == 356  # one cache: the prompt, and room for 256 more
+    assert engine._core.caches.prefix_room == 356  # one cache: the prompt, and room for 256 more
 
 
 def test_under_steady_load_only_the_latest_is_kept_to_be_read_ahead() -> None:
@@ -321,7 +321,7 @@ def test_short_prompts_are_read_together_and_beside_a_long_one(
         steps.append([part.length for part in parts])
         return forward(model, ids, parts, *rest)
 
-    monkeypatch.setattr("qwen3_mlx.engine.core.forward", noted)
+    monkeypatch.setattr("qwen3_mlx.engine.step_builder.forward", noted)
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     model = MODELS["dense"]
     shorts = [Client(random_ids(n, seed=n), 4) for n in (20, 30, 10)]
@@ -344,7 +344,7 @@ def test_who_finds_no_room_waits_and_who_came_last_makes_room() -> None:
         engine.submit(client.request)
     most = 0
     while engine.step():
-        most = max(most, engine._core.scheduler.held())
+        most = max(most, engine._core.scheduler.room_in_use())
     assert most <= 350
     for client in clients:
         assert client.tokens == greedy_tokens(MODELS["dense"], client.request.ids, 60)
@@ -394,7 +394,7 @@ def test_callbacks_may_raise_what_ends_programs(name: str, error: BaseException)
     run(engine, failing, other)
     assert failing.outcomes == ([] if name == "on_finish" else [error])
     assert other.tokens == greedy_tokens(MODELS["dense"], STEM, 10)
-    assert engine._core.scheduler.held() == engine._core.held_by_prefixes()
+    assert engine._core.scheduler.room_in_use() == engine._core.caches.prefix_room
 
 
 def test_what_cannot_be_run_is_refused() -> None:
@@ -418,12 +418,12 @@ def test_a_failing_device_costs_those_whose_step_it_was(monkeypatch: pytest.Monk
         raise RuntimeError("[METAL] Insufficient Memory")
 
     with monkeypatch.context() as broken:
-        broken.setattr("qwen3_mlx.engine.core.forward", fail)
+        broken.setattr("qwen3_mlx.engine.step_builder.forward", fail)
         engine.step()
     for client in clients:
         assert isinstance(client.outcomes[0], Qwen3Error)
         assert "Insufficient Memory" in str(client.outcomes[0])
-    assert engine._core.held_by_prefixes() == 0
+    assert engine._core.caches.prefix_room == 0
     again = Client(PROMPTS[0], 10)
     run(engine, again)
     assert again.tokens == alone("dense")[0][:10]
@@ -522,7 +522,7 @@ def test_a_constraint_may_raise_anything_anywhere(way: str, name: str, after: in
     (outcome,) = failing.outcomes
     assert isinstance(outcome, SystemExit | RequestResult)
     assert [other.tokens for other in others] == [alone("dense")[i][:12] for i in (1, 2)]
-    assert engine._core.scheduler.held() == engine._core.held_by_prefixes()
+    assert engine._core.scheduler.room_in_use() == engine._core.caches.prefix_room
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -561,10 +561,10 @@ def check_counts(engine: Engine) -> int:
     checked = 0
     for sequence in engine._core.scheduler.running:
         ids = sequence.ids[len(sequence.request.ids) :]
-        step = engine._core._in_flight_step
+        step = engine._core._in_flight
         if sequence.num_in_flight:  # what the step in work chooses is counted, too
             assert step and step.tokens is not None
-            rows = [row for row, other in enumerate(step.rows) if other is sequence]
+            rows = [row for row, other in enumerate(step.row_sequences) if other is sequence]
             ids = ids + [int(step.tokens[row].item()) for row in rows]  # type: ignore[arg-type]
         expected = np.bincount(ids, minlength=1088) if ids else np.zeros(1088)
         assert np.array(sequence.sampler._counts).tolist() == expected.tolist()

@@ -61,8 +61,8 @@ def test_nobody_starts_without_room_and_kept_prefixes_give_way() -> None:
     for name in "abc":
         plan.add(Schedulable(name, 60, reply=3))
     plan.next_step()
-    assert (len(plan.running), caches.held_by_prefixes()) == (2, 60)
-    assert plan.held() == 200
+    assert (len(plan.running), caches.prefix_room) == (2, 60)
+    assert plan.room_in_use() == 200
     assert [job.name for job in plan.waiting] == ["c"]
 
 
@@ -96,4 +96,8 @@ def test_chunks_adapt_to_the_speed_while_others_wait() -> None:
 def test_the_scheduler_imports_no_arrays() -> None:
     tree = ast.parse(Path(scheduler.__file__).read_text("utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    assert imported - sys.stdlib_module_names == {"collections.abc", "qwen3_mlx.engine.request"}
+    assert imported - sys.stdlib_module_names == {
+        "collections.abc",
+        "qwen3_mlx.engine.moving_average",
+        "qwen3_mlx.engine.request",
+    }

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import qwen3_mlx
+from qwen3_mlx.cache.sequence_caches import SequenceCaches
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.engine.speculation.ngram import AcceptanceRates, NgramProposer
@@ -134,9 +135,10 @@ def running(
     speculator: Speculator, ids: Sequence[int], max_tokens: int = 1000
 ) -> tuple[SequenceState, NgramProposer]:
     client = Client(ids, max_tokens)
-    sequence = SequenceState(client.request, 1088, 100_000)
-    sequence.room = len(ids) + 256
-    sequence.ngrams = lookup = speculator.ngram_proposer(sequence.ids)
+    sequence = SequenceState(client.request, 1088, 100_000, speculator.ngram_rates)
+    sequence.reserve(len(ids) + 256)
+    lookup = sequence.ngrams
+    assert lookup
     while lookup.next is None:
         lookup.index_new()
     return sequence, lookup
@@ -189,7 +191,8 @@ def test_waiting_must_pay_too() -> None:
     masked = SequenceState(
         replace(sequence.request, constraint=ScriptedConstraint()), 1088, 100_000
     )
-    masked.room, masked.ngrams = sequence.room, lookup
+    masked.reserve(sequence.room)
+    masked.ngrams = lookup
     assert proposed(speculator, masked) > 0  # which has to wait in any case
 
 
@@ -217,7 +220,7 @@ def test_proposals_keep_to_the_kernels_limits_and_to_what_is_left(size: str) -> 
         sequence, _ = running(speculator, COPYING, max_tokens=left)
         count = proposed(speculator, sequence)
         assert count == min(left - 1, max(w for w in (2, 3, 4, 6, 8) if w * group <= 32) - 1)
-    sequence.room = len(COPYING) + 3
+    sequence.caches = SequenceCaches(room=len(COPYING) + 3)
     assert proposed(speculator, sequence) <= 2
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from qwen3_mlx import LLM, SamplingParams, load
 from qwen3_mlx.api.generation import PreparedRequest
-from qwen3_mlx.engine import core
+from qwen3_mlx.engine import step_builder
 from qwen3_mlx.server import response as replies
 from qwen3_mlx.server.app import make_app
 from qwen3_mlx.server.settings import Settings
@@ -435,14 +435,14 @@ def test_a_speed_is_counted_from_the_first_token(
     served: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By a clock that counts forward passes: a call that comes in one piece took them, too."""
-    passes, forward = 0.0, vars(core)["forward"]
+    passes, forward = 0.0, vars(step_builder)["forward"]
 
     def counted(*arguments: Any, **options: Any) -> Any:
         nonlocal passes
         passes += 1
         return forward(*arguments, **options)
 
-    monkeypatch.setattr(core, "forward", counted)
+    monkeypatch.setattr(step_builder, "forward", counted)
     monkeypatch.setattr(replies, "time", SimpleNamespace(perf_counter=lambda: passes))
     asked: dict[str, Any] = {"tools": TOOLS, "tool_choice": "required", "temperature": 0}
     body = served.chat("What is 12 + 34? Use it.", enable_thinking=False, **asked).json()

@@ -141,7 +141,7 @@ def test_what_fails_is_no_cancelled_reply(
 
     with serving(demo) as served:
         with monkeypatch.context() as patched:
-            patched.setattr("qwen3_mlx.engine.core.forward", fail)
+            patched.setattr("qwen3_mlx.engine.step_builder.forward", fail)
             served.chat()
             assert "the device failed" in served.chat(stream=True).text
     for line in lines_of(caplog):

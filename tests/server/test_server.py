@@ -737,7 +737,7 @@ def test_what_fails_within_is_an_error_and_no_end(
         raise RuntimeError("out of luck")
 
     with monkeypatch.context() as patched:
-        patched.setattr("qwen3_mlx.engine.core.forward", fail)
+        patched.setattr("qwen3_mlx.engine.step_builder.forward", fail)
         response = served.chat()
         assert response.status_code == 503 and "the device failed" in message_of(response)
         body = {"messages": [{"role": "user", "content": "x"}], "stream": True, "max_tokens": 9}

@@ -26,7 +26,7 @@ from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.engine.memory import count_weights
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.engine.speculation.draft_model import DraftModel
-from qwen3_mlx.engine.speculation.ngram import AcceptanceRate, AcceptanceRates, NgramProposer
+from qwen3_mlx.engine.speculation.ngram import AcceptanceRate, AcceptanceRates
 from qwen3_mlx.engine.speculation.step_cost import StepCostModel, chip_costs
 from qwen3_mlx.model.config import ModelConfig
 
@@ -73,7 +73,7 @@ class Speculator:
             config.num_attention_heads, config.num_key_value_heads
         )
         self._num_weights = count_weights(config)
-        self._ngram_rates = AcceptanceRates()
+        self.ngram_rates = AcceptanceRates()
         self._draft_rate = AcceptanceRate.from_prior(_PRIOR_DRAFT_RATE)
         self._num_drafted: dict[SequenceState, int] = {}  # draft tokens, in this step
         self._drafting_seconds = 0.0  # of this step
@@ -87,10 +87,6 @@ class Speculator:
     def make_cache(self) -> list[KVCache]:
         """Create the draft model's caches of a sequence; none without a draft model."""
         return self.draft.make_cache() if self.draft else []
-
-    def ngram_proposer(self, ids: Sequence[int]) -> NgramProposer:
-        """Create the n-gram proposer of a sequence with `ids`."""
-        return NgramProposer(ids, self._ngram_rates)
 
     def should_wait(self, sequence: SequenceState, rows: int) -> bool:
         """Return whether to wait for the token in flight, to propose draft tokens behind it.
@@ -166,8 +162,8 @@ class Speculator:
             draft_seconds = (
                 self._costs.of(1, synchronous=True) * self.draft.size / self._num_weights
             )
-            if self._costs.measured and self.draft.seconds:
-                draft_seconds = self.draft.seconds
+            if self._costs.measured and self.draft.seconds.value:
+                draft_seconds = self.draft.seconds.value
             plans += self._plans(sequence, self._draft_rate.share, others, limit, draft_seconds)
         return max(plans, key=lambda plan: plan.speed)
 

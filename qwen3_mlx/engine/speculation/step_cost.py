@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping
 
+from qwen3_mlx.engine.moving_average import MovingAverage
+
 # Time of a pass by its rows, relative to a pass over one row: 4-bit weights, by chip.
 # M3 and M4 (M4 Pro, Qwen3-8B: github.com/ml-explore/mlx, issue 3839), M5 (issue 3791), M3 Ultra
 # (issues 4265, 3764). The kernel of M1 and M2 reads the weights again for each row; from 6 rows on
@@ -38,7 +40,7 @@ class StepCostModel:
 
     def __init__(self, table: Mapping[int, float]) -> None:
         self.table = table
-        self._seconds: dict[tuple[bool, int], float] = {}
+        self._seconds: dict[tuple[bool, int], MovingAverage] = {}
         self._measured_at: dict[tuple[bool, int], int] = {}  # in steps
         self._num_steps = 0
 
@@ -51,12 +53,10 @@ class StepCostModel:
         """Record the time of a step."""
         self._num_steps += 1
         key = synchronous, rows
-        average = self._seconds.get(key)
-        if average is not None:
-            seconds = min(seconds, 3 * average)  # outliers: the machine had something else to do
-            seconds = _SECONDS_DECAY * average + (1 - _SECONDS_DECAY) * seconds
         if key in self._measured_at:  # the first of a kind also sets up what it needs
-            self._seconds[key] = seconds
+            average = self._seconds.setdefault(key, MovingAverage(_SECONDS_DECAY))
+            # An outlier counts less: the machine had something else to do.
+            average.add(min(seconds, 3 * average.value) if average.value else seconds)
         self._measured_at[key] = self._num_steps
         for old in [k for k in self._seconds if self._num_steps - self._measured_at[k] > _MAX_AGE]:
             del self._seconds[old]
@@ -67,10 +67,10 @@ class StepCostModel:
         if not self._seconds:
             return relative
         if (synchronous, rows) in self._seconds:
-            return self._seconds[synchronous, rows]
+            return self._seconds[synchronous, rows].value
         candidates = [key for key in self._seconds if key[0] == synchronous] or list(self._seconds)
         nearest = min(candidates, key=lambda key: abs(key[1] - rows))
-        return self._seconds[nearest] * relative / self._relative(nearest[1])
+        return self._seconds[nearest].value * relative / self._relative(nearest[1])
 
     def _relative(self, rows: int) -> float:
         """Return the table's time of a pass, interpolated between its entries."""

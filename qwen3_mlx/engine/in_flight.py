@@ -1,0 +1,107 @@
+"""A step between its building and its commit: what it reads, and what the device computes of it.
+
+N rows of logits, V vocabulary.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from qwen3_mlx.engine.logprobs import LogprobBatch
+from qwen3_mlx.engine.prompt_logprobs import PromptLogprobBatch
+from qwen3_mlx.engine.request import SampledLogprob
+from qwen3_mlx.engine.sequence import SequenceState
+
+if TYPE_CHECKING:
+    from qwen3_mlx.engine.hooks import Mask
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """One sequence's part of a step: it reads tokens, and samples from rows of the logits [N, V].
+
+    The `num_known` tokens that it reads are on the host, or the one is that the step before
+    chooses. `draft` tokens follow them. Of the last `num_wanted` the hidden states are needed.
+    """
+
+    sequence: SequenceState
+    num_known: int
+    prefill: bool  # the known tokens are a chunk of a prompt
+    last_chunk: bool  # no known token is left after them
+    rows: range  # a row for the last known token and one for each draft token; or none
+    num_wanted: int
+    draft: Sequence[int] = ()
+    masks: "Sequence[Mask | None] | None" = None  # by row, if the constraint has looked ahead
+    scored: range | None = None  # the positions whose prompt logprobs are computed
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens that it reads."""
+        return self.num_known + len(self.draft)
+
+
+@dataclass(slots=True)
+class InFlightStep:
+    """A step that is built, and then submitted to the device."""
+
+    parts: Sequence[StepPart]
+    synchronous: bool  # True if it was built only after the step before it had been committed
+    num_prefill_tokens: int  # tokens of prompts that it reads
+    arrays: list[mx.array] = field(default_factory=list)  # all that must be evaluated
+    tokens: mx.array | None = None  # [N], the chosen ones
+    logits: mx.array | None = None  # [N, V]
+    finite: mx.array | None = None  # [N], set if a request's first token is among those chosen
+    logprobs: LogprobBatch | None = None
+    prompt_logprobs: PromptLogprobBatch | None = None
+    submitted: float = 0.0
+    discarded: list[SequenceState] = field(default_factory=list)  # their chosen token is dropped
+
+    @property
+    def sequences(self) -> list[SequenceState]:
+        """The sequences whose caches the step writes."""
+        return [part.sequence for part in self.parts]
+
+    @property
+    def row_sequences(self) -> list[SequenceState]:
+        """The sequence of each row of the logits, [N]."""
+        return [part.sequence for part in self.parts for _ in part.rows]
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens that the forward pass reads."""
+        return sum(part.num_tokens for part in self.parts)
+
+    def submit(self) -> None:
+        """Begin to compute on the device."""
+        mx.async_eval(self.arrays)
+        self.submitted = time.perf_counter()
+
+    def wait(self) -> "CompletedStep":
+        """Wait until the device is done, and return what it has chosen."""
+        mx.eval(self.arrays)
+        values: list[int] = []
+        if self.tokens is not None:
+            values = self.tokens.tolist()  # type: ignore[assignment]
+        # A reference kept here would have the next step copy the caches instead of writing in
+        # place: MLX donates a buffer only if nothing else holds it.
+        self.arrays, self.tokens = [], None
+        logprobs = self.logprobs.read(values, self.row_sequences) if self.logprobs else {}
+        scores = self.prompt_logprobs.read() if self.prompt_logprobs else {}
+        return CompletedStep(self, values, logprobs, scores)
+
+
+@dataclass(frozen=True, slots=True)
+class CompletedStep:
+    """A step that the device has completed, with the chosen tokens and their logprobs, by row."""
+
+    step: InFlightStep
+    tokens: Sequence[int]  # [N]
+    logprobs: Mapping[int, SampledLogprob]
+    prompt_logprobs: Mapping[SequenceState, Sequence[SampledLogprob]]
+
+    def chosen(self, part: StepPart) -> list[tuple[int, SampledLogprob | None]]:
+        """Return the tokens of a part's rows, with their logprobs if the request wants them."""
+        return [(self.tokens[row], self.logprobs.get(row)) for row in part.rows]
