@@ -40,7 +40,7 @@ class CacheManager:
         self._speculator = speculator
         self._disk = disk
         self._commit_in_flight = commit_in_flight
-        self._prefixes = PrefixStore(limit=0)
+        self._prefixes = PrefixStore(0)
         small = model.config.hidden_size <= _MAX_BATCHED_HIDDEN_SIZE and cache_format == PLAIN
         self._batched = BatchedCaches() if small and not speculator else None
 
