@@ -12,6 +12,8 @@ from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.cache.sequence_caches import SequenceCaches
 from qwen3_mlx.engine.best_effort import best_effort, free_buffers
 from qwen3_mlx.engine.errors import engine_error
+from qwen3_mlx.engine.prompt_logprobs import max_prefix_hit
+from qwen3_mlx.engine.request import RequestResult
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -79,7 +81,7 @@ class CacheManager:
         if sequence.ended:
             return
         try:
-            sequence.start(*self._allocate(sequence.ids, sequence.max_prefix_hit))
+            sequence.start(*self._allocate(sequence.ids, max_prefix_hit(sequence)))
         except Exception as error:  # noqa: BLE001 - ends this request only
             sequence.end(engine_error(error))
 
@@ -113,12 +115,13 @@ class CacheManager:
 
     def release(self, sequence: SequenceState) -> None:
         """Move the caches of an ended sequence to the prefix cache, unless it has failed."""
-        keep = sequence.num_computed
-        if sequence.outcome == "cancelled":  # only the prefix that it was given
-            keep = min(keep, sequence.num_prefix_hit)
-        # `num_computed` may count tokens that the host does not know: without ids, no prefix.
-        failed = isinstance(sequence.outcome, BaseException)
-        self._keep(sequence, 0 if failed else min(keep, len(sequence.ids)))
+        outcome, keep = sequence.outcome, 0
+        if isinstance(outcome, RequestResult):
+            # `num_computed` may count tokens that the host does not know: without ids, no prefix.
+            keep = min(sequence.num_computed, len(sequence.ids))
+            if outcome.reason == "cancelled":  # only the prefix that it was given
+                keep = min(keep, sequence.num_prefix_hit)
+        self._keep(sequence, keep)
         sequence.drop_caches()
         free_buffers()
 

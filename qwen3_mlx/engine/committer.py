@@ -56,7 +56,7 @@ class Committer:
             self.token_meter.add(sequence.num_output - num_output)
             if part.draft and self._speculator:
                 self._speculator.observe(sequence, sequence.accepted - num_accepted)
-            if sequence.suspects_logits():
+            if sequence.request.recheck_logits and sequence.request.recheck_logits():
                 finite = self._finite_check.finite_rows(step.logits)
                 self._finite_check.check(finite, part.rows.start)
         except BaseException as error:  # noqa: BLE001 - ends this request only
@@ -80,10 +80,10 @@ class Committer:
 
 def _discard_in_flight(sequence: SequenceState, step: InFlightStep | None) -> None:
     """Drop the token that `step` chooses for a sequence: it follows tokens that have changed."""
-    token = None
-    if step and step.tokens is not None:
-        for part in step.parts:
-            if part.sequence is sequence and part.rows:
-                token = step.tokens[part.rows.start : part.rows.start + 1]
-                step.discarded.append(sequence)
-    sequence.discard_in_flight(token)
+    if step and step.tokens is not None and sequence in step.row_sequences:
+        row = step.row_sequences.index(sequence)
+        # The draw of the dropped token is repeated, so a seed gives the same reply either way.
+        sequence.sampler.rewind(step.tokens[row : row + 1])
+        step.discarded.append(sequence)
+        sequence.end_pass()
+    sequence.truncate(len(sequence.ids) - 1)

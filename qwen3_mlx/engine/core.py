@@ -213,9 +213,8 @@ class EngineCore:
         self._in_flight, self._builder.building, self._committing = None, (), ()
         self.caches.abandon_batch()
         for sequence in sequences:
-            if not sequence.ended:
-                sequence.end(engine_error(error))
-            _notify(sequence.request, sequence.report())
+            if not sequence.reported:
+                _notify(sequence.request, sequence.outcome or engine_error(error))
         for request in arrived:
             _notify(request, engine_error(error))
         self.forget()

@@ -49,6 +49,7 @@ class InFlightStep:
 
     parts: Sequence[StepPart]
     synchronous: bool  # True if it was built only after the step before it had been committed
+    num_tokens: int  # tokens that the forward pass reads
     num_prefill_tokens: int  # tokens of prompts that it reads
     arrays: list[mx.array] = field(default_factory=list)  # all that must be evaluated
     tokens: mx.array | None = None  # [N], the chosen ones
@@ -58,21 +59,12 @@ class InFlightStep:
     prompt_logprobs: PromptLogprobBatch | None = None
     submitted: float = 0.0
     discarded: list[SequenceState] = field(default_factory=list)  # their chosen token is dropped
+    sequences: list[SequenceState] = field(init=False)  # those whose caches it writes
+    row_sequences: list[SequenceState] = field(init=False)  # [N], of each row of the logits
 
-    @property
-    def sequences(self) -> list[SequenceState]:
-        """The sequences whose caches the step writes."""
-        return [part.sequence for part in self.parts]
-
-    @property
-    def row_sequences(self) -> list[SequenceState]:
-        """The sequence of each row of the logits, [N]."""
-        return [part.sequence for part in self.parts for _ in part.rows]
-
-    @property
-    def num_tokens(self) -> int:
-        """The tokens that the forward pass reads."""
-        return sum(part.num_tokens for part in self.parts)
+    def __post_init__(self) -> None:
+        self.sequences = [part.sequence for part in self.parts]
+        self.row_sequences = [part.sequence for part in self.parts for _ in part.rows]
 
     def submit(self) -> None:
         """Begin to compute on the device."""

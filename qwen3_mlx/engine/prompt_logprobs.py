@@ -33,6 +33,17 @@ def positions_to_score(sequence: SequenceState, length: int) -> range | None:
     return range(start, max(start, end))
 
 
+def max_prefix_hit(sequence: SequenceState) -> int:
+    """Return how many tokens need not be computed if a kept prefix has them.
+
+    With prompt logprobs, only positions that have been scored are among them.
+    """
+    # The last token is always computed: its logits are needed, and a request ends in a step.
+    limit = len(sequence.ids) - 1
+    scores = sequence.request.on_prompt_logprobs is not None
+    return min(limit, sequence.num_scored) if scores else limit
+
+
 @dataclass(frozen=True, slots=True)
 class PromptLogprobBatch:
     """The logprobs that a step computes for the prompts that it reads.

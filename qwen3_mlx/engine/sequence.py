@@ -20,7 +20,7 @@ class SequenceState:
 
     `ids` are the prompt and the reply as far as the host knows them. Where the step in flight
     chooses one more, `num_in_flight` is 1. `num_computed` tokens are in the caches, or will be when
-    that step is done. Only these methods change the state.
+    that step is done. Only its methods change the state.
     """
 
     def __init__(
@@ -38,14 +38,12 @@ class SequenceState:
             ValueError: it has no ids, or its `logit_bias` names one that is not in the vocabulary.
             Qwen3Error: prompt and reply are longer than the context.
         """
-        if not request.ids:
-            raise ValueError("a request needs at least one token to go on from")
-        if (tokens := len(request.ids) + request.max_tokens) > context:
-            raise Qwen3Error(f"the request may take {tokens:,} tokens; the context is {context:,}")
+        _check_length(request, context)
         self.request = request
         self.priority, self.client = request.priority, request.client
         self.phase = Phase.WAITING
-        self.outcome: str | BaseException | None = None  # set by `end`
+        self.outcome: RequestResult | BaseException | None = None  # set by `end`
+        self.reported = False  # True once the outcome is
         self.ids = list(request.ids)
         self.sampler = Sampler(
             request.sampling, seed=request.seed, vocabulary=vocabulary, prompt=request.ids
@@ -56,7 +54,7 @@ class SequenceState:
         self.proposed = self.accepted = 0  # draft tokens
         self.num_scored = 0  # prompt positions whose next token has its logprob
         self.failure: BaseException | None = None  # raised by the constraint; ends the request
-        self._prompt_reported = self._logits_rechecked = self._reported = False
+        self._prompt_reported = False
         # One more than the context: a write must never fill its buffer, or it would become a view
         # of the projection's output and keep all of that alive (`next_capacity`).
         self._max_room = context + 1
@@ -90,27 +88,21 @@ class SequenceState:
         """Count no token in flight: the step that chooses it is done."""
         self.num_in_flight = 0
 
-    def discard_in_flight(self, token: mx.array | None) -> None:
-        """Drop the `token` [1] that the step in flight chooses: those before it have changed."""
-        if token is not None:
-            # Its draw is repeated, so that a seed gives the same reply either way.
-            self.sampler.rewind(token)
-            self.num_in_flight = 0
-        self.truncate(len(self.ids) - 1)
-
     def end(self, outcome: str | BaseException) -> None:
         """End the request with an error, or with the reason stop, length or cancelled."""
-        self.phase, self.outcome = Phase.ENDED, outcome
+        if isinstance(outcome, str):
+            counts = (self.num_passes, self.proposed, self.accepted)
+            self.outcome = RequestResult(outcome, self.num_output, self.cached_tokens or 0, *counts)
+        else:
+            self.outcome = outcome
+        self.phase = Phase.ENDED
 
     def report(self) -> RequestResult | BaseException | None:
         """Return the outcome of an ended request, and None if it has been returned before."""
-        if self._reported or self.outcome is None:
+        if self.reported:
             return None
-        self._reported = True
-        if isinstance(self.outcome, BaseException):
-            return self.outcome
-        counts = (self.num_passes, self.proposed, self.accepted)
-        return RequestResult(self.outcome, self.num_output, self.cached_tokens or 0, *counts)
+        self.reported = self.ended
+        return self.outcome
 
     def drop_caches(self) -> None:
         """Drop the caches; unless it has ended, the request starts again with its tokens so far."""
@@ -139,24 +131,9 @@ class SequenceState:
         return len(self.ids) - self.num_computed
 
     @property
-    def max_prefix_hit(self) -> int:
-        """The tokens that need not be computed if a kept prefix has them.
-
-        With prompt logprobs, only positions that have been scored are among them.
-        """
-        # The last token is always computed: its logits are needed, and a request ends in a step.
-        limit = len(self.ids) - 1
-        return limit if self.request.on_prompt_logprobs is None else min(limit, self.num_scored)
-
-    @property
     def num_output(self) -> int:
         """The tokens of the reply that the host knows."""
         return len(self.ids) - len(self.request.ids)
-
-    @property
-    def num_sampled(self) -> int:
-        """The tokens of the reply, including one in flight."""
-        return self.num_output + self.num_in_flight
 
     @property
     def needs_mask(self) -> bool:
@@ -164,8 +141,7 @@ class SequenceState:
         try:
             return self.request.constraint is not None and self.request.constraint.needs_mask
         except BaseException as error:  # noqa: BLE001 - ends this request only
-            # Read in the middle of building a step for all: the error must not end the others, so
-            # it is kept until `EngineCore` ends this request.
+            # It is read in the middle of building a step for all, which must go on.
             self.failure = error
             return False
 
@@ -175,7 +151,7 @@ class SequenceState:
         if self.request.max_tokens == 0:
             return self.num_uncomputed == 0
         # With the token in flight, so that no step is built beyond `max_tokens`.
-        return self.ended or self.num_sampled >= self.request.max_tokens
+        return self.ended or self.num_output + self.num_in_flight >= self.request.max_tokens
 
     def initial_room(self) -> int:
         """Return the room to start with: for all known tokens and `FIRST_ROOM` of the reply."""
@@ -192,7 +168,7 @@ class SequenceState:
         self.caches.reserve(room)
 
     def truncate(self, tokens: int) -> None:
-        """Remove all but the first `tokens` from the caches, those of a step in flight included."""
+        """Remove all but the first `tokens` from the caches."""
         self.caches.truncate(tokens)
         self.num_computed = min(self.num_computed, tokens)
 
@@ -292,13 +268,6 @@ class SequenceState:
         elif self.num_output >= request.max_tokens:
             self.end("length")
 
-    def suspects_logits(self) -> bool:
-        """Return whether the reply looks like that of a broken network; true once at most."""
-        if self._logits_rechecked or not self.request.recheck_logits:
-            return False
-        self._logits_rechecked = self.request.recheck_logits()
-        return self._logits_rechecked
-
     def _roll_back(self, count: int, *, unseen: int) -> None:
         """Remove the last `count` tokens, of which the sink has not received the last `unseen`."""
         self.sampler.rewind(mx.array(self.ids[-count:]))
@@ -308,3 +277,10 @@ class SequenceState:
         self.truncate(len(self.ids))
         if count > unseen:
             self.request.sink.rewind(count - unseen)
+
+
+def _check_length(request: Request, context: int) -> None:
+    if not request.ids:
+        raise ValueError("a request needs at least one token to go on from")
+    if (tokens := len(request.ids) + request.max_tokens) > context:
+        raise Qwen3Error(f"the request may take {tokens:,} tokens; the context is {context:,}")

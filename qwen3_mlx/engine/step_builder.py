@@ -93,6 +93,7 @@ class StepBuilder:
         built = InFlightStep(
             parts,
             synchronous=in_flight is None,
+            num_tokens=ids.size,
             num_prefill_tokens=sum(part.num_known for part in parts if part.prefill),
         )
         self._compute(built, ids)

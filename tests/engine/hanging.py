@@ -340,10 +340,7 @@ def failing() -> None:
             for name in ("acquire", "insert", "match_length", "evict", "unsaved", "clear")
         ),
         *((DiskPrefixes, name) for name in ("match_length", "read", "is_worth_saving", "write")),
-        *(
-            (SequenceState, name)
-            for name in ("commit", "force", "drop_caches", "report", "reserve")
-        ),
+        *((SequenceState, name) for name in ("commit", "force", "drop_caches", "end", "reserve")),
         *((mx, name) for name in ("clear_cache", "eval", "async_eval")),
     ]
     for part, name in parts:
