@@ -101,3 +101,21 @@ def test_the_scheduler_imports_no_arrays() -> None:
         "qwen3_mlx.engine.moving_average",
         "qwen3_mlx.engine.request",
     }
+
+
+def test_room_is_not_made_for_a_sequence_that_the_step_in_flight_has_ended() -> None:
+    plan, caches = make(room=100, kept=60)
+    first, second = Schedulable("a", 10), Schedulable("b", 10)
+    plan.add(first)
+    plan.add(second)
+    run(plan, 3)
+    assert plan.running == [first, second]
+
+    def end_all(job: Schedulable) -> None:
+        plan.remove(first)
+        plan.remove(second)
+
+    caches.preempt = end_all  # type: ignore[method-assign]
+    assert not plan._make_room(first, 90)
+    assert first.room < 90
+    assert not plan.running
