@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen3_mlx import LLM, Qwen3Error, SamplingParams, backend, load
-from qwen3_mlx.api import load as loading
+from qwen3_mlx.api import checkpoints
 from qwen3_mlx.api.stream import Stream
 from qwen3_mlx.engine import cache_manager, committer, core, engine, in_flight, step_builder
 from qwen3_mlx.text.events import Event, Finish
@@ -209,7 +209,7 @@ def main(way: str, folder: Path, *, thorough: bool) -> None:
     faults = Faults()
     install(faults)
     backend.available_memory = lambda: AVAILABLE
-    vars(loading)["check_fits"] = lambda *_: None
+    vars(checkpoints)["check_fits"] = lambda *_: None
     tiny = write_tiny(folder / "tiny")
     drafts = {"plain": None, "ngram": "ngram", "draft": tiny}
     llm = load(tiny, prompt_cache=folder / "kept", draft=drafts[way])
