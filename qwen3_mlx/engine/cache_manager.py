@@ -12,7 +12,6 @@ from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.cache.sequence_caches import SequenceCaches
 from qwen3_mlx.engine.best_effort import best_effort, free_buffers
 from qwen3_mlx.engine.errors import engine_error
-from qwen3_mlx.engine.prompt_logprobs import max_prefix_hit
 from qwen3_mlx.engine.request import RequestResult
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.engine.speculation.speculator import Speculator
@@ -81,7 +80,12 @@ class CacheManager:
         if sequence.ended:
             return
         try:
-            sequence.start(*self._allocate(sequence.ids, max_prefix_hit(sequence)))
+            # The last token is always computed: its logits are needed, and a request ends in a
+            # step. With prompt logprobs, so are the positions that have not been scored.
+            limit = len(sequence.ids) - 1
+            if sequence.request.on_prompt_logprobs:
+                limit = min(limit, sequence.num_scored)
+            sequence.start(*self._allocate(sequence.ids, limit))
         except Exception as error:  # noqa: BLE001 - ends this request only
             sequence.end(engine_error(error))
 

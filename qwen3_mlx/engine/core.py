@@ -86,6 +86,7 @@ class EngineCore:
         try:
             self.budget = Budget(model.config, work, max(0, self.share.available))
             self.context = min(self.budget.context, context or self.budget.context)
+            self._token_bytes = self.budget.bytes_of(1)
             self._set_room()
         except BaseException:
             release(self.share)
@@ -272,7 +273,7 @@ class EngineCore:
 
     def _update_budget(self) -> None:
         """Report to the ledger what caches hold, and adapt the room to what they may take now."""
-        self.share.held = self.budget.bytes_of(self.scheduler.room_in_use())
+        self.share.held = self.scheduler.room_in_use() * self._token_bytes
         available = self.share.available - sum(logits.nbytes for logits in self._logits_jobs)
         available = max(0, available)
         if available != self.budget.available:

@@ -21,11 +21,9 @@ class LogprobBatch:
     @classmethod
     def of(
         cls, logits: mx.array, tokens: mx.array, choosing: Sequence[SequenceState], vocabulary: int
-    ) -> "LogprobBatch | None":
-        """Create the arrays, unevaluated, for logits [N, V] and tokens [N]; None if no row asks."""
+    ) -> "LogprobBatch":
+        """Create the arrays, unevaluated, for the rows of logits [N, V] and tokens [N] that ask."""
         rows = [row for row, sequence in enumerate(choosing) if sequence.request.on_logprobs]
-        if not rows:
-            return None
         logits = logits[mx.array(rows), :vocabulary].astype(mx.float32)
         total = mx.logsumexp(logits, axis=-1, keepdims=True)
         top = max(choosing[row].request.top_logprobs for row in rows)

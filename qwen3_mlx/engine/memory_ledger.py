@@ -11,9 +11,9 @@ from threading import RLock
 class Share:
     """The bytes that one engine may take for caches and activations."""
 
-    def __init__(self, least: int) -> None:
-        self.least = least  # guaranteed, for its longest request
-        self.available = least  # in all, `least` included; changes as other engines come and go
+    def __init__(self, guaranteed: int) -> None:
+        self.guaranteed = guaranteed  # for its longest request
+        self.available = guaranteed  # in all; changes as other engines come and go
         self.held = 0  # by its caches now; written by its engine
 
 
@@ -24,21 +24,21 @@ _lock = RLock()  # reentrant: the garbage collector may release a share in here
 def unallocated_guarantees() -> int:
     """Return the bytes that are guaranteed to engines and not allocated yet."""
     with _lock:
-        return sum(max(0, share.least - share.held) for share in list(_shares))
+        return sum(max(0, share.guaranteed - share.held) for share in list(_shares))
 
 
-def claim(free: Callable[[], int], least_of: Callable[[int], int]) -> Share:
+def claim(free: Callable[[], int], min_bytes: Callable[[int], int]) -> Share:
     """Return the share of a new engine, and divide the rest again.
 
-    `free` measures the bytes that caches and activations may still take. `least_of` returns how
+    `free` measures the bytes that caches and activations may still take. `min_bytes` returns how
     many of the bytes that are not guaranteed to others the new engine's longest request takes.
     """
     with _lock:
         unpromised = free() - unallocated_guarantees()
-        share = Share(least_of(max(0, unpromised)))
-        others, rest = list(_shares), max(0, unpromised - share.least)
+        share = Share(min_bytes(max(0, unpromised)))
+        others, rest = list(_shares), max(0, unpromised - share.guaranteed)
         for each in (share, *others):
-            each.available = max(each.least, each.held) + rest // (len(others) + 1)
+            each.available = max(each.guaranteed, each.held) + rest // (len(others) + 1)
         _shares.append(share)
         return share
 

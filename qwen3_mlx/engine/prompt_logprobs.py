@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from qwen3_mlx.engine.request import Phase, SampledLogprob
+from qwen3_mlx.engine.request import SampledLogprob
 from qwen3_mlx.engine.sampling import top_k_logits
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -21,27 +21,14 @@ from qwen3_mlx.model.qwen3 import Qwen3
 _BLOCK = 1 << 23  # logits computed at once: 32 MiB in float32
 
 
-def positions_to_score(sequence: SequenceState, length: int) -> range | None:
-    """Return the prompt positions to score among the next `length` tokens; None if none ever is.
+def positions_to_score(sequence: SequenceState, length: int) -> range:
+    """Return the prompt positions to score among the next `length` tokens.
 
     The logits of a position score the token after it.
     """
-    if sequence.request.on_prompt_logprobs is None or sequence.phase is not Phase.PREFILL:
-        return None
     start = max(sequence.num_computed, sequence.num_scored)
     end = min(sequence.num_computed + length, len(sequence.request.ids) - 1)
     return range(start, max(start, end))
-
-
-def max_prefix_hit(sequence: SequenceState) -> int:
-    """Return how many tokens need not be computed if a kept prefix has them.
-
-    With prompt logprobs, only positions that have been scored are among them.
-    """
-    # The last token is always computed: its logits are needed, and a request ends in a step.
-    limit = len(sequence.ids) - 1
-    scores = sequence.request.on_prompt_logprobs is not None
-    return min(limit, sequence.num_scored) if scores else limit
 
 
 @dataclass(frozen=True, slots=True)

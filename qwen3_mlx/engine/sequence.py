@@ -20,7 +20,7 @@ class SequenceState:
 
     `ids` are the prompt and the reply as far as the host knows them. Where the step in flight
     chooses one more, `num_in_flight` is 1. `num_computed` tokens are in the caches, or will be when
-    that step is done. Only its methods change the state.
+    that step is done; `num_prefix_hit` came from the prefix cache. Only its methods change fields.
     """
 
     def __init__(
@@ -30,9 +30,7 @@ class SequenceState:
         context: int,
         ngram_rates: AcceptanceRates | None = None,
     ) -> None:
-        """Create the state of `request`, which may hold at most `context` tokens.
-
-        With `ngram_rates`, draft tokens are proposed by n-gram lookup.
+        """Create the state of `request`, of at most `context` tokens; `ngram_rates` for lookup.
 
         Raises:
             ValueError: it has no ids, or its `logit_bias` names one that is not in the vocabulary.
@@ -41,7 +39,6 @@ class SequenceState:
         _check_length(request, context)
         self.request = request
         self.priority, self.client = request.priority, request.client
-        self.phase = Phase.WAITING
         self.outcome: RequestResult | BaseException | None = None  # set by `end`
         self.reported = False  # True once the outcome is
         self.ids = list(request.ids)
@@ -55,8 +52,7 @@ class SequenceState:
         self.num_scored = 0  # prompt positions whose next token has its logprob
         self.failure: BaseException | None = None  # raised by the constraint; ends the request
         self._prompt_reported = False
-        # One more than the context: a write must never fill its buffer, or it would become a view
-        # of the projection's output and keep all of that alive (`next_capacity`).
+        # One more than the context: a write must never fill its buffer (see `next_capacity`).
         self._max_room = context + 1
         self.drop_caches()
 
@@ -73,8 +69,7 @@ class SequenceState:
     def begin_pass(self, tokens: int, *, last_chunk: bool, scored: range | None) -> None:
         """Count a forward pass that reads `tokens` more, draft tokens included.
 
-        The counters run ahead of the device: the next step is built before this one is done. If
-        draft tokens are rejected, or the choice is dropped, `truncate` takes them back.
+        The counters run ahead of the device; `truncate` takes back what is rejected or dropped.
         """
         self.num_computed += tokens
         if scored is not None:
@@ -106,19 +101,15 @@ class SequenceState:
 
     def drop_caches(self) -> None:
         """Drop the caches; unless it has ended, the request starts again with its tokens so far."""
-        if not self.ended:
+        if self.outcome is None:
             self.phase = Phase.WAITING
         self.caches = SequenceCaches()
-        self.num_computed = 0
-        self.num_prefix_hit = 0  # tokens that came from the prefix cache
-        self.num_in_flight = 0
+        self.num_computed = self.num_prefix_hit = self.num_in_flight = 0
 
     @property
     def ended(self) -> bool:
         """True if the request has its outcome."""
         return self.phase is Phase.ENDED
-
-    # --- counts ---------------------------------------------------------------------------------
 
     @property
     def room(self) -> int:
@@ -141,8 +132,7 @@ class SequenceState:
         try:
             return self.request.constraint is not None and self.request.constraint.needs_mask
         except BaseException as error:  # noqa: BLE001 - ends this request only
-            # It is read in the middle of building a step for all, which must go on.
-            self.failure = error
+            self.failure = error  # a step for all is being built, which must go on
             return False
 
     @property
@@ -190,10 +180,10 @@ class SequenceState:
     ) -> bool:
         """Append the accepted draft tokens and the first token that differs or follows them.
 
-        `chosen` are the tokens of all rows of this sequence: one for each draft token in `proposal`
-        and one more. `masked` is True if each was chosen with its lookahead mask. Returns whether
-        a step that was built ahead on these tokens stays valid: it does not if the reply has ended,
-        or if the constraint takes back, forces or masks what comes next.
+        `chosen` are the tokens of all rows: one for each draft token in `proposal` and one more.
+        `masked` is True if each was chosen with its lookahead mask. Returns whether a step that was
+        built ahead on these tokens stays valid: it does not if the reply has ended, or if the
+        constraint takes back, forces or masks what comes next.
         """
         tokens = [token for token, _ in chosen]
         num_accepted = common_prefix(tokens, proposal)
@@ -202,15 +192,13 @@ class SequenceState:
             # Tokens behind the first that differs were computed from a rejected draft token.
             self.truncate(len(self.ids) + num_accepted)
         num_committed, undisturbed = 0, True
-        # An accepted token counts only if it is committed: the reply may end, or be rolled back,
-        # before the last accepted one.
+        # An accepted token counts only if it is committed: the reply may end before it.
         while undisturbed and num_committed <= num_accepted:
             self.accepted += num_committed < num_accepted
             undisturbed = self._commit_one(*chosen[num_committed], masked=masked)
             num_committed += 1
         if num_committed < len(tokens):
-            # The randomness of dropped tokens is drawn again, so that a seed gives the same reply
-            # with speculation and without.
+            # Dropped tokens are drawn again, so a seed gives the same reply without speculation.
             self.sampler.rewind(mx.array(tokens[num_committed:]))
             self.truncate(len(self.ids) - 1)
         return undisturbed

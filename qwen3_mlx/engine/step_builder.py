@@ -240,8 +240,10 @@ class StepBuilder:
         masks = self._masks(built.parts, logits)
         tokens = choose(logits, [sequence.sampler for sequence in rows], masks, drafts)
         built.tokens = tokens
-        built.logprobs = LogprobBatch.of(logits, tokens, rows, self._vocabulary)
-        built.arrays += [tokens, *(built.logprobs.arrays if built.logprobs else ())]
+        built.arrays.append(tokens)
+        if any(sequence.request.on_logprobs for sequence in rows):
+            built.logprobs = LogprobBatch.of(logits, tokens, rows, self._vocabulary)
+            built.arrays += built.logprobs.arrays
         # The first logits of each request are checked for NaN and infinity; later ones only if the
         # reply looks like that of a broken network (`SequenceState.suspects_logits`).
         if any(sequence.num_passes == 1 for sequence in rows):
@@ -271,10 +273,11 @@ def _part(sequence: SequenceState, num_known: int, proposal: _Proposal, first_ro
     last_chunk = sequence.num_in_flight == 1 or num_known == sequence.num_uncomputed
     samples = last_chunk and sequence.request.max_tokens > 0
     num_rows = 1 + len(proposal.draft) if samples else 0
-    scored = positions_to_score(sequence, num_known)
-    num_wanted = num_rows
-    if scored:
-        num_wanted = max(num_rows, sequence.num_computed + num_known - scored.start)
+    num_wanted, scored = num_rows, None
+    if prefill and sequence.request.on_prompt_logprobs:
+        scored = positions_to_score(sequence, num_known)
+        if scored:
+            num_wanted = max(num_rows, sequence.num_computed + num_known - scored.start)
     return StepPart(
         sequence,
         num_known,

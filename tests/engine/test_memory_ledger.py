@@ -52,14 +52,14 @@ def test_no_byte_is_promised_twice() -> None:
             share = rng.choice(shares)
             share.held = rng.randint(0, share.available)
         assert sum(share.available for share in shares) <= memory
-        assert all(share.available >= max(share.least, share.held) for share in shares)
+        assert all(share.available >= max(share.guaranteed, share.held) for share in shares)
 
 
 def test_one_engine_alone_may_take_all_and_two_share_what_neither_is_sure_of() -> None:
     one = memory_ledger.claim(lambda: 1000, lambda most: 100)
     assert one.available == 1000
     other = memory_ledger.claim(lambda: 900, lambda most: most // 4)
-    assert (other.least, one.available, other.available) == (200, 400, 500)
+    assert (other.guaranteed, one.available, other.available) == (200, 400, 500)
     assert memory_ledger.unallocated_guarantees() == 300
     one.held = 60
     assert memory_ledger.unallocated_guarantees() == 240
@@ -88,7 +88,7 @@ def sizes_of(folder: Path) -> tuple[int, int]:
     """Give the bytes of the weights, and those that the longest request takes."""
     with load(folder) as llm:
         weights = sum(array.nbytes for array in llm.model.tensors().values())
-        return weights, shares_of(llm)[0].least
+        return weights, shares_of(llm)[0].guaranteed
 
 
 def shares_of(*llms: LLM) -> list[Share]:
@@ -331,6 +331,9 @@ def test_what_is_forgotten_is_owed_again(folder: Path, room_for: Callable[[int],
         (share,) = shares_of(llm)
         for _ in range(3):  # turns of the engine, the last of which takes note of what is kept
             llm.compute(lambda model: mx.zeros(1))
-        assert share.held > 0 and memory_ledger.unallocated_guarantees() == share.least - share.held
+        assert (
+            share.held > 0
+            and memory_ledger.unallocated_guarantees() == share.guaranteed - share.held
+        )
         llm.forget()
-        assert share.held == 0 and memory_ledger.unallocated_guarantees() == share.least
+        assert share.held == 0 and memory_ledger.unallocated_guarantees() == share.guaranteed
