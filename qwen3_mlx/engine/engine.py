@@ -2,11 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from threading import RLock
-from typing import Protocol
 from weakref import finalize
 
 import mlx.core as mx
@@ -20,22 +19,11 @@ from qwen3_mlx.engine.memory_ledger import release
 from qwen3_mlx.engine.request import IDLE, Request, RequestResult
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
+from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _MAX_PREFETCHES = 16  # prompts waiting to be read in idle time: as many as prefixes are kept
-
-
-class Thread(Protocol):
-    """The thread that owns the network."""
-
-    ending: bool  # True once it has been stopped: requests are cancelled
-
-    def check_process(self) -> None:
-        """Raise a Qwen3Error if this process was forked from the thread's."""
-
-    def post(self, job: Callable[[], None]) -> None:
-        """Queue a job; raise a Qwen3Error if the thread has ended."""
 
 
 class Engine:
@@ -48,7 +36,7 @@ class Engine:
     def __init__(
         self,
         model: Qwen3,
-        worker: Thread | None = None,
+        worker: Worker | None = None,
         *,
         vocabulary: int,
         cache_format: CacheFormat = PLAIN,
