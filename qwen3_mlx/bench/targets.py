@@ -23,6 +23,7 @@ from qwen3_mlx.api.load import load
 from qwen3_mlx.bench.measure import OURS, PEER, BenchTarget, Case, NumericSettings, Setup, measure
 from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.hooks import TokenCollector
 from qwen3_mlx.engine.request import Request, RequestResult
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
@@ -59,7 +60,7 @@ class Ours:
 
     def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
         """Decode tokens after each prompt; see `BenchTarget.generate`."""
-        sinks, results = [_TokenSink() for _ in prompts], list[RequestResult | BaseException]()
+        sinks, results = [TokenCollector() for _ in prompts], list[RequestResult | BaseException]()
         requests = [
             Request(
                 ids=ids,
@@ -92,28 +93,6 @@ class Ours:
     def forget(self) -> None:
         """Clear the KV caches; see `BenchTarget.forget`."""
         self._engine.forget()
-
-
-class _TokenSink:
-    """Collects the tokens of a sequence until `take`."""
-
-    finished = False
-
-    def __init__(self) -> None:
-        self._tokens: list[int] = []
-
-    def advance(self, ids: Sequence[int]) -> None:
-        """Add the next tokens."""
-        self._tokens += ids
-
-    def rewind(self, count: int) -> None:
-        """Remove the last `count` tokens."""
-        del self._tokens[len(self._tokens) - count :]
-
-    def take(self) -> list[int]:
-        """Return the tokens collected since the last call."""
-        tokens, self._tokens = self._tokens, []
-        return tokens
 
 
 class MlxLm:

@@ -14,6 +14,7 @@ from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.engine.activity import Activity
 from qwen3_mlx.engine.core import EngineCore
+from qwen3_mlx.engine.hooks import TokenCollector
 from qwen3_mlx.engine.logits import Logits
 from qwen3_mlx.engine.memory_ledger import release
 from qwen3_mlx.engine.request import IDLE, Request, RequestResult
@@ -103,7 +104,7 @@ class Engine:
             max_tokens=0,
             seed=0,
             end_ids=frozenset(),
-            sink=_TokenBuffer(),
+            sink=TokenCollector(),
             on_finish=lambda outcome: None,
             priority=IDLE,
         )
@@ -156,23 +157,21 @@ class Engine:
 
         No token ends the reply. Closing the iterator cancels it.
         """
-        buffer, outcomes = _TokenBuffer(), list[RequestResult | BaseException]()
+        collector, outcomes = TokenCollector(), list[RequestResult | BaseException]()
         request = Request(
             ids=ids,
             sampling=sampling.over(NEUTRAL),
             max_tokens=max_tokens,
             seed=seed,
             end_ids=frozenset(),
-            sink=buffer,
+            sink=collector,
             on_finish=outcomes.append,
         )
         self._inbox.put(request)
         try:
-            while not outcomes or buffer.tokens:
-                if buffer.tokens:
-                    yield buffer.tokens.pop(0)
-                else:
-                    self.step()
+            while not outcomes:
+                self.step()
+                yield from collector.take()
         finally:
             request.cancelled.set()
             while self.step():
@@ -229,20 +228,3 @@ class Engine:
         with suppress(Empty):
             while True:
                 yield self._inbox.get_nowait()
-
-
-class _TokenBuffer:
-    """Buffers the tokens of `Engine.stream` until the caller takes them."""
-
-    finished = False
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-
-    def advance(self, ids: Sequence[int]) -> None:
-        """Append the next tokens."""
-        self.tokens += ids
-
-    def rewind(self, count: int) -> None:
-        """Remove the last `count` tokens."""
-        del self.tokens[len(self.tokens) - count :]

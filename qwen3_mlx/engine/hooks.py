@@ -1,4 +1,4 @@
-"""Protocols of one generation: a sink for its tokens, and a constraint on the next token."""
+"""What a generation calls: a sink for its tokens, and a constraint on the next token."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -23,6 +23,28 @@ class TokenSink(Protocol):
 
         They are tokens that the constraint itself would not have shown yet.
         """
+
+
+class TokenCollector:
+    """The plain sink: collects tokens until `take`."""
+
+    finished = False
+
+    def __init__(self) -> None:
+        self._tokens: list[int] = []
+
+    def advance(self, ids: Sequence[int]) -> None:
+        """Append the next tokens."""
+        self._tokens += ids
+
+    def rewind(self, count: int) -> None:
+        """Remove the last `count` tokens."""
+        del self._tokens[len(self._tokens) - count :]
+
+    def take(self) -> list[int]:
+        """Return the tokens collected since the last call."""
+        tokens, self._tokens = self._tokens, []
+        return tokens
 
 
 class Constraint(Protocol):
