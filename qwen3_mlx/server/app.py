@@ -14,9 +14,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.server.access_log import REQUEST_ID, AccessLog, note_error
 from qwen3_mlx.server.anthropic import routes as anthropic
 from qwen3_mlx.server.errors import ApiError, from_status
-from qwen3_mlx.server.guard import REQUEST_ID, AccessLog, Guard, note_error
+from qwen3_mlx.server.guard import Guard
 from qwen3_mlx.server.health import health_of
 from qwen3_mlx.server.ollama import routes as ollama
 from qwen3_mlx.server.openai import routes as openai

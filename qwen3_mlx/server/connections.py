@@ -20,8 +20,8 @@ from typing import Any
 from httptools import HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from qwen3_mlx.server.access_log import address_of, write_record
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.guard import address_of, write_record
 
 _log = logging.getLogger(__name__)
 _MAX_FILES = 10_240  # macOS refuses a higher limit (OPEN_MAX)

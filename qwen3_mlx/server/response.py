@@ -14,9 +14,9 @@ from qwen3_mlx.api.generation import PreparedRequest
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.server.access_log import reason_of
 from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.guard import reason_of
 from qwen3_mlx.server.preparing import wait_for_disconnect
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, Usage
