@@ -13,6 +13,8 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.registry import protocol_of
+from qwen3_mlx.server.wire import Json
 
 _log = logging.getLogger(__name__)
 access = logging.getLogger("qwen3_mlx.server.access")
@@ -45,10 +47,8 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                headers[REQUEST_ID] = request_id
-                # Anthropic's clients read the id under another name.
-                if scope["path"].startswith("/v1/messages"):
-                    headers["request-id"] = request_id
+                for header in filter(None, (REQUEST_ID, protocol_of(scope["path"]).request_id)):
+                    headers[header] = request_id
             await send(message)
 
         try:
@@ -59,9 +59,9 @@ class AccessLog:
         except Exception as error:  # noqa: BLE001 - a failed request must not stop the server
             _log.error("%s: %s", type(error).__name__, error)
             _log.debug("a request failed", exc_info=error)
-            note_error(scope, ApiError.of(error))
+            response = error_response(scope, ApiError.of(error))
             if not status:
-                await ApiError.of(error).response(scope["path"])(scope, receive, send_with_id)
+                await response(scope, receive, send_with_id)
         finally:
             elapsed = round((time.perf_counter() - started) * 1e3, 1)
             path = scope["path"][:_MAX_LOGGED]
@@ -76,9 +76,11 @@ def write_record(record: Mapping[str, Any]) -> None:
     access.info(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}))
 
 
-def note_error(scope: Scope, error: ApiError) -> None:
-    """Record the reason of an error for the access log."""
+def error_response(scope: Scope, error: ApiError) -> Json:
+    """Return an error in the form of its protocol, and record its reason for the access log."""
     scope.setdefault("record", {})["error"] = reason_of(error)
+    body = protocol_of(scope["path"]).error_body(error)
+    return Json(body, error.status, headers=dict(error.headers or {}))
 
 
 def reason_of(error: ApiError) -> str:

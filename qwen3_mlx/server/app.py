@@ -1,30 +1,25 @@
 """The application: the routes of all protocols, the page and /health, behind the guard."""
 
-import asyncio
-from collections.abc import Iterator
 from importlib.resources import files
-from threading import Lock
-from typing import Any
 
 from fastapi import FastAPI, Request
-from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.server.access_log import REQUEST_ID, AccessLog, note_error
+from qwen3_mlx.server.access_log import REQUEST_ID, AccessLog, error_response
 from qwen3_mlx.server.anthropic import routes as anthropic
 from qwen3_mlx.server.errors import ApiError, from_status
 from qwen3_mlx.server.guard import Guard
 from qwen3_mlx.server.health import health_of
 from qwen3_mlx.server.ollama import routes as ollama
 from qwen3_mlx.server.openai import routes as openai
-from qwen3_mlx.server.request_body import reference
+from qwen3_mlx.server.openapi import add_description
+from qwen3_mlx.server.registry import PROTOCOLS
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
-from qwen3_mlx.server.wire import RequestModel
 from qwen3_mlx.version import __version__
 
 _TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -61,7 +56,7 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
         version=__version__,
         docs_url=None,  # these pages load scripts from other hosts
         redoc_url=None,
-        openapi_url=None,  # see _describe
+        openapi_url=None,  # see add_description
     )
     app.include_router(openai.routes(service))
     app.include_router(anthropic.routes(service))
@@ -69,7 +64,7 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
     _add_health(app, service)
     _add_page(app)
     _add_errors(app)
-    _describe(app)
+    add_description(app, [protocol.error_model for protocol in PROTOCOLS])
     app.add_middleware(Guard, settings=settings, keys=service.keys)
     if settings.cors_origins:  # outside the guard, so that pages can read its errors
         app.add_middleware(
@@ -81,37 +76,6 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
         )
     app.add_middleware(AccessLog)
     return app, service
-
-
-def _describe(app: FastAPI) -> None:
-    """Add /openapi.json, with the bodies that `request_body` parses.
-
-    FastAPI's own description would lack them, and would list a validation error that is never sent.
-    """
-    lock = Lock()
-
-    def description() -> dict[str, Any]:
-        with lock:
-            if app.openapi_schema is None:
-                schema = get_openapi(title=app.title, version=app.version, routes=app.routes)
-                schemas = schema["components"]["schemas"]
-                for body in _bodies(RequestModel):
-                    within = f"{reference(body)}/$defs/{{model}}"
-                    schemas[body.__name__] = body.model_json_schema(ref_template=within)
-                app.openapi_schema = schema
-            return app.openapi_schema
-
-    @app.get("/openapi.json", include_in_schema=False)
-    async def described() -> JSONResponse:
-        return JSONResponse(await asyncio.to_thread(description))  # the first call takes a second
-
-    app.openapi = description  # type: ignore[method-assign]
-
-
-def _bodies(kind: type[RequestModel]) -> Iterator[type[RequestModel]]:
-    for body in kind.__subclasses__():
-        yield body
-        yield from _bodies(body)
 
 
 def _add_health(app: FastAPI, service: Service) -> None:
@@ -146,14 +110,11 @@ def _add_page(app: FastAPI) -> None:
 
 
 def _add_errors(app: FastAPI) -> None:
-    def respond(request: Request, error: ApiError) -> JSONResponse:
-        note_error(request.scope, error)
-        return error.response(request.url.path)
-
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
-        return respond(request, error)
+        return error_response(request.scope, error)
 
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
-        return respond(request, from_status(error.status_code, error.detail, error.headers))
+        converted = from_status(error.status_code, error.detail, error.headers)
+        return error_response(request.scope, converted)

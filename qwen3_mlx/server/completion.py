@@ -15,6 +15,7 @@ from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.openai.protocol import PROTOCOL
 from qwen3_mlx.server.openai.schema import SamplingFields
 from qwen3_mlx.server.response import ActiveRequest, EventStreamResponse
 from qwen3_mlx.server.service import Prepare, Service
@@ -118,7 +119,7 @@ class Completion(ABC):
                 yield _data({**self.head, "choices": [], **end})
             yield b"data: [DONE]\n\n"
         except ApiError as error:
-            yield _data(error.body(""))
+            yield _data(PROTOCOL.error_body(error))
 
 
 def sampling_options(asked: SamplingFields) -> Options:

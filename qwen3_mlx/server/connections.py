@@ -22,6 +22,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 
 from qwen3_mlx.server.access_log import address_of, write_record
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.registry import protocol_of
 
 _log = logging.getLogger(__name__)
 _MAX_FILES = 10_240  # macOS refuses a higher limit (OPEN_MAX)
@@ -362,7 +363,7 @@ class Connection(HttpToolsProtocol):
         else:
             write_record({"client": address_of(self.client), "status": status, "error": reason})
         path = getattr(self, "url", b"").decode("latin1")
-        body = json.dumps(ApiError(status, reason).body(path)).encode()
+        body = json.dumps(protocol_of(path).error_body(ApiError(status, reason))).encode()
         head = f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n"
         head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)

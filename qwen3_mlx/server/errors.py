@@ -1,4 +1,4 @@
-"""Error responses, in the form of each protocol."""
+"""Errors of requests, as status and message; each protocol has its own form of them."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -8,18 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
-from qwen3_mlx.server.wire import Json
 
-_ANTHROPIC_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    413: "request_too_large",
-    429: "rate_limit_error",
-    503: "overloaded_error",
-    504: "timeout_error",
-}
-_OPENAI_TYPES = {429: "rate_limit_error"}
 _SENTENCES = {
     404: "there is nothing at this address",
     405: "this address does not take this method",
@@ -65,23 +54,6 @@ class ApiError(Exception):
         if isinstance(error, Qwen3Error):
             return cls(503, str(error), code="unavailable")
         return cls(500, f"{type(error).__name__}: {error} (a bug?)", code="internal")
-
-    def body(self, path: str) -> dict[str, Any]:
-        """Return the body, in the form of the protocol that `path` belongs to."""
-        message = self.message
-        if path.startswith("/v1/messages"):
-            fallback = "invalid_request_error" if self.status < 500 else "api_error"
-            kind = _ANTHROPIC_TYPES.get(self.status, fallback)
-            return {"type": "error", "error": {"type": kind, "message": message}}
-        if path.startswith("/api/"):
-            return {"error": message}
-        kind = _OPENAI_TYPES.get(self.status, "invalid_request_error")
-        kind = kind if self.status < 500 else "server_error"
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
-
-    def response(self, path: str) -> Json:
-        """Return the complete response."""
-        return Json(self.body(path), self.status, headers=dict(self.headers or {}))
 
 
 def as_client_error(error: BaseException) -> ApiError:

@@ -13,7 +13,7 @@ import re
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from qwen3_mlx.server.access_log import address_of, note_error
+from qwen3_mlx.server.access_log import address_of, error_response
 from qwen3_mlx.server.body_memory import BodyMemory, BodyMemoryLimit
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
@@ -47,8 +47,7 @@ class Guard:
         try:
             self._check(scope, Headers(scope=scope))
         except ApiError as error:
-            note_error(scope, error)
-            await error.response(scope["path"])(scope, receive, send)
+            await error_response(scope, error)(scope, receive, send)
             return
         with self._bodies.one(scope["caller"]) as body:
             await self._app(scope, _counting(receive, body), send)

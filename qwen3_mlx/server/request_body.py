@@ -38,18 +38,6 @@ class Reply(Protocol):
         ...
 
 
-def body_schema(body: type[RequestModel]) -> dict[str, Any]:
-    """Return the keywords of a route that declare its body in the API's description."""
-    schema = {"$ref": reference(body)}
-    content = {"application/json": {"schema": schema}}
-    return {"openapi_extra": {"requestBody": {"required": True, "content": content}}}
-
-
-def reference(body: type[RequestModel]) -> str:
-    """Return the reference to a body's schema in the API's description."""
-    return f"#/components/schemas/{body.__name__}"
-
-
 async def answer_request(
     service: Service,
     request: Request,

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from qwen3_mlx import LLM, ContextError
 from qwen3_mlx.api import generation
-from qwen3_mlx.server import app
+from qwen3_mlx.server import openapi
 from qwen3_mlx.text.splitting import pieces
 from qwen3_mlx.text.tokenizer import Tokenizer
 from tests.server.harness import _endless, message_of, until_idle
@@ -224,7 +224,7 @@ def test_the_description_is_written_beside_the_loop(
         threads.append(threading.current_thread())
         return write(**about)
 
-    monkeypatch.setattr(app, "get_openapi", written)
+    monkeypatch.setattr(openapi, "get_openapi", written)
     with serving(demo) as running:
         described = [running.get("/openapi.json").json() for _ in range(2)]
         assert described[0] == described[1] and len(threads) == 1

@@ -12,18 +12,19 @@ from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.admission import Slot
+from qwen3_mlx.server.anthropic.protocol import PROTOCOL
 from qwen3_mlx.server.anthropic.schema import (
     HARMLESS,
     NOT_SUPPORTED,
     CountOut,
-    ErrorOut,
     MessageOut,
     MessagesRequest,
     PromptBody,
 )
 from qwen3_mlx.server.completion import EVENTS, stop_strings
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.request_body import answer_request, body_schema
+from qwen3_mlx.server.openapi import body_schema
+from qwen3_mlx.server.request_body import answer_request
 from qwen3_mlx.server.response import ActiveRequest, EventStreamResponse
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import (
@@ -43,9 +44,6 @@ from qwen3_mlx.text.events import (
     Usage,
 )
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
-}
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
 # Clients require a signature, and send it back with the thinking; it is not verified here.
 _SIGNATURE = "qwen3-mlx"
@@ -53,7 +51,7 @@ _SIGNATURE = "qwen3-mlx"
 
 def routes(service: Service) -> APIRouter:
     """Create the routes of this protocol."""
-    router = APIRouter(prefix="/v1/messages", tags=["Anthropic"], responses=_ERRORS)
+    router = PROTOCOL.router("/v1/messages")
 
     @router.post("", response_model=MessageOut, responses=_STREAM, **body_schema(MessagesRequest))
     async def messages(request: Request) -> Response:
@@ -194,7 +192,7 @@ class _Messages:
             yield _event("message_delta", delta=self._end(finish), usage=_usage(finish.usage))
             yield _event("message_stop")
         except ApiError as error:
-            yield _event("error", **error.body("/v1/messages"))
+            yield _event("error", **PROTOCOL.error_body(error))
 
 
 class _Writer:

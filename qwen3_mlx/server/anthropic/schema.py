@@ -202,20 +202,6 @@ class CountOut(WireModel):
     input_tokens: int
 
 
-class ErrorDetails(WireModel):
-    """Type and message of an error."""
-
-    type: str
-    message: str
-
-
-class ErrorOut(WireModel):
-    """An error response."""
-
-    type: Literal["error"]
-    error: ErrorDetails
-
-
 def _text(block: Block, where: str) -> str:
     if block.type == "text" and block.text is not None:
         return block.text

@@ -15,11 +15,11 @@ from qwen3_mlx.api.options import Options
 from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.completion import token_text
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.ollama.protocol import PROTOCOL
 from qwen3_mlx.server.ollama.schema import (
     API_VERSION,
     NOT_FOR_CHAT,
     NOT_FOR_GENERATE,
-    ErrorOut,
     OllamaChatOut,
     OllamaChatRequest,
     OllamaGenerateOut,
@@ -31,7 +31,8 @@ from qwen3_mlx.server.ollama.schema import (
     seconds_of,
     with_ollama_names,
 )
-from qwen3_mlx.server.request_body import answer_request, body_schema, parse_body
+from qwen3_mlx.server.openapi import body_schema
+from qwen3_mlx.server.request_body import answer_request, parse_body
 from qwen3_mlx.server.response import ActiveRequest, EventStreamResponse
 from qwen3_mlx.server.service import Prepare, Service
 from qwen3_mlx.server.thinking import ThinkingRequest
@@ -47,9 +48,6 @@ from qwen3_mlx.version import __version__
 
 _LINES = "application/x-ndjson"
 _NEVER = "9999-12-31T23:59:59Z"  # expiry of the model, which stays loaded
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
-}
 _STREAM: dict[str, Any] = {"content": {_LINES: {}}}
 _COUNT_FIELDS = (
     *("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration"),
@@ -68,7 +66,7 @@ _UNSUPPORTED_ROUTES = {
 
 def routes(service: Service) -> APIRouter:
     """Create the routes of this protocol."""
-    router = APIRouter(prefix="/api", tags=["Ollama"], responses=_ERRORS)
+    router = PROTOCOL.router("/api")
 
     @router.post(
         "/chat",
@@ -251,7 +249,7 @@ class _Reply(ABC):
                     yield b"".join(lines)
             yield json_bytes(self._last(running)) + b"\n"
         except ApiError as error:
-            yield json_bytes(error.body("/api/")) + b"\n"
+            yield json_bytes(PROTOCOL.error_body(error)) + b"\n"
 
     def _line(self, event: Event) -> bytes:
         part = self._part()

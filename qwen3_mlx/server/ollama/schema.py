@@ -172,12 +172,6 @@ class OllamaGenerateOut(_Out):
     thinking: str | None = None
 
 
-class ErrorOut(WireModel):
-    """An error response."""
-
-    error: str
-
-
 # --- options ------------------------------------------------------------------------------------
 
 

@@ -106,18 +106,3 @@ class ModelsOut(WireModel):
     first_id: str
     last_id: str
     has_more: bool
-
-
-class ErrorDetails(WireModel):
-    """Message and type of an error, with the field and the code where known."""
-
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorOut(WireModel):
-    """An error response."""
-
-    error: ErrorDetails

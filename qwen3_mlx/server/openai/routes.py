@@ -9,21 +9,20 @@ from fastapi.responses import Response
 from qwen3_mlx.server.completion import EVENTS
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.chat import ChatCompletion
-from qwen3_mlx.server.openai.responses import ChatOut, ErrorOut, ModelOut, ModelsOut, TextOut
+from qwen3_mlx.server.openai.protocol import PROTOCOL
+from qwen3_mlx.server.openai.responses import ChatOut, ModelOut, ModelsOut, TextOut
 from qwen3_mlx.server.openai.schema import ChatRequest, TextRequest
 from qwen3_mlx.server.openai.text import TextCompletion
-from qwen3_mlx.server.request_body import answer_request, body_schema
+from qwen3_mlx.server.openapi import body_schema
+from qwen3_mlx.server.request_body import answer_request
 from qwen3_mlx.server.service import Service
 
-_ERRORS: dict[int | str, dict[str, Any]] = {
-    status: {"model": ErrorOut} for status in (400, 401, 403, 404, 413, 429, 503)
-}
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
 
 
 def routes(service: Service) -> APIRouter:
     """Create the routes of this protocol."""
-    router = APIRouter(prefix="/v1", tags=["OpenAI"], responses=_ERRORS)
+    router = PROTOCOL.router("/v1")
 
     @router.post(
         "/chat/completions", response_model=ChatOut, responses=_STREAM, **body_schema(ChatRequest)
