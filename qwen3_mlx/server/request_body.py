@@ -1,4 +1,4 @@
-"""Request bodies: received, counted and parsed, at a bounded cost.
+"""Request bodies: counted and parsed, at a bounded cost.
 
 The order of the checks bounds the cost of a body: its size (`Guard`), a slot (`Admission`), the
 number of its values, which is counted without parsing, then the fields, then the number of replies.
@@ -6,17 +6,12 @@ A large body is parsed on one of a few threads: it does not block the event loop
 in memory at once.
 """
 
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-from fastapi import Request
-from fastapi.responses import Response
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.errors import ApiError, from_validation
-from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import RequestModel
 
 # Limit of the commas and brackets of a body, which show how many values it has. No prompt that fits
@@ -28,40 +23,6 @@ _BOM = b"\xef\xbb\xbf"
 _TYPES: dict[type, str] = {list: "a list", str: "a string", bool: "true or false", int: "a number"}
 
 Body = TypeVar("Body", bound=RequestModel)
-
-
-class Reply(Protocol):
-    """Answers one request."""
-
-    async def respond(self, request: Request, place: Slot) -> Response:
-        """Return the response; the slot is freed whatever is returned or raised."""
-        ...
-
-
-async def answer_request(
-    service: Service,
-    request: Request,
-    body: type[Body],
-    make: Callable[[Service, Body], Reply],
-) -> Response:
-    """Answer a request with what `make` creates from its body; `make` may run on a thread.
-
-    Raises:
-        ApiError: the body cannot be read, or there are too many requests.
-    """
-    coding = request.headers.get("content-encoding", "")
-    if coding.strip().lower() not in ("", "identity"):
-        raise ApiError(415, f"a body in {coding!r:.100} is not supported; send it uncompressed")
-    sent = await request.body()
-    record = request.scope.setdefault("record", {})
-    record["model"] = service.settings.model
-    with service.admission.one(record, request.scope.get("caller", "")) as slot:
-        parsed_body = await service.run_sized(
-            len(sent), lambda: parse_body(sent, body, service.context)
-        )
-        slot.widen(parsed_body.replies)
-        reply = await service.run_sized(len(sent), lambda: make(service, parsed_body))
-        return await reply.respond(request, slot)
 
 
 def parse_body(sent: bytes, body: type[Body], context: int) -> Body:

@@ -33,7 +33,11 @@ class PrefillProgress:
     total: int
 
 
-StreamItem = Event | PrefillProgress | BaseException
+Delivered = Event | PrefillProgress | BaseException
+"""What the engine's thread has for a reply."""
+
+StreamItem = Event | PrefillProgress | ApiError
+"""The same on the event loop."""
 
 
 class EventBridge:
@@ -41,9 +45,9 @@ class EventBridge:
 
     def __init__(self, llm: LLM) -> None:
         self.llm = llm
-        self._pending: list[tuple[ActiveRequest, int, StreamItem]] = []
+        self._pending: list[tuple[ActiveRequest, int, Delivered]] = []
 
-    def put(self, running: "ActiveRequest", index: int, event: StreamItem) -> None:
+    def put(self, running: "ActiveRequest", index: int, event: Delivered) -> None:
         """Queue an event of reply `index` of `running`; called on the engine's thread."""
         self._pending.append((running, index, event))
         if len(self._pending) == 1:
@@ -64,9 +68,45 @@ class EventBridge:
                 running.cancelled.set()
 
 
-def _dispatch(pending: list[tuple["ActiveRequest", int, StreamItem]]) -> None:
+def _dispatch(pending: list[tuple["ActiveRequest", int, Delivered]]) -> None:
     for running, index, event in pending:
         running.receive(index, event)
+
+
+class EventQueue:
+    """The events of a request that its client has not read, each with the number of its reply."""
+
+    def __init__(self) -> None:
+        self._queue: asyncio.Queue[tuple[int, StreamItem]] = asyncio.Queue()
+        self._size = 0  # pieces
+
+    @property
+    def is_too_large(self) -> bool:
+        """True if the client has left more unread than it may."""
+        return self._size > _MAX_UNREAD
+
+    def put(self, index: int, event: StreamItem) -> None:
+        """Add an event."""
+        self._queue.put_nowait((index, event))
+        self._size += _weight(event)
+
+    async def get(self, patience: float) -> list[tuple[int, StreamItem]]:
+        """Return what is ready, at most one batch; nothing if it takes more than `patience` s."""
+        received = []
+        if self._queue.empty():
+            try:
+                async with asyncio.timeout(patience):
+                    received = [await self._queue.get()]
+            except TimeoutError:
+                return []
+        size = sum(_weight(event) for _, event in received)
+        while not self._queue.empty() and size < _MAX_BATCH:
+            received.append(self._queue.get_nowait())
+            size += _weight(received[-1][1])
+        self._size -= size
+        if not self._queue.empty():  # a slow client has a backlog: let other tasks run first
+            await asyncio.sleep(0)
+        return received
 
 
 def _weight(event: StreamItem) -> int:
@@ -78,12 +118,10 @@ def _weight(event: StreamItem) -> int:
 class ActiveRequest:
     """The replies to one request, numbered from 0, until `close`."""
 
-    def __init__(
-        self, mailbox: "EventBridge", settings: Settings, place: Slot, choices: int
-    ) -> None:
-        """Expect the replies that `place` counts, `choices` of them to each prompt."""
-        count = place.count
-        place.kept = True
+    def __init__(self, bridge: EventBridge, settings: Settings, slot: Slot, choices: int) -> None:
+        """Expect the replies that `slot` counts, `choices` of them to each prompt."""
+        count = slot.count
+        slot.kept = True
         self.replies = [ReplyBuilder() for _ in range(count)]
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
@@ -92,43 +130,42 @@ class ActiveRequest:
         self.started = time.perf_counter()
         self.first_token_at: float | None = None  # time of the first token
         self.has_events = False  # True after the first event
-        self.cancelled = place.cancelled
+        self.cancelled = slot.cancelled
         self.count = count
         self._choices = choices
-        self._bridge = mailbox
+        self._bridge = bridge
         self._settings = settings
-        self._place = place
-        self._record = place.record
+        self._slot = slot
+        self._record = slot.record
         self.loop = asyncio.get_running_loop()
-        self.queue: asyncio.Queue[tuple[int, StreamItem]] = asyncio.Queue()
-        self._unread = 0  # pieces in the queue
+        self._queue = EventQueue()
         self._sent = self._ends = 0  # replies submitted to the engine, and those that have ended
         self._failed = self._closed = self._released = False
         self.ended_by: ApiError | None = None  # why the server has cancelled the replies
         timeout = settings.request_timeout
         self._timer = self.loop.call_later(timeout, self._on_timeout) if timeout else None
 
-    def begin(self, tasks: Sequence[PreparedRequest]) -> None:
+    def begin(self, prepared: Sequence[PreparedRequest]) -> None:
         """Submit the prepared replies to the engine; callable from any thread."""
         try:
-            self._begin(tasks)
+            self._begin(prepared)
         finally:
             # A reply may end before `_sent` counts it, and the client may leave meanwhile.
             self.loop.call_soon_threadsafe(self._release_if_done)
 
-    def _begin(self, tasks: Sequence[PreparedRequest]) -> None:
-        for index, task in enumerate(tasks):
+    def _begin(self, prepared: Sequence[PreparedRequest]) -> None:
+        for index, reply in enumerate(prepared):
             deliver = partial(self._bridge.put, self, index)
 
             def report(
-                done: int, total: int, deliver: Callable[[StreamItem], None] = deliver
+                done: int, total: int, deliver: Callable[[Delivered], None] = deliver
             ) -> None:
                 if done == total and self.first_token_at is None:  # reported with the first token
                     self.first_token_at = time.perf_counter()
                 deliver(PrefillProgress(done, total))
 
-            options = replace(task.options, progress=report)
-            reply = replace(task, options=options, clamp_max_tokens=True, client=self._place.client)
+            options = replace(reply.options, progress=report)
+            reply = replace(reply, options=options, clamp_max_tokens=True, client=self._slot.client)
             started = self._bridge.llm.begin(reply, deliver, self.cancelled)
             self._sent += 1
             self.prompt_tokens = started.prompt_tokens
@@ -140,21 +177,21 @@ class ActiveRequest:
                 if warning not in self.warnings:  # every choice has the same warning
                     self.warnings.append(warning)
 
-    def receive(self, index: int, event: StreamItem) -> None:
+    def receive(self, index: int, event: Delivered) -> None:
         """Queue an event of a reply; called on the event loop.
 
         The last event of all replies frees the slot for other requests: the slot does not wait for
         the client to read them. A client that leaves too much unread has its replies cancelled.
         """
+        item = ApiError.of(event) if isinstance(event, BaseException) else event
         if not self._closed:
-            self.queue.put_nowait((index, event))
-            self._unread += _weight(event)
-        if self._unread > _MAX_UNREAD:
+            self._queue.put(index, item)
+        if self._queue.is_too_large:
             self._cancel_for(ApiError(408, "the client read the reply too slowly"))
-        if isinstance(event, BaseException):
+        if isinstance(item, ApiError):
             # Ends the other replies. The reason counts where some are still being submitted.
-            self._cancel_for(ApiError.of(event))
-        if isinstance(event, Finish | BaseException):
+            self._cancel_for(item)
+        if isinstance(item, Finish | ApiError):
             self._ends += 1
             self._release_if_done()
 
@@ -164,7 +201,7 @@ class ActiveRequest:
             self._released = True
             if self._timer:
                 self._timer.cancel()
-            self._place.release(time.perf_counter() - self.started)
+            self._slot.release(time.perf_counter() - self.started)
 
     def _on_timeout(self) -> None:
         seconds = f"{self._settings.request_timeout:g}"
@@ -201,49 +238,29 @@ class ActiveRequest:
         Raises:
             ApiError: a reply failed or was cancelled by the server.
         """
-        open_replies = self.count
-        while open_replies:
-            received = await self._receive(patience)
-            events: list[tuple[int, Event]] = []
-            for index, event in received:
-                self._unread -= _weight(event)
-                if isinstance(event, BaseException):
-                    self._failed = True
-                    raise self._record_error(ApiError.of(event))
-                if isinstance(event, PrefillProgress):
-                    self.read = event
-                    continue
-                self.has_events = True
-                if isinstance(event, Finish):
-                    try:
-                        event = self._end_of(event)
-                    except ApiError as error:
-                        raise self._record_error(error) from None
-                    self.finishes[index] = event
-                    open_replies -= 1
-                self.replies[index].add(event)
-                events.append((index, event))
-            yield events
-
-    def _record_error(self, error: ApiError) -> ApiError:
-        self._record.setdefault("error", reason_of(error))
-        return error
-
-    async def _receive(self, patience: float) -> list[tuple[int, StreamItem]]:
-        received = []
-        if self.queue.empty():
+        while not all(self.finishes):
+            received = await self._queue.get(patience)
             try:
-                async with asyncio.timeout(patience):
-                    received = [await self.queue.get()]
-            except TimeoutError:
-                return []
-        size = sum(_weight(event) for _, event in received)
-        while not self.queue.empty() and size < _MAX_BATCH:
-            received.append(self.queue.get_nowait())
-            size += _weight(received[-1][1])
-        if not self.queue.empty():  # a slow client has a backlog: let other tasks run first
-            await asyncio.sleep(0)
-        return received
+                accepted = [(index, self._accept(index, item)) for index, item in received]
+            except ApiError as error:
+                self._record.setdefault("error", reason_of(error))
+                raise
+            yield [(index, event) for index, event in accepted if event]
+
+    def _accept(self, index: int, item: StreamItem) -> Event | None:
+        """Add an event to its reply, and return it; return None for progress."""
+        if isinstance(item, PrefillProgress):
+            self.read = item
+            return None
+        if isinstance(item, ApiError):
+            self._failed = True
+            raise item
+        self.has_events = True
+        event = item
+        if isinstance(item, Finish):
+            event = self.finishes[index] = self._end_of(item)
+        self.replies[index].add(event)
+        return event
 
     async def complete(self, request: Request) -> None:
         """Wait until all replies are complete; cancel them if the client disconnects before.
@@ -267,6 +284,12 @@ class ActiveRequest:
         finally:
             watching.cancel()
             self.close()
+
+    @property
+    def completed(self) -> list[tuple[ReplyBuilder, Finish]]:
+        """The replies that are complete."""
+        pairs = zip(self.replies, self.finishes, strict=True)
+        return [(reply, finish) for reply, finish in pairs if finish]
 
     @property
     def usage(self) -> Usage:

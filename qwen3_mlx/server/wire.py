@@ -1,4 +1,4 @@
-"""Base models of the requests of all protocols: strict types, and warnings of unknown fields."""
+"""What the requests and responses of all protocols share: models, warnings and JSON."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +16,7 @@ from pydantic import (
     model_validator,
 )
 
+from qwen3_mlx.text.events import TokenLogprob
 from qwen3_mlx.text.messages import normalise, without_empty_end
 
 _MAX_HEADER = 1000  # characters
@@ -144,3 +145,27 @@ class Json(JSONResponse):
     def render(self, content: Any) -> bytes:
         """Return the body."""
         return json_bytes(content)
+
+
+def stop_strings(given: str | Sequence[str] | None) -> list[str] | None:
+    """Return the stop strings without empty ones, which some clients send for none."""
+    strings = [given] if isinstance(given, str) else given or ()
+    return [string for string in strings if string] or None
+
+
+def token_text(token: bytes) -> str:
+    """Return a token as text; incomplete characters are replaced by U+FFFD."""
+    return token.decode("utf-8", "replace")
+
+
+def logprob_entries(tokens: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
+    """Return tokens and their alternatives with text, log probability and bytes."""
+    return [
+        _logprob(token.token, token.logprob)
+        | {"top_logprobs": [_logprob(*top) for top in token.top]}
+        for token in tokens
+    ]
+
+
+def _logprob(token: bytes, logprob: float) -> dict[str, Any]:
+    return {"token": token_text(token), "logprob": logprob, "bytes": list(token)}

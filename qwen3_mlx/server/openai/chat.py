@@ -6,8 +6,7 @@ from typing import Any
 
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import ReplyBuilder
-from qwen3_mlx.server.completion import Completion, sampling_options, token_text
-from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.openai.completion import Completion, sampling_options
 from qwen3_mlx.server.openai.response_format import form_of
 from qwen3_mlx.server.openai.schema import (
     HARMLESS,
@@ -18,9 +17,9 @@ from qwen3_mlx.server.openai.schema import (
     NamedTool,
     Part,
 )
-from qwen3_mlx.server.service import Prepare, Service
+from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.thinking import UNLIMITED
-from qwen3_mlx.server.wire import check_unknown, ends_with_assistant_text
+from qwen3_mlx.server.wire import check_unknown, ends_with_assistant_text, logprob_entries
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCallDelta
 
 _REASONING_FIELDS = {
@@ -31,43 +30,31 @@ _REASONING_FIELDS = {
 }
 
 
-class ChatCompletion(Completion):
+class ChatCompletion(Completion[ChatRequest]):
     """A chat completion."""
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, service: Service, asked: ChatRequest) -> None:
-        super().__init__(service, asked)
-        self._asked = asked
-        self._call_ids: list[list[str]] = [
-            [] for _ in range(self.choices)
-        ]  # ids of the calls begun in each choice
-        hidden = asked.include_reasoning is False or (asked.reasoning and asked.reasoning.exclude)
+    def __init__(self, service: Service, body: ChatRequest) -> None:
+        super().__init__(service, body)
+        # Ids of the calls begun in each choice.
+        self._call_ids: list[list[str]] = [[] for _ in range(self.choices)]
+        hidden = body.include_reasoning is False or (body.reasoning and body.reasoning.exclude)
         self._fields = () if hidden else _REASONING_FIELDS[service.settings.reasoning_field]
-        try:
-            self.warnings += check_unknown(asked, NOT_FOR_CHAT, HARMLESS, HINTS)
-            self.warnings += _message_warnings(asked.messages)
-            self._messages = [_library_message(message) for message in asked.messages]
-            self._options: Options = {
-                **_chat_options(asked),
-                **service.options(asked.thinking_request(), self.warnings),
-                "continue_last": _continues(asked, self._messages),
-            }
-            if asked.thinking_budget_message is not None and not self._may_think():
-                self.warnings.append(
-                    "thinking_budget_message was ignored: the reply does not think"
-                )
-        except (ValueError, TypeError) as error:
-            raise ApiError(400, str(error)) from error
-
-    def _may_think(self) -> bool:
-        thinking = self._options["thinking"]
-        return self.service.llm.thinking.can_think if thinking is None else thinking
-
-    def prepare_all(self) -> Sequence[Prepare]:
-        """Return the function that prepares the only prompt."""
-        options: Options = {**self._options, "prefetch_next_turn": self.choices == 1}
-        return [partial(self.service.llm.prepare, self._messages, **options)]
+        self.warnings += check_unknown(body, NOT_FOR_CHAT, HARMLESS, HINTS)
+        self.warnings += _message_warnings(body.messages)
+        messages = [_library_message(message) for message in body.messages]
+        options: Options = {
+            **_chat_options(body),
+            **service.options(body.thinking_request(), self.warnings),
+            "continue_last": _continues(body, messages),
+            "prefetch_next_turn": self.choices == 1,
+        }
+        thinks = options["thinking"]
+        thinks = service.llm.thinking.can_think if thinks is None else thinks
+        if body.thinking_budget_message is not None and not thinks:
+            self.warnings.append("thinking_budget_message was ignored: the reply does not think")
+        self.prepares = [partial(service.llm.prepare, messages, **options)]
 
     def opening_chunk(self, index: int) -> Mapping[str, Any]:
         """Return the delta with the role."""
@@ -116,16 +103,9 @@ class ChatCompletion(Completion):
         yield {"index": len(begun) - 1, "function": {"arguments": delta.text}}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any] | None:
-        if not self._asked.logprobs:
+        if not self.body.logprobs:
             return None
-        return {
-            "content": [
-                _logprob(token.token, token.logprob)
-                | {"top_logprobs": [_logprob(*top) for top in token.top]}
-                for token in tokens
-            ],
-            "refusal": None,
-        }
+        return {"content": logprob_entries(tokens), "refusal": None}
 
 
 def _library_message(message: Message) -> dict[str, Any]:
@@ -171,17 +151,17 @@ def _message_warnings(messages: Sequence[Message]) -> list[str]:
     return []
 
 
-def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> bool:
+def _continues(body: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> bool:
     """Return whether the reply continues the last message: as requested, or if it is an answer.
 
     Raises:
         ValueError: fields contradict each other, or the request is impossible.
     """
-    requested = [asked.continue_final_message]
-    if asked.add_generation_prompt is not None:
-        requested.append(not asked.add_generation_prompt)
+    requested = [body.continue_final_message]
+    if body.add_generation_prompt is not None:
+        requested.append(not body.add_generation_prompt)
     begun = [
-        place for place, message in enumerate(asked.messages) if message.prefix or message.partial
+        place for place, message in enumerate(body.messages) if message.prefix or message.partial
     ]
     if begun:  # a value of false is the default, and requests nothing
         if begun[0] < len(messages) - 1:
@@ -200,28 +180,28 @@ def _continues(asked: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> boo
     return continues
 
 
-def _chat_options(asked: ChatRequest) -> Options:
-    limits = {asked.max_tokens, asked.max_completion_tokens} - {None}
+def _chat_options(body: ChatRequest) -> Options:
+    limits = {body.max_tokens, body.max_completion_tokens} - {None}
     if limits == {UNLIMITED}:
         limits.clear()
     if len(limits) > 1:
         raise ValueError(
-            f"max_tokens={asked.max_tokens} and max_completion_tokens="
-            f"{asked.max_completion_tokens} contradict each other; send one of them"
+            f"max_tokens={body.max_tokens} and max_completion_tokens="
+            f"{body.max_completion_tokens} contradict each other; send one of them"
         )
-    if asked.top_logprobs is not None and not asked.logprobs:
+    if body.top_logprobs is not None and not body.logprobs:
         raise ValueError("top_logprobs needs logprobs=true")
-    choice = asked.tool_choice or "auto"
+    choice = body.tool_choice or "auto"
     return {
-        **sampling_options(asked),
-        **form_of(asked),
+        **sampling_options(body),
+        **form_of(body),
         "max_tokens": limits.pop() if limits else None,
-        "logprobs": (asked.top_logprobs or 0) if asked.logprobs else None,
-        "tools": [tool.library_tool() for tool in asked.tools or ()] or None,
+        "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
+        "tools": [tool.library_tool() for tool in body.tools or ()] or None,
         "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice,
-        "parallel_tool_calls": asked.parallel_tool_calls is not False,
-        "partial_calls": bool(asked.stream),
-        "thinking_budget_message": asked.thinking_budget_message,
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "partial_calls": bool(body.stream),
+        "thinking_budget_message": body.thinking_budget_message,
     }
 
 
@@ -242,7 +222,3 @@ def _chunk(
 
 def _details(finish: Finish) -> dict[str, Any]:
     return {"finish_details": finish.details} if finish.details else {}
-
-
-def _logprob(token: bytes, logprob: float) -> dict[str, Any]:
-    return {"token": token_text(token), "logprob": logprob, "bytes": list(token)}

@@ -10,13 +10,13 @@ _Form = tuple[str, str, Any]  # the request's field, the library's keyword, its 
 _ANY_JSON = {"type": "object"}
 
 
-def form_of(asked: ChatRequest) -> Options:
+def form_of(body: ChatRequest) -> Options:
     """Return the option that constrains the answer, or none.
 
     Raises:
         ValueError: a field is incomplete, or two fields differ.
     """
-    forms = list(_all_forms(asked))
+    forms = list(_all_forms(body))
     # "Any JSON object" adds nothing to a schema, so it does not contradict one.
     specific = [form for form in forms if form[2] != _ANY_JSON]
     forms = specific if any(keyword == "schema" for _, keyword, _ in specific) else forms
@@ -26,15 +26,15 @@ def form_of(asked: ChatRequest) -> Options:
     return cast(Options, {keyword: value for _, keyword, value in forms[:1]})
 
 
-def _all_forms(asked: ChatRequest) -> Iterator[_Form]:
-    if asked.response_format:
-        yield from _from_response_format(asked.response_format)
-    if asked.structured_outputs:
-        yield from _from_structured_outputs(asked.structured_outputs)
-    if asked.json_schema is not None:
-        yield "json_schema", "schema", asked.json_schema
-    if asked.format not in (None, ""):
-        yield "format", "schema", _ANY_JSON if asked.format == "json" else asked.format
+def _all_forms(body: ChatRequest) -> Iterator[_Form]:
+    if body.response_format:
+        yield from _from_response_format(body.response_format)
+    if body.structured_outputs:
+        yield from _from_structured_outputs(body.structured_outputs)
+    if body.json_schema is not None:
+        yield "json_schema", "schema", body.json_schema
+    if body.format not in (None, ""):
+        yield "format", "schema", _ANY_JSON if body.format == "json" else body.format
 
 
 def _from_response_format(spec: ResponseFormat) -> Iterator[_Form]:

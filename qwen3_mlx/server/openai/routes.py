@@ -6,7 +6,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from qwen3_mlx.server.completion import EVENTS
+from qwen3_mlx.server.endpoint import EVENTS, answer_request
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.chat import ChatCompletion
 from qwen3_mlx.server.openai.protocol import PROTOCOL
@@ -14,7 +14,6 @@ from qwen3_mlx.server.openai.responses import ChatOut, ModelOut, ModelsOut, Text
 from qwen3_mlx.server.openai.schema import ChatRequest, TextRequest
 from qwen3_mlx.server.openai.text import TextCompletion
 from qwen3_mlx.server.openapi import body_schema
-from qwen3_mlx.server.request_body import answer_request
 from qwen3_mlx.server.service import Service
 
 _STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}

@@ -7,11 +7,11 @@ from typing import Any
 
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import ReplyBuilder
-from qwen3_mlx.server.completion import Completion, sampling_options, token_text
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.openai.completion import Completion, sampling_options
 from qwen3_mlx.server.openai.schema import HARMLESS, HINTS, NOT_FOR_TEXT, TextRequest
-from qwen3_mlx.server.service import Prepare, Service
-from qwen3_mlx.server.wire import check_unknown, json_bytes
+from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.wire import check_unknown, json_bytes, token_text
 from qwen3_mlx.text.events import Event, Finish, PromptTokens, Text, TokenLogprob
 
 _DEFAULT_MAX_TOKENS = 16  # of OpenAI's API
@@ -23,50 +23,44 @@ _LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 Logprobs = dict[str, list[Any]]
 
 
-class TextCompletion(Completion):
+class TextCompletion(Completion[TextRequest]):
     """A continuation of raw text."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, service: Service, asked: TextRequest) -> None:
-        super().__init__(service, asked)
-        self._asked = asked
-        self._prompts = _prompts(asked.prompt)
+    def __init__(self, service: Service, body: TextRequest) -> None:
+        super().__init__(service, body)
+        self._prompts = _prompts(body.prompt)
         if not self._prompts:
             raise ApiError(400, "prompt is empty; give some text", param="prompt")
-        self._scores_prompt = bool(asked.echo) and asked.logprobs is not None
-        if self._scores_prompt and (asked.logprobs or 0) > _MAX_ECHO_LOGPROBS:
+        self._scores_prompt = bool(body.echo) and body.logprobs is not None
+        if self._scores_prompt and (body.logprobs or 0) > _MAX_ECHO_LOGPROBS:
             raise ApiError(
                 400,
-                f"logprobs must be at most {_MAX_ECHO_LOGPROBS} with echo, not {asked.logprobs}",
+                f"logprobs must be at most {_MAX_ECHO_LOGPROBS} with echo, not {body.logprobs}",
                 param="logprobs",
             )
-        self._offsets = [_Offsets() for _ in range(len(self._prompts) * self.choices)]
-        try:
-            self.warnings += check_unknown(asked, NOT_FOR_TEXT, HARMLESS, HINTS)
-            limit = _DEFAULT_MAX_TOKENS if asked.max_tokens is None else asked.max_tokens
-            self._options: Options = {
-                **sampling_options(asked),
-                "max_tokens": None if limit in (0, _NO_LIMIT) else limit,
-                "logprobs": asked.logprobs,
-                "loop_guard": False,
-            }
-        except (ValueError, TypeError) as error:
-            raise ApiError(400, str(error)) from error
-
-    def prepare_all(self) -> Sequence[Prepare]:
-        """Return one function for each prompt that prepares its first reply."""
+        self._offsets = [_Offsets() for _ in range(body.replies)]
+        self.warnings += check_unknown(body, NOT_FOR_TEXT, HARMLESS, HINTS)
+        limit = _DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+        options: Options = {
+            **sampling_options(body),
+            "max_tokens": None if limit in (0, _NO_LIMIT) else limit,
+            "logprobs": body.logprobs,
+            "loop_guard": False,
+        }
         prepare = partial(
-            self.service.llm.prepare_text,
+            service.llm.prepare_text,
             score_prompt=self._scores_prompt,
-            prefill_only=self._asked.max_tokens == 0,
+            prefill_only=limit == 0,
+            **options,
         )
-        return [partial(prepare, prompt, **self._options) for prompt in self._prompts]
+        self.prepares = [partial(prepare, prompt) for prompt in self._prompts]
 
     def opening_chunk(self, index: int) -> Mapping[str, Any] | None:
         """Return the prompt if `echo` is set and no `PromptTokens` event will follow."""
-        if not self._asked.echo or self._scores_prompt:
+        if not self.body.echo or self._scores_prompt:
             return None
         return self._choice(index, self._prompt(index))
 
@@ -83,7 +77,7 @@ class TextCompletion(Completion):
     def choice(self, index: int, reply: ReplyBuilder, finish: Finish) -> Mapping[str, Any]:
         """Return the complete text."""
         if reply.prompt is None:
-            text = (self._prompt(index) if self._asked.echo else "") + reply.text
+            text = (self._prompt(index) if self.body.echo else "") + reply.text
             return self._choice(index, text, reply.logprobs, finish)
         echoed, added = self._echoed(index, reply.prompt), self._logprobs(index, reply.logprobs)
         logprobs = {name: echoed[name] + added[name] for name in _LISTS}
@@ -113,11 +107,10 @@ class TextCompletion(Completion):
         tokens: Sequence[TokenLogprob] = (),
         finish: Finish | None = None,
     ) -> dict[str, Any]:
-        wanted = self._asked.logprobs is not None
         return {
             "index": index,
             "text": text,
-            "logprobs": self._logprobs(index, tokens) if wanted else None,
+            "logprobs": None if self.body.logprobs is None else self._logprobs(index, tokens),
             "finish_reason": finish.reason if finish else None,
         }
 

@@ -1,0 +1,63 @@
+"""The served model as Ollama's clients see it: its names, and its description."""
+
+from datetime import UTC, datetime
+from hashlib import sha256
+from typing import Any
+
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.service import Service
+
+
+def model_names(service: Service) -> list[str]:
+    """Return the names of the served model."""
+    return [*dict.fromkeys((service.settings.model, "default"))]
+
+
+def check_model(service: Service, name: str | None) -> None:
+    """Check that a name is one of the served model's; no name stands for it, too.
+
+    Raises:
+        ApiError: the name is another model's (404).
+    """
+    names = model_names(service)
+    if name and name.lower().removesuffix(":latest") not in [own.lower() for own in names]:
+        raise ApiError(404, f"model {name!r:.200} not found; there is {' or '.join(names)}")
+
+
+def model_entry(service: Service, name: str) -> dict[str, Any]:
+    """Return the entry of a list of models, under one of the names of the served model."""
+    family = service.llm.config.model_type
+    return {
+        "name": name,
+        "model": name,
+        "modified_at": timestamp(service.created),
+        "size": 0,
+        "digest": sha256(name.encode()).hexdigest(),  # Ollama's command line shows a part of it
+        "details": {
+            "parent_model": "",
+            "format": "safetensors",
+            "family": family,
+            "families": [family],
+            "parameter_size": "",
+            "quantization_level": "",
+        },
+    }
+
+
+def model_details(service: Service) -> dict[str, Any]:
+    """Return the entry of the served model, with its capabilities."""
+    thinking = ["thinking"] if service.llm.thinking.can_think else []
+    family = service.llm.config.model_type
+    return {
+        **model_entry(service, service.settings.model),
+        "capabilities": ["completion", "tools", *thinking],
+        "model_info": {
+            "general.architecture": family,
+            f"{family}.context_length": service.context,
+        },
+    }
+
+
+def timestamp(seconds: float) -> str:
+    """Return a time in the form of RFC 3339."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
