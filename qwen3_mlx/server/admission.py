@@ -14,13 +14,13 @@ _DECAY = 0.8  # weight of the old value in the moving average of durations
 class Slot:
     """The place of one request among those in progress, until `release`; counts its replies."""
 
-    def __init__(self, places: "Admission", record: dict[str, Any], client: str) -> None:
+    def __init__(self, admission: "Admission", record: dict[str, Any], client: str) -> None:
         self.client = client
         self.count = 1  # until the body has been parsed
         self.record = record
         self.cancelled = Flag()
         self.kept = False  # True if running replies hold the slot; they release it when they end
-        self._admission = places
+        self._admission = admission
 
     def widen(self, count: int) -> None:
         """Count `count` replies instead of one.
@@ -32,16 +32,16 @@ class Slot:
             self._admission.check_room(count, self.client, beside=self)
             self.count = count
 
-    def release(self, took: float | None = None) -> None:
-        """Free the slot, after `took` seconds of replies; may be called twice."""
-        self._admission.release(self, took)
+    def release(self, seconds: float | None = None) -> None:
+        """Free the slot, whose replies took `seconds`; may be called twice."""
+        self._admission.release(self, seconds)
 
 
 class Admission:
     """All slots in use. Not thread-safe: only the event loop uses it."""
 
-    def __init__(self, most: int, max_replies_per_client: int) -> None:
-        self._max_replies = most
+    def __init__(self, max_replies: int, max_replies_per_client: int) -> None:
+        self._max_replies = max_replies
         self._max_per_client = max_replies_per_client
         self._slots: set[Slot] = set()
         self._mean_seconds = 1.0  # moving average of the seconds that a request takes
@@ -104,11 +104,11 @@ class Admission:
             headers={"Retry-After": str(wait)},
         )
 
-    def release(self, place: Slot, took: float | None) -> None:
-        """Free a slot, after `took` seconds of replies."""
-        self._slots.discard(place)
-        if took is not None:
-            self._mean_seconds = _DECAY * self._mean_seconds + (1 - _DECAY) * took
+    def release(self, slot: Slot, seconds: float | None) -> None:
+        """Free a slot, whose replies took `seconds`."""
+        self._slots.discard(slot)
+        if seconds is not None:
+            self._mean_seconds = _DECAY * self._mean_seconds + (1 - _DECAY) * seconds
 
     def cancel_all(self) -> None:
         """Cancel all requests in progress."""

@@ -43,7 +43,7 @@ class BodyMemoryLimit:
         self._limit = _MAX_LARGEST * settings.max_body
         share = settings.max_replies_per_client / settings.max_requests
         self._limit_per_client = max(self._largest, round(share * self._limit))
-        self._held = Counter[str]()  # bytes, by clients
+        self._used = Counter[str]()  # bytes, by clients
 
     @contextmanager
     def one(self, client: str) -> Iterator[BodyMemory]:
@@ -52,8 +52,8 @@ class BodyMemoryLimit:
         try:
             yield body
         finally:
-            self._held[client] -= body.counted
-            self._held += Counter()  # drops the clients at zero
+            self._used[client] -= body.counted
+            self._used += Counter()  # drops the clients at zero
 
     def check(self, size: int) -> None:
         """Raise an ApiError if a body of `size` bytes is too large."""
@@ -62,18 +62,18 @@ class BodyMemoryLimit:
 
     def take(self, body: BodyMemory, more: int) -> None:
         """Count `more` bytes of a body; see `BodyMemory.grow`."""
-        self._held[body.client] += more
+        self._used[body.client] += more
         self.check(body.size)
         if not more:
             return
-        for held, limit in (
-            (self._held[body.client], self._limit_per_client),
-            (self._held.total(), self._limit),
+        for used, limit in (
+            (self._used[body.client], self._limit_per_client),
+            (self._used.total(), self._limit),
         ):
-            if held > limit:
+            if used > limit:
                 raise ApiError(
                     503,
-                    f"large requests have {held:,} of at most {limit:,} bytes; try again in a "
+                    f"large requests have {used:,} of at most {limit:,} bytes; try again in a "
                     "moment, or send less",
                     code="unavailable",
                     headers={"Retry-After": "5"},

@@ -42,7 +42,7 @@ class Limits:
     """Limits of connections; times in seconds, sizes in bytes.
 
     `patience` is the timeout for a complete head, for the next piece of a body, and for the next
-    request. `body_rate`, in bytes a second, is the least average rate of a body after that time.
+    request. `body_rate`, in bytes a second, is the lowest average rate of a body after that time.
     `write_patience` is the timeout for a client to read more of a response that waits to be sent.
     """
 
@@ -80,7 +80,7 @@ def raise_file_limit() -> None:
 class RateLimitedLog:
     """Logs a warning at most once a minute, with the number of its causes so far."""
 
-    words: str
+    message: str
     _count: int = 0
     _last: float = field(default=float("-inf"))
 
@@ -88,7 +88,7 @@ class RateLimitedLog:
         """Log the warning, or only count it."""
         self._count += 1
         if time.monotonic() - self._last >= _LOG_INTERVAL:
-            _log.warning(f"{self.words} (%d so far)", *details, self._count)
+            _log.warning(f"{self.message} (%d so far)", *details, self._count)
             self._last = time.monotonic()
 
 

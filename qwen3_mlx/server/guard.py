@@ -19,8 +19,8 @@ from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.settings import ORIGIN, Settings, own_names
 
-OPEN_PATHS = ("/health", "/")
-OPEN_FOLDER = "/page/"
+_OPEN_PATHS = ("/health", "/")
+_OPEN_FOLDER = "/page/"
 _HOST = re.compile(r"(?:\[([0-9A-Fa-f:.]+)\]|([A-Za-z0-9._-]+))(?::[0-9]*)?")
 _FOREIGN_SITES = ("cross-site", "same-site")  # values of Sec-Fetch-Site
 
@@ -68,12 +68,12 @@ class Guard:
             raise ApiError(403, f"pages of {origin} may not use this server; --cors-origin {hint}")
         self._bodies.check(int(headers.get("content-length") or "0"))
         path = scope["path"]
-        if path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
+        if path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER):
             return
         self._check_key(scope, headers)
 
     def _check_key(self, scope: Scope, headers: Headers) -> None:
-        if not self._keys.demanded:
+        if not self._keys.required:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")

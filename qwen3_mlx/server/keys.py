@@ -38,7 +38,7 @@ class Keys:
         return len(self._keys) > 1
 
     @property
-    def demanded(self) -> bool:
+    def required(self) -> bool:
         """True if a key is needed."""
         return bool(self._keys)
 

@@ -48,7 +48,7 @@ class PreparationPool:
         """True if stuck preparations leave no turn for others."""
         return bool(self.state["stuck"] >= _MAX_COMPUTING)
 
-    async def do(self, request: Request, cancelled: Flag, work: Callable[[Caller], T]) -> T:
+    async def run(self, request: Request, cancelled: Flag, work: Callable[[Caller], T]) -> T:
         """Run the preparation of a request on a thread, and return its result.
 
         If the client disconnects or the timeout passes, the work is given up and `cancelled` set.

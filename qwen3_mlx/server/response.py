@@ -126,7 +126,7 @@ class ActiveRequest:
         self.finishes: list[Finish | None] = [None] * count
         self.prompt_tokens = 0
         self.warnings: list[str] = []  # of the preparation
-        self.read: PrefillProgress | None = None
+        self.prefill: PrefillProgress | None = None
         self.started = time.perf_counter()
         self.first_token_at: float | None = None  # time of the first token
         self.has_events = False  # True after the first event
@@ -250,7 +250,7 @@ class ActiveRequest:
     def _accept(self, index: int, item: StreamItem) -> Event | None:
         """Add an event to its reply, and return it; return None for progress."""
         if isinstance(item, PrefillProgress):
-            self.read = item
+            self.prefill = item
             return None
         if isinstance(item, ApiError):
             self._failed = True

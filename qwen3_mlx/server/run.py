@@ -14,10 +14,9 @@ import uvicorn
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.server.app import make_app
 from qwen3_mlx.server.connections import Connection, Connections, Limits, raise_file_limit
-from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
 
-# Seconds of `shutdown`, at most half of it, in which cancelled replies tell their clients so.
+# Seconds of `shutdown`, at most half of it, for clients to read why their replies were cancelled.
 _NOTICE = 2
 BACKLOG = 128
 # Seconds that a thread keeps the interpreter lock while others want it. Python's default of 0.005,
@@ -36,7 +35,7 @@ class Server(uvicorn.Server):
         ready: Callable[[], None],
         limits: Limits | None = None,
     ) -> None:
-        app, self._service = make_app(llm, settings)
+        app, self.service = make_app(llm, settings)
         self._deadline = settings.shutdown - min(_NOTICE, settings.shutdown / 2)
         self._ready = ready
         limits = limits or Limits.of_process()
@@ -59,11 +58,6 @@ class Server(uvicorn.Server):
         )
         super().__init__(config)
 
-    @property
-    def service(self) -> Service:
-        """The service behind the application."""
-        return self._service
-
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, then call `ready`."""
         self.loop = asyncio.get_running_loop()
@@ -84,14 +78,14 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handle a signal: the first lets running replies finish, the second cancels them."""
         if self.should_exit:
-            self.loop.call_soon_threadsafe(self._service.cancel_all)
-        self._service.stopping = True
+            self.loop.call_soon_threadsafe(self.service.admission.cancel_all)
+        self.service.stopping = True
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Accept no more requests, and cancel replies that do not finish in time."""
-        self._service.stopping = True
-        timer = self.loop.call_later(self._deadline, self._service.cancel_all)
+        self.service.stopping = True
+        timer = self.loop.call_later(self._deadline, self.service.admission.cancel_all)
         await super().shutdown(sockets)
         timer.cancel()
 

@@ -57,10 +57,10 @@ class Service:
             return []
         return [f"there is no model {name!r:.200} here; {self.settings.model} answers"]
 
-    def options(self, wish: ThinkingRequest, warnings: list[str]) -> Options:
+    def thinking_options(self, request: ThinkingRequest, warnings: list[str]) -> Options:
         """Return the library's options for the thinking of a request, and append its warnings."""
         settings = self.settings
-        resolved = wish.resolve(self.llm.thinking, settings.thinking, settings.thinking_budget)
+        resolved = request.resolve(self.llm.thinking, settings.thinking, settings.thinking_budget)
         warnings += resolved.warnings
         return {
             "thinking": resolved.thinking,
@@ -77,7 +77,7 @@ class Service:
     async def run(
         self,
         request: Request,
-        place: Slot,
+        slot: Slot,
         prepares: Sequence[Prepare],
         *,
         choices: int = 1,
@@ -90,7 +90,7 @@ class Service:
         Raises:
             ApiError: the request cannot be served.
         """
-        running = ActiveRequest(self._bridge, self.settings, place, choices)
+        running = ActiveRequest(self._bridge, self.settings, slot, choices)
 
         def start(caller: Caller) -> None:
             prepared = [
@@ -101,21 +101,17 @@ class Service:
             if warning := prepared[0].details.get("warning"):
                 running.warnings.append(warning)
             if self.settings.log_content:
-                place.record["prompts"] = [reply.prompt for reply in prepared]
+                slot.record["prompts"] = [reply.prompt for reply in prepared]
             running.begin(prepared)
 
         try:
-            await self.preparing.do(request, place.cancelled, start)
+            await self.preparing.run(request, slot.cancelled, start)
         except BaseException as error:
             running.close()
             if isinstance(error, ApiError) and running.ended_by:
                 raise running.ended_by from error
             raise
         return running
-
-    def cancel_all(self) -> None:
-        """Cancel all replies: the time for a graceful shutdown is over."""
-        self.admission.cancel_all()
 
 
 def _copies(prepared: PreparedRequest, count: int, settings: Settings) -> list[PreparedRequest]:

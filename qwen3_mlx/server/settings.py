@@ -11,6 +11,9 @@ from pathlib import Path
 from qwen3_mlx.engine.sampling_params import SamplingParams
 
 REASONING_FIELDS = ("both", "reasoning_content", "reasoning", "none")
+_CLIENT_SHARE = 3 / 4  # of `max_requests`, for one client where there may be others
+_HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?", re.IGNORECASE)
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,9 +124,3 @@ def own_names() -> set[str]:
     """Return the names by which the local network may know this machine."""
     name = socket.gethostname().split(".")[0].lower()
     return {name, f"{name}.local"} if name else set()
-
-
-_CLIENT_SHARE = 3 / 4  # of `max_requests`, for one client where there may be others
-_HOST = re.compile(r"[a-z0-9_]([a-z0-9._-]*[a-z0-9_])?", re.IGNORECASE)
-
-ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+)?")

@@ -67,24 +67,24 @@ class ThinkingRequest:
         switch = switches[0] if switches else None
         named = _agreed(self.budgets)
         budget = int(named[1] or 0) if named else None
-        wanted = bool(switch[1]) if switch else None
-        if switch and not wanted and named and (budget or 0) > 0:
+        enabled = bool(switch[1]) if switch else None
+        if switch and not enabled and named and (budget or 0) > 0:
             raise ValueError(f"{named[0]}={budget} is for thinking, which {switch[0]} switches off")
         effort, effort_warnings = self._effort(thinking, switch, named)
-        if wanted is None and budget is None and effort is not None:
-            wanted = effort != "none"
-        elif wanted is None and budget not in (None, 0):
-            wanted = True if thinking.can_think or budget != UNLIMITED else None
+        if enabled is None and budget is None and effort is not None:
+            enabled = effort != "none"
+        elif enabled is None and budget not in (None, 0):
+            enabled = True if thinking.can_think or budget != UNLIMITED else None
         if budget is None and effort not in (None, "none"):
             budget = EFFORTS[str(effort)]
-        if wanted is None:
-            wanted = default
-        thinks = thinking.can_think if wanted is None else wanted
+        if enabled is None:
+            enabled = default
+        thinks = thinking.can_think if enabled is None else enabled
         if budget is None and thinks:
             budget = default_budget
         bounded = thinks and budget not in (None, UNLIMITED)
         warnings = [*self._overruled(switches), *effort_warnings]
-        return Resolved(wanted, budget if bounded else None, named is None, warnings)
+        return Resolved(enabled, budget if bounded else None, named is None, warnings)
 
     def _effort(
         self, thinking: Thinking, switch: NamedValue | None, budget: NamedValue | None

@@ -55,8 +55,8 @@ class TokenCount(Endpoint[PromptBody]):
 
     async def respond(self, request: Request, slot: Slot) -> Response:
         """Return the response."""
-        do = self.service.preparing.do
-        counted = await do(request, slot.cancelled, lambda _: self._count())
+        run = self.service.preparing.run
+        counted = await run(request, slot.cancelled, lambda _: self._count())
         return Json({"input_tokens": counted}, headers=warnings_header(self.warnings))
 
 
@@ -74,7 +74,7 @@ class Messages(ReplyEndpoint[MessagesRequest]):
         }
         self._writer = _StreamWriter()
         messages, options = _prompt(service, body, self.warnings)
-        form = body.output_config.format if body.output_config else None
+        output_format = body.output_config.format if body.output_config else None
         options |= {
             "sampling": SamplingParams(
                 temperature=body.temperature,
@@ -83,7 +83,7 @@ class Messages(ReplyEndpoint[MessagesRequest]):
             ),
             "max_tokens": body.max_tokens,
             "stop": stop_strings(body.stop_sequences),
-            "schema": form.schema_ if form else None,
+            "schema": output_format.schema_ if output_format else None,
             "partial_calls": self.streams,
             "prefetch_next_turn": True,
         }
@@ -148,7 +148,7 @@ def _prompt(
         raise ValueError("tool_choice of type tool needs a name, and no other type has one")
     modes = {"auto": "auto", "any": "required", "none": "none"}
     options: Options = {
-        **service.options(body.thinking_request(), warnings),
+        **service.thinking_options(body.thinking_request(), warnings),
         "tools": body.library_tools() or None,
         "tool_choice": (choice.name or modes[choice.type]) if choice else "auto",
         "parallel_tool_calls": not (choice and choice.disable_parallel_tool_use),

@@ -59,7 +59,6 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
         check_model(service, body.model)
         super().__init__(service, body)
         self.streams = body.stream is not False
-        self._keep_alive_seconds = seconds_of(body.keep_alive)
         self.warnings += check_unknown(body, self.unsupported, frozenset())
         options, warnings = read_options(body.options or {}, service.context)
         self.warnings += warnings + body.not_honoured()
@@ -77,7 +76,7 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
         """Return the function that prepares the reply to messages."""
         options: Options = {
             **self._options,
-            **self.service.options(_thinking_request(self.body.think), self.warnings),
+            **self.service.thinking_options(_thinking_request(self.body.think), self.warnings),
             "tools": [*tools] or None,
             "continue_last": ends_with_assistant_text(messages),
             "prefetch_next_turn": True,
@@ -94,7 +93,7 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
         """Return the response, complete or as a stream of lines."""
         if self.prepares:
             return await super().respond(request, slot)
-        reason = "unload" if self._keep_alive_seconds == 0 else "load"
+        reason = "unload" if seconds_of(self.body.keep_alive) == 0 else "load"
         return Json(self._end(reason, {}), headers=warnings_header(self.warnings))
 
     def complete(self, running: ActiveRequest) -> bytes:

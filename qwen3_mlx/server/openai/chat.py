@@ -7,7 +7,7 @@ from typing import Any
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.server.openai.completion import Completion, sampling_options
-from qwen3_mlx.server.openai.response_format import form_of
+from qwen3_mlx.server.openai.response_format import constraint_option
 from qwen3_mlx.server.openai.schema import (
     HARMLESS,
     HINTS,
@@ -46,7 +46,7 @@ class ChatCompletion(Completion[ChatRequest]):
         messages = [_library_message(message) for message in body.messages]
         options: Options = {
             **_chat_options(body),
-            **service.options(body.thinking_request(), self.warnings),
+            **service.thinking_options(body.thinking_request(), self.warnings),
             "continue_last": _continues(body, messages),
             "prefetch_next_turn": self.choices == 1,
         }
@@ -161,7 +161,7 @@ def _continues(body: ChatRequest, messages: Sequence[Mapping[str, Any]]) -> bool
     if body.add_generation_prompt is not None:
         requested.append(not body.add_generation_prompt)
     begun = [
-        place for place, message in enumerate(body.messages) if message.prefix or message.partial
+        index for index, message in enumerate(body.messages) if message.prefix or message.partial
     ]
     if begun:  # a value of false is the default, and requests nothing
         if begun[0] < len(messages) - 1:
@@ -194,7 +194,7 @@ def _chat_options(body: ChatRequest) -> Options:
     choice = body.tool_choice or "auto"
     return {
         **sampling_options(body),
-        **form_of(body),
+        **constraint_option(body),
         "max_tokens": limits.pop() if limits else None,
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
         "tools": [tool.library_tool() for tool in body.tools or ()] or None,

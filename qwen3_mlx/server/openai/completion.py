@@ -92,7 +92,7 @@ class Completion(ReplyEndpoint[CompletionBody]):
         """Return an SSE comment, which clients ignore, with the prefilled tokens of the prompt."""
         if running.has_events:
             return b": keepalive\n\n"
-        progress = running.read
+        progress = running.prefill
         done, total = (progress.done, progress.total) if progress else (0, running.prompt_tokens)
         return f": keepalive {done}/{total}\n\n".encode()
 

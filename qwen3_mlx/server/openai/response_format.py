@@ -6,27 +6,28 @@ from typing import Any, cast
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.server.openai.schema import ChatRequest, ResponseFormat, StructuredOutputs
 
-_Form = tuple[str, str, Any]  # the request's field, the library's keyword, its value
+_Constraint = tuple[str, str, Any]  # the request's field, the library's keyword, its value
 _ANY_JSON = {"type": "object"}
 
 
-def form_of(body: ChatRequest) -> Options:
+def constraint_option(body: ChatRequest) -> Options:
     """Return the option that constrains the answer, or none.
 
     Raises:
         ValueError: a field is incomplete, or two fields differ.
     """
-    forms = list(_all_forms(body))
+    constraints = list(_constraints(body))
     # "Any JSON object" adds nothing to a schema, so it does not contradict one.
-    specific = [form for form in forms if form[2] != _ANY_JSON]
-    forms = specific if any(keyword == "schema" for _, keyword, _ in specific) else forms
-    for field, *form in forms[1:]:
-        if form != list(forms[0][1:]):
-            raise ValueError(f"an answer can have one form, not {forms[0][0]} and {field}")
-    return cast(Options, {keyword: value for _, keyword, value in forms[:1]})
+    specific = [constraint for constraint in constraints if constraint[2] != _ANY_JSON]
+    if any(keyword == "schema" for _, keyword, _ in specific):
+        constraints = specific
+    for field, *option in constraints[1:]:
+        if option != list(constraints[0][1:]):
+            raise ValueError(f"an answer can have one form, not {constraints[0][0]} and {field}")
+    return cast(Options, {keyword: value for _, keyword, value in constraints[:1]})
 
 
-def _all_forms(body: ChatRequest) -> Iterator[_Form]:
+def _constraints(body: ChatRequest) -> Iterator[_Constraint]:
     if body.response_format:
         yield from _from_response_format(body.response_format)
     if body.structured_outputs:
@@ -37,7 +38,7 @@ def _all_forms(body: ChatRequest) -> Iterator[_Form]:
         yield "format", "schema", _ANY_JSON if body.format == "json" else body.format
 
 
-def _from_response_format(spec: ResponseFormat) -> Iterator[_Form]:
+def _from_response_format(spec: ResponseFormat) -> Iterator[_Constraint]:
     schema = spec.json_schema.schema_ if spec.json_schema else spec.schema_
     if spec.json_schema and spec.schema_ not in (None, schema):
         raise ValueError("response_format has two schemas; send json_schema alone")
@@ -50,7 +51,7 @@ def _from_response_format(spec: ResponseFormat) -> Iterator[_Form]:
     yield "response_format", "schema", _ANY_JSON if schema is None else schema
 
 
-def _from_structured_outputs(spec: StructuredOutputs) -> Iterator[_Form]:
+def _from_structured_outputs(spec: StructuredOutputs) -> Iterator[_Constraint]:
     if spec.json_object:
         yield "json_object", "schema", _ANY_JSON
     if spec.json_ is not None:

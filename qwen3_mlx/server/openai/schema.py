@@ -20,13 +20,15 @@ Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Count = Annotated[int, Field(ge=1)]
 
 
-def _check_most(tokens: int) -> int:
+def _check_token_limit(tokens: int) -> int:
     if tokens == 0 or tokens < UNLIMITED:
         raise ValueError(f"must be at least 1, or -1 for no limit, not {tokens}")
     return tokens
 
 
-TokenLimit = Annotated[int, AfterValidator(_check_most), Field(description="-1 means no limit.")]
+TokenLimit = Annotated[
+    int, AfterValidator(_check_token_limit), Field(description="-1 means no limit.")
+]
 Budget = Annotated[int, Field(ge=UNLIMITED, description="Thinking tokens; -1 means no limit.")]
 _BUDGET_FIELDS = (
     "thinking_budget",
@@ -66,7 +68,7 @@ NOT_FOR_CHAT: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (),
     "web_search_options": (),
 }
-NOT_FOR_TEXT = {name: idle for name, idle in NOT_FOR_CHAT.items() if name != "echo"} | {
+NOT_FOR_TEXT = {name: neutral for name, neutral in NOT_FOR_CHAT.items() if name != "echo"} | {
     "suffix": ("",)
 }
 # Hints about the length or the speed of a reply. They have no effect here, and are warned of unless
