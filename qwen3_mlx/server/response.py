@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -155,17 +155,9 @@ class ActiveRequest:
 
     def _begin(self, prepared: Sequence[PreparedRequest]) -> None:
         for index, reply in enumerate(prepared):
-            deliver = partial(self._bridge.put, self, index)
-
-            def report(
-                done: int, total: int, deliver: Callable[[Delivered], None] = deliver
-            ) -> None:
-                if done == total and self.first_token_at is None:  # reported with the first token
-                    self.first_token_at = time.perf_counter()
-                deliver(PrefillProgress(done, total))
-
-            options = replace(reply.options, progress=report)
+            options = replace(reply.options, progress=partial(self._on_prefill, index))
             reply = replace(reply, options=options, clamp_max_tokens=True, client=self._slot.client)
+            deliver = partial(self._bridge.put, self, index)
             started = self._bridge.llm.begin(reply, deliver, self.cancelled)
             self._sent += 1
             self.prompt_tokens = started.prompt_tokens
@@ -176,6 +168,12 @@ class ActiveRequest:
                 )
                 if warning not in self.warnings:  # every choice has the same warning
                     self.warnings.append(warning)
+
+    def _on_prefill(self, index: int, done: int, total: int) -> None:
+        """Report the progress of a prompt; called on the engine's thread."""
+        if done == total and self.first_token_at is None:  # reported with the first token
+            self.first_token_at = time.perf_counter()
+        self._bridge.put(self, index, PrefillProgress(done, total))
 
     def receive(self, index: int, event: Delivered) -> None:
         """Queue an event of a reply; called on the event loop.
@@ -310,9 +308,7 @@ class ActiveRequest:
         first, usage = self.first_token_at or now, self.usage
         prefilled, decoded = usage.prompt_tokens - usage.cached_tokens, usage.completion_tokens
         prefill, decode = first - self.started, now - first  # seconds
-        after_first = max(
-            decoded - self.count, 0
-        )  # the first token of each reply belongs to prefill
+        after_first = max(decoded - self.count, 0)  # the first of each reply belongs to prefill
         return {
             "prompt_n": prefilled,
             "prompt_ms": round(prefill * 1e3, 1),
