@@ -47,8 +47,9 @@ class AccessLog:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
-                for header in filter(None, (REQUEST_ID, protocol_of(scope["path"]).request_id)):
-                    headers[header] = request_id
+                headers[REQUEST_ID] = request_id
+                if own_header := protocol_of(scope["path"]).request_id_header:
+                    headers[own_header] = request_id
             await send(message)
 
         try:

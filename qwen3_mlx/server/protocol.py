@@ -25,7 +25,7 @@ class Protocol:
     paths: str
     error_model: type[WireModel]
     error_body: Callable[[ApiError], Mapping[str, Any]]
-    request_id: str | None = None  # header in which its clients expect the id of a request
+    request_id_header: str | None = None  # where its clients expect the id of a request
 
     def router(self, prefix: str) -> APIRouter:
         """Create a router whose routes declare the errors of this protocol."""

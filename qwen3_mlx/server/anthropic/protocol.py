@@ -42,5 +42,5 @@ PROTOCOL = Protocol(
     paths="/v1/messages",
     error_model=AnthropicError,
     error_body=_error_body,
-    request_id="request-id",
+    request_id_header="request-id",
 )
