@@ -25,21 +25,20 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Protocol:
-    """A request that is whole as `base` says.
+class RequestFields:
+    """The fields of one kind of request, which `base` makes complete.
 
-    Of each kind of object within it `admission` say where one stands, and what else the request
-    then has. `cases` are changes of fields of which more is to be said than their type, or that the
-    model leaves open. What `seconds_since_step` fields say may be without effect, for the reason
-    that is named.
+    For each kind of object in it, `locations` has where one stands, and what else the request then
+    has. `cases` are changes of fields that need more than another value of their type. Fields in
+    `silent` may be without effect, for the reason that is given.
     """
 
     path: str
     model: type[WireModel]
     base: Mapping[str, Any]
-    admission: Mapping[str, tuple[str, Mapping[str, Any]]]
+    locations: Mapping[str, tuple[str, Mapping[str, Any]]]
     cases: Mapping[str, Case]
-    seconds_since_step: Mapping[str, str] = field(default_factory=dict)
+    silent: Mapping[str, str] = field(default_factory=dict)
 
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
@@ -78,11 +77,11 @@ _THOUGHT = _assistant({"type": "thinking", "thinking": "Hm."}, {"type": "text", 
 _REFUSED = _assistant({"type": "refusal", "refusal": "No"})
 _JSON_SCHEMA = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
 
-CHAT = Protocol(
+CHAT = RequestFields(
     "/v1/chat/completions",
     openai_wire.ChatRequest,
     {"messages": [USER], "max_tokens": 99},
-    admission={
+    locations={
         "ChatRequest": ("", {}),
         "Message": ("messages.0", {}),
         "Part": ("messages.0.content.0", _PARTS),
@@ -145,7 +144,7 @@ CHAT = Protocol(
         "ReasoningIn.exclude": Case(True),
         "ToolIn.function": Case({"name": "third"}),
     },
-    seconds_since_step={
+    silent={
         "Call.id": ORDER,
         "Call.index": ORDER,
         "JsonSchema.description": "the schema has descriptions of its own, and none is shown",
@@ -157,11 +156,11 @@ CHAT = Protocol(
     },
 )
 
-COMPLETION = Protocol(
+COMPLETION = RequestFields(
     "/v1/completions",
     openai_wire.TextRequest,
     {"prompt": "Once", "max_tokens": 99},
-    admission={
+    locations={
         "TextRequest": ("", {}),
         "StreamOptions": ("stream_options", {"stream": True, "stream_options": {}}),
     },
@@ -169,11 +168,7 @@ COMPLETION = Protocol(
         "TextRequest.logit_bias": Case({"7": 1.0}),
         "TextRequest.stream_options": Case({"include_usage": True}, {"stream": True}),
     },
-    seconds_since_step={
-        "StreamOptions.include_obfuscation": CHAT.seconds_since_step[
-            "StreamOptions.include_obfuscation"
-        ]
-    },
+    silent={"StreamOptions.include_obfuscation": CHAT.silent["StreamOptions.include_obfuscation"]},
 )
 
 # --- Anthropic ------------------------------------------------------------------------------------
@@ -245,27 +240,27 @@ _CLAUDE_SILENT = {
 }
 _NOT_COUNTED = "it is no part of the prompt that is counted"
 
-MESSAGES = Protocol(
+MESSAGES = RequestFields(
     "/v1/messages",
     anthropic_wire.MessagesRequest,
     {"messages": [USER], "max_tokens": 99},
-    admission={"MessagesRequest": ("", {}), **_CLAUDE_PLACES},
+    locations={"MessagesRequest": ("", {}), **_CLAUDE_PLACES},
     cases={
         **_CLAUDE_CASES,
         **{f"MessagesRequest.{name}": case for name, case in _CLAUDE_OF_REQUEST.items()},
     },
-    seconds_since_step=_CLAUDE_SILENT,
+    silent=_CLAUDE_SILENT,
 )
-COUNTED = Protocol(
+COUNTED = RequestFields(
     "/v1/messages/count_tokens",
     anthropic_wire.PromptBody,
     {"messages": [USER]},
-    admission={"PromptBody": ("", {}), **_CLAUDE_PLACES},
+    locations={"PromptBody": ("", {}), **_CLAUDE_PLACES},
     cases={
         **_CLAUDE_CASES,
         **{f"PromptBody.{name}": case for name, case in _CLAUDE_OF_REQUEST.items()},
     },
-    seconds_since_step={
+    silent={
         **_CLAUDE_SILENT,
         "PromptBody.output_config": _NOT_COUNTED,
         "OutputConfig.effort": _NOT_COUNTED,
@@ -316,11 +311,11 @@ def _llama_cases(kind: str) -> dict[str, Case]:
     }
 
 
-OLLAMA = Protocol(
+OLLAMA = RequestFields(
     "/api/chat",
     ollama_wire.OllamaChatRequest,
     {"messages": [USER], "stream": False},
-    admission={
+    locations={
         "OllamaChatRequest": ("", {}),
         "OllamaMessage": ("messages.0", {}),
         "ToolCallIn": (_CALLED, _LLAMA_CHAIN),
@@ -345,7 +340,7 @@ OLLAMA = Protocol(
         "ToolIn.function": Case({"name": "third"}),
         **_llama_cases("OllamaChatRequest"),
     },
-    seconds_since_step={
+    silent={
         "ToolCallIn.id": ORDER,
         "ToolCallIn.type": "all calls are of functions",
         "FunctionCall.index": ORDER,
@@ -356,13 +351,13 @@ OLLAMA = Protocol(
     },
 )
 
-GENERATE = Protocol(
+GENERATE = RequestFields(
     "/api/generate",
     ollama_wire.OllamaGenerateRequest,
     {"prompt": "What is 12 + 34?", "stream": False},
-    admission={"OllamaGenerateRequest": ("", {})},
+    locations={"OllamaGenerateRequest": ("", {})},
     cases=_llama_cases("OllamaGenerateRequest"),
-    seconds_since_step={"OllamaGenerateRequest.model": _NAMES, "options.num_gpu": _OF_NO_EFFECT},
+    silent={"OllamaGenerateRequest.model": _NAMES, "options.num_gpu": _OF_NO_EFFECT},
 )
 
-PROTOCOLS = (CHAT, COMPLETION, MESSAGES, COUNTED, OLLAMA, GENERATE)
+REQUESTS = (CHAT, COMPLETION, MESSAGES, COUNTED, OLLAMA, GENERATE)

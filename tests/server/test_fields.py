@@ -19,7 +19,7 @@ from qwen3_mlx import LLM
 from qwen3_mlx.api.generation import PreparedRequest
 from qwen3_mlx.engine.request import Request, RequestResult, SampledLogprob
 from qwen3_mlx.server.wire import WireModel
-from tests.server.fields import PROTOCOLS, Case, Protocol
+from tests.server.fields import REQUESTS, Case, RequestFields
 from tests.server.serving import serving
 
 SAID = "<think>\nOne.\n</think>\n\nTwo."
@@ -113,15 +113,15 @@ def has_one_value(annotation: Any) -> bool:
     return only_words and len(values) == 1
 
 
-def cases_of(protocol: Protocol) -> Iterator[tuple[Protocol, str, str, Any]]:
+def cases_of(spec: RequestFields) -> Iterator[tuple[RequestFields, str, str, Any]]:
     """Give the fields that are to be changed: the name, as clients write it, and its type."""
-    for name, kind in kinds_of(protocol.model).items():
+    for name, kind in kinds_of(spec.model).items():
         for field, info in kind.model_fields.items():
             if not has_one_value(info.annotation):
-                yield protocol, f"{name}.{field}", info.alias or field, info.annotation
-    for name in protocol.cases:
-        if name.split(".")[0] not in kinds_of(protocol.model):
-            yield protocol, name, "", None
+                yield spec, f"{name}.{field}", info.alias or field, info.annotation
+    for name in spec.cases:
+        if name.split(".")[0] not in kinds_of(spec.model):
+            yield spec, name, "", None
 
 
 def other_value(annotation: Any, now: Any) -> Any:
@@ -138,11 +138,11 @@ def other_value(annotation: Any, now: Any) -> Any:
     raise AssertionError(f"say in tests.server.fields what {annotation} may be changed to")
 
 
-def bodies(protocol: Protocol, name: str, key: str, annotation: Any) -> tuple[Any, Any]:
+def bodies(spec: RequestFields, name: str, key: str, annotation: Any) -> tuple[Any, Any]:
     """Give a request without and with a change."""
-    case = protocol.cases.get(name, Case())
-    where, beside = protocol.admission.get(name.split(".")[0], ("", {}))
-    before = deepcopy({**protocol.base, **(beside if case.beside is None else case.beside)})
+    case = spec.cases.get(name, Case())
+    where, beside = spec.locations.get(name.split(".")[0], ("", {}))
+    before = deepcopy({**spec.base, **(beside if case.beside is None else case.beside)})
     after = deepcopy(before)
     steps = [step for step in (where if case.at is None else case.at).split(".") if step]
     if not key:  # of what is not typed
@@ -154,35 +154,39 @@ def bodies(protocol: Protocol, name: str, key: str, annotation: Any) -> tuple[An
     return before, after
 
 
-ALL = [case for protocol in PROTOCOLS for case in cases_of(protocol)]
+ALL = [case for spec in REQUESTS for case in cases_of(spec)]
 
 
 @pytest.mark.parametrize(
-    ("protocol", "name", "key", "annotation"),
+    ("spec", "name", "key", "annotation"),
     ALL,
-    ids=[f"{protocol.path}-{name}" for protocol, name, _, _ in ALL],
+    ids=[f"{spec.path}-{name}" for spec, name, _, _ in ALL],
 )
 def test_no_field_is_accepted_and_dropped(
-    spied: tuple[httpx.Client, Spy], protocol: Protocol, name: str, key: str, annotation: Any
+    spied: tuple[httpx.Client, Spy],
+    spec: RequestFields,
+    name: str,
+    key: str,
+    annotation: Any,
 ) -> None:
     client, spy = spied
-    before, after = bodies(protocol, name, key, annotation)
+    before, after = bodies(spec, name, key, annotation)
     seen = []
     for body in (before, after):
         spy.notes = []
-        response = client.post(protocol.path, json=body)
+        response = client.post(spec.path, json=body)
         told = response.headers.get("warnings"), VARIES.sub("", response.text)
         seen.append((response.status_code, spy.notes, told))
     (first, *_), (second, *_) = seen
-    case = protocol.cases.get(name, Case())
+    case = spec.cases.get(name, Case())
     assert first == 200 and second == (400 if case.refused else 200), seen[1]
-    if name in protocol.seconds_since_step:
+    if name in spec.silent:
         assert seen[0] == seen[1], f"{name} is not silent; tests.server.fields says it is"
     else:
         assert seen[0] != seen[1], f"{name}={after} does nothing, and nothing says so"
 
 
 def test_what_is_silent_is_a_field() -> None:
-    for protocol in PROTOCOLS:
-        known = {name for one, name, _, _ in ALL if one is protocol}
-        assert known >= {*protocol.seconds_since_step, *protocol.cases}
+    for spec in REQUESTS:
+        known = {name for one, name, _, _ in ALL if one is spec}
+        assert known >= {*spec.silent, *spec.cases}
