@@ -22,9 +22,15 @@ def json_content(model: type[WireModel]) -> dict[str, Any]:
     return {"application/json": {"schema": {"$ref": _reference(model)}}}
 
 
-def body_schema(body: type[RequestModel]) -> dict[str, Any]:
-    """Return the keywords of a route that declare its body."""
-    return {"openapi_extra": {"requestBody": {"required": True, "content": json_content(body)}}}
+def route_schema(
+    body: type[RequestModel], response: type[WireModel] | None = None, stream: str | None = None
+) -> dict[str, Any]:
+    """Return the keywords of a route that declare its body, its response, and its stream."""
+    return {
+        "openapi_extra": {"requestBody": {"required": True, "content": json_content(body)}},
+        "response_model": response,
+        "responses": {200: {"content": {stream: {}}}} if stream else {},
+    }
 
 
 def add_description(app: FastAPI, errors: Sequence[type[WireModel]]) -> None:

@@ -60,7 +60,7 @@ class TokenCount(Endpoint[PromptBody]):
         return Json({"input_tokens": counted}, headers=warnings_header(self.warnings))
 
 
-class Messages(ReplyEndpoint[MessagesRequest]):
+class MessageCompletion(ReplyEndpoint[MessagesRequest]):
     """A message of the assistant."""
 
     def __init__(self, service: Service, body: MessagesRequest) -> None:

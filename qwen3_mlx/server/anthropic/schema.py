@@ -172,7 +172,7 @@ class MessagesRequest(PromptBody):
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
 
 
-class UsageOut(WireModel):
+class AnthropicUsageOut(WireModel):
     """Token counts; `input_tokens` excludes the cached tokens of the prompt."""
 
     input_tokens: int
@@ -181,7 +181,7 @@ class UsageOut(WireModel):
     cache_creation_input_tokens: int
 
 
-class MessageOut(WireModel):
+class AnthropicMessageOut(WireModel):
     """A complete message of the assistant."""
 
     id: str
@@ -193,7 +193,7 @@ class MessageOut(WireModel):
         "end_turn", "max_tokens", "stop_sequence", "tool_use", "model_context_window_exceeded"
     ]
     stop_sequence: str | None
-    usage: UsageOut
+    usage: AnthropicUsageOut
 
 
 class CountOut(WireModel):

@@ -20,14 +20,13 @@ from qwen3_mlx.server.ollama.schema import (
     OllamaGenerateRequest,
     OllamaShowRequest,
 )
-from qwen3_mlx.server.openapi import body_schema
+from qwen3_mlx.server.openapi import route_schema
 from qwen3_mlx.server.request_body import parse_body
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import Json, check_unknown, warnings_header
 from qwen3_mlx.version import __version__
 
 _NEVER = "9999-12-31T23:59:59Z"  # expiry of the model, which stays loaded
-_STREAM: dict[str, Any] = {"content": {LINES: {}}}
 _UNSUPPORTED_ROUTES = {
     "/embed": ("POST", "makes no embeddings"),
     "/embeddings": ("POST", "makes no embeddings"),
@@ -43,22 +42,12 @@ def routes(service: Service) -> APIRouter:
     """Create the routes of this protocol."""
     router = PROTOCOL.router("/api")
 
-    @router.post(
-        "/chat",
-        response_model=OllamaChatOut,
-        responses={200: _STREAM},
-        **body_schema(OllamaChatRequest),
-    )
+    @router.post("/chat", **route_schema(OllamaChatRequest, OllamaChatOut, LINES))
     async def chat(request: Request) -> Response:
         """Create a chat message, complete or as a stream of lines."""
         return await answer_request(service, request, OllamaChatRequest, Chat)
 
-    @router.post(
-        "/generate",
-        response_model=OllamaGenerateOut,
-        responses={200: _STREAM},
-        **body_schema(OllamaGenerateRequest),
-    )
+    @router.post("/generate", **route_schema(OllamaGenerateRequest, OllamaGenerateOut, LINES))
     async def generate(request: Request) -> Response:
         """Answer a prompt, or continue it as raw text with `raw`."""
         return await answer_request(service, request, OllamaGenerateRequest, Generate)
@@ -76,7 +65,7 @@ def routes(service: Service) -> APIRouter:
         more = {"expires_at": _NEVER, "size_vram": 0, "context_length": service.context}
         return {"models": [{**model, **more}]}
 
-    @router.post("/show", **body_schema(OllamaShowRequest))
+    @router.post("/show", **route_schema(OllamaShowRequest))
     async def show(request: Request) -> Response:
         """Describe the served model and its capabilities."""
         sent = await request.body()

@@ -13,26 +13,20 @@ from qwen3_mlx.server.openai.protocol import PROTOCOL
 from qwen3_mlx.server.openai.responses import ChatOut, ModelOut, ModelsOut, TextOut
 from qwen3_mlx.server.openai.schema import ChatRequest, TextRequest
 from qwen3_mlx.server.openai.text import TextCompletion
-from qwen3_mlx.server.openapi import body_schema
+from qwen3_mlx.server.openapi import route_schema
 from qwen3_mlx.server.service import Service
-
-_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {EVENTS: {}}}}
 
 
 def routes(service: Service) -> APIRouter:
     """Create the routes of this protocol."""
     router = PROTOCOL.router("/v1")
 
-    @router.post(
-        "/chat/completions", response_model=ChatOut, responses=_STREAM, **body_schema(ChatRequest)
-    )
+    @router.post("/chat/completions", **route_schema(ChatRequest, ChatOut, EVENTS))
     async def chat_completions(request: Request) -> Response:
         """Create a chat completion, complete or as a stream of events."""
         return await answer_request(service, request, ChatRequest, ChatCompletion)
 
-    @router.post(
-        "/completions", response_model=TextOut, responses=_STREAM, **body_schema(TextRequest)
-    )
+    @router.post("/completions", **route_schema(TextRequest, TextOut, EVENTS))
     async def completions(request: Request) -> Response:
         """Continue raw text, without a chat template."""
         return await answer_request(service, request, TextRequest, TextCompletion)
