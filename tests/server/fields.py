@@ -1,4 +1,4 @@
-"""What `test_fields` changes of the requests of each protocol, and what may do nothing."""
+"""The fields that `test_fields` changes, and those that may be without effect."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -52,7 +52,7 @@ FOR_PROVIDERS = "it asks the provider for something that is no part of the reply
 
 
 def _assistant(*parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Have the assistant say some parts before the last question."""
+    """Return messages with parts of the assistant's before the last question."""
     return {"messages": [USER, {"role": "assistant", "content": list(parts)}]}
 
 
@@ -296,7 +296,7 @@ _NAMES = "the names that are known are those of the one model, and others are 40
 
 
 def _llama_cases(kind: str) -> dict[str, Case]:
-    """Give the changes of what both of Ollama's requests have."""
+    """Return the changes of the fields that both of Ollama's requests have."""
     cases = {
         "model": Case("demo:latest"),
         "options": Case({"seed": 7}),

@@ -1,4 +1,4 @@
-"""What the tests of this room share."""
+"""Helpers of the server's tests."""
 
 import os
 import re
@@ -57,19 +57,19 @@ def of_template(folder: Path, template: str) -> Path:
 
 
 def warnings_of(response: httpx.Response) -> str:
-    """Give the warnings of a reply, which there must be."""
+    """Return the warnings of a reply, which must not be an error."""
     assert response.status_code == 200, response.text
     return str(response.headers.get("warnings", ""))
 
 
 def short(path: str, most: int, **fields: Any) -> dict[str, Any]:
-    """Ask for few tokens by any protocol."""
+    """Return the body of a request for few tokens, in any protocol."""
     limit = {"options": {"num_predict": most}} if path == "/api/chat" else {"max_tokens": most}
     return {"messages": SUM, "stream": False, **limit, **fields}
 
 
 def until(condition: Callable[[], bool]) -> None:
-    """Wait for what must become true, for as long as that may take on a busy machine."""
+    """Wait until a condition is true, for as long as that may take on a busy machine."""
     pause = threading.Event()
     for _ in range(2000):
         if condition():
@@ -79,7 +79,7 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def message_of(response: httpx.Response) -> str:
-    """Give what an error says by any protocol."""
+    """Return the message of an error, in any protocol."""
     body = response.json()
     error = body["error"]
     return str(error if isinstance(error, str) else error["message"])
@@ -117,14 +117,14 @@ class Process:
         self.url = found[0]
 
     def end(self, number: int = signal.SIGINT) -> tuple[int, str, str]:
-        """Send a signal, and give the exit code and what was written."""
+        """Send a signal, and return the exit code and the output."""
         self.process.send_signal(number)
         out, err = self.process.communicate(timeout=120)
         return self.process.returncode, out, err
 
 
 def submit_slowly(monkeypatch: pytest.MonkeyPatch, last: type) -> threading.Event:
-    """Have `LLM.begin` return only after a `last` event and the request's end, as a thread may.
+    """Make `LLM.begin` return only after a `last` event and the request's end, as a thread may.
 
     The flag that is returned is set by the event.
     """

@@ -27,15 +27,15 @@ class Served:
     server: Server
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
-        """Send JSON, with no patience for what hangs."""
+        """Send JSON; a request that hangs fails."""
         return httpx.post(f"{self.url}{path}", json=body, headers=headers, **_PLAIN)
 
     def get(self, path: str, **headers: str) -> httpx.Response:
-        """Ask for something."""
+        """Send a GET."""
         return httpx.get(f"{self.url}{path}", headers=headers, **_PLAIN)
 
     def chat(self, words: str = "What is 12 + 34?", **fields: Any) -> httpx.Response:
-        """Say something by OpenAI's API."""
+        """Send a user's message by OpenAI's API."""
         messages = [{"role": "user", "content": words}]
         return self.post("/v1/chat/completions", {"messages": messages, **fields})
 

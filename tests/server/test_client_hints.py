@@ -1,4 +1,4 @@
-"""What clients send by habit: hints, limits and forms by the names of other local servers."""
+"""Fields that clients send by habit: hints, limits and names of other local servers."""
 
 import json
 from collections.abc import Iterator

@@ -139,7 +139,7 @@ def test_openai_demands_a_call(client: Any) -> None:
 
 
 class Sum(BaseModel):
-    """What is asked for."""
+    """The schema of an answer."""
 
     a: int
     b: int

@@ -30,19 +30,19 @@ def served(demo: LLM) -> Iterator[Served]:
 
 
 def log_probabilities(demo: LLM, ids: Sequence[int]) -> mx.array:
-    """Give log p [N, V] by `llm.logits`."""
+    """Return log p [N, V], computed by `llm.logits`."""
     logprobs: mx.array = nn.log_softmax(demo.logits(ids), axis=-1)
     return logprobs
 
 
 def expected(demo: LLM, ids: Sequence[int]) -> mx.array:
-    """Give log p [N - 1] of all ids but the first."""
+    """Return log p [N - 1] of all ids but the first."""
     following = mx.array(list(ids[1:]))[:, None]
     return mx.take_along_axis(log_probabilities(demo, ids)[:-1], following, axis=1)[:, 0]
 
 
 def ask(served: Served, prompt: Any, **fields: Any) -> list[dict[str, Any]]:
-    """Give the choices of a completion."""
+    """Return the choices of a completion."""
     response = served.post("/v1/completions", {"prompt": prompt, "temperature": 0, **fields})
     assert response.status_code == 200, response.text
     choices: list[dict[str, Any]] = response.json()["choices"]

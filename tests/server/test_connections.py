@@ -47,7 +47,7 @@ def all_of(connection: socket.socket) -> bytes:
 
 
 def status_of(response: bytes) -> int:
-    """Give the status of a response as it was sent."""
+    """Return the status of a response as it was sent."""
     return int(response.split(b" ", 2)[1])
 
 
@@ -60,7 +60,7 @@ def wait_until(true: Any, what: str) -> None:
 
 
 def process_memory() -> int:
-    """Give the most memory that the process has had, in bytes."""
+    """Return the peak memory of the process, in bytes."""
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -254,7 +254,7 @@ def test_what_is_kept_for_a_client_is_bounded(tiny: LLM, monkeypatch: pytest.Mon
 
 
 def shrink_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the kernel hold little of what was sent and not read."""
+    """Make the kernel buffer little of what was sent and not read."""
     accept = socket.socket.accept
 
     def accepted(listener: socket.socket) -> tuple[socket.socket, Any]:

@@ -40,7 +40,7 @@ class Line(FakeCaches):
             self.began.append(job)
 
     def step(self) -> None:
-        """Do what is next, and let go of what is complete."""
+        """Run the next step, and release what is complete."""
         step = self.plan.next_step()
         for job in step.decoding:
             job.take(1)
@@ -258,7 +258,7 @@ def test_the_end_of_its_time_is_told(tiny: LLM, made: list[ActiveRequest]) -> No
 
 
 def time_is_up(served: Served, made: list[ActiveRequest]) -> None:
-    """Have the time of a request be over when its reply has begun."""
+    """Let a request time out once its reply has begun."""
     end = time.monotonic() + 60
     while not made or not made[0].first_token_at:
         assert time.monotonic() < end, "no reply has begun"

@@ -82,7 +82,7 @@ def spied(demo: LLM) -> Iterator[tuple[httpx.Client, Spy]]:
 
 
 def leaves(annotation: Any) -> Iterator[Any]:
-    """Give the types that an annotation is made of; a `Literal` is one of them."""
+    """Return the types that an annotation is made of; a `Literal` is one of them."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from leaves(get_args(annotation)[0])
@@ -94,7 +94,7 @@ def leaves(annotation: Any) -> Iterator[Any]:
 
 
 def kinds_of(model: type[WireModel]) -> dict[str, type[WireModel]]:
-    """Give the kinds of objects that a request is made of, by their names."""
+    """Return the kinds of objects that a request is made of, by their names."""
     found: dict[str, type[WireModel]] = {}
     ahead: list[Any] = [model]
     while ahead:
@@ -107,14 +107,14 @@ def kinds_of(model: type[WireModel]) -> dict[str, type[WireModel]]:
 
 
 def has_one_value(annotation: Any) -> bool:
-    """Say whether a field can say one thing only, such as a type."""
+    """Return whether a field can have one value only, such as a type."""
     values = {value for leaf in leaves(annotation) for value in get_args(leaf) if get_origin(leaf)}
     only_words = all(get_origin(leaf) is Literal for leaf in leaves(annotation))
     return only_words and len(values) == 1
 
 
 def cases_of(spec: RequestFields) -> Iterator[tuple[RequestFields, str, str, Any]]:
-    """Give the fields that are to be changed: the name, as clients write it, and its type."""
+    """Return the fields that are to be changed: the name, as clients write it, and its type."""
     for name, kind in kinds_of(spec.model).items():
         for field, info in kind.model_fields.items():
             if not has_one_value(info.annotation):
@@ -125,7 +125,7 @@ def cases_of(spec: RequestFields) -> Iterator[tuple[RequestFields, str, str, Any
 
 
 def other_value(annotation: Any, now: Any) -> Any:
-    """Give a value of a type, other than the present one."""
+    """Return a value of a type, other than the present one."""
     for leaf in leaves(annotation):
         if get_origin(leaf) is Literal:
             return next(value for value in get_args(leaf) if value not in (now, ""))
@@ -139,7 +139,7 @@ def other_value(annotation: Any, now: Any) -> Any:
 
 
 def bodies(spec: RequestFields, name: str, key: str, annotation: Any) -> tuple[Any, Any]:
-    """Give a request without and with a change."""
+    """Return a request without and with a change."""
     case = spec.cases.get(name, Case())
     where, beside = spec.locations.get(name.split(".")[0], ("", {}))
     before = deepcopy({**spec.base, **(beside if case.beside is None else case.beside)})

@@ -1,4 +1,4 @@
-"""What a greedy client costs others, in ways that few requests and few bytes are enough for."""
+"""The cost of a greedy client to others: a few requests, or a few bytes, that would take long."""
 
 import json
 import logging

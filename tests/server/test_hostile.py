@@ -71,7 +71,7 @@ _SERVERS: dict[int, Serve] = {}
 
 @pytest.fixture(autouse=True)
 def known_servers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have the servers known by their ports, so that an attack can end one."""
+    """Record the servers by their ports, so that an attack can end one."""
 
     def warm_up(served: Serve) -> None:
         _SERVERS[served.port] = served

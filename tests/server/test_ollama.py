@@ -24,7 +24,7 @@ def served(demo: LLM) -> Iterator[Served]:
 
 
 def generate(served: Served, prompt: str | None = SUM, **fields: Any) -> Any:
-    """Give the response of `/api/generate`."""
+    """Return the response of `/api/generate`."""
     fields = {"stream": False, "options": {"temperature": 0}, **fields}
     response = served.post("/api/generate", {"model": "demo", "prompt": prompt, **fields})
     assert response.status_code == 200, response.text
@@ -32,7 +32,7 @@ def generate(served: Served, prompt: str | None = SUM, **fields: Any) -> Any:
 
 
 def chat(served: Served, **fields: Any) -> httpx.Response:
-    """Say something, of which a few tokens of an answer are enough."""
+    """Send a message, and return a reply of a few tokens."""
     options = {"temperature": 0, "num_predict": 3, **fields.pop("options", {})}
     body = {"messages": ASKED, "stream": False, "think": False, "options": options, **fields}
     return served.post("/api/chat", body)

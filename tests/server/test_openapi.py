@@ -47,7 +47,7 @@ def served(demo: LLM) -> Iterator[Served]:
 
 
 def hold_to_it(case: Any) -> None:
-    """Make a request, whose answer must be one that was described."""
+    """Send a request; its response must be one that is described."""
     body = case.body
     if isinstance(body, dict):
         for name in ("max_tokens", "max_completion_tokens"):
@@ -60,7 +60,7 @@ def hold_to_it(case: Any) -> None:
 
 
 def hold_all_to_it(served: Served, count: int) -> int:
-    """Make so many requests of each operation that is described, and give how many it were."""
+    """Send `count` requests to each operation that is described, and return how many were sent."""
     made = 0
     description = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
     for found in description.get_all_operations():

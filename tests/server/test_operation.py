@@ -28,7 +28,7 @@ SECRET = "Geheimnis"
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
-    """Give the lines of the log of requests."""
+    """Return the lines of the log of requests."""
     return [json.loads(r.message) for r in caplog.records if r.name.endswith(".access")]
 
 

@@ -89,7 +89,7 @@ def at(page: Any, name: str) -> Any:
 
 
 def say(page: Any, words: str, replies: int = 1) -> None:
-    """Say something, and wait until so many replies are complete."""
+    """Send a message, and wait until so many replies are complete."""
     at(page, "prompt").fill(words)
     at(page, "prompt").press("Enter")
     complete(page, replies)

@@ -14,7 +14,7 @@ HALF_A_BODY = post("/api/chat", {"messages": []})[:-3]
 
 
 def running(served: Served) -> bool:
-    """Whether the engine is at work on a reply."""
+    """Return whether the engine is generating a reply."""
     return served.server.service.llm.activity().running > 0
 
 

@@ -1,4 +1,4 @@
-"""What is done before a reply begins: it ends, it can be stopped, and others do not wait for it."""
+"""Preparation of a request: it ends, it can be stopped, and others do not wait for it."""
 
 import json
 import socket
@@ -45,7 +45,7 @@ def tool(name: str = "f", **parameters: Any) -> dict[str, Any]:
 
 
 def schema(wanted: Any) -> dict[str, Any]:
-    """Give the fields that ask for an answer of a schema."""
+    """Return the fields that ask for an answer of a schema."""
     form = {"type": "json_schema", "json_schema": {"name": "a", "schema": wanted}}
     return {"response_format": form}
 
@@ -75,7 +75,7 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[grammar_trial._Lane]
 
 @contextmanager
 def occupied(lanes: list[grammar_trial._Lane]) -> Iterator[None]:
-    """Have each process for trials in use, as if it compiled for others."""
+    """Occupy each process for trials, as if it compiled for others."""
     with ExitStack() as stack:
         for lane in lanes:
             for _ in range(lane._free.qsize()):

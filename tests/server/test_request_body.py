@@ -94,12 +94,12 @@ def asking_for_health(served: Served) -> Iterator[Waiting]:
 
 
 def turns(count: int) -> list[dict[str, str]]:
-    """Give so many messages of a conversation."""
+    """Return so many messages of a conversation."""
     return [{"role": ("user", "assistant")[n % 2], "content": "hi"} for n in range(count)]
 
 
 def said(content: Any, **fields: Any) -> bytes:
-    """Give the body of a request with one message."""
+    """Return the body of a request with one message."""
     body = {"messages": [{"role": "user", "content": content}], "max_tokens": 5, **fields}
     return json.dumps(body).encode()
 

@@ -44,7 +44,7 @@ def served(demo: LLM) -> Iterator[Served]:
 
 
 def data_of(line: str) -> Any:
-    """Give what a line of a stream says."""
+    """Return the data of a line of a stream."""
     return json.loads(line.removeprefix("data: "))
 
 
@@ -253,7 +253,7 @@ PROTOCOLS = ("/v1/chat/completions", "/v1/messages", "/api/chat")
 
 
 def with_tool(path: str, parameters: Any, **fields: Any) -> dict[str, Any]:
-    """Give a request by any protocol, with the calculator that has these parameters."""
+    """Return a request of any protocol, with a calculator that has these parameters."""
     body: dict[str, Any] = {"messages": [{"role": "user", "content": "What is 1234 + 4321?"}]}
     tool = {"name": "calculator", "description": "Evaluate an arithmetic expression"}
     if path == "/v1/messages":
@@ -270,7 +270,7 @@ def with_tool(path: str, parameters: Any, **fields: Any) -> dict[str, Any]:
 
 
 def call_of(body: Any) -> Any:
-    """Give the arguments of the first call in a whole reply by any protocol."""
+    """Return the arguments of the first call in a complete reply of any protocol."""
     if "content" in body:
         return next(block["input"] for block in body["content"] if block["type"] == "tool_use")
     message = body["message"] if "message" in body else body["choices"][0]["message"]
@@ -394,13 +394,13 @@ def ollama_request(most: int, **fields: Any) -> dict[str, Any]:
 
 
 def events_of(response: httpx.Response) -> list[Any]:
-    """Give what the events of a stream say."""
+    """Return the data of the events of a stream."""
     lines = [line for line in response.text.splitlines() if line.startswith("data: {")]
     return [data_of(line) for line in lines]
 
 
 def is_json(text: str) -> bool:
-    """Say whether text is JSON."""
+    """Return whether text is JSON."""
     try:
         json.loads(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""What a request says that has no effect is warned of or refused, in the client's own words."""
+"""Fields without effect are warned of or refused, by the names that the client used."""
 
 import json
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ def served(demo: LLM) -> Iterator[Served]:
 
 
 def complaint(response: Any) -> str:
-    """Give the message of an error 400."""
+    """Return the message of an error 400."""
     assert response.status_code == 400, response.text
     return str(response.json()["error"]["message"])
 
@@ -138,7 +138,7 @@ def test_a_tool_of_the_providers_is_named(served: Served) -> None:
 
 
 def test_a_budget_bends_where_the_context_ends() -> None:
-    """What leaves no room is not what the client has asked for, so it is not refused for it."""
+    """A limit that the client has not set is no reason to refuse its request."""
     with load(context=64) as llm, serving(llm) as small:
         words = "hi " * 12 + "What is 12 + 34?"
         for most in ({}, {"max_tokens": 32_000}):
