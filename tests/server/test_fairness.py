@@ -36,6 +36,7 @@ class Line(FakeCaches):
         self.plan: Scheduler[Schedulable] = Scheduler(room, self)
 
     def admit(self, job: Schedulable) -> None:
+        super().admit(job)
         if job not in self.began:
             self.began.append(job)
 
