@@ -17,7 +17,7 @@ from qwen3_mlx.server.registry import protocol_of
 from qwen3_mlx.server.wire import Json
 
 _log = logging.getLogger(__name__)
-access = logging.getLogger("qwen3_mlx.server.access")
+_access = logging.getLogger("qwen3_mlx.server.access")
 REQUEST_ID = "x-request-id"
 _CLIENT_ID = re.compile(r"[A-Za-z0-9._:/+=-]{1,128}")
 # A quotation that was truncated extends to the end.
@@ -74,7 +74,7 @@ class AccessLog:
 
 def write_record(record: Mapping[str, Any]) -> None:
     """Write a line to the access log."""
-    access.info(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}))
+    _access.info(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **record}))
 
 
 def error_response(scope: Scope, error: ApiError) -> Json:

@@ -148,26 +148,26 @@ class ActiveRequest:
     def begin(self, prepared: Sequence[PreparedRequest]) -> None:
         """Submit the prepared replies to the engine; callable from any thread."""
         try:
-            self._begin(prepared)
+            for index, reply in enumerate(prepared):
+                self._submit(index, reply)
         finally:
             # A reply may end before `_sent` counts it, and the client may leave meanwhile.
             self.loop.call_soon_threadsafe(self._release_if_done)
 
-    def _begin(self, prepared: Sequence[PreparedRequest]) -> None:
-        for index, reply in enumerate(prepared):
-            options = replace(reply.options, progress=partial(self._on_prefill, index))
-            reply = replace(reply, options=options, clamp_max_tokens=True, client=self._slot.client)
-            deliver = partial(self._bridge.put, self, index)
-            started = self._bridge.llm.begin(reply, deliver, self.cancelled)
-            self._sent += 1
-            self.prompt_tokens = started.prompt_tokens
-            if options.max_tokens is not None and started.room < options.max_tokens:
-                warning = (
-                    f"max_tokens={options.max_tokens:,} was shortened to {started.room:,}: after "
-                    f"{started.prompt_tokens:,} tokens of prompt the context has room for no more"
-                )
-                if warning not in self.warnings:  # every choice has the same warning
-                    self.warnings.append(warning)
+    def _submit(self, index: int, reply: PreparedRequest) -> None:
+        options = replace(reply.options, progress=partial(self._on_prefill, index))
+        reply = replace(reply, options=options, clamp_max_tokens=True, client=self._slot.client)
+        deliver = partial(self._bridge.put, self, index)
+        started = self._bridge.llm.begin(reply, deliver, self.cancelled)
+        self._sent += 1
+        self.prompt_tokens = started.prompt_tokens
+        if options.max_tokens is not None and started.room < options.max_tokens:
+            warning = (
+                f"max_tokens={options.max_tokens:,} was shortened to {started.room:,}: after "
+                f"{started.prompt_tokens:,} tokens of prompt the context has room for no more"
+            )
+            if warning not in self.warnings:  # every choice has the same warning
+                self.warnings.append(warning)
 
     def _on_prefill(self, index: int, done: int, total: int) -> None:
         """Report the progress of a prompt; called on the engine's thread."""

@@ -34,9 +34,9 @@ class Served:
         """Send a GET."""
         return httpx.get(f"{self.url}{path}", headers=headers, **_PLAIN)
 
-    def chat(self, words: str = "What is 12 + 34?", **fields: Any) -> httpx.Response:
+    def chat(self, text: str = "What is 12 + 34?", **fields: Any) -> httpx.Response:
         """Send a user's message by OpenAI's API."""
-        messages = [{"role": "user", "content": words}]
+        messages = [{"role": "user", "content": text}]
         return self.post("/v1/chat/completions", {"messages": messages, **fields})
 
 
@@ -45,8 +45,8 @@ def serving(llm: LLM, limits: Limits | None = None, **settings: Any) -> Iterator
     """Serve `llm` at a port of its own."""
     listener = socket.create_server(("127.0.0.1", 0))
     ready = Event()
-    asked = Settings(**{"model": "demo", "shutdown": 1.0, **settings})
-    server = Server(llm, asked, ready.set, limits)
+    configured = Settings(**{"model": "demo", "shutdown": 1.0, **settings})
+    server = Server(llm, configured, ready.set, limits)
     thread = Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     try:
