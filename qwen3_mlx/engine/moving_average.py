@@ -2,11 +2,11 @@
 
 
 class MovingAverage:
-    """Exponential moving average of measurements; `value` is 0.0 before the first."""
+    """Exponential moving average of measurements; a `value` of 0.0 means that there is none."""
 
-    def __init__(self, decay: float) -> None:
-        """Begin with no measurement; `decay` is the weight of the old value when one arrives."""
-        self.value = 0.0
+    def __init__(self, decay: float, value: float = 0.0) -> None:
+        """Begin with an assumed `value`; `decay` is its weight when a measurement arrives."""
+        self.value = value
         self._decay = decay
 
     def add(self, measured: float) -> None:

@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from threading import Event as Flag
 from typing import Any
 
+from qwen3_mlx.engine.moving_average import MovingAverage
 from qwen3_mlx.server.errors import ApiError
 
 _MAX_RETRY_AFTER = 60  # seconds
-_DECAY = 0.8  # weight of the old value in the moving average of durations
+_SECONDS_DECAY = 0.8  # weight of the old value when a new duration arrives
 
 
 class Slot:
@@ -44,7 +45,7 @@ class Admission:
         self._max_replies = max_replies
         self._max_per_client = max_replies_per_client
         self._slots: set[Slot] = set()
-        self._mean_seconds = 1.0  # moving average of the seconds that a request takes
+        self._seconds = MovingAverage(_SECONDS_DECAY, 1.0)  # that a request takes
 
     @property
     def active(self) -> int:
@@ -96,7 +97,7 @@ class Admission:
             raise self._too_many(f"this client has {own} of its {self._max_per_client}", count)
 
     def _too_many(self, what: str, count: int) -> ApiError:
-        wait = min(max(1, round(self._mean_seconds)), _MAX_RETRY_AFTER)
+        wait = min(max(1, round(self._seconds.value)), _MAX_RETRY_AFTER)
         return ApiError(
             429,
             f"{what} replies, and {count} more are requested; try again in {wait} s",
@@ -108,7 +109,7 @@ class Admission:
         """Free a slot, whose replies took `seconds`."""
         self._slots.discard(slot)
         if seconds is not None:
-            self._mean_seconds = _DECAY * self._mean_seconds + (1 - _DECAY) * seconds
+            self._seconds.add(seconds)
 
     def cancel_all(self) -> None:
         """Cancel all requests in progress."""
