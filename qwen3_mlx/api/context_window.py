@@ -12,7 +12,7 @@ from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.text.messages import Message
 from qwen3_mlx.text.tokenizer import TooLong
 
-MOST_COUNTED = 2
+MAX_COUNTED = 2
 """Context windows up to which a prompt is encoded, so that errors can state its length."""
 
 
@@ -38,7 +38,7 @@ class Window:
 
         Raises:
             ValueError: an id is outside the model's vocabulary.
-            ContextError: the prompt has more than `MOST_COUNTED` times the tokens of the window.
+            ContextError: the prompt has more than `MAX_COUNTED` times the tokens of the window.
             Qwen3Error: the tokenizer belongs to another checkpoint.
         """
         rows = self._engine.model.config.vocab_size
@@ -47,7 +47,7 @@ class Window:
                 raise ValueError(f"token ids are 0 to {rows - 1:,}, not {outside[0]}")
             return list(prompt)
         try:
-            ids = self._processor.tokenizer.encode(prompt, most=MOST_COUNTED * self._engine.context)
+            ids = self._processor.tokenizer.encode(prompt, most=MAX_COUNTED * self._engine.context)
         except TooLong as error:
             raise self._too_long(f"{error.least:,} tokens or more") from error
         if (largest := max(ids, default=0)) >= rows:
@@ -57,20 +57,11 @@ class Window:
             )
         return ids
 
-    def fitting(self, prompt: str | Sequence[int]) -> list[int]:
-        """Return the token ids of a prompt that is no longer than the window.
-
-        Raises what `encode` and `room` raise.
-        """
-        ids = self.encode(prompt)
-        self.room(len(ids), None, 0)
-        return ids
-
     def room(
         self,
         prompt_tokens: int,
         max_tokens: int | None,
-        least: int,
+        min_room: int,
         *,
         clamp_max_tokens: bool = False,
     ) -> int:
@@ -79,8 +70,8 @@ class Window:
         Args:
             prompt_tokens: tokens of the prompt.
             max_tokens: the most that the request allows; None is all that is left of the window.
-            least: tokens that must be left if `max_tokens` is None or 0.
-            shortens: reduce `max_tokens` to the tokens left, instead of refusing the request.
+            min_room: tokens that must be left if `max_tokens` is None or 0.
+            clamp_max_tokens: reduce `max_tokens` to the tokens left, instead of refusing it.
 
         Raises:
             ValueError: the prompt is empty.
@@ -89,7 +80,7 @@ class Window:
         if prompt_tokens == 0:
             raise ValueError("the prompt is empty; give some text")
         window = self._engine.context
-        if prompt_tokens + (1 if max_tokens else least) > window:
+        if prompt_tokens + (1 if max_tokens else min_room) > window:
             raise self._too_long(f"{prompt_tokens:,} tokens")
         room = window - prompt_tokens
         if max_tokens is not None and max_tokens > room and not clamp_max_tokens:

@@ -12,7 +12,7 @@ from threading import Event as Flag
 from threading import Thread
 from typing import Any
 
-from qwen3_mlx.api.context_window import MOST_COUNTED, Window
+from qwen3_mlx.api.context_window import MAX_COUNTED, Window
 from qwen3_mlx.api.options import GenerationOptions
 from qwen3_mlx.api.prompts import (
     TextProcessor,
@@ -34,13 +34,20 @@ from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.fair_queue import PATIENT, Caller
 from qwen3_mlx.text.grammar import GrammarState
+from qwen3_mlx.text.logprobs import ScoredPrompt, TextLogprobs
 from qwen3_mlx.text.messages import Message, normalise, without_empty_end
 from qwen3_mlx.text.parser import ReplyParser
-from qwen3_mlx.text.prompt_logprobs import ScoredPrompt
+from qwen3_mlx.text.sections import SectionTracker
 from qwen3_mlx.text.structured import GrammarConstraint, ToolCallRule
-from qwen3_mlx.text.thinking import soft_switch
+from qwen3_mlx.text.thinking import Thinking, soft_switch
 from qwen3_mlx.text.thinking_budget import ThinkingBudget, ThinkingLimits
 from qwen3_mlx.text.tool_calls import ToolCallSyntax
+
+Deliver = Callable[[Event | BaseException], None]
+"""Receives each event of a reply, or the error that ends it; runs on the worker thread."""
+
+OnEnd = Callable[[ReplyBuilder], None]
+"""Receives the collected reply before its last event is delivered; runs on the worker thread."""
 
 _PLACEHOLDERS = "?", "\n\n!"  # texts of a next turn that have no beginning in common
 _LONG = 100_000  # characters of a prompt; encoding more on the worker thread would stall the batch
@@ -49,14 +56,20 @@ _MAX_READ_AHEAD = 4096  # tokens prefilled in idle time
 
 @dataclass(frozen=True, slots=True)
 class PreparedRequest:
-    """A validated request: prompt, token ids, options and compiled grammars.
+    """A request that is validated and complete: `ReplyGenerator.start` only submits it.
+
+    Several replies can be started from one; each has copies of what has state.
 
     Attributes:
         prompt: the rendered text, or the ids of a raw prompt.
         ids: the token ids of the prompt.
-        thinks: whether the reply begins with thinking; None for raw text.
-        draws_as_thinking: whether the sampling defaults of the thinking mode apply.
-        asked: the options of the request.
+        options: the options of the request; a copy may have another `seed` and `progress`.
+        room: the most tokens of the reply; 0 only prefills the prompt.
+        sampling: the sampling parameters, none of them None; those of `options` are among them.
+        end_ids: the tokens that end the reply.
+        limits: limits of the thinking, and whether loops are detected.
+        thinking: the thinking modes of the checkpoint; None for raw text, whose tags are text.
+        thinks: True if the reply begins with thinking.
         inside: True if the prompt ends inside the thinking.
         continued: the assistant's message that the reply continues, if any.
         messages: the normalised messages that the prompt was rendered from.
@@ -65,18 +78,19 @@ class PreparedRequest:
         form: grammar of the answer; each reply gets a copy.
         call_grammar: grammar of a tool call; each call gets a copy.
         details: details that `Finish` passes on.
-        least_room: tokens that the context window must have left for the reply.
-        clamp_max_tokens: True if `max_tokens` is reduced to the room that is left, instead of
-        refused. client: key of the client, for fair scheduling.
+        client: key of the client, for fair scheduling.
         score_prompt: True if the first event is the prompt's own log probabilities.
-        only_read: True if the prompt is prefilled and nothing generated.
     """
 
     prompt: str | Sequence[int]
     ids: Sequence[int]
-    thinks: bool | None
-    samples_as_thinking: bool
     options: GenerationOptions
+    room: int
+    sampling: SamplingParams
+    end_ids: frozenset[int]
+    limits: ThinkingLimits
+    thinking: Thinking | None = None
+    thinks: bool = False
     inside: bool = False
     continued: Message | None = None
     messages: Sequence[Message] = ()
@@ -85,112 +99,115 @@ class PreparedRequest:
     form: GrammarState | None = None
     call_grammar: GrammarState | None = None
     details: dict[str, str] = field(default_factory=dict)
-    min_room: int = 1
-    clamp_max_tokens: bool = False
     client: str = ""
     score_prompt: bool = False
-    prefill_only: bool = False
-
-    @property
-    def max_tokens(self) -> int | None:
-        """The most tokens of the reply; None is all that the context window has room for."""
-        return 0 if self.prefill_only else self.options.max_tokens
 
 
 class ReplyGenerator:
     """Prepares and starts the replies of one checkpoint on one engine."""
 
-    def __init__(self, words: TextProcessor, engine: Engine) -> None:
+    def __init__(self, processor: TextProcessor, engine: Engine) -> None:
         self.engine = engine
-        self.words = words
-        self.window = Window(words, engine)
+        self.processor = processor
+        self.window = Window(processor, engine)
 
     def text(
-        self, prompt: str | Sequence[int], options: GenerationOptions, caller: Caller = PATIENT
+        self,
+        prompt: str | Sequence[int],
+        options: GenerationOptions,
+        caller: Caller = PATIENT,
+        *,
+        clamp_max_tokens: bool = False,
+        prefill_only: bool = False,
+        score_prompt: bool = False,
     ) -> PreparedRequest:
         """Prepare the continuation of raw text or of token ids.
 
-        Raises what `Window.fitting` and `GenerationOptions.form` raise.
+        With `prefill_only` nothing is generated. Raises what `Window.encode`, `Window.room` and
+        `GenerationOptions.form` raise.
         """
-        ids = self.window.fitting(prompt)
-        form = options.form(self.words.grammars.for_caller(caller))
-        return PreparedRequest(prompt, ids, None, False, options, form=form)
+        processor, ids = self.processor, self.window.encode(prompt)
+        max_tokens, min_room = (0, 0) if prefill_only else (options.max_tokens, 1)
+        room = self.window.room(len(ids), max_tokens, min_room, clamp_max_tokens=clamp_max_tokens)
+        defaults = sampling_defaults(processor.sampling, thinking=False, hybrid=False)
+        return PreparedRequest(
+            prompt,
+            ids,
+            options,
+            room,
+            sampling=(options.sampling or SamplingParams()).over(defaults),
+            end_ids=processor.end_ids,
+            limits=ThinkingLimits(None, None, options.loop_guard),
+            form=options.form(processor.grammars, caller),
+            client=caller.client,
+            score_prompt=score_prompt,
+        )
 
     def chat(
         self,
         messages: str | Sequence[Message],
         options: GenerationOptions,
         caller: Caller = PATIENT,
+        *,
+        min_room: int = 1,
+        clamp_max_tokens: bool = False,
     ) -> PreparedRequest:
         """Prepare a reply to a conversation; `caller` may cancel it meanwhile.
 
+        The context window must have `min_room` tokens left for the reply. With `clamp_max_tokens`,
+        `max_tokens` is reduced to the tokens that are left, instead of refused.
+
         Raises:
-            ValueError: the last message is the assistant's and is not, or cannot be, continued.
-            ContextError: the prompt does not fit the context window.
+            ValueError: the last message is the assistant's and is not, or cannot be, continued, or
+                the options leave no room for an answer.
+            ContextError: prompt and reply do not fit the context window.
             Qwen3Error: the checkpoint cannot honour an option.
         """
-        words = self.words
-        thinks = words.thinking.resolve(options.thinking)
-        history = without_empty_end(normalise(messages))
-        self.window.check(history)  # cheap: refuses far too long prompts before rendering them
-        continued, inside = None, thinks and words.thinking.opens_in_prompt
-        if options.continue_last:
-            history = begun(history)
-            continued, inside = history[-1], not history[-1]["content"]
-            if inside and not thinks:
-                raise ValueError("the thinking of the last message needs thinking to be continued")
-            thinks = inside
-        elif history[-1]["role"] == "assistant":
-            raise ValueError(no_turn_message(history[-1]))
-        if options.thinking_budget is not None and not thinks and not continued:
-            raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
-        tools = options.described_tools()
-        named = [tool for tool in tools if tool["function"]["name"] == options.tool_choice]
-        calls = (
-            ToolCallSyntax.of(words.template, words.tokenizer, tools, partial=options.partial_calls)
-            if tools
-            else None
-        )
-        if tools and calls is None:
-            raise Qwen3Error("this checkpoint cannot call tools; leave tools out")
+        processor = self.processor
+        history, thinks, inside = self._turn(messages, options)
+        continued = history[-1] if options.continue_last else None
+        tools, calls = self._calls(options)
         render_prompt = render_begun if continued else render_whole
-        prompt = render_prompt(words, history, options.thinking, tools)
-        ids = self.window.fitting(prompt)
-        grammars = words.grammars.for_caller(caller)
-        form = options.form(grammars)
-        call_grammar = calls.grammar(grammars, named or tools) if calls else None
+        prompt = render_prompt(processor, history, options.thinking, tools)
+        ids = self.window.encode(prompt)
+        room = self.window.room(
+            len(ids), options.max_tokens, min_room, clamp_max_tokens=clamp_max_tokens
+        )
+        form = options.form(processor.grammars, caller)
+        call_grammar = self._call_grammar(calls, tools, options, caller) if calls else None
         warnings = [*call_grammar.warnings] if call_grammar else []
-        # The model itself obeys /think and /no_think; here they choose the sampling defaults only.
-        switched = soft_switch(messages) if thinks and words.thinking.hybrid else None
-        samples_as_thinking = thinks if switched is None else switched
         if options.must_call and form:
+            form = None
             warnings.append("a tool call is required, so the form of the answer was ignored")
-        if continued:
-            samples_as_thinking = bool(thinking_of(continued))
-            if options.thinking and not inside:
-                warnings.append("the answer had begun, so it was continued without thinking")
+        if continued and options.thinking and not inside:
+            warnings.append("the answer had begun, so it was continued without thinking")
         return PreparedRequest(
             prompt,
             ids,
-            thinks,
-            samples_as_thinking,
             options,
+            room,
+            sampling=self._sampling(options, history, thinks, continued),
+            end_ids=processor.end_ids | processor.turn_end_ids,
+            limits=self._limits(options, room, thinks, form, calls),
+            thinking=processor.thinking,
+            thinks=thinks,
             inside=inside,
             continued=continued,
             messages=history,
             tools=tools,
             calls=calls,
-            form=None if options.must_call else form,
+            form=form,
             call_grammar=call_grammar,
             details={"warning": "; ".join(warnings)} if warnings else {},
+            client=caller.client,
         )
 
     def count_tokens(self, messages: str | Sequence[Message], options: GenerationOptions) -> int:
         """Return the number of tokens of a prompt; see `LLM.count_tokens`."""
         history = normalise(messages)
-        self.window.check(history, MOST_COUNTED)
+        self.window.check(history, MAX_COUNTED)
         prompt = render(
-            self.words,
+            self.processor,
             history,
             options.thinking,
             options.described_tools(),
@@ -201,204 +218,296 @@ class ReplyGenerator:
     def start(
         self,
         prepared: PreparedRequest,
-        deliver: Callable[[Event | BaseException], None],
+        deliver: Deliver,
         cancelled: Flag,
-        on_end: Callable[[ReplyBuilder], None] | None = None,
+        on_end: OnEnd | None = None,
     ) -> StartedReply:
-        """Submit a prepared request to the engine.
-
-        `deliver` gets each event, or the error that ends the reply. `on_end` gets the collected
-        reply before `deliver` gets the last event. Both run on the worker thread.
-
-        Raises what `Window.room` and `ThinkingLimits.of` raise.
-        """
-        words, options, reply = self.words, prepared.options, ReplyBuilder(prepared.continued)
-
-        def emit(event: Event | BaseException) -> None:
-            reply.add(event)
-            if on_end and isinstance(event, Finish | BaseException):
-                # An error of the callback replaces the last event: a reply ends exactly once.
-                event = _error_of(partial(on_end, reply)) or event
-            deliver(event)
-
-        ids = prepared.ids
-        room = self.window.room(
-            len(ids),
-            prepared.max_tokens,
-            prepared.min_room,
-            clamp_max_tokens=prepared.clamp_max_tokens,
+        """Submit a prepared request to the engine; setting `cancelled` ends the reply."""
+        generation = Generation(self.processor, self.engine, prepared, deliver, on_end)
+        self.engine.submit(generation.request(cancelled))
+        return StartedReply(
+            len(prepared.ids), prepared.room, generation.finish_thinking, prepared.continued
         )
-        thinking = None if prepared.thinks is None else words.thinking
-        parser = ReplyParser(
-            words.tokenizer,
-            emit,
-            thinking=thinking,
+
+    def _turn(
+        self, messages: str | Sequence[Message], options: GenerationOptions
+    ) -> tuple[list[dict[str, Any]], bool, bool]:
+        """Return the normalised messages, and whether the reply thinks and begins inside that."""
+        thinking = self.processor.thinking
+        thinks = thinking.resolve(options.thinking)
+        history = without_empty_end(normalise(messages))
+        self.window.check(history)  # cheap: refuses far too long prompts before rendering them
+        if options.continue_last:
+            history = begun(history)
+            inside = not history[-1]["content"]
+            if inside and not thinks:
+                raise ValueError("the thinking of the last message needs thinking to be continued")
+            return history, inside, inside
+        if history[-1]["role"] == "assistant":
+            raise ValueError(no_turn_message(history[-1]))
+        if options.thinking_budget is not None and not thinks:
+            raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
+        return history, thinks, thinks and thinking.opens_in_prompt
+
+    def _calls(
+        self, options: GenerationOptions
+    ) -> tuple[Sequence[Mapping[str, Any]], ToolCallSyntax | None]:
+        """Return the descriptions of the tools that may be called, and the syntax of calls."""
+        processor = self.processor
+        if not (tools := options.described_tools() if options.tools else []):
+            return tools, None
+        calls = ToolCallSyntax.of(
+            processor.template, processor.tokenizer, tools, partial=options.partial_calls
+        )
+        if calls is None:
+            raise Qwen3Error("this checkpoint cannot call tools; leave tools out")
+        return tools, calls
+
+    def _call_grammar(
+        self,
+        calls: ToolCallSyntax,
+        tools: Sequence[Mapping[str, Any]],
+        options: GenerationOptions,
+        caller: Caller,
+    ) -> GrammarState:
+        named = [tool for tool in tools if tool["function"]["name"] == options.tool_choice]
+        return calls.grammar(self.processor.grammars.for_caller(caller), named or tools)
+
+    def _sampling(
+        self,
+        options: GenerationOptions,
+        history: Sequence[Message],
+        thinks: bool,
+        continued: Message | None,
+    ) -> SamplingParams:
+        """Return the sampling parameters, with the defaults of the mode."""
+        hybrid = self.processor.thinking.hybrid
+        if continued:
+            thinks = bool(thinking_of(continued))
+        elif thinks and hybrid and (switched := soft_switch(history)) is not None:
+            # The model itself obeys /think and /no_think; here they choose the defaults only.
+            thinks = switched
+        defaults = sampling_defaults(self.processor.sampling, thinking=thinks, hybrid=hybrid)
+        return (options.sampling or SamplingParams()).over(defaults)
+
+    def _limits(
+        self,
+        options: GenerationOptions,
+        room: int,
+        thinks: bool,
+        form: GrammarState | None,
+        calls: ToolCallSyntax | None,
+    ) -> ThinkingLimits:
+        """Return the limits of the thinking; what must follow it keeps its room."""
+        budget = options.thinking_budget if thinks else None
+        # A budget is refused only if the request's own max_tokens leaves no room for it. If the
+        # context window is what ends, the budget gives way.
+        bends = budget is None or options.thinking_budget_bends or room != options.max_tokens
+        if thinks and budget is None and (form or (calls and options.constrains_calls)):
+            budget = room
+        return ThinkingLimits.of(
+            self.processor.tokenizer,
+            self.processor.thinking,
+            budget=budget,
+            message=options.thinking_budget_message,
+            max_tokens=room,
+            guard=options.loop_guard,
+            least_answer=len(form.closing() or ()) + 1 if form and budget is not None else 1,
+            bends=bends,
+        )
+
+
+class ReplyEvents:
+    """Delivers the events of one reply; the last one exactly once."""
+
+    def __init__(self, prepared: PreparedRequest, deliver: Deliver, on_end: OnEnd | None) -> None:
+        self.ended = False
+        # Collected only for what reads it: most replies are collected by their readers.
+        collects = on_end or prepared.options.prefetch_next_turn
+        self.collected = ReplyBuilder(prepared.continued) if collects else None
+        self._deliver = deliver
+        self._on_end = on_end
+
+    def emit(self, event: Event | BaseException) -> None:
+        """Deliver an event, or the error that ends the reply."""
+        if self.collected:
+            self.collected.add(event)
+        if isinstance(event, Finish | BaseException):
+            self.ended = True
+            if self.collected and self._on_end:
+                try:
+                    self._on_end(self.collected)
+                except BaseException as error:  # noqa: BLE001 - it replaces the last event
+                    event = error
+        self._deliver(event)
+
+
+class Generation:
+    """One reply in the engine, from its request to its last event."""
+
+    def __init__(
+        self,
+        processor: TextProcessor,
+        engine: Engine,
+        prepared: PreparedRequest,
+        deliver: Deliver,
+        on_end: OnEnd | None,
+    ) -> None:
+        """Create what follows the reply: parser, thinking budget and grammars."""
+        options, tokenizer = prepared.options, processor.tokenizer
+        self._processor = processor
+        self._engine = engine
+        self._prepared = prepared
+        self._events = ReplyEvents(prepared, deliver, on_end)
+        self._failures: list[str] = []  # of the grammars of calls; filled while the reply runs
+        self._sections = SectionTracker(
+            tokenizer,
+            prepared.thinking,
             inside=prepared.inside,
             begun=has_content(prepared.continued),
+            end_ids=prepared.end_ids,
+        )
+        self._logprobs = None if options.logprobs is None else TextLogprobs(tokenizer)
+        self._parser = ReplyParser(
+            self._sections,
+            self._events.emit,
             stop=options.stop_strings,
             calls=prepared.calls,
-            logprobs=options.logprobs is not None,
+            logprobs=self._logprobs,
+            logprob_of_end=prepared.score_prompt,  # scoring reports every token, the end token too
         )
-        parser.logprob_of_end = (
-            prepared.score_prompt
-        )  # scoring reports every token, the end token too
-        form = prepared.form and prepared.form.copy(
-            []
-        )  # a grammar has state, so each reply has its own
-        budget = self._thinking_budget(prepared, room, form)
-        failures: list[str] = []  # of the grammars of calls; filled while the reply runs
-
-        def finish(result: RequestResult | BaseException) -> None:
-            if isinstance(result, BaseException):
-                raise result
-            parser.close(cut=result.reason != "stop")
-            usage = Usage(
-                len(ids), result.cached_tokens, result.completion_tokens, parser.reasoning_tokens
-            )
-            reason = _finish_reason(result, parser, looped=budget.finished)
-            details = parser.details | budget.details | prepared.details
-            warnings = [prepared.details.get("warning"), *dict.fromkeys(failures), parser.warning]
-            if warning := "; ".join(filter(None, warnings)):
-                details["warning"] = warning
-            if self.engine.speculates:
-                details |= {
-                    "forward_passes": str(result.passes),
-                    "drafted_tokens": str(result.proposed),
-                    "accepted_tokens": str(result.accepted),
-                }
-            emit(Finish(reason, usage, details))
-            if options.prefetch_next_turn and reason in ("stop", "length"):
-                job = partial(self._read_ahead, prepared, reply.message(), len(ids))
-                if len(prepared.prompt) < _LONG:
-                    job()
-                else:  # this is the worker thread, which must not encode a long prompt
-                    Thread(target=job, name="qwen3-ahead", daemon=True).start()
-
-        def add_logprob(sampled: SampledLogprob) -> None:
-            parser.add_logprob(sampled.token, sampled.logprob, sampled.top)
-
-        defaults = sampling_defaults(
-            words.sampling,
-            thinking=prepared.samples_as_thinking,
-            hybrid=thinking is not None and thinking.hybrid,
+        self._budget = ThinkingBudget(
+            tokenizer,
+            prepared.thinking,
+            self._sections,
+            prepared.limits,
+            end_ids=prepared.end_ids,
+            # A call that stands in the thinking is not constrained: it may be any call, in any
+            # number. Where a call is demanded, or only one allowed, it cannot end the thinking.
+            calls=None if options.constrains_calls else prepared.calls,
         )
-        request = Request(
-            ids=ids,
-            sampling=(options.sampling or SamplingParams()).over(defaults),
-            max_tokens=room,
+        self.finish_thinking = self._budget.finish_thinking
+
+    def request(self, cancelled: Flag) -> Request:
+        """Return the request to the engine, whose callbacks are this generation's."""
+        prepared, options = self._prepared, self._prepared.options
+        return Request(
+            ids=prepared.ids,
+            sampling=prepared.sampling,
+            max_tokens=prepared.room,
             seed=secrets.randbits(32) if options.seed is None else options.seed,
-            end_ids=self._end_ids(prepared),
-            sink=parser,
-            on_finish=partial(_finish_once, finish, reply, emit),
+            end_ids=prepared.end_ids,
+            sink=self._parser,
+            on_finish=self.on_finish,
             progress=options.progress,
-            constraint=self._constraint(prepared, room, budget, form, failures),
+            constraint=self._constraint(),
             cancelled=cancelled,
-            on_logprobs=None if options.logprobs is None else add_logprob,
-            on_prompt_logprobs=self._prompt_scorer(ids, emit) if prepared.score_prompt else None,
+            on_logprobs=self.on_logprobs if self._logprobs else None,
+            on_prompt_logprobs=self._prompt_scorer() if prepared.score_prompt else None,
             top_logprobs=options.logprobs or 0,
-            recheck_logits=lambda: budget.looped,
+            recheck_logits=self._budget.looped,
             client=prepared.client,
         )
-        self.engine.submit(request)
-        return StartedReply(len(ids), room, budget.finish_thinking, prepared.continued)
 
-    def _prompt_scorer(
-        self, ids: Sequence[int], emit: Callable[[Event], None]
-    ) -> Callable[[Sequence[SampledLogprob]], None]:
-        scored = ScoredPrompt(self.words.tokenizer, ids, emit)
+    def on_logprobs(self, sampled: SampledLogprob) -> None:
+        """Record the log probability of the token that the parser receives next."""
+        if self._logprobs:
+            self._logprobs.record((sampled.token, sampled.logprob, sampled.top))
+
+    def on_finish(self, result: RequestResult | BaseException) -> None:
+        """Emit the last event: `Finish`, or the error that has ended the reply."""
+        try:
+            if isinstance(result, BaseException):
+                raise result
+            self._finish(result)
+        except BaseException as error:
+            if self._events.ended:
+                raise
+            self._events.emit(error)
+
+    def _finish(self, result: RequestResult) -> None:
+        prepared, parser = self._prepared, self._parser
+        parser.close(cut=result.reason != "stop")
+        usage = Usage(
+            len(prepared.ids),
+            result.cached_tokens,
+            result.completion_tokens,
+            parser.reasoning_tokens,
+        )
+        reason = self._finish_reason(result)
+        details = parser.details | self._budget.details | prepared.details
+        warnings = [prepared.details.get("warning"), *dict.fromkeys(self._failures), parser.warning]
+        if warning := "; ".join(filter(None, warnings)):
+            details["warning"] = warning
+        if self._engine.speculates:
+            details |= {
+                "forward_passes": str(result.passes),
+                "drafted_tokens": str(result.proposed),
+                "accepted_tokens": str(result.accepted),
+            }
+        self._events.emit(Finish(reason, usage, details))
+        if prepared.options.prefetch_next_turn and reason in ("stop", "length"):
+            if len(prepared.prompt) < _LONG:
+                self._prefetch_next_turn()
+            else:  # this is the worker thread, which must not encode a long prompt
+                Thread(target=self._prefetch_next_turn, name="qwen3-ahead", daemon=True).start()
+
+    def _finish_reason(self, result: RequestResult) -> str:
+        """Return the finish reason: the engine's, refined by what the parser found."""
+        if result.reason != "stop":
+            return result.reason
+        if self._parser.cut_off:
+            return "length" if self._budget.finished else "stop"  # cut off by the loop guard
+        return "tool_calls" if self._parser.called else "stop"
+
+    def _constraint(self) -> Constraint:
+        """Return the thinking budget, within a grammar constraint if something has a grammar."""
+        prepared = self._prepared
+        if not prepared.form and not prepared.calls:
+            return self._budget
+        rule = None
+        if prepared.calls and prepared.call_grammar:
+            rule = ToolCallRule(
+                prepared.calls,
+                partial(prepared.call_grammar.copy, self._failures),
+                must=prepared.options.must_call,
+                only_one=not prepared.options.parallel_tool_calls,
+            )
+        return GrammarConstraint(
+            self._budget,
+            self._sections,
+            self._processor.tokenizer,
+            thinks=prepared.thinks,
+            max_tokens=prepared.room,
+            answer=prepared.form and prepared.form.copy([]),  # each reply has a state of its own
+            calling=rule,
+        )
+
+    def _prompt_scorer(self) -> Callable[[Sequence[SampledLogprob]], None]:
+        ids, events = self._prepared.ids, self._events
+        scored = ScoredPrompt(self._processor.tokenizer, ids, events.emit)
 
         def add(logprobs: Sequence[SampledLogprob]) -> None:
             scored.add((token.token, token.logprob, token.top) for token in logprobs)
 
         return add
 
-    def _end_ids(self, prepared: PreparedRequest) -> frozenset[int]:
-        words = self.words
-        return words.end_ids if prepared.thinks is None else words.end_ids | words.turn_end_ids
-
-    def _thinking_budget(
-        self, prepared: PreparedRequest, room: int, form: GrammarState | None
-    ) -> ThinkingBudget:
-        """Create the thinking budget and repetition guard; a constrained answer keeps its room."""
-        words, options = self.words, prepared.options
-        thinking = None if prepared.thinks is None else words.thinking
-        budget = options.thinking_budget if prepared.thinks else None
-        # A call that stands in the thinking is not constrained: it may be any call, in any number.
-        # Where a call is demanded, or only one allowed, it cannot end the thinking.
-        settled = prepared.calls is not None and (
-            options.must_call or not options.parallel_tool_calls
-        )
-        # Where something must follow the thinking, a budget keeps room for it, stated or not.
-        bounded = form is not None or settled
-        # A budget is refused only if the request's own max_tokens leaves no room for it. If the
-        # context window is what ends, the budget gives way.
-        short = room != options.max_tokens
-        limits = ThinkingLimits.of(
-            words.tokenizer,
-            thinking,
-            budget=room if bounded and budget is None and prepared.thinks else budget,
-            message=options.thinking_budget_message,
-            max_tokens=room,
-            guard=options.loop_guard,
-            least_answer=len(form.closing() or ()) + 1 if form else 1,
-            bends=budget is None or options.thinking_budget_bends or short,
-        )
-        return ThinkingBudget(
-            words.tokenizer,
-            thinking,
-            limits,
-            inside=prepared.inside,
-            answering=has_content(prepared.continued) and not prepared.inside,
-            end_ids=self._end_ids(prepared),
-            calls=None if settled else prepared.calls,
-        )
-
-    def _constraint(
-        self,
-        prepared: PreparedRequest,
-        room: int,
-        budget: ThinkingBudget,
-        form: GrammarState | None,
-        failures: list[str],
-    ) -> Constraint:
-        """Wrap the thinking budget in a grammar constraint if the answer or a call has a grammar.
-
-        Failures of a call's grammar are appended to `failures`.
-        """
-        words = self.words
-        if not form and not prepared.calls:
-            return budget
-        return GrammarConstraint(
-            budget,
-            words.tokenizer,
-            words.thinking,
-            thinks=bool(prepared.thinks),
-            max_tokens=room,
-            answer=form,
-            calling=ToolCallRule(
-                prepared.calls,
-                partial(prepared.call_grammar.copy, failures),
-                must=prepared.options.must_call,
-                only_one=not prepared.options.parallel_tool_calls,
-            )
-            if prepared.calls and prepared.call_grammar
-            else None,
-        )
-
-    def _read_ahead(self, prepared: PreparedRequest, reply: Message, already: int) -> None:
+    def _prefetch_next_turn(self) -> None:
         """Submit the beginning of the next turn's prompt for prefill in idle time.
 
         The template decides what that beginning is. Two prompts with different texts of the user
-        are rendered; their common prefix is what any next turn begins with. `already` is about the
-        number of tokens that are in the KV cache now.
+        are rendered; their common prefix is what any next turn begins with.
         """
-        before = [*(prepared.messages[:-1] if prepared.continued else prepared.messages), reply]
+        prepared, reply = self._prepared, self._events.collected
+        assert reply
+        before = prepared.messages[:-1] if prepared.continued else prepared.messages
         try:
+            history = normalise([*before, reply.message()])
             first, second = (
-                self.words.tokenizer.encode(
-                    render(
-                        self.words,
-                        [*before, {"role": "user", "content": text}],
+                self._processor.tokenizer.encode(
+                    render_whole(
+                        self._processor,
+                        [*history, {"role": "user", "content": text}],
                         prepared.options.thinking,
                         prepared.tools,
                         add_generation_prompt=False,
@@ -407,40 +516,8 @@ class ReplyGenerator:
                 for text in _PLACEHOLDERS
             )
             ids = first[: common_prefix(first, second)]
-            if len(ids) < self.engine.context and len(ids) - already <= _MAX_READ_AHEAD:
-                self.engine.prefetch(ids)
+            new = len(ids) - len(prepared.ids)  # about as many are not in the KV cache yet
+            if len(ids) < self._engine.context and new <= _MAX_READ_AHEAD:
+                self._engine.prefetch(ids)
         except Qwen3Error:  # the template refuses such a turn, or the engine is closed by now
             return
-
-
-def _error_of(call: Callable[[], None]) -> BaseException | None:
-    """Call a function and return what it raises, or None: a reply's last event must follow."""
-    try:
-        call()
-    except BaseException as error:  # noqa: BLE001 - see above
-        return error
-    return None
-
-
-def _finish_once(
-    finish: Callable[[RequestResult | BaseException], None],
-    reply: ReplyBuilder,
-    emit: Callable[[BaseException], None],
-    result: RequestResult | BaseException,
-) -> None:
-    """Call `finish`; emit what it raises as the last event, unless the reply has ended already."""
-    try:
-        finish(result)
-    except BaseException as error:
-        if reply.ended:
-            raise
-        emit(error)
-
-
-def _finish_reason(result: RequestResult, parser: ReplyParser, *, looped: bool) -> str:
-    """Return the finish reason of a reply: the engine's, refined by what the parser found."""
-    if result.reason != "stop":
-        return result.reason
-    if parser.cut_off:
-        return "length" if looped else "stop"  # "length": cut off by the loop guard
-    return "tool_calls" if parser.called else "stop"

@@ -75,7 +75,7 @@ class LLM:
     def __init__(
         self,
         model: Qwen3,
-        words: TextProcessor,
+        processor: TextProcessor,
         worker: Worker,
         context: int | None = None,
         disk: DiskPrefixes | None = None,
@@ -86,12 +86,12 @@ class LLM:
     ) -> None:
         self.config = model.config
         self.cache_format = cache_format
-        self.tokenizer = words.tokenizer
-        self.thinking = words.thinking
+        self.tokenizer = processor.tokenizer
+        self.thinking = processor.thinking
         self._worker = worker
         # A network may have fewer rows than the tokenizer has ids, or more, as padding: only ids
         # that both know may be sampled.
-        vocabulary = min(len(words.tokenizer), self.config.vocab_size)
+        vocabulary = min(len(processor.tokenizer), self.config.vocab_size)
         engine = Engine(
             model,
             worker,
@@ -102,7 +102,7 @@ class LLM:
             speculator=speculator,
         )
         self.context = engine.context
-        self._replies: ReplyGenerator | None = ReplyGenerator(words, engine)
+        self._replies: ReplyGenerator | None = ReplyGenerator(processor, engine)
         self._shut = weakref.finalize(self, _shut_down, worker, engine.share, wired)
         self._shut.atexit = False  # at exit the worker thread stops by itself
 
@@ -171,10 +171,9 @@ class LLM:
             on_end: Callable[[ReplyBuilder], None],
             details: dict[str, str],
         ) -> Stream:
-            prepared = self._open().chat(messages, GenerationOptions.of(options))
-            least = int(self._open().engine.context * _MIN_REPLY_SHARE) if drop_oldest else 1
-            details = prepared.details | details
-            return self._stream(replace(prepared, details=details, min_room=least), on_end)
+            min_room = int(self.context * _MIN_REPLY_SHARE) if drop_oldest else 1
+            prepared = self._open().chat(messages, GenerationOptions.of(options), min_room=min_room)
+            return self._stream(replace(prepared, details=prepared.details | details), on_end)
 
         GenerationOptions.of(options, *_CONVERSATION_KEYWORDS)  # fail before the first reply
         defaults: Options = {"prefetch_next_turn": True, **options}
@@ -204,20 +203,24 @@ class LLM:
             except RuntimeError:  # the event loop is closed, so no reader is left
                 cancelled.set()
 
-        return AsyncStream(events, cancelled, self, self.begin(prepared, deliver, cancelled))
+        return AsyncStream(events, cancelled, self, self.submit(prepared, deliver, cancelled))
 
     def prepare(
         self,
         messages: str | Sequence[Message],
         caller: Caller = PATIENT,
+        *,
+        clamp_max_tokens: bool = False,
         **options: Unpack[Options],
     ) -> PreparedRequest:
-        """Prepare a request for `begin`: validate, render, encode and compile grammars.
+        """Prepare a request for `submit`: validate, render, encode and compile grammars.
 
         Takes the arguments of `stream` and raises its errors. Compiling a new grammar takes time;
-        `caller` may cancel the request meanwhile.
+        `caller` may cancel the request meanwhile. With `clamp_max_tokens` a `max_tokens` that the
+        context window has no room for is reduced instead of refused.
         """
-        return self._open().chat(messages, GenerationOptions.of(options), caller)
+        validated = GenerationOptions.of(options)
+        return self._open().chat(messages, validated, caller, clamp_max_tokens=clamp_max_tokens)
 
     @with_keywords(Options)
     def count_tokens(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> int:
@@ -236,29 +239,33 @@ class LLM:
         prompt: str | Sequence[int],
         caller: Caller = PATIENT,
         *,
+        clamp_max_tokens: bool = False,
         score_prompt: bool = False,
         prefill_only: bool = False,
         **options: Unpack[Options],
     ) -> PreparedRequest:
-        """Prepare the continuation of raw text or of token ids for `begin`.
+        """Prepare the continuation of raw text or of token ids for `submit`; see `prepare`.
 
         With `score_prompt` the first event is `PromptTokens`: the log probabilities of the prompt's
         own tokens, each with `logprobs` alternatives. With `prefill_only` the prompt is prefilled
         and no token generated.
         """
-        text_or_ids = prompt if isinstance(prompt, str) else token_ids(prompt)
-        prepared = self._open().text(text_or_ids, GenerationOptions.of(options), caller)
-        if prefill_only:
-            prepared = replace(prepared, prefill_only=True, min_room=0)
-        return replace(prepared, score_prompt=score_prompt)
+        return self._open().text(
+            prompt if isinstance(prompt, str) else token_ids(prompt),
+            GenerationOptions.of(options),
+            caller,
+            clamp_max_tokens=clamp_max_tokens,
+            score_prompt=score_prompt,
+            prefill_only=prefill_only,
+        )
 
     def load_grammars(self) -> None:
         """Load the grammar compiler ahead of the first constrained reply; takes 1 to 2 s."""
-        self._open().words.grammars.load()
+        self._open().processor.grammars.load()
 
-    def begin(
+    def submit(
         self,
-        task: PreparedRequest,
+        prepared: PreparedRequest,
         deliver: Callable[[Event | BaseException], None],
         cancelled: Flag,
     ) -> StartedReply:
@@ -267,12 +274,8 @@ class LLM:
         `deliver` is called with each event, the last of which is `Finish`, or with the error that
         ends the reply. It runs on the worker thread and must not block. Setting `cancelled` ends
         the generation within a step.
-
-        Raises:
-            ValueError: the options leave no room for an answer.
-            ContextError: prompt and reply do not fit the context window.
         """
-        return self._open().start(task, deliver, cancelled)
+        return self._open().start(prepared, deliver, cancelled)
 
     def activity(self) -> Activity:
         """Return what the engine is doing, without waiting for the step that runs."""
@@ -473,7 +476,7 @@ class LLM:
                 have the `thinking` mode.
         """
         return render(
-            self._open().words,
+            self._open().processor,
             messages,
             plain(thinking),
             tools,

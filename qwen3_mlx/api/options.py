@@ -10,6 +10,7 @@ from typing import Any, TypedDict, TypeVar, cast
 
 from qwen3_mlx.arguments import Progress, plain, refuse_unknown
 from qwen3_mlx.engine.sampling_params import SamplingParams
+from qwen3_mlx.text.fair_queue import Caller
 from qwen3_mlx.text.grammar import GrammarState
 from qwen3_mlx.text.grammar_compiler import GrammarCompiler, SchemaLike
 from qwen3_mlx.text.grammar_limits import MOST_TOOLS, check_tools
@@ -227,17 +228,23 @@ class GenerationOptions:
             )
         return described if self.tool_choice != "none" else []
 
-    def form(self, grammars: GrammarCompiler) -> GrammarState | None:
-        """Create the grammar of the answer from its schema, regex, choice or grammar.
+    @property
+    def constrains_calls(self) -> bool:
+        """True if the reply must call a tool, or may call only once."""
+        return self.must_call or not self.parallel_tool_calls
 
-        Returns None if the answer is not constrained.
+    def form(self, grammars: GrammarCompiler, caller: Caller) -> GrammarState | None:
+        """Compile the grammar of the answer from its schema, regex, choice or grammar.
+
+        Returns None if the answer is not constrained. `caller` may cancel it.
 
         Raises:
             TypeError, ValueError: it cannot be compiled; the message names what is not supported.
         """
         for name in _FORMS:
             if (value := getattr(self, name)) is not None:
-                compile_form = getattr(grammars, "lark" if name == "grammar" else name)
+                compiler = grammars.for_caller(caller)
+                compile_form = getattr(compiler, "lark" if name == "grammar" else name)
                 state: GrammarState = compile_form(value)
                 return state
         return None

@@ -156,9 +156,9 @@ class ActiveRequest:
 
     def _submit(self, index: int, reply: PreparedRequest) -> None:
         options = replace(reply.options, progress=partial(self._on_prefill, index))
-        reply = replace(reply, options=options, clamp_max_tokens=True, client=self._slot.client)
+        reply = replace(reply, options=options, client=self._slot.client)
         deliver = partial(self._bridge.put, self, index)
-        started = self._bridge.llm.begin(reply, deliver, self.cancelled)
+        started = self._bridge.llm.submit(reply, deliver, self.cancelled)
         self._sent += 1
         self.prompt_tokens = started.prompt_tokens
         if options.max_tokens is not None and started.room < options.max_tokens:

@@ -25,7 +25,7 @@ from qwen3_mlx.text.fair_queue import Caller
 _MAX_INLINE = 16 << 10  # bytes of JSON that cost little more than waking a thread for them
 _BODY_THREADS = 2  # for large bodies; each adds the memory of one body that is parsed
 
-Prepare = Callable[[Caller], PreparedRequest]
+Prepare = Callable[..., PreparedRequest]
 T = TypeVar("T")
 
 
@@ -96,7 +96,7 @@ class Service:
             prepared = [
                 copy
                 for prepare in prepares
-                for copy in _copies(prepare(caller), choices, self.settings)
+                for copy in _copies(prepare(caller, clamp_max_tokens=True), choices, self.settings)
             ]
             if warning := prepared[0].details.get("warning"):
                 running.warnings.append(warning)
@@ -123,6 +123,7 @@ def _copies(prepared: PreparedRequest, count: int, settings: Settings) -> list[P
     sampling = (options.sampling or SamplingParams()).over(settings.sampling)
     seed = settings.seed if options.seed is None else options.seed
     seeds = [None] * count if seed is None else range(seed, seed + count)
+    prepared = replace(prepared, sampling=sampling.over(prepared.sampling))
     return [
         replace(prepared, options=replace(options, sampling=sampling, seed=seed)) for seed in seeds
     ]

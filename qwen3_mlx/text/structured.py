@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwen3_mlx.text.grammar import GrammarState, allows
-from qwen3_mlx.text.thinking import Thinking
+from qwen3_mlx.text.sections import SectionTracker
 from qwen3_mlx.text.thinking_budget import ThinkingBudget
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tool_calls import ToolCallSyntax
@@ -42,9 +42,9 @@ class GrammarConstraint:
 
     def __init__(
         self,
-        steering: ThinkingBudget,
+        budget: ThinkingBudget,
+        sections: SectionTracker,
         tokenizer: Tokenizer,
-        thinking: Thinking | None,
         *,
         thinks: bool,
         max_tokens: int,
@@ -53,9 +53,9 @@ class GrammarConstraint:
     ) -> None:
         """Create the constraint; with `thinks` the reply may open the thinking itself."""
         self.rollback = 0  # number of the last tokens to roll back
-        self._budget = steering
-        self._open_id = thinking.open_id if thinking else None
-        self._thinks = thinks and self._open_id is not None and not steering.inside
+        self._budget = budget
+        self._sections = sections
+        self._thinks = thinks and sections.open_id is not None and not sections.inside
         self._break_ids = tokenizer.encode("\n\n")
         self._max_tokens = max_tokens
         self._answer = answer
@@ -63,7 +63,7 @@ class GrammarConstraint:
         self._calls = calling.calls if calling else None
         self._call_closed = False  # True once a call has been closed
         # None inside the thinking and after a call: only the thinking budget applies there.
-        self._active = None if steering.inside else answer
+        self._active = None if sections.inside else answer
         # The active grammar and its length before each token, so that any token can be rolled back.
         self._history: list[tuple[GrammarState | None, int]] = []
         self._forcing_text = False  # True if the next tokens are forced and of no grammar
@@ -92,7 +92,7 @@ class GrammarConstraint:
     def advance(self, ids: Sequence[int]) -> None:
         """Append the next tokens, and set `rollback` if some of them must be removed."""
         # The engine passes the forced tokens in one call, so the flag holds for these ids only.
-        inside, forced = self._budget.inside, self._forcing_text
+        inside, forced = self._sections.inside, self._forcing_text
         self._forcing_text = False
         self._budget.advance(ids)
         for token in ids:
@@ -111,12 +111,12 @@ class GrammarConstraint:
             self.rollback = len(ids)
             self.rewind(len(ids))
             self._closing = True
-        elif inside != self._budget.inside:
-            self._active = None if self._budget.inside else self._answer
+        elif inside != self._sections.inside:
+            self._active = None if self._sections.inside else self._answer
             # A hand-off brings its own line break. After a tag that the model wrote, the break is
             # forced: the grammar has no text before the answer, the chat template has one.
             answering = self._active is not None or self._must_call
-            self._break_pending = not self._budget.inside and not forced and answering
+            self._break_pending = not self._sections.inside and not forced and answering
 
     def rewind(self, count: int) -> None:
         """Remove the last `count` tokens."""
@@ -170,15 +170,15 @@ class GrammarConstraint:
             return []
         tags = [self._calls.open_id] if self._calls else []
         if self._thinks and not self._history:
-            assert self._open_id is not None
-            tags.append(self._open_id)
+            assert self._sections.open_id is not None
+            tags.append(self._sections.open_id)
         return tags
 
     def _advance_grammar(self, token: int, *, forced: bool) -> None:
         """Append a token to the active grammar, or switch the grammar at the tags of a call."""
         calls = self._calls
         # Thinking, the hand-off and the tag that opens the thinking are not text of any grammar.
-        if self._budget.inside or forced or token == self._open_id:
+        if self._sections.inside or forced or token == self._sections.open_id:
             return
         if self._call_rule and token == self._call_rule.calls.open_id and not self._in_call:
             # Each call has a grammar of its own, so a rollback finds the answer's where it stood.
@@ -196,7 +196,7 @@ class GrammarConstraint:
             self._call_rule is not None
             and self._call_rule.must
             and not self._call_closed
-            and not self._budget.inside
+            and not self._sections.inside
             and not self._in_call
         )
 

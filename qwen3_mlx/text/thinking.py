@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.text.messages import Message, normalise
+from qwen3_mlx.text.messages import Message
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 
@@ -84,11 +84,11 @@ def _rendered_both_ways(
         return None
 
 
-def soft_switch(messages: str | Sequence[Message]) -> bool | None:
+def soft_switch(messages: Sequence[Message]) -> bool | None:
     """Return the mode of the last `/think` or `/no_think` in a user or system message, or None.
 
     The switches stay in the text: a hybrid model is trained to obey the last of them.
     """
-    texts = (m["content"] for m in normalise(messages) if m["role"] in ("user", "system"))
+    texts = [m["content"] for m in messages if m["role"] in ("user", "system")]
     found = [match[1] for text in texts for match in _SWITCH.finditer(text)]
     return found[-1] is None if found else None

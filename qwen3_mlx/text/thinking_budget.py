@@ -1,7 +1,6 @@
 """Thinking budget and repetition guard, as a decoding constraint.
 
-It works on token ids only, so it does not depend on the text that the parser assembles. The rules
-of the budget follow Qwen's documentation and the problems reported for other engines:
+The rules of the budget follow Qwen's documentation and the problems reported for other engines:
 
 - Tokens that the model chooses inside the thinking count; the tags and forced tokens do not.
 - At the limit the hand-off is forced as one chunk: Qwen's own text, then the closing tag. The
@@ -12,7 +11,6 @@ of the budget follow Qwen's documentation and the problems reported for other en
 - A reply thinks once: after the thinking is closed or the answer has begun, its tags are text.
 """
 
-import codecs
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from qwen3_mlx.text.repetition import RepetitionDetector
+from qwen3_mlx.text.sections import Section, SectionTracker
 from qwen3_mlx.text.thinking import CLOSE, OPEN, Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tool_calls import ToolCallSyntax
@@ -76,10 +75,10 @@ def budget_within(
 class ThinkingLimits:
     """Limits of one reply: at most `budget` tokens of thinking; with `guard`, no endless loop.
 
-    `hand_off` are the ids that close the thinking.
+    `message` is the text that closes the thinking, as `hand_off_ids` takes it.
     """
 
-    hand_off: Sequence[int]
+    message: str | None
     budget: int | None
     guard: bool
 
@@ -87,7 +86,7 @@ class ThinkingLimits:
     def of(
         cls,
         tokenizer: Tokenizer,
-        thinking: Thinking | None,
+        thinking: Thinking,
         *,
         budget: int | None,
         message: str | None,
@@ -104,36 +103,32 @@ class ThinkingLimits:
         Raises:
             ValueError: a budget that does not bend leaves no room, or the message is not valid.
         """
-        if thinking is None or thinking.close_id is None:
-            return cls((), None, guard)
+        if thinking.close_id is None or (message is None and budget is None):
+            return cls(message, None, guard)
         hand_off = hand_off_ids(tokenizer, thinking, message)
         if budget is None:
-            return cls(hand_off, None, guard)
+            return cls(message, None, guard)
         if not bends:
-            return cls(hand_off, budget_within(budget, max_tokens, hand_off, least_answer), guard)
-        closings = [hand_off, hand_off_ids(tokenizer, thinking, "")]
+            within = budget_within(budget, max_tokens, hand_off, least_answer)
+            return cls(message, within, guard)
+        closings = {message: hand_off, "": hand_off_ids(tokenizer, thinking, "")}
         if message is None and len(hand_off) * _ANSWER_SHARE > max_tokens:
-            del closings[0]  # Qwen's text would take the room of the answer
-        for closing in closings:
+            del closings[message]  # Qwen's text would take the room of the answer
+        for closing, ids in closings.items():
             try:
-                return cls(closing, budget_within(budget, max_tokens, closing, least_answer), guard)
+                return cls(closing, budget_within(budget, max_tokens, ids, least_answer), guard)
             except ValueError:
                 continue
-        return cls(closings[-1], None, guard)
+        return cls("", None, guard)
 
 
 @dataclass(slots=True)
 class _State:
     """State of a reply; copied for every token, so that tokens can be rolled back."""
 
-    inside: bool
     spent: int = 0  # tokens of thinking that the model chose
-    undecoded: int = 0  # number of the last tokens that are bytes of an incomplete character
-    pending_bytes: bytes = b""
     forced_tokens: int = 0  # tokens of the hand-off that `advance` has not seen yet
     closed_by: str | None = None
-    over: bool = False  # True once the thinking is over: its tags are text from then on
-    answered: bool = False  # True once a visible character of the answer has come
     looped: bool = False
     called: bool = False  # True if the thinking ends with a tool call so far
 
@@ -145,53 +140,45 @@ class ThinkingBudget:
         self,
         tokenizer: Tokenizer,
         thinking: Thinking | None,
+        sections: SectionTracker,
         limits: ThinkingLimits,
         *,
-        inside: bool,
-        answering: bool = False,
         end_ids: frozenset[int],
         calls: ToolCallSyntax | None = None,
     ) -> None:
-        """Create the constraint; the prompt may end `inside` the thinking or within the answer."""
+        """Create the constraint, which passes the tokens of the reply to `sections`."""
         self.rollback = 0
         self._tokenizer = tokenizer
-        self._open_id = thinking.open_id if thinking else None
-        self._close_id = thinking.close_id if thinking else None
+        self._thinking = thinking
+        self._sections = sections
         self._limits = limits
         self._end_ids = end_ids
         self._call_close_id = calls.close_id if calls else None
-        self._masked_ids = end_ids | ({self._open_id} if self._open_id is not None else set())
         self._close_requested = False
         self._pending_close: str | None = None
-        self._state = _State(inside, over=answering)
+        self._state = _State()
         self._history: list[_State] = []
         self._repetition = RepetitionDetector() if limits.guard else None
         self._check_limits()
 
     @property
-    def inside(self) -> bool:
-        """True while the reply is inside the thinking."""
-        return self._state.inside
-
-    @property
     def finished(self) -> bool:
         """True if the answer is in a loop."""
-        return self._state.looped and not self._state.inside
+        return self._state.looped and not self._sections.inside
 
     @property
     def needs_mask(self) -> bool:
         """True if some tokens are masked: the thinking was closed and the answer is still empty."""
-        state = self._state
-        return state.closed_by is not None and not state.inside and not state.answered
+        closed = self._sections.last.section is Section.CLOSED
+        return closed and self._state.closed_by is not None
 
     @property
     def closed_by(self) -> str | None:
         """Reason for a forced close of the thinking: budget, end, loop or request; else None."""
         return self._state.closed_by
 
-    @property
     def looped(self) -> bool:
-        """True if a loop has ended the thinking or the answer."""
+        """Return whether a loop has ended the thinking or the answer."""
         return self._state.closed_by == "loop" or self.finished
 
     @property
@@ -216,28 +203,26 @@ class ThinkingBudget:
 
     def rewind(self, count: int) -> None:
         """Remove the last `count` tokens."""
-        if count:
-            self._state = self._history[-count]
-            del self._history[-count:]
-            if self._repetition:
-                self._repetition.rewind(count)
+        self._remove(count)
         self._pending_close = None
 
     def forced_tokens(self) -> list[int]:
         """Return the hand-off if the thinking must be closed now, else nothing."""
         if self._pending_close is None:
             return []
-        ids = self._limits.hand_off
+        assert self._thinking
+        ids = hand_off_ids(self._tokenizer, self._thinking, self._limits.message)
         # The engine returns forced ids through `advance`; they are counted so as not to be charged.
         self._state.closed_by = self._pending_close
         self._state.forced_tokens, self._pending_close = len(ids), None
-        return list(ids)
+        return ids
 
     def mask(self) -> "NDArray[np.uint32] | None":
         """Return a mask of all tokens but the end tokens and the tag that opens the thinking."""
         words = ~self.no_mask()
-        for token in self._masked_ids:
-            words[token // 32] &= ~np.uint32(1 << token % 32)
+        for token in (*self._end_ids, self._sections.open_id):
+            if token is not None:
+                words[token // 32] &= ~np.uint32(1 << token % 32)
         return words
 
     def lookahead_masks(self, ids: Sequence[int]) -> "list[NDArray[np.uint32] | None]":
@@ -249,43 +234,31 @@ class ThinkingBudget:
         return np.zeros(-(-len(self._tokenizer) // 32), dtype=np.uint32)
 
     def _advance_state(self, token: int) -> None:
-        state = self._state
+        state, was_inside = self._state, self._sections.inside
+        self._sections.advance(token)
         chosen = state.forced_tokens == 0
         state.forced_tokens -= not chosen
         # Forced tokens are recorded, too (a rewind counts them), but they never count as a loop.
         state.looped = self._repetition is not None and self._repetition.add(token) and chosen
-        if token == self._open_id and not state.inside and not state.over:
-            state.inside, state.undecoded, state.pending_bytes = True, 0, b""
-        elif token == self._close_id and state.inside:
-            state.inside, state.undecoded, state.pending_bytes, state.over = False, 0, b"", True
-        elif token in self._end_ids:
+        if not (was_inside and self._sections.inside):
+            return  # a tag, or a token of the answer
+        now = self._sections.last
+        if token in self._end_ids:
             # A reply that ends with a call has an answer: the call. Any other end is rolled back,
             # with the tokens of an incomplete character before it.
-            if state.inside and not state.called and self._limits.budget is not None:
-                self._pending_close, self.rollback = "end", state.undecoded + 1
-        else:
-            text = self._text_of(token)
-            if token == self._call_close_id:
-                state.called = True
-            elif text.strip():
-                state.called = False
-            if state.inside:
-                state.spent += chosen
-            elif text.strip():
-                state.answered = state.over = True
-
-    def _text_of(self, token: int) -> str:
-        """Return the text that a token completes; keep the bytes that it leaves incomplete."""
-        state, decoder = self._state, codecs.getincrementaldecoder("utf-8")(errors="replace")
-        text = decoder.decode(state.pending_bytes + self._tokenizer.token_bytes(token))
-        state.pending_bytes = decoder.getstate()[0]
-        state.undecoded = state.undecoded + 1 if state.pending_bytes and not text else 0
-        return text
+            if not state.called and self._limits.budget is not None:
+                self._pending_close, self.rollback = "end", now.undecoded + 1
+            return
+        state.spent += chosen
+        if token == self._call_close_id:
+            state.called = True
+        elif now.text.strip():
+            state.called = False
 
     def _check_limits(self) -> None:
         """Decide whether the thinking must end here; roll back the tokens not decoded yet."""
         state, budget = self._state, self._limits.budget
-        if state.inside and not state.forced_tokens and self._pending_close is None:
+        if self._sections.inside and not state.forced_tokens and self._pending_close is None:
             if budget is not None and state.spent >= budget:
                 self._pending_close = "budget"
             elif self._close_requested:
@@ -293,10 +266,14 @@ class ThinkingBudget:
             elif state.looped:
                 self._pending_close = "loop"
             # The hand-off must not follow half a character: its bytes would decode to U+FFFD.
-            self.rollback = state.undecoded if self._pending_close else 0
-        if self.rollback:
-            # The tokens are removed here already: the engine does not call `rewind` for them.
-            self._state = self._history[-self.rollback]
-            del self._history[-self.rollback :]
+            self.rollback = self._sections.last.undecoded if self._pending_close else 0
+        # The tokens are removed here already: the engine does not call `rewind` for them.
+        self._remove(self.rollback)
+
+    def _remove(self, count: int) -> None:
+        if count:
+            self._state = self._history[-count]
+            del self._history[-count:]
+            self._sections.rewind(count)
             if self._repetition:
-                self._repetition.rewind(self.rollback)
+                self._repetition.rewind(count)

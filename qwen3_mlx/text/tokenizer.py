@@ -1,10 +1,5 @@
-"""Converts text to token ids and back, at once or as a stream.
+"""Converts text to token ids and back; the `tokenizers` library does the work."""
 
-The `tokenizers` library does the work. Only streams are decoded here, byte by byte, because the end
-of each character must be known.
-"""
-
-import codecs
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -278,36 +273,6 @@ class Tokenizer:
             return self._added[token]
         text = self._inner.id_to_token(token)
         return b"" if text is None else bytes(self._bytes_of[char] for char in text)
-
-
-class Detokenizer:
-    """Converts a stream of ids to text, never splitting a character."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._history: list[tuple[bytes, int]] = []  # states before tokens without text so far
-
-    def add(self, token: int) -> str:
-        """Return the text that `token` completes; the bytes of an incomplete character wait."""
-        self._history.append(self._decoder.getstate())
-        text = self._decoder.decode(self._tokenizer.token_bytes(token))
-        if text:
-            self._history.clear()
-        return text
-
-    def rewind(self, count: int) -> None:
-        """Remove the last `count` tokens, none of which has completed any text."""
-        if count:
-            self._decoder.setstate(self._history[-count])
-            del self._history[-count:]
-
-    def flush(self) -> str:
-        """Return the bytes still held back, as U+FFFD, and start over."""
-        held = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        self._history.clear()
-        return held
 
 
 def _added_elsewhere(folder: Path) -> Iterator[tuple[str, int, tokenizers.AddedToken]]:

@@ -8,6 +8,7 @@ import pytest
 
 from qwen3_mlx import LLM, Finish, Qwen3Error, Reasoning, SamplingParams, Text
 from qwen3_mlx.api.stream import Reply
+from qwen3_mlx.text.messages import normalise
 from qwen3_mlx.text.thinking import Thinking, soft_switch
 from qwen3_mlx.text.thinking_budget import HAND_OFF
 
@@ -123,7 +124,7 @@ def test_an_async_stream_is_finished_too(demo: LLM) -> None:
     ],
 )
 def test_the_last_soft_switch_counts(messages: Any, switch: bool | None) -> None:
-    assert soft_switch(messages) is switch
+    assert soft_switch(normalise(messages)) is switch
 
 
 def test_soft_switches_are_the_models_to_obey(demo: LLM) -> None:
@@ -162,8 +163,8 @@ def test_wrong_arguments(
 
 def test_a_budget_is_refused_where_nothing_thinks(demo: LLM) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        never = replace(demo._open().words, thinking=Thinking(False, True, False, None, None))
-        patch.setattr(demo._open(), "words", never)
+        never = replace(demo._open().processor, thinking=Thinking(False, True, False, None, None))
+        patch.setattr(demo._open(), "processor", never)
         with pytest.raises(Qwen3Error, match="cannot think; leave thinking_budget out"):
             demo.chat("Hello", thinking_budget=5)
 

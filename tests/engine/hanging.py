@@ -130,7 +130,7 @@ def progress() -> None:
 
 
 def deliver() -> None:
-    """Check a `deliver` callback of `begin` that raises: the error is the last event.
+    """Check a `deliver` callback of `submit` that raises: the error is the last event.
 
     If it raises at the last event, that one has been delivered.
     """
@@ -148,7 +148,7 @@ def deliver() -> None:
 
                 with others_go_on(llm):
                     task = llm.prepare(PROMPT, thinking=False, max_tokens=8)
-                    llm.begin(task, take, threading.Event())
+                    llm.submit(task, take, threading.Event())
                     while not ends(last := events.get()):
                         pass
                     assert last is error or isinstance(last, Finish)
@@ -393,7 +393,7 @@ def end_while_posting(*, on_worker: bool) -> None:
                 assert worker.ending
             jobs.put(job)
 
-    llms[0].begin(llms[0].prepare(PROMPT, max_tokens=100), events.put, threading.Event())
+    llms[0].submit(llms[0].prepare(PROMPT, max_tokens=100), events.put, threading.Event())
     worker._jobs = Collecting()  # type: ignore[assignment]
     if not on_worker:
         assert isinstance(raised_by(lambda: worker.call(lambda: None)), Qwen3Error)

@@ -124,15 +124,15 @@ class Process:
 
 
 def submit_slowly(monkeypatch: pytest.MonkeyPatch, last: type) -> threading.Event:
-    """Make `LLM.begin` return only after a `last` event and the request's end, as a thread may.
+    """Make `LLM.submit` return only after a `last` event and the request's end, as a thread may.
 
     The flag that is returned is set by the event.
     """
     ended, closed = threading.Event(), threading.Event()
-    begin, receive, close = LLM.begin, ActiveRequest.receive, ActiveRequest.close
+    submit, receive, close = LLM.submit, ActiveRequest.receive, ActiveRequest.close
 
     def slow(*given: Any) -> Any:
-        started = begin(*given)
+        started = submit(*given)
         assert ended.wait(60) and closed.wait(60)
         return started
 
@@ -145,7 +145,7 @@ def submit_slowly(monkeypatch: pytest.MonkeyPatch, last: type) -> threading.Even
         close(running)
         closed.set()
 
-    monkeypatch.setattr(LLM, "begin", slow)
+    monkeypatch.setattr(LLM, "submit", slow)
     monkeypatch.setattr(ActiveRequest, "receive", received)
     monkeypatch.setattr(ActiveRequest, "close", shut)
     return ended

@@ -146,13 +146,14 @@ def test_a_budget_that_no_request_names_bends(demo: LLM) -> None:
 def test_the_servers_sampling_holds_where_a_request_sets_none(
     path: str, demo: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, begin = [], LLM.begin
+    seen, sampled, submit = [], list[SamplingParams](), LLM.submit
 
     def noted(llm: LLM, task: PreparedRequest, *rest: Any) -> Any:
         seen.append(task.options)
-        return begin(llm, task, *rest)
+        sampled.append(task.sampling)
+        return submit(llm, task, *rest)
 
-    monkeypatch.setattr(LLM, "begin", noted)
+    monkeypatch.setattr(LLM, "submit", noted)
     with serving(demo, seed=7, sampling=SamplingParams(temperature=0.5, min_p=0.1)) as running:
         running.post(path, short(path, 2))
         own = {"temperature": 1.25, "top_p": 0.5}
@@ -161,6 +162,8 @@ def test_the_servers_sampling_holds_where_a_request_sets_none(
         SamplingParams(temperature=0.5, min_p=0.1),
         SamplingParams(temperature=1.25, top_p=0.5, min_p=0.1),
     ]
+    values = [(one.temperature, one.top_p, one.top_k, one.min_p) for one in sampled]
+    assert values == [(0.5, 0.95, 20, 0.1), (1.25, 0.5, 20, 0.1)]
     assert [options.seed for options in seen] == [7, 7]
 
 

@@ -36,7 +36,7 @@ class Spy:
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._ids = llm.tokenizer.encode(SAID)
-        self._encode, self._begin = llm._open().window.encode, llm.begin
+        self._encode, self._start = llm._open().window.encode, llm.submit
         self.notes: list[Any] = []
 
     def encode(self, prompt: Any) -> list[int]:
@@ -44,11 +44,11 @@ class Spy:
         self.notes.append(prompt)
         return self._encode(prompt)
 
-    def begin(self, task: PreparedRequest, *arguments: Any) -> Any:
+    def start(self, task: PreparedRequest, *arguments: Any) -> Any:
         """Note what is asked for; tools are in the prompt, as far as they are anywhere."""
         names = {one.name for one in fields(task.options)} - {"tools", "progress"}
         self.notes.append({name: getattr(task.options, name) for name in names})
-        return self._begin(task, *arguments)
+        return self._start(task, *arguments)
 
     def submit(self, request: Request) -> None:
         """Note the engine's own request, and reply."""
@@ -76,7 +76,7 @@ def spied(demo: LLM) -> Iterator[tuple[httpx.Client, Spy]]:
     ):
         spy = Spy(demo)
         patched.setattr(demo._open().window, "encode", spy.encode)
-        patched.setattr(demo, "begin", spy.begin)
+        patched.setattr(demo, "submit", spy.start)
         patched.setattr(demo._open().engine, "submit", spy.submit)
         yield client, spy
 

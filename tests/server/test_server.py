@@ -155,7 +155,7 @@ def test_what_the_server_was_started_with_holds_where_nothing_is_said() -> None:
 
 def test_a_checkpoint_that_cannot_is_not_served_as_if_it_could() -> None:
     with load() as llm:
-        llm._open().words = replace(llm._open().words, thinking=NEVER)
+        llm._open().processor = replace(llm._open().processor, thinking=NEVER)
         llm.thinking = NEVER
         with serving(llm) as instruct:
             for fields in ({"enable_thinking": True}, {"thinking_budget": 5}):

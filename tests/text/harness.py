@@ -3,10 +3,11 @@
 from collections.abc import Callable, Sequence
 
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
-from qwen3_mlx.text.parser import ReplyParser
+from qwen3_mlx.text.parser import Emit, ReplyParser
+from qwen3_mlx.text.sections import SectionTracker
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
-from qwen3_mlx.text.thinking_budget import ThinkingBudget, ThinkingLimits, hand_off_ids
+from qwen3_mlx.text.thinking_budget import ThinkingBudget, ThinkingLimits
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tool_calls import ToolCallSyntax
 from tests.support import DEMO
@@ -20,6 +21,19 @@ THINKING = Thinking.of(ChatTemplate((DEMO / "chat_template.jinja").read_text()),
 OPEN, CLOSE = THINKING.open_id or 0, THINKING.close_id or 0
 END = TOKENIZER.id_of("<|im_end|>") or 0
 Chooser = Callable[[Sequence[int], Sequence[int]], int]
+
+
+def new_parser(
+    emit: Emit,
+    *,
+    thinking: Thinking | None = THINKING,
+    inside: bool = False,
+    stop: Sequence[str] = (),
+    calls: ToolCallSyntax | None = None,
+) -> ReplyParser:
+    """Create a parser of its own, which no constraint goes before."""
+    sections = SectionTracker(TOKENIZER, thinking, inside=inside)
+    return ReplyParser(sections, emit, stop=stop, calls=calls)
 
 
 class Reply:
@@ -41,12 +55,11 @@ class Reply:
         self.ended = False
         self.began_inside = inside
         self._most = most
-        hand_off = hand_off_ids(TOKENIZER, THINKING, message)
-        limits = ThinkingLimits(hand_off, budget, guard)
-        self.steering = ThinkingBudget(
-            TOKENIZER, THINKING, limits, inside=inside, end_ids=frozenset([END])
-        )
-        self.parser = ReplyParser(TOKENIZER, self._hear, thinking=THINKING, inside=inside)
+        limits = ThinkingLimits(message, budget, guard)
+        ends = frozenset([END])
+        sections = SectionTracker(TOKENIZER, THINKING, inside=inside, end_ids=ends)
+        self.steering = ThinkingBudget(TOKENIZER, THINKING, sections, limits, end_ids=ends)
+        self.parser = ReplyParser(sections, self._hear)
         self._force()
         while not self.ended:
             if finish_at is not None and len(self.ids) >= finish_at:

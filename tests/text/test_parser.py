@@ -6,8 +6,17 @@ import random
 import pytest
 
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
-from qwen3_mlx.text.parser import ReplyParser
-from tests.text.harness import BAD, CALL, CALLS, CLOSE, END, OPEN, THINKING, TOKENIZER, Reply
+from tests.text.harness import (
+    BAD,
+    CALL,
+    CALLS,
+    CLOSE,
+    END,
+    OPEN,
+    TOKENIZER,
+    Reply,
+    new_parser,
+)
 
 PIECES = [
     *("a", "b c", "\n", "\n\n", " ", "你好", "👩‍👩‍👧", "é", "x" * 9, "<", "think>", "</", "<|"),
@@ -66,7 +75,7 @@ def check_a_reply(rng: random.Random) -> None:
     ids, inside = random_ids(rng, tools=False), rng.random() < 0.3
     ids = ids[: rng.randint(1, len(ids))]
     said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
-    parser = ReplyParser(TOKENIZER, said.append, thinking=THINKING, inside=inside)
+    parser = new_parser(said.append, inside=inside)
     place = 0
     while place < len(ids):
         step = rng.choice([1, 1, 1, 2, 5])
@@ -85,7 +94,7 @@ def check_a_reply_with_tools(rng: random.Random) -> None:
     found = []
     for _ in range(2):
         said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
-        parser = ReplyParser(TOKENIZER, said.append, thinking=THINKING, calls=CALLS)
+        parser = new_parser(said.append, calls=CALLS)
         place = 0
         while place < len(ids):
             step = rng.choice([1, 2, 7])

@@ -14,11 +14,12 @@ from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
 from qwen3_mlx.text.messages import normalise
 from qwen3_mlx.text.parser import ReplyParser
+from qwen3_mlx.text.sections import SectionTracker
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
-from qwen3_mlx.text.tokenizer import Detokenizer, Tokenizer
+from qwen3_mlx.text.tokenizer import Tokenizer
 from tests.support import DEMO
-from tests.text.harness import TEMPLATE, THINKING, TOKENIZER
+from tests.text.harness import TEMPLATE, THINKING, TOKENIZER, new_parser
 
 CASES = json.loads((Path(__file__).parents[1] / "golden" / "chat_cases.json").read_text())
 SCRIPTS = (
@@ -143,8 +144,9 @@ def _published_tokenizer(folder: Path) -> Tokenizer:
 
 
 def streamed(tokenizer: Tokenizer, ids: list[int]) -> str:
-    detokenizer = Detokenizer(tokenizer)
-    return "".join(detokenizer.add(token) for token in ids) + detokenizer.flush()
+    sections = SectionTracker(tokenizer, None)
+    pieces = [sections.read(place, token).text for place, token in enumerate(ids)]
+    return "".join(pieces) + sections.flushed()
 
 
 @given(ids=st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=40))
@@ -155,11 +157,11 @@ def test_streaming_gives_what_whole_decoding_gives(ids: list[int]) -> None:
 @pytest.mark.parametrize("text", SCRIPTS)
 def test_no_half_character_is_ever_shown(text: str) -> None:
     ids = TOKENIZER.encode(text)
-    detokenizer = Detokenizer(TOKENIZER)
-    pieces = [detokenizer.add(token) for token in ids]
+    sections = SectionTracker(TOKENIZER, None)
+    pieces = [sections.read(place, token).text for place, token in enumerate(ids)]
     assert "\ufffd" not in "".join(pieces)
     assert "".join(pieces) == TOKENIZER.decode(ids)
-    assert detokenizer.flush() == ""
+    assert sections.flushed() == ""
 
 
 def test_a_leading_space_is_kept() -> None:
@@ -309,7 +311,7 @@ def parse(
     """Parse the ids of `text`; give reasoning, answer and the parser."""
     said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
     thinking = None if raw else THINKING
-    parser = ReplyParser(TOKENIZER, said.append, thinking=thinking, inside=inside, stop=stop)
+    parser = new_parser(said.append, thinking=thinking, inside=inside, stop=stop)
     for token in TOKENIZER.encode(text):
         parser.advance([token])
         if parser.finished:

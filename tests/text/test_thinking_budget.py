@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx.text.repetition import RepetitionDetector
+from qwen3_mlx.text.sections import SectionTracker
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.thinking_budget import (
     HAND_OFF,
@@ -149,11 +150,12 @@ def test_the_hand_off_is_that_of_qwens_documentation() -> None:
 def test_tokens_can_be_taken_back(budget: int, rng: random.Random, guard: bool, count: int) -> None:
     """Forgetting tokens is as if they had never come; what was forced stays."""
     common = [OPEN, CLOSE, END, *TOKENIZER.encode("a b 你好 👍")]
-    limits = ThinkingLimits(HAND_OFF_IDS, budget, guard)
+    limits = ThinkingLimits(None, budget, guard)
 
     def fresh() -> ThinkingBudget:
         ends = frozenset([END])
-        return ThinkingBudget(TOKENIZER, THINKING, limits, inside=False, end_ids=ends)
+        sections = SectionTracker(TOKENIZER, THINKING, end_ids=ends)
+        return ThinkingBudget(TOKENIZER, THINKING, sections, limits, end_ids=ends)
 
     one, other = fresh(), fresh()
     for _ in range(count):

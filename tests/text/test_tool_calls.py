@@ -32,7 +32,15 @@ from qwen3_mlx.text.tool_calls import (
 )
 from qwen3_mlx.text.tool_schema import kinds_of
 from tests.support import DEMO, write_tiny
-from tests.text.harness import BAD, CALL, CALLS, TEMPLATE, THINKING, TOKENIZER, calculator
+from tests.text.harness import (
+    BAD,
+    CALL,
+    CALLS,
+    TEMPLATE,
+    TOKENIZER,
+    calculator,
+    new_parser,
+)
 
 GREEDY = SamplingParams(temperature=0)
 PARTIAL = ToolCallSyntax.of(TEMPLATE, TOKENIZER, [], partial=True)
@@ -377,7 +385,7 @@ def parse(
     text: str, calls: ToolCallSyntax | None = CALLS, cuts: Sequence[int] = (), inside: bool = False
 ) -> tuple[str, str, list[tuple[str, dict[str, Any]]], ReplyParser]:
     said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
-    parser = ReplyParser(TOKENIZER, said.append, thinking=THINKING, calls=calls, inside=inside)
+    parser = new_parser(said.append, calls=calls, inside=inside)
     ids = TOKENIZER.encode(text)
     for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         parser.advance(ids[start:stop])
@@ -544,7 +552,7 @@ def test_a_value_may_hold_the_tag_that_ends_a_call() -> None:
 def test_a_call_in_thinking_that_is_cut_off_stays_a_draft(calls: str) -> None:
     for cut in (False, True):
         said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
-        parser = ReplyParser(TOKENIZER, said.append, thinking=THINKING, calls=PARTIAL)
+        parser = new_parser(said.append, calls=PARTIAL)
         parser.advance(TOKENIZER.encode(f"<think>\nhm\n{calls}"))
         parser.close(cut=cut)
         made = [event for event in said if not isinstance(event, Reasoning)]
@@ -699,7 +707,7 @@ def streamed(
     said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
     assert calls
     calls = replace(calls, partial=partial)
-    parser = ReplyParser(TOKENIZER, said.append, thinking=THINKING, calls=calls)
+    parser = new_parser(said.append, calls=calls)
     for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True):
         parser.advance(ids[start:stop])
     parser.close(cut=True)
