@@ -6,10 +6,10 @@ memory in proportion to the text.
 
 from collections.abc import Sequence
 
-from qwen3_mlx.api.prompts import TextProcessor, least_tokens
+from qwen3_mlx.api.prompts import TextProcessor
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.errors import ContextError, Qwen3Error
-from qwen3_mlx.text.messages import Message
+from qwen3_mlx.text.messages import END_THINK, Message
 from qwen3_mlx.text.tokenizer import TooLong
 
 MAX_COUNTED = 2
@@ -26,12 +26,20 @@ class Window:
     def check(self, history: Sequence[Message], times: int = 1) -> None:
         """Check, before rendering, that normalised messages may fit `times` context windows.
 
+        Counts what no template leaves out: one token for each message, and its content without
+        surrounding white space and without the assistant's thinking.
+
         Raises:
             ContextError: a lower bound of their tokens is more than that.
         """
-        limit = times * self._engine.context
-        if (least := least_tokens(self._processor, history, limit)) > limit:
-            raise self._too_long(f"{least:,} tokens or more")
+        limit, count = times * self._engine.context, len(history)
+        for message in history:
+            if count > limit:
+                break
+            text = message["content"].rpartition(END_THINK)[2].strip()
+            count += self._processor.tokenizer.least_tokens(text, limit)
+        if count > limit:
+            raise self._too_long(f"{count:,} tokens or more")
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
         """Return the token ids of a prompt; a prompt of ids is only checked.

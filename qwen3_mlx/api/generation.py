@@ -29,7 +29,7 @@ from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.hooks import Constraint
 from qwen3_mlx.engine.request import Request, RequestResult, SampledLogprob
-from qwen3_mlx.engine.sampling_params import SamplingParams, sampling_defaults
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Event, Finish, Usage
 from qwen3_mlx.text.fair_queue import PATIENT, Caller
@@ -129,13 +129,13 @@ class ReplyGenerator:
         processor, ids = self.processor, self.window.encode(prompt)
         max_tokens, min_room = (0, 0) if prefill_only else (options.max_tokens, 1)
         room = self.window.room(len(ids), max_tokens, min_room, clamp_max_tokens=clamp_max_tokens)
-        defaults = sampling_defaults(processor.sampling, thinking=False, hybrid=False)
+        defaults = processor.sampling.text
         return PreparedRequest(
             prompt,
             ids,
             options,
             room,
-            sampling=(options.sampling or SamplingParams()).over(defaults),
+            sampling=options.sampling.over(defaults) if options.sampling else defaults,
             end_ids=processor.end_ids,
             limits=ThinkingLimits(None, None, options.loop_guard),
             form=options.form(processor.grammars, caller),
@@ -166,7 +166,7 @@ class ReplyGenerator:
         processor = self.processor
         history, thinks, inside = self._turn(messages, options)
         continued = history[-1] if options.continue_last else None
-        tools, calls = self._calls(options)
+        tools, calls = self._calls(options) if options.tools is not None else ([], None)
         render_prompt = render_begun if continued else render_whole
         prompt = render_prompt(processor, history, options.thinking, tools)
         ids = self.window.encode(prompt)
@@ -176,7 +176,7 @@ class ReplyGenerator:
         form = options.form(processor.grammars, caller)
         call_grammar = self._call_grammar(calls, tools, options, caller) if calls else None
         warnings = [*call_grammar.warnings] if call_grammar else []
-        if options.must_call and form:
+        if form and options.must_call:
             form = None
             warnings.append("a tool call is required, so the form of the answer was ignored")
         if continued and options.thinking and not inside:
@@ -254,7 +254,7 @@ class ReplyGenerator:
     ) -> tuple[Sequence[Mapping[str, Any]], ToolCallSyntax | None]:
         """Return the descriptions of the tools that may be called, and the syntax of calls."""
         processor = self.processor
-        if not (tools := options.described_tools() if options.tools else []):
+        if not (tools := options.described_tools()):
             return tools, None
         calls = ToolCallSyntax.of(
             processor.template, processor.tokenizer, tools, partial=options.partial_calls
@@ -281,14 +281,14 @@ class ReplyGenerator:
         continued: Message | None,
     ) -> SamplingParams:
         """Return the sampling parameters, with the defaults of the mode."""
-        hybrid = self.processor.thinking.hybrid
         if continued:
             thinks = bool(thinking_of(continued))
-        elif thinks and hybrid and (switched := soft_switch(history)) is not None:
+        elif thinks and self.processor.thinking.hybrid:
             # The model itself obeys /think and /no_think; here they choose the defaults only.
-            thinks = switched
-        defaults = sampling_defaults(self.processor.sampling, thinking=thinks, hybrid=hybrid)
-        return (options.sampling or SamplingParams()).over(defaults)
+            switched = soft_switch(history)
+            thinks = thinks if switched is None else switched
+        defaults = self.processor.sampling.thinking if thinks else self.processor.sampling.direct
+        return options.sampling.over(defaults) if options.sampling else defaults
 
     def _limits(
         self,
@@ -305,6 +305,8 @@ class ReplyGenerator:
         bends = budget is None or options.thinking_budget_bends or room != options.max_tokens
         if thinks and budget is None and (form or (calls and options.constrains_calls)):
             budget = room
+        if budget is None and options.thinking_budget_message is None:
+            return ThinkingLimits(None, None, options.loop_guard)
         return ThinkingLimits.of(
             self.processor.tokenizer,
             self.processor.thinking,
@@ -364,7 +366,7 @@ class Generation:
             tokenizer,
             prepared.thinking,
             inside=prepared.inside,
-            begun=has_content(prepared.continued),
+            begun=prepared.continued is not None and has_content(prepared.continued),
             end_ids=prepared.end_ids,
         )
         self._logprobs = None if options.logprobs is None else TextLogprobs(tokenizer)
@@ -384,7 +386,7 @@ class Generation:
             end_ids=prepared.end_ids,
             # A call that stands in the thinking is not constrained: it may be any call, in any
             # number. Where a call is demanded, or only one allowed, it cannot end the thinking.
-            calls=None if options.constrains_calls else prepared.calls,
+            calls=prepared.calls if prepared.calls and not options.constrains_calls else None,
         )
         self.finish_thinking = self._budget.finish_thinking
 
@@ -400,7 +402,7 @@ class Generation:
             sink=self._parser,
             on_finish=self.on_finish,
             progress=options.progress,
-            constraint=self._constraint(),
+            constraint=self._with_grammars() if prepared.form or prepared.calls else self._budget,
             cancelled=cancelled,
             on_logprobs=self.on_logprobs if self._logprobs else None,
             on_prompt_logprobs=self._prompt_scorer() if prepared.score_prompt else None,
@@ -460,12 +462,9 @@ class Generation:
             return "length" if self._budget.finished else "stop"  # cut off by the loop guard
         return "tool_calls" if self._parser.called else "stop"
 
-    def _constraint(self) -> Constraint:
-        """Return the thinking budget, within a grammar constraint if something has a grammar."""
-        prepared = self._prepared
-        if not prepared.form and not prepared.calls:
-            return self._budget
-        rule = None
+    def _with_grammars(self) -> Constraint:
+        """Return the thinking budget within a constraint that the answer or a call follows."""
+        prepared, rule = self._prepared, None
         if prepared.calls and prepared.call_grammar:
             rule = ToolCallRule(
                 prepared.calls,

@@ -165,9 +165,11 @@ class GenerationOptions:
             ValueError: an option is out of its range, or is stated twice with different values.
         """
         refuse_unknown(options, [*Options.__annotations__, *others])
-        values: dict[str, Any] = {name: plain(value) for name, value in spread(options).items()}
-        sampling = SamplingParams(**{name: values.pop(name, None) for name in _SAMPLING})
-        return cls(**values, sampling=sampling)
+        if "sampling" in options:
+            options = spread(options)
+        values: dict[str, Any] = {name: plain(value) for name, value in options.items()}
+        sampling = {name: values.pop(name) for name in _SAMPLING if name in values}
+        return cls(**values, sampling=SamplingParams(**sampling) if sampling else None)
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -176,7 +178,7 @@ class GenerationOptions:
                 raise ValueError(f"{name} must be at least {minimum}, not {number}")
         if (self.logprobs or 0) > _MAX_LOGPROBS:
             raise ValueError(f"logprobs must be at most {_MAX_LOGPROBS}, not {self.logprobs}")
-        if self.must_call and not as_tool_list(self.tools):
+        if self.tool_choice != "auto" and self.must_call and not as_tool_list(self.tools):
             raise ValueError(f"tool_choice={self.tool_choice!r} needs tools, and there are none")
         if self.thinking_budget is not None and self.thinking is False:
             raise ValueError("thinking_budget is for thinking, which thinking=False switches off")
@@ -197,7 +199,9 @@ class GenerationOptions:
             # bool is an int in Python, but True is no number of tokens.
             if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
                 raise TypeError(f"{name} must be {expected}, not {value!r}")
-        is_stop = isinstance(self.stop, Iterable | None) and not isinstance(self.stop, Mapping)
+        if self.stop is None:
+            return
+        is_stop = isinstance(self.stop, Iterable) and not isinstance(self.stop, Mapping)
         if not is_stop or not all(isinstance(s, str) and s for s in self.stop_strings):
             raise ValueError(f"stop must be one or more non-empty strings, not {self.stop!r}")
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from qwen3_mlx.engine.sampling_params import SamplingParams, sampling_defaults
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.grammar_compiler import GrammarCompiler
 from qwen3_mlx.text.messages import (
@@ -27,19 +28,36 @@ from qwen3_mlx.text.tool_calls import Tool, tool_schema
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """The sampling parameters of a checkpoint, for replies with and without thinking, and text."""
+
+    thinking: SamplingParams
+    direct: SamplingParams
+    text: SamplingParams
+
+    @classmethod
+    def of(cls, stated: Mapping[str, Any], *, hybrid: bool) -> "SamplingDefaults":
+        """Create the defaults from what the checkpoint states."""
+        return cls(
+            sampling_defaults(stated, thinking=True, hybrid=hybrid),
+            sampling_defaults(stated, thinking=False, hybrid=hybrid),
+            sampling_defaults(stated, thinking=False, hybrid=False),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class TextProcessor:
     """The text side of a checkpoint: tokenizer, chat template, thinking mode, sampling defaults.
 
     Tokens in `end_ids` end any reply; those in `turn_end_ids` also end a reply to a conversation.
-    `sampling` holds what generation_config.json states. If `template` is None, `no_template` is the
-    error message that says why.
+    If `template` is None, `no_template` is the error message that says why.
     """
 
     tokenizer: Tokenizer
     template: ChatTemplate | None
     control: ControlTokens
     thinking: Thinking
-    sampling: Mapping[str, Any]
+    sampling: SamplingDefaults
     end_ids: frozenset[int]
     turn_end_ids: frozenset[int]
     grammars: GrammarCompiler
@@ -121,28 +139,14 @@ def _rendered(
         raise Qwen3Error(processor.no_template)
     try:
         return processor.template.render(
-            [hiding.hide_in_message(message) for message in processor.template.prepared(history)],
+            history,
+            escape=hiding.hide_in_message,
             thinking=thinking if processor.thinking.hybrid else None,
-            tools=hiding.hide(tools),
+            tools=hiding.hide(tools) if tools else None,
             add_generation_prompt=add_generation_prompt,
         )
     except Qwen3Error as error:
         raise Qwen3Error(hiding.show(str(error))) from error
-
-
-def least_tokens(processor: TextProcessor, history: Sequence[Message], enough: int) -> int:
-    """Return a lower bound of the number of tokens of a prompt, without rendering it.
-
-    Counts what no template leaves out: one token for each message, and its content without
-    surrounding white space and without the assistant's thinking. Stops counting above `enough`.
-    """
-    least = len(history)
-    for message in history:
-        if least > enough:
-            break
-        text = message["content"].rpartition(END_THINK)[2].strip()
-        least += processor.tokenizer.least_tokens(text, enough)
-    return least
 
 
 def begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -167,9 +171,9 @@ def begun(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [*history[:-1], last]
 
 
-def has_content(continued: Message | None) -> bool:
-    """Return whether the message to continue has an answer or thinking already."""
-    return bool(continued and (continued["content"] or thinking_of(continued)))
+def has_content(message: Message) -> bool:
+    """Return whether an assistant's message has an answer or thinking."""
+    return bool(message["content"] or thinking_of(message))
 
 
 def no_turn_message(last: Message) -> str:

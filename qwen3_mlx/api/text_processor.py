@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwen3_mlx.api.prompts import TextProcessor
+from qwen3_mlx.api.prompts import SamplingDefaults, TextProcessor
 from qwen3_mlx.engine.sampling_params import stated_sampling
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import read_json
@@ -43,12 +43,13 @@ def load_text_processor(
     except CheckpointError as error:
         _log.warning("there is no chat, only raw text: %s", error)
         no_template = str(error)
+    thinking = Thinking.of(template, tokenizer)
     return TextProcessor(
         tokenizer,
         template,
         ControlTokens(tokenizer, template.source if template else ""),
-        Thinking.of(template, tokenizer),
-        sampling,
+        thinking,
+        SamplingDefaults.of(sampling, hybrid=thinking.hybrid),
         frozenset(end_ids),
         _turn_end(template, tokenizer) if template else frozenset(),
         grammars,

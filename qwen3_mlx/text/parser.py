@@ -184,7 +184,8 @@ class ReplyParser:
         self._emit_section(rest)
         if self._logprobs:
             self._logprobs.take_next()  # of the tag, which is not emitted
-        self._drop_drafts()
+        if self._drafts:
+            self._drop_drafts()
         if self._call:
             self._emit_unreadable(self._call, self._call.written())
         if inside and not self._inside:
@@ -196,11 +197,12 @@ class ReplyParser:
         if self._call:
             self._append_to_call(self._call, text)
             return
-        # White space does not decide whether the thinking goes on after a call.
-        if self._drafts and not text.strip():
-            self._draft_text += text
-            return
-        self._drop_drafts()
+        if self._drafts:
+            # White space does not decide whether the thinking goes on after a call.
+            if not text.strip():
+                self._draft_text += text
+                return
+            self._drop_drafts()
         text = self._text.without_first_breaks(text)
         if self._inside:
             self._text.add(Reasoning, text)

@@ -76,9 +76,9 @@ class SectionTracker:
         """Append the next token."""
         section, _, held, undecoded = self.last
         if token == self.open_id and section is Section.START:
-            self.last = DecodedToken(Section.THINKING, _flushed(held))
+            self.last = DecodedToken(Section.THINKING, held.decode(errors="replace"))
         elif token == self._close_id and section is Section.THINKING:
-            self.last = DecodedToken(Section.CLOSED, _flushed(held))
+            self.last = DecodedToken(Section.CLOSED, held.decode(errors="replace"))
         elif token in self._end_ids:
             self.last = DecodedToken(section, "", held, undecoded)
         else:
@@ -98,14 +98,9 @@ class SectionTracker:
 
     def rewind(self, count: int) -> None:
         """Remove the last `count` tokens."""
-        if count:
-            del self._tokens[-count:]
-            self.last = self._tokens[-1] if self._tokens else self._first
+        del self._tokens[len(self._tokens) - count :]
+        self.last = self._tokens[-1] if self._tokens else self._first
 
     def flushed(self) -> str:
         """Return the bytes of an incomplete character at the end of the reply, as U+FFFD."""
-        return _flushed(self.last.held)
-
-
-def _flushed(held: bytes) -> str:
-    return held.decode(errors="replace")
+        return self.last.held.decode(errors="replace")

@@ -1,7 +1,7 @@
 """Renders messages into the text of a prompt with the checkpoint's own chat template."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -94,16 +94,6 @@ class ChatTemplate:
             raise CheckpointError(f"{place}: its chat_template is {source!r:.40}, not text")
         return cls(source, special_tokens(config)) if source else None
 
-    def prepared(self, messages: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """Return the messages in the form that this template needs.
-
-        Qwen3-Coder's iterates over the arguments of calls, so they become objects; other templates
-        print the text of the arguments.
-        """
-        if "<function=" not in self.source:
-            return list(messages)
-        return [_with_parsed_arguments(message) for message in messages]
-
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -111,18 +101,32 @@ class ChatTemplate:
         thinking: bool | None = None,
         tools: Sequence[Tool] | None = None,
         add_generation_prompt: bool = True,
+        escape: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     ) -> str:
         """Render the prompt of normalised `messages`; `thinking` None is the template's default.
+
+        `escape` replaces each message by the one that is rendered.
 
         Raises:
             Qwen3Error: the template refuses the messages.
         """
         switch = {} if thinking is None else {"enable_thinking": thinking}
-        messages = self.prepared(messages)
+        # Qwen3-Coder's iterates over the arguments of calls, so they become objects before they are
+        # escaped; other templates print the text of the arguments.
+        if "<function=" in self.source:
+            messages = [_with_parsed_arguments(message) for message in messages]
+        if escape:
+            messages = [escape(message) for message in messages]
         try:
             variables = {
                 **self._special_tokens,
-                "messages": [_with_thinking_name(message) for message in messages],
+                # Some templates read the thinking as `thinking`; transformers adds it, too.
+                "messages": [
+                    {"thinking": message["reasoning_content"], **message}
+                    if message.get("reasoning_content") is not None
+                    else message
+                    for message in messages
+                ],
                 "tools": list(tools) if tools else None,
                 "documents": None,
                 "add_generation_prompt": add_generation_prompt,
@@ -165,12 +169,6 @@ def special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(text, str):
             named[name] = text
     return named
-
-
-def _with_thinking_name(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Add the thinking as `thinking`, which some templates read, as transformers does."""
-    thinking = message.get("reasoning_content")
-    return message if thinking is None else {"thinking": thinking, **message}
 
 
 def _with_parsed_arguments(message: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -103,7 +103,7 @@ class ThinkingLimits:
         Raises:
             ValueError: a budget that does not bend leaves no room, or the message is not valid.
         """
-        if thinking.close_id is None or (message is None and budget is None):
+        if thinking.close_id is None:
             return cls(message, None, guard)
         hand_off = hand_off_ids(tokenizer, thinking, message)
         if budget is None:
@@ -203,7 +203,8 @@ class ThinkingBudget:
 
     def rewind(self, count: int) -> None:
         """Remove the last `count` tokens."""
-        self._remove(count)
+        if count:
+            self._remove(count)
         self._pending_close = None
 
     def forced_tokens(self) -> list[int]:
@@ -267,13 +268,13 @@ class ThinkingBudget:
                 self._pending_close = "loop"
             # The hand-off must not follow half a character: its bytes would decode to U+FFFD.
             self.rollback = self._sections.last.undecoded if self._pending_close else 0
-        # The tokens are removed here already: the engine does not call `rewind` for them.
-        self._remove(self.rollback)
+        if self.rollback:
+            # The tokens are removed here already: the engine does not call `rewind` for them.
+            self._remove(self.rollback)
 
     def _remove(self, count: int) -> None:
-        if count:
-            self._state = self._history[-count]
-            del self._history[-count:]
-            self._sections.rewind(count)
-            if self._repetition:
-                self._repetition.rewind(count)
+        self._state = self._history[-count]
+        del self._history[-count:]
+        self._sections.rewind(count)
+        if self._repetition:
+            self._repetition.rewind(count)

@@ -103,7 +103,8 @@ class Tokenizer:
         """
         parts = text.parts if isinstance(text, Prompt) else [(text, False)]
         ids: list[int] = []
-        self._check_length(text, most)
+        if most is not None and len(text) > most and (least := self._least_by_bytes(text)) > most:
+            raise TooLong(least)
         for part, is_plain in parts:
             for encoding in self._encoded(self._plain if is_plain else self._inner, part, most):
                 ids += encoding.ids
@@ -162,7 +163,7 @@ class Tokenizer:
             raise ValueError(
                 f"the text is not valid Unicode at character {error.start}; is it UTF-8?"
             ) from error
-        for piece in pieces(text) if self._cuts else [text]:
+        for piece in pieces(text) if len(text) > 2 * PIECE and self._cuts else [text]:
             if most is not None and len(piece) > 2 * PIECE:
                 self._check_uncut(tokenizer, piece, most)
             yield tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
@@ -176,10 +177,6 @@ class Tokenizer:
             found += len(tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0])
             if found > 2 * most:  # cuts add a few tokens, never as many as the text has
                 raise TooLong(found // 2)
-
-    def _check_length(self, text: str, most: int | None) -> None:
-        if most is not None and len(text) > most and (least := self._least_by_bytes(text)) > most:
-            raise TooLong(least)
 
     def _least_by_bytes(self, text: str) -> int:
         size = (
