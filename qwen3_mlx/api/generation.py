@@ -369,14 +369,16 @@ class Generation:
             begun=prepared.continued is not None and has_content(prepared.continued),
             end_ids=prepared.end_ids,
         )
-        self._logprobs = None if options.logprobs is None else TextLogprobs(tokenizer)
+        self._logprobs = None
+        if options.logprobs is not None:
+            # Scoring a prompt reports every token, the end token too.
+            self._logprobs = TextLogprobs(tokenizer, with_end=prepared.score_prompt)
         self._parser = ReplyParser(
             self._sections,
             self._events.emit,
             stop=options.stop_strings,
             calls=prepared.calls,
             logprobs=self._logprobs,
-            logprob_of_end=prepared.score_prompt,  # scoring reports every token, the end token too
         )
         self._budget = ThinkingBudget(
             tokenizer,

@@ -19,8 +19,10 @@ def token_logprob(tokenizer: Tokenizer, score: Score) -> TokenLogprob:
 class TextLogprobs:
     """The log probabilities of the tokens whose text has not been emitted yet."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, with_end: bool = False) -> None:
+        """Create the collector; `with_end` reports the token that ends the reply, too."""
         self._tokenizer = tokenizer
+        self._with_end = with_end
         self._pending: list[TokenLogprob] = []
         self._next: TokenLogprob | None = None
 
@@ -39,10 +41,13 @@ class TextLogprobs:
         taken, self._pending = tuple(self._pending), []
         return taken
 
-    def take_next(self) -> tuple[TokenLogprob, ...]:
-        """Return that of the token that was recorded and has no text, if there is one."""
-        taken, self._next = self._next, None
-        return (taken,) if taken else ()
+    def take_end(self) -> tuple[TokenLogprob, ...]:
+        """Return that of the token that has ended the reply, if it is reported."""
+        return (self._next,) if self._next and self._with_end else ()
+
+    def skip(self) -> None:
+        """Drop that of a token that is not emitted, such as a tag."""
+        self._next = None
 
     def drop(self) -> None:
         """Remove those of tokens that are format or part of a call."""

@@ -32,7 +32,7 @@ class TextEmitter:
     def __init__(
         self, emit: Emit, logprobs: TextLogprobs | None, *, after_tag: bool, calls: bool
     ) -> None:
-        """Emit events; only with `calls` a tag may follow the answer."""
+        """Emit events; with `calls` a tag may follow the answer, too."""
         self.after_tag = after_tag
         self.breaks = ""
         self._emit = emit
@@ -48,27 +48,21 @@ class TextEmitter:
                 self.drop_logprobs()
         return text
 
-    def add(self, kind: type[Reasoning] | type[Text], text: str) -> None:
-        """Emit text of the thinking or the answer, up to the line breaks at its end."""
-        if kind is Reasoning or self._calls:
-            text = self.breaks + text
-            kept = text.rstrip("\n")
-            self.breaks, text = text[len(kept) :], kept
-        self._put(kind, text)
-
-    def flush(self, kind: type[Reasoning] | type[Text]) -> None:
-        """Emit the line breaks that were held back: no tag follows them."""
-        self._put(kind, self.breaks)
-        self.breaks = ""
+    def add(
+        self, kind: type[Reasoning] | type[Text], text: str = "", *, last: bool = False
+    ) -> None:
+        """Emit text; the line breaks at its end only if it is the `last` of its section."""
+        text = self.breaks + text
+        holds = not last and (kind is Reasoning or self._calls)
+        kept = text.rstrip("\n") if holds else text
+        self.breaks = text[len(kept) :]
+        if kept:
+            self._emit(kind(kept, self._logprobs.take() if self._logprobs else ()))
 
     def drop_logprobs(self) -> None:
         """Drop the log probabilities of what is format or part of a call."""
         if self._logprobs:
             self._logprobs.drop()
-
-    def _put(self, kind: type[Reasoning] | type[Text], text: str) -> None:
-        if text:
-            self._emit(kind(text, self._logprobs.take() if self._logprobs else ()))
 
 
 class ReplyParser:
@@ -88,12 +82,11 @@ class ReplyParser:
         stop: Sequence[str] = (),
         calls: ToolCallSyntax | None = None,
         logprobs: TextLogprobs | None = None,
-        logprob_of_end: bool = False,
     ) -> None:
         """Create the parser of the tokens that `sections` decodes.
 
         Without `calls` the tags of calls are text. With `logprobs` each piece of text has its
-        tokens, and with `logprob_of_end` the token that ends the reply is emitted, without text.
+        tokens.
         """
         self.finished = False
         self.stopped_by: str | None = None
@@ -110,7 +103,6 @@ class ReplyParser:
         self._breaks_before_call = ""  # they are format if the call can be read
         self._stop = StopStrings(stop) if stop else None
         self._logprobs = logprobs
-        self._logprob_of_end = logprob_of_end
         self._calls = calls
         self._partial_calls = calls is not None and calls.partial
         self._bare_calls = BareCallFinder(bare) if calls and (bare := calls.format.bare) else None
@@ -168,10 +160,10 @@ class ReplyParser:
                 for call in self._drafts:
                     self._emit_call(call)
             elif not self._inside:
-                self._end_answer()
+                self._emit_held(last=True)
             elif not self._text.after_tag:
-                self._text.flush(Reasoning)
-        if self._logprob_of_end and self._logprobs and (tokens := self._logprobs.take_next()):
+                self._text.add(Reasoning, last=True)
+        if self._logprobs and (tokens := self._logprobs.take_end()):
             self._emit_event(Text("", tokens))
         self.finished = True
 
@@ -183,13 +175,13 @@ class ReplyParser:
         """Enter the thinking or the answer, after the `rest` of the section before."""
         self._emit_section(rest)
         if self._logprobs:
-            self._logprobs.take_next()  # of the tag, which is not emitted
+            self._logprobs.skip()  # the tag is not emitted
         if self._drafts:
             self._drop_drafts()
         if self._call:
             self._emit_unreadable(self._call, self._call.written())
         if inside and not self._inside:
-            self._end_answer()
+            self._emit_held(last=True)
         self._inside, self._text.after_tag, self._text.breaks = inside, True, ""
 
     def _emit_section(self, text: str) -> None:
@@ -221,14 +213,11 @@ class ReplyParser:
         if self._stop and self._stop.found is not None:
             self.finished, self.stopped_by = True, self._stop.found
 
-    def _emit_held(self) -> None:
+    def _emit_held(self, *, last: bool = False) -> None:
         """Emit the text held back as the possible beginning of a stop string or of a call."""
         held = self._bare_calls.flush() if self._bare_calls else ""
-        self._text.add(Text, self._stop.add(held) + self._stop.flush() if self._stop else held)
-
-    def _end_answer(self) -> None:
-        self._emit_held()
-        self._text.flush(Text)
+        held = self._stop.add(held) + self._stop.flush() if self._stop else held
+        self._text.add(Text, held, last=last)
 
     # --- calls ----------------------------------------------------------------------------------
 
