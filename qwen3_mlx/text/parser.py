@@ -186,6 +186,8 @@ class ReplyParser:
 
     def _emit_section(self, text: str) -> None:
         """Emit text into the section it belongs to: a call, the thinking or the answer."""
+        if not text:  # a part of a character; its log probability waits with it
+            return
         if self._call:
             self._append_to_call(self._call, text)
             return

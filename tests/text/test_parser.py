@@ -6,6 +6,9 @@ import random
 import pytest
 
 from qwen3_mlx.text.events import Reasoning, Text, ToolCall, ToolCallDelta
+from qwen3_mlx.text.logprobs import TextLogprobs
+from qwen3_mlx.text.parser import ReplyParser
+from qwen3_mlx.text.sections import SectionTracker
 from tests.text.harness import (
     BAD,
     CALL,
@@ -13,6 +16,7 @@ from tests.text.harness import (
     CLOSE,
     END,
     OPEN,
+    THINKING,
     TOKENIZER,
     Reply,
     new_parser,
@@ -136,3 +140,19 @@ def test_a_few_hundred_replies(check: object) -> None:
 def test_ten_thousand_replies(check: object) -> None:
     for seed in range(200, 10_200):
         check(random.Random(seed))  # type: ignore[operator]
+
+
+def test_the_logprobs_of_a_section_spell_its_text() -> None:
+    """Those of a character that several tokens make up are all there, next to a tag as well."""
+    said: list[Reasoning | Text | ToolCall | ToolCallDelta] = []
+    logprobs = TextLogprobs(TOKENIZER)
+    parser = ReplyParser(SectionTracker(TOKENIZER, THINKING), said.append, logprobs=logprobs)
+    for token in TOKENIZER.encode("<think>\n👩‍👧 hm\n</think>\n\n👍🏽 é"):
+        logprobs.record((token, -1.0, []))
+        parser.advance([token])
+    parser.close()
+    for kind, text in ((Reasoning, "👩‍👧 hm"), (Text, "👍🏽 é")):
+        events = [event for event in said if isinstance(event, kind)]
+        tokens = [token for event in events for token in event.tokens]
+        assert "".join(event.text for event in events) == text
+        assert b"".join(token.token for token in tokens) == text.encode()
