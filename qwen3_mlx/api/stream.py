@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from queue import SimpleQueue
 from threading import Event as Flag
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from qwen3_mlx.text.events import (
     Event,
@@ -72,7 +72,41 @@ class Reply:
     logprobs: Sequence[TokenLogprob] = ()
 
 
-class Stream(Iterator[Event]):
+class EventStream:
+    """What `Stream` and `AsyncStream` share: the end of a reply, and how to bring it about."""
+
+    def __init__(self, cancelled: Flag, owner: object, started: StartedReply) -> None:
+        """Create the stream of a reply; `owner` is kept alive until the last event."""
+        self.prompt_tokens = started.prompt_tokens
+        self.continued = started.continued
+        self._cancelled = cancelled
+        self._owner: object = owner
+        self._finish_thinking = started.finish_thinking
+
+    def finish_thinking(self) -> None:
+        """Close the thinking within a step, so that the answer follows; from any thread."""
+        self._finish_thinking()
+
+    def _received(self, item: StreamItem, put: Callable[[None], None]) -> Event | None:
+        """Return the event, or None if the stream is at its end; `put` marks the end for others.
+
+        Raises the error that has ended the reply. A StopIteration from a callback is wrapped:
+        raised in an iterator, it would end a loop silently.
+        """
+        if item is None or isinstance(item, Finish | BaseException):
+            put(None)  # for others that read this stream
+            self._owner = None
+        if isinstance(item, StopIteration | StopAsyncIteration):
+            raise RuntimeError(f"a callback raised {type(item).__name__}") from item
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def __del__(self) -> None:
+        self._cancelled.set()
+
+
+class Stream(EventStream, Iterator[Event]):
     """The events of one reply, as an iterator; created by `LLM.stream` and `Conversation.stream`.
 
     Yields `Reasoning`, `Text`, `ToolCallDelta` and `ToolCall` events; `Finish` is the last. An
@@ -98,30 +132,16 @@ class Stream(Iterator[Event]):
         `wait` returns the context in which to wait for events. It raises on the worker thread,
         where no event could ever arrive.
         """
+        super().__init__(cancelled, owner, started)
         self._events = events
-        self._cancelled = cancelled
-        self._owner: object = owner
-        self.prompt_tokens = started.prompt_tokens
-        self.continued = started.continued
-        self._finish_thinking = started.finish_thinking
         self._wait = wait
 
     def __next__(self) -> Event:
         with self._wait():
-            event = self._events.get()
-        if event is None:
-            self._events.put(None)  # for other threads that read this stream
+            item = self._events.get()
+        if (event := self._received(item, self._events.put)) is None:
             raise StopIteration
-        if isinstance(event, Finish | BaseException):
-            self._events.put(None)
-            self._owner = None
-        if isinstance(event, BaseException):
-            _raise(event)
         return event
-
-    def finish_thinking(self) -> None:
-        """Close the thinking within a step, so that the answer follows; from any thread."""
-        self._finish_thinking()
 
     def close(self) -> None:
         """End the generation within a step; the stream then ends with a `Finish`."""
@@ -133,11 +153,8 @@ class Stream(Iterator[Event]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
 
-
-class AsyncStream(AsyncIterator[Event]):
+class AsyncStream(EventStream, AsyncIterator[Event]):
     """The events of one reply, as an asynchronous iterator; created by `LLM.astream`.
 
     Works like `Stream`. Cancelling the task that reads it also ends the generation.
@@ -151,31 +168,18 @@ class AsyncStream(AsyncIterator[Event]):
         started: StartedReply,
     ) -> None:
         """Read `events`; `owner` is kept alive until the last event."""
+        super().__init__(cancelled, owner, started)
         self._events = events
-        self._cancelled = cancelled
-        self._owner: object = owner
-        self.prompt_tokens = started.prompt_tokens
-        self._finish_thinking = started.finish_thinking
 
     async def __anext__(self) -> Event:
         try:
-            event = await self._events.get()
+            item = await self._events.get()
         except asyncio.CancelledError:
             self._cancelled.set()
             raise
-        if event is None:
-            self._events.put_nowait(None)
+        if (event := self._received(item, self._events.put_nowait)) is None:
             raise StopAsyncIteration
-        if isinstance(event, Finish | BaseException):
-            self._events.put_nowait(None)
-            self._owner = None
-        if isinstance(event, BaseException):
-            _raise(event)
         return event
-
-    def finish_thinking(self) -> None:
-        """Close the thinking within a step, so that the answer follows; from any thread."""
-        self._finish_thinking()
 
     async def aclose(self) -> None:
         """End the generation within a step; the stream then ends with a `Finish`."""
@@ -186,19 +190,6 @@ class AsyncStream(AsyncIterator[Event]):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
-
-    def __del__(self) -> None:
-        self._cancelled.set()
-
-
-def _raise(error: BaseException) -> NoReturn:
-    """Raise the error that ended a reply.
-
-    A StopIteration from a callback is wrapped: raised in an iterator, it would end a loop silently.
-    """
-    if isinstance(error, StopIteration | StopAsyncIteration):
-        raise RuntimeError(f"a callback raised {type(error).__name__}") from error
-    raise error
 
 
 class ReplyBuilder:

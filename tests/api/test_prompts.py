@@ -151,11 +151,15 @@ class Shown:
         response = self.served.post(path, body)
         assert response.status_code == 200, response.text
         end = time.monotonic() + 60
-        while not self._caplog.records:  # written when the response has been sent
+        # Written when the response has been sent; that of an earlier request may come even later.
+        while not (records := [one for one in self._records() if one["path"] == path]):
             assert time.monotonic() < end
             time.sleep(0.001)
-        (record,) = [json.loads(record.message) for record in self._caplog.records]
+        (record,) = records
         return record
+
+    def _records(self) -> list[dict[str, Any]]:
+        return [json.loads(record.message) for record in [*self._caplog.records]]
 
     def prompt(self, path: str, body: dict[str, Any]) -> str:
         """Send a request, and give its prompt."""
