@@ -3,7 +3,6 @@
 It composes checkpoint, text and engine, and holds no algorithm of its own.
 """
 
-import asyncio
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -193,17 +192,7 @@ class LLM:
         # Raises if this is the worker thread: an event loop there would wait for its own thread.
         with self._worker.wait():
             pass
-        prepared = self.prepare(messages, **options)
-        loop, cancelled = asyncio.get_running_loop(), Flag()
-        events: asyncio.Queue[StreamItem] = asyncio.Queue()
-
-        def deliver(event: Event | BaseException) -> None:
-            try:
-                loop.call_soon_threadsafe(events.put_nowait, event)
-            except RuntimeError:  # the event loop is closed, so no reader is left
-                cancelled.set()
-
-        return AsyncStream(events, cancelled, self, self.submit(prepared, deliver, cancelled))
+        return AsyncStream.of(partial(self.submit, self.prepare(messages, **options)), self)
 
     def prepare(
         self,

@@ -171,6 +171,22 @@ class AsyncStream(EventStream, AsyncIterator[Event]):
         super().__init__(cancelled, owner, started)
         self._events = events
 
+    @classmethod
+    def of(
+        cls, submit: Callable[[Callable[[StreamItem], None], Flag], StartedReply], owner: object
+    ) -> "AsyncStream":
+        """Submit a reply, and create the stream of its events for the event loop that runs."""
+        loop, cancelled = asyncio.get_running_loop(), Flag()
+        events: asyncio.Queue[StreamItem] = asyncio.Queue()
+
+        def deliver(event: StreamItem) -> None:
+            try:
+                loop.call_soon_threadsafe(events.put_nowait, event)
+            except RuntimeError:  # the event loop is closed, so no reader is left
+                cancelled.set()
+
+        return cls(events, cancelled, owner, submit(deliver, cancelled))
+
     async def __anext__(self) -> Event:
         try:
             item = await self._events.get()
