@@ -106,29 +106,36 @@ class TrialCompiler:
             ValueError: llguidance refuses it, or it takes too much time or memory.
             Qwen3Error: the caller is gone.
         """
-        if self._known_lane(grammar) == 0:  # known to be quick: no need to queue behind slower ones
-            with caller.waiting():
-                return self.compile_trusted(grammar)
+        known = self._known_lane(grammar)
         with caller.waiting():
+            if known == 0:  # known to be quick: no need to queue behind slower ones
+                return self.compile_trusted(grammar)
             for number, lane in enumerate(_lanes()):
-                with lane.helper(caller) as helper:
-                    # Another caller's trial of the same grammar may have ended in the meantime.
-                    found = self._known_lane(grammar)
-                    if found is None:
-                        problem = helper.check(grammar, lane.seconds, caller)
-                        if problem:
-                            raise self._refusal(grammar, problem)
-                        if problem is None:  # too long for this lane
-                            continue
-                        self._verdicts.put(grammar, number)
-                    elif found != number:
-                        continue
-                    return self.compile_trusted(grammar)
+                if matcher := self._compile_in(lane, number, grammar, caller):
+                    return matcher
         raise self._refusal(
             grammar,
             f"it takes more than {TRIAL_LANES[-1][0]:g} s to compile; try a simpler one, with "
             "fewer alternatives, repetitions or expressions that are intersected",
         )
+
+    def _compile_in(
+        self, lane: "_Lane", number: int, grammar: str, caller: Caller
+    ) -> "LLMatcher | None":
+        """Return a matcher of a grammar that compiles within the time limit of a lane, or None."""
+        with lane.helper(caller) as helper:
+            # Another caller's trial of the same grammar may have ended in the meantime.
+            known = self._known_lane(grammar)
+            if known is None:
+                problem = helper.check(grammar, lane.seconds, caller)
+                if problem:
+                    raise self._refusal(grammar, problem)
+                if problem is None:  # too long for this lane
+                    return None
+                self._verdicts.put(grammar, number)
+            elif known > number:
+                return None
+            return self.compile_trusted(grammar)
 
     def compile_trusted(self, grammar: str) -> "LLMatcher":
         """Return a matcher at the start of a grammar that is known to be harmless."""
@@ -225,16 +232,7 @@ def _answer(connection: socket.socket, message: bytes, caller: Caller) -> bytes:
     connection.settimeout(_ANSWER_TIMEOUT)
     try:
         connection.sendall(message)
-        started = time.monotonic()
-        connection.settimeout(POLL_SECONDS)
-        while True:
-            try:
-                connection.recv(1, socket.MSG_PEEK)
-                break
-            except TimeoutError:
-                caller.check()
-                if time.monotonic() - started > _ANSWER_TIMEOUT:
-                    raise
+        _wait_for_answer(connection, caller)
         connection.settimeout(_ANSWER_TIMEOUT)
         return grammar_worker.receive(connection)
     except TimeoutError as error:
@@ -243,6 +241,20 @@ def _answer(connection: socket.socket, message: bytes, caller: Caller) -> bytes:
         ) from error
     except ConnectionError:
         return b""
+
+
+def _wait_for_answer(connection: socket.socket, caller: Caller) -> None:
+    """Wait for the first byte of the answer, as long as the caller waits."""
+    connection.settimeout(POLL_SECONDS)
+    started = time.monotonic()
+    while True:
+        try:
+            connection.recv(1, socket.MSG_PEEK)
+            return
+        except TimeoutError:
+            caller.check()
+            if time.monotonic() - started > _ANSWER_TIMEOUT:
+                raise
 
 
 @cache
