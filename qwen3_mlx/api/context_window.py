@@ -37,7 +37,7 @@ class Window:
             if count > limit:
                 break
             text = message["content"].rpartition(END_THINK)[2].strip()
-            count += self._processor.tokenizer.least_tokens(text, limit)
+            count += self._processor.tokenizer.min_tokens(text, limit)
         if count > limit:
             raise self._too_long(f"{count:,} tokens or more")
 
@@ -55,9 +55,9 @@ class Window:
                 raise ValueError(f"token ids are 0 to {rows - 1:,}, not {outside[0]}")
             return list(prompt)
         try:
-            ids = self._processor.tokenizer.encode(prompt, most=MAX_COUNTED * self._engine.context)
+            ids = self._processor.tokenizer.encode(prompt, MAX_COUNTED * self._engine.context)
         except TooLong as error:
-            raise self._too_long(f"{error.least:,} tokens or more") from error
+            raise self._too_long(f"{error.min_tokens:,} tokens or more") from error
         if (largest := max(ids, default=0)) >= rows:
             raise Qwen3Error(
                 f"the prompt has token {largest} and the model knows {rows:,}: "

@@ -32,7 +32,7 @@ from qwen3_mlx.engine.request import Request, RequestResult, SampledLogprob
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Event, Finish, Usage
-from qwen3_mlx.text.fair_queue import PATIENT, Caller
+from qwen3_mlx.text.fair_queue import LOCAL_CALLER, Caller
 from qwen3_mlx.text.grammar import GrammarState
 from qwen3_mlx.text.logprobs import ScoredPrompt, TextLogprobs
 from qwen3_mlx.text.messages import Message, normalise, without_empty_end
@@ -75,7 +75,7 @@ class PreparedRequest:
         messages: the normalised messages that the prompt was rendered from.
         tools: the descriptions of the tools.
         calls: how this checkpoint writes tool calls, if it is offered tools.
-        form: grammar of the answer; each reply gets a copy.
+        answer_grammar: grammar of the answer; each reply gets a copy.
         call_grammar: grammar of a tool call; each call gets a copy.
         details: details that `Finish` passes on.
         client: key of the client, for fair scheduling.
@@ -96,7 +96,7 @@ class PreparedRequest:
     messages: Sequence[Message] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     calls: ToolCallSyntax | None = None
-    form: GrammarState | None = None
+    answer_grammar: GrammarState | None = None
     call_grammar: GrammarState | None = None
     details: dict[str, str] = field(default_factory=dict)
     client: str = ""
@@ -115,7 +115,7 @@ class ReplyGenerator:
         self,
         prompt: str | Sequence[int],
         options: GenerationOptions,
-        caller: Caller = PATIENT,
+        caller: Caller = LOCAL_CALLER,
         *,
         clamp_max_tokens: bool = False,
         prefill_only: bool = False,
@@ -124,7 +124,7 @@ class ReplyGenerator:
         """Prepare the continuation of raw text or of token ids.
 
         With `prefill_only` nothing is generated. Raises what `Window.encode`, `Window.room` and
-        `GenerationOptions.form` raise.
+        `GenerationOptions.answer_grammar` raise.
         """
         processor, ids = self.processor, self.window.encode(prompt)
         max_tokens, min_room = (0, 0) if prefill_only else (options.max_tokens, 1)
@@ -138,7 +138,7 @@ class ReplyGenerator:
             sampling=options.sampling.over(defaults) if options.sampling else defaults,
             end_ids=processor.end_ids,
             limits=ThinkingLimits(None, None, options.loop_guard),
-            form=options.form(processor.grammars, caller),
+            answer_grammar=options.answer_grammar(processor.grammars, caller),
             client=caller.client,
             score_prompt=score_prompt,
         )
@@ -147,7 +147,7 @@ class ReplyGenerator:
         self,
         messages: str | Sequence[Message],
         options: GenerationOptions,
-        caller: Caller = PATIENT,
+        caller: Caller = LOCAL_CALLER,
         *,
         min_room: int = 1,
         clamp_max_tokens: bool = False,
@@ -173,11 +173,11 @@ class ReplyGenerator:
         room = self.window.room(
             len(ids), options.max_tokens, min_room, clamp_max_tokens=clamp_max_tokens
         )
-        form = options.form(processor.grammars, caller)
+        answer = options.answer_grammar(processor.grammars, caller)
         call_grammar = self._call_grammar(calls, tools, options, caller) if calls else None
         warnings = [*call_grammar.warnings] if call_grammar else []
-        if form and options.must_call:
-            form = None
+        if answer and options.must_call:
+            answer = None
             warnings.append("a tool call is required, so the form of the answer was ignored")
         if continued and options.thinking and not inside:
             warnings.append("the answer had begun, so it was continued without thinking")
@@ -188,7 +188,7 @@ class ReplyGenerator:
             room,
             sampling=self._sampling(options, history, thinks, continued),
             end_ids=processor.end_ids | processor.turn_end_ids,
-            limits=self._limits(options, room, thinks, form, calls),
+            limits=self._limits(options, room, thinks, answer, calls),
             thinking=processor.thinking,
             thinks=thinks,
             inside=inside,
@@ -196,7 +196,7 @@ class ReplyGenerator:
             messages=history,
             tools=tools,
             calls=calls,
-            form=form,
+            answer_grammar=answer,
             call_grammar=call_grammar,
             details={"warning": "; ".join(warnings)} if warnings else {},
             client=caller.client,
@@ -295,7 +295,7 @@ class ReplyGenerator:
         options: GenerationOptions,
         room: int,
         thinks: bool,
-        form: GrammarState | None,
+        answer: GrammarState | None,
         calls: ToolCallSyntax | None,
     ) -> ThinkingLimits:
         """Return the limits of the thinking; what must follow it keeps its room."""
@@ -303,7 +303,7 @@ class ReplyGenerator:
         # A budget is refused only if the request's own max_tokens leaves no room for it. If the
         # context window is what ends, the budget gives way.
         bends = budget is None or options.thinking_budget_bends or room != options.max_tokens
-        if thinks and budget is None and (form or (calls and options.constrains_calls)):
+        if thinks and budget is None and (answer or (calls and options.constrains_calls)):
             budget = room
         if budget is None and options.thinking_budget_message is None:
             return ThinkingLimits(None, None, options.loop_guard)
@@ -314,7 +314,7 @@ class ReplyGenerator:
             message=options.thinking_budget_message,
             max_tokens=room,
             guard=options.loop_guard,
-            least_answer=len(form.closing() or ()) + 1 if form and budget is not None else 1,
+            min_answer=len(answer.closing() or ()) + 1 if answer and budget is not None else 1,
             bends=bends,
         )
 
@@ -395,6 +395,7 @@ class Generation:
     def request(self, cancelled: Flag) -> Request:
         """Return the request to the engine, whose callbacks are this generation's."""
         prepared, options = self._prepared, self._prepared.options
+        constrained = prepared.answer_grammar is not None or prepared.calls is not None
         return Request(
             ids=prepared.ids,
             sampling=prepared.sampling,
@@ -404,7 +405,7 @@ class Generation:
             sink=self._parser,
             on_finish=self.on_finish,
             progress=options.progress,
-            constraint=self._with_grammars() if prepared.form or prepared.calls else self._budget,
+            constraint=self._with_grammars() if constrained else self._budget,
             cancelled=cancelled,
             on_logprobs=self.on_logprobs if self._logprobs else None,
             on_prompt_logprobs=self._prompt_scorer() if prepared.score_prompt else None,
@@ -466,7 +467,7 @@ class Generation:
 
     def _with_grammars(self) -> Constraint:
         """Return the thinking budget within a constraint that the answer or a call follows."""
-        prepared, rule = self._prepared, None
+        prepared, answer, rule = self._prepared, self._prepared.answer_grammar, None
         if prepared.calls and prepared.call_grammar:
             rule = ToolCallRule(
                 prepared.calls,
@@ -480,7 +481,7 @@ class Generation:
             self._processor.tokenizer,
             thinks=prepared.thinks,
             max_tokens=prepared.room,
-            answer=prepared.form and prepared.form.copy([]),  # each reply has a state of its own
+            answer=answer and answer.copy([]),  # each reply has a state of its own
             calling=rule,
         )
 

@@ -41,7 +41,7 @@ from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.text.events import Event
-from qwen3_mlx.text.fair_queue import PATIENT, Caller
+from qwen3_mlx.text.fair_queue import LOCAL_CALLER, Caller
 from qwen3_mlx.text.messages import Message, normalise
 from qwen3_mlx.text.tokenizer import Prompt
 from qwen3_mlx.text.tool_calls import Tool, run_tool, tool_functions
@@ -197,7 +197,7 @@ class LLM:
     def prepare(
         self,
         messages: str | Sequence[Message],
-        caller: Caller = PATIENT,
+        caller: Caller = LOCAL_CALLER,
         *,
         clamp_max_tokens: bool = False,
         **options: Unpack[Options],
@@ -226,7 +226,7 @@ class LLM:
     def prepare_text(
         self,
         prompt: str | Sequence[int],
-        caller: Caller = PATIENT,
+        caller: Caller = LOCAL_CALLER,
         *,
         clamp_max_tokens: bool = False,
         score_prompt: bool = False,

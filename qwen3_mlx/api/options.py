@@ -13,7 +13,7 @@ from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.text.fair_queue import Caller
 from qwen3_mlx.text.grammar import GrammarState
 from qwen3_mlx.text.grammar_compiler import GrammarCompiler, SchemaLike
-from qwen3_mlx.text.grammar_limits import MOST_TOOLS, check_tools
+from qwen3_mlx.text.grammar_limits import MAX_TOOLS, check_tools
 from qwen3_mlx.text.tool_calls import Tool, as_tool_list, tool_schema
 
 
@@ -218,8 +218,8 @@ class GenerationOptions:
             ValueError: there are too many tools, two have the same name, or none has the name that
                 `tool_choice` states.
         """
-        if len(tools := as_tool_list(self.tools)) > MOST_TOOLS:
-            raise ValueError(f"at most {MOST_TOOLS:,} tools can be given, not {len(tools):,}")
+        if len(tools := as_tool_list(self.tools)) > MAX_TOOLS:
+            raise ValueError(f"at most {MAX_TOOLS:,} tools can be given, not {len(tools):,}")
         described = [tool_schema(tool) for tool in tools]
         check_tools(described)
         names = [tool["function"]["name"] for tool in described]
@@ -237,7 +237,7 @@ class GenerationOptions:
         """True if the reply must call a tool, or may call only once."""
         return self.must_call or not self.parallel_tool_calls
 
-    def form(self, grammars: GrammarCompiler, caller: Caller) -> GrammarState | None:
+    def answer_grammar(self, grammars: GrammarCompiler, caller: Caller) -> GrammarState | None:
         """Compile the grammar of the answer from its schema, regex, choice or grammar.
 
         Returns None if the answer is not constrained. `caller` may cancel it.

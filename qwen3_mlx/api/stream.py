@@ -73,7 +73,7 @@ class Reply:
 
 
 class EventStream:
-    """What `Stream` and `AsyncStream` share: the end of a reply, and how to bring it about."""
+    """Base of `Stream` and `AsyncStream`: the end of a reply, and how to bring it about."""
 
     def __init__(self, cancelled: Flag, owner: object, started: StartedReply) -> None:
         """Create the stream of a reply; `owner` is kept alive until the last event."""

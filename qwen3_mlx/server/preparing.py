@@ -145,7 +145,7 @@ class _Job(Caller):
             self._take()
 
     def _take(self) -> None:
-        self._turns.take(self)
+        self._turns.acquire(self)
         self._has_turn = True
 
     def _leave(self) -> None:

@@ -31,28 +31,29 @@ class Caller:
             raise Qwen3Error("the request was cancelled while it was prepared")
 
 
-PATIENT = Caller()
+LOCAL_CALLER = Caller()
+"""The caller of what this process itself does: it belongs to no client, and stays."""
 
 
 class FairQueue:
-    """Shares `count` turns: the client that holds the fewest is next, its callers in order."""
+    """Shares `count` turns: the client with the fewest is next, its callers in order."""
 
     def __init__(self, count: int) -> None:
         self._free = count
         self._waiting: list[Caller] = []
-        self._having = Counter[str]()
+        self._turns_of = Counter[str]()
         self._changed = Condition()
 
     @contextmanager
-    def one(self, caller: Caller) -> Iterator[None]:
+    def turn(self, caller: Caller) -> Iterator[None]:
         """Hold a turn for the duration of the context."""
-        self.take(caller)
+        self.acquire(caller)
         try:
             yield
         finally:
             self.release(caller)
 
-    def take(self, caller: Caller) -> None:
+    def acquire(self, caller: Caller) -> None:
         """Wait for a turn.
 
         Raises:
@@ -65,7 +66,7 @@ class FairQueue:
                     self._changed.wait(POLL_SECONDS)
                     caller.check()
                 self._free -= 1
-                self._having[caller.client] += 1
+                self._turns_of[caller.client] += 1
             finally:
                 self._waiting.remove(caller)
                 self._changed.notify_all()  # another caller is first in line now
@@ -74,9 +75,9 @@ class FairQueue:
         """Return a turn to the queue."""
         with self._changed:
             self._free += 1
-            self._having[caller.client] -= 1
-            self._having += Counter()  # drops clients without a turn
+            self._turns_of[caller.client] -= 1
+            self._turns_of += Counter()  # drops clients without a turn
             self._changed.notify_all()
 
     def _next(self) -> Caller:
-        return min(self._waiting, key=lambda caller: self._having[caller.client])
+        return min(self._waiting, key=lambda caller: self._turns_of[caller.client])

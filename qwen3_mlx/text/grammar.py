@@ -165,17 +165,17 @@ class GrammarState:
         self.warnings.append(f"the schema of a tool was not enforced in a call: {complaint}")
         return self._recover() or True
 
-    def closing(self, most: int = _MAX_CLOSING) -> list[int] | None:
-        """Return at most `most` tokens that end the text, or None if none were found."""
+    def closing(self, max_tokens: int = _MAX_CLOSING) -> list[int] | None:
+        """Return at most `max_tokens` tokens that end the text, or None if none were found."""
         walked = self.copy([])
         walked._pace = self._pace  # the search delays the same text, so its time counts
-        return walked._walk(most)
+        return walked._walk(max_tokens)
 
-    def _walk(self, most: int) -> list[int] | None:
+    def _walk(self, max_tokens: int) -> list[int] | None:
         """Advance to a near end of the text and return the tokens, as described in `closing`."""
         matcher, ids = self._matcher, list[int]()
         while not matcher.is_accepting():
-            if len(ids) >= most or matcher.is_error() or self._pace.too_slow:
+            if len(ids) >= max_tokens or matcher.is_error() or self._pace.too_slow:
                 return None
             # Forced tokens first: they are free of choice, so they cannot lead away from an end.
             with self._pace:

@@ -7,9 +7,9 @@ from functools import cached_property, partial
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-from qwen3_mlx.text.fair_queue import PATIENT, Caller
+from qwen3_mlx.text.fair_queue import LOCAL_CALLER, Caller
 from qwen3_mlx.text.grammar import GrammarState, line_of
-from qwen3_mlx.text.grammar_limits import MOST_CHOICES, check_lark, check_schema, check_size
+from qwen3_mlx.text.grammar_limits import MAX_CHOICES, check_lark, check_schema, check_size
 from qwen3_mlx.text.grammar_trial import ResultCache, TrialCompiler
 from qwen3_mlx.text.tokenizer import Tokenizer
 from qwen3_mlx.text.tool_schema import Kinds, kinds_of, parameters_of, properties_of, standalone
@@ -30,7 +30,7 @@ _TEXT_RULE = r"text[lazy]: /((.|\n)*\n)?<\/parameter>\n/"
 SchemaLike = Mapping[str, Any] | type | bool
 """A JSON schema: a dictionary or a pydantic model."""
 
-_MOST_WRITTEN = 4_000_000  # characters of all tools' documents; each may repeat all references
+_MAX_WRITTEN = 4_000_000  # characters of all tools' documents; each may repeat all references
 _MAX_CHECKED = 1024  # schemas of tools whose check is remembered
 _MAX_SHOWN = 200  # characters of a wrong value
 
@@ -46,7 +46,7 @@ class GrammarCompiler:
         self._end_ids = sorted(token for token in end_ids if token < len(tokenizer))
         self._compiler = TrialCompiler(self._vocabulary)
         self._checked: ResultCache[tuple[str, str]] = ResultCache(_MAX_CHECKED)
-        self._caller = PATIENT
+        self._caller = LOCAL_CALLER
 
     def for_caller(self, caller: Caller) -> "GrammarCompiler":
         """Return the same compiler for a caller that may disconnect while it waits."""
@@ -115,10 +115,8 @@ class GrammarCompiler:
         ):
             shown = shorten(repr(choices), _MAX_SHOWN, placeholder=" ...")
             raise ValueError(f"choice must be one or more non-empty strings, not {shown}")
-        if len(choices) > MOST_CHOICES:
-            raise ValueError(
-                f"choice may have at most {MOST_CHOICES:,} texts, not {len(choices):,}"
-            )
+        if len(choices) > MAX_CHOICES:
+            raise ValueError(f"choice may have at most {MAX_CHOICES:,} texts, not {len(choices):,}")
         check_size("choice", list(choices))
         texts = " | ".join(json.dumps(choice) for choice in choices)
         return self.lark(f"start: ONE\nONE: {texts}", "choice")  # a terminal holds thousands
@@ -155,7 +153,7 @@ class GrammarCompiler:
         self, tools: Sequence[Mapping[str, Any]], write: "_WriteRules"
     ) -> GrammarState:
         warnings: list[str] = []
-        room = _MOST_WRITTEN
+        room = _MAX_WRITTEN
 
         def write_schema(name: str, schema: Callable[[], _Schema], fallback: _Schema) -> str:
             nonlocal room
@@ -163,11 +161,11 @@ class GrammarCompiler:
             # Each schema is compiled alone first: one that fails is replaced, and the others hold.
             document, refusal, unsupported = "", "all schemas together are too large", ""
             if room > 0:
-                wanted = schema()
-                document = _document(wanted)
+                stated = schema()
+                document = _document(stated)
                 room -= len(document)
                 refusal, unsupported = self._check(document)
-                if fallback is _ANY_OBJECT and wanted.get("type") != "object":
+                if fallback is _ANY_OBJECT and stated.get("type") != "object":
                     refusal = "the arguments of a tool are an object"
             if refusal:
                 warnings.append(f"the schema of the tool {name} is not enforced: {refusal}")

@@ -12,10 +12,10 @@ from typing import Any
 
 from qwen3_mlx.text.tool_schema import parameters_of, parts_of, properties_of
 
-MOST_TOOLS = 1_000
-MOST_PARAMETERS = 5_000  # of all tools
-MOST_CHOICES = 50_000
-MOST_CHARACTERS = 1_000_000
+MAX_TOOLS = 1_000
+MAX_PARAMETERS = 5_000  # of all tools
+MAX_CHOICES = 50_000
+MAX_CHARACTERS = 1_000_000
 """Limit for the text of a grammar, or for all tools; more would not fit a context window either."""
 
 # Intersecting patterns takes time exponential in their number, before llguidance counts any fuel:
@@ -34,13 +34,13 @@ _LARK_LITERAL = re.compile(r'"(?:[^"\\\n]|\\.)*+"?|/(?:[^/\\\n]|\\.)++/?|//.*')
 
 
 def check_size(name: str, value: Any) -> None:
-    """Check that a JSON value has at most `MOST_CHARACTERS` characters.
+    """Check that a JSON value has at most `MAX_CHARACTERS` characters.
 
     Raises:
         ValueError: it has more.
     """
     rest, size = [value], 0
-    while rest and size <= MOST_CHARACTERS:
+    while rest and size <= MAX_CHARACTERS:
         part = rest.pop()
         size += 1
         if isinstance(part, str):
@@ -50,8 +50,8 @@ def check_size(name: str, value: Any) -> None:
             rest += part.values()
         elif isinstance(part, list | tuple):
             rest += part
-    if size > MOST_CHARACTERS:
-        raise ValueError(f"{name} may have at most {MOST_CHARACTERS:,} characters; this has more")
+    if size > MAX_CHARACTERS:
+        raise ValueError(f"{name} may have at most {MAX_CHARACTERS:,} characters; this has more")
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
@@ -62,9 +62,9 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
     """
     check_size("all tools together", tools)
     count = sum(len(properties_of(parameters_of(tool["function"]))) for tool in tools)
-    if count > MOST_PARAMETERS:
+    if count > MAX_PARAMETERS:
         raise ValueError(
-            f"all tools together may have at most {MOST_PARAMETERS:,} parameters, not {count:,}"
+            f"all tools together may have at most {MAX_PARAMETERS:,} parameters, not {count:,}"
         )
 
 

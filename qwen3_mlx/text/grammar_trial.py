@@ -50,8 +50,8 @@ _Value = TypeVar("_Value")
 class ResultCache(Generic[_Value]):
     """Cache of the latest results by source text; only a hash of the text is stored."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, max_results: int) -> None:
+        self._max_results = max_results
         self._results: OrderedDict[bytes, _Value] = OrderedDict()
         self._lock = Lock()
 
@@ -70,7 +70,7 @@ class ResultCache(Generic[_Value]):
         with self._lock:
             self._results[key] = value
             self._results.move_to_end(key)
-            if len(self._results) > self._most:
+            if len(self._results) > self._max_results:
                 self._results.popitem(last=False)
 
 
@@ -280,7 +280,7 @@ class _Lane:
     @contextmanager
     def helper(self, caller: Caller) -> Iterator[_TrialProcess]:
         """Lend a process to the caller when it is the caller's turn."""
-        with self._queue.one(caller):
+        with self._queue.turn(caller):
             helper = self._free.get()  # the most recently used one, so that idle ones can end
             try:
                 yield helper

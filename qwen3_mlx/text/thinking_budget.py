@@ -54,7 +54,7 @@ def hand_off_ids(tokenizer: Tokenizer, thinking: Thinking, message: str | None) 
 
 
 def budget_within(
-    budget: int, max_tokens: int, hand_off: Sequence[int], least_answer: int = 1
+    budget: int, max_tokens: int, hand_off: Sequence[int], min_answer: int = 1
 ) -> int:
     """Return the part of `budget` that leaves room for the hand-off and an answer, in tokens.
 
@@ -62,11 +62,11 @@ def budget_within(
         ValueError: no part of it does.
     """
     rest = max_tokens - 1 - len(hand_off)  # 1: the tag that opens the thinking
-    answer = max(least_answer, min(_MAX_ANSWER_RESERVE, rest // _ANSWER_SHARE))
+    answer = max(min_answer, min(_MAX_ANSWER_RESERVE, rest // _ANSWER_SHARE))
     if rest < answer:
         raise ValueError(
             f"max_tokens={max_tokens} leaves no room for an answer: closing the thinking takes "
-            f"{1 + len(hand_off)} tokens, and the answer at least {least_answer}"
+            f"{1 + len(hand_off)} tokens, and the answer at least {min_answer}"
         )
     return min(budget, rest - answer)
 
@@ -92,7 +92,7 @@ class ThinkingLimits:
         message: str | None,
         max_tokens: int,
         guard: bool,
-        least_answer: int = 1,
+        min_answer: int = 1,
         bends: bool = False,
     ) -> "ThinkingLimits":
         """Create the limits of a request, with room for an answer within `max_tokens`.
@@ -109,14 +109,14 @@ class ThinkingLimits:
         if budget is None:
             return cls(message, None, guard)
         if not bends:
-            within = budget_within(budget, max_tokens, hand_off, least_answer)
+            within = budget_within(budget, max_tokens, hand_off, min_answer)
             return cls(message, within, guard)
         closings = {message: hand_off, "": hand_off_ids(tokenizer, thinking, "")}
         if message is None and len(hand_off) * _ANSWER_SHARE > max_tokens:
             del closings[message]  # Qwen's text would take the room of the answer
         for closing, ids in closings.items():
             try:
-                return cls(closing, budget_within(budget, max_tokens, ids, least_answer), guard)
+                return cls(closing, budget_within(budget, max_tokens, ids, min_answer), guard)
             except ValueError:
                 continue
         return cls("", None, guard)

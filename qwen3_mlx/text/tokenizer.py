@@ -39,11 +39,11 @@ class Prompt(str):
 
 
 class TooLong(ValueError):
-    """The text has more tokens than allowed: at least `least`."""
+    """The text has more tokens than allowed: at least `min_tokens`."""
 
-    def __init__(self, least: int) -> None:
-        super().__init__(f"the text has {least:,} tokens or more")
-        self.least = least
+    def __init__(self, min_tokens: int) -> None:
+        super().__init__(f"the text has {min_tokens:,} tokens or more")
+        self.min_tokens = min_tokens
 
 
 class Tokenizer:
@@ -92,23 +92,25 @@ class Tokenizer:
         )
         return bool(others.items() <= own.items())
 
-    def encode(self, text: str, most: int | None = None) -> list[int]:
+    def encode(self, text: str, max_tokens: int | None = None) -> list[int]:
         """Return the ids of `text`; the names of control tokens in it become those tokens.
 
         In a `Prompt` returned by `LLM.render`, only the names written by the template do.
 
         Raises:
-            TooLong: there are more than `most`; encoding stops there, so the total is not known.
+            TooLong: there are more than `max_tokens`; the total is not counted.
             ValueError: the text is not valid Unicode, for example decoded from other than UTF-8.
         """
         parts = text.parts if isinstance(text, Prompt) else [(text, False)]
         ids: list[int] = []
-        if most is not None and len(text) > most and (least := self._least_by_bytes(text)) > most:
-            raise TooLong(least)
+        if max_tokens is not None and len(text) > max_tokens:
+            if (lower_bound := self._min_by_bytes(text)) > max_tokens:
+                raise TooLong(lower_bound)
         for part, is_plain in parts:
-            for encoding in self._encoded(self._plain if is_plain else self._inner, part, most):
+            inner = self._plain if is_plain else self._inner
+            for encoding in self._encoded(inner, part, max_tokens):
                 ids += encoding.ids
-                if most is not None and len(ids) > most:
+                if max_tokens is not None and len(ids) > max_tokens:
                     raise TooLong(len(ids))
         return ids
 
@@ -117,7 +119,7 @@ class Tokenizer:
         encodings = self._encoded(self._plain, text)
         return [token for encoding in encodings for token in encoding.ids]
 
-    def least_tokens(self, text: str, enough: int) -> int:
+    def min_tokens(self, text: str, enough: int) -> int:
         """Return a lower bound of the number of tokens in `text`.
 
         The bound comes from the bytes; long texts are encoded, until more than `enough` are found.
@@ -125,17 +127,17 @@ class Tokenizer:
         Raises:
             ValueError: a long text is not valid Unicode.
         """
-        least, found = self._least_by_bytes(text), 0
-        if least > enough or len(text) < _LONG_TEXT:
-            return least
+        lower_bound, found = self._min_by_bytes(text), 0
+        if lower_bound > enough or len(text) < _LONG_TEXT:
+            return lower_bound
         try:
             for encoding in self._encoded(self._plain, text, enough):
                 found += len(encoding)
                 if found > enough + _MAX_MERGED:
                     break
         except TooLong as error:
-            found = error.least
-        return max(least, found - _MAX_MERGED)
+            found = error.min_tokens
+        return max(lower_bound, found - _MAX_MERGED)
 
     def added_spans(self, text: str) -> list[tuple[int, int]]:
         """Return the places of added tokens in a text, as (start, stop) in characters."""
@@ -154,7 +156,7 @@ class Tokenizer:
             place += max(sure, found[-1][1] if found else 0)
 
     def _encoded(
-        self, tokenizer: tokenizers.Tokenizer, text: str, most: int | None = None
+        self, tokenizer: tokenizers.Tokenizer, text: str, max_tokens: int | None = None
     ) -> Iterator[tokenizers.Encoding]:
         """Yield the encodings of the pieces; only batch calls, here of size 1, release the GIL."""
         try:
@@ -164,21 +166,21 @@ class Tokenizer:
                 f"the text is not valid Unicode at character {error.start}; is it UTF-8?"
             ) from error
         for piece in pieces(text) if len(text) > 2 * PIECE and self._cuts else [text]:
-            if most is not None and len(piece) > 2 * PIECE:
-                self._check_uncut(tokenizer, piece, most)
+            if max_tokens is not None and len(piece) > 2 * PIECE:
+                self._check_uncut(tokenizer, piece, max_tokens)
             yield tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
 
     @staticmethod
-    def _check_uncut(tokenizer: tokenizers.Tokenizer, text: str, most: int) -> None:
+    def _check_uncut(tokenizer: tokenizers.Tokenizer, text: str, max_tokens: int) -> None:
         """Raise TooLong if a long text without a safe cut has far too many tokens, cut anywhere."""
         found = 0
         for start in range(0, len(text), PIECE):
             piece = text[start : start + PIECE]
             found += len(tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0])
-            if found > 2 * most:  # cuts add a few tokens, never as many as the text has
+            if found > 2 * max_tokens:  # cuts add a few tokens, never as many as the text has
                 raise TooLong(found // 2)
 
-    def _least_by_bytes(self, text: str) -> int:
+    def _min_by_bytes(self, text: str) -> int:
         size = (
             len(text)
             if text.isascii()

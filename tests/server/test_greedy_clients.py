@@ -23,7 +23,7 @@ from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.schema import ChatRequest
 from qwen3_mlx.server.request_body import parse_body
 from qwen3_mlx.text import grammar_trial
-from qwen3_mlx.text.fair_queue import PATIENT, Caller, FairQueue
+from qwen3_mlx.text.fair_queue import LOCAL_CALLER, Caller, FairQueue
 from qwen3_mlx.text.stop_strings import StopStrings
 from qwen3_mlx.text.tool_schema import Kinds
 from tests.server.harness import submit_slowly, until
@@ -96,14 +96,14 @@ class _Client(Caller):
 def test_a_client_with_fewer_turns_is_next() -> None:
     turns, order = FairQueue(2), list[str]()
     first, second = _Client("greedy"), _Client("greedy")
-    turns.take(first)
-    turns.take(second)
+    turns.acquire(first)
+    turns.acquire(second)
     threads = []
     for number, name in enumerate(["greedy"] * 5 + ["other"]):
 
         def wait(name: str = name) -> None:
             caller = _Client(name)
-            turns.take(caller)
+            turns.acquire(caller)
             order.append(name)
             turns.release(caller)
 
@@ -115,7 +115,7 @@ def test_a_client_with_fewer_turns_is_next() -> None:
         thread.join(60)
     assert order == ["other"] + ["greedy"] * 5
     turns.release(second)
-    assert not turns._having and not turns._waiting
+    assert not turns._turns_of and not turns._waiting
 
 
 # --- several replies to a prompt ----------------------------------------------------------------
@@ -250,10 +250,10 @@ def test_a_form_or_a_bias_that_is_wrong_throughout_is_refused_at_once(
 
 def test_a_trial_that_is_killed_from_outside_is_made_again() -> None:
     helper = grammar_trial._TrialProcess()
-    assert helper.check('start: "a"', 5, PATIENT) == ""
+    assert helper.check('start: "a"', 5, LOCAL_CALLER) == ""
     assert helper._process
     helper._process.kill()  # it may be found dead before it is asked, or later
-    assert helper.check('start: "b"', 5, PATIENT) == ""
+    assert helper.check('start: "b"', 5, LOCAL_CALLER) == ""
     helper._end()
 
 

@@ -17,8 +17,8 @@ from qwen3_mlx import LLM
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server import preparing
 from qwen3_mlx.text import grammar, grammar_compiler, grammar_trial, grammar_worker
-from qwen3_mlx.text.fair_queue import PATIENT, Caller
-from qwen3_mlx.text.grammar_limits import MOST_CHARACTERS
+from qwen3_mlx.text.fair_queue import LOCAL_CALLER, Caller
+from qwen3_mlx.text.grammar_limits import MAX_CHARACTERS
 from qwen3_mlx.text.grammar_trial import TrialCompiler
 from qwen3_mlx.text.tool_schema import kinds_of
 from tests.server.harness import submit_slowly, until
@@ -70,7 +70,7 @@ def lanes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[grammar_trial._Lane]
     for lane in made:
         with ExitStack() as all_of_them:
             for _ in range(lane._free.qsize()):
-                all_of_them.enter_context(lane.helper(PATIENT))._end()
+                all_of_them.enter_context(lane.helper(LOCAL_CALLER))._end()
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def occupied(lanes: list[grammar_trial._Lane]) -> Iterator[None]:
     with ExitStack() as stack:
         for lane in lanes:
             for _ in range(lane._free.qsize()):
-                stack.enter_context(lane.helper(PATIENT))
+                stack.enter_context(lane.helper(LOCAL_CALLER))
         yield
 
 
@@ -92,14 +92,14 @@ def occupied(lanes: list[grammar_trial._Lane]) -> Iterator[None]:
         (schema(_REFERENCES), "schema: it takes more memory than there is, or is too deep"),
         (structured(choice=[f"{n}" for n in range(100_000)]), "at most 50,000 texts, not 100,000"),
         (structured(choice=["a" * 30] * 40_000), "choice may have at most 1,000,000 characters"),
-        (structured(regex="a" * MOST_CHARACTERS + "b"), "regex may have at most 1,000,000 char"),
+        (structured(regex="a" * MAX_CHARACTERS + "b"), "regex may have at most 1,000,000 char"),
         (structured(grammar='start: "' + r"\"" * 200_000), "grammar: "),
         (
-            schema({"const": "a" * MOST_CHARACTERS}),
+            schema({"const": "a" * MAX_CHARACTERS}),
             "a schema may have at most 1,000,000 characters",
         ),
         ({"tools": [tool(f"f{n}") for n in range(1001)]}, "not 1001"),
-        ({"tools": [tool(title="a" * MOST_CHARACTERS)]}, "all tools together may have at most 1,0"),
+        ({"tools": [tool(title="a" * MAX_CHARACTERS)]}, "all tools together may have at most 1,0"),
         (
             {"tools": [tool(properties={f"a{n}": {} for n in range(5001)})]},
             "all tools together may have at most 5,000 parameters, not 5,001",
@@ -137,7 +137,7 @@ def test_what_was_refused_is_not_tried_again(
     compiler = TrialCompiler(lambda: LLTokenizer("byte"))
     for _ in range(2):
         with pytest.raises(ValueError, match="more than 2 s"):
-            compiler.compile(_ENDLESS, PATIENT)
+            compiler.compile(_ENDLESS, LOCAL_CALLER)
         monkeypatch.setattr(grammar_trial, "_lanes", lambda: pytest.fail("it is tried again"))
 
 
@@ -294,23 +294,23 @@ class Leaving(Caller):
 @pytest.mark.parametrize("error", [None, KeyboardInterrupt()])
 def test_a_trial_ends_with_its_caller(error: BaseException | None) -> None:
     helper = grammar_trial._TrialProcess()
-    assert helper.check('start: "a"', 5, PATIENT) == ""
+    assert helper.check('start: "a"', 5, LOCAL_CALLER) == ""
     process = helper._process
     assert process and process.poll() is None
     with pytest.raises(KeyboardInterrupt if error else Qwen3Error):
         helper.check(_ENDLESS, 30, Leaving(error))
     assert process.poll() is not None
-    assert helper.check("start: 1", 5, PATIENT)  # by the next one
+    assert helper.check("start: 1", 5, LOCAL_CALLER)  # by the next one
     helper._end()
 
 
 def test_a_process_that_was_idle_is_replaced() -> None:
     helper = grammar_trial._TrialProcess()
-    assert helper.check('start: "a"', 5, PATIENT) == ""
+    assert helper.check('start: "a"', 5, LOCAL_CALLER) == ""
     process, connection = helper._process, helper._connection
     assert process and connection
     connection.shutdown(socket.SHUT_WR)  # so that it has nothing to wait for
-    assert helper.check('start: "b"', 5, PATIENT) == ""
+    assert helper.check('start: "b"', 5, LOCAL_CALLER) == ""
     assert process.returncode == 0 and helper._process is not process
     helper._end()
 
@@ -319,7 +319,7 @@ def test_a_trial_does_not_outlive_a_program_that_was_killed() -> None:
     program = (
         "from qwen3_mlx.text import fair_queue, grammar_trial;"
         "helper = grammar_trial._TrialProcess();"
-        "helper.check('start: \"a\"', 5, fair_queue.PATIENT);"
+        "helper.check('start: \"a\"', 5, fair_queue.LOCAL_CALLER);"
         "print(helper._process.pid, flush=True); input()"
     )
     pipe = subprocess.PIPE
@@ -342,7 +342,7 @@ def test_where_no_process_can_be_started_grammars_are_made_all_the_same(
 ) -> None:
     for command in ([], [sys.executable, "-c", "raise SystemExit(3)"]):
         monkeypatch.setattr(grammar_trial, "_command", lambda command=command: command)
-        assert grammar_trial._TrialProcess().check('start: "a"', 5, PATIENT) == ""
+        assert grammar_trial._TrialProcess().check('start: "a"', 5, LOCAL_CALLER) == ""
         assert "a grammar is compiled without a trial" in caplog.text
         caplog.clear()
 
@@ -376,7 +376,7 @@ def test_a_grammar_that_takes_long_at_each_token_ends_the_reply(
 
 
 def test_all_schemas_together_are_bounded(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar_compiler, "_MOST_WRITTEN", 200)
+    monkeypatch.setattr(grammar_compiler, "_MAX_WRITTEN", 200)
     tools = [tool(f"f{n}", properties={"a": {"enum": [n]}}) for n in range(5)]
     reply = demo.chat("Hi", tools=tools, thinking=False, max_tokens=4)
     warned = reply.details["warning"]
