@@ -22,7 +22,7 @@ class Section(Enum):
 
 
 class DecodedToken(NamedTuple):
-    """What a token has added to a reply.
+    """A token of a reply: its text, and the section it leads to.
 
     Attributes:
         section: the section after the token. Only a tag opens or closes the thinking.
