@@ -320,7 +320,7 @@ class ReplyGenerator:
 
 
 class ReplyEvents:
-    """Delivers the events of one reply; the last one exactly once."""
+    """Delivers the events of one reply, and collects them for what follows its end."""
 
     def __init__(self, prepared: PreparedRequest, deliver: Deliver, on_end: OnEnd | None) -> None:
         self.ended = False
