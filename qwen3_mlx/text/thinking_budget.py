@@ -197,8 +197,26 @@ class ThinkingBudget:
         self.rollback = 0
         for token in ids:
             self._history.append(self._state)
-            self._state = replace(self._state)
-            self._advance_state(token)
+            state = self._state = replace(self._state)
+            was_inside = self._sections.inside
+            self._sections.advance(token)
+            chosen = state.forced_tokens == 0
+            state.forced_tokens -= not chosen
+            # Forced tokens are recorded, too (a rewind counts them), but never count as a loop.
+            state.looped = self._repetition is not None and self._repetition.add(token) and chosen
+            if not (was_inside and self._sections.inside):
+                continue  # a tag, or a token of the answer
+            now = self._sections.last
+            if token not in self._end_ids:
+                state.spent += chosen
+                if token == self._call_close_id:
+                    state.called = True
+                elif now.text.strip():
+                    state.called = False
+            elif not state.called and self._limits.budget is not None:
+                # A reply that ends with a call has an answer: the call. Any other end is rolled
+                # back, with the tokens of an incomplete character before it.
+                self._pending_close, self.rollback = "end", now.undecoded + 1
         self._check_limits()
 
     def rewind(self, count: int) -> None:
@@ -233,28 +251,6 @@ class ThinkingBudget:
     def no_mask(self) -> "NDArray[np.uint32]":
         """Return a mask that allows no token, 32 ids to a word."""
         return np.zeros(-(-len(self._tokenizer) // 32), dtype=np.uint32)
-
-    def _advance_state(self, token: int) -> None:
-        state, was_inside = self._state, self._sections.inside
-        self._sections.advance(token)
-        chosen = state.forced_tokens == 0
-        state.forced_tokens -= not chosen
-        # Forced tokens are recorded, too (a rewind counts them), but they never count as a loop.
-        state.looped = self._repetition is not None and self._repetition.add(token) and chosen
-        if not (was_inside and self._sections.inside):
-            return  # a tag, or a token of the answer
-        now = self._sections.last
-        if token in self._end_ids:
-            # A reply that ends with a call has an answer: the call. Any other end is rolled back,
-            # with the tokens of an incomplete character before it.
-            if not state.called and self._limits.budget is not None:
-                self._pending_close, self.rollback = "end", now.undecoded + 1
-            return
-        state.spent += chosen
-        if token == self._call_close_id:
-            state.called = True
-        elif now.text.strip():
-            state.called = False
 
     def _check_limits(self) -> None:
         """Decide whether the thinking must end here; roll back the tokens not decoded yet."""
