@@ -164,6 +164,20 @@ def test_no_half_character_is_ever_shown(text: str) -> None:
     assert sections.flushed() == ""
 
 
+@given(ids=st.lists(st.integers(0, len(TOKENIZER) - 1), max_size=30), detour=st.data())
+def test_removed_tokens_leave_no_trace(ids: list[int], detour: st.DataObject) -> None:
+    tags = [token for token in (THINKING.open_id, THINKING.close_id) if token is not None]
+    tokens = st.lists(st.integers(0, len(TOKENIZER) - 1) | st.sampled_from(tags), max_size=4)
+    one, other = SectionTracker(TOKENIZER, THINKING), SectionTracker(TOKENIZER, THINKING)
+    for token in ids:
+        for wrong in (removed := detour.draw(tokens)):
+            one.advance(wrong)
+        one.rewind(len(removed))
+        one.advance(token)
+        other.advance(token)
+        assert one.last == other.last
+
+
 def test_a_leading_space_is_kept() -> None:
     assert streamed(TOKENIZER, TOKENIZER.encode(" the")) == " the"
 
