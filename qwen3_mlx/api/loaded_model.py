@@ -1,0 +1,253 @@
+"""A loaded checkpoint with its engine and its worker thread: the base of `LLM`.
+
+It prepares requests, submits them, and computes; servers use it without the verbs of `LLM`.
+"""
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from queue import SimpleQueue
+from threading import Event as Flag
+from typing import Self, TypeVar, Unpack
+
+import mlx.core as mx
+
+from qwen3_mlx import backend
+from qwen3_mlx.api.generation import PreparedRequest, ReplyGenerator
+from qwen3_mlx.api.options import GenerationOptions, Options, with_keywords
+from qwen3_mlx.api.prompts import TextProcessor
+from qwen3_mlx.api.stream import ReplyBuilder, StartedReply, Stream, StreamItem
+from qwen3_mlx.arguments import token_ids
+from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
+from qwen3_mlx.engine.activity import Activity
+from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.memory_ledger import Share, release
+from qwen3_mlx.engine.speculation.speculator import Speculator
+from qwen3_mlx.engine.worker import Worker
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.text.events import Event
+from qwen3_mlx.text.fair_queue import LOCAL_CALLER, Caller
+from qwen3_mlx.text.messages import Message
+
+T = TypeVar("T")
+
+
+class LoadedModel:
+    """A checkpoint in memory, and the engine that serves it; see `LLM`.
+
+    Attributes:
+        config: the shape of the network, a `ModelConfig`.
+        tokenizer: encodes text to token ids and decodes them.
+        thinking: which modes the checkpoint has (thinking, direct or both), a `Thinking`.
+        context: the context window in tokens: the most that a prompt and its reply have together.
+        cache_format: the format of the KV caches, a `CacheFormat`.
+        model: the network; its arrays belong to the worker thread, see `compute`.
+    """
+
+    def __init__(
+        self,
+        model: Qwen3,
+        processor: TextProcessor,
+        worker: Worker,
+        context: int | None = None,
+        disk: DiskPrefixes | None = None,
+        speculator: Speculator | None = None,
+        wired: int = 0,
+        *,
+        cache_format: CacheFormat = PLAIN,
+    ) -> None:
+        self.config = model.config
+        self.cache_format = cache_format
+        self.tokenizer = processor.tokenizer
+        self.thinking = processor.thinking
+        self._worker = worker
+        # A network may have fewer rows than the tokenizer has ids, or more, as padding: only ids
+        # that both know may be sampled.
+        vocabulary = min(len(processor.tokenizer), self.config.vocab_size)
+        engine = Engine(
+            model,
+            worker,
+            vocabulary=vocabulary,
+            cache_format=cache_format,
+            context=context,
+            disk=disk,
+            speculator=speculator,
+        )
+        self.context = engine.context
+        self._replies: ReplyGenerator | None = ReplyGenerator(processor, engine)
+        self._shut = weakref.finalize(self, _shut_down, worker, engine.share, wired)
+        self._shut.atexit = False  # at exit the worker thread stops by itself
+
+    def __repr__(self) -> str:
+        if self._replies is None:
+            return "<LLM, closed>"
+        return f"<LLM {self.model.source}, context {self.context:,}>"
+
+    @property
+    def model(self) -> Qwen3:
+        """The network; its arrays belong to the worker thread, see `compute`."""
+        return self._open().engine.model
+
+    def prepare(
+        self,
+        messages: str | Sequence[Message],
+        caller: Caller = LOCAL_CALLER,
+        *,
+        clamp_max_tokens: bool = False,
+        **options: Unpack[Options],
+    ) -> PreparedRequest:
+        """Prepare a request for `submit`: validate, render, encode and compile grammars.
+
+        Takes the arguments of `stream` and raises its errors. Compiling a new grammar takes time;
+        `caller` may cancel the request meanwhile. With `clamp_max_tokens` a `max_tokens` that the
+        context window has no room for is reduced instead of refused.
+        """
+        validated = GenerationOptions.of(options)
+        return self._open().chat(messages, validated, caller, clamp_max_tokens=clamp_max_tokens)
+
+    def prepare_text(
+        self,
+        prompt: str | Sequence[int],
+        caller: Caller = LOCAL_CALLER,
+        *,
+        clamp_max_tokens: bool = False,
+        score_prompt: bool = False,
+        prefill_only: bool = False,
+        **options: Unpack[Options],
+    ) -> PreparedRequest:
+        """Prepare the continuation of raw text or of token ids for `submit`; see `prepare`.
+
+        With `score_prompt` the first event is `PromptTokens`: the log probabilities of the prompt's
+        own tokens, each with `logprobs` alternatives. With `prefill_only` the prompt is prefilled
+        and no token generated.
+        """
+        return self._open().text(
+            prompt if isinstance(prompt, str) else token_ids(prompt),
+            GenerationOptions.of(options),
+            caller,
+            clamp_max_tokens=clamp_max_tokens,
+            score_prompt=score_prompt,
+            prefill_only=prefill_only,
+        )
+
+    @with_keywords(Options)
+    def count_tokens(self, messages: str | Sequence[Message], **options: Unpack[Options]) -> int:
+        """Return the number of tokens of the prompt that `stream` would render.
+
+        Takes the arguments of `stream`. The prompt may be longer than the context window.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or is out of its range.
+            ContextError: the prompt has more than twice the tokens of the context window.
+        """
+        return self._open().count_tokens(messages, GenerationOptions.of(options))
+
+    def load_grammars(self) -> None:
+        """Load the grammar compiler ahead of the first constrained reply; takes 1 to 2 s."""
+        self._open().processor.grammars.load()
+
+    def submit(
+        self,
+        prepared: PreparedRequest,
+        deliver: Callable[[Event | BaseException], None],
+        cancelled: Flag,
+    ) -> StartedReply:
+        """Submit a prepared request; `stream` and `astream` are built on this.
+
+        `deliver` is called with each event, the last of which is `Finish`, or with the error that
+        ends the reply. It runs on the worker thread and must not block. Setting `cancelled` ends
+        the generation within a step.
+        """
+        return self._open().start(prepared, deliver, cancelled)
+
+    def activity(self) -> Activity:
+        """Return what the engine is doing, without waiting for the step that runs."""
+        return self._open().engine.activity()
+
+    def call_soon(self, job: Callable[[], None]) -> None:
+        """Schedule `job` to run after the current step, and return at once; for use in `deliver`.
+
+        An exception raised by `job` is logged.
+
+        Raises:
+            Qwen3Error: this LLM is closed.
+        """
+        self._worker.post(job)
+
+    def compute(self, job: Callable[[Qwen3], T]) -> T:
+        """Run `job(model)` on the worker thread and return its result, evaluated.
+
+        The result is an array, or a tuple, list or dictionary of arrays. Arrays that `job` closes
+        over must be evaluated: a lazy array can only be evaluated on the thread that created it.
+        """
+        model = self._open().engine.model
+
+        def run() -> T:
+            result = job(model)
+            mx.eval(result)
+            return result
+
+        return self._worker.call(run)
+
+    def logits(self, ids: Sequence[int]) -> mx.array:
+        """Return the logits [len(ids), V] after each of the ids, float32 and evaluated.
+
+        They are the network's own, before bias, penalties, temperature and masks. A plain KV cache
+        is used, with `kv_bits` as well. The ids are processed chunk by chunk between the steps of
+        running requests.
+
+        Raises:
+            TypeError, ValueError: there are no ids, or one is not a whole number or not in the
+                vocabulary.
+            ContextError: there are more ids than the context window has.
+            Qwen3Error: free memory does not suffice; the message shows the sum.
+        """
+        rows = self.config.vocab_size
+        tokens = token_ids(ids.tolist() if isinstance(ids, mx.array) else ids)
+        if not tokens or any(not 0 <= token < rows for token in tokens):
+            raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
+        engine, call = self._open().engine, self._worker.call
+        logits = call(partial(engine.logits, tokens))
+        while call(partial(engine.read_on, logits)):
+            pass
+        return logits.values
+
+    def forget(self) -> None:
+        """Clear the prefix cache: free the KV caches that are kept from earlier prompts."""
+        self._worker.call(self._open().engine.forget)
+
+    def close(self) -> None:
+        """Cancel running requests, stop the worker thread, free the memory; may be called twice."""
+        self._shut()
+        self._replies = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self) -> ReplyGenerator:
+        if self._replies is None:
+            raise Qwen3Error("this LLM is closed; load it again")
+        return self._replies
+
+    def _stream(
+        self, prepared: PreparedRequest, on_end: Callable[[ReplyBuilder], None] | None = None
+    ) -> Stream:
+        """Start a reply; `on_end` gets the collected reply before `Finish` or an error is sent."""
+        events: SimpleQueue[StreamItem] = SimpleQueue()
+        cancelled = Flag()
+        started = self._open().start(prepared, events.put, cancelled, on_end)
+        return Stream(events, cancelled, self, started, wait=self._worker.wait)
+
+
+def _shut_down(worker: Worker, share: Share, wired: int) -> None:
+    # In a forked process the worker's and MLX's threads are missing: `unwire` would wait for them.
+    if worker.forked:
+        return
+    worker.stop()
+    release(share)
+    backend.unwire(wired)
