@@ -28,6 +28,7 @@ check: dev ## run all checks as CI does: format, lint, types, docs, tests with c
 	$(python) -m ruff check .
 	$(python) -m mypy
 	$(python) scripts/cli_docs.py --check docs/cli.md
+	$(python) scripts/api_docs.py --check docs/api.md
 	$(python) -m pytest --cov
 
 wheel: ## test the wheel in bare venvs of the lowest and the newest Python found
@@ -37,9 +38,11 @@ format: dev ## format the code and apply the linter's fixes
 	$(python) -m ruff check --fix --exit-zero --quiet .
 	$(python) -m ruff format .
 
-docs: dev ## generate docs/cli.md from the command's --help
+docs: dev ## generate docs/cli.md from the command's --help, and docs/api.md from the docstrings
 	$(python) scripts/cli_docs.py > docs/cli.md.new
 	mv docs/cli.md.new docs/cli.md
+	$(python) scripts/api_docs.py > docs/api.md.new
+	mv docs/api.md.new docs/api.md
 
 bench: dev ## compare with mlx-lm and update docs/benchmarks.md; ARGS="soak" runs a part
 	$(python) -m benchmarks --write docs/benchmarks.md $(ARGS)

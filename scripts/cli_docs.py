@@ -3,14 +3,13 @@
 `make docs` writes it to docs/cli.md; `cli_docs.py --check docs/cli.md` fails if that is stale.
 """
 
-import difflib
 import os
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
+import generated
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -50,25 +49,7 @@ def main(arguments: list[str]) -> int:
     os.environ |= {"COLUMNS": "80", "TERMINAL_WIDTH": "80", "NO_COLOR": "1"}
     for name in ("FORCE_COLOR", "GITHUB_ACTIONS", "PY_COLORS", "TTY_COMPATIBLE"):
         os.environ.pop(name, None)
-    match arguments:
-        case []:
-            sys.stdout.buffer.write(reference().encode())  # UTF-8 in every locale
-            return 0
-        case ["--check", file]:
-            return _check(Path(file), reference())
-        case _:
-            print("usage: cli_docs.py [--check FILE]", file=sys.stderr)
-            return 2
-
-
-def _check(file: Path, expected: str) -> int:
-    found = file.read_text(encoding="utf-8") if file.exists() else ""
-    if found == expected:
-        return 0
-    old, new = found.splitlines(keepends=True), expected.splitlines(keepends=True)
-    sys.stderr.writelines(difflib.unified_diff(old, new, str(file), "--help"))
-    print(f"{file} is stale: run `make docs`", file=sys.stderr)
-    return 1
+    return generated.run(arguments, reference)
 
 
 if __name__ == "__main__":
