@@ -46,16 +46,12 @@ def reference() -> str:
 
 def _section(name: str, module: str) -> str:
     tree = ast.parse((_PACKAGE / f"{module.replace('.', '/')}.py").read_text("utf-8"))
-    for node, after in zip(tree.body, [*tree.body[1:], None], strict=True):
+    for node in tree.body:
         if isinstance(node, _Function | ast.ClassDef) and node.name == name:
-            parts = [f"## {name}\n", *_described(node)]
-            if isinstance(node, ast.ClassDef):
-                parts += _members(node)
-            return "\n".join(parts)
+            members = _members(node) if isinstance(node, ast.ClassDef) else []
+            return "\n".join([f"## {name}\n", *_described(node), *members])
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
-            documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            text = str(after.value.value) if documented else ""  # type: ignore[union-attr]
-            return f"## {name}\n\n```python\n{ast.unparse(node)}\n```\n\n{_markdown(text)}\n"
+            return f"## {name}\n\n```python\n{ast.unparse(node)}\n```\n"
     raise SystemExit(f"qwen3_mlx/{module} does not define {name}")
 
 
