@@ -7,6 +7,7 @@ The source is parsed, not imported, so every Python version prints the same.
 import ast
 import re
 import sys
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -105,7 +106,23 @@ def _arguments(arguments: ast.arguments) -> list[str]:
 def _argument(argument: ast.arg, default: ast.expr | None = None) -> str:
     annotation = f": {ast.unparse(argument.annotation)}" if argument.annotation else ""
     equals = " = " if annotation else "="
-    return f"{argument.arg}{annotation}{equals + ast.unparse(default) if default else ''}"
+    value = ast.unparse(default) if default else ""
+    return f"{argument.arg}{annotation}{equals if value else ''}{_constants().get(value, value)}"
+
+
+@cache
+def _constants() -> dict[str, str]:
+    """Return the values of the package's constants by their names."""
+    statements = [
+        statement
+        for file in _PACKAGE.rglob("*.py")
+        for statement in ast.parse(file.read_text("utf-8")).body
+    ]
+    return {
+        ast.unparse(statement.targets[0]): ast.unparse(statement.value)
+        for statement in statements
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
+    }
 
 
 def _source(field: ast.AnnAssign) -> str:
