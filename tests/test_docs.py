@@ -13,7 +13,7 @@ _ROOT = Path(__file__).parent.parent
 _PACKAGE = _ROOT / "qwen3_mlx"
 _DOCS = _ROOT / "docs"
 _PAGES = sorted([*_ROOT.glob("*.md"), *_DOCS.rglob("*.md")])
-_GUIDES = ("tour.md", "extending.md", "design.md")
+_GUIDES = ("tour.md", "extending.md")
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 _CODE = re.compile(r"`([^`\n]+)`")
@@ -112,25 +112,23 @@ def _attributes(owner: ast.ClassDef) -> Iterator[str]:
                 yield f"{owner.name}.{node.attr}"
 
 
-@pytest.mark.parametrize("name", _GUIDES)
-def test_names_in_the_guides_exist(name: str) -> None:
+@pytest.mark.parametrize("page", _PAGES, ids=_name)
+def test_names_on_the_pages_exist(page: Path) -> None:
     """`path.py: name, Class.member` names what that module defines."""
     stated = 0
-    for code in _CODE.findall(_prose(_DOCS / name)):
+    for code in _CODE.findall(_prose(page)):
         path, colon, names = code.partition(": ")
-        if not colon or not path.endswith(".py"):
-            continue
-        file = _find(path)
-        assert file, code
-        for defined in names.split(", "):
-            stated += 1
-            assert defined in _defined(file), f"{path} does not define {defined}"
-    assert stated or name == "design.md"
+        if colon and path.endswith(".py"):
+            file = _find(path)
+            assert file, code
+            for name in names.split(", "):
+                stated += 1
+                assert name in _defined(file), f"{path} does not define {name}"
+    assert stated or page.name not in _GUIDES
 
 
-@pytest.mark.parametrize("name", _GUIDES)
-def test_the_pictures_of_the_guides_name_files_that_exist(name: str) -> None:
-    blocks = "\n".join(_FENCE.findall((_DOCS / name).read_text("utf-8")))
+def test_the_pictures_of_the_design_name_files_that_exist() -> None:
+    blocks = "\n".join(_FENCE.findall((_DOCS / "design.md").read_text("utf-8")))
     everywhere = {path.name for base in (_PACKAGE, _ROOT / "tests") for path in base.rglob("*.py")}
     for path in re.findall(r"(?<![\w}/])[\w/]+\.py\b", blocks):
         assert _find(path) or path in everywhere, path

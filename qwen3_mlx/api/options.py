@@ -48,7 +48,7 @@ class Options(TextOptions, total=False):
         stop: str or sequence of str; default None. The answer ends before the first occurrence of
             any of these strings. They do not apply to the thinking.
         loop_guard: bool; default True, in `LLM.complete` False. Ends endless repetition: once the
-            last 256 tokens, and four whole circles, repeat what stood before them, the thinking is
+            last 256 tokens, and four whole cycles, repeat what stood before them, the thinking is
             closed or the answer ended.
 
     Sampling (see `SamplingParams` for the order of the steps). Each defaults to None, which is the
