@@ -7,6 +7,7 @@ The source is parsed, not imported, so every Python version prints the same.
 import ast
 import re
 import sys
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -49,19 +50,41 @@ def _section(name: str, module: str) -> str:
     tree = ast.parse((_PACKAGE / f"{module.replace('.', '/')}.py").read_text("utf-8"))
     for node in tree.body:
         if isinstance(node, _Function | ast.ClassDef) and node.name == name:
-            members = _members(node) if isinstance(node, ast.ClassDef) else []
+            members = _members(node, tree) if isinstance(node, ast.ClassDef) else []
             return "\n".join([f"## {name}\n", *_described(node), *members])
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
             return f"## {name}\n\n```python\n{ast.unparse(node)}\n```\n"
     raise SystemExit(f"qwen3_mlx/{module} does not define {name}")
 
 
-def _members(owner: ast.ClassDef) -> list[str]:
-    parts = []
-    for node in owner.body:
-        if isinstance(node, _Function) and not node.name.startswith("_"):
-            parts += [f"### {owner.name}.{node.name}\n", *_described(node)]
-    return parts
+def _members(owner: ast.ClassDef, tree: ast.Module) -> list[str]:
+    """Return the public members of a class, those of its bases in the package last."""
+    members: dict[str, _Function] = {}
+    for holder in _with_bases(owner, tree):
+        for node in holder.body:
+            if isinstance(node, _Function) and not node.name.startswith("_"):
+                members.setdefault(node.name, node)
+    return [
+        line
+        for name, node in members.items()
+        for line in (f"### {owner.name}.{name}\n", *_described(node))
+    ]
+
+
+def _with_bases(owner: ast.ClassDef, tree: ast.Module) -> Iterator[ast.ClassDef]:
+    yield owner
+    for base in [ast.unparse(base).partition("[")[0] for base in owner.bases]:
+        for node in tree.body:
+            if isinstance(node, ast.ClassDef) and node.name == base:
+                yield from _with_bases(node, tree)
+            elif isinstance(node, ast.ImportFrom) and any(n.name == base for n in node.names):
+                package, _, module = (node.module or "").partition(".")
+                if package == _PACKAGE.name:
+                    file = _PACKAGE / f"{module.replace('.', '/')}.py"
+                    imported = ast.parse(file.read_text("utf-8"))
+                    (found,) = (n for n in imported.body if getattr(n, "name", "") == base)
+                    assert isinstance(found, ast.ClassDef)
+                    yield from _with_bases(found, imported)
 
 
 def _described(node: _Function | ast.ClassDef) -> list[str]:

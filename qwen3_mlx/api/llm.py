@@ -34,7 +34,15 @@ class LLM(LoadedModel):
 
     Callbacks such as `progress` run on the worker thread, which computes. An exception raised in a
     callback ends its request. A blocking call on the same LLM, such as `chat`, raises a
-    `Qwen3Error` there instead of waiting for itself. Its attributes are those of `LoadedModel`.
+    `Qwen3Error` there instead of waiting for itself.
+
+    Attributes:
+        config: the shape of the network, a `ModelConfig`.
+        tokenizer: encodes text to token ids and decodes them.
+        thinking: which modes the checkpoint has (thinking, direct or both), a `Thinking`.
+        context: the context window in tokens: the most that a prompt and its reply have together.
+        cache_format: the format of the KV caches, a `CacheFormat`.
+        model: the network; its arrays belong to the worker thread, see `compute`.
     """
 
     @with_keywords(Options)

@@ -35,16 +35,7 @@ T = TypeVar("T")
 
 
 class LoadedModel:
-    """A checkpoint in memory, and the engine that serves it; see `LLM`.
-
-    Attributes:
-        config: the shape of the network, a `ModelConfig`.
-        tokenizer: encodes text to token ids and decodes them.
-        thinking: which modes the checkpoint has (thinking, direct or both), a `Thinking`.
-        context: the context window in tokens: the most that a prompt and its reply have together.
-        cache_format: the format of the KV caches, a `CacheFormat`.
-        model: the network; its arrays belong to the worker thread, see `compute`.
-    """
+    """A checkpoint in memory, and the engine that serves it; `LLM` describes its attributes."""
 
     def __init__(
         self,
