@@ -1,6 +1,6 @@
 """The machine: device, dtype, BLAS and memory limits. Only this module asks for them.
 
-Two things happen at import, and nothing else in the package runs at import. On Linux a fast BLAS
+Two things happen at import, and no other import has side effects. On Linux a fast BLAS
 is loaded, because MLX binds its BLAS symbols when `mlx.core` is first imported. And an exit
 handler is registered that waits for what MLX still computes.
 """

@@ -6,7 +6,7 @@ memory in proportion to the text.
 
 from collections.abc import Sequence
 
-from qwen3_mlx.api.prompts import TextProcessor
+from qwen3_mlx.api.text_processor import TextProcessor
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.text.messages import END_THINK, Message

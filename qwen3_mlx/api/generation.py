@@ -15,7 +15,6 @@ from typing import Any
 from qwen3_mlx.api.context_window import MAX_COUNTED, Window
 from qwen3_mlx.api.options import GenerationOptions
 from qwen3_mlx.api.prompts import (
-    TextProcessor,
     begun,
     has_content,
     no_turn_message,
@@ -25,6 +24,7 @@ from qwen3_mlx.api.prompts import (
     thinking_of,
 )
 from qwen3_mlx.api.stream import ReplyBuilder, StartedReply
+from qwen3_mlx.api.text_processor import TextProcessor
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.hooks import Constraint

@@ -15,8 +15,8 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.api.generation import PreparedRequest, ReplyGenerator
 from qwen3_mlx.api.options import GenerationOptions, Options, with_keywords
-from qwen3_mlx.api.prompts import TextProcessor
 from qwen3_mlx.api.stream import ReplyBuilder, StartedReply, Stream, StreamItem
+from qwen3_mlx.api.text_processor import TextProcessor
 from qwen3_mlx.arguments import token_ids
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
@@ -201,7 +201,7 @@ class LoadedModel:
             raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
         engine, call = self._open().engine, self._worker.call
         logits = call(partial(engine.logits, tokens))
-        while call(partial(engine.read_on, logits)):
+        while call(partial(engine.advance_logits, logits)):
             pass
         return logits.values
 

@@ -6,12 +6,10 @@ then continues.
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from qwen3_mlx.engine.sampling_params import SamplingParams, sampling_defaults
+from qwen3_mlx.api.text_processor import TextProcessor
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.text.grammar_compiler import GrammarCompiler
 from qwen3_mlx.text.messages import (
     END_THINK,
     THINK,
@@ -20,48 +18,9 @@ from qwen3_mlx.text.messages import (
     think_block,
     without_empty_end,
 )
-from qwen3_mlx.text.prompt import ControlTokenEscaper, ControlTokens
-from qwen3_mlx.text.template import ChatTemplate
-from qwen3_mlx.text.thinking import Thinking
-from qwen3_mlx.text.tokenizer import Prompt, Tokenizer
+from qwen3_mlx.text.prompt import ControlTokenEscaper
+from qwen3_mlx.text.tokenizer import Prompt
 from qwen3_mlx.text.tool_calls import Tool, tool_schema
-
-
-@dataclass(frozen=True, slots=True)
-class SamplingDefaults:
-    """The sampling parameters of a checkpoint, for replies with and without thinking, and text."""
-
-    thinking: SamplingParams
-    direct: SamplingParams
-    text: SamplingParams
-
-    @classmethod
-    def of(cls, stated: Mapping[str, Any], *, hybrid: bool) -> "SamplingDefaults":
-        """Create the defaults from what the checkpoint states."""
-        return cls(
-            sampling_defaults(stated, thinking=True, hybrid=hybrid),
-            sampling_defaults(stated, thinking=False, hybrid=hybrid),
-            sampling_defaults(stated, thinking=False, hybrid=False),
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class TextProcessor:
-    """The text side of a checkpoint: tokenizer, chat template, thinking mode, sampling defaults.
-
-    Tokens in `end_ids` end any reply; those in `turn_end_ids` also end a reply to a conversation.
-    If `template` is None, `no_template` is the error message that says why.
-    """
-
-    tokenizer: Tokenizer
-    template: ChatTemplate | None
-    control: ControlTokens
-    thinking: Thinking
-    sampling: SamplingDefaults
-    end_ids: frozenset[int]
-    turn_end_ids: frozenset[int]
-    grammars: GrammarCompiler
-    no_template: str = ""
 
 
 def render(

@@ -1,12 +1,12 @@
-"""Reads the text side of a checkpoint: chat template, end tokens and sampling defaults."""
+"""The text side of a checkpoint: chat template, end tokens and sampling defaults."""
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_mlx.api.prompts import SamplingDefaults, TextProcessor
-from qwen3_mlx.engine.sampling_params import stated_sampling
+from qwen3_mlx.engine.sampling_params import SamplingParams, sampling_defaults, stated_sampling
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import read_json
 from qwen3_mlx.text.grammar_compiler import GrammarCompiler
@@ -19,9 +19,47 @@ _log = logging.getLogger(__name__)
 _ANSWER = "xq7wanswer"  # a text to find in what a template renders
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """The sampling parameters of a checkpoint, for replies with and without thinking, and text."""
+
+    thinking: SamplingParams
+    direct: SamplingParams
+    text: SamplingParams
+
+    @classmethod
+    def of(cls, stated: Mapping[str, Any], *, hybrid: bool) -> "SamplingDefaults":
+        """Create the defaults from what the checkpoint states."""
+        return cls(
+            sampling_defaults(stated, thinking=True, hybrid=hybrid),
+            sampling_defaults(stated, thinking=False, hybrid=hybrid),
+            sampling_defaults(stated, thinking=False, hybrid=False),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TextProcessor:
+    """The text side of a checkpoint: tokenizer, chat template, thinking mode, sampling defaults.
+
+    Tokens in `end_ids` end any reply; those in `turn_end_ids` also end a reply to a conversation.
+    If `template` is None, `no_template` is the error message that says why.
+    """
+
+    tokenizer: Tokenizer
+    template: ChatTemplate | None
+    control: ControlTokens
+    thinking: Thinking
+    sampling: SamplingDefaults
+    end_ids: frozenset[int]
+    turn_end_ids: frozenset[int]
+    grammars: GrammarCompiler
+    no_template: str = ""
+
+
 def load_text_processor(
     folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer
 ) -> TextProcessor:
+    """Read the text side of the checkpoint in `folder`, whose config.json is `config`."""
     generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.is_file() else {}
     sampling, complaints = stated_sampling(generation_config)

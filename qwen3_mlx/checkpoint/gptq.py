@@ -1,4 +1,6 @@
-"""GPTQ: quantizes weights with regard to the inputs that they are multiplied by.
+"""GPTQ rounding, for recipes that measure: quantizes weights with regard to their inputs.
+
+Checkpoints in GPTQ's format are read by `stored_formats`.
 
 MLX's own quantization spreads each group's codes evenly between its least and greatest weight. Here
 scale and offset are fitted, and each rounding error is compensated in the weights after it, as far

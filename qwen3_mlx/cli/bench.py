@@ -18,7 +18,7 @@ from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import untie_if_needed
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.options import Json, ModelArgument, Plot, option
-from qwen3_mlx.engine.memory import Workload, bytes_per_token
+from qwen3_mlx.engine.memory import Workload, bytes_read_per_token
 from qwen3_mlx.evaluate.plots import Panel, check_picture, draw_speeds
 from qwen3_mlx.files import read_json
 from qwen3_mlx.interrupt import interruptible
@@ -197,7 +197,7 @@ def _shares_of_bandwidth(
                 cache=cache_format(case.kv_bits, config.head_dim),
             )
             formats = stored if stored and result.terms.quantized else lambda _: None
-            moved = bytes_per_token(config, formats, work)
+            moved = bytes_read_per_token(config, formats, work)
             shares[case] = figures.decode / figures.a_pass * moved / result.bandwidth
     return shares
 

@@ -29,9 +29,9 @@ from qwen3_mlx.cli.options import (
 )
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
-from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
 from qwen3_mlx.evaluate.perplexity import Perplexity, perplexity
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
+from qwen3_mlx.evaluate.weight_errors import ModuleRow, bits_per_weight, module_errors
 from qwen3_mlx.evaluate.windows import WINDOW
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.sizes import hub_name

@@ -8,7 +8,7 @@ from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.engine.memory import (
     Plan,
     Workload,
-    bytes_per_token,
+    bytes_read_per_token,
     in_gb,
     largest_context,
     make_plan,
@@ -133,5 +133,5 @@ class MemoryEstimate:
 
         Each token reads the weights that it passes through, and the KV cache.
         """
-        moved = bytes_per_token(self.config, self.formats[fmt], self.work(context, cache))
+        moved = bytes_read_per_token(self.config, self.formats[fmt], self.work(context, cache))
         return self.bandwidth / moved if self.bandwidth else None

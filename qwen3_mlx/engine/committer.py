@@ -43,26 +43,26 @@ class Committer:
     ) -> None:
         """Append the chosen tokens to a sequence, and end, roll back or continue it."""
         sequence, step = part.sequence, done.step
-        num_output, num_accepted = sequence.num_output, sequence.accepted
+        num_output, num_accepted = sequence.num_output, sequence.num_accepted
         assert step.logits is not None
         try:
             if sequence.failure:
                 raise sequence.failure
             if step.finite is not None:
                 self._finite_check.check(step.finite, part.rows.start)
-            undisturbed = sequence.commit(
+            next_step_valid = sequence.commit(
                 done.chosen(part), part.draft, masked=part.masks is not None
             )
             self.token_meter.add(sequence.num_output - num_output)
             if part.draft and self._speculator:
-                self._speculator.observe(sequence, sequence.accepted - num_accepted)
+                self._speculator.observe(sequence, sequence.num_accepted - num_accepted)
             if sequence.request.recheck_logits and sequence.request.recheck_logits():
                 finite = self._finite_check.finite_rows(step.logits)
                 self._finite_check.check(finite, part.rows.start)
         except BaseException as error:  # noqa: BLE001 - ends this request only
             sequence.end(self._finite_check.cause_of(error, step.logits, part.rows.start))
             return
-        if not (undisturbed or sequence.ended):
+        if not (next_step_valid or sequence.ended):
             _discard_in_flight(sequence, in_flight)
 
     def _report_prompt_logprobs(
@@ -79,7 +79,7 @@ class Committer:
 
 
 def _discard_in_flight(sequence: SequenceState, step: InFlightStep | None) -> None:
-    """Drop the token that `step` chooses for a sequence: it follows tokens that have changed."""
+    """Drop what `step`, or a step yet to be built, would have of tokens that have changed."""
     if step and step.tokens is not None and sequence in step.row_sequences:
         row = step.row_sequences.index(sequence)
         # The draw of the dropped token is repeated, so a seed gives the same reply either way.

@@ -26,7 +26,7 @@ from qwen3_mlx.engine.logits import Logits, plan_logits
 from qwen3_mlx.engine.memory import RESERVE, Budget, Workload
 from qwen3_mlx.engine.memory_ledger import Share, claim, release
 from qwen3_mlx.engine.request import Request, RequestResult
-from qwen3_mlx.engine.scheduler import Scheduler, Step
+from qwen3_mlx.engine.scheduler import ScheduledStep, Scheduler
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.step_builder import StepBuilder
@@ -56,16 +56,14 @@ class EngineCore:
         self._vocabulary = vocabulary
         # Weak: the memory of these jobs is free again when they are collected.
         self._logits_jobs: WeakSet[Logits] = WeakSet()
-        self.caches = CacheManager(
-            model, cache_format, speculator, disk, lambda: self._commit(self._run(None))
-        )
+        self.caches = CacheManager(model, cache_format, speculator, disk, self._commit_in_flight)
         self.scheduler: Scheduler[SequenceState] = Scheduler(0, self.caches)
         self._builder = StepBuilder(model, vocabulary, self.scheduler, self.caches, speculator)
         self._committer = Committer(self._builder.finite_check, speculator)
         self.token_meter = self._committer.token_meter
         self._in_flight: InFlightStep | None = None
-        self._committing: Sequence[SequenceState] = ()  # after an error: see `StepBuilder.building`
-        self._committed_at: float | None = None  # set while steps follow one another at once
+        self._committing: Sequence[SequenceState] = ()  # those of the step that is committed
+        self._decoded_at: float | None = None  # when the last step ended, if it decoded
         work = Workload(
             context=0,
             itemsize=model.model.norm.weight.dtype.size,
@@ -108,7 +106,7 @@ class EngineCore:
             self._update_budget()
             self._end_cancelled()
             if self._builder.must_wait_for(self._in_flight):
-                self._commit(self._run(None))
+                self._commit_in_flight()
             scheduled = self.scheduler.next_step()
             built = self._builder.build(scheduled, self._in_flight, self.budget)
             done = self._run(built)
@@ -117,7 +115,7 @@ class EngineCore:
             self._fail_step(error)
         if self._in_flight or self.scheduler.running or self.scheduler.waiting:
             return True
-        self._committed_at = None
+        self._decoded_at = None
         free_buffers()
         self._update_budget()
         return False
@@ -138,13 +136,17 @@ class EngineCore:
         """Measure how long a completed step took."""
         now = time.perf_counter()
         if step.num_prefill_tokens:
-            self.scheduler.observe(step.num_prefill_tokens, now - step.submitted)
+            self.scheduler.observe(step.num_prefill_tokens, now - step.submitted_at)
             free_buffers()
-        elif self.speculator and self._committed_at is not None:
+        elif self.speculator and self._decoded_at is not None:
             self.speculator.observe_step(
-                step.num_tokens, now - self._committed_at, synchronous=step.synchronous
+                step.num_tokens, now - self._decoded_at, synchronous=step.synchronous
             )
-        self._committed_at = None if step.num_prefill_tokens else now
+        self._decoded_at = None if step.num_prefill_tokens else now
+
+    def _commit_in_flight(self) -> None:
+        """Wait for the step in flight, and commit it."""
+        self._commit(self._run(None))
 
     def _commit(self, done: CompletedStep | None) -> None:
         """Commit the tokens of a completed step, report the requests that end, release theirs."""
@@ -155,11 +157,11 @@ class EngineCore:
         self._committing = ()
 
     def _report_ended(self) -> None:
-        """Report the requests that have ended, and release their caches unless a step has them.
+        """Report the requests that have ended, and release their caches.
 
-        If a request has ended in the step that is committed, and the next step has a row of it,
-        too, that is computed once and dropped. The kept prefix is then longer by an end token,
-        which the next turn has anyway.
+        A sequence that ends in the step that is committed is released at once: the row that the
+        next step may have of it is ignored, and its prefix is then longer by an end token, which
+        the next turn has anyway. One that ends otherwise is released once no step has it.
         """
         in_flight = self._in_flight.sequences if self._in_flight else ()
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):
@@ -268,7 +270,7 @@ class EngineCore:
         """Compute one more chunk, a short one while requests run; return whether ids are left."""
         running, chunk = self.scheduler.running, logits.chunk
         return logits.advance(
-            self.scheduler.prefill_budget(Step(running, []), chunk) if running else chunk
+            self.scheduler.prefill_budget(ScheduledStep(running, []), chunk) if running else chunk
         )
 
     def _update_budget(self) -> None:

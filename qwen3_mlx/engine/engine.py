@@ -184,7 +184,7 @@ class Engine:
         self._core.forget()
 
     def logits(self, ids: Sequence[int]) -> Logits:
-        """Create the job that computes the logits of all ids; `read_on` advances it.
+        """Create the job that computes the logits of all ids; `advance_logits` advances it.
 
         Raises:
             ContextError: there are more ids than the context window has.
@@ -192,7 +192,7 @@ class Engine:
         """
         return self._core.logits(ids)
 
-    def read_on(self, logits: Logits) -> bool:
+    def advance_logits(self, logits: Logits) -> bool:
         """Compute one more chunk; return whether ids are left."""
         return self._core.advance_logits(logits)
 

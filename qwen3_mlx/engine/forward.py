@@ -20,7 +20,7 @@ class BatchSlice:
 
     layers: Sequence[KVCache]
     length: int
-    wanted: int  # the last of them whose logits or hidden states are needed
+    num_wanted: int  # the last of them whose logits or hidden states are needed
 
 
 def prefill_chunks(tokens: int, most: int) -> list[int]:
@@ -35,30 +35,30 @@ def forward(
     model: Qwen3,
     ids: mx.array,
     parts: Sequence[BatchSlice],
-    together: Sequence[LayerCache] | None = None,
+    batched: Sequence[LayerCache] | None = None,
     *,
     head: bool = True,
 ) -> mx.array | None:
     """Return the logits [N, V] of the wanted positions, unevaluated; None if there are none.
 
-    `ids` [T] are the tokens of all parts, end to end. `together` are batched caches that hold all
+    `ids` [T] are the tokens of all parts, end to end. `batched` are joint caches that hold all
     sequences, used instead of those of the parts. Without the `head` the last hidden states [N, D]
     are returned.
     """
     run = model if head else model.hidden
-    if together:
-        outputs = run(ids[None], together)
+    if batched:
+        outputs = run(ids[None], batched)
     elif len(parts) == 1:
-        length, num_wanted = parts[0].length, max(1, parts[0].wanted)
+        length, num_wanted = parts[0].length, max(1, parts[0].num_wanted)
         outputs = run(ids[None], parts[0].layers, wanted=range(length - num_wanted, length))
     else:
-        lengths, wanted = [part.length for part in parts], [part.wanted for part in parts]
+        lengths, wanted = [part.length for part in parts], [part.num_wanted for part in parts]
         if not any(wanted):  # the network needs at least one row, as above
             wanted[-1] = 1
         layers, rows = ragged_layers([part.layers for part in parts], lengths, wanted)
         outputs = run(ids[None], layers, rows)
     # Rows that are not wanted stay unevaluated, so they are never computed.
-    return outputs[0] if any(part.wanted for part in parts) else None
+    return outputs[0] if any(part.num_wanted for part in parts) else None
 
 
 def warm_up(model: Qwen3, cache_format: CacheFormat = PLAIN) -> None:

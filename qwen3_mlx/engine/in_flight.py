@@ -23,15 +23,15 @@ if TYPE_CHECKING:
 class StepPart:
     """One sequence's part of a step: it reads tokens, and samples from rows of the logits [N, V].
 
-    The `num_known` tokens that it reads are on the host, or the one is that the step before
-    chooses. `draft` tokens follow them. Of the last `num_wanted` the hidden states are needed.
+    It reads `num_input` tokens that the host knows, or the one that the step before is choosing,
+    and the `draft` tokens after them. Of the last `num_wanted` the hidden states are needed.
     """
 
     sequence: SequenceState
-    num_known: int
-    prefill: bool  # the known tokens are a chunk of a prompt
-    last_chunk: bool  # no known token is left after them
-    rows: range  # a row for the last known token and one for each draft token; or none
+    num_input: int
+    prefill: bool  # they are a chunk of a prompt
+    last_chunk: bool  # no token is left to read after them
+    rows: range  # a row for the last of them and one for each draft token; or none
     num_wanted: int
     draft: Sequence[int] = ()
     masks: "Sequence[Mask | None] | None" = None  # by row, if the constraint has looked ahead
@@ -40,7 +40,7 @@ class StepPart:
     @property
     def num_tokens(self) -> int:
         """The tokens that it reads."""
-        return self.num_known + len(self.draft)
+        return self.num_input + len(self.draft)
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class InFlightStep:
     finite: mx.array | None = None  # [N], set if a request's first token is among those chosen
     logprobs: LogprobBatch | None = None
     prompt_logprobs: PromptLogprobBatch | None = None
-    submitted: float = 0.0
+    submitted_at: float = 0.0
     discarded: list[SequenceState] = field(default_factory=list)  # their chosen token is dropped
     sequences: list[SequenceState] = field(init=False)  # those whose caches it writes
     row_sequences: list[SequenceState] = field(init=False)  # [N], of each row of the logits
@@ -69,7 +69,7 @@ class InFlightStep:
     def submit(self) -> None:
         """Begin to compute on the device."""
         mx.async_eval(self.arrays)
-        self.submitted = time.perf_counter()
+        self.submitted_at = time.perf_counter()
 
     def wait(self) -> "CompletedStep":
         """Wait until the device is done, and return what it has chosen."""
@@ -77,8 +77,8 @@ class InFlightStep:
         values: list[int] = []
         if self.tokens is not None:
             values = self.tokens.tolist()  # type: ignore[assignment]
-        # A reference kept here would have the next step copy the caches instead of writing in
-        # place: MLX donates a buffer only if nothing else holds it.
+        # States of caches are among the arrays: a reference kept here would have the next step copy
+        # the caches, since MLX donates a buffer only if nothing else holds it.
         self.arrays, self.tokens = [], None
         logprobs = self.logprobs.read(values, self.row_sequences) if self.logprobs else {}
         scores = self.prompt_logprobs.read() if self.prompt_logprobs else {}

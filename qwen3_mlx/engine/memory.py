@@ -225,7 +225,7 @@ def weight_bytes(config: ModelConfig, format_of: FormatOf, itemsize: int = 2) ->
     return sum(module.nbytes(format_of(module.path), itemsize) for module in _modules(config))
 
 
-def bytes_per_token(config: ModelConfig, format_of: FormatOf, work: Workload) -> int:
+def bytes_read_per_token(config: ModelConfig, format_of: FormatOf, work: Workload) -> int:
     """Return the bytes read to decode one token with `work.context` tokens in the cache.
 
     A mixture of experts counts with the experts of one token; an embedding that is not tied to the
@@ -256,10 +256,10 @@ def cache_bytes(config: ModelConfig, work: Workload) -> int:
 
 
 def _cache_bytes(config: ModelConfig, tokens: int, work: Workload) -> int:
-    return tokens * (token_bytes(config, work.cache, work.itemsize) + work.draft_token_bytes)
+    return tokens * (kv_token_bytes(config, work.cache, work.itemsize) + work.draft_token_bytes)
 
 
-def token_bytes(config: ModelConfig, cache: CacheFormat, itemsize: int) -> int:
+def kv_token_bytes(config: ModelConfig, cache: CacheFormat, itemsize: int) -> int:
     """Return the bytes of a token in the KV cache; `itemsize` is that of the compute dtype."""
     heads = config.num_hidden_layers * config.num_key_value_heads
     return heads * cache.nbytes(config.head_dim, itemsize)

@@ -1,8 +1,9 @@
 """Continuous batching: decides which sequences run in the next step.
 
-Pure decisions over counts of tokens; nothing here computes or holds an array. In every step each
-sequence that is being answered decodes one token, and a chunk of prompts is prefilled. Room in
-caches is counted in tokens, and no sequence starts without room.
+It decides by counts of tokens alone and holds no arrays; a `CacheOwner` carries out what it
+decides, which may commit the step in flight. In every step each sequence that is being answered
+decodes one token, and a chunk of prompts is prefilled. Room in caches is counted in tokens, and no
+sequence starts without room.
 
 Clients take turns: of the waiting sequences with the least priority number, the next belongs to the
 client with the fewest running; of several such clients, to the one that was served longest ago. A
@@ -80,7 +81,7 @@ class CacheOwner(Protocol[S_contra]):
 
 
 @dataclass(frozen=True, slots=True)
-class Step(Generic[S]):
+class ScheduledStep(Generic[S]):
     """The work of one forward pass: a token for each of `decoding`, and a chunk of a prompt.
 
     The chunk is of the first of `prefilling`; short prompts of the others may be read beside it.
@@ -128,7 +129,7 @@ class Scheduler(Generic[S]):
         """Count the tokens that caches have room for, kept prefixes included."""
         return sum(sequence.room for sequence in self.running) + self._caches.prefix_room
 
-    def next_step(self) -> Step[S]:
+    def next_step(self) -> ScheduledStep[S]:
         """Return the next step, after admitting and preempting as room and priorities demand."""
         self._preempt_idle_work()
         self._admit()
@@ -147,9 +148,9 @@ class Scheduler(Generic[S]):
         if prefilling:  # round robin: another prompt is read first in the next step
             self.running.remove(prefilling[0])
             self.running.append(prefilling[0])
-        return Step(decoding, prefilling)
+        return ScheduledStep(decoding, prefilling)
 
-    def prefill_budget(self, step: Step[S], limit: int) -> int:
+    def prefill_budget(self, step: ScheduledStep[S], limit: int) -> int:
         """Return the most prompt tokens to read in `step`, up to `limit`.
 
         By the measured speed, so that decoding is not stalled for longer than `_MAX_STALL`.

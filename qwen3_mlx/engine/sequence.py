@@ -48,7 +48,7 @@ class SequenceState:
         self.ngrams = NgramProposer(self.ids, ngram_rates) if ngram_rates else None
         self.cached_tokens: int | None = None  # prompt tokens in the prefix cache at admission
         self.num_passes = 0  # forward passes in which a token was chosen
-        self.proposed = self.accepted = 0  # draft tokens
+        self.num_drafted = self.num_accepted = 0  # draft tokens
         self.num_scored = 0  # prompt positions whose next token has its logprob
         self.failure: BaseException | None = None  # raised by the constraint; ends the request
         self._prompt_reported = False
@@ -86,7 +86,7 @@ class SequenceState:
     def end(self, outcome: str | BaseException) -> None:
         """End the request with an error, or with the reason stop, length or cancelled."""
         if isinstance(outcome, str):
-            counts = (self.num_passes, self.proposed, self.accepted)
+            counts = (self.num_passes, self.num_drafted, self.num_accepted)
             self.outcome = RequestResult(outcome, self.num_output, self.cached_tokens or 0, *counts)
         else:
             self.outcome = outcome
@@ -174,34 +174,34 @@ class SequenceState:
     def commit(
         self,
         chosen: Sequence[tuple[int, SampledLogprob | None]],
-        proposal: Sequence[int],
+        draft: Sequence[int],
         *,
         masked: bool,
     ) -> bool:
         """Append the accepted draft tokens and the first token that differs or follows them.
 
-        `chosen` are the tokens of all rows: one for each draft token in `proposal` and one more.
+        `chosen` are the tokens of all rows: one for each draft token in `draft` and one more.
         `masked` is True if each was chosen with its lookahead mask. Returns whether a step that was
         built ahead on these tokens stays valid: it does not if the reply has ended, or if the
         constraint takes back, forces or masks what comes next.
         """
         tokens = [token for token, _ in chosen]
-        num_accepted = common_prefix(tokens, proposal)
-        if proposal:
-            self.proposed += len(proposal)
+        num_matching = common_prefix(tokens, draft)
+        if draft:
+            self.num_drafted += len(draft)
             # Tokens behind the first that differs were computed from a rejected draft token.
-            self.truncate(len(self.ids) + num_accepted)
-        num_committed, undisturbed = 0, True
+            self.truncate(len(self.ids) + num_matching)
+        num_committed, next_step_valid = 0, True
         # An accepted token counts only if it is committed: the reply may end before it.
-        while undisturbed and num_committed <= num_accepted:
-            self.accepted += num_committed < num_accepted
-            undisturbed = self._commit_one(*chosen[num_committed], masked=masked)
+        while next_step_valid and num_committed <= num_matching:
+            self.num_accepted += num_committed < num_matching
+            next_step_valid = self._commit_one(*chosen[num_committed], masked=masked)
             num_committed += 1
         if num_committed < len(tokens):
             # Dropped tokens are drawn again, so a seed gives the same reply without speculation.
             self.sampler.rewind(mx.array(tokens[num_committed:]))
             self.truncate(len(self.ids) - 1)
-        return undisturbed
+        return next_step_valid
 
     def force(self) -> bool:
         """Append the tokens that the constraint forces; return whether there were any."""
@@ -221,7 +221,7 @@ class SequenceState:
             request.progress(len(request.ids), len(request.ids))
         self._prompt_reported = True
         if self.ngrams:
-            self.ngrams.score(token)
+            self.ngrams.observe(token)
         self._append([token], logprob)
         if self.ended or not constraint:
             return not self.ended
@@ -260,7 +260,7 @@ class SequenceState:
         """Remove the last `count` tokens, of which the sink has not received the last `unseen`."""
         self.sampler.rewind(mx.array(self.ids[-count:]))
         if self.ngrams:
-            self.ngrams.forget(count)  # before the ids go: it reads them
+            self.ngrams.rewind(count)  # before the ids go: it reads them
         del self.ids[-count:]
         self.truncate(len(self.ids))
         if count > unseen:

@@ -1,7 +1,7 @@
 """Building a step: what it reads of each sequence, the forward pass, and the sampling after it.
 
-Nothing here waits for the device. A step is built while the step before it runs, so it may read
-tokens that the device has not chosen yet.
+A step is built while the step before it runs, so it may read tokens that the device has not chosen
+yet. Only a draft model, which proposes tokens, makes the building wait for the device.
 
 N rows of logits, T tokens of all sequences, V vocabulary.
 """
@@ -24,7 +24,7 @@ from qwen3_mlx.engine.memory import Budget
 from qwen3_mlx.engine.prompt_logprobs import PromptLogprobBatch, positions_to_score
 from qwen3_mlx.engine.request import Phase
 from qwen3_mlx.engine.sampling import choose
-from qwen3_mlx.engine.scheduler import Scheduler, Step
+from qwen3_mlx.engine.scheduler import ScheduledStep, Scheduler
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -45,7 +45,7 @@ _NO_PROPOSAL = _Proposal(())
 
 
 class StepBuilder:
-    """Builds steps."""
+    """Turns a scheduled step into arrays, unevaluated."""
 
     def __init__(
         self,
@@ -69,7 +69,8 @@ class StepBuilder:
         """Return whether the next step can be built only when the tokens of `step` are known."""
         if not step:
             return False
-        # With draft tokens it is open how many come next; a mask is computed from the last token.
+        # With draft tokens it is open how many come next; a mask, or the next draft, begins with
+        # the last token.
         if any(part.draft or (part.rows and part.sequence.needs_mask) for part in step.parts):
             return True
         if not self._speculator:
@@ -78,7 +79,7 @@ class StepBuilder:
         return any(self._speculator.should_wait(sequence, len(rows)) for sequence in rows)
 
     def build(
-        self, step: Step[SequenceState], in_flight: InFlightStep | None, budget: Budget
+        self, step: ScheduledStep[SequenceState], in_flight: InFlightStep | None, budget: Budget
     ) -> InFlightStep | None:
         """Build the forward pass of `step` and the sampling after it; None if it reads nothing."""
         parts = self._parts(step, budget)
@@ -94,7 +95,7 @@ class StepBuilder:
             parts,
             synchronous=in_flight is None,
             num_tokens=ids.size,
-            num_prefill_tokens=sum(part.num_known for part in parts if part.prefill),
+            num_prefill_tokens=sum(part.num_input for part in parts if part.prefill),
         )
         self._compute(built, ids)
         if built.logits is not None:
@@ -103,7 +104,7 @@ class StepBuilder:
 
     # --- what the step reads --------------------------------------------------------------------
 
-    def _parts(self, step: Step[SequenceState], budget: Budget) -> list[StepPart]:
+    def _parts(self, step: ScheduledStep[SequenceState], budget: Budget) -> list[StepPart]:
         """Return what the step reads of each sequence."""
         # Sequences whose last token is still on the device come first: their ids are taken from the
         # array of the step in flight, and those that the host knows follow behind it.
@@ -115,13 +116,13 @@ class StepBuilder:
             proposals = self._propose(self._speculator, on_host, len(step.decoding))
         reading += [(s, s.num_uncomputed) for s in on_host if not s.ended]
         if step.prefilling:
-            reading += self._prefill_chunks(step, budget)
+            reading += self._share_prefill(step, budget)
         parts, num_rows = list[StepPart](), 0
-        for sequence, num_known in reading:
+        for sequence, num_input in reading:
             if self._speculator:
                 with best_effort("indexing n-grams"):
                     sequence.index_ngrams()
-            part = _part(sequence, num_known, proposals.get(sequence, _NO_PROPOSAL), num_rows)
+            part = _part(sequence, num_input, proposals.get(sequence, _NO_PROPOSAL), num_rows)
             parts.append(part)
             num_rows += len(part.rows)
         return parts
@@ -147,8 +148,8 @@ class StepBuilder:
                 sequence.end(error)
         return proposals
 
-    def _prefill_chunks(
-        self, step: Step[SequenceState], budget: Budget
+    def _share_prefill(
+        self, step: ScheduledStep[SequenceState], budget: Budget
     ) -> list[tuple[SequenceState, int]]:
         """Return the tokens to prefill in this step, by sequence.
 
@@ -179,7 +180,7 @@ class StepBuilder:
         ids = list[int]()
         for part in parts[len(on_device) :]:
             start = part.sequence.num_computed
-            ids += part.sequence.ids[start : start + part.num_known]
+            ids += part.sequence.ids[start : start + part.num_input]
             ids += part.draft
         if ids:
             pieces.append(mx.array(ids, dtype=mx.int32))
@@ -199,11 +200,11 @@ class StepBuilder:
         else:
             hidden = forward(self._model, ids, slices, batched, head=False)
             self._score_prompts(built, hidden)
-        for part in slices:
+        for piece in slices:
             # The logits do not depend on these caches: without this they would stay unevaluated,
             # and each chunk would add to the graph.
-            if not part.wanted:
-                built.arrays += [array for layer in part.layers for array in layer.state]
+            if not piece.num_wanted:
+                built.arrays += [array for layer in piece.layers for array in layer.state]
 
     def _score_prompts(self, built: InFlightStep, hidden: mx.array | None) -> None:
         """Build the logprobs of prompts and the logits to sample from, from `hidden` states.
@@ -225,9 +226,9 @@ class StepBuilder:
 
     def _batched_layers(self, slices: Sequence[BatchSlice]) -> Sequence[LayerCache] | None:
         """Return caches that hold all sequences of the step, if it only decodes; else None."""
-        if all(part.length == part.wanted == 1 for part in slices):
+        if all(piece.length == piece.num_wanted == 1 for piece in slices):
             room = self._scheduler.room - self._scheduler.room_in_use()
-            return self._caches.batched_layers([part.layers for part in slices], room)
+            return self._caches.batched_layers([piece.layers for piece in slices], room)
         self._caches.split_batch()
         return None
 
@@ -237,7 +238,7 @@ class StepBuilder:
         drafts = dict[int, int]()  # the draft token that is read before a row
         for part in built.parts:
             drafts |= zip(part.rows[1:], part.draft, strict=True)
-        masks = self._masks(built.parts, logits)
+        masks = self._masks(built, logits)
         tokens = choose(logits, [sequence.sampler for sequence in rows], masks, drafts)
         built.tokens = tokens
         built.arrays.append(tokens)
@@ -250,12 +251,13 @@ class StepBuilder:
             built.finite = self.finite_check.finite_rows(logits)
             built.arrays.append(built.finite)
 
-    def _masks(self, parts: Sequence[StepPart], logits: mx.array) -> "dict[int, Mask]":
+    def _masks(self, built: InFlightStep, logits: mx.array) -> "dict[int, Mask]":
         """Return the masks by row; parts with lookahead masks have theirs already."""
         masks: dict[int, Mask | None] = {}
-        to_mask = [p for p in parts if p.rows and p.masks is None and p.sequence.needs_mask]
-        if to_mask:
-            # The device computes the logits while the host computes the masks.
+        to_mask = [p for p in built.parts if p.rows and p.masks is None and p.sequence.needs_mask]
+        if to_mask and built.synchronous:
+            # The device computes the logits while the host computes the masks. Not while another
+            # step is in flight: its caches would be copied (see `core`).
             mx.async_eval(logits)
         for part in to_mask:
             assert part.sequence.request.constraint
@@ -263,24 +265,24 @@ class StepBuilder:
                 masks[part.rows.start] = _check_mask(part.sequence.request.constraint.mask())
             except BaseException as error:  # noqa: BLE001 - ends this request only
                 part.sequence.end(error)
-        for part in parts:
+        for part in built.parts:
             masks |= dict(zip(part.rows, part.masks or (), strict=False))
         return {row: mask for row, mask in masks.items() if mask is not None}
 
 
-def _part(sequence: SequenceState, num_known: int, proposal: _Proposal, first_row: int) -> StepPart:
+def _part(sequence: SequenceState, num_input: int, proposal: _Proposal, first_row: int) -> StepPart:
     prefill = sequence.phase is Phase.PREFILL
-    last_chunk = sequence.num_in_flight == 1 or num_known == sequence.num_uncomputed
+    last_chunk = sequence.num_in_flight == 1 or num_input == sequence.num_uncomputed
     samples = last_chunk and sequence.request.max_tokens > 0
     num_rows = 1 + len(proposal.draft) if samples else 0
     num_wanted, scored = num_rows, None
     if prefill and sequence.request.on_prompt_logprobs:
-        scored = positions_to_score(sequence, num_known)
+        scored = positions_to_score(sequence, num_input)
         if scored:
-            num_wanted = max(num_rows, sequence.num_computed + num_known - scored.start)
+            num_wanted = max(num_rows, sequence.num_computed + num_input - scored.start)
     return StepPart(
         sequence,
-        num_known,
+        num_input,
         prefill=prefill,
         last_chunk=last_chunk,
         rows=range(first_row, first_row + num_rows),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.evaluate.modules import ModuleRow
+from qwen3_mlx.evaluate.weight_errors import ModuleRow
 from qwen3_mlx.extras import install_command
 
 if TYPE_CHECKING:

@@ -1,8 +1,8 @@
 """The Qwen3 network, dense and mixture-of-experts: token ids in, logits out.
 
-Read downwards. Modules and parameters have the names of the published checkpoints. Code that runs
-for every token accesses modules as items (`self["norm"]`): attribute access takes MLX ten times as
-long.
+The parts come before the whole, `Qwen3`. Modules and parameters have the names of the published
+checkpoints. Code that runs for every token accesses modules as items (`self["norm"]`): attribute
+access takes MLX ten times as long.
 
 B batch, L new tokens, Q queries (L, or in the last layer those whose logits are wanted),
 H query heads, K key/value heads, E head size, D hidden, V vocabulary.

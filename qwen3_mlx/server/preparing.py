@@ -66,12 +66,14 @@ class PreparationPool:
             while not done.done():
                 await asyncio.wait(awaited, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
                 if not done.done():
-                    _check(job, gone=disconnected.done())
+                    _check(job, disconnected=disconnected.done())
             return done.result()
         except ApiError:
             raise
         except Exception as error:
-            _check(job, gone=disconnected.done())  # work that was given up fails for that reason
+            _check(
+                job, disconnected=disconnected.done()
+            )  # work that was given up fails for that reason
             raise as_client_error(error) from error
         finally:
             disconnected.cancel()
@@ -160,9 +162,9 @@ async def wait_for_disconnect(request: Request) -> None:
         pass
 
 
-def _check(job: _Job, *, gone: bool) -> None:
+def _check(job: _Job, *, disconnected: bool) -> None:
     """Raise an ApiError if the preparation must be given up."""
-    if gone:
+    if disconnected:
         raise ApiError(499, "the client went away")
     if job.gone:
         raise ApiError(503, "the server is shutting down", code="unavailable")

@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
@@ -12,20 +12,19 @@ from qwen3_mlx.text.grammar import GrammarState, line_of
 from qwen3_mlx.text.grammar_limits import MAX_CHOICES, check_lark, check_schema, check_size
 from qwen3_mlx.text.grammar_trial import ResultCache, TrialCompiler
 from qwen3_mlx.text.tokenizer import Tokenizer
-from qwen3_mlx.text.tool_schema import Kinds, kinds_of, parameters_of, properties_of, standalone
+from qwen3_mlx.text.tool_grammar import (
+    ANSWER_JSON,
+    ANY_OBJECT,
+    TOOL_JSON,
+    Schema,
+    WriteRules,
+    coder_rules,
+    document_of,
+    hermes_rules,
+)
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
-
-# JSON as json.dumps writes it. With free whitespace a weak model could emit blanks forever.
-_JSON: Any = {
-    "whitespace_flexible": False,
-    "key_separator": ": ",
-    "item_separator": ", ",
-}
-# Unsupported parts of a tool's schema are left out with a warning, so the tool can still be called.
-_TOOL_JSON: Any = {**_JSON, "lenient": True, "coerce_one_of": True}
-_TEXT_RULE = r"text[lazy]: /((.|\n)*\n)?<\/parameter>\n/"
 
 SchemaLike = Mapping[str, Any] | type | bool
 """A JSON schema: a dictionary or a pydantic model."""
@@ -134,12 +133,12 @@ class GrammarCompiler:
 
         return self._compile(name, write)
 
-    def call(self, tools: Sequence[Mapping[str, Any]]) -> GrammarState:
+    def hermes_call(self, tools: Sequence[Mapping[str, Any]]) -> GrammarState:
         """Compile the text between the tags of a Hermes call to one of the tools.
 
         Unsupported parts of a tool's schema are not enforced; the grammar's `warnings` list them.
         """
-        return self._tool_grammar(tools, _hermes_rules)
+        return self._tool_grammar(tools, hermes_rules)
 
     def coder_call(self, tools: Sequence[Mapping[str, Any]]) -> GrammarState:
         """Compile the text between the tags of a Qwen3-Coder call to one of the tools.
@@ -147,35 +146,33 @@ class GrammarCompiler:
         Parameters come in any order. A value that may be a string is any text up to the closing
         tag; any other value is JSON of its schema, as far as the schema is supported.
         """
-        return self._tool_grammar(tools, _coder_rules)
+        return self._tool_grammar(tools, coder_rules)
 
-    def _tool_grammar(
-        self, tools: Sequence[Mapping[str, Any]], write: "_WriteRules"
-    ) -> GrammarState:
+    def _tool_grammar(self, tools: Sequence[Mapping[str, Any]], write: WriteRules) -> GrammarState:
         warnings: list[str] = []
         room = _MAX_WRITTEN
 
-        def write_schema(name: str, schema: Callable[[], _Schema], fallback: _Schema) -> str:
+        def write_schema(name: str, schema: Callable[[], Schema], fallback: Schema) -> str:
             nonlocal room
             self._caller.check()
             # Each schema is compiled alone first: one that fails is replaced, and the others hold.
             document, refusal, unsupported = "", "all schemas together are too large", ""
             if room > 0:
                 stated = schema()
-                document = _document(stated)
+                document = document_of(stated)
                 room -= len(document)
                 refusal, unsupported = self._check(document)
-                if fallback is _ANY_OBJECT and stated.get("type") != "object":
+                if fallback is ANY_OBJECT and stated.get("type") != "object":
                     refusal = "the arguments of a tool are an object"
             if refusal:
                 warnings.append(f"the schema of the tool {name} is not enforced: {refusal}")
-                return _document(fallback)
+                return document_of(fallback)
             if unsupported:
                 warnings.append(f"the schema of the tool {name} is enforced in part: {unsupported}")
             return document
 
-        def free(_: str, __: Callable[[], _Schema], fallback: _Schema) -> str:
-            return _document(fallback)
+        def free(_: str, __: Callable[[], Schema], fallback: Schema) -> str:
+            return document_of(fallback)
 
         def spare() -> GrammarState:
             # Compiled within a step of the engine, so it must not wait for a trial. Without the
@@ -202,7 +199,7 @@ class GrammarCompiler:
             return found
         try:
             made = self._compile(
-                "schema", lambda matcher: _schema_grammar(matcher, json.loads(document), _TOOL_JSON)
+                "schema", lambda matcher: _schema_grammar(matcher, json.loads(document), TOOL_JSON)
             )
             made.probe()
             found = "", "; ".join(made.unsupported())
@@ -226,77 +223,7 @@ class GrammarCompiler:
         return made
 
 
-_ANY_OBJECT = {"type": "object"}
-_PLAIN_KEYWORDS = frozenset(
-    ("type", "properties", "required", "title", "description", "$schema", "$defs", "definitions")
-)
-_Schema = Mapping[str, Any]
-_WriteSchema = Callable[[str, Callable[[], _Schema], _Schema], str]
-_WriteRules = Callable[[Sequence[Mapping[str, Any]], _WriteSchema], str]
-
-
-def _hermes_rules(tools: Sequence[Mapping[str, Any]], write_schema: _WriteSchema) -> str:
-    """Write the rules of a Hermes call in Lark's syntax.
-
-    The arguments of each tool are a document of their own, so that references within it resolve.
-    """
-    rules = []
-    for number, tool in enumerate(tools):
-        function = tool["function"]
-        name = json.dumps(function["name"], ensure_ascii=False)
-        begin = json.dumps(f'{{"name": {name}, "arguments": ')
-        arguments = partial(_arguments, parameters_of(function))
-        document = write_schema(function["name"], arguments, _ANY_OBJECT)
-        rules += [f'c{number}: {begin} a{number} "}}"', f"a{number}: %json {document}"]
-    calls = " | ".join(f"c{number}" for number in range(len(tools)))
-    return "\n".join([f'start: "\\n" ({calls}) "\\n"', *rules])
-
-
-def _coder_rules(tools: Sequence[Mapping[str, Any]], write_schema: _WriteSchema) -> str:
-    """Write the rules of a Qwen3-Coder call in Lark's syntax."""
-    rules = [_TEXT_RULE, r"other: /<parameter=[^>\n]+>\n/ text"]
-    for number, tool in enumerate(tools):
-        function, parameters = tool["function"], list[str]()
-        root = parameters_of(function)
-        known = Kinds(root)
-        if (kinds := known.of(root)) and "object" not in kinds:
-            write_schema(function["name"], partial(dict, root), _ANY_OBJECT)  # adds the warning
-            parameters.append("other")
-        for place, (name, schema) in enumerate(properties_of(root).items()):
-            rule = f"p{number}_{place}"
-            parameters.append(rule)
-            begin = json.dumps(f"<parameter={name}>\n")
-            kinds = known.of(schema)
-            if kinds and "string" not in kinds:
-                own = partial(standalone, schema, root)
-                document = write_schema(function["name"], own, {"type": sorted(kinds)})
-                rules.append(f'{rule}: {begin} j{rule} "\\n</parameter>\\n"')
-                rules.append(f"j{rule}: %json {document}")
-            else:
-                rules.append(f"{rule}: {begin} text")
-        some = f"({' | '.join(parameters)})*" if parameters else ""
-        begin = json.dumps(f"<function={function['name']}>\n")
-        rules.append(f'f{number}: {begin} {some} "</function>"')
-    calls = " | ".join(f"f{number}" for number in range(len(tools)))
-    return "\n".join([f'start: "\\n" ({calls}) "\\n"', *rules])
-
-
-def _document(schema: Mapping[str, Any]) -> str:
-    return json.dumps({**schema, "x-guidance": _TOOL_JSON})
-
-
-def _arguments(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the schema of a tool's arguments with its implied parts: the type is object.
-
-    A plain schema, without keywords for other properties, allows no arguments but those it names.
-    """
-    if schema.keys() <= _PLAIN_KEYWORDS:
-        schema = {**schema, "additionalProperties": False}
-    kinds = kinds_of(schema, schema)
-    return {**schema, "type": "object"} if not kinds or "object" in kinds else schema
-
-
-def _schema_grammar(matcher: "type[LLMatcher]", schema: Any, options: Any = _JSON) -> str:
+def _schema_grammar(matcher: "type[LLMatcher]", schema: Any, options: Any = ANSWER_JSON) -> str:
     check_schema(schema)
     return matcher.grammar_from_json_schema(json.dumps(schema), overrides=options)
 

@@ -242,7 +242,7 @@ class ToolCallSyntax:
         """Compile the grammar of the text between the tags, by the schemas of the tools."""
         if isinstance(self.format, CoderCalls):
             return grammars.coder_call(tools)
-        return grammars.call(tools)
+        return grammars.hermes_call(tools)
 
     def read(self, text: str, *, whole: bool) -> ToolCall | None:
         """Parse the text between the tags into a call with a new id, or return None."""

@@ -642,3 +642,26 @@ def test_warming_up_leaves_nothing(kind: str) -> None:
     before = mx.get_active_memory()
     warm_up(model)
     assert mx.get_active_memory() == before
+
+
+def test_a_masked_request_that_joins_computes_nothing_while_a_step_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its logits would be computed early for the mask, and the caches in use would be copied."""
+    engine, early = engine_of(MODELS["dense"]), list[bool]()
+    async_eval = mx.async_eval
+
+    def noted(*arrays: Any) -> None:
+        if isinstance(arrays[0], mx.array):  # logits; a step is submitted as a list
+            early.append(engine._core._in_flight is not None)
+        async_eval(*arrays)
+
+    monkeypatch.setattr(mx, "async_eval", noted)
+    running, joining = Client(PROMPTS[0], 20), Client(PROMPTS[1], 20)
+    masked = Client(PROMPTS[2], 20, constraint=ScriptedConstraint())
+    engine.submit(running.request)
+    for _ in range(4):
+        engine.step()
+    run(engine, joining, masked)
+    assert early and not any(early)
+    assert masked.tokens == expected_of_scripted(MODELS["dense"], PROMPTS[2], [])

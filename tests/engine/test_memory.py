@@ -24,7 +24,7 @@ from qwen3_mlx.engine.memory import (
     RESERVE,
     Workload,
     activation_bytes,
-    bytes_per_token,
+    bytes_read_per_token,
     cache_bytes,
     count_weights,
     largest_context,
@@ -246,18 +246,20 @@ def test_the_largest_context_is_the_last_that_fits() -> None:
 def test_a_token_moves_what_it_goes_through() -> None:
     nothing = Workload(0)
     # Dense and tied: all weights, the embedding as the head.
-    assert bytes_per_token(published_model_config("4B"), plain, nothing) == 2 * count_weights(
+    assert bytes_read_per_token(published_model_config("4B"), plain, nothing) == 2 * count_weights(
         published_model_config("4B")
     )
     dense = published_model_config("8B")
     embedding = 2 * 151936 * 4096
     row = embedding // 151936
     expected = 2 * count_weights(dense) - embedding + row
-    assert bytes_per_token(dense, plain, nothing) == expected
-    full = bytes_per_token(dense, plain, Workload(1000))
+    assert bytes_read_per_token(dense, plain, nothing) == expected
+    full = bytes_read_per_token(dense, plain, Workload(1000))
     assert full - expected == cache_bytes(dense, Workload(1000))
     # 3.35 billion weights of Qwen3-30B-A3B are active, embedding included.
-    active = bytes_per_token(published_model_config("30B-A3B"), plain, nothing) / 2 + 151936 * 2048
+    active = (
+        bytes_read_per_token(published_model_config("30B-A3B"), plain, nothing) / 2 + 151936 * 2048
+    )
     assert active == pytest.approx(3.35e9, rel=0.003)
 
 

@@ -69,7 +69,7 @@ def test_what_is_taken_back_was_never_there() -> None:
     for _ in range(300):
         if ids and rng.random() < 0.3:
             count = rng.randint(1, min(4, len(ids)))
-            lookup.forget(count)
+            lookup.rewind(count)
             del ids[-count:]
             assert lookup.next is None
         ids += rng.choices(range(4), k=rng.randint(1, 3))
@@ -155,7 +155,7 @@ def see(lookup: NgramProposer, *, right: bool) -> None:
     """Record hits, or misses, of lookup for a while."""
     assert lookup.next is not None
     for _ in range(60):
-        lookup.score(lookup.next if right else lookup.next + 1)
+        lookup.observe(lookup.next if right else lookup.next + 1)
 
 
 def test_the_gate_follows_what_comes_true_and_what_it_costs() -> None:

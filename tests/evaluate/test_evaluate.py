@@ -18,9 +18,9 @@ from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.evaluate import windows
 from qwen3_mlx.evaluate.divergence import divergence
-from qwen3_mlx.evaluate.modules import ModuleRow, bits_per_weight, module_errors
 from qwen3_mlx.evaluate.perplexity import perplexity
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
+from qwen3_mlx.evaluate.weight_errors import ModuleRow, bits_per_weight, module_errors
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import MOE, TINY, make_model, random_ids, read_weights, write_tiny
 
@@ -249,7 +249,7 @@ def test_errors_of_modules(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("qwen3_mlx.evaluate.modules._BLOCK", 1000)  # several blocks a module
+    monkeypatch.setattr("qwen3_mlx.evaluate.weight_errors._BLOCK", 1000)  # several blocks a module
     source = write_tiny(tmp_path / "source", config)
     quantized = write_quantized(tmp_path / "quantized", source, bits, mode)
     rows = {row.path: row for row in module_errors(source, quantized)}

@@ -188,13 +188,13 @@ def test_a_call_is_held_to_the_schema() -> None:
         tool_schema(calculator),
         {"type": "function", "function": {"name": "f", "parameters": {}}},
     ]
-    grammar = GRAMMARS.call(tools)
+    grammar = GRAMMARS.hermes_call(tools)
     for token in TOKENIZER.encode('\n{"name": "'):
         assert allows(grammar.mask(), token)
         grammar.advance(token)
     assert not allows(grammar.mask(), TOKENIZER.encode("x")[0])
     odd = {"name": "g", "parameters": {"type": "object", "if": {}}}
-    closing = GRAMMARS.call([{"type": "function", "function": odd}]).closing()
+    closing = GRAMMARS.hermes_call([{"type": "function", "function": odd}]).closing()
     assert closing is not None
     calls = ToolCallSyntax.of(TEMPLATE, TOKENIZER, [])
     assert calls and calls.read(TOKENIZER.decode(closing), whole=True)
@@ -482,12 +482,12 @@ def test_tools_that_are_too_much_together_are_not_enforced() -> None:
         )
         for n in range(100)
     ]
-    grammar = GRAMMARS.call(tools)
+    grammar = GRAMMARS.hermes_call(tools)
     assert len(grammar.warnings) == 1 and len(grammar.warnings[0]) < 400
     assert re.search("schemas of the tools are not enforced: tools: .*too big", grammar.warnings[0])
     for token in TOKENIZER.encode('\n{"name": "f7", "arguments": {"any'):
         grammar.advance(token)
-    assert GRAMMARS.call(tools[:9]).warnings == []
+    assert GRAMMARS.hermes_call(tools[:9]).warnings == []
 
 
 def test_a_tool_with_types_of_its_own_is_run(demo: LLM) -> None:
@@ -745,13 +745,13 @@ def test_a_call_has_an_object_of_what_the_tool_names(
 
 
 def test_the_grammar_of_calls_is_compiled_once(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    compile_it, compiled = GrammarCompiler.call, []
+    compile_it, compiled = GrammarCompiler.hermes_call, []
 
     def counted(grammars: GrammarCompiler, tools: Any) -> Any:
         compiled.append(tools)
         return compile_it(grammars, tools)
 
-    monkeypatch.setattr(GrammarCompiler, "call", counted)
+    monkeypatch.setattr(GrammarCompiler, "hermes_call", counted)
     reply = demo.chat("What is 1 + 2?", tools=[calculator], tool_choice="required", thinking=False)
     assert reply.tool_calls and len(compiled) == 1
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.engine.forward import BatchSlice, forward
-from qwen3_mlx.engine.memory import count_weights, token_bytes
+from qwen3_mlx.engine.memory import count_weights, kv_token_bytes
 from qwen3_mlx.engine.moving_average import MovingAverage
 from qwen3_mlx.engine.sampling import choose
 from qwen3_mlx.engine.sequence import SequenceState
@@ -34,7 +34,7 @@ class DraftModel:
         self.model = model
         self.size = count_weights(model.config)
         self.seconds = MovingAverage(_SECONDS_DECAY)
-        self.token_bytes = token_bytes(
+        self.token_bytes = kv_token_bytes(
             model.config, cache_format, model.model.norm.weight.dtype.size
         )
         self._format = cache_format

@@ -59,7 +59,7 @@ class AcceptanceRates:
 class NgramProposer:
     """Finds earlier occurrences of the last tokens of `ids`, and proposes what followed them.
 
-    `ids` is shared: its owner calls `index_new` after appending, and `forget` before removing.
+    `ids` is shared: its owner calls `index_new` after appending, and `rewind` before removing.
     """
 
     def __init__(self, ids: Sequence[int], rates: AcceptanceRates) -> None:
@@ -80,7 +80,7 @@ class NgramProposer:
         """The acceptance rate of matches as long as the current one."""
         return self._rates.of(self.length)
 
-    def score(self, token: int) -> None:
+    def observe(self, token: int) -> None:
         """Record whether the first draft token was right; call it before `token` is appended."""
         if self.length:
             self.rate.observe(hit=token == self.next)
@@ -94,7 +94,7 @@ class NgramProposer:
             chain.extend(self._ids, min(len(self._ids), start + _INDEX_CHUNK))
         self._match()
 
-    def forget(self, count: int) -> None:
+    def rewind(self, count: int) -> None:
         """Remove the last `count` ids from the index; call it before they leave `ids`."""
         for chain in self._chains:
             chain.truncate(self._ids, len(self._ids) - count)
