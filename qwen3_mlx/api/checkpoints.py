@@ -12,6 +12,7 @@ from qwen3_mlx.cache.quantized import CacheFormat, cache_format
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
+from qwen3_mlx.checkpoint.local import mark_used
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, has_all_weights, untie_if_needed
 from qwen3_mlx.engine.memory import Plan
@@ -81,6 +82,7 @@ class ResolvedCheckpoint:
     def read(self, progress: Progress) -> Qwen3:
         model = load_model(self.config, Weights(self.folder), self.options, progress)
         model.source = self.place.name
+        mark_used(self.folder)
         return model
 
 

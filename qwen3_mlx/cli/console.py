@@ -3,11 +3,12 @@
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -45,8 +46,16 @@ def print_facts(facts: Mapping[str, str]) -> None:
     """Print names and values as two columns on stdout."""
     table = Table.grid(padding=(0, 2))
     for name, fact in facts.items():
-        table.add_row(f"[bold]{name}[/bold]", fact)
+        table.add_row(f"[bold]{name}[/bold]", escape(fact))
     Console().print(table)
+
+
+def print_table(rows: Sequence[Sequence[str]]) -> None:
+    """Print rows of cells as columns on stdout, without wrapping, so that scripts can read them."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
 
 
 class Bar:

@@ -18,8 +18,11 @@ from qwen3_mlx.cli.convert import convert
 from qwen3_mlx.cli.doctor import doctor
 from qwen3_mlx.cli.error_wording import UsageError, closest_command, usage, with_option_names
 from qwen3_mlx.cli.evaluate import app as evaluate
+from qwen3_mlx.cli.models import list_models, pull, rm
 from qwen3_mlx.cli.plan import plan
+from qwen3_mlx.cli.ps import ps
 from qwen3_mlx.cli.serve import serve
+from qwen3_mlx.cli.show import show
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.version import __version__
 
@@ -76,6 +79,11 @@ app.command("chat")(chat)
 app.command("convert")(convert)
 app.command("plan")(plan)
 app.command("serve")(serve)
+app.command("list")(list_models)
+app.command("pull")(pull)
+app.command("rm")(rm)
+app.command("show")(show)
+app.command("ps")(ps)
 app.command("bench")(bench)
 app.command("doctor")(doctor)
 app.add_typer(evaluate, name="eval")

@@ -10,7 +10,7 @@ def table_of(estimate: MemoryEstimate, cache: str) -> str:
     plans = {fmt: [estimate.plan(fmt, n, cache) for n in contexts] for fmt in estimate.formats}
     terms = next(iter(plans.values()))  # all but the weights are the same for every format
     lines = [
-        f"{estimate.name}: {_count(count_weights(config))} weights, "
+        f"{estimate.name}: {count(count_weights(config))} weights, "
         f"{config.num_hidden_layers} layers, "
         f"context window {config.max_position_embeddings:,} tokens",
         f"{estimate.machine.description}.",
@@ -69,7 +69,8 @@ def _row(name: str, weights: str, cells: list[str]) -> str:
     return f"{name:14}{weights:>8}" + "".join(f"{cell:>8}" for cell in cells)
 
 
-def _count(number: int) -> str:
+def count(number: int) -> str:
+    """Return a number of weights as text."""
     return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.1f} million"
 
 

@@ -25,6 +25,7 @@ from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
 from qwen3_mlx.model.sizes import hub_name
 from qwen3_mlx.server.keys import read_keys
+from qwen3_mlx.server.running import registered, url_of
 from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, own_names
 
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
@@ -157,7 +158,8 @@ def serve(  # noqa: PLR0913 - one parameter an option
     serving = import_module("qwen3_mlx.server.run")  # FastAPI, which only this command needs
     with load_model(model, loading, quiet=quiet) as llm, listener:
         _log_to_stderr(quiet=quiet)
-        serving.serve(llm, settings, listener, ready)
+        with registered(*_address_of(listener), settings.model):
+            serving.serve(llm, settings, listener, ready)
 
 
 def _announce(settings: Settings, listener: socket.socket) -> None:
@@ -194,10 +196,14 @@ def _listen(host: str, port: int) -> socket.socket:
         raise Qwen3Error(f"cannot listen at {host}, port {port}: {reason}; {hint}") from error
 
 
-def _url_of(listener: socket.socket) -> str:
+def _address_of(listener: socket.socket) -> tuple[str, int]:
+    """Return host and port by which this machine reaches the server."""
     host, port = listener.getsockname()[:2]
-    shown = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
-    return f"http://[{shown}]:{port}" if ":" in shown else f"http://{shown}:{port}"
+    return "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host, port
+
+
+def _url_of(listener: socket.socket) -> str:
+    return url_of(*_address_of(listener))
 
 
 def _network_names() -> list[str]:

@@ -163,7 +163,7 @@ class Budget:
 
 
 @dataclass(frozen=True, slots=True)
-class _Module:
+class Module:
     """A module with weights: `count` matrices [rows, columns], or a norm, which has no columns."""
 
     path: str
@@ -183,38 +183,38 @@ class _Module:
         return fmt.nbytes(shape, itemsize) + (self.rows * itemsize if self.bias else 0)
 
 
-def _modules(config: ModelConfig) -> Iterator[_Module]:
+def modules(config: ModelConfig) -> Iterator[Module]:
     """Yield the modules that have weights, as model/qwen3.py builds them."""
     hidden, head = config.hidden_size, config.head_dim
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    yield _Module("model.embed_tokens", config.vocab_size, hidden)
+    yield Module("model.embed_tokens", config.vocab_size, hidden)
     for index in range(config.num_hidden_layers):
         layer = f"model.layers.{index}"
         attention, bias = f"{layer}.self_attn", config.attention_bias
-        yield _Module(f"{attention}.q_proj", queries, hidden, bias=bias)
-        yield _Module(f"{attention}.k_proj", keys, hidden, bias=bias)
-        yield _Module(f"{attention}.v_proj", keys, hidden, bias=bias)
-        yield _Module(f"{attention}.o_proj", hidden, queries, bias=bias)
-        yield _Module(f"{attention}.q_norm", head)
-        yield _Module(f"{attention}.k_norm", head)
-        yield _Module(f"{layer}.input_layernorm", hidden)
-        yield _Module(f"{layer}.post_attention_layernorm", hidden)
+        yield Module(f"{attention}.q_proj", queries, hidden, bias=bias)
+        yield Module(f"{attention}.k_proj", keys, hidden, bias=bias)
+        yield Module(f"{attention}.v_proj", keys, hidden, bias=bias)
+        yield Module(f"{attention}.o_proj", hidden, queries, bias=bias)
+        yield Module(f"{attention}.q_norm", head)
+        yield Module(f"{attention}.k_norm", head)
+        yield Module(f"{layer}.input_layernorm", hidden)
+        yield Module(f"{layer}.post_attention_layernorm", hidden)
         experts, block, width, count = config.experts, f"{layer}.mlp", config.intermediate_size, 1
         if experts and experts.in_layer(index):
-            yield _Module(f"{block}.gate", experts.num_experts, hidden)
+            yield Module(f"{block}.gate", experts.num_experts, hidden)
             block, width = f"{block}.switch_mlp", experts.moe_intermediate_size
             count = experts.num_experts
-        yield _Module(f"{block}.gate_proj", width, hidden, count)
-        yield _Module(f"{block}.up_proj", width, hidden, count)
-        yield _Module(f"{block}.down_proj", hidden, width, count)
-    yield _Module("model.norm", hidden)
+        yield Module(f"{block}.gate_proj", width, hidden, count)
+        yield Module(f"{block}.up_proj", width, hidden, count)
+        yield Module(f"{block}.down_proj", hidden, width, count)
+    yield Module("model.norm", hidden)
     if not config.tie_word_embeddings:
-        yield _Module("lm_head", config.vocab_size, hidden)
+        yield Module("lm_head", config.vocab_size, hidden)
 
 
 def count_weights(config: ModelConfig) -> int:
     """Count the weights of the network."""
-    return sum(module.size for module in _modules(config))
+    return sum(module.size for module in modules(config))
 
 
 def weight_bytes(config: ModelConfig, format_of: FormatOf, itemsize: int = 2) -> int:
@@ -222,7 +222,7 @@ def weight_bytes(config: ModelConfig, format_of: FormatOf, itemsize: int = 2) ->
 
     A matrix whose row length is not a multiple of its format's group size stays unquantized.
     """
-    return sum(module.nbytes(format_of(module.path), itemsize) for module in _modules(config))
+    return sum(module.nbytes(format_of(module.path), itemsize) for module in modules(config))
 
 
 def bytes_read_per_token(config: ModelConfig, format_of: FormatOf, work: Workload) -> int:
@@ -233,7 +233,7 @@ def bytes_read_per_token(config: ModelConfig, format_of: FormatOf, work: Workloa
     second.
     """
     read = _cache_bytes(config, work.context, work)
-    for module in _modules(config):
+    for module in modules(config):
         size = module.nbytes(format_of(module.path), work.itemsize)
         if config.experts and module.count > 1:
             size = size * config.experts.num_experts_per_tok // module.count

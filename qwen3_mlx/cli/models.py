@@ -1,0 +1,198 @@
+"""`qwen3 list`, `pull` and `rm`: the models on this machine, and those that the hub has."""
+
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.hub import Source
+from qwen3_mlx.checkpoint.local import HUB, LM_STUDIO, LocalModel, Removal, local_models
+from qwen3_mlx.cli.console import Bar, format_bytes, note, print_table, stderr_text
+from qwen3_mlx.cli.model_facts import ModelFacts, complete_model
+from qwen3_mlx.cli.options import Json, Quiet, option
+from qwen3_mlx.cli.plan_estimate import Machine
+from qwen3_mlx.engine.memory import in_gb
+from qwen3_mlx.errors import CheckpointError, Qwen3Error
+from qwen3_mlx.interrupt import interruptible
+from qwen3_mlx.model.sizes import hub_name
+
+_USEFUL_CONTEXT = 2048  # tokens; a model that has room for less is said not to fit
+_HEADER = ("model", "size", "format", "context", "fits here", "last used", "where")
+Revision = Annotated[str | None, option(text="Branch, tag or commit on the hub.")]
+
+
+def list_models(*, as_json: Json = False) -> None:
+    """List the Qwen3 models on this machine: size, format, what fits, last use.
+
+    They are in the hub's cache, in LM Studio's folder, and in the folders of
+    QWEN3_MODELS (separated by colons). "fits here" is the longest context, prompt
+    and reply together, that there is memory for.
+    """
+    models, complaints = local_models()
+    machine = Machine.here()
+    rows = [_facts(model, machine) for model in models]
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    elif rows:
+        print_table([_HEADER, *map(_cells, rows)])
+    else:
+        note("No model is here yet: qwen3 plan recommends one, qwen3 pull 8B downloads it.")
+    for complaint in complaints:
+        note(complaint)
+
+
+def _facts(model: LocalModel, machine: Machine) -> dict[str, Any]:
+    facts: dict[str, Any] = {
+        "model": model.name,
+        "where": model.place,
+        "folder": str(model.folder),
+        "bytes": model.nbytes,
+        "complete": model.complete,
+        "last_used": model.used and datetime.fromtimestamp(model.used, UTC).isoformat(),
+        "format": None,
+        "context": None,
+        "fits": None,
+    }
+    try:
+        found = ModelFacts.of(model.config, model.folder, machine)
+    except CheckpointError as error:
+        return {**facts, "error": str(error)}
+    context = found.config.context_window
+    return {**facts, "format": found.format, "context": context, "fits": found.fits}
+
+
+def _cells(facts: dict[str, Any]) -> list[str]:
+    fits, context = facts["fits"], facts["context"]
+    if fits is None:
+        room = "-"
+    elif fits < min(_USEFUL_CONTEXT, context):
+        room = "no"
+    else:
+        room = "whole" if fits == context else f"{fits:,}"
+    used = facts["last_used"] and datetime.fromisoformat(facts["last_used"]).astimezone()
+    return [
+        _with_tilde(facts["model"]),
+        format_bytes(facts["bytes"]) + ("" if facts["complete"] else ", incomplete"),
+        facts["format"] or "cannot be read",
+        f"{context:,}" if context else "-",
+        room,
+        f"{used:%Y-%m-%d %H:%M}" if used else "-",
+        facts["where"],
+    ]
+
+
+def _with_tilde(name: str) -> str:
+    home = f"{Path.home()}/"
+    return f"~/{name.removeprefix(home)}" if name.startswith(home) else name
+
+
+def pull(
+    *,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="Size or hub name to download.", autocompletion=complete_model
+        ),
+    ],
+    revision: Revision = None,
+    quiet: Quiet = False,
+) -> None:
+    """Download a model into the hub's cache; print its folder.
+
+    An interrupted download goes on where it stopped when the command is run
+    again. The disk is checked before, the checksums of the weights after it.
+    """
+    with Bar("downloading", in_bytes=True) as bar:
+        arrived = 0
+
+        def follow(done: int, total: int) -> None:
+            nonlocal arrived
+            arrived = total
+            if not quiet:
+                bar(done, total)
+
+        place = Source(hub_name(model), revision, follow)
+        if place.folder:
+            raise ValueError(f"{model} is a folder here; pull takes a size or a hub name")
+        folder, config = read_config(place)
+        facts = ModelFacts.of(config, folder, Machine.here())
+        if not quiet:
+            _warn(place.name, facts)
+        folder = fetch_weights(place, folder, also=["README.md"])
+    if not quiet:
+        _report(place, arrived)
+    print(folder)
+
+
+def _warn(name: str, facts: ModelFacts) -> None:
+    """Write what keeps a model from being used here, before it is downloaded."""
+    if (plan := facts.plan(_USEFUL_CONTEXT)) is None:
+        note(f"The weights are {facts.method}: use it by qwen3 convert {name} FOLDER.")
+    elif facts.estimate and not facts.estimate.fits(plan):
+        note(
+            f"It needs {in_gb(plan.total)} with {_USEFUL_CONTEXT:,} tokens, and "
+            f"{facts.estimate.machine.description}; qwen3 plan shows what fits."
+        )
+
+
+def _report(place: Source, arrived: int) -> None:
+    if place.list_files() is None:
+        note(f"{place.name} is here; the hub cannot be reached, so it may have a newer one.")
+    elif arrived:
+        note(f"{place.name} is here: {format_bytes(arrived)} downloaded, checksums right.")
+    else:
+        note(f"{place.name} is here already, and nothing is newer.")
+
+
+def rm(
+    *,
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL", help="Sizes or hub names to remove.", autocompletion=complete_model
+        ),
+    ],
+    revision: Annotated[
+        str | None, option(text="Remove only this branch, tag or commit of the model.")
+    ] = None,
+    yes: Annotated[bool, option("--yes", "-y", text="Do not ask.")] = False,
+) -> None:
+    """Remove downloaded models from the hub's cache, after a question; show what is freed.
+
+    Folders elsewhere, those of LM Studio among them, are never touched.
+    """
+    removals = [_removal(model, revision) for model in dict.fromkeys(models)]
+    for removal in removals:
+        what = "all of it" if removal.whole else f"revision {removal.revisions[0][:12]}"
+        note(f"{removal.name}: {what}, {format_bytes(removal.nbytes)}")
+    freed = format_bytes(sum(removal.nbytes for removal in removals))
+    if not yes:
+        if not sys.stdin.isatty():
+            raise ValueError("there is no terminal to ask at; --yes removes without a question")
+        stderr_text(f"Remove and free {freed}? [y/N] ")
+        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+            raise typer.Exit(1)
+    # The library warns that an interrupted removal may leave a damaged cache: Ctrl-C waits.
+    with interruptible(lambda: None, patient=True):
+        for removal in removals:
+            removal.execute()
+    note(f"Freed {freed}.")
+
+
+def _removal(model: str, revision: str | None) -> Removal:
+    name = hub_name(model)
+    folder = Path(name).expanduser()
+    if folder.exists() or name[:1] in "./~":
+        known = {found.folder.resolve(): found for found in local_models()[0]}
+        found = known.get(folder.resolve())
+        if found and found.place == HUB:
+            raise Qwen3Error(f"{model} is in the hub's cache; give its name, {found.name}")
+        owner = "LM Studio removes it" if found and found.place == LM_STUDIO else "remove it there"
+        raise Qwen3Error(
+            f"{model} is a folder outside of the hub's cache, and only that is cleaned; {owner}"
+        )
+    return Removal.of(name, revision)
