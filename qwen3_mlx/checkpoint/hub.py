@@ -38,6 +38,7 @@ NO_WHOLE_MODEL = (
 )
 """End of the error messages for adapters."""
 _UNAUTHORIZED = 401  # also of unknown names, for which the hub's library raises its own error
+_PATIENCE = 3  # seconds
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_ADDRESS = re.compile(
     rf"(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/({_HUB_NAME.pattern}).*"
@@ -48,6 +49,19 @@ def check_name(name: str) -> None:
     """Raise a ValueError if `name` is not a valid hub name."""
     if not _HUB_NAME.fullmatch(name):
         raise ValueError(f"{name!r} is no hub name such as somebody/Qwen3-8B-4bit")
+
+
+def unreachable() -> str:
+    """Return why the hub cannot be reached; "" if it answers."""
+    from huggingface_hub import constants, get_session
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set"
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_PATIENCE)
+    except Exception as error:  # noqa: BLE001 - the library passes on errors of its HTTP client
+        return first_line(error)
+    return ""
 
 
 def upload(folder: Path, name: str) -> str:

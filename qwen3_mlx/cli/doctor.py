@@ -9,9 +9,12 @@ from pathlib import Path
 from rich.console import Console
 
 from qwen3_mlx import backend
+from qwen3_mlx.checkpoint.hub import unreachable
+from qwen3_mlx.checkpoint.local import local_models
 from qwen3_mlx.cli.console import print_facts
 from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.engine.worker import Worker
+from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.version import __version__
 
 _PACKAGES = ("mlx", "mlx-lm", "huggingface-hub", "tokenizers", "numpy")
@@ -48,7 +51,7 @@ def doctor() -> None:
         facts["dequantize"] = (
             f"quantized models of up to {largest / 1e9:.1f} billion weights run as float32"
         )
-    facts["downloads"] = _downloads()
+    facts |= _storage()
     print_facts(facts)
     Console().print("\n".join(["", *(advice or ["No problems found."])]))
 
@@ -60,19 +63,31 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _downloads() -> str:
-    """Return the number and size of models in the hub's cache, and the free disk space there."""
+def _storage() -> dict[str, str]:
+    """Return where models lie, how much room is left there, and whether the hub answers."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE).expanduser()
-    models = [folder for folder in cache.glob("models--*") if folder.is_dir()]
-    held = sum(file.stat().st_size for model in models for file in model.glob("blobs/*"))
     disk = cache
     while not disk.exists():
         disk = disk.parent
+    reason = unreachable()
+    return {
+        "models": _models(),
+        "hub's cache": f"{cache}, {in_gb(shutil.disk_usage(disk).free)} free on its disk",
+        "hub": constants.ENDPOINT
+        + (f" cannot be reached ({reason}): only what is here can be used" if reason else ""),
+    }
+
+
+def _models() -> str:
+    try:
+        models = local_models()[0]
+    except CheckpointError as error:
+        return str(error)
+    held = in_gb(sum(model.nbytes for model in models))
     return (
-        f"{len(models)} models from the hub, {in_gb(held)}, in {cache}; "
-        f"{in_gb(shutil.disk_usage(disk).free)} free there"
+        f"{len(models)} here, {held}: qwen3 list" if models else "none here: qwen3 plan, then pull"
     )
 
 

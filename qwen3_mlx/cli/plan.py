@@ -17,9 +17,11 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
 from qwen3_mlx.checkpoint.weights import has_all_weights, untie_if_needed
 from qwen3_mlx.cli.console import note
+from qwen3_mlx.cli.model_facts import complete_model
 from qwen3_mlx.cli.options import Plot, option
 from qwen3_mlx.cli.plan_estimate import Machine, MemoryEstimate
 from qwen3_mlx.cli.plan_plots import PlanPlot, draw
+from qwen3_mlx.cli.plan_sizes import recommend, sizes_as_json, table_of_sizes
 from qwen3_mlx.cli.plan_table import table_of
 from qwen3_mlx.engine.memory import count_weights, weight_bytes
 from qwen3_mlx.model.config import ModelConfig
@@ -47,9 +49,14 @@ _FORMATS = {
 
 def plan(  # noqa: PLR0913 - one parameter an option
     model: Annotated[
-        str,
-        typer.Argument(metavar="MODEL", help=f"Size ({', '.join(SIZES)}), folder or hub name."),
-    ],
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help=f"Size ({', '.join(SIZES)}), folder or hub name; without it, one is recommended.",
+            autocompletion=complete_model,
+            show_default=False,
+        ),
+    ] = None,
     revision: Annotated[str | None, option(text="Branch, tag or commit on the hub.")] = None,
     memory: Annotated[
         float | None,
@@ -77,6 +84,10 @@ def plan(  # noqa: PLR0913 - one parameter an option
 ) -> None:
     """Show the memory a model needs in each format and context, and what fits.
 
+    [bold]qwen3 plan[/bold]   recommend a size and a format for this machine.
+    [bold]qwen3 plan --memory 16 --chip M4[/bold]   recommend for another machine.
+    [bold]qwen3 plan 8B[/bold]   plan the memory of a size, term by term.
+
     No weights are loaded. For a hub name, only config.json is fetched, and at
     most the index of its files.
     """
@@ -86,11 +97,22 @@ def plan(  # noqa: PLR0913 - one parameter an option
         raise ValueError(f"--memory must be GB, from 1 to {_MAX_MEMORY_GB:,}, not {memory:g}")
     itemsize = backend.compute_dtype(dtype).size
     machine = Machine.here() if memory is None else Machine.mac(memory)
-    name, config, formats = _resolve(model, revision)
-    weights = {fmt: weight_bytes(config, of, itemsize) for fmt, of in formats.items()}
-    estimate = MemoryEstimate(
-        name, config, machine, dtype, formats, weights, _bytes_per_second(bandwidth, chip)
-    )
+    speed = _bytes_per_second(bandwidth, chip)
+
+    def estimate_of(model: str) -> MemoryEstimate:
+        name, config, formats = _resolve(model, revision)
+        weights = {fmt: weight_bytes(config, of, itemsize) for fmt, of in formats.items()}
+        return MemoryEstimate(name, config, machine, dtype, formats, weights, speed)
+
+    if model is None:
+        if plot or revision or cache != "bf16":
+            raise ValueError("--plot, --revision and --cache need a model: qwen3 plan 8B")
+        estimates = {size: estimate_of(size) for size in SIZES}
+        best = recommend(estimates)
+        sizes = sizes_as_json(estimates, best)
+        print(json.dumps(sizes, indent=1) if as_json else table_of_sizes(estimates, best))
+        return
+    estimate = estimate_of(model)
     if plot:
         draw(plot, _picture(estimate, cache))
         note(f"drawn: {plot}")

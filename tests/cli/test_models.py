@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from qwen3_mlx import backend
 from qwen3_mlx.cli.model_facts import complete_model
 from qwen3_mlx.model.sizes import SIZES
 from tests.checkpoint.harness import COMMIT, qwen3, serving
@@ -255,6 +256,21 @@ def test_pull_says_before_that_a_model_does_not_fit(
     monkeypatch.setenv("QWEN3_MEMORY", "0.1")
     _, out, err = place.run("pull", "someone/tiny")
     assert out and err.startswith("It needs 0.5 GB with 2,048 tokens, and This process can have")
+
+
+def test_the_doctor_tells_of_models_disk_and_hub(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("matmul_speed", "memory_bandwidth"):
+        monkeypatch.setattr(backend, name, lambda: 1e12)
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = place.run("doctor", offline=True)
+    assert code == 0 and "none here: qwen3 plan, then pull" in out
+    assert f"{place.cache}, " in out and "GB free on its disk" in out
+    assert f"{NOWHERE} cannot be reached (" in out
+    assert place.run("pull", "-q", "someone/tiny")[0] == 0
+    _, out, _ = place.run("doctor")
+    assert "1 here, 0.0 GB: qwen3 list" in out and "cannot be reached" not in out
 
 
 # --- show ---------------------------------------------------------------------------------------

@@ -191,7 +191,7 @@ def test_a_stretched_window_is_marked(tmp_path: Path, capsys: Captured) -> None:
         (["8B", "--chip", "M9"], "--chip 'M9' is not among M1, M1 Pro"),
         (["8B", "--chip", "M1", "--bandwidth", "1"], "give one of them"),
         (["8B", "--plot", "plan.jpeg"], "must end in .png or .svg, and plan.jpeg does not"),
-        ([], "Missing argument"),
+        (["--revision", "main"], "need a model: qwen3 plan 8B"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], complaint: str, capsys: Captured) -> None:
@@ -244,3 +244,47 @@ def test_no_slow_package_is_imported_for_the_table() -> None:
     loaded = set(done.stdout.split())
     slow = {"matplotlib", "numpy", "mlx.nn", "tokenizers", "jinja2", "huggingface_hub"}
     assert not loaded & slow
+
+
+# --- without a model ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("memory", "size", "bits"),
+    [
+        ("8", "4B", 4),
+        ("16", "8B", 4),
+        ("24", "14B", 4),
+        ("32", "30B-A3B", 4),
+        ("64", "30B-A3B", 8),
+        ("192", "235B-A22B", 4),
+    ],
+)
+def test_a_size_is_recommended(memory: str, size: str, bits: int, capsys: Captured) -> None:
+    content = everything(capsys, "--memory", memory)
+    best = content["recommended"]
+    assert (best["size"], best["bits"]) == (size, bits)
+    assert best["model"] == f"Qwen/Qwen3-{size}-MLX-{bits}bit"
+    assert best["context"] >= 8192
+    own = everything(capsys, size, "--memory", memory)  # the same sums
+    assert content["sizes"][size]["4"]["weights"] == own["weights"]["4"]
+    assert content["sizes"][size]["4"]["largest_context"] == own["largest_context"]["4"]["bf16"]
+
+
+def test_a_slow_machine_is_recommended_a_smaller_size(capsys: Captured) -> None:
+    assert everything(capsys, "--memory", "24", "--chip", "M1")["recommended"]["size"] == "8B"
+    slow = everything(capsys, "--memory", "24", "--bandwidth", "1")
+    assert slow["recommended"] is None
+    _, out, _ = call(["plan", "--memory", "24", "--bandwidth", "1"], capsys)
+    assert "at a readable speed" in out
+
+
+def test_the_table_of_sizes(capsys: Captured) -> None:
+    code, out, err = call(["plan", "--memory", "16"], capsys)
+    assert (code, err) == (0, "")
+    assert row_of(out, "Qwen3-8B").endswith("<--") and out.count("<--") == 1
+    assert row_of(out, "Qwen3-32B").split()[1:] == ["-"] * 4
+    assert "qwen3 pull 8B" in out
+    _, out, _ = call(["plan", "--memory", "2"], capsys)
+    assert "None of them fits" in out and "<--" not in out
+    assert call(["plan"], capsys)[0] == 0
