@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from io import BufferedRandom
+from io import BufferedRandom, BufferedReader
 from pathlib import Path
 from threading import Event as Flag
 from threading import Lock
@@ -28,7 +28,7 @@ _MAX_FAILURES = 5  # tries in a row that bring no bytes
 _PAUSE = 1.0  # seconds before the next try, if the last one brought no bytes
 _WORKERS = 4  # files downloaded at once
 _RESERVED_BYTES = 100_000_000  # of the disk, left free
-_SHA256 = re.compile(r"[0-9a-f]{64}")
+_SHA256, _SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
 _RETRYABLE_STATUS = (408, 429, 500, 502, 503, 504)
 
 
@@ -202,13 +202,37 @@ def _is_retryable(error: Exception) -> bool:
     return response is None or response.status_code in _RETRYABLE_STATUS
 
 
+def damaged_files(folder: Path) -> list[str]:
+    """Return the files of a cached checkpoint whose content does not match their checksum."""
+    found = []
+    for file in sorted(path for path in folder.iterdir() if path.is_symlink()):
+        with file.open("rb") as content:
+            if not _matches(content, file.resolve().name):
+                found.append(file.name)
+    return found
+
+
+def _matches(content: BufferedReader | BufferedRandom, name: str) -> bool:
+    """Return whether a file has the checksum that the hub names it by.
+
+    That is SHA-256 for large files and git's SHA-1 for others; some mirrors give a plain SHA-1.
+    """
+    size = content.seek(0, 2)
+    starts: list[Callable[[], Any]] = []
+    if _SHA256.fullmatch(name):
+        starts = [hashlib.sha256]
+    elif _SHA1.fullmatch(name):
+        starts = [lambda: hashlib.sha1(b"blob %d\0" % size), hashlib.sha1]
+    for start in starts:
+        content.seek(0)
+        if hashlib.file_digest(content, start).hexdigest() == name:
+            return True
+    return not starts
+
+
 def _check(file: _File, target: BufferedRandom) -> None:
-    """Check size and checksum (large files are named by it); remove the file if they differ."""
-    sound = target.seek(0, 2) == file.size
-    if sound and _SHA256.fullmatch(file.blob.name):
-        target.seek(0)
-        sound = hashlib.file_digest(target, "sha256").hexdigest() == file.blob.name
-    if not sound:
+    """Check size and checksum of a partial file; remove it if they differ."""
+    if target.seek(0, 2) != file.size or not _matches(target, file.blob.name):
         file.partial.unlink(missing_ok=True)
         raise CheckpointError(f"{file.name} does not match the hub's checksum; try again")
 

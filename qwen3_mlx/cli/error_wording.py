@@ -13,7 +13,18 @@ _CALL = re.compile(r"(?:[;,] or|;) [^;,]*\b\w+\(\)[^;,]*")  # a remedy that only
 _STRAY = re.compile(r"Got unexpected extra argument\(s\) \((.*)\)", re.DOTALL)
 _CUTOFF = 0.75  # difflib's ratio of four letters, two of them swapped
 # Commands of other programs.
-_FOREIGN_COMMANDS = {"help": "--help", "version": "--version", "run": "chat --model"}
+_FOREIGN_COMMANDS = {
+    "help": "--help",
+    "version": "--version",
+    "run": "chat --model",
+    "ls": "list",
+    "models": "list",
+    "download": "pull",
+    "get": "pull",
+    "remove": "rm",
+    "delete": "rm",
+    "info": "show",
+}
 
 
 class UsageError(TyperException):

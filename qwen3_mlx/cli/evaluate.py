@@ -92,7 +92,8 @@ def perplexity_command(
         ids = _ids(llm, text, reading.tokens)
         found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
     if found.tokens < _FEW_TOKENS:
-        note(f"Only {found.tokens} tokens were measured: unreliable; give a longer text.")
+        tokens = "1 token was" if found.tokens == 1 else f"{found.tokens} tokens were"
+        note(f"Only {tokens} measured: unreliable; give a longer text.")
     if as_json:
         _print_json({"model": model, **_perplexity_facts(found)})
     else:

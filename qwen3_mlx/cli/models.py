@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.download import damaged_files
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.local import HUB, LM_STUDIO, LocalModel, Removal, local_models
 from qwen3_mlx.cli.console import Bar, format_bytes, note, print_table, stderr_text
@@ -99,12 +100,15 @@ def pull(
         ),
     ],
     revision: Revision = None,
+    verify: Annotated[
+        bool, option(text="Also check the checksums of files that are here already.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Download a model into the hub's cache; print its folder.
 
     An interrupted download goes on where it stopped when the command is run
-    again. The disk is checked before, the checksums of the weights after it.
+    again. The disk is checked before, the checksums after it.
     """
     with Bar("downloading", in_bytes=True) as bar:
         arrived = 0
@@ -123,8 +127,13 @@ def pull(
         if not quiet:
             _warn(place.name, facts)
         folder = fetch_weights(place, folder, also=["README.md"])
+    if verify and (damaged := damaged_files(folder)):
+        raise CheckpointError(
+            f"{place.name}: {', '.join(damaged)} does not match its checksum; remove the model "
+            f"(qwen3 rm {model}) and pull it again"
+        )
     if not quiet:
-        _report(place, arrived)
+        _report(place, arrived, verified=verify)
     print(folder)
 
 
@@ -139,11 +148,13 @@ def _warn(name: str, facts: ModelFacts) -> None:
         )
 
 
-def _report(place: Source, arrived: int) -> None:
+def _report(place: Source, arrived: int, *, verified: bool) -> None:
+    if verified:
+        note("All checksums are right.")
     if place.list_files() is None:
         note(f"{place.name} is here; the hub cannot be reached, so it may have a newer one.")
     elif arrived:
-        note(f"{place.name} is here: {format_bytes(arrived)} downloaded, checksums right.")
+        note(f"{place.name} is here: {format_bytes(arrived)} downloaded and verified.")
     else:
         note(f"{place.name} is here already, and nothing is newer.")
 

@@ -84,6 +84,8 @@ def _normalised(message: object, index: int) -> dict[str, Any]:
         raise ValueError(
             f"{where} has role {message.get('role')!r}; it must be one of {', '.join(ROLES)}"
         )
+    if message["role"] in ("user", "system") and "content" not in message:
+        raise ValueError(f"{where} has no content, which a message of {message['role']} needs")
     made = {name: value for name, value in message.items() if value is not None}
     made["content"] = _flattened(message.get("content"), where)
     thinking = next((made[name] for name in _THINKING if name in made), None)

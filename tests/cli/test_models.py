@@ -1,5 +1,6 @@
 """`qwen3 list`, `pull`, `rm` and `show`: a hub of our own, a cache, and folders of checkpoints."""
 
+import hashlib
 import json
 import os
 import pty
@@ -16,7 +17,7 @@ import pytest
 from qwen3_mlx import backend
 from qwen3_mlx.cli.model_facts import complete_model
 from qwen3_mlx.model.sizes import SIZES
-from tests.checkpoint.harness import COMMIT, qwen3, serving
+from tests.checkpoint.harness import COMMIT, Hub, qwen3, serving
 from tests.support import DEMO, write_tiny
 
 NOWHERE = "http://127.0.0.1:9"
@@ -66,7 +67,7 @@ def test_a_model_is_pulled_listed_used_and_removed(place: Place) -> None:
     folder = Path(out.strip())
     assert folder == place.cache / f"models--someone--tiny/snapshots/{COMMIT}"
     assert (folder / "model.safetensors").is_file() and (folder / "README.md").is_file()
-    assert err.startswith("someone/tiny is here: ") and "checksums right" in err
+    assert err.startswith("someone/tiny is here: ") and "downloaded and verified" in err
     again = place.run("pull", "someone/tiny")
     assert again == (0, out, "someone/tiny is here already, and nothing is newer.\n")
     code, out, err = place.run("pull", "someone/tiny", offline=True)
@@ -184,6 +185,34 @@ def test_a_download_that_was_interrupted_is_listed_and_removed(place: Place) -> 
     assert ", incomplete" in place.run("list")[1]
     assert place.run("pull", "-q", "someone/tiny")[0] == 0  # goes on from the partial file
     assert place.rows()["someone/tiny"]["complete"]
+
+
+def test_damage_is_found(place: Place) -> None:
+    folder = Path(place.run("pull", "-q", "someone/tiny")[1].strip())
+    code, _, err = place.run("pull", "--verify", "someone/tiny", offline=True)
+    assert code == 0 and err.startswith("All checksums are right.\n")
+    with (folder / "model.safetensors").open("r+b") as stream:
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\x7f")
+    code, out, err = place.run("pull", "--verify", "someone/tiny")
+    assert (code, out) == (1, "")
+    assert err.startswith("qwen3: someone/tiny: model.safetensors does not match its checksum; ")
+
+
+class Damaging(Hub):
+    """Names small files as git does, and sends the config with another byte."""
+
+    def _send_file(self, content: bytes, name: str, *, body: bool) -> None:
+        etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        sent = content.replace(b"{", b"[") if name == "config.json" else content
+        self._send(sent if body else b"", length=len(content), etag=etag)
+
+
+def test_damage_in_transfer_is_found_in_small_files_too(place: Place) -> None:
+    with serving(place.hub, Damaging) as (place.address, _):
+        code, out, err = place.run("pull", "someone/tiny")
+    assert (code, out) == (1, "")
+    assert err == "qwen3: config.json does not match the hub's checksum; try again\n"
 
 
 def test_folders_are_listed_by_their_paths(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,7 @@ def test_content_is_flattened_before_the_template() -> None:
         (["Hi"], TypeError, r"messages\[0\] must be a dict"),
         ([{"role": "robot", "content": "x"}], ValueError, "has role 'robot'"),
         ([{"content": "x"}], ValueError, "has role None"),
+        ([{"role": "user"}], ValueError, r"messages\[0\] has no content, which a message of user"),
         ([{"role": "user", "content": 3}], TypeError, "content must be text"),
         (
             [{"role": "user", "content": [{"type": "image_url"}]}],
