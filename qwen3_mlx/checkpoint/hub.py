@@ -205,7 +205,7 @@ class Source:
         except LocalEntryNotFoundError as error:
             raise CheckpointError(
                 f"{self.name} is not downloaded yet and the hub cannot be reached; "
-                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE"
+                "check the network, HF_ENDPOINT and HF_HUB_OFFLINE; qwen3 list shows what is here"
             ) from error
         except HFValidationError as error:
             raise CheckpointError(f"{self.name!r} is not a valid hub name") from error

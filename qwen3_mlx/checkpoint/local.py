@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwen3_mlx.checkpoint.hub import check_name
 from qwen3_mlx.checkpoint.weights import has_all_weights
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
@@ -53,7 +54,7 @@ def local_models() -> tuple[list[LocalModel], list[str]]:
     """Return the Qwen3 checkpoints on this machine, and a sentence for each place not readable."""
     info = _scan()
     found = [model for repo in _repos(info) if (model := _cached_model(repo))]
-    complaints = [str(warning) for warning in info.warnings] if info else []
+    complaints = [f"not listed, because it is damaged: {reason}" for reason in _damage(info)]
     for place, root in _roots():
         if not root.is_dir():
             complaints.append(f"{_VARIABLE}: {root} is no folder")
@@ -98,10 +99,18 @@ class Removal:
 
         Raises:
             CheckpointError: the cache does not have it.
+            ValueError: the name is not a hub name.
         """
+        check_name(name)
         info = _scan()
         repo = next((repo for repo in _repos(info) if repo.repo_id == name), None)
         if info is None or repo is None:
+            folder = f"/models--{name.replace('/', '--')}"
+            for reason in _damage(info):
+                if f"{folder}/" in reason or reason.endswith(folder):
+                    raise CheckpointError(
+                        f"{name} is damaged: {reason}; remove its folder yourself"
+                    )
             raise CheckpointError(f"{name} is not in the hub's cache; qwen3 list shows what is")
         chosen = [found for found in repo.revisions if revision is None or _is(found, revision)]
         if len(chosen) != 1 and revision is not None:
@@ -146,6 +155,12 @@ def _repos(info: "HFCacheInfo | None") -> "list[CachedRepoInfo]":
     return [repo for repo in info.repos if repo.repo_type == "model"] if info else []
 
 
+def _damage(info: "HFCacheInfo | None") -> list[str]:
+    """Return why some models of the cache cannot be read."""
+    reasons = [str(warning) for warning in info.warnings] if info else []
+    return [reason for reason in reasons if "/models--" in reason]
+
+
 def _cached_model(repo: "CachedRepoInfo") -> LocalModel | None:
     """Return a model of the cache, as its main branch or else its latest revision has it."""
     revisions = sorted(
@@ -184,7 +199,7 @@ def _roots() -> Iterator[tuple[str, Path]]:
         yield LM_STUDIO, models
     for stated in os.environ.get("QWEN3_MODELS", "").split(os.pathsep):
         if stated:
-            yield FOLDER, Path(stated).expanduser()
+            yield FOLDER, Path(stated).expanduser().absolute()
 
 
 def _models_below(place: str, root: Path, depth: int = _DEPTH) -> Iterator[LocalModel]:

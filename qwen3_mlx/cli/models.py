@@ -197,7 +197,7 @@ def rm(
 def _removal(model: str, revision: str | None) -> Removal:
     name = hub_name(model)
     folder = Path(name).expanduser()
-    if folder.exists() or name[:1] in "./~":
+    if name and (folder.exists() or name[0] in "./~"):
         known = {found.folder.resolve(): found for found in local_models()[0]}
         found = known.get(folder.resolve())
         if found and found.place == HUB:

@@ -160,7 +160,8 @@ def test_rm_touches_models_of_the_cache_alone(place: Place, monkeypatch: Any) ->
         ("./nothing", "is a folder outside"),
         ("../../x", "is a folder outside"),
         ("someone/other", "is not in the hub's cache"),
-        ("someone--tiny", "is not in the hub's cache"),
+        ("someone--tiny", "'someone--tiny' is no hub name such as"),
+        ("", "'' is no hub name such as"),
         ("8B", "Qwen/Qwen3-8B-MLX-4bit is not in the hub's cache"),
     ):
         code, out, err = place.run("rm", name, "--yes")
@@ -172,6 +173,21 @@ def test_rm_touches_models_of_the_cache_alone(place: Place, monkeypatch: Any) ->
     assert place.run("rm", "someone/tiny", "--yes")[0] == 0
     assert (data / "data.txt").read_text() == "kept"
     assert len(place.rows()) == 2
+
+
+def test_a_damaged_model_is_named(place: Place) -> None:
+    assert place.run("pull", "-q", "someone/tiny")[0] == 0
+    (snapshot,) = place.cache.glob("models--*/snapshots/*")
+    (snapshot / "config.json").resolve().unlink()
+    (place.cache / "notes.txt").write_text("of a user")
+    code, out, err = place.run("list", offline=True)
+    assert (code, out) == (0, "")
+    assert err.splitlines()[1].startswith("not listed, because it is damaged: Blob missing")
+    assert "notes.txt" not in err
+    code, _, err = place.run("rm", "someone/tiny", "--yes")
+    assert code == 1 and "someone/tiny is damaged: Blob missing" in err
+    assert place.run("pull", "-q", "someone/tiny")[0] == 0  # mends it
+    assert place.rows()["someone/tiny"]["complete"]
 
 
 def test_a_download_that_was_interrupted_is_listed_and_removed(place: Place) -> None:

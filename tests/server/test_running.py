@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -106,7 +107,6 @@ def test_what_else_listens_there(
             assert "does not answer" in out
             return
         listener.settimeout(10)
-        from threading import Thread
 
         def answer() -> None:
             client, _ = listener.accept()
