@@ -4,6 +4,7 @@
 """
 
 import logging
+import os
 import re
 from collections.abc import Sequence
 from json import JSONDecodeError
@@ -101,7 +102,7 @@ class Source:
         self._progress = progress
         self._listed: list[str] | None = None
         self._commit: str | None = None
-        folder = Path(name).expanduser()
+        folder = Path(os.path.expanduser(name))  # Path.expanduser raises for unknown users
         self.folder = folder if name and folder.exists() else None
         if self.folder is None and (address := _HUB_ADDRESS.fullmatch(name)):
             raise CheckpointError(f"{name} is an address; give the name alone, {address[1]}")

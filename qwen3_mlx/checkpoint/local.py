@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 HUB, LM_STUDIO, FOLDER = "hub", "LM Studio", "folder"
 """Where a checkpoint was found."""
-_VARIABLE = "QWEN3_MODELS"
 _DEPTH = 2  # LM Studio's folders are PUBLISHER/MODEL
 _READ_BY_LOAD = "tokenizer.json"  # and by no list of models
 
@@ -57,7 +56,7 @@ def local_models() -> tuple[list[LocalModel], list[str]]:
     complaints = [f"not listed, because it is damaged: {reason}" for reason in _damage(info)]
     for place, root in _roots():
         if not root.is_dir():
-            complaints.append(f"{_VARIABLE}: {root} is no folder")
+            complaints.append(f"QWEN3_MODELS: {root} is no folder")
         found += _models_below(place, root)
     once = {model.folder.resolve(): model for model in reversed(found)}
     return sorted(once.values(), key=lambda model: (model.place != HUB, model.name)), complaints
@@ -177,7 +176,7 @@ def _partial_bytes(repo: "CachedRepoInfo") -> int:
 
 
 def _is(found: "CachedRevisionInfo", revision: str) -> bool:
-    return revision in found.refs or found.commit_hash.startswith(revision)
+    return revision in found.refs or bool(revision) and found.commit_hash.startswith(revision)
 
 
 def _described(found: "CachedRevisionInfo") -> str:
@@ -189,8 +188,8 @@ def _described(found: "CachedRevisionInfo") -> str:
 
 def _roots() -> Iterator[tuple[str, Path]]:
     """Yield the folders that hold checkpoints beside the hub's cache."""
-    home = Path.home() / ".lmstudio"
-    with suppress(OSError, IndexError):  # LM Studio's home may be elsewhere
+    home = Path(os.path.expanduser("~/.lmstudio"))
+    with suppress(OSError, ValueError, IndexError):  # LM Studio's home may be elsewhere
         home = Path((home.parent / ".lmstudio-home-pointer").read_text("utf-8").splitlines()[0])
     models = home / "models"
     with suppress(CheckpointError):
@@ -199,7 +198,7 @@ def _roots() -> Iterator[tuple[str, Path]]:
         yield LM_STUDIO, models
     for stated in os.environ.get("QWEN3_MODELS", "").split(os.pathsep):
         if stated:
-            yield FOLDER, Path(stated).expanduser().absolute()
+            yield FOLDER, Path(os.path.expanduser(stated)).absolute()
 
 
 def _models_below(place: str, root: Path, depth: int = _DEPTH) -> Iterator[LocalModel]:

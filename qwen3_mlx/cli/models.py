@@ -1,6 +1,7 @@
 """`qwen3 list`, `pull` and `rm`: the models on this machine, and those that the hub has."""
 
 import json
+import os
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,7 +88,7 @@ def _cells(facts: dict[str, Any]) -> list[str]:
 
 
 def _with_tilde(name: str) -> str:
-    home = f"{Path.home()}/"
+    home = os.path.expanduser("~/")
     return f"~/{name.removeprefix(home)}" if name.startswith(home) else name
 
 
@@ -196,7 +197,7 @@ def rm(
 
 def _removal(model: str, revision: str | None) -> Removal:
     name = hub_name(model)
-    folder = Path(name).expanduser()
+    folder = Path(os.path.expanduser(name))
     if name and (folder.exists() or name[0] in "./~"):
         known = {found.folder.resolve(): found for found in local_models()[0]}
         found = known.get(folder.resolve())

@@ -17,6 +17,7 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 _APP = "qwen3-mlx"
+_STATES = {"status", "running", "waiting", "memory", "tokens_per_second", "uptime_seconds"}
 _TIMEOUT = 2  # seconds for the answer of /health
 
 
@@ -53,7 +54,7 @@ class RunningServer:
             raise ConnectionError(str(error)) from error
         finally:
             connection.close()
-        if not isinstance(content, dict) or "uptime_seconds" not in content:
+        if not isinstance(content, dict) or not content.keys() >= _STATES:
             raise ConnectionError("another program listens there")
         return content
 

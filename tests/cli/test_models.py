@@ -131,6 +131,7 @@ def second_revision(place: Place) -> None:
 def test_rm_of_one_revision_keeps_the_other(place: Place) -> None:
     assert place.run("pull", "-q", "someone/tiny")[0] == 0
     second_revision(place)
+    assert place.run("rm", "someone/tiny", "--revision", "", "--yes")[0] == 1
     code, _, err = place.run("rm", "someone/tiny", "--revision", "dev", "--yes")
     assert code == 1
     assert f"is here with {COMMIT[:12]} (main), {OTHER[:12]}, not with revision 'dev'" in err
@@ -159,6 +160,7 @@ def test_rm_touches_models_of_the_cache_alone(place: Place, monkeypatch: Any) ->
         (str(place.cache), "is a folder outside"),
         ("./nothing", "is a folder outside"),
         ("../../x", "is a folder outside"),
+        ("~nobody-here/x", "is a folder outside"),
         ("someone/other", "is not in the hub's cache"),
         ("someone--tiny", "'someone--tiny' is no hub name such as"),
         ("", "'' is no hub name such as"),
