@@ -20,6 +20,7 @@ from qwen3_mlx.cli.options import (
     load_model,
     with_options,
 )
+from qwen3_mlx.cli.screen import AnswerWriter
 from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.text.events import Finish, Reasoning, Text
 
@@ -92,6 +93,7 @@ def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, f
     """Write events as they arrive; return the last one and the time of the first token."""
     first = 0.0
     thought = answered = False
+    answer = AnswerWriter()
     for event in stream:
         first = first or time.perf_counter()
         if isinstance(event, Reasoning) and show_thinking:
@@ -101,19 +103,13 @@ def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, f
             if thought and not answered:
                 note("\n")
             answered = True
-            _write(event.text)
+            answer.write(event.text)
         elif isinstance(event, Finish):
             finish = event
-    if answered:
-        _write("\n")
-    elif thought:
+    answer.close()
+    if thought and not answered:
         note("")
     return finish, first
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(text)
-    sys.stdout.flush()
 
 
 def _status(finish: Finish, to_first: float, rest: float) -> str:

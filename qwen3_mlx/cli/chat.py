@@ -3,11 +3,14 @@
 import io
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
+from qwen3_mlx.cli import chat_commands
 from qwen3_mlx.cli.chat_session import ChatSession
 from qwen3_mlx.cli.console import note
+from qwen3_mlx.cli.line_editor import LineEditor, is_terminal
 from qwen3_mlx.cli.options import (
     HideThinking,
     Model,
@@ -20,8 +23,9 @@ from qwen3_mlx.cli.options import (
     with_options,
 )
 from qwen3_mlx.cli.screen import Screen
+from qwen3_mlx.cli.user_files import data_file
 
-_PROMPT, _CONTINUATION_PROMPT = "> ", ". "
+_HISTORY = "chat_history"
 
 
 @with_options
@@ -40,50 +44,64 @@ def chat(
     The idle time after an answer prefills the next turn, so that its answer
     starts at once. Each line of piped input is a turn.
     """
-    options = sampling.keywords()
-    with load_model(model, loading, quiet=quiet) as llm:
-        conversation = llm.conversation(
-            system=reply.system,
-            file=file,
-            max_tokens=reply.max_tokens,
-            stop=reply.stop,
-            drop_oldest=True,
-            **options,
-        )
+    session = ChatSession(
+        lambda name: load_model(name, loading, quiet=quiet),
+        model,
+        Screen(show_thinking=not (hide_thinking or quiet)),
+        options={
+            "system": reply.system,
+            "file": file,
+            "max_tokens": reply.max_tokens,
+            "stop": reply.stop,
+            **sampling.keywords(),
+        },
+        quiet=quiet,
+    )
+    with ExitStack() as stack:
+        stack.enter_context(session)
         if model is None and not quiet:
             note("This is the embedded demo model; for a real model: qwen3 chat --model 8B")
+        if is_terminal():
+            editor = LineEditor(_history(), chat_commands.completions())
+            session.editor = stack.enter_context(editor)
         if sys.stdin.isatty() and not quiet:
-            note("/help lists the commands; Ctrl-D ends the chat.")
-        screen = Screen(show_thinking=not (hide_thinking or quiet))
-        ChatSession(llm, conversation, screen, quiet=quiet).run(_lines())
+            note(f"{session.model_name} · /help lists the commands; Ctrl-D ends the chat.")
+        chat_commands.run(session, _lines(session.editor))
 
 
-def _lines() -> Iterator[str]:
+def _history() -> Path | None:
+    try:
+        return data_file(_HISTORY)
+    except OSError as error:
+        note(f"qwen3: lines are not kept for the next chat: {error}")
+        return None
+
+
+def _lines(editor: LineEditor | None) -> Iterator[str]:
     """Yield the typed or piped input, one turn at a time."""
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # bytes that are not text must not end the chat
-    if sys.stdin.isatty():
-        import readline  # noqa: F401 - gives input() line editing and a history
     while True:
         try:
-            line = _line(_PROMPT)
-            while line.endswith("\\") or _in_quotes(line):
-                line = line.removesuffix("\\") + "\n" + _line(_CONTINUATION_PROMPT)
+            line = editor.read() if editor else _piped_turn()
         except EOFError:
             return
         except KeyboardInterrupt:
-            note("")
             continue
-        text = line.strip()
-        quoted = text.startswith('"""') and text.endswith('"""') and len(text) >= 6
-        yield text[3:-3].strip("\n") if quoted else line
+        yield line
+
+
+def _piped_turn() -> str:
+    """Return a turn of piped input: a line, or several that are joined by backslashes or quotes."""
+    line = input()
+    while line.endswith("\\") or _in_quotes(line):
+        line = line.removesuffix("\\") + "\n" + input()
+    text = line.strip()
+    quoted = text.startswith('"""') and text.endswith('"""') and len(text) >= 6
+    return text[3:-3].strip("\n") if quoted else line
 
 
 def _in_quotes(line: str) -> bool:
     """Return whether a text of several lines has begun and not ended."""
     text = line.strip()
     return text.startswith('"""') and not (len(text) >= 6 and text.endswith('"""'))
-
-
-def _line(prompt: str) -> str:
-    return input(prompt if sys.stdin.isatty() and sys.stdout.isatty() else "")

@@ -1,104 +1,179 @@
-"""One chat: runs lines of input, which are messages or commands, and shows the replies."""
+"""State of one chat: its model, conversation, branches, tools and attached files."""
 
-import shlex
 import time
-from collections.abc import Callable, Iterable
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol, Self
 
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.screen import Screen, on_enter_key
-from qwen3_mlx.cli.tool_file import load_functions
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.cli.line_editor import LineEditor
+from qwen3_mlx.cli.screen import Screen
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.interrupt import interruptible
-from qwen3_mlx.text.events import Finish, Usage
+from qwen3_mlx.text.events import Event, Finish, Usage
 
-_HELP = """\
-/think, /nothink    turn thinking on or off
-/budget N           limit thinking to N tokens; /budget alone removes the limit
-/tools FILE.py      let the model call the functions in a file; /tools alone removes them
-/system TEXT        set the system prompt; /system alone removes it
-/retry              generate the last reply again
-/edit TEXT          replace the last message with TEXT and reply to it
-/save FILE          save the conversation
-/load FILE          load a saved conversation
-/stats              tokens and speed so far
-/exit               leave the chat, as does Ctrl-D
-Enter while it thinks: answer now. Ctrl-C: stop the answer.
-A line that ends with \\ continues; \"\"\" begins and ends a text of several lines."""
+Message = dict[str, Any]
+_SAMPLING = {entry.name for entry in fields(SamplingParams)}
+
+
+class Recorder(Protocol):
+    """Receives one conversation as it goes on.
+
+    `record` gets the messages whenever they have changed, `add` each event of a reply before it is
+    shown; the reply is part of the next messages.
+    """
+
+    def record(self, messages: list[Message]) -> None: ...
+    def add(self, event: Event) -> None: ...
+    def close(self) -> None: ...
+
+
+class NoRecorder:
+    """A recorder that keeps nothing."""
+
+    def record(self, messages: list[Message]) -> None:
+        """Keep nothing."""
+
+    def add(self, event: Event) -> None:
+        """Keep nothing."""
+
+    def close(self) -> None:
+        """Keep nothing."""
+
+
+@dataclass(slots=True)
+class _Branch:
+    """A conversation among those of a chat; the messages of the current one are elsewhere."""
+
+    messages: list[Message]
+    recorder: Recorder
 
 
 class ChatSession:
-    """State of one chat: the model, the conversation, its tools and its statistics."""
+    """State of one chat, and what its commands do; errors are raised.
+
+    Attributes:
+        functions: the tools of the model.
+        usages, seconds: token counts of the replies so far, and the time they took.
+    """
 
     def __init__(
         self,
-        llm: "qwen3_mlx.LLM",
-        conversation: "qwen3_mlx.Conversation",
+        open_model: Callable[[str | None], "AbstractContextManager[qwen3_mlx.LLM]"],
+        model: str | None,
         screen: Screen,
         *,
+        options: Mapping[str, Any],
+        editor: LineEditor | None = None,
+        new_recorder: Callable[[str], Recorder] = lambda _: NoRecorder(),
         quiet: bool = False,
     ) -> None:
-        self._llm = llm
-        self._conversation = conversation
+        """Open a model; `options` are those of `LLM.conversation`, for every model of the chat.
+
+        `new_recorder` is called with a model's name when a conversation begins.
+        """
+        self.functions: list[Callable[..., Any]] = []
+        self.usages: list[Usage] = []
+        self.seconds = 0.0
+        self.editor = editor
+        self._open_model = open_model
         self._screen = screen
+        self._new_recorder = new_recorder
         self._quiet = quiet
-        self._usages: list[Usage] = []
-        self._seconds = 0.0  # that the replies took
-        self._functions: list[Callable[..., Any]] = []
+        self._files: list[str] = []
+        self._open(model, options)
+        self._branches = [_Branch([], new_recorder(self.model_name))]
+        self._current = 0
 
-    def run(self, lines: Iterable[str]) -> None:
-        """Run lines of input until one of them ends the chat; errors are shown."""
-        for line in lines:
+    # --- models ---------------------------------------------------------------------------------
+
+    def _open(self, model: str | None, options: Mapping[str, Any]) -> None:
+        loaded = self._open_model(model)
+        self.llm = loaded.__enter__()
+        self._loaded, self._model = loaded, model
+        try:
+            self.conversation = self.llm.conversation(drop_oldest=True, **options)
+        except BaseException:
+            self._close_model()
+            raise
+
+    def _close_model(self) -> None:
+        self._loaded.__exit__(None, None, None)
+
+    @property
+    def model_name(self) -> str:
+        """The model as it was named; the embedded demo if it was not."""
+        return self._model or "demo"
+
+    def use_model(self, model: str) -> None:
+        """Go on with another model; if it cannot be loaded, with the one before."""
+        before, options = self._model, {**self.conversation.options}
+        options["messages"] = self.conversation.messages
+        with interruptible():
+            self._close_model()  # first: the memory may not suffice for both
             try:
-                if not self.take(line):
-                    return
-            except BrokenPipeError:  # the reader of stdout is gone
-                return
-            except (Qwen3Error, ValueError, TypeError, OSError) as error:
-                note(f"qwen3: {error}")
+                self._open(model, options)
+            except BaseException:
+                self._open(before, options)
+                raise
 
-    def take(self, line: str) -> bool:
-        """Run one line of input: a command or a message. Return False to end the chat."""
-        words = line.strip()
-        command, _, rest = words.partition(" ")
-        if words in ("/exit", "/quit"):
-            return False
-        if not words.startswith("/") or (command in ("/think", "/no_think") and rest):
-            if words:
-                self._reply(lambda: self._conversation.stream(line))
-        elif (run := getattr(self, f"_do_{command[1:]}", None)) is not None:
-            run(rest.strip())
-        else:
-            note(f"There is no command {command}; /help lists the commands.")
-        return True
+    # --- replies --------------------------------------------------------------------------------
 
-    def _reply(self, start: "Callable[[], qwen3_mlx.Stream]") -> None:
+    def say(self, text: str) -> None:
+        """Send a message with the attached files, and show the reply."""
+
+        def start() -> "qwen3_mlx.Stream":
+            files = "".join(f"{file}\n\n" for file in self._files)
+            stream = self.conversation.stream(files + text)
+            self._files = []
+            return stream
+
+        self.reply(start)
+
+    def reply(self, start: "Callable[[], qwen3_mlx.Stream]") -> None:
         """Show a reply, run the tools it calls, and show the replies to their results."""
-        finish = self._show(start())
-        while finish.reason == "tool_calls" and self._functions:
-            self._conversation.answer_calls(self._functions)
-            finish = self._show(self._conversation.stream())
+        finish = self._show(start)
+        while finish.reason == "tool_calls" and self.functions:
+            with self.released():
+                self.conversation.answer_calls(self.functions)
+            finish = self._show(self.conversation.stream)
         for remark in (self._remarks(finish), finish.details.get("warning")):
             if remark and not self._quiet:
                 note(remark)
 
-    def _show(self, stream: "qwen3_mlx.Stream") -> Finish:
+    def released(self) -> AbstractContextManager[None]:
+        """Return a context in which other programs, or functions, may use the terminal."""
+        return self.editor.released() if self.editor else nullcontext()
+
+    def _show(self, start: "Callable[[], qwen3_mlx.Stream]") -> Finish:
         started = time.monotonic()
+        stream = start()
+        self.record()
+        typing = self.editor.typing_ahead(stream.finish_thinking) if self.editor else nullcontext()
         # The first Ctrl-C stops the answer, and the next ones must not end the program meanwhile.
-        with interruptible(stream.close, patient=True), on_enter_key(stream.finish_thinking):
-            finish = self._screen.show(stream)
-        self._usages.append(finish.usage)
-        self._seconds += time.monotonic() - started
+        try:
+            with interruptible(stream.close, patient=True), typing:
+                finish = self._screen.show(self._recorded(stream))
+        finally:
+            self.record()
+        self.usages.append(finish.usage)
+        self.seconds += time.monotonic() - started
         return finish
+
+    def _recorded(self, stream: "qwen3_mlx.Stream") -> Iterator[Event]:
+        for event in stream:
+            self._recorder.add(event)
+            yield event
 
     def _remarks(self, finish: Finish) -> str:
         """Return why a reply ended early and which turns were dropped; empty for a usual reply."""
         details = finish.details
         parts = []
         if finish.reason == "length" and "ended_by" not in details:
-            max_tokens = self._conversation.options.get("max_tokens")
+            max_tokens = self.conversation.options.get("max_tokens")
             limited = max_tokens is not None and finish.usage.completion_tokens >= max_tokens
             parts.append(f"cut off: {'--max-tokens' if limited else 'the context window is full'}")
         if finish.reason == "cancelled":
@@ -109,76 +184,67 @@ class ChatSession:
             parts.append(f"the oldest turns were dropped: {dropped}")
         return " · ".join(parts)
 
-    # --- commands: `_do_NAME` gets the text after /NAME -----------------------------------------
+    # --- what commands change -------------------------------------------------------------------
 
-    def _do_help(self, _: str) -> None:
-        note(_HELP)
+    def set_options(self, **changes: Any) -> None:
+        """Change options of all further replies; None resets them to the model's."""
+        sampling = {name: value for name, value in changes.items() if name in _SAMPLING}
+        options = {**self.conversation.options, **changes}
+        options = {name: value for name, value in options.items() if name not in _SAMPLING}
+        options["sampling"] = replace(self._sampling, **sampling)
+        messages = self.conversation.messages
+        self.conversation = self.llm.conversation(messages=messages, drop_oldest=True, **options)
 
-    def _do_think(self, _: str) -> None:
-        self._set_thinking(True)
+    def option(self, name: str) -> Any:
+        """Return an option of all further replies; None is the model's."""
+        if name in _SAMPLING:
+            return getattr(self._sampling, name)
+        return self.conversation.options.get(name)
 
-    def _do_nothink(self, _: str) -> None:
-        self._set_thinking(False)
+    @property
+    def _sampling(self) -> SamplingParams:
+        return self.conversation.options.get("sampling") or SamplingParams()
 
-    def _set_thinking(self, on: bool) -> None:
-        self._llm.thinking.resolve(on)
-        self._conversation.options["thinking"] = on
-        if not on:  # a budget without thinking is refused
-            self._conversation.options["thinking_budget"] = None
-        note("Thinking is on." if on else "Thinking is off.")
+    def attach(self, text: str) -> None:
+        """Send a part of a message with the next one; an empty one removes all of them."""
+        self._files = [*self._files, text] if text else []
 
-    def _do_budget(self, text: str) -> None:
-        if text and not text.isdigit():
-            raise ValueError(f"/budget takes a number of tokens, not {text!r}")
-        self._conversation.options["thinking_budget"] = int(text) if text else None
-        if text and self._conversation.options.get("thinking") is False:
-            self._conversation.options["thinking"] = None
-        note(f"Thinking takes at most {text} tokens." if text else "Thinking has no budget.")
+    # --- conversations --------------------------------------------------------------------------
 
-    def _do_tools(self, text: str) -> None:
-        self._functions = load_functions(Path(shlex.split(text)[0]).expanduser()) if text else []
-        self._conversation.options["tools"] = self._functions or None
-        names = ", ".join(function.__name__ for function in self._functions)
-        note(f"The model may call {names}." if names else "No tools.")
+    @property
+    def _recorder(self) -> Recorder:
+        return self._branches[self._current].recorder
 
-    def _do_system(self, text: str) -> None:
-        messages = self._conversation.messages
-        if messages and messages[0]["role"] == "system":
-            del messages[0]
-        if text:
-            messages.insert(0, {"role": "system", "content": text})
-        note("The system prompt is set." if text else "No system prompt.")
+    def record(self) -> None:
+        """Record the messages as they are now."""
+        self._recorder.record(self.conversation.messages)
 
-    def _do_retry(self, _: str) -> None:
-        self._reply(self._conversation.retry)
+    def begin(self, messages: list[Message]) -> None:
+        """Begin another conversation, with these messages, in place of the current one."""
+        self._recorder.close()
+        self._branches[self._current].recorder = self._new_recorder(self.model_name)
+        self.conversation.messages = messages
 
-    def _do_edit(self, text: str) -> None:
-        if not text:
-            raise ValueError("/edit takes the new text of the last message")
-        self._reply(lambda: self._conversation.edit(text))
+    def branch(self, number: int | None) -> int:
+        """Go on in a copy of the conversation, or in a branch; return its number, from 1.
 
-    def _do_save(self, text: str) -> None:
-        self._conversation.save(_file(text, "/save"))
-        note(f"Saved: {text}")
+        Raises:
+            ValueError: there is no such branch.
+        """
+        if number is not None and not 1 <= number <= len(self._branches):
+            raise ValueError(f"there is no branch {number}; the last one is {len(self._branches)}")
+        self._branches[self._current].messages = self.conversation.messages
+        if number is None:
+            copy = deepcopy(self.conversation.messages)
+            self._branches.append(_Branch(copy, self._new_recorder(self.model_name)))
+        self._current = (number or len(self._branches)) - 1
+        self.conversation.messages = self._branches[self._current].messages
+        return self._current + 1
 
-    def _do_load(self, text: str) -> None:
-        self._conversation.messages = self._llm.conversation(file=_file(text, "/load")).messages
-        note(f"{len(self._conversation.messages)} messages.")
+    def __enter__(self) -> Self:
+        return self
 
-    def _do_stats(self, _: str) -> None:
-        usages = self._usages
-        prompt = sum(usage.prompt_tokens for usage in usages)
-        cached = sum(usage.cached_tokens for usage in usages)
-        generated = sum(usage.completion_tokens for usage in usages)
-        thinking = sum(usage.reasoning_tokens for usage in usages)
-        note(
-            f"{len(usages)} replies · {prompt:,} prompt tokens, {cached:,} cached · "
-            f"{generated:,} reply tokens, {thinking:,} thinking · "
-            f"{generated / self._seconds if usages else 0:.1f} tokens/s"
-        )
-
-
-def _file(text: str, command: str) -> Path:
-    if not text:
-        raise ValueError(f"{command} takes a file")
-    return Path(text).expanduser()
+    def __exit__(self, *_: object) -> None:
+        for branch in self._branches:
+            branch.recorder.close()
+        self._close_model()

@@ -2,20 +2,16 @@
 
 import json
 import os
-import pty
-import select
 import subprocess
 import sys
-import time
 from pathlib import Path
-from threading import Event as Flag
 
 import pytest
 
 from qwen3_mlx import LLM
-from qwen3_mlx.cli.screen import _end_of_block, on_enter_key
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
+from tests.cli.harness import Terminal
 
 CHAT = [sys.executable, "-m", "qwen3_mlx", "chat"]
 TOOL = '''
@@ -106,7 +102,7 @@ def test_a_call_that_the_context_cuts_off_is_not_made(demo: LLM, tmp_path: Path)
 def test_what_goes_wrong_is_told_and_the_conversation_goes_on(tmp_path: Path) -> None:
     done = talk(
         "/budget many",
-        "/foo",
+        "/stast",
         "/retry",
         "/save",
         "/edit",
@@ -124,7 +120,7 @@ def test_what_goes_wrong_is_told_and_the_conversation_goes_on(tmp_path: Path) ->
     assert done.stdout.startswith("5 + 6 = 11\n")
     for words in (
         "qwen3: /budget takes a number of tokens, not 'many'",
-        "There is no command /foo; /help lists the commands.",
+        "qwen3: there is no command /stast; did you mean /stats? //stast says it",
         "qwen3: there is no turn -1: the conversation has 0",
         "qwen3: /save takes a file",
         "qwen3: /edit takes the new text of the last message",
@@ -160,79 +156,113 @@ def test_functions_of_a_file(tmp_path: Path) -> None:
     assert "qwen3: the tool later is an async function" in done.stderr
 
 
-@pytest.mark.parametrize(
-    ("text", "place"),
-    [
-        ("one\n\ntwo", 5),
-        ("one\ntwo", None),
-        ("\n\none", None),
-        ("```\na\n\nb", None),
-        ("```\na\n\nb\n```\n\nc", 14),
-        ("one\n", None),
-    ],
-)
-def test_blocks_of_markdown_end_at_blank_lines(text: str, place: int | None) -> None:
-    assert _end_of_block(text) == place
+# --- in a terminal --------------------------------------------------------------------------------
+
+PASTE = "What is 1 + 2?\nWhat is 3 + 4?\n\nWhat is 7 + 8?\n"
 
 
-class Terminal:
-    """The command in a terminal of its own."""
-
-    def __init__(self, *options: str) -> None:
-        self._rest = ""
-        self.pid, self.descriptor = pty.fork()
-        if self.pid == 0:
-            os.environ.pop("QWEN3_MODEL", None)
-            os.environ.update(TERM="xterm", COLUMNS="80")
-            os.execv(sys.executable, [*CHAT, *options])
-
-    def until(self, words: str, seconds: float = 60) -> str:
-        """Read until these words are there; what comes after them stays to be read."""
-        end = time.monotonic() + seconds
-        while words not in self._rest:
-            assert time.monotonic() < end, self._rest
-            if select.select([self.descriptor], [], [], 0.1)[0]:
-                self._rest += os.read(self.descriptor, 65536).decode(errors="replace")
-        before, words, self._rest = self._rest.partition(words)
-        return before + words
-
-    def type(self, keys: str) -> None:
-        os.write(self.descriptor, keys.encode())
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QWEN3_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
 
 
-def test_in_a_terminal_thinking_is_timed() -> None:
-    terminal = Terminal("--seed", "1")
-    terminal.until("> ")
-    terminal.type("What is 123 + 456?\n")
-    seen = terminal.until("> ")
-    for words in ("thinking (Enter: answer now)", "thought for ", "123 + 456 = 579"):
-        assert words in seen
-    terminal.type("\x04")
-    assert os.waitpid(terminal.pid, 0)[1] == 0
+def said(file: Path) -> list[str]:
+    """Return what the user said in a saved conversation."""
+    messages = json.loads(file.read_text())["messages"]
+    return [message["content"] for message in messages if message["role"] == "user"]
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(tiny_folder: Path) -> None:
-    terminal = Terminal("--seed", "1", "-m", str(tiny_folder))  # whose replies are long
-    terminal.until("> ")
-    terminal.type("Hello\n")
-    terminal.until("\x1b[?25l")  # the answer has begun
-    terminal.type("\x03")
-    terminal.until("stopped")
-    terminal.until("> ")
-    terminal.type("\x04")
-    assert os.waitpid(terminal.pid, 0)[1] == 0
+def test_nothing_that_is_pasted_or_typed_is_lost(home: Path, tmp_path: Path) -> None:
+    file, part = tmp_path / "talk.json", tmp_path / "my part.md"
+    part.write_text("What is in the file")
+    with Terminal([*CHAT, "--seed", "1"]) as chat:
+        chat.wait("\n>")
+        chat.paste(PASTE)
+        chat.type("\r")  # one message of four lines
+        chat.wait("7 + 8 = 15", "thought for ", "\n>")
+        chat.type("/NoThink\r")
+        chat.wait("Thinking is off.")
+        chat.type("/usr/bin/python fails\x1b\rwith 2\r")
+        chat.wait("I am a tiny demo model", "\n>")
+        chat.type("//budget is a\\\rcommand\r")  # a backslash before Enter begins a line, too
+        chat.wait("I am a tiny demo model", "\n>")
+        chat.type(f"/fi\t{tmp_path}/my\t\r")
+        chat.wait("my part.md: ", "sent with your next message")
+        chat.type("Who are you?\r")
+        chat.wait("I am a tiny demo model", "\n>")
+        chat.type(f"/save {file}\r")
+        chat.wait("Saved: ")
+        chat.type("never sent\x03")
+        chat.type("\x04")
+        assert chat.end() == 0
+    assert said(file) == [
+        PASTE.rstrip(),
+        "/usr/bin/python fails\nwith 2",
+        "/budget is a\ncommand",
+        "my part.md:\n```\nWhat is in the file\n```\n\nWho are you?",
+    ]
+    history = home / "chat_history"
+    assert [path.stat().st_mode & 0o777 for path in (home, history)] == [0o700, 0o600]
+
+    with Terminal(CHAT) as chat:  # another run
+        chat.wait("\n>")
+        chat.type("\x1b[A")
+        chat.wait("never sent")
+        chat.type("\x03")
+        chat.wait("\n>")
+        chat.type("\x123 + 4")
+        chat.wait("What is 7 + 8?")
+        chat.type("\r\r")
+        chat.wait("+ 8 = ")
+        chat.type("\x04")
+        assert chat.end() == 0
 
 
-def test_the_enter_key_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    ours, theirs = pty.openpty()
-    pressed = Flag()
-    with open(theirs, encoding="utf-8", closefd=False) as terminal:
-        monkeypatch.setattr(sys, "stdin", terminal)
-        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-        with on_enter_key(pressed.set):
-            os.write(ours, b"x")
-            assert not pressed.wait(0.3)
-            os.write(ours, b"\n")
-            assert pressed.wait(10)
-    os.close(ours)
-    os.close(theirs)
+def test_what_is_typed_while_it_answers_is_in_the_next_prompt(
+    tiny_folder: Path, home: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.json"
+    options = ["--seed", "1", "--no-thinking", "-m", str(tiny_folder)]  # whose replies are long
+    with Terminal([*CHAT, *options]) as chat:
+        chat.wait("\n>")
+        chat.type("Hello\r")
+        chat.wait_for_change()
+        chat.type("ahead é\r")
+        chat.paste("one\ntwo")
+        chat.wait_for_change()
+        chat.type("\x03")  # ends the answer, not the chat
+        chat.wait("stopped", "> ahead é", ". one", ". two")
+        chat.type("\r")
+        chat.wait_for_change()
+        chat.type("\x03")
+        chat.wait("stopped", "\n>")
+        chat.type(f"/save {file}\r")
+        chat.wait("Saved: ")
+        chat.type("\x04")
+        assert chat.end() == 0
+    assert said(file) == ["Hello", "ahead é\none\ntwo"]
+
+
+LISTEN = """
+from threading import Event
+from qwen3_mlx.cli.line_editor import LineEditor
+pressed = Event()
+with LineEditor(None, {}) as editor:
+    with editor.typing_ahead(pressed.set):
+        print("listening")
+        assert pressed.wait(60)
+        print("pressed")
+    print(f"{editor.read()!r} was typed")
+"""
+
+
+def test_the_enter_key_is_heard() -> None:
+    with Terminal([sys.executable, "-c", LISTEN]) as program:
+        program.wait("listening")
+        program.type("\r")
+        program.wait("pressed")
+        program.wait("\n>")
+        program.type("x\r")
+        program.wait("'x' was typed")
+        assert program.end() == 0

@@ -1,0 +1,318 @@
+"""Lines of input of a chat: commands, of which each is a function here, and messages."""
+
+import json
+import re
+import shlex
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qwen3_mlx.cli import desktop
+from qwen3_mlx.cli.attachments import read_attachment
+from qwen3_mlx.cli.chat_session import ChatSession
+from qwen3_mlx.cli.console import note
+from qwen3_mlx.cli.error_wording import closest_command
+from qwen3_mlx.cli.tool_file import load_functions
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.sizes import SIZES
+
+_FILES = Path()  # among completions: any file
+_SWITCHES = {"on": True, "off": False}
+_SETTINGS = {  # names of /set, and those of the library
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "presence_penalty": "presence_penalty",
+    "frequency_penalty": "frequency_penalty",
+    "repetition_penalty": "repetition_penalty",
+    "seed": "seed",
+    "max_tokens": "max_tokens",
+    "thinking": "thinking",
+    "budget": "thinking_budget",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command: how it is used, what it does in words, and the function that gets its argument.
+
+    `completions` are words that complete its argument; a `Path` stands for files.
+    """
+
+    usage: str
+    help: str
+    run: Callable[[ChatSession, str], None]
+    completions: Iterable[str] | Path = ()
+
+
+def run(session: ChatSession, lines: Iterable[str]) -> None:
+    """Run lines of input until one of them ends the chat; errors are shown."""
+    turns = iter(lines)
+    while True:
+        try:
+            line = next(turns, None)
+            if line is None or not take(session, line):
+                return
+        except BrokenPipeError:  # the reader of stdout is gone
+            return
+        except KeyboardInterrupt:  # in a command, or in a tool
+            note("stopped")
+        except (Qwen3Error, ValueError, TypeError, OSError) as error:
+            note(f"qwen3: {error}")
+
+
+def take(session: ChatSession, line: str) -> bool:
+    """Run one line of input: a command or a message. Return False to end the chat.
+
+    Only a line that begins with a known command is one. Two slashes begin a message with one.
+
+    Raises:
+        ValueError: the line is a misspelt command.
+    """
+    line = line.rstrip()  # a paste often ends with a new line
+    words = line.strip()
+    name, _, rest = words.partition(" ")
+    name = name.lower()
+    if not words:
+        return True
+    if words.startswith("//"):
+        session.say(words[1:])
+    elif name in ("/exit", "/quit") and not rest:
+        return False
+    elif name in ("/think", "/no_think") and rest:  # of the message: the model obeys them
+        session.say(line)
+    elif command := COMMANDS.get(name):
+        command.run(session, rest.strip())
+    elif name.startswith("/") and (meant := closest_command(name, COMMANDS)):
+        raise ValueError(f"there is no command {name}; did you mean {meant}? /{name} says it")
+    else:
+        session.say(line)
+    return True
+
+
+def completions() -> dict[str, Iterable[str] | Path]:
+    """Return the commands with what completes their arguments."""
+    return {name: command.completions for name, command in COMMANDS.items()} | {"/exit": ()}
+
+
+# --- commands: each gets the text after its name ----------------------------------------------
+
+
+def _help(session: ChatSession, _: str) -> None:
+    note(_HELP_OF_TERMINAL if session.editor else _HELP)
+
+
+def _new(session: ChatSession, _: str) -> None:
+    session.begin(_system(session))
+    note("A new conversation.")
+
+
+def _model(session: ChatSession, text: str) -> None:
+    if text:
+        session.use_model(text)
+    note(f"{session.model_name}, context {session.llm.context:,} tokens")
+
+
+def _set_system(session: ChatSession, text: str) -> None:
+    rest = session.conversation.messages[len(_system(session)) :]
+    prompt = [{"role": "system", "content": text}] if text else []
+    session.conversation.messages = [*prompt, *rest]
+    note("The system prompt is set." if text else "No system prompt.")
+
+
+def _system(session: ChatSession) -> list[dict[str, Any]]:
+    return [each for each in session.conversation.messages[:1] if each["role"] == "system"]
+
+
+def _set(session: ChatSession, text: str) -> None:
+    name, _, value = text.replace("=", " ", 1).partition(" ")
+    if not name:
+        current = {shown: session.option(name) for shown, name in _SETTINGS.items()}
+        note("\n".join(f"{name:<20}{_shown(value)}" for name, value in current.items()))
+        return
+    name = name.lower().replace("-", "_").removeprefix("thinking_")
+    if name not in _SETTINGS:
+        raise ValueError(f"/set takes one of {', '.join(_SETTINGS)}, not {name}")
+    _change(session, name, _value(name, value.strip()))
+    note(f"{name} is {_shown(session.option(_SETTINGS[name]))}.")
+
+
+def _value(name: str, text: str) -> Any:
+    """Return a value of /set; None for the model's own."""
+    if text.lower() in ("", "default", "none"):
+        return None
+    if name == "thinking" and text.lower() in _SWITCHES:
+        return _SWITCHES[text.lower()]
+    try:
+        return json.loads(text)
+    except ValueError:
+        expected = "on or off" if name == "thinking" else "a number"
+        raise ValueError(f"{name} takes {expected}, not {text!r}") from None
+
+
+def _shown(value: Any) -> str:
+    switches = {None: "the model's default", True: "on", False: "off"}
+    return switches[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _change(session: ChatSession, name: str, value: Any) -> None:
+    """Change a setting, and the other one of thinking and budget if it contradicts."""
+    changes = {_SETTINGS[name]: value}
+    if name == "thinking":
+        session.llm.thinking.resolve(value)
+        if value is False:
+            changes["thinking_budget"] = None
+    if name == "budget" and value is not None:
+        if session.option("thinking") is False:
+            changes["thinking"] = None
+    session.set_options(**changes)
+
+
+def _think(session: ChatSession, _: str) -> None:
+    _change(session, "thinking", True)
+    note("Thinking is on.")
+
+
+def _nothink(session: ChatSession, _: str) -> None:
+    _change(session, "thinking", False)
+    note("Thinking is off.")
+
+
+def _budget(session: ChatSession, text: str) -> None:
+    if text and not text.isdecimal():
+        raise ValueError(f"/budget takes a number of tokens, not {text!r}")
+    _change(session, "budget", int(text) if text else None)
+    note(f"Thinking takes at most {text} tokens." if text else "Thinking has no budget.")
+
+
+def _attach(session: ChatSession, text: str) -> None:
+    if not text:
+        session.attach("")
+        note("No files.")
+        return
+    file = _file(text, "/file")
+    part = read_attachment(file)
+    tokens = len(session.llm.tokenizer.encode(part))
+    if tokens >= session.llm.context:
+        raise ValueError(
+            f"{file.name} has {tokens:,} tokens, more than the context window of "
+            f"{session.llm.context:,}"
+        )
+    session.attach(part)
+    note(f"{file.name}: {tokens:,} tokens of {session.llm.context:,}; sent with your next message.")
+
+
+def _tools(session: ChatSession, text: str) -> None:
+    functions = load_functions(_file(text, "/tools")) if text else []
+    session.set_options(tools=functions or None)
+    session.functions = functions
+    names = ", ".join(function.__name__ for function in functions)
+    note(f"The model may call {names}." if names else "No tools.")
+
+
+def _retry(session: ChatSession, _: str) -> None:
+    session.reply(session.conversation.retry)
+
+
+def _edit(session: ChatSession, text: str) -> None:
+    if not text and session.editor:
+        last = [each for each in session.conversation.messages if each["role"] == "user"]
+        before = str(last[-1]["content"]) if last else ""
+        with session.released():
+            text = desktop.edit(before)
+        if text.strip() in ("", before.strip()):
+            note("Nothing is changed.")
+            return
+        if not last:
+            session.say(text)
+            return
+    if not text:
+        raise ValueError("/edit takes the new text of the last message")
+    session.reply(lambda: session.conversation.edit(text))
+
+
+def _branch(session: ChatSession, text: str) -> None:
+    if text and not text.isdecimal():
+        raise ValueError(f"/branch takes the number of a branch, not {text!r}")
+    number = session.branch(int(text) if text else None)
+    note(f"This is branch {number}; /branch N goes to another.")
+
+
+def _copy(session: ChatSession, _: str) -> None:
+    answers = [each for each in session.conversation.messages if each["role"] == "assistant"]
+    text = str(answers[-1].get("content") or "") if answers else ""
+    if not text:
+        raise ValueError("there is no answer to copy")
+    note(f"{len(text):,} characters copied by {desktop.copy(text)}.")
+
+
+def _save(session: ChatSession, text: str) -> None:
+    session.conversation.save(_file(text, "/save"))
+    note(f"Saved: {text}")
+
+
+def _load(session: ChatSession, text: str) -> None:
+    session.begin(session.llm.conversation(file=_file(text, "/load")).messages)
+    session.record()
+    note(f"{len(session.conversation.messages)} messages.")
+
+
+def _stats(session: ChatSession, _: str) -> None:
+    usages = session.usages
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    cached = sum(usage.cached_tokens for usage in usages)
+    generated = sum(usage.completion_tokens for usage in usages)
+    thinking = sum(usage.reasoning_tokens for usage in usages)
+    note(
+        f"{len(usages)} replies · {prompt:,} prompt tokens, {cached:,} cached · "
+        f"{generated:,} reply tokens, {thinking:,} thinking · "
+        f"{generated / session.seconds if usages else 0:.1f} tokens/s"
+    )
+
+
+def _file(text: str, command: str) -> Path:
+    """Return the file that a command states: as it is, in quotes, or with escaped blanks."""
+    if not text:
+        raise ValueError(f"{command} takes a file")
+    file = Path(text).expanduser()
+    if not file.exists() and re.search(r"[\"'\\]", text):
+        words = shlex.split(text)
+        file = Path(words[0]).expanduser() if len(words) == 1 else file
+    return file
+
+
+COMMANDS = {
+    "/new": Command("", "begin a new conversation; the system prompt stays", _new),
+    "/model": Command(
+        "NAME", "go on with another model; alone, name the current one", _model, SIZES
+    ),
+    "/system": Command("TEXT", "set the system prompt; alone, remove it", _set_system),
+    "/think": Command("", "turn thinking on", _think),
+    "/nothink": Command("", "turn thinking off", _nothink),
+    "/budget": Command("N", "limit thinking to N tokens; alone, remove the limit", _budget),
+    "/set": Command("NAME VALUE", "change a setting; alone, list them", _set, _SETTINGS),
+    "/file": Command("FILE", "send a file with the next message; alone, none", _attach, _FILES),
+    "/tools": Command("FILE.py", "let the model call its functions; alone, none", _tools, _FILES),
+    "/retry": Command("", "generate the last reply again", _retry),
+    "/edit": Command("TEXT", "replace the last message and reply; alone, in $EDITOR", _edit),
+    "/branch": Command("N", "go on in a copy of the conversation; with N, in branch N", _branch),
+    "/copy": Command("", "copy the last answer to the clipboard", _copy),
+    "/save": Command("FILE", "save the conversation", _save, _FILES),
+    "/load": Command("FILE", "load a saved conversation", _load, _FILES),
+    "/stats": Command("", "tokens and speed so far", _stats),
+    "/help": Command("", "list the commands", _help),
+}
+_HELP = "\n".join(
+    [
+        *(f"{f'{name} {each.usage}':<20}{each.help}" for name, each in COMMANDS.items()),
+        "/exit               leave the chat, as does Ctrl-D",
+        "// begins a message with a slash. A line that ends with \\ continues.",
+    ]
+)
+_HELP_OF_TERMINAL = f"""\
+{_HELP}
+Enter sends; Alt-Enter begins a line; Tab completes commands and files.
+Up, Down and Ctrl-R find earlier lines; Ctrl-X Ctrl-E opens $EDITOR.
+While it answers: Enter ends the thinking, Ctrl-C the answer; what you type comes next."""

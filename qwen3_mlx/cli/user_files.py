@@ -1,0 +1,25 @@
+"""Where the command keeps its files: the user's settings, and data such as conversations."""
+
+import os
+from pathlib import Path
+
+from platformdirs import user_config_path, user_data_path
+
+_NAME = "qwen3-mlx"
+
+
+def config_file() -> Path:
+    """Return the path of the settings; the file need not exist."""
+    return _folder(user_config_path(_NAME, appauthor=False)) / "config.toml"
+
+
+def data_file(name: str) -> Path:
+    """Return the path of a file of the command's data; creates its folder, for the user alone."""
+    folder = _folder(user_data_path(_NAME, appauthor=False))
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return folder / name
+
+
+def _folder(usual: Path) -> Path:
+    home = os.environ.get("QWEN3_HOME")
+    return Path(home) if home else usual
