@@ -58,6 +58,7 @@ class ChatSession:
     Attributes:
         functions: the tools of the model.
         usages, seconds: token counts of the replies so far, and the time they took.
+        editor: the prompt that the user types at, if there is one.
     """
 
     def __init__(
@@ -67,25 +68,26 @@ class ChatSession:
         screen: Screen,
         *,
         options: Mapping[str, Any],
-        editor: LineEditor | None = None,
+        recorder: Recorder | None = None,
         new_recorder: Callable[[str], Recorder] = lambda _: NoRecorder(),
         quiet: bool = False,
     ) -> None:
         """Open a model; `options` are those of `LLM.conversation`, for every model of the chat.
 
-        `new_recorder` is called with a model's name when a conversation begins.
+        `recorder` receives the first conversation; by default it is, as for further conversations,
+        one of `new_recorder`, which is called with the model's name.
         """
         self.functions: list[Callable[..., Any]] = []
         self.usages: list[Usage] = []
         self.seconds = 0.0
-        self.editor = editor
+        self.editor: LineEditor | None = None
         self._open_model = open_model
         self._screen = screen
         self._new_recorder = new_recorder
         self._quiet = quiet
         self._files: list[str] = []
         self._open(model, options)
-        self._branches = [_Branch([], new_recorder(self.model_name))]
+        self._branches = [_Branch([], recorder or new_recorder(self.model_name))]
         self._current = 0
 
     # --- models ---------------------------------------------------------------------------------

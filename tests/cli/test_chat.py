@@ -2,15 +2,25 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pypdf import PageObject, PdfWriter
 
 from qwen3_mlx import LLM
+from qwen3_mlx.cli.attachments import read_attachment
+from qwen3_mlx.cli.chat_commands import run
+from qwen3_mlx.cli.chat_session import ChatSession
+from qwen3_mlx.cli.desktop import copy, edit
+from qwen3_mlx.cli.screen import Screen
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.text.events import Event
 from tests.cli.harness import Terminal
 
 CHAT = [sys.executable, "-m", "qwen3_mlx", "chat"]
@@ -156,6 +166,144 @@ def test_functions_of_a_file(tmp_path: Path) -> None:
     assert "qwen3: the tool later is an async function" in done.stderr
 
 
+def test_commands(tmp_path: Path) -> None:
+    file, left, right = (tmp_path / name for name in ("notes.txt", "left.json", "right.json"))
+    file.write_text("What is 5 + 6?")
+    (tmp_path / "raw").write_bytes(b"a\0b")
+    done = talk(
+        "/NOTHINK",
+        "/set temperature=0",
+        "/set top-k 5",
+        "/set top_k",
+        "/set seed many",
+        "/set temperature 300",
+        "/set colour 1",
+        "/budget 7",
+        "/set thinking off",
+        "/set",
+        "/model",
+        f"/model {tmp_path}/none",
+        f"/file {tmp_path}/none",
+        f"/file {tmp_path}",
+        f"/file {tmp_path}/raw",
+        f"/file '{file}'",
+        "/file",
+        f"/file {file}",
+        "Answer!",
+        "/branch",
+        "/edit What is 1 + 1?",
+        f"/save {right}",
+        "/branch 1",
+        "/branch 3",
+        f"/save {left}",
+        "/new",
+        "/copy",
+    )
+    assert done.returncode == 0
+    for words in (
+        "temperature is 0.\ntop_k is 5.\ntop_k is the model's default.\n",
+        "qwen3: seed takes a number, not 'many'",
+        "qwen3: temperature must be from 0 to 100, not 300",
+        "qwen3: /set takes one of temperature, ",
+        "thinking is off.",
+        "temperature         0\n",
+        "budget              the model's default",
+        "demo, context 8,192 tokens",
+        "none' is no folder here",
+        f"qwen3: no file {tmp_path}/none",
+        f"qwen3: {tmp_path} is a folder or a device",
+        "raw is neither text in UTF-8 nor a PDF",
+        "notes.txt: ",
+        "No files.",
+        "This is branch 2; ",
+        "This is branch 1; ",
+        "qwen3: there is no branch 3; the last one is 2",
+        "A new conversation.",
+        "qwen3: there is no answer to copy",
+    ):
+        assert words in done.stderr, words
+    assert said(left) == ["notes.txt:\n```\nWhat is 5 + 6?\n```\n\nAnswer!"]
+    assert said(right) == ["What is 1 + 1?"]
+
+
+class Recorded:
+    """A recorder that keeps all it receives."""
+
+    def __init__(self, _: str = "") -> None:
+        self.messages: list[str] = []
+        self.events: list[str] = []
+        self.is_closed = False
+
+    def record(self, messages: list[dict[str, Any]]) -> None:
+        self.messages = [message["role"] for message in messages]
+
+    def add(self, event: Event) -> None:
+        self.events.append(type(event).__name__)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_a_recorder_receives_the_messages_and_the_pieces(demo: LLM) -> None:
+    first, others = Recorded(), [Recorded() for _ in range(2)]
+    unused = iter(others)
+    session = ChatSession(
+        lambda _: nullcontext(demo),
+        None,
+        Screen(show_thinking=False),
+        options={"thinking": False},
+        recorder=first,
+        new_recorder=lambda _: next(unused),
+        quiet=True,
+    )
+    with session:
+        run(session, ["What is 1 + 2?", "/new", "What is 2 + 2?", "/branch", "Who are you?"])
+    assert first.messages == others[0].messages == ["user", "assistant"]
+    assert others[1].messages == ["user", "assistant"] * 2
+    assert first.events[0] == "Text" and first.events[-1] == "Finish"
+    assert all(recorder.is_closed for recorder in (first, *others))
+
+
+def test_a_pdf_is_read_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "paper.pdf"
+    writer = PdfWriter()
+    writer.add_blank_page(200, 200)
+    writer.write(file)
+    with pytest.raises(Qwen3Error, match="has no text; its pages may be pictures"):
+        read_attachment(file)
+    monkeypatch.setattr(PageObject, "extract_text", lambda _: "Some ``` words")
+    assert read_attachment(file) == "paper.pdf:\n````\nSome ``` words\n````"
+    file.write_bytes(b"%PDF-1.7 and nothing else")
+    with pytest.raises(Qwen3Error, match="cannot be read as a PDF"):
+        read_attachment(file)
+    monkeypatch.setitem(sys.modules, "pypdf", None)
+    with pytest.raises(Qwen3Error, match="reading a PDF needs pypdf: .* install"):
+        read_attachment(file)
+
+
+def test_copying_and_editing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program, copied = tmp_path / "xclip", tmp_path / "copied"
+    program.write_text(f"#!/bin/sh\ncat > {copied}\n")
+    program.chmod(0o700)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("DISPLAY", ":0")
+    for name in ("SSH_CONNECTION", "WAYLAND_DISPLAY", "VISUAL"):
+        monkeypatch.delenv(name, raising=False)
+    if not shutil.which("pbcopy"):
+        assert copy("é") == "xclip" and copied.read_text("utf-8") == "é"
+    monkeypatch.setenv("SSH_CONNECTION", "there")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert copy("é") == "the terminal"
+    monkeypatch.setenv(
+        "EDITOR", f'{sys.executable} -c \'import sys; open(sys.argv[1], "a").write("!")\''
+    )
+    assert edit("Hello") == "Hello!"
+    for editor, words in (("false", "failed with code 1"), ("/none", "cannot be run")):
+        monkeypatch.setenv("EDITOR", editor)
+        with pytest.raises(Qwen3Error, match=words):
+            edit("Hello")
+
+
 # --- in a terminal --------------------------------------------------------------------------------
 
 PASTE = "What is 1 + 2?\nWhat is 3 + 4?\n\nWhat is 7 + 8?\n"
@@ -192,8 +340,9 @@ def test_nothing_that_is_pasted_or_typed_is_lost(home: Path, tmp_path: Path) -> 
         chat.type("Who are you?\r")
         chat.wait("I am a tiny demo model", "\n>")
         chat.type(f"/save {file}\r")
-        chat.wait("Saved: ")
+        chat.wait("Saved: ", "\n>")
         chat.type("never sent\x03")
+        chat.wait("\n>")
         chat.type("\x04")
         assert chat.end() == 0
     assert said(file) == [
