@@ -4,11 +4,15 @@ With "chat" as the second argument it draws a conversation. The command runs in 
 so dim and bold text is dim and bold in the picture.
 """
 
+import fcntl
 import io
 import os
 import pty
 import re
+import struct
 import sys
+import tempfile
+import termios
 from pathlib import Path
 
 from rich.console import Console
@@ -27,7 +31,8 @@ TURNS = (
     "/stats",
 )
 _COLUMNS = 96
-_CONTROL = re.compile(r"(\x1b\[\d*[AK]|\x1b\[\?\d+[hl]|\r|\n)")
+_CONTROL = re.compile(r"(\x1b\[\d*[AK]|\x1b\[\?\d+[hl]|\x1b\[\d*[CDJ]|[\r\n\b])")
+_SEQUENCE = re.compile(r"\x1b\[[?\d;]*[a-zA-Z]|[\b]")
 _FONT = re.compile(r"@font-face \{.*?\}", re.DOTALL)  # rich would load the font from the network
 
 
@@ -35,15 +40,18 @@ def run(arguments: list[str], turns: tuple[str, ...] = ()) -> str:
     """Run `qwen3` in a terminal, type the turns, and return its output."""
     pid, terminal = pty.fork()
     if pid == 0:
-        os.environ.update(TERM="xterm-256color", COLUMNS=str(_COLUMNS))
+        home = tempfile.mkdtemp()  # lines of other chats are not recalled
+        os.environ.update(TERM="xterm-256color", COLUMNS=str(_COLUMNS), QWEN3_HOME=home)
+        os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"  # nothing here answers where the cursor is
+        fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 50, _COLUMNS, 0, 0))
         os.environ.pop("QWEN3_MODEL", None)
         os.execv(sys.executable, [sys.executable, "-m", "qwen3_mlx", *arguments])
     shown = ""
     for turn in turns:
-        shown += read(terminal, until="> ")
-        os.write(terminal, f"{turn}\n".encode())
+        shown += read(terminal, until=">")
+        os.write(terminal, f"{turn}\r".encode())
     if turns:
-        shown += read(terminal, until="> ")
+        shown += read(terminal, until=">")
         os.write(terminal, b"\x04")
     shown += read(terminal, until=None)
     _, status = os.waitpid(pid, 0)
@@ -53,9 +61,9 @@ def run(arguments: list[str], turns: tuple[str, ...] = ()) -> str:
 
 
 def read(terminal: int, until: str | None) -> str:
-    """Read the output of a terminal until it ends, or until it ends with `until`."""
+    """Read the output of a terminal until it ends, or until its text ends with `until`."""
     shown = b""
-    while until is None or not shown.decode(errors="replace").endswith(until):
+    while until is None or not _SEQUENCE.sub("", shown.decode(errors="replace")).endswith(until):
         try:
             piece = os.read(terminal, 4096)
         except OSError:  # on Linux: the terminal was closed
@@ -75,9 +83,9 @@ def settled(shown: str) -> str:
             lines += [""] * (row + 1 - len(lines))
         elif piece.endswith("A") and piece.startswith("\x1b["):
             row = max(0, row - 1)
-        elif piece.endswith("K") and piece.startswith("\x1b["):
+        elif piece.endswith(("J", "K")) and piece.startswith("\x1b["):
             lines[row] = ""
-        elif piece != "\r" and not piece.startswith("\x1b[?"):
+        elif not _CONTROL.fullmatch(piece):
             lines[row] += piece
     return "\n".join(lines)
 

@@ -272,7 +272,7 @@ def test_quiet_chat_says_the_answers_alone(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lines = iter(["Hello", "Hello"])
-    monkeypatch.setattr("builtins.input", lambda _: next(lines, None) or _end())
+    monkeypatch.setattr("builtins.input", lambda *_: next(lines, None) or _end())
     words = ["chat", "-q", "--no-thinking", "-n", "3", "-t", "0", "--dtype", "float16"]
     code, out, err = call([*words, "-m", str(tiny_folder)], capsys)
     assert (code, err) == (0, "") and len(out.splitlines()) >= 2
