@@ -3,11 +3,13 @@
 import gc
 import os
 import signal
+import tempfile
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on M5, float32 is otherwise not float32
 # Threads of BLAS gain nothing on the small models of tests, and spin between their products.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.pop("QWEN3_MEMORY", None)
+os.environ["QWEN3_HOME"] = tempfile.mkdtemp()  # neither the user's settings nor conversations
 
 from collections.abc import Iterator
 from pathlib import Path

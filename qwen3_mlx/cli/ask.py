@@ -1,28 +1,42 @@
 """`qwen3 "prompt"`: answers one prompt, streamed."""
 
+import json
+import re
 import sys
 import time
-from typing import Annotated
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx import backend
+from qwen3_mlx.cli.attachments import read_attachment
 from qwen3_mlx.cli.console import Bar, note, stderr_text
+from qwen3_mlx.cli.conversation_log import Recorder
 from qwen3_mlx.cli.error_wording import UsageError
 from qwen3_mlx.cli.options import (
     HideThinking,
+    LogOptions,
     Model,
     ModelOptions,
+    QuestionOptions,
     Quiet,
     ReplyOptions,
     SamplingOptions,
     load_model,
     with_options,
 )
+from qwen3_mlx.cli.recording import start_recording, with_system
 from qwen3_mlx.cli.screen import AnswerWriter
+from qwen3_mlx.cli.short_schema import schema_from
+from qwen3_mlx.cli.tool_file import load_functions
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.interrupt import interruptible
-from qwen3_mlx.text.events import Finish, Reasoning, Text
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall
 
 _DEMO_NOTE = (
     "This is the embedded demo model: it adds, repeats, counts and reverses. "
@@ -37,7 +51,7 @@ _CLOSED_BY = {
 
 
 @with_options
-def ask(
+def ask(  # noqa: PLR0913 - one parameter a group of options
     ctx: typer.Context,
     *,
     prompt: Annotated[
@@ -51,7 +65,9 @@ def ask(
     model: Model = None,
     loading: ModelOptions,
     reply: ReplyOptions,
+    question: QuestionOptions,
     sampling: SamplingOptions,
+    recording: LogOptions,
     hide_thinking: HideThinking = False,
     quiet: Quiet = False,
 ) -> int:
@@ -59,44 +75,87 @@ def ask(
 
     Only the answer goes to stdout; thinking and notes go to stderr.
     """
-    options = sampling.keywords()
     if ctx.args:  # the words after the first
         words = " ".join([prompt or "", *ctx.args])
         raise UsageError(f'put the prompt in quotes: qwen3 "{words}"')
-    messages = [{"role": "system", "content": reply.system}] if reply.system else []
-    messages.append({"role": "user", "content": _with_piped(prompt)})
-    with load_model(model, loading, quiet=quiet) as llm, Bar("reading the prompt") as bar:
-        started = time.perf_counter()
-        progress = None if quiet else bar
-        stream = llm.stream(
-            messages, max_tokens=reply.max_tokens, stop=reply.stop, progress=progress, **options
-        )
-        if model is None and not quiet:
+    functions = load_functions(reply.tools.expanduser()) if reply.tools else []
+    options: dict[str, Any] = {
+        **sampling.keywords(),
+        "max_tokens": reply.max_tokens,
+        "stop": reply.stop,
+        "schema": schema_from(question.schema) if question.schema is not None else None,
+        "tools": functions or None,
+        "prefetch_next_turn": False,
+    }
+    text = _message(prompt, question.file or ())
+    begun = start_recording(ctx, model, recording, quiet=quiet)
+    with begun.recorder as recorder, load_model(begun.model, loading, quiet=quiet) as llm:
+        history = with_system(begun.messages, reply.system)
+        conversation = llm.conversation(messages=history, **options)
+        if begun.model is None and not quiet:
             note(_DEMO_NOTE)
-        with interruptible(stream.close):  # the stream still yields its `Finish` event
-            finish, first = _show(stream, show_thinking=not (hide_thinking or quiet))
-        if not quiet:
-            note(_status(finish, first - started, time.perf_counter() - first))
+        show = _show_json if question.json else partial(_show, hide=hide_thinking or quiet)
+        finish = _reply(lambda: conversation.stream(text), conversation, recorder, show, quiet)
+        while finish.reason == "tool_calls" and functions:
+            conversation.answer_calls(functions)
+            finish = _reply(conversation.stream, conversation, recorder, show, quiet)
     return 130 if finish.reason == "cancelled" else 0
 
 
-def _with_piped(prompt: str | None) -> str:
-    """Return the prompt joined with the piped text; either may be missing, but not both."""
+def _message(prompt: str | None, files: Sequence[Path]) -> str:
+    """Return files, prompt and piped text as one message; there must be one of them."""
     piped = "" if sys.stdin.isatty() else sys.stdin.read().strip("\n")
-    text = "\n\n".join(part for part in (prompt, piped) if part)
+    text = "\n\n".join(part for part in (*map(_attached, files), prompt, piped) if part)
     if not text.strip():
         raise typer.BadParameter("give a prompt, as an argument or through a pipe")
     return text
 
 
-def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, float]:
-    """Write events as they arrive; return the last one and the time of the first token."""
-    first = 0.0
+def _attached(file: Path) -> str:
+    try:
+        return read_attachment(file.expanduser())
+    except OSError as error:
+        raise Qwen3Error(f"{file} cannot be read: {error.strerror}") from error
+
+
+def _reply(
+    start: "Callable[[], qwen3_mlx.Stream]",
+    conversation: "qwen3_mlx.Conversation",
+    recorder: Recorder,
+    show: Callable[[Iterator[Event]], None],
+    quiet: bool,
+) -> Finish:
+    """Show and record one reply of the conversation."""
+    times = [time.perf_counter()]
+    finish: Finish | None = None
+
+    def events(stream: "qwen3_mlx.Stream") -> Iterator[Event]:
+        nonlocal finish
+        for event in stream:
+            times.append(time.perf_counter())
+            recorder.add(event)
+            finish = event if isinstance(event, Finish) else None
+            yield event
+
+    with Bar("reading the prompt") as bar:
+        conversation.options["progress"] = None if quiet else bar
+        stream = start()
+        recorder.record(conversation.messages)
+        with interruptible(stream.close):  # the stream still yields its `Finish` event
+            show(events(stream))
+    assert finish
+    recorder.record(conversation.messages)
+    if not quiet:
+        note(_status(finish, times[1] - times[0], times[-1] - times[1]))
+    return finish
+
+
+def _show(events: Iterator[Event], *, hide: bool) -> None:
+    """Write the answer as it arrives, and the thinking on stderr unless `hide`."""
     thought = answered = False
     answer = AnswerWriter()
-    for event in stream:
-        first = first or time.perf_counter()
-        if isinstance(event, Reasoning) and show_thinking:
+    for event in events:
+        if isinstance(event, Reasoning) and not hide:
             stderr_text(event.text)
             thought = True
         elif isinstance(event, Text):
@@ -104,12 +163,19 @@ def _show(stream: "qwen3_mlx.Stream", *, show_thinking: bool) -> tuple[Finish, f
                 note("\n")
             answered = True
             answer.write(event.text)
-        elif isinstance(event, Finish):
-            finish = event
+        elif isinstance(event, ToolCall) and not hide:
+            note(f"{event.name}({event.raw_arguments})")
     answer.close()
     if thought and not answered:
         note("")
-    return finish, first
+
+
+def _show_json(events: Iterator[Event]) -> None:
+    """Write each event as a line of JSON."""
+    for event in events:
+        kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
+        fields = {key: value for key, value in asdict(event).items() if key != "tokens"}
+        print(json.dumps({"type": kind, **fields}, ensure_ascii=False), flush=True)
 
 
 def _status(finish: Finish, to_first: float, rest: float) -> str:

@@ -66,6 +66,8 @@ def chat(
             session.editor = stack.enter_context(editor)
         if sys.stdin.isatty() and not quiet:
             note(f"{session.model_name} · /help lists the commands; Ctrl-D ends the chat.")
+        if reply.tools:
+            chat_commands.take(session, f"/tools {reply.tools}")
         chat_commands.run(session, _lines(session.editor))
 
 

@@ -23,6 +23,7 @@ from qwen3_mlx.cli.options import (
     CheckpointOptions,
     Json,
     ModelArgument,
+    alias_meant,
     load_model,
     option,
     with_options,
@@ -111,12 +112,17 @@ def perplexity_command(
 def divergence_command(
     *,
     reference: Annotated[
-        str, typer.Argument(metavar="REFERENCE", help="Original: folder, hub name or size.")
+        str,
+        typer.Argument(
+            metavar="REFERENCE", help="Original: folder, hub name or size.", callback=alias_meant
+        ),
     ],
     candidate: Annotated[
         str,
         typer.Argument(
-            metavar="CANDIDATE", help="Checkpoint made from it: folder, hub name or size."
+            metavar="CANDIDATE",
+            help="Checkpoint made from it: folder, hub name or size.",
+            callback=alias_meant,
         ),
     ],
     loading: CheckpointOptions,

@@ -18,13 +18,18 @@ from qwen3_mlx.cli.convert import convert
 from qwen3_mlx.cli.doctor import doctor
 from qwen3_mlx.cli.error_wording import UsageError, closest_command, usage, with_option_names
 from qwen3_mlx.cli.evaluate import app as evaluate
+from qwen3_mlx.cli.logs import app as logs
 from qwen3_mlx.cli.models import list_models, pull, rm
+from qwen3_mlx.cli.options import ContinuingCommand
 from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.cli.ps import ps
 from qwen3_mlx.cli.serve import serve
 from qwen3_mlx.cli.show import show
+from qwen3_mlx.cli.show_config import config
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.version import __version__
+
+_OWN_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 
 class _Root(TyperGroup):
@@ -32,10 +37,13 @@ class _Root(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         first = args[0] if args else ""
-        if not args and sys.stdin.isatty():
+        if not args and ctx.resilient_parsing:  # a shell completes the first word
+            pass
+        elif not args and sys.stdin.isatty():
             args = ["--help"]
-        elif first not in self.commands and first not in ("--help", "-h", "--version"):
-            self._refuse_typo(first)
+        elif first not in self.commands and first not in _OWN_OPTIONS:
+            if not ctx.resilient_parsing:
+                self._refuse_typo(first)
             args = ["ask", *args]
         return super().parse_args(ctx, args)
 
@@ -54,27 +62,32 @@ class _Root(TyperGroup):
             raise typer.Exit(_print_error(interrupt.LINE, 130)) from None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        self._in_help = True
+        self._shows_all = True
         super().format_help(ctx, formatter)
 
     def get_params(self, ctx: Any) -> list[Any]:
-        """Return the group's options; in its help, those of the hidden `ask` as well."""
+        """Return the group's options; for help and shells, those of the hidden `ask` as well."""
         own = super().get_params(ctx)
-        return [*self.commands["ask"].params, *own] if self._in_help else own
+        return [*self.commands["ask"].params, *own] if self._shows_all else own
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        self._shows_all = True
+        return super().shell_complete(ctx, incomplete)
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         return ["[OPTIONS] [PROMPT] | COMMAND ..."]
 
-    _in_help = False
+    _shows_all = False
 
 
 app = typer.Typer(
     cls=_Root,
-    add_completion=False,
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["--help", "-h"]},
 )
-app.command("ask", hidden=True, context_settings={"allow_extra_args": True})(ask)
+app.command("ask", cls=ContinuingCommand, hidden=True, context_settings={"allow_extra_args": True})(
+    ask
+)
 app.command("chat")(chat)
 app.command("convert")(convert)
 app.command("plan")(plan)
@@ -87,6 +100,8 @@ app.command("ps")(ps)
 app.command("bench")(bench)
 app.command("doctor")(doctor)
 app.add_typer(evaluate, name="eval")
+app.add_typer(logs, name="logs")
+app.command("config")(config)
 
 
 def _show_version(requested: bool) -> None:

@@ -10,20 +10,27 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
+from typer.core import TyperCommand
 
 import qwen3_mlx  # resolves its names on first use: `--help` loads no tokenizer and no model
 from qwen3_mlx import interrupt
+from qwen3_mlx.cli.config import Config, read_config
 from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.cli.user_files import config_file
 from qwen3_mlx.engine.sampling_params import SamplingParams
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.sizes import SIZES
 
 _MODEL, _GENERATION, _THINKING = "Model", "Generation", "Thinking"
 _SAMPLING, _DISPLAY = "Sampling", "Display"
-_VARIABLE = "QWEN3_MODEL"
+MODEL_VARIABLE = "QWEN3_MODEL"
 _YARN_NOTE = "YaRN is on for this context window; quality on short texts may be slightly lower."
+
+LAST = "last"
+"""What `--continue` holds if no number follows it."""
 
 T = TypeVar("T")
 
@@ -33,6 +40,41 @@ def option(*names: str, text: str, panel: str | None = None, **more: Any) -> Any
     return typer.Option(*names, help=text, rich_help_panel=panel, **{"show_default": False, **more})
 
 
+def _model_meant(context: typer.Context, name: str | None) -> str | None:
+    """Return the model that is stated, or that of the settings; aliases are replaced."""
+    if name is None and not context.resilient_parsing:
+        name = user_config().model
+    return alias_meant(context, name)
+
+
+def alias_meant(context: typer.Context, name: str | None) -> str | None:
+    """Return a model's name, with an alias of the settings replaced by what it stands for."""
+    if name is None or context.resilient_parsing:
+        return name
+    return user_config().aliases.get(name, name)
+
+
+def _complete(kind: str) -> Callable[[str], list[str]]:
+    """Return the function that completes the names of models or presets for a shell."""
+
+    def names(incomplete: str) -> list[str]:
+        try:
+            config = user_config()
+        except Qwen3Error:
+            config = Config()
+        known = [*config.presets] if kind == "preset" else [*config.aliases, *SIZES]
+        return [name for name in known if name.lower().startswith(incomplete.lower())]
+
+    return names
+
+
+def _apply_preset(context: typer.Context, name: str | None) -> str | None:
+    """Set the defaults of the other options to those of a preset; the command line wins."""
+    if name and not context.resilient_parsing:
+        context.default_map = {**(context.default_map or {}), **user_config().preset(name)}
+    return name
+
+
 Model = Annotated[
     str | None,
     option(
@@ -40,7 +82,9 @@ Model = Annotated[
         "-m",
         panel=_MODEL,
         text=f"Folder, hub name or size: {', '.join(SIZES)}.",
-        envvar=_VARIABLE,
+        envvar=MODEL_VARIABLE,
+        callback=_model_meant,
+        autocompletion=_complete("model"),
     ),
 ]
 ModelArgument = Annotated[
@@ -48,8 +92,10 @@ ModelArgument = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="Folder, hub name or size; the embedded demo if omitted.",
-        envvar=_VARIABLE,
+        envvar=MODEL_VARIABLE,
         show_default=False,
+        callback=_model_meant,
+        autocompletion=_complete("model"),
     ),
 ]
 HideThinking = Annotated[bool, option("--hide-thinking", panel=_DISPLAY, text="Hide the thinking.")]
@@ -103,6 +149,7 @@ class ModelOptions(CheckpointOptions):
             panel=_MODEL,
             text="Speculative decoding, same reply: ngram, or a smaller model, such as 0.6B "
             "for 8B.",
+            callback=alias_meant,
         ),
     ] = None
     prompt_cache: Annotated[
@@ -113,8 +160,18 @@ class ModelOptions(CheckpointOptions):
 
 @dataclass(frozen=True, slots=True)
 class ReplyOptions:
-    """System prompt, length and end of a reply."""
+    """System prompt, length and end of a reply, tools, and the preset that all may come from."""
 
+    preset: Annotated[
+        str | None,
+        option(
+            panel=_GENERATION,
+            text="Preset of options, from the settings (see qwen3 config).",
+            is_eager=True,
+            callback=_apply_preset,
+            autocompletion=_complete("preset"),
+        ),
+    ] = None
     system: Annotated[
         str | None, option("--system", "-s", panel=_GENERATION, text="System prompt.")
     ] = None
@@ -131,6 +188,40 @@ class ReplyOptions:
         list[str] | None,
         option(panel=_GENERATION, text="Stop string: end the answer before it; may be repeated."),
     ] = None
+    tools: Annotated[
+        Path | None,
+        option(
+            panel=_GENERATION,
+            metavar="FILE.py",
+            text="Let the model call the functions in this file.",
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class QuestionOptions:
+    """Files that go with a single question, and the form of its answer."""
+
+    file: Annotated[
+        list[Path] | None,
+        option(
+            "--file",
+            "-f",
+            panel=_GENERATION,
+            text="Put this file before the prompt: text, code or PDF; may be repeated.",
+        ),
+    ] = None
+    schema: Annotated[
+        str | None,
+        option(
+            panel=_GENERATION,
+            metavar="FILE|FIELDS",
+            text="Answer in JSON that fits this schema: a JSON file, or fields: 'name, age int'.",
+        ),
+    ] = None
+    json: Annotated[
+        bool, option("--json", panel=_DISPLAY, text="Print each event as a line of JSON.")
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +300,57 @@ class SamplingOptions:
         except ValueError:
             stated = " ".join(self.logit_bias or ())
             raise ValueError(f"--logit-bias takes ID=BIAS, such as 42=-5, not {stated}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """Recording of a conversation, and the one that goes on."""
+
+    continued: Annotated[
+        str | None,
+        option(
+            "--continue",
+            "-c",
+            panel=_GENERATION,
+            metavar="[ID]",
+            text="Continue the last conversation, or that with this number (qwen3 logs).",
+        ),
+    ] = None
+    log: Annotated[
+        bool | None,
+        option("--log/--no-log", panel=_GENERATION, text="Record the conversation, or do not."),
+    ] = None
+
+
+class ContinuingCommand(TyperCommand):
+    """Command with `LogOptions`: `-c` takes a number that follows it, and nothing else."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = args[: args.index("--")] if "--" in args else args
+        following = [*options[1:], ""]
+        named = [
+            f"--continue={LAST}" if word in ("-c", "--continue") and not after.isdecimal() else word
+            for word, after in zip(options, following, strict=False)
+        ]
+        return super().parse_args(ctx, [*named, *args[len(options) :]])
+
+
+def user_config() -> Config:
+    """Return the user's settings.
+
+    Raises:
+        Qwen3Error: they are wrong.
+    """
+    hints = get_type_hints(ReplyOptions) | get_type_hints(SamplingOptions)
+    kinds = {name: get_args(hint)[0] for name, hint in hints.items() if name != "preset"}
+    config = read_config(kinds)
+    for name, preset in config.presets.items():
+        sampling = {key: preset[key] for key in preset if key in get_type_hints(SamplingOptions)}
+        try:
+            SamplingOptions(**sampling).keywords()
+        except ValueError as error:
+            raise Qwen3Error(f"{config_file()}: presets.{name}: {error}") from error
+    return config
 
 
 def with_options(command: Callable[..., T]) -> Callable[..., T]:

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -13,3 +14,11 @@ def no_terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with open(os.devnull) as nothing:
         monkeypatch.setattr(sys, "stdin", nothing)
         yield
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of settings and conversations, empty."""
+    folder = tmp_path / "home"
+    monkeypatch.setenv("QWEN3_HOME", str(folder))
+    return folder

@@ -1,5 +1,6 @@
 """The command line, as a person or a script meets it."""
 
+import json
 import os
 import re
 import signal
@@ -7,17 +8,20 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from qwen3_mlx import CheckpointError, __version__
+from qwen3_mlx import LLM, CheckpointError, __version__
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.cli.console import Bar
+from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.main import main
+from qwen3_mlx.cli.short_schema import schema_from
 from qwen3_mlx.model.sizes import SIZES
+from qwen3_mlx.text.events import Finish, Text, ToolCall, Usage
 from tests.cli.harness import QWEN3, call
 from tests.support import DEMO
 
@@ -109,7 +113,7 @@ def test_an_unforeseen_error_is_one_line(
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("by nothing")
 
-    monkeypatch.setattr("qwen3_mlx.api.llm.LLM.stream", fail)
+    monkeypatch.setattr("qwen3_mlx.api.conversation.Conversation.stream", fail)
     arguments = ["x", "-q", "-m", str(tiny_folder)]
     code, _, err = call(arguments, capsys)
     assert code == 1
@@ -261,3 +265,170 @@ def test_help_is_quick() -> None:
         run("--help")
         times.append(time.perf_counter() - started)
     assert sorted(times)[4] < 0.35
+
+
+# --- files, schemas, events -----------------------------------------------------------------------
+
+
+def asked(
+    words: Sequence[str], folder: Path, capsys: pytest.CaptureFixture[str]
+) -> list[dict[str, Any]]:
+    """Ask, and return the events."""
+    code, out, err = call([*words, "--json", "-m", str(folder), "--seed", "1"], capsys)
+    assert code == 0, err
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def test_events_as_lines_of_json(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["-n", "9", "-m", str(tiny_folder), "--seed", "1"]
+    events = asked(["Hello", "-n", "9"], tiny_folder, capsys)
+    text = "".join(event["text"] for event in events if event["type"] == "text")
+    assert f"{text}\n" == call(["Hello", *options, "-q"], capsys)[1]
+    assert events[-1]["type"] == "finish" and events[-1]["reason"] == "length"
+    assert events[-1]["usage"]["completion_tokens"] == 9
+
+
+@pytest.mark.parametrize("stated", ["n int, ok bool", "file", '{"type": "boolean"}'])
+def test_answers_fit_a_schema(
+    stated: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if stated == "file":
+        (tmp_path / "schema.json").write_text('{"enum": ["yes", "no"]}')
+        stated = str(tmp_path / "schema.json")
+    options = ["--no-thinking", "--schema", stated, "-m", str(tiny_folder), "--seed", "1", "-q"]
+    code, out, _ = call(["Hello", *options], capsys)
+    assert code == 0
+    if "int" in stated:
+        assert re.fullmatch(r'\{"n": ?-?\d+, ?"ok": ?(true|false)\}\n', out)
+    else:
+        assert json.loads(out) in (True, False, "yes", "no")
+
+
+def test_the_short_syntax_of_schemas() -> None:
+    schema = schema_from("name, age int, height float : in metres, alive bool")
+    assert schema["required"] == ["name", "age", "height", "alive"]
+    assert schema["properties"] == {
+        "name": {"type": "string"},
+        "age": {"type": "integer"},
+        "height": {"type": "number", "description": "in metres"},
+        "alive": {"type": "boolean"},
+    }
+    lines = schema_from("\n  dogs int: two, or three\n  name\n")
+    assert lines["properties"]["dogs"] == {"type": "integer", "description": "two, or three"}
+
+
+def make_pdf(text: str) -> bytes:
+    """Return a PDF of one page."""
+    stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
+    objects = [
+        b"<</Type/Catalog/Pages 2 0 R>>",
+        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
+        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R"
+        b"/Resources<</Font<</F1<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>>>>>>>",
+        b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
+    ]
+    body = b"%PDF-1.4\n"
+    for number, content in enumerate(objects, 1):
+        body += b"%d 0 obj%s endobj\n" % (number, content)
+    return body + b"trailer<</Root 1 0 R/Size 5>>\nstartxref\n0\n%%EOF"
+
+
+def test_files_stand_before_the_prompt(
+    tiny_folder: Path,
+    tmp_path: Path,
+    home: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    files = {
+        "notes.md": b"```\na\n```\n",
+        "window.txt": "début".encode("utf-16"),
+        "paper.pdf": make_pdf("Hello from a page"),
+    }
+    words = []
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        words += ["-f", str(tmp_path / name)]
+    asked(["Sum up.", *words, "-n", "2"], tiny_folder, capsys)
+    asked(words[:2] + ["-n", "2"], tiny_folder, capsys)
+    with ConversationLog.open() as log:
+        first, second = (log.messages(number)[0]["content"] for number in (1, 2))
+    assert second == "notes.md:\n````\n```\na\n```\n````"
+    assert first == (
+        f"{second}\n\nwindow.txt:\n```\ndébut\n```\n\n"
+        "paper.pdf:\n```\nHello from a page\n```\n\nSum up."
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["-f", "nowhere.md"], "nowhere.md cannot be read: No such file or directory"),
+        (["-f", "."], ". cannot be read: Is a directory"),
+        (["-f", "picture"], "picture is neither text in UTF-8 nor a PDF"),
+        (["-f", "broken.pdf"], "broken.pdf cannot be read as a PDF: "),
+        (["-f", "empty"], "empty has no text"),
+        (["--schema", "a integer"], "--schema takes a JSON file or fields of the types str, int,"),
+        (["--schema", "none.json"], "none.json cannot be read: No such file or directory"),
+        (["--schema", "{"], "--schema is not JSON: "),
+        (["--schema", ","], "--schema is empty"),
+        (["--schema", "list.json"], "list.json is not a JSON schema: it must be an object"),
+    ],
+)
+def test_what_cannot_be_sent(
+    words: list[str],
+    complaint: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("picture").write_bytes(b"\x89PNG\0\xff")
+    Path("broken.pdf").write_bytes(b"%PDF-1.4 and nothing")
+    Path("empty").write_text("\n")
+    Path("list.json").write_text("[]")
+    code, out, err = call(["Hello", *words], capsys)
+    assert (code, out) == (1, "")
+    assert complaint in err and err.count("\n") == 1
+
+
+class Scripted:
+    """A conversation whose first reply calls the tool `area`, and whose second has its result."""
+
+    def __init__(self, functions: list[Callable[..., Any]]) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.options: dict[str, Any] = {}
+        self.functions = functions
+
+    def stream(self, words: str | None = None) -> Any:
+        usage = Usage(1, 0, 1, 0)
+        if words is not None:
+            self.messages = [{"role": "user", "content": words}]
+            events = [ToolCall("1", "area", {"side": 3}), Finish("tool_calls", usage)]
+        else:
+            events = [Text(self.messages[-1]["content"]), Finish("stop", usage)]
+
+        class Stream(list[Any]):
+            close = None
+
+        return Stream(events)
+
+    def answer_calls(self, functions: list[Callable[..., Any]]) -> None:
+        assert functions == self.functions
+        self.messages.append({"role": "tool", "content": str(functions[0](side=3))})
+
+
+def test_tools_are_called(
+    tmp_path: Path,
+    tiny_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(LLM, "conversation", lambda _, **options: Scripted(options["tools"]))
+    tools = tmp_path / "tools.py"
+    tools.write_text("def area(side: int) -> int:\n    return side * side\n")
+    words = ["How large?", "--tools", str(tools), "-m", str(tiny_folder)]
+    assert call(words, capsys)[:2] == (0, "9\n")
+    assert "area(" in call(words, capsys)[2]
+    code, out, _ = call([*words, "--json"], capsys)
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [event["type"] for event in events] == ["tool_call", "finish", "text", "finish"]

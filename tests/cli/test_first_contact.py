@@ -217,13 +217,18 @@ def options_of(*words: str) -> dict[str, str | None]:
 
 def test_one_question_and_a_conversation_take_the_same_options() -> None:
     ask, chat = options_of("ask"), options_of("chat")
-    assert {name: chat.get(name) for name in ask} == ask
-    assert set(chat) - set(ask) == {"--load"}
+    shared = set(ask) & set(chat)
+    assert {name: chat[name] for name in shared} == {name: ask[name] for name in shared}
+    log = {"--continue", "-c", "--log", "--no-log"}
+    assert set(ask) - shared == {"--file", "-f", "--schema", "--json"} | log
+    assert set(chat) - shared == {"--load"}
 
 
 def test_every_verb_that_loads_a_model_takes_the_same_options() -> None:
     ask, serve = options_of("ask"), options_of("serve")
     once = {"--system", "-s", "--max-tokens", "-n", "--stop", "--hide-thinking", "--quiet", "-q"}
+    once |= {"--preset", "--tools", "--file", "-f", "--schema", "--json"}
+    once |= {"--continue", "-c", "--log", "--no-log"}
     assert {name: serve.get(name) for name in set(ask) - once} == {
         name: ask[name] for name in set(ask) - once
     }
@@ -239,11 +244,11 @@ def test_all_sampling_parameters_reach_the_sampler(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def stream(self: LLM, *_: Any, **options: Any) -> NoReturn:
+    def conversation(self: LLM, **options: Any) -> NoReturn:
         seen.update(options)
         raise ValueError("seen")
 
-    monkeypatch.setattr(LLM, "stream", stream)
+    monkeypatch.setattr(LLM, "conversation", conversation)
     words = "Hello -t 1.5 --top-p 0.5 --top-k 7 --min-p 0.1 --seed 3 --presence-penalty 1"
     words += (
         " --frequency-penalty 0.5 --repetition-penalty 1.1 --logit-bias 5=-2 --logit-bias 6=1.5"

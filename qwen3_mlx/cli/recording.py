@@ -1,0 +1,98 @@
+"""Which conversation a command records or continues, by its options."""
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from qwen3_mlx.cli.console import note
+from qwen3_mlx.cli.conversation_log import ConversationLog, Recorder
+from qwen3_mlx.cli.options import LAST, LogOptions, user_config
+from qwen3_mlx.cli.user_files import config_file
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.sizes import hub_name, size_named
+
+_DEMO = "demo"
+_NOTICE = (
+    "Conversations are recorded in {}: qwen3 logs lists them; --no-log, or log = false in {}, "
+    "switches that off."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """The recorder of a conversation, its messages so far, and the model to load for it."""
+
+    recorder: Recorder
+    messages: list[dict[str, Any]]
+    model: str | None
+
+
+def start_recording(
+    context: typer.Context, model: str | None, options: LogOptions, *, quiet: bool
+) -> Recording:
+    """Open the log, if it is switched on, and find the conversation that goes on.
+
+    A conversation goes on with its own model, unless the command line names one.
+
+    Raises:
+        Qwen3Error: there is no such conversation, or the log that has it cannot be read.
+    """
+    wanted = user_config().log if options.log is None else options.log
+    goes_on = options.continued is not None
+    messages: list[dict[str, Any]] = []
+    number = None
+    with ExitStack() as undo:
+        log = _opened(must=goes_on) if wanted or goes_on else None
+        if log:
+            undo.enter_context(log)
+        if log and options.continued is not None:
+            found = log.find(_number(options.continued))
+            number, messages = found.id, log.messages(found.id)
+            source = context.get_parameter_source("model")
+            if source is None or source.name != "COMMANDLINE":
+                model = None if found.model == _DEMO else found.model
+        if not wanted:
+            log = None
+        recorder = Recorder(log, _name(model), conversation=number)
+        if log and not quiet and not log.is_announced():
+            note(_NOTICE.format(log.path, config_file()))
+        if log:
+            undo.pop_all()  # the recorder closes it
+    return Recording(recorder, messages, model)
+
+
+def _opened(*, must: bool) -> ConversationLog | None:
+    try:
+        return ConversationLog.open()
+    except Qwen3Error as error:
+        if must:
+            raise
+        note(f"qwen3: the conversation is not recorded: {error}")
+        return None
+
+
+def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
+    """Return the messages with a system prompt in place of their own, if one is given."""
+    if system is None:
+        return messages
+    rest = [message for message in messages if message["role"] != "system"]
+    return [{"role": "system", "content": system}, *rest] if system else rest
+
+
+def _number(stated: str) -> int | None:
+    if stated == LAST:
+        return None
+    if not stated.isdecimal():
+        raise Qwen3Error(f"--continue takes the number of a conversation, not {stated!r}")
+    return int(stated)
+
+
+def _name(model: str | None) -> str:
+    """Return the name by which a model is found from any folder."""
+    if model is None:
+        return _DEMO
+    is_folder = size_named(model) is None and Path(model).is_dir()
+    return str(Path(model).resolve()) if is_folder else hub_name(model)

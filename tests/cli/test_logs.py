@@ -1,0 +1,259 @@
+"""Recorded conversations: what is kept when, also after a kill, and `qwen3 logs`."""
+
+import json
+import signal
+import sqlite3
+import stat
+import subprocess
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_mlx import load
+from qwen3_mlx.cli import conversation_log
+from qwen3_mlx.cli.conversation_log import ConversationLog, Recorder
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.text.events import Reasoning, Text
+from tests.cli.harness import QWEN3, call
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Iterator[ConversationLog]:
+    with ConversationLog(tmp_path / "log.db") as opened:
+        yield opened
+
+
+def opened_again(log: ConversationLog) -> ConversationLog:
+    """The log as another process has it, for a recorder to own."""
+    return ConversationLog(log.path)
+
+
+def said(*texts: str) -> list[dict[str, Any]]:
+    roles = ("user", "assistant")
+    return [{"role": roles[i % 2], "content": text} for i, text in enumerate(texts)]
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_a_question_is_recorded_and_goes_on(tiny_folder: Path, home: Path, capsys: Capture) -> None:
+    options = ["-m", str(tiny_folder), "-n", "4", "--seed", "1", "--no-thinking"]
+    _, first, err = call(["What is 1 + 2?", *options, "--system", "Be short."], capsys)
+    assert f"Conversations are recorded in {home}/conversations.db" in err
+    _, second, err = call(["-c", "And now?", *options[2:]], capsys)  # with the model it had
+    assert "recorded in" not in err and "demo" not in err
+    _, third, err = call(["What else?", "--continue", "1", *options[2:], "--no-log"], capsys)
+    assert call(["Other", *options], capsys)[0] == 0
+    code, out, _ = call(["logs"], capsys)
+    lines = [line.split("\t") for line in out.splitlines()]
+    assert code == 0
+    assert [(line[0], line[2], line[3]) for line in lines] == [
+        ("2", tiny_folder.name, "Other"),
+        ("1", tiny_folder.name, "What is 1 + 2?"),
+    ]
+    exported = json.loads(call(["logs", "export", "1", "--json"], capsys)[1])
+    assert exported["model"] == str(tiny_folder.resolve())
+    assert exported["messages"] == [
+        {"role": "system", "content": "Be short."},
+        *said("What is 1 + 2?", first[:-1], "And now?", second[:-1]),
+    ]
+
+
+def test_the_file_is_for_its_owner(tiny_folder: Path, home: Path, capsys: Capture) -> None:
+    call(["Hello", "-m", str(tiny_folder), "-n", "2", "-q"], capsys)
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+    with ConversationLog.open():  # then there are files beside it
+        files = list(home.iterdir())
+        assert len(files) == 3
+        assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+
+
+def test_the_log_is_switched_off(tiny_folder: Path, home: Path, capsys: Capture) -> None:
+    options = ["-m", str(tiny_folder), "-n", "2"]
+    assert "recorded" not in call(["Hello", "--no-log", *options], capsys)[2]
+    home.mkdir()
+    (home / "config.toml").write_text("log = false\n")
+    assert "recorded" not in call(["Hello", *options], capsys)[2]
+    assert not (home / "conversations.db").exists()
+    assert "recorded in" in call(["Hello", "--log", *options], capsys)[2]
+
+
+def test_quiet_runs_leave_the_notice_to_the_next(
+    tiny_folder: Path, home: Path, capsys: Capture
+) -> None:
+    options = ["-m", str(tiny_folder), "-n", "2"]
+    assert call(["Hello", "-q", *options], capsys)[2] == ""
+    assert "recorded in" in call(["Hello", *options], capsys)[2]
+
+
+def test_killed_in_an_answer(tiny_folder: Path, home: Path) -> None:
+    command = [*QWEN3, "Hello", "-m", str(tiny_folder), "-n", "2000", "--no-thinking", "-q"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        shown = process.stdout.read(100).decode(errors="ignore").rstrip("�")
+        time.sleep(1)
+        process.send_signal(signal.SIGKILL)
+    with ConversationLog.open() as log:
+        question, answer = log.messages(log.find().id)
+    assert question == {"role": "user", "content": "Hello"}
+    assert answer["role"] == "assistant" and answer["content"].startswith(shown)
+
+
+@pytest.mark.parametrize("damage", ["folder", "no database", "newer"])
+def test_a_log_that_cannot_be_used(
+    damage: str, tiny_folder: Path, home: Path, capsys: Capture
+) -> None:
+    """The answer comes all the same; what needs the log says what is wrong."""
+    file = home / "conversations.db"
+    home.mkdir()
+    if damage == "folder":
+        file.mkdir()
+    elif damage == "newer":
+        with sqlite3.connect(file) as database:
+            database.execute("PRAGMA user_version = 99")
+        database.close()
+    else:
+        file.write_text("no database " * 100)
+    options = ["-m", str(tiny_folder), "-n", "2"]
+    code, out, err = call(["Hello", *options], capsys)
+    assert code == 0 and out
+    assert err.startswith("qwen3: the conversation is not recorded: ")
+    for words in (["logs"], ["-c", "Hello", *options]):
+        code, out, err = call(words, capsys)
+        assert (code, out) == (1, "") and str(file) in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "complaint"),
+    [
+        (["-c", "Hello"], 1, "no conversation has been recorded"),
+        (["-c", "7", "Hello"], 1, "there is no conversation 7; qwen3 logs lists them"),
+        (["--continue=x", "Hello"], 1, "--continue takes the number of a conversation, not 'x'"),
+        (["-c", "7"], 2, "give a prompt"),
+        (["logs", "show"], 1, "no conversation has been recorded"),
+        (["logs", "show", "x"], 2, "Invalid value for '[ID]'"),
+        (["logs", "search", " "], 2, "give a word to search for"),
+        (["logs", "delete"], 2, "name the conversations to delete"),
+        (["logs", "delete", "1", "--all"], 2, "name the conversations to delete"),
+        (["logs", "delete", "1"], 1, "there is no conversation 1"),
+    ],
+)
+def test_what_is_not_there(
+    words: list[str], code: int, complaint: str, home: Path, capsys: Capture
+) -> None:
+    found, out, err = call(words, capsys)
+    assert (found, out) == (code, "")
+    assert complaint in err and err.count("\n") == 1
+
+
+def test_logs_search_show_export_and_delete(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert call(["logs"], capsys) == (0, "", "No conversation has been recorded.\n")
+    with Recorder(ConversationLog.open(), "demo") as recorder:
+        recorder.record([*said("About FISH?", "Trout.\n\n```\n0\n```"), *said("你好吗")])
+    with Recorder(ConversationLog.open(), "demo") as recorder:
+        answer = {"role": "assistant", "content": "4", "reasoning_content": "two\ntwos"}
+        recorder.record([*said("a[0] + 2"), answer])
+    assert call(["logs", "search", "fish"], capsys)[1] == "1\tuser\tAbout FISH?\n"
+    assert call(["logs", "search", "a[0] +"], capsys)[1] == "2\tuser\ta[0] + 2\n"
+    assert call(["logs", "search", "你好"], capsys)[1] == "1\tuser\t你好吗\n"
+    assert call(["logs", "search", '"'], capsys) == (0, "", "No message has these words.\n")
+    shown = call(["logs", "show"], capsys)[1]
+    assert shown.endswith("## User\n\na[0] + 2\n\n## Assistant\n\n4\n")
+    file = tmp_path / "both.md"
+    call(["logs", "export", "1", "2", "-o", str(file)], capsys)
+    assert "> two\n> twos\n\n4\n" in file.read_text() and "```\n0\n```" in file.read_text()
+    call(["logs", "export", "1", "--json", "-o", str(file)], capsys)
+    with load() as llm:
+        assert llm.conversation(file=file).messages[0]["content"] == "About FISH?"
+    code, _, err = call(["logs", "delete", "1"], capsys)
+    assert code == 2 and "state --yes" in err
+    assert call(["logs", "delete", "1", "--yes"], capsys)[2] == "Deleted 1 conversation.\n"
+    assert not [file for file in home.iterdir() if b"FISH" in file.read_bytes()]
+    assert call(["logs", "--json"], capsys)[1].count("\n") == 1
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def test_pieces_are_stored_while_they_come(
+    log: ConversationLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation_log, "_FLUSH_SECONDS", 0.01)
+    with Recorder(opened_again(log), "demo") as recorder:
+        recorder.record(said("Hi"))
+        recorder.add(Reasoning("hm"))
+        for piece in "abc":
+            recorder.add(Text(piece))
+            time.sleep(0.1)
+        partial = {"role": "assistant", "content": "abc", "reasoning_content": "hm"}
+        assert log.messages(1) == [*said("Hi"), partial]
+        recorder.record(said("Hi", "abcd"))
+        assert log.messages(1, replaced=True) == said("Hi", "abcd")
+        assert len(log.search("abc")) == 1
+
+
+def test_nothing_said_is_lost(log: ConversationLog) -> None:
+    """A retry, an edit, and turns that are dropped for want of room."""
+    with Recorder(opened_again(log), "demo") as recorder:
+        recorder.record(said("one", "first"))
+        recorder.record(said("one"))
+        recorder.record(said("one", "second"))
+        recorder.record(said("uno", "third"))
+        assert log.messages(1) == said("uno", "third")
+        everything = [message["content"] for message in log.messages(1, replaced=True)]
+        assert everything == ["one", "first", "second", "uno", "third"]
+
+
+def test_two_that_go_on_with_one_conversation(log: ConversationLog) -> None:
+    with Recorder(opened_again(log), "demo") as recorder:
+        recorder.record(said("Hi", "Ho"))
+    with Recorder(opened_again(log), "demo", conversation=1) as one:
+        with Recorder(opened_again(log), "demo", conversation=1) as two:
+            one.record(said("Hi", "Ho", "one"))
+            two.record(said("Hi", "Ho", "two"))
+            one.record(said("Hi", "Ho", "one", "1"))
+    assert (one.conversation, two.conversation) == (1, 2)
+    assert log.messages(1) == said("Hi", "Ho", "one", "1")
+    assert log.messages(2) == said("Hi", "Ho", "two")
+
+
+def test_many_at_once(tmp_path: Path) -> None:
+    def write(number: int) -> None:
+        for _ in range(5):
+            with Recorder(ConversationLog(tmp_path / "new.db"), "demo") as recorder:
+                recorder.record(said(f"Hi {number}"))
+                recorder.record(said(f"Hi {number}", "Ho"))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(8)))
+    with ConversationLog(tmp_path / "new.db") as log:
+        assert len(log.summaries()) == 40 and len(log.search("Hi")) == 40
+
+
+def test_a_failure_while_it_records_is_told_once(log: ConversationLog, capsys: Capture) -> None:
+    """Such as a full disk; the chat goes on."""
+    with Recorder(opened_again(log), "demo") as recorder:
+        recorder.record(said("Hi"))
+        with log.transaction() as database:
+            database.execute("DROP TABLE search")
+        for _ in range(2):
+            recorder.add(Text("Ho"))
+            recorder.record(said("Hi", "Ho"))
+    err = capsys.readouterr().err
+    assert err.startswith("qwen3: the conversation is not recorded: ") and err.count("\n") == 1
+
+
+def test_a_conversation_deleted_elsewhere_goes_on_as_a_new_one(log: ConversationLog) -> None:
+    with Recorder(opened_again(log), "demo") as recorder:
+        recorder.record(said("Hi"))
+        log.delete([1])
+        recorder.record(said("Hi", "Ho"))
+        assert [summary.id for summary in log.summaries()] == [2]
+    with pytest.raises(Qwen3Error, match="no conversation 1"):
+        log.find(1)
