@@ -131,9 +131,8 @@ def _reply(
 
     def events(stream: "qwen3_mlx.Stream") -> Iterator[Event]:
         nonlocal finish
-        for event in stream:
+        for event in recorder.recorded(stream):
             times.append(time.perf_counter())
-            recorder.add(event)
             finish = event if isinstance(event, Finish) else None
             yield event
 

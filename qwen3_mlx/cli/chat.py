@@ -7,21 +7,27 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from qwen3_mlx.cli import chat_commands
 from qwen3_mlx.cli.chat_session import ChatSession
 from qwen3_mlx.cli.console import note
+from qwen3_mlx.cli.error_wording import UsageError
 from qwen3_mlx.cli.line_editor import LineEditor, is_terminal
 from qwen3_mlx.cli.options import (
     HideThinking,
+    LogOptions,
     Model,
     ModelOptions,
     Quiet,
     ReplyOptions,
     SamplingOptions,
+    alias_meant,
     load_model,
     option,
     with_options,
 )
+from qwen3_mlx.cli.recording import start_recording, with_system
 from qwen3_mlx.cli.screen import Screen
 from qwen3_mlx.cli.user_files import data_file
 
@@ -29,12 +35,14 @@ _HISTORY = "chat_history"
 
 
 @with_options
-def chat(
+def chat(  # noqa: PLR0913 - one parameter a group of options
+    ctx: typer.Context,
     *,
     model: Model = None,
     loading: ModelOptions,
     reply: ReplyOptions,
     sampling: SamplingOptions,
+    recording: LogOptions,
     file: Annotated[Path | None, option("--load", text="Continue a saved conversation.")] = None,
     hide_thinking: HideThinking = False,
     quiet: Quiet = False,
@@ -44,22 +52,26 @@ def chat(
     The idle time after an answer prefills the next turn, so that its answer
     starts at once. Each line of piped input is a turn.
     """
-    session = ChatSession(
-        lambda name: load_model(name, loading, quiet=quiet),
-        model,
-        Screen(show_thinking=not (hide_thinking or quiet)),
-        options={
-            "system": reply.system,
-            "file": file,
-            "max_tokens": reply.max_tokens,
-            "stop": reply.stop,
-            **sampling.keywords(),
-        },
-        quiet=quiet,
-    )
+    if file and recording.continued is not None:
+        raise UsageError("--load and --continue name two conversations; state one")
+    begun = start_recording(ctx, model, recording, quiet=quiet)
     with ExitStack() as stack:
+        session = ChatSession(
+            lambda name: load_model(alias_meant(ctx, name), loading, quiet=quiet),
+            begun.model,
+            Screen(show_thinking=not (hide_thinking or quiet)),
+            options={
+                "messages": with_system(begun.messages, reply.system),
+                "file": file,
+                "max_tokens": reply.max_tokens,
+                "stop": reply.stop,
+                **sampling.keywords(),
+            },
+            recorder=stack.enter_context(begun.recorder),
+            quiet=quiet,
+        )
         stack.enter_context(session)
-        if model is None and not quiet:
+        if begun.model is None and not quiet:
             note("This is the embedded demo model; for a real model: qwen3 chat --model 8B")
         if is_terminal():
             editor = LineEditor(_history(), chat_commands.completions())

@@ -1,47 +1,23 @@
 """State of one chat: its model, conversation, branches, tools and attached files."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.cli.console import note
+from qwen3_mlx.cli.conversation_log import Recorder
 from qwen3_mlx.cli.line_editor import LineEditor
 from qwen3_mlx.cli.screen import Screen
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.interrupt import interruptible
-from qwen3_mlx.text.events import Event, Finish, Usage
+from qwen3_mlx.text.events import Finish, Usage
 
 Message = dict[str, Any]
 _SAMPLING = {entry.name for entry in fields(SamplingParams)}
-
-
-class Recorder(Protocol):
-    """Receives one conversation as it goes on.
-
-    `record` gets the messages whenever they have changed, `add` each event of a reply before it is
-    shown; the reply is part of the next messages.
-    """
-
-    def record(self, messages: list[Message]) -> None: ...
-    def add(self, event: Event) -> None: ...
-    def close(self) -> None: ...
-
-
-class NoRecorder:
-    """A recorder that keeps nothing."""
-
-    def record(self, messages: list[Message]) -> None:
-        """Keep nothing."""
-
-    def add(self, event: Event) -> None:
-        """Keep nothing."""
-
-    def close(self) -> None:
-        """Keep nothing."""
 
 
 @dataclass(slots=True)
@@ -68,26 +44,20 @@ class ChatSession:
         screen: Screen,
         *,
         options: Mapping[str, Any],
-        recorder: Recorder | None = None,
-        new_recorder: Callable[[str], Recorder] = lambda _: NoRecorder(),
+        recorder: Recorder,
         quiet: bool = False,
     ) -> None:
-        """Open a model; `options` are those of `LLM.conversation`, for every model of the chat.
-
-        `recorder` receives the first conversation; by default it is, as for further conversations,
-        one of `new_recorder`, which is called with the model's name.
-        """
+        """Open a model; `options` are those of `LLM.conversation`, for every model of the chat."""
         self.functions: list[Callable[..., Any]] = []
         self.usages: list[Usage] = []
         self.seconds = 0.0
         self.editor: LineEditor | None = None
         self._open_model = open_model
         self._screen = screen
-        self._new_recorder = new_recorder
         self._quiet = quiet
         self._files: list[str] = []
         self._open(model, options)
-        self._branches = [_Branch([], recorder or new_recorder(self.model_name))]
+        self._branches = [_Branch([], recorder)]
         self._current = 0
 
     # --- models ---------------------------------------------------------------------------------
@@ -121,6 +91,7 @@ class ChatSession:
             except BaseException:
                 self._open(before, options)
                 raise
+        self._recorder.model = model
 
     # --- replies --------------------------------------------------------------------------------
 
@@ -158,17 +129,12 @@ class ChatSession:
         # The first Ctrl-C stops the answer, and the next ones must not end the program meanwhile.
         try:
             with interruptible(stream.close, patient=True), typing:
-                finish = self._screen.show(self._recorded(stream))
+                finish = self._screen.show(self._recorder.recorded(stream))
         finally:
             self.record()
         self.usages.append(finish.usage)
         self.seconds += time.monotonic() - started
         return finish
-
-    def _recorded(self, stream: "qwen3_mlx.Stream") -> Iterator[Event]:
-        for event in stream:
-            self._recorder.add(event)
-            yield event
 
     def _remarks(self, finish: Finish) -> str:
         """Return why a reply ended early and which turns were dropped; empty for a usual reply."""
@@ -223,8 +189,9 @@ class ChatSession:
 
     def begin(self, messages: list[Message]) -> None:
         """Begin another conversation, with these messages, in place of the current one."""
+        recorder = self._recorder.another()
         self._recorder.close()
-        self._branches[self._current].recorder = self._new_recorder(self.model_name)
+        self._branches[self._current].recorder = recorder
         self.conversation.messages = messages
 
     def branch(self, number: int | None) -> int:
@@ -238,7 +205,7 @@ class ChatSession:
         self._branches[self._current].messages = self.conversation.messages
         if number is None:
             copy = deepcopy(self.conversation.messages)
-            self._branches.append(_Branch(copy, self._new_recorder(self.model_name)))
+            self._branches.append(_Branch(copy, self._recorder.another()))
         self._current = (number or len(self._branches)) - 1
         self.conversation.messages = self._branches[self._current].messages
         return self._current + 1

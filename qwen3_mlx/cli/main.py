@@ -88,7 +88,7 @@ app = typer.Typer(
 app.command("ask", cls=ContinuingCommand, hidden=True, context_settings={"allow_extra_args": True})(
     ask
 )
-app.command("chat")(chat)
+app.command("chat", cls=ContinuingCommand)(chat)
 app.command("convert")(convert)
 app.command("plan")(plan)
 app.command("serve")(serve)

@@ -2,19 +2,16 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import typer
 
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.conversation_log import ConversationLog, Recorder
+from qwen3_mlx.cli.conversation_log import DEMO, ConversationLog, Recorder
 from qwen3_mlx.cli.options import LAST, LogOptions, user_config
 from qwen3_mlx.cli.user_files import config_file
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.model.sizes import hub_name, size_named
 
-_DEMO = "demo"
 _NOTICE = (
     "Conversations are recorded in {}: qwen3 logs lists them; --no-log, or log = false in {}, "
     "switches that off."
@@ -53,10 +50,10 @@ def start_recording(
             number, messages = found.id, log.messages(found.id)
             source = context.get_parameter_source("model")
             if source is None or source.name != "COMMANDLINE":
-                model = None if found.model == _DEMO else found.model
+                model = None if found.model == DEMO else found.model
         if not wanted:
             log = None
-        recorder = Recorder(log, _name(model), conversation=number)
+        recorder = Recorder(log, model, conversation=number)
         if log and not quiet and not log.is_announced():
             note(_NOTICE.format(log.path, config_file()))
         if log:
@@ -88,11 +85,3 @@ def _number(stated: str) -> int | None:
     if not stated.isdecimal():
         raise Qwen3Error(f"--continue takes the number of a conversation, not {stated!r}")
     return int(stated)
-
-
-def _name(model: str | None) -> str:
-    """Return the name by which a model is found from any folder."""
-    if model is None:
-        return _DEMO
-    is_folder = size_named(model) is None and Path(model).is_dir()
-    return str(Path(model).resolve()) if is_folder else hub_name(model)

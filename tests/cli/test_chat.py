@@ -7,7 +7,6 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from pypdf import PageObject, PdfWriter
@@ -16,11 +15,11 @@ from qwen3_mlx import LLM
 from qwen3_mlx.cli.attachments import read_attachment
 from qwen3_mlx.cli.chat_commands import run
 from qwen3_mlx.cli.chat_session import ChatSession
+from qwen3_mlx.cli.conversation_log import ConversationLog, Recorder
 from qwen3_mlx.cli.desktop import copy, edit
 from qwen3_mlx.cli.screen import Screen
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.text.events import Event
 from tests.cli.harness import Terminal
 
 CHAT = [sys.executable, "-m", "qwen3_mlx", "chat"]
@@ -226,42 +225,21 @@ def test_commands(tmp_path: Path) -> None:
     assert said(right) == ["What is 1 + 1?"]
 
 
-class Recorded:
-    """A recorder that keeps all it receives."""
-
-    def __init__(self, _: str = "") -> None:
-        self.messages: list[str] = []
-        self.events: list[str] = []
-        self.is_closed = False
-
-    def record(self, messages: list[dict[str, Any]]) -> None:
-        self.messages = [message["role"] for message in messages]
-
-    def add(self, event: Event) -> None:
-        self.events.append(type(event).__name__)
-
-    def close(self) -> None:
-        self.is_closed = True
-
-
-def test_a_recorder_receives_the_messages_and_the_pieces(demo: LLM) -> None:
-    first, others = Recorded(), [Recorded() for _ in range(2)]
-    unused = iter(others)
+def test_each_conversation_of_a_chat_is_recorded(demo: LLM, tmp_path: Path) -> None:
     session = ChatSession(
         lambda _: nullcontext(demo),
         None,
         Screen(show_thinking=False),
         options={"thinking": False},
-        recorder=first,
-        new_recorder=lambda _: next(unused),
+        recorder=Recorder(ConversationLog(tmp_path / "log.db"), None),
         quiet=True,
     )
     with session:
         run(session, ["What is 1 + 2?", "/new", "What is 2 + 2?", "/branch", "Who are you?"])
-    assert first.messages == others[0].messages == ["user", "assistant"]
-    assert others[1].messages == ["user", "assistant"] * 2
-    assert first.events[0] == "Text" and first.events[-1] == "Finish"
-    assert all(recorder.is_closed for recorder in (first, *others))
+    with ConversationLog(tmp_path / "log.db") as log:
+        roles = [[message["role"] for message in log.messages(number)] for number in (1, 2, 3)]
+        assert roles == [["user", "assistant"]] * 2 + [["user", "assistant"] * 2]
+        assert {summary.model for summary in log.summaries()} == {"demo"}
 
 
 def test_a_pdf_is_read_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,8 +219,7 @@ def test_one_question_and_a_conversation_take_the_same_options() -> None:
     ask, chat = options_of("ask"), options_of("chat")
     shared = set(ask) & set(chat)
     assert {name: chat[name] for name in shared} == {name: ask[name] for name in shared}
-    log = {"--continue", "-c", "--log", "--no-log"}
-    assert set(ask) - shared == {"--file", "-f", "--schema", "--json"} | log
+    assert set(ask) - shared == {"--file", "-f", "--schema", "--json"}
     assert set(chat) - shared == {"--load"}
 
 

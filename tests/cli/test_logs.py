@@ -1,5 +1,6 @@
 """Recorded conversations: what is kept when, also after a kill, and `qwen3 logs`."""
 
+import io
 import json
 import signal
 import sqlite3
@@ -9,9 +10,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qwen3_mlx import load
 from qwen3_mlx.cli import conversation_log
@@ -63,6 +67,32 @@ def test_a_question_is_recorded_and_goes_on(tiny_folder: Path, home: Path, capsy
         {"role": "system", "content": "Be short."},
         *said("What is 1 + 2?", first[:-1], "And now?", second[:-1]),
     ]
+
+
+def test_a_chat_is_recorded_and_goes_on(
+    home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def chat(*lines: str, options: tuple[str, ...] = ()) -> list[str]:
+        text = io.BytesIO("\n".join(lines).encode())
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(text))
+        code, out, err = call(["chat", *options], capsys)
+        assert code == 0, err
+        return out.splitlines()
+
+    assert chat("What is 1 + 2?", "/retry", "/edit What is 2 + 2?") == ["1 + 2 = 3"] * 2 + [
+        "2 + 2 = 4"
+    ]
+    assert chat("What is 5 + 6?", options=("--continue",)) == ["5 + 6 = 11"]
+    assert chat("What is 1 + 1?", options=("-c", "1", "--no-log", "-s", "Be short.")) == [
+        "1 + 1 = 2"
+    ]
+    with ConversationLog.open() as log:
+        contents = [message["content"] for message in log.messages(1)]
+        assert contents == ["What is 2 + 2?", "2 + 2 = 4", "What is 5 + 6?", "5 + 6 = 11"]
+        assert len(log.messages(1, replaced=True)) == 7
+        assert log.messages(1)[1]["reasoning_content"]
+    code, _, err = call(["chat", "-c", "--load", "x.json"], capsys)
+    assert code == 2 and "--load and --continue name two conversations" in err
 
 
 def test_the_file_is_for_its_owner(tiny_folder: Path, home: Path, capsys: Capture) -> None:
@@ -206,8 +236,29 @@ def test_nothing_said_is_lost(log: ConversationLog) -> None:
         recorder.record(said("one", "second"))
         recorder.record(said("uno", "third"))
         assert log.messages(1) == said("uno", "third")
+        recorder.record([*said("uno", "third", "two", "2", "three", "3")])
+        system = {"role": "system", "content": "Be short."}
+        recorder.record([system, *said("two", "2", "three", "3", "four")])
+        assert log.messages(1) == [system, *said("two", "2", "three", "3", "four")]
         everything = [message["content"] for message in log.messages(1, replaced=True)]
-        assert everything == ["one", "first", "second", "uno", "third"]
+        assert everything == (
+            ["Be short.", "one", "first", "second", "uno", "third", "two", "2", "three", "3"]
+            + ["four"]
+        )
+        recorder.record([system, *said("three", "3", "2", "three")])  # whatever it may be
+        assert log.messages(1) == [system, *said("three", "3", "2", "three")]
+
+
+@given(st.lists(st.lists(st.sampled_from("abc"), max_size=5), max_size=6), st.data())
+@settings(max_examples=20)
+def test_the_last_messages_are_those_that_go_on(histories: list[list[str]], data: Any) -> None:
+    with TemporaryDirectory() as folder, ConversationLog(Path(folder) / "log.db") as log:
+        with Recorder(opened_again(log), "demo") as recorder:
+            for texts in histories:
+                system = [{"role": "system", "content": data.draw(st.sampled_from("ab"))}]
+                messages = [*(system if data.draw(st.booleans()) else []), *said(*texts)]
+                recorder.record(messages)
+                assert log.messages(1) == messages
 
 
 def test_two_that_go_on_with_one_conversation(log: ConversationLog) -> None:
