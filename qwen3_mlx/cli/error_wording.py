@@ -24,6 +24,8 @@ _FOREIGN_COMMANDS = {
     "remove": "rm",
     "delete": "rm",
     "info": "show",
+    "history": "logs",
+    "completion": "--install-completion",
 }
 
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperGroup
 
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.conversation_log import ConversationLog, Summary
@@ -35,7 +36,16 @@ Limit = Annotated[
     int, option("--limit", "-n", min=0, text="Maximum number to list; 0 is all.", show_default=True)
 ]
 
-app = typer.Typer(rich_markup_mode="rich")
+
+class _Logs(TyperGroup):
+    """Command group in which a number shows that conversation."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        shown = ["show", *args] if args and args[0].isdecimal() else args
+        return super().parse_args(ctx, shown)
+
+
+app = typer.Typer(cls=_Logs, rich_markup_mode="rich")
 
 
 @app.callback(invoke_without_command=True)
@@ -135,7 +145,8 @@ def delete(
                 raise typer.BadParameter("state --yes to delete without being asked")
             for summary in chosen:
                 note(f"{summary.id}  {summary.title[:60]}")
-            typer.confirm(f"Delete {_count(chosen)}?", abort=True, err=True)
+            if not typer.confirm(f"Delete {_count(chosen)}?", err=True):
+                return
         log.delete([summary.id for summary in chosen])
     note(f"Deleted {_count(chosen)}.")
 
@@ -164,9 +175,9 @@ def _print_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> Non
         for row in rows:
             print("\t".join(row))
         return
-    table = Table(*heads, box=None, pad_edge=False)
-    for column in table.columns:
-        column.no_wrap = True
+    table = Table(box=None, pad_edge=False, expand=True)
+    for head in heads:  # the last column takes the room that the others leave
+        table.add_column(head, no_wrap=True, ratio=1 if head == heads[-1] else None)
     for row in rows:
         table.add_row(*map(escape, row))
     Console().print(table)

@@ -60,6 +60,8 @@ class _Root(TyperGroup):
             return super().invoke(ctx)
         except KeyboardInterrupt:  # typer would exit without a message
             raise typer.Exit(_print_error(interrupt.LINE, 130)) from None
+        except typer.Abort:  # Ctrl-D at a question
+            raise typer.Exit(1) from None
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         self._shows_all = True

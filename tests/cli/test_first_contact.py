@@ -138,6 +138,8 @@ def test_an_ignored_signal_stays_ignored(ways: dict[str, list[str]], tmp_path: P
         ("download 8B", "pull"),
         ("remove 8B", "rm"),
         ("help", "--help"),
+        ("history", "logs"),
+        ("completion", "--install-completion"),
         ("version", "--version"),
     ],
 )

@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import stat
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -206,6 +207,26 @@ def test_logs_search_show_export_and_delete(home: Path, tmp_path: Path, capsys: 
     assert call(["logs", "delete", "1", "--yes"], capsys)[2] == "Deleted 1 conversation.\n"
     assert not [file for file in home.iterdir() if b"FISH" in file.read_bytes()]
     assert call(["logs", "--json"], capsys)[1].count("\n") == 1
+
+
+def test_on_a_terminal(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines are cut to its width, and a question is asked before anything is deleted."""
+    with Recorder(ConversationLog.open(), "demo") as recorder:
+        recorder.record(said("many words " * 20))
+    monkeypatch.setenv("COLUMNS", "60")
+    for answer, left in (("n\n", 1), ("", 1), ("y\n", 0)):  # "" is Ctrl-D
+        stdin = io.StringIO(answer)
+        for stream in (stdin, sys.stdout):
+            monkeypatch.setattr(stream, "isatty", lambda: True)
+        monkeypatch.setattr("sys.stdin", stdin)
+        table = call(["logs"], capsys)[1].splitlines()
+        assert "ID" in table[0] and "1" in table[1].split("2026")[0] and len(table[1]) < 100
+        code, _, err = call(["logs", "delete", "1"], capsys)
+        assert "Delete 1 conversation? [y/N]" in err and "bug" not in err
+        assert code == (1 if answer == "" else 0)
+        with ConversationLog.open() as log:
+            assert len(log.summaries()) == left
+    assert call(["logs", "1"], capsys)[2].startswith("qwen3: there is no conversation 1")
 
 
 # --- the file -------------------------------------------------------------------------------------
