@@ -362,8 +362,8 @@ def test_files_stand_before_the_prompt(
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["-f", "nowhere.md"], "nowhere.md cannot be read: No such file or directory"),
-        (["-f", "."], ". cannot be read: Is a directory"),
+        (["-f", "nowhere.md"], "nowhere.md"),
+        (["-f", "."], ". is a folder or a device"),
         (["-f", "picture"], "picture is neither text in UTF-8 nor a PDF"),
         (["-f", "broken.pdf"], "broken.pdf cannot be read as a PDF: "),
         (["-f", "empty"], "empty has no text"),

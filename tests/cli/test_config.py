@@ -69,10 +69,11 @@ def test_a_preset_is_beaten_by_flags(
     assert call(words, capsys)[2].endswith("qwen3: seen\n")
     assert (seen["thinking"], seen["max_tokens"], seen["stop"]) == (True, 7, ["END"])
     assert (seen["sampling"].temperature, seen["sampling"].top_p) == (0.3, 0.5)
-    assert seen["messages"] == [{"role": "system", "content": "Answer with code."}]
+    system = {"role": "system", "content": "Answer with code."}
+    assert seen["messages"] == [system]
     seen.clear()
     call(["chat", "--preset", "coder", "-m", str(tiny_folder)], capsys)
-    assert (seen["thinking"], seen["max_tokens"], seen["system"]) == (False, 7, "Answer with code.")
+    assert (seen["thinking"], seen["max_tokens"], seen["messages"]) == (False, 7, [system])
 
 
 def test_config_shows_where_values_come_from(
