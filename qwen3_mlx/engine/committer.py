@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from weakref import WeakSet
 
 from qwen3_mlx.engine.activity import Meter
 from qwen3_mlx.engine.finite_check import FiniteCheck
@@ -19,6 +20,7 @@ class Committer:
         self.token_meter = Meter()
         self._finite_check = finite_check
         self._speculator = speculator
+        self._rechecked: WeakSet[SequenceState] = WeakSet()  # a second time would find the same
 
     def commit(self, done: CompletedStep, in_flight: InFlightStep | None) -> None:
         """Commit the tokens of a step; `in_flight` is the next one, built on those tokens."""
@@ -56,7 +58,9 @@ class Committer:
             self.token_meter.add(sequence.num_output - num_output)
             if part.draft and self._speculator:
                 self._speculator.observe(sequence, sequence.num_accepted - num_accepted)
-            if sequence.request.recheck_logits and sequence.request.recheck_logits():
+            recheck = sequence.request.recheck_logits
+            if recheck and sequence not in self._rechecked and recheck():
+                self._rechecked.add(sequence)
                 finite = self._finite_check.finite_rows(step.logits)
                 self._finite_check.check(finite, part.rows.start)
         except BaseException as error:  # noqa: BLE001 - ends this request only

@@ -246,7 +246,7 @@ class StepBuilder:
             built.logprobs = LogprobBatch.of(logits, tokens, rows, self._vocabulary)
             built.arrays += built.logprobs.arrays
         # The first logits of each request are checked for NaN and infinity; later ones only if the
-        # reply looks like that of a broken network (`SequenceState.suspects_logits`).
+        # reply looks like that of a broken network (`Request.recheck_logits`).
         if any(sequence.num_passes == 1 for sequence in rows):
             built.finite = self.finite_check.finite_rows(logits)
             built.arrays.append(built.finite)

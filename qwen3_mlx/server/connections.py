@@ -13,6 +13,7 @@ import logging
 import resource
 import sys
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from typing import Any
@@ -368,5 +369,6 @@ class Connection(HttpToolsProtocol):
         head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
         self.transport.write(f"{head}connection: close\r\n\r\n".encode() + body)
         # Closing at once, with data unread, could keep the client from reading the error.
-        self.transport.write_eof()
+        with suppress(OSError):  # the client has gone meanwhile
+            self.transport.write_eof()
         self.loop.call_later(farewell, self.transport.abort)

@@ -182,6 +182,7 @@ class ReplyParser:
             self._emit_unreadable(self._call, self._call.written())
         if inside and not self._inside:
             self._emit_held(last=True)
+        self._text.drop_logprobs()  # of the line breaks before the tag
         self._inside, self._text.after_tag, self._text.breaks = inside, True, ""
 
     def _emit_section(self, text: str) -> None:
@@ -238,6 +239,7 @@ class ReplyParser:
             self._close_call(self._call, CLOSE)
         else:  # its call was closed by its own end
             self._skips_close_tag = False
+            self._emit_section(text.removesuffix(CLOSE))  # bytes of a character that is incomplete
         return True
 
     def _open_call(self, *, untagged: bool) -> None:

@@ -153,6 +153,21 @@ def test_what_does_not_come_in_time_is_closed(demo: LLM) -> None:
         wait_until(lambda: len(served.server.connections) == 0, "a connection is left")
 
 
+def test_a_client_that_goes_while_it_is_refused_is_its_own_loss(
+    demo: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system says so in another exception than for one that has gone before."""
+
+    def fail(transport: object) -> None:
+        raise OSError(errno.ENOTCONN, "Transport endpoint is not connected")
+
+    monkeypatch.setattr("asyncio.selector_events._SelectorSocketTransport.write_eof", fail)
+    with serving(demo, SOON) as served:
+        with connected(served, HALF) as half:
+            assert status_of(all_of(half)) == 408
+        assert served.get("/health").status_code == 200
+
+
 def test_a_body_that_drips_is_closed(demo: LLM) -> None:
     body = b"POST /api/chat HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9000\r\n\r\n"
     with serving(demo, Limits(patience=1.0, body_rate=1 << 20)) as served:
