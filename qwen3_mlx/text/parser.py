@@ -85,8 +85,7 @@ class ReplyParser:
     ) -> None:
         """Create the parser of the tokens that `sections` decodes.
 
-        Without `calls` the tags of calls are text. With `logprobs` each piece of text has its
-        tokens.
+        Without `calls` the tags of calls are text. With `logprobs` texts have their tokens.
         """
         self.finished = False
         self.stopped_by: str | None = None
