@@ -22,10 +22,16 @@ from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.version import __version__
 
-_TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+_TYPES = {
+    "html": "text/html",
+    "css": "text/css",
+    "js": "text/javascript",
+    "txt": "text/plain",
+    "woff2": "font/woff2",
+}
 # The page loads nothing from other hosts and nothing inline, and cannot be framed.
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; font-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _PAGE_HEADERS = {
@@ -89,9 +95,11 @@ def _add_health(app: FastAPI, service: Service) -> None:
 
 def _add_page(app: FastAPI) -> None:
     folder = files("qwen3_mlx") / "server" / "page"
+    vendored = {f"vendor/{entry.name}": entry for entry in (folder / "vendor").iterdir()}
+    entries = {entry.name: entry for entry in folder.iterdir() if entry.is_file()} | vendored
     page = {
-        entry.name: (entry.read_bytes(), _TYPES[f".{entry.name.rpartition('.')[2]}"])
-        for entry in folder.iterdir()
+        name: (entry.read_bytes(), _TYPES[name.rpartition(".")[2]])
+        for name, entry in entries.items()
     }
 
     def served(name: str) -> Response:
@@ -104,7 +112,7 @@ def _add_page(app: FastAPI) -> None:
     async def index() -> Response:
         return served("index.html")
 
-    @app.get("/page/{name}", include_in_schema=False)
+    @app.get("/page/{name:path}", include_in_schema=False)
     async def asset(name: str) -> Response:
         return served(name)
 
