@@ -4,16 +4,14 @@ It needs the extra `browser`, and Chromium in the PATH or at QWEN3_CHROMIUM.
 """
 
 import json
-import os
 import re
-import shutil
 from collections.abc import Iterator
-from importlib import import_module
 from typing import Any
 
 import pytest
 
 from qwen3_mlx import LLM
+from tests.server.browsing import at, chromium, complete, pages, say, shows
 from tests.server.harness import TOOL
 from tests.server.serving import Served, serving
 
@@ -56,48 +54,15 @@ def served(demo: LLM) -> Iterator[Served]:
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium, without a window."""
-    playwright = import_module("playwright.sync_api")
-    path = os.environ.get("QWEN3_CHROMIUM") or shutil.which("chromium")
-    with playwright.sync_playwright() as library:
-        started = library.chromium.launch(executable_path=path, args=["--no-sandbox"])
+    with chromium() as started:
         yield started
-        started.close()
 
 
 @pytest.fixture
 def page(browser: Any, served: Served) -> Iterator[Any]:
     """The page, newly opened; nothing may go wrong on it unseen."""
-    context = browser.new_context(permissions=["clipboard-read", "clipboard-write"])
-    opened = context.new_page()
-    opened.set_default_timeout(10_000)
-    trouble: list[str] = []
-    opened.on("pageerror", lambda error: trouble.append(str(error)))
-    opened.on("console", lambda line: trouble.append(line.text) if line.type == "error" else None)
-    opened.on("request", lambda asked: trouble.append(asked.url))
-    opened.goto(served.url)
-    at(opened, "model").filter(has_text="demo").wait_for()
-    yield opened
-    context.close()
-    # A refusal of the server is logged by the browser, too; the page tells of it.
-    fine = (served.url, "data:", "blob:", "Failed to load resource: the server responded with a")
-    assert not [line for line in trouble if not line.startswith(fine)]
-
-
-def at(page: Any, name: str) -> Any:
-    """Find what the page calls by a name."""
-    return page.get_by_test_id(name)
-
-
-def say(page: Any, words: str, replies: int = 1) -> None:
-    """Send a message, and wait until so many replies are complete."""
-    at(page, "prompt").fill(words)
-    at(page, "prompt").press("Enter")
-    complete(page, replies)
-
-
-def complete(page: Any, replies: int) -> None:
-    """Wait for replies."""
-    at(page, "stats").nth(replies - 1).filter(has_text="tokens/s").wait_for()
+    with pages(browser, served.url, permissions=["clipboard-read", "clipboard-write"]) as opened:
+        yield opened[0]
 
 
 def test_a_reply_comes_with_its_thinking_folded(page: Any) -> None:
@@ -159,8 +124,12 @@ def test_retry_and_edit(page: Any) -> None:
     field.fill("What is 5 + 6?")
     field.press("Enter")
     complete(page, 1)
-    assert at(page, "message-user").all_inner_texts() == ["What is 5 + 6?\nEdit"]
+    shows(page, "What is 5 + 6?")
     assert at(page, "answer").inner_text() == "5 + 6 = 11"
+    assert at(page, "version").inner_text() == "2/2"
+    at(page, "previous").click()  # nothing is lost: both tries of the second question, too
+    shows(page, SUM, COUNT)
+    assert at(page, "version").all_inner_texts() == ["1/2", "2/2"]
 
 
 def test_tools_are_called_and_answered(page: Any) -> None:
@@ -172,14 +141,15 @@ def test_tools_are_called_and_answered(page: Any) -> None:
     at(page, "tools").fill(json.dumps([TOOL]))
     at(page, "mode").select_option("off")
     at(page, "temperature").fill("0")
-    at(page, "edit").click()
-    at(page, "message-user").locator("textarea").press("Enter")
+    at(page, "send").click()
     complete(page, 1)
     assert "345 + 678" in at(page, "tool-call").inner_text()
     at(page, "tool-result").fill("1023")
-    at(page, "tool-send").click()
+    with page.expect_request("**/chat/completions") as sent:
+        at(page, "tool-send").click()
+    assert sent.value.post_data_json["messages"][-1]["content"] == "1023"
     complete(page, 2)
-    assert "1023" in at(page, "answer").nth(1).inner_text()
+    assert "→ 1023" in at(page, "tool-call").inner_text()
 
 
 def test_a_call_that_is_cut_off_is_shown_as_text(page: Any) -> None:
@@ -230,8 +200,10 @@ def test_conversations_are_kept_renamed_and_deleted(page: Any) -> None:
 def test_markdown_is_shown_and_never_run(page: Any) -> None:
     say(page, SUM)
     show = """async (text) => {
-        const { markdown } = await import("/page/markdown.js");
-        document.querySelector("[data-testid=answer]").replaceChildren(...markdown(text));
+        const { MarkdownView } = await import("/page/markdown.js");
+        const node = document.querySelector("[data-testid=answer]");
+        node.replaceChildren();
+        new MarkdownView(node).show(text);
     }"""
     page.evaluate(show, MARKDOWN)
     answer = at(page, "answer")
@@ -250,7 +222,7 @@ def test_markdown_is_shown_and_never_run(page: Any) -> None:
     assert answer.locator("blockquote").inner_text() == "quoted"
     assert "snake_case_word" in answer.inner_text()
     answer.get_by_text("Copy").click()
-    assert page.evaluate("navigator.clipboard.readText()") == 'print("hi")\n'
+    assert page.evaluate("navigator.clipboard.readText()") == 'print("hi")'
     for nasty in _NASTY:
         page.evaluate(show, nasty)
 
@@ -290,7 +262,9 @@ def test_a_key_is_asked_for(browser: Any, demo: LLM) -> None:
 
 def test_a_browser_that_keeps_nothing_still_talks(browser: Any, served: Served) -> None:
     page = browser.new_page()
-    page.add_init_script("Storage.prototype.setItem = () => { throw new DOMException('full'); }")
+    page.add_init_script(
+        "Storage.prototype.setItem = indexedDB.open = () => { throw new DOMException('full'); }"
+    )
     page.goto(served.url)
     say(page, SUM)
     assert "does not keep the conversations" in at(page, "error").inner_text()

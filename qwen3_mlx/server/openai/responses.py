@@ -95,6 +95,7 @@ class ModelOut(WireModel):
     owned_by: str
     context_length: int
     max_input_tokens: int
+    vocab_size: int
     thinking: Literal["hybrid", "always", "never"]
 
 

@@ -66,5 +66,6 @@ def _model(service: Service) -> dict[str, Any]:
         "owned_by": "qwen3-mlx",
         "context_length": service.context,
         "max_input_tokens": service.context,
+        "vocab_size": service.llm.config.vocab_size,
         "thinking": "hybrid" if thinking.hybrid else fixed,
     }

@@ -21,9 +21,9 @@ async function call(path, options = {}) {
   throw new ServerError(body?.error?.message ?? `the server answers with ${response.status}`);
 }
 
-/** Return the served model. */
-export async function model() {
-  return (await (await call("/v1/models")).json()).data[0];
+/** Return the served models. */
+export async function models() {
+  return (await (await call("/v1/models")).json()).data;
 }
 
 /**
@@ -54,4 +54,19 @@ export async function complete(request, { signal, progress, chunk }) {
       chunk(data);
     }
   }
+}
+
+/** Return the reply to a request, as text. */
+export async function ask(request) {
+  const response = await call("/v1/chat/completions", { method: "POST", body: JSON.stringify(request) });
+  return (await response.json()).choices[0].message.content;
+}
+
+/** Return the number of tokens of some messages. */
+export async function count(messages, signal) {
+  const system = messages[0]?.role === "system" ? messages[0].content : undefined;
+  const said = messages.filter(({ role, content }) => (role === "user" || role === "assistant") && content);
+  const body = { model: "default", system, messages: said.map(({ role, content }) => ({ role, content })) };
+  const response = await call("/v1/messages/count_tokens", { method: "POST", body: JSON.stringify(body), signal });
+  return (await response.json()).input_tokens;
 }

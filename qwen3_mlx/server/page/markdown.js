@@ -1,210 +1,217 @@
-// Markdown as DOM nodes. Text is never parsed as HTML, so nothing that a model writes can run.
+// Markdown, mathematics and code as DOM nodes. All markup passes the sanitiser, and the page's
+// policy runs no script of a text's.
 
-/** Create an element, with properties and children. */
-export function element(name, properties = {}, ...children) {
-  const made = document.createElement(name);
-  for (const [key, value] of Object.entries(properties)) {
-    if (key.startsWith("data-") || key.startsWith("aria-")) made.setAttribute(key, value);
-    else made[key] = value;
-  }
-  made.append(...children);
+import { copyButton, element } from "/page/dom.js";
+import hljs from "/page/vendor/highlight.js";
+
+const MAX_NESTING = 40; // levels of quotes and lists
+const MAX_HIGHLIGHTED = 50_000; // characters of a block of code
+const WINDOW = 16_384; // characters that are parsed at once
+const MAX_BLOCK = 65_536; // characters of a block of prose; a longer one is shown as plain text
+const SLICE = 12; // milliseconds of work, after which the page may react
+
+const md = new globalThis.markdownit({ linkify: true, maxNesting: MAX_NESTING, highlight: highlighted });
+md.inline.ruler.before("escape", "math", inlineMath);
+md.block.ruler.before("fence", "math", blockMath, { alt: ["paragraph", "reference", "blockquote", "list"] });
+md.renderer.rules.math = (tokens, index) => formula(tokens[index].content, tokens[index].block);
+// A picture would be loaded from elsewhere: it is shown as a link.
+md.renderer.rules.image = (tokens, index) => {
+  const { attrs, content } = tokens[index];
+  const address = md.utils.escapeHtml(Object.fromEntries(attrs).src);
+  return `<a href="${address}">${md.utils.escapeHtml(content) || address}</a>`;
+};
+// The policy forbids style attributes.
+for (const name of ["th_open", "td_open"]) {
+  md.renderer.rules[name] = (tokens, index, options, env, renderer) => {
+    const token = tokens[index];
+    const aligned = /(left|center|right)$/.exec(token.attrGet("style") ?? "");
+    token.attrs = aligned ? [["class", `to-${aligned[1]}`]] : null;
+    return renderer.renderToken(tokens, index, options);
+  };
+}
+
+function highlighted(code, language) {
+  if (!hljs.getLanguage(language) || code.length > MAX_HIGHLIGHTED) return "";
+  return hljs.highlight(code, { language, ignoreIllegals: true }).value;
+}
+
+// --- mathematics -----------------------------------------------------------------------------
+
+const OPENING = /\$\$|\$|\\\(|\\\[/y;
+const CLOSING = { $: "$", $$: "$$", "\\(": "\\)", "\\[": "\\]" };
+
+/** Return the formula that begins at a place: [its source, whether it is a display, its end]. */
+function mathAt(text, at, most) {
+  OPENING.lastIndex = at;
+  const open = OPENING.exec(text)?.[0];
+  if (!open) return null;
+  const start = at + open.length;
+  const end = text.slice(start, most).indexOf(CLOSING[open]) + start;
+  const source = text.slice(start, end);
+  if (!source.trim()) return null;
+  // "$5 and $6" is no formula.
+  if (open === "$" && (/^\s|[\s\\]$|\n/.test(source) || /\d/.test(text[end + 1] ?? ""))) return null;
+  return [source, open !== "$" && open !== "\\(", end + CLOSING[open].length];
+}
+
+function inlineMath(state, silent) {
+  const found = mathAt(state.src, state.pos, Math.min(state.posMax, state.pos + 2000));
+  if (!found) return false;
+  if (!silent) Object.assign(state.push("math", "math", 0), { content: found[0], block: found[1] });
+  state.pos = found[2];
+  return true;
+}
+
+function blockMath(state, line, last, silent) {
+  const start = state.bMarks[line] + state.tShift[line];
+  if (!/^(\$\$|\\\[)/.test(state.src.slice(start, start + 2))) return false;
+  const found = mathAt(state.src, start, Math.min(state.eMarks[last - 1], start + 10_000));
+  if (!found) return false;
+  let next = line;
+  while (state.eMarks[next] < found[2]) next += 1;
+  if (state.src.slice(found[2], state.eMarks[next]).trim()) return false; // prose follows in its line
+  if (silent) return true;
+  Object.assign(state.push("math", "math", 0), { content: found[0], block: true, map: [line, next + 1] });
+  state.line = next + 1;
+  return true;
+}
+
+function formula(source, displayMode) {
+  const made = globalThis.temml.renderToString(source, { displayMode, throwOnError: false, maxExpand: 100, maxSize: [20, 20] });
+  return made.replaceAll(' style="', ' data-style="');
+}
+
+// --- nodes -----------------------------------------------------------------------------------
+
+/** Return the nodes of a part of a text. */
+function nodes(html) {
+  const made = globalThis.DOMPurify.sanitize(html, { RETURN_DOM_FRAGMENT: true, FORBID_TAGS: ["img", "style", "form"], FORBID_ATTR: ["style", "id", "name"] });
+  for (const node of made.querySelectorAll("[data-style]")) node.style.cssText = node.dataset.style;
+  for (const node of made.querySelectorAll("a")) Object.assign(node, { rel: "noopener noreferrer", target: "_blank" });
+  for (const node of made.querySelectorAll("table")) wrap(node, element("div", { className: "table", tabIndex: 0, role: "group", "aria-label": "Table" }));
+  for (const node of made.querySelectorAll("li")) checkbox(node);
+  for (const node of made.querySelectorAll("pre")) codeBlock(node);
   return made;
 }
 
-/** Create a button that copies the text that `text()` returns. */
-export function copyButton(text, properties = {}) {
-  const button = element("button", { type: "button", textContent: "Copy", ...properties });
-  button.addEventListener("click", async () => {
-    try {
-      await navigator.clipboard.writeText(text());
-      button.textContent = "Copied";
-    } catch {
-      button.textContent = "The browser forbids it";
-    }
-    setTimeout(() => (button.textContent = "Copy"), 1500);
+function wrap(node, around) {
+  node.replaceWith(around);
+  around.append(node);
+}
+
+function checkbox(item) {
+  const text = document.createTreeWalker(item, NodeFilter.SHOW_TEXT).nextNode();
+  const found = /^\s*\[([ xX])\] /.exec(text?.data ?? "");
+  if (!found) return;
+  text.data = text.data.slice(found[0].length);
+  text.before(element("input", { type: "checkbox", disabled: true, checked: found[1] !== " ", "aria-label": "Task" }));
+}
+
+function codeBlock(pre) {
+  const code = pre.firstElementChild ?? pre;
+  const language = /language-(\S+)/.exec(code.className)?.[1] ?? "text";
+  const bar = element("div", { className: "bar" }, element("span", { textContent: language }), copyButton(() => code.textContent.replace(/\n$/, "")));
+  const around = element("div", { className: "code" });
+  pre.tabIndex = 0;
+  pre.setAttribute("role", "group");
+  pre.setAttribute("aria-label", `Code: ${language}`);
+  wrap(pre, around);
+  around.prepend(bar);
+}
+
+/** Return the ends of the top-level blocks of a parsed text: [number of tokens, lines] each. */
+function blockEnds(tokens) {
+  const ends = [];
+  let line = 0;
+  tokens.forEach((token, index) => {
+    line = Math.max(line, token.map?.[1] ?? 0);
+    if (token.level === 0 && token.nesting <= 0) ends.push([index + 1, line]);
   });
-  return button;
+  return ends;
 }
 
-const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^\s`]*)/;
-const HEADING = /^ {0,3}(#{1,6})\s+(.*)$/;
-const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
-const QUOTE = /^ {0,3}> ?/;
-const ITEM = /^( *)([-*+]|\d{1,9}[.)])(?: +|$)/;
-const ALIGNMENT = /^ *\|?(?: *:?-+:? *\|)+ *(?::?-+:?)? *\|? *$/;
-
-/** Return the nodes of a text. */
-export function markdown(text) {
-  return blocks(text.split("\n"));
-}
-
-function blocks(lines) {
-  const made = [];
-  for (let at = 0; at < lines.length; ) {
-    const [node, next] = block(lines, at);
-    if (node) made.push(node);
-    at = next;
-  }
-  return made;
-}
-
-function block(lines, at) {
-  const line = lines[at];
-  if (!line.trim()) return [null, at + 1];
-  const heading = HEADING.exec(line);
-  if (heading) return [element(`h${heading[1].length}`, {}, ...inline(heading[2].replace(/ +#+ *$/, ""))), at + 1];
-  if (FENCE.test(line)) return fence(lines, at);
-  if (RULE.test(line)) return [element("hr"), at + 1];
-  if (QUOTE.test(line)) return quote(lines, at);
-  if (ITEM.test(line)) return list(lines, at);
-  if (line.includes("|") && ALIGNMENT.test(lines[at + 1] ?? "")) return table(lines, at);
-  return paragraph(lines, at);
-}
-
-function fence(lines, start) {
-  const [, mark, language] = FENCE.exec(lines[start]);
-  let end = start + 1;
-  while (end < lines.length && !closes(lines[end], mark)) end += 1;
-  const code = lines.slice(start + 1, end).join("\n");
-  const bar = element("div", { className: "bar" }, element("span", { textContent: language || "text" }), copyButton(() => code));
-  const pre = element("pre", { tabIndex: 0 }, element("code", { textContent: code }));
-  return [element("div", { className: "code" }, bar, pre), end + 1];
-}
-
-function closes(line, mark) {
-  const words = line.trim();
-  return words.length >= mark.length && words === mark[0].repeat(words.length);
-}
-
-function quote(lines, start) {
-  let end = start;
-  while (end < lines.length && QUOTE.test(lines[end])) end += 1;
-  const inner = lines.slice(start, end).map((line) => line.replace(QUOTE, ""));
-  return [element("blockquote", {}, ...blocks(inner)), end];
-}
-
-function list(lines, start) {
-  const [, indent, mark] = ITEM.exec(lines[start]);
-  const ordered = /\d/.test(mark);
-  const made = element(ordered ? "ol" : "ul");
-  if (ordered) made.start = parseInt(mark, 10);
+function offsetOf(text, start, lines) {
   let at = start;
-  while (at < lines.length) {
-    const item = ITEM.exec(lines[at]);
-    if (!item || item[1].length > indent.length + 1 || /\d/.test(item[2]) !== ordered) break;
-    const width = item[0].length;
-    const inner = [lines[at].slice(width)];
-    at += 1;
-    while (at < lines.length && belongs(lines, at, item[1].length)) {
-      const spaces = /^ */.exec(lines[at])[0].length;
-      inner.push(lines[at].slice(Math.min(width, spaces)));
-      at += 1;
+  for (let line = 0; line < lines && at < text.length; line += 1) at = (text.indexOf("\n", at) + 1 || text.length + 1);
+  return Math.min(at, text.length);
+}
+
+/**
+ * A text that is shown as Markdown, and may grow. Blocks that are complete are rendered once; what
+ * follows them is rendered again. Long texts are rendered in slices, between which the page reacts.
+ */
+export class MarkdownView {
+  constructor(node) {
+    this.node = node;
+    this.text = "";
+    this.done = 0; // characters whose blocks are complete
+    this.open = []; // nodes of what follows
+  }
+
+  /** Show a text; one that begins as the shown one does is taken for its continuation. */
+  show(text) {
+    text = text.replace(/\r\n?/g, "\n");
+    if (text === this.text) return;
+    if (!text.startsWith(this.text.slice(0, this.done))) {
+      this.done = 0;
+      this.open = [];
+      this.node.replaceChildren();
     }
-    made.append(listItem(inner));
+    this.text = text;
+    if (!this.waiting) this.run();
   }
-  return [made, at];
-}
 
-/** Return whether a line continues the list item that is indented by `indent` spaces. */
-function belongs(lines, at, indent) {
-  const line = lines[at];
-  const spaces = /^ */.exec(line)[0].length;
-  if (!line.trim()) return lines[at + 1] !== undefined && /^ */.exec(lines[at + 1])[0].length > indent && lines[at + 1].trim() !== "";
-  if (spaces > indent + 1) return true;
-  return !ITEM.test(line) && lines[at - 1].trim() !== "" && !starts(line);
-}
-
-function starts(line) {
-  return HEADING.test(line) || FENCE.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
-}
-
-function listItem(lines) {
-  const task = /^\[([ xX])\] /.exec(lines[0]);
-  if (task) lines = [lines[0].slice(4), ...lines.slice(1)];
-  const made = element("li");
-  const inner = blocks(lines);
-  // An item of a single paragraph is shown without the paragraph.
-  if (inner[0]?.tagName === "P") inner.splice(0, 1, ...inner[0].childNodes);
-  if (task) made.append(element("input", { type: "checkbox", disabled: true, checked: task[1] !== " " }));
-  made.append(...inner);
-  return made;
-}
-
-function table(lines, start) {
-  const row = (line, kind) => element("tr", {}, ...cells(line).map((cell) => element(kind, {}, ...inline(cell))));
-  const body = element("tbody");
-  let at = start + 2;
-  for (; at < lines.length && lines[at].includes("|"); at += 1) body.append(row(lines[at], "td"));
-  const made = element("table", {}, element("thead", {}, row(lines[start], "th")), body);
-  return [element("div", { className: "table" }, made), at];
-}
-
-function cells(line) {
-  const inner = line.trim().replace(/^\|/, "").replace(/\|$/, "");
-  return inner.split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
-}
-
-function paragraph(lines, start) {
-  let end = start + 1;
-  while (end < lines.length && lines[end].trim() && !starts(lines[end])) end += 1;
-  return [element("p", {}, ...inline(lines.slice(start, end).join("\n"))), end];
-}
-
-// Each pattern is tried at each special character; what no pattern matches is text.
-const INLINE = [
-  [/\\([\\`*_{}[\]()#+\-.!|~<>])/y, (found) => found[1]],
-  [/(`+)(?!`)([^]*?[^`])\1(?!`)/y, (found) => element("code", { textContent: found[2].trim() })],
-  [/!?\[([^[\]\n]*)\]\(\s*<?([^\s()<>]*(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?:\s+"[^"\n]*")?\s*\)/y, (found) => link(found[2], found[1], found[0])],
-  [/<((?:https?:\/\/|mailto:)[^\s<>]+)>/y, (found) => link(found[1], found[1], found[0])],
-  [/https?:\/\/[^\s<>"')\]]*[^\s<>"')\].,;:!?]/y, (found) => link(found[0], found[0], found[0])],
-  [/(\*\*|__)(?=\S)((?:(?!\1)[^\n]){1,2000}?\S|\S)\1/y, (found) => element("strong", {}, ...inline(found[2]))],
-  [/~~(?=\S)([^~\n]+)~~/y, (found) => element("del", {}, ...inline(found[1]))],
-  [/\*(?=[^\s*])([^*\n]{1,2000})\*(?!\*)/y, (found) => element("em", {}, ...inline(found[1]))],
-  [/(?: {2,}|\\)\n/y, () => element("br")],
-];
-const EMPHASIS = /_(?=[^\s_])([^_\n]{1,2000})_(?![\p{L}\p{N}_])/uy;
-const SPECIAL = /[\\`!\[<h*_~]| {2,}\n/g;
-
-function inline(text) {
-  const made = [];
-  let plain = "";
-  for (let at = 0; at < text.length; ) {
-    SPECIAL.lastIndex = at;
-    const next = SPECIAL.exec(text)?.index ?? text.length;
-    plain += text.slice(at, next);
-    at = next;
-    if (at === text.length) break;
-    const [node, length] = special(text, at);
-    if (node === null) {
-      plain += text[at];
-      at += 1;
-      continue;
-    }
-    if (plain) made.push(plain);
-    plain = "";
-    made.push(node);
-    at += length;
+  /** Render a slice; then wait, the longer the slower the text is to render. */
+  run() {
+    const started = performance.now();
+    const more = this.advance();
+    const took = performance.now() - started;
+    if (!more && took < SLICE) return;
+    this.waiting = setTimeout(() => {
+      this.waiting = undefined;
+      if (more || this.shown !== this.text) this.run();
+    }, more ? 0 : Math.min(4 * took, 2000));
   }
-  return plain ? [...made, plain] : made;
-}
 
-function special(text, at) {
-  const inWord = at > 0 && /[\p{L}\p{N}_]/u.test(text[at - 1]);
-  for (const [pattern, make] of INLINE) {
-    const found = matchAt(pattern, text, at);
-    if (found && !(inWord && /^(__|https?:)/.test(found[0]))) return [make(found), found[0].length];
+  /** Render for the length of a slice; return whether more is left. */
+  advance() {
+    const started = performance.now();
+    while (this.step()) if (performance.now() - started > SLICE) return true;
+    this.shown = this.text;
+    return false;
   }
-  const found = inWord ? null : matchAt(EMPHASIS, text, at);
-  return found ? [element("em", {}, ...inline(found[1])), found[0].length] : [null, 1];
-}
 
-function matchAt(pattern, text, at) {
-  pattern.lastIndex = at;
-  return pattern.exec(text);
-}
+  /** Render what one window holds; return whether text follows it. */
+  step() {
+    const { text, done } = this;
+    const source = this.window ?? WINDOW;
+    const piece = text.slice(done, done + source);
+    const rest = done + source < text.length;
+    const env = {};
+    const tokens = md.parse(piece, env);
+    const ends = blockEnds(tokens);
+    if (rest && ends.length < 2) return this.widen(tokens[0]?.type === "fence");
+    this.window = undefined;
+    const [count, lines] = ends.at(-2) ?? [0, 0];
+    for (const node of this.open) node.remove();
+    const render = (some) => [...nodes(md.renderer.render(some, md.options, env)).childNodes];
+    this.node.append(...render(tokens.slice(0, count)));
+    this.done = offsetOf(text, done, lines);
+    this.open = rest ? [] : render(tokens.slice(count));
+    this.node.append(...this.open);
+    return rest;
+  }
 
-/** Return a link to a web or mail address, or the text as written for any other address. */
-function link(address, words, written) {
-  if (!/^(https?:\/\/|mailto:)/i.test(address)) return written;
-  return element("a", { href: address, rel: "noopener noreferrer", target: "_blank", textContent: words || address });
+  /** Parse more at once, since a block is longer than the window; prose is not parsed then. */
+  widen(fence) {
+    this.window = (this.window ?? WINDOW) * 2;
+    if (fence || this.window <= MAX_BLOCK) return true;
+    this.window = undefined;
+    for (const node of this.open) node.remove();
+    this.open = [];
+    const shown = this.text.slice(this.done, this.done + WINDOW);
+    this.node.append(element("p", { className: "plain", textContent: shown }));
+    this.done += shown.length;
+    return true;
+  }
 }

@@ -1,269 +1,264 @@
-// The page: a conversation, the list of conversations, and the settings.
+// The page: the list of conversations, the one that is shown, and its settings.
 
-import { ServerError, complete, model } from "/page/client.js";
-import { copyButton, element, markdown } from "/page/markdown.js";
-import { download, load, plain, save, setting } from "/page/store.js";
+import { attached, onAttach, takeFiles, wireFiles } from "/page/attach.js";
+import { ask, count, models } from "/page/client.js";
+import { begin, contains, exported, imported, latestBelow, message, path, prompt } from "/page/conversation.js";
+import { $, button, complain, element, onEnter } from "/page/dom.js";
+import { conversations, download, isLiveElsewhere, open as openStore, remove, setting, typing, update } from "/page/store.js";
+import { Turn, leaveAll, store, turnOf } from "/page/turn.js";
+import { ReplyView, UserView, reconcile } from "/page/view.js";
 
-const EXAMPLES = ["What is 123 + 456?", "Reverse the list: 4 8 1", "Count from 3 to 9"];
+// What a toy of a few hundred tokens of vocabulary can do, and what other models can.
+const TOY_EXAMPLES = ["What is 123 + 456?", "Reverse the list: 4 8 1", "Count from 3 to 9"];
+const EXAMPLES = ["Explain how a bicycle stays upright", "Write a Python function that finds duplicate files", "Compare green and black tea in a table"];
+const TOY_VOCABULARY = 10_000;
 const THEMES = { "": "◐", light: "☀", dark: "☾" };
-const CLOSED_BY = { budget: "its budget", end: "an early end", loop: "the loop guard", request: "request" };
-const FIELDS = ["system", "mode", "budget", "temperature", "max-tokens", "tools"];
+const FIELDS = ["system", "mode", "budget", "temperature", "top-p", "max-tokens", "tools"];
 const NEAR = 80; // pixels from the end within which new text scrolls the view
+const COUNT_AFTER = 300; // milliseconds without a key
+const TITLE = "Write a title for this conversation, of at most six words. Answer with the title alone.";
 
-const $ = (id) => document.getElementById(id);
-
-const conversations = load();
-let current = conversations[0] ?? begin();
+let draft = null; // a conversation that has no message yet, and is not stored
+let shown = null; // id of the conversation that is shown
 let served = null;
-let running = null; // {controller, message, view} during a reply
-let warned = false;
+let unkept = ""; // why the browser does not keep the conversations
+let frame = 0;
+const views = new Map(); // of the messages that are shown, by their ids
+const entries = new Map(); // of the list, by the ids of the conversations
+const troubles = new Map(); // errors, by the ids of the conversations
+
+const current = () => conversations.get(shown) ?? (draft?.id === shown ? draft : undefined);
 
 // --- conversations ---------------------------------------------------------------------------
 
-function begin() {
-  return { id: crypto.randomUUID?.() ?? String(Math.random()), name: "", messages: [] };
+function blank() {
+  draft = begin(Object.fromEntries(FIELDS.map((name) => [name, setting(name)])));
+  return draft.id;
 }
 
-function keep() {
-  if (!conversations.includes(current) && current.messages.length) conversations.unshift(current);
-  if (!current.name) current.name = firstWords(current);
-  if (!save(conversations) && !warned) {
-    warned = true;
-    complain("This browser does not keep the conversations: its storage is full or switched off.");
-  }
-  showList();
-}
-
-function firstWords(conversation) {
-  const words = conversation.messages.find((message) => message.role === "user")?.content ?? "";
-  return words.replace(/\s+/g, " ").slice(0, 60);
-}
-
-function open(conversation) {
-  stop();
-  current = conversation;
-  complain("");
+function open(id) {
+  shown = id;
+  views.clear();
+  $("messages").replaceChildren();
   closeDrawer();
+  show();
+  toBottom();
+  $("prompt").focus();
+  recount();
+}
+
+/** Show what has changed, with the next frame. */
+function changed() {
+  frame ||= requestAnimationFrame(show);
+}
+
+function show() {
+  cancelAnimationFrame(frame);
+  frame = 0;
+  if (!current()) shown = newest()[0]?.id ?? blank(); // it was deleted
+  const follow = atBottom();
   showList();
   showMessages();
-  $("prompt").focus();
+  showState();
+  if (follow) toBottom();
 }
+
+const newest = () => [...conversations.values()].sort((one, other) => other.updated - one.updated);
 
 function showList() {
-  $("conversations").replaceChildren(...conversations.map(entry));
+  const words = $("search").value.trim();
+  reconcile($("conversations"), newest().filter((one) => !words || contains(one, words)).map(entry));
 }
 
-function entry(conversation) {
-  const name = element("button", { className: "name", textContent: conversation.name || "…", title: conversation.name, "data-testid": "conversation" });
-  name.addEventListener("click", () => open(conversation));
-  const rename = element("button", { className: "more", textContent: "✎", title: "Rename", "aria-label": `Rename ${conversation.name}` });
-  rename.addEventListener("click", () => {
-    const given = window.prompt("Name of the conversation:", conversation.name);
-    if (given?.trim()) conversation.name = given.trim();
-    keep();
-  });
-  const remove = element("button", { className: "more", textContent: "✕", title: "Delete", "aria-label": `Delete ${conversation.name}` });
-  remove.addEventListener("click", () => {
-    if (!window.confirm(`Delete “${conversation.name}”?`)) return;
-    conversations.splice(conversations.indexOf(conversation), 1);
-    save(conversations);
-    if (conversation === current) open(conversations[0] ?? begin());
-    else showList();
-  });
-  const made = element("li", {}, name, rename, remove);
-  if (conversation === current) {
-    made.className = "current";
-    name.setAttribute("aria-current", "true");
-  }
+function entry({ id, name }) {
+  if (!entries.has(id)) entries.set(id, newEntry(id));
+  const made = entries.get(id);
+  const [opens, renames, removes] = made.children;
+  Object.assign(opens, { textContent: name || "…", title: name });
+  renames.ariaLabel = `Rename ${name}`;
+  removes.ariaLabel = `Delete ${name}`;
+  made.className = id === shown ? "current" : "";
+  if (id === shown) opens.setAttribute("aria-current", "true");
+  else opens.removeAttribute("aria-current");
   return made;
+}
+
+function newEntry(id) {
+  const rename = () => {
+    const given = window.prompt("Name of the conversation:", conversations.get(id).name)?.trim();
+    if (given) update(id, (record) => (record.name = given));
+  };
+  const drop = () => {
+    if (!window.confirm(`Delete “${conversations.get(id).name}”?`)) return;
+    turnOf(id)?.stop();
+    remove(id);
+  };
+  return element(
+    "li",
+    {},
+    button("", () => open(id), { className: "name", "data-testid": "conversation" }),
+    button("✎", rename, { className: "more", title: "Rename" }),
+    button("✕", drop, { className: "more", title: "Delete" }),
+  );
+}
+
+async function importFiles(files) {
+  for (const file of files) {
+    try {
+      const made = imported(await file.text());
+      for (const one of made) update(one.id, () => {}, { created: one });
+      open(made.at(-1)?.id ?? shown);
+    } catch (error) {
+      complain(`${file.name} cannot be imported: ${error.message}`);
+    }
+  }
+}
+
+async function suggestTitle() {
+  const { id, name } = current();
+  const thinking = { hybrid: { enable_thinking: false }, always: { thinking_budget: 0 } }[served.thinking];
+  $("suggest").disabled = true;
+  try {
+    const messages = [...prompt(current()), { role: "user", content: TITLE }];
+    const given = await ask({ model: served.id, messages, max_tokens: 64, ...thinking });
+    const title = given.trim().split("\n")[0].replace(/^["“*#\s]+|["”*.\s]+$/g, "").slice(0, 80);
+    update(id, (record) => (record.name = title || name));
+  } catch (error) {
+    complain(error.message);
+  }
+  $("suggest").disabled = false;
 }
 
 // --- messages --------------------------------------------------------------------------------
 
 function showMessages() {
-  const views = current.messages.map((message, index) => {
-    if (message.role === "user") return userView(message, index);
-    return message.role === "assistant" ? new ReplyView(message).node : null;
+  const conversation = current();
+  const messages = path(conversation);
+  if (!messages.length) return $("messages").replaceChildren(emptyView());
+  const turn = turnOf(conversation.id);
+  const nodes = messages.filter(({ role }) => role === "user" || role === "assistant").map((one) => {
+    if (!views.has(one.id)) views.set(one.id, one.role === "user" ? new UserView(ACTIONS) : new ReplyView(ACTIONS));
+    const view = views.get(one.id);
+    view.update(conversation, one, { turn, path: messages, unanswered: one === messages.at(-1) });
+    return view.node;
   });
-  $("messages").replaceChildren(...(current.messages.length ? views.filter(Boolean) : [emptyView()]));
-  toBottom();
+  reconcile($("messages"), nodes);
 }
 
 function emptyView() {
-  const examples = EXAMPLES.map((words) => {
-    const button = element("button", { type: "button", textContent: words });
-    button.addEventListener("click", () => say(words));
-    return button;
-  });
+  const examples = served?.vocab_size < TOY_VOCABULARY ? TOY_EXAMPLES : EXAMPLES;
   return element(
     "div",
     { className: "empty" },
     element("h1", { textContent: served?.id ?? "Qwen3" }),
     element("p", { textContent: "It runs on this machine; nothing that is said here leaves it." }),
-    element("div", { className: "examples" }, ...examples),
+    element("div", { className: "examples" }, ...examples.map((words) => button(words, () => say(words)))),
   );
 }
 
-function userView(message, index) {
-  const words = element("div", { className: "words", textContent: message.content });
-  const edit = element("button", { type: "button", textContent: "Edit", "data-testid": "edit" });
-  const actions = element("div", { className: "actions" }, edit);
-  const made = element("div", { className: "message user", "data-testid": "message-user" }, words, actions);
-  edit.addEventListener("click", () => {
-    const field = element("textarea", { value: message.content, "aria-label": "Your message" });
-    const send = element("button", { type: "button", textContent: "Send" });
-    const leave = element("button", { type: "button", textContent: "Leave it" });
-    const done = () => {
-      if (!field.value.trim()) return;
-      stop();
-      current.messages.splice(index);
-      say(field.value);
-    };
-    send.addEventListener("click", done);
-    leave.addEventListener("click", () => made.replaceWith(userView(message, index)));
-    field.addEventListener("keydown", (event) => onEnter(event, done));
-    made.replaceChildren(field, element("div", { className: "actions" }, send, leave));
-    field.focus();
-  });
-  return made;
-}
-
-/** Shows a reply, during the stream and after it. */
-class ReplyView {
-  constructor(message) {
-    this.message = message;
-    this.summary = element("summary");
-    this.thought = element("div", { className: "thought" });
-    this.thinking = element("details", { className: "thinking", "data-testid": "thinking" }, this.summary, this.thought);
-    this.answer = element("div", { className: "answer", "data-testid": "answer" });
-    this.calls = element("div");
-    this.actions = element("div", { className: "actions" });
-    this.node = element("div", { className: "message", "data-testid": "message-assistant" }, this.thinking, this.answer, this.calls, this.actions);
-    this.shown = {};
-    this.show();
+/** Show what runs, and what went wrong. */
+function showState() {
+  const conversation = current();
+  const turn = turnOf(conversation.id);
+  const [done, total] = turn?.progress ?? [0, 0];
+  $("progress").hidden = done >= total;
+  $("progress").firstElementChild.style.width = `${(100 * done) / Math.max(total, 1)}%`;
+  $("progress").setAttribute("aria-valuenow", String(Math.round((100 * done) / Math.max(total, 1))));
+  $("send").hidden = Boolean(turn);
+  $("stop").hidden = !turn;
+  $("answer-now").hidden = !turn?.thinks;
+  const trouble = troubles.get(conversation.id);
+  if (trouble) complain(trouble);
+  for (const name of FIELDS) {
+    if (document.activeElement !== $(name)) $(name).value = conversation.settings[name] ?? "";
   }
-
-  /** Update the parts that have changed. */
-  show() {
-    const { reasoning_content: thought = "", content, thoughtFor, live } = this.message;
-    this.thinking.hidden = !thought;
-    if (this.thinking.open || !live) this.set("thought", thought, (text) => (this.thought.textContent = text));
-    const tokens = this.message.thoughtTokens ? ` · ${this.message.thoughtTokens} tokens` : "";
-    const seconds = ((thoughtFor ?? 0) / 1000).toFixed(live && !content ? 0 : 1);
-    this.summary.textContent = live && !content ? `Thinking… ${seconds} s` : `Thought for ${seconds} s${tokens}`;
-    this.set("content", content, (text) => this.answer.replaceChildren(...markdown(text)));
-    if (!live) this.finish();
-  }
-
-  set(name, value, write) {
-    if (this.shown[name] === value) return;
-    this.shown[name] = value;
-    write(value);
-  }
-
-  finish() {
-    this.calls.replaceChildren(...(this.message.tool_calls ?? []).map(callView));
-    const retry = element("button", { type: "button", textContent: "Retry", "data-testid": "retry" });
-    retry.addEventListener("click", () => {
-      stop();
-      current.messages.splice(current.messages.indexOf(this.message));
-      showMessages();
-      reply();
-    });
-    const copy = copyButton(() => this.message.content, { "data-testid": "copy" });
-    const stats = element("span", { textContent: this.message.stats ?? "", "data-testid": "stats" });
-    this.actions.replaceChildren(copy, retry, stats);
-  }
-}
-
-function callView(call) {
-  const made = element(
-    "div",
-    { className: "call", "data-testid": "tool-call" },
-    element("strong", { textContent: call.function.name }),
-    element("pre", { textContent: pretty(call.function.arguments) }),
-  );
-  const answer = current.messages.find((message) => message.tool_call_id === call.id);
-  if (answer) {
-    made.append(element("pre", { textContent: `→ ${answer.content}` }));
-    return made;
-  }
-  const result = element("input", { placeholder: "What the tool gives", "aria-label": `Result of ${call.function.name}`, "data-testid": "tool-result" });
-  const form = element("form", {}, result, element("button", { textContent: "Give", "data-testid": "tool-send" }));
-  form.addEventListener("submit", (event) => {
-    event.preventDefault();
-    current.messages.push({ role: "tool", tool_call_id: call.id, content: result.value });
-    form.replaceWith(element("pre", { textContent: `→ ${result.value}` }));
-    keep();
-    const asked = current.messages.findLast((message) => message.tool_calls)?.tool_calls ?? [];
-    if (asked.every((one) => current.messages.some((message) => message.tool_call_id === one.id))) reply();
-  });
-  made.append(form);
-  return made;
-}
-
-function pretty(text) {
-  const value = parsed(text);
-  return value ? JSON.stringify(value, null, 2) : text;
-}
-
-/** Return the value of JSON text, or undefined if the text is cut off. */
-function parsed(text) {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return undefined;
-  }
+  if (document.activeElement !== $("title")) $("title").value = conversation.name;
+  $("suggest").disabled = $("title").disabled = !conversations.has(conversation.id);
 }
 
 // --- requests --------------------------------------------------------------------------------
 
-function say(words) {
-  if (running || !words.trim()) return;
-  current.messages.push({ role: "user", content: words });
-  showMessages();
-  reply();
+const ACTIONS = {
+  reply,
+  edit: ({ parent, files }, words) => sayAfter(parent, words, files),
+  open(id) {
+    const leaf = latestBelow(current(), id);
+    update(shown, (record) => (record.leaf = leaf));
+  },
+  giveResult(call, text) {
+    const conversation = current();
+    store(conversation, message(conversation.leaf, "tool", text, { tool_call_id: call.id }));
+    const messages = path(current());
+    const asked = messages.findLast(({ tool_calls: calls }) => calls).tool_calls;
+    if (asked.every(({ id }) => messages.some((one) => one.tool_call_id === id))) reply(current().leaf);
+  },
+};
+
+function say(words, files) {
+  return !turnOf(shown) && !messageElsewhere() && sayAfter(current().leaf, words, files);
 }
 
-async function reply() {
-  let request;
-  try {
-    request = asked();
-  } catch (error) {
-    return complain(error.message);
-  }
-  complain("");
-  const message = { role: "assistant", content: "", live: true };
-  current.messages.push(message);
-  const turn = { controller: new AbortController(), message, view: new ReplyView(message), conversation: current, started: performance.now() };
-  running = turn;
-  $("messages").append(turn.view.node);
-  setBusy(true);
-  keep();
-  const timer = setInterval(() => draw(turn), 250); // updates the seconds of thinking between chunks
-  try {
-    await complete(request, { signal: turn.controller.signal, progress: showProgress, chunk: (chunk) => take(turn, chunk) });
-    message.stats = statsOf(turn);
-  } catch (error) {
-    if (error.name === "AbortError") message.stats = "stopped";
-    else complain(error instanceof ServerError ? error.message : `The server cannot be reached: ${error.message}`);
-  } finally {
+function messageElsewhere() {
+  const last = current().nodes[current().leaf];
+  return Boolean(last) && isLiveElsewhere(last);
+}
+
+/** Add a message after another, and request the reply; return whether the settings allow that. */
+function sayAfter(parent, words, files) {
+  const options = request();
+  if (!options) return false;
+  turnOf(shown)?.stop();
+  const node = message(parent, "user", words, files?.length ? { files } : {});
+  store(current(), node);
+  draft = null;
+  start(node.id, options);
+  toBottom();
+  return true;
+}
+
+/** Request a reply to a message, or more of a reply that was cut off. */
+function reply(id) {
+  const options = request();
+  if (options) start(id, options);
+}
+
+function start(id, options) {
+  const conversation = current();
+  turnOf(conversation.id)?.stop();
+  troubles.delete(conversation.id);
+  complain(unkept);
+  if (conversation.leaf !== id) update(conversation.id, (record) => (record.leaf = id));
+  const turn = new Turn(current(), id, options, changed);
+  $("state").textContent = "The reply is coming.";
+  const timer = setInterval(changed, 250); // updates the seconds of thinking between chunks
+  turn.ended.then(() => {
     clearInterval(timer);
-    end(turn);
+    if (turn.error) troubles.set(turn.id, turn.error);
+    changed();
+    if (turn.id === shown) $("state").textContent = `The reply has ended: ${turn.node.stats || "complete"}`;
+  });
+  show();
+}
+
+/** Return the options of a request, or show what is wrong with them and return nothing. */
+function request() {
+  try {
+    return checkedRequest();
+  } catch (error) {
+    complain(error.message);
+    return null;
   }
 }
 
-/** Return the request, or throw an error that names the invalid setting. */
-function asked() {
-  const messages = plain(current);
-  if ($("system").value.trim()) messages.unshift({ role: "system", content: $("system").value });
-  const request = { model: served?.id, messages };
-  if ($("mode").value) request.enable_thinking = $("mode").value === "on";
-  if ($("mode").value !== "off") request.thinking_budget = number("budget");
-  request.temperature = number("temperature");
-  request.max_tokens = number("max-tokens");
-  if ($("tools").value.trim()) request.tools = tools();
-  return request;
+function checkedRequest() {
+  const made = { model: served?.id };
+  if ($("mode").value) made.enable_thinking = $("mode").value === "on";
+  if ($("mode").value !== "off") made.thinking_budget = number("budget");
+  made.temperature = number("temperature");
+  made.top_p = number("top-p");
+  made.max_tokens = number("max-tokens");
+  if ($("tools").value.trim()) made.tools = tools();
+  return made;
 }
 
 function number(id) {
@@ -283,107 +278,16 @@ function tools() {
   return made;
 }
 
-function take(turn, { choices, usage, timings }) {
-  const message = turn.message;
-  if (usage) Object.assign(turn, { usage, timings });
-  for (const { delta, finish_reason: reason, finish_details: details } of choices) {
-    if (delta.reasoning_content) {
-      turn.thinkingSince ??= performance.now();
-      message.reasoning_content = (message.reasoning_content ?? "") + delta.reasoning_content;
-    }
-    if (delta.content) message.content += delta.content;
-    for (const part of delta.tool_calls ?? []) addCall(message, part);
-    if (reason) Object.assign(turn, { reason, details });
-    if ((delta.content || delta.tool_calls || reason) && turn.thinkingSince) turn.thoughtUntil ??= performance.now();
-  }
-  $("progress").hidden = true;
-  turn.frame ??= requestAnimationFrame(() => draw(turn));
-}
-
-function addCall(message, { index, id, function: part }) {
-  message.tool_calls ??= [];
-  const call = (message.tool_calls[index] ??= { id, type: "function", function: { name: "", arguments: "" } });
-  call.function.name += part.name ?? "";
-  call.function.arguments += part.arguments ?? "";
-}
-
-function draw(turn) {
-  turn.frame = undefined;
-  const follow = atBottom();
-  if (turn.thinkingSince) turn.message.thoughtFor = (turn.thoughtUntil ?? performance.now()) - turn.thinkingSince;
-  turn.view.show();
-  if (follow) toBottom();
-}
-
-/** Convert tool calls that were cut off to text: they cannot be run. */
-function settleCalls(message) {
-  message.tool_calls = message.tool_calls?.filter(({ function: { name, arguments: written } }) => {
-    if (parsed(written)) return true;
-    message.content += `${name}(${written}`;
-    return false;
-  });
-  if (!message.tool_calls?.length) delete message.tool_calls;
-}
-
-function end(turn) {
-  const message = turn.message;
-  delete message.live;
-  settleCalls(message);
-  cancelAnimationFrame(turn.frame);
-  if (turn.usage) message.thoughtTokens = turn.usage.completion_tokens_details.reasoning_tokens;
-  if (running === turn) {
-    running = null;
-    setBusy(false);
-  }
-  if (!message.content && !message.reasoning_content && !message.tool_calls) {
-    turn.conversation.messages.splice(turn.conversation.messages.indexOf(message), 1);
-    turn.view.node.remove();
-  } else {
-    draw(turn);
-  }
-  keep();
-  $("state").textContent = message.stats ? `The reply is complete: ${message.stats}` : "The reply has ended.";
-}
-
-function statsOf({ usage, timings, reason, details = {} }) {
-  if (!usage) return "";
-  const cached = usage.prompt_tokens_details.cached_tokens;
-  const parts = [
-    `${usage.prompt_tokens} tokens in${cached ? ` (${cached} known)` : ""}`,
-    `${usage.completion_tokens} out`,
-    `${timings.predicted_per_second.toFixed(1)} tokens/s`,
-  ];
-  if (details.forward_passes) parts.push(`${details.forward_passes} passes`);
-  if (reason === "length") parts.push("cut off at the token limit");
-  if (details.thinking_closed_by) parts.push(`thinking closed by ${CLOSED_BY[details.thinking_closed_by]}`);
-  if (details.ended_by) parts.push("ended by the loop guard");
-  if (details.warning) parts.push(details.warning);
-  return parts.join(" · ");
-}
-
-function stop() {
-  running?.controller.abort();
+/** Close the thinking: the reply goes on with a budget of nothing. */
+function answerNow() {
+  const turn = turnOf(shown);
+  const options = request();
+  if (!turn?.thinks || !options) return;
+  turn.stop();
+  start(turn.node.id, { ...options, thinking_budget: 0 });
 }
 
 // --- the rest of the page --------------------------------------------------------------------
-
-function complain(text) {
-  $("error").textContent = text;
-  $("error").hidden = !text;
-}
-
-function showProgress(done, total) {
-  $("progress").hidden = done >= total;
-  $("progress").firstElementChild.style.width = `${(100 * done) / Math.max(total, 1)}%`;
-  $("progress").setAttribute("aria-valuenow", String(Math.round((100 * done) / Math.max(total, 1))));
-}
-
-function setBusy(busy) {
-  $("send").hidden = busy;
-  $("stop").hidden = !busy;
-  $("progress").hidden = true;
-  if (busy) $("state").textContent = "The reply is coming.";
-}
 
 function atBottom() {
   const { scrollTop, scrollHeight, clientHeight } = $("messages");
@@ -394,24 +298,47 @@ function toBottom() {
   $("messages").scrollTop = $("messages").scrollHeight;
 }
 
-function onEnter(event, act) {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
-  event.preventDefault();
-  act();
-}
-
 function send() {
   const field = $("prompt");
-  if (running || !field.value.trim()) return;
-  const words = field.value;
+  const files = attached();
+  if (!field.value.trim() && !files.length) return;
+  if (!say(field.value, files)) return;
   field.value = "";
-  grow(field);
-  say(words);
+  takeFiles();
+  typed();
 }
 
-function grow(field) {
+function typed() {
+  const field = $("prompt");
   field.style.height = "auto";
   field.style.height = `${field.scrollHeight + 2}px`;
+  typing(field.value);
+  recount();
+}
+
+let counting = null; // {timer, controller}
+
+/** Show how many tokens the conversation has with what is typed. */
+function recount() {
+  clearTimeout(counting?.timer);
+  counting?.controller.abort();
+  $("tokens").textContent = "";
+  const words = $("prompt").value;
+  const files = attached();
+  if (!served || (!words.trim() && !files.length)) return;
+  const controller = new AbortController();
+  const timer = setTimeout(async () => {
+    try {
+      const { leaf, ...conversation } = current();
+      const node = message(leaf, "user", words, { files });
+      const total = await count(prompt({ ...conversation, nodes: { ...conversation.nodes, [node.id]: node } }, node.id), controller.signal);
+      $("tokens").textContent = `${total.toLocaleString("en")} of ${served.context_length.toLocaleString("en")} tokens`;
+      $("tokens").classList.toggle("bad", total >= served.context_length);
+    } catch (error) {
+      if (error.name !== "AbortError") $("tokens").textContent = error.message;
+    }
+  }, COUNT_AFTER);
+  counting = { timer, controller };
 }
 
 function toggleSettings() {
@@ -437,56 +364,88 @@ function nextTheme() {
   setTheme(names[(names.indexOf(document.documentElement.dataset.theme ?? "") + 1) % names.length]);
 }
 
+function set(change) {
+  if (conversations.has(shown)) update(shown, change);
+  else change(draft);
+}
+
+function onKey(event) {
+  if (event.key === "Escape") {
+    turnOf(shown)?.stop();
+    closeDrawer();
+    changed();
+  } else if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) {
+    event.preventDefault();
+    open(blank());
+  }
+}
+
 function wire() {
   $("ask").addEventListener("submit", (event) => {
     event.preventDefault();
     send();
   });
   $("prompt").addEventListener("keydown", (event) => onEnter(event, send));
-  $("prompt").addEventListener("input", () => grow($("prompt")));
+  $("prompt").addEventListener("input", typed);
   $("settings").addEventListener("submit", (event) => event.preventDefault());
-  $("stop").addEventListener("click", stop);
-  $("new").addEventListener("click", () => open(begin()));
-  $("export").addEventListener("click", () => download(current));
+  $("stop").addEventListener("click", () => turnOf(shown)?.stop());
+  $("answer-now").addEventListener("click", answerNow);
+  $("new").addEventListener("click", () => open(blank()));
+  $("search").addEventListener("input", showList);
+  $("export").addEventListener("click", () => download(current().name, exported(current())));
+  $("export-all").addEventListener("click", () => download("conversations", newest().map(exported)));
+  $("import").addEventListener("click", () => $("import-file").click());
+  $("import-file").addEventListener("change", () => importFiles($("import-file").files).then(() => ($("import-file").value = "")));
+  $("suggest").addEventListener("click", suggestTitle);
+  $("title").addEventListener("change", () => $("title").value.trim() && update(shown, ((name) => (record) => (record.name = name))($("title").value.trim())));
   $("theme").addEventListener("click", nextTheme);
   $("open-settings").addEventListener("click", toggleSettings);
   $("menu").addEventListener("click", () => {
-    const shown = $("drawer").classList.toggle("open");
-    $("menu").setAttribute("aria-expanded", String(shown));
+    const opened = $("drawer").classList.toggle("open");
+    $("menu").setAttribute("aria-expanded", String(opened));
   });
   $("messages").addEventListener("click", closeDrawer);
-  document.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") {
-      stop();
-      closeDrawer();
-    } else if (event.key.toLowerCase() === "o" && event.shiftKey && (event.ctrlKey || event.metaKey)) {
-      event.preventDefault();
-      open(begin());
-    }
-  });
-  for (const id of FIELDS) {
-    $(id).value = setting(id);
-    $(id).addEventListener("change", () => setting(id, $(id).value));
+  document.addEventListener("keydown", onKey);
+  window.addEventListener("pagehide", leaveAll);
+  for (const name of FIELDS) {
+    $(name).addEventListener("change", () => {
+      const value = $(name).value;
+      set((record) => (record.settings[name] = value));
+      setting(name, value);
+      recount();
+    });
   }
+  wireFiles();
+  onAttach(recount);
 }
 
-async function start() {
-  wire();
-  setTheme(setting("theme") in THEMES ? setting("theme") : "");
-  open(current);
-  try {
-    served = await model();
-  } catch (error) {
-    return complain(`The server cannot be reached: ${error.message}`);
-  }
+function serve(model) {
+  served = model;
   $("model").textContent = served.id;
   document.title = served.id;
-  if (served.thinking !== "hybrid") {
-    $("mode").disabled = true;
-    $("mode").value = "";
-    $("budget").disabled = served.thinking === "never";
-  }
-  if (!current.messages.length) showMessages();
+  $("mode").disabled = served.thinking !== "hybrid";
+  $("budget").disabled = served.thinking === "never";
+  changed();
 }
 
-start();
+async function main() {
+  wire();
+  setTheme(setting("theme") in THEMES ? setting("theme") : "");
+  await openStore(changed, (error) => {
+    unkept = `This browser does not keep the conversations: its storage is full or switched off (${error?.message}).`;
+    complain(unkept);
+  });
+  $("prompt").value = typing();
+  open(newest()[0]?.id ?? blank());
+  try {
+    const list = await models();
+    $("models").hidden = list.length < 2;
+    $("models").replaceChildren(...list.map(({ id }) => element("option", { textContent: id })));
+    $("models").addEventListener("change", () => serve(list[$("models").selectedIndex]));
+    serve(list[0]);
+  } catch (error) {
+    complain(`The server cannot be reached: ${error.message}`);
+  }
+}
+
+main();

@@ -1,51 +1,196 @@
-// Conversations and settings, stored in the browser.
+// Conversations, one record each in IndexedDB, shared by the tabs of this browser; and settings.
 
-const PLACE = "qwen3-conversations";
+import { ofMessages } from "/page/conversation.js";
 
-/** Read the conversations, newest first; none if the stored text cannot be read. */
-export function load() {
+const TABLE = "conversations";
+const OLD = "qwen3-conversations"; // in localStorage: all conversations of earlier versions
+const UNSAVED = "qwen3-unsaved-"; // in localStorage: a reply that ran while its tab was closed
+const LIVE_FOR = 5000; // milliseconds after which a reply that another tab wrote counts as ended
+
+/** The conversations by their ids, as this tab knows them. */
+export const conversations = new Map();
+
+const channel = new BroadcastChannel("qwen3-conversations");
+/** The replies that this tab writes, by their ids: [id of the conversation, message] each. */
+export const live = new Map();
+
+const pending = new Map(); // changes that are being stored, by conversation
+const heard = new Map(); // when another tab last wrote a live reply
+let database = null;
+let onChange = () => {};
+let onFailure = () => {};
+
+/** Read the conversations; `changed(id)` is called when one has changed here or in another tab. */
+export async function open(changed, failed) {
+  onChange = changed;
+  onFailure = failed;
   try {
-    const kept = JSON.parse(localStorage.getItem(PLACE) ?? "[]");
-    const whole = kept.filter((one) => one.id && Array.isArray(one.messages));
-    for (const message of whole.flatMap((one) => one.messages)) delete message.live; // the page was closed during a reply
-    return whole;
-  } catch {
-    return [];
+    database = await opened();
+    for (const record of await request(database.transaction(TABLE).objectStore(TABLE).getAll())) conversations.set(record.id, record);
+    channel.addEventListener("message", receive);
+    recover();
+    await migrate();
+  } catch (error) {
+    failed(error);
   }
 }
 
-/** Store the conversations; return whether that succeeded. */
-export function save(conversations) {
-  try {
-    localStorage.setItem(PLACE, JSON.stringify(conversations));
-    return true;
-  } catch {
-    return false;
+function receive({ data: { id, written } }) {
+  if (written) {
+    heard.set(written, Date.now());
+    setTimeout(() => onChange(id), LIVE_FOR + 100);
   }
+  update(id, null);
+}
+
+function opened() {
+  const asked = indexedDB.open("qwen3-mlx", 1);
+  asked.onupgradeneeded = () => asked.result.createObjectStore(TABLE, { keyPath: "id" });
+  return request(asked);
+}
+
+function request(asked) {
+  return new Promise((resolve, reject) => {
+    asked.onsuccess = () => resolve(asked.result);
+    asked.onerror = () => reject(asked.error);
+  });
+}
+
+/**
+ * Apply a change to a conversation, here at once and to the stored record, which other tabs may
+ * have changed; resolves to whether it is stored. A conversation that has been deleted is not stored
+ * again. `created` is one that may be new, `written` the id of a reply that is being written.
+ */
+export function update(id, change, { created, written } = {}) {
+  const copy = created && structuredClone(created);
+  if (created && !conversations.has(id)) conversations.set(id, created);
+  const known = conversations.get(id);
+  if (change && known) {
+    change(known);
+    onChange(id);
+  }
+  if (!database) return Promise.resolve(false);
+  pending.set(id, (pending.get(id) ?? 0) + 1);
+  return new Promise((resolve) => {
+    const transaction = database.transaction(TABLE, change ? "readwrite" : "readonly");
+    const asked = transaction.objectStore(TABLE).get(id);
+    let record;
+    asked.onsuccess = () => {
+      record = asked.result ?? copy;
+      if (!record || !change) return;
+      change(record);
+      transaction.objectStore(TABLE).put(record);
+    };
+    transaction.oncomplete = () => {
+      if (change) channel.postMessage({ id, written });
+      settle(id, () => know(id, record));
+      resolve(true);
+    };
+    transaction.onabort = () => {
+      settle(id, () => {});
+      onFailure(transaction.error);
+      resolve(false);
+    };
+  });
+}
+
+/** Count a change as stored; after the last one the stored record is what this tab knows. */
+function settle(id, last) {
+  pending.set(id, pending.get(id) - 1);
+  if (pending.get(id)) return;
+  pending.delete(id);
+  last();
+}
+
+function know(id, record) {
+  if (record) conversations.set(id, record);
+  else conversations.delete(id);
+  for (const [owner, node] of live.values()) if (owner === id && record) put(record, node);
+  onChange(id);
+}
+
+/** Add a reply, and show it where its question is the last message that is shown. */
+export function put(record, node) {
+  record.nodes[node.id] = node;
+  if (record.leaf === node.parent) record.leaf = node.id;
+}
+
+/** Delete a conversation. */
+export function remove(id) {
+  const forget = () => {
+    conversations.delete(id);
+    onChange(id);
+  };
+  forget();
+  if (!database) return;
+  const transaction = database.transaction(TABLE, "readwrite");
+  transaction.objectStore(TABLE).delete(id);
+  transaction.oncomplete = () => {
+    forget();
+    channel.postMessage({ id });
+  };
+}
+
+/** Return whether another tab is writing a reply. */
+export function isLiveElsewhere(node) {
+  return node.state === "live" && Date.now() - (heard.get(node.id) ?? 0) < LIVE_FOR;
+}
+
+/** Write a reply that is cut off by the end of this page; unlike a database this is immediate. */
+export function rescue(id, node) {
+  try {
+    localStorage.setItem(UNSAVED + node.id, JSON.stringify({ id, node }));
+  } catch {
+    // Storage is off or full: what was stored a second ago has to do.
+  }
+}
+
+/** Store the replies that `rescue` wrote. */
+function recover() {
+  for (const key of Object.keys(localStorage).filter((one) => one.startsWith(UNSAVED))) {
+    const { id, node } = JSON.parse(localStorage.getItem(key));
+    localStorage.removeItem(key);
+    update(id, (record) => {
+      const stored = record.nodes[node.id];
+      if (stored && (stored.state !== "live" || length(stored) > length(node))) return;
+      put(record, node);
+    });
+  }
+}
+
+const length = ({ content, reasoning_content: thought = "" }) => content.length + thought.length;
+
+/** Take over the conversations of earlier versions, once; they are deleted when they are stored. */
+async function migrate() {
+  const old = JSON.parse(localStorage.getItem(OLD) ?? "[]").filter((one) => one.id && Array.isArray(one.messages));
+  const stored = old.map(({ id, name, messages }, index) => {
+    const created = { ...ofMessages(messages, name, String(id)), updated: old.length - index };
+    return update(created.id, () => {}, { created });
+  });
+  if ((await Promise.all(stored)).every(Boolean)) localStorage.removeItem(OLD);
 }
 
 /** Read or write a setting of this browser. */
-export function setting(name, value) {
+export const setting = (name, value) => kept("localStorage", name, value);
+
+/** Read or write the message that is being typed in this tab. */
+export const typing = (value) => kept("sessionStorage", "draft", value);
+
+function kept(storage, name, value) {
   try {
-    if (value === undefined) return localStorage.getItem(`qwen3-${name}`) ?? "";
-    localStorage.setItem(`qwen3-${name}`, value);
+    if (value === undefined) return window[storage].getItem(`qwen3-${name}`) ?? "";
+    window[storage].setItem(`qwen3-${name}`, value);
   } catch {
-    // Storage is off: the setting holds for this page only.
+    // Storage is off: the value holds for this page only.
   }
   return value ?? "";
 }
 
-/** Return the messages without the fields that only this page uses. */
-export function plain({ messages }) {
-  return messages.map(({ role, content, reasoning_content, tool_calls, tool_call_id }) => ({ role, content, reasoning_content, tool_calls, tool_call_id }));
-}
-
-/** Download a conversation as a file. */
-export function download(conversation) {
-  const text = JSON.stringify({ format: "qwen3-mlx conversation", version: 1, messages: plain(conversation) }, null, 1);
+/** Download a value as a file. */
+export function download(name, value) {
   const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([text], { type: "application/json" }));
-  link.download = `${conversation.name.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) || "conversation"}.json`;
+  link.href = URL.createObjectURL(new Blob([JSON.stringify(value, null, 1)], { type: "application/json" }));
+  link.download = `${name.replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 40) || "conversation"}.json`;
   link.click();
   URL.revokeObjectURL(link.href);
 }

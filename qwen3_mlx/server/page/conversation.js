@@ -1,0 +1,129 @@
+// A conversation is a tree of messages: an edit or another try is a sibling of the message that it
+// replaces, and nothing is lost. `leaf` is the last message of the path that is shown. Each message
+// is written by one tab only, so the changes of several tabs add up.
+
+const FORMAT = "qwen3-mlx conversation"; // which `qwen3 chat` and the library write and read, too
+
+export const newId = () => Array.from(crypto.getRandomValues(new Uint32Array(3)), (word) => word.toString(36)).join("");
+
+/** Create an empty conversation. */
+export function begin(settings) {
+  return { id: newId(), name: "", updated: Date.now(), settings, nodes: {}, leaf: null };
+}
+
+/** Create a message that follows `parent`. */
+export function message(parent, role, content, more = {}) {
+  return { id: newId(), parent, made: Date.now(), role, content, ...more };
+}
+
+/** Add a message, and show the path to it. */
+export function add(conversation, node) {
+  conversation.nodes[node.id] = node;
+  conversation.leaf = node.id;
+  conversation.updated = Date.now();
+  if (!conversation.name && node.role === "user") conversation.name = firstWords(node);
+}
+
+function firstWords({ content, files }) {
+  return (content || files?.[0]?.name || "").replace(/\s+/g, " ").trim().slice(0, 60);
+}
+
+/** Return the messages from the first one to `id`. */
+export function path({ nodes, leaf }, id = leaf) {
+  const made = [];
+  for (let node = nodes[id]; node; node = nodes[node.parent]) made.unshift(node);
+  return made;
+}
+
+/** Return the message and those that may stand in its place, in the order in which they were made. */
+export function siblings({ nodes }, node) {
+  return Object.values(nodes).filter((one) => one.parent === node.parent && one.role === node.role).sort(byAge);
+}
+
+const byAge = (one, other) => one.made - other.made || (one.id < other.id ? -1 : 1);
+
+/** Return the id of the latest message below a message, or its own. */
+export function latestBelow({ nodes }, id) {
+  const all = Object.values(nodes).sort(byAge);
+  for (let next = id; next; next = all.findLast((one) => one.parent === id)?.id) id = next;
+  return id;
+}
+
+/** Return a message without the fields that only this page uses; files are a part of the text. */
+function plain({ role, content, reasoning_content, tool_calls, tool_call_id, files = [] }) {
+  const parts = [...files.map(({ name, text }) => `${name}:\n${fenced(text)}`), ...(content || !files.length ? [content] : [])];
+  return { role, content: parts.join("\n\n"), reasoning_content, tool_calls, tool_call_id };
+}
+
+function fenced(text) {
+  const longest = Math.max(2, ...(text.match(/`{3,}/g) ?? []).map((run) => run.length));
+  const fence = "`".repeat(longest + 1);
+  return `${fence}\n${text}${text.endsWith("\n") ? "" : "\n"}${fence}`;
+}
+
+/** Return the messages for the server, up to the message `id`. */
+export function prompt(conversation, id) {
+  const messages = path(conversation, id).map(plain);
+  const system = conversation.settings.system ?? "";
+  return system.trim() ? [{ role: "system", content: system }, ...messages] : messages;
+}
+
+/** Return a conversation for a file; `messages` are what the other programs read. */
+export function exported(conversation) {
+  const { name, settings, nodes, leaf } = conversation;
+  return { format: FORMAT, version: 1, messages: prompt(conversation, leaf), page: { name, settings, nodes, leaf } };
+}
+
+/** Return the conversations of a file's text. Throws an error if it has none. */
+export function imported(text) {
+  const content = JSON.parse(text);
+  const list = Array.isArray(content) ? content : [content];
+  return list.map((one) => {
+    if (one?.format !== FORMAT || one.version !== 1) throw new Error(`it is not a ${FORMAT} of version 1`);
+    return one.page ? restored(one.page) : ofMessages(one.messages);
+  });
+}
+
+function restored({ name, settings, nodes, leaf }) {
+  const made = { ...begin({}), name: String(name), settings: strings(settings), leaf };
+  for (const [id, node] of Object.entries(nodes)) {
+    check(node);
+    made.nodes[id] = { ...settled(node), id, parent: node.parent ?? null, made: Number(node.made) };
+  }
+  if (path(made).some(({ id }) => !made.nodes[id]) || (leaf && !made.nodes[leaf])) throw new Error("its messages are incomplete");
+  return made;
+}
+
+function strings(settings) {
+  return Object.fromEntries(Object.entries(settings ?? {}).map(([key, value]) => [key, String(value)]));
+}
+
+/** Return a conversation of a list of messages. */
+export function ofMessages(messages, name = "", id = newId()) {
+  const made = { ...begin({}), id, name };
+  for (const one of messages) {
+    check(one);
+    if (one.role === "system") made.settings.system = one.content;
+    else if (one.content || one.reasoning_content || one.tool_calls || one.role !== "assistant") {
+      const { role, content, ...more } = settled(one);
+      add(made, message(made.leaf, role, content ?? "", more));
+    }
+  }
+  return made;
+}
+
+function check(node) {
+  const known = ["system", "user", "assistant", "tool"].includes(node?.role);
+  if (!known || typeof (node.content ?? "") !== "string") throw new Error("a message has no role or no text");
+}
+
+/** Return a message that no tab is writing. */
+function settled({ live, state, ...node }) {
+  return live || state ? { ...node, state: "partial" } : node;
+}
+
+/** Return whether a conversation contains some words. */
+export function contains({ name, nodes }, words) {
+  const wanted = words.toLowerCase();
+  return [name, ...Object.values(nodes).map(({ content }) => content)].some((text) => text.toLowerCase().includes(wanted));
+}

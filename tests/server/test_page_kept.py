@@ -1,0 +1,290 @@
+"""The page loses nothing: tabs, reloads, edits and stops, in any order. pytest -m browser."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwen3_mlx import LLM
+from tests.server.browsing import at, chromium, complete, pages, say, send, shows, stored
+from tests.server.fake_chat import FakeChat, fake_chat
+from tests.server.serving import serving
+
+pytestmark = pytest.mark.browser
+_TITLE = "Write a title for this conversation, of at most six words. Answer with the title alone."
+_LONG = "".join(f"{number} " for number in range(2000))
+
+
+@pytest.fixture(scope="module")
+def server(demo: LLM) -> Iterator[FakeChat]:
+    """A server with scripted replies."""
+    with serving(demo) as running, fake_chat(running) as fake:
+        yield fake
+
+
+@pytest.fixture
+def chat(server: FakeChat) -> FakeChat:
+    """The same, with a slow reply to "long"."""
+    server.replies, server.thoughts = {"long": _LONG}, {}
+    server.delay, server.hold = 0.005, 0.0
+    server.requests.clear()
+    return server
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium, without a window."""
+    with chromium() as started:
+        yield started
+
+
+@pytest.fixture
+def tabs(browser: Any, chat: FakeChat) -> Iterator[list[Any]]:
+    """Two tabs of the page."""
+    with pages(browser, chat.url, 2) as opened:
+        yield opened
+
+
+def _texts(page: Any) -> dict[str, list[str]]:
+    """Return the stored texts of each conversation, in the order in which they were made."""
+    made = {}
+    for one in stored(page):
+        nodes = sorted(one["nodes"].values(), key=lambda node: node["made"])
+        made[one["name"]] = [node["content"] for node in nodes]
+    return made
+
+
+def _seen(page: Any, characters: int) -> int:
+    """Wait until so much of the last reply is seen; return how much is."""
+    page.wait_for_function(
+        "(least) => [...document.querySelectorAll('.answer')].at(-1)?.innerText.length > least",
+        arg=characters,
+    )
+    return len(at(page, "answer").last.inner_text())
+
+
+def test_tabs_see_each_others_changes(tabs: list[Any]) -> None:
+    one, other = tabs
+    say(one, "in tab one")
+    at(other, "conversation").filter(has_text="in tab one").wait_for()
+    say(other, "in tab two")
+    at(one, "conversation").filter(has_text="in tab two").wait_for()
+    one.reload()
+    assert sorted(at(one, "conversation").all_inner_texts()) == ["in tab one", "in tab two"]
+    at(one, "conversation").filter(has_text="in tab one").click()
+    at(other, "conversation").filter(has_text="in tab one").click()
+    say(other, "a second question", 2)
+    complete(one, 2)
+    for page in tabs:
+        shows(page, "in tab one", "a second question")
+    other.once("dialog", lambda dialog: dialog.accept())
+    other.get_by_label("Delete in tab one").click()
+    at(one, "message-user").filter(has_text="in tab two").wait_for()
+
+
+def test_a_reload_keeps_the_partial_answer_and_goes_on(tabs: list[Any], chat: FakeChat) -> None:
+    page, _ = tabs
+    send(page, "long")
+    seen = _seen(page, 300)
+    page.reload()
+    assert len(at(page, "answer").inner_text()) >= seen
+    chat.delay = 0
+    at(page, "go-on").click()
+    complete(page, 1)
+    assert _texts(page)["long"] == ["long", _LONG]
+    assert (
+        chat.requests[-1]["messages"][-1]["content"]
+        == _LONG[: len(chat.requests[-1]["messages"][-1]["content"])]
+    )
+    assert at(page, "go-on").count() == 0
+
+
+def test_a_reload_while_the_prompt_is_read_leaves_no_empty_reply(
+    tabs: list[Any], chat: FakeChat
+) -> None:
+    page, _ = tabs
+    chat.hold = 60
+    send(page, "wait")
+    page.get_by_role("progressbar").wait_for()
+    page.reload()
+    shows(page, "wait")
+    assert at(page, "message-assistant").count() == 0
+    chat.hold = 0
+    at(page, "reply").click()
+    complete(page, 1)
+    say(page, "again", 2)
+    sent = [(one["role"], one["content"]) for one in chat.requests[-1]["messages"]]
+    assert sent == [("user", "wait"), ("assistant", "Reply to wait"), ("user", "again")]
+
+
+def test_a_tab_that_crashes_has_saved_what_came_a_second_ago(
+    tabs: list[Any], chat: FakeChat
+) -> None:
+    page, other = tabs
+    send(page, "long")
+    at(other, "conversation").filter(has_text="long").click()
+    _seen(other, 300)
+    assert at(other, "message-assistant").filter(has_text="Another tab is writing").count() == 1
+    seen = _seen(page, 1000)
+    page.goto("about:blank")
+    at(other, "go-on").wait_for()
+    assert len(_texts(other)["long"][1]) > seen - 800
+
+
+def test_an_edit_while_a_reply_runs_is_sent(tabs: list[Any], chat: FakeChat) -> None:
+    page, _ = tabs
+    say(page, "one")
+    send(page, "long")
+    _seen(page, 100)
+    at(page, "edit").first.click()
+    page.locator(".message.user textarea").fill("edited")
+    page.keyboard.press("Enter")
+    complete(page, 1)
+    page.reload()
+    shows(page, "edited")
+    assert at(page, "answer").all_inner_texts() == ["Reply to edited"]
+    at(page, "previous").click()
+    shows(page, "one", "long")
+
+
+def test_another_try_while_the_next_prompt_is_read(tabs: list[Any], chat: FakeChat) -> None:
+    page, _ = tabs
+    say(page, "one")
+    chat.hold = 60
+    send(page, "two")
+    page.get_by_role("progressbar").wait_for()
+    chat.hold = 0
+    at(page, "retry").first.click()
+    complete(page, 1)
+    page.reload()
+    shows(page, "one")
+    assert at(page, "version").inner_text() == "2/2"
+    at(page, "previous").click()
+    shows(page, "one", "two")
+
+
+def test_a_reply_goes_on_while_another_conversation_is_open(
+    tabs: list[Any], chat: FakeChat
+) -> None:
+    page, _ = tabs
+    say(page, "one")
+    at(page, "new").click()
+    chat.delay = 0.1
+    send(page, "long")
+    _seen(page, 20)
+    at(page, "conversation").filter(has_text="one").click()
+    say(page, "meanwhile", 2)
+    at(page, "conversation").filter(has_text="long").click()
+    assert at(page, "stop").is_visible()
+    chat.delay = 0
+    at(page, "conversation").filter(has_text="long").click()
+    complete(page, 1)
+    assert _texts(page)["long"] == ["long", _LONG]
+
+
+def test_stop_keeps_what_came_and_the_thinking_can_be_closed(
+    tabs: list[Any], chat: FakeChat
+) -> None:
+    page, _ = tabs
+    chat.thoughts["think"] = "hm " * 5000
+    send(page, "think")
+    at(page, "answer-now").click()
+    complete(page, 1)
+    last = chat.requests[-1]
+    assert last["thinking_budget"] == 0 and last["continue_final_message"] is True
+    assert last["messages"][-1]["reasoning_content"].startswith("hm ")
+    assert at(page, "answer").inner_text() == "Reply to think"
+    send(page, "long")
+    _seen(page, 100)
+    page.keyboard.press("Escape")
+    at(page, "go-on").wait_for()
+    assert at(page, "send").is_visible()
+
+
+def test_old_conversations_move_once(browser: Any, chat: FakeChat) -> None:
+    old = [
+        {
+            "id": "b",
+            "name": "newer",
+            "messages": [
+                {"role": "user", "content": "hi"},
+                {"role": "assistant", "content": "", "live": True},
+            ],
+        },
+        {
+            "id": "a",
+            "name": "older",
+            "messages": [
+                {"role": "user", "content": "sum"},
+                {"role": "assistant", "content": "3", "reasoning_content": "1 + 2", "stats": "s"},
+            ],
+        },
+    ]
+    with pages(browser, chat.url) as (page,):
+        page.evaluate("(old) => localStorage.setItem('qwen3-conversations', old)", json.dumps(old))
+        page.reload()
+        page.wait_for_function("localStorage.getItem('qwen3-conversations') === null")
+        assert at(page, "conversation").all_inner_texts() == ["newer", "older"]
+        shows(page, "hi")
+        assert at(page, "message-assistant").count() == 0
+        at(page, "conversation").nth(1).click()
+        assert at(page, "answer").inner_text() == "3"
+        page.reload()
+        assert at(page, "conversation").all_inner_texts() == ["newer", "older"]
+
+
+def test_export_import_search_and_titles(browser: Any, chat: FakeChat, tmp_path: Path) -> None:
+    with pages(browser, chat.url) as (page,):
+        at(page, "settings").click()
+        at(page, "system").fill("Be brief.")
+        at(page, "temperature").fill("0.3")
+        say(page, "apples")
+        at(page, "new").click()
+        at(page, "system").fill("")
+        say(page, "pears")
+        at(page, "search").fill("REPLY TO APP")
+        assert at(page, "conversation").all_inner_texts() == ["apples"]
+        at(page, "conversation").click()
+        assert at(page, "system").input_value() == "Be brief."
+        chat.replies[_TITLE] = '"Fruit and more"\n'
+        at(page, "search").fill("")
+        at(page, "suggest").click()
+        at(page, "conversation").filter(has_text="Fruit and more").wait_for()
+        with page.expect_download() as file:
+            page.get_by_text("Export all").click()
+        file.value.save_as(tmp_path / "all.json")
+        with page.expect_download() as file:
+            page.get_by_label("Save this conversation as a file").click()
+        file.value.save_as(tmp_path / "one.json")
+    (tmp_path / "bad.json").write_text('{"format": "else"}')
+    with pages(browser, chat.url) as (page,):
+        at(page, "import-file").set_input_files(tmp_path / "all.json")
+        at(page, "conversation").nth(1).wait_for()
+        assert sorted(at(page, "conversation").all_inner_texts()) == ["Fruit and more", "pears"]
+        at(page, "conversation").filter(has_text="Fruit").click()
+        shows(page, "apples")
+        assert at(page, "temperature").input_value() == "0.3"
+        at(page, "import-file").set_input_files(tmp_path / "bad.json")
+        at(page, "error").filter(has_text="bad.json cannot be imported").wait_for()
+
+
+def test_files_are_sent_with_the_message(browser: Any, chat: FakeChat, tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("print('```')\n")
+    (tmp_path / "b.pdf").write_bytes(b"%PDF-1.7")
+    (tmp_path / "c.bin").write_bytes(b"\x00\xff")
+    with pages(browser, chat.url) as (page,):
+        at(page, "attach-file").set_input_files(tmp_path / "a.py")
+        at(page, "file").wait_for()
+        at(page, "tokens").filter(has_text="of 8,192 tokens").wait_for()
+        at(page, "attach-file").set_input_files(tmp_path / "b.pdf")
+        at(page, "error").filter(has_text="b.pdf is a PDF").wait_for()
+        at(page, "attach-file").set_input_files(tmp_path / "c.bin")
+        at(page, "error").filter(has_text="c.bin is not text").wait_for()
+        say(page, "what is this?")
+        sent = "a.py:\n````\nprint('```')\n````\n\nwhat is this?"
+        assert chat.requests[-1]["messages"][0]["content"] == sent
+        shows(page, "what is this?")
+        page.reload()
+        page.locator(".file summary").filter(has_text="a.py").wait_for()
