@@ -16,8 +16,6 @@ import httpx
 
 from tests.server.serving import Served
 
-_PIECE = 12  # characters
-
 
 @dataclass
 class FakeChat:
@@ -26,6 +24,7 @@ class FakeChat:
     url: str
     replies: dict[str, str] = field(default_factory=dict)
     thoughts: dict[str, str] = field(default_factory=dict)
+    piece: int = 12  # characters
     delay: float = 0.0  # seconds between two pieces
     hold: float = 0.0  # seconds before the first
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -43,8 +42,8 @@ class FakeChat:
         parts = (("reasoning_content", thought[len(begun.get("reasoning_content") or "") :]),)
         parts = () if begun["content"] else parts
         for name, text in (*parts, ("content", self.reply(words)[len(begun["content"]) :])):
-            for at in range(0, len(text), _PIECE):
-                yield {name: text[at : at + _PIECE]}
+            for at in range(0, len(text), self.piece):
+                yield {name: text[at : at + self.piece]}
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -225,7 +225,7 @@ def test_old_conversations_move_once(browser: Any, chat: FakeChat) -> None:
     with pages(browser, chat.url) as (page,):
         page.evaluate("(old) => localStorage.setItem('qwen3-conversations', old)", json.dumps(old))
         page.reload()
-        page.wait_for_function("localStorage.getItem('qwen3-conversations') === null")
+        page.wait_for_function("() => localStorage.getItem('qwen3-conversations') === null")
         assert at(page, "conversation").all_inner_texts() == ["newer", "older"]
         shows(page, "hi")
         assert at(page, "message-assistant").count() == 0

@@ -6,8 +6,9 @@ import hljs from "/page/vendor/highlight.js";
 
 const MAX_NESTING = 40; // levels of quotes and lists
 const MAX_HIGHLIGHTED = 50_000; // characters of a block of code
-const WINDOW = 16_384; // characters that are parsed at once
+const WINDOW = 8192; // characters that are parsed at once
 const MAX_BLOCK = 65_536; // characters of a block of prose; a longer one is shown as plain text
+const LONG = 100_000; // characters of a text whose blocks are laid out only where they are seen
 const SLICE = 12; // milliseconds of work, after which the page may react
 
 const md = new globalThis.markdownit({ linkify: true, maxNesting: MAX_NESTING, highlight: highlighted });
@@ -158,6 +159,7 @@ export class MarkdownView {
       this.node.replaceChildren();
     }
     this.text = text;
+    this.node.classList.toggle("long", text.length > LONG);
     if (!this.waiting) this.run();
   }
 

@@ -15,6 +15,7 @@ const TOY_VOCABULARY = 10_000;
 const THEMES = { "": "◐", light: "☀", dark: "☾" };
 const FIELDS = ["system", "mode", "budget", "temperature", "top-p", "max-tokens", "tools"];
 const NEAR = 80; // pixels from the end within which new text scrolls the view
+const MEASURED = 10_000; // characters of a message that is typed; more of them fill the field
 const COUNT_AFTER = 300; // milliseconds without a key
 const TITLE = "Write a title for this conversation, of at most six words. Answer with the title alone.";
 
@@ -310,8 +311,8 @@ function send() {
 
 function typed() {
   const field = $("prompt");
-  field.style.height = "auto";
-  field.style.height = `${field.scrollHeight + 2}px`;
+  field.style.height = field.value.length > MEASURED ? "40vh" : "auto";
+  if (field.value.length <= MEASURED) field.style.height = `${field.scrollHeight + 2}px`;
   typing(field.value);
   recount();
 }
