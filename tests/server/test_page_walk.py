@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qwen3_mlx import LLM
-from tests.server.browsing import at, chromium, pages, send, shows, stored
+from tests.server.browsing import at, chromium, pages, send, shows, stored, words
 from tests.server.fake_chat import FakeChat, fake_chat
 from tests.server.serving import serving
 
@@ -61,24 +61,29 @@ class _Walk:
         self.open: list[str | None] = [None] * len(tabs)  # the conversation of each tab
         self.running: dict[str, int] = {}  # the tab that may be writing a reply
         self.count = 0
+        self.done: list[str] = []
 
     def step(self) -> None:
         """Do something somewhere."""
         tab = self.random.randrange(len(self.tabs))
         actions = [self.say] * 4 + [self.edit, self.retry, self.stop, self.go_on] * 2
         actions += [self.switch] * 3 + [self.new, self.reload, self.wait]
-        self.random.choice(actions)(tab)
-        self.check(tab)
-
-    def check(self, tab: int) -> None:
-        """Compare what a tab shows with the model."""
+        action = self.random.choice(actions)
+        self.done.append(f"{action.__name__} in {tab}: {self.open[tab]!r}")
+        action(tab)
         name = self.open[tab]
-        shows(self.tabs[tab], *(self.leaves[name].path() if name else []))
+        expected = self.leaves[name].path() if name else []
+        try:
+            shows(self.tabs[tab], *expected)
+        except Exception as error:
+            raise AssertionError(
+                f"{words(self.tabs[tab])}, not {expected}, after {self.done[-16:]}"
+            ) from error
 
-    def words(self) -> str:
+    def new_words(self) -> str:
         """Return words that are said once."""
         self.count += 1
-        return f"message {self.count} " + "and so on " * self.random.randrange(8)
+        return f"message {self.count}" + " and so on" * self.random.randrange(8)
 
     def free(self, name: str | None, tab: int) -> bool:
         """Return whether no other tab writes in a conversation."""
@@ -90,10 +95,10 @@ class _Walk:
         if not self.free(name, tab):
             return
         at(page, "send").wait_for()
-        words = self.words().strip()
-        said = _Said(self.leaves[name] if name else None, words)
-        send(page, words)
-        name = name or words[:60].strip()
+        text = self.new_words()
+        said = _Said(self.leaves[name] if name else None, text)
+        send(page, text)
+        name = name or text[:60].strip()
         self.open[tab] = name
         self.leaves[name] = said
         self.all.setdefault(name, []).append(said)
@@ -109,11 +114,11 @@ class _Walk:
             assert path.above
             path = path.above
         at(page, "edit").nth(place).click()
-        words = self.words().strip()
+        text = self.new_words()
         field = page.locator(".message.user textarea")
-        field.fill(words)
+        field.fill(text)
         field.press("Enter")
-        self.leaves[name] = said = _Said(path.above, words)
+        self.leaves[name] = said = _Said(path.above, text)
         self.all[name].append(said)
         self.running[name] = tab
 
@@ -208,10 +213,10 @@ class _Walk:
         assert sorted(map(path, users)) == sorted(each.path() for each in said)
         tries = {each.words: each.tries for each in said}
         for reply in (node for node in nodes.values() if node["role"] == "assistant"):
-            words = nodes[reply["parent"]]["content"]
-            tries[words] -= 1
-            assert tries[words] >= 0 and reply["content"]
-            whole = self.chat.reply(words)
+            text = nodes[reply["parent"]]["content"]
+            tries[text] -= 1
+            assert tries[text] >= 0 and reply["content"]
+            whole = self.chat.reply(text)
             ended = "state" not in reply
             assert reply["content"] == whole if ended else whole.startswith(reply["content"])
         assert path(nodes[one["leaf"]]) == leaf.path()

@@ -25,7 +25,7 @@ export function add(conversation, node) {
 }
 
 function firstWords({ content, files }) {
-  return (content || files?.[0]?.name || "").replace(/\s+/g, " ").trim().slice(0, 60);
+  return (content || files?.[0]?.name || "").slice(0, 200).replace(/\s+/g, " ").trim().slice(0, 60).trim();
 }
 
 /** Return the messages from the first one to `id`. */

@@ -140,7 +140,7 @@ function showMessages() {
   const nodes = messages.filter(({ role }) => role === "user" || role === "assistant").map((one) => {
     if (!views.has(one.id)) views.set(one.id, one.role === "user" ? new UserView(ACTIONS) : new ReplyView(ACTIONS));
     const view = views.get(one.id);
-    view.update(conversation, one, { turn, path: messages, unanswered: one === messages.at(-1) });
+    view.update(conversation, one, { turn, path: messages, isLast: one === messages.at(-1) });
     return view.node;
   });
   reconcile($("messages"), nodes);

@@ -1,10 +1,10 @@
 // Conversations, one record each in IndexedDB, shared by the tabs of this browser; and settings.
 
-import { ofMessages } from "/page/conversation.js";
+import { add, ofMessages } from "/page/conversation.js";
 
 const TABLE = "conversations";
 const OLD = "qwen3-conversations"; // in localStorage: all conversations of earlier versions
-const UNSAVED = "qwen3-unsaved-"; // in localStorage: a reply that ran while its tab was closed
+const UNSAVED = "qwen3-unsaved-"; // in localStorage: a message that its tab could not store before it was closed
 const LIVE_FOR = 5000; // milliseconds after which a reply that another tab wrote counts as ended
 
 /** The conversations by their ids, as this tab knows them. */
@@ -136,25 +136,31 @@ export function isLiveElsewhere(node) {
   return node.state === "live" && Date.now() - (heard.get(node.id) ?? 0) < LIVE_FOR;
 }
 
-/** Write a reply that is cut off by the end of this page; unlike a database this is immediate. */
-export function rescue(id, node) {
+/**
+ * Write a message that is not stored at the end of this page, {id, node, created}: a database may be
+ * too slow then.
+ */
+export function rescue(entry) {
   try {
-    localStorage.setItem(UNSAVED + node.id, JSON.stringify({ id, node }));
+    localStorage.setItem(UNSAVED + entry.node.id, JSON.stringify(entry));
   } catch {
     // Storage is off or full: what was stored a second ago has to do.
   }
 }
 
-/** Store the replies that `rescue` wrote. */
+/** Store what `rescue` wrote. */
 function recover() {
-  for (const key of Object.keys(localStorage).filter((one) => one.startsWith(UNSAVED))) {
-    const { id, node } = JSON.parse(localStorage.getItem(key));
-    localStorage.removeItem(key);
-    update(id, (record) => {
+  const keys = Object.keys(localStorage).filter((one) => one.startsWith(UNSAVED));
+  const entries = keys.map((key) => [key, JSON.parse(localStorage.getItem(key))]);
+  entries.sort(([, { node }]) => (node.role === "assistant" ? 1 : -1)); // a reply follows its question
+  for (const [key, { id, node, created }] of entries) {
+    const change = (record) => {
       const stored = record.nodes[node.id];
       if (stored && (stored.state !== "live" || length(stored) > length(node))) return;
-      put(record, node);
-    });
+      if (node.role === "assistant") put(record, node);
+      else add(record, node);
+    };
+    update(id, change, { created }).then((kept) => kept && localStorage.removeItem(key));
   }
 }
 

@@ -8,6 +8,7 @@ const SAVE_EVERY = 1000; // milliseconds
 const CLOSED_BY = { budget: "its budget", end: "an early end", loop: "the loop guard", request: "request" };
 
 const turns = new Map(); // by conversation: it has one reply at a time
+const sending = new Set(); // messages that are being stored
 
 /** Return the reply that runs in a conversation, if there is one. */
 export const turnOf = (id) => turns.get(id);
@@ -111,18 +112,23 @@ export class Turn {
   /** Keep what has come, at the end of the page. */
   leave() {
     this.stop("cut off");
-    if (hasText(this.node)) rescue(this.id, this.node);
+    if (hasText(this.node)) rescue({ id: this.id, node: this.node });
   }
 }
 
-/** Keep the replies that run, at the end of the page. */
+/** Keep what is not stored yet, at the end of the page. */
 export function leaveAll() {
+  for (const entry of sending) rescue(entry);
   for (const turn of [...turns.values()]) turn.leave();
 }
 
 /** Add a message to a conversation, which may be new. */
 export function store(conversation, node) {
-  return update(conversation.id, (record) => add(record, node), conversations.has(conversation.id) ? {} : { created: conversation });
+  const { id } = conversation;
+  const created = conversations.has(id) ? undefined : conversation;
+  const entry = { id, node, created: created && structuredClone(created) };
+  sending.add(entry);
+  update(id, (record) => add(record, node), { created }).then(() => sending.delete(entry));
 }
 
 function hasText({ content, reasoning_content, tool_calls }) {

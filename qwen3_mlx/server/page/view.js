@@ -32,21 +32,21 @@ export class UserView {
     this.node = element("div", { className: "message user", role: "article", "aria-label": "You", "data-testid": "message-user" });
   }
 
-  update(conversation, message, { unanswered }) {
-    const signature = JSON.stringify([siblings(conversation, message).map(({ id }) => id), unanswered]);
+  update(conversation, message, { isLast }) {
+    const signature = JSON.stringify([siblings(conversation, message).map(({ id }) => id), isLast]);
     if (this.editing || signature === this.signature) return;
     this.signature = signature;
     this.redraw = () => {
       this.editing = false;
-      this.node.replaceChildren(...this.parts(conversation, message, unanswered));
+      this.node.replaceChildren(...this.parts(conversation, message, isLast));
     };
     this.redraw();
   }
 
-  parts(conversation, message, unanswered) {
+  parts(conversation, message, isLast) {
     const bar = element("div", { className: "actions" }, ...versions(conversation, message, this.actions));
     bar.append(button("Edit", () => this.edit(message), { "data-testid": "edit" }));
-    if (unanswered) bar.append(button("Answer this", () => this.actions.reply(message.id), { "data-testid": "reply" }));
+    if (isLast) bar.append(button("Answer this", () => this.actions.reply(message.id), { "data-testid": "reply" }));
     const files = (message.files ?? []).map(({ name, text }) => element("details", { className: "file" }, element("summary", { textContent: name }), clipped(text, "pre")));
     return [...files, ...(message.content ? [clipped(message.content, "div")] : []), bar];
   }
@@ -88,7 +88,7 @@ export class ReplyView {
     this.thinking.addEventListener("toggle", () => this.showThought());
   }
 
-  update(conversation, message, { turn, path }) {
+  update(conversation, message, { turn, path, isLast }) {
     this.message = message;
     const { reasoning_content: thought, content, thoughtFor = 0, thoughtTokens } = message;
     const running = turn?.node.id === message.id;
@@ -101,8 +101,8 @@ export class ReplyView {
     if (running) return this.finish("running", []);
     const answers = path.filter(({ role }) => role === "tool").map(({ tool_call_id: id }) => id);
     const elsewhere = isLiveElsewhere(message);
-    const signature = JSON.stringify([siblings(conversation, message).map(({ id }) => id), message.stats, message.state, answers, elsewhere, content.length]);
-    this.finish(signature, () => this.actionsFor(conversation, message, elsewhere), () => (message.tool_calls ?? []).map((call) => this.call(call, path)));
+    const signature = JSON.stringify([siblings(conversation, message).map(({ id }) => id), message.stats, message.state, answers, elsewhere, isLast, content.length]);
+    this.finish(signature, () => this.actionsFor(conversation, message, elsewhere, isLast), () => (message.tool_calls ?? []).map((call) => this.call(call, path)));
   }
 
   showThought() {
@@ -120,9 +120,9 @@ export class ReplyView {
     this.calls.replaceChildren(...(calls ? calls() : []));
   }
 
-  actionsFor(conversation, message, elsewhere) {
+  actionsFor(conversation, message, elsewhere, isLast) {
     if (elsewhere) return [element("span", { textContent: "Another tab is writing this." })];
-    const cut = message.state && !message.tool_calls;
+    const cut = isLast && message.state && !message.tool_calls;
     return [
       ...versions(conversation, message, this.actions),
       copyButton(() => message.content, { "data-testid": "copy" }),
