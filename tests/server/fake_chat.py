@@ -39,9 +39,11 @@ class FakeChat:
         words = [one["content"] for one in body["messages"] if one["role"] == "user"][-1]
         begun = last if body.get("continue_final_message") else {"content": ""}
         thought = self.thoughts.get(words, "") if body.get("thinking_budget") != 0 else ""
-        parts = (("reasoning_content", thought[len(begun.get("reasoning_content") or "") :]),)
-        parts = () if begun["content"] else parts
-        for name, text in (*parts, ("content", self.reply(words)[len(begun["content"]) :])):
+        parts = [("content", self.reply(words)[len(begun["content"]) :])]
+        if not begun["content"]:
+            rest = thought[len(begun.get("reasoning_content") or "") :]
+            parts.insert(0, ("reasoning_content", rest))
+        for name, text in parts:
             for at in range(0, len(text), self.piece):
                 yield {name: text[at : at + self.piece]}
 

@@ -625,6 +625,15 @@ def test_the_page_loads_nothing_from_elsewhere(served: Served) -> None:
         assert served.get(f"/page/{name}").status_code == 404
 
 
+def test_the_libraries_of_the_page_are_those_that_were_published() -> None:
+    script = Path(__file__).parents[2] / "scripts" / "vendor_page.py"
+    command = [sys.executable, str(script), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    size = int(done.stdout.split()[0].replace(",", ""))
+    assert size < 1_500_000
+
+
 # --- at work ------------------------------------------------------------------------------------
 
 
