@@ -70,7 +70,12 @@ class _Walk:
         actions += [self.switch] * 3 + [self.new, self.reload, self.wait]
         action = self.random.choice(actions)
         self.done.append(f"{action.__name__} in {tab}: {self.open[tab]!r}")
+        self.check(tab)  # it may have to see what the other tab did
         action(tab)
+        self.check(tab)
+
+    def check(self, tab: int) -> None:
+        """Compare what a tab shows with the model."""
         name = self.open[tab]
         expected = self.leaves[name].path() if name else []
         try:
