@@ -30,6 +30,7 @@ from qwen3_mlx.cli.options import (
 from qwen3_mlx.cli.recording import start_recording, with_system
 from qwen3_mlx.cli.screen import Screen
 from qwen3_mlx.cli.user_files import data_file
+from qwen3_mlx.errors import Qwen3Error
 
 _HISTORY = "chat_history"
 
@@ -86,7 +87,7 @@ def chat(  # noqa: PLR0913 - one parameter a group of options
 def _history() -> Path | None:
     try:
         return data_file(_HISTORY)
-    except OSError as error:
+    except Qwen3Error as error:
         note(f"qwen3: lines are not kept for the next chat: {error}")
         return None
 

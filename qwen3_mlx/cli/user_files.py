@@ -5,6 +5,8 @@ from pathlib import Path
 
 from platformdirs import user_config_path, user_data_path
 
+from qwen3_mlx.errors import Qwen3Error
+
 _NAME = "qwen3-mlx"
 
 
@@ -14,9 +16,16 @@ def config_file() -> Path:
 
 
 def data_file(name: str) -> Path:
-    """Return the path of a file of the command's data; creates its folder, for the user alone."""
+    """Return the path of a file of the command's data; creates its folder, for the user alone.
+
+    Raises:
+        Qwen3Error: the folder cannot be created.
+    """
     folder = _folder(user_data_path(_NAME, appauthor=False))
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise Qwen3Error(f"the folder {folder} cannot be created: {error.strerror}") from error
     return folder / name
 
 

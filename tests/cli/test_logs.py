@@ -160,6 +160,16 @@ def test_a_log_that_cannot_be_used(
         assert (code, out) == (1, "") and str(file) in err and err.count("\n") == 1
 
 
+def test_a_folder_that_cannot_be_created(tiny_folder: Path, home: Path, capsys: Capture) -> None:
+    home.symlink_to(home.parent / "gone")
+    options = ["-m", str(tiny_folder), "-n", "2"]
+    code, out, err = call(["Hello", *options], capsys)
+    assert code == 0 and out
+    assert err.startswith(f"qwen3: the conversation is not recorded: the folder {home} cannot be ")
+    code, out, err = call(["logs"], capsys)
+    assert (code, out) == (1, "") and err.startswith(f"qwen3: the folder {home} cannot be created")
+
+
 @pytest.mark.parametrize(
     ("words", "code", "complaint"),
     [
