@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from qwen3_mlx.cache.quantized import CacheFormat, cache_format
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.local import mark_used
+from qwen3_mlx.checkpoint.local import demo_folder, mark_used
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, has_all_weights, untie_if_needed
 from qwen3_mlx.engine.memory import Plan
@@ -114,7 +113,7 @@ class Checkpoints:
         progress: Progress | None,
     ) -> "Checkpoints":
         """Resolve the arguments of `load`; only descriptions are fetched."""
-        name = str(files("qwen3_mlx") / "demo") if source is None else hub_name(source)
+        name = str(demo_folder()) if source is None else hub_name(source)
         place = Source(name, revision, progress)
         target, small = ResolvedCheckpoint.at(place, options, kv_bits, context), None
         if draft is not None and draft != DRAFT_NGRAM:

@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +13,7 @@ from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Measurement, cases_of
 from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import Source
+from qwen3_mlx.checkpoint.local import demo_folder
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import untie_if_needed
 from qwen3_mlx.cli.console import Bar
@@ -118,7 +118,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
 def _folder(model: str | None) -> Path:
     """Return the folder of a checkpoint, downloading it if it is not on disk."""
     if model is None:
-        return Path(str(files("qwen3_mlx") / "demo"))
+        return demo_folder()
     with Bar("downloading", in_bytes=True) as bar:
         return checkpoint_folder(Source(hub_name(model), progress=bar))
 

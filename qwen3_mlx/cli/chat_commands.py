@@ -13,6 +13,7 @@ from qwen3_mlx.cli.attachments import read_attachment
 from qwen3_mlx.cli.chat_session import ChatSession
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.error_wording import closest_command
+from qwen3_mlx.cli.recording import with_system
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.sizes import SIZES
@@ -105,7 +106,7 @@ def _help(session: ChatSession, _: str) -> None:
 
 
 def _new(session: ChatSession, _: str) -> None:
-    session.begin(_system(session))
+    session.begin([m for m in session.conversation.messages[:1] if m["role"] == "system"])
     note("A new conversation.")
 
 
@@ -116,14 +117,8 @@ def _model(session: ChatSession, text: str) -> None:
 
 
 def _set_system(session: ChatSession, text: str) -> None:
-    rest = session.conversation.messages[len(_system(session)) :]
-    prompt = [{"role": "system", "content": text}] if text else []
-    session.conversation.messages = [*prompt, *rest]
+    session.conversation.messages = with_system(session.conversation.messages, text)
     note("The system prompt is set." if text else "No system prompt.")
-
-
-def _system(session: ChatSession) -> list[dict[str, Any]]:
-    return [each for each in session.conversation.messages[:1] if each["role"] == "system"]
 
 
 def _set(session: ChatSession, text: str) -> None:

@@ -112,7 +112,7 @@ class ConversationLog:
 
     @classmethod
     def open(cls) -> Self:
-        """Open the log in the user's data folder."""
+        """Open the log in the user's data folder; raises also what `data_file` raises."""
         return cls(data_file(_FILE))
 
     def _prepare(self) -> None:
@@ -140,15 +140,16 @@ class ConversationLog:
         with self._database as database:
             yield database
 
-    def summaries(self, limit: int = -1) -> list[Summary]:
-        """Return the conversations, the last changed first."""
+    def summaries(self, limit: int = -1, conversation: int | None = None) -> list[Summary]:
+        """Return the conversations, or the one with this id, the last changed first."""
         rows = self._database.execute(
             """SELECT id, model, created, changed,
                 (SELECT count(*) FROM messages WHERE conversation = c.id),
                 (SELECT substr(text, 1, 200) FROM messages
                     WHERE conversation = c.id AND role = 'user' ORDER BY id LIMIT 1)
-            FROM conversations AS c ORDER BY changed DESC, id DESC LIMIT ?""",
-            (limit,),
+            FROM conversations AS c WHERE ?1 IS NULL OR id = ?1
+            ORDER BY changed DESC, id DESC LIMIT ?2""",
+            (conversation, limit),
         )
         return [_summary(*row) for row in rows]
 
@@ -158,7 +159,7 @@ class ConversationLog:
         Raises:
             Qwen3Error: there is none.
         """
-        if found := [each for each in self.summaries() if conversation in (None, each.id)]:
+        if found := self.summaries(1, conversation):
             return found[0]
         if conversation is None:
             raise Qwen3Error("no conversation has been recorded")

@@ -23,23 +23,32 @@ def copy(text: str) -> str:
 
     Without a program for that, or on another machine (SSH), the terminal copies (OSC 52).
     """
-    if "SSH_CONNECTION" not in os.environ:
-        for variable, command in _PROGRAMS:
-            if (not variable or os.environ.get(variable)) and shutil.which(command[0]):
-                done = subprocess.run(
-                    command,
-                    input=text.encode(),
-                    check=False,
-                    stdout=subprocess.DEVNULL,  # xclip stays, and would hold a pipe open
-                    stderr=subprocess.DEVNULL,
-                )
-                if done.returncode == 0:
-                    return command[0]
+    for command in _clipboard_programs():
+        done = subprocess.run(
+            command,
+            input=text.encode(),
+            check=False,
+            stdout=subprocess.DEVNULL,  # xclip stays, and would hold a pipe open
+            stderr=subprocess.DEVNULL,
+        )
+        if done.returncode == 0:
+            return command[0]
     if not sys.stdout.isatty():
         raise Qwen3Error("there is no clipboard without a terminal")
     sys.stdout.write(f"\x1b]52;c;{base64.b64encode(text.encode()).decode()}\a")
     sys.stdout.flush()
     return "the terminal"
+
+
+def _clipboard_programs() -> list[list[str]]:
+    """Return the commands that reach the clipboard of the user's machine; none by SSH."""
+    if "SSH_CONNECTION" in os.environ:
+        return []
+    return [
+        command
+        for variable, command in _PROGRAMS
+        if (not variable or os.environ.get(variable)) and shutil.which(command[0])
+    ]
 
 
 def edit(text: str) -> str:

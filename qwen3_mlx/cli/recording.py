@@ -72,10 +72,10 @@ def _opened(*, must: bool) -> ConversationLog | None:
 
 
 def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:
-    """Return the messages with a system prompt in place of their own, if one is given."""
+    """Return the messages with a system prompt in place of their first; without it, if empty."""
     if system is None:
         return messages
-    rest = [message for message in messages if message["role"] != "system"]
+    rest = messages[1:] if messages and messages[0]["role"] == "system" else messages
     return [{"role": "system", "content": system}, *rest] if system else rest
 
 

@@ -4,12 +4,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from importlib import import_module
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from qwen3_mlx.checkpoint.description import read_config
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
+from qwen3_mlx.checkpoint.local import demo_folder
 from qwen3_mlx.checkpoint.weights import has_all_weights, untie_if_needed
 from qwen3_mlx.cli.console import format_bytes, note, print_facts
 from qwen3_mlx.cli.model_facts import ModelFacts
@@ -30,8 +30,7 @@ def show(*, model: ModelArgument = None, revision: Revision = None, as_json: Jso
 
     Of a model that is not downloaded, only the files that describe it are fetched.
     """
-    demo = str(files("qwen3_mlx") / "demo")
-    place = Source(hub_name(model) if model else demo, revision)
+    place = Source(hub_name(model) if model else str(demo_folder()), revision)
     try:
         folder, config = read_config(place, [*DESCRIPTION_FILES, _CARD])
     except CheckpointError:

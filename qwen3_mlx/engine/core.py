@@ -164,17 +164,14 @@ class EngineCore:
         the next turn has anyway. One that ends otherwise is released once no step has it.
         """
         in_flight = self._in_flight.sequences if self._in_flight else ()
-        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
-            if sequence.ended:
-                _notify(sequence.request, sequence.report())
-                if sequence in self._committing or sequence not in in_flight:
-                    self._release(sequence)
-
-    def _release(self, sequence: SequenceState) -> None:
-        """Remove an ended sequence from the scheduler, and keep its prefix."""
-        if sequence in self.scheduler.running:
-            self.caches.release(sequence)
-        self.scheduler.remove(sequence)
+        sequences = (*self.scheduler.running, *self.scheduler.waiting)
+        for sequence in [sequence for sequence in sequences if sequence.ended]:
+            _notify(sequence.request, sequence.report())
+            if sequence in in_flight and sequence not in self._committing:
+                continue
+            if sequence in self.scheduler.running:  # those that wait have no caches
+                self.caches.release(sequence)
+            self.scheduler.remove(sequence)
 
     def _end_cancelled(self) -> None:
         """End the sequences whose request is cancelled or whose constraint has failed."""
@@ -197,13 +194,17 @@ class EngineCore:
         touched = {*self._committing, *self._builder.building, *in_flight}
         if not touched:  # it failed between steps: no sequence can be named as the cause
             touched = {*self.scheduler.running} or {*self.scheduler.waiting}
-        self._in_flight, self._builder.building, self._committing = None, (), ()
-        self.caches.abandon_batch()
+        self._abandon_steps()
         for sequence in touched:
             if not sequence.ended:
                 sequence.end(engine_error(error))
         self._report_ended()
         self.forget()
+
+    def _abandon_steps(self) -> None:
+        """Forget the steps in work: their caches can no longer be relied on."""
+        self._in_flight, self._builder.building, self._committing = None, (), ()
+        self.caches.abandon_batch()
 
     def fail_all(self, error: BaseException, arrived: Sequence[Request]) -> None:
         """End all requests that run, wait or have just `arrived`, and drop all caches.
@@ -213,8 +214,7 @@ class EngineCore:
         """
         sequences = (*self.scheduler.running, *self.scheduler.waiting)
         self.scheduler.clear()
-        self._in_flight, self._builder.building, self._committing = None, (), ()
-        self.caches.abandon_batch()
+        self._abandon_steps()
         for sequence in sequences:
             if not sequence.reported:
                 _notify(sequence.request, sequence.outcome or engine_error(error))

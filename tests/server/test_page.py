@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qwen3_mlx import LLM
-from tests.server.browsing import at, chromium, complete, pages, say, shows
+from tests.server.browsing import at, complete, pages, say, shows
 from tests.server.harness import TOOL
 from tests.server.serving import Served, serving
 
@@ -49,13 +49,6 @@ def served(demo: LLM) -> Iterator[Served]:
     """A server with the demo."""
     with serving(demo) as running:
         yield running
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium, without a window."""
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture

@@ -1,15 +1,12 @@
 """The page for everybody: roles, contrast, keyboard, a telephone. pytest -m browser."""
 
-from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
 import pytest
 
-from qwen3_mlx import LLM
-from tests.server.browsing import at, chromium, complete, pages, say, shows
-from tests.server.fake_chat import FakeChat, fake_chat
-from tests.server.serving import serving
+from tests.server.browsing import at, complete, pages, say, shows
+from tests.server.fake_chat import FakeChat
 
 pytestmark = pytest.mark.browser
 _ANSWER = r"""# Title
@@ -32,18 +29,10 @@ def f(x: int) -> str:  # why
 
 
 @pytest.fixture(scope="module")
-def server(demo: LLM) -> Iterator[FakeChat]:
-    """A server with a scripted reply."""
-    with serving(demo) as running, fake_chat(running) as fake:
-        fake.replies["show"], fake.thoughts["show"] = _ANSWER, "Let me see."
-        yield fake
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium, without a window."""
-    with chromium() as started:
-        yield started
+def server(server: FakeChat) -> FakeChat:
+    """The server, with a scripted reply."""
+    server.replies["show"], server.thoughts["show"] = _ANSWER, "Let me see."
+    return server
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -7,21 +7,12 @@ from typing import Any
 
 import pytest
 
-from qwen3_mlx import LLM
-from tests.server.browsing import at, chromium, complete, pages, say, send, shows, stored
-from tests.server.fake_chat import FakeChat, fake_chat
-from tests.server.serving import serving
+from tests.server.browsing import at, complete, pages, say, send, shows, stored
+from tests.server.fake_chat import FakeChat
 
 pytestmark = pytest.mark.browser
 _TITLE = "Write a title for this conversation, of at most six words. Answer with the title alone."
 _LONG = "".join(f"{number} " for number in range(2000))
-
-
-@pytest.fixture(scope="module")
-def server(demo: LLM) -> Iterator[FakeChat]:
-    """A server with scripted replies."""
-    with serving(demo) as running, fake_chat(running) as fake:
-        yield fake
 
 
 @pytest.fixture
@@ -31,13 +22,6 @@ def chat(server: FakeChat) -> FakeChat:
     server.delay, server.hold = 0.005, 0.0
     server.requests.clear()
     return server
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium, without a window."""
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture

@@ -6,10 +6,8 @@ from typing import Any
 
 import pytest
 
-from qwen3_mlx import LLM
-from tests.server.browsing import at, chromium, pages, say
-from tests.server.fake_chat import FakeChat, fake_chat
-from tests.server.serving import serving
+from tests.server.browsing import at, pages, say
+from tests.server.fake_chat import FakeChat
 
 pytestmark = pytest.mark.browser
 _FORMULAS = r"""The quadratic formula: \( x = \frac{-b \pm \sqrt{b^2 - 4ac}}{2a} \).
@@ -29,20 +27,6 @@ _TABLE = """| Name | Value | Note |
 | Nameless | 12345678 | centred and so long that it does not fit in a narrow window at all |
 """
 _RESPONSIVE = 1.5  # seconds that a click may take while a text is rendered, on a busy machine
-
-
-@pytest.fixture(scope="module")
-def server(demo: LLM) -> Iterator[FakeChat]:
-    """A server with scripted replies."""
-    with serving(demo) as running, fake_chat(running) as fake:
-        yield fake
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium, without a window."""
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture

@@ -5,33 +5,22 @@ walk the stored conversations must be those of the model.
 """
 
 import random
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from qwen3_mlx import LLM
-from tests.server.browsing import at, chromium, pages, send, shows, stored, words
-from tests.server.fake_chat import FakeChat, fake_chat
-from tests.server.serving import serving
+from tests.server.browsing import at, pages, send, shows, stored, words
+from tests.server.fake_chat import FakeChat
 
 pytestmark = pytest.mark.browser
 _STEPS = 500
 
 
 @pytest.fixture(scope="module")
-def server(demo: LLM) -> Iterator[FakeChat]:
-    """A server with slow replies."""
-    with serving(demo) as running, fake_chat(running) as fake:
-        fake.delay = 0.01
-        yield fake
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Chromium, without a window."""
-    with chromium() as started:
-        yield started
+def server(server: FakeChat) -> FakeChat:
+    """The server, with slow replies."""
+    server.delay = 0.01
+    return server
 
 
 class _Said:
