@@ -24,6 +24,7 @@ let shown = null; // id of the conversation that is shown
 let served = null;
 let unkept = ""; // why the browser does not keep the conversations
 let frame = 0;
+let isListed = false; // whether the list shows the conversations as they are
 const views = new Map(); // of the messages that are shown, by their ids
 const entries = new Map(); // of the list, by the ids of the conversations
 const troubles = new Map(); // errors, by the ids of the conversations
@@ -39,6 +40,7 @@ function blank() {
 
 function open(id) {
   shown = id;
+  isListed = false;
   views.clear();
   $("messages").replaceChildren();
   closeDrawer();
@@ -50,6 +52,12 @@ function open(id) {
 
 /** Show what has changed, with the next frame. */
 function changed() {
+  isListed = false;
+  grown();
+}
+
+/** Show what has come of a reply, with the next frame: the list stays as it is. */
+function grown() {
   frame ||= requestAnimationFrame(show);
 }
 
@@ -58,7 +66,7 @@ function show() {
   frame = 0;
   if (!current()) shown = newest()[0]?.id ?? blank(); // it was deleted
   const follow = atBottom();
-  showList();
+  if (!isListed) showList();
   showMessages();
   showState();
   if (follow) toBottom();
@@ -67,6 +75,7 @@ function show() {
 const newest = () => [...conversations.values()].sort((one, other) => other.updated - one.updated);
 
 function showList() {
+  isListed = true;
   const words = $("search").value.trim();
   reconcile($("conversations"), newest().filter((one) => !words || contains(one, words)).map(entry));
 }
@@ -85,10 +94,7 @@ function entry({ id, name }) {
 }
 
 function newEntry(id) {
-  const rename = () => {
-    const given = window.prompt("Name of the conversation:", conversations.get(id).name)?.trim();
-    if (given) update(id, (record) => (record.name = given));
-  };
+  const askName = () => rename(id, window.prompt("Name of the conversation:", conversations.get(id).name));
   const drop = () => {
     if (!window.confirm(`Delete “${conversations.get(id).name}”?`)) return;
     turnOf(id)?.stop();
@@ -98,9 +104,14 @@ function newEntry(id) {
     "li",
     {},
     button("", () => open(id), { className: "name", "data-testid": "conversation" }),
-    button("✎", rename, { className: "more", title: "Rename" }),
+    button("✎", askName, { className: "more", title: "Rename" }),
     button("✕", drop, { className: "more", title: "Delete" }),
   );
+}
+
+function rename(id, given) {
+  const name = given?.trim();
+  if (name) update(id, (record) => (record.name = name));
 }
 
 async function importFiles(files) {
@@ -116,14 +127,13 @@ async function importFiles(files) {
 }
 
 async function suggestTitle() {
-  const { id, name } = current();
+  const { id } = current();
   const thinking = { hybrid: { enable_thinking: false }, always: { thinking_budget: 0 } }[served.thinking];
   $("suggest").disabled = true;
   try {
     const messages = [...prompt(current()), { role: "user", content: TITLE }];
     const given = await ask({ model: served.id, messages, max_tokens: 64, ...thinking });
-    const title = given.trim().split("\n")[0].replace(/^["“*#\s]+|["”*.\s]+$/g, "").slice(0, 80);
-    update(id, (record) => (record.name = title || name));
+    rename(id, given.trim().split("\n")[0].replace(/^["“*#\s]+|["”*.\s]+$/g, "").slice(0, 80));
   } catch (error) {
     complain(error.message);
   }
@@ -229,9 +239,9 @@ function start(id, options) {
   troubles.delete(conversation.id);
   complain(unkept);
   if (conversation.leaf !== id) update(conversation.id, (record) => (record.leaf = id));
-  const turn = new Turn(current(), id, options, changed);
+  const turn = new Turn(current(), id, options, grown);
   $("state").textContent = "The reply is coming.";
-  const timer = setInterval(changed, 250); // updates the seconds of thinking between chunks
+  const timer = setInterval(grown, 250); // updates the seconds of thinking between chunks
   turn.ended.then(() => {
     clearInterval(timer);
     if (turn.error) troubles.set(turn.id, turn.error);
@@ -398,7 +408,7 @@ function wire() {
   $("import").addEventListener("click", () => $("import-file").click());
   $("import-file").addEventListener("change", () => importFiles($("import-file").files).then(() => ($("import-file").value = "")));
   $("suggest").addEventListener("click", suggestTitle);
-  $("title").addEventListener("change", () => $("title").value.trim() && update(shown, ((name) => (record) => (record.name = name))($("title").value.trim())));
+  $("title").addEventListener("change", () => rename(shown, $("title").value));
   $("theme").addEventListener("click", nextTheme);
   $("open-settings").addEventListener("click", toggleSettings);
   $("menu").addEventListener("click", () => {
