@@ -13,8 +13,9 @@ from typing import Self, TypeVar, Unpack
 import mlx.core as mx
 
 from qwen3_mlx import backend
-from qwen3_mlx.api.generation import PreparedRequest, ReplyGenerator
 from qwen3_mlx.api.options import GenerationOptions, Options, with_keywords
+from qwen3_mlx.api.prepared_request import PreparedRequest
+from qwen3_mlx.api.reply_generator import ReplyGenerator
 from qwen3_mlx.api.stream import ReplyBuilder, StartedReply, Stream, StreamItem
 from qwen3_mlx.api.text_processor import TextProcessor
 from qwen3_mlx.arguments import token_ids

@@ -16,11 +16,9 @@ import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx import backend
 from qwen3_mlx.cli.attachments import read_attachment
 from qwen3_mlx.cli.console import Bar, note, stderr_text
-from qwen3_mlx.cli.conversation_log import Recorder
 from qwen3_mlx.cli.error_wording import UsageError
 from qwen3_mlx.cli.options import (
     HideThinking,
-    LogOptions,
     Model,
     ModelOptions,
     QuestionOptions,
@@ -30,7 +28,8 @@ from qwen3_mlx.cli.options import (
     load_model,
     with_options,
 )
-from qwen3_mlx.cli.recording import start_recording, with_system
+from qwen3_mlx.cli.recorder import Recorder
+from qwen3_mlx.cli.recording import LogOptions, start_recording, with_system
 from qwen3_mlx.cli.screen import AnswerWriter
 from qwen3_mlx.cli.short_schema import schema_from
 from qwen3_mlx.cli.tool_file import load_functions

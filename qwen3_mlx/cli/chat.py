@@ -16,7 +16,6 @@ from qwen3_mlx.cli.error_wording import UsageError
 from qwen3_mlx.cli.line_editor import LineEditor, is_terminal
 from qwen3_mlx.cli.options import (
     HideThinking,
-    LogOptions,
     Model,
     ModelOptions,
     Quiet,
@@ -27,7 +26,7 @@ from qwen3_mlx.cli.options import (
     option,
     with_options,
 )
-from qwen3_mlx.cli.recording import start_recording, with_system
+from qwen3_mlx.cli.recording import LogOptions, start_recording, with_system
 from qwen3_mlx.cli.screen import Screen
 from qwen3_mlx.cli.user_files import data_file
 from qwen3_mlx.errors import Qwen3Error

@@ -9,8 +9,8 @@ from typing import Any, Self
 
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.conversation_log import Recorder
 from qwen3_mlx.cli.line_editor import LineEditor
+from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.screen import Screen
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.interrupt import interruptible

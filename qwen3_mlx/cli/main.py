@@ -20,9 +20,9 @@ from qwen3_mlx.cli.error_wording import UsageError, closest_command, usage, with
 from qwen3_mlx.cli.evaluate import app as evaluate
 from qwen3_mlx.cli.logs import app as logs
 from qwen3_mlx.cli.models import list_models, pull, rm
-from qwen3_mlx.cli.options import ContinuingCommand
 from qwen3_mlx.cli.plan import plan
 from qwen3_mlx.cli.ps import ps
+from qwen3_mlx.cli.recording import ContinuingCommand
 from qwen3_mlx.cli.serve import serve
 from qwen3_mlx.cli.show import show
 from qwen3_mlx.cli.show_config import config

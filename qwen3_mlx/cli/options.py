@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 import typer
-from typer.core import TyperCommand
 
 import qwen3_mlx  # resolves its names on first use: `--help` loads no tokenizer and no model
 from qwen3_mlx import interrupt
@@ -24,13 +23,10 @@ from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.sizes import SIZES
 
-_MODEL, _GENERATION, _THINKING = "Model", "Generation", "Thinking"
+_MODEL, GENERATION, _THINKING = "Model", "Generation", "Thinking"
 _SAMPLING, _DISPLAY = "Sampling", "Display"
 MODEL_VARIABLE = "QWEN3_MODEL"
 _YARN_NOTE = "YaRN is on for this context window; quality on short texts may be slightly lower."
-
-LAST = "last"
-"""What `--continue` holds if no number follows it."""
 
 T = TypeVar("T")
 
@@ -165,7 +161,7 @@ class ReplyOptions:
     preset: Annotated[
         str | None,
         option(
-            panel=_GENERATION,
+            panel=GENERATION,
             text="Preset of options, from the settings (see qwen3 config).",
             is_eager=True,
             callback=_apply_preset,
@@ -173,25 +169,25 @@ class ReplyOptions:
         ),
     ] = None
     system: Annotated[
-        str | None, option("--system", "-s", panel=_GENERATION, text="System prompt.")
+        str | None, option("--system", "-s", panel=GENERATION, text="System prompt.")
     ] = None
     max_tokens: Annotated[
         int | None,
         option(
             "--max-tokens",
             "-n",
-            panel=_GENERATION,
+            panel=GENERATION,
             text="Maximum tokens to generate, thinking included.",
         ),
     ] = None
     stop: Annotated[
         list[str] | None,
-        option(panel=_GENERATION, text="Stop string: end the answer before it; may be repeated."),
+        option(panel=GENERATION, text="Stop string: end the answer before it; may be repeated."),
     ] = None
     tools: Annotated[
         Path | None,
         option(
-            panel=_GENERATION,
+            panel=GENERATION,
             metavar="FILE.py",
             text="Let the model call the functions in this file.",
         ),
@@ -207,14 +203,14 @@ class QuestionOptions:
         option(
             "--file",
             "-f",
-            panel=_GENERATION,
+            panel=GENERATION,
             text="Put this file before the prompt: text, code or PDF; may be repeated.",
         ),
     ] = None
     schema: Annotated[
         str | None,
         option(
-            panel=_GENERATION,
+            panel=GENERATION,
             metavar="FILE|FIELDS",
             text="Answer in JSON that fits this schema: a JSON file, or fields: 'name, age int'.",
         ),
@@ -300,39 +296,6 @@ class SamplingOptions:
         except ValueError:
             stated = " ".join(self.logit_bias or ())
             raise ValueError(f"--logit-bias takes ID=BIAS, such as 42=-5, not {stated}") from None
-
-
-@dataclass(frozen=True, slots=True)
-class LogOptions:
-    """Recording of a conversation, and the one that goes on."""
-
-    continued: Annotated[
-        str | None,
-        option(
-            "--continue",
-            "-c",
-            panel=_GENERATION,
-            metavar="[ID]",
-            text="Continue the last conversation, or that with this number (qwen3 logs).",
-        ),
-    ] = None
-    log: Annotated[
-        bool | None,
-        option("--log/--no-log", panel=_GENERATION, text="Record the conversation, or do not."),
-    ] = None
-
-
-class ContinuingCommand(TyperCommand):
-    """Command with `LogOptions`: `-c` takes a number that follows it, and nothing else."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        options = args[: args.index("--")] if "--" in args else args
-        following = [*options[1:], ""]
-        named = [
-            f"--continue={LAST}" if word in ("-c", "--continue") and not after.isdecimal() else word
-            for word, after in zip(options, following, strict=False)
-        ]
-        return super().parse_args(ctx, [*named, *args[len(options) :]])
 
 
 def user_config() -> Config:

@@ -2,13 +2,15 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.conversation_log import DEMO, ConversationLog, Recorder
-from qwen3_mlx.cli.options import LAST, LogOptions, user_config
+from qwen3_mlx.cli.conversation_log import DEMO, ConversationLog
+from qwen3_mlx.cli.options import GENERATION, option, user_config
+from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.user_files import config_file
 from qwen3_mlx.errors import Qwen3Error
 
@@ -16,6 +18,41 @@ _NOTICE = (
     "Conversations are recorded in {}: qwen3 logs lists them; --no-log, or log = false in {}, "
     "switches that off."
 )
+LAST = "last"
+"""What `--continue` holds if no number follows it."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogOptions:
+    """Recording of a conversation, and the one that goes on."""
+
+    continued: Annotated[
+        str | None,
+        option(
+            "--continue",
+            "-c",
+            panel=GENERATION,
+            metavar="[ID]",
+            text="Continue the last conversation, or that with this number (qwen3 logs).",
+        ),
+    ] = None
+    log: Annotated[
+        bool | None,
+        option("--log/--no-log", panel=GENERATION, text="Record the conversation, or do not."),
+    ] = None
+
+
+class ContinuingCommand(TyperCommand):
+    """Command with `LogOptions`: `-c` takes a number that follows it, and nothing else."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = args[: args.index("--")] if "--" in args else args
+        following = [*options[1:], ""]
+        named = [
+            f"--continue={LAST}" if word in ("-c", "--continue") and not after.isdecimal() else word
+            for word, after in zip(options, following, strict=False)
+        ]
+        return super().parse_args(ctx, [*named, *args[len(options) :]])
 
 
 @dataclass(frozen=True, slots=True)

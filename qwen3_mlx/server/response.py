@@ -10,8 +10,8 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from qwen3_mlx.api.generation import PreparedRequest
 from qwen3_mlx.api.llm import LLM
+from qwen3_mlx.api.prepared_request import PreparedRequest
 from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.access_log import reason_of

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from fastapi import Request
 
-from qwen3_mlx.api.generation import PreparedRequest
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.options import Options
+from qwen3_mlx.api.prepared_request import PreparedRequest
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.admission import Admission, Slot
 from qwen3_mlx.server.errors import ApiError

@@ -15,8 +15,9 @@ from qwen3_mlx import LLM
 from qwen3_mlx.cli.attachments import read_attachment
 from qwen3_mlx.cli.chat_commands import run
 from qwen3_mlx.cli.chat_session import ChatSession
-from qwen3_mlx.cli.conversation_log import ConversationLog, Recorder
+from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.desktop import copy, edit
+from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.screen import Screen
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error

@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from qwen3_mlx import load
 from qwen3_mlx.cli import conversation_log
-from qwen3_mlx.cli.conversation_log import ConversationLog, Recorder
+from qwen3_mlx.cli.conversation_log import ConversationLog
+from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Reasoning, Text
 from tests.cli.harness import QWEN3, call

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from qwen3_mlx import LLM, SamplingParams, load
-from qwen3_mlx.api.generation import PreparedRequest
+from qwen3_mlx.api.prepared_request import PreparedRequest
 from qwen3_mlx.engine import step_builder
 from qwen3_mlx.server import response as replies
 from qwen3_mlx.server.app import make_app

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from qwen3_mlx import LLM
-from qwen3_mlx.api.generation import PreparedRequest
+from qwen3_mlx.api.prepared_request import PreparedRequest
 from qwen3_mlx.engine.request import Request, RequestResult, SampledLogprob
 from qwen3_mlx.server.wire import WireModel
 from tests.server.fields import REQUESTS, Case, RequestFields
