@@ -11,13 +11,15 @@ from typing import Any
 from qwen3_mlx.cli import desktop
 from qwen3_mlx.cli.attachments import read_attachment
 from qwen3_mlx.cli.chat_session import ChatSession
-from qwen3_mlx.cli.console import note
+from qwen3_mlx.cli.console import note, visible
+from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.error_wording import closest_command
 from qwen3_mlx.cli.recording import with_system
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.sizes import SIZES
 
+_HITS = 20  # messages that /search shows at most
 _FILES = Path()  # among completions: any file
 _SWITCHES = {"on": True, "off": False}
 _SETTINGS = {  # names of /set, and those of the library
@@ -249,9 +251,26 @@ def _save(session: ChatSession, text: str) -> None:
 
 
 def _load(session: ChatSession, text: str) -> None:
-    session.begin(session.llm.conversation(file=_file(text, "/load")).messages)
-    session.record()
+    file = _file(text, "/load")
+    if text.isdecimal() and not file.exists():
+        with ConversationLog.open() as log:
+            number = log.find(int(text)).id
+            session.begin(log.messages(number), number)
+    else:
+        session.begin(session.llm.conversation(file=file).messages)
+        session.record()
     note(f"{len(session.conversation.messages)} messages.")
+
+
+def _search(session: ChatSession, text: str) -> None:
+    if not text:
+        raise ValueError("/search takes words of a recorded message")
+    with ConversationLog.open() as log:
+        hits = log.search(text, _HITS)
+    lines = [f"{hit.conversation:>5}  {hit.role:<10}{visible(hit.excerpt)}" for hit in hits]
+    note("\n".join(lines) if lines else "No message has these words.")
+    if lines:
+        note("/load and a number goes on with that conversation.")
 
 
 def _stats(session: ChatSession, _: str) -> None:
@@ -295,7 +314,8 @@ COMMANDS = {
     "/branch": Command("N", "go on in a copy of the conversation; with N, in branch N", _branch),
     "/copy": Command("", "copy the last answer to the clipboard", _copy),
     "/save": Command("FILE", "save the conversation", _save, _FILES),
-    "/load": Command("FILE", "load a saved conversation", _load, _FILES),
+    "/load": Command("FILE|ID", "go on with a saved or a recorded conversation", _load, _FILES),
+    "/search": Command("WORDS", "find recorded conversations by their words", _search),
     "/stats": Command("", "tokens and speed so far", _stats),
     "/help": Command("", "list the commands", _help),
 }

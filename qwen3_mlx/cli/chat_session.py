@@ -187,9 +187,9 @@ class ChatSession:
         """Record the messages as they are now."""
         self._recorder.record(self.conversation.messages)
 
-    def begin(self, messages: list[Message]) -> None:
-        """Begin another conversation, with these messages, in place of the current one."""
-        recorder = self._recorder.another()
+    def begin(self, messages: list[Message], recorded: int | None = None) -> None:
+        """Begin another conversation in place of the current one; `recorded` is its number."""
+        recorder = self._recorder.another(recorded)
         self._recorder.close()
         self._branches[self._current].recorder = recorder
         self.conversation.messages = messages

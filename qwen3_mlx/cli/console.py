@@ -3,10 +3,12 @@
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Self
 
+import typer
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -21,7 +23,12 @@ from rich.progress import (
 from rich.table import Table
 
 _DIM, _PLAIN = "\x1b[2m", "\x1b[0m"
+_GAP = "  "  # between the columns of a table
+_LAST_WIDTH = 20  # columns of the terminal that the last one of a table has at least
 _BAR_DELAY_SECONDS = 0.7  # shorter work shows no bar
+
+_CONTROL = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
+_CONTROL |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
 
 
 def note(text: str) -> None:
@@ -37,6 +44,11 @@ def stderr_text(text: str) -> None:
     sys.stderr.flush()
 
 
+def visible(text: str) -> str:
+    """Return a text whose control characters, which could steer the terminal, are visible."""
+    return text.translate(_CONTROL)
+
+
 def format_bytes(count: int) -> str:
     """Return a number of bytes in MB or GB, as text."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
@@ -50,12 +62,33 @@ def print_facts(facts: Mapping[str, str]) -> None:
     Console().print(table)
 
 
-def print_table(rows: Sequence[Sequence[str]]) -> None:
-    """Print rows of cells as columns on stdout, without wrapping, so that scripts can read them."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-        print("  ".join(cells).rstrip())
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows of cells below their heads as columns on stdout, one line each.
+
+    On a terminal the last column is cut to the room that the others leave.
+    """
+    is_terminal = sys.stdout.isatty()
+    table = [[visible(cell) for cell in row] if is_terminal else row for row in (heads, *rows)]
+    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
+    if is_terminal:
+        room = Console().width - sum(widths[:-1]) - len(_GAP) * (len(widths) - 1)
+        widths[-1] = min(widths[-1], max(room, _LAST_WIDTH))
+    for row in table:
+        cells = (set_cell_size(cell, width) for cell, width in zip(row, widths, strict=True))
+        print(_GAP.join(cells).rstrip())
+
+
+def confirm(question: str) -> None:
+    """Ask a question on the terminal; end the command, with exit code 1, unless the answer is yes.
+
+    Raises:
+        ValueError: there is no terminal to ask at.
+    """
+    if not sys.stdin.isatty():
+        raise ValueError("there is no terminal to ask at; --yes does it without a question")
+    stderr_text(f"{question} [y/N] ")
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise typer.Exit(1)
 
 
 class Bar:

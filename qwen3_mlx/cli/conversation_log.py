@@ -217,8 +217,11 @@ class ConversationLog:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, *__: object) -> None:
+        """Close the file; an error of SQLite becomes a sentence."""
         self.close()
+        if isinstance(error, sqlite3.Error):
+            raise Qwen3Error(f"the log of conversations, {self.path}: {error}") from error
 
 
 def _summary(*columns: Any) -> Summary:

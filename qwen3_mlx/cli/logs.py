@@ -1,25 +1,19 @@
 """`qwen3 logs`: the recorded conversations: lists, searches, shows, exports and deletes them."""
 
 import json
-import sqlite3
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from typer.core import TyperGroup
 
-from qwen3_mlx.cli.console import note
+from qwen3_mlx.cli.console import confirm, note, print_table
 from qwen3_mlx.cli.conversation_log import ConversationLog, Summary
 from qwen3_mlx.cli.options import Json, option
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.cli.screen import AnswerWriter
 from qwen3_mlx.files import atomic_write
 
 Number = Annotated[
@@ -58,14 +52,14 @@ def logs(context: typer.Context, limit: Limit = 20, as_json: Json = False) -> No
     """
     if context.invoked_subcommand is not None:
         return
-    with _log() as log:
+    with ConversationLog.open() as log:
         found = log.summaries(limit or -1)
     if as_json:
         for summary in found:
             print(json.dumps(asdict(summary), ensure_ascii=False))
     elif found:
         rows = [(str(each.id), _time(each), Path(each.model).name, each.title) for each in found]
-        _print_table(("ID", "last change", "model", "begins with"), rows)
+        print_table(("ID", "last change", "model", "begins with"), rows)
     else:
         note("No conversation has been recorded.")
 
@@ -82,14 +76,14 @@ def search(
     """
     if not text.strip():
         raise typer.BadParameter("give a word to search for")
-    with _log() as log:
+    with ConversationLog.open() as log:
         found = log.search(text, limit or -1)
     if as_json:
         for hit in found:
             print(json.dumps(asdict(hit), ensure_ascii=False))
     elif found:
         rows = [(str(hit.conversation), hit.role, hit.excerpt) for hit in found]
-        _print_table(("ID", "by", "text"), rows)
+        print_table(("ID", "by", "text"), rows)
     else:
         note("No message has these words.")
 
@@ -97,8 +91,11 @@ def search(
 @app.command("show")
 def show(number: Number = None) -> None:
     """Print a conversation as Markdown, without the thinking."""
-    with _log() as log:
-        sys.stdout.write(_markdown(log.exported(log.find(number)), thinking=False))
+    with ConversationLog.open() as log:
+        shown = _markdown(log.exported(log.find(number)), thinking=False)
+    writer = AnswerWriter()
+    writer.write(shown.removesuffix("\n"))
+    writer.close()
 
 
 @app.command("export")
@@ -114,7 +111,7 @@ def export(
     ] = None,
 ) -> None:
     """Write conversations as Markdown or JSON, with the thinking; the last one if none is named."""
-    with _log() as log:
+    with ConversationLog.open() as log:
         named = [log.find(each) for each in numbers or ()]
         chosen = log.summaries() if everything else named or [log.find()]
         written = [log.exported(summary) for summary in chosen]
@@ -138,27 +135,14 @@ def delete(
     """Delete conversations; nothing of their texts stays in the file."""
     if bool(numbers) == everything:
         raise typer.BadParameter("name the conversations to delete, or state --all")
-    with _log() as log:
+    with ConversationLog.open() as log:
         chosen = log.summaries() if everything else [log.find(each) for each in numbers or ()]
         if not yes:
-            if not sys.stdin.isatty():
-                raise typer.BadParameter("state --yes to delete without being asked")
             for summary in chosen:
                 note(f"{summary.id}  {summary.title[:60]}")
-            if not typer.confirm(f"Delete {_count(chosen)}?", err=True):
-                return
+            confirm(f"Delete {_count(chosen)}?")
         log.delete([summary.id for summary in chosen])
     note(f"Deleted {_count(chosen)}.")
-
-
-@contextmanager
-def _log() -> Iterator[ConversationLog]:
-    """Open the log for the block, in which an error of SQLite becomes a sentence."""
-    with ConversationLog.open() as log:
-        try:
-            yield log
-        except sqlite3.Error as error:
-            raise Qwen3Error(f"the log of conversations, {log.path}: {error}") from error
 
 
 def _count(chosen: list[Summary]) -> str:
@@ -167,20 +151,6 @@ def _count(chosen: list[Summary]) -> str:
 
 def _time(summary: Summary) -> str:
     return f"{datetime.fromisoformat(summary.changed).astimezone():%Y-%m-%d %H:%M}"
-
-
-def _print_table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
-    """Print rows, on a terminal each cut to its width."""
-    if not sys.stdout.isatty():
-        for row in rows:
-            print("\t".join(row))
-        return
-    table = Table(box=None, pad_edge=False, expand=True)
-    for head in heads:  # the last column takes the room that the others leave
-        table.add_column(head, no_wrap=True, ratio=1 if head == heads[-1] else None)
-    for row in rows:
-        table.add_row(*map(escape, row))
-    Console().print(table)
 
 
 def _markdown(conversation: dict[str, Any], *, thinking: bool) -> str:

@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_mlx.checkpoint.local import local_models
 from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
 from qwen3_mlx.cli.plan_estimate import Machine, MemoryEstimate
 from qwen3_mlx.engine.memory import Module, Plan, modules, weight_bytes
-from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import AFFINE, Format, FormatOf
-from qwen3_mlx.model.sizes import SIZES
 
 _STORED = "as it is"
 _FLOATS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -107,13 +104,3 @@ def format_label(fmt: Format | None, floats: str) -> str:
     if fmt is None:
         return floats
     return f"{fmt.bits} bits" if fmt.mode == AFFINE else fmt.mode
-
-
-def complete_model(incomplete: str) -> list[str]:
-    """Return the sizes and the models on this machine whose names begin with `incomplete`."""
-    try:
-        models = local_models()[0]
-    except Qwen3Error:  # completion has no place for messages
-        models = []
-    names = [*SIZES, *(model.name for model in models)]
-    return [name for name in names if name.lower().startswith(incomplete.lower())]

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +12,16 @@ from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.download import damaged_files
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.local import HUB, LM_STUDIO, LocalModel, Removal, local_models
-from qwen3_mlx.cli.console import Bar, format_bytes, note, print_table, stderr_text
-from qwen3_mlx.cli.model_facts import ModelFacts, complete_model
-from qwen3_mlx.cli.options import Json, Quiet, option
+from qwen3_mlx.cli.console import Bar, confirm, format_bytes, note, print_table
+from qwen3_mlx.cli.model_facts import ModelFacts
+from qwen3_mlx.cli.options import (
+    Json,
+    Quiet,
+    alias_meant,
+    complete_model,
+    option,
+    user_config,
+)
 from qwen3_mlx.cli.plan_estimate import Machine
 from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
@@ -40,7 +46,7 @@ def list_models(*, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(rows, indent=1))
     elif rows:
-        print_table([_HEADER, *map(_cells, rows)])
+        print_table(_HEADER, map(_cells, rows))
     else:
         note("No model is here yet: qwen3 plan recommends one, qwen3 pull 8B downloads it.")
     for complaint in complaints:
@@ -97,7 +103,10 @@ def pull(
     model: Annotated[
         str,
         typer.Argument(
-            metavar="MODEL", help="Size or hub name to download.", autocompletion=complete_model
+            metavar="MODEL",
+            help="Size or hub name to download.",
+            callback=alias_meant,
+            autocompletion=complete_model,
         ),
     ],
     revision: Revision = None,
@@ -177,17 +186,15 @@ def rm(
 
     Folders elsewhere, those of LM Studio among them, are never touched.
     """
-    removals = [_removal(model, revision) for model in dict.fromkeys(models)]
+    aliases = user_config().aliases
+    names = dict.fromkeys(aliases.get(model, model) for model in models)
+    removals = [_removal(name, revision) for name in names]
     for removal in removals:
         what = "all of it" if removal.whole else f"revision {removal.revisions[0][:12]}"
         note(f"{removal.name}: {what}, {format_bytes(removal.nbytes)}")
     freed = format_bytes(sum(removal.nbytes for removal in removals))
     if not yes:
-        if not sys.stdin.isatty():
-            raise ValueError("there is no terminal to ask at; --yes removes without a question")
-        stderr_text(f"Remove and free {freed}? [y/N] ")
-        if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-            raise typer.Exit(1)
+        confirm(f"Remove and free {freed}?")
     # The library warns that an interrupted removal may leave a damaged cache: Ctrl-C waits.
     with interruptible(lambda: None, patient=True):
         for removal in removals:

@@ -4,8 +4,8 @@ A subcommand takes a group of options as one parameter, a dataclass; `with_optio
 fields of that class in its place.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -16,6 +16,7 @@ import typer
 
 import qwen3_mlx  # resolves its names on first use: `--help` loads no tokenizer and no model
 from qwen3_mlx import interrupt
+from qwen3_mlx.checkpoint.local import local_models
 from qwen3_mlx.cli.config import Config, read_config
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.user_files import config_file
@@ -50,18 +51,27 @@ def alias_meant(context: typer.Context, name: str | None) -> str | None:
     return user_config().aliases.get(name, name)
 
 
-def _complete(kind: str) -> Callable[[str], list[str]]:
-    """Return the function that completes the names of models or presets for a shell."""
+def complete_model(incomplete: str) -> list[str]:
+    """Return the aliases, the sizes and the models on this machine that begin with a text."""
+    here: list[str] = []
+    with suppress(Qwen3Error):  # completion has no place for messages
+        here = [model.name for model in local_models()[0]]
+    return _beginning_with(incomplete, [*_settings_that_are_right().aliases, *SIZES, *here])
 
-    def names(incomplete: str) -> list[str]:
-        try:
-            config = user_config()
-        except Qwen3Error:
-            config = Config()
-        known = [*config.presets] if kind == "preset" else [*config.aliases, *SIZES]
-        return [name for name in known if name.lower().startswith(incomplete.lower())]
 
-    return names
+def _complete_preset(incomplete: str) -> list[str]:
+    return _beginning_with(incomplete, _settings_that_are_right().presets)
+
+
+def _beginning_with(incomplete: str, names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.lower().startswith(incomplete.lower())]
+
+
+def _settings_that_are_right() -> Config:
+    try:
+        return user_config()
+    except Qwen3Error:
+        return Config()
 
 
 def _apply_preset(context: typer.Context, name: str | None) -> str | None:
@@ -80,7 +90,7 @@ Model = Annotated[
         text=f"Folder, hub name or size: {', '.join(SIZES)}.",
         envvar=MODEL_VARIABLE,
         callback=_model_meant,
-        autocompletion=_complete("model"),
+        autocompletion=complete_model,
     ),
 ]
 ModelArgument = Annotated[
@@ -91,7 +101,7 @@ ModelArgument = Annotated[
         envvar=MODEL_VARIABLE,
         show_default=False,
         callback=_model_meant,
-        autocompletion=_complete("model"),
+        autocompletion=complete_model,
     ),
 ]
 HideThinking = Annotated[bool, option("--hide-thinking", panel=_DISPLAY, text="Hide the thinking.")]
@@ -165,7 +175,7 @@ class ReplyOptions:
             text="Preset of options, from the settings (see qwen3 config).",
             is_eager=True,
             callback=_apply_preset,
-            autocompletion=_complete("preset"),
+            autocompletion=_complete_preset,
         ),
     ] = None
     system: Annotated[

@@ -17,8 +17,7 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
 from qwen3_mlx.checkpoint.weights import has_all_weights, untie_if_needed
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.model_facts import complete_model
-from qwen3_mlx.cli.options import Plot, option
+from qwen3_mlx.cli.options import Plot, alias_meant, complete_model, option
 from qwen3_mlx.cli.plan_estimate import Machine, MemoryEstimate
 from qwen3_mlx.cli.plan_plots import PlanPlot, draw
 from qwen3_mlx.cli.plan_sizes import recommend, sizes_as_json, table_of_sizes
@@ -53,6 +52,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
         typer.Argument(
             metavar="MODEL",
             help=f"Size ({', '.join(SIZES)}), folder or hub name; without it, one is recommended.",
+            callback=alias_meant,
             autocompletion=complete_model,
             show_default=False,
         ),

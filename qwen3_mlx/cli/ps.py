@@ -22,7 +22,7 @@ def ps(*, as_json: Json = False) -> None:
         rows = [{**asdict(entry), "url": entry.url, "health": state} for entry, state in found]
         print(json.dumps(rows, indent=1))
     elif found:
-        print_table([_HEADER, *(_cells(entry, state) for entry, state in found)])
+        print_table(_HEADER, (_cells(entry, state) for entry, state in found))
     else:
         note("No server of yours is running; qwen3 serve starts one.")
 

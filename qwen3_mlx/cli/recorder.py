@@ -41,9 +41,10 @@ class Recorder:
         self._lock = RLock()
         self._failure: Exception | None = None
 
-    def another(self) -> "Recorder":
-        """Return a recorder of a new conversation."""
-        return Recorder(self._log and ConversationLog(self._log.path), self.model)
+    def another(self, conversation: int | None = None) -> "Recorder":
+        """Return a recorder of a new conversation, or of one of the log that goes on."""
+        log = self._log and ConversationLog(self._log.path)
+        return Recorder(log, self.model, conversation=conversation)
 
     def record(self, messages: Sequence[Message]) -> None:
         """Record the conversation as it is now: after each message, and after a reply has ended."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.text import Text as Plain
 
+from qwen3_mlx.cli.console import visible
 from qwen3_mlx.cli.markdown import MarkdownWriter
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall
 
@@ -76,12 +77,3 @@ class AnswerWriter:
             sys.stdout.write("\n")
         sys.stdout.flush()
         self._is_begun = False
-
-
-_CONTROL = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
-_CONTROL |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
-
-
-def visible(text: str) -> str:
-    """Return a text whose control characters, which could steer the terminal, are visible."""
-    return text.translate(_CONTROL)

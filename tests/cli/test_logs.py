@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import signal
 import sqlite3
 import stat
@@ -19,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx import load
-from qwen3_mlx.cli import conversation_log
+from qwen3_mlx.cli import recorder as recorder_module
 from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.errors import Qwen3Error
@@ -57,9 +58,10 @@ def test_a_question_is_recorded_and_goes_on(tiny_folder: Path, home: Path, capsy
     _, third, err = call(["What else?", "--continue", "1", *options[2:], "--no-log"], capsys)
     assert call(["Other", *options], capsys)[0] == 0
     code, out, _ = call(["logs"], capsys)
-    lines = [line.split("\t") for line in out.splitlines()]
+    lines = [re.split(" {2,}", line) for line in out.splitlines()]
     assert code == 0
     assert [(line[0], line[2], line[3]) for line in lines] == [
+        ("ID", "model", "begins with"),
         ("2", tiny_folder.name, "Other"),
         ("1", tiny_folder.name, "What is 1 + 2?"),
     ]
@@ -93,6 +95,13 @@ def test_a_chat_is_recorded_and_goes_on(
         assert contents == ["What is 2 + 2?", "2 + 2 = 4", "What is 5 + 6?", "5 + 6 = 11"]
         assert len(log.messages(1, replaced=True)) == 7
         assert log.messages(1)[1]["reasoning_content"]
+    assert chat("What is 3 + 4?", "/search + 6", "/load 1", "What is 1 + 3?") == [
+        "3 + 4 = 7",
+        "1 + 3 = 4",
+    ]
+    with ConversationLog.open() as log:
+        assert log.messages(1)[-2:] == [*said("What is 1 + 3?"), log.messages(1)[-1]]
+        assert log.messages(2)[0]["content"] == "What is 3 + 4?" and len(log.summaries()) == 2
     code, _, err = call(["chat", "-c", "--load", "x.json"], capsys)
     assert code == 2 and "--load and --continue name two conversations" in err
 
@@ -201,9 +210,10 @@ def test_logs_search_show_export_and_delete(home: Path, tmp_path: Path, capsys: 
     with Recorder(ConversationLog.open(), "demo") as recorder:
         answer = {"role": "assistant", "content": "4", "reasoning_content": "two\ntwos"}
         recorder.record([*said("a[0] + 2"), answer])
-    assert call(["logs", "search", "fish"], capsys)[1] == "1\tuser\tAbout FISH?\n"
-    assert call(["logs", "search", "a[0] +"], capsys)[1] == "2\tuser\ta[0] + 2\n"
-    assert call(["logs", "search", "你好"], capsys)[1] == "1\tuser\t你好吗\n"
+    head = "ID  by    text\n"
+    assert call(["logs", "search", "fish"], capsys)[1] == f"{head}1   user  About FISH?\n"
+    assert call(["logs", "search", "a[0] +"], capsys)[1] == f"{head}2   user  a[0] + 2\n"
+    assert call(["logs", "search", "你好"], capsys)[1] == f"{head}1   user  你好吗\n"
     assert call(["logs", "search", '"'], capsys) == (0, "", "No message has these words.\n")
     shown = call(["logs", "show"], capsys)[1]
     assert shown.endswith("## User\n\na[0] + 2\n\n## Assistant\n\n4\n")
@@ -214,7 +224,7 @@ def test_logs_search_show_export_and_delete(home: Path, tmp_path: Path, capsys: 
     with load() as llm:
         assert llm.conversation(file=file).messages[0]["content"] == "About FISH?"
     code, _, err = call(["logs", "delete", "1"], capsys)
-    assert code == 2 and "state --yes" in err
+    assert code == 1 and "--yes does it without a question" in err
     assert call(["logs", "delete", "1", "--yes"], capsys)[2] == "Deleted 1 conversation.\n"
     assert not [file for file in home.iterdir() if b"FISH" in file.read_bytes()]
     assert call(["logs", "--json"], capsys)[1].count("\n") == 1
@@ -231,13 +241,26 @@ def test_on_a_terminal(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPa
             monkeypatch.setattr(stream, "isatty", lambda: True)
         monkeypatch.setattr("sys.stdin", stdin)
         table = call(["logs"], capsys)[1].splitlines()
-        assert "ID" in table[0] and "1" in table[1].split("2026")[0] and len(table[1]) < 100
+        assert table[0].startswith("ID  last change") and table[1].startswith("1   2026")
+        assert len(table[1]) <= 60
         code, _, err = call(["logs", "delete", "1"], capsys)
         assert "Delete 1 conversation? [y/N]" in err and "bug" not in err
-        assert code == (1 if answer == "" else 0)
+        assert code == left
         with ConversationLog.open() as log:
             assert len(log.summaries()) == left
     assert call(["logs", "1"], capsys)[2].startswith("qwen3: there is no conversation 1")
+
+
+def test_shown_on_a_terminal(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversation is shown as its Markdown means; nothing in it can steer the terminal."""
+    with Recorder(ConversationLog.open(), "demo") as recorder:
+        recorder.record(said("Bold \x1b[2J?", "It is **bold**."))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    shown = call(["logs", "show"], capsys)[1]
+    assert "**" not in shown and "\x1b[1mbold" in shown
+    listed = call(["logs"], capsys)[1]
+    assert "Bold" in listed and "\x1b[2J" not in shown + listed
 
 
 # --- the file -------------------------------------------------------------------------------------
@@ -246,7 +269,7 @@ def test_on_a_terminal(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPa
 def test_pieces_are_stored_while_they_come(
     log: ConversationLog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(conversation_log, "_FLUSH_SECONDS", 0.01)
+    monkeypatch.setattr(recorder_module, "_FLUSH_SECONDS", 0.01)
     with Recorder(opened_again(log), "demo") as recorder:
         recorder.record(said("Hi"))
         recorder.add(Reasoning("hm"))

@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from qwen3_mlx.cli.console import visible
 from qwen3_mlx.cli.markdown import MarkdownWriter
-from qwen3_mlx.cli.screen import AnswerWriter, visible
+from qwen3_mlx.cli.screen import AnswerWriter
 from tests.cli.harness import Terminal
 
 TEXT = r"""# A **title**

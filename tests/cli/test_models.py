@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from qwen3_mlx import backend
-from qwen3_mlx.cli.model_facts import complete_model
+from qwen3_mlx.cli.options import complete_model
 from qwen3_mlx.model.sizes import SIZES
 from tests.checkpoint.harness import COMMIT, Hub, qwen3, serving
 from tests.support import DEMO, write_tiny
@@ -42,6 +42,10 @@ class Place:
         return {row["model"]: row for row in json.loads(out)}
 
 
+def write_aliases(text: str) -> None:
+    (Path(os.environ["QWEN3_HOME"]) / "config.toml").write_text(f"[aliases]\n{text}\n")
+
+
 @pytest.fixture
 def place(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
@@ -50,6 +54,7 @@ def place(tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     shutil.copytree(tiny_folder, hub)
     (hub / "README.md").write_text("---\nlicense: apache-2.0\n---\n# Tiny\n")
     (tmp_path / "home").mkdir()
+    monkeypatch.setenv("QWEN3_HOME", str(tmp_path / "home"))
     with serving(hub) as (address, _):
         yield Place(tmp_path / "home", hub, address)
 
@@ -88,7 +93,7 @@ def test_a_model_is_pulled_listed_used_and_removed(place: Place) -> None:
 
     size = place.rows()["someone/tiny"]["bytes"]
     code, out, err = place.run("rm", "someone/tiny")
-    assert code == 1 and "--yes removes without a question" in err
+    assert code == 1 and "--yes does it without a question" in err
     code, out, err = place.run("rm", "someone/tiny", "--yes", offline=True)
     assert (code, out) == (0, "")
     assert f"Freed {size / 1e6:,.1f} MB." in err
@@ -267,10 +272,22 @@ def test_lm_studio_elsewhere(place: Place) -> None:
     assert [row["where"] for row in place.rows().values()] == ["LM Studio"]
 
 
-def test_names_complete(place: Place) -> None:
+def test_names_complete(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     assert place.run("pull", "-q", "someone/tiny")[0] == 0
-    assert complete_model("0.") == ["0.6B"]
-    assert set(complete_model("")) >= set(SIZES)
+    write_aliases('mine = "someone/tiny"')
+    monkeypatch.setenv("_QWEN3_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    for typed, offered in (("-m ", {"mine", *SIZES, "someone/tiny"}), ("rm 0.", {"0.6B"})):
+        monkeypatch.setenv("COMP_WORDS", f"qwen3 {typed}")
+        assert set(place.run()[1].split()) == offered
+
+
+def test_aliases_name_models_everywhere(place: Place) -> None:
+    write_aliases('mine = "someone/tiny"')
+    for words in (("pull", "-q"), ("show",), ("plan",), ("rm", "--yes")):
+        code, out, err = place.run(*words, "mine")
+        assert code == 0, err
+        assert "tiny" in out + err
 
 
 @pytest.mark.parametrize(
