@@ -134,13 +134,20 @@ class ConversationLog:
             yield database
 
     def summaries(self, limit: int = -1, conversation: int | None = None) -> list[Summary]:
-        """Return the conversations, or the one with this id, the last changed first."""
+        """Return the conversations, or the one with this id, the last changed first.
+
+        Without an id only those that can go on: something was said that nothing has replaced.
+        """
         rows = self._database.execute(
             """SELECT id, model, created, changed,
-                (SELECT count(*) FROM messages WHERE conversation = c.id),
+                (SELECT count(*) FROM messages WHERE conversation = c.id AND NOT replaced),
                 (SELECT substr(text, 1, 200) FROM messages
                     WHERE conversation = c.id AND role = 'user' ORDER BY id LIMIT 1)
-            FROM conversations AS c WHERE ?1 IS NULL OR id = ?1
+            FROM conversations AS c
+            WHERE id = ?1 OR ?1 IS NULL AND EXISTS (
+                SELECT 1 FROM messages
+                WHERE conversation = c.id AND NOT replaced AND role != 'system'
+            )
             ORDER BY changed DESC, id DESC LIMIT ?2""",
             (conversation, limit),
         )
@@ -189,9 +196,11 @@ class ConversationLog:
         rows = self._database.execute(f"{query} ORDER BY id DESC LIMIT ?", (indexed, *short, limit))
         return [Hit(number, role, _excerpt(text, words[0])) for number, role, text in rows]
 
-    def delete(self, conversations: Sequence[int]) -> None:
-        """Delete conversations; nothing of their texts stays in the file."""
-        for conversation in conversations:
+    def delete(self, conversations: Sequence[int] | None) -> None:
+        """Delete conversations, if None all of them; nothing of their texts stays in the file."""
+        if conversations is None:
+            self._database.execute("DELETE FROM conversations")
+        for conversation in conversations or ():
             self._database.execute("DELETE FROM conversations WHERE id = ?", (conversation,))
         self._database.execute("INSERT INTO search (search) VALUES ('optimize')")
         self._database.execute("VACUUM")

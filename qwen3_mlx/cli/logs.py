@@ -141,7 +141,7 @@ def delete(
             for summary in chosen:
                 note(f"{summary.id}  {summary.title[:60]}")
             confirm(f"Delete {_count(chosen)}?")
-        log.delete([summary.id for summary in chosen])
+        log.delete(None if everything else [summary.id for summary in chosen])
     note(f"Deleted {_count(chosen)}.")
 
 

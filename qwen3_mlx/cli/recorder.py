@@ -20,7 +20,7 @@ _FLUSH_SECONDS = 0.5  # from a piece of a reply to its place on the disk, at mos
 class Recorder:
     """Records one conversation as it goes on; a failure is reported once, and ends the recording.
 
-    Without a log it records nothing.
+    A new conversation is in the log from its first message on. Without a log nothing is recorded.
     """
 
     def __init__(
@@ -41,6 +41,11 @@ class Recorder:
         self._lock = RLock()
         self._failure: Exception | None = None
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether what is said is recorded."""
+        return self._log is not None
+
     def another(self, conversation: int | None = None) -> "Recorder":
         """Return a recorder of a new conversation, or of one of the log that goes on."""
         log = self._log and ConversationLog(self._log.path)
@@ -48,6 +53,8 @@ class Recorder:
 
     def record(self, messages: Sequence[Message]) -> None:
         """Record the conversation as it is now: after each message, and after a reply has ended."""
+        if self.conversation is None and all(message["role"] == "system" for message in messages):
+            return
         with self._lock:
             self._history = [json.dumps(message, ensure_ascii=False) for message in messages]
             self._pieces = []
@@ -76,7 +83,8 @@ class Recorder:
     def close(self) -> None:
         """Record what is left, and close the log."""
         with self._lock:
-            self._write()
+            if self._pieces:
+                self._write()
             if self._log:
                 self._log.close()
                 self._log = None
