@@ -28,10 +28,8 @@ from qwen3_mlx.cli.options import (
 )
 from qwen3_mlx.cli.recording import LogOptions, start_recording, with_system
 from qwen3_mlx.cli.screen import Screen
-from qwen3_mlx.cli.user_files import data_file
+from qwen3_mlx.cli.user_files import CHAT_HISTORY, data_file
 from qwen3_mlx.errors import Qwen3Error
-
-_HISTORY = "chat_history"
 
 
 @with_options
@@ -74,7 +72,8 @@ def chat(  # noqa: PLR0913 - one parameter a group of options
         if begun.model is None and not quiet:
             note("This is the embedded demo model; for a real model: qwen3 chat --model 8B")
         if is_terminal():
-            editor = LineEditor(_history(), chat_commands.completions())
+            history = _history() if begun.recorder.is_recording else None
+            editor = LineEditor(history, chat_commands.completions())
             session.editor = stack.enter_context(editor)
         if sys.stdin.isatty() and not quiet:
             note(f"{session.model_name} · /help lists the commands; Ctrl-D ends the chat.")
@@ -85,7 +84,7 @@ def chat(  # noqa: PLR0913 - one parameter a group of options
 
 def _history() -> Path | None:
     try:
-        return data_file(_HISTORY)
+        return data_file(CHAT_HISTORY)
     except Qwen3Error as error:
         note(f"qwen3: lines are not kept for the next chat: {error}")
         return None

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from qwen3_mlx.cli.user_files import data_file
+from qwen3_mlx.cli.user_files import CONVERSATIONS, data_file
 from qwen3_mlx.errors import Qwen3Error
 
 Message = dict[str, Any]
@@ -17,7 +17,6 @@ Row = tuple[int, str]  # id and body of a message
 
 DEMO = "demo"
 """The model of a conversation that names none."""
-_FILE = "conversations.db"
 _BUSY_SECONDS = 10  # that a write waits for those of other processes
 _ORDER = "ORDER BY role != 'system', id"  # the system prompt may be set late
 _EXCERPT = 60  # characters around what was searched for
@@ -106,7 +105,7 @@ class ConversationLog:
     @classmethod
     def open(cls) -> Self:
         """Open the log in the user's data folder; raises also what `data_file` raises."""
-        return cls(data_file(_FILE))
+        return cls(data_file(CONVERSATIONS))
 
     def _prepare(self) -> None:
         for setting in ("journal_mode = wal", "synchronous = normal", "foreign_keys = on"):

@@ -1,7 +1,9 @@
 """`qwen3 logs`: the recorded conversations: lists, searches, shows, exports and deletes them."""
 
 import json
+import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +16,7 @@ from qwen3_mlx.cli.console import confirm, note, print_table
 from qwen3_mlx.cli.conversation_log import ConversationLog, Summary
 from qwen3_mlx.cli.options import Json, option
 from qwen3_mlx.cli.screen import AnswerWriter
+from qwen3_mlx.cli.user_files import CHAT_HISTORY, data_file
 from qwen3_mlx.files import atomic_write
 
 Number = Annotated[
@@ -129,24 +132,30 @@ def export(
 @app.command("delete")
 def delete(
     numbers: Numbers = None,
-    everything: Annotated[bool, option("--all", text="Delete all conversations.")] = False,
+    everything: Annotated[
+        bool, option("--all", text="Delete all, and the history of chats.")
+    ] = False,
     yes: Annotated[bool, option("--yes", "-y", text="Do not ask.")] = False,
 ) -> None:
-    """Delete conversations; nothing of their texts stays in the file."""
+    """Delete conversations; nothing of their texts stays in the file.
+
+    --all also empties the history of lines typed in chats.
+    """
     if bool(numbers) == everything:
         raise typer.BadParameter("name the conversations to delete, or state --all")
     with ConversationLog.open() as log:
         chosen = log.summaries() if everything else [log.find(each) for each in numbers or ()]
+        what = f"{len(chosen)} conversation{'' if len(chosen) == 1 else 's'}"
+        what += " and the history of lines typed in chats" if everything else ""
         if not yes:
             for summary in chosen:
                 note(f"{summary.id}  {summary.title[:60]}")
-            confirm(f"Delete {_count(chosen)}?")
+            confirm(f"Delete {what}?")
         log.delete(None if everything else [summary.id for summary in chosen])
-    note(f"Deleted {_count(chosen)}.")
-
-
-def _count(chosen: list[Summary]) -> str:
-    return f"{len(chosen)} conversation{'' if len(chosen) == 1 else 's'}"
+    if everything:
+        with suppress(FileNotFoundError):
+            os.truncate(data_file(CHAT_HISTORY), 0)
+    note(f"Deleted {what}.")
 
 
 def _time(summary: Summary) -> str:

@@ -347,6 +347,19 @@ def test_nothing_that_is_pasted_or_typed_is_lost(home: Path, tmp_path: Path) -> 
         assert chat.end() == 0
 
 
+def test_what_is_not_recorded_is_not_in_the_history(home: Path) -> None:
+    for option, is_kept in (("--log", True), ("--no-log", False)):
+        with Terminal([*CHAT, option]) as chat:
+            chat.wait("\n>")
+            chat.type(f"/help {option}\r")
+            chat.wait("list the commands", "\n>")
+            chat.type("\x1b[A")
+            chat.wait(f"/help {option}")  # all the same in this chat
+            chat.type("\x03\x04")
+            assert chat.end() == 0
+        assert (option in (home / "chat_history").read_text()) == is_kept
+
+
 def test_what_is_typed_while_it_answers_is_in_the_next_prompt(
     tiny_folder: Path, home: Path, tmp_path: Path
 ) -> None:

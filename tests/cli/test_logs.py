@@ -174,7 +174,13 @@ def test_empty_conversations_of_earlier_versions(home: Path, capsys: Capture) ->
         database.execute("INSERT INTO conversations VALUES (2, 'nosuch', '2026', '3000')")
     assert call(["logs"], capsys)[1].count("\n") == 2
     assert call(["-c", "What is 2 + 2?", "-q", "--no-thinking"], capsys)[1] == "2 + 2 = 4\n"
-    assert call(["logs", "delete", "--all", "-y"], capsys)[0] == 0
+    history = home / "chat_history"
+    history.write_text("+Hello\n")
+    code, _, err = call(["logs", "delete", "--all"], capsys)
+    assert code == 1 and history.read_text()
+    _, _, err = call(["logs", "delete", "--all", "-y"], capsys)
+    assert err == "Deleted 1 conversation and the history of lines typed in chats.\n"
+    assert history.read_text() == ""
     assert call(["logs", "show", "2"], capsys)[0] == 1
 
 
