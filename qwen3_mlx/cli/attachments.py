@@ -8,6 +8,7 @@ from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
 
 _MAX_BYTES = 50_000_000
+_ATTACHED = re.compile(r"(?:[^\n]+:\n(`{3,})\n.*?\n\1(?:\n\n|$))+", re.DOTALL)
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -28,6 +29,12 @@ def read_attachment(file: Path) -> str:
         raise Qwen3Error(f"{file} has no text")
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return "\n".join([f"{file.name}:", fence, text.rstrip("\n"), fence])
+
+
+def without_attachments(text: str) -> str:
+    """Return a message without the files at its beginning; as it is if it has nothing else."""
+    files = _ATTACHED.match(text)
+    return (text[files.end() :] if files else "") or text
 
 
 def _decoded(file: Path, content: bytes) -> str:

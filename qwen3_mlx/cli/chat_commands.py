@@ -11,7 +11,7 @@ from typing import Any
 from qwen3_mlx.cli import desktop
 from qwen3_mlx.cli.attachments import read_attachment
 from qwen3_mlx.cli.chat_session import ChatSession
-from qwen3_mlx.cli.console import note, visible
+from qwen3_mlx.cli.console import local_time, note, visible
 from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.error_wording import closest_command
 from qwen3_mlx.cli.recording import with_system
@@ -267,7 +267,10 @@ def _search(session: ChatSession, text: str) -> None:
         raise ValueError("/search takes words of a recorded message")
     with ConversationLog.open() as log:
         hits = log.search(text, _HITS)
-    lines = [f"{hit.conversation:>5}  {hit.role:<10}{visible(hit.excerpt)}" for hit in hits]
+    lines = [
+        f"{hit.conversation:>5}  {local_time(hit.changed)}  {hit.role:<10}{visible(hit.excerpt)}"
+        for hit in hits
+    ]
     note("\n".join(lines) if lines else "No message has these words.")
     if lines:
         note("/load and a number goes on with that conversation.")

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
 from types import TracebackType
 from typing import Self
 
@@ -47,6 +48,11 @@ def stderr_text(text: str) -> None:
 def visible(text: str) -> str:
     """Return a text whose control characters, which could steer the terminal, are visible."""
     return text.translate(_CONTROL)
+
+
+def local_time(time: str) -> str:
+    """Return a time, in ISO's format, as that of this place, to the minute."""
+    return f"{datetime.fromisoformat(time).astimezone():%Y-%m-%d %H:%M}"
 
 
 def format_bytes(count: int) -> str:

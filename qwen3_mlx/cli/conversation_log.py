@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from qwen3_mlx.cli.attachments import without_attachments
 from qwen3_mlx.cli.user_files import CONVERSATIONS, data_file
 from qwen3_mlx.errors import Qwen3Error
 
@@ -19,6 +20,7 @@ DEMO = "demo"
 """The model of a conversation that names none."""
 _BUSY_SECONDS = 10  # that a write waits for those of other processes
 _ORDER = "ORDER BY role != 'system', id"  # the system prompt may be set late
+_TITLE = 200  # characters
 _EXCERPT = 60  # characters around what was searched for
 _TRIGRAM = 3  # characters that the index can find
 # The file's user_version counts those that were applied. What users have is never edited here.
@@ -58,7 +60,7 @@ _MIGRATIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """A conversation in a list; `title` is how its first question begins."""
+    """A conversation in a list; `title` is how its first question begins, after its files."""
 
     id: int
     model: str
@@ -70,9 +72,10 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class Hit:
-    """A message that was found, and its text around the first word."""
+    """A message that was found, its text around the first word, and its conversation's change."""
 
     conversation: int
+    changed: str
     role: str
     excerpt: str
 
@@ -140,7 +143,7 @@ class ConversationLog:
         rows = self._database.execute(
             """SELECT id, model, created, changed,
                 (SELECT count(*) FROM messages WHERE conversation = c.id AND NOT replaced),
-                (SELECT substr(text, 1, 200) FROM messages
+                (SELECT text FROM messages
                     WHERE conversation = c.id AND role = 'user' ORDER BY id LIMIT 1)
             FROM conversations AS c
             WHERE id = ?1 OR ?1 IS NULL AND EXISTS (
@@ -165,12 +168,16 @@ class ConversationLog:
         raise Qwen3Error(f"there is no conversation {conversation}; qwen3 logs lists them")
 
     def messages(self, conversation: int, *, replaced: bool = False) -> list[Message]:
-        """Return the messages of a conversation, if `replaced` with those that others replaced."""
+        """Return the messages of a conversation.
+
+        If `replaced`, those that others replaced are among them, each with `"replaced": True`.
+        """
         rows = self._database.execute(
-            "SELECT body FROM messages WHERE conversation = ? AND replaced <= ? " + _ORDER,
+            "SELECT body, replaced FROM messages WHERE conversation = ? AND replaced <= ? "
+            + _ORDER,
             (conversation, replaced),
         )
-        return [json.loads(body) for (body,) in rows]
+        return [json.loads(body) | ({"replaced": True} if mark else {}) for body, mark in rows]
 
     def rows(self, conversation: int) -> list[Row]:
         """Return the messages that a conversation continues from, as stored, with their ids."""
@@ -188,12 +195,19 @@ class ConversationLog:
         words = text.split()
         quoted = ['"' + word.replace('"', '""') + '"' for word in words if len(word) >= _TRIGRAM]
         indexed = " ".join(quoted)
-        query = "SELECT conversation, role, text FROM messages WHERE "
-        query += "id IN (SELECT rowid FROM search WHERE search MATCH ?)" if indexed else "? = ''"
+        query = "SELECT conversation, changed, role, text FROM messages "
+        query += "JOIN conversations AS c ON c.id = conversation WHERE "
+        query += (
+            "messages.id IN (SELECT rowid FROM search WHERE search MATCH ?)"
+            if indexed
+            else "? = ''"
+        )
         short = [word for word in words if len(word) < _TRIGRAM]
         query += " AND instr(lower(text), lower(?))" * len(short)
-        rows = self._database.execute(f"{query} ORDER BY id DESC LIMIT ?", (indexed, *short, limit))
-        return [Hit(number, role, _excerpt(text, words[0])) for number, role, text in rows]
+        rows = self._database.execute(
+            f"{query} ORDER BY messages.id DESC LIMIT ?", (indexed, *short, limit)
+        )
+        return [Hit(*found, excerpt=_excerpt(text, words[0])) for *found, text in rows]
 
     def delete(self, conversations: Sequence[int] | None) -> None:
         """Delete conversations, if None all of them; nothing of their texts stays in the file."""
@@ -205,10 +219,10 @@ class ConversationLog:
         self._database.execute("VACUUM")
         self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
-    def exported(self, summary: Summary) -> dict[str, Any]:
+    def exported(self, summary: Summary, *, replaced: bool = False) -> dict[str, Any]:
         """Return a conversation as data, which `qwen3 chat --load` reads from a file."""
         content = {"format": "qwen3-mlx conversation", "version": 1}
-        messages = self.messages(summary.id, replaced=True)
+        messages = self.messages(summary.id, replaced=replaced)
         return {**content, **asdict(summary), "messages": messages}
 
     def is_announced(self) -> bool:
@@ -234,7 +248,8 @@ class ConversationLog:
 
 def _summary(*columns: Any) -> Summary:
     *values, text = columns
-    return Summary(*values, title=" ".join((text or "").split()))  # type: ignore[misc]
+    title = " ".join(without_attachments(text or "")[:_TITLE].split())
+    return Summary(*values, title=title)  # type: ignore[misc]
 
 
 def _excerpt(text: str, word: str) -> str:

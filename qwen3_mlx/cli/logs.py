@@ -5,15 +5,15 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import asdict
-from datetime import datetime
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from qwen3_mlx.cli.console import confirm, note, print_table
-from qwen3_mlx.cli.conversation_log import ConversationLog, Summary
+from qwen3_mlx.cli.console import confirm, local_time, note, print_table
+from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.options import Json, option
 from qwen3_mlx.cli.screen import AnswerWriter
 from qwen3_mlx.cli.user_files import CHAT_HISTORY, data_file
@@ -29,6 +29,13 @@ Numbers = Annotated[
     list[int] | None,
     typer.Argument(metavar="[ID]...", help="Numbers of conversations.", show_default=False),
 ]
+Replaced = Annotated[
+    bool,
+    option(
+        "--replaced",
+        text="Also messages that were retried, edited or dropped for want of room, marked so.",
+    ),
+]
 Limit = Annotated[
     int, option("--limit", "-n", min=0, text="Maximum number to list; 0 is all.", show_default=True)
 ]
@@ -40,6 +47,12 @@ class _Logs(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         shown = ["show", *args] if args and args[0].isdecimal() else args
         return super().parse_args(ctx, shown)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] not in self.commands and not get_close_matches(args[0], self.commands):
+            words = f'"{" ".join(args)}"'
+            ctx.fail(f"there is no command {args[0]!r}; to find it: qwen3 logs search {words}")
+        return super().resolve_command(ctx, args)
 
 
 app = typer.Typer(cls=_Logs, rich_markup_mode="rich")
@@ -61,7 +74,10 @@ def logs(context: typer.Context, limit: Limit = 20, as_json: Json = False) -> No
         for summary in found:
             print(json.dumps(asdict(summary), ensure_ascii=False))
     elif found:
-        rows = [(str(each.id), _time(each), Path(each.model).name, each.title) for each in found]
+        rows = [
+            (str(each.id), local_time(each.changed), Path(each.model).name, each.title)
+            for each in found
+        ]
         print_table(("ID", "last change", "model", "begins with"), rows)
     else:
         note("No conversation has been recorded.")
@@ -85,40 +101,60 @@ def search(
         for hit in found:
             print(json.dumps(asdict(hit), ensure_ascii=False))
     elif found:
-        rows = [(str(hit.conversation), hit.role, hit.excerpt) for hit in found]
-        print_table(("ID", "by", "text"), rows)
+        rows = [
+            (str(hit.conversation), local_time(hit.changed), hit.role, hit.excerpt) for hit in found
+        ]
+        print_table(("ID", "last change", "by", "text"), rows)
     else:
         note("No message has these words.")
 
 
 @app.command("show")
-def show(number: Number = None) -> None:
+def show(number: Number = None, replaced: Replaced = False) -> None:
     """Print a conversation as Markdown, without the thinking."""
     with ConversationLog.open() as log:
-        shown = _markdown(log.exported(log.find(number)), thinking=False)
+        shown = _markdown(log.exported(log.find(number), replaced=replaced), thinking=False)
     writer = AnswerWriter()
     writer.write(shown.removesuffix("\n"))
     writer.close()
 
 
+def _exported(text: str) -> int:
+    if not text.isdecimal():
+        raise typer.BadParameter(
+            f"{text!r} is not the number of a conversation; -o {text} writes to a file"
+        )
+    return int(text)
+
+
 @app.command("export")
 def export(
-    numbers: Numbers = None,
+    numbers: Annotated[
+        list[int] | None,
+        typer.Argument(
+            metavar="[ID]...",
+            help="Numbers of conversations.",
+            show_default=False,
+            parser=_exported,
+        ),
+    ] = None,
     everything: Annotated[bool, option("--all", text="Export all conversations.")] = False,
     as_json: Annotated[
         bool,
         option("--json", text="One JSON object a line; qwen3 chat --load reads a file of one."),
     ] = False,
+    replaced: Replaced = False,
     output: Annotated[
-        Path | None, option("--output", "-o", text="File to write, in place of stdout.")
+        Path | None,
+        option("--output", "-o", text="File to write, in place of stdout; .json is JSON."),
     ] = None,
 ) -> None:
     """Write conversations as Markdown or JSON, with the thinking; the last one if none is named."""
     with ConversationLog.open() as log:
         named = [log.find(each) for each in numbers or ()]
         chosen = log.summaries() if everything else named or [log.find()]
-        written = [log.exported(summary) for summary in chosen]
-    if as_json:
+        written = [log.exported(summary, replaced=replaced) for summary in chosen]
+    if as_json or (output and output.suffix == ".json"):
         text = "".join(json.dumps(each, ensure_ascii=False) + "\n" for each in written)
     else:
         text = "\n".join(_markdown(each, thinking=True) for each in written)
@@ -158,16 +194,13 @@ def delete(
     note(f"Deleted {what}.")
 
 
-def _time(summary: Summary) -> str:
-    return f"{datetime.fromisoformat(summary.changed).astimezone():%Y-%m-%d %H:%M}"
-
-
 def _markdown(conversation: dict[str, Any], *, thinking: bool) -> str:
     """Return a conversation as Markdown, a heading for each message."""
     head = f"# Conversation {conversation['id']}\n\n{conversation['model']}, "
     parts = [head + conversation["created"][:10]]
     for message in conversation["messages"]:
-        parts.append(f"## {message['role'].capitalize()}")
+        mark = " (replaced)" if message.get("replaced") else ""
+        parts.append(f"## {message['role'].capitalize()}{mark}")
         if thinking and (text := message.get("reasoning_content")):
             parts.append("\n".join(f"> {line}".rstrip() for line in text.strip().splitlines()))
         if message["content"]:

@@ -227,6 +227,9 @@ def test_a_folder_that_cannot_be_created(tiny_folder: Path, home: Path, capsys: 
         (["-c", "7"], 2, "give a prompt"),
         (["logs", "show"], 1, "no conversation has been recorded"),
         (["logs", "show", "x"], 2, "Invalid value for '[ID]'"),
+        (["logs", "red", "pears"], 2, 'qwen3 logs search "red pears" (see qwen3 logs --help)'),
+        (["logs", "serach", "x"], 2, "Did you mean 'search'?"),
+        (["logs", "export", "1", "out.md"], 2, "'out.md' is not the number of a conversation; -o "),
         (["logs", "search", " "], 2, "give a word to search for"),
         (["logs", "delete"], 2, "name the conversations to delete"),
         (["logs", "delete", "1", "--all"], 2, "name the conversations to delete"),
@@ -248,17 +251,19 @@ def test_logs_search_show_export_and_delete(home: Path, tmp_path: Path, capsys: 
     with Recorder(ConversationLog.open(), "demo") as recorder:
         answer = {"role": "assistant", "content": "4", "reasoning_content": "two\ntwos"}
         recorder.record([*said("a[0] + 2"), answer])
-    head = "ID  by    text\n"
-    assert call(["logs", "search", "fish"], capsys)[1] == f"{head}1   user  About FISH?\n"
-    assert call(["logs", "search", "a[0] +"], capsys)[1] == f"{head}2   user  a[0] + 2\n"
-    assert call(["logs", "search", "你好"], capsys)[1] == f"{head}1   user  你好吗\n"
+    for words, number, text in (("fish", 1, "About FISH?"), ("a[0] +", 2, "a[0] + 2")):
+        table = call(["logs", "search", words], capsys)[1]
+        head = "ID  last change       by    text\n"
+        assert re.fullmatch(rf"{head}{number}   [-\d]+ \d\d:\d\d  user  {re.escape(text)}\n", table)
+    assert call(["logs", "search", "你好"], capsys)[1].endswith("  user  你好吗\n")
     assert call(["logs", "search", '"'], capsys) == (0, "", "No message has these words.\n")
     shown = call(["logs", "show"], capsys)[1]
     assert shown.endswith("## User\n\na[0] + 2\n\n## Assistant\n\n4\n")
     file = tmp_path / "both.md"
     call(["logs", "export", "1", "2", "-o", str(file)], capsys)
     assert "> two\n> twos\n\n4\n" in file.read_text() and "```\n0\n```" in file.read_text()
-    call(["logs", "export", "1", "--json", "-o", str(file)], capsys)
+    file = tmp_path / "one.json"
+    call(["logs", "export", "1", "-o", str(file)], capsys)
     with load() as llm:
         assert llm.conversation(file=file).messages[0]["content"] == "About FISH?"
     code, _, err = call(["logs", "delete", "1"], capsys)
@@ -266,6 +271,38 @@ def test_logs_search_show_export_and_delete(home: Path, tmp_path: Path, capsys: 
     assert call(["logs", "delete", "1", "--yes"], capsys)[2] == "Deleted 1 conversation.\n"
     assert not [file for file in home.iterdir() if b"FISH" in file.read_bytes()]
     assert call(["logs", "--json"], capsys)[1].count("\n") == 1
+
+
+def test_what_was_replaced_is_shown_on_request(home: Path, capsys: Capture) -> None:
+    with Recorder(ConversationLog.open(), "demo") as recorder:
+        recorder.record(said("pears?", "wrong"))
+        recorder.record(said("apples?", "right"))
+    live, replaced = (
+        said("apples?", "right"),
+        [{**message, "replaced": True} for message in said("pears?", "wrong")],
+    )
+    assert json.loads(call(["logs", "export", "--json"], capsys)[1])["messages"] == live
+    everything = call(["logs", "export", "--json", "--replaced"], capsys)[1]
+    assert json.loads(everything)["messages"] == replaced + live
+    for command in ("show", "export"):
+        text = call(["logs", command], capsys)[1]
+        assert "right" in text and "pears" not in text
+        text = call(["logs", command, "--replaced"], capsys)[1]
+        assert "## Assistant (replaced)\n\nwrong\n\n## User\n\napples?" in text
+    assert "pears?" in call(["logs", "search", "pears"], capsys)[1]
+
+
+def test_titles_are_what_was_asked_about_files(home: Path, tmp_path: Path, capsys: Capture) -> None:
+    file, other = tmp_path / "notes.md", tmp_path / "other.txt"
+    file.write_text("```\nnotes:\n```\n\nmore")
+    other.write_text("other")
+    options = ["-q", "--no-thinking", "-n", "1"]
+    call(["What do they say?", "-f", str(file), "-f", str(other), *options], capsys)
+    call(["-f", str(file), *options], capsys)
+    titles = [
+        json.loads(line)["title"] for line in call(["logs", "--json"], capsys)[1].splitlines()
+    ]
+    assert titles == ["notes.md: ```` ``` notes: ``` more ````", "What do they say?"]
 
 
 def test_on_a_terminal(home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
