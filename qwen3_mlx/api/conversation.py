@@ -222,6 +222,8 @@ class Conversation:
     def _turn(self, number: int) -> int:
         """Return the index in `messages` of a turn of the user."""
         places = [i for i, message in enumerate(self.messages) if message["role"] == "user"]
+        if not places:
+            raise ValueError("nothing has been asked yet: the conversation has no user message")
         try:
             return places[number]
         except IndexError:
@@ -251,5 +253,7 @@ def read_messages(file: str | Path) -> list[Message]:
         if content["version"] != _VERSION:
             raise Qwen3Error(f"{file} was written by another version of qwen3-mlx")
         return normalise(content["messages"]) if content["messages"] else []
+    except FileNotFoundError as error:
+        raise Qwen3Error(f"there is no file {file}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Qwen3Error(f"{file} is not a saved conversation: {error}") from error

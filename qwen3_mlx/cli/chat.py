@@ -77,6 +77,7 @@ def chat(  # noqa: PLR0913 - one parameter a group of options
             session.editor = stack.enter_context(editor)
         if sys.stdin.isatty() and not quiet:
             note(f"{session.model_name} · /help lists the commands; Ctrl-D ends the chat.")
+        session.recall()
         if reply.tools:
             chat_commands.take(session, f"/tools {reply.tools}")
         chat_commands.run(session, _lines(session.editor))

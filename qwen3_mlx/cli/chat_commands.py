@@ -13,8 +13,8 @@ from qwen3_mlx.cli.attachments import read_attachment
 from qwen3_mlx.cli.chat_session import ChatSession
 from qwen3_mlx.cli.console import local_time, note, visible
 from qwen3_mlx.cli.conversation_log import ConversationLog
-from qwen3_mlx.cli.error_wording import closest_command
-from qwen3_mlx.cli.recording import with_system
+from qwen3_mlx.cli.error_wording import closest_command, hint
+from qwen3_mlx.cli.recording import note_continued, with_system
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.sizes import SIZES
@@ -22,6 +22,9 @@ from qwen3_mlx.model.sizes import SIZES
 _HITS = 20  # messages that /search shows at most
 _FILES = Path()  # among completions: any file
 _SWITCHES = {"on": True, "off": False}
+_SWITCHED = {value: name for name, value in _SWITCHES.items()}
+_NONE = "none"  # the argument that removes
+_DEFAULT = "the model's default"
 _SETTINGS = {  # names of /set, and those of the library
     "temperature": "temperature",
     "top_p": "top_p",
@@ -118,22 +121,27 @@ def _model(session: ChatSession, text: str) -> None:
     note(f"{session.model_name}, context {session.llm.context:,} tokens")
 
 
-def _set_system(session: ChatSession, text: str) -> None:
-    session.conversation.messages = with_system(session.conversation.messages, text)
-    note("The system prompt is set." if text else "No system prompt.")
+def _system(session: ChatSession, text: str) -> None:
+    if text:
+        new = "" if text.lower() == _NONE else text
+        session.conversation.messages = with_system(session.conversation.messages, new)
+    first = [m["content"] for m in session.conversation.messages[:1] if m["role"] == "system"]
+    note(f"The system prompt is: {visible(first[0])}" if first else "No system prompt.")
 
 
 def _set(session: ChatSession, text: str) -> None:
     name, _, value = text.replace("=", " ", 1).partition(" ")
     if not name:
-        current = {shown: session.option(name) for shown, name in _SETTINGS.items()}
-        note("\n".join(f"{name:<20}{_shown(value)}" for name, value in current.items()))
+        note("\n".join(f"{name:<20}{_shown(session, name)}" for name in _SETTINGS))
         return
     name = name.lower().replace("-", "_").removeprefix("thinking_")
     if name not in _SETTINGS:
-        raise ValueError(f"/set takes one of {', '.join(_SETTINGS)}, not {name}")
-    _change(session, name, _value(name, value.strip()))
-    note(f"{name} is {_shown(session.option(_SETTINGS[name]))}.")
+        raise ValueError(f"there is no setting {name}; {hint(name, _SETTINGS)}")
+    try:
+        _change(session, name, _value(name, value.strip()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(str(error).replace(_SETTINGS[name], name)) from error
+    note(f"{name} is {_shown(session, name)}.")
 
 
 def _value(name: str, text: str) -> Any:
@@ -149,9 +157,18 @@ def _value(name: str, text: str) -> Any:
         raise ValueError(f"{name} takes {expected}, not {text!r}") from None
 
 
-def _shown(value: Any) -> str:
-    switches = {None: "the model's default", True: "on", False: "off"}
-    return switches[value] if value is None or isinstance(value, bool) else str(value)
+def _shown(session: ChatSession, name: str) -> str:
+    """Return the value of a setting as text; where it is the model's, with the value if known."""
+    value = session.option(_SETTINGS[name])
+    if value is None:
+        prepared = session.llm.prepare("?", thinking=session.option("thinking"))
+        known = prepared.thinks if name == "thinking" else getattr(prepared.sampling, name, None)
+        return _DEFAULT if known is None else f"{_written(known)} ({_DEFAULT})"
+    return _written(value)
+
+
+def _written(value: Any) -> str:
+    return _SWITCHED[value] if isinstance(value, bool) else str(value)
 
 
 def _change(session: ChatSession, name: str, value: Any) -> None:
@@ -185,20 +202,22 @@ def _budget(session: ChatSession, text: str) -> None:
 
 
 def _attach(session: ChatSession, text: str) -> None:
-    if not text:
-        session.attach("")
+    encode, context = session.llm.tokenizer.encode, session.llm.context
+    if text.lower() == _NONE:
+        session.files = []
+    elif text:
+        file = _file(text, "/file")
+        part = read_attachment(file)
+        if (tokens := len(encode(part))) >= context:
+            raise ValueError(
+                f"{file.name} has {tokens:,} tokens, more than the context window of {context:,}"
+            )
+        session.files.append(part)
+    for part in session.files:
+        name = part.partition(":\n")[0]
+        note(f"{name}: {len(encode(part)):,} tokens of {context:,}; sent with your next message.")
+    if not session.files:
         note("No files.")
-        return
-    file = _file(text, "/file")
-    part = read_attachment(file)
-    tokens = len(session.llm.tokenizer.encode(part))
-    if tokens >= session.llm.context:
-        raise ValueError(
-            f"{file.name} has {tokens:,} tokens, more than the context window of "
-            f"{session.llm.context:,}"
-        )
-    session.attach(part)
-    note(f"{file.name}: {tokens:,} tokens of {session.llm.context:,}; sent with your next message.")
 
 
 def _tools(session: ChatSession, text: str) -> None:
@@ -254,12 +273,14 @@ def _load(session: ChatSession, text: str) -> None:
     file = _file(text, "/load")
     if text.isdecimal() and not file.exists():
         with ConversationLog.open() as log:
-            number = log.find(int(text)).id
-            session.begin(log.messages(number), number)
+            found = log.find(int(text))
+            session.begin(log.messages(found.id), found.id)
+        note_continued(found)
     else:
         session.begin(session.llm.conversation(file=file).messages)
         session.record()
-    note(f"{len(session.conversation.messages)} messages.")
+        note(f"{len(session.conversation.messages)} messages.")
+    session.recall()
 
 
 def _search(session: ChatSession, text: str) -> None:
@@ -305,12 +326,19 @@ COMMANDS = {
     "/model": Command(
         "NAME", "go on with another model; alone, name the current one", _model, SIZES
     ),
-    "/system": Command("TEXT", "set the system prompt; alone, remove it", _set_system),
+    "/system": Command(
+        "TEXT", "set the system prompt; alone, show it; none removes it", _system, (_NONE,)
+    ),
     "/think": Command("", "turn thinking on", _think),
     "/nothink": Command("", "turn thinking off", _nothink),
     "/budget": Command("N", "limit thinking to N tokens; alone, remove the limit", _budget),
     "/set": Command("NAME VALUE", "change a setting; alone, list them", _set, _SETTINGS),
-    "/file": Command("FILE", "send a file with the next message; alone, none", _attach, _FILES),
+    "/file": Command(
+        "FILE",
+        "send it with the next message; alone, list them; none removes them",
+        _attach,
+        _FILES,
+    ),
     "/tools": Command("FILE.py", "let the model call its functions; alone, none", _tools, _FILES),
     "/retry": Command("", "generate the last reply again", _retry),
     "/edit": Command("TEXT", "replace the last message and reply; alone, in $EDITOR", _edit),

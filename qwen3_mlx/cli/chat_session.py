@@ -35,6 +35,7 @@ class ChatSession:
         functions: the tools of the model.
         usages, seconds: token counts of the replies so far, and the time they took.
         editor: the prompt that the user types at, if there is one.
+        files: parts of a message that are sent with the next one.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ChatSession:
         self._open_model = open_model
         self._screen = screen
         self._quiet = quiet
-        self._files: list[str] = []
+        self.files: list[str] = []
         self._open(model, options)
         self._branches = [_Branch([], recorder)]
         self._current = 0
@@ -99,9 +100,9 @@ class ChatSession:
         """Send a message with the attached files, and show the reply."""
 
         def start() -> "qwen3_mlx.Stream":
-            files = "".join(f"{file}\n\n" for file in self._files)
+            files = "".join(f"{file}\n\n" for file in self.files)
             stream = self.conversation.stream(files + text)
-            self._files = []
+            self.files = []
             return stream
 
         self.reply(start)
@@ -173,10 +174,6 @@ class ChatSession:
     def _sampling(self) -> SamplingParams:
         return self.conversation.options.get("sampling") or SamplingParams()
 
-    def attach(self, text: str) -> None:
-        """Send a part of a message with the next one; an empty one removes all of them."""
-        self._files = [*self._files, text] if text else []
-
     # --- conversations --------------------------------------------------------------------------
 
     @property
@@ -193,6 +190,11 @@ class ChatSession:
         self._recorder.close()
         self._branches[self._current].recorder = recorder
         self.conversation.messages = messages
+
+    def recall(self) -> None:
+        """Show the last question and its answer, on a terminal."""
+        if not self._quiet:
+            self._screen.recall(self.conversation.messages)
 
     def branch(self, number: int | None) -> int:
         """Go on in a copy of the conversation, or in a branch; return its number, from 1.

@@ -3,10 +3,10 @@
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from qwen3_mlx.cli.error_wording import hint
 from qwen3_mlx.cli.user_files import config_file
 from qwen3_mlx.errors import Qwen3Error
 
@@ -39,8 +39,8 @@ class Config:
         """
         if name not in self.presets:
             known = f"known: {', '.join(self.presets)}"
-            hint = known if self.presets else f"{config_file()} defines none"
-            raise Qwen3Error(f"there is no preset {name!r}; {hint}")
+            others = known if self.presets else f"{config_file()} defines none"
+            raise Qwen3Error(f"there is no preset {name!r}; {others}")
         preset = dict(self.presets[name])
         if "tools" in preset:
             preset["tools"] = str(config_file().parent / Path(preset["tools"]).expanduser())
@@ -72,9 +72,7 @@ def read_config(preset_options: Mapping[str, Any]) -> Config:
 def _check(path: Path, place: str, table: Mapping[str, Any], kinds: Mapping[str, Any]) -> None:
     for key, value in table.items():
         if key not in kinds:
-            close = get_close_matches(key, kinds, 1)
-            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(kinds)}"
-            raise Qwen3Error(f"{path}: there is no key {place}{key}; {hint}")
+            raise Qwen3Error(f"{path}: there is no key {place}{key}; {hint(key, kinds)}")
         if not _fits(value, kinds[key]):
             expected = _EXPECTED[kinds[key]]
             raise Qwen3Error(f"{path}: {place}{key} must be {expected}, not {value!r}")

@@ -68,6 +68,12 @@ def _option(match: re.Match[str]) -> str:
     return f"--no-{name}" if value == "False" else f"--{name} {value}"
 
 
+def hint(word: str, known: Collection[str]) -> str:
+    """Return the known word that a misspelt one probably stands for, or else all of them."""
+    close = get_close_matches(word, known, 1)
+    return f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
+
+
 def closest_command(word: str, verbs: Collection[str]) -> str | None:
     """Return the subcommand or option that a misspelt word probably stands for, or None."""
     close = get_close_matches(word, verbs, 1, _CUTOFF)

@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.conversation_log import DEMO, ConversationLog
+from qwen3_mlx.cli.console import local_time, note, visible
+from qwen3_mlx.cli.conversation_log import DEMO, ConversationLog, Summary
 from qwen3_mlx.cli.options import GENERATION, option, user_config
 from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.user_files import config_file
@@ -18,6 +18,7 @@ _NOTICE = (
     "Conversations are recorded in {}: qwen3 logs lists them; --no-log, or log = false in {}, "
     "switches that off."
 )
+_TITLE = 60  # characters
 LAST = "last"
 """What `--continue` holds if no number follows it."""
 
@@ -85,6 +86,8 @@ def start_recording(
         if log and options.continued is not None:
             found = log.find(_number(options.continued))
             number, messages = found.id, log.messages(found.id)
+            if not quiet:
+                note_continued(found)
             source = context.get_parameter_source("model")
             if source is None or source.name != "COMMANDLINE":
                 model = None if found.model == DEMO else found.model
@@ -106,6 +109,13 @@ def _opened(*, must: bool) -> ConversationLog | None:
             raise
         note(f"qwen3: the conversation is not recorded: {error}")
         return None
+
+
+def note_continued(found: Summary) -> None:
+    """Say which conversation goes on."""
+    count = f"{found.messages} message{'' if found.messages == 1 else 's'}"
+    title = visible(found.title[:_TITLE])
+    note(f"Goes on with {found.id}: {title} ({count}, {local_time(found.changed)})")
 
 
 def with_system(messages: list[dict[str, Any]], system: str | None) -> list[dict[str, Any]]:

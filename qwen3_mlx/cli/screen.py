@@ -2,11 +2,13 @@
 
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.text import Text as Plain
 
+from qwen3_mlx.cli.attachments import without_attachments
 from qwen3_mlx.cli.console import visible
 from qwen3_mlx.cli.markdown import MarkdownWriter
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall
@@ -47,6 +49,19 @@ class Screen:
                 finish = event
         answer.close()
         return finish
+
+    def recall(self, messages: Sequence[Mapping[str, Any]]) -> None:
+        """Show the last question and its answer, on a terminal."""
+        places = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if not places or not self._console.is_terminal:
+            return
+        question, *replies = messages[places[-1] :]
+        self._say(f"> {visible(without_attachments(question['content']))}")
+        answer = AnswerWriter()
+        answer.write(
+            "\n\n".join(each["content"] for each in replies if each["role"] == "assistant")
+        )
+        answer.close()
 
     def _say(self, text: str) -> None:
         self._console.print(Plain(text, style="dim"))

@@ -127,7 +127,7 @@ def test_retry_edit_and_branch(demo: LLM) -> None:
         conversation.edit("What?", turn=5)
     with pytest.raises(ValueError, match="there is nothing to reply to"):
         conversation.chat()
-    with pytest.raises(ValueError, match="there is no turn -1: the conversation has 0"):
+    with pytest.raises(ValueError, match="nothing has been asked yet"):
         early.retry()
 
 
@@ -169,7 +169,7 @@ def test_a_conversation_is_saved_and_read(demo: LLM, tmp_path: Path) -> None:
     file.write_text(json.dumps({"version": 9, "messages": []}))
     with pytest.raises(Qwen3Error, match="written by another version of qwen3-mlx"):
         demo.conversation(file=file)
-    with pytest.raises(Qwen3Error, match="is not a saved conversation"):
+    with pytest.raises(Qwen3Error, match="there is no file .*none.json"):
         demo.conversation(file=tmp_path / "none.json")
     with pytest.raises(OSError):
         conversation.save(tmp_path / "no" / "talk.json")

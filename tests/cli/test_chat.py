@@ -64,6 +64,7 @@ def test_piped_lines_are_turns_and_stdout_has_the_answers(tmp_path: Path) -> Non
         "/retry",
         f"/save {file}",
         "/system",
+        "/system none",
         f"/load {file}",
         f"/tools {tool}",
         "What is 1234 + 4321?",
@@ -80,7 +81,8 @@ def test_piped_lines_are_turns_and_stdout_has_the_answers(tmp_path: Path) -> Non
     assert "5555" in answers[4] and len(answers) == 5
     for words in (
         "Thinking is off.",
-        "Saved: ",
+        "The system prompt is: You are helpful.\nSaved: ",
+        "The system prompt is: You are helpful.\nNo system prompt.\n",
         "5 messages.",
         "may call calculator.",
         "No tools.",
@@ -131,10 +133,10 @@ def test_what_goes_wrong_is_told_and_the_conversation_goes_on(tmp_path: Path) ->
     for words in (
         "qwen3: /budget takes a number of tokens, not 'many'",
         "qwen3: there is no command /stast; did you mean /stats? //stast says it",
-        "qwen3: there is no turn -1: the conversation has 0",
+        "qwen3: nothing has been asked yet: the conversation has no user message",
         "qwen3: /save takes a file",
         "qwen3: /edit takes the new text of the last message",
-        "is not a saved conversation",
+        f"qwen3: there is no file {tmp_path / 'none'}\n",
         "is not a Python file",
         "Thinking takes at most 3 tokens.",
         "Thinking has no budget.",
@@ -150,7 +152,7 @@ def test_options_and_wrong_ones(tmp_path: Path) -> None:
     wrong = talk("Hi", options=("--context", "9999999"))
     assert wrong.returncode == 1 and "is beyond this model" in wrong.stderr
     none = talk("Hi", options=("--load", str(tmp_path / "none")))
-    assert none.returncode == 1 and "is not a saved conversation" in none.stderr
+    assert none.returncode == 1 and f"there is no file {tmp_path / 'none'}" in none.stderr
 
 
 def test_functions_of_a_file(tmp_path: Path) -> None:
@@ -178,7 +180,10 @@ def test_commands(tmp_path: Path) -> None:
         "/set seed many",
         "/set temperature 300",
         "/set colour 1",
+        "/set temprature 1",
+        "/set budget -3",
         "/budget 7",
+        "/set",
         "/set thinking off",
         "/set",
         "/model",
@@ -188,6 +193,7 @@ def test_commands(tmp_path: Path) -> None:
         f"/file {tmp_path}/raw",
         f"/file '{file}'",
         "/file",
+        "/file none",
         f"/file {file}",
         "Answer!",
         "/branch",
@@ -201,10 +207,16 @@ def test_commands(tmp_path: Path) -> None:
     )
     assert done.returncode == 0
     for words in (
-        "temperature is 0.\ntop_k is 5.\ntop_k is the model's default.\n",
+        "temperature is 0.\ntop_k is 5.\ntop_k is 20 (the model's default).\n",
         "qwen3: seed takes a number, not 'many'",
         "qwen3: temperature must be from 0 to 100, not 300",
-        "qwen3: /set takes one of temperature, ",
+        "qwen3: there is no setting colour; known: temperature, ",
+        "qwen3: there is no setting temprature; did you mean temperature?\n",
+        "qwen3: budget must be at least 0, not -3\n",
+        "top_p               0.95 (the model's default)\n",
+        "thinking            on (the model's default)\nbudget              7\n",
+        "top_p               0.8 (the model's default)\n",
+        "max_tokens          the model's default\n",
         "thinking is off.",
         "temperature         0\n",
         "budget              the model's default",
@@ -213,7 +225,7 @@ def test_commands(tmp_path: Path) -> None:
         f"qwen3: no file {tmp_path}/none",
         f"qwen3: {tmp_path} is a folder or a device",
         "raw is neither text in UTF-8 nor a PDF",
-        "notes.txt: ",
+        "; sent with your next message.\nnotes.txt: ",  # shown twice
         "No files.",
         "This is branch 2; ",
         "This is branch 1; ",
@@ -241,6 +253,20 @@ def test_each_conversation_of_a_chat_is_recorded(demo: LLM, tmp_path: Path) -> N
         roles = [[message["role"] for message in log.messages(number)] for number in (1, 2, 3)]
         assert roles == [["user", "assistant"]] * 2 + [["user", "assistant"] * 2]
         assert {summary.model for summary in log.summaries()} == {"demo"}
+
+
+def test_it_says_what_goes_on(home: Path) -> None:
+    assert talk("What is 1 + 2?", options=("--no-thinking",)).returncode == 0
+    said = "Goes on with 1: What is 1 + 2? (2 messages, 20"
+    assert said in talk("/exit", options=("-c",)).stderr
+    assert talk("/exit", options=("-c", "-q")).stderr == ""
+    assert said in talk("/load 1").stderr
+    with Terminal([*CHAT, "-c"]) as chat:
+        chat.wait(said, "\n> What is 1 + 2?\n1 + 2 = 3\n>")
+        chat.type("/load 1\r")
+        chat.wait(said, "\n> What is 1 + 2?\n1 + 2 = 3\n>")
+        chat.type("\x04")
+        assert chat.end() == 0
 
 
 def test_a_pdf_is_read_as_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

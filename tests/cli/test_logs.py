@@ -55,6 +55,7 @@ def test_a_question_is_recorded_and_goes_on(tiny_folder: Path, home: Path, capsy
     assert f"Conversations are recorded in {home}/conversations.db" in err
     _, second, err = call(["-c", "And now?", *options[2:]], capsys)  # with the model it had
     assert "recorded in" not in err and "demo" not in err
+    assert re.match(r"Goes on with 1: What is 1 \+ 2\? \(3 messages, [-\d]+ \d\d:\d\d\)\n", err)
     _, third, err = call(["What else?", "--continue", "1", *options[2:], "--no-log"], capsys)
     assert call(["Other", *options], capsys)[0] == 0
     code, out, _ = call(["logs"], capsys)
