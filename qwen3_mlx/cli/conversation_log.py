@@ -207,7 +207,10 @@ class ConversationLog:
         rows = self._database.execute(
             f"{query} ORDER BY messages.id DESC LIMIT ?", (indexed, *short, limit)
         )
-        return [Hit(*found, excerpt=_excerpt(text, words[0])) for *found, text in rows]
+        return [
+            Hit(number, changed, role, _excerpt(text, words[0]))
+            for number, changed, role, text in rows
+        ]
 
     def delete(self, conversations: Sequence[int] | None) -> None:
         """Delete conversations, if None all of them; nothing of their texts stays in the file."""

@@ -12,6 +12,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.checkpoint.hub import unreachable
 from qwen3_mlx.checkpoint.local import local_models
 from qwen3_mlx.cli.console import print_facts
+from qwen3_mlx.cli.user_files import CHAT_HISTORY, CONVERSATIONS, config_file, data_folder
 from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError
@@ -22,7 +23,7 @@ _SLOW_CPU = 20e9  # float32 operations per second; MLX's own BLAS does 1.4 to 3 
 
 
 def doctor() -> None:
-    """Show the device, MLX build, speed, memory limits and versions, with advice."""
+    """Show the device, MLX build, speed, memory limits, versions and all folders, with advice."""
     available = backend.available_memory()
     facts = {"qwen3-mlx": __version__, **backend.describe()}
     facts |= {name: _version(name) for name in _PACKAGES}
@@ -64,7 +65,7 @@ def _version(package: str) -> str:
 
 
 def _storage() -> dict[str, str]:
-    """Return where models lie, how much room is left there, and whether the hub answers."""
+    """Return where everything is stored, the room that is left, and whether the hub answers."""
     from huggingface_hub import constants
 
     cache = Path(constants.HF_HUB_CACHE).expanduser()
@@ -72,7 +73,13 @@ def _storage() -> dict[str, str]:
     while not disk.exists():
         disk = disk.parent
     reason = unreachable()
+    files = {
+        "settings": config_file(),
+        "conversations": data_folder() / CONVERSATIONS,
+        "chat history": data_folder() / CHAT_HISTORY,
+    }
     return {
+        **{name: f"{file}{'' if file.exists() else ' (none yet)'}" for name, file in files.items()},
         "models": _models(),
         "hub's cache": f"{cache}, {in_gb(shutil.disk_usage(disk).free)} free on its disk",
         "hub": constants.ENDPOINT

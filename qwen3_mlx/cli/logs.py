@@ -33,7 +33,7 @@ Replaced = Annotated[
     bool,
     option(
         "--replaced",
-        text="Also messages that were retried, edited or dropped for want of room, marked so.",
+        text="Also messages that were retried, edited or dropped, marked as replaced.",
     ),
 ]
 Limit = Annotated[
@@ -113,10 +113,14 @@ def search(
 def show(number: Number = None, replaced: Replaced = False) -> None:
     """Print a conversation as Markdown, without the thinking."""
     with ConversationLog.open() as log:
-        shown = _markdown(log.exported(log.find(number), replaced=replaced), thinking=False)
+        found = log.find(number)
+        shown = _markdown(log.exported(found, replaced=replaced), thinking=False)
+        left_out = 0 if replaced else len(log.messages(found.id, replaced=True)) - found.messages
     writer = AnswerWriter()
     writer.write(shown.removesuffix("\n"))
     writer.close()
+    if left_out:
+        note(f"Replaced messages that are not shown: {left_out}; --replaced shows them.")
 
 
 def _exported(text: str) -> int:

@@ -43,7 +43,7 @@ class Recorder:
 
     @property
     def is_recording(self) -> bool:
-        """Whether what is said is recorded."""
+        """True if what is said is recorded."""
         return self._log is not None
 
     def another(self, conversation: int | None = None) -> "Recorder":

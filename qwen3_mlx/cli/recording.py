@@ -112,7 +112,7 @@ def _opened(*, must: bool) -> ConversationLog | None:
 
 
 def note_continued(found: Summary) -> None:
-    """Say which conversation goes on."""
+    """Write a note that names the conversation that goes on."""
     count = f"{found.messages} message{'' if found.messages == 1 else 's'}"
     title = visible(found.title[:_TITLE])
     note(f"Goes on with {found.id}: {title} ({count}, {local_time(found.changed)})")

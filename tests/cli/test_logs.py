@@ -285,7 +285,10 @@ def test_what_was_replaced_is_shown_on_request(home: Path, capsys: Capture) -> N
     assert json.loads(call(["logs", "export", "--json"], capsys)[1])["messages"] == live
     everything = call(["logs", "export", "--json", "--replaced"], capsys)[1]
     assert json.loads(everything)["messages"] == replaced + live
-    for command in ("show", "export"):
+    note = "Replaced messages that are not shown: 2; --replaced shows them.\n"
+    for command, err in (("show", note), ("export", "")):
+        assert call(["logs", command], capsys)[2] == err
+        assert call(["logs", command, "--replaced"], capsys)[2] == ""
         text = call(["logs", command], capsys)[1]
         assert "right" in text and "pears" not in text
         text = call(["logs", command, "--replaced"], capsys)[1]

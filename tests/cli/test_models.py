@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pty
+import re
 import shutil
 import subprocess
 import sys
@@ -328,12 +329,19 @@ def test_the_doctor_tells_of_models_disk_and_hub(
     for name in ("matmul_speed", "memory_bandwidth"):
         monkeypatch.setattr(backend, name, lambda: 1e12)
     monkeypatch.setenv("COLUMNS", "200")
+    home = place.home / "own"
+    monkeypatch.setenv("QWEN3_HOME", str(home))
     code, out, _ = place.run("doctor", offline=True)
     assert code == 0 and "none here: qwen3 plan, then pull" in out
+    assert f"{home}/conversations.db (none yet)\n" in re.sub(" +\n", "\n", out)
+    assert f"{home}/chat_history (none yet)" in out and not home.exists()
+    home.mkdir()
+    (home / "config.toml").touch()
     assert f"{place.cache}, " in out and "GB free on its disk" in out
     assert f"{NOWHERE} cannot be reached (" in out
     assert place.run("pull", "-q", "someone/tiny")[0] == 0
     _, out, _ = place.run("doctor")
+    assert re.search(rf"settings +{home}/config.toml *\n", out)
     assert "1 here, 0.0 GB: qwen3 list" in out and "cannot be reached" not in out
 
 
