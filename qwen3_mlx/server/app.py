@@ -1,9 +1,12 @@
 """The application: the routes of all protocols, the page and /health, behind the guard."""
 
+from collections.abc import Sequence
+from http import HTTPStatus
 from importlib.resources import files
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -17,7 +20,7 @@ from qwen3_mlx.server.health import health_of
 from qwen3_mlx.server.ollama import routes as ollama
 from qwen3_mlx.server.openai import routes as openai
 from qwen3_mlx.server.openapi import add_description
-from qwen3_mlx.server.registry import PROTOCOLS
+from qwen3_mlx.server.registry import PROTOCOLS, protocol_of
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.version import __version__
@@ -64,12 +67,12 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
         redoc_url=None,
         openapi_url=None,  # see add_description
     )
-    app.include_router(openai.routes(service))
-    app.include_router(anthropic.routes(service))
-    app.include_router(ollama.routes(service))
+    routers = [protocol.routes(service) for protocol in (openai, anthropic, ollama)]
+    for router in routers:
+        app.include_router(router)
     _add_health(app, service)
     _add_page(app)
-    _add_errors(app)
+    _add_errors(app, [path for router in routers for path in _addresses(router)])
     add_description(app, [protocol.error_model for protocol in PROTOCOLS])
     app.add_middleware(Guard, settings=settings, keys=service.keys)
     if settings.cors_origins:  # outside the guard, so that pages can read its errors
@@ -117,7 +120,13 @@ def _add_page(app: FastAPI) -> None:
         return served(name)
 
 
-def _add_errors(app: FastAPI) -> None:
+def _addresses(router: APIRouter) -> list[str]:
+    """Return the addresses that are described and have no variable part."""
+    routes = (route for route in router.routes if isinstance(route, APIRoute))
+    return [route.path for route in routes if route.include_in_schema and "{" not in route.path]
+
+
+def _add_errors(app: FastAPI, addresses: Sequence[str]) -> None:
     @app.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
         return error_response(request.scope, error)
@@ -125,4 +134,8 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def on_http_error(request: Request, error: HTTPException) -> JSONResponse:
         converted = from_status(error.status_code, error.detail, error.headers)
+        if error.status_code == HTTPStatus.NOT_FOUND:
+            owner = protocol_of(request.url.path)
+            known = ", ".join(path for path in addresses if protocol_of(path) is owner)
+            converted = ApiError(404, f"{converted.message}; there are {known}")
         return error_response(request.scope, converted)

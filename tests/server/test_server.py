@@ -202,7 +202,9 @@ def test_where_the_thinking_is_found(demo: LLM, field: str, found: set[str]) -> 
         ("/v1/completions", {"prompt": []}, "prompt is empty"),
         ("/v1/completions", {"prompt": [1 << 40]}, "token ids are 0 to"),
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix is not supported"),
-        ("/v1/nothing", {}, "there is nothing at this address"),
+        ("/v1/responses", {}, "nothing at this address; there are /v1/chat/completions, /v1/comp"),
+        ("/v1/chat/completion", {}, "there are /v1/chat/completions, /v1/completions, /v1/models"),
+        ("/api/nothing", {}, "nothing at this address; there are /api/chat, /api/generate, /api/"),
     ],
 )
 def test_what_is_wrong_is_said_in_the_form_of_the_protocol(
@@ -217,6 +219,13 @@ def test_what_is_wrong_is_said_in_the_form_of_the_protocol(
         assert answer.keys() == {"error"}
     else:
         assert answer["error"].keys() == {"message", "type", "param", "code"}
+
+
+def test_each_protocol_names_its_addresses(served: Served) -> None:
+    response = served.post("/v1/messages/nothing", {})
+    assert response.status_code == 404 and message_of(response) == (
+        "there is nothing at this address; there are /v1/messages, /v1/messages/count_tokens"
+    )
 
 
 @pytest.mark.parametrize(
