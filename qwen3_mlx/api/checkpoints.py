@@ -11,7 +11,7 @@ from qwen3_mlx.cache.quantized import CacheFormat, cache_format
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
-from qwen3_mlx.checkpoint.local import demo_folder, mark_used
+from qwen3_mlx.checkpoint.local import mark_used
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import Weights, has_all_weights, untie_if_needed
 from qwen3_mlx.engine.memory import Plan
@@ -19,7 +19,7 @@ from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import FormatOf
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.model.sizes import hub_name, with_yarn
+from qwen3_mlx.model.sizes import DEMO, hub_name, with_yarn
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 DRAFT_NGRAM = "ngram"  # value of `draft` for drafting without a model
@@ -113,8 +113,7 @@ class Checkpoints:
         progress: Progress | None,
     ) -> "Checkpoints":
         """Resolve the arguments of `load`; only descriptions are fetched."""
-        name = str(demo_folder()) if source is None else hub_name(source)
-        place = Source(name, revision, progress)
+        place = Source(hub_name(DEMO if source is None else source), revision, progress)
         target, small = ResolvedCheckpoint.at(place, options, kv_bits, context), None
         if draft is not None and draft != DRAFT_NGRAM:
             place = Source(hub_name(draft), progress=progress)

@@ -1,5 +1,6 @@
 """The public function `convert`: composes hub, text and checkpoint; no algorithm of its own."""
 
+import logging
 import resource
 import sys
 import time
@@ -22,14 +23,16 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.model_card import model_card
 from qwen3_mlx.checkpoint.recipes import RECIPES, choose_formats
+from qwen3_mlx.checkpoint.stored import quantization_of
 from qwen3_mlx.checkpoint.weights import INDEX, untie_if_needed
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import as_memoryview
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import AFFINE, Format
-from qwen3_mlx.model.sizes import mlx_4bit_name, size_named
+from qwen3_mlx.model.sizes import hub_name, mlx_4bit_name, size_named
 from qwen3_mlx.text.tokenizer import Tokenizer
 
+_log = logging.getLogger(__name__)
 PhaseProgress = Callable[[str, int, int], None]
 _DESCRIPTION = (*COPIED_FILES, "config.json", INDEX)
 _MIN_TARGET_BPW, _MAX_TARGET_BPW = 2.5, 9.0
@@ -87,7 +90,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     with the recipe "auto" or with `dequantize`.
 
     Args:
-        source: a folder, or a hub name such as "Qwen/Qwen3-8B". Its weights are floats, or
+        source: a folder, a hub name such as "Qwen/Qwen3-8B", or "demo". Its weights are floats, or
             quantized in MLX's, FP8, AWQ or GPTQ format.
         output: the folder to write. It appears only when it is complete.
         revision: branch, tag or commit on the hub; default None, the main branch.
@@ -125,11 +128,13 @@ def convert(  # noqa: PLR0913 - one keyword an option
         plain, (bits, group_size, target_bpw, dequantize)
     )
     _check_arguments(recipe, target_bpw, calibration, quantizing=not dequantize)
+    if dequantize and bits is not None:
+        raise ValueError(f"bits={bits} and dequantize=True exclude each other")
     if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, AFFINE):
         raise ValueError("bits, group_size and mode go with neither recipe 'auto' nor dequantize")
     fmt = Format.of(mode, bits, group_size)
     _refuse_size_name(source)
-    place = Source(str(source), revision, _progress_for(progress, "downloading"))
+    place = Source(hub_name(source), revision, _progress_for(progress, "downloading"))
     output = Path(output).expanduser()
     check_output(place.folder, output, force=force)
     folder, stated = read_config(place, _DESCRIPTION)
@@ -149,6 +154,10 @@ def convert(  # noqa: PLR0913 - one keyword an option
     if recipe == "auto":
         job = _measured(job, calibration, target_bpw or 0.0, progress)
     elif not dequantize:
+        stored = quantization_of(config)
+        stored_bits = stored.section.get("bits") if stored else None
+        if isinstance(stored_bits, int) and stored_bits < fmt.bits:
+            _log.warning("%d bits from %d bits: larger, not better", fmt.bits, stored_bits)
         job = replace(job, formats=choose_formats(quantizable_shapes(config), recipe, fmt))
     written = run(job, _progress_for(progress, "writing"))
     return Conversion(

@@ -43,8 +43,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
     Args:
         source: the checkpoint: a folder in the published or in MLX's format; a hub name such as
             "Qwen/Qwen3-8B"; or a size such as "8B" or "30b-a3b", which stands for the 4-bit
-            checkpoint on the hub, Qwen/Qwen3-8B-MLX-4bit. Default None, the embedded demo. A folder
-            that is named like a size is "./8B" or a Path.
+            checkpoint on the hub, Qwen/Qwen3-8B-MLX-4bit. Default None, the embedded demo, which is
+            "demo" as well. A folder that is called so is "./8B", "./demo" or a Path.
         revision: branch, tag or commit on the hub; default None, the main branch.
         bits: quantize the weights while loading, to 2, 3, 4, 5, 6 or 8 bits; default None, which
             keeps them as stored. A checkpoint on the hub is downloaded whole for that: 16 GB for

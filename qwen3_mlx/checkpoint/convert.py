@@ -158,11 +158,11 @@ def check_output(source: Path | None, output: Path, *, force: bool) -> None:
             )
     if not output.exists() or (output.is_dir() and _is_empty(output)):
         return
-    if not force:
-        raise Qwen3Error(f"{output} exists; --force (force=True) replaces it")
     whole = (output / "config.json").is_file() and any(output.glob("*.safetensors"))
     if not whole or (source and output in source.parents):
         raise Qwen3Error(f"{output} is not a checkpoint folder, so it is not replaced")
+    if not force:
+        raise Qwen3Error(f"{output} exists; --force (force=True) replaces it")
 
 
 def _is_empty(folder: Path) -> bool:

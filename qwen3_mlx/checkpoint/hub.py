@@ -13,7 +13,7 @@ from pathlib import Path
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.download import download, first_line, silent_progress_bar
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.model.sizes import SIZES
+from qwen3_mlx.model.sizes import DEMO, SIZES, closest_size
 
 _log = logging.getLogger(__name__)
 DESCRIPTION_FILES = (
@@ -109,9 +109,11 @@ class Source:
         if name.lower().endswith(".gguf") and not (self.folder and self.folder.is_dir()):
             raise CheckpointError(f"{name}: {GGUF}")
         if self.folder is None and (name[:1] in "./~" or not _HUB_NAME.fullmatch(name)):
+            meant = closest_size(name)
             raise CheckpointError(
                 f"{name!r} is no folder here, nor a hub name such as Qwen/Qwen3-8B, "
-                f"nor one of the sizes {', '.join(SIZES)}"
+                f"nor one of the sizes {', '.join(SIZES)}, nor {DEMO}"
+                + (f"; did you mean {meant}?" if meant else "")
             )
         if self.folder and self.folder.name in ADAPTER_FILES:
             raise CheckpointError(f"{name} is of an adapter for another model, {NO_WHOLE_MODEL}")

@@ -8,7 +8,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,11 +60,6 @@ def local_models() -> tuple[list[LocalModel], list[str]]:
         found += _models_below(place, root)
     once = {model.folder.resolve(): model for model in reversed(found)}
     return sorted(once.values(), key=lambda model: (model.place != HUB, model.name)), complaints
-
-
-def demo_folder() -> Path:
-    """Return the folder of the embedded demo checkpoint."""
-    return Path(str(files("qwen3_mlx") / "demo"))
 
 
 def mark_used(folder: Path) -> None:

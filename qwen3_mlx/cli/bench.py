@@ -13,7 +13,6 @@ from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Measurement, cases_of
 from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import Source
-from qwen3_mlx.checkpoint.local import demo_folder
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import untie_if_needed
 from qwen3_mlx.cli.console import Bar
@@ -24,7 +23,7 @@ from qwen3_mlx.files import read_json
 from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import FormatOf
-from qwen3_mlx.model.sizes import hub_name
+from qwen3_mlx.model.sizes import DEMO, hub_name
 
 _PROMPTS, _TOGETHER, _COUNT, _MINUTES = "128,1024,4096", "2,4,8", 32, 10.0
 _TERMS = {"both": (DEFAULTS, EQUAL), "box": (DEFAULTS,), "equal": (EQUAL,)}
@@ -79,7 +78,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
         raise ValueError(f"--terms must be one of {', '.join(_TERMS)}, not {terms!r}")
     if plot:
         check_picture(plot)
-    folder = _folder(model)
+    folder = _folder(model or DEMO)
     content = untie_if_needed(read_json(folder / "config.json"), folder)
     config, stored = ModelConfig.from_dict(content), formats_stored(content, folder)
     lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
@@ -99,7 +98,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
             ),
         )
     facts = {
-        "model": model or "demo",
+        "model": model or DEMO,
         "machine": backend.describe(),
         "decoded": count,
         "repeats": repeats,
@@ -115,10 +114,8 @@ def bench(  # noqa: PLR0913 - one parameter an option
         print(*_notes(cases, results, minutes), sep="\n")
 
 
-def _folder(model: str | None) -> Path:
+def _folder(model: str) -> Path:
     """Return the folder of a checkpoint, downloading it if it is not on disk."""
-    if model is None:
-        return demo_folder()
     with Bar("downloading", in_bytes=True) as bar:
         return checkpoint_folder(Source(hub_name(model), progress=bar))
 

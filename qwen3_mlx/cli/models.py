@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,13 +21,13 @@ from qwen3_mlx.cli.options import (
     alias_meant,
     complete_model,
     option,
-    user_config,
+    without_alias,
 )
 from qwen3_mlx.cli.plan_estimate import Machine
 from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.interrupt import interruptible
-from qwen3_mlx.model.sizes import hub_name
+from qwen3_mlx.model.sizes import hub_name, is_demo
 
 _USEFUL_CONTEXT = 2048  # tokens; a model that has room for less is said not to fit
 _HEADER = ("model", "size", "format", "context", "fits here", "last used", "where")
@@ -131,7 +132,8 @@ def pull(
 
         place = Source(hub_name(model), revision, follow)
         if place.folder:
-            raise ValueError(f"{model} is a folder here; pull takes a size or a hub name")
+            what = "part of this package" if is_demo(model) else "a folder here"
+            raise ValueError(f"{model} is {what}; pull takes a size or a hub name")
         folder, config = read_config(place)
         facts = ModelFacts.of(config, folder, Machine.here())
         if not quiet:
@@ -186,8 +188,7 @@ def rm(
 
     Folders elsewhere, those of LM Studio among them, are never touched.
     """
-    aliases = user_config().aliases
-    names = dict.fromkeys(aliases.get(model, model) for model in models)
+    names = dict.fromkeys(map(without_alias, models))
     removals = [_removal(name, revision) for name in names]
     for removal in removals:
         what = "all of it" if removal.whole else f"revision {removal.revisions[0][:12]}"
@@ -203,6 +204,8 @@ def rm(
 
 
 def _removal(model: str, revision: str | None) -> Removal:
+    if is_demo(model):
+        raise Qwen3Error(f"{model} is part of this package and cannot be removed")
     name = hub_name(model)
     folder = Path(os.path.expanduser(name))
     if name and (folder.exists() or name[0] in "./~"):
@@ -210,8 +213,8 @@ def _removal(model: str, revision: str | None) -> Removal:
         found = known.get(folder.resolve())
         if found and found.place == HUB:
             raise Qwen3Error(f"{model} is in the hub's cache; give its name, {found.name}")
-        owner = "LM Studio removes it" if found and found.place == LM_STUDIO else "remove it there"
-        raise Qwen3Error(
-            f"{model} is a folder outside of the hub's cache, and only that is cleaned; {owner}"
-        )
+        how = f"; to delete it: rm -r {shlex.quote(str(folder))}" if folder.exists() else ""
+        if found and found.place == LM_STUDIO:
+            how = "; LM Studio removes it"
+        raise Qwen3Error(f"{model} is a folder outside of the hub's cache{how}")
     return Removal.of(name, revision)

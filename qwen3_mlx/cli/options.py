@@ -7,6 +7,7 @@ fields of that class in its place.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
+from difflib import get_close_matches
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
@@ -22,11 +23,12 @@ from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.user_files import config_file
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.model.sizes import SIZES
+from qwen3_mlx.model.sizes import DEMO, SIZES, hub_name, is_demo
 
 _MODEL, GENERATION, _THINKING = "Model", "Generation", "Thinking"
 _SAMPLING, _DISPLAY = "Sampling", "Display"
 MODEL_VARIABLE = "QWEN3_MODEL"
+_NGRAM = "ngram"  # a value of --draft
 _YARN_NOTE = "YaRN is on for this context window; quality on short texts may be slightly lower."
 
 T = TypeVar("T")
@@ -38,25 +40,45 @@ def option(*names: str, text: str, panel: str | None = None, **more: Any) -> Any
 
 
 def _model_meant(context: typer.Context, name: str | None) -> str | None:
-    """Return the model that is stated, or that of the settings; aliases are replaced."""
+    """Return the model that is stated, or that of the settings, as `load` takes it; None: the demo.
+
+    Aliases are replaced.
+    """
     if name is None and not context.resilient_parsing:
         name = user_config().model
-    return alias_meant(context, name)
+    name = alias_meant(context, name)
+    return None if name and is_demo(name) else name
 
 
 def alias_meant(context: typer.Context, name: str | None) -> str | None:
     """Return a model's name, with an alias of the settings replaced by what it stands for."""
-    if name is None or context.resilient_parsing:
-        return name
-    return user_config().aliases.get(name, name)
+    return name if name is None or context.resilient_parsing else without_alias(name)
+
+
+def without_alias(name: str) -> str:
+    """Return what an alias of the settings stands for, which may be another alias.
+
+    Raises:
+        Qwen3Error: aliases stand for each other, or a name that cannot be a model is close to one.
+    """
+    aliases, names = user_config().aliases, [name]
+    while (name := names[-1]) in aliases:
+        names.append(aliases[name])
+        if names[-1] in names[:-1]:
+            circle = " -> ".join(names)
+            raise Qwen3Error(f"{config_file()}: the aliases {circle} stand for each other")
+    cannot_be_model = hub_name(name) == name and "/" not in name and not Path(name).exists()
+    if cannot_be_model and name != _NGRAM and (close := get_close_matches(name, aliases, 1)):
+        raise Qwen3Error(f"there is no model {name!r}; did you mean the alias {close[0]}?")
+    return name
 
 
 def complete_model(incomplete: str) -> list[str]:
-    """Return the aliases, the sizes and the models on this machine that begin with a text."""
+    """Return the aliases, sizes, demo and models on this machine that begin with a text."""
     here: list[str] = []
     with suppress(Qwen3Error):  # completion has no place for messages
         here = [model.name for model in local_models()[0]]
-    return _beginning_with(incomplete, [*_settings_that_are_right().aliases, *SIZES, *here])
+    return _beginning_with(incomplete, [*_settings_that_are_right().aliases, *SIZES, DEMO, *here])
 
 
 def _complete_preset(incomplete: str) -> list[str]:
@@ -87,7 +109,7 @@ Model = Annotated[
         "--model",
         "-m",
         panel=_MODEL,
-        text=f"Folder, hub name or size: {', '.join(SIZES)}.",
+        text=f"Folder, hub name, size ({', '.join(SIZES)}) or {DEMO}, the embedded model.",
         envvar=MODEL_VARIABLE,
         callback=_model_meant,
         autocompletion=complete_model,
@@ -97,7 +119,7 @@ ModelArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="MODEL",
-        help="Folder, hub name or size; the embedded demo if omitted.",
+        help=f"Folder, hub name, size or {DEMO}, the embedded model (the default).",
         envvar=MODEL_VARIABLE,
         show_default=False,
         callback=_model_meant,
@@ -226,7 +248,13 @@ class QuestionOptions:
         ),
     ] = None
     json: Annotated[
-        bool, option("--json", panel=_DISPLAY, text="Print each event as a line of JSON.")
+        bool,
+        option(
+            "--json",
+            panel=_DISPLAY,
+            text="Print each event as a line of JSON; --hide-thinking and -q leave the thinking "
+            "out.",
+        ),
     ] = False
 
 
@@ -238,7 +266,11 @@ class SamplingOptions:
         bool | None, option(panel=_THINKING, text="Think before the answer, or answer at once.")
     ] = None
     thinking_budget: Annotated[
-        int | None, option(panel=_THINKING, text="Maximum tokens of thinking.")
+        int | None,
+        option(
+            panel=_THINKING,
+            text="Maximum tokens of thinking; the sentence that then closes it comes on top.",
+        ),
     ] = None
     seed: Annotated[
         int | None, option(panel=_SAMPLING, text="Random seed: the same seed gives the same reply.")

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
@@ -25,7 +26,7 @@ from qwen3_mlx.cli.plan_table import table_of
 from qwen3_mlx.engine.memory import count_weights, weight_bytes
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format, FormatOf
-from qwen3_mlx.model.sizes import SIZES, published_model_config, size_named
+from qwen3_mlx.model.sizes import DEMO, SIZES, hub_name, is_demo, published_model_config, size_named
 
 _MAX_MEMORY_GB = 100_000
 # Memory bandwidth in GB/s, from Apple's technical specifications; the faster of two variants.
@@ -46,12 +47,22 @@ _FORMATS = {
 }
 
 
+def _gigabytes(stated: str) -> float:
+    """Return the memory that --memory states, with or without its unit, in GB."""
+    number = stated.strip().upper().removesuffix("GB")
+    with suppress(ValueError):
+        if 1 <= float(number) <= _MAX_MEMORY_GB:
+            return float(number)
+    raise ValueError(f"--memory must be GB, from 1 to {_MAX_MEMORY_GB:,}, not {stated}")
+
+
 def plan(  # noqa: PLR0913 - one parameter an option
     model: Annotated[
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help=f"Size ({', '.join(SIZES)}), folder or hub name; without it, one is recommended.",
+            help=f"Size ({', '.join(SIZES)}), folder, hub name or {DEMO}; without it, one is "
+            "recommended.",
             callback=alias_meant,
             autocompletion=complete_model,
             show_default=False,
@@ -59,8 +70,8 @@ def plan(  # noqa: PLR0913 - one parameter an option
     ] = None,
     revision: Annotated[str | None, option(text="Branch, tag or commit on the hub.")] = None,
     memory: Annotated[
-        float | None,
-        option(text="Plan for a Mac with this many GB, not for this machine."),
+        str | None,
+        option(text="Plan for a Mac with this many GB, not for this machine.", metavar="GB"),
     ] = None,
     cache: Annotated[
         str,
@@ -93,10 +104,8 @@ def plan(  # noqa: PLR0913 - one parameter an option
     """
     if cache not in CACHE_FORMATS:
         raise ValueError(f"--cache must be one of {', '.join(CACHE_FORMATS)}, not {cache!r}")
-    if memory is not None and not 1 <= memory <= _MAX_MEMORY_GB:
-        raise ValueError(f"--memory must be GB, from 1 to {_MAX_MEMORY_GB:,}, not {memory:g}")
     itemsize = backend.compute_dtype(dtype).size
-    machine = Machine.here() if memory is None else Machine.mac(memory)
+    machine = Machine.here() if memory is None else Machine.mac(_gigabytes(memory))
     speed = _bytes_per_second(bandwidth, chip)
 
     def estimate_of(model: str) -> MemoryEstimate:
@@ -128,7 +137,7 @@ def _resolve(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[s
                 f"--revision belongs to hub names; {size} is planned from its published config"
             )
         return f"Qwen3-{size}", published_model_config(size), formats
-    source = Source(model, revision)
+    source = Source(hub_name(model), revision)
     folder, content = read_config(source, ["config.json"])
     config = ModelConfig.from_dict(_checked_config(content, source, folder))
     quantization = quantization_of(content)
@@ -139,7 +148,7 @@ def _resolve(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[s
             f"The weights are {quantization.method.upper()} and must be converted first: "
             f"qwen3 convert {model} FOLDER. This plan is for the converted model."
         )
-    return source.name, config, formats
+    return DEMO if is_demo(model) else source.name, config, formats
 
 
 def _checked_config(content: Mapping[str, Any], source: Source, folder: Path) -> Mapping[str, Any]:

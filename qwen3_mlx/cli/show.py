@@ -9,7 +9,6 @@ from typing import Any
 
 from qwen3_mlx.checkpoint.description import read_config
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.local import demo_folder
 from qwen3_mlx.checkpoint.weights import has_all_weights, untie_if_needed
 from qwen3_mlx.cli.console import format_bytes, note, print_facts
 from qwen3_mlx.cli.model_facts import ModelFacts
@@ -19,7 +18,7 @@ from qwen3_mlx.cli.plan_estimate import Machine
 from qwen3_mlx.cli.plan_table import count
 from qwen3_mlx.engine.memory import count_weights
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.model.sizes import hub_name, published_config, size_named
+from qwen3_mlx.model.sizes import DEMO, hub_name, published_config, size_named
 
 _CARD = "README.md"
 _CONTEXTS = (8192, 32768)  # tokens; and the window
@@ -30,7 +29,7 @@ def show(*, model: ModelArgument = None, revision: Revision = None, as_json: Jso
 
     Of a model that is not downloaded, only the files that describe it are fetched.
     """
-    place = Source(hub_name(model) if model else str(demo_folder()), revision)
+    place = Source(hub_name(model or DEMO), revision)
     try:
         folder, config = read_config(place, [*DESCRIPTION_FILES, _CARD])
     except CheckpointError:
@@ -45,7 +44,7 @@ def show(*, model: ModelArgument = None, revision: Revision = None, as_json: Jso
         config = untie_if_needed(config, folder)
     facts = ModelFacts.of(config, folder, Machine.here())
     about = {
-        "model": place.name if model else "demo",
+        "model": place.name if model else DEMO,
         "folder": str(folder) if folder else None,
         "downloaded": bool(folder and has_all_weights(folder)),
         **_of_network(facts, config),
@@ -120,7 +119,7 @@ def _for_people(about: Mapping[str, Any], facts: ModelFacts) -> dict[str, str]:
         "folder": about["folder"] or "not downloaded",
         "network": f"{about['architecture']}, {count(about['parameters'])} parameters"
         + (experts if about["experts"] else ""),
-        "layers": f"{about['layers']} of {about['hidden_size']:,}; {heads}",
+        "shape": f"{about['layers']} layers, width {about['hidden_size']:,}; {heads}",
         "vocabulary": f"{about['vocabulary']:,} tokens"
         + (", head tied to the embedding" if about["tied_head"] else ""),
         "context": f"{about['context']:,} tokens"

@@ -1,11 +1,13 @@
-"""The published sizes of Qwen3: their geometry, hub names and YaRN settings.
+"""The names of models: the embedded demo, and the published sizes of Qwen3 with their geometry.
 
-From the config.json of each Qwen/Qwen3-SIZE on the hub. It is enough to plan memory for a size
-without its files, and to create random models of its shape.
+The geometry is from the config.json of each Qwen/Qwen3-SIZE on the hub. It is enough to plan memory
+for a size without its files, and to create random models of its shape.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,9 @@ _GEOMETRIES = {
     "235B-A22B": _Geometry(4096, 12288, 94, 64, 4, expert_width=1536),
 }
 SIZES = tuple(_GEOMETRIES)
+DEMO = "demo"
+_BILLIONS = re.compile(r"(\d+(?:\.\d+)?)b", re.IGNORECASE)
+_FARTHEST = 1 / 3  # of the size that a misspelt name states
 _WINDOW = 40960  # tokens: 32,768 as trained and for output, 8,192 for the prompt
 _TRAINED_WINDOW = 32768  # tokens
 _YARN_LENGTHS = (65536, 131072)  # factors 2 and 4 on the trained window (model cards)
@@ -91,18 +96,44 @@ def size_named(name: str) -> str | None:
     return next((size for size in SIZES if size.lower() == name.lower()), None)
 
 
-def hub_name(name: str | Path) -> str:
-    """Return the hub name of a bare size, and any other name unchanged.
+def is_demo(name: str | Path) -> bool:
+    """Return whether `name` names the embedded demo, in any case."""
+    return isinstance(name, str) and name.lower() == DEMO
 
-    A folder with the name of a size must be given as a Path, or with a slash: ./8B.
+
+def demo_folder() -> Path:
+    """Return the folder of the embedded demo checkpoint."""
+    return Path(str(files("qwen3_mlx") / "demo"))
+
+
+def hub_name(name: str | Path) -> str:
+    """Return the hub name of a bare size, the demo's folder for "demo", and other names unchanged.
+
+    A folder that is called so must be given as a Path, or with a slash: ./8B.
     """
+    if is_demo(name):
+        return str(demo_folder())
     size = size_named(name) if isinstance(name, str) else None
     return mlx_4bit_name(size) if size else str(name)
 
 
 def folder_name(folder: Path) -> str:
-    """Return a folder's path as text that cannot be mistaken for a size."""
-    return f"./{folder}" if size_named(str(folder)) else str(folder)
+    """Return a folder's path as text that cannot be mistaken for a size or the demo."""
+    name = str(folder)
+    return f"./{name}" if size_named(name) or is_demo(name) else name
+
+
+def closest_size(name: str) -> str | None:
+    """Return the size nearest to that in a wrong name such as 7B or qwen3:8b; None if none is."""
+    if "/" in name or not (stated := _BILLIONS.search(name)):
+        return None
+    billions = float(stated[1])
+
+    def distance(size: str) -> float:
+        return abs(float(size.partition("B")[0]) - billions)
+
+    nearest = min(SIZES, key=distance)
+    return nearest if distance(nearest) <= _FARTHEST * billions else None
 
 
 def yarn_lengths(config: ModelConfig) -> tuple[int, ...]:

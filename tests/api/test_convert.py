@@ -50,6 +50,15 @@ def test_is_what_loading_with_bits_gives(tiny_folder: Path, tmp_path: Path) -> N
             assert_close(logits(made.output), llm.logits(IDS))
 
 
+def test_more_bits_than_the_source_are_noted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    convert("demo", tmp_path / "4bit")
+    assert not caplog.messages
+    convert(tmp_path / "4bit", tmp_path / "8bit", bits=8)
+    assert caplog.messages == ["8 bits from 4 bits: larger, not better"]
+
+
 def test_dequantizing_back(tiny_folder: Path, tmp_path: Path) -> None:
     quantized = convert(tiny_folder, tmp_path / "8bit", bits=8, dtype="float32")
     plain = convert(quantized.output, tmp_path / "plain", dequantize=True)

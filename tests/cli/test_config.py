@@ -142,6 +142,17 @@ def test_presets_are_named_and_take_tools(config: Path, capsys: Capture) -> None
     assert call(["Hello", "--preset", "a"], capsys)[2] == f"qwen3: {tools} is not a Python file\n"
 
 
+def test_aliases_of_aliases(config: Path, capsys: Capture) -> None:
+    config.write_text('[aliases]\na = "b"\nb = "demo"\ntiny = "4B"\nx = "y"\ny = "x"\n')
+    assert call(["show", "a"], capsys)[1] == call(["show", "demo"], capsys)[1] != ""
+    circle = f"qwen3: {config}: the aliases x -> y -> x stand for each other\n"
+    for words in (["Hello", "-m", "x"], ["rm", "x"]):
+        assert call(words, capsys) == (1, "", circle)
+    for words in (["Hello", "-m", "tny"], ["plan", "tny"]):
+        wanted = "qwen3: there is no model 'tny'; did you mean the alias tiny?\n"
+        assert call(words, capsys) == (1, "", wanted)
+
+
 # --- completion of a shell ------------------------------------------------------------------------
 
 

@@ -159,12 +159,13 @@ def test_rm_touches_models_of_the_cache_alone(place: Place, monkeypatch: Any) ->
     shutil.copytree(folder, studio)
     monkeypatch.setenv("QWEN3_MODELS", str(folder))
     for name, words in (
-        (str(folder), "is a folder outside of the hub's cache, and only that is cleaned; remove"),
-        ("~/own", "is a folder outside of the hub's cache"),
+        (str(folder), f"is a folder outside of the hub's cache; to delete it: rm -r {folder}\n"),
+        ("~/own", f"~/own is a folder outside of the hub's cache; to delete it: rm -r {folder}\n"),
         (str(studio), "LM Studio removes it"),
         (str(snapshot), "is in the hub's cache; give its name, someone/tiny"),
         (str(place.cache), "is a folder outside"),
-        ("./nothing", "is a folder outside"),
+        ("./nothing", "is a folder outside of the hub's cache\n"),
+        ("demo", "demo is part of this package and cannot be removed"),
         ("../../x", "is a folder outside"),
         ("~nobody-here/x", "is a folder outside"),
         ("someone/other", "is not in the hub's cache"),
@@ -278,7 +279,7 @@ def test_names_complete(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     write_aliases('mine = "someone/tiny"')
     monkeypatch.setenv("_QWEN3_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_CWORD", "2")
-    for typed, offered in (("-m ", {"mine", *SIZES, "someone/tiny"}), ("rm 0.", {"0.6B"})):
+    for typed, offered in (("-m ", {"mine", *SIZES, "demo", "someone/tiny"}), ("rm 0.", {"0.6B"})):
         monkeypatch.setenv("COMP_WORDS", f"qwen3 {typed}")
         assert set(place.run()[1].split()) == offered
 
@@ -296,6 +297,7 @@ def test_aliases_name_models_everywhere(place: Place) -> None:
     [
         (("pull", "someone/other"), "the hub has no someone/other"),
         (("pull", "7B"), "nor one of the sizes 0.6B"),
+        (("pull", "demo"), "demo is part of this package; pull takes a size or a hub name"),
         (("pull", str(DEMO)), "is a folder here; pull takes a size or a hub name"),
         (("pull",), "Missing argument 'MODEL'"),
         (("rm",), "Missing argument 'MODEL'"),

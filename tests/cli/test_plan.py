@@ -183,7 +183,7 @@ def test_a_stretched_window_is_marked(tmp_path: Path, capsys: Captured) -> None:
         (["8B", "--memory", "0"], "--memory must be GB, from 1 to 100,000, not 0"),
         (["8B", "--memory", "nan"], "--memory must be GB"),
         (["8B", "--memory", "-16"], "--memory must be GB"),
-        (["8B", "--memory", "much"], "--memory"),
+        (["8B", "--memory", "much"], "--memory must be GB, from 1 to 100,000, not much"),
         (["8B", "--cache", "2"], "--cache must be one of bf16, 8, k8v4, 4, not '2'"),
         (["8B", "--dtype", "int8"], "dtype must be one of"),
         (["8B", "--bandwidth", "inf"], "--bandwidth must be GB/s, more than 0, not inf"),
@@ -288,3 +288,9 @@ def test_the_table_of_sizes(capsys: Captured) -> None:
     _, out, _ = call(["plan", "--memory", "2"], capsys)
     assert "None of them fits" in out and "<--" not in out
     assert call(["plan"], capsys)[0] == 0
+
+
+def test_memory_may_have_its_unit(capsys: Captured) -> None:
+    plain = call(["plan", "8B", "--memory", "16"], capsys)
+    for stated in ("16GB", "16 gb"):
+        assert call(["plan", "8B", "--memory", stated], capsys) == plain
