@@ -379,9 +379,9 @@ def describe() -> dict[str, str]:
         "device": f"{mx.default_device().type.name}: {info.get('device_name', 'unknown')}",
         "architecture": architecture(),
         "blas": "Metal" if on_metal() else "CUDA" if on_gpu() else BLAS,
-        "memory": f"{total_memory() / _GIB:.1f} GiB",
+        "memory": f"{total_memory() / 1e9:,.1f} GB",
         "dtype": dtype_name(compute_dtype()),
     }
     if on_metal():
-        facts["working set"] = f"{working_set() / _GIB:.1f} GiB recommended by Metal"
+        facts["working set"] = f"{working_set() / 1e9:,.1f} GB recommended by Metal"
     return facts

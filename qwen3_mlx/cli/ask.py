@@ -41,6 +41,12 @@ _DEMO_NOTE = (
     "This is the embedded demo model: it adds, repeats, counts and reverses. "
     'For a real model: qwen3 --model 8B "..."'
 )
+_NO_ANSWER = (
+    "qwen3: there is no answer: the token limit ended the thinking; a larger --max-tokens, a "
+    "--thinking-budget or --no-thinking leaves room"
+)
+_STDIN = "-"
+_BURST = 1e-4  # seconds a token: pieces that come faster were generated before the first was shown
 _CLOSED_BY = {
     "budget": "its budget",
     "end": "an early end",
@@ -57,7 +63,7 @@ def ask(  # noqa: PLR0913 - one parameter a group of options
         str | None,
         typer.Argument(
             metavar="PROMPT",
-            help="Prompt for the model; piped text is appended.",
+            help="Prompt for the model, or - for stdin; piped text is appended.",
             show_default=False,
         ),
     ] = None,
@@ -93,20 +99,26 @@ def ask(  # noqa: PLR0913 - one parameter a group of options
         conversation = llm.conversation(messages=history, **options)
         if begun.model is None and not quiet:
             note(_DEMO_NOTE)
-        show = _show_json if question.json else partial(_show, hide=hide_thinking or quiet)
+        show = partial(_show_json if question.json else _show, hide=hide_thinking or quiet)
         finish = _reply(lambda: conversation.stream(text), conversation, recorder, show, quiet)
         while finish.reason == "tool_calls" and functions:
+            known = len(conversation.messages)
             conversation.answer_calls(functions)
+            if question.json:
+                _show_results(conversation.messages[known:])
             finish = _reply(conversation.stream, conversation, recorder, show, quiet)
     return 130 if finish.reason == "cancelled" else 0
 
 
 def _message(prompt: str | None, files: Sequence[Path]) -> str:
     """Return files, prompt and piped text as one message; there must be one of them."""
-    piped = "" if sys.stdin.isatty() else sys.stdin.read().strip("\n")
+    piped = ""
+    if prompt == _STDIN or not sys.stdin.isatty():
+        piped = sys.stdin.read().strip("\n")
+    prompt = None if prompt == _STDIN else prompt
     text = "\n\n".join(part for part in (*map(_attached, files), prompt, piped) if part)
     if not text.strip():
-        raise typer.BadParameter("give a prompt, as an argument or through a pipe")
+        raise UsageError("give a prompt, as an argument or through a pipe")
     return text
 
 
@@ -127,12 +139,14 @@ def _reply(
     """Show and record one reply of the conversation."""
     times = [time.perf_counter()]
     finish: Finish | None = None
+    answered = False
 
     def events(stream: "qwen3_mlx.Stream") -> Iterator[Event]:
-        nonlocal finish
+        nonlocal finish, answered
         for event in recorder.recorded(stream):
             times.append(time.perf_counter())
             finish = event if isinstance(event, Finish) else None
+            answered |= isinstance(event, Text)
             yield event
 
     with Bar("reading the prompt") as bar:
@@ -145,6 +159,8 @@ def _reply(
     recorder.record(conversation.messages)
     if not quiet:
         note(_status(finish, times[1] - times[0], times[-1] - times[1]))
+    elif finish.reason == "length" and not answered:
+        note(_NO_ANSWER)
     return finish
 
 
@@ -161,30 +177,48 @@ def _show(events: Iterator[Event], *, hide: bool) -> None:
                 note("\n")
             answered = True
             answer.write(event.text)
-        elif isinstance(event, ToolCall) and not hide:
-            note(f"{event.name}({event.raw_arguments})")
+        elif isinstance(event, ToolCall):
+            answer.close()
+            if not hide:
+                note("\n" * (thought and not answered) + f"{event.name}({event.raw_arguments})")
+            thought = False
     answer.close()
     if thought and not answered:
         note("")
 
 
-def _show_json(events: Iterator[Event]) -> None:
-    """Write each event as a line of JSON."""
+def _show_json(events: Iterator[Event], *, hide: bool) -> None:
+    """Write each event as a line of JSON, without those of the thinking if `hide`."""
     for event in events:
+        if hide and isinstance(event, Reasoning):
+            continue
         kind = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", type(event).__name__).lower()
         fields = {key: value for key, value in asdict(event).items() if key != "tokens"}
-        print(json.dumps({"type": kind, **fields}, ensure_ascii=False), flush=True)
+        _print_event({"type": kind, **fields})
+
+
+def _show_results(messages: Sequence[dict[str, Any]]) -> None:
+    """Write the results of tools as lines of JSON."""
+    for message in messages:
+        result = {"id": message["tool_call_id"], "name": message["name"]}
+        _print_event({"type": "tool_result", **result, "content": message["content"]})
+
+
+def _print_event(event: dict[str, Any]) -> None:
+    print(json.dumps(event, ensure_ascii=False), flush=True)
 
 
 def _status(finish: Finish, to_first: float, rest: float) -> str:
     usage = finish.usage
     count = usage.completion_tokens
-    thinking = f" ({usage.reasoning_tokens} thinking)" if usage.reasoning_tokens else ""
+    closed_by = finish.details.get("thinking_closed_by")
+    closing = ", the sentence that closed it included" if closed_by else ""
+    thinking = f" ({usage.reasoning_tokens} thinking{closing})" if usage.reasoning_tokens else ""
     parts = [f"{count} tokens{thinking}"]
     if passes := finish.details.get("forward_passes"):
         parts.append(f"{passes} passes")
-    if count > 1:
-        parts.append(f"{(count - 1) / max(rest, 1e-9):.1f} tokens/s")
+    if count > 1 and rest > _BURST * count:
+        parts.append(f"{(count - 1) / rest:.1f} tokens/s")
     parts += [
         f"first after {to_first:.2f} s",
         f"{backend.peak_memory() / 1e6:,.0f} MB",
@@ -193,7 +227,7 @@ def _status(finish: Finish, to_first: float, rest: float) -> str:
         parts.append("ended by the loop guard")
     if finish.reason == "length":
         parts.append("cut off at the token limit")
-    if closed_by := finish.details.get("thinking_closed_by"):
+    if closed_by:
         parts.append(f"thinking closed by {_CLOSED_BY[closed_by]}")
     if finish.reason == "cancelled":
         parts.append("cancelled")

@@ -11,7 +11,7 @@ _KEYWORD = re.compile(r"\b([a-z_]+)=(\"[^\"]*\"|'[^']*'|[\w.,-]*\w)")
 _FIRST = re.compile(r"([a-z_]+)(?= must be |: )")  # "max_tokens must be at least 1, not 0"
 _CALL = re.compile(r"(?:[;,] or|;) [^;,]*\b\w+\(\)[^;,]*")  # a remedy that only Python has
 _STRAY = re.compile(r"Got unexpected extra argument\(s\) \((.*)\)", re.DOTALL)
-_CUTOFF = 0.75  # difflib's ratio of four letters, two of them swapped
+_CUTOFF = 0.75  # difflib's ratio of four letters, two of them swapped, or one of them wrong
 # Commands of other programs.
 _FOREIGN_COMMANDS = {
     "help": "--help",
@@ -24,7 +24,9 @@ _FOREIGN_COMMANDS = {
     "remove": "rm",
     "delete": "rm",
     "info": "show",
+    "uninstall": "rm",
     "history": "logs",
+    "settings": "config",
     "completion": "--install-completion",
 }
 
@@ -53,7 +55,7 @@ def usage(error: TyperException) -> str:
     """Return a message that says what is wrong with a command line and which help to read."""
     context = getattr(error, "ctx", None)
     command = context.command_path.removesuffix(" ask") if context else "qwen3"
-    message = error.format_message()
+    message = error.format_message().removeprefix("Invalid value: ")
     if context and (stray := _STRAY.fullmatch(message)):
         names = [name for option in context.command.params for name in option.opts]
         hint = "; name the model with --model" if "--model" in names else ""
@@ -75,6 +77,9 @@ def hint(word: str, known: Collection[str]) -> str:
 
 
 def closest_command(word: str, verbs: Collection[str]) -> str | None:
-    """Return the subcommand or option that a misspelt word probably stands for, or None."""
-    close = get_close_matches(word, verbs, 1, _CUTOFF)
+    """Return the subcommand or option that a misspelt word probably stands for, or None.
+
+    Of four letters, other words than a misspelt one differ in the first: "What" is not "chat".
+    """
+    close = get_close_matches(word, [verb for verb in verbs if verb[0] == word[:1]], 1, _CUTOFF)
     return close[0] if close else _FOREIGN_COMMANDS.get(word)

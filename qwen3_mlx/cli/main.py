@@ -4,6 +4,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Annotated, Any
 
 import typer
@@ -29,6 +30,7 @@ from qwen3_mlx.cli.show_config import config
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.version import __version__
 
+_MOST_OF_A_COMMAND = 2  # words before the options, such as plan 8B; more are probably a prompt
 _OWN_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 
@@ -43,17 +45,22 @@ class _Root(TyperGroup):
             args = ["--help"]
         elif first not in self.commands and first not in _OWN_OPTIONS:
             if not ctx.resilient_parsing:
-                self._refuse_typo(first)
+                self._refuse_typo([*takewhile(lambda word: not word.startswith("-"), args)])
             args = ["ask", *args]
         return super().parse_args(ctx, args)
 
-    def _refuse_typo(self, first: str) -> None:
-        """Refuse a first argument that is probably a misspelt subcommand."""
-        if meant := closest_command(first, [name for name in self.commands if name != "ask"]):
-            raise UsageError(
-                f"there is no command {first!r}; did you mean qwen3 {meant}? To send it as a "
-                f"prompt: qwen3 -- {first}; put several words in quotes"
-            )
+    def _refuse_typo(self, words: Sequence[str]) -> None:
+        """Refuse words of which the first is probably a misspelt subcommand."""
+        commands = [name for name in self.commands if name != "ask"]
+        if not words or not (meant := closest_command(words[0], commands)):
+            return
+        prompt = f'qwen3 "{" ".join(words)}"' if len(words) > 1 else f"qwen3 -- {words[0]}"
+        if len(words) > _MOST_OF_A_COMMAND:
+            raise UsageError(f"put the prompt in quotes: {prompt}; or did you mean qwen3 {meant}?")
+        raise UsageError(
+            f"there is no command {words[0]!r}; did you mean qwen3 {meant}? "
+            f"To send it as a prompt: {prompt}"
+        )
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -148,11 +155,15 @@ def main(args: Sequence[str] | None = None) -> None:
     except TyperException as error:  # wrong usage
         code = _print_error(usage(error), error.exit_code)
     except (Qwen3Error, ValueError, TypeError) as error:
-        code = _print_error(with_option_names(str(error), _keywords()), 1)
+        message = with_option_names(str(error), _keywords())
+        # A value that its option does not take is wrong usage, wherever that is found out.
+        is_usage = not isinstance(error, Qwen3Error) and message.startswith("--")
+        code = _print_error(message, 2 if is_usage else 1)
     except KeyboardInterrupt:
         code = 130
     except OSError as error:  # such as a full disk under stdout
-        code = _print_error(str(error), 1)
+        where = f"{error.filename} cannot be used: " if error.filename else ""
+        code = _print_error(f"{where}{error.strerror or error}", 1)
         # The interpreter flushes stdout at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:

@@ -33,6 +33,8 @@ def schema_from(stated: str) -> dict[str, Any]:
             "--schema is empty; it takes a JSON file or fields, such as 'a int, b str'"
         )
     properties = dict(map(_property, fields))
+    if len(properties) < len(fields):
+        raise ValueError(f"--schema names a field twice: {stated.strip()!r}")
     return {
         "type": "object",
         "properties": properties,

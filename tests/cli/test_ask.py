@@ -14,14 +14,14 @@ from typing import Any
 
 import pytest
 
-from qwen3_mlx import LLM, CheckpointError, __version__
+from qwen3_mlx import LLM, CheckpointError, __version__, load
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.cli.short_schema import schema_from
 from qwen3_mlx.model.sizes import SIZES
-from qwen3_mlx.text.events import Finish, Text, ToolCall, Usage
+from qwen3_mlx.text.events import Finish, Reasoning, Text, ToolCall, Usage
 from tests.cli.harness import QWEN3, call
 from tests.support import DEMO
 
@@ -57,6 +57,29 @@ def test_piped_text_joins_the_prompt(tiny_folder: Path, capsys: pytest.CaptureFi
     assert run(*options, stdin="alone").stdout == call(["alone", *options], capsys)[1] != ""
 
 
+def test_a_dash_is_stdin(tiny_folder: Path) -> None:
+    options = ("-m", str(tiny_folder), "-n", "8", "--seed", "1", "-q")
+    assert run("-", *options, stdin="alone").stdout == run(*options, stdin="alone").stdout != ""
+
+
+def test_the_demo_has_a_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").mkdir()  # is ./demo
+    monkeypatch.setenv("QWEN3_MODEL", "./nowhere")
+    for words in (["2 + 2?", "-m", "Demo"], ["show", "demo"], ["plan", "demo"]):
+        code, out, err = call(words, capsys)
+        assert code == 0 and out, err
+    assert "4 layers, width 192; 4 heads, 2 for keys" in call(["show", "demo"], capsys)[1]
+    assert call(["convert", "demo", "out"], capsys)[0] == 0
+    assert call(["show", "./demo"], capsys)[0] == 1
+    with load("demo", draft="demo") as llm:
+        assert llm.config == load().config
+    with pytest.raises(CheckpointError):
+        load(Path("demo"))
+
+
 def test_the_model_may_come_from_the_environment(tiny_folder: Path) -> None:
     done = run("Hello", "-n", "3", env={"QWEN3_MODEL": str(tiny_folder)})
     assert done.returncode == 0
@@ -80,19 +103,23 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["--bogus", "x"], 2, "No such option: --bogus"),
         (["x", "--top-k", "many"], 2, "Invalid value for '--top-k'"),
         (["a", "b", "-q"], 2, 'put the prompt in quotes: qwen3 "a b"'),
-        ([""], 2, "give a prompt"),
-        (["x", "--temperature", "-1"], 1, "temperature must be from 0 to 100, not -1.0"),
+        ([""], 2, "qwen3: give a prompt, as an argument or through a pipe (see qwen3 --help)"),
+        (["x", "-n", "ten"], 2, "Invalid value for '--max-tokens'"),
+        (["x", "-n", "-5"], 2, "--max-tokens must be at least 1, not -5"),
+        (["x", "--temperature", "-1"], 2, "temperature must be from 0 to 100, not -1.0"),
         (["x", "--model", "./nowhere"], 1, "is no folder here, nor a hub name"),
-        (["x", "--bits", "7"], 1, "bits must be one of"),
-        (["serve", "--reasoning-field", "x"], 1, "--reasoning-field must be one of both,"),
+        (["x", "--bits", "7"], 2, "bits must be one of"),
+        (["serve", "--reasoning-field", "x"], 2, "--reasoning-field must be one of both,"),
         (["serve", "--port", "99999"], 2, "Invalid value for '--port'"),
         (["serve", "--host", "nowhere.invalid"], 1, "cannot listen at nowhere.invalid"),
         (["convert", "nowhere", "b"], 1, "is no folder here, nor a hub name"),
         (
             ["convert", str(DEMO), "b", "--recipe", "best"],
-            1,
+            2,
             "recipe must be one of uniform, mixed",
         ),
+        (["convert", "demo", "b", "--dequantize", "-b", "4"], 2, "--bits 4 and --dequantize excl"),
+        (["convert", "demo", __file__], 1, "is not a checkpoint folder, so it is not replaced"),
         (["convert", str(DEMO), str(DEMO / "b")], 1, "lies in the source"),
         (["convert", str(DEMO)], 2, "Missing argument"),
     ],
@@ -178,6 +205,7 @@ def test_doctor(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     assert code == 0
     for word in ("device", "blas", "matmul", "GFLOP/s", "mlx-lm", "memory"):
         assert word in out
+    assert "GiB" not in out
 
 
 @pytest.mark.parametrize(
@@ -288,6 +316,25 @@ def test_events_as_lines_of_json(tiny_folder: Path, capsys: pytest.CaptureFixtur
     assert events[-1]["usage"]["completion_tokens"] == 9
 
 
+def test_events_without_thinking(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN3_MODEL", "demo")
+    kinds = {}
+    for option in ("--no-log", "--hide-thinking", "-q"):
+        events = call(["What is 12 + 34?", "--json", "--thinking", option], capsys)[1].splitlines()
+        kinds[option] = {json.loads(event)["type"] for event in events}
+    assert kinds.pop("--no-log") == {"reasoning", "text", "finish"}
+    assert kinds == dict.fromkeys(kinds, {"text", "finish"})
+
+
+def test_no_answer_is_said_even_if_quiet(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(["What is 12 + 34?", "--thinking", "-q", "-n", "3"], capsys)
+    assert (code, out, err.count("\n")) == (0, "", 1)
+    assert err.startswith("qwen3: there is no answer: the token limit ended the thinking; ")
+    assert call(["What is 12 + 34?", "--no-thinking", "-q", "-n", "3"], capsys)[2] == ""
+
+
 @pytest.mark.parametrize("stated", ["n int, ok bool", "file", '{"type": "boolean"}'])
 def test_answers_fit_a_schema(
     stated: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -371,6 +418,7 @@ def test_files_stand_before_the_prompt(
         (["--schema", "none.json"], "none.json cannot be read: No such file or directory"),
         (["--schema", "{"], "--schema is not JSON: "),
         (["--schema", ","], "--schema is empty"),
+        (["--schema", "a int, a str"], "--schema names a field twice: 'a int, a str'"),
         (["--schema", "list.json"], "list.json is not a JSON schema: it must be an object"),
     ],
 )
@@ -387,7 +435,7 @@ def test_what_cannot_be_sent(
     Path("empty").write_text("\n")
     Path("list.json").write_text("[]")
     code, out, err = call(["Hello", *words], capsys)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2 if words[0] == "--schema" and words[1] != "list.json" else 1, "")
     assert complaint in err and err.count("\n") == 1
 
 
@@ -400,10 +448,14 @@ class Scripted:
         self.functions = functions
 
     def stream(self, words: str | None = None) -> Any:
-        usage = Usage(1, 0, 1, 0)
+        usage = Usage(1, 0, 3, 0)
         if words is not None:
             self.messages = [{"role": "user", "content": words}]
-            events = [ToolCall("1", "area", {"side": 3}), Finish("tool_calls", usage)]
+            events = [
+                Reasoning("I measure"),
+                ToolCall("1", "area", {"side": 3}),
+                Finish("tool_calls", usage),
+            ]
         else:
             events = [Text(self.messages[-1]["content"]), Finish("stop", usage)]
 
@@ -414,7 +466,8 @@ class Scripted:
 
     def answer_calls(self, functions: list[Callable[..., Any]]) -> None:
         assert functions == self.functions
-        self.messages.append({"role": "tool", "content": str(functions[0](side=3))})
+        call = {"tool_call_id": "1", "name": "area"}
+        self.messages.append({"role": "tool", **call, "content": str(functions[0](side=3))})
 
 
 def test_tools_are_called(
@@ -428,7 +481,11 @@ def test_tools_are_called(
     tools.write_text("def area(side: int) -> int:\n    return side * side\n")
     words = ["How large?", "--tools", str(tools), "-m", str(tiny_folder)]
     assert call(words, capsys)[:2] == (0, "9\n")
-    assert "area(" in call(words, capsys)[2]
+    err = call(words, capsys)[2]
+    assert "I measure\narea(" in err
+    assert "tokens/s" not in err  # three tokens came at once
     code, out, _ = call([*words, "--json"], capsys)
     events = [json.loads(line) for line in out.splitlines()]
-    assert [event["type"] for event in events] == ["tool_call", "finish", "text", "finish"]
+    kinds = ["reasoning", "tool_call", "finish", "tool_result", "text", "finish"]
+    assert [event["type"] for event in events] == kinds
+    assert events[3] == {"type": "tool_result", "id": "1", "name": "area", "content": "9"}

@@ -1,6 +1,7 @@
 """The first hour with the command: Ctrl-C at any moment, slips of the keyboard, what to install."""
 
 import ast
+import errno
 import json
 import os
 import re
@@ -138,7 +139,9 @@ def test_an_ignored_signal_stays_ignored(ways: dict[str, list[str]], tmp_path: P
         ("download 8B", "pull"),
         ("remove 8B", "rm"),
         ("help", "--help"),
+        ("uninstall 8B", "rm"),
         ("history", "logs"),
+        ("settings", "config"),
         ("completion", "--install-completion"),
         ("version", "--version"),
     ],
@@ -147,15 +150,19 @@ def test_a_typo_of_a_verb_is_no_prompt(
     words: str, meant: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = call(words.split(), capsys)
-    first = words.split()[0]
+    typed = words.split(" --")[0]
+    first = typed.split()[0]
+    prompt = f"qwen3 -- {first}" if typed == first else f'qwen3 "{typed}"'
     assert (code, out) == (2, "")
     assert err == (
         f"qwen3: there is no command '{first}'; did you mean qwen3 {meant}? To send it as a "
-        f"prompt: qwen3 -- {first}; put several words in quotes (see qwen3 --help)\n"
+        f"prompt: {prompt} (see qwen3 --help)\n"
     )
 
 
-@pytest.mark.parametrize("words", [["Hello"], ["what is a chat?"], ["--", "caht"], ["-q", "caht"]])
+@pytest.mark.parametrize(
+    "words", [["Hello"], ["What"], ["what is a chat?"], ["--", "caht"], ["-q", "caht"]]
+)
 def test_other_words_are_a_prompt(
     words: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,6 +175,13 @@ def test_stray_words_want_quotes(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(["hi", "there", "-m", "8B", "friend"], capsys)
     assert (code, out) == (2, "")
     assert err == 'qwen3: put the prompt in quotes: qwen3 "hi there friend" (see qwen3 --help)\n'
+    for words, hint in (
+        ("What is 12 + 34?", ""),
+        ("plam a day out", "; or did you mean qwen3 plan?"),
+    ):
+        code, out, err = call(words.split(), capsys)
+        assert (code, out) == (2, "")
+        assert err == f'qwen3: put the prompt in quotes: qwen3 "{words}"{hint} (see qwen3 --help)\n'
 
 
 def test_an_address_that_is_not_here_is_no_matter_of_the_port(
@@ -200,9 +214,39 @@ def test_a_word_too_many_for_a_verb(
     assert (code, out) == (2, "") and err.endswith(f"{complaint}\n")
 
 
-def test_a_wrong_size_lists_the_sizes(capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = call(["Hello", "-m", "7B"], capsys)
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("7B", "8B"),
+        ("Qwen3-8B", "8B"),
+        ("qwen3:8b", "8B"),
+        ("30b", "30B-A3B"),
+        ("235B", "235B-A22B"),
+        ("900B", None),
+        ("qwen", None),
+    ],
+)
+def test_a_wrong_size_lists_the_sizes(
+    name: str, hint: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = call(["Hello", "-m", name], capsys)
     assert code == 1 and "nor one of the sizes 0.6B, 1.7B, 4B, 8B" in err
+    assert err.endswith(f"nor demo; did you mean {hint}?\n" if hint else "nor demo\n")
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def install(*_: Any) -> NoReturn:
+        raise OSError(errno.EROFS, "Read-only file system", "/home/me/.bashrc")
+
+    monkeypatch.setattr("typer.completion.install", install)
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    assert call(["--install-completion"], capsys) == (
+        1,
+        "",
+        "qwen3: /home/me/.bashrc cannot be used: Read-only file system\n",
+    )
 
 
 def options_of(*words: str) -> dict[str, str | None]:
@@ -269,7 +313,7 @@ def test_all_sampling_parameters_reach_the_sampler(
     for stated in ("5", "x=1", "5=", "5=1=2"):
         code, _, err = call(["Hello", "--logit-bias", stated], capsys)
         assert (code, err) == (
-            1,
+            2,
             f"qwen3: --logit-bias takes ID=BIAS, such as 42=-5, not {stated}\n",
         )
 
