@@ -249,7 +249,7 @@ def test_wrong_input_is_one_line(
     arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     code, out, err = call(["bench", *arguments], capsys)
-    assert (code, out) == (1, "")
+    assert (code, out) == (2 if complaint.startswith("--") else 1, "")
     assert complaint in err and err.count("\n") == 1
 
 

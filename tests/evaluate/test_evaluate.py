@@ -437,7 +437,7 @@ def test_eval_measures_what_a_load_option_costs(
     assert facts["mean_kl"] == pytest.approx(stored["mean_kl"], rel=1e-3)
     with_bits = ("--bits", "4", "--plot", text_file.with_suffix(".svg"))
     code, _, err = call(capsys, *same, *with_bits)
-    assert code == 1 and "--plot shows the stored weights, which --bits changes" in err
+    assert code == 2 and "--plot shows the stored weights, which --bits changes" in err
     one = ("perplexity", tiny_folder, "--text", text_file, "--json")
     assert json.loads(call(capsys, *one)[1])["mean_nll"] == facts["reference"]["mean_nll"]
     found = json.loads(call(capsys, *one, "--bits", "4")[1])
