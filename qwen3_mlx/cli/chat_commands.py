@@ -17,7 +17,7 @@ from qwen3_mlx.cli.error_wording import closest_command, hint
 from qwen3_mlx.cli.recording import note_continued, with_system
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.model.sizes import SIZES
+from qwen3_mlx.model.sizes import DEMO, SIZES
 
 _HITS = 20  # messages that /search shows at most
 _FILES = Path()  # among completions: any file
@@ -324,7 +324,7 @@ def _file(text: str, command: str) -> Path:
 COMMANDS = {
     "/new": Command("", "begin a new conversation; the system prompt stays", _new),
     "/model": Command(
-        "NAME", "go on with another model; alone, name the current one", _model, SIZES
+        "NAME", "go on with another model; alone, name the current one", _model, (*SIZES, DEMO)
     ),
     "/system": Command(
         "TEXT", "set the system prompt; alone, show it; none removes it", _system, (_NONE,)

@@ -16,8 +16,6 @@ from qwen3_mlx.errors import Qwen3Error
 Message = dict[str, Any]
 Row = tuple[int, str]  # id and body of a message
 
-DEMO = "demo"
-"""The model of a conversation that names none."""
 _BUSY_SECONDS = 10  # that a write waits for those of other processes
 _ORDER = "ORDER BY role != 'system', id"  # the system prompt may be set late
 _TITLE = 200  # characters

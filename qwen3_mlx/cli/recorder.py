@@ -10,8 +10,8 @@ from threading import RLock, Timer
 from typing import Self
 
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.conversation_log import DEMO, ConversationLog, Message, Row
-from qwen3_mlx.model.sizes import hub_name, size_named
+from qwen3_mlx.cli.conversation_log import ConversationLog, Message, Row
+from qwen3_mlx.model.sizes import DEMO, hub_name, is_demo, size_named
 from qwen3_mlx.text.events import Event, Reasoning, Text
 
 _FLUSH_SECONDS = 0.5  # from a piece of a reply to its place on the disk, at most
@@ -165,7 +165,7 @@ def _partial_message(pieces: Sequence[Event]) -> Message:
 
 def _model_source(model: str | None) -> str:
     """Return the name by which a model is found from any folder."""
-    if model is None:
+    if model is None or is_demo(model):
         return DEMO
     folder = Path(model).expanduser()
     is_folder = size_named(model) is None and folder.is_dir()

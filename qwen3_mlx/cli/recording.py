@@ -8,11 +8,12 @@ import typer
 from typer.core import TyperCommand
 
 from qwen3_mlx.cli.console import local_time, note, visible
-from qwen3_mlx.cli.conversation_log import DEMO, ConversationLog, Summary
+from qwen3_mlx.cli.conversation_log import ConversationLog, Summary
 from qwen3_mlx.cli.options import GENERATION, option, user_config
 from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.user_files import config_file
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.sizes import DEMO
 
 _NOTICE = (
     "Conversations are recorded in {}: qwen3 logs lists them; --no-log, or log = false in {}, "
