@@ -30,11 +30,10 @@ _TYPES = {
     "css": "text/css",
     "js": "text/javascript",
     "txt": "text/plain",
-    "woff2": "font/woff2",
 }
 # The page loads nothing from other hosts and nothing inline, and cannot be framed.
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; font-src 'self'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
 _PAGE_HEADERS = {

@@ -54,6 +54,15 @@ def test_formulas_are_formulas_and_prices_are_not(page: Any, server: FakeChat) -
     assert answer.locator("[style]").count() == answer.locator("[data-style]").count() > 0
 
 
+def test_script_letters_and_primes_have_the_font_of_formulas(page: Any, server: FakeChat) -> None:
+    answer = _show(page, server, r"\( \mathscr{L}\{f'\} \)")  # Temml has a font of its own for them
+    font = "node => getComputedStyle(node).fontFamily"
+    wanted = answer.locator("math").evaluate(font)
+    assert answer.locator("mi").first.inner_text() == "ℒ"
+    for name in ("mi.mathscr", "mo.tml-prime"):
+        assert answer.locator(name).evaluate(font) == wanted
+
+
 def test_tables_align_and_break_no_words(page: Any, server: FakeChat) -> None:
     page.set_viewport_size({"width": 390, "height": 640})
     answer = _show(page, server, _TABLE)

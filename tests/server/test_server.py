@@ -619,7 +619,10 @@ def test_the_page_loads_nothing_from_elsewhere(served: Served) -> None:
     response = served.get("/")
     assert response.headers["content-type"].startswith("text/html")
     policy = response.headers["content-security-policy"]
-    assert "default-src 'none'" in policy and "unsafe" not in policy
+    assert policy == (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
     found = re.findall(r'(?:src|href)="([^"]+)"', response.text)
     scripts = [served.get(name).text for name in found if name.endswith(".js")]
     found += re.findall(r'from "([^"]+)"', "".join(scripts))
@@ -641,6 +644,25 @@ def test_the_libraries_of_the_page_are_those_that_were_published() -> None:
     assert done.returncode == 0, done.stderr
     size = int(done.stdout.split()[0].replace(",", ""))
     assert size < 1_500_000
+
+
+def test_the_page_loads_with_less_than_half_a_megabyte_of_libraries(served: Served) -> None:
+    index = served.get("/").text
+    found = set(re.findall(r'(?:src|href)="(/page/[^"]+)"', index))
+    read: dict[str, str] = {}
+    while left := found - set(read):
+        for name in left:
+            read[name] = served.get(name).text
+            found |= set(re.findall(r'^import .* from "([^"]+)"', read[name], re.MULTILINE))
+    assert "/page/vendor/highlight.js" in read and "/page/vendor/temml.css" in read
+    libraries = [text for name, text in read.items() if "/vendor/" in name]
+    assert sum(map(len, libraries)) < 500_000
+
+
+def test_stylesheets_name_no_files(served: Served) -> None:
+    for name in ("page.css", "vendor/temml.css"):
+        urls = re.findall(r"url\(['\"]?([^)]*)", served.get(f"/page/{name}").text)
+        assert [url for url in urls if not url.startswith("data:")] == []
 
 
 # --- at work ------------------------------------------------------------------------------------
