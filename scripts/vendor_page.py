@@ -73,6 +73,23 @@ PACKAGES = {
             "6c081431591d9df696c82dc598fe1423765b8a299b200ed00b281afd0f64c490",
         ),
     ],
+    ("pdfjs-dist", "6.5.438", "Apache-2.0"): [
+        (
+            "build/pdf.min.mjs",
+            "pdf.js",
+            "3a88402882cfa3e7e72c2c9b5149f52f0f88baf1c5b62aa11a41abdbc2072440",
+        ),
+        (
+            "build/pdf.worker.min.mjs",
+            "pdf.worker.js",
+            "1e64c8240e54735ec5913b37acd5134747799cb8c6bb3777c70adbc01232d2aa",
+        ),
+        (
+            "LICENSE",
+            "pdf.LICENSE.txt",
+            "0d542e0c8804e39aa7f37eb00da5a762149dc682d7829451287e11b938e94594",
+        ),
+    ],
 }
 
 

@@ -23,6 +23,7 @@ from qwen3_mlx.cli.short_schema import schema_from
 from qwen3_mlx.model.sizes import SIZES
 from qwen3_mlx.text.events import Finish, Reasoning, Text, ToolCall, Usage
 from tests.cli.harness import QWEN3, call
+from tests.pdf import make_pdf
 from tests.support import DEMO
 
 
@@ -362,22 +363,6 @@ def test_the_short_syntax_of_schemas() -> None:
     }
     lines = schema_from("\n  dogs int: two, or three\n  name\n")
     assert lines["properties"]["dogs"] == {"type": "integer", "description": "two, or three"}
-
-
-def make_pdf(text: str) -> bytes:
-    """Return a PDF of one page."""
-    stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET".encode()
-    objects = [
-        b"<</Type/Catalog/Pages 2 0 R>>",
-        b"<</Type/Pages/Kids[3 0 R]/Count 1>>",
-        b"<</Type/Page/Parent 2 0 R/MediaBox[0 0 612 792]/Contents 4 0 R"
-        b"/Resources<</Font<</F1<</Type/Font/Subtype/Type1/BaseFont/Helvetica>>>>>>>>",
-        b"<</Length %d>>stream\n%s\nendstream" % (len(stream), stream),
-    ]
-    body = b"%PDF-1.4\n"
-    for number, content in enumerate(objects, 1):
-        body += b"%d 0 obj%s endobj\n" % (number, content)
-    return body + b"trailer<</Root 1 0 R/Size 5>>\nstartxref\n0\n%%EOF"
 
 
 def test_files_stand_before_the_prompt(

@@ -252,23 +252,3 @@ def test_export_import_search_and_titles(browser: Any, chat: FakeChat, tmp_path:
         assert at(page, "temperature").input_value() == "0.3"
         at(page, "import-file").set_input_files(tmp_path / "bad.json")
         at(page, "error").filter(has_text="bad.json cannot be imported").wait_for()
-
-
-def test_files_are_sent_with_the_message(browser: Any, chat: FakeChat, tmp_path: Path) -> None:
-    (tmp_path / "a.py").write_text("print('```')\n")
-    (tmp_path / "b.pdf").write_bytes(b"%PDF-1.7")
-    (tmp_path / "c.bin").write_bytes(b"\x00\xff")
-    with pages(browser, chat.url) as (page,):
-        at(page, "attach-file").set_input_files(tmp_path / "a.py")
-        at(page, "file").wait_for()
-        at(page, "tokens").filter(has_text="of 8,192 tokens").wait_for()
-        at(page, "attach-file").set_input_files(tmp_path / "b.pdf")
-        at(page, "error").filter(has_text="b.pdf is a PDF").wait_for()
-        at(page, "attach-file").set_input_files(tmp_path / "c.bin")
-        at(page, "error").filter(has_text="c.bin is not text").wait_for()
-        say(page, "what is this?")
-        sent = "a.py:\n````\nprint('```')\n````\n\nwhat is this?"
-        assert chat.requests[-1]["messages"][0]["content"] == sent
-        shows(page, "what is this?")
-        page.reload()
-        page.locator(".file summary").filter(has_text="a.py").wait_for()

@@ -1,6 +1,6 @@
 // The page: the list of conversations, the one that is shown, and its settings.
 
-import { attached, onAttach, takeFiles, wireFiles } from "/page/attach.js";
+import { attached, isReading, onAttach, takeFiles, wireFiles } from "/page/attach.js";
 import { ask, count, models } from "/page/client.js";
 import { begin, contains, exported, imported, latestBelow, message, path, prompt } from "/page/conversation.js";
 import { $, button, complain, element, onEnter } from "/page/dom.js";
@@ -312,7 +312,7 @@ function toBottom() {
 function send() {
   const field = $("prompt");
   const files = attached();
-  if (!field.value.trim() && !files.length) return;
+  if (isReading() || (!field.value.trim() && !files.length)) return;
   if (!say(field.value, files)) return;
   field.value = "";
   takeFiles();
@@ -427,7 +427,10 @@ function wire() {
     });
   }
   wireFiles();
-  onAttach(recount);
+  onAttach(() => {
+    $("send").disabled = isReading();
+    recount();
+  });
 }
 
 function serve(model) {
