@@ -42,9 +42,14 @@ def page(browser: Any, server: FakeChat, asked: list[str]) -> Iterator[Any]:
     """The page; the server has all that it requests."""
     server.requests.clear()
     missing: list[str] = []
+
+    def check(response: Any) -> None:
+        if not response.ok:
+            missing.append(response.url)
+
     with pages(browser, server.url) as (opened,):
         opened.on("request", lambda request: asked.append(request.url))
-        opened.on("response", lambda got: got.ok or missing.append(got.url))
+        opened.on("response", check)
         opened.reload()
         at(opened, "model").filter(has_text="demo").wait_for()
         yield opened

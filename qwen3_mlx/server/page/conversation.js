@@ -37,10 +37,10 @@ export function path({ nodes, leaf }, id = leaf) {
 
 /** Return the message and those that may stand in its place, in the order in which they were made. */
 export function siblings({ nodes }, node) {
-  return Object.values(nodes).filter((one) => one.parent === node.parent && one.role === node.role).sort(byAge);
+  return Object.values(nodes).filter((one) => one.parent === node.parent).sort(byAge);
 }
 
-const byAge = (one, other) => one.made - other.made || (one.id < other.id ? -1 : 1);
+export const byAge = (one, other) => one.made - other.made || (one.id < other.id ? -1 : 1);
 
 /** Return the id of the latest message below a message, or its own. */
 export function latestBelow({ nodes }, id) {

@@ -192,9 +192,9 @@ function showState() {
 const ACTIONS = {
   reply,
   edit: ({ parent, files }, words) => sayAfter(parent, words, files),
-  open(id) {
-    const leaf = latestBelow(current(), id);
-    update(shown, (record) => (record.leaf = leaf));
+  open({ id, parent }) {
+    // A reply without text is not stored yet: its question stands for it.
+    update(shown, (record) => (record.leaf = record.nodes[id] ? latestBelow(record, id) : parent));
   },
   giveResult(call, text) {
     const conversation = current();

@@ -1,6 +1,6 @@
 // Conversations, one record each in IndexedDB, shared by the tabs of this browser; and settings.
 
-import { add, ofMessages } from "/page/conversation.js";
+import { add, byAge, ofMessages } from "/page/conversation.js";
 
 const TABLE = "conversations";
 const OLD = "qwen3-conversations"; // in localStorage: all conversations of earlier versions
@@ -15,7 +15,8 @@ const channel = new BroadcastChannel("qwen3-conversations");
 export const live = new Map();
 
 const pending = new Map(); // changes that are being stored, by conversation
-const heard = new Map(); // when another tab last wrote a live reply
+const heard = new Map(); // when another tab last had a live reply
+const loaded = Date.now(); // until then another tab may have had any
 let database = null;
 let onChange = () => {};
 let onFailure = () => {};
@@ -26,8 +27,13 @@ export async function open(changed, failed) {
   onFailure = failed;
   try {
     database = await opened();
+    database.onclose = () => {
+      database = null;
+      failed(new Error("it has been cleared"));
+    };
     for (const record of await request(database.transaction(TABLE).objectStore(TABLE).getAll())) conversations.set(record.id, record);
     channel.addEventListener("message", receive);
+    setTimeout(onChange, LIVE_FOR + 100);
     recover();
     await migrate();
   } catch (error) {
@@ -83,10 +89,11 @@ export function update(id, change, { created, written } = {}) {
     };
     transaction.oncomplete = () => {
       if (change) channel.postMessage({ id, written });
-      settle(id, () => know(id, record));
+      settle(id, () => database && know(id, record));
       resolve(true);
     };
     transaction.onabort = () => {
+      database = null; // what is stored lacks this change: from here on the tab keeps its own
       settle(id, () => {});
       onFailure(transaction.error);
       resolve(false);
@@ -133,7 +140,12 @@ export function remove(id) {
 
 /** Return whether another tab is writing a reply. */
 export function isLiveElsewhere(node) {
-  return node.state === "live" && Date.now() - (heard.get(node.id) ?? 0) < LIVE_FOR;
+  return node.state === "live" && !live.has(node.id) && Date.now() - (heard.get(node.id) ?? loaded) < LIVE_FOR;
+}
+
+/** Tell the other tabs that this one still has a reply, be it without text for long. */
+export function announce(id, node) {
+  channel.postMessage({ id, written: node.id });
 }
 
 /**
@@ -152,7 +164,7 @@ export function rescue(entry) {
 function recover() {
   const keys = Object.keys(localStorage).filter((one) => one.startsWith(UNSAVED));
   const entries = keys.map((key) => [key, JSON.parse(localStorage.getItem(key))]);
-  entries.sort(([, { node }]) => (node.role === "assistant" ? 1 : -1)); // a reply follows its question
+  entries.sort(([, one], [, other]) => byAge(one.node, other.node)); // the last one is shown
   for (const [key, { id, node, created }] of entries) {
     const change = (record) => {
       const stored = record.nodes[node.id];

@@ -1,10 +1,11 @@
 // A reply on its way. It belongs to its conversation, and goes on when another one is shown.
 
 import { ServerError, complete } from "/page/client.js";
-import { add, message, prompt } from "/page/conversation.js";
-import { conversations, live, put, rescue, update } from "/page/store.js";
+import { add, latestBelow, message, prompt } from "/page/conversation.js";
+import { announce, conversations, live, put, rescue, update } from "/page/store.js";
 
 const SAVE_EVERY = 1000; // milliseconds
+const ANNOUNCE_EVERY = 2000;
 const CLOSED_BY = { budget: "its budget", end: "an early end", loop: "the loop guard", request: "request" };
 
 const turns = new Map(); // by conversation: it has one reply at a time
@@ -33,7 +34,14 @@ export class Turn {
     live.set(this.node.id, [this.id, this.node]);
     if (this.continues) this.thoughtBefore = this.node.thoughtFor ?? 0;
     else put(conversation, this.node);
+    this.heart = setInterval(() => this.beat(), ANNOUNCE_EVERY);
     this.ended = this.run();
+  }
+
+  /** Tell the other tabs that the reply is alive; end it if one of them has deleted its conversation. */
+  beat() {
+    if (conversations.has(this.id)) announce(this.id, this.node);
+    else this.stop();
   }
 
   async run() {
@@ -95,6 +103,7 @@ export class Turn {
   end(stats, state) {
     if (this.isOver) return;
     this.isOver = true;
+    clearInterval(this.heart);
     this.measure();
     const node = this.node;
     if (turns.get(this.id) === this) turns.delete(this.id);
@@ -135,9 +144,10 @@ function hasText({ content, reasoning_content, tool_calls }) {
   return Boolean(content || reasoning_content || tool_calls);
 }
 
+/** Remove a reply that has no text; where it would be shown, an earlier one to the same question is. */
 function drop(record, { id, parent }) {
   delete record.nodes[id];
-  if (record.leaf === id) record.leaf = parent;
+  if (record.leaf === id || record.leaf === parent) record.leaf = latestBelow(record, parent);
 }
 
 function addCall(node, { index, id, function: part }) {

@@ -21,7 +21,7 @@ function versions(conversation, node, actions) {
   const all = siblings(conversation, node);
   if (all.length < 2) return [];
   const at = all.indexOf(all.find(({ id }) => id === node.id));
-  const to = (index, text, label) => button(text, () => actions.open(all[index].id), { disabled: !all[index], "aria-label": label, "data-testid": label.split(" ")[0].toLowerCase() });
+  const to = (index, text, label) => button(text, () => actions.open(all[index]), { disabled: !all[index], "aria-label": label, "data-testid": label.split(" ")[0].toLowerCase() });
   return [to(at - 1, "‹", "Previous version"), element("span", { textContent: `${at + 1}/${all.length}`, "data-testid": "version" }), to(at + 1, "›", "Next version")];
 }
 
