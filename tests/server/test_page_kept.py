@@ -71,8 +71,9 @@ def test_tabs_see_each_others_changes(tabs: list[Any]) -> None:
 
 def test_a_reload_keeps_the_partial_answer_and_goes_on(tabs: list[Any], chat: FakeChat) -> None:
     page, _ = tabs
+    chat.delay = 0.7  # of two pieces the page saves the first when it comes
     send(page, "long")
-    seen = _seen(page, 300)
+    seen = _seen(page, 40)
     page.reload()
     assert len(at(page, "answer").inner_text()) >= seen
     chat.delay = 0
