@@ -15,6 +15,21 @@ pytestmark = pytest.mark.browser
 _TITLE = "Write a title for this conversation, of at most six words. Answer with the title alone."
 _LONG = "".join(f"{number} " for number in range(2000))
 
+# Keeps the database busy until `released`.
+_KEEP_BUSY = """() => new Promise((resolve) => {
+    const asked = indexedDB.open("qwen3-mlx");
+    asked.onsuccess = () => {
+        const begun = asked.result.transaction("conversations", "readwrite");
+        const table = begun.objectStore("conversations");
+        const again = () => {
+            if (window.released) asked.result.close();
+            else table.get("").onsuccess = again;
+        };
+        again();
+        resolve();
+    };
+})"""
+
 
 @pytest.fixture
 def chat(server: FakeChat) -> FakeChat:
@@ -374,20 +389,7 @@ def test_messages_that_were_not_stored_come_in_their_order(tabs: list[Any], chat
     page, other = tabs
     say(page, "one")
     at(other, "conversation").wait_for()
-    # The other tab keeps the database busy.
-    other.evaluate("""() => new Promise((resolve) => {
-        const asked = indexedDB.open("qwen3-mlx");
-        asked.onsuccess = () => {
-            const begun = asked.result.transaction("conversations", "readwrite");
-            const table = begun.objectStore("conversations");
-            const again = () => {
-                if (window.released) asked.result.close();
-                else table.get("").onsuccess = again;
-            };
-            again();
-            resolve();
-        };
-    })""")
+    other.evaluate(_KEEP_BUSY)
     chat.hold = 60
     said = ["one", *(f"message {number}" for number in range(5))]
     for words in said[1:]:
@@ -399,3 +401,25 @@ def test_messages_that_were_not_stored_come_in_their_order(tabs: list[Any], chat
     other.evaluate("window.released = true")
     shows(page, *said)
     assert _texts(page)["one"] == ["one", "Reply to one", *said[1:]]
+
+
+def test_a_message_and_its_reply_that_were_not_stored_come_back(
+    tabs: list[Any], chat: FakeChat
+) -> None:
+    page, other = tabs
+    other.evaluate(_KEEP_BUSY)
+    page.evaluate("() => { const now = Date.now(); Date.now = () => now; }")  # all in a millisecond
+    chat.delay = 0.3
+    asked = [f"long {number}" for number in range(5)]
+    chat.replies |= dict.fromkeys(asked, _LONG)
+    for words in asked:
+        at(page, "new").click()
+        send(page, words)
+        _seen(page, 5)
+    page.reload()
+    other.evaluate("window.released = true")
+    at(page, "conversation").nth(4).wait_for()
+    for words in asked:
+        at(page, "conversation").filter(has_text=words).click()
+        shows(page, words)
+        assert _seen(page, 5)

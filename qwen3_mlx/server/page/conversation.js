@@ -40,7 +40,7 @@ export function siblings({ nodes }, node) {
   return Object.values(nodes).filter((one) => one.parent === node.parent).sort(byAge);
 }
 
-export const byAge = (one, other) => one.made - other.made || (one.id < other.id ? -1 : 1);
+const byAge = (one, other) => one.made - other.made || (one.id < other.id ? -1 : 1);
 
 /** Return the id of the latest message below a message, or its own. */
 export function latestBelow({ nodes }, id) {

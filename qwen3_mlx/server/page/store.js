@@ -1,6 +1,6 @@
 // Conversations, one record each in IndexedDB, shared by the tabs of this browser; and settings.
 
-import { add, byAge, ofMessages } from "/page/conversation.js";
+import { add, ofMessages } from "/page/conversation.js";
 
 const TABLE = "conversations";
 const OLD = "qwen3-conversations"; // in localStorage: all conversations of earlier versions
@@ -164,7 +164,8 @@ export function rescue(entry) {
 function recover() {
   const keys = Object.keys(localStorage).filter((one) => one.startsWith(UNSAVED));
   const entries = keys.map((key) => [key, JSON.parse(localStorage.getItem(key))]);
-  entries.sort(([, one], [, other]) => byAge(one.node, other.node)); // the last one is shown
+  // The last message is shown; a question and its reply may be of the same millisecond.
+  entries.sort(([, { node: one }], [, { node: other }]) => one.made - other.made || (one.role === "assistant" ? 1 : -1));
   for (const [key, { id, node, created }] of entries) {
     const change = (record) => {
       const stored = record.nodes[node.id];
