@@ -159,7 +159,9 @@ def test_nothing_is_sent_while_a_pdf_is_read(page: Any, server: FakeChat) -> Non
     send(page, "too early")
     assert at(page, "send").is_disabled()
     assert at(page, "prompt").input_value() == "too early"
+    page.evaluate("() => { Worker.prototype.terminate = () => { window.ended = true; }; }")
     page.get_by_label("Remove a.pdf").click()
+    page.wait_for_function("window.ended")
     page.locator("#files").wait_for(state="hidden")
     assert at(page, "error").is_hidden()
     page.unroute("**/page/vendor/pdf.worker.js")
