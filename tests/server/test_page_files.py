@@ -161,7 +161,7 @@ def test_nothing_is_sent_while_a_pdf_is_read(page: Any, server: FakeChat) -> Non
     assert at(page, "prompt").input_value() == "too early"
     page.evaluate("() => { Worker.prototype.terminate = () => { window.ended = true; }; }")
     page.get_by_label("Remove a.pdf").click()
-    page.wait_for_function("window.ended")
+    page.wait_for_function("() => window.ended")
     page.locator("#files").wait_for(state="hidden")
     assert at(page, "error").is_hidden()
     page.unroute("**/page/vendor/pdf.worker.js")
