@@ -104,6 +104,9 @@ def test_settings_hold(page: Any) -> None:
     at(page, "stats").nth(2).filter(has_text="cut off at the token limit").wait_for()
     page.reload()
     assert at(page, "system").input_value() == "You are brief."
+    at(page, "settings").click()
+    page.keyboard.press("Escape")
+    assert at(page, "system").is_hidden()
 
 
 def test_retry_and_edit(page: Any) -> None:

@@ -248,7 +248,11 @@ def test_export_import_search_and_titles(browser: Any, chat: FakeChat, tmp_path:
         say(page, "pears")
         at(page, "search").fill("REPLY TO APP")
         assert at(page, "conversation").all_inner_texts() == ["apples"]
+        at(page, "search").fill("plums")
+        page.get_by_text("Nothing found.").wait_for()
+        at(page, "search").fill("reply to app")
         at(page, "conversation").click()
+        assert page.get_by_text("Nothing found.").is_hidden()
         assert at(page, "system").input_value() == "Be brief."
         chat.replies[_TITLE] = '"Fruit and more"\n'
         at(page, "search").fill("")
@@ -268,6 +272,9 @@ def test_export_import_search_and_titles(browser: Any, chat: FakeChat, tmp_path:
         at(page, "conversation").filter(has_text="Fruit").click()
         shows(page, "apples")
         assert at(page, "temperature").input_value() == "0.3"
+        at(page, "import-file").set_input_files(tmp_path / "all.json")
+        at(page, "error").filter(has_text="all.json: 2 of 2 conversations are here already").wait_for()
+        assert at(page, "conversation").count() == 2
         at(page, "import-file").set_input_files(tmp_path / "bad.json")
         at(page, "error").filter(has_text="bad.json cannot be imported").wait_for()
 

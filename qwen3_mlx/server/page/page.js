@@ -9,7 +9,7 @@ import { Turn, leaveAll, store, turnOf } from "/page/turn.js";
 import { ReplyView, UserView, reconcile } from "/page/view.js";
 
 // What a toy of a few hundred tokens of vocabulary can do, and what other models can.
-const TOY_EXAMPLES = ["What is 123 + 456?", "Reverse the list: 4 8 1", "Count from 3 to 9"];
+const TOY_EXAMPLES = ["What is 123 + 456?", "Reverse the list: 4 8 1", "Count: apple pear plum"];
 const EXAMPLES = ["Explain how a bicycle stays upright", "Write a Python function that finds duplicate files", "Compare green and black tea in a table"];
 const TOY_VOCABULARY = 10_000;
 const THEMES = { "": "◐", light: "☀", dark: "☾" };
@@ -77,7 +77,9 @@ const newest = () => [...conversations.values()].sort((one, other) => other.upda
 function showList() {
   isListed = true;
   const words = $("search").value.trim();
-  reconcile($("conversations"), newest().filter((one) => !words || contains(one, words)).map(entry));
+  const found = newest().filter((one) => !words || contains(one, words));
+  reconcile($("conversations"), found.map(entry));
+  $("nothing-found").hidden = !words || found.length > 0;
 }
 
 function entry({ id, name }) {
@@ -118,8 +120,11 @@ async function importFiles(files) {
   for (const file of files) {
     try {
       const made = imported(await file.text());
-      for (const one of made) update(one.id, () => {}, { created: one });
-      open(made.at(-1)?.id ?? shown);
+      const known = new Set([...conversations.values()].flatMap(({ nodes }) => Object.keys(nodes)));
+      const added = made.filter(({ nodes }) => Object.keys(nodes).some((id) => !known.has(id)));
+      for (const one of added) update(one.id, () => {}, { created: one });
+      open(added.at(-1)?.id ?? shown);
+      if (added.length < made.length) complain(`${file.name}: ${made.length - added.length} of ${made.length} conversations are here already`);
     } catch (error) {
       complain(`${file.name} cannot be imported: ${error.message}`);
     }
@@ -381,7 +386,10 @@ function set(change) {
 }
 
 function onKey(event) {
-  if (event.key === "Escape") {
+  if (event.key === "Escape" && !$("settings").hidden) {
+    toggleSettings();
+    $("open-settings").focus();
+  } else if (event.key === "Escape") {
     turnOf(shown)?.stop();
     closeDrawer();
     changed();

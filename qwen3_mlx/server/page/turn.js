@@ -180,7 +180,7 @@ function statsOf({ usage, timings, reason, details = {} }) {
   if (!usage) return "";
   const cached = usage.prompt_tokens_details.cached_tokens;
   const parts = [
-    `${usage.prompt_tokens} tokens in${cached ? ` (${cached} known)` : ""}`,
+    `${usage.prompt_tokens} tokens in${cached ? ` (${cached} cached)` : ""}`,
     `${usage.completion_tokens} out`,
     `${timings.predicted_per_second.toFixed(1)} tokens/s`,
   ];

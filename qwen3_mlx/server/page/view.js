@@ -59,7 +59,7 @@ export class UserView {
       if (this.actions.edit(message, field.value)) this.redraw();
     };
     field.addEventListener("keydown", (event) => onEnter(event, done));
-    this.node.replaceChildren(field, element("div", { className: "actions" }, button("Send", done), button("Leave it", this.redraw)));
+    this.node.replaceChildren(field, element("div", { className: "actions" }, button("Send", done), button("Cancel", this.redraw)));
     field.focus();
   }
 }
