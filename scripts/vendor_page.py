@@ -75,14 +75,14 @@ PACKAGES = {
     ],
     ("pdfjs-dist", "6.5.438", "Apache-2.0"): [
         (
-            "build/pdf.min.mjs",
+            "legacy/build/pdf.min.mjs",
             "pdf.js",
-            "3a88402882cfa3e7e72c2c9b5149f52f0f88baf1c5b62aa11a41abdbc2072440",
+            "522ad2c83bc8a0010e7f0cc60d0892b77c8d2bf2c9702dc12288311d94270f42",
         ),
         (
-            "build/pdf.worker.min.mjs",
+            "legacy/build/pdf.worker.min.mjs",
             "pdf.worker.js",
-            "1e64c8240e54735ec5913b37acd5134747799cb8c6bb3777c70adbc01232d2aa",
+            "b4c8353ded0d88d2e2009574a29eb4e0c3ff7e942ecdf51ef5f71566a9667f31",
         ),
         (
             "LICENSE",

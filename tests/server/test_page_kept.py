@@ -273,7 +273,9 @@ def test_export_import_search_and_titles(browser: Any, chat: FakeChat, tmp_path:
         shows(page, "apples")
         assert at(page, "temperature").input_value() == "0.3"
         at(page, "import-file").set_input_files(tmp_path / "all.json")
-        at(page, "error").filter(has_text="all.json: 2 of 2 conversations are here already").wait_for()
+        at(page, "error").filter(
+            has_text="all.json: 2 of 2 conversations are here already"
+        ).wait_for()
         assert at(page, "conversation").count() == 2
         at(page, "import-file").set_input_files(tmp_path / "bad.json")
         at(page, "error").filter(has_text="bad.json cannot be imported").wait_for()

@@ -51,7 +51,6 @@ async function textOf(file, signal) {
 
 async function textOfPdf(name, data, signal) {
   // What pdf.js needs of a browser, and was new in 2026.
-  if (!Map.prototype.getOrInsertComputed || !Math.sumPrecise) throw new Error(`${name} is a PDF, which this browser is too old to read: update it`);
   const reader = await import("/page/pdf.js").catch(() => {
     throw new Error(`${name} cannot be read: the server does not give the reader of PDF documents`);
   });
