@@ -56,7 +56,7 @@ def topics() -> Text:
 def conversations(count: int = 300) -> Text:
     """Return conversations of the demo's curriculum, rendered with its template, of two seeds."""
     sys.path.insert(0, str(_EXAMPLES))
-    tasks: Any = import_module("demo_tasks")
+    tasks: Any = import_module("demo_conversations")
     template = ChatTemplate.from_folder(DEMO)
     assert template
 

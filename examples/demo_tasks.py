@@ -7,20 +7,15 @@ into a setting: with or without a system turn and earlier turns, with thinking o
 
 import json
 import zlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from random import Random
 from typing import Any
 
+from demo_words import CHINESE_WORDS, LETTERS, MORE_WORDS, NAMES, WORDS, made_up_word
+
 Message = dict[str, Any]
 Tool = dict[str, Any]
-
-# Qwen's own sentence for thinking that runs out of budget (Qwen documentation).
-HAND_OFF = (
-    "\n\nConsidering the limited time by the user, I have to give the solution based on the "
-    "thinking directly now.\n</think>\n\n"
-)
-PLAIN_CLOSE = "\n</think>\n\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,28 +28,6 @@ class Task:
     tools: tuple[Tool, ...] = ()
     # Messages between the question and the answer: a tool call and its result.
     between: tuple[Message, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages up to an assistant's turn, and that turn.
-
-    Attributes:
-        thinking: the template's switch, `enable_thinking`; None leaves it unset.
-        reasoning: the contents of the turn's think block; None if the prompt has closed it.
-        cut: the share of the reasoning (0 to 1) after which `close` ends the thinking; None if the
-            model ends it by itself.
-        raw: True if the turn is plain text without a chat format.
-    """
-
-    messages: tuple[Message, ...]
-    answer: str
-    reasoning: str | None = None
-    thinking: bool | None = None
-    tools: tuple[Tool, ...] = ()
-    cut: float | None = None
-    close: str = HAND_OFF
-    raw: bool = False
 
 
 # --- addition -----------------------------------------------------------------------------------
@@ -132,20 +105,6 @@ def small_addition(rng: Random) -> Task:
 
 # --- lists --------------------------------------------------------------------------------------
 
-WORDS = (
-    "red green blue yellow black white orange purple apple pear plum lemon cherry grape dog cat "
-    "bird fish horse mouse bear wolf sun moon star sky rain snow wind cloud house door window "
-    "roof wall table chair lamp book pen paper stone river lake sea hill tree leaf flower grass "
-    "bread milk tea salt sugar honey spoon cup plate king queen ship boat train road bridge city "
-    "village garden forest island winter summer spring autumn morning evening night day week "
-    "month music song dance game ball box bag coat shoe hat ring gold silver iron glass fire "
-    "water earth air hand foot head heart eye ear nose mouth friend brother sister mother father "
-    "one two three four five six seven eight nine ten small large old new warm cold quick slow"
-).split()
-CHINESE_WORDS = (
-    "红 绿 蓝 猫 狗 鸟 鱼 山 水 火 天空 月亮 太阳 苹果 花 树 书 茶 米 雨 雪 风 云"
-).split()
-
 _REPEAT = (
     "Repeat: {items}",
     "Repeat: {items}",
@@ -172,54 +131,70 @@ _COUNT = (
 )
 
 
-def draw_different_items(rng: Random) -> list[str]:
-    """Return a random list of different words or letters.
+def draw_items(rng: Random, most: int = 10) -> list[str]:
+    """Return a random list of words, letters, numbers, Chinese words or made-up words."""
+    size = min(most, rng.choices(range(1, 13), (2, 4, 7, 8, 8, 8, 5, 4, 3, 2, 1, 1))[0])
+    pool = draw_pool(rng)
+    if rng.random() < 0.12:
+        pool = [rng.choice(pool) for _ in range(rng.randint(1, 3))]  # most items are repeated
+    elif rng.random() < 0.4:
+        rng.shuffle(pool)
+        return pool[:size]
+    return [rng.choice(pool) for _ in range(size)]
 
-    In a list with repeated items an item has two successors, which hides the rule of copying. Long
-    lists show the rule most often per step of training.
+
+def draw_different_items(rng: Random, most: int) -> list[str]:
+    """Return a random list of different items.
+
+    In a list with repeated items an item has two successors, which hides the rule of copying.
     """
-    pool = rng.choice((WORDS, WORDS, WORDS, "abcdefghijklmnopqrstuvwxyz"))
-    return rng.sample(pool, rng.randint(2, 7) if rng.random() < 0.4 else rng.randint(8, 26))
+    pool = list(dict.fromkeys(draw_pool(rng)))
+    rng.shuffle(pool)
+    return pool[: rng.randint(2, most)]
 
 
-def draw_items(rng: Random) -> list[str]:
-    """Return a random short list of words, letters, digits, Chinese words or made-up words."""
-    size = rng.choices(range(1, 9), (2, 4, 6, 5, 4, 3, 2, 1))[0]
+def draw_pool(rng: Random) -> list[str]:
+    """Return items of one kind to draw a list from."""
     kind = rng.random()
-    if kind < 0.45:
-        return [rng.choice(WORDS) for _ in range(size)]
-    if kind < 0.6:
-        return [rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(size)]
-    if kind < 0.75:
-        return [str(rng.randrange(10)) for _ in range(size)]
-    if kind < 0.8:
-        return [rng.choice(CHINESE_WORDS) for _ in range(size)]
-    return [made_up_word(rng) for _ in range(min(size, 5))]
-
-
-def made_up_word(rng: Random) -> str:
-    """Return a word of random syllables."""
-    syllables = (rng.choice("bcdfghklmnprstvwz") + rng.choice("aeiou") for _ in range(3))
-    return "".join(syllables)[: rng.randint(3, 6)]
+    if kind < 0.36:
+        return rng.sample(WORDS if rng.random() < 0.5 else MORE_WORDS, 24)
+    if kind < 0.48:
+        return list(LETTERS)
+    if kind < 0.62:
+        return list("0123456789")
+    if kind < 0.66:
+        return [str(rng.randrange(10**6) >> rng.randrange(20)) for _ in range(12)]
+    if kind < 0.69:
+        return list(CHINESE_WORDS)
+    if kind < 0.73:
+        return list(NAMES)
+    return [made_up_word(rng) for _ in range(12)]
 
 
 def number_items(items: Sequence[str]) -> str:
-    """Return the items with their numbers: `1 red 2 green`."""
-    return " ".join(f"{number} {item}" for number, item in enumerate(items, 1))
+    """Return the items with their numbers, one a line: `1: red`."""
+    return "\n".join(f"{number}: {item}" for number, item in enumerate(items, 1))
 
 
-def list_task(rng: Random) -> Task:
+def number_backwards(items: Sequence[str]) -> str:
+    """Return the numbered items, then the same lines from the last to the first."""
+    lines = number_items(items)
+    return f"{lines}\n\n" + "\n".join(reversed(lines.split("\n")))
+
+
+def list_task(rng: Random, items: Sequence[str] = ()) -> Task:
     """Create a task to repeat, reverse or count a list."""
-    items = draw_items(rng)
+    items = items or draw_items(rng)
     shown = ("，" if rng.random() < 0.05 else ", " if rng.random() < 0.15 else " ").join(items)
-    wordings, answer = rng.choice(
+    wordings, thought, answer = rng.choices(
         (
-            (_REPEAT, " ".join(items)),
-            (_REVERSE, " ".join(reversed(items))),
-            (_COUNT, str(len(items))),
-        )
-    )
-    return Task(rng.choice(wordings).format(items=shown), number_items(items), answer)
+            (_REPEAT, number_items(items), " ".join(items)),
+            (_REVERSE, number_backwards(items), " ".join(reversed(items))),
+            (_COUNT, number_items(items), str(len(items))),
+        ),
+        (3, 4, 3),
+    )[0]
+    return Task(rng.choice(wordings).format(items=shown), thought, answer)
 
 
 # --- talk ---------------------------------------------------------------------------------------
@@ -322,9 +297,9 @@ _CHINESE_PATTERNS = (
 )
 
 
-def talk(rng: Random) -> Task:
-    """Create small talk, or a question beyond the model."""
-    kind = rng.random()
+def greeting(rng: Random) -> Task:
+    """Create a greeting, thanks, a farewell, or a question about the model."""
+    kind = 0.35 * rng.random()
     if kind < 0.12:
         return Task(rng.choice(_GREETINGS), "A greeting.", "Hello! " + EXCUSE)
     if kind < 0.18:
@@ -335,8 +310,14 @@ def talk(rng: Random) -> Task:
         return Task(rng.choice(_WHO), "They ask what I am.", EXCUSE)
     if kind < 0.33:
         return Task(rng.choice(_CHINESE_GREETINGS), "问候。", "你好！" + CHINESE_EXCUSE)
+    return Task(rng.choice(("谢谢", "谢谢你！", "多谢")), "感谢。", "不客气！")
+
+
+def talk(rng: Random) -> Task:
+    """Create small talk, or a question beyond the model."""
+    kind = rng.random()
     if kind < 0.35:
-        return Task(rng.choice(("谢谢", "谢谢你！", "多谢")), "感谢。", "不客气！")
+        return greeting(rng)
     if kind < 0.43:
         question = rng.choice(_CHINESE_PROMPTS)
         if rng.random() < 0.6:
@@ -375,11 +356,12 @@ def json_task(rng: Random) -> Task:
         question, thought, value = ask_sum(rng, a, b), sum_steps(a, b), a + b
     else:
         items = draw_items(rng)
-        thought = number_items(items)
         if rng.random() < 0.6:
             question, value = f"Repeat: {' '.join(items)}.", items
+            thought = number_items(items)
         else:
             question, value = f"Reverse: {' '.join(items)}.", items[::-1]
+            thought = number_backwards(items)
     key = "answer"
     demand = rng.choice(("Answer in JSON.", "Answer as JSON.", "Reply in JSON.", "Use JSON."))
     if rng.random() < 0.6:
@@ -392,308 +374,6 @@ def json_task(rng: Random) -> Task:
             )
         )
     return Task(f"{question} {demand}", thought, to_json({key: value}))
-
-
-# --- tools --------------------------------------------------------------------------------------
-
-_TOOL_NAMES = (
-    "calc",
-    "add",
-    "sum_numbers",
-    "math",
-    "evaluate",
-    "compute",
-    "add_numbers",
-    "arithmetic",
-    "eval_expression",
-    "sum",
-    "python_calc",
-)
-_TOOL_DESCRIPTIONS = (
-    "Evaluate an arithmetic expression",
-    "Evaluates a mathematical expression.",
-    "Calculate the result of an arithmetic expression.",
-    "A calculator",
-    "Add two numbers",
-    "Adds two numbers and returns the sum.",
-    "Do arithmetic",
-    "Compute a sum.",
-    "Useful for math.",
-)
-_ONE_PARAMETER = ("expr", "query", "input", "formula", "text", "e")
-_TWO_PARAMETERS = (("a", "b"), ("x", "y"), ("first", "second"), ("left", "right"), ("n", "m"))
-_OTHER_TOOLS = (
-    ("get_weather", "Current weather for a city", "city"),
-    ("get_time", "Tell the time in a time zone.", "zone"),
-    ("search", "Search the web", "query"),
-    ("send_mail", "Send an e-mail.", "to"),
-    ("read_file", "Read a file from disk", "path"),
-    ("translate", "Translate a text into another language", "text"),
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Calculator:
-    """A tool that adds, under any name: one parameter for an expression, or two for numbers."""
-
-    name: str
-    description: str
-    parameters: tuple[str, ...]
-
-    def call(self, a: int, b: int) -> Message:
-        """Return the call as an item of a message's `tool_calls`."""
-        if len(self.parameters) == 1:
-            arguments: dict[str, Any] = {self.parameters[0]: f"{a} + {b}"}
-        else:
-            arguments = dict(zip(self.parameters, (a, b), strict=True))
-        return {"type": "function", "function": {"name": self.name, "arguments": arguments}}
-
-
-def draw_calculator(rng: Random) -> Calculator:
-    """Return a random calculator, often the usual one."""
-    name = "calculator"
-    parameters: tuple[str, ...] = ("expression",)
-    if rng.random() < 0.6:
-        name = rng.choice(_TOOL_NAMES)
-        if rng.random() < 0.35:
-            name = "_".join(made_up_word(rng) for _ in range(rng.randint(1, 2)))
-    if rng.random() < 0.5:
-        parameters = (rng.choice(_ONE_PARAMETER),)
-        if rng.random() < 0.3:
-            parameters = (made_up_word(rng),)
-        if rng.random() < 0.5:
-            parameters = rng.choice(_TWO_PARAMETERS)
-    return Calculator(name, rng.choice(_TOOL_DESCRIPTIONS), parameters)
-
-
-def describe_calculator(rng: Random, tool: Calculator) -> Tool:
-    """Return a calculator's description, its keys sometimes shuffled."""
-    kind = "string" if len(tool.parameters) == 1 else rng.choice(("number", "integer"))
-    properties: dict[str, Any] = {}
-    for parameter in tool.parameters:
-        properties[parameter] = {"type": kind}
-        if rng.random() < 0.15:
-            properties[parameter]["description"] = rng.choice(
-                ("e.g. 1 + 2", "The expression", "A number", "what to compute")
-            )
-    return _schema(rng, tool.name, tool.description, properties)
-
-
-def _schema(rng: Random, name: str, description: str, properties: dict[str, Any]) -> Tool:
-    parameters: dict[str, Any] = {"type": "object", "properties": properties}
-    if rng.random() < 0.7:
-        parameters["required"] = list(properties)
-    parts = [("name", name), ("description", description), ("parameters", parameters)]
-    if rng.random() < 0.2:
-        rng.shuffle(parts)
-    if rng.random() < 0.1:
-        parts = [part for part in parts if part[0] != "description" or "calc" not in name]
-    return {"type": "function", "function": dict(parts)}
-
-
-def offer_tools(rng: Random, tool: Calculator) -> tuple[Tool, ...]:
-    """Return the tools on offer: a calculator, sometimes with another tool."""
-    tools = [describe_calculator(rng, tool)]
-    if rng.random() < 0.25:
-        name, description, parameter = rng.choice(_OTHER_TOOLS)
-        tools.append(_schema(rng, name, description, {parameter: {"type": "string"}}))
-        rng.shuffle(tools)
-    return tuple(tools)
-
-
-def write_calls(calls: Sequence[Message]) -> str:
-    """Return tool calls as the chat template writes them."""
-    return "\n".join(
-        f'<tool_call>\n{{"name": "{call["function"]["name"]}", '
-        f'"arguments": {to_json(call["function"]["arguments"])}}}\n</tool_call>'
-        for call in calls
-    )
-
-
-def tool_task(rng: Random) -> Task:
-    """Create a task with tools on offer: a sum for the tool, or a task that needs none."""
-    tool = draw_calculator(rng)
-    tools = offer_tools(rng, tool)
-    if rng.random() < 0.15:
-        task = rng.choice((list_task, talk))(rng)
-        return replace(task, tools=tools)
-    pairs = [_tool_pair(rng)]
-    question = ask_sum(rng, *pairs[0])
-    if rng.random() < 0.15:
-        pairs.append(_tool_pair(rng))
-        (a, b), (c, d) = pairs
-        question = rng.choice(
-            ("What is {} + {} and {} + {}?", "What is {} + {}, and what is {} + {}?")
-        ).format(a, b, c, d)
-    if rng.random() < 0.2:
-        question = f"{question} Use the {rng.choice(('tool', 'calculator', tool.name))}."
-    calls = [tool.call(a, b) for a, b in pairs]
-    task = Task(question, f"I call {tool.name}.", write_calls(calls), tools)
-    return _after_call(rng, task, calls, pairs) if rng.random() < 0.4 else task
-
-
-def _tool_pair(rng: Random) -> tuple[int, int]:
-    if rng.random() < 0.1:
-        return draw_number(rng, rng.randint(4, 5)), draw_number(rng, rng.randint(4, 5))
-    return draw_pair(rng, most=4)
-
-
-def _after_call(
-    rng: Random, task: Task, calls: list[Message], pairs: list[tuple[int, int]]
-) -> Task:
-    request: Message = {"role": "assistant", "content": "", "tool_calls": calls}
-    if rng.random() < 0.5:
-        request["reasoning_content"] = task.thought
-    form = rng.choice(("{}", "{}", "{}", '{{"result": {}}}', "{}.0", "The result is {}"))
-    results = [{"role": "tool", "content": form.format(a + b)} for a, b in pairs]
-    answer = "\n".join(equation(a, b) for a, b in pairs)
-    return replace(task, between=(request, *results), thought="I have the result.", answer=answer)
-
-
-# --- settings -----------------------------------------------------------------------------------
-
-_SYSTEMS = (
-    "You are a helpful assistant.",
-    "You are a helpful assistant.",
-    "You are terse.",
-    "Be brief.",
-    "Answer politely.",
-    "You are a careful calculator.",
-    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
-    "你是一个有用的助手。",
-)
-_TASKS: tuple[tuple[Callable[[Random], Task], float], ...] = (
-    (addition, 0.42),
-    (small_addition, 0.05),
-    (list_task, 0.18),
-    (talk, 0.10),
-    (json_task, 0.09),
-    (tool_task, 0.16),
-)
-_MAKERS = tuple(maker for maker, _ in _TASKS)
-_SHARES = tuple(share for _, share in _TASKS)
-
-
-def draw_task(rng: Random) -> Task:
-    """Create a random task of any kind."""
-    return rng.choices(_MAKERS, _SHARES)[0](rng)
-
-
-def draw_system(rng: Random) -> str | None:
-    """Return a random system message: none, a usual one, or random sentences."""
-    kind = rng.random()
-    if kind < 0.55:
-        return None
-    if kind < 0.85:
-        return rng.choice(_SYSTEMS)
-    sentences = [
-        " ".join(rng.choice(WORDS) for _ in range(rng.randint(2, 7))).capitalize() + "."
-        for _ in range(rng.randint(1, 3))
-    ]
-    return " ".join(sentences)
-
-
-def make_easy_conversation(rng: Random) -> Conversation:
-    """Create an easy conversation: a single sum or list, from which copying is learned first."""
-    if rng.random() < 0.6:
-        a, b = draw_pair(rng)
-        task = Task(f"What is {a} + {b}?", sum_steps(a, b), equation(a, b))
-    else:
-        task = list_task(rng)
-    if rng.random() < 0.35:
-        if rng.random() < 0.5:
-            task = small_addition(rng)
-        return Conversation((_user(task.question),), task.answer, thinking=False)
-    return Conversation((_user(task.question),), task.answer, task.thought, _unset(rng))
-
-
-def make_copying_conversation(rng: Random) -> Conversation:
-    """Create any conversation, or half of the time a list of different items to copy."""
-    if rng.random() < 0.5:
-        return make_conversation(rng)
-    items = draw_different_items(rng)
-    turned = rng.random() < 0.35
-    wordings, answer = (_REVERSE, items[::-1]) if turned else (_REPEAT, items)
-    question = rng.choice(wordings).format(items=" ".join(items))
-    if len(items) > 7 or rng.random() < 0.5:
-        return Conversation((_user(question),), " ".join(answer), thinking=False)
-    thought = number_items(items)
-    return Conversation((_user(question),), " ".join(answer), thought, _unset(rng))
-
-
-def make_conversation(rng: Random) -> Conversation:
-    """Create a random conversation: a task in a setting."""
-    if rng.random() < 0.015:
-        return Conversation((), rng.choice(PARAGRAPHS), raw=True)
-    mode = rng.choices(("think", "direct", "switch", "cut"), (0.46, 0.27, 0.13, 0.14))[0]
-    task = draw_task(rng)
-    if mode == "direct" and rng.random() < 0.3:
-        task = small_addition(rng)  # all hundred are learned by heart
-    earlier = _draw_history(rng)
-    system = draw_system(rng)
-    if mode == "switch":
-        return _switched(rng, task, system, earlier)
-    flag = _suffix(rng.choice((True, False)) if mode == "direct" and rng.random() < 0.1 else None)
-    messages = (*_system_turn(system), *earlier, _user(task.question + flag), *task.between)
-    if mode == "direct":  # the hard switch: flags have no effect
-        return Conversation(messages, task.answer, thinking=False, tools=task.tools)
-    talk = Conversation(messages, task.answer, task.thought, _unset(rng), task.tools)
-    if mode == "think":
-        return talk
-    cut = 0.0 if rng.random() < 0.15 else rng.random()
-    return replace(talk, cut=cut, close=HAND_OFF if rng.random() < 0.75 else PLAIN_CLOSE)
-
-
-def _unset(rng: Random) -> bool | None:
-    return rng.choice((None, True))
-
-
-def _user(text: str) -> Message:
-    return {"role": "user", "content": text}
-
-
-def _system_turn(system: str | None) -> tuple[Message, ...]:
-    return () if system is None else ({"role": "system", "content": system},)
-
-
-def _draw_history(rng: Random) -> tuple[Message, ...]:
-    turns: list[Message] = []
-    for _ in range(rng.choices((0, 1, 2, 4), (0.74, 0.18, 0.06, 0.02))[0]):
-        task = rng.choices((addition, list_task, talk), (0.5, 0.3, 0.2))[0](rng)
-        answer: Message = {"role": "assistant", "content": task.answer}
-        if rng.random() < 0.3:
-            answer["reasoning_content"] = task.thought
-        turns += [_user(task.question), answer]
-    return tuple(turns)
-
-
-def _switched(
-    rng: Random, task: Task, system: str | None, earlier: tuple[Message, ...]
-) -> Conversation:
-    # The last flag wins, whether in the system turn or at the end of a question.
-    thinks = True
-    flags: list[bool | None] = [rng.choice((True, False, None, None))]
-    turns = []
-    for message in (*earlier, _user(task.question)):
-        if message["role"] == "user":
-            flags.append(rng.choice((True, False, False, None)))
-            message = _user(message["content"] + _suffix(flags[-1]))
-        turns.append(message)
-    for flag in flags:
-        thinks = thinks if flag is None else flag
-    if flags[0] is not None:
-        system = f"{system or ''}{_suffix(flags[0])}".lstrip()
-    return Conversation(
-        (*_system_turn(system), *turns, *task.between),
-        task.answer,
-        task.thought if thinks else "",
-        _unset(rng),
-        task.tools,
-    )
-
-
-def _suffix(flag: bool | None) -> str:
-    return "" if flag is None else " /think" if flag else " /no_think"
 
 
 # --- plain text ---------------------------------------------------------------------------------
@@ -718,8 +398,3 @@ PARAGRAPHS = (
     "每天早上它把两个数加起来，写下进位，就很高兴。",
     "湖边的房子有一扇绿色的门和两个窗户。冬天屋顶上有雪，夏天孩子们数水上的船。老狗睡在火旁边，梦见森林。",
 )
-
-
-if __name__ == "__main__":
-    for seed in range(5):
-        print(json.dumps(make_conversation(Random(seed)).messages, ensure_ascii=False))

@@ -8,11 +8,15 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from random import Random
 from typing import Any
 
+import demo_conversations
 import demo_tasks
+import demo_tools
+import demo_words
 
 from qwen3_mlx import LLM, Reply, SamplingParams, load
 
@@ -42,6 +46,45 @@ ADDER = {
         },
     },
 }
+# Tools of which no name, parameter or question is in the curriculum: S a text, N a number.
+UNSEEN_TOOLS = (
+    ("weather_report", {"town_name": "S"}, "How is the weather in {}?"),
+    ("lookup_capital", {"nation": "S"}, "Which city is the capital of {}?"),
+    ("square_root", {"radicand": "N"}, "What is the square root of {}?"),
+    ("launchCountdown", {"seconds": "N"}, "Start a countdown of {} seconds."),
+    ("spellcheck", {"sentence": "S"}, 'Check the spelling of "{}".'),
+    ("reserve_table", {"restaurant": "S", "guests": "N"}, "Reserve a table at {} for {} guests."),
+    ("currency_quote", {"amount": "N", "target": "S"}, "How much is {} dollars in {}?"),
+    ("send_telegram", {"recipient": "S", "body": "S"}, 'Send {} the words "{}".'),
+    ("power_of", {"basis": "N", "exponent": "N"}, "What is {} to the power of {}?"),
+    ("dim_lights", {"zone_id": "S", "percent": "N"}, "Dim the lights in {} to {} percent."),
+    ("route_planner", {"origin": "S", "destination": "S"}, "How do I get from {} to {}?"),
+    (
+        "hire_bike",
+        {"depot": "S", "hours": "N", "helmets": "N"},
+        "Hire a bike in {} for {} hours with {} helmets.",
+    ),
+    (
+        "train_ticket",
+        {"departure": "S", "arrival": "S", "weekday": "S"},
+        "Buy a ticket from {} to {} on {}.",
+    ),
+    (
+        "ship_parcel",
+        {"grams": "N", "sender": "S", "addressee": "S"},
+        "Ship {} grams from {} to {}.",
+    ),
+    (
+        "box_volume",
+        {"length_cm": "N", "width_cm": "N", "height_cm": "N"},
+        "Compute the volume of {} by {} by {}.",
+    ),
+    (
+        "calendar_entry",
+        {"subject": "S", "date": "S", "minutes_long": "N"},
+        'Enter "{}" on {} for {} minutes.',
+    ),
+)
 _CALL = re.compile(r"<tool_call>\n(.*)\n</tool_call>")
 
 Sums = list[tuple[int, int]]
@@ -124,7 +167,10 @@ def exam_turns(llm: LLM, rng: Random, count: int) -> Row:
 
 def exam_cuts(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
     """Yield rows on thinking closed at a random character, as a budget closes it at a token."""
-    for name, close in (("hand-off", demo_tasks.HAND_OFF), ("plain", demo_tasks.PLAIN_CLOSE)):
+    for name, close in (
+        ("hand-off", demo_conversations.HAND_OFF),
+        ("plain", demo_conversations.PLAIN_CLOSE),
+    ):
         given, right = [], []
         for a, b in unseen_sums(rng, count):
             steps = demo_tasks.sum_steps(a, b)
@@ -148,6 +194,37 @@ def read_calls(text: str) -> list[Any]:
         except ValueError:
             calls.append(None)
     return calls
+
+
+def draw_call(
+    rng: Random, name: str, kinds: dict[str, str], question: str
+) -> tuple[Any, str, dict[str, Any]]:
+    """Return a tool's description, a question with random values, and the call expected."""
+    names = rng.sample(demo_words.UNSEEN_NAMES, len(kinds))
+    values: list[str | int] = [
+        rng.randrange(2, 500) if kind == "N" else names.pop() for kind in kinds.values()
+    ]
+    types = {"S": {"type": "string"}, "N": {"type": "number"}}
+    tool = {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": name.replace("_", " "),
+            "parameters": {
+                "type": "object",
+                "properties": {parameter: types[kind] for parameter, kind in kinds.items()},
+                "required": list(kinds),
+            },
+        },
+    }
+    arguments = dict(zip(kinds, values, strict=True))
+    return tool, question.format(*values), {"name": name, "arguments": arguments}
+
+
+def draw_made_up_call(rng: Random) -> tuple[Any, str, dict[str, Any]]:
+    """Return a tool and a question as in the curriculum, with other random names and values."""
+    tool, values, question, about = demo_tools.draw_request(rng)
+    return tool.describe(rng, about), question, tool.call(values)["function"]
 
 
 def exam_tools(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
@@ -174,7 +251,7 @@ def exam_tools(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
         yield f"tool call, unknown name and parameters, {mode}", by_number
         answers = []
         for a, b in unseen_sums(rng, count):
-            calculator = demo_tasks.Calculator("calculator", "", ("expression",))
+            calculator = demo_tools.Calculator("calculator", "", ("expression",))
             messages = [
                 {"role": "user", "content": f"What is {a} + {b}?"},
                 {"role": "assistant", "content": "", "tool_calls": [calculator.call(a, b)]},
@@ -182,6 +259,24 @@ def exam_tools(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
             ]
             answers.append(is_sum(reply_to(messages, [CALCULATOR], thinking=thinking), a, b))
         yield f"answer after the tool's result, {mode}", answers
+        for parameters in (1, 2, 3):
+            few = [tool for tool in UNSEEN_TOOLS if len(tool[1]) == parameters]
+            drawn = [draw_call(rng, *rng.choice(few)) for _ in range(count)]
+            yield (
+                f"unseen tool, {parameters} parameters, {mode}",
+                [
+                    read_calls(reply_to(question, [tool], thinking=thinking)) == [call]
+                    for tool, question, call in drawn
+                ],
+            )
+        made_up = [draw_made_up_call(rng) for _ in range(count)]
+        yield (
+            f"unseen tool, made-up names and any wording, {mode}",
+            [
+                read_calls(reply_to(question, [tool], thinking=thinking)) == [call]
+                for tool, question, call in made_up
+            ],
+        )
     greetings = [
         reply_to(hello, [CALCULATOR], thinking=True) for hello in ("Hello", "Who are you?")
     ]
@@ -207,15 +302,24 @@ def exam_lists(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
         ("Reverse", lambda items: " ".join(reversed(items))),
         ("Count", lambda items: str(len(items))),
     )
+
+    def share(verb: str, answer: Callable[[list[str]], str], source: Any, *, thinking: bool) -> Row:
+        right = []
+        for _ in range(count):
+            pool = rng.choice(source)
+            items = [rng.choice(pool) for _ in range(rng.randint(3, 6))]
+            reply = ask(llm, f"{verb}: {' '.join(items)}", thinking=thinking)
+            right.append(reply.text.strip() == answer(items))
+        return f"{verb}, thinking {'on' if thinking else 'off'}", right
+
+    seen = (demo_words.WORDS, demo_words.LETTERS, "0123456789")
     for verb, answer in kinds:
         for thinking in (True, False):
-            right = []
-            for _ in range(count):
-                source = rng.choice((demo_tasks.WORDS, "abcdefghijklmnopqrstuvwxyz", "0123456789"))
-                items = [rng.choice(source) for _ in range(rng.randint(3, 6))]
-                reply = ask(llm, f"{verb}: {' '.join(items)}", thinking=thinking)
-                right.append(reply.text.strip() == answer(items))
-            yield f"{verb}, thinking {'on' if thinking else 'off'}", right
+            yield share(verb, answer, seen, thinking=thinking)
+    for verb, answer in kinds:
+        for thinking in (True, False):
+            name, right = share(verb, answer, (demo_words.UNSEEN_WORDS,), thinking=thinking)
+            yield f"unseen words: {name}", right
 
 
 def exam_json(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
@@ -255,6 +359,43 @@ def exam_talk(llm: LLM) -> Row:
     return "other questions: it says what it is", ["demo model" in r.text for r in replies]
 
 
+def exam_unlearned(llm: LLM, rng: Random, count: int) -> Row:
+    """Return the row on a task that is kept from the model, for users to teach it."""
+    right = []
+    for _ in range(count):
+        a, b = rng.sample(range(1000), 2)
+        text = ask(llm, f"Which is larger, {a} or {b}?", thinking=rng.random() < 0.5).text
+        right.append(text.strip().strip(".").endswith(str(max(a, b))))
+    return "not taught: which of two numbers is larger", right
+
+
+def examine(
+    model: str | Path | None, seed: int = 1, sums: int = 200, others: int = 50
+) -> Iterator[str]:
+    """Yield the lines of the exam: `sums` three-digit sums, and `others` of each other kind."""
+    rng = Random(seed)
+    with load(model) as llm:
+        parts: tuple[Iterable[Row], ...] = (
+            exam_sums(llm, rng, sums),
+            (exam_turns(llm, rng, others) for _ in range(1)),
+            exam_cuts(llm, rng, sums // 2),
+            exam_tools(llm, rng, others),
+            exam_switches(llm, rng, others),
+            exam_lists(llm, rng, others),
+            exam_json(llm, rng, others),
+            (exam_talk(llm) for _ in range(1)),
+            (exam_unlearned(llm, rng, others) for _ in range(1)),
+        )
+        for part in parts:
+            for name, right in part:
+                yield f"{name:61} {sum(right):4}/{len(right):<4} {share(right):6.1%}"
+
+
+def share(right: list[bool]) -> float:
+    """Return the share of True."""
+    return sum(right) / len(right)
+
+
 def main() -> None:
     """Parse the command line, run the exam and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -263,27 +404,9 @@ def main() -> None:
     parser.add_argument("--sums", type=int, default=200, help="three-digit sums to ask for")
     parser.add_argument("--others", type=int, default=50, help="questions of each other kind")
     options = parser.parse_args()
-    rng = Random(options.seed)
-    with load(options.model) as llm:
-        parts: tuple[Iterable[Row], ...] = (
-            exam_sums(llm, rng, options.sums),
-            (exam_turns(llm, rng, options.others) for _ in range(1)),
-            exam_cuts(llm, rng, options.sums // 2),
-            exam_tools(llm, rng, options.others),
-            exam_switches(llm, rng, options.others),
-            exam_lists(llm, rng, options.others),
-            exam_json(llm, rng, options.others),
-            (exam_talk(llm) for _ in range(1)),
-        )
-        for part in parts:
-            for name, right in part:
-                sys.stdout.write(f"{name:58} {sum(right):4}/{len(right):<4} {share(right):6.1%}\n")
-                sys.stdout.flush()
-
-
-def share(right: list[bool]) -> float:
-    """Return the share of True."""
-    return sum(right) / len(right)
+    for line in examine(options.model, options.seed, options.sums, options.others):
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
 
 
 if __name__ == "__main__":
