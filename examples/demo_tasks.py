@@ -35,6 +35,14 @@ class Task:
 _PLACES = ("ones", "tens", "hundreds", "thousands")
 _WORDINGS = (
     "{a} + {b} = ?",
+    "{a} + {b} =",
+    "What's {a} + {b}?",
+    "What is {a}+{b}?",
+    "what is {a} + {b}",
+    "And {a} + {b}?",
+    "Calculate {a} + {b}.",
+    "{a} plus {b}",
+    "What is the sum of {a} and {b}?",
     "{a}+{b}",
     "{a} + {b}",
     "Add {a} and {b}.",
@@ -108,25 +116,46 @@ def small_addition(rng: Random) -> Task:
 _REPEAT = (
     "Repeat: {items}",
     "Repeat: {items}",
+    "Repeat: {items}",
+    "Repeat {items}",
+    "Repeat this: {items}",
+    "Repeat these words: {items}",
+    "Repeat the list: {items}",
     "Repeat after me: {items}",
     "Please repeat: {items}",
     "Say this again: {items}",
+    "Copy: {items}",
     "重复：{items}",
 )
 _REVERSE = (
     "Reverse: {items}",
     "Reverse: {items}",
+    "Reverse: {items}",
+    "Reverse {items}",
+    "Reverse this: {items}",
+    "Reverse these words: {items}",
+    "Reverse the list: {items}",
     "Reverse this list: {items}",
+    "Reverse the order: {items}",
     "Please reverse: {items}",
     "Say these backwards: {items}",
+    "Write this backwards: {items}",
     "倒序：{items}",
 )
 _COUNT = (
     "Count: {items}",
     "Count: {items}",
+    "Count: {items}",
+    "Count {items}",
+    "Count this: {items}",
     "Count these: {items}",
+    "Count these words: {items}",
+    "Count the list: {items}",
+    "Count the items: {items}",
+    "Please count: {items}",
     "How many items are in this list: {items}",
     "How many words: {items}",
+    "How many: {items}",
     "计数：{items}",
 )
 
@@ -185,7 +214,9 @@ def number_backwards(items: Sequence[str]) -> str:
 def list_task(rng: Random, items: Sequence[str] = ()) -> Task:
     """Create a task to repeat, reverse or count a list."""
     items = items or draw_items(rng)
-    shown = ("，" if rng.random() < 0.05 else ", " if rng.random() < 0.15 else " ").join(items)
+    shown = ("，" if rng.random() < 0.04 else ", " if rng.random() < 0.15 else " ").join(items)
+    if rng.random() < 0.04 and len(items) > 1:
+        shown = f"{', '.join(items[:-1])} and {items[-1]}"
     wordings, thought, answer = rng.choices(
         (
             (_REPEAT, number_items(items), " ".join(items)),
@@ -194,7 +225,12 @@ def list_task(rng: Random, items: Sequence[str] = ()) -> Task:
         ),
         (3, 4, 3),
     )[0]
-    return Task(rng.choice(wordings).format(items=shown), thought, answer)
+    question = rng.choice(wordings).format(items=shown)
+    if rng.random() < 0.08:
+        question = question[0].lower() + question[1:]
+    if rng.random() < 0.05:
+        question += "."
+    return Task(question, thought, answer)
 
 
 # --- talk ---------------------------------------------------------------------------------------

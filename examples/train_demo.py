@@ -43,7 +43,7 @@ from qwen3_mlx.text.template import ChatTemplate
 log = logging.getLogger("train_demo")
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 16000
+STEPS = 10000
 EASY_STEPS = 900  # the first, on easy conversations
 PEAK_RATE = 2e-3
 MUON = 8.0  # times that for the matrices of the layers
@@ -228,7 +228,10 @@ def train(options: argparse.Namespace) -> None:
     """Train a checkpoint from the start, or from where an earlier run stopped, and examine it."""
     output: Path = options.output
     template = ChatTemplate((ROOT / "qwen3_mlx/demo/chat_template.jinja").read_text("utf-8"))
-    tokenizer = train_tokenizer(template, options.seed)
+    if (state := output / STATE).is_file():
+        tokenizer = Tokenizer.from_file(str(output / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(template, options.seed)
     config = make_config(tokenizer)
     write_settings(output, tokenizer, config)
     if output != ROOT / "qwen3_mlx/demo":
@@ -240,7 +243,7 @@ def train(options: argparse.Namespace) -> None:
     size = sum(array.size for _, array in _flat(trainer.model.parameters()))
     log.info("%s parameters, %s tokens", f"{size:,}", tokenizer.get_vocab_size())
     done = {"step": 0.0, "pool": 0.0, "seconds": 0.0, "best": 0.0}
-    if (state := output / STATE).is_file():
+    if state.is_file():
         done |= trainer.restore(state)
         log.info("continued at step %d", done["step"])
 
