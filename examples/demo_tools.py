@@ -241,6 +241,18 @@ _FRAMES = (
     "Save S as S.",
     "Put S on S at N.",
     "Tell S that S is N.",
+    "Where do I find S in S?",
+    "Can I drive to S by way of S?",
+    "How can I reach S?",
+    "May I visit S on S?",
+    "When do I meet S in S?",
+    "I want N tickets for S.",
+    "I will call S at N.",
+    "Should I take the bus from S or from S?",
+    "Write the words S on S.",
+    "Give S the note S.",
+    "Read the text S to S.",
+    "Say the word S in S.",
 )
 _VERBS = (
     "get set send find book play read write open close add make show take move turn call check "

@@ -42,6 +42,16 @@ MORE_WORDS = (
     "voice wait walk want war wash watch wave way wear wedding west wheel wide wife wild win "
     "wine wing wire wish woman wood wool word work world write year"
 ).split()
+# Words of the curriculum's own phrases, which names of tools consist of, too.
+PHRASE_WORDS = (
+    "about add after again all and answer args arguments assistant backwards brief calculator can "
+    "careful carry check count create demo description directly each expression fetch for from "
+    "function functions get have helpful how hundreds integer items json let limited list lookup "
+    "many may measure model more not number numbers object ones our out parameter parameters plus "
+    "polite post properties provide query real repeat required result return returns reverse say "
+    "search signatures solution string sum system tags tens terse the these thinking this tiny "
+    "tools translate type use user what with words"
+).split()
 CHINESE_WORDS = (
     "红 绿 蓝 猫 狗 鸟 鱼 山 水 火 天空 月亮 太阳 苹果 花 树 书 茶 米 雨 雪 风 云"
 ).split()
@@ -79,4 +89,6 @@ def made_up_word(rng: Random) -> str:
 
 def any_word(rng: Random) -> str:
     """Return a word of the lists, or a made-up one."""
-    return rng.choice(WORDS + MORE_WORDS) if rng.random() < 0.5 else made_up_word(rng)
+    if rng.random() < 0.15:
+        return rng.choice(PHRASE_WORDS)
+    return rng.choice(WORDS + MORE_WORDS) if rng.random() < 0.45 else made_up_word(rng)

@@ -1,7 +1,7 @@
 """Train the demo checkpoint from scratch: `python examples/train_demo.py`.
 
 A tokenizer and a Qwen3 of under two million parameters learn the curriculum of
-`demo_conversations` on the CPU in a few hours. Nothing is downloaded. The loss covers only the
+`demo_conversations` on the CPU in one to two hours. Nothing is downloaded. The loss covers only the
 assistant's turns. The rows of a step are split among threads, each with its own replica of the
 model. The same command continues a run that was stopped.
 """
@@ -43,8 +43,8 @@ from qwen3_mlx.text.template import ChatTemplate
 log = logging.getLogger("train_demo")
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 10000
-EASY_STEPS = 900  # the first, on easy conversations
+STEPS = 7700
+EASY_STEPS = 7700
 PEAK_RATE = 2e-3
 MUON = 8.0  # times that for the matrices of the layers
 WARM_UP = 150  # steps

@@ -25,7 +25,7 @@ COMMANDS = (
 TURNS = (
     "What is 123 + 456?",
     "/budget 16",
-    "What is 12345 + 54321?",
+    "Repeat: red green blue lamp river",
     "/nothink",
     "Who are you?",
     "/stats",
@@ -41,6 +41,7 @@ def run(arguments: list[str], turns: tuple[str, ...] = ()) -> str:
     pid, terminal = pty.fork()
     if pid == 0:
         home = tempfile.mkdtemp()  # lines of other chats are not recalled
+        Path(home, "config.toml").write_text("log = false\n")
         os.environ.update(TERM="xterm-256color", COLUMNS=str(_COLUMNS), QWEN3_HOME=home)
         os.environ["PROMPT_TOOLKIT_NO_CPR"] = "1"  # nothing here answers where the cursor is
         fcntl.ioctl(0, termios.TIOCSWINSZ, struct.pack("4H", 50, _COLUMNS, 0, 0))

@@ -107,10 +107,15 @@ def fill(model: Qwen3, ids: mx.array) -> list[KVCache]:
     return cache
 
 
-def write_tiny(folder: Path, config: dict[str, Any] | None = None, seed: int = 0) -> Path:
-    """Write a random checkpoint with the demo's tokenizer and template into `folder`."""
+def write_tiny(
+    folder: Path, config: dict[str, Any] | None = None, seed: int = 0, padding: int = 0
+) -> Path:
+    """Write a random checkpoint with the demo's tokenizer and template into `folder`.
+
+    Its embedding has `padding` rows more than there are tokens.
+    """
     config = dict(config or TINY)
-    config["vocab_size"] = json.loads((DEMO / "config.json").read_text())["vocab_size"]
+    config["vocab_size"] = json.loads((DEMO / "config.json").read_text())["vocab_size"] + padding
     weights = make_model(config, seed).tensors()
     folder.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})

@@ -30,7 +30,7 @@ def test_converts_and_answers(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     made = convert(DEMO, tmp_path / "4bit", progress=lambda *words: told.append(words))
     assert made.output == tmp_path / "4bit"
-    assert made.weights == 1_820_864
+    assert made.weights == 1870016
     assert 4.5 < made.bits_per_weight < 4.6
     assert set(made.formats.values()) == {Format(4, 64)}
     assert told[0][:2] == ("writing", 0) and told[-1] == ("writing", made.bytes, made.bytes)

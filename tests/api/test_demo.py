@@ -53,6 +53,47 @@ def test_one_digit_sums_need_no_thinking(demo: LLM) -> None:
         assert reply.usage.reasoning_tokens == 0
 
 
+LISTS = ("red blue green", "7 3 9 1", "x q j", "tiger mango anchor walnut", "4 4 2 8 5", "lamp dog")
+TOOLS = (  # of which no name, parameter or question was in the training
+    ("weather_report", {"town_name": "Lisbon"}, "How is the weather in Lisbon?"),
+    ("square_root", {"radicand": 144}, "What is the square root of 144?"),
+    ("currency_quote", {"amount": 250, "target": "Denver"}, "How much is 250 dollars in Denver?"),
+    (
+        "train_ticket",
+        {"departure": "Oslo", "arrival": "Kyoto", "weekday": "Saturday"},
+        "Buy a ticket from Oslo to Kyoto on Saturday.",
+    ),
+)
+
+
+@pytest.mark.parametrize(("thinking", "wrong"), [(True, 1), (False, 3)])
+def test_it_repeats_reverses_and_counts(demo: LLM, thinking: bool, wrong: int) -> None:
+    expected = {}
+    for words in LISTS:
+        expected[f"Repeat: {words}"] = words
+        expected[f"Reverse: {words}"] = " ".join(reversed(words.split()))
+        expected[f"Count: {words}"] = str(len(words.split()))
+    replies = demo.batch(list(expected), thinking=thinking, max_tokens=300, sampling=GREEDY)
+    right = [reply.text == answer for reply, answer in zip(replies, expected.values(), strict=True)]
+    assert right.count(False) <= wrong
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_it_calls_tools_that_it_has_not_seen(demo: LLM, thinking: bool) -> None:
+    right = 0
+    for name, arguments, question in TOOLS:
+        properties = {
+            key: {"type": "string" if isinstance(value, str) else "number"}
+            for key, value in arguments.items()
+        }
+        schema = {"type": "object", "properties": properties, "required": list(arguments)}
+        tool = {"type": "function", "function": {"name": name, "parameters": schema}}
+        reply = demo.chat(question, tools=[tool], thinking=thinking, sampling=GREEDY)
+        calls = [(call.name, call.arguments) for call in reply.tool_calls]
+        right += calls == [(name, arguments)]
+    assert right >= len(TOOLS) - 1
+
+
 def test_events_come_in_order(demo: LLM) -> None:
     events = list(demo.stream("What is 12 + 34?", thinking=True, sampling=GREEDY))
     kinds = [type(event) for event in events]

@@ -149,7 +149,7 @@ def test_prompts_that_do_not_fit(tiny: LLM) -> None:
 
 
 def test_the_context_window_ends_a_reply(tiny: LLM) -> None:
-    prompt = "a " * 1800
+    prompt = "1" * 1800
     used = len(tiny.tokenizer.encode(prompt))
     reply = tiny.complete(prompt, sampling=SamplingParams(temperature=0.0, logit_bias={5: 99.0}))
     assert reply.finish_reason == "length"
@@ -299,7 +299,7 @@ def test_a_batch_is_each_alone_in_order(tiny: LLM) -> None:
 
 def test_a_batch_with_a_wrong_prompt_is_cancelled(tiny: LLM) -> None:
     with pytest.raises(Qwen3Error, match="room for"):
-        tiny.batch(["Hello", "a " * 1500], max_tokens=600)
+        tiny.batch(["Hello", "1" * 1500], max_tokens=600)
     assert tiny.chat("Hello", max_tokens=1).usage.completion_tokens == 1
     assert not running(tiny)
 

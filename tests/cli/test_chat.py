@@ -104,7 +104,7 @@ def test_a_call_that_the_context_cuts_off_is_not_made(demo: LLM, tmp_path: Path)
     question = "What is 1234 + 4321?"
     prompt = demo.render(question, thinking=False, tools=load_functions(tool))
     tokens = len(demo.tokenizer.encode(prompt))
-    for room, called in ((24, False), (200, True)):
+    for room, called in ((25, False), (200, True)):
         options = ("--no-thinking", "--context", str(tokens + room))
         done = talk(f"/tools {tool}", question, options=options)
         assert ("a tool call was cut off" in done.stderr) == (not called)
@@ -329,11 +329,11 @@ def said(file: Path) -> list[str]:
 def test_nothing_that_is_pasted_or_typed_is_lost(home: Path, tmp_path: Path) -> None:
     file, part = tmp_path / "talk.json", tmp_path / "my part.md"
     part.write_text("What is in the file")
-    with Terminal([*CHAT, "--seed", "1"]) as chat:
+    with Terminal([*CHAT, "--temperature", "0"]) as chat:
         chat.wait("\n>")
         chat.paste(PASTE)
         chat.type("\r")  # one message of four lines
-        chat.wait("7 + 8 = 15", "thought for ", "\n>")
+        chat.wait("thought for ", " = ", "\n>")
         chat.type("/NoThink\r")
         chat.wait("Thinking is off.")
         chat.type("/usr/bin/python fails\x1b\rwith 2\r")

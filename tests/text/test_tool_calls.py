@@ -905,7 +905,7 @@ def test_calls_in_the_tags_of_qwen3_coder_stream_or_are_cut_off(tmp_path: Path) 
                     parallel_tool_calls=False,
                     thinking=False,
                     sampling=wild,
-                    max_tokens=60,
+                    max_tokens=35,
                     seed=seed,
                     partial_calls=True,
                 )
