@@ -163,11 +163,9 @@ def added(token: int, content: str, *, special: bool = True) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
-def test_tokens_that_only_another_file_has_are_added(
-    file: str, tiny_folder: Path, tmp_path: Path
-) -> None:
-    folder = shutil.copytree(tiny_folder, tmp_path / "added")
-    with load(tiny_folder) as llm:
+def test_tokens_that_only_another_file_has_are_added(file: str, tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "added", padding=64)
+    with load(folder) as llm:
         known = len(llm.tokenizer)
         think = llm.tokenizer.id_of("<think>")
     assert think is not None

@@ -24,7 +24,7 @@ from qwen3_mlx.evaluate.weight_errors import ModuleRow, bits_per_weight, module_
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.support import MOE, TINY, make_model, random_ids, read_weights, write_tiny
 
-USED = 1000  # ids of the demo's tokenizer; the networks have 1,024 rows
+USED = 1280  # ids of the demo's tokenizer
 IDS = random_ids(50, USED)
 
 
@@ -118,8 +118,17 @@ def test_a_window_sees_its_overlap_and_no_more(tiny: LLM) -> None:
 def test_chunks_and_blocks_make_no_difference(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = perplexity(tiny, IDS).mean_nll
     monkeypatch.setattr("qwen3_mlx.backend.prefill_chunk", lambda: 16)
-    monkeypatch.setattr(windows, "_BLOCK", 7 * 1024)
+    monkeypatch.setattr(windows, "_BLOCK", 7 * USED)
     assert perplexity(tiny, IDS).mean_nll == pytest.approx(whole, rel=1e-5)
+
+
+def test_rows_of_no_token_do_not_count(tmp_path: Path) -> None:
+    """Published checkpoints have more rows than tokens."""
+    with load(write_tiny(tmp_path, padding=24)) as padded:
+        expected = losses(padded, IDS).mean()
+        assert perplexity(padded, IDS).mean_nll == pytest.approx(expected, rel=1e-5)
+        with pytest.raises(ValueError, match="from 0 to 1,279, not 1,280"):
+            perplexity(padded, [3, USED])
 
 
 def test_the_head_sees_few_rows_at_a_time(
@@ -133,7 +142,7 @@ def test_the_head_sees_few_rows_at_a_time(
         return head(model, x)
 
     monkeypatch.setattr(Qwen3, "head", record)
-    monkeypatch.setattr(windows, "_BLOCK", 8 * 1024 + 1000)
+    monkeypatch.setattr(windows, "_BLOCK", 8 * USED + 1000)
     divergence(tiny, candidate, IDS, window=30, overlap=4)
     assert max(rows) == 8
     assert sum(rows) == 2 * (len(IDS) - 1)
@@ -141,7 +150,7 @@ def test_the_head_sees_few_rows_at_a_time(
 
 def test_progress_is_told(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[tuple[int, int]] = []
-    monkeypatch.setattr(windows, "_BLOCK", 16 * 1024)
+    monkeypatch.setattr(windows, "_BLOCK", 16 * USED)
     perplexity(tiny, IDS, progress=lambda done, total: told.append((done, total)))
     assert told == [(0, 49), (16, 49), (32, 49), (48, 49), (49, 49)]
 
@@ -156,7 +165,7 @@ def test_text_is_its_ids(tiny: LLM) -> None:
     [
         ([], {}, "0 tokens"),
         ([3], {}, "1 tokens"),
-        ([3, USED], {}, "from 0 to 999, not 1,000"),
+        ([3, USED], {}, "from 0 to 1,279, not 1,280"),
         ([0, -1], {}, "not -1"),
         (IDS, {"window": 0}, "window must be from 1 to the context of 2,048, not 0"),
         (IDS, {"window": 2049}, "not 2,049"),
@@ -233,7 +242,7 @@ def test_another_vocabulary_is_refused(tiny: LLM, tiny_folder: Path, tmp_path: P
     weights = make_model(TINY | {"vocab_size": 960}).tensors()
     mx.save_safetensors(str(folder / "model.safetensors"), weights)
     change_config(folder, vocab_size=960)
-    with load(folder) as smaller, pytest.raises(Qwen3Error, match="1,000 and 960 tokens"):
+    with load(folder) as smaller, pytest.raises(Qwen3Error, match="1,280 and 960 tokens"):
         divergence(tiny, smaller, IDS)
 
 
