@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from random import Random
 
 import demo_tasks
+from demo_calculators import tool_task
 from demo_tasks import Message, Task, Tool, addition, json_task, list_task, small_addition, talk
-from demo_tools import any_tool_task, tool_task
+from demo_tools import any_tool_task
 from demo_words import any_word
 
 # Qwen's own sentence for thinking that runs out of budget (Qwen documentation).

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from random import Random
 
+import demo_calculators
 import demo_conversations
 import demo_tasks
 import demo_tools
@@ -66,7 +67,7 @@ def make_probes(template: ChatTemplate, tokenizer: Tokenizer) -> dict[str, Probe
             settings[f"{name}{verb}"] = [_as_turn(task) for task in tasks]
             settings[f"{name}{verb} direct"] = [_direct(task) for task in tasks]
     settings["JSON"] = [_as_turn(demo_tasks.json_task(rng)) for _ in range(50)]
-    settings["calc"] = [_as_turn(demo_tools.tool_task(rng)) for _ in range(50)]
+    settings["calc"] = [_as_turn(demo_calculators.tool_task(rng)) for _ in range(50)]
     settings["tools"] = [_as_turn(demo_tools.any_tool_task(rng)[0]) for _ in range(64)]
     settings["tools direct"] = [_direct(demo_tools.any_tool_task(rng)[0]) for _ in range(64)]
     return {

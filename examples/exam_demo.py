@@ -13,6 +13,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import demo_calculators
 import demo_conversations
 import demo_tasks
 import demo_tools
@@ -22,30 +23,19 @@ from qwen3_mlx import LLM, Reply, SamplingParams, load
 
 GREEDY = SamplingParams(temperature=0)
 MAX_TOKENS = 200  # of a reply
-CALCULATOR = {
-    "type": "function",
-    "function": {
-        "name": "calculator",
-        "description": "Evaluate an arithmetic expression",
-        "parameters": {
-            "type": "object",
-            "properties": {"expression": {"type": "string"}},
-            "required": ["expression"],
-        },
-    },
-}
-ADDER = {
-    "type": "function",
-    "function": {
-        "name": "plus_numbers",
-        "description": "Adds two numbers and returns the sum.",
-        "parameters": {
-            "type": "object",
-            "properties": {"p": {"type": "number"}, "q": {"type": "number"}},
-            "required": ["p", "q"],
-        },
-    },
-}
+_TYPES = {"S": "string", "N": "number"}
+
+
+def describe(name: str, description: str, kinds: dict[str, str]) -> dict[str, Any]:
+    """Return a tool's description; `kinds` are its parameters, S for a text and N for a number."""
+    properties = {parameter: {"type": _TYPES[kind]} for parameter, kind in kinds.items()}
+    parameters = {"type": "object", "properties": properties, "required": list(kinds)}
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+CALCULATOR = describe("calculator", "Evaluate an arithmetic expression", {"expression": "S"})
+ADDER = describe("plus_numbers", "Adds two numbers and returns the sum.", {"p": "N", "q": "N"})
 # Tools of which no name, parameter or question is in the curriculum: S a text, N a number.
 UNSEEN_TOOLS = (
     ("weather_report", {"town_name": "S"}, "How is the weather in {}?"),
@@ -150,8 +140,8 @@ def exam_sums(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
     yield "sums: the reply ends by itself", ended
 
 
-def exam_turns(llm: LLM, rng: Random, count: int) -> Row:
-    """Return the row on sums asked as the second of two questions."""
+def exam_turns(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
+    """Yield the row on sums asked as the second of two questions."""
     right = []
     for a, b in unseen_sums(rng, count):
         c, d = rng.randrange(100), rng.randrange(100)
@@ -162,7 +152,7 @@ def exam_turns(llm: LLM, rng: Random, count: int) -> Row:
         ]
         reply = llm.chat(messages, thinking=True, max_tokens=MAX_TOKENS, sampling=GREEDY)
         right.append(is_sum(reply.text, a, b))
-    return "3 digits in the second turn, thinking on", right
+    yield "3 digits in the second turn, thinking on", right
 
 
 def exam_cuts(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
@@ -204,19 +194,7 @@ def draw_call(
     values: list[str | int] = [
         rng.randrange(2, 500) if kind == "N" else names.pop() for kind in kinds.values()
     ]
-    types = {"S": {"type": "string"}, "N": {"type": "number"}}
-    tool = {
-        "type": "function",
-        "function": {
-            "name": name,
-            "description": name.replace("_", " "),
-            "parameters": {
-                "type": "object",
-                "properties": {parameter: types[kind] for parameter, kind in kinds.items()},
-                "required": list(kinds),
-            },
-        },
-    }
+    tool = describe(name, name.replace("_", " "), kinds)
     arguments = dict(zip(kinds, values, strict=True))
     return tool, question.format(*values), {"name": name, "arguments": arguments}
 
@@ -251,7 +229,7 @@ def exam_tools(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
         yield f"tool call, unknown name and parameters, {mode}", by_number
         answers = []
         for a, b in unseen_sums(rng, count):
-            calculator = demo_tools.Calculator("calculator", "", ("expression",))
+            calculator = demo_calculators.Calculator("calculator", "", ("expression",))
             messages = [
                 {"role": "user", "content": f"What is {a} + {b}?"},
                 {"role": "assistant", "content": "", "tool_calls": [calculator.call(a, b)]},
@@ -313,13 +291,11 @@ def exam_lists(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
         return f"{verb}, thinking {'on' if thinking else 'off'}", right
 
     seen = (demo_words.WORDS, demo_words.LETTERS, "0123456789")
-    for verb, answer in kinds:
-        for thinking in (True, False):
-            yield share(verb, answer, seen, thinking=thinking)
-    for verb, answer in kinds:
-        for thinking in (True, False):
-            name, right = share(verb, answer, (demo_words.UNSEEN_WORDS,), thinking=thinking)
-            yield f"unseen words: {name}", right
+    for label, source in (("", seen), ("unseen words: ", (demo_words.UNSEEN_WORDS,))):
+        for verb, answer in kinds:
+            for thinking in (True, False):
+                name, right = share(verb, answer, source, thinking=thinking)
+                yield f"{label}{name}", right
 
 
 def exam_json(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
@@ -343,8 +319,8 @@ def _read_json(text: str) -> Any:
         return None
 
 
-def exam_talk(llm: LLM) -> Row:
-    """Return the row on questions beyond the model, which it should decline."""
+def exam_talk(llm: LLM) -> Iterable[Row]:
+    """Yield the row on questions beyond the model, which it should decline."""
     questions = (
         "Why is the sky blue?",
         "Write a haiku about winter rain.",
@@ -356,17 +332,17 @@ def exam_talk(llm: LLM) -> Row:
         "Where do birds sleep?",
     )
     replies = [ask(llm, q, thinking=t) for q in questions for t in (True, False)]
-    return "other questions: it says what it is", ["demo model" in r.text for r in replies]
+    yield "other questions: it says what it is", ["demo model" in r.text for r in replies]
 
 
-def exam_unlearned(llm: LLM, rng: Random, count: int) -> Row:
-    """Return the row on a task that is kept from the model, for users to teach it."""
+def exam_unlearned(llm: LLM, rng: Random, count: int) -> Iterable[Row]:
+    """Yield the row on a task that is kept from the model, for users to teach it."""
     right = []
     for _ in range(count):
         a, b = rng.sample(range(1000), 2)
         text = ask(llm, f"Which is larger, {a} or {b}?", thinking=rng.random() < 0.5).text
         right.append(text.strip().strip(".").endswith(str(max(a, b))))
-    return "not taught: which of two numbers is larger", right
+    yield "not taught: which of two numbers is larger", right
 
 
 def examine(
@@ -377,14 +353,14 @@ def examine(
     with load(model) as llm:
         parts: tuple[Iterable[Row], ...] = (
             exam_sums(llm, rng, sums),
-            (exam_turns(llm, rng, others) for _ in range(1)),
+            exam_turns(llm, rng, others),
             exam_cuts(llm, rng, sums // 2),
             exam_tools(llm, rng, others),
             exam_switches(llm, rng, others),
             exam_lists(llm, rng, others),
             exam_json(llm, rng, others),
-            (exam_talk(llm) for _ in range(1)),
-            (exam_unlearned(llm, rng, others) for _ in range(1)),
+            exam_talk(llm),
+            exam_unlearned(llm, rng, others),
         )
         for part in parts:
             for name, right in part:

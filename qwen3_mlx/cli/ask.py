@@ -17,6 +17,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.cli.attachments import read_attachment
 from qwen3_mlx.cli.console import Bar, note, stderr_text
 from qwen3_mlx.cli.error_wording import UsageError
+from qwen3_mlx.cli.option_groups import with_options
 from qwen3_mlx.cli.options import (
     HideThinking,
     Model,
@@ -26,7 +27,6 @@ from qwen3_mlx.cli.options import (
     ReplyOptions,
     SamplingOptions,
     load_model,
-    with_options,
 )
 from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.recording import LogOptions, start_recording, with_system

@@ -16,7 +16,8 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import untie_if_needed
 from qwen3_mlx.cli.console import Bar
-from qwen3_mlx.cli.options import Json, ModelArgument, Plot, option
+from qwen3_mlx.cli.option_groups import option
+from qwen3_mlx.cli.options import Json, ModelArgument, Plot
 from qwen3_mlx.engine.memory import Workload, bytes_read_per_token
 from qwen3_mlx.evaluate.plots import Panel, check_picture, draw_speeds
 from qwen3_mlx.files import read_json

@@ -14,6 +14,7 @@ from qwen3_mlx.cli.chat_session import ChatSession
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.error_wording import UsageError
 from qwen3_mlx.cli.line_editor import LineEditor, is_terminal
+from qwen3_mlx.cli.option_groups import option, with_options
 from qwen3_mlx.cli.options import (
     HideThinking,
     Model,
@@ -23,8 +24,6 @@ from qwen3_mlx.cli.options import (
     SamplingOptions,
     alias_meant,
     load_model,
-    option,
-    with_options,
 )
 from qwen3_mlx.cli.recording import LogOptions, start_recording, with_system
 from qwen3_mlx.cli.screen import Screen

@@ -3,14 +3,14 @@
 import json
 import re
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qwen3_mlx.cli import desktop
 from qwen3_mlx.cli.attachments import read_attachment
-from qwen3_mlx.cli.chat_session import ChatSession
+from qwen3_mlx.cli.chat_session import ChatSession, Message
 from qwen3_mlx.cli.console import local_time, note, visible
 from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.error_wording import closest_command, hint
@@ -111,7 +111,7 @@ def _help(session: ChatSession, _: str) -> None:
 
 
 def _new(session: ChatSession, _: str) -> None:
-    session.begin([m for m in session.conversation.messages[:1] if m["role"] == "system"])
+    session.begin(_system_messages(session))
     note("A new conversation.")
 
 
@@ -125,14 +125,19 @@ def _system(session: ChatSession, text: str) -> None:
     if text:
         new = "" if text.lower() == _NONE else text
         session.conversation.messages = with_system(session.conversation.messages, new)
-    first = [m["content"] for m in session.conversation.messages[:1] if m["role"] == "system"]
-    note(f"The system prompt is: {visible(first[0])}" if first else "No system prompt.")
+    found = _system_messages(session)
+    note(f"The system prompt is: {visible(found[0]['content'])}" if found else "No system prompt.")
+
+
+def _system_messages(session: ChatSession) -> list[Message]:
+    """Return the system prompt of the conversation, or nothing."""
+    return [each for each in session.conversation.messages[:1] if each["role"] == "system"]
 
 
 def _set(session: ChatSession, text: str) -> None:
     name, _, value = text.replace("=", " ", 1).partition(" ")
     if not name:
-        note("\n".join(f"{name:<20}{_shown(session, name)}" for name in _SETTINGS))
+        note("\n".join(f"{name:<20}{value}" for name, value in _shown(session, _SETTINGS)))
         return
     name = name.lower().replace("-", "_").removeprefix("thinking_")
     if name not in _SETTINGS:
@@ -141,7 +146,8 @@ def _set(session: ChatSession, text: str) -> None:
         _change(session, name, _value(name, value.strip()))
     except (ValueError, TypeError) as error:
         raise ValueError(str(error).replace(_SETTINGS[name], name)) from error
-    note(f"{name} is {_shown(session, name)}.")
+    [(_, shown)] = _shown(session, [name])
+    note(f"{name} is {shown}.")
 
 
 def _value(name: str, text: str) -> Any:
@@ -157,14 +163,16 @@ def _value(name: str, text: str) -> Any:
         raise ValueError(f"{name} takes {expected}, not {text!r}") from None
 
 
-def _shown(session: ChatSession, name: str) -> str:
-    """Return the value of a setting as text; where it is the model's, with the value if known."""
-    value = session.option(_SETTINGS[name])
-    if value is None:
-        prepared = session.llm.prepare("?", thinking=session.option("thinking"))
+def _shown(session: ChatSession, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield settings with their values as text; where one is the model's, with it if known."""
+    prepared = session.llm.prepare("?", thinking=session.option("thinking"))
+    for name in names:
+        value = session.option(_SETTINGS[name])
         known = prepared.thinks if name == "thinking" else getattr(prepared.sampling, name, None)
-        return _DEFAULT if known is None else f"{_written(known)} ({_DEFAULT})"
-    return _written(value)
+        if value is not None:
+            yield name, _written(value)
+        else:
+            yield name, _DEFAULT if known is None else f"{_written(known)} ({_DEFAULT})"
 
 
 def _written(value: Any) -> str:
@@ -202,21 +210,20 @@ def _budget(session: ChatSession, text: str) -> None:
 
 
 def _attach(session: ChatSession, text: str) -> None:
-    encode, context = session.llm.tokenizer.encode, session.llm.context
-    if text.lower() == _NONE:
-        session.files = []
-    elif text:
-        file = _file(text, "/file")
-        part = read_attachment(file)
-        if (tokens := len(encode(part))) >= context:
-            raise ValueError(
-                f"{file.name} has {tokens:,} tokens, more than the context window of {context:,}"
-            )
-        session.files.append(part)
-    for part in session.files:
-        name = part.partition(":\n")[0]
-        note(f"{name}: {len(encode(part)):,} tokens of {context:,}; sent with your next message.")
-    if not session.files:
+    context = session.llm.context
+    kept = [] if text.lower() == _NONE else session.files
+    added = [read_attachment(_file(text, "/file"))] if text and text.lower() != _NONE else []
+    parts = [*kept, *added]
+    tokens = [len(session.llm.tokenizer.encode(part)) for part in parts]
+    names = [part.partition(":\n")[0] for part in parts]
+    if added and tokens[-1] >= context:
+        raise ValueError(
+            f"{names[-1]} has {tokens[-1]:,} tokens, more than the context window of {context:,}"
+        )
+    session.files = parts
+    for name, count in zip(names, tokens, strict=True):
+        note(f"{name}: {count:,} tokens of {context:,}; sent with your next message.")
+    if not parts:
         note("No files.")
 
 

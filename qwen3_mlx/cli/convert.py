@@ -12,7 +12,8 @@ import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.checkpoint.hub import check_name, upload
 from qwen3_mlx.cli.console import Bar, format_bytes, note, print_facts
 from qwen3_mlx.cli.evaluate import compare, comparison_dict, read_text, refuse_unloadable
-from qwen3_mlx.cli.options import CheckpointOptions, option
+from qwen3_mlx.cli.option_groups import option
+from qwen3_mlx.cli.options import CheckpointOptions
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
 from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.model.quantization import AFFINE

@@ -19,15 +19,8 @@ from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.cli.console import Bar, note, print_facts
-from qwen3_mlx.cli.options import (
-    CheckpointOptions,
-    Json,
-    ModelArgument,
-    alias_meant,
-    load_model,
-    option,
-    with_options,
-)
+from qwen3_mlx.cli.option_groups import option, with_options
+from qwen3_mlx.cli.options import CheckpointOptions, Json, ModelArgument, alias_meant, load_model
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
 from qwen3_mlx.evaluate.perplexity import Perplexity, perplexity

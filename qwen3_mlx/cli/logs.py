@@ -14,7 +14,8 @@ from typer.core import TyperGroup
 
 from qwen3_mlx.cli.console import confirm, local_time, note, print_table
 from qwen3_mlx.cli.conversation_log import ConversationLog
-from qwen3_mlx.cli.options import Json, option
+from qwen3_mlx.cli.option_groups import option
+from qwen3_mlx.cli.options import Json
 from qwen3_mlx.cli.screen import AnswerWriter
 from qwen3_mlx.cli.user_files import CHAT_HISTORY, data_file
 from qwen3_mlx.files import atomic_write

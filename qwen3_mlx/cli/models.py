@@ -15,14 +15,8 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.local import HUB, LM_STUDIO, LocalModel, Removal, local_models
 from qwen3_mlx.cli.console import Bar, confirm, format_bytes, note, print_table
 from qwen3_mlx.cli.model_facts import ModelFacts
-from qwen3_mlx.cli.options import (
-    Json,
-    Quiet,
-    alias_meant,
-    complete_model,
-    option,
-    without_alias,
-)
+from qwen3_mlx.cli.option_groups import option
+from qwen3_mlx.cli.options import Json, Quiet, alias_meant, complete_model, without_alias
 from qwen3_mlx.cli.plan_estimate import Machine
 from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.errors import CheckpointError, Qwen3Error

@@ -1,17 +1,14 @@
 """Options that several subcommands share, each declared once, and the model that they describe.
 
-A subcommand takes a group of options as one parameter, a dataclass; `with_options` shows typer the
-fields of that class in its place.
+A subcommand takes a group of options as one parameter, a dataclass (see `cli/option_groups.py`).
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
-from functools import wraps
-from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -20,6 +17,7 @@ from qwen3_mlx import interrupt
 from qwen3_mlx.checkpoint.local import local_models
 from qwen3_mlx.cli.config import Config, read_config
 from qwen3_mlx.cli.console import Bar, note
+from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.user_files import config_file
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
@@ -30,13 +28,6 @@ _SAMPLING, _DISPLAY = "Sampling", "Display"
 MODEL_VARIABLE = "QWEN3_MODEL"
 _NGRAM = "ngram"  # a value of --draft
 _YARN_NOTE = "YaRN is on for this context window; quality on short texts may be slightly lower."
-
-T = TypeVar("T")
-
-
-def option(*names: str, text: str, panel: str | None = None, **more: Any) -> Any:
-    """Create an option, shown in `panel`; without `names`, it is called like its parameter."""
-    return typer.Option(*names, help=text, rich_help_panel=panel, **{"show_default": False, **more})
 
 
 def _model_meant(context: typer.Context, name: str | None) -> str | None:
@@ -356,34 +347,6 @@ def user_config() -> Config:
         except ValueError as error:
             raise Qwen3Error(f"{config_file()}: presets.{name}: {error}") from error
     return config
-
-
-def with_options(command: Callable[..., T]) -> Callable[..., T]:
-    """Replace each parameter of a command that is a dataclass by the fields of that class."""
-    groups: dict[str, Any] = {}
-    parameters = []
-    for parameter in signature(command).parameters.values():
-        group = parameter.annotation
-        if is_dataclass(group):
-            groups[parameter.name] = group
-            options = [(entry.name, entry.default, entry.type) for entry in fields(group)]
-        else:
-            options = [(parameter.name, parameter.default, group)]
-        parameters += [
-            Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-            for name, default, kind in options
-        ]
-
-    @wraps(command)
-    def run(**values: Any) -> T:
-        for name, group in groups.items():
-            values[name] = group(**{entry.name: values.pop(entry.name) for entry in fields(group)})
-        return command(**values)
-
-    # Typer reads both.
-    vars(run)["__signature__"] = Signature(parameters)
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
-    return run
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
 from qwen3_mlx.checkpoint.weights import has_all_weights, untie_if_needed
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.options import Plot, alias_meant, complete_model, option
+from qwen3_mlx.cli.option_groups import option
+from qwen3_mlx.cli.options import Plot, alias_meant, complete_model
 from qwen3_mlx.cli.plan_estimate import Machine, MemoryEstimate
 from qwen3_mlx.cli.plan_plots import PlanPlot, draw
 from qwen3_mlx.cli.plan_sizes import recommend, sizes_as_json, table_of_sizes

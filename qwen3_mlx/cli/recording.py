@@ -9,7 +9,8 @@ from typer.core import TyperCommand
 
 from qwen3_mlx.cli.console import local_time, note, visible
 from qwen3_mlx.cli.conversation_log import ConversationLog, Summary
-from qwen3_mlx.cli.options import GENERATION, option, user_config
+from qwen3_mlx.cli.option_groups import option
+from qwen3_mlx.cli.options import GENERATION, user_config
 from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.user_files import config_file
 from qwen3_mlx.errors import Qwen3Error

@@ -13,14 +13,8 @@ from pathlib import Path
 from typing import Annotated
 
 from qwen3_mlx.cli.console import note
-from qwen3_mlx.cli.options import (
-    Model,
-    ModelOptions,
-    SamplingOptions,
-    load_model,
-    option,
-    with_options,
-)
+from qwen3_mlx.cli.option_groups import option, with_options
+from qwen3_mlx.cli.options import Model, ModelOptions, SamplingOptions, load_model
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
 from qwen3_mlx.model.sizes import hub_name

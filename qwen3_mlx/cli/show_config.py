@@ -5,7 +5,8 @@ import os
 from typing import Annotated
 
 from qwen3_mlx.cli.console import print_facts
-from qwen3_mlx.cli.options import MODEL_VARIABLE, option, user_config
+from qwen3_mlx.cli.option_groups import option
+from qwen3_mlx.cli.options import MODEL_VARIABLE, user_config
 from qwen3_mlx.cli.user_files import config_file
 
 
