@@ -15,12 +15,13 @@ from typing import Annotated
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.option_groups import option, with_options
 from qwen3_mlx.cli.options import Model, ModelOptions, SamplingOptions, load_model
+from qwen3_mlx.cli.service_file import install_service
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
 from qwen3_mlx.model.sizes import hub_name
 from qwen3_mlx.server.keys import read_keys
 from qwen3_mlx.server.running import registered, url_of
-from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, own_names
+from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, check_certificate, own_names
 
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
 _OTHER_NETWORK = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): no machine has it
@@ -54,7 +55,21 @@ def serve(  # noqa: PLR0913 - one parameter an option
         str | None, option(panel=_NETWORK, text="Require this API key.", envvar="QWEN3_API_KEY")
     ] = None,
     key_file: Annotated[
-        Path | None, option(panel=_NETWORK, text="Require an API key from this file, one per line.")
+        Path | None,
+        option(
+            "--keys",
+            "--key-file",
+            panel=_NETWORK,
+            text="Require an API key of this file: a line has KEY, or NAME KEY [REQUESTS [TOKENS]] "
+            "with limits per minute.",
+        ),
+    ] = None,
+    tls_cert: Annotated[
+        Path | None, option(panel=_NETWORK, text="Serve HTTPS with this certificate chain (PEM).")
+    ] = None,
+    tls_key: Annotated[
+        Path | None,
+        option(panel=_NETWORK, text="Private key of the certificate, unless its file has it."),
     ] = None,
     trust_proxy: Annotated[
         list[str] | None,
@@ -105,6 +120,14 @@ def serve(  # noqa: PLR0913 - one parameter an option
     open_page: Annotated[
         bool, option("--open", panel=_DISPLAY, text="Open the chat page in a browser.")
     ] = False,
+    install: Annotated[
+        bool,
+        option(
+            "--install",
+            panel=_DISPLAY,
+            text="Write a service of the system that starts this server at login, and exit.",
+        ),
+    ] = False,
     quiet: Annotated[
         bool,
         option("--quiet", "-q", panel=_DISPLAY, text="No progress bars and no log of requests."),
@@ -128,6 +151,8 @@ def serve(  # noqa: PLR0913 - one parameter an option
         host=host,
         api_key=api_key or None,
         key_file=key_file,
+        tls_cert=tls_cert,
+        tls_key=tls_key,
         trusted_proxies=trust_proxy or (),
         allowed_hosts=allow_host or (),
         cors_origins=cors_origin or (),
@@ -142,28 +167,33 @@ def serve(  # noqa: PLR0913 - one parameter an option
     )
     if key_file is not None:
         read_keys(key_file)  # report a bad key file before the model is loaded
+    if tls_cert is not None:
+        check_certificate(tls_cert, tls_key)
+    if install:
+        install_service(sys.argv[1:])
+        return
     listener = _listen(host, port)
 
     def ready() -> None:
         _announce(settings, listener)
         if open_page and (sys.platform == "darwin" or "DISPLAY" in os.environ):
-            webbrowser.open(_url_of(listener))
+            webbrowser.open(_url_of(settings, listener))
 
     serving = import_module("qwen3_mlx.server.run")  # FastAPI, which only this command needs
     with load_model(model, loading, quiet=quiet) as llm, listener:
         _log_to_stderr(quiet=quiet)
-        with registered(*_address_of(listener), settings.model):
+        with registered(*_address_of(settings, listener), settings.model):
             serving.serve(llm, settings, listener, ready)
 
 
 def _announce(settings: Settings, listener: socket.socket) -> None:
     """Write the addresses at which clients reach the server, and who has access."""
-    url = _url_of(listener)
+    url = _url_of(settings, listener)
     note(f"{settings.model} is served at {url} (open it to chat); Ctrl-C stops the server")
     note(f"for clients: OpenAI {url}/v1 · Anthropic {url} · Ollama {url}")
     if settings.host in _ALL_INTERFACES:
         port = listener.getsockname()[1]
-        others = " · ".join(f"http://{name}:{port}" for name in _network_names())
+        others = " · ".join(f"{settings.scheme}://{name}:{port}" for name in _network_names())
         note(f"from the network: {others}")
     if settings.api_key is None and settings.key_file is None and not settings.local:
         note("no API key is set, so every client of the network has access: see --api-key KEY")
@@ -190,14 +220,15 @@ def _listen(host: str, port: int) -> socket.socket:
         raise Qwen3Error(f"cannot listen at {host}, port {port}: {reason}; {hint}") from error
 
 
-def _address_of(listener: socket.socket) -> tuple[str, int]:
-    """Return host and port by which this machine reaches the server."""
+def _address_of(settings: Settings, listener: socket.socket) -> tuple[str, str, int]:
+    """Return scheme, host and port by which this machine reaches the server."""
     host, port = listener.getsockname()[:2]
-    return "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host, port
+    host = "127.0.0.1" if host == "0.0.0.0" else "::1" if host == "::" else host
+    return settings.scheme, host, port
 
 
-def _url_of(listener: socket.socket) -> str:
-    return url_of(*_address_of(listener))
+def _url_of(settings: Settings, listener: socket.socket) -> str:
+    return url_of(*_address_of(settings, listener))
 
 
 def _network_names() -> list[str]:

@@ -13,6 +13,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.metrics import Metrics
 from qwen3_mlx.server.registry import protocol_of
 from qwen3_mlx.server.wire import Json
 
@@ -28,10 +29,11 @@ _MAX_LOGGED = 200  # characters of an error, and of a path
 
 
 class AccessLog:
-    """Gives each request an id, and logs a line of JSON for it, without its content."""
+    """Gives each request an id, logs a line of JSON for it without its content, and counts it."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
+        self._metrics = metrics
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; send an error response if the application fails."""
@@ -64,7 +66,9 @@ class AccessLog:
             if not status:
                 await response(scope, receive, send_with_id)
         finally:
-            elapsed = round((time.perf_counter() - started) * 1e3, 1)
+            seconds = time.perf_counter() - started
+            self._metrics.add_request(scope, status, seconds, record)
+            elapsed = round(seconds * 1e3, 1)
             path = scope["path"][:_MAX_LOGGED]
             fields = {"method": scope["method"], "path": path, "status": status, "ms": elapsed}
             write_record(

@@ -1,12 +1,14 @@
 """Admission: limits the replies in progress, counted before a body is read."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Event as Flag
 from typing import Any
 
 from qwen3_mlx.engine.moving_average import MovingAverage
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.keys import Key
+from qwen3_mlx.text.events import Usage
 
 _MAX_RETRY_AFTER = 60  # seconds
 _SECONDS_DECAY = 0.8  # weight of the old value when a new duration arrives
@@ -15,8 +17,11 @@ _SECONDS_DECAY = 0.8  # weight of the old value when a new duration arrives
 class Slot:
     """The place of one request among those in progress, until `release`; counts its replies."""
 
-    def __init__(self, admission: "Admission", record: dict[str, Any], client: str) -> None:
+    def __init__(
+        self, admission: "Admission", record: dict[str, Any], client: str, key: Key | None
+    ) -> None:
         self.client = client
+        self.key = key
         self.count = 1  # until the body has been parsed
         self.record = record
         self.cancelled = Flag()
@@ -33,6 +38,10 @@ class Slot:
             self._admission.check_room(count, self.client, beside=self)
             self.count = count
 
+    def spend(self, usage: Usage) -> None:
+        """Report the tokens of a reply that has ended, however it did."""
+        self._admission.spent(self.key, usage)
+
     def release(self, seconds: float | None = None) -> None:
         """Free the slot, whose replies took `seconds`; may be called twice."""
         self._admission.release(self, seconds)
@@ -41,7 +50,14 @@ class Slot:
 class Admission:
     """All slots in use. Not thread-safe: only the event loop uses it."""
 
-    def __init__(self, max_replies: int, max_replies_per_client: int) -> None:
+    def __init__(
+        self,
+        max_replies: int,
+        max_replies_per_client: int,
+        spent: Callable[[Key | None, Usage], None],
+    ) -> None:
+        """Limit the replies in progress; `spent` is told what each took, and by which key."""
+        self.spent = spent
         self._max_replies = max_replies
         self._max_per_client = max_replies_per_client
         self._slots: set[Slot] = set()
@@ -53,14 +69,14 @@ class Admission:
         return sum(slot.count for slot in self._slots)
 
     @contextmanager
-    def one(self, record: dict[str, Any], client: str) -> Iterator[Slot]:
+    def one(self, record: dict[str, Any], client: str, key: Key | None = None) -> Iterator[Slot]:
         """Admit a request of a client; free its slot at the end, unless running replies hold it.
 
         Raises:
             ApiError: there are too many requests already.
         """
         self.check_room(1, client)
-        slot = Slot(self, record, client)
+        slot = Slot(self, record, client, key)
         self._slots.add(slot)
         try:
             yield slot

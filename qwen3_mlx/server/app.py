@@ -5,7 +5,7 @@ from http import HTTPStatus
 from importlib.resources import files
 
 from fastapi import APIRouter, FastAPI, Request
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -17,6 +17,7 @@ from qwen3_mlx.server.anthropic import routes as anthropic
 from qwen3_mlx.server.errors import ApiError, from_status
 from qwen3_mlx.server.guard import Guard
 from qwen3_mlx.server.health import health_of
+from qwen3_mlx.server.metrics import CONTENT_TYPE
 from qwen3_mlx.server.ollama import routes as ollama
 from qwen3_mlx.server.openai import routes as openai
 from qwen3_mlx.server.openapi import add_description
@@ -73,7 +74,7 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
     _add_page(app)
     _add_errors(app, [path for router in routers for path in _addresses(router)])
     add_description(app, [protocol.error_model for protocol in PROTOCOLS])
-    app.add_middleware(Guard, settings=settings, keys=service.keys)
+    app.add_middleware(Guard, settings=settings, keys=service.keys, quotas=service.quotas)
     if settings.cors_origins:  # outside the guard, so that pages can read its errors
         app.add_middleware(
             CORSMiddleware,
@@ -82,7 +83,7 @@ def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
             allow_headers=["*"],
             expose_headers=["warnings", "Retry-After", REQUEST_ID],
         )
-    app.add_middleware(AccessLog)
+    app.add_middleware(AccessLog, metrics=service.metrics)
     return app, service
 
 
@@ -93,6 +94,11 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """Return the state and load of the server; 503 if it is stuck or shutting down."""
         state = health_of(service)
         return JSONResponse(state, 200 if state["status"] == "ok" else 503)
+
+    @app.get("/metrics", tags=["Operations"], response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Return counters, durations and memory in the text format of Prometheus."""
+        return Response(service.metrics.render(health_of(service)), media_type=CONTENT_TYPE)
 
 
 def _add_page(app: FastAPI) -> None:

@@ -121,7 +121,8 @@ async def answer_request(
     sent = await request.body()
     record = request.scope.setdefault("record", {})
     record["model"] = service.settings.model
-    with service.admission.one(record, request.scope.get("caller", "")) as slot:
+    caller, key = request.scope.get("caller", ""), request.scope.get("key")
+    with service.admission.one(record, caller, key) as slot:
         parse = partial(parse_body, sent, body, service.context)
         parsed = await service.run_sized(len(sent), parse)
         slot.widen(parsed.replies)

@@ -17,6 +17,7 @@ from qwen3_mlx.server.access_log import address_of, error_response
 from qwen3_mlx.server.body_memory import BodyMemory, BodyMemoryLimit
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
+from qwen3_mlx.server.quotas import Quotas
 from qwen3_mlx.server.settings import ORIGIN, Settings, own_names
 
 _OPEN_PATHS = ("/health", "/")
@@ -28,10 +29,11 @@ _FOREIGN_SITES = ("cross-site", "same-site")  # values of Sec-Fetch-Site
 class Guard:
     """Refuses requests that fail a check; counts the memory of the bodies of the others."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, keys: Keys, quotas: Quotas) -> None:
         self._app = app
         self._settings = settings
         self._keys = keys
+        self._quotas = quotas
         self._bodies = BodyMemoryLimit(settings)
         self._hosts = {"localhost", settings.host.lower(), *map(str.lower, settings.allowed_hosts)}
         if not settings.local:
@@ -77,17 +79,20 @@ class Guard:
             return
         scheme, _, token = headers.get("authorization", "").partition(" ")
         key = token if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        number = self._keys.find(key)
-        if number is None:
+        found = self._keys.find(key)
+        if found is None:
             raise ApiError(
                 401,
                 "a key is needed: send Authorization: Bearer KEY, with the server's --api-key",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
-        if self._keys.several:
-            scope["caller"] = f"key {number}"
-            scope.setdefault("record", {})["key"] = number
+        if self._keys.several or found.is_limited:
+            scope["caller"] = f"key {found.name}"
+            scope["key"] = found
+            scope.setdefault("record", {})["key"] = found.name
+        if scope["method"] == "POST":
+            self._quotas.admit(found)
 
     def _is_own_host(self, host: str) -> bool:
         """Return whether a Host is this server's; an IP address is, since DNS cannot rebind it."""

@@ -189,6 +189,8 @@ class ActiveRequest:
         if isinstance(item, ApiError):
             # Ends the other replies. The reason counts where some are still being submitted.
             self._cancel_for(item)
+        if isinstance(item, Finish):
+            self._slot.spend(item.usage)
         if isinstance(item, Finish | ApiError):
             self._ends += 1
             self._release_if_done()

@@ -53,6 +53,8 @@ class Server(uvicorn.Server):
             proxy_headers=bool(settings.trusted_proxies),
             forwarded_allow_ips=list(settings.trusted_proxies),
             backlog=limits.accepted,
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
             timeout_keep_alive=max(1, round(limits.patience)),
             timeout_graceful_shutdown=max(1, round(settings.shutdown)),
         )

@@ -30,11 +30,12 @@ class RunningServer:
     port: int
     model: str
     started: float
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
         """The address at which this machine reaches the server."""
-        return url_of(self.host, self.port)
+        return url_of(self.scheme, self.host, self.port)
 
     def health(self) -> dict[str, Any] | None:
         """Return what /health says, which needs no key; None if the server does not answer in time.
@@ -43,8 +44,13 @@ class RunningServer:
             ConnectionError: no server listens there, or another program.
         """
         import http.client
+        import ssl
 
         connection = http.client.HTTPConnection(self.host, self.port, timeout=_TIMEOUT)
+        if self.scheme == "https":  # on this machine; the certificate names another host
+            connection = http.client.HTTPSConnection(
+                self.host, self.port, timeout=_TIMEOUT, context=ssl._create_unverified_context()
+            )
         try:
             connection.request("GET", "/health")
             content = json.loads(connection.getresponse().read())
@@ -59,16 +65,16 @@ class RunningServer:
         return content
 
 
-def url_of(host: str, port: int) -> str:
+def url_of(scheme: str, host: str, port: int) -> str:
     """Return the address of a server."""
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 @contextmanager
-def registered(host: str, port: int, model: str) -> Iterator[None]:
+def registered(scheme: str, host: str, port: int, model: str) -> Iterator[None]:
     """Keep an entry for a server of this process while the block runs; failures are only logged."""
     file: Path | None = None
-    entry = RunningServer(os.getpid(), host, port, model, time.time())
+    entry = RunningServer(os.getpid(), host, port, model, time.time(), scheme)
     try:
         file = _folder(create=True) / f"{entry.pid}-{port}.json"
         file.unlink(missing_ok=True)

@@ -15,11 +15,14 @@ from qwen3_mlx.api.prepared_request import PreparedRequest
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.admission import Admission, Slot
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.keys import Keys
+from qwen3_mlx.server.keys import Key, Keys
+from qwen3_mlx.server.metrics import Metrics
 from qwen3_mlx.server.preparing import PreparationPool
+from qwen3_mlx.server.quotas import Quotas
 from qwen3_mlx.server.response import ActiveRequest, EventBridge
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import ThinkingRequest
+from qwen3_mlx.text.events import Usage
 from qwen3_mlx.text.fair_queue import Caller
 
 _MAX_INLINE = 16 << 10  # bytes of JSON that cost little more than waking a thread for them
@@ -42,7 +45,11 @@ class Service:
         self.stopping = False
         self.started = time.monotonic()
         self._body_threads = ThreadPoolExecutor(_BODY_THREADS, "qwen3-body")
-        self.admission = Admission(settings.max_requests, settings.max_replies_per_client)
+        self.quotas = Quotas()
+        self.metrics = Metrics()
+        self.admission = Admission(
+            settings.max_requests, settings.max_replies_per_client, self._spent
+        )
         self.preparing = PreparationPool()
         llm.load_grammars()  # now, since later it would delay all running requests
 
@@ -50,6 +57,11 @@ class Service:
     def active(self) -> int:
         """Number of replies that run or wait."""
         return self.admission.active
+
+    def _spent(self, key: Key | None, usage: Usage) -> None:
+        self.metrics.add_reply(self.settings.model, usage)
+        if key:
+            self.quotas.spend(key, usage.prompt_tokens + usage.completion_tokens)
 
     def model_warnings(self, name: str | None) -> list[str]:
         """Return a warning if the request names a model other than the one that is served."""

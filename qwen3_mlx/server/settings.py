@@ -2,11 +2,14 @@
 
 import ipaddress
 import math
+import os
 import re
 import socket
+import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from qwen3_mlx.engine.sampling_params import SamplingParams
 
@@ -20,11 +23,13 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://([a-z0-9._-]+|\[[0-9a-f:.]+\])(:[0-9]+
 class Settings:
     """Server configuration, fixed at the start.
 
-    `key_file` has one key a line. With several keys, a client is identified by its key, otherwise
-    by its address, which a proxy in `trusted_proxies` may forward. `max_per_client` limits the
-    replies of one client, running and waiting; None is three quarters of `max_requests`, or all of
-    them where only this machine is served. A reply that is not complete after `request_timeout`
-    ends as it is; one without a first token fails with 504.
+    `key_file` has one key a line (see `keys`). With several keys, or limits, a client is identified
+    by its key, otherwise by its address, which a proxy in `trusted_proxies` may forward.
+    `tls_cert` is a certificate chain in PEM for HTTPS, and `tls_key` its private key, None if the
+    same file has it. `max_per_client` limits the replies of one client, running and waiting; None
+    is three quarters of `max_requests`, or all of them where only this machine is served. A reply
+    that is not complete after `request_timeout` ends as it is; one without a first token fails with
+    504.
     `model` is the name that clients see. `thinking` and `thinking_budget` are the defaults for a
     request that sets neither; `seed` and each field of `sampling` hold for requests that do not set
     it. `reasoning_field` is where OpenAI's clients find the thinking. Times
@@ -38,6 +43,8 @@ class Settings:
     host: str = "127.0.0.1"
     api_key: str | None = None
     key_file: Path | None = None
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
     trusted_proxies: Sequence[str] = ()
     allowed_hosts: Sequence[str] = ()
     cors_origins: Sequence[str] = ()
@@ -73,13 +80,18 @@ class Settings:
             raise ValueError(f"thinking_budget must be at least 0, not {self.thinking_budget}")
         if self.thinking is False and self.thinking_budget is not None:
             raise ValueError("thinking_budget is for thinking, which thinking=False switches off")
+        self._check_access()
+        self._check_names()
+
+    def _check_access(self) -> None:
         if self.api_key is not None and not self.api_key.isascii():
             raise ValueError("api_key must be plain ASCII: it travels in a header")
         if self.api_key is not None and self.key_file is not None:
             raise ValueError(
                 "a key_file and an api_key (QWEN3_API_KEY) are two sources of keys; give one"
             )
-        self._check_names()
+        if self.tls_key is not None and self.tls_cert is None:
+            raise ValueError("tls_key is the key of a certificate; name that as tls_cert")
 
     def _check_names(self) -> None:
         for origin in self.cors_origins:
@@ -104,6 +116,11 @@ class Settings:
                 ) from None
 
     @property
+    def scheme(self) -> str:
+        """The scheme of the server's addresses."""
+        return "http" if self.tls_cert is None else "https"
+
+    @property
     def local(self) -> bool:
         """True if the server listens on a loopback address only."""
         try:
@@ -118,6 +135,29 @@ class Settings:
             return min(self.max_per_client, self.max_requests)
         one_user = self.local and not self.trusted_proxies and self.key_file is None
         return self.max_requests if one_user else math.ceil(self.max_requests * _CLIENT_SHARE)
+
+
+def check_certificate(cert: Path, key: Path | None) -> None:
+    """Check that a certificate chain and its private key can be used.
+
+    Raises:
+        ValueError: a file cannot be read, the key needs a password, or they do not fit together.
+    """
+
+    def refuse_password() -> NoReturn:
+        raise ValueError(f"the key {key or cert} has a password; write it without one")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, refuse_password)
+    except ssl.SSLError as error:
+        where = f"{cert} and {key} have" if key else f"{cert} has"
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        raise ValueError(f"{where} no certificate with its key in PEM: {reason}") from error
+    except OSError as error:
+        missing = next(
+            (file for file in (cert, key) if file and not os.access(file, os.R_OK)), cert
+        )
+        raise ValueError(f"the certificate {missing} cannot be read: {error.strerror}") from error
 
 
 def own_names() -> set[str]:

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,10 +94,22 @@ def until_idle(served: Served, seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-def _endless() -> dict[str, Any]:
+def endless() -> dict[str, Any]:
     """A reply that would take a while, because it cannot end."""
     never = {str(TOKENIZER.id_of(end)): -100 for end in ("<|im_end|>", "<|endoftext|>")}
     return {"prompt": "1 2 3", "max_tokens": 8000, "logit_bias": never, "temperature": 1.5}
+
+
+def write_certificate(folder: Path) -> tuple[Path, Path]:
+    """Write a certificate for this machine that nobody has signed, and its key."""
+    if not (openssl := shutil.which("openssl")):
+        pytest.skip("openssl makes the certificate")
+    cert, key = folder / "cert.pem", folder / "key.pem"
+    made = "req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = [openssl, *made.split(), *names, "-keyout", str(key), "-out", str(cert)]
+    subprocess.run(command, check=True, capture_output=True)
+    return cert, key
 
 
 class Process:

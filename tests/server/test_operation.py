@@ -18,9 +18,9 @@ import pytest
 from qwen3_mlx import LLM
 from qwen3_mlx.engine.activity import Meter
 from qwen3_mlx.server import keys as keys_module
-from qwen3_mlx.server.keys import Keys
-from qwen3_mlx.server.settings import Settings
-from tests.server.harness import until
+from qwen3_mlx.server.keys import Key, Keys
+from qwen3_mlx.server.settings import Settings, check_certificate
+from tests.server.harness import until, write_certificate
 from tests.server.serving import serving
 
 CHAT = "/v1/chat/completions"
@@ -249,12 +249,12 @@ def test_keys_of_a_file(
         ]
         file.write_text("third\n")
         assert [status(key) for key in ("first", "third")] == [401, 200]
-        for wrong in ("", "two words\n"):
+        for wrong in ("", "name third many\n"):
             file.write_text(wrong)
             assert status("third") == 200  # as it was, and a word in the log
         file.unlink()
         assert status("third") == 200
-    assert [line.get("key") for line in lines_of(caplog)][:3] == [1, 2, None]
+    assert [line.get("key") for line in lines_of(caplog)][:3] == ["1", "2", None]
     assert caplog.text.count("the keys stay as they were") == 3
     assert "third" not in caplog.text and "can be read by others" not in caplog.text
 
@@ -264,7 +264,7 @@ def test_a_key_file_for_all_to_read_is_warned_of(
 ) -> None:
     (file := tmp_path / "keys").write_text("secret\n")
     file.chmod(0o644)
-    assert Keys(None, file).find(" secret ") == 1
+    assert Keys(None, file).find(" secret ") == Key("1", b"secret")
     assert f"chmod 600 {file}" in caplog.text
 
 
@@ -273,7 +273,10 @@ def test_a_key_file_for_all_to_read_is_warned_of(
     [
         (b"", "there is no key in"),
         (b"# none\n", "there is no key in"),
-        (b"good\ntwo words", "line 2 of"),
+        (b"good\nname key 5 many", "line 2 of .* is not KEY, or NAME KEY"),
+        (b"name key 0", "line 1 of"),
+        (b"name key 1 2 3", "line 1 of"),
+        (b"name key\nname other", "line 2 of .* repeats the name name"),
         ("schlüssel".encode(), "line 1 of"),
         (b"\xff\xfe", "cannot be read: it is not text"),
         (None, "cannot be read: No such file"),
@@ -285,6 +288,29 @@ def test_key_files_that_cannot_be(tmp_path: Path, content: bytes | None, complai
         file.write_bytes(content)
     with pytest.raises(ValueError, match=complaint):
         Keys(None, file)
+
+
+# --- certificates -------------------------------------------------------------------------------
+
+
+def test_certificates_that_cannot_be(tmp_path: Path) -> None:
+    cert, key = write_certificate(tmp_path)
+    check_certificate(cert, key)
+    (other := tmp_path / "other").mkdir()
+    with pytest.raises(ValueError, match=f"{cert} and {other}/key.pem have no certificate with"):
+        check_certificate(cert, write_certificate(other)[1])
+    with pytest.raises(ValueError, match=f"{cert} has no certificate with its key"):
+        check_certificate(cert, None)
+    both = tmp_path / "both"
+    both.write_bytes(key.read_bytes() + cert.read_bytes())
+    check_certificate(both, None)
+    for files in ((tmp_path / "none", key), (cert, tmp_path / "none")):
+        with pytest.raises(ValueError, match=f"{tmp_path}/none cannot be read: No such file"):
+            check_certificate(*files)
+    locked = ["ec", "-in", str(key), "-aes128", "-passout", "pass:word", "-out", f"{key}.locked"]
+    subprocess.run(["openssl", *locked], check=True, capture_output=True)
+    with pytest.raises(ValueError, match=r"key.pem.locked has a password"):
+        check_certificate(cert, Path(f"{key}.locked"))
 
 
 # --- names --------------------------------------------------------------------------------------
@@ -328,6 +354,7 @@ def test_the_networks_names_of_this_machine_are_ours(
         ({"shutdown": float("nan")}, "shutdown must be 0 seconds or more, not nan"),
         ({"trusted_proxies": ["proxy"]}, "'proxy' is not an address"),
         ({"key_file": Path("x"), "api_key": "y"}, "two sources of keys"),
+        ({"tls_key": Path("x")}, "tls_key is the key of a certificate"),
     ],
 )
 def test_settings_that_would_do_nothing_are_refused(

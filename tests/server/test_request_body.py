@@ -27,7 +27,7 @@ from qwen3_mlx.api import generation
 from qwen3_mlx.server import openapi
 from qwen3_mlx.text.splitting import pieces
 from qwen3_mlx.text.tokenizer import Tokenizer
-from tests.server.harness import _endless, message_of, until_idle
+from tests.server.harness import endless, message_of, until_idle
 from tests.server.serving import Served, serving
 from tests.text.harness import TOKENIZER
 
@@ -198,7 +198,7 @@ def test_no_body_holds_up_the_others(name: str, served: Served) -> None:
 
 def test_a_request_is_counted_before_its_body_is_read(demo: LLM) -> None:
     with serving(demo, max_requests=1) as running:
-        stream = {**_endless(), "stream": True}
+        stream = {**endless(), "stream": True}
         with httpx.stream("POST", f"{running.url}{TEXT}", json=stream) as begun:
             lines = begun.iter_lines()  # kept: its end closes the connection
             assert next(lines)

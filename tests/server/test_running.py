@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
@@ -12,9 +13,11 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
 import pytest
 
 from tests.cli.harness import call
+from tests.server.harness import write_certificate
 
 Captured = pytest.CaptureFixture[str]
 
@@ -74,6 +77,33 @@ def test_a_server_with_a_key_is_seen_until_it_is_gone(runtime: Path, capsys: Cap
         assert bool(list(runtime.iterdir())) == (end == signal.SIGKILL)
     assert seen(capsys) == []
     assert list(runtime.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="there, the folder is not of the session")
+def test_a_server_with_a_certificate(runtime: Path, tmp_path: Path, capsys: Captured) -> None:
+    cert, key = write_certificate(tmp_path)
+    command = [sys.executable, "-m", "qwen3_mlx", "serve", "--port", "0"]
+    command += ["--tls-cert", str(cert), "--tls-key", str(key)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr
+        url = ""
+        while "is served at" not in url:
+            url = server.stderr.readline()
+        url = re.findall(r"https://\S+", url)[0]
+        trust = ssl.create_default_context(cafile=str(cert))
+        body = {"messages": [{"role": "user", "content": "What is 12 + 34?"}], "stream": True}
+        origin = {"Origin": url}  # its own page's
+        answer = httpx.post(f"{url}/v1/chat/completions", json=body, headers=origin, verify=trust)
+        assert answer.status_code == 200 and answer.text.endswith("[DONE]\n\n")
+        (entry,) = seen(capsys)
+        assert entry["url"] == url and entry["health"]["status"] == "ok"
+        with socket.create_connection(("127.0.0.1", entry["port"])) as plain:  # and HTTP is nothing
+            plain.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            plain.settimeout(30)
+            assert b"200" not in plain.recv(1000)
+        assert httpx.get(f"{url}/health", verify=trust).status_code == 200
+        server.terminate()
+        assert "Traceback" not in server.communicate(timeout=60)[1]
 
 
 @pytest.mark.parametrize(

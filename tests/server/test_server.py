@@ -26,7 +26,7 @@ from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import EFFORTS, ThinkingRequest
 from qwen3_mlx.text.thinking import Thinking
 from tests.api.harness import settle
-from tests.server.harness import Process, _endless, message_of, until_idle
+from tests.server.harness import Process, endless, message_of, until_idle
 from tests.server.serving import Served, serving
 from tests.text.harness import TOKENIZER
 
@@ -671,20 +671,20 @@ def test_stylesheets_name_no_files(served: Served) -> None:
 
 
 def test_a_client_that_goes_away_is_not_worked_for(served: Served) -> None:
-    body = {**_endless(), "stream": True}
+    body = {**endless(), "stream": True}
     with httpx.stream("POST", f"{served.url}/v1/completions", json=body) as response:
         lines = response.iter_lines()  # kept: its end closes the connection
         assert next(lines)
         assert served.server.service.active == 1
     until_idle(served)
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{served.url}/v1/completions", json=_endless(), timeout=0.3)
+        httpx.post(f"{served.url}/v1/completions", json=endless(), timeout=0.3)
     until_idle(served)
 
 
 def test_more_than_it_can_take_is_told_to_come_again(demo: LLM) -> None:
     with serving(demo, max_requests=2) as running, ThreadPoolExecutor() as pool:
-        body = {**_endless(), "stream": True}
+        body = {**endless(), "stream": True}
         with (
             httpx.stream("POST", f"{running.url}/v1/completions", json=body) as one,
             httpx.stream("POST", f"{running.url}/v1/completions", json=body) as other,
@@ -814,7 +814,7 @@ def test_a_signal_lets_replies_end(number: int) -> None:
 
 def test_what_does_not_end_in_time_is_ended() -> None:
     server = Process("--shutdown", "0.2")
-    body = {**_endless(), "stream": True}
+    body = {**endless(), "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=30) as response:
         lines = response.iter_lines()
         next(lines)
@@ -828,7 +828,7 @@ def test_what_does_not_end_in_time_is_ended() -> None:
 
 def test_a_second_ctrl_c_does_not_wait() -> None:
     server = Process("--shutdown", "600")
-    body = {**_endless(), "stream": True}
+    body = {**endless(), "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/completions", json=body, timeout=120) as response:
         lines = response.iter_lines()
         next(lines)
