@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from qwen3_mlx.cli.options import (
     Quiet,
     ReplyOptions,
     SamplingOptions,
+    Yes,
     load_model,
 )
 from qwen3_mlx.cli.recorder import Recorder
@@ -33,6 +35,7 @@ from qwen3_mlx.cli.recording import LogOptions, start_recording, with_system
 from qwen3_mlx.cli.screen import AnswerWriter
 from qwen3_mlx.cli.short_schema import schema_from
 from qwen3_mlx.cli.tool_file import load_functions
+from qwen3_mlx.cli.tool_use import check_steps, served_tools
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall
@@ -73,6 +76,7 @@ def ask(  # noqa: PLR0913 - one parameter a group of options
     question: QuestionOptions,
     sampling: SamplingOptions,
     recording: LogOptions,
+    yes: Yes = False,
     hide_thinking: HideThinking = False,
     quiet: Quiet = False,
 ) -> int:
@@ -89,21 +93,27 @@ def ask(  # noqa: PLR0913 - one parameter a group of options
         "max_tokens": reply.max_tokens,
         "stop": reply.stop,
         "schema": schema_from(question.schema) if question.schema is not None else None,
-        "tools": functions or None,
         "prefetch_next_turn": False,
     }
     text = _message(prompt, question.file or ())
     begun = start_recording(ctx, model, recording, quiet=quiet)
-    with begun.recorder as recorder, load_model(begun.model, loading, quiet=quiet) as llm:
+    with (
+        begun.recorder as recorder,
+        load_model(begun.model, loading, quiet=quiet) as llm,
+        served_tools(reply.mcp or (), llm, yes=yes, quiet=quiet) as served,
+    ):
+        tools: list[Callable[..., Any]] = [*functions, *served]
         history = with_system(begun.messages, reply.system)
-        conversation = llm.conversation(messages=history, **options)
+        conversation = llm.conversation(messages=history, tools=tools or None, **options)
         if begun.model is None and not quiet:
             note(_DEMO_NOTE)
         show = partial(_show_json if question.json else _show, hide=hide_thinking or quiet)
         finish = _reply(lambda: conversation.stream(text), conversation, recorder, show, quiet)
-        while finish.reason == "tool_calls" and functions:
+        steps = count(1)
+        while finish.reason == "tool_calls" and tools:
+            check_steps(next(steps))
             known = len(conversation.messages)
-            conversation.answer_calls(functions)
+            conversation.answer_calls(tools)
             if question.json:
                 _show_results(conversation.messages[known:])
             finish = _reply(conversation.stream, conversation, recorder, show, quiet)
@@ -210,15 +220,15 @@ def _print_event(event: dict[str, Any]) -> None:
 
 def _status(finish: Finish, to_first: float, rest: float) -> str:
     usage = finish.usage
-    count = usage.completion_tokens
+    tokens = usage.completion_tokens
     closed_by = finish.details.get("thinking_closed_by")
     closing = ", the sentence that closed it included" if closed_by else ""
     thinking = f" ({usage.reasoning_tokens} thinking{closing})" if usage.reasoning_tokens else ""
-    parts = [f"{count} tokens{thinking}"]
+    parts = [f"{tokens} tokens{thinking}"]
     if passes := finish.details.get("forward_passes"):
         parts.append(f"{passes} passes")
-    if count > 1 and rest > _BURST * count:
-        parts.append(f"{(count - 1) / rest:.1f} tokens/s")
+    if tokens > 1 and rest > _BURST * tokens:
+        parts.append(f"{(tokens - 1) / rest:.1f} tokens/s")
     parts += [
         f"first after {to_first:.2f} s",
         f"{backend.peak_memory() / 1e6:,.0f} MB",

@@ -336,15 +336,14 @@ class _Server:
             error = error.exceptions[0]
         if isinstance(error, TimeoutError):
             return f"it did not answer within {self._config.timeout:g} s"
-        closed = isinstance(error, MCPError) and error.code == CONNECTION_CLOSED
-        if closed and self._process:
-            reason = self._process.ending
-        elif isinstance(error, MCPError) and self._refused:
-            reason = f"{self._refused}: {error}"
+        if isinstance(error, MCPError):
+            reason = f"{self._refused}: {error}" if self._refused else str(error)
+            if self._process and error.code == CONNECTION_CLOSED:
+                reason = self._process.ending
         elif isinstance(error, OSError) and error.filename:
             reason = f"{error.strerror}: {error.filename}"
-        else:
-            reason = str(error) or type(error).__name__
+        else:  # of the SDK, in several lines
+            reason = str(error).partition("\n")[0] or type(error).__name__
         # The server's own words, perhaps: nothing in them may steer a terminal.
         reason = " ".join("".join(c if c.isprintable() else " " for c in reason).split())
         return reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]} ..."
