@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from qwen3_mlx.text.described_tool import DescribedTool
 
 _MAX_STEPS = 25  # replies of a turn that call tools
-_MAX_RESULT = 50_000  # characters
 
 
 def check_steps(steps: int) -> None:
@@ -47,7 +46,7 @@ def served_tools(
         servers = qwen3_mlx.mcp.connect(
             *(file.expanduser() for file in files),
             approve=None if yes else _Approval(),
-            max_result=min(_MAX_RESULT, llm.context),  # a quarter of the window, in English
+            max_result=llm.context,  # characters: in English a quarter of the window
             progress=None if quiet else bar,
         )
     with servers:

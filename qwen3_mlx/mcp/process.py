@@ -40,7 +40,7 @@ class ServerProcess:
         """Why the process is of no use any more, with the last line that it wrote to stderr."""
         lines = self._stderr.decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        why = self._flaw or "its process has ended"
+        why = self._flaw or "it has closed the connection"
         return f"{why}: {last}" if last else why
 
     async def __aenter__(self) -> "Streams":
@@ -112,7 +112,7 @@ class ServerProcess:
 
     async def _write(self, to_server: "MemoryObjectReceiveStream[SessionMessage]") -> None:
         assert self._process.stdin
-        with suppress(OSError):
+        with to_server, suppress(OSError):  # closed when the process has closed its end
             async for sent in to_server:
                 text = sent.message.model_dump_json(by_alias=True, exclude_unset=True)
                 self._process.stdin.write(f"{text}\n".encode())

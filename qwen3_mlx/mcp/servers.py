@@ -189,6 +189,7 @@ class Servers:
     def _call(self, server: "_Server", tool: str, arguments: dict[str, Any]) -> str:
         """Call a tool and return what the model reads: its result, or why there is none."""
         try:
+            _check_arguments(arguments)
             if self._approve and not self._approve(Call(server.name, tool, arguments)):
                 return "Error: the user declined this call"
             result = self._wait(self._submit(server.call(tool, arguments)))
@@ -217,6 +218,18 @@ class Servers:
             raise
 
 
+def _check_arguments(arguments: dict[str, Any]) -> None:
+    """Check that the arguments of a call can be sent: a model may write half a character.
+
+    Raises:
+        Qwen3Error: they are not JSON, or not Unicode.
+    """
+    try:
+        json.dumps(arguments, ensure_ascii=False).encode()
+    except (TypeError, ValueError) as error:
+        raise Qwen3Error(f"the arguments cannot be sent: {error}") from error
+
+
 class _Server:
     """A server and its connection; the methods run on the event loop."""
 
@@ -225,6 +238,7 @@ class _Server:
         self.tools: list[Tool] = []
         self._config = config
         self._client: Client | None = None
+        self._task: asyncio.Task[None] | None = None
         self._process: ServerProcess | None = None
         self._refused = ""
         self._why_ended = ""
@@ -236,14 +250,14 @@ class _Server:
             Qwen3Error: that fails, or takes too long.
         """
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._stopping = asyncio.Event()
         self._task = asyncio.create_task(self._live())
         await self._ready
 
     async def stop(self) -> None:
-        """Close the connection."""
-        self._stopping.set()
-        await asyncio.wait([self._task])
+        """Close the connection, also one that is being opened."""
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     async def call(self, tool: str, arguments: dict[str, Any]) -> "CallToolResult":
         """Call a tool.
@@ -269,13 +283,14 @@ class _Server:
                     self._client = await stack.enter_async_context(Client(transport, cache=None))
                     await self._list_tools(self._client)
                 self._ready.set_result(None)
-                await self._stopping.wait()
+                await asyncio.Event().wait()  # until `stop`, or an end of the connection
         except Exception as error:  # noqa: BLE001 - one server must not end the others
             self._why_ended = self._reason(error)
             if not self._ready.done():
                 self._ready.set_exception(Qwen3Error(self._why_ended))
         finally:
             self._client = None
+            self._ready.cancel()  # if it is not done
 
     async def _transport(self, stack: AsyncExitStack) -> "Transport":
         config = self._config
@@ -315,11 +330,8 @@ class _Server:
                     or characters > _MAX_CHARACTERS
                     or parameters > _MAX_PARAMETERS
                 ):
-                    _log.warning(
-                        "the MCP server %s offers too much: only its first %d tools are used",
-                        self.name,
-                        len(self.tools),
-                    )
+                    reason = "the MCP server %s offers too much: only its first %d tools are used"
+                    _log.warning(reason, self.name, len(self.tools))
                     return
                 self.tools.append(tool)
             cursor = page.next_cursor

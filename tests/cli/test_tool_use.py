@@ -1,11 +1,13 @@
 """Tools of MCP servers on the command line: what is asked for, shown and refused."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from qwen3_mlx.cli import tool_use
+from qwen3_mlx.cli.console import stderr_text
 from tests.cli.harness import QWEN3, Terminal, call
 from tests.mcp.harness import by_hand
 
@@ -84,3 +86,11 @@ def test_tools_fit_the_context_or_are_refused(
         "tools of MCP servers: 40, 1,800 tokens of 1,500: " in err
         and "leave some servers out" in err
     )
+
+
+def test_notes_cannot_steer_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    stderr_text("a\x1b]0;title\x07\n\tb")
+    assert capsys.readouterr().err == "\x1b[2ma␛]0;title␇\n\tb\x1b[0m"

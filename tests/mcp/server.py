@@ -7,6 +7,7 @@ import base64
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,9 +44,15 @@ def _crash(_: dict[str, Any]) -> dict[str, Any]:
 
 
 def _hang(_: dict[str, Any]) -> dict[str, Any]:
-    cancelled = sys.stdin.readline()
-    if trace := os.environ.get("TRACE"):
-        Path(trace).write_text(cancelled)
+    trace = Path(os.environ.get("TRACE", os.devnull))
+    trace.write_text("called")
+    trace.write_text(sys.stdin.readline())
+    return _text("too late")
+
+
+def _deaf(_: dict[str, Any]) -> dict[str, Any]:
+    os.close(0)
+    time.sleep(3)
     return _text("too late")
 
 
@@ -73,6 +80,7 @@ _STRUCTURED = {"result": {"content": [], "structuredContent": {"sum": 3}}}
 _CALLS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
     "crash": _crash,
     "hang": _hang,
+    "deaf": _deaf,
     "flood": _flood,
     "endless_line": _endless_line,
     "noise": _noise,

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -100,6 +101,7 @@ def test_what_fails_is_told_to_the_model(servers: Servers) -> None:
     assert refused == "Error: the MCP server one: no such tool ]0;title [31mred 2J look"
     assert "one: Invalid structured content" in call(servers, "broken_schema")
     assert call(servers, "noise") == "went on"
+    assert call(servers, "self", half="\ud800").startswith("Error: the arguments cannot be sent: ")
 
 
 def test_a_server_inherits_little_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -138,7 +140,7 @@ def test_a_server_that_fails_costs_a_sentence_and_the_others_go_on(
         assert call(mcp, "calculator", expression="1+2") == "3"
     reasons = {
         "silent": "it did not answer within 0.2 s",
-        "crash": "its process has ended: oh [31mno",
+        "crash": "it has closed the connection: oh [31mno",
         "none": "No such file or directory: no-such-command",
         "nowhere": f"No such file or directory: {tmp_path / 'none'}",
         "unreachable": "All connection attempts failed",
@@ -160,19 +162,19 @@ def test_a_server_that_fails_costs_a_sentence_and_the_others_go_on(
 @pytest.mark.parametrize(
     ("tool", "why"),
     [
-        ("crash", "its process has ended: out of luck"),
-        ("hang", "it did not answer within 0.3 s"),
+        ("crash", "it has closed the connection: out of luck"),
+        ("deaf", "it did not answer within 2 s"),
+        ("hang", "it did not answer within 2 s"),
         ("flood", "it wrote more than 10,000 lines without an answer"),
         ("endless_line", "it wrote a line of more than 16,777,216 bytes"),
     ],
 )
 def test_a_call_that_goes_wrong_costs_a_sentence(tool: str, why: str) -> None:
-    entries = {"bad": by_hand(tool, timeout=5), "good": by_hand("calculator")}
-    entries["bad"]["timeout"] = 0.3 if tool == "hang" else 5
+    entries = {"bad": by_hand(tool, timeout=2), "good": by_hand("calculator")}
     with connect({"mcpServers": entries}) as mcp:
-        assert call(mcp, tool) == f"Error: the MCP server bad: {why}"
+        assert call(mcp, tool, words="x" * 200_000) == f"Error: the MCP server bad: {why}"
         assert call(mcp, "calculator", expression="1+2") == "3"
-        if tool != "hang":
+        if "answer within" not in why:
             assert call(mcp, tool) == f"Error: the MCP server bad: {why}"
 
 
@@ -180,11 +182,27 @@ def test_ctrl_c_cancels_the_call_and_the_server_goes_on(tmp_path: Path) -> None:
     trace = tmp_path / "trace"
     server = by_hand("hang", "calculator", env={"TRACE": str(trace)})
     with connect({"mcpServers": {"one": server}}) as mcp:
-        threading.Timer(0.1, signal.raise_signal, [signal.SIGINT]).start()
+
+        def interrupt() -> None:
+            while not trace.exists():
+                time.sleep(0.01)
+            signal.raise_signal(signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
         with pytest.raises(KeyboardInterrupt):
             call(mcp, "hang")
         assert call(mcp, "calculator", expression="1+2") == "3"
     assert json.loads(trace.read_text())["method"] == "notifications/cancelled"
+
+
+def test_ctrl_c_ends_a_start_that_takes_long() -> None:
+    threads = threading.active_count()
+    timer = threading.Timer(0.1, signal.raise_signal, [signal.SIGINT])
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        connect({"mcpServers": {"silent": by_hand(), "one": by_hand("calculator")}})
+    timer.join()
+    assert threading.active_count() == threads
 
 
 def test_nothing_is_left_of_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
