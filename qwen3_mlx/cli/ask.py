@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -109,9 +108,9 @@ def ask(  # noqa: PLR0913 - one parameter a group of options
             note(_DEMO_NOTE)
         show = partial(_show_json if question.json else _show, hide=hide_thinking or quiet)
         finish = _reply(lambda: conversation.stream(text), conversation, recorder, show, quiet)
-        steps = count(1)
+        steps = 0
         while finish.reason == "tool_calls" and tools:
-            check_steps(next(steps))
+            check_steps(steps := steps + 1)
             known = len(conversation.messages)
             conversation.answer_calls(tools)
             if question.json:
@@ -220,15 +219,15 @@ def _print_event(event: dict[str, Any]) -> None:
 
 def _status(finish: Finish, to_first: float, rest: float) -> str:
     usage = finish.usage
-    tokens = usage.completion_tokens
+    count = usage.completion_tokens
     closed_by = finish.details.get("thinking_closed_by")
     closing = ", the sentence that closed it included" if closed_by else ""
     thinking = f" ({usage.reasoning_tokens} thinking{closing})" if usage.reasoning_tokens else ""
-    parts = [f"{tokens} tokens{thinking}"]
+    parts = [f"{count} tokens{thinking}"]
     if passes := finish.details.get("forward_passes"):
         parts.append(f"{passes} passes")
-    if tokens > 1 and rest > _BURST * tokens:
-        parts.append(f"{(tokens - 1) / rest:.1f} tokens/s")
+    if count > 1 and rest > _BURST * count:
+        parts.append(f"{(count - 1) / rest:.1f} tokens/s")
     parts += [
         f"first after {to_first:.2f} s",
         f"{backend.peak_memory() / 1e6:,.0f} MB",

@@ -363,8 +363,8 @@ COMMANDS = {
         _FILES,
     ),
     "/tools": Command(
-        "FILE.py|FILE.json",
-        "let the model call its functions, or its MCP servers; alone, list them; none removes them",
+        "FILE",
+        "offer functions of a .py or MCP servers of a .json; alone, list; none removes",
         _tools,
         _FILES,
     ),

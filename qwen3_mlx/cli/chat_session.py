@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
-from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
@@ -122,9 +121,9 @@ class ChatSession:
     def reply(self, start: "Callable[[], qwen3_mlx.Stream]") -> None:
         """Show a reply, run the tools it calls, and show the replies to their results."""
         finish = self._show(start)
-        steps = count(1)
+        steps = 0
         while finish.reason == "tool_calls" and self.tools:
-            check_steps(next(steps))
+            check_steps(steps := steps + 1)
             with self.released():
                 self.conversation.answer_calls(self.tools)
             finish = self._show(self.conversation.stream)

@@ -53,7 +53,7 @@ class ServerConfig(BaseModel):
 
 
 def read_servers(source: Source) -> dict[str, Any]:
-    """Return the entries of the servers that a configuration names, as they are written.
+    """Return the entries of a configuration's servers as they are written, not of disabled ones.
 
     Raises:
         Qwen3Error: the file cannot be read, or names no servers.
@@ -70,8 +70,12 @@ def read_servers(source: Source) -> dict[str, Any]:
     if isinstance(content, Mapping):
         for key in _OUTER_KEYS:
             if isinstance(servers := content.get(key), Mapping):
-                return dict(servers)
+                return {name: entry for name, entry in servers.items() if not _is_disabled(entry)}
     raise Qwen3Error(f"{name} needs an object mcpServers, with an entry for each server")
+
+
+def _is_disabled(entry: Any) -> bool:
+    return isinstance(entry, Mapping) and entry.get("disabled") is True
 
 
 def server_config(entry: Any) -> ServerConfig:

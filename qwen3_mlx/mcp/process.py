@@ -87,26 +87,25 @@ class ServerProcess:
 
         assert self._process.stdout
         unanswered = 0
-        try:
-            async for line in self._process.stdout:
-                unanswered += 1
-                with suppress(ValueError):  # noise
-                    message = jsonrpc_message_adapter.validate_json(line, by_name=False)
-                    await to_client.send(SessionMessage(message))
-                    if isinstance(message, JSONRPCResponse | JSONRPCError):
-                        unanswered = 0
-                if unanswered > _MAX_UNANSWERED:
-                    self._flaw = f"it wrote more than {_MAX_UNANSWERED:,} lines without an answer"
-                    break
+        # Closed at the end, whatever it is; the errors say that the client has gone.
+        with to_client, suppress(BrokenResourceError, ClosedResourceError):
+            try:
+                async for line in self._process.stdout:
+                    unanswered += 1
+                    with suppress(ValueError):  # noise
+                        message = jsonrpc_message_adapter.validate_json(line, by_name=False)
+                        await to_client.send(SessionMessage(message))
+                        if isinstance(message, JSONRPCResponse | JSONRPCError):
+                            unanswered = 0
+                    if unanswered > _MAX_UNANSWERED:
+                        self._flaw = f"it wrote over {_MAX_UNANSWERED:,} lines without an answer"
+                        break
+            except ValueError:
+                self._flaw = f"it wrote a line of more than {_MAX_LINE:,} bytes"
+            if self._flaw:
+                self._signal(signal.SIGKILL)
             # The end comes with its reason, which may be on stderr.
             await asyncio.wait(self._tasks[:1], timeout=_GRACE_SECONDS / 10)
-        except ValueError:
-            self._flaw = f"it wrote a line of more than {_MAX_LINE:,} bytes"
-        except (BrokenResourceError, ClosedResourceError):  # the client has gone
-            pass
-        if self._flaw:
-            self._signal(signal.SIGKILL)
-        to_client.close()
         while await self._process.stdout.read(_CHUNK):  # a full pipe would keep it from ending
             pass
 
@@ -137,3 +136,4 @@ class ServerProcess:
         await asyncio.wait(self._tasks, timeout=_GRACE_SECONDS)
         for task in self._tasks:
             task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)

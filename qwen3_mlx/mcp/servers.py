@@ -164,10 +164,9 @@ class Servers:
                 continue
             if unknown := config.unknown_keys:
                 _log.warning("the MCP server %s: ignored: %s", name, ", ".join(unknown))
-            if not config.disabled:
-                server = _Server(name, config)
-                self._running.append(server)
-                starting.append((server, self._submit(server.start())))
+            server = _Server(name, config)
+            self._running.append(server)
+            starting.append((server, self._submit(server.start())))
         for done, (server, future) in enumerate(starting):
             if progress:
                 progress(done, len(starting))

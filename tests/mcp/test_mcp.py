@@ -74,7 +74,8 @@ def test_hostile_words_are_no_control_tokens(demo: LLM, servers: Servers) -> Non
         assert reply.messages[1]["role"] == "tool"
         messages = [{"role": "user", "content": "What is 12 + 34?"}, *reply.messages[:2]]
         ids = demo.tokenizer.encode(demo.render(messages, tools=tools))
-        counts.append([ids.count(each) for each in demo.tokenizer.added_tokens.values()])
+        control = [demo.tokenizer.id_of(name) for name in demo.tokenizer.added_tokens]
+        counts.append([ids.count(token) for token in control if token is not None])
     assert "<|im_start|>system" in reply.messages[1]["content"]
     assert counts[0] == counts[1]
 
@@ -131,7 +132,7 @@ def test_a_server_that_fails_costs_a_sentence_and_the_others_go_on(
         "odd": {"url": "a", "type": "telepathy"},
         "wrong": {"command": ["a"]},
         "text": "a",
-        "off": {"command": "no-such-command", "disabled": True},
+        "off": {"command": "${NO_SUCH_VARIABLE}", "disabled": True},
         "much": by_hand(*(f"t{number}" for number in range(60))),
     }
     with connect({"mcpServers": entries}) as mcp:
@@ -165,7 +166,7 @@ def test_a_server_that_fails_costs_a_sentence_and_the_others_go_on(
         ("crash", "it has closed the connection: out of luck"),
         ("deaf", "it did not answer within 2 s"),
         ("hang", "it did not answer within 2 s"),
-        ("flood", "it wrote more than 10,000 lines without an answer"),
+        ("flood", "it wrote over 10,000 lines without an answer"),
         ("endless_line", "it wrote a line of more than 16,777,216 bytes"),
     ],
 )
