@@ -18,6 +18,7 @@ except ImportError:  # raised again for each public name; __main__ reports it in
     pass
 
 if TYPE_CHECKING:
+    from qwen3_mlx import mcp as mcp
     from qwen3_mlx.api.conversation import Conversation
     from qwen3_mlx.api.convert import Conversion, convert
     from qwen3_mlx.api.llm import LLM
@@ -86,10 +87,13 @@ __all__ = [
     "__version__",
     "convert",
     "load",
+    "mcp",
 ]
 
 
 def __getattr__(name: str) -> object:
+    if name == "mcp":  # a folder, not a name in a module
+        return import_module(f"{__name__}.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import_module(f"{__name__}.backend")  # raises a clear ImportError if MLX cannot be loaded

@@ -26,7 +26,7 @@ those of the [glossary](glossary.md). `help()` shows the same in a terminal, wit
 """
 _ORDER = (  # what a reader needs first; any other public name follows
     *("load", "convert", "LLM", "Options", "TextOptions", "SamplingParams", "Conversation"),
-    *("Reply", "Stream", "AsyncStream", "Event"),
+    *("Reply", "Stream", "AsyncStream", "Event", "mcp.connect", "mcp.Servers", "mcp.Call"),
 )
 _SECTION = re.compile(r"[\w ]+:")
 _ENTRY = re.compile(r"    (\**\w+(?:, \w+)*): (.*)")
@@ -42,14 +42,16 @@ def reference() -> str:
         for node in face.body
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "_MODULES"
     )
+    modules |= {name: "mcp.servers" for name in _ORDER if name.startswith("mcp.")}
     names = [*_ORDER, *sorted(modules.keys() - set(_ORDER))]
     return "\n".join([_HEAD, *(_section(name, modules[name]) for name in names)])
 
 
 def _section(name: str, module: str) -> str:
+    local = name.removeprefix("mcp.")
     tree = ast.parse((_PACKAGE / f"{module.replace('.', '/')}.py").read_text("utf-8"))
     for node in tree.body:
-        if isinstance(node, _Function | ast.ClassDef) and node.name == name:
+        if isinstance(node, _Function | ast.ClassDef) and node.name == local:
             members = _members(node, tree) if isinstance(node, ast.ClassDef) else []
             return "\n".join([f"## {name}\n", *_described(node), *members])
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:

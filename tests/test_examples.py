@@ -9,6 +9,7 @@ import pytest
 _EXAMPLES = Path(__file__).parent.parent / "examples"
 _SAYS = {
     "batch": ["What is 17 + 12? ", "one by one "],
+    "mcp_tools": ['calculator({"expression": "1234 + 4321"})', "tool: 5555", "4321 = 5555"],
     "long_context": ["after ", "turns dropped: "],
     "schema": ["Sum(answer=46) after ", " tokens of thinking"],
     "second_turn": ["without idle work:", "with idle work:", "1234 + 4321 = 5555"],

@@ -30,6 +30,7 @@ _RANKS = {
     "engine": 4,
     "text": 4,
     "api": 5,
+    "mcp": 5,
     "qwen3_mlx": 6,
     "bench": 7,
     "evaluate": 7,

@@ -194,8 +194,8 @@ class LLM(LoadedModel):
         Args:
             messages: the user's text or a conversation, as in `chat`.
             max_steps: the most replies, the last included; default 8.
-            **options: see `Options`. `tools` must be Python functions. A demanded call
-                (`tool_choice`) is demanded of the first reply only.
+            **options: see `Options`. `tools` must be Python functions, or tools of `mcp.connect`. A
+                demanded call (`tool_choice`) is demanded of the first reply only.
 
         An exception raised by a tool is passed to the model as the result of the call.
 

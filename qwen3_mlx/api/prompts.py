@@ -20,7 +20,7 @@ from qwen3_mlx.text.messages import (
 )
 from qwen3_mlx.text.prompt import ControlTokenEscaper
 from qwen3_mlx.text.tokenizer import Prompt
-from qwen3_mlx.text.tool_calls import Tool, tool_schema
+from qwen3_mlx.text.tool_calls import Tool, as_tool_list, tool_schema
 
 
 def render(
@@ -33,7 +33,7 @@ def render(
 ) -> Prompt:
     """Render a conversation; see `LLM.render`."""
     processor.thinking.resolve(thinking)
-    described = [tool_schema(tool) for tool in tools or ()]
+    described = [tool_schema(tool) for tool in as_tool_list(tools)]
     history = normalise(messages)
     if continue_last:
         return render_begun(processor, begun(history), thinking, described)

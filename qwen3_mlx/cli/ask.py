@@ -26,6 +26,7 @@ from qwen3_mlx.cli.options import (
     Quiet,
     ReplyOptions,
     SamplingOptions,
+    Yes,
     load_model,
 )
 from qwen3_mlx.cli.recorder import Recorder
@@ -33,6 +34,7 @@ from qwen3_mlx.cli.recording import LogOptions, start_recording, with_system
 from qwen3_mlx.cli.screen import AnswerWriter
 from qwen3_mlx.cli.short_schema import schema_from
 from qwen3_mlx.cli.tool_file import load_functions
+from qwen3_mlx.cli.tool_use import check_steps, served_tools
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall
@@ -73,6 +75,7 @@ def ask(  # noqa: PLR0913 - one parameter a group of options
     question: QuestionOptions,
     sampling: SamplingOptions,
     recording: LogOptions,
+    yes: Yes = False,
     hide_thinking: HideThinking = False,
     quiet: Quiet = False,
 ) -> int:
@@ -89,21 +92,27 @@ def ask(  # noqa: PLR0913 - one parameter a group of options
         "max_tokens": reply.max_tokens,
         "stop": reply.stop,
         "schema": schema_from(question.schema) if question.schema is not None else None,
-        "tools": functions or None,
         "prefetch_next_turn": False,
     }
     text = _message(prompt, question.file or ())
     begun = start_recording(ctx, model, recording, quiet=quiet)
-    with begun.recorder as recorder, load_model(begun.model, loading, quiet=quiet) as llm:
+    with (
+        begun.recorder as recorder,
+        load_model(begun.model, loading, quiet=quiet) as llm,
+        served_tools(reply.mcp or (), llm, yes=yes, quiet=quiet) as served,
+    ):
+        tools: list[Callable[..., Any]] = [*functions, *served]
         history = with_system(begun.messages, reply.system)
-        conversation = llm.conversation(messages=history, **options)
+        conversation = llm.conversation(messages=history, tools=tools or None, **options)
         if begun.model is None and not quiet:
             note(_DEMO_NOTE)
         show = partial(_show_json if question.json else _show, hide=hide_thinking or quiet)
         finish = _reply(lambda: conversation.stream(text), conversation, recorder, show, quiet)
-        while finish.reason == "tool_calls" and functions:
+        steps = 0
+        while finish.reason == "tool_calls" and tools:
+            check_steps(steps := steps + 1)
             known = len(conversation.messages)
-            conversation.answer_calls(functions)
+            conversation.answer_calls(tools)
             if question.json:
                 _show_results(conversation.messages[known:])
             finish = _reply(conversation.stream, conversation, recorder, show, quiet)

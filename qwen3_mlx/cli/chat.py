@@ -22,6 +22,7 @@ from qwen3_mlx.cli.options import (
     Quiet,
     ReplyOptions,
     SamplingOptions,
+    Yes,
     alias_meant,
     load_model,
 )
@@ -41,6 +42,7 @@ def chat(  # noqa: PLR0913 - one parameter a group of options
     sampling: SamplingOptions,
     recording: LogOptions,
     file: Annotated[Path | None, option("--load", text="Continue a saved conversation.")] = None,
+    yes: Yes = False,
     hide_thinking: HideThinking = False,
     quiet: Quiet = False,
 ) -> None:
@@ -65,6 +67,7 @@ def chat(  # noqa: PLR0913 - one parameter a group of options
                 **sampling.keywords(),
             },
             recorder=stack.enter_context(begun.recorder),
+            yes=yes,
             quiet=quiet,
         )
         stack.enter_context(session)
@@ -79,6 +82,8 @@ def chat(  # noqa: PLR0913 - one parameter a group of options
         session.recall()
         if reply.tools:
             chat_commands.take(session, f"/tools {reply.tools}")
+        if reply.mcp:
+            session.use_servers(reply.mcp)
         chat_commands.run(session, _lines(session.editor))
 
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from qwen3_mlx.cli import desktop
@@ -18,7 +19,9 @@ from qwen3_mlx.cli.recording import note_continued, with_system
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.sizes import DEMO, SIZES
+from qwen3_mlx.text.described_tool import DescribedTool
 
+_MAX_ABOUT = 100  # characters of a tool's description
 _HITS = 20  # messages that /search shows at most
 _FILES = Path()  # among completions: any file
 _SWITCHES = {"on": True, "off": False}
@@ -228,11 +231,24 @@ def _attach(session: ChatSession, text: str) -> None:
 
 
 def _tools(session: ChatSession, text: str) -> None:
-    functions = load_functions(_file(text, "/tools")) if text else []
-    session.set_options(tools=functions or None)
-    session.functions = functions
-    names = ", ".join(function.__name__ for function in functions)
-    note(f"The model may call {names}." if names else "No tools.")
+    if text.lower() == _NONE:
+        session.use_functions([])
+        session.use_servers([])
+    elif text.lower().endswith(".json"):
+        session.use_servers([_file(text, "/tools")])
+        return
+    elif text:
+        functions = load_functions(_file(text, "/tools"))
+        session.use_functions(functions)
+        note(f"The model may call {', '.join(each.__name__ for each in functions)}.")
+        return
+    described = session.llm.prepare("?", tools=session.tools).tools
+    for tool, shown in zip(session.tools, described, strict=True):
+        where = f" of {tool.server}" if isinstance(tool, DescribedTool) else ""
+        function = shown["function"]
+        note(visible(f"{function['name']}{where}: {shorten(function['description'], _MAX_ABOUT)}"))
+    if not described:
+        note("No tools.")
 
 
 def _retry(session: ChatSession, _: str) -> None:
@@ -346,7 +362,12 @@ COMMANDS = {
         _attach,
         _FILES,
     ),
-    "/tools": Command("FILE.py", "let the model call its functions; alone, none", _tools, _FILES),
+    "/tools": Command(
+        "FILE",
+        "offer functions of a .py or MCP servers of a .json; alone, list; none removes",
+        _tools,
+        _FILES,
+    ),
     "/retry": Command("", "generate the last reply again", _retry),
     "/edit": Command("TEXT", "replace the last message and reply; alone, in $EDITOR", _edit),
     "/branch": Command("N", "go on in a copy of the conversation; with N, in branch N", _branch),

@@ -1,10 +1,11 @@
 """State of one chat: its model, conversation, branches, tools and attached files."""
 
 import time
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Self
 
 import qwen3_mlx  # resolves its names on first use
@@ -12,8 +13,10 @@ from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.line_editor import LineEditor
 from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.screen import Screen
+from qwen3_mlx.cli.tool_use import check_steps, served_tools
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.interrupt import interruptible
+from qwen3_mlx.text.described_tool import DescribedTool
 from qwen3_mlx.text.events import Finish, Usage
 
 Message = dict[str, Any]
@@ -32,7 +35,7 @@ class ChatSession:
     """State of one chat, and what its commands do; errors are raised.
 
     Attributes:
-        functions: the tools of the model.
+        tools: those of the model: functions, and tools of MCP servers.
         usages, seconds: token counts of the replies so far, and the time they took.
         editor: the prompt that the user types at, if there is one.
         files: parts of a message that are sent with the next one.
@@ -46,10 +49,18 @@ class ChatSession:
         *,
         options: Mapping[str, Any],
         recorder: Recorder,
+        yes: bool = False,
         quiet: bool = False,
     ) -> None:
-        """Open a model; `options` are those of `LLM.conversation`, for every model of the chat."""
-        self.functions: list[Callable[..., Any]] = []
+        """Open a model; `options` are those of `LLM.conversation`, for every model of the chat.
+
+        With `yes` the tools of MCP servers are called without asking.
+        """
+        self.tools: list[Callable[..., Any]] = []
+        self._functions: list[Callable[..., Any]] = []
+        self._servers = ExitStack()
+        self._served: list[DescribedTool] = []
+        self._yes = yes
         self.usages: list[Usage] = []
         self.seconds = 0.0
         self.editor: LineEditor | None = None
@@ -110,9 +121,11 @@ class ChatSession:
     def reply(self, start: "Callable[[], qwen3_mlx.Stream]") -> None:
         """Show a reply, run the tools it calls, and show the replies to their results."""
         finish = self._show(start)
-        while finish.reason == "tool_calls" and self.functions:
+        steps = 0
+        while finish.reason == "tool_calls" and self.tools:
+            check_steps(steps := steps + 1)
             with self.released():
-                self.conversation.answer_calls(self.functions)
+                self.conversation.answer_calls(self.tools)
             finish = self._show(self.conversation.stream)
         for remark in (self._remarks(finish), finish.details.get("warning")):
             if remark and not self._quiet:
@@ -163,6 +176,24 @@ class ChatSession:
         options["sampling"] = replace(self._sampling, **sampling)
         messages = self.conversation.messages
         self.conversation = self.llm.conversation(messages=messages, drop_oldest=True, **options)
+
+    def use_functions(self, functions: Sequence[Callable[..., Any]]) -> None:
+        """Offer functions to the model, in place of those before."""
+        self._functions = [*functions]
+        self._offer_tools()
+
+    def use_servers(self, files: Sequence[Path]) -> None:
+        """Offer the tools of the MCP servers of files, in place of those before."""
+        self._served = []
+        self._offer_tools()
+        self._servers.close()
+        served = served_tools(files, self.llm, yes=self._yes, quiet=self._quiet)
+        self._served = self._servers.enter_context(served)
+        self._offer_tools()
+
+    def _offer_tools(self) -> None:
+        self.tools = [*self._functions, *self._served]
+        self.set_options(tools=self.tools or None)
 
     def option(self, name: str) -> Any:
         """Return an option of all further replies; None is the model's."""
@@ -218,4 +249,5 @@ class ChatSession:
     def __exit__(self, *_: object) -> None:
         for branch in self._branches:
             branch.recorder.close()
+        self._servers.close()
         self._close_model()

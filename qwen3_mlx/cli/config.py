@@ -19,6 +19,7 @@ _EXPECTED = {
     dict: "a table",
     list[str]: "a list of texts",
     Path: "the path of a file",
+    list[Path]: "a list of paths of files",
 }
 
 
@@ -32,7 +33,7 @@ class Config:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def preset(self, name: str) -> Mapping[str, Any]:
-        """Return the options of a preset; the path of its tools starts at the settings' folder.
+        """Return the options of a preset; paths in it start at the settings' folder.
 
         Raises:
             Qwen3Error: there is none of that name.
@@ -43,8 +44,14 @@ class Config:
             raise Qwen3Error(f"there is no preset {name!r}; {others}")
         preset = dict(self.presets[name])
         if "tools" in preset:
-            preset["tools"] = str(config_file().parent / Path(preset["tools"]).expanduser())
+            preset["tools"] = _beside_settings(preset["tools"])
+        if "mcp" in preset:
+            preset["mcp"] = [_beside_settings(file) for file in preset["mcp"]]
         return preset
+
+
+def _beside_settings(file: str) -> str:
+    return str(config_file().parent / Path(file).expanduser())
 
 
 def read_config(preset_options: Mapping[str, Any]) -> Config:
@@ -79,7 +86,7 @@ def _check(path: Path, place: str, table: Mapping[str, Any], kinds: Mapping[str,
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    if kind == list[str]:
+    if kind in (list[str], list[Path]):
         return isinstance(value, list) and all(isinstance(each, str) for each in value)
     if isinstance(value, bool):  # which is an int in Python
         return kind is bool

@@ -38,9 +38,11 @@ def note(text: str) -> None:
 
 
 def stderr_text(text: str) -> None:
-    """Write to stderr, dimmed on a terminal unless NO_COLOR is set."""
-    if sys.stderr.isatty() and "NO_COLOR" not in os.environ:
-        text = f"{_DIM}{text}{_PLAIN}"
+    """Write to stderr; on a terminal dimmed, unless NO_COLOR is set, and `visible`."""
+    if sys.stderr.isatty():
+        text = visible(text)
+        if "NO_COLOR" not in os.environ:
+            text = f"{_DIM}{text}{_PLAIN}"
     sys.stderr.write(text)
     sys.stderr.flush()
 

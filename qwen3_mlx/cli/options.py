@@ -121,6 +121,10 @@ HideThinking = Annotated[bool, option("--hide-thinking", panel=_DISPLAY, text="H
 Quiet = Annotated[
     bool, option("--quiet", "-q", panel=_DISPLAY, text="Show only the answer and errors.")
 ]
+Yes = Annotated[
+    bool,
+    option("--yes", panel=GENERATION, text="Call the tools of MCP servers without asking."),
+]
 Json = Annotated[bool, option("--json", text="Print the result as JSON.")]
 Plot = Annotated[Path | None, option(text="Also draw a plot: a .png or .svg file.")]
 
@@ -213,6 +217,14 @@ class ReplyOptions:
             panel=GENERATION,
             metavar="FILE.py",
             text="Let the model call the functions in this file.",
+        ),
+    ] = None
+    mcp: Annotated[
+        list[Path] | None,
+        option(
+            panel=GENERATION,
+            metavar="mcp.json",
+            text="Let the model call the tools of the MCP servers in this file; may be repeated.",
         ),
     ] = None
 

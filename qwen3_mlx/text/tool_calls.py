@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any, Protocol, Union, get_args, get_origin
 
 from qwen3_mlx.arguments import refuse_deferred
+from qwen3_mlx.text.described_tool import DescribedTool, with_unique_names
 from qwen3_mlx.text.events import ToolCall
 from qwen3_mlx.text.grammar import GrammarState
 from qwen3_mlx.text.grammar_compiler import GrammarCompiler
@@ -67,15 +68,18 @@ def _description(tool: Tool) -> dict[str, Any]:
             raise ValueError(f"a tool's description needs a function with a name, unlike {tool!r}")
         whole = tool if "function" in tool and "type" in tool else {"type": "function"}
         return {**whole, "function": {**function}}  # complete, in the given order
+    if isinstance(tool, DescribedTool):
+        described = {"name": tool.name, "description": tool.description}
+        return {"type": "function", "function": {**described, "parameters": tool.parameters}}
     if not callable(tool):
         raise TypeError(f"a tool must be a function or a description, not {tool!r}")
     words, about = _read_docstring(inspect.getdoc(_underlying(tool)) or "")
     if callable(model_schema := getattr(tool, "model_json_schema", None)):
-        model = {"name": _name(tool), "description": words, "parameters": model_schema()}
+        model = {"name": tool_name(tool), "description": words, "parameters": model_schema()}
         return {"type": "function", "function": model}
     parameters = _parameters(tool)
     hints = {name: _hint(parameter) for name, parameter in parameters.items()}
-    properties, shared = _schemas(hints, _name(tool))
+    properties, shared = _schemas(hints, tool_name(tool))
     for name, hint in hints.items():
         notes = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, str)]
         if description := next(iter(notes), about.get(name)):
@@ -86,12 +90,12 @@ def _description(tool: Tool) -> dict[str, Any]:
     ]
     return {
         "type": "function",
-        "function": {"name": _name(tool), "description": words, "parameters": schema | shared},
+        "function": {"name": tool_name(tool), "description": words, "parameters": schema | shared},
     }
 
 
 def as_tool_list(tools: Sequence[Tool] | None) -> list[Tool]:
-    """Return the tools as a list, empty for None.
+    """Return the tools as a list, empty for None; those of servers with names that are unique.
 
     Raises:
         TypeError: `tools` is not a list, for example a single tool.
@@ -100,7 +104,12 @@ def as_tool_list(tools: Sequence[Tool] | None) -> list[Tool]:
         return []
     if isinstance(tools, str) or not isinstance(tools, Sequence):
         raise TypeError(f"tools must be a list of functions or descriptions, not {tools!r}")
-    return list(tools)
+    described = [tool for tool in tools if isinstance(tool, DescribedTool)]
+    if not described:
+        return list(tools)
+    others = [tool_name(tool) for tool in tools if not isinstance(tool, DescribedTool)]
+    unique = with_unique_names(described, others)
+    return [next(unique) if isinstance(tool, DescribedTool) else tool for tool in tools]
 
 
 def _underlying(tool: Callable[..., Any]) -> Callable[..., Any]:
@@ -108,7 +117,12 @@ def _underlying(tool: Callable[..., Any]) -> Callable[..., Any]:
     return _underlying(tool.func) if isinstance(tool, partial) else tool
 
 
-def _name(tool: Callable[..., Any]) -> str:
+def tool_name(tool: Tool) -> str:
+    """Return the name by which the model calls a tool."""
+    if isinstance(tool, Mapping):
+        return str(_description(tool)["function"]["name"])
+    if isinstance(tool, DescribedTool):
+        return tool.name
     tool = _underlying(tool)
     return str(getattr(tool, "__name__", type(tool).__name__))
 
@@ -135,13 +149,17 @@ def _parameters(tool: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
         parameters = inspect.signature(tool, eval_str=True).parameters
     except (NameError, AttributeError, TypeError, ValueError) as error:
         raise TypeError(
-            f"the parameters of the tool {_name(tool)} cannot be determined: {error}"
+            f"the parameters of the tool {tool_name(tool)} cannot be determined: {error}"
         ) from error
     for name, parameter in parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-            raise TypeError(f"the tool {_name(tool)} takes *{name}: a model needs named parameters")
+            raise TypeError(
+                f"the tool {tool_name(tool)} takes *{name}: a model needs named parameters"
+            )
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise TypeError(f"the tool {_name(tool)} takes {name} by position only, not by name")
+            raise TypeError(
+                f"the tool {tool_name(tool)} takes {name} by position only, not by name"
+            )
     return parameters
 
 
@@ -373,7 +391,7 @@ def tool_functions(tools: Sequence[Tool] | None) -> dict[str, Callable[..., Any]
         raise TypeError("run needs tools: functions that the model may call; chat() needs none")
     if not all(map(callable, listed)):
         raise TypeError("to run tools they must be functions: descriptions cannot be called")
-    functions = {_name(tool): tool for tool in listed if callable(tool)}
+    functions = {tool_name(tool): tool for tool in listed if callable(tool)}
     for name, function in functions.items():
         refuse_deferred(name, function)
     return functions
@@ -403,6 +421,8 @@ def _converted(arguments: Mapping[str, Any], function: Callable[..., Any]) -> di
     from pydantic import TypeAdapter, ValidationError
 
     converted = dict(arguments)
+    if isinstance(function, DescribedTool):
+        return converted  # its server checks them
     for name, parameter in _parameters(function).items():
         if name not in arguments or parameter.annotation is parameter.empty:
             continue

@@ -69,6 +69,7 @@ def test_piped_lines_are_turns_and_stdout_has_the_answers(tmp_path: Path) -> Non
         f"/tools {tool}",
         "What is 1234 + 4321?",
         "/tools",
+        "/tools none",
         "/stats",
         "/exit",
         "never",
@@ -85,7 +86,7 @@ def test_piped_lines_are_turns_and_stdout_has_the_answers(tmp_path: Path) -> Non
         "The system prompt is: You are helpful.\nNo system prompt.\n",
         "5 messages.",
         "may call calculator.",
-        "No tools.",
+        "calculator: Evaluate an arithmetic expression\nNo tools.\n",
     ):
         assert words in done.stderr
     assert "6 replies" in done.stderr

@@ -140,6 +140,12 @@ def test_presets_are_named_and_take_tools(config: Path, capsys: Capture) -> None
     code, _, err = call(["Hello", "--preset", "x"], capsys)
     assert (code, err) == (1, "qwen3: there is no preset 'x'; known: a\n")
     assert call(["Hello", "--preset", "a"], capsys)[2] == f"qwen3: {tools} is not a Python file\n"
+    config.write_text('[presets.a]\nmcp = ["mcp.json"]\n')
+    file = config.parent / "mcp.json"
+    err = call(["Hello", "--preset", "a"], capsys)[2]
+    assert f"qwen3: {file} cannot be read: No such file or directory\n" in err
+    config.write_text('[presets.a]\nmcp = "mcp.json"\n')
+    assert "must be a list of paths of files" in call(["Hello", "--preset", "a"], capsys)[2]
 
 
 def test_aliases_of_aliases(config: Path, capsys: Capture) -> None:

@@ -272,7 +272,7 @@ def test_one_question_and_a_conversation_take_the_same_options() -> None:
 def test_every_verb_that_loads_a_model_takes_the_same_options() -> None:
     ask, serve = options_of("ask"), options_of("serve")
     once = {"--system", "-s", "--max-tokens", "-n", "--stop", "--hide-thinking", "--quiet", "-q"}
-    once |= {"--preset", "--tools", "--file", "-f", "--schema", "--json"}
+    once |= {"--preset", "--tools", "--mcp", "--yes", "--file", "-f", "--schema", "--json"}
     once |= {"--continue", "-c", "--log", "--no-log"}
     assert {name: serve.get(name) for name in set(ask) - once} == {
         name: ask[name] for name in set(ask) - once
