@@ -171,8 +171,10 @@ def test_a_conversation_is_saved_and_read(demo: LLM, tmp_path: Path) -> None:
         demo.conversation(file=file)
     with pytest.raises(Qwen3Error, match="there is no file .*none.json"):
         demo.conversation(file=tmp_path / "none.json")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No such file or directory: '.*no/talk.json'$"):
         conversation.save(tmp_path / "no" / "talk.json")
+    with pytest.raises(Qwen3Error, match=f"^{tmp_path} cannot be read: Is a directory$"):
+        demo.conversation(file=tmp_path)
 
 
 # --- long contexts ------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx import load
+from qwen3_mlx.api.conversation import read_messages
 from qwen3_mlx.cli import recorder as recorder_module
 from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.recorder import Recorder
@@ -285,6 +286,8 @@ def test_what_was_replaced_is_shown_on_request(home: Path, capsys: Capture) -> N
     assert json.loads(call(["logs", "export", "--json"], capsys)[1])["messages"] == live
     everything = call(["logs", "export", "--json", "--replaced"], capsys)[1]
     assert json.loads(everything)["messages"] == replaced + live
+    (home / "export.json").write_text(everything)
+    assert read_messages(home / "export.json") == live  # as a chat loads it
     note = "Replaced messages that are not shown: 2; --replaced shows them.\n"
     for command, err in (("show", note), ("export", "")):
         assert call(["logs", command], capsys)[2] == err
