@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 1088,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,

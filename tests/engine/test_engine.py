@@ -588,30 +588,33 @@ def test_penalties_count_the_tokens_of_the_reply_whatever_became_of_others(way: 
     assert checked > 800
 
 
+def penalised() -> list[Client]:
+    """Give a client for each prompt, with penalties and an erratic constraint."""
+    sampling = SamplingParams(temperature=0.7, frequency_penalty=0.3, repetition_penalty=1.1)
+    return [
+        Client(
+            prompt, MOST, sampling=sampling.over(NEUTRAL), seed=3, constraint=ErraticConstraint()
+        )
+        for prompt in PROMPTS
+    ]
+
+
+@cache
+def penalised_alone() -> list[list[int]]:
+    """Return the replies of such clients when nothing else runs."""
+    clients = penalised()
+    for client in clients:
+        run(engine_of(MODELS["dense"]), client)
+    return [client.tokens for client in clients]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_penalised_replies_with_constraints_are_the_same_alone_together_and_speculated(
     way: str,
 ) -> None:
-    sampling = SamplingParams(temperature=0.7, frequency_penalty=0.3, repetition_penalty=1.1)
-
-    def clients() -> list[Client]:
-        return [
-            Client(
-                prompt,
-                MOST,
-                sampling=sampling.over(NEUTRAL),
-                seed=3,
-                constraint=ErraticConstraint(),
-            )
-            for prompt in PROMPTS
-        ]
-
-    plain, together = clients(), clients()
-    for client in plain:
-        run(engine_of(MODELS["dense"]), client)
+    together = penalised()
     run(engine_of(MODELS["dense"], way), *together)
-    for one, other in zip(plain, together, strict=True):
-        assert one.tokens == other.tokens
+    assert [client.tokens for client in together] == penalised_alone()
 
 
 def test_ids_are_masked_or_taken_back_at_the_end_too() -> None:

@@ -86,6 +86,7 @@ def test_a_soak_tells_whether_memory_grows(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["soak", "20"])
     monkeypatch.setattr(server_soak, "_LIMIT", -10.0)  # whatever it does
+    monkeypatch.setattr(server_soak, "_AT_ONCE", 4)
     with pytest.raises(SystemExit) as ended:
         server_soak.main()
     assert ended.value.code == "memory grows"
