@@ -16,7 +16,7 @@ from qwen3_mlx.cli.evaluate import ReadingOptions, compare
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.model.quantization import Format
 from tests.cli.harness import call
-from tests.support import DEMO, MOE, assert_close, random_ids, write_tiny
+from tests.support import DEMO, MOE, TINY, assert_close, random_ids, write_tiny
 
 IDS = random_ids(30)
 ROOT = Path(__file__).parents[2]
@@ -74,7 +74,8 @@ def test_dequantizing_back(tiny_folder: Path, tmp_path: Path) -> None:
 def test_the_measured_recipe_is_closer_at_its_size(
     config: dict[str, Any] | None, tmp_path: Path
 ) -> None:
-    source = write_tiny(tmp_path / "source", config)
+    layers = 3
+    source = write_tiny(tmp_path / "source", {**(config or TINY), "num_hidden_layers": layers})
     text = "What is 12 + 34? Repeat: red green blue. " * 40
     told: list[tuple[str, int, int]] = []
     measured = convert(
@@ -89,7 +90,7 @@ def test_the_measured_recipe_is_closer_at_its_size(
     assert {what for what, *_ in told} == {"measuring", "writing"}
     assert len(set(measured.formats.values())) > 1
     formats = measured.formats
-    for layer in range(3):
+    for layer in range(layers):
         qkv = {formats[f"model.layers.{layer}.self_attn.{name}_proj"] for name in "qkv"}
         assert len(qkv) == 1
         if config:

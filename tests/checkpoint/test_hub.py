@@ -65,7 +65,7 @@ def test_planning_fetches_the_config_alone(hub: tuple[str, list[str]], tmp_path:
     address, asked = hub
     done = qwen3("plan", "someone/tiny", home=tmp_path, endpoint=address)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("someone/tiny: 0.3 million weights")
+    assert done.stdout.startswith("someone/tiny: 0.2 million weights")
     assert asked == ["config.json"]
 
 

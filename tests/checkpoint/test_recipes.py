@@ -56,7 +56,7 @@ def test_uniform_is_uniform() -> None:
 
 
 def test_where_the_mixed_recipes_spend() -> None:
-    modules = quantizable_shapes(UNTIED)
+    modules = quantizable_shapes({**UNTIED, "num_hidden_layers": 3})
     mixed = choose_formats(modules, "mixed", Format(4, 64))
     rich = choose_formats(modules, "mixed-rich", Format(4, 64))
     for formats in (mixed, rich):

@@ -153,7 +153,7 @@ def test_an_unforeseen_error_is_one_line(
 
 
 def test_a_reader_that_has_seen_enough(tiny_folder: Path) -> None:
-    command = [*QWEN3, "Hello", "-m", str(tiny_folder), "-n", "2000", "-q"]
+    command = [*QWEN3, "Hello", "-m", str(tiny_folder), "-n", "2000", "--seed", "1", "-q"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout and process.stderr
         process.stdout.read(1)

@@ -200,7 +200,7 @@ def test_a_log_that_cannot_be_used(
         database.close()
     else:
         file.write_text("no database " * 100)
-    options = ["-m", str(tiny_folder), "-n", "2"]
+    options = ["-m", str(tiny_folder), "-n", "2", "--seed", "1"]
     code, out, err = call(["Hello", *options], capsys)
     assert code == 0 and out
     assert err.startswith("qwen3: the conversation is not recorded: ")
@@ -211,7 +211,7 @@ def test_a_log_that_cannot_be_used(
 
 def test_a_folder_that_cannot_be_created(tiny_folder: Path, home: Path, capsys: Capture) -> None:
     home.symlink_to(home.parent / "gone")
-    options = ["-m", str(tiny_folder), "-n", "2"]
+    options = ["-m", str(tiny_folder), "-n", "2", "--seed", "1"]
     code, out, err = call(["Hello", *options], capsys)
     assert code == 0 and out
     assert err.startswith(f"qwen3: the conversation is not recorded: the folder {home} cannot be ")

@@ -42,7 +42,7 @@ from tests.support import TINY, greedy_tokens, random_ids
 
 KINDS = [*MODELS, "8", "k8v4", "4"]  # the bits of the cache of a dense model
 GREEDY_TOO = SamplingParams(top_k=1).over(NEUTRAL)
-TOKEN = 2 * 3 * 2 * 64 * 4  # bytes of a token in the caches of the tiny models
+TOKEN = TINY["num_hidden_layers"] * 2 * 2 * 64 * 4  # bytes of a token in the tiny models' caches
 
 
 @cache
