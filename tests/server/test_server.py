@@ -873,18 +873,15 @@ def test_a_port_that_is_taken_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("missing", ["fastapi", "uvicorn"])
-def test_without_its_packages_it_says_so(missing: str) -> None:
+def test_without_its_packages_it_says_so(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            importlib.util,
-            "find_spec",
-            lambda name, *more: None if name == missing else find(name, *more),
-        )
-        result = piped(["serve"])
-        assert result.returncode == 1
-        assert result.stderr.startswith("qwen3: the server needs more packages: ")
-        assert " install 'fastapi>=0.130' 'httptools>=0.6' 'uvicorn>=0.35'\n" in result.stderr
+    monkeypatch.setattr(
+        "qwen3_mlx.cli.serve.find_spec", lambda name: None if name == missing else find(name)
+    )
+    result = piped(["serve", "--model", "./nowhere"])
+    assert result.returncode == 1
+    assert result.stderr.startswith("qwen3: the server needs more packages: ")
+    assert " install 'fastapi>=0.130' 'httptools>=0.6' 'uvicorn>=0.35'\n" in result.stderr
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
