@@ -369,9 +369,12 @@ COUNTS = {"forward_passes", "drafted_tokens", "accepted_tokens"}
 def test_a_schema_and_a_budget_are_kept(drafting: qwen3_mlx.LLM) -> None:
     plain = qwen3_mlx.load()
     schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
-    for seed, asked in enumerate(
-        ({"schema": schema}, {"thinking_budget": 12}, {"regex": "(ab){3,9}c"})
-    ):
+    forms: list[dict[str, Any]] = [
+        {"schema": schema},
+        {"thinking_budget": 12},
+        {"regex": "(ab){3,9}c"},
+    ]
+    for seed, asked in enumerate(forms):
         options: dict[str, Any] = {"seed": seed, "max_tokens": 120, **asked}
         fast = drafting.chat("What is 12 + 34?", **options)
         slow = plain.chat("What is 12 + 34?", **options)
