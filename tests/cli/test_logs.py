@@ -139,7 +139,7 @@ def test_killed_in_an_answer(tiny_folder: Path, home: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout
         shown = process.stdout.read(100).decode(errors="ignore").rstrip("�")
-        time.sleep(1)
+        time.sleep(0.8)
         process.send_signal(signal.SIGKILL)
     with ConversationLog.open() as log:
         question, answer = log.messages(log.find().id)

@@ -142,8 +142,14 @@ def run_a_random_schedule(kind: str, way: str, seed: int) -> list[Client]:
     return [client for _, _, client, _ in coming]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        pytest.param(way, kind, marks=pytest.mark.slow if way != "plain" and kind in "84" else [])
+        for way in WAYS
+        for kind in KINDS
+    ],
+)
 def test_a_few_random_schedules(way: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     follow_a_random_schedule(kind, way, seed=0)
