@@ -140,7 +140,7 @@ def test_killed_in_an_answer(tiny_folder: Path, home: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout
         shown = process.stdout.read(100).decode(errors="ignore").rstrip("�")
-        time.sleep(1)
+        time.sleep(0.8)
         process.send_signal(signal.SIGKILL)
     with ConversationLog.open() as log:
         question, answer = log.messages(log.find().id)
@@ -201,7 +201,7 @@ def test_a_log_that_cannot_be_used(
         database.close()
     else:
         file.write_text("no database " * 100)
-    options = ["-m", str(tiny_folder), "-n", "2"]
+    options = ["-m", str(tiny_folder), "-n", "2", "--seed", "1"]
     code, out, err = call(["Hello", *options], capsys)
     assert code == 0 and out
     assert err.startswith("qwen3: the conversation is not recorded: ")
@@ -212,7 +212,7 @@ def test_a_log_that_cannot_be_used(
 
 def test_a_folder_that_cannot_be_created(tiny_folder: Path, home: Path, capsys: Capture) -> None:
     home.symlink_to(home.parent / "gone")
-    options = ["-m", str(tiny_folder), "-n", "2"]
+    options = ["-m", str(tiny_folder), "-n", "2", "--seed", "1"]
     code, out, err = call(["Hello", *options], capsys)
     assert code == 0 and out
     assert err.startswith(f"qwen3: the conversation is not recorded: the folder {home} cannot be ")
