@@ -8,7 +8,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -270,6 +270,9 @@ def atomic_write(
 
     Until then its name ends in `suffix`, which must differ where several write the same file. With
     `private` only its owner may read it. After an error nothing is left of it.
+
+    Raises:
+        OSError: the file cannot be written; `filename` is `path`.
     """
     unfinished = path.with_name(path.name + suffix)
     mode = 0o600 if private else 0o666
@@ -281,5 +284,10 @@ def atomic_write(
             stream.flush()
             os.fsync(stream.fileno())
         unfinished.replace(path)
+    except OSError as error:
+        if error.filename in (None, str(unfinished)) and error.strerror:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)

@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, settings
 
 from qwen3_mlx import LLM, load
 from qwen3_mlx.engine import memory_ledger
+from qwen3_mlx.text import repetition
 from tests.support import write_tiny
 
 # A machine that has other work to do is no failure.
@@ -55,6 +56,12 @@ def tiny(tiny_folder: Path) -> Iterator[LLM]:
     """That checkpoint, loaded."""
     with load(tiny_folder) as llm:
         yield llm
+
+
+@pytest.fixture
+def short_circles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a text go in circles when 40 tokens are repeated, and not only after 256."""
+    monkeypatch.setattr(repetition, "_MIN_REPEATED", 40)
 
 
 @pytest.fixture

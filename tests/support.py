@@ -26,7 +26,7 @@ TINY: dict[str, Any] = {
     "vocab_size": 1088,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 64,
@@ -184,9 +184,9 @@ def read_weights(folder: Path) -> dict[str, mx.array]:
     return weights
 
 
-def moe_folder(folder: Path, *, shards: int = 1) -> Path:
+def moe_folder(folder: Path, config: dict[str, Any] | None = None, *, shards: int = 1) -> Path:
     """Write a MoE checkpoint as published: each expert by itself, perhaps over two shards."""
-    write_tiny(folder, MOE)
+    write_tiny(folder, config or MOE)
     weights = read_weights(folder)
     published_model_config: dict[str, mx.array] = {}
     for name, value in weights.items():

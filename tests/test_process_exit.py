@@ -126,13 +126,13 @@ def test_the_command_ends(interrupt: bool, wide_folder: Path) -> None:
     assert code == (130 if interrupt else 0), errors
 
 
-def test_a_measured_peer_ends(wide_folder: Path) -> None:
+@pytest.mark.parametrize("together", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_a_measured_peer_ends(together: int, wide_folder: Path) -> None:
     blas = backend.BLAS.split(" (")[0]
     terms = NumericSettings(dtype="float32", quantized=False, blas=blas)
-    for cases in ([Case(1, 64)], [Case(2, 64)]):
-        setup = json.dumps(asdict(Setup(PEER, str(wide_folder), cases, 4, terms)))
-        code, errors = end_of([sys.executable, "-m", "qwen3_mlx.bench.targets", setup])
-        assert code == 0, errors
+    setup = json.dumps(asdict(Setup(PEER, str(wide_folder), [Case(together, 64)], 4, terms)))
+    code, errors = end_of([sys.executable, "-m", "qwen3_mlx.bench.targets", setup])
+    assert code == 0, errors
 
 
 @pytest.mark.slow

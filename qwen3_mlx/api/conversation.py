@@ -243,7 +243,7 @@ def _arguments_of(function: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def read_messages(file: str | Path) -> list[Message]:
-    """Read the messages that `Conversation.save` wrote.
+    """Read the messages that `Conversation.save` wrote, or an export without the replaced ones.
 
     Raises:
         Qwen3Error: the file is missing or is not a saved conversation.
@@ -252,8 +252,11 @@ def read_messages(file: str | Path) -> list[Message]:
         content = json.loads(Path(file).read_text(encoding="utf-8"))
         if content["version"] != _VERSION:
             raise Qwen3Error(f"{file} was written by another version of qwen3-mlx")
-        return normalise(content["messages"]) if content["messages"] else []
+        live = [each for each in content["messages"] if not each.get("replaced")]
+        return normalise(live) if live else []
     except FileNotFoundError as error:
         raise Qwen3Error(f"there is no file {file}") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise Qwen3Error(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise Qwen3Error(f"{file} is not a saved conversation: {error}") from error

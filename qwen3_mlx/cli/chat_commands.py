@@ -14,7 +14,7 @@ from qwen3_mlx.cli.attachments import read_attachment
 from qwen3_mlx.cli.chat_session import ChatSession, Message
 from qwen3_mlx.cli.console import local_time, note, visible
 from qwen3_mlx.cli.conversation_log import ConversationLog
-from qwen3_mlx.cli.error_wording import closest_command, hint
+from qwen3_mlx.cli.error_wording import closest_command, hint, of_the_system
 from qwen3_mlx.cli.recording import note_continued, with_system
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
@@ -68,7 +68,9 @@ def run(session: ChatSession, lines: Iterable[str]) -> None:
             return
         except KeyboardInterrupt:  # in a command, or in a tool
             note("stopped")
-        except (Qwen3Error, ValueError, TypeError, OSError) as error:
+        except OSError as error:
+            note(f"qwen3: {of_the_system(error)}")
+        except (Qwen3Error, ValueError, TypeError) as error:
             note(f"qwen3: {error}")
 
 

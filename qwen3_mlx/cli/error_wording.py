@@ -37,6 +37,12 @@ class UsageError(TyperException):
     exit_code = 2
 
 
+def of_the_system(error: OSError) -> str:
+    """Return what the system refused, and which file it is about, without the error's number."""
+    where = f"{error.filename} cannot be used: " if error.filename else ""
+    return f"{where}{error.strerror or error}"
+
+
 def with_option_names(message: str, keywords: Collection[str]) -> str:
     """Return an error message with the `keywords` of the library written as options.
 

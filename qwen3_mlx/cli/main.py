@@ -17,7 +17,13 @@ from qwen3_mlx.cli.bench import bench
 from qwen3_mlx.cli.chat import chat
 from qwen3_mlx.cli.convert import convert
 from qwen3_mlx.cli.doctor import doctor
-from qwen3_mlx.cli.error_wording import UsageError, closest_command, usage, with_option_names
+from qwen3_mlx.cli.error_wording import (
+    UsageError,
+    closest_command,
+    of_the_system,
+    usage,
+    with_option_names,
+)
 from qwen3_mlx.cli.evaluate import app as evaluate
 from qwen3_mlx.cli.logs import app as logs
 from qwen3_mlx.cli.models import list_models, pull, rm
@@ -162,8 +168,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         code = 130
     except OSError as error:  # such as a full disk under stdout
-        where = f"{error.filename} cannot be used: " if error.filename else ""
-        code = _print_error(f"{where}{error.strerror or error}", 1)
+        code = _print_error(of_the_system(error), 1)
         # The interpreter flushes stdout at exit, which would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except Exception as error:

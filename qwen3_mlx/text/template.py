@@ -3,10 +3,11 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, TemplateSyntaxError
+from jinja2 import Template, TemplateError, TemplateSyntaxError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.nodes import Node, Scope
 from jinja2.parser import Parser
@@ -39,6 +40,18 @@ class _Generation(Extension):
         return Scope(body, lineno=line)
 
 
+@lru_cache(maxsize=8)  # it takes 15 ms; a draft model, or one loaded again, has the same template
+def _compiled(source: str) -> Template:
+    """Compile a template in an environment of its own; raises Jinja's errors, and others."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(source)
+
+
 class ChatTemplate:
     """A Jinja template, in the same environment as in transformers.
 
@@ -51,16 +64,10 @@ class ChatTemplate:
         Raises:
             CheckpointError: it is not a valid template.
         """
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-        )
         self._special_tokens = dict(special_tokens or {})
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise_exception
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self.source = source
         try:
-            self._template = environment.from_string(source)
+            self._template = _compiled(source)
         except TemplateSyntaxError as error:
             raise CheckpointError(
                 f"the checkpoint's chat template is broken in line {error.lineno}: {error.message}"

@@ -129,7 +129,7 @@ def test_one_call_ends_the_reply_where_only_one_may_be(demo: LLM) -> None:
             question, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, seed=seed,
             sampling=wild,
         ).tool_calls
-        for seed in range(10)
+        for seed in range(5)
     ]  # fmt: skip
     assert {len(called) for called in calls} == {1}
 

@@ -19,7 +19,7 @@ QUESTIONS = ["What is 123 + 456?", "What is 5 + 6?", "Who are you?", "What is 99
 
 def test_a_conversation_is_what_chat_makes_of_its_messages(demo: LLM) -> None:
     conversation = demo.conversation(system="You are brief.", sampling=GREEDY)
-    for question in QUESTIONS:
+    for question in QUESTIONS[1:]:
         history = [*conversation.messages, {"role": "user", "content": question}]
         expected = demo.chat(history, sampling=GREEDY)
         reply = conversation.chat(question)
@@ -171,8 +171,10 @@ def test_a_conversation_is_saved_and_read(demo: LLM, tmp_path: Path) -> None:
         demo.conversation(file=file)
     with pytest.raises(Qwen3Error, match="there is no file .*none.json"):
         demo.conversation(file=tmp_path / "none.json")
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match="No such file or directory: '.*no/talk.json'$"):
         conversation.save(tmp_path / "no" / "talk.json")
+    with pytest.raises(Qwen3Error, match=f"^{tmp_path} cannot be read: Is a directory$"):
+        demo.conversation(file=tmp_path)
 
 
 # --- long contexts ------------------------------------------------------------------------------
@@ -208,7 +210,7 @@ def test_the_oldest_turns_are_dropped_on_request(short: LLM) -> None:
     roles = [message["role"] for message in going_on.messages]
     assert roles[:2] == ["system", "user"]
     free = short.conversation(thinking=False, seed=1, drop_oldest=True)
-    for number in range(3):
+    for number in range(2):
         reply = free.chat(f"Tell me about number {number}.")
         assert reply.usage.completion_tokens >= 20 or reply.finish_reason == "stop"
     with pytest.raises(ContextError):

@@ -149,7 +149,7 @@ def test_prompts_that_do_not_fit(tiny: LLM) -> None:
 
 
 def test_the_context_window_ends_a_reply(tiny: LLM) -> None:
-    prompt = "1" * 1800
+    prompt = "1" * 2000
     used = len(tiny.tokenizer.encode(prompt))
     reply = tiny.complete(prompt, sampling=SamplingParams(temperature=0.0, logit_bias={5: 99.0}))
     assert reply.finish_reason == "length"

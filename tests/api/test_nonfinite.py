@@ -68,7 +68,9 @@ def spoil(model: Qwen3) -> mx.array:
 
 
 @pytest.mark.parametrize("thinking", [True, False])
-def test_they_are_checked_again_when_a_reply_goes_in_circles(own: LLM, thinking: bool) -> None:
+def test_they_are_checked_again_when_a_reply_goes_in_circles(
+    own: LLM, thinking: bool, short_circles: None
+) -> None:
     with own.stream("Hello", thinking=thinking, sampling=GREEDY, max_tokens=1500) as stream:
         next(stream)
         own.compute(spoil)
@@ -76,7 +78,7 @@ def test_they_are_checked_again_when_a_reply_goes_in_circles(own: LLM, thinking:
             list(stream)
 
 
-def test_circles_of_a_sound_network_are_no_damage(own: LLM) -> None:
+def test_circles_of_a_sound_network_are_no_damage(own: LLM, short_circles: None) -> None:
     bias = SamplingParams(temperature=0.0, logit_bias={50: 1000.0})
     reply = own.chat("Hello", thinking=False, sampling=bias, max_tokens=1500)
     assert reply.finish_reason == "stop"

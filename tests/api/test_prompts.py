@@ -365,13 +365,13 @@ def check_a_conversation(llm: LLM, seed: int) -> None:
 
 
 def test_random_conversations(demo: LLM) -> None:
-    for seed in range(300):
+    for seed in range(100):
         check_a_conversation(demo, seed)
 
 
 @pytest.mark.slow
 def test_a_thousand_conversations(demo: LLM) -> None:
-    for seed in range(300, 1300):
+    for seed in range(100, 1300):
         check_a_conversation(demo, seed)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from qwen3_mlx import LLM, Finish, Qwen3Error, Reasoning, SamplingParams, Text
 from qwen3_mlx.api.stream import Reply
+from qwen3_mlx.text import repetition
 from qwen3_mlx.text.messages import normalise
 from qwen3_mlx.text.thinking import Thinking, soft_switch
 from qwen3_mlx.text.thinking_budget import HAND_OFF
@@ -23,7 +24,7 @@ def chosen_thinking(llm: LLM, reply: Reply) -> int:
     return reply.usage.reasoning_tokens - (forced if SAID in reply.reasoning else 0)
 
 
-@pytest.mark.parametrize("budget", [0, 1, 2, 7, 64, 1024])
+@pytest.mark.parametrize("budget", [0, 1, 2, 7, pytest.param(64, marks=pytest.mark.slow), 1024])
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0)])
 def test_a_budget_holds_alone_and_in_a_batch(
     demo: LLM, budget: int, sampling: SamplingParams
@@ -50,7 +51,8 @@ def test_a_budget_holds_alone_and_in_a_batch(
 def test_a_budget_holds_with_a_model_that_knows_nothing(tiny: LLM, budget: int) -> None:
     """Its characters are broken, it never closes its thinking, and it may never open it."""
     words = [f"Think about {n}!" for n in range(8)]
-    options: dict[str, Any] = {"thinking": True, "thinking_budget": budget, "max_tokens": 120}
+    options: dict[str, Any] = {"thinking": True, "thinking_budget": budget}
+    options["max_tokens"] = budget + 50
     bias = {tiny.thinking.open_id or 0: 8.0, tiny.thinking.close_id or 0: -50.0}
     sampling = SamplingParams(temperature=1.0, logit_bias=bias)
     for reply in tiny.batch(words, seed=5, sampling=sampling, **options):
@@ -169,13 +171,16 @@ def test_a_budget_is_refused_where_nothing_thinks(demo: LLM) -> None:
             demo.chat("Hello", thinking_budget=5)
 
 
-def test_a_loop_ends_a_reply_and_raw_text_goes_on(tiny: LLM) -> None:
+def test_a_loop_ends_a_reply_and_raw_text_goes_on(
+    tiny: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = tiny.tokenizer.encode(" a")
     loop = SamplingParams(temperature=0, logit_bias={ids[0]: 1000.0})
     reply = tiny.chat("Hello", max_tokens=1000, sampling=loop)
     assert reply.finish_reason == "stop" and reply.details == {"ended_by": "loop"}
     assert reply.usage.completion_tokens < 300
-    assert tiny.chat("Hi", max_tokens=300, sampling=loop, loop_guard=False).details == {}
-    assert tiny.complete("Hi", max_tokens=300, sampling=loop).finish_reason == "length"
-    raw = tiny.complete("Hi", max_tokens=300, sampling=loop, loop_guard=True)
+    monkeypatch.setattr(repetition, "_MIN_REPEATED", 20)
+    assert tiny.chat("Hi", max_tokens=60, sampling=loop, loop_guard=False).details == {}
+    assert tiny.complete("Hi", max_tokens=60, sampling=loop).finish_reason == "length"
+    raw = tiny.complete("Hi", max_tokens=60, sampling=loop, loop_guard=True)
     assert raw.details == {"ended_by": "loop"}

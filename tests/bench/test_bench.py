@@ -169,7 +169,7 @@ def test_the_command_measures_both(
 def test_the_table_of_this_package_alone(
     tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, out, err = call(["bench", str(tiny_folder), *SMALL, "--repeats", "2"], capsys)
+    code, out, err = call(["bench", str(tiny_folder), *SMALL], capsys)
     assert (code, err) == (0, "")
     for words in (
         "8 kept and 16 new",

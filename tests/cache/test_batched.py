@@ -6,6 +6,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
+from qwen3_mlx.cache import kv
 from qwen3_mlx.cache.batched import BatchedCaches
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.engine.forward import BatchSlice, forward
@@ -64,7 +65,10 @@ def test_joint_buffers_answer_as_each_sequences_own(lengths: list[int]) -> None:
     assert joined == 32  # all but the first four after a beginning
 
 
-def test_who_joins_or_leaves_parts_them_and_full_buffers_are_made_anew() -> None:
+def test_who_joins_or_leaves_parts_them_and_full_buffers_are_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv, "_SMALLEST_GROWTH", 64)
     lengths = [5, 9, 7, 8]
     caches, together = begun(MODEL, lengths), BatchedCaches()
     for _ in range(8):
@@ -80,10 +84,10 @@ def test_who_joins_or_leaves_parts_them_and_full_buffers_are_made_anew() -> None
         step(MODEL, None, own, [1, 2, 3, 4])
     step(MODEL, None, own[:3], [1, 2, 3])
     together = BatchedCaches()
-    for number in range(300):  # beyond the 256 columns that are added
+    for number in range(100):  # beyond the 64 columns that are added
         found, _ = step(MODEL, together, caches, [5, 6, 7, 8])
         expected, _ = step(MODEL, None, own, [5, 6, 7, 8])
-        if number % 20 == 0 or number > 250:
+        if number % 20 == 0 or number > 40:
             assert_close(found, expected, 1e-4)
 
 

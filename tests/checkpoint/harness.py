@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import Any
+from typing import Any, TextIO
 
 import mlx.core as mx
 import numpy as np
@@ -140,7 +140,11 @@ def serving(folder: Path, kind: type[Hub] = Hub, **more: object) -> Iterator[tup
 
 
 def qwen3(
-    *arguments: str, home: Path, endpoint: str, err: io.StringIO | None = None
+    *arguments: str,
+    home: Path,
+    endpoint: str,
+    err: io.StringIO | None = None,
+    stdin: TextIO | None = None,
 ) -> subprocess.CompletedProcess[str]:
     """Run it in this process, which saves a second; the library has read its variables already."""
     out, err = io.StringIO(), io.StringIO() if err is None else err
@@ -159,7 +163,7 @@ def qwen3(
         patch.setenv("HF_TOKEN", "hf_token")
         patch.setenv("NO_PROXY", "*")
         patch.delenv("QWEN3_MODEL", raising=False)
-        patch.setattr(sys, "stdin", nothing)
+        patch.setattr(sys, "stdin", stdin or nothing)
         logging.getLogger("qwen3_mlx").addHandler(handler)
         logging.getLogger("huggingface_hub").addHandler(handler)
         try:

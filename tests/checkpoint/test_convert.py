@@ -22,6 +22,7 @@ from qwen3_mlx.checkpoint.recipes import choose_formats
 from qwen3_mlx.files import ShardWriter, read_header, read_json
 from qwen3_mlx.model.quantization import Format
 from tests.support import (
+    MOE,
     TINY,
     assert_close,
     moe_folder,
@@ -31,7 +32,8 @@ from tests.support import (
 )
 
 IDS = random_ids(20)
-UNTIED = {**TINY, "tie_word_embeddings": False}
+THREE = {"num_hidden_layers": 3}  # a first, an inner and a last one
+UNTIED = {**TINY, **THREE, "tie_word_embeddings": False}
 Weights = dict[str, mx.array]
 
 
@@ -87,10 +89,10 @@ def redundant_head(folder: Path) -> Path:
 
 
 MAKERS: dict[str, Callable[[Path], Path]] = {
-    "tied": lambda folder: redundant_head(write_tiny(folder)),
+    "tied": lambda folder: redundant_head(write_tiny(folder, {**TINY, **THREE})),
     "untied": lambda folder: write_tiny(folder, UNTIED),
-    "moe": moe_folder,
-    "moe in two shards": lambda folder: moe_folder(folder, shards=2),
+    "moe": lambda folder: moe_folder(folder, {**MOE, **THREE}),
+    "moe in two shards": lambda folder: moe_folder(folder, {**MOE, **THREE}, shards=2),
 }
 
 

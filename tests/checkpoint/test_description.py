@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from qwen3_mlx import CheckpointError, SamplingParams, convert, load
 from qwen3_mlx.checkpoint.hub import Source
+from qwen3_mlx.cli.evaluate import ReadingOptions, compare
 from qwen3_mlx.files import read_json
 from tests.checkpoint.harness import INDEX, make_gptq, shards_of
 from tests.cli.harness import call
@@ -286,6 +288,8 @@ def test_a_report_compares_with_the_revision_that_was_converted(
 
     monkeypatch.setattr(Source, "fetch", fetch)
     monkeypatch.setattr("qwen3_mlx.cli.convert.read_text", lambda _: "What is 1 + 2? " * 20)
+    few = partial(compare, reading=ReadingOptions(tokens=100))
+    monkeypatch.setattr("qwen3_mlx.cli.convert.compare", few)
     arguments = ["convert", "someone/tiny", str(tmp_path / "out"), "--revision", "v2", "--report"]
     code, _, err = call(arguments, capsys)
     assert code == 0, err

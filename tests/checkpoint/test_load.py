@@ -365,7 +365,7 @@ BROKEN = {
         r"\[128, 64\] is needed",
     ),
     "overlap": (
-        edit_entry(data_offsets=[512, 768]),
+        edit_entry(data_offsets=[640, 896]),
         "has a broken header: .* does not begin where",
     ),
     "offsets below 0": (edit_entry(data_offsets=[-256, 0]), "has a broken header"),
@@ -430,11 +430,11 @@ BROKEN = {
     "whole and indexed": (whole_beside_index, "has model.safetensors and model-00001-of-00001.sa"),
     "compiled": (
         edit_weights(lambda weights: prefix(weights, "_orig_mod.")),
-        r"missing: model\.layers\.2\.\*; among .* is _orig_mod\.model\.layers\.2\.input_layernorm",
+        r"missing: model\.layers\.1\.\*; among .* is _orig_mod\.model\.layers\.1\.input_layernorm",
     ),
     "without its prefix": (
         edit_weights(lambda weights: prefix(weights, "model.", take=True)),
-        r"missing: model\.layers\.2\.\*; among .* is layers\.2\.input_layernorm\.weight",
+        r"missing: model\.layers\.1\.\*; among .* is layers\.1\.input_layernorm\.weight",
     ),
     "no tensors": (edit_weights(lambda weights: weights.clear()), "that are there is none"),
     "no such format": (

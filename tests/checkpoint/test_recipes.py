@@ -56,7 +56,7 @@ def test_uniform_is_uniform() -> None:
 
 
 def test_where_the_mixed_recipes_spend() -> None:
-    modules = quantizable_shapes(UNTIED)
+    modules = quantizable_shapes({**UNTIED, "num_hidden_layers": 3})
     mixed = choose_formats(modules, "mixed", Format(4, 64))
     rich = choose_formats(modules, "mixed-rich", Format(4, 64))
     for formats in (mixed, rich):
@@ -130,7 +130,7 @@ def cases(draw: st.DrawFn) -> tuple[SensitivityScores, Sizes, int]:
     return scores, sizes, draw(st.integers(least - 20, most + 20))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(cases())
 def test_against_trying_all(case: tuple[SensitivityScores, Sizes, int]) -> None:
     scores, sizes, budget = case
@@ -149,7 +149,7 @@ def test_against_trying_all(case: tuple[SensitivityScores, Sizes, int]) -> None:
 
 def test_the_gap_to_the_best_is_mostly_none() -> None:
     gaps = []
-    for seed in range(100):
+    for seed in range(40):
         dice = random.Random(seed)
         scores: SensitivityScores = {}
         sizes: Sizes = {}
@@ -164,13 +164,13 @@ def test_the_gap_to_the_best_is_mostly_none() -> None:
         assert least is not None
         gaps.append(total(scores, assign(scores, sizes, budget)) / least - 1)
     gaps.sort()
-    assert gaps[50] < 0.01
-    assert gaps[90] < 0.25
+    assert gaps[20] < 0.01
+    assert gaps[36] < 0.25
 
 
 def test_many_groups_come_close_to_the_best() -> None:
     """With many groups the gap is small: the bound by prices shows it without trying all."""
-    for seed in range(5):
+    for seed in range(2):
         dice = random.Random(seed)
         scores: SensitivityScores = {}
         sizes: Sizes = {}

@@ -158,7 +158,7 @@ def test_progress_counts_each_layer_twice(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "model")
     told: list[tuple[int, int]] = []
     measure(*opened(folder), draw_ids(2, 8), [FINE], lambda *state: told.append(state))
-    assert told == [(done, 6) for done in range(7)]
+    assert told == [(done, 4) for done in range(5)]
 
 
 def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:

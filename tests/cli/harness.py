@@ -1,9 +1,12 @@
 """What the tests of this room share."""
 
+import io
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from typing import Self
 
 import pexpect
@@ -21,6 +24,22 @@ def call(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> tuple[
         main(arguments)
     captured = capsys.readouterr()
     return int(ended.value.code or 0), captured.out, captured.err
+
+
+def piped(arguments: Sequence[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """Run the command in this process, with a pipe as its stdin: it saves half a second."""
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        redirect_stdout(out),
+        redirect_stderr(err),
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.delenv("QWEN3_MODEL", raising=False)
+        patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        main(arguments)
+    code = int(ended.value.code or 0)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
 
 class Terminal:

@@ -21,7 +21,7 @@ from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.screen import Screen
 from qwen3_mlx.cli.tool_file import load_functions
 from qwen3_mlx.errors import Qwen3Error
-from tests.cli.harness import Terminal
+from tests.cli.harness import Terminal, piped
 
 CHAT = [sys.executable, "-m", "qwen3_mlx", "chat"]
 TOOL = '''
@@ -38,9 +38,14 @@ def _hidden() -> None: ...
 
 
 def talk(*lines: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    return piped(["chat", *options], "\n".join(lines))
+
+
+def talk_apart(*lines: str) -> subprocess.CompletedProcess[str]:
+    """Do it in a process of its own, as users do."""
     clean = {key: value for key, value in os.environ.items() if key != "QWEN3_MODEL"}
     return subprocess.run(
-        [*CHAT, *options],
+        CHAT,
         input="\n".join(lines),
         capture_output=True,
         text=True,
@@ -53,7 +58,7 @@ def talk(*lines: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProc
 def test_piped_lines_are_turns_and_stdout_has_the_answers(tmp_path: Path) -> None:
     file, tool = tmp_path / "talk.json", tmp_path / "tool.py"
     tool.write_text(TOOL)
-    done = talk(
+    done = talk_apart(
         "/nothink",
         "What is 5 + 6?",
         "/system You are helpful.",
@@ -118,6 +123,7 @@ def test_what_goes_wrong_is_told_and_the_conversation_goes_on(tmp_path: Path) ->
         "/stast",
         "/retry",
         "/save",
+        f"/save {tmp_path / 'no' / 'talk.json'}",
         "/edit",
         f"/load {tmp_path / 'none'}",
         f"/tools {tmp_path / 'none.py'}",
@@ -136,6 +142,7 @@ def test_what_goes_wrong_is_told_and_the_conversation_goes_on(tmp_path: Path) ->
         "qwen3: there is no command /stast; did you mean /stats? //stast says it",
         "qwen3: nothing has been asked yet: the conversation has no user message",
         "qwen3: /save takes a file",
+        f"qwen3: {tmp_path / 'no' / 'talk.json'} cannot be used: No such file or directory\n",
         "qwen3: /edit takes the new text of the last message",
         f"qwen3: there is no file {tmp_path / 'none'}\n",
         "is not a Python file",
@@ -374,17 +381,21 @@ def test_nothing_that_is_pasted_or_typed_is_lost(home: Path, tmp_path: Path) -> 
         assert chat.end() == 0
 
 
-def test_what_is_not_recorded_is_not_in_the_history(home: Path) -> None:
-    for option, is_kept in (("--log", True), ("--no-log", False)):
-        with Terminal([*CHAT, option]) as chat:
-            chat.wait("\n>")
-            chat.type(f"/help {option}\r")
-            chat.wait("list the commands", "\n>")
-            chat.type("\x1b[A")
-            chat.wait(f"/help {option}")  # all the same in this chat
-            chat.type("\x03\x04")
-            assert chat.end() == 0
-        assert (option in (home / "chat_history").read_text()) == is_kept
+@pytest.mark.parametrize(
+    ("option", "is_kept"),
+    [("--no-log", False), pytest.param("--log", True, marks=pytest.mark.slow)],
+)
+def test_what_is_not_recorded_is_not_in_the_history(option: str, is_kept: bool, home: Path) -> None:
+    with Terminal([*CHAT, option]) as chat:
+        chat.wait("\n>")
+        chat.type(f"/help {option}\r")
+        chat.wait("list the commands", "\n>")
+        chat.type("\x1b[A")
+        chat.wait(f"/help {option}")  # all the same in this chat
+        chat.type("\x03\x04")
+        assert chat.end() == 0
+    history = home / "chat_history"
+    assert (history.exists() and option in history.read_text()) == is_kept
 
 
 def test_what_is_typed_while_it_answers_is_in_the_next_prompt(

@@ -166,7 +166,7 @@ def test_a_typo_of_a_verb_is_no_prompt(
 def test_other_words_are_a_prompt(
     words: list[str], tiny_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["-n", "2", "-m", str(tiny_folder)]
+    options = ["-n", "2", "--seed", "1", "-m", str(tiny_folder)]
     code, out, _ = call([*words, *options] if words[0] != "--" else [*options, *words], capsys)
     assert code == 0 and out
 

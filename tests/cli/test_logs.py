@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qwen3_mlx import load
+from qwen3_mlx.api.conversation import read_messages
 from qwen3_mlx.cli import recorder as recorder_module
 from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.recorder import Recorder
@@ -139,7 +140,7 @@ def test_killed_in_an_answer(tiny_folder: Path, home: Path) -> None:
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
         assert process.stdout
         shown = process.stdout.read(100).decode(errors="ignore").rstrip("�")
-        time.sleep(1)
+        time.sleep(0.8)
         process.send_signal(signal.SIGKILL)
     with ConversationLog.open() as log:
         question, answer = log.messages(log.find().id)
@@ -200,7 +201,7 @@ def test_a_log_that_cannot_be_used(
         database.close()
     else:
         file.write_text("no database " * 100)
-    options = ["-m", str(tiny_folder), "-n", "2"]
+    options = ["-m", str(tiny_folder), "-n", "2", "--seed", "1"]
     code, out, err = call(["Hello", *options], capsys)
     assert code == 0 and out
     assert err.startswith("qwen3: the conversation is not recorded: ")
@@ -211,7 +212,7 @@ def test_a_log_that_cannot_be_used(
 
 def test_a_folder_that_cannot_be_created(tiny_folder: Path, home: Path, capsys: Capture) -> None:
     home.symlink_to(home.parent / "gone")
-    options = ["-m", str(tiny_folder), "-n", "2"]
+    options = ["-m", str(tiny_folder), "-n", "2", "--seed", "1"]
     code, out, err = call(["Hello", *options], capsys)
     assert code == 0 and out
     assert err.startswith(f"qwen3: the conversation is not recorded: the folder {home} cannot be ")
@@ -285,6 +286,8 @@ def test_what_was_replaced_is_shown_on_request(home: Path, capsys: Capture) -> N
     assert json.loads(call(["logs", "export", "--json"], capsys)[1])["messages"] == live
     everything = call(["logs", "export", "--json", "--replaced"], capsys)[1]
     assert json.loads(everything)["messages"] == replaced + live
+    (home / "export.json").write_text(everything)
+    assert read_messages(home / "export.json") == live  # as a chat loads it
     note = "Replaced messages that are not shown: 2; --replaced shows them.\n"
     for command, err in (("show", note), ("export", "")):
         assert call(["logs", command], capsys)[2] == err

@@ -6,8 +6,6 @@ import os
 import pty
 import re
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,16 +107,8 @@ def test_rm_asks_at_a_terminal(answer: str, code: int, place: Place) -> None:
     assert place.run("pull", "-q", "someone/tiny")[0] == 0
     master, terminal = pty.openpty()
     os.write(master, answer.encode())
-    done = subprocess.run(
-        [sys.executable, "-m", "qwen3_mlx", "rm", "someone/tiny"],
-        stdin=terminal,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-        env={**os.environ, "HF_HOME": str(place.home), "HF_HUB_OFFLINE": "1"},
-    )
-    os.close(terminal)
+    with open(terminal) as stdin:
+        done = qwen3("rm", "someone/tiny", home=place.home, endpoint=NOWHERE, stdin=stdin)
     os.close(master)
     assert (done.returncode, done.stdout) == (code, "")
     assert "someone/tiny: all of it, " in done.stderr and "Remove and free " in done.stderr

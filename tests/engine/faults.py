@@ -3,8 +3,8 @@
 The module's source is compiled anew with each call passing through `Faults.call`, which can raise
 instead of it. A crowd of requests meets each fault, on one LLM that must survive them all: every
 request gets its right reply or an error, those after it are answered, the memory is free again.
-`WAY` is plain, ngram or draft; a third argument, `all`, has more calls of each place fail, and has
-them fail again while a failure of the device is dealt with.
+`WAY` is plain, ngram or draft; without a third argument, every second place is struck. `all` has
+every place struck, by more of its calls, and again while a failure of the device is dealt with.
 """
 
 import ast
@@ -24,7 +24,7 @@ from qwen3_mlx.engine import cache_manager, committer, core, engine, in_flight, 
 from qwen3_mlx.text.events import Event, Finish
 from tests.support import write_tiny
 
-AVAILABLE = 520_000_000  # bytes: not all can run at once, so some are put aside
+AVAILABLE = 516_500_000  # bytes: not all can run at once, so some are put aside
 LIMIT = 120  # seconds that a fault, and all that follows from it, may take
 GREEDY = SamplingParams(temperature=0.0)
 SYSTEM = {"role": "system", "content": "Be brief. " + "apple pear plum " * 60}
@@ -205,7 +205,7 @@ def check(llm: LLM, faults: Faults, expected: list[Any], *strikes: Strike) -> No
 
 
 def main(way: str, folder: Path, *, thorough: bool) -> None:
-    """Strike every place that a crowd without faults comes by."""
+    """Strike the places that a crowd without faults comes by."""
     faults = Faults()
     install(faults)
     backend.available_memory = lambda: AVAILABLE
@@ -220,7 +220,8 @@ def main(way: str, folder: Path, *, thorough: bool) -> None:
     assert crowd(llm) == expected
     reached = dict(sorted(faults.seen.items(), key=lambda item: item[0].split(":")[0]))
     (forward,) = (call for call in reached if call.endswith(": forward"))
-    for call, seen in reached.items():
+    # The quick tier strikes every second place, or it would take a lot of the time of all tests.
+    for call, seen in list(reached.items())[:: 1 if thorough else 2]:
         later = call, seen // 2 + 1, TypeError("struck")
         check(llm, faults, expected, later)
         if thorough:

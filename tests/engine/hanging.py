@@ -1,4 +1,4 @@
-"""Programs that could hang; tests/engine/test_hangs.py runs each with a time limit.
+"""Programs that could hang; tests/engine/test_hangs.py runs some at a time, with a time limit.
 
 Each loads a model, makes something fail, and checks that every caller gets a reply or an error.
 """
@@ -7,12 +7,14 @@ import asyncio
 import gc
 import os
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,7 +29,7 @@ from qwen3_mlx.engine.scheduler import Scheduler
 from qwen3_mlx.engine.sequence import SequenceState
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.text.events import Event, Finish
-from tests.support import DEMO
+from tests.support import DEMO, write_tiny
 
 Delivered = Event | BaseException
 GREEDY = SamplingParams(temperature=0.0)
@@ -41,6 +43,17 @@ ERRORS = (
     StopAsyncIteration(),
     MemoryError(),
 )
+
+
+@cache
+def tiny_folder() -> Path:
+    """Return the folder of a small random checkpoint."""
+    return write_tiny(Path(tempfile.mkdtemp()))
+
+
+def loaded(**options: Any) -> LLM:
+    """Load that checkpoint."""
+    return load(tiny_folder(), **options)
 
 
 def answer(llm: LLM) -> str:
@@ -102,7 +115,7 @@ def check_same(found: BaseException, error: BaseException) -> None:
 
 def progress() -> None:
     """Check a `progress` callback that raises, in each method of the API."""
-    with load() as llm:
+    with loaded() as llm:
         ways: list[Callable[..., object]] = [
             partial(llm.chat, "Who are you?", max_tokens=8),
             partial(llm.chat, "Who are you?", max_tokens=8, choice=["I", "you"], thinking=False),
@@ -134,7 +147,7 @@ def deliver() -> None:
 
     If it raises at the last event, that one has been delivered.
     """
-    with load() as llm:
+    with loaded() as llm:
         for error in ERRORS:
             for fails in (lambda event: not ends(event), ends):
                 events = SimpleQueue[Delivered]()
@@ -161,7 +174,7 @@ def ends(event: Delivered) -> bool:
 
 def soon() -> None:
     """Check jobs of `call_soon` and of `compute` that raise."""
-    with load() as llm:
+    with loaded() as llm:
         for error in ERRORS:
             with others_go_on(llm):
                 llm.call_soon(raising(error))
@@ -174,7 +187,7 @@ def soon() -> None:
 
 def nested() -> None:
     """Check that a call that would wait for its own thread raises; the other calls work."""
-    with load() as llm:
+    with loaded() as llm:
 
         async def read() -> None:
             async for _ in llm.astream("Hello", max_tokens=4):
@@ -217,7 +230,7 @@ def nested() -> None:
 
 def circle() -> None:
     """Check that callbacks of two models may wait for each other's, but not in a circle."""
-    with load() as one, load() as other:
+    with loaded() as one, loaded() as other:
 
         def ask(llm: LLM, then: Callable[[], object]) -> object:
             def progress(done: int, total: int) -> None:
@@ -230,7 +243,7 @@ def circle() -> None:
         assert isinstance(found, Qwen3Error) and "would never end" in str(found), found
         found = raised_by(lambda: ask(one, lambda: ask(other, one.forget)))
         assert isinstance(found, Qwen3Error) and "would never end" in str(found), found
-        assert ask(one, load().close)  # whose thread is not waited for here
+        assert ask(one, loaded().close)  # whose thread is not waited for here
         assert answer(one) and answer(other)
 
 
@@ -271,7 +284,7 @@ def callbacks(llm: LLM) -> list[Callable[[Callable[[], object]], object]]:
 def closing() -> None:
     """Check that a callback may close the LLM: requests are cancelled, new ones refused."""
     for call in range(4):
-        llm = load()
+        llm = loaded()
         stream = llm.stream(PROMPT, max_tokens=2000)
         raised: list[BaseException] = []
         try:
@@ -289,7 +302,7 @@ def tools() -> None:
 
     An Exception is reported to the model.
     """
-    with load() as llm:
+    with load() as llm:  # the demo, which calls them
         here, threads = threading.current_thread(), list[threading.Thread]()
 
         def add(a: int, b: int) -> str:
@@ -344,7 +357,7 @@ def failing() -> None:
         *((mx, name) for name in ("clear_cache", "eval", "async_eval")),
     ]
     for part, name in parts:
-        with load(prompt_cache=sys.argv[2]) as llm:
+        with loaded(prompt_cache=sys.argv[2]) as llm:
             expected, whole = answer(llm), getattr(part, name)
             setattr(part, name, raising(RuntimeError("struck")))
             outcomes = list[str | BaseException]()
@@ -377,7 +390,7 @@ def finalizer() -> None:
 
 
 def end_while_posting(*, on_worker: bool) -> None:
-    llms, events = [load()], SimpleQueue[Delivered]()
+    llms, events = [loaded()], SimpleQueue[Delivered]()
     worker = llms[0]._worker
     jobs = worker._jobs
 
@@ -405,7 +418,7 @@ def end_while_posting(*, on_worker: bool) -> None:
 
 def fork_while_busy() -> None:
     """Check that a child cannot use its parent's model, whatever that was doing."""
-    with load() as llm:
+    with loaded() as llm:
         done = threading.Event()
         begun = llm.stream("Hello there")
 
@@ -443,7 +456,7 @@ def fork() -> None:
     warnings.simplefilter("ignore")
     folder = sys.argv[2]
     fork_while_busy()
-    for begin in (lambda: load().close(), lambda: convert(DEMO, f"{folder}/a", dequantize=True)):
+    for begin in (lambda: loaded().close(), lambda: convert(DEMO, f"{folder}/a", dequantize=True)):
         begin()
         child = os.fork()
         if not child:
@@ -454,4 +467,7 @@ def fork() -> None:
 
 
 if __name__ == "__main__":
-    globals()[sys.argv[1]]()
+    for case in sys.argv[1].split(","):
+        sys.stdout.write(f"{case}\n")
+        sys.stdout.flush()
+        globals()[case]()

@@ -42,7 +42,7 @@ from tests.support import TINY, greedy_tokens, random_ids
 
 KINDS = [*MODELS, "8", "k8v4", "4"]  # the bits of the cache of a dense model
 GREEDY_TOO = SamplingParams(top_k=1).over(NEUTRAL)
-TOKEN = 2 * 3 * 2 * 64 * 4  # bytes of a token in the caches of the tiny models
+TOKEN = TINY["num_hidden_layers"] * 2 * 2 * 64 * 4  # bytes of a token in the tiny models' caches
 
 
 @cache
@@ -142,8 +142,14 @@ def run_a_random_schedule(kind: str, way: str, seed: int) -> list[Client]:
     return [client for _, _, client, _ in coming]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("way", "kind"),
+    [
+        pytest.param(way, kind, marks=pytest.mark.slow if way != "plain" and kind in "84" else [])
+        for way in WAYS
+        for kind in KINDS
+    ],
+)
 def test_a_few_random_schedules(way: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     follow_a_random_schedule(kind, way, seed=0)
@@ -588,30 +594,33 @@ def test_penalties_count_the_tokens_of_the_reply_whatever_became_of_others(way: 
     assert checked > 800
 
 
+def penalised() -> list[Client]:
+    """Give a client for each prompt, with penalties and an erratic constraint."""
+    sampling = SamplingParams(temperature=0.7, frequency_penalty=0.3, repetition_penalty=1.1)
+    return [
+        Client(
+            prompt, MOST, sampling=sampling.over(NEUTRAL), seed=3, constraint=ErraticConstraint()
+        )
+        for prompt in PROMPTS
+    ]
+
+
+@cache
+def penalised_alone() -> list[list[int]]:
+    """Return the replies of such clients when nothing else runs."""
+    clients = penalised()
+    for client in clients:
+        run(engine_of(MODELS["dense"]), client)
+    return [client.tokens for client in clients]
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_penalised_replies_with_constraints_are_the_same_alone_together_and_speculated(
     way: str,
 ) -> None:
-    sampling = SamplingParams(temperature=0.7, frequency_penalty=0.3, repetition_penalty=1.1)
-
-    def clients() -> list[Client]:
-        return [
-            Client(
-                prompt,
-                MOST,
-                sampling=sampling.over(NEUTRAL),
-                seed=3,
-                constraint=ErraticConstraint(),
-            )
-            for prompt in PROMPTS
-        ]
-
-    plain, together = clients(), clients()
-    for client in plain:
-        run(engine_of(MODELS["dense"]), client)
+    together = penalised()
     run(engine_of(MODELS["dense"], way), *together)
-    for one, other in zip(plain, together, strict=True):
-        assert one.tokens == other.tokens
+    assert [client.tokens for client in together] == penalised_alone()
 
 
 def test_ids_are_masked_or_taken_back_at_the_end_too() -> None:

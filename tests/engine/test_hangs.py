@@ -26,10 +26,10 @@ def run_apart(module: str, *arguments: str | Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["progress", "deliver", "soon", "nested", "circle", "closing", "tools", "finalizer"]
+    "cases", ["progress,deliver,soon", "nested,circle,closing", "tools,finalizer"]
 )
-def test_callbacks_may_do_anything(case: str) -> None:
-    run_apart("tests.engine.hanging", case)
+def test_callbacks_may_do_anything(cases: str) -> None:
+    run_apart("tests.engine.hanging", cases)
 
 
 def test_parts_of_the_engine_may_fail_for_a_while(tmp_path: Path) -> None:

@@ -38,6 +38,8 @@ from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import SIZES, published_config, published_model_config, yarn_lengths
 from tests.support import DEMO, MOE, TINY, make_model, prefill, write_tiny
 
+LAYERS = TINY["num_hidden_layers"]
+
 pytestmark = pytest.mark.usefixtures("whole_memory")
 
 FORMATS = [
@@ -108,7 +110,7 @@ def test_stored_formats_and_their_exceptions_are_planned(
         return more if path.endswith("mlp.gate") else {"bits": 4, "group_size": 64}
 
     nn.quantize(plainly, class_predicate=form)
-    exceptions: dict[str, Any] = {f"model.layers.{n}.mlp.gate": more for n in range(3)}
+    exceptions: dict[str, Any] = {f"model.layers.{n}.mlp.gate": more for n in range(LAYERS)}
     section = {"bits": 4, "group_size": 64, **exceptions, "lm_head": False}
     config["quantization"] = section
     tensors = plainly.tensors()
@@ -119,9 +121,9 @@ def test_stored_formats_and_their_exceptions_are_planned(
     loaded = load_model(config, Weights(tmp_path), options, lambda *_: None)
     stored = formats_stored(config, tmp_path)
     assert plan_load(network, stored, options).weights == held(loaded)
-    # Without the index, config.json is believed, where the values of the three layers are 4-bit.
+    # Without the index, config.json is believed, where the values of all layers are 4-bit.
     believed = plan_load(network, formats_stored(config), options).weights
-    saved = 3 * 128 * 64 * (2 - 0.5 - 4 / 64)  # bytes
+    saved = LAYERS * 128 * 64 * (2 - 0.5 - 4 / 64)  # bytes
     assert believed == held(loaded) - (0 if dequantize else saved)
 
 

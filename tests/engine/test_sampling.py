@@ -48,11 +48,18 @@ def draw_one(sampler: Sampler, logits: mx.array) -> int:
 def draw(count: int, logits: mx.array, **params: Any) -> Counter[int]:
     """Count what independent samplers choose."""
     chosen: Counter[int] = Counter()
-    for seed in range(count):
-        sampler = Sampler(
-            SamplingParams(**params).over(NEUTRAL), seed=seed, vocabulary=logits.size, prompt=[0]
-        )
-        chosen[draw_one(sampler, logits)] += 1
+    for start in range(0, count, 50):  # at once
+        samplers = [
+            Sampler(
+                SamplingParams(**params).over(NEUTRAL),
+                seed=seed,
+                vocabulary=logits.size,
+                prompt=[0],
+            )
+            for seed in range(start, min(start + 50, count))
+        ]
+        rows = mx.broadcast_to(logits, (len(samplers), logits.size))
+        chosen.update(np.array(choose(rows, samplers)).tolist())
     return chosen
 
 

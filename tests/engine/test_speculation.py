@@ -331,13 +331,13 @@ def test_a_draft_model_that_lags_catches_up_and_a_useless_one_rests(
     run(engine_of(MODELS["dense"], "draft"), helped)
     assert helped.tokens == alone("dense")[5]
     assert helped.outcome.accepted > MOST / 2
-    useless = Client(PROMPTS[5], 250)
+    useless = Client(PROMPTS[5], 150)
     engine = engine_of(MODELS["moe"], "draft")
     assert engine._core.speculator and engine._core.speculator.draft
     engine._core.speculator.draft.size = engine._core.speculator._num_weights // 2
     run(engine, useless)
     assert useless.outcome.accepted <= useless.outcome.proposed < 80
-    assert useless.outcome.passes <= 250
+    assert useless.outcome.passes <= 150
 
 
 # --- the demo -----------------------------------------------------------------------------------
@@ -369,16 +369,16 @@ COUNTS = {"forward_passes", "drafted_tokens", "accepted_tokens"}
 def test_a_schema_and_a_budget_are_kept(drafting: qwen3_mlx.LLM) -> None:
     plain = qwen3_mlx.load()
     schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}
-    for seed in range(2):
-        for asked in ({"schema": schema}, {"thinking_budget": 12}, {"regex": "(ab){3,9}c"}):
-            options: dict[str, Any] = {"seed": seed, "max_tokens": 120, **asked}
-            fast = drafting.chat("What is 12 + 34?", **options)
-            slow = plain.chat("What is 12 + 34?", **options)
-            assert (fast.text, fast.reasoning, fast.usage) == (
-                slow.text,
-                slow.reasoning,
-                slow.usage,
-            )
+    forms: list[dict[str, Any]] = [
+        {"schema": schema},
+        {"thinking_budget": 12},
+        {"regex": "(ab){3,9}c"},
+    ]
+    for seed, asked in enumerate(forms):
+        options: dict[str, Any] = {"seed": seed, "max_tokens": 120, **asked}
+        fast = drafting.chat("What is 12 + 34?", **options)
+        slow = plain.chat("What is 12 + 34?", **options)
+        assert (fast.text, fast.reasoning, fast.usage) == (slow.text, slow.reasoning, slow.usage)
     plain.close()
 
 

@@ -305,7 +305,7 @@ def test_a_copy_of_the_embedding_is_no_module(tiny_folder: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"num_hidden_layers": 2}, r"only one has model\.layers\.2"),
+        ({"num_hidden_layers": 1}, r"only one has model\.layers\.1"),
         ({"intermediate_size": 192}, r"down_proj has 64 x 128 weights in one and 64 x 192"),
     ],
 )

@@ -44,7 +44,7 @@ DENSE_CHANGES: dict[str, Any] = {
     "vocab_size": 1152,
     "hidden_size": 128,
     "intermediate_size": 192,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "head_dim": 32,
@@ -143,9 +143,9 @@ def test_no_field_of_the_config_is_left_out() -> None:
         ({"hidden_size": None}, "hidden_size is missing"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters.full_attention is an obj"),
-        ({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 2}, "window"),
+        ({"use_sliding_window": True, "sliding_window": 512, "max_window_layers": 1}, "window"),
         (
-            {**MOE, "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 3},
+            {**MOE, "use_sliding_window": True, "sliding_window": 512, "max_window_layers": 2},
             "wind",
         ),
         (
@@ -159,7 +159,7 @@ def test_no_field_of_the_config_is_left_out() -> None:
         ({**MOE, "norm_topk_prob": "yes"}, "norm_topk_prob is 'yes', not true or false"),
         ({**MOE, "num_experts_per_tok": 9}, "is more than num_experts"),
         ({**MOE, "mlp_only_layers": 5}, "mlp_only_layers is 5, not a list"),
-        ({**MOE, "mlp_only_layers": ["0"]}, "mlp_only_layers has '0'; the layers are 0 to 2"),
+        ({**MOE, "mlp_only_layers": ["0"]}, "mlp_only_layers has '0'; the layers are 0 to 1"),
         ({"layer_types": 5}, "layer_types is 5, not a list"),
         ({"hidden_size": 10**30}, "hidden_size is 10000.*, not a positive integer"),
         ({"rms_norm_eps": float("inf")}, "rms_norm_eps is inf, not a positive number"),
@@ -203,15 +203,15 @@ def test_key_value_heads_that_are_not_stated() -> None:
 def test_a_window_that_no_layer_has() -> None:
     """As in transformers, where the layers from `max_window_layers` on attend to a window."""
     plain = ModelConfig.from_dict(TINY)
-    sliding = {**TINY, "use_sliding_window": True, "max_window_layers": 3}
+    sliding = {**TINY, "use_sliding_window": True, "max_window_layers": 2}
     for window in ({"sliding_window": 512}, {"sliding_window": None, "max_window_layers": 0}):
         assert ModelConfig.from_dict({**sliding, **window}) == plain
-    full = {"layer_types": ["full_attention"] * 3, "sliding_window": 512, "max_window_layers": 0}
+    full = {"layer_types": ["full_attention"] * 2, "sliding_window": 512, "max_window_layers": 0}
     assert ModelConfig.from_dict({**sliding, **full}) == plain
     del sliding["sliding_window"]  # which is 4,096 then
     assert ModelConfig.from_dict(sliding) == plain
     with pytest.raises(CheckpointError, match="use_sliding_window is true"):
-        ModelConfig.from_dict({**sliding, "max_window_layers": 2})
+        ModelConfig.from_dict({**sliding, "max_window_layers": 1})
 
 
 def test_the_scaling_of_deepseek_r1_0528_scales_no_attention() -> None:

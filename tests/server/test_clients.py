@@ -153,6 +153,7 @@ def test_openai_parses(client: Any, thinking: bool) -> None:
         messages=SUM,
         response_format=Sum,
         extra_body={"chat_template_kwargs": {"enable_thinking": thinking}},
+        max_tokens=100,
         seed=3,
     )
     message: Any = reply.choices[0].message
@@ -369,7 +370,8 @@ def test_ollama_tools_and_forms(llama: Any) -> None:
     answer = {"role": "tool", "tool_name": "calculator", "content": "1023"}
     final = llama.chat(model="demo", messages=[*CALL, reply.message, answer], tools=[TOOL])
     assert "1023" in str(final.message.content)
-    formed = llama.chat(model="demo", messages=SUM, format=Sum.model_json_schema())
+    options = {"num_predict": 100}
+    formed = llama.chat(model="demo", messages=SUM, format=Sum.model_json_schema(), options=options)
     Sum.model_validate_json(str(formed.message.content))
 
 

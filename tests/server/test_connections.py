@@ -186,7 +186,7 @@ def test_a_body_that_drips_is_closed(demo: LLM) -> None:
 
 
 def test_a_reply_that_takes_long_is_no_idle_connection(demo: LLM) -> None:
-    body = {**endless(), "stream": False, "logprobs": None, "max_tokens": 300}
+    body = {**endless(), "stream": False, "logprobs": None, "max_tokens": 200}
     with serving(demo) as served:
         loop, active = served.server.loop, list[int]()
 
@@ -237,7 +237,7 @@ def reading_nothing(served: Served, body: Any) -> Iterator[socket.socket]:
 def test_a_slot_is_free_when_the_engine_is_done(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_buffers(monkeypatch)
     with serving(tiny, max_requests=1) as served:
-        with reading_nothing(served, endless(max_tokens=400)) as connection:
+        with reading_nothing(served, endless(max_tokens=300)) as connection:
             wait_until(lambda: not served.server.service.active, "it keeps its slot")
             (unread,) = served.server.connections.all
             assert unread.at_work, "it has been sent, so that this says nothing"
@@ -260,7 +260,7 @@ def test_a_client_that_takes_nothing_is_closed(
 
 def test_what_is_kept_for_a_client_is_bounded(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     shrink_buffers(monkeypatch)
-    monkeypatch.setattr("qwen3_mlx.server.response._MAX_UNREAD", 500)
+    monkeypatch.setattr("qwen3_mlx.server.response._MAX_UNREAD", 150)
     with serving(tiny) as served:
         with reading_nothing(served, endless(max_tokens=1900)) as connection:
             wait_until(lambda: not served.server.service.active, "it goes on")

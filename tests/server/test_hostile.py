@@ -84,8 +84,10 @@ def known_servers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_soak_tells_whether_memory_grows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["soak", "20"])
+    monkeypatch.setattr(sys, "argv", ["soak", "8"])
+    monkeypatch.setattr(server_soak, "_LOOKS", 4)
     monkeypatch.setattr(server_soak, "_LIMIT", -10.0)  # whatever it does
+    monkeypatch.setattr(server_soak, "_AT_ONCE", 4)
     with pytest.raises(SystemExit) as ended:
         server_soak.main()
     assert ended.value.code == "memory grows"

@@ -20,6 +20,7 @@ from qwen3_mlx.engine.activity import Meter
 from qwen3_mlx.server import keys as keys_module
 from qwen3_mlx.server.keys import Key, Keys
 from qwen3_mlx.server.settings import Settings, check_certificate
+from tests.cli.harness import piped
 from tests.server.harness import until, write_certificate
 from tests.server.serving import serving
 
@@ -412,7 +413,6 @@ def test_the_start_says_how_the_network_finds_it(tmp_path: Path) -> None:
 def test_what_cannot_be_is_a_line_before_anything_is_loaded(
     arguments: list[str], complaint: str
 ) -> None:
-    process = serve(*arguments)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == (2 if complaint.startswith("--") else 1)
-    assert err.count("\n") == 1 and complaint in err
+    done = piped(["serve", "--port", "0", "--model", "./nowhere", *arguments])
+    assert done.returncode == (2 if complaint.startswith("--") else 1)
+    assert done.stderr.count("\n") == 1 and complaint in done.stderr

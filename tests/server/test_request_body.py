@@ -132,12 +132,12 @@ BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
     ),
     "500,000 unknown fields": (
         CHAT,
-        lambda: said("hi", **{f"field{n}": n for n in range(500_000)}),
+        lambda: said("hi", **dict.fromkeys(map(str, range(500_000)), 0)),
         "500,005 commas",
     ),
     "200,000 unknown fields": (
         CHAT,
-        lambda: said("hi", **{f"field{n}": n for n in range(200_000)}),
+        lambda: said("hi", **dict.fromkeys(map(str, range(200_000)), 0)),
         "the request has 200,000 fields that are not known, and at most 1,000 are ignored",
     ),
     "100,000 turns": (

@@ -1,6 +1,7 @@
 """The server: who may come in, how it answers what is wrong, and that it goes on."""
 
 import asyncio
+import importlib.util
 import json
 import logging
 import re
@@ -9,9 +10,10 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -20,12 +22,14 @@ import httpx
 import pytest
 
 from qwen3_mlx import LLM, backend, load
+from qwen3_mlx.api.stream import Reply
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.app import make_app
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import EFFORTS, ThinkingRequest
 from qwen3_mlx.text.thinking import Thinking
 from tests.api.harness import settle
+from tests.cli.harness import piped
 from tests.server.harness import Process, endless, message_of, until_idle
 from tests.server.serving import Served, serving
 from tests.text.harness import TOKENIZER
@@ -34,6 +38,7 @@ HYBRID = Thinking(True, True, False, 1, 2)
 ALWAYS = Thinking(True, False, True, 1, 2)
 NEVER = Thinking(False, True, False, None, None)
 LONG = "Count from 1 to 40, then count from 1 to 40 again."
+SHORT = "What is 1 + 2?"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +46,19 @@ def served(demo: LLM) -> Iterator[Served]:
     """A server with the demo."""
     with serving(demo) as running:
         yield running
+
+
+@pytest.fixture(scope="module")
+def replies(demo: LLM) -> Callable[[bool, int | None], Reply]:
+    """What the library replies, by whether it thinks and the budget; each is asked once."""
+
+    @cache
+    def reply(thinks: bool, most: int | None) -> Reply:
+        if thinks and most is not None:
+            return demo.chat(SHORT, seed=1, thinking_budget=most)
+        return demo.chat(SHORT, seed=1, thinking=thinks)
+
+    return reply
 
 
 def data_of(line: str) -> Any:
@@ -82,13 +100,15 @@ def data_of(line: str) -> Any:
     ],
 )
 def test_thinking_by_every_spelling(
-    served: Served, demo: LLM, fields: dict[str, Any], thinks: bool, most: int | None
+    served: Served,
+    replies: Callable[[bool, int | None], Reply],
+    fields: dict[str, Any],
+    thinks: bool,
+    most: int | None,
 ) -> None:
-    reply = served.chat(seed=1, **fields).json()
+    reply = served.chat(SHORT, seed=1, **fields).json()
     message, usage = reply["choices"][0]["message"], reply["usage"]
-    options: dict[str, Any] = {"thinking": thinks} if most is None or not thinks else {}
-    options |= {"thinking_budget": most} if most is not None and thinks else {}
-    expected = demo.chat("What is 12 + 34?", seed=1, **options)
+    expected = replies(thinks, most)
     assert message.get("reasoning_content", "") == expected.reasoning
     assert message["content"] == expected.text
     assert usage["completion_tokens_details"]["reasoning_tokens"] == (
@@ -179,9 +199,9 @@ def test_a_checkpoint_that_cannot_is_not_served_as_if_it_could() -> None:
 )
 def test_where_the_thinking_is_found(demo: LLM, field: str, found: set[str]) -> None:
     with serving(demo, reasoning_field=field) as running:
-        message = running.chat(seed=1).json()["choices"][0]["message"]
+        message = running.chat(SHORT, seed=1).json()["choices"][0]["message"]
         assert message.keys() - {"role", "content"} == found
-        hidden = running.chat(seed=1, reasoning={"exclude": True}).json()
+        hidden = running.chat(SHORT, seed=1, reasoning={"exclude": True}).json()
         assert hidden["choices"][0]["message"].keys() == {"role", "content"}
         assert hidden["usage"]["completion_tokens_details"]["reasoning_tokens"]
 
@@ -491,7 +511,7 @@ def test_a_call_that_the_context_cuts_off_is_no_call(demo: LLM) -> None:
     assert "tool_calls" not in choice["message"] and "tool_calls" not in llama["message"]
 
 
-def test_a_call_that_goes_in_circles_is_no_call(served: Served) -> None:
+def test_a_call_that_goes_in_circles_is_no_call(served: Served, short_circles: None) -> None:
     bias = {str(TOKENIZER.encode("x")[0]): 100}
     asked = {**DIRECT, "tool_choice": "required", "logit_bias": bias}
     choice = served.chat(CALL, **asked).json()["choices"][0]
@@ -702,7 +722,7 @@ def test_more_than_it_can_take_is_told_to_come_again(demo: LLM) -> None:
 
 
 def test_many_at_once_are_each_told_their_own(served: Served, demo: LLM) -> None:
-    questions = [f"What is {n} + {n + 7}?" for n in range(32)]
+    questions = [f"What is {n} + {n + 7}?" for n in range(16)]
     expected = demo.batch(questions, seed=5, thinking_budget=8)
 
     def ask(question: str) -> tuple[str, str]:
@@ -719,7 +739,7 @@ def test_many_at_once_are_each_told_their_own(served: Served, demo: LLM) -> None
                 told[name] += data_of(line)["choices"][0]["delta"].get(name, "")
         return told["reasoning_content"], told["content"]
 
-    with ThreadPoolExecutor(32) as pool:
+    with ThreadPoolExecutor(16) as pool:
         found = list(pool.map(ask, questions))
     assert found == [(reply.reasoning, reply.text) for reply in expected]
 
@@ -847,26 +867,21 @@ def test_a_second_ctrl_c_does_not_wait() -> None:
 def test_a_port_that_is_taken_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        result = subprocess.run(
-            [sys.executable, "-m", "qwen3_mlx", "serve", "--port", port],
-            capture_output=True,
-            text=True,
-        )
+        result = piped(["serve", "--port", port])
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert "ddress already in use; --port takes another" in result.stderr
 
 
-def test_without_its_packages_it_says_so(tmp_path: Path) -> None:
-    for name in ("fastapi", "uvicorn"):
-        program = (
-            "import sys, importlib.util as u; find = u.find_spec\n"
-            f"u.find_spec = lambda name, *a: None if name == '{name}' else find(name, *a)\n"
-            "from qwen3_mlx.cli.main import main; main(['serve'])"
-        )
-        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-        assert result.returncode == 1
-        assert result.stderr.startswith("qwen3: the server needs more packages: ")
-        assert " install 'fastapi>=0.130' 'httptools>=0.6' 'uvicorn>=0.35'\n" in result.stderr
+@pytest.mark.parametrize("missing", ["fastapi", "uvicorn"])
+def test_without_its_packages_it_says_so(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "qwen3_mlx.cli.serve.find_spec", lambda name: None if name == missing else find(name)
+    )
+    result = piped(["serve", "--model", "./nowhere"])
+    assert result.returncode == 1
+    assert result.stderr.startswith("qwen3: the server needs more packages: ")
+    assert " install 'fastapi>=0.130' 'httptools>=0.6' 'uvicorn>=0.35'\n" in result.stderr
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

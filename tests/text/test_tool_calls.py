@@ -651,7 +651,7 @@ def test_a_whole_call_before_one_that_is_cut_off_is_given(demo: LLM) -> None:
     assert next(iter(told)) == call.id and len(told) == 2
 
 
-def test_a_loop_within_a_call_does_not_close_it(demo: LLM) -> None:
+def test_a_loop_within_a_call_does_not_close_it(demo: LLM, short_circles: None) -> None:
     """A token that is likelier than all others is written for ever; a call of it is not made."""
     token = TOKENIZER.encode("x")[0]
     sampling = SamplingParams(temperature=0, logit_bias={token: 1000.0})
