@@ -9,6 +9,7 @@ have that name, because it has no dot or ends in .local.
 
 import ipaddress
 import re
+from hashlib import sha256
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -85,6 +86,8 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        # Not the key's number: a change of the key file may give that to another key.
+        scope["owner"] = sha256(key.strip().encode()).hexdigest()
         if self._keys.several:
             scope["caller"] = f"key {number}"
             scope.setdefault("record", {})["key"] = number

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -260,8 +260,10 @@ class ActiveRequest:
         self.replies[index].add(event)
         return event
 
-    async def complete(self, request: Request) -> None:
-        """Wait until all replies are complete; cancel them if the client disconnects before.
+    async def complete(
+        self, request: Request, receive: Callable[[Sequence[tuple[int, Event]]], None]
+    ) -> None:
+        """Pass on the events until all replies are complete, or the client disconnects.
 
         Raises:
             ApiError: a reply failed or was cancelled, or the client disconnected (499).
@@ -273,8 +275,8 @@ class ActiveRequest:
 
         watching = asyncio.create_task(cancel_on_disconnect())
         try:
-            async for _ in self.batches(self._settings.keep_alive):
-                pass
+            async for events in self.batches(self._settings.keep_alive):
+                receive(events)
         except ApiError as error:
             if self.cancelled.is_set() and watching.done():
                 raise ApiError(499, "the client went away") from error
