@@ -63,7 +63,9 @@ class ReplyEndpoint(Endpoint[Body]):
             raise
         headers = warnings_header([*self.warnings, *map(self.rename_fields, running.warnings)])
         if self.streams:
-            return EventStreamResponse(running, self._stream(running), self.media_type, headers)
+            return EventStreamResponse(
+                running.close, self._stream(running), self.media_type, headers
+            )
         await running.complete(request, self.receive_events)
         echoed = sum(len(reply.prompt.others) for reply in running.replies if reply.prompt)
         size = (running.usage.completion_tokens + echoed) * _TOKEN_BYTES

@@ -342,22 +342,22 @@ class ActiveRequest:
 
 
 class EventStreamResponse(StreamingResponse):
-    """A streamed response. However it ends, its replies are cancelled with it."""
+    """A streamed response. However it ends, what produces it is closed with it."""
 
     def __init__(
         self,
-        running: ActiveRequest,
+        close: Callable[[], None],
         content: AsyncIterator[bytes],
         media_type: str,
         headers: Mapping[str, str],
     ) -> None:
         all_headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
         super().__init__(content, media_type=media_type, headers=all_headers)
-        self._running = running
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream, then close the request."""
+        """Send the stream, then call `close`."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._running.close()
+            self._close()
