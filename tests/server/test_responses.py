@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,18 @@ from qwen3_mlx import LLM
 from qwen3_mlx.server import keys as keys_module
 from qwen3_mlx.server.responses import store as store_module
 from qwen3_mlx.server.responses.items import library_messages, with_system
+from qwen3_mlx.server.responses.output import Output
 from qwen3_mlx.server.responses.schema import ResponsesRequest
 from qwen3_mlx.server.responses.store import ResponseStore, StoredResponse
+from qwen3_mlx.text.events import (
+    Event,
+    Finish,
+    Reasoning,
+    Text,
+    ToolCall,
+    ToolCallDelta,
+    Usage,
+)
 from tests.server.harness import PARAMETERS, until_idle, warnings_of
 from tests.server.serving import Served, serving
 
@@ -164,6 +175,36 @@ def test_the_events_of_a_stream_add_up_to_the_response_without_one(
             json.loads(whole["output"][0]["arguments"])
     if "stop" in fields:
         assert whole["finish_details"]["stop"] == "="
+
+
+def test_calls_and_texts_are_items_in_the_order_in_which_they_begin() -> None:
+    usage = Usage(1, 0, 9, 1)
+    output = Output(reasoning=True, logprobs=False)
+    reply: list[Event] = [
+        Reasoning("Hm"),
+        ToolCallDelta("c1", "f", '{"a": '),
+        ToolCallDelta("c1", "f", "1}"),
+        ToolCall("c1", "f", {"a": 1}, '{"a": 1}'),
+        Text(""),
+        ToolCallDelta("c2", "g", '{"b": '),  # cannot be read: no call follows
+        Text("Oh"),
+        Text("."),
+        Finish("stop", usage),
+    ]
+    events = [
+        {"type": kind, **deepcopy(data)} for event in reply for kind, data in output.add(event)
+    ]
+    assert folded(events) == output.items
+    summary = [
+        (item["type"], item["status"], item.get("arguments") or item["content"][0]["text"])
+        for item in output.items
+    ]
+    assert summary == [
+        ("reasoning", "completed", "Hm"),
+        ("function_call", "completed", '{"a": 1}'),
+        ("function_call", "incomplete", '{"b": '),
+        ("message", "completed", "Oh."),
+    ]
 
 
 def test_a_stream_that_fails_says_so_and_has_what_there_is(served: Served) -> None:

@@ -72,10 +72,10 @@ class Pull(Endpoint[OllamaPullRequest]):
         Raises:
             ApiError: the download failed or was cancelled.
         """
+        yield {"status": "pulling manifest"}
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         # A daemon: the process does not wait for it when it ends.
         Thread(target=self._download, args=(done,), name="qwen3-pull", daemon=True).start()
-        yield {"status": "pulling manifest"}
         shown = None
         try:
             while not done.done():
