@@ -565,7 +565,7 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,x"}
         ({"input": [{"type": "function_call"}]}, "input[0] has no name"),
         ({"input": [{"type": "message", "role": "user"}]}, "input[0]: a message needs a role"),
         ({"input": []}, "input: List should have at least 1 item"),
-        ({"tools": [{"type": "function"}]}, "tools[0] has no name"),
+        ({"tools": [{"type": "function"}]}, "one of the tools has no name"),
         ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "needs tools"),
         ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "needs a schema"),
         ({"text": {"format": {"type": "text", "schema": {}}}}, "text.format has a schema"),

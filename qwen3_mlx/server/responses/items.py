@@ -10,6 +10,7 @@ from typing import Any
 from qwen3_mlx.server.responses.schema import ContentPart, InputItem
 
 Message = dict[str, Any]
+_THINKING = "reasoning_content"
 
 
 def library_messages(items: Sequence[InputItem]) -> list[Message]:
@@ -25,11 +26,9 @@ def library_messages(items: Sequence[InputItem]) -> list[Message]:
         if kind == "message":
             _add_message(messages, item, where)
         elif kind == "reasoning":
-            turn = _turn(messages, "content", "tool_calls")
-            parts = [*(item.summary or ()), *_parts(item.content)]
-            thoughts = [turn.get("reasoning_content"), *(_text(part, where) for part in parts)]
-            if text := "\n".join(filter(None, thoughts)):
-                turn["reasoning_content"] = text
+            texts = [_text(part, where) for part in (*(item.summary or ()), *_parts(item.content))]
+            thoughts = _turn(messages, "content", "tool_calls").setdefault(_THINKING, [])
+            thoughts += filter(None, texts)
         elif kind == "function_call":
             if not item.name:
                 raise ValueError(f"{where} has no name, which a function_call needs")
@@ -44,6 +43,10 @@ def library_messages(items: Sequence[InputItem]) -> list[Message]:
                 f"{where}: an item of type {kind!r:.100} is not supported; there are message, "
                 "reasoning, function_call, function_call_output and item_reference"
             )
+    # Joined only now: to add each of many thoughts to a text would take long.
+    for message in messages:
+        if thoughts := message.pop(_THINKING, None):
+            message[_THINKING] = "\n".join(thoughts)
     return messages
 
 

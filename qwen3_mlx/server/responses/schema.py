@@ -105,7 +105,7 @@ class TextConfig(WireModel):
 class ResponsesReasoning(ReasoningIn):
     """OpenAI's thinking options, with OpenRouter's; the thinking itself is sent, not a summary."""
 
-    summary: str | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
 
 
 class ResponsesRequest(SamplingFields, ThinkingFields):
@@ -125,6 +125,11 @@ class ResponsesRequest(SamplingFields, ThinkingFields):
     tools: Tools[Tool] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
+
+    @property
+    def functions(self) -> list[Tool]:
+        """The tools that the model may call."""
+        return [tool for tool in self.tools or () if tool.type == "function"]
 
     def not_honoured(self) -> list[str]:
         """Return warnings of declared fields that are not honoured."""
@@ -149,11 +154,9 @@ class ResponsesRequest(SamplingFields, ThinkingFields):
             ValueError: a function has no name.
         """
         tools = []
-        for index, tool in enumerate(self.tools or ()):
-            if tool.type != "function":
-                continue
+        for tool in self.functions:
             if not tool.name:
-                raise ValueError(f"tools[{index}] has no name, which a function needs")
+                raise ValueError("one of the tools has no name, which a function needs")
             shown = {name: value for name, value in tool.sent.items() if name in _SHOWN}
             tools.append({"type": "function", "function": shown})
         return tools
@@ -176,16 +179,10 @@ class ResponsesRequest(SamplingFields, ThinkingFields):
             "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary},
             "store": self.store is not False,
             "temperature": self.temperature,
-            "text": {
-                "format": form.model_dump(by_alias=True, exclude_none=True)
-                if form
-                else {"type": "text"}
-            },
-            "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+            "text": {"format": _known(form) if form else {"type": "text"}},
+            "tool_choice": choice if isinstance(choice, str) else _known(choice),
             "tools": [
-                {"parameters": None, "strict": None, **tool.sent}
-                for tool in self.tools or ()
-                if tool.type == "function"
+                {"parameters": None, "strict": None, **_known(tool)} for tool in self.functions
             ],
             "top_logprobs": self.top_logprobs,
             "top_p": self.top_p,
@@ -207,6 +204,12 @@ class ResponsesRequest(SamplingFields, ThinkingFields):
         if schema is None:
             raise ValueError("text.format of type json_schema needs a schema")
         return schema
+
+
+def _known(model: WireModel) -> dict[str, Any]:
+    """Return the declared fields of an object that are not null."""
+    known = {*type(model).model_fields}
+    return model.model_dump(include=known, by_alias=True, exclude_none=True)
 
 
 class InputDetails(WireModel):
