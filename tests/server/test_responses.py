@@ -289,24 +289,24 @@ def test_its_client_takes_a_call_there_and_back(client: Any, stream: bool, linke
     assert final.usage.input_tokens_details.cached_tokens > 0
 
 
-class Sum(BaseModel):
+class Verdict(BaseModel):
     """The schema of an answer."""
 
-    a: int
-    b: int
-    sum: int
+    is_sum: bool
 
 
 def test_its_client_parses_answers(client: Any) -> None:
-    response = client.responses.parse(model="demo", input=SUM, text_format=Sum, extra_body=DIRECT)
-    assert isinstance(response.output_parsed, Sum)
+    response = client.responses.parse(
+        model="demo", input=SUM, text_format=Verdict, extra_body=DIRECT
+    )
+    assert isinstance(response.output_parsed, Verdict)
     assert response.text.format.type == "json_schema"
     with client.responses.stream(
-        model="demo", input=SUM, text_format=Sum, extra_body=DIRECT
+        model="demo", input=SUM, text_format=Verdict, extra_body=DIRECT
     ) as events:
         for _ in events:
             pass
-        assert isinstance(events.get_final_response().output_parsed, Sum)
+        assert isinstance(events.get_final_response().output_parsed, Verdict)
 
 
 def test_its_client_demands_a_call(client: Any) -> None:
