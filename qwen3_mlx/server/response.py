@@ -263,7 +263,7 @@ class ActiveRequest:
     async def complete(
         self, request: Request, receive: Callable[[Sequence[tuple[int, Event]]], None]
     ) -> None:
-        """Pass on the events until all replies are complete, or the client disconnects.
+        """Pass on the events until all replies are complete; cancel them if the client disconnects.
 
         Raises:
             ApiError: a reply failed or was cancelled, or the client disconnected (499).

@@ -26,7 +26,8 @@ def library_messages(items: Sequence[InputItem]) -> list[Message]:
         if kind == "message":
             _add_message(messages, item, where)
         elif kind == "reasoning":
-            texts = [_text(part, where) for part in (*(item.summary or ()), *_parts(item.content))]
+            parts = _parts(item.content) or item.summary or ()
+            texts = [_text(part, where) for part in parts]
             thoughts = _turn(messages, "content", "tool_calls").setdefault(_THINKING, [])
             thoughts += filter(None, texts)
         elif kind == "function_call":
