@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from qwen3_mlx.checkpoint.description import MODEL_CARD, fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.server.access_log import reason_of
 from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.endpoint import Endpoint
 from qwen3_mlx.server.errors import ApiError
@@ -45,7 +46,7 @@ class Pull(Endpoint[OllamaPullRequest]):
 
     async def respond(self, request: Request, slot: Slot) -> Response:
         """Return the response, at the end of the download or as a stream of lines."""
-        self._cancelled = slot.cancelled
+        self._cancelled, self._record = slot.cancelled, slot.record
         headers = warnings_header(self.warnings)
         if self.body.stream is not False:
             slot.kept = True
@@ -64,6 +65,7 @@ class Pull(Endpoint[OllamaPullRequest]):
             async for line in self._lines():
                 yield json_bytes(line) + b"\n"
         except ApiError as error:
+            self._record["error"] = reason_of(error)
             yield json_bytes(PROTOCOL.error_body(error)) + b"\n"
 
     async def _lines(self) -> AsyncIterator[dict[str, Any]]:
