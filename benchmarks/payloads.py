@@ -14,6 +14,7 @@ SECRET = "zanzibarian"  # part of every prompt; must never appear in the log
 _SAID = f"What is 1 + 2, {SECRET}?"
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ANTHROPIC, COUNT = "/v1/messages", "/v1/messages/count_tokens"
+RESPONSES = "/v1/responses"
 OLLAMA, GENERATE = "/api/chat", "/api/generate"
 _FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 _TURNS: list[Any] = [{"role": "user", "content": _SAID}]
@@ -50,6 +51,24 @@ VALID: dict[str, dict[str, Any]] = {
         "reasoning": {"effort": "low"},
     },
     TEXT: {"prompt": [_SAID, "x"], "max_tokens": TOKENS, "echo": True, "logprobs": 1, "n": 2},
+    RESPONSES: {
+        "instructions": "You are brief.",
+        "input": [
+            {"role": "developer", "content": "Count."},
+            {"role": "user", "content": [{"type": "input_text", "text": _SAID}]},
+            {"type": "reasoning", "summary": [], "content": [{"type": "x", "text": "hm"}]},
+            {"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "a", "output": "3"},
+        ],
+        "tools": [{"type": "function", **_FUNCTION}, {"type": "web_search"}],
+        "tool_choice": "auto",
+        "max_output_tokens": TOKENS,
+        "text": {"format": {"type": "json_schema", "name": "a", "schema": {}}},
+        "reasoning": {"effort": "low", "summary": "auto"},
+        "include": ["message.output_text.logprobs"],
+        "metadata": {"a": "b"},
+        "store": True,
+    },
     ANTHROPIC: {
         "max_tokens": TOKENS,
         "system": [{"type": "text", "text": "You are brief."}],

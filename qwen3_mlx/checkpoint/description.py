@@ -29,6 +29,8 @@ from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig, unknown_rope_keys
 
 _log = logging.getLogger(__name__)
+MODEL_CARD = ("README.md",)
+"""Files that are downloaded with a model but not needed to load it."""
 
 
 def read_config(

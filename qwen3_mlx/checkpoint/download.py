@@ -11,7 +11,7 @@ import logging
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from io import BufferedRandom, BufferedReader
@@ -26,6 +26,7 @@ from qwen3_mlx.errors import CheckpointError
 _log = logging.getLogger(__name__)
 _MAX_FAILURES = 5  # tries in a row that bring no bytes
 _PAUSE = 1.0  # seconds before the next try, if the last one brought no bytes
+_PATIENCE = 0.5  # seconds between two calls of `progress`, if no bytes come
 _WORKERS = 4  # files downloaded at once
 _RESERVED_BYTES = 100_000_000  # of the disk, left free
 _SHA256, _SHA1 = re.compile(r"[0-9a-f]{64}"), re.compile(r"[0-9a-f]{40}")
@@ -89,9 +90,12 @@ def download(
 
     with ThreadPoolExecutor(_WORKERS, "download") as pool:
         try:
-            fetching = [pool.submit(_fetch, file, count, stopped) for file in wanted]
-            for done in as_completed(fetching):
-                done.result()
+            pending = {pool.submit(_fetch, file, count, stopped) for file in wanted}
+            while pending:
+                done, pending = wait(pending, _PATIENCE, FIRST_EXCEPTION)
+                for fetched in done:
+                    fetched.result()
+                count(0)  # `progress` may end a download that stalls, too
         except BaseException:  # a file failed, or Ctrl-C: the others stop after their next chunk
             stopped.set()
             pool.shutdown(cancel_futures=True)

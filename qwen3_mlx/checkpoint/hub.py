@@ -13,7 +13,7 @@ from pathlib import Path
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.download import download, first_line, silent_progress_bar
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.model.sizes import DEMO, SIZES, closest_size
+from qwen3_mlx.model.sizes import DEMO, SIZES, closest_size, hub_name, is_demo
 
 _log = logging.getLogger(__name__)
 DESCRIPTION_FILES = (
@@ -121,6 +121,22 @@ class Source:
             raise CheckpointError(f"{name} is a file; give the checkpoint's folder")
         if self.folder and revision is not None:
             raise ValueError(f"revision belongs to hub names; {name} is a folder")
+
+    @classmethod
+    def to_download(
+        cls, model: str, revision: str | None = None, progress: Progress | None = None
+    ) -> "Source":
+        """Create the source of a size or a hub name.
+
+        Raises:
+            CheckpointError: `model` is neither.
+            ValueError: it is on this machine already, as the demo or a folder.
+        """
+        source = cls(hub_name(model), revision, progress)
+        if source.folder:
+            what = "part of this package" if is_demo(model) else "a folder here"
+            raise ValueError(f"{model} is {what}; pull takes a size or a hub name")
+        return source
 
     def list_files(self) -> list[str] | None:
         """Return the names of the checkpoint's files; None if the hub cannot be reached."""

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.description import MODEL_CARD, fetch_weights, read_config
 from qwen3_mlx.checkpoint.download import damaged_files
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.local import HUB, LM_STUDIO, LocalModel, Removal, local_models
@@ -124,15 +124,12 @@ def pull(
             if not quiet:
                 bar(done, total)
 
-        place = Source(hub_name(model), revision, follow)
-        if place.folder:
-            what = "part of this package" if is_demo(model) else "a folder here"
-            raise ValueError(f"{model} is {what}; pull takes a size or a hub name")
+        place = Source.to_download(model, revision, follow)
         folder, config = read_config(place)
         facts = ModelFacts.of(config, folder, Machine.here())
         if not quiet:
             _warn(place.name, facts)
-        folder = fetch_weights(place, folder, also=["README.md"])
+        folder = fetch_weights(place, folder, also=MODEL_CARD)
     if verify and (damaged := damaged_files(folder)):
         raise CheckpointError(
             f"{place.name}: {', '.join(damaged)} does not match its checksum; remove the model "

@@ -86,6 +86,14 @@ def serve(  # noqa: PLR0913 - one parameter an option
         list[str] | None,
         option(panel=_NETWORK, text="Allow web pages of this origin, * is any; may be repeated."),
     ] = None,
+    allow_pull: Annotated[
+        bool,
+        option(
+            "--allow-pull",
+            panel=_NETWORK,
+            text="Let clients download models to this machine (Ollama's /api/pull).",
+        ),
+    ] = False,
     max_body: Annotated[
         int, option(panel=_LIMITS, text="Maximum request size in MiB (default: 32).", min=1)
     ] = 32,
@@ -163,6 +171,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
         max_body=max_body << 20,
         shutdown=shutdown,
         log_content=log_content,
+        allow_pull=allow_pull,
         **defaults.keywords(),
     )
     if key_file is not None:

@@ -5,9 +5,9 @@ request for the library, and then responds: `ReplyEndpoint` with replies, comple
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from functools import partial
-from typing import Generic
+from typing import Any, Generic
 
 from fastapi import Request
 from fastapi.responses import Response
@@ -63,8 +63,10 @@ class ReplyEndpoint(Endpoint[Body]):
             raise
         headers = warnings_header([*self.warnings, *map(self.rename_fields, running.warnings)])
         if self.streams:
-            return EventStreamResponse(running, self._stream(running), self.media_type, headers)
-        await running.complete(request)
+            return EventStreamResponse(
+                running.close, self._stream(running), self.media_type, headers
+            )
+        await running.complete(request, self.receive_events)
         echoed = sum(len(reply.prompt.others) for reply in running.replies if reply.prompt)
         size = (running.usage.completion_tokens + echoed) * _TOKEN_BYTES
         content = await self.service.run_sized(size, partial(self.complete, running))
@@ -78,6 +80,9 @@ class ReplyEndpoint(Endpoint[Body]):
             yield self.stream_end(running)
         except ApiError as error:
             yield self.stream_error(error)
+
+    def receive_events(self, events: Sequence[tuple[int, Event]]) -> None:
+        """Receive the events of a complete response, in their order across text and calls."""
 
     @abstractmethod
     def complete(self, running: ActiveRequest) -> bytes:
@@ -104,13 +109,25 @@ class ReplyEndpoint(Endpoint[Body]):
         """Return what a stream ends with when it fails."""
 
 
+def progress_comment(running: ActiveRequest) -> bytes:
+    """Return an SSE comment, which clients ignore, with the prefilled tokens of the prompt."""
+    if running.has_events:
+        return b": keepalive\n\n"
+    progress = running.prefill
+    done, total = (progress.done, progress.total) if progress else (0, running.prompt_tokens)
+    return f": keepalive {done}/{total}\n\n".encode()
+
+
 async def answer_request(
     service: Service,
     request: Request,
     body: type[Body],
     endpoint: type[Endpoint[Body]],
+    **more: Any,
 ) -> Response:
     """Answer a request with the endpoint that is created from its body, perhaps on a thread.
+
+    The endpoint gets the keywords in `more`.
 
     Raises:
         ApiError: the body cannot be read, or there are too many requests.
@@ -126,12 +143,15 @@ async def answer_request(
         parse = partial(parse_body, sent, body, service.context)
         parsed = await service.run_sized(len(sent), parse)
         slot.widen(parsed.replies)
-        created = await service.run_sized(len(sent), partial(_create, endpoint, service, parsed))
+        create = partial(_create, endpoint, service, parsed, more)
+        created = await service.run_sized(len(sent), create)
         return await created.respond(request, slot)
 
 
-def _create(endpoint: type[Endpoint[Body]], service: Service, body: Body) -> Endpoint[Body]:
+def _create(
+    endpoint: type[Endpoint[Body]], service: Service, body: Body, more: Mapping[str, Any]
+) -> Endpoint[Body]:
     try:
-        return endpoint(service, body)
+        return endpoint(service, body, **more)
     except (ValueError, TypeError) as error:
         raise ApiError(400, endpoint.rename_fields(str(error))) from error

@@ -9,6 +9,7 @@ have that name, because it has no dot or ends in .local.
 
 import ipaddress
 import re
+from hashlib import sha256
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -87,6 +88,8 @@ class Guard:
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
+        # Not the key's name: a change of the key file may give that to another key.
+        scope["owner"] = sha256(key.strip().encode()).hexdigest()
         if self._keys.several or found.is_limited:
             scope["caller"] = f"key {found.name}"
             scope["key"] = found

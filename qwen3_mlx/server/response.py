@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -262,8 +262,10 @@ class ActiveRequest:
         self.replies[index].add(event)
         return event
 
-    async def complete(self, request: Request) -> None:
-        """Wait until all replies are complete; cancel them if the client disconnects before.
+    async def complete(
+        self, request: Request, receive: Callable[[Sequence[tuple[int, Event]]], None]
+    ) -> None:
+        """Pass on the events until all replies are complete; cancel them if the client disconnects.
 
         Raises:
             ApiError: a reply failed or was cancelled, or the client disconnected (499).
@@ -275,8 +277,8 @@ class ActiveRequest:
 
         watching = asyncio.create_task(cancel_on_disconnect())
         try:
-            async for _ in self.batches(self._settings.keep_alive):
-                pass
+            async for events in self.batches(self._settings.keep_alive):
+                receive(events)
         except ApiError as error:
             if self.cancelled.is_set() and watching.done():
                 raise ApiError(499, "the client went away") from error
@@ -342,22 +344,22 @@ class ActiveRequest:
 
 
 class EventStreamResponse(StreamingResponse):
-    """A streamed response. However it ends, its replies are cancelled with it."""
+    """A streamed response. However it ends, what produces it is closed with it."""
 
     def __init__(
         self,
-        running: ActiveRequest,
+        close: Callable[[], None],
         content: AsyncIterator[bytes],
         media_type: str,
         headers: Mapping[str, str],
     ) -> None:
         all_headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **headers}
         super().__init__(content, media_type=media_type, headers=all_headers)
-        self._running = running
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send the stream, then close the request."""
+        """Send the stream, then call `close`."""
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._running.close()
+            self._close()

@@ -39,6 +39,7 @@ class Service:
         self.llm = llm
         self.settings = settings
         self.context = llm.context
+        self.weight_bytes = sum(array.nbytes for array in llm.model.tensors().values())
         self._bridge = EventBridge(llm)
         self.created = int(time.time())
         self.keys = Keys(settings.api_key, settings.key_file)

@@ -32,8 +32,8 @@ class Settings:
     504.
     `model` is the name that clients see. `thinking` and `thinking_budget` are the defaults for a
     request that sets neither; `seed` and each field of `sampling` hold for requests that do not set
-    it. `reasoning_field` is where OpenAI's clients find the thinking. Times
-    are in seconds, sizes in bytes.
+    it. `reasoning_field` is where OpenAI's clients find the thinking. `allow_pull` lets clients of
+    Ollama's API download models to this machine. Times are in seconds, sizes in bytes.
 
     Raises:
         ValueError: a value is out of its range.
@@ -60,6 +60,7 @@ class Settings:
     keep_alive: float = 5.0  # between keep-alives on a stream that has no events
     shutdown: float = 10.0  # for running replies to finish
     log_content: bool = False
+    allow_pull: bool = False
 
     def __post_init__(self) -> None:
         if self.reasoning_field not in REASONING_FIELDS:

@@ -139,6 +139,20 @@ def serving(folder: Path, kind: type[Hub] = Hub, **more: object) -> Iterator[tup
         server.server_close()
 
 
+@contextmanager
+def hub_of(home: Path, endpoint: str) -> Iterator[None]:
+    """Let the hub's library, which has read its variables already, use a cache and an address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+        patch.setattr(constants, "ENDPOINT", endpoint)
+        address = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        patch.setenv("HF_TOKEN", "hf_token")
+        patch.setenv("NO_PROXY", "*")
+        yield
+
+
 def qwen3(
     *arguments: str,
     home: Path,
@@ -151,17 +165,11 @@ def qwen3(
     handler = logging.StreamHandler(err)
     with (
         pytest.MonkeyPatch.context() as patch,
+        hub_of(home, endpoint),
         open(os.devnull) as nothing,
         redirect_stdout(out),
         redirect_stderr(err),
     ):
-        patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
-        patch.setattr(constants, "ENDPOINT", endpoint)
-        address = f"{endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address)
-        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        patch.setenv("HF_TOKEN", "hf_token")
-        patch.setenv("NO_PROXY", "*")
         patch.delenv("QWEN3_MODEL", raising=False)
         patch.setattr(sys, "stdin", stdin or nothing)
         logging.getLogger("qwen3_mlx").addHandler(handler)

@@ -7,6 +7,7 @@ from typing import Any
 from qwen3_mlx.server.anthropic import schema as anthropic_wire
 from qwen3_mlx.server.ollama import schema as ollama_wire
 from qwen3_mlx.server.openai import schema as openai_wire
+from qwen3_mlx.server.responses import schema as responses_wire
 from qwen3_mlx.server.wire import WireModel
 
 
@@ -169,6 +170,91 @@ COMPLETION = RequestFields(
         "TextRequest.stream_options": Case({"include_usage": True}, {"stream": True}),
     },
     silent={"StreamOptions.include_obfuscation": CHAT.silent["StreamOptions.include_obfuscation"]},
+)
+
+_ITEM = {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}]}
+_FUNCTION = {"type": "function", "name": "calculator", "parameters": SCHEMA}
+_FUNCTIONS = {"tools": [_FUNCTION, {"type": "function", "name": "other"}]}
+_ITEMS: dict[str, Any] = {
+    "input": [
+        USER,
+        {"type": "reasoning", "summary": [{"type": "summary_text", "text": "Hm."}]},
+        {"type": "function_call", "call_id": "call_1", "name": "calculator", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "call_1", "output": "46"},
+    ]
+}
+_TEXT_SCHEMA = {"type": "json_schema", "name": "a", "schema": SCHEMA}
+
+RESPONSES = RequestFields(
+    "/v1/responses",
+    responses_wire.ResponsesRequest,
+    {"input": [USER], "max_output_tokens": 99},
+    locations={
+        "ResponsesRequest": ("", {}),
+        "InputItem": ("input.0", {}),
+        "ContentPart": ("input.0.content.0", _ITEM),
+        "Tool": ("tools.0", _FUNCTIONS),
+        "FunctionChoice": (
+            "tool_choice",
+            {**_FUNCTIONS, "tool_choice": {"type": "function", "name": "calculator"}},
+        ),
+        "TextConfig": ("text", {"text": {}}),
+        "TextFormat": ("text.format", {"text": {"format": _TEXT_SCHEMA}}),
+        "ResponsesReasoning": ("reasoning", {"reasoning": {}}),
+        "TemplateKwargs": CHAT.locations["TemplateKwargs"],
+        "ThinkingIn": CHAT.locations["ThinkingIn"],
+    },
+    cases={
+        "ContentPart.annotations": Case([{}]),
+        "ContentPart.logprobs": Case([{}]),
+        "ContentPart.refusal": Case(
+            "Never",
+            {"input": [{"role": "user", "content": [{"type": "refusal", "refusal": "No"}]}]},
+        ),
+        "FunctionChoice.name": Case("other"),
+        "InputItem.arguments": Case('{"x": "1"}', _ITEMS, "input.2"),
+        "InputItem.call_id": Case("call_2", _ITEMS, "input.3"),
+        "InputItem.content": Case("Hello"),
+        "InputItem.encrypted_content": Case("x", _ITEMS, "input.1"),
+        "InputItem.name": Case("other", _ITEMS, "input.2"),
+        "InputItem.output": Case("47", _ITEMS, "input.3"),
+        "InputItem.role": Case("developer"),
+        "InputItem.summary": Case([{"type": "summary_text", "text": "Oh."}], _ITEMS, "input.1"),
+        "InputItem.type": Case("web_search_call", refused=True),
+        "ResponsesRequest.chat_template_kwargs": Case({"enable_thinking": False}),
+        "ResponsesRequest.enable_thinking": Case(False),
+        "ResponsesRequest.include": Case([responses_wire.LOGPROBS]),
+        "ResponsesRequest.include_reasoning": Case(False),
+        "ResponsesRequest.input": Case("Hello"),
+        "ResponsesRequest.logit_bias": Case({"7": 1.0}),
+        "ResponsesRequest.metadata": Case({"a": "b"}),
+        "ResponsesRequest.parallel_tool_calls": Case(False),
+        "ResponsesRequest.previous_response_id": Case("resp_1", refused=True),
+        "ResponsesRequest.reasoning": Case({"max_tokens": 7}),
+        "ResponsesRequest.store": Case(False),
+        "ResponsesRequest.text": Case({"format": {"type": "json_object"}}),
+        "ResponsesRequest.think": Case(False),
+        "ResponsesRequest.thinking": Case({"type": "disabled"}),
+        "ResponsesRequest.tool_choice": Case("none", _FUNCTIONS),
+        "ResponsesRequest.tools": Case([_FUNCTION]),
+        "ResponsesReasoning.enabled": Case(False),
+        "ResponsesReasoning.exclude": Case(True),
+        "TemplateKwargs.enable_thinking": Case(False),
+        "TextConfig.format": Case(_TEXT_SCHEMA),
+        "TextFormat.schema_": Case(OTHER),
+        "TextFormat.type": Case("json_object", {"text": {"format": {"type": "text"}}}),
+        "Tool.parameters": Case(OTHER),
+        "Tool.type": Case("web_search"),
+    },
+    silent={
+        "ContentPart.annotations": "citations are no text",
+        "ContentPart.logprobs": "they are measured anew where they are wanted",
+        "ContentPart.type": "what has a text is text, whatever it is called",
+        "InputItem.call_id": ORDER,
+        "InputItem.encrypted_content": "thinking that is encrypted can be read by nobody else",
+        "InputItem.id": "an item is sent whole, whatever it is called",
+        "InputItem.status": "a part of an item is shown as far as it goes",
+    },
 )
 
 # --- Anthropic ------------------------------------------------------------------------------------
@@ -360,4 +446,4 @@ GENERATE = RequestFields(
     silent={"OllamaGenerateRequest.model": _NAMES, "options.num_gpu": _OF_NO_EFFECT},
 )
 
-REQUESTS = (CHAT, COMPLETION, MESSAGES, COUNTED, OLLAMA, GENERATE)
+REQUESTS = (CHAT, COMPLETION, RESPONSES, MESSAGES, COUNTED, OLLAMA, GENERATE)

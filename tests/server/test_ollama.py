@@ -8,7 +8,7 @@ import httpx
 import ollama
 import pytest
 
-from qwen3_mlx import LLM
+from qwen3_mlx import LLM, backend
 from tests.server.serving import Served, serving
 
 SUM = "What is 12 + 34?"
@@ -224,7 +224,7 @@ def test_what_clients_look_at_first(served: Served) -> None:
     models = served.get("/api/tags").json()["models"]
     assert [model["name"] for model in models] == ["demo", "default"]
     assert all(len(model["digest"]) == 64 for model in models)
-    for path in ("embed", "embeddings", "pull", "push", "create", "copy", "delete"):
+    for path in ("embed", "embeddings", "push", "create", "copy", "delete"):
         method = "DELETE" if path == "delete" else "POST"
         body = {"model": "demo", "stream": False}
         response = httpx.request(method, f"{served.url}/api/{path}", json=body, timeout=60)
@@ -248,8 +248,18 @@ def test_its_own_client(client: Any) -> None:
     assert client.generate(model="demo", keep_alive=0).done_reason == "unload"
     noted = client.chat(model="demo", messages=ASKED, think=False, logprobs=True, top_logprobs=1)
     assert noted.logprobs[0].token and noted.logprobs[0].top_logprobs[0].token
-    assert [model.expires_at.year for model in client.ps().models] == [9999]
-    for call in (client.show, client.pull):
-        with pytest.raises(ollama.ResponseError, match="demo") as told:
-            call("llama3.2")
-        assert told.value.status_code in (404, 501)
+    with pytest.raises(ollama.ResponseError, match="demo") as told:
+        client.show("llama3.2")
+    assert told.value.status_code == 404
+    with pytest.raises(ollama.ResponseError, match="--allow-pull") as told:
+        client.pull("8B")
+    assert told.value.status_code == 403
+
+
+def test_the_loaded_model_is_described(client: Any, demo: LLM) -> None:
+    [loaded], listed = client.ps().models, client.list().models[0]
+    weights = sum(array.nbytes for array in demo.model.tensors().values())
+    assert listed.size == weights <= loaded.size and loaded.digest == listed.digest
+    assert loaded.size_vram == (loaded.size if backend.on_gpu() else 0)
+    assert loaded.context_length == demo.context and loaded.expires_at.year == 9999
+    assert loaded.details.parameter_size == "1.9M" and "bits" in loaded.details.quantization_level

@@ -50,7 +50,7 @@ def hold_to_it(case: Any) -> None:
     """Send a request; its response must be one that is described."""
     body = case.body
     if isinstance(body, dict):
-        for name in ("max_tokens", "max_completion_tokens"):
+        for name in ("max_tokens", "max_completion_tokens", "max_output_tokens"):
             most = body.get(name)
             if most in (None, -1) or (type(most) is int and most > _TOKENS):
                 body[name] = _TOKENS

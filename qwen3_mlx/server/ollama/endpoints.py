@@ -16,6 +16,7 @@ from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.ollama.model import check_model, timestamp
 from qwen3_mlx.server.ollama.protocol import PROTOCOL
 from qwen3_mlx.server.ollama.schema import (
+    LINES,
     NOT_FOR_CHAT,
     NOT_FOR_GENERATE,
     OllamaChatRequest,
@@ -39,7 +40,6 @@ from qwen3_mlx.server.wire import (
 )
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCall
 
-LINES = "application/x-ndjson"
 _COUNT_FIELDS = (
     *("total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration"),
     *("eval_count", "eval_duration"),

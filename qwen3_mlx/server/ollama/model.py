@@ -4,8 +4,12 @@ from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
+from qwen3_mlx import backend
+from qwen3_mlx.engine.memory import count_weights
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.service import Service
+
+_NEVER = "9999-12-31T23:59:59Z"  # expiry of the model, which stays loaded
 
 
 def model_names(service: Service) -> list[str]:
@@ -26,21 +30,33 @@ def check_model(service: Service, name: str | None) -> None:
 
 def model_entry(service: Service, name: str) -> dict[str, Any]:
     """Return the entry of a list of models, under one of the names of the served model."""
-    family = service.llm.config.model_type
+    family, weights = service.llm.config.model_type, count_weights(service.llm.config)
     return {
         "name": name,
         "model": name,
         "modified_at": timestamp(service.created),
-        "size": 0,
+        "size": service.weight_bytes,
         "digest": sha256(name.encode()).hexdigest(),  # Ollama's command line shows a part of it
         "details": {
             "parent_model": "",
             "format": "safetensors",
             "family": family,
             "families": [family],
-            "parameter_size": "",
-            "quantization_level": "",
+            "parameter_size": _in_words(weights),
+            "quantization_level": f"{8 * service.weight_bytes / weights:.1f} bits",
         },
+    }
+
+
+def loaded_model(service: Service) -> dict[str, Any]:
+    """Return the entry of the served model with what it takes now, its caches included."""
+    size = service.weight_bytes + service.llm.activity().cache_bytes
+    return {
+        **model_entry(service, service.settings.model),
+        "size": size,
+        "size_vram": size if backend.on_gpu() else 0,
+        "expires_at": _NEVER,
+        "context_length": service.context,
     }
 
 
@@ -56,6 +72,11 @@ def model_details(service: Service) -> dict[str, Any]:
             f"{family}.context_length": service.context,
         },
     }
+
+
+def _in_words(count: int) -> str:
+    """Return a number of weights as 8.2B, or 1.9M."""
+    return f"{count / 1e9:.1f}B" if count >= 1e9 else f"{count / 1e6:.1f}M"
 
 
 def timestamp(seconds: float) -> str:

@@ -9,15 +9,25 @@ from fastapi.responses import Response
 
 from qwen3_mlx.server.endpoint import answer_request
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.ollama.endpoints import LINES, Chat, Generate
-from qwen3_mlx.server.ollama.model import check_model, model_details, model_entry, model_names
+from qwen3_mlx.server.ollama.endpoints import Chat, Generate
+from qwen3_mlx.server.ollama.model import (
+    check_model,
+    loaded_model,
+    model_details,
+    model_entry,
+    model_names,
+)
 from qwen3_mlx.server.ollama.protocol import PROTOCOL
+from qwen3_mlx.server.ollama.pull import Pull
 from qwen3_mlx.server.ollama.schema import (
     API_VERSION,
+    LINES,
     OllamaChatOut,
     OllamaChatRequest,
     OllamaGenerateOut,
     OllamaGenerateRequest,
+    OllamaPullOut,
+    OllamaPullRequest,
     OllamaShowRequest,
 )
 from qwen3_mlx.server.openapi import route_schema
@@ -26,11 +36,9 @@ from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import Json, check_unknown, warnings_header
 from qwen3_mlx.version import __version__
 
-_NEVER = "9999-12-31T23:59:59Z"  # expiry of the model, which stays loaded
 _UNSUPPORTED_ROUTES = {
     "/embed": ("POST", "makes no embeddings"),
     "/embeddings": ("POST", "makes no embeddings"),
-    "/pull": ("POST", "fetches no others"),
     "/push": ("POST", "uploads none"),
     "/create": ("POST", "makes no others"),
     "/copy": ("POST", "copies none"),
@@ -61,9 +69,7 @@ def routes(service: Service) -> APIRouter:
     @router.get("/ps")
     async def loaded() -> dict[str, Any]:
         """List the loaded model."""
-        model = model_entry(service, service.settings.model)
-        more = {"expires_at": _NEVER, "size_vram": 0, "context_length": service.context}
-        return {"models": [{**model, **more}]}
+        return {"models": [loaded_model(service)]}
 
     @router.post("/show", **route_schema(OllamaShowRequest))
     async def show(request: Request) -> Response:
@@ -75,6 +81,11 @@ def routes(service: Service) -> APIRouter:
         return Json(
             model_details(service), headers=warnings_header(check_unknown(body, {}, frozenset()))
         )
+
+    @router.post("/pull", **route_schema(OllamaPullRequest, OllamaPullOut, LINES))
+    async def pull(request: Request) -> Response:
+        """Download a model to this machine, if the server was started with --allow-pull."""
+        return await answer_request(service, request, OllamaPullRequest, Pull)
 
     @router.head("/version", include_in_schema=False)
     @router.get("/version")

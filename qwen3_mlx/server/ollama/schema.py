@@ -11,6 +11,7 @@ from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.openai.schema import ToolIn
 from qwen3_mlx.server.wire import Messages, Parts, RequestModel, Tools, WireModel
 
+LINES = "application/x-ndjson"
 API_VERSION = "0.12.11"
 """Version of Ollama whose API this is: the first with logprobs."""
 
@@ -133,6 +134,14 @@ class OllamaShowRequest(RequestModel):
     name: str | None = None
 
 
+class OllamaPullRequest(RequestModel):
+    """`POST /api/pull`; `name` is the older name of `model`."""
+
+    model: str | None = None
+    name: str | None = None
+    stream: bool | None = None
+
+
 # --- responses ----------------------------------------------------------------------------------
 
 
@@ -170,6 +179,15 @@ class OllamaGenerateOut(_Out):
 
     response: str
     thinking: str | None = None
+
+
+class OllamaPullOut(WireModel):
+    """The response of `/api/pull`, and a line of its stream; sizes in bytes."""
+
+    status: str
+    digest: str | None = None
+    total: int | None = None
+    completed: int | None = None
 
 
 # --- options ------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from typing import Any
 
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import ReplyBuilder
-from qwen3_mlx.server.openai.completion import Completion, sampling_options
+from qwen3_mlx.server.openai.completion import Completion, sampling_options, thinking_options
 from qwen3_mlx.server.openai.response_format import constraint_option
 from qwen3_mlx.server.openai.schema import (
     HARMLESS,
@@ -39,21 +39,17 @@ class ChatCompletion(Completion[ChatRequest]):
         super().__init__(service, body)
         # Ids of the calls begun in each choice.
         self._call_ids: list[list[str]] = [[] for _ in range(self.choices)]
-        hidden = body.include_reasoning is False or (body.reasoning and body.reasoning.exclude)
-        self._fields = () if hidden else _REASONING_FIELDS[service.settings.reasoning_field]
+        fields = _REASONING_FIELDS[service.settings.reasoning_field]
+        self._fields = () if body.hides_reasoning else fields
         self.warnings += check_unknown(body, NOT_FOR_CHAT, HARMLESS, HINTS)
         self.warnings += _message_warnings(body.messages)
         messages = [_library_message(message) for message in body.messages]
         options: Options = {
             **_chat_options(body),
-            **service.thinking_options(body.thinking_request(), self.warnings),
+            **thinking_options(service, body, self.warnings),
             "continue_last": _continues(body, messages),
             "prefetch_next_turn": self.choices == 1,
         }
-        thinks = options["thinking"]
-        thinks = service.llm.thinking.can_think if thinks is None else thinks
-        if body.thinking_budget_message is not None and not thinks:
-            self.warnings.append("thinking_budget_message was ignored: the reply does not think")
         self.prepares = [partial(service.llm.prepare, messages, **options)]
 
     def opening_chunk(self, index: int) -> Mapping[str, Any]:
@@ -201,7 +197,6 @@ def _chat_options(body: ChatRequest) -> Options:
         "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "partial_calls": bool(body.stream),
-        "thinking_budget_message": body.thinking_budget_message,
     }
 
 

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.engine.sampling_params import SamplingParams
-from qwen3_mlx.server.endpoint import ReplyEndpoint
+from qwen3_mlx.server.endpoint import ReplyEndpoint, progress_comment
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.protocol import PROTOCOL
-from qwen3_mlx.server.openai.schema import SamplingFields
+from qwen3_mlx.server.openai.schema import CompletionFields, SamplingFields, ThinkingFields
 from qwen3_mlx.server.response import ActiveRequest
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.wire import json_bytes, stop_strings
@@ -22,7 +22,7 @@ from qwen3_mlx.version import __version__
 _MAX_DIGITS = 18  # of a token's id
 _RANDOM = -1  # this seed means a random one, as on other local servers
 
-CompletionBody = TypeVar("CompletionBody", bound=SamplingFields)
+CompletionBody = TypeVar("CompletionBody", bound=CompletionFields)
 
 
 class Completion(ReplyEndpoint[CompletionBody]):
@@ -89,12 +89,8 @@ class Completion(ReplyEndpoint[CompletionBody]):
         return b"".join(before + json_bytes(chunk) + after for chunk in chunks if chunk)
 
     def stream_keepalive(self, running: ActiveRequest) -> bytes:
-        """Return an SSE comment, which clients ignore, with the prefilled tokens of the prompt."""
-        if running.has_events:
-            return b": keepalive\n\n"
-        progress = running.prefill
-        done, total = (progress.done, progress.total) if progress else (0, running.prompt_tokens)
-        return f": keepalive {done}/{total}\n\n".encode()
+        """Return a comment with the progress."""
+        return progress_comment(running)
 
     def stream_end(self, running: ActiveRequest) -> bytes:
         """Return the token counts, if requested, and the mark of the end."""
@@ -131,6 +127,20 @@ def sampling_options(body: SamplingFields) -> Options:
     )
     seed = None if body.seed == _RANDOM else body.seed
     return {"sampling": sampling, "stop": stop_strings(body.stop), "seed": seed}
+
+
+def thinking_options(service: Service, body: ThinkingFields, warnings: list[str]) -> Options:
+    """Return the library's options for the thinking of a request, and append warnings.
+
+    Raises:
+        ValueError: fields contradict each other.
+    """
+    options = service.thinking_options(body.thinking_request(), warnings)
+    thinks = options["thinking"]
+    thinks = service.llm.thinking.can_think if thinks is None else thinks
+    if body.thinking_budget_message is not None and not thinks:
+        warnings.append("thinking_budget_message was ignored: the reply does not think")
+    return {**options, "thinking_budget_message": body.thinking_budget_message}
 
 
 def _counts(running: ActiveRequest) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from qwen3_mlx.server.endpoint import EVENTS, answer_request
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.chat import ChatCompletion
 from qwen3_mlx.server.openai.protocol import PROTOCOL
-from qwen3_mlx.server.openai.responses import ChatOut, ModelOut, ModelsOut, TextOut
+from qwen3_mlx.server.openai.response_models import ChatOut, ModelOut, ModelsOut, TextOut
 from qwen3_mlx.server.openai.schema import ChatRequest, TextRequest
 from qwen3_mlx.server.openai.text import TextCompletion
 from qwen3_mlx.server.openapi import route_schema

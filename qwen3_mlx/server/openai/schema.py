@@ -226,14 +226,12 @@ class ThinkingIn(WireModel):
 
 
 class SamplingFields(RequestModel):
-    """Fields of chat and text completions."""
+    """Fields of all requests for a reply."""
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
     seed: int | None = None
     stop: str | Stops | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
@@ -243,29 +241,22 @@ class SamplingFields(RequestModel):
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: Biases | None = None
 
+
+class CompletionFields(SamplingFields):
+    """Fields of chat and text completions."""
+
+    n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
+    stream_options: StreamOptions | None = None
+
     @property
     def replies(self) -> int:
         """Number of replies that the request wants."""
         return self.n or 1
 
 
-class ChatRequest(SamplingFields):
-    """`POST /v1/chat/completions`."""
+class ThinkingFields(WireModel):
+    """The thinking options of a request, in the spellings of all clients."""
 
-    messages: Annotated[Messages[Message], Field(min_length=1)]
-    continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = None
-    max_tokens: TokenLimit | None = None
-    max_completion_tokens: TokenLimit | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    tools: Tools[ToolIn] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
-    parallel_tool_calls: bool | None = None
-    response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
-    json_schema: dict[str, Any] | None = None  # llama.cpp's field
-    format: Literal["json", ""] | dict[str, Any] | None = None  # Ollama's field
     think: bool | Effort | None = None  # Ollama's field
     chat_template_kwargs: TemplateKwargs | None = None
     enable_thinking: bool | None = None
@@ -279,6 +270,11 @@ class ChatRequest(SamplingFields):
     reasoning: ReasoningIn | None = None
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
+
+    @property
+    def hides_reasoning(self) -> bool:
+        """True if the thinking must be left out of the response."""
+        return self.include_reasoning is False or bool(self.reasoning and self.reasoning.exclude)
 
     def thinking_request(self) -> ThinkingRequest:
         """Return the thinking fields of the request.
@@ -320,7 +316,26 @@ class ChatRequest(SamplingFields):
         )
 
 
-class TextRequest(SamplingFields):
+class ChatRequest(CompletionFields, ThinkingFields):
+    """`POST /v1/chat/completions`."""
+
+    messages: Annotated[Messages[Message], Field(min_length=1)]
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
+    max_tokens: TokenLimit | None = None
+    max_completion_tokens: TokenLimit | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Tools[ToolIn] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
+    json_schema: dict[str, Any] | None = None  # llama.cpp's field
+    format: Literal["json", ""] | dict[str, Any] | None = None  # Ollama's field
+
+
+class TextRequest(CompletionFields):
     """`POST /v1/completions`."""
 
     prompt: str | FailFast[str] | FailFast[int] | FailFast[FailFast[int]]

@@ -1,0 +1,126 @@
+"""Downloads a model into the hub's cache of this machine, with lines of its progress."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from functools import partial
+from hashlib import sha256
+from threading import Thread
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from qwen3_mlx.checkpoint.description import MODEL_CARD, fetch_weights, read_config
+from qwen3_mlx.checkpoint.hub import Source
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.server.access_log import reason_of
+from qwen3_mlx.server.admission import Slot
+from qwen3_mlx.server.endpoint import Endpoint
+from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.ollama.protocol import PROTOCOL
+from qwen3_mlx.server.ollama.schema import LINES, OllamaPullRequest
+from qwen3_mlx.server.preparing import wait_for_disconnect
+from qwen3_mlx.server.response import EventStreamResponse
+from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.wire import Json, check_unknown, json_bytes, warnings_header
+
+_SECONDS_PER_LINE = 0.25
+
+
+class Pull(Endpoint[OllamaPullRequest]):
+    """The download of a model, which `qwen3 list` then shows; the served model stays the same."""
+
+    def __init__(self, service: Service, body: OllamaPullRequest) -> None:
+        super().__init__(service, body)
+        if not service.settings.allow_pull:
+            raise ApiError(403, "downloads are off here; qwen3 serve --allow-pull allows them")
+        if not (name := body.model or body.name):
+            raise ValueError("model is empty; give a size such as 8B, or a hub name")
+        self.warnings += check_unknown(body, {}, frozenset())
+        try:
+            self._source = Source.to_download(name, progress=self._follow)
+        except Qwen3Error as error:
+            raise ApiError(400, str(error)) from error
+        self._present: tuple[int, int] | None = None  # bytes, and their total
+
+    async def respond(self, request: Request, slot: Slot) -> Response:
+        """Return the response, at the end of the download or as a stream of lines."""
+        self._cancelled, self._record = slot.cancelled, slot.record
+        headers = warnings_header(self.warnings)
+        if self.body.stream is not False:
+            slot.kept = True
+            return EventStreamResponse(partial(_end, slot), self._stream(), LINES, headers)
+        watching = asyncio.create_task(wait_for_disconnect(request))
+        watching.add_done_callback(lambda _: slot.cancelled.set())
+        try:
+            async for line in self._lines():
+                last = line
+        finally:
+            watching.cancel()
+        return Json(last, headers=headers)
+
+    async def _stream(self) -> AsyncIterator[bytes]:
+        try:
+            async for line in self._lines():
+                yield json_bytes(line) + b"\n"
+        except ApiError as error:
+            self._record["error"] = reason_of(error)
+            yield json_bytes(PROTOCOL.error_body(error)) + b"\n"
+
+    async def _lines(self) -> AsyncIterator[dict[str, Any]]:
+        """Yield the progress while a thread downloads, and how it ended.
+
+        Raises:
+            ApiError: the download failed or was cancelled.
+        """
+        yield {"status": "pulling manifest"}
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        # A daemon: the process does not wait for it when it ends.
+        Thread(target=self._download, args=(done,), name="qwen3-pull", daemon=True).start()
+        shown = None
+        try:
+            while not done.done():
+                await asyncio.wait([done], timeout=_SECONDS_PER_LINE)
+                if self._cancelled.is_set():  # the thread may wait for the hub for some seconds
+                    raise ApiError(503, "the download was cancelled; the next one resumes it")
+                if self._present and self._present != shown:
+                    shown = self._present
+                    yield self._line(*shown)
+            done.result()
+        except Qwen3Error as error:
+            raise ApiError(400, str(error)) from error
+        finally:
+            done.cancel()
+        yield {"status": "success"}
+
+    def _line(self, present: int, total: int) -> dict[str, Any]:
+        # Clients show a bar for each digest, whose total must not change.
+        digest = sha256(f"{self._source.name} {total}".encode()).hexdigest()
+        line = {"status": f"pulling {digest[:12]}", "digest": f"sha256:{digest}"}
+        return {**line, "total": total, "completed": present}
+
+    def _download(self, done: asyncio.Future[None]) -> None:
+        settle = partial(done.set_result, None)
+        try:
+            folder, _ = read_config(self._source)
+            fetch_weights(self._source, folder, also=MODEL_CARD)
+        except BaseException as error:  # noqa: BLE001 - raised again where `done` is awaited
+            settle = partial(done.set_exception, error)
+
+        def finish() -> None:
+            if not done.cancelled():
+                settle()
+
+        with suppress(RuntimeError):  # the loop is closed
+            done.get_loop().call_soon_threadsafe(finish)
+
+    def _follow(self, present: int, total: int) -> None:
+        if self._cancelled.is_set():  # an error ends the download, which the next one resumes
+            raise Qwen3Error("it was cancelled")
+        self._present = present, total
+
+
+def _end(slot: Slot) -> None:
+    slot.cancelled.set()
+    slot.release()
