@@ -21,7 +21,7 @@ class TaskOptions:
         Path | None, option(file_okay=False, exists=True, text="Folder with further tasks.")
     ] = None
     limit: Annotated[
-        float | None, option(min=0, text="Documents of each task; below 1, a share of them.")
+        float | None, option(text="Documents of each task; below 1, a share of them.")
     ] = None
     num_fewshot: Annotated[
         int | None, option(min=0, text="Examples before each question (default: the task's own).")

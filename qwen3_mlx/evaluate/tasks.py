@@ -19,16 +19,14 @@ from queue import SimpleQueue
 from threading import Event as Flag
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
-from qwen3_mlx.text.events import Event, Finish
+from qwen3_mlx.text.events import Event, Finish, Reasoning, Text
 
 if TYPE_CHECKING:
     from qwen3_mlx.api.llm import LLM
-    from qwen3_mlx.api.prepared_request import PreparedRequest
 
 _log = logging.getLogger(__name__)
 _LANES = 8  # requests at once: half as many as prefixes are kept
@@ -53,6 +51,10 @@ class Answering:
     chat: bool = False
     thinking: bool | None = None
     seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.thinking is not None and not self.chat:
+            raise ValueError(f"thinking={self.thinking} needs chat=True")
 
 
 _PLAIN = Answering()
@@ -112,10 +114,12 @@ def run_tasks(
         progress: callable (done, total) requests of one kind.
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: there is no such task, or `limit` is not above 0.
         Qwen3Error: lm-eval is not installed, or the checkpoint cannot do what a task asks for.
     """
     check_lm_eval()
+    if limit is not None and limit <= 0:
+        raise ValueError(f"limit must be above 0, not {limit}")
     llm.thinking.resolve(answering.thinking)
     # Imported here because they take a second. They are untyped.
     import numpy as np
@@ -156,10 +160,8 @@ def run_tasks(
             fewshot_as_multiturn=answering.chat,
             log_samples=False,
         )
-    prompt_tokens, cached = (sum(counts) for counts in zip((0, 0), *model.counts, strict=True))
-    return TaskResults(
-        results, prompt_tokens, prompt_tokens - cached, model.shortened, model.unfinished
-    )
+    tokens, cached, shortened, unfinished = map(sum, zip((0, 0, 0, 0), *model.counts, strict=True))
+    return TaskResults(results, tokens, tokens - cached, shortened, unfinished)
 
 
 def _load(names: Sequence[str], include: Path | None) -> dict[str, Any]:
@@ -187,13 +189,13 @@ def _load(names: Sequence[str], include: Path | None) -> dict[str, Any]:
 class _Answers:
     """The methods of lm-eval's `TemplateLM` that answer requests, beside those that it brings.
 
-    `counts` has the prompt tokens of each request, and how many of them came from the prefix cache.
+    `counts` has, for each request, its prompt tokens, how many of them came from the prefix cache,
+    whether it lost its beginning, and whether its reply ended inside its thinking.
     """
 
     def __init__(self, llm: "LLM", answering: Answering, progress: Progress | None) -> None:
         super().__init__()  # lm-eval's
-        self.counts: list[tuple[int, int]] = []
-        self.shortened = self.unfinished = 0
+        self.counts: list[tuple[int, int, bool, bool]] = []
         self.max_length = llm.context
         self._llm = llm
         self._answering = answering
@@ -234,13 +236,12 @@ class _Answers:
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
         """Return the log probability of each continuation, and whether it is the likeliest."""
-        for _, context, continuation in requests:
+        for _, _, continuation in requests:
             if len(continuation) > self.max_length:
                 raise Qwen3Error(
                     f"a text of {len(continuation):,} tokens is to be scored at once, and the "
                     f"context window is {self.max_length:,}"
                 )
-            self.shortened += len(context) + len(continuation) > self.max_length + 1
         # The last token is only scored, not read.
         texts = [(context + rest)[-self.max_length - 1 :] for _, context, rest in requests]
 
@@ -249,7 +250,8 @@ class _Answers:
             if not continuation:
                 return 0.0, True
             found = self._llm.score(ids, len(ids) - len(continuation), self._cancelled)
-            self.counts.append((len(ids) - 1, found.cached_tokens))
+            shortened = len(ids) < len(requests[index][1]) + len(continuation)
+            self.counts.append((len(ids) - 1, found.cached_tokens, shortened, False))
             greedy = all(one.logprob == one.top[0][1] for one in found.logprobs)
             return sum(one.logprob for one in found.logprobs), greedy
 
@@ -280,28 +282,25 @@ class _Answers:
         """Return the replies, without their thinking if prompts are rendered as conversations."""
         from lm_eval.models.utils import normalize_gen_kwargs
 
-        seed = self._answering.seed
-        prepared = [
-            self._prepare(
-                self.tok_encode(context),
-                normalize_gen_kwargs(options, _MAX_GENERATED),
-                # Repetitions of one request are to differ, where they are sampled.
-                (_SEED if seed is None else seed) + number,
-            )
-            for number, (context, options) in enumerate(request.args for request in requests)
-        ]
-        prompts = [request.ids for request in prepared]
-        return self._answer(prompts, lambda index: self._generate(prepared[index]))
+        seed = _SEED if self._answering.seed is None else self._answering.seed
 
-    def _prepare(self, ids: list[int], options: dict[str, Any], seed: int) -> "PreparedRequest":
-        """Prepare a reply by the generation options of a task, normalised."""
+        def generate(index: int) -> str:
+            context, options = requests[index].args
+            options = normalize_gen_kwargs(options, _MAX_GENERATED)
+            # By the place, since repetitions of one request are to differ where they are sampled.
+            return self._generate(self.tok_encode(context), options, seed + index)
+
+        # Sorted as texts, and encoded only when it is their turn: all ids would take much memory.
+        return self._answer([request.args[0] for request in requests], generate)
+
+    def _generate(self, ids: list[int], options: dict[str, Any], seed: int) -> str:
+        """Return a reply by the generation options of a task, normalised."""
         most, stop = options.pop("max_gen_toks"), [text for text in options.pop("until") if text]
         if (room := self.max_length - most) < 1:
             raise Qwen3Error(
                 f"max_gen_toks={most} leaves no room for a prompt in the context window of "
                 f"{self.max_length:,}"
             )
-        self.shortened += len(ids) > room
         prepared = self._llm.prepare_text(
             ids[-room:],
             max_tokens=most,
@@ -310,32 +309,32 @@ class _Answers:
             loop_guard=False,
             sampling=_sampling(options),
         )
-        if not self._answering.chat:
-            return prepared
-        thinking = self._llm.thinking
-        tags = [token for token in ids if token in (thinking.open_id, thinking.close_id)]
-        return replace(prepared, thinking=thinking, inside=tags[-1:] == [thinking.open_id])
-
-    def _generate(self, prepared: "PreparedRequest") -> str:
-        events, reply = SimpleQueue[Event | BaseException](), ReplyBuilder()
+        if self._answering.chat:
+            thinking = self._llm.thinking
+            tags = [token for token in ids if token in (thinking.open_id, thinking.close_id)]
+            inside = tags[-1:] == [thinking.open_id]
+            prepared = replace(prepared, thinking=thinking, inside=inside)
+        events, text, thinks = SimpleQueue[Event | BaseException](), "", False
         self._llm.submit(prepared, events.put, self._cancelled)
         while not isinstance(event := events.get(), Finish):
             if isinstance(event, BaseException):
                 raise event
-            reply.add(event)
+            thinks = thinks or isinstance(event, Reasoning)
+            text += event.text if isinstance(event, Text) else ""
         if event.reason == "cancelled":
             raise Qwen3Error("the evaluation was cancelled")
-        self.counts.append((event.usage.prompt_tokens, event.usage.cached_tokens))
-        self.unfinished += bool(reply.reasoning) and event.reason == "length" and not reply.text
-        return reply.text
+        usage, unfinished = event.usage, thinks and event.reason == "length" and not text
+        counts = (usage.prompt_tokens, usage.cached_tokens, len(ids) > room, unfinished)
+        self.counts.append(counts)
+        return text
 
-    def _answer(self, prompts: Sequence[Sequence[int]], answer: Callable[[int], R]) -> list[R]:
-        """Return `answer(index)` of each prompt, several at a time.
+    def _answer(self, prompts: Sequence[Any], answer: Callable[[int], R]) -> list[R]:
+        """Return `answer(index)` of each prompt, several at a time; prompts are ids or texts.
 
         The first one is alone, so that the others find what all have in common. Then neighbours in
         alphabetical order follow each other: so each finds what it shares with the one before.
         """
-        order = sorted(range(len(prompts)), key=lambda index: list(prompts[index]))
+        order = sorted(range(len(prompts)), key=prompts.__getitem__)
         answers, done = dict[int, R](), count(1)
 
         def run(indices: Sequence[int]) -> None:

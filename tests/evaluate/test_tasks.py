@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Event
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -16,8 +17,9 @@ from qwen3_mlx import LLM, ContextError, Qwen3Error, load
 from qwen3_mlx.cli.main import main
 from qwen3_mlx.evaluate import tasks
 from qwen3_mlx.evaluate.tasks import Answering, TaskResults, run_tasks
+from tests.engine.harness import engine_of
 from tests.evaluate import lm_eval_standin
-from tests.support import DEMO, random_ids, write_tiny
+from tests.support import DEMO, make_model, random_ids, write_tiny
 
 _DATA = Path(__file__).parent.parent / "data" / "eval"
 _EXPECTED = json.loads((_DATA / "expected.json").read_text("utf-8"))
@@ -119,6 +121,27 @@ def test_samples_follow_the_seed(run: Run) -> None:
     assert replies[0] == replies[1] != replies[2]
 
 
+def test_repetitions_of_a_request_are_other_samples(llm: LLM) -> None:
+    options = {"do_sample": True, "temperature": 3.0, "max_gen_toks": 8}
+    requests = [SimpleNamespace(args=("What is", options))] * 2
+    first, second = tasks._Answers(llm, Answering(), None).generate_until(requests)
+    assert first != second
+
+
+def test_requests_are_sorted_and_their_answers_are_not(llm: LLM) -> None:
+    asked: list[int] = []
+    progress: list[tuple[int, int]] = []
+
+    def answer(index: int) -> int:
+        asked.append(index)
+        return 10 * index
+
+    model = tasks._Answers(llm, Answering(), lambda *counts: progress.append(counts))
+    assert model._answer([[2, 1], [1, 2], [3], [1]], answer) == [0, 10, 20, 30]
+    assert asked[0] == 3 and sorted(asked) == [0, 1, 2, 3]
+    assert sorted(progress) == [(done, 4) for done in (1, 2, 3, 4)]
+
+
 def test_a_long_prompt_loses_its_beginning(folder: Path) -> None:
     with load(context=64, dequantize=False) as small:
         found = run_tasks(small, ["demo_choices"], include=folder, limit=1)
@@ -131,6 +154,7 @@ def test_a_long_prompt_loses_its_beginning(folder: Path) -> None:
     ("name", "options", "kind", "complaint"),
     [
         ("demo_chois", {}, ValueError, "no task 'demo_chois'; close to it are demo_choices"),
+        ("demo_raw", {"limit": 0}, ValueError, "limit must be above 0, not 0"),
         ("xyz", {}, ValueError, "no task 'xyz'; see lm-eval ls tasks"),
         (
             "demo_choices",
@@ -228,6 +252,17 @@ def test_scores_are_those_of_the_logits_wherever_they_begin(llm: LLM) -> None:
         assert [one.top[0][1] for one in found.logprobs] == pytest.approx(
             best[start - 1 :], abs=1e-4
         )
+
+
+def test_texts_that_are_scored_at_once_share_a_context() -> None:
+    engine, found = engine_of(make_model()), list[Any]()
+    context = random_ids(40)
+    for endings in ([[1, 2, 3]], [[4, 5, 6], [7, 8, 9], [1, 5, 6]]):
+        for ending in endings:
+            engine.score(context + ending, 40, found.append, Event())
+        while engine.step():
+            pass
+    assert [scores.cached_tokens for scores in found] == [0, 39, 39, 39]
 
 
 def test_a_text_of_one_token_more_than_the_window_is_scored(llm: LLM) -> None:
