@@ -225,7 +225,10 @@ class LoadedModel:
         replies = self._open()
         tokens = replies.window.encode(token_ids(ids))
         if not 1 <= start < len(tokens):
-            raise ValueError(f"start must be from 1 to {len(tokens) - 1:,}, not {start}")
+            raise ValueError(
+                f"start must be at least 1 and less than the number of ids, {len(tokens):,}, "
+                f"not {start}"
+            )
         replies.window.room(len(tokens) - 1, 0, 0)
         outcomes: SimpleQueue[Scores | BaseException] = SimpleQueue()
         with self._worker.wait():

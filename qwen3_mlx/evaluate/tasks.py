@@ -54,7 +54,7 @@ class Answering:
 
     def __post_init__(self) -> None:
         if self.thinking is not None and not self.chat:
-            raise ValueError(f"thinking={self.thinking} needs chat=True")
+            raise ValueError("thinking is switched in conversations only: set chat as well")
 
 
 _PLAIN = Answering()
@@ -298,8 +298,8 @@ class _Answers:
         most, stop = options.pop("max_gen_toks"), [text for text in options.pop("until") if text]
         if (room := self.max_length - most) < 1:
             raise Qwen3Error(
-                f"max_gen_toks={most} leaves no room for a prompt in the context window of "
-                f"{self.max_length:,}"
+                f"a reply of {most:,} tokens (max_gen_toks) leaves no room for a prompt in the "
+                f"context window of {self.max_length:,}"
             )
         prepared = self._llm.prepare_text(
             ids[-room:],
