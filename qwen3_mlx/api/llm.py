@@ -40,6 +40,8 @@ class LLM(LoadedModel):
         config: the shape of the network, a `ModelConfig`.
         tokenizer: encodes text to token ids and decodes them.
         thinking: which modes the checkpoint has (thinking, direct or both), a `Thinking`.
+        prefix_id: the id of the token to put before a text without context: the beginning of a
+            text or else its end, as tokenizer_config.json names them; None if it names neither.
         context: the context window in tokens: the most that a prompt and its reply have together.
         cache_format: the format of the KV caches, a `CacheFormat`.
         model: the network; its arrays belong to the worker thread, see `compute`.

@@ -24,6 +24,7 @@ from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.engine.activity import Activity
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory_ledger import Share, release
+from qwen3_mlx.engine.request import Scores
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
@@ -54,6 +55,7 @@ class LoadedModel:
         self.cache_format = cache_format
         self.tokenizer = processor.tokenizer
         self.thinking = processor.thinking
+        self.prefix_id = processor.prefix_id
         self._worker = worker
         # A network may have fewer rows than the tokenizer has ids, or more, as padding: only ids
         # that both know may be sampled.
@@ -205,6 +207,36 @@ class LoadedModel:
         while call(partial(engine.advance_logits, logits)):
             pass
         return logits.values
+
+    def score(self, ids: Sequence[int], start: int = 1, cancelled: Flag | None = None) -> Scores:
+        """Return the log probabilities of the ids from `start` on, each after all ids before it.
+
+        They are in nats, those of the network itself, each with the likeliest token in its place.
+        Only some rows of logits are in memory at a time. Requests of several threads are batched,
+        and run beside replies. A context of 16 or more tokens that an earlier prompt began with is
+        not computed again. Setting `cancelled` ends the request within a step.
+
+        Raises:
+            TypeError, ValueError: `start` is not from 1 to len(ids) - 1, or an id is not a whole
+                number or not in the vocabulary.
+            ContextError: all ids but the last are more than the context window has.
+            Qwen3Error: the request was cancelled, or the weights are damaged.
+        """
+        replies = self._open()
+        tokens = replies.window.encode(token_ids(ids))
+        if not 1 <= start < len(tokens):
+            raise ValueError(
+                f"start must be at least 1 and less than the number of ids, {len(tokens):,}, "
+                f"not {start}"
+            )
+        replies.window.room(len(tokens) - 1, 0, 0)
+        outcomes: SimpleQueue[Scores | BaseException] = SimpleQueue()
+        with self._worker.wait():
+            replies.engine.score(tokens, start, outcomes.put, cancelled or Flag())
+            outcome = outcomes.get()
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
 
     def forget(self) -> None:
         """Clear the prefix cache: free the KV caches that are kept from earlier prompts."""

@@ -42,7 +42,8 @@ class TextProcessor:
     """The text side of a checkpoint: tokenizer, chat template, thinking mode, sampling defaults.
 
     Tokens in `end_ids` end any reply; those in `turn_end_ids` also end a reply to a conversation.
-    If `template` is None, `no_template` is the error message that says why.
+    `prefix_id` stands before a text without context. If `template` is None, `no_template` is the
+    error message that says why.
     """
 
     tokenizer: Tokenizer
@@ -52,6 +53,7 @@ class TextProcessor:
     sampling: SamplingDefaults
     end_ids: frozenset[int]
     turn_end_ids: frozenset[int]
+    prefix_id: int | None
     grammars: GrammarCompiler
     no_template: str = ""
 
@@ -90,6 +92,7 @@ def load_text_processor(
         SamplingDefaults.of(sampling, hybrid=thinking.hybrid),
         frozenset(end_ids),
         _turn_end(template, tokenizer) if template else frozenset(),
+        _prefix_id(folder, tokenizer),
         grammars,
         no_template,
     )
@@ -104,6 +107,12 @@ def _named_end(folder: Path, tokenizer: Tokenizer) -> set[int]:
     if stated := config.get("eos_token"):
         _log.warning("tokenizer_config.json: its eos_token %r is no token; it ends nothing", stated)
     return set()
+
+
+def _prefix_id(folder: Path, tokenizer: Tokenizer) -> int | None:
+    """Return the id of tokenizer_config's `bos_token`, which Qwen3 lacks, or `eos_token`."""
+    named = special_tokens(read_tokenizer_config(folder))
+    return tokenizer.id_of(named.get("bos_token") or named.get("eos_token", ""))
 
 
 def _turn_end(template: ChatTemplate, tokenizer: Tokenizer) -> frozenset[int]:

@@ -60,12 +60,14 @@ class PrefixStore:
         self.evict(self.room - self.limit)
         del self._kept[:-_MAX_PREFIXES]
 
-    def acquire(self, ids: Sequence[int], max_tokens: int) -> Prefix | None:
+    def acquire(
+        self, ids: Sequence[int], max_tokens: int, *, always_copy: bool = False
+    ) -> Prefix | None:
         """Return the longest kept prefix of the first `max_tokens` ids, or None.
 
         A request that continues from the whole prompt of another gets the other's caches, truncated
         to the common tokens. A request that shares less, a system turn for example, gets a copy;
-        the original stays as it is for requests that continue it.
+        the original stays as it is for requests that continue it. So it does with `always_copy`.
         """
         best, length = None, _MIN_TOKENS - 1
         for prefix in self._kept:
@@ -78,7 +80,7 @@ class PrefixStore:
         self._kept.remove(best)
         # The ids part well before the end of the other prompt: this is another conversation. Small
         # differences at the end (`_SLACK`) are the same conversation, rendered with its next turn.
-        if length + _SLACK < min(best.prompt, len(best.ids)):
+        if always_copy or length + _SLACK < min(best.prompt, len(best.ids)):
             self._kept.append(best)  # now the most recently used
             return Prefix(best.ids[:length], best.caches.copy(length), length)
         # Moved instead of copied: nothing is allocated, so `room` stays that of the buffers.

@@ -1,4 +1,7 @@
-"""`qwen3 eval`: perplexity of a checkpoint, and divergence from the one it was made from."""
+"""`qwen3 eval`: perplexity of a checkpoint, and divergence from the one it was made from.
+
+The tasks of lm-eval are in `cli/tasks.py`.
+"""
 
 import json
 import sys
@@ -21,6 +24,7 @@ from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.cli.console import Bar, note, print_facts
 from qwen3_mlx.cli.option_groups import option, with_options
 from qwen3_mlx.cli.options import CheckpointOptions, Json, ModelArgument, alias_meant, load_model
+from qwen3_mlx.cli.tasks import tasks
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
 from qwen3_mlx.evaluate.perplexity import Perplexity, perplexity
@@ -34,14 +38,16 @@ _FEW_TOKENS = 16  # below this a perplexity is mostly chance
 _SHOWN_MODULES = 10
 
 app = typer.Typer(rich_markup_mode="rich")
+app.command("tasks")(tasks)
 
 
 @app.callback(invoke_without_command=True)
 def evaluate(context: typer.Context) -> None:
-    """Evaluate a checkpoint: its perplexity, or its divergence from another.
+    """Evaluate a checkpoint: its perplexity, its divergence from another, or tasks.
 
     [bold]qwen3 eval perplexity ./0.6b-4bit --text book.txt[/bold]   measure one model.
     [bold]qwen3 eval divergence Qwen/Qwen3-0.6B ./0.6b-4bit[/bold]   compare two.
+    [bold]qwen3 eval tasks 8B --tasks gsm8k,mmlu_pro[/bold]   ask what others are asked.
     """
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())

@@ -82,14 +82,17 @@ class CacheManager:
         try:
             # The last token is always computed: its logits are needed, and a request ends in a
             # step. With prompt logprobs, so are the positions that have not been scored.
-            limit = len(sequence.ids) - 1
-            if sequence.request.on_prompt_logprobs:
+            limit, scores = len(sequence.ids) - 1, sequence.request.on_prompt_logprobs is not None
+            if scores:
                 limit = min(limit, sequence.num_scored)
-            sequence.start(*self._allocate(sequence.ids, limit))
+            # What is scored after a context is no turn that goes on: others share that context.
+            sequence.start(*self._allocate(sequence.ids, limit, always_copy=scores))
         except Exception as error:  # noqa: BLE001 - ends this request only
             sequence.end(engine_error(error))
 
-    def _allocate(self, ids: Sequence[int], limit: int) -> tuple[SequenceCaches, int]:
+    def _allocate(
+        self, ids: Sequence[int], limit: int, *, always_copy: bool
+    ) -> tuple[SequenceCaches, int]:
         """Return caches that hold up to `limit` of the `ids`, and how many they hold."""
         disk, prefixes = self._disk, self._prefixes
         try:
@@ -97,7 +100,7 @@ class CacheManager:
                 caches = self._make_caches()
                 if length := disk.read(ids, limit, caches.layers):
                     return caches, length
-            if kept := prefixes.acquire(ids, limit):
+            if kept := prefixes.acquire(ids, limit, always_copy=always_copy):
                 # Moved, not copied, where a request goes on from another's whole prompt.
                 return kept.caches, len(kept.ids)
         except Exception as error:  # noqa: BLE001 - the prompt can be read again

@@ -2,10 +2,10 @@
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from threading import RLock
+from threading import Event, RLock
 from weakref import finalize
 
 import mlx.core as mx
@@ -17,7 +17,7 @@ from qwen3_mlx.engine.core import EngineCore
 from qwen3_mlx.engine.hooks import TokenCollector
 from qwen3_mlx.engine.logits import Logits
 from qwen3_mlx.engine.memory_ledger import release
-from qwen3_mlx.engine.request import IDLE, Request, RequestResult
+from qwen3_mlx.engine.request import IDLE, Request, RequestResult, SampledLogprob, Scores
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.worker import Worker
@@ -112,6 +112,47 @@ class Engine:
         self._prefetches.append(request)
         if len(self._prefetches) > _MAX_PREFETCHES:
             self.cancel(self._prefetches.popleft())
+
+    def score(
+        self,
+        ids: Sequence[int],
+        start: int,
+        on_finish: Callable[[Scores | BaseException], None],
+        cancelled: Event,
+    ) -> None:
+        """Score the ids from `start` on, each with the likeliest token in its place.
+
+        `on_finish` is called on the engine's thread.
+
+        Raises:
+            Qwen3Error: the engine's thread has ended.
+        """
+        logprobs: list[SampledLogprob] = []
+
+        def finish(outcome: RequestResult | BaseException) -> None:
+            if isinstance(outcome, BaseException):
+                on_finish(outcome)
+            elif outcome.reason == "cancelled":
+                on_finish(Qwen3Error("the scoring was cancelled"))
+            else:
+                on_finish(Scores(logprobs, outcome.cached_tokens))
+
+        self.submit(
+            Request(
+                ids=ids[:-1],  # nothing follows the last
+                following=ids[-1],
+                score_from=start - 1,
+                sampling=NEUTRAL,
+                max_tokens=0,
+                seed=0,
+                end_ids=frozenset(),
+                sink=TokenCollector(),
+                on_finish=finish,
+                on_prompt_logprobs=logprobs.extend,
+                top_logprobs=1,
+                cancelled=cancelled,
+            )
+        )
 
     def cancel(self, request: Request) -> None:
         """Cancel `request`; it ends within a step."""

@@ -26,8 +26,10 @@ def positions_to_score(sequence: SequenceState, length: int) -> range:
 
     The logits of a position score the token after it.
     """
+    request = sequence.request
     start = max(sequence.num_computed, sequence.num_scored)
-    end = min(sequence.num_computed + length, len(sequence.request.ids) - 1)
+    last = len(request.ids) - (request.following is None)
+    end = min(sequence.num_computed + length, last)
     return range(start, max(start, end))
 
 
@@ -58,6 +60,8 @@ class PromptLogprobBatch:
         previous: list[mx.array] = []
         for sequence, (positions, row) in scoring.items():
             ids = sequence.ids[positions.start + 1 : positions.stop + 1]
+            if sequence.request.following is not None and len(ids) < len(positions):
+                ids.append(sequence.request.following)
             following[sequence] = ids
             rows, blocks = max(1, _BLOCK // model.config.vocab_size), []
             for start in range(0, len(ids), rows):

@@ -37,6 +37,17 @@ class SampledLogprob:
     top: Sequence[tuple[int, float]]
 
 
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """The log probabilities of tokens, each after all tokens before it.
+
+    Of the tokens that were needed to compute them, `cached_tokens` were in the prefix cache.
+    """
+
+    logprobs: Sequence[SampledLogprob]
+    cached_tokens: int
+
+
 class Phase(Enum):
     """How far a request has come; a preempted one waits again."""
 
@@ -58,10 +69,12 @@ class Request:
     likeliest alternatives, before `sink` receives the token; end tokens are among them, forced ones
     are not. `on_prompt_logprobs` is called whenever a part of the prompt has been read, with the
     logprobs of its tokens; all but the first token of the prompt are reported, before the first
-    token is chosen. `sampling` has no None left. `progress(done, total)` receives the prompt tokens
-    processed. With max_tokens=0 the prompt is only read, and kept for requests that begin with it.
-    `recheck_logits()` returns whether the reply looks like that of a broken network, so that its
-    logits are checked again. Waiting requests take turns by `client`.
+    token is chosen. With `score_from` only the tokens after that position are, and what stands
+    before it may come from the prefix cache. `following` is one more token to score, which stands
+    after the prompt and is not read. `sampling` has no None left. `progress(done, total)` receives
+    the prompt tokens processed. With max_tokens=0 the prompt is only read, and kept for requests
+    that begin with it. `recheck_logits()` returns whether the reply looks like that of a broken
+    network, so that its logits are checked again. Waiting requests take turns by `client`.
     """
 
     ids: Sequence[int]
@@ -78,5 +91,7 @@ class Request:
     on_logprobs: Callable[[SampledLogprob], None] | None = None
     on_prompt_logprobs: Callable[[Sequence[SampledLogprob]], None] | None = None
     top_logprobs: int = 0
+    score_from: int = 0
+    following: int | None = None
     recheck_logits: Callable[[], bool] | None = None
     client: str = ""

@@ -49,7 +49,7 @@ class SequenceState:
         self.cached_tokens: int | None = None  # prompt tokens in the prefix cache at admission
         self.num_passes = 0  # forward passes in which a token was chosen
         self.num_drafted = self.num_accepted = 0  # draft tokens
-        self.num_scored = 0  # prompt positions whose next token has its logprob
+        self.num_scored = request.score_from  # prompt positions whose next token has its logprob
         self.failure: BaseException | None = None  # raised by the constraint; ends the request
         self._prompt_reported = False
         # One more than the context: a write must never fill its buffer (see `next_capacity`).
