@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.embedding_twins import write_twin
+
 _EXAMPLES = Path(__file__).parent.parent / "examples"
 _SAYS = {
     "batch": ["What is 17 + 12? ", "one by one "],
@@ -32,3 +34,16 @@ def test_an_example_runs(name: str) -> None:
     assert done.stdout
     for words in _SAYS[name]:
         assert words in done.stdout, done.stdout
+
+
+def test_retrieval_runs_with_two_models(tmp_path: Path) -> None:
+    models = [str(write_twin(name, tmp_path / name)) for name in ("embedding", "reranker")]
+    done = subprocess.run(
+        [sys.executable, str(_EXAMPLES / "retrieval.py"), *models],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2

@@ -9,8 +9,11 @@ from typing import Any
 from qwen3_mlx.engine.sampling_params import SamplingParams, sampling_defaults, stated_sampling
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import read_json
+from qwen3_mlx.model.config import LOGITS, ModelConfig
 from qwen3_mlx.text.grammar_compiler import GrammarCompiler
+from qwen3_mlx.text.kind import CHAT, EMBEDDING, Kind
 from qwen3_mlx.text.prompt import ControlTokens
+from qwen3_mlx.text.rerank_prompt import drops_user
 from qwen3_mlx.text.template import ChatTemplate, read_tokenizer_config, special_tokens
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
@@ -42,7 +45,8 @@ class TextProcessor:
     """The text side of a checkpoint: tokenizer, chat template, thinking mode, sampling defaults.
 
     Tokens in `end_ids` end any reply; those in `turn_end_ids` also end a reply to a conversation.
-    If `template` is None, `no_template` is the error message that says why.
+    If `template` is None, `no_template` is the error message that says why. If the checkpoint does
+    not generate text at all, `no_text` is that message.
     """
 
     tokenizer: Tokenizer
@@ -53,13 +57,16 @@ class TextProcessor:
     end_ids: frozenset[int]
     turn_end_ids: frozenset[int]
     grammars: GrammarCompiler
+    kind: Kind
     no_template: str = ""
+    no_text: str = ""
 
 
 def load_text_processor(
     folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer
 ) -> TextProcessor:
     """Read the text side of the checkpoint in `folder`, whose config.json is `config`."""
+    output = ModelConfig.from_dict(config).output
     generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.is_file() else {}
     sampling, complaints = stated_sampling(generation_config)
@@ -81,18 +88,35 @@ def load_text_processor(
     except CheckpointError as error:
         _log.warning("there is no chat, only raw text: %s", error)
         no_template = str(error)
+    kind = Kind.of(folder, tokenizer, template, output)
+    control = ControlTokens(tokenizer, template.source if template else "")
+    if refusal := _no_chat(kind, template):
+        template, no_template = None, refusal
     thinking = Thinking.of(template, tokenizer)
     return TextProcessor(
         tokenizer,
         template,
-        ControlTokens(tokenizer, template.source if template else ""),
+        control,
         thinking,
         SamplingDefaults.of(sampling, hybrid=thinking.hybrid),
         frozenset(end_ids),
         _turn_end(template, tokenizer) if template else frozenset(),
         grammars,
+        kind,
         no_template,
+        no_template if kind.name == EMBEDDING or output != LOGITS else "",
     )
+
+
+def _no_chat(kind: Kind, template: ChatTemplate | None) -> str:
+    """Return why there is no chat although there may be a template; "" if that is no reason."""
+    chat = "load a chat model such as Qwen/Qwen3-8B"
+    if kind.name != CHAT:
+        use = "compute vectors with embed()" if kind.name == EMBEDDING else "score with rerank()"
+        return f"this checkpoint is {kind.described}; {chat}, or {use}"
+    if template and drops_user(template):
+        return f"this checkpoint's chat template leaves out what the user says; {chat}"
+    return ""
 
 
 def _named_end(folder: Path, tokenizer: Tokenizer) -> set[int]:
