@@ -94,6 +94,8 @@ class ReplyGenerator:
             Qwen3Error: the checkpoint cannot honour an option.
         """
         processor = self.processor
+        if processor.no_chat:
+            raise Qwen3Error(processor.no_chat)
         history, thinks, inside = self._turn(messages, options)
         continued = history[-1] if options.continue_last else None
         tools, calls = self._calls(options) if options.tools is not None else ([], None)

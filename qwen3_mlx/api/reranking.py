@@ -18,7 +18,7 @@ from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.model.config import SCORE
 from qwen3_mlx.model.qwen3 import Qwen3
-from qwen3_mlx.text.kind import RERANKER, WEB_SEARCH, Kind
+from qwen3_mlx.text.kind import RERANKER, Kind
 from qwen3_mlx.text.rerank_prompt import RerankPrompt
 from qwen3_mlx.text.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def prepare_rerank(
     _check_kind(kind, scoring)
     if isinstance(documents, str):
         raise TypeError("documents must be a list; [document] scores a single one")
-    instruction = (kind.default_prompt or WEB_SEARCH) if instruction is None else instruction
+    instruction = kind.instruction if instruction is None else instruction
     for name, text in {"instruction": instruction, "query": query}.items():
         if not isinstance(text, str):
             raise TypeError(f"{name} must be text, not {text!r}")
@@ -70,7 +70,9 @@ def prepare_rerank(
     shared = min([common, *(len(ids) - 1 for ids in texts)])  # each has a last token of its own
     finish = partial(_of_score, model)
     if model.config.output != SCORE:
-        finish = partial(_of_answers, model, _answers(kind, processor.tokenizer))
+        answers = kind.answers or _answers(processor.tokenizer)
+        refuse_unknown_tokens("the score", answers, model.config.vocab_size, processor.tokenizer)
+        finish = partial(_of_answers, model, answers)
     own = [ids[shared:] for ids in texts]
     return PreparedTexts(own, 1, finish, shared=texts[0][:shared] if texts else ())
 
@@ -78,22 +80,24 @@ def prepare_rerank(
 def _check_kind(kind: Kind, scoring: str | None) -> None:
     if scoring not in (None, _YES_NO):
         raise ValueError(f"scoring must be {_YES_NO!r} or None, not {scoring!r}")
-    if kind.name != RERANKER and not scoring:
+    if scoring:
+        return
+    if kind.name != RERANKER:
         raise Qwen3Error(
             f"this checkpoint is {kind.described}, not a reranker; load one such as "
             f'Qwen/Qwen3-Reranker-0.6B; scoring="{_YES_NO}" scores by its "yes" and "no" all the '
             "same"
         )
+    if kind.problem:
+        raise Qwen3Error(f"this checkpoint cannot rerank as its files say: {kind.problem}")
 
 
-def _answers(kind: Kind, tokenizer: Tokenizer) -> tuple[int, int]:
+def _answers(tokenizer: Tokenizer) -> tuple[int, int]:
     """Return the ids of "no" and "yes".
 
     Raises:
         Qwen3Error: they are not one token each.
     """
-    if kind.answers:
-        return kind.answers
     no, yes = (tokenizer.encode_plain(word) for word in ("no", "yes"))
     if len(no) != 1 or len(yes) != 1:
         raise Qwen3Error('this checkpoint cannot score: "no" and "yes" are not one token each')

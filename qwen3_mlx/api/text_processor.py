@@ -45,8 +45,9 @@ class TextProcessor:
     """The text side of a checkpoint: tokenizer, chat template, thinking mode, sampling defaults.
 
     Tokens in `end_ids` end any reply; those in `turn_end_ids` also end a reply to a conversation.
-    If `template` is None, `no_template` is the error message that says why. If the checkpoint does
-    not generate text at all, `no_text` is that message.
+    If `template` is None, `no_template` is the error message that says why. If the checkpoint is
+    not for chat although there is a template, `no_chat` is that message; `no_text` if it generates
+    no text at all.
     """
 
     tokenizer: Tokenizer
@@ -59,6 +60,7 @@ class TextProcessor:
     grammars: GrammarCompiler
     kind: Kind
     no_template: str = ""
+    no_chat: str = ""
     no_text: str = ""
 
 
@@ -89,14 +91,12 @@ def load_text_processor(
         _log.warning("there is no chat, only raw text: %s", error)
         no_template = str(error)
     kind = Kind.of(folder, tokenizer, template, output)
-    control = ControlTokens(tokenizer, template.source if template else "")
-    if refusal := _no_chat(kind, template):
-        template, no_template = None, refusal
+    no_chat = _no_chat(kind, template)
     thinking = Thinking.of(template, tokenizer)
     return TextProcessor(
         tokenizer,
         template,
-        control,
+        ControlTokens(tokenizer, template.source if template else ""),
         thinking,
         SamplingDefaults.of(sampling, hybrid=thinking.hybrid),
         frozenset(end_ids),
@@ -104,12 +104,13 @@ def load_text_processor(
         grammars,
         kind,
         no_template,
-        no_template if kind.name == EMBEDDING or output != LOGITS else "",
+        no_chat,
+        no_chat if kind.name == EMBEDDING or output != LOGITS else "",
     )
 
 
 def _no_chat(kind: Kind, template: ChatTemplate | None) -> str:
-    """Return why there is no chat although there may be a template; "" if that is no reason."""
+    """Return why the checkpoint is not for chat although there may be a template; "" if it is."""
     chat = "load a chat model such as Qwen/Qwen3-8B"
     if kind.name != CHAT:
         use = "compute vectors with embed()" if kind.name == EMBEDDING else "score with rerank()"

@@ -32,9 +32,10 @@ class Kind:
 
     Attributes:
         name: `CHAT`, `EMBEDDING` or `RERANKER`.
-        problem: why its vectors cannot be computed as the files say; "" if they can.
-        prompts: texts that stand before a text to embed, by name; of a reranker, instructions.
+        problem: why its vectors or scores cannot be computed as the files say; "" if they can.
+        prompts: texts that stand before a text to embed, by name.
         default_prompt: the one that is used unless another is named; "" if none is.
+        instruction: the task of a reranker, unless another is given.
         max_tokens: the most tokens of a text, if the files limit them.
         answers: the ids of "no" and "yes" of a reranker, if the files name them.
         pieces: the text around instruction, query and document in a reranker's chat template.
@@ -44,6 +45,7 @@ class Kind:
     problem: str = ""
     prompts: Mapping[str, str] = field(default_factory=lambda: _CARD_PROMPTS)
     default_prompt: str = ""
+    instruction: str = WEB_SEARCH
     max_tokens: int | None = None
     answers: tuple[int, int] | None = None
     pieces: tuple[str, ...] | None = None
@@ -79,17 +81,19 @@ class Kind:
             raise CheckpointError(
                 f"{folder}: config_sentence_transformers.json has prompts that are no texts by name"
             )
-        prompts = prompts or (_CARD_PROMPTS if name == EMBEDDING else {})
+        own = prompts.get(default, "")
         limit = _read(folder / "sentence_bert_config.json").get("max_seq_length")
         score = _read(folder / modules["LogitScore"]) if "LogitScore" in modules else {}
         answers = score.get("false_token_id"), score.get("true_token_id")
+        stated_answers = all(type(token) is int and token >= 0 for token in answers)
         return cls(
             name,
-            _pooling_problem(folder, modules),
-            prompts,
-            prompts.get(default, ""),
+            _problem(folder, modules),
+            prompts if prompts and name == EMBEDDING else _CARD_PROMPTS,
+            own if name == EMBEDDING else "",
+            own if own and name == RERANKER else WEB_SEARCH,
             limit if type(limit) is int else None,
-            answers if all(type(token) is int for token in answers) else None,  # type: ignore[arg-type]
+            answers if stated_answers else None,  # type: ignore[arg-type]
             pieces,
         )
 
@@ -109,10 +113,10 @@ def _modules(folder: Path) -> dict[str, str]:
         raise CheckpointError(f"{file} is no list of modules with type and path") from error
 
 
-def _pooling_problem(folder: Path, modules: Mapping[str, str]) -> str:
+def _problem(folder: Path, modules: Mapping[str, str]) -> str:
     """Return why the modules cannot be honoured; "" if they can, or none are named."""
     if others := sorted(modules.keys() - _KNOWN):
-        return f"its vectors pass through {', '.join(others)}"
+        return f"it has modules that are not supported: {', '.join(others)}"
     if "Pooling" not in modules:
         return ""
     if not (folder / modules["Pooling"]).is_file():

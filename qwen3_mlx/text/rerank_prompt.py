@@ -50,32 +50,26 @@ def takes_documents(template: ChatTemplate) -> tuple[str, ...] | None:
 
     None if it is another: it shows what a user says, or leaves out one of the three.
     """
+    marks = [_mark(role) for role in _ROLES]
     rendered = _rendered(template, _ROLES)
-    if not rendered or not drops_user(template):
-        return None
-    pieces = re.split("|".join(_marks(_ROLES)), rendered)
-    in_order = re.findall("|".join(_marks(_ROLES)), rendered) == _marks(_ROLES)
-    return tuple(pieces) if in_order else None
+    in_order = re.findall("|".join(marks), rendered) == marks
+    return tuple(re.split("|".join(marks), rendered)) if in_order and drops_user(template) else None
 
 
 def drops_user(template: ChatTemplate) -> bool:
     """Return whether a chat template leaves out what the user says."""
-    # Some templates require a system turn.
-    tries = [_rendered(template, roles) for roles in (("user",), ("system", "user"))]
-    rendered = [text for text in tries if text]
-    return bool(rendered) and not any(_mark("user") in text for text in rendered)
+    # Some templates require a system turn. One that refuses both has its own words for that.
+    tries = (_rendered(template, roles) for roles in (("user",), ("system", "user")))
+    rendered = next(filter(None, tries), "")
+    return bool(rendered) and _mark("user") not in rendered
 
 
-def _rendered(template: ChatTemplate, roles: Sequence[str]) -> str | None:
-    """Return a conversation in which each role says its mark; None if the template refuses it."""
+def _rendered(template: ChatTemplate, roles: Sequence[str]) -> str:
+    """Return a conversation in which each role says its mark; "" if the template refuses it."""
     try:
         return template.render([{"role": role, "content": _mark(role)} for role in roles])
     except Qwen3Error:
-        return None
-
-
-def _marks(roles: Sequence[str]) -> list[str]:
-    return [_mark(role) for role in roles]
+        return ""
 
 
 def _mark(role: str) -> str:

@@ -20,6 +20,7 @@ from qwen3_mlx import (
     load,
 )
 from qwen3_mlx.engine.core import EngineCore
+from qwen3_mlx.engine.forward import warm_up
 from tests.embedding_twins import golden, write_twin
 from tests.support import DEMO, assert_close, read_weights, write_tiny
 
@@ -301,7 +302,7 @@ def test_each_kind_refuses_what_it_is_not_for(twin: Twin, demo: LLM) -> None:
     embedder, reranker, classifier = (twin(name) for name in ("embedding", *RERANKERS))
     headless = twin("embedding-untied")
     text = [{"role": "user", "content": "Hi"}]
-    for ask in (embedder.chat, embedder.complete, embedder.render, headless.count_tokens):
+    for ask in (embedder.chat, embedder.complete, headless.stream, headless.prepare_text):
         with pytest.raises(Qwen3Error, match="^this checkpoint is an embedding model; load a chat"):
             ask("Hi")
     for llm in (reranker, classifier):
@@ -380,6 +381,7 @@ def test_a_missing_head_makes_an_embedding_model(folders: dict[str, Path], tmp_p
         assert (llm.kind, llm.config.output) == ("embedding", "states")
         names = set(llm.model.tensors())
         assert not any(name.startswith("lm_head") for name in names)
+        llm._worker.call(lambda: warm_up(llm.model))  # as loading on a GPU does
         assert llm.embed(["a"]).shape == (1, 96)
 
 
@@ -410,7 +412,7 @@ def test_other_modules_and_missing_files_are_refused(
     dense = {"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"}
     moved = {**modules[1], "path": "9_Pooling"}
     for name, listed, said in (
-        ("dense", [*modules, dense], "its vectors pass through Dense"),
+        ("dense", [*modules, dense], "it has modules that are not supported: Dense"),
         ("moved", [moved], "there is no 9_Pooling/config.json"),
     ):
         with load(edited(source, tmp_path / name, "modules.json", listed)) as llm:
@@ -427,6 +429,24 @@ def test_other_modules_and_missing_files_are_refused(
     ):
         with pytest.raises(CheckpointError, match=said):
             load(edited(source, tmp_path / name, file, content))
+
+
+def test_a_rerankers_files_are_checked(folders: dict[str, Path], tmp_path: Path) -> None:
+    source, score = folders["reranker"], "1_LogitScore/config.json"
+    with load(edited(source, tmp_path / "far", score, true_token_id=5000)) as llm:
+        with pytest.raises(Qwen3Error, match="the score has token 5000"):
+            llm.rerank("a", ["b"])
+    modules = json.loads((source / "modules.json").read_text())
+    dense = {"path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+    with load(edited(source, tmp_path / "dense", "modules.json", [*modules, dense])) as llm:
+        with pytest.raises(Qwen3Error, match="cannot rerank as its files say: it has modules"):
+            llm.rerank("a", ["b"])
+    own = {"prompts": {"mine": "Find a cat"}, "default_prompt_name": "mine"}
+    file = "config_sentence_transformers.json"
+    with load(edited(source, tmp_path / "own", file, **own)) as llm:
+        assert llm.rerank("a", ["b"]) == llm.rerank("a", ["b"], instruction="Find a cat")
+        (ids,) = llm.prepare_embedding(["b"], pooling="last").texts  # no instruction before it
+        assert list(ids) == llm.tokenizer.encode("b")
 
 
 def test_what_the_files_say_of_prompts_and_lengths_holds(
