@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.embedding_twins import write_twin
+
 _EXAMPLES = Path(__file__).parent.parent / "examples"
 _SAYS = {
     "batch": ["What is 17 + 12? ", "one by one "],
@@ -41,3 +43,13 @@ def test_an_example_is_a_program() -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
+
+
+def test_retrieval_runs_with_two_models(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [str(write_twin(name, tmp_path / name)) for name in ("embedding", "reranker")]
+    file = str(_EXAMPLES / "retrieval.py")
+    monkeypatch.setattr(sys, "argv", [file, *models])
+    runpy.run_path(file, run_name="__main__")
+    assert len(capsys.readouterr().out.splitlines()) == 2

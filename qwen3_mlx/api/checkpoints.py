@@ -13,7 +13,12 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.local import mark_used
 from qwen3_mlx.checkpoint.stored import formats_stored
-from qwen3_mlx.checkpoint.weights import Weights, has_all_weights, untie_if_needed
+from qwen3_mlx.checkpoint.weights import (
+    Weights,
+    has_all_weights,
+    with_described_head,
+    with_stored_head,
+)
 from qwen3_mlx.engine.memory import Plan
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.config import ModelConfig
@@ -56,8 +61,7 @@ class ResolvedCheckpoint:
         context: int | None = None,
     ) -> "ResolvedCheckpoint":
         folder, config = read_config(place)
-        if has_all_weights(folder):
-            config = untie_if_needed(config, folder)
+        config = with_described_head(config, folder)
         if context is not None:
             config = with_yarn(config, context)
         network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
@@ -72,10 +76,11 @@ class ResolvedCheckpoint:
         return plan_load(self.network, self.stored, self.options, context, self.cache)
 
     def fetched(self) -> "ResolvedCheckpoint":
-        """Fetch the weights and return the checkpoint, its head untied if the weights have one."""
-        complete = has_all_weights(self.folder)  # then `at` has looked for a head already
+        """Fetch the weights and return the checkpoint, with the head that they have."""
+        # Of a tied head `at` has looked for another one already.
+        known = self.network.tie_word_embeddings and has_all_weights(self.folder)
         folder = fetch_weights(self.place, self.folder)
-        config = self.config if complete else untie_if_needed(self.config, folder)
+        config = self.config if known else with_stored_head(self.config, folder)
         return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
 
     def read(self, progress: Progress) -> Qwen3:

@@ -10,10 +10,24 @@ from qwen3_mlx.api.text_processor import TextProcessor
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.text.messages import END_THINK, Message
-from qwen3_mlx.text.tokenizer import TooLong
+from qwen3_mlx.text.tokenizer import Tokenizer, TooLong
 
 MAX_COUNTED = 2
 """Context windows up to which a prompt is encoded, so that errors can state its length."""
+
+
+def refuse_unknown_tokens(what: str, ids: Sequence[int], rows: int, tokenizer: Tokenizer) -> None:
+    """Refuse ids beyond the embedding's rows: MLX would read other memory for them.
+
+    Raises:
+        Qwen3Error: there is one; `what` names the text.
+    """
+    if (largest := max(ids, default=0)) >= rows:
+        raise Qwen3Error(
+            f"{what} has token {largest} ({tokenizer.decode([largest])}) and the model knows "
+            f"{rows:,}; leave it out; if that happens to any text, tokenizer.json belongs to "
+            "another checkpoint"
+        )
 
 
 class Window:
@@ -47,7 +61,7 @@ class Window:
         Raises:
             ValueError: an id is outside the model's vocabulary.
             ContextError: the prompt has more than `MAX_COUNTED` times the tokens of the window.
-            Qwen3Error: the tokenizer belongs to another checkpoint.
+            Qwen3Error: the prompt has a token that the model does not know.
         """
         rows = self._engine.model.config.vocab_size
         if not isinstance(prompt, str):
@@ -58,11 +72,7 @@ class Window:
             ids = self._processor.tokenizer.encode(prompt, MAX_COUNTED * self._engine.context)
         except TooLong as error:
             raise self._too_long(f"{error.min_tokens:,} tokens or more") from error
-        if (largest := max(ids, default=0)) >= rows:
-            raise Qwen3Error(
-                f"the prompt has token {largest} and the model knows {rows:,}: "
-                "tokenizer.json belongs to another checkpoint"
-            )
+        refuse_unknown_tokens("the prompt", ids, rows, self._processor.tokenizer)
         return ids
 
     def room(

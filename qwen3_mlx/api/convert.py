@@ -24,12 +24,14 @@ from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.model_card import model_card
 from qwen3_mlx.checkpoint.recipes import RECIPES, choose_formats
 from qwen3_mlx.checkpoint.stored import quantization_of
-from qwen3_mlx.checkpoint.weights import INDEX, untie_if_needed
-from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.checkpoint.weights import INDEX, with_stored_head
+from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import as_memoryview
-from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.config import LOGITS, ModelConfig
 from qwen3_mlx.model.quantization import AFFINE, Format
 from qwen3_mlx.model.sizes import hub_name, mlx_4bit_name, size_named
+from qwen3_mlx.text.kind import CHAT, Kind
+from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -139,15 +141,16 @@ def convert(  # noqa: PLR0913 - one keyword an option
     check_output(place.folder, output, force=force)
     folder, stated = read_config(place, _DESCRIPTION)
     folder = fetch_weights(place, folder, also=_DESCRIPTION)
-    config = untie_if_needed(stated, folder)
+    config = with_stored_head(stated, folder)
     backend.refuse_fork()
+    base, kind = None if place.folder else str(source), _kind_of(folder, config)
     job = Job(
         source=folder,
         output=output,
         config=config,
         formats={},
         dtype=backend.compute_dtype(dtype or _stated_dtype(config)),
-        card=partial(model_card, None if place.folder else str(source), recipe),
+        card=partial(model_card, base, kind, recipe),
         force=force,
         allow_nonfinite=allow_nonfinite,
     )
@@ -168,6 +171,19 @@ def convert(  # noqa: PLR0913 - one keyword an option
         seconds=time.perf_counter() - started,
         formats={path: fmt for path, fmt in job.formats.items() if fmt},
     )
+
+
+def _kind_of(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the kind of the checkpoint for its card; a broken template or tokenizer is no matter.
+
+    Weights alone can be converted, too.
+    """
+    try:
+        tokenizer = Tokenizer(folder / "tokenizer.json")
+        template = ChatTemplate.from_folder(folder)
+        return Kind.of(folder, tokenizer, template, ModelConfig.from_dict(config).output).name
+    except CheckpointError:
+        return CHAT
 
 
 def _refuse_size_name(source: str | Path) -> None:
@@ -234,7 +250,13 @@ def _calibration_ids(folder: Path, network: ModelConfig, text: str | None) -> mx
 
 def _measured(job: Job, text: str | None, target_bpw: float, progress: PhaseProgress | None) -> Job:
     """Return the job with formats chosen, and inputs measured, on a calibration text."""
-    ids = _calibration_ids(job.source, ModelConfig.from_dict(job.config), text)
+    network = ModelConfig.from_dict(job.config)
+    if network.output != LOGITS:
+        raise Qwen3Error(
+            "recipe 'auto' measures what a head predicts, and this network has none for logits; "
+            "take the recipe mixed or uniform"
+        )
+    ids = _calibration_ids(job.source, network, text)
     formats, moments = choose_measured_formats(
         job.source,
         job.config,

@@ -10,13 +10,15 @@ from itertools import count
 from pathlib import Path
 from typing import Unpack
 
+import mlx.core as mx
+
 from qwen3_mlx.api.conversation import Conversation, read_messages
 from qwen3_mlx.api.loaded_model import LoadedModel
 from qwen3_mlx.api.options import GenerationOptions, Options, TextOptions, with_keywords
 from qwen3_mlx.api.prompts import render
 from qwen3_mlx.api.stream import AsyncStream, Reply, ReplyBuilder, Stream, collect, with_parsed
 from qwen3_mlx.api.tool_loop import run_tools
-from qwen3_mlx.arguments import plain, refuse_unknown
+from qwen3_mlx.arguments import Progress, plain, refuse_unknown
 from qwen3_mlx.text.messages import Message
 from qwen3_mlx.text.tokenizer import Prompt
 from qwen3_mlx.text.tool_calls import Tool
@@ -39,6 +41,7 @@ class LLM(LoadedModel):
     Attributes:
         config: the shape of the network, a `ModelConfig`.
         tokenizer: encodes text to token ids and decodes them.
+        kind: what the checkpoint is for: "chat", "embedding" or "reranker".
         thinking: which modes the checkpoint has (thinking, direct or both), a `Thinking`.
         prefix_id: the id of the token to put before a text without context: the beginning of a
             text or else its end, as tokenizer_config.json names them; None if it names neither.
@@ -231,6 +234,88 @@ class LLM(LoadedModel):
         refuse_unknown(options, TextOptions.__annotations__)
         merged: TextOptions = {"loop_guard": False, **options}
         return collect(self._stream(self.prepare_text(prompt, **merged)))
+
+    def embed(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        instruction: str | None = None,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        pooling: str | None = None,
+        truncate: bool = False,
+        progress: Progress | None = None,
+    ) -> mx.array:
+        """Compute the vectors of texts with an embedding model.
+
+        Args:
+            texts: the texts, each a string or its token ids. The names of control tokens in a text
+                become those tokens; the end token of the tokenizer is appended. An empty text has
+                a vector, too.
+            instruction: the task that the texts are queries of, in a sentence. Default None, for
+                documents, which have no instruction.
+            prompt_name: a prompt that the checkpoint names, such as "query", in place of an
+                instruction; default None.
+            dimensions: cut the vectors to their first dimensions, 1 to the hidden size; default
+                None, all. The published models are trained for 32 and more.
+            pooling: "last" takes the hidden state of the last token of any Qwen3, whatever the
+                checkpoint's files say; default None.
+            truncate: True cuts texts that are longer than the context window at their end; default
+                False, which refuses them.
+            progress: callable (done, total) tokens; default None.
+
+        Returns:
+            The vectors [len(texts), dimensions], float32, each of length 1: their products are
+            cosines. A text's vector does not depend on the other texts.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or is out of its range.
+            ContextError: a text is longer than the context window.
+            Qwen3Error: this is no embedding model, or one with another pooling; a text has a token
+                that the model does not know; or free memory does not suffice.
+        """
+        prepared = self.prepare_embedding(
+            texts,
+            instruction=instruction,
+            prompt_name=prompt_name,
+            dimensions=dimensions,
+            pooling=pooling,
+            truncate=truncate,
+        )
+        return self.compute_texts(prepared, progress)
+
+    def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        scoring: str | None = None,
+        progress: Progress | None = None,
+    ) -> list[float]:
+        """Compute how well documents answer a query, with a reranker.
+
+        Args:
+            query: the query.
+            documents: the documents. One that is too long is cut at its end, with a warning. Names
+                of control tokens in query, instruction and documents are plain text.
+            instruction: the task, in a sentence; default None, that of the checkpoint, which is a
+                web search.
+            scoring: "yes-no" takes the probability of "yes" against "no" of any Qwen3; default
+                None.
+            progress: callable (done, total) tokens; default None.
+
+        Returns:
+            A probability for each document, in their order.
+
+        Raises:
+            TypeError, ValueError: an argument has the wrong type or is out of its range.
+            ContextError: the query leaves no room for a document.
+            Qwen3Error: this is no reranker, or free memory does not suffice.
+        """
+        prepared = self.prepare_rerank(query, documents, instruction=instruction, scoring=scoring)
+        scores: list[float] = self.compute_texts(prepared, progress)[:, 0].tolist()  # type: ignore[assignment]
+        return scores
 
     def render(
         self,

@@ -13,12 +13,15 @@ from typing import Self, TypeVar, Unpack
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.api.embedding import prepare_embedding
 from qwen3_mlx.api.options import GenerationOptions, Options, with_keywords
 from qwen3_mlx.api.prepared_request import PreparedRequest
+from qwen3_mlx.api.prepared_texts import PreparedTexts
 from qwen3_mlx.api.reply_generator import ReplyGenerator
+from qwen3_mlx.api.reranking import prepare_rerank
 from qwen3_mlx.api.stream import ReplyBuilder, StartedReply, Stream, StreamItem
 from qwen3_mlx.api.text_processor import TextProcessor
-from qwen3_mlx.arguments import token_ids
+from qwen3_mlx.arguments import Progress, token_ids
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.engine.activity import Activity
@@ -56,6 +59,7 @@ class LoadedModel:
         self.tokenizer = processor.tokenizer
         self.thinking = processor.thinking
         self.prefix_id = processor.prefix_id
+        self.kind = processor.kind.name
         self._worker = worker
         # A network may have fewer rows than the tokenizer has ids, or more, as padding: only ids
         # that both know may be sampled.
@@ -204,7 +208,7 @@ class LoadedModel:
             raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
         engine, call = self._open().engine, self._worker.call
         logits = call(partial(engine.logits, tokens))
-        while call(partial(engine.advance_logits, logits)):
+        while call(partial(engine.advance_job, logits)):
             pass
         return logits.values
 
@@ -237,6 +241,67 @@ class LoadedModel:
         if isinstance(outcome, BaseException):
             raise outcome
         return outcome
+
+    def prepare_embedding(
+        self,
+        texts: Sequence[str | Sequence[int]],
+        *,
+        instruction: str | None = None,
+        prompt_name: str | None = None,
+        dimensions: int | None = None,
+        pooling: str | None = None,
+        truncate: bool = False,
+    ) -> PreparedTexts:
+        """Check and encode texts for `compute_texts`; takes the arguments of `embed`."""
+        replies = self._open()
+        return prepare_embedding(
+            replies.processor,
+            replies.engine,
+            texts,
+            instruction=instruction,
+            prompt_name=prompt_name,
+            dimensions=dimensions,
+            pooling=pooling,
+            truncate=truncate,
+        )
+
+    def prepare_rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        instruction: str | None = None,
+        scoring: str | None = None,
+    ) -> PreparedTexts:
+        """Check and encode a query and documents for `compute_texts`; see `rerank`."""
+        replies = self._open()
+        return prepare_rerank(
+            replies.processor,
+            replies.engine,
+            query,
+            documents,
+            instruction=instruction,
+            scoring=scoring,
+        )
+
+    def compute_texts(self, prepared: PreparedTexts, progress: Progress | None = None) -> mx.array:
+        """Return the results [N, F] of N prepared texts, float32 and evaluated.
+
+        The texts are read chunk by chunk between the steps of running requests. `progress` is
+        called with (done, total) tokens, here between two chunks; what it raises ends the work.
+        """
+        if not prepared.texts:
+            return mx.zeros((0, prepared.width))
+        engine, call = self._open().engine, self._worker.call
+        shared, texts = prepared.shared, prepared.texts
+        job = call(partial(engine.last_states, shared, texts, prepared.finish))
+        total = len(shared) + sum(map(len, texts))
+        while call(partial(engine.advance_job, job)):
+            if progress:
+                progress(job.num_done, total)
+        if progress:
+            progress(total, total)
+        return call(job.values)
 
     def forget(self) -> None:
         """Clear the prefix cache: free the KV caches that are kept from earlier prompts."""

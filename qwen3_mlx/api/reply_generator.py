@@ -50,9 +50,13 @@ class ReplyGenerator:
         """Prepare the continuation of raw text or of token ids.
 
         With `prefill_only` nothing is generated. Raises what `Window.encode`, `Window.room` and
-        `GenerationOptions.answer_grammar` raise.
+        `GenerationOptions.answer_grammar` raise, and a Qwen3Error if the checkpoint generates no
+        text.
         """
-        processor, ids = self.processor, self.window.encode(prompt)
+        processor = self.processor
+        if processor.no_text:
+            raise Qwen3Error(processor.no_text)
+        ids = self.window.encode(prompt)
         max_tokens, min_room = (0, 0) if prefill_only else (options.max_tokens, 1)
         room = self.window.room(len(ids), max_tokens, min_room, clamp_max_tokens=clamp_max_tokens)
         defaults = processor.sampling.text
@@ -90,6 +94,8 @@ class ReplyGenerator:
             Qwen3Error: the checkpoint cannot honour an option.
         """
         processor = self.processor
+        if processor.no_chat:
+            raise Qwen3Error(processor.no_chat)
         history, thinks, inside = self._turn(messages, options)
         continued = history[-1] if options.continue_last else None
         tools, calls = self._calls(options) if options.tools is not None else ([], None)

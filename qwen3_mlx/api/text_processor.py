@@ -9,8 +9,11 @@ from typing import Any
 from qwen3_mlx.engine.sampling_params import SamplingParams, sampling_defaults, stated_sampling
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import read_json
+from qwen3_mlx.model.config import LOGITS, ModelConfig
 from qwen3_mlx.text.grammar_compiler import GrammarCompiler
+from qwen3_mlx.text.kind import CHAT, EMBEDDING, Kind
 from qwen3_mlx.text.prompt import ControlTokens
+from qwen3_mlx.text.rerank_prompt import drops_user
 from qwen3_mlx.text.template import ChatTemplate, read_tokenizer_config, special_tokens
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
@@ -44,6 +47,9 @@ class TextProcessor:
     Tokens in `end_ids` end any reply; those in `turn_end_ids` also end a reply to a conversation.
     `prefix_id` stands before a text without context. If `template` is None, `no_template` is the
     error message that says why.
+    If `template` is None, `no_template` is the error message that says why. If the checkpoint is
+    not for chat although there is a template, `no_chat` is that message; `no_text` if it generates
+    no text at all.
     """
 
     tokenizer: Tokenizer
@@ -55,13 +61,17 @@ class TextProcessor:
     turn_end_ids: frozenset[int]
     prefix_id: int | None
     grammars: GrammarCompiler
+    kind: Kind
     no_template: str = ""
+    no_chat: str = ""
+    no_text: str = ""
 
 
 def load_text_processor(
     folder: Path, config: Mapping[str, Any], tokenizer: Tokenizer
 ) -> TextProcessor:
     """Read the text side of the checkpoint in `folder`, whose config.json is `config`."""
+    output = ModelConfig.from_dict(config).output
     generation = folder / "generation_config.json"
     generation_config = read_json(generation) if generation.is_file() else {}
     sampling, complaints = stated_sampling(generation_config)
@@ -83,6 +93,8 @@ def load_text_processor(
     except CheckpointError as error:
         _log.warning("there is no chat, only raw text: %s", error)
         no_template = str(error)
+    kind = Kind.of(folder, tokenizer, template, output)
+    no_chat = _no_chat(kind, template)
     thinking = Thinking.of(template, tokenizer)
     return TextProcessor(
         tokenizer,
@@ -94,8 +106,22 @@ def load_text_processor(
         _turn_end(template, tokenizer) if template else frozenset(),
         _prefix_id(folder, tokenizer),
         grammars,
+        kind,
         no_template,
+        no_chat,
+        no_chat if kind.name == EMBEDDING or output != LOGITS else "",
     )
+
+
+def _no_chat(kind: Kind, template: ChatTemplate | None) -> str:
+    """Return why the checkpoint is not for chat although there may be a template; "" if it is."""
+    chat = "load a chat model such as Qwen/Qwen3-8B"
+    if kind.name != CHAT:
+        use = "compute vectors with embed()" if kind.name == EMBEDDING else "score with rerank()"
+        return f"this checkpoint is {kind.described}; {chat}, or {use}"
+    if template and drops_user(template):
+        return f"this checkpoint's chat template leaves out what the user says; {chat}"
+    return ""
 
 
 def _named_end(folder: Path, tokenizer: Tokenizer) -> set[int]:

@@ -22,6 +22,7 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint import gptq
+from qwen3_mlx.checkpoint.hub import KIND_FILES
 from qwen3_mlx.checkpoint.output_config import output_config
 from qwen3_mlx.checkpoint.recipes import Formats
 from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
@@ -40,6 +41,7 @@ _BLOCKS_IN_FLIGHT = 3
 COPIED_FILES = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "LICENSE"),
+    *KIND_FILES,
 )
 _STATE = "conversion.json"
 # The bits of the exponent. A number in which all are set is an infinity or NaN.
@@ -398,6 +400,7 @@ def _write_other_files(
         (partial / INDEX).write_text(json.dumps(index, indent=2), "utf-8")
     for name in COPIED_FILES:
         if (job.source / name).is_file():
+            (partial / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(job.source / name, partial / name)
     if job.card:
         (partial / "README.md").write_text(job.card(job, written), "utf-8")

@@ -20,6 +20,7 @@ from qwen3_mlx.checkpoint.weights import (
     WHOLE,
     has_all_weights,
     index_fault,
+    index_names,
     missing_message,
     unsupported_weights,
     weight_names,
@@ -101,7 +102,7 @@ def indexed_tensor_names(place: Source, folder: Path) -> Collection[str] | None:
         raise CheckpointError(_missing_message(place, needed=WHOLE))
     if not (folder / INDEX).is_file() or index_fault(folder, files):
         return None
-    return set(read_json(folder / INDEX)["weight_map"])
+    return index_names(folder)
 
 
 def _missing_message(place: Source, *, needed: str) -> str:

@@ -16,6 +16,14 @@ from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.sizes import DEMO, SIZES, closest_size, hub_name, is_demo
 
 _log = logging.getLogger(__name__)
+KIND_FILES = (
+    "modules.json",
+    "1_Pooling/config.json",
+    "1_LogitScore/config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+)
+"""Files of sentence-transformers, which describe embedding models and rerankers."""
 DESCRIPTION_FILES = (
     "config.json",
     "generation_config.json",
@@ -24,6 +32,7 @@ DESCRIPTION_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "model.safetensors.index.json",
+    *KIND_FILES,
 )
 GGUF = (
     "GGUF is not read; take the safetensors that it was made from, such as Qwen/Qwen3-8B, or a "

@@ -47,7 +47,7 @@ def load_model(
     """Create the network that `config` describes and load `weights` into it.
 
     `progress(done, total)` counts modules. The result is evaluated. `config` decides whether the
-    head is tied; see `weights.untie_if_needed`.
+    head is tied; see `weights.with_stored_head`.
 
     Raises:
         CheckpointError: config and weights do not match, or the weights are quantized already and

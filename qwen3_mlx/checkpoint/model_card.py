@@ -5,9 +5,20 @@ from collections import Counter
 from qwen3_mlx.checkpoint.convert import Job, Written
 from qwen3_mlx.version import __version__
 
+# The hub's name of what a model does, and a command that shows it.
+_USES = {
+    "chat": ("text-generation", 'qwen3 --model ./{name} "Why is the sky blue?"'),
+    "embedding": ("feature-extraction", "qwen3 embed --model ./{name} texts.txt"),
+    "reranker": ("text-ranking", 'qwen3 rerank --model ./{name} "Why is the sky blue?" texts.txt'),
+}
 
-def model_card(base_model: str | None, recipe: str, job: Job, written: Written) -> str:
-    """Return the text of the card; `base_model` is the source's hub name, None for a folder."""
+
+def model_card(base_model: str | None, kind: str, recipe: str, job: Job, written: Written) -> str:
+    """Return the text of the card; `base_model` is the source's hub name, None for a folder.
+
+    `kind` is what the checkpoint is for: "chat", "embedding" or "reranker".
+    """
+    task, command = _USES[kind]
     counts = Counter(fmt for fmt in job.formats.values() if fmt)
     rows = [
         f"| {fmt.bits} | {fmt.group_size} | {fmt.mode} | {count} |"
@@ -20,7 +31,7 @@ def model_card(base_model: str | None, recipe: str, job: Job, written: Written) 
         [
             "---",
             "library_name: mlx",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: {task}",
             *base,
             "tags:",
             "- mlx",
@@ -36,7 +47,7 @@ def model_card(base_model: str | None, recipe: str, job: Job, written: Written) 
             *rows,
             "",
             "```sh",
-            f'qwen3 --model ./{job.output.name} "Why is the sky blue?"',
+            command.format(name=job.output.name),
             "```",
             "",
             "It loads in mlx-lm, LM Studio and other programs that read MLX checkpoints, too.",

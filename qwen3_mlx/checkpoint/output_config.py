@@ -25,7 +25,7 @@ def output_config(stated: Mapping[str, Any], formats: Formats, dtype: mx.Dtype) 
         if key not in ("quantization", "quantization_config", "dtype")
     }
     values = {**asdict(network), **(asdict(network.experts) if network.experts else {})}
-    for key in values.keys() - {"yarn", "experts"}:
+    for key in values.keys() - {"yarn", "experts", "output"}:
         if config.get(key) is None:
             config[key] = values[key]
     config["rope_theta"] = network.rope_theta

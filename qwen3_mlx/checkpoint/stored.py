@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_mlx.checkpoint.weights import INDEX, index_fault
+from qwen3_mlx.checkpoint.names import network_name
+from qwen3_mlx.checkpoint.weights import INDEX, index_fault, index_names
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import read_json
 from qwen3_mlx.model.quantization import AFFINE, Format, FormatOf
 
 # --- what the files of a checkpoint hold --------------------------------------------------------
@@ -133,7 +133,7 @@ class StoredFormats:
     """The formats of an MLX-quantized checkpoint: one for all, and exceptions by module path."""
 
     def __init__(self, section: Mapping[str, Any]) -> None:
-        self._section = section
+        self._section = {network_name(name): own for name, own in section.items()}
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "StoredFormats | None":
@@ -186,10 +186,10 @@ def formats_stored(config: Mapping[str, Any], folder: Path | None = None) -> For
     if stored is None:
         return None
     usable = folder and (folder / INDEX).is_file() and not index_fault(folder)
-    names = read_json(folder / INDEX).get("weight_map") if folder and usable else None
+    names = index_names(folder) if folder and usable else None
 
     def format_of(path: str) -> Format | None:
-        if isinstance(names, dict):
+        if names is not None:
             kept = f"{path}.scales" not in names
         else:
             kept = stored.leaves_out(path)

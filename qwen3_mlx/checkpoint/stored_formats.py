@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from qwen3_mlx.checkpoint.names import network_name
 from qwen3_mlx.checkpoint.stored import MLX, StoredFormats, quantization_of
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.errors import CheckpointError
@@ -157,7 +158,7 @@ def _mlx(formats: StoredFormats) -> Decoder:
 def _module_name(prefix: str) -> str:
     """Return a stored module's name in config.json: experts have the name of their stack."""
     before, found, after = prefix.partition(".experts.")
-    return f"{before}.switch_mlp.{after.partition('.')[2]}" if found else prefix
+    return network_name(f"{before}.switch_mlp.{after.partition('.')[2]}" if found else prefix)
 
 
 # --- FP8: 8-bit floats (e4m3) with a scale for each block ---------------------------------------

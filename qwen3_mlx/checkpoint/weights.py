@@ -13,9 +13,10 @@ from typing import Any
 import mlx.core as mx
 
 from qwen3_mlx.checkpoint.hub import ADAPTER_FILES, GGUF, NO_WHOLE_MODEL
+from qwen3_mlx.checkpoint.names import network_name
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import Entry, read_header, read_json, read_rows, same_numbers
-from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.config import LOGITS, ModelConfig, headless
 
 _log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
@@ -24,6 +25,7 @@ _UNSUPPORTED_SUFFIXES = (".bin", ".pt", ".pth", ".gguf", ".npz")
 _MODEL_FILE = re.compile(r"model[^/]*\.safetensors")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer or an expert
+_EMBEDDING = "model.embed_tokens.weight"
 _EXPERT = re.compile(r"(.*\.mlp)\.experts\.(\d+)\.(\w+)\.(\w+)")
 
 
@@ -57,9 +59,13 @@ class Weights:
                     both = f"{other.file.name} and {file.name}"
                     raise CheckpointError(f"{folder} has {name} twice, in {both}")
                 self.stored[name] = entry
-        self.tensors = _stack_experts(
-            {name: Tensor(entry.shape, entry.dtype, (name,)) for name, entry in self.stored.items()}
-        )
+        tensors: dict[str, Tensor] = {}
+        for stored, entry in self.stored.items():
+            name = network_name(stored)
+            if name in tensors:
+                raise CheckpointError(f"{folder} has {name} twice, with and without the `model.`")
+            tensors[name] = Tensor(entry.shape, entry.dtype, (stored,))
+        self.tensors = _stack_experts(tensors)
 
     def take(self, name: str) -> mx.array:
         """Return a tensor, unevaluated, and drop it here, so that its memory can be freed.
@@ -216,28 +222,67 @@ def _first_names(files: list[str]) -> str:
 def has_own_head(weights: Weights) -> bool:
     """Return whether `lm_head` is stored and is not a copy of the embedding."""
     return any(
-        (copied := weights.stored.get(name.replace("lm_head", "model.embed_tokens", 1))) is None
-        or not same_numbers(entry, copied)
+        (copied := weights.tensors.get(name.replace("lm_head", "model.embed_tokens", 1))) is None
+        or not same_numbers(entry, weights.stored[copied.parts[0]])
         for name, entry in weights.stored.items()
         if name.startswith("lm_head.") and name != "lm_head.bias"  # no Qwen3 has a bias there
     )
 
 
-def untie_if_needed(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return a config.json with an untied head, if the weights have a head of their own.
-
-    Merging adapters into a tied model, or extending its vocabulary, leaves such a head behind while
-    the config still ties it to the embedding. As in transformers, the weights win, with a warning.
-    A copy of the embedding, which some published checkpoints contain, stays unused. The weights are
-    read only if the config ties the head.
+def with_stored_head(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return a config.json that describes the head in the folder's weights.
 
     Raises:
         CheckpointError: a weight file is broken, or the head's shape does not match config.json.
     """
-    if config.get("tie_word_embeddings") is not True:
-        return dict(config)
     weights = Weights(folder)
-    if not has_own_head(weights):
+    return without_missing_head(_untied_if_needed(config, weights), weights.tensors)
+
+
+def with_described_head(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the same as `with_stored_head`, as far as it is known before the weights are read.
+
+    They are opened only if config.json ties the head, and all are there. Otherwise the index, if
+    there is one, tells whether there is a head.
+
+    Raises:
+        CheckpointError: a weight file is broken, or the head's shape does not match config.json.
+    """
+    if config.get("tie_word_embeddings") is True and has_all_weights(folder):
+        return with_stored_head(config, folder)
+    names, _ = _indexed(folder)
+    return without_missing_head(config, index_names(folder) if names else None)
+
+
+def index_names(folder: Path) -> set[str]:
+    """Return the names, in the network, of the tensors in a valid index."""
+    return set(map(network_name, read_json(folder / INDEX)["weight_map"]))
+
+
+def without_missing_head(
+    config: Mapping[str, Any], names: Collection[str] | None
+) -> dict[str, Any]:
+    """Return a config.json without a head, if none of the tensors' `names` is of one.
+
+    The larger embedding checkpoints state an untied head and store none. `names` are those in the
+    network; None if they are not known.
+    """
+    if names is None or not ModelConfig.from_dict(config).has_lm_head:
+        return dict(config)
+    has_head = any(name.startswith("lm_head.") for name in names)
+    # Without an embedding the names are no network's: comparing them gives the clear error.
+    return dict(config) if has_head or _EMBEDDING not in names else headless(config)
+
+
+def _untied_if_needed(config: Mapping[str, Any], weights: Weights) -> dict[str, Any]:
+    """Return a config.json with an untied head, if the weights have a head of their own.
+
+    Merging adapters into a tied model, or extending its vocabulary, leaves such a head behind while
+    the config still ties it to the embedding. As in transformers, the weights win, with a warning.
+    A copy of the embedding, which some published checkpoints contain, stays unused.
+    """
+    network = ModelConfig.from_dict(config)
+    if not network.tie_word_embeddings or network.output != LOGITS or not has_own_head(weights):
         return dict(config)
     _refuse_another_shape(weights, [config["vocab_size"], config["hidden_size"]])
     _log.warning(

@@ -14,7 +14,7 @@ from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import formats_stored
-from qwen3_mlx.checkpoint.weights import untie_if_needed
+from qwen3_mlx.checkpoint.weights import with_stored_head
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.options import Json, ModelArgument, Plot
@@ -80,7 +80,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
     if plot:
         check_picture(plot)
     folder = _folder(model or DEMO)
-    content = untie_if_needed(read_json(folder / "config.json"), folder)
+    content = with_stored_head(read_json(folder / "config.json"), folder)
     config, stored = ModelConfig.from_dict(content), formats_stored(content, folder)
     lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
     cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))

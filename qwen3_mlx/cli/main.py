@@ -17,6 +17,7 @@ from qwen3_mlx.cli.bench import bench
 from qwen3_mlx.cli.chat import chat
 from qwen3_mlx.cli.convert import convert
 from qwen3_mlx.cli.doctor import doctor
+from qwen3_mlx.cli.embed import embed, rerank
 from qwen3_mlx.cli.error_wording import (
     UsageError,
     closest_command,
@@ -112,6 +113,8 @@ app.command("pull")(pull)
 app.command("rm")(rm)
 app.command("show")(show)
 app.command("ps")(ps)
+app.command("embed")(embed)
+app.command("rerank")(rerank)
 app.command("bench")(bench)
 app.command("doctor")(doctor)
 app.add_typer(evaluate, name="eval")

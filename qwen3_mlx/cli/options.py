@@ -130,8 +130,8 @@ Plot = Annotated[Path | None, option(text="Also draw a plot: a .png or .svg file
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointOptions:
-    """Those options of `load` that change what a model predicts, or how exactly."""
+class WeightOptions:
+    """The options of `load` for a model that reads texts once, without a KV cache to keep."""
 
     revision: Annotated[
         str | None, option(panel=_MODEL, text="Branch, tag or commit on the hub.")
@@ -157,6 +157,12 @@ class CheckpointOptions:
             "YaRN.",
         ),
     ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOptions(WeightOptions):
+    """Those options of `load` that change what a model predicts, or how exactly."""
+
     kv_bits: Annotated[
         str | None, option(panel=_MODEL, text="KV cache precision: 8, k8v4 or 4 bits.")
     ] = None
@@ -364,7 +370,7 @@ def user_config() -> Config:
 @contextmanager
 def load_model(
     model: str | Path | None,
-    options: CheckpointOptions,
+    options: WeightOptions,
     *,
     what: str = "loading",
     quiet: bool = False,

@@ -16,7 +16,7 @@ from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.checkpoint.description import indexed_tensor_names, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
-from qwen3_mlx.checkpoint.weights import has_all_weights, untie_if_needed
+from qwen3_mlx.checkpoint.weights import has_all_weights, with_stored_head, without_missing_head
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.options import Plot, alias_meant, complete_model
@@ -153,7 +153,7 @@ def _resolve(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[s
 
 
 def _checked_config(content: Mapping[str, Any], source: Source, folder: Path) -> Mapping[str, Any]:
-    """Return the content of config.json, corrected to untied if the weights have their own head.
+    """Return the content of config.json, corrected for the head that the weights have.
 
     Weights that are not on disk cannot be compared; then a note warns of a possible head.
 
@@ -161,8 +161,9 @@ def _checked_config(content: Mapping[str, Any], source: Source, folder: Path) ->
         CheckpointError: the weights are of a kind that cannot be read.
     """
     if has_all_weights(folder):
-        return untie_if_needed(content, folder)
+        return with_stored_head(content, folder)
     tensors = indexed_tensor_names(source, folder) or ()
+    content = without_missing_head(content, tensors)
     if content.get("tie_word_embeddings") is True and "lm_head.weight" in tensors:
         note(
             "config.json ties the head to the embedding, but there is an lm_head; if it is not a "

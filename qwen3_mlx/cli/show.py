@@ -9,7 +9,7 @@ from typing import Any
 
 from qwen3_mlx.checkpoint.description import read_config
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.weights import has_all_weights, untie_if_needed
+from qwen3_mlx.checkpoint.weights import has_all_weights, with_described_head
 from qwen3_mlx.cli.console import format_bytes, note, print_facts
 from qwen3_mlx.cli.model_facts import ModelFacts
 from qwen3_mlx.cli.models import Revision
@@ -40,15 +40,15 @@ def show(*, model: ModelArgument = None, revision: Revision = None, as_json: Jso
         note("geometry is shown, as of a 4-bit model.")
         section = {"bits": 4, "group_size": 64}
         folder, config = None, {**published_config(size), "quantization": section}
-    if folder and has_all_weights(folder):
-        config = untie_if_needed(config, folder)
+    if folder:
+        config = with_described_head(config, folder)
     facts = ModelFacts.of(config, folder, Machine.here())
     about = {
         "model": place.name if model else DEMO,
         "folder": str(folder) if folder else None,
         "downloaded": bool(folder and has_all_weights(folder)),
         **_of_network(facts, config),
-        **(_of_text(folder) if folder else {}),
+        **(_of_text(folder, facts.config.output) if folder else {}),
         **_of_memory(facts),
     }
     if as_json:
@@ -79,10 +79,10 @@ def _of_network(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _of_text(folder: Path) -> dict[str, Any]:
-    """Return what the template and the model card say."""
+def _of_text(folder: Path, output: str) -> dict[str, Any]:
+    """Return what the template, the files of its kind and the model card say."""
     detect = import_module("qwen3_mlx.text.abilities")  # Jinja, which --help does not need
-    return {**asdict(detect.Abilities.of(folder)), "licence": _licence(folder)}
+    return {**asdict(detect.Abilities.of(folder, output)), "licence": _licence(folder)}
 
 
 def _licence(folder: Path) -> str | None:
@@ -131,12 +131,15 @@ def _for_people(about: Mapping[str, Any], facts: ModelFacts) -> dict[str, str]:
     for kind, formats in (about["formats"] or {}).items():
         shown = (f"{label} x {n}" if n > 1 else label for label, n in formats.items())
         lines[f"  {kind}"] = ", ".join(shown)
-    if "chat" in about:
+    if about.get("kind", "chat") != "chat":
+        lines["kind"] = about["kind"]
+    elif "kind" in about:
         thinking = {"hybrid": "on and off", None: "unknown, without its tokenizer"}
         lines["template"] = "chat" if about["chat"] else "none: a base model"
         if about["chat"]:
             mode = thinking.get(about["thinking"], about["thinking"])
             lines["template"] += f"; thinking {mode}; tools {'yes' if about['tools'] else 'no'}"
+    if "licence" in about:
         lines["licence"] = about["licence"] or "not stated here"
     if facts.estimate is None:
         lines["memory"] = "planned after conversion: qwen3 plan"

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 from weakref import WeakSet
 
 import mlx.core as mx
@@ -22,18 +23,20 @@ from qwen3_mlx.engine.cache_manager import CacheManager
 from qwen3_mlx.engine.committer import Committer
 from qwen3_mlx.engine.errors import engine_error
 from qwen3_mlx.engine.in_flight import CompletedStep, InFlightStep
+from qwen3_mlx.engine.last_states import Finish, LastStates, plan_last_states
 from qwen3_mlx.engine.logits import Logits, plan_logits
 from qwen3_mlx.engine.memory import RESERVE, Budget, Workload
 from qwen3_mlx.engine.memory_ledger import Share, claim, release
 from qwen3_mlx.engine.request import Request, RequestResult
 from qwen3_mlx.engine.scheduler import ScheduledStep, Scheduler
-from qwen3_mlx.engine.sequence import SequenceState
+from qwen3_mlx.engine.sequence import SequenceState, refuse_unknown
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.step_builder import StepBuilder
 from qwen3_mlx.errors import ContextError
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _log = logging.getLogger(__name__)
+Job = TypeVar("Job", Logits, LastStates)
 
 
 class EngineCore:
@@ -55,7 +58,7 @@ class EngineCore:
         self.speculator = speculator
         self._vocabulary = vocabulary
         # Weak: the memory of these jobs is free again when they are collected.
-        self._logits_jobs: WeakSet[Logits] = WeakSet()
+        self._jobs: WeakSet[Logits | LastStates] = WeakSet()
         self.caches = CacheManager(model, cache_format, speculator, disk, self._commit_in_flight)
         self.scheduler: Scheduler[SequenceState] = Scheduler(0, self.caches)
         self._builder = StepBuilder(model, vocabulary, self.scheduler, self.caches, speculator)
@@ -94,6 +97,7 @@ class EngineCore:
         """Add a request to those that wait, or end it with an error if it cannot run."""
         rates = self.speculator.ngram_rates if self.speculator and request.max_tokens else None
         try:
+            refuse_unknown(request.ids, self.model.config.vocab_size)
             self.scheduler.add(SequenceState(request, self._vocabulary, self.context, rates))
         except BaseException as error:  # noqa: BLE001 - ends this request only
             _notify(request, error)
@@ -254,29 +258,46 @@ class EngineCore:
                 f"{len(ids):,} ids are more than the context window of {self.context:,}; "
                 "ask for the logits of fewer"
             )
-        self._update_budget()
-        config = self.model.config
-        free = self.budget.available - self.budget.bytes_of(
-            self.scheduler.room_in_use() - self.caches.prefix_room
-        )
-        total, chunk = plan_logits(config, self.budget.work, len(ids), free)
-        logits = Logits(self.model, ids, total, chunk)
-        self._logits_jobs.add(logits)
-        self._update_budget()
-        self.caches.evict(self.scheduler.room_in_use() - self.scheduler.room)
-        return logits
+        total, chunk = plan_logits(self.model.config, self.budget.work, len(ids), self._free())
+        return self._set_aside(Logits(self.model, ids, total, chunk))
 
-    def advance_logits(self, logits: Logits) -> bool:
-        """Compute one more chunk, a short one while requests run; return whether ids are left."""
-        running, chunk = self.scheduler.running, logits.chunk
-        return logits.advance(
+    def last_states(
+        self, shared: Sequence[int], texts: Sequence[Sequence[int]], finish: Finish
+    ) -> LastStates:
+        """Create the job that computes results of texts, and set its memory aside.
+
+        See `LastStates`.
+
+        Raises:
+            Qwen3Error: they take more memory than is free.
+        """
+        config, work, lengths = self.model.config, self.budget.work, [len(text) for text in texts]
+        total, chunk = plan_last_states(config, work, len(shared), lengths, self._free())
+        return self._set_aside(LastStates(self.model, shared, texts, finish, total, chunk))
+
+    def advance_job(self, job: Logits | LastStates) -> bool:
+        """Compute one more chunk, a short one while requests run; return whether more is left."""
+        running, chunk = self.scheduler.running, job.chunk
+        return job.advance(
             self.scheduler.prefill_budget(ScheduledStep(running, []), chunk) if running else chunk
         )
+
+    def _free(self) -> int:
+        """Return the bytes that a job may take: all but the caches of requests."""
+        self._update_budget()
+        in_use = self.scheduler.room_in_use() - self.caches.prefix_room
+        return self.budget.available - self.budget.bytes_of(in_use)
+
+    def _set_aside(self, job: Job) -> Job:
+        self._jobs.add(job)
+        self._update_budget()
+        self.caches.evict(self.scheduler.room_in_use() - self.scheduler.room)
+        return job
 
     def _update_budget(self) -> None:
         """Report to the ledger what caches hold, and adapt the room to what they may take now."""
         self.share.held = self.scheduler.room_in_use() * self._token_bytes
-        available = self.share.available - sum(logits.nbytes for logits in self._logits_jobs)
+        available = self.share.available - sum(job.nbytes for job in self._jobs)
         available = max(0, available)
         if available != self.budget.available:
             self.budget = replace(self.budget, available=available)

@@ -15,6 +15,7 @@ from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.engine.activity import Activity
 from qwen3_mlx.engine.core import EngineCore
 from qwen3_mlx.engine.hooks import TokenCollector
+from qwen3_mlx.engine.last_states import Finish, LastStates
 from qwen3_mlx.engine.logits import Logits
 from qwen3_mlx.engine.memory_ledger import release
 from qwen3_mlx.engine.request import IDLE, Request, RequestResult, SampledLogprob, Scores
@@ -225,7 +226,7 @@ class Engine:
         self._core.forget()
 
     def logits(self, ids: Sequence[int]) -> Logits:
-        """Create the job that computes the logits of all ids; `advance_logits` advances it.
+        """Create the job that computes the logits of all ids; `advance_job` advances it.
 
         Raises:
             ContextError: there are more ids than the context window has.
@@ -233,9 +234,19 @@ class Engine:
         """
         return self._core.logits(ids)
 
-    def advance_logits(self, logits: Logits) -> bool:
-        """Compute one more chunk; return whether ids are left."""
-        return self._core.advance_logits(logits)
+    def last_states(
+        self, shared: Sequence[int], texts: Sequence[Sequence[int]], finish: Finish
+    ) -> LastStates:
+        """Create the job that computes results of texts; `advance_job` advances it.
+
+        Raises:
+            Qwen3Error: they take more memory than is free.
+        """
+        return self._core.last_states(shared, texts, finish)
+
+    def advance_job(self, job: Logits | LastStates) -> bool:
+        """Compute one more chunk; return whether more is left."""
+        return self._core.advance_job(job)
 
     def _run_once(self) -> None:
         """Run a step and queue the next one, behind other jobs of the worker."""

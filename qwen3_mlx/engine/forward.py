@@ -9,6 +9,7 @@ from qwen3_mlx.cache.attention import LayerCache
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
 from qwen3_mlx.cache.ragged import ragged_layers
+from qwen3_mlx.model.config import LOGITS
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _CHUNK_MULTIPLE = 64  # tokens
@@ -65,6 +66,7 @@ def warm_up(model: Qwen3, cache_format: CacheFormat = PLAIN) -> None:
     """Run a chunk of 64 tokens and one token, so that no first request waits for kernels."""
     layers = model.make_cache(cache_format=cache_format)
     for length in (_CHUNK_MULTIPLE, 1):
-        mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [BatchSlice(layers, length, 1)]))
+        part, head = BatchSlice(layers, length, 1), model.config.output == LOGITS
+        mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [part], head=head))
     del layers
     mx.clear_cache()

@@ -14,11 +14,11 @@ import mlx.core as mx
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import PLAIN
 from qwen3_mlx.engine.memory import (
-    MIN_CHUNK,
     Workload,
     activation_bytes,
     cache_bytes,
     in_gb,
+    with_fitting_chunk,
 )
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
@@ -37,17 +37,15 @@ def plan_logits(config: ModelConfig, work: Workload, tokens: int, free: int) -> 
     block = min(tokens * config.vocab_size, max(config.vocab_size, _BLOCK)) * 2 * _ITEMSIZE
     logits = tokens * config.vocab_size * _ITEMSIZE + block
     work = replace(work, context=tokens, cache=PLAIN, draft_token_bytes=0)
-    while True:
-        cache, activations = cache_bytes(config, work), activation_bytes(config, work)
-        if (total := logits + cache + activations) <= free:
-            return total, work.chunk
-        if work.chunk <= MIN_CHUNK:
-            raise Qwen3Error(
-                f"the logits of {tokens:,} tokens do not fit: logits {in_gb(logits)} + cache "
-                f"{in_gb(cache)} + activations {in_gb(activations)} = {in_gb(total)}, and "
-                f"{in_gb(free)} are free; ask for those of fewer ids at a time"
-            )
-        work = replace(work, chunk=max(MIN_CHUNK, work.chunk // 2))
+    work, total = with_fitting_chunk(config, work, logits, free)
+    if total > free:
+        raise Qwen3Error(
+            f"the logits of {tokens:,} tokens do not fit: logits {in_gb(logits)} + cache "
+            f"{in_gb(cache_bytes(config, work))} + activations "
+            f"{in_gb(activation_bytes(config, work))} = {in_gb(total)}, and {in_gb(free)} are "
+            "free; ask for those of fewer ids at a time"
+        )
+    return total, work.chunk
 
 
 class Logits:

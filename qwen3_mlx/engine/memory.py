@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 
 from qwen3_mlx.cache.kv import next_capacity
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat
-from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.config import LOGITS, SCORE, ModelConfig
 from qwen3_mlx.model.quantization import Format, FormatOf
 
 RESERVE = 500_000_000  # bytes
@@ -208,8 +208,10 @@ def modules(config: ModelConfig) -> Iterator[Module]:
         yield Module(f"{block}.up_proj", width, hidden, count)
         yield Module(f"{block}.down_proj", hidden, width, count)
     yield Module("model.norm", hidden)
-    if not config.tie_word_embeddings:
+    if config.has_lm_head:
         yield Module("lm_head", config.vocab_size, hidden)
+    if config.output == SCORE:
+        yield Module("score", hidden)
 
 
 def count_weights(config: ModelConfig) -> int:
@@ -237,7 +239,8 @@ def bytes_read_per_token(config: ModelConfig, format_of: FormatOf, work: Workloa
         size = module.nbytes(format_of(module.path), work.itemsize)
         if config.experts and module.count > 1:
             size = size * config.experts.num_experts_per_tok // module.count
-        if module.path == "model.embed_tokens" and not config.tie_word_embeddings:
+        tied_head = config.output == LOGITS and config.tie_word_embeddings
+        if module.path == "model.embed_tokens" and not tied_head:
             size //= module.rows
         read += size
     return read
@@ -275,6 +278,20 @@ def activation_bytes(config: ModelConfig, work: Workload) -> int:
         return _LAYERS_IN_FLIGHT * layer
     heads = config.num_attention_heads
     return layer + heads * work.context * (tokens * _SCORE_BYTES + config.head_dim * work.itemsize)
+
+
+def with_fitting_chunk(
+    config: ModelConfig, work: Workload, fixed: int, free: int
+) -> tuple[Workload, int]:
+    """Return `work` with its chunk halved until it fits `free` bytes, and the bytes that it takes.
+
+    They are cache, activations and `fixed`; with the smallest chunk they may be more than `free`.
+    """
+    while True:
+        total = fixed + cache_bytes(config, work) + activation_bytes(config, work)
+        if total <= free or work.chunk <= MIN_CHUNK:
+            return work, total
+        work = replace(work, chunk=max(MIN_CHUNK, work.chunk // 2))
 
 
 def _elements_a_token(config: ModelConfig) -> int:

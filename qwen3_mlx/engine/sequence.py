@@ -42,6 +42,7 @@ class SequenceState:
         self.outcome: RequestResult | BaseException | None = None  # set by `end`
         self.reported = False  # True once the outcome is
         self.ids = list(request.ids)
+        self._vocabulary = vocabulary
         self.sampler = Sampler(
             request.sampling, seed=request.seed, vocabulary=vocabulary, prompt=request.ids
         )
@@ -208,6 +209,7 @@ class SequenceState:
         constraint, any_forced = self.request.constraint, False
         # In a loop: a constraint that has taken forced tokens may force more, or take them back.
         while constraint and not self.ended and (forced := constraint.forced_tokens()):
+            refuse_unknown(forced, self._vocabulary)
             self.truncate(len(self.ids))  # the caches may hold other draft tokens there
             self._append(forced[: self.request.max_tokens - self.num_output], forced=True)
             any_forced = True
@@ -265,6 +267,16 @@ class SequenceState:
         self.truncate(len(self.ids))
         if count > unseen:
             self.request.sink.rewind(count - unseen)
+
+
+def refuse_unknown(ids: Sequence[int], rows: int) -> None:
+    """Refuse ids beyond the rows of the embedding: MLX would read other memory for them.
+
+    Raises:
+        Qwen3Error: there is one.
+    """
+    if (largest := max(ids, default=0)) >= rows:
+        raise Qwen3Error(f"the model knows {rows:,} tokens, and token {largest} is none of them")
 
 
 def _check_length(request: Request, context: int) -> None:

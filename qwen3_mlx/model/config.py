@@ -13,6 +13,8 @@ from typing import Any
 from qwen3_mlx.errors import CheckpointError
 
 MODEL_TYPES = ("qwen3", "qwen3_moe")
+LOGITS, SCORE, STATES = "logits", "score", "states"
+"""What a network computes: logits of the next token, one score of a text, or hidden states."""
 _MAX_LAYERS = 10_000  # more are a mistake, and building them would take long before it fails
 _MAX_SIZE = 1 << 31  # no size of a network comes near it; MLX counts in 32 bits
 _DEFAULT_THETA = 10_000.0
@@ -74,6 +76,12 @@ class ModelConfig:
     rope_theta: float
     yarn: Yarn | None = None
     experts: Experts | None = None
+    output: str = LOGITS
+
+    @property
+    def has_lm_head(self) -> bool:
+        """True if there is a head that is not the embedding."""
+        return self.output == LOGITS and not self.tie_word_embeddings
 
     @property
     def attention_scale(self) -> float:
@@ -139,6 +147,7 @@ class ModelConfig:
             rope_theta=theta,
             yarn=yarn,
             experts=_read_experts(read) if model_type == "qwen3_moe" else None,
+            output=_read_output(config),
         )
 
 
@@ -193,6 +202,28 @@ class _Reader:
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def headless(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json as transformers writes it for the network without a head."""
+    moe = "Moe" if config.get("model_type") == "qwen3_moe" else ""
+    return {**config, "architectures": [f"Qwen3{moe}Model"]}
+
+
+def _read_output(config: Mapping[str, Any]) -> str:
+    """Return what the network computes, by the name that transformers has for its class."""
+    architecture = str((_Reader(config).items("architectures") or [""])[0])
+    if architecture.endswith("Model"):
+        return STATES
+    if not architecture.endswith("ForSequenceClassification"):
+        return LOGITS
+    labels = config.get("num_labels") or len(config.get("id2label") or "ab")  # the default is two
+    if labels != 1:
+        raise CheckpointError(
+            f"config.json: {architecture} with {labels} labels; only rerankers, which have one, "
+            "are supported"
+        )
+    return SCORE
 
 
 def _missing_kv_heads(config: Mapping[str, Any], heads: int) -> int:

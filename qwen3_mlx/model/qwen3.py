@@ -1,4 +1,4 @@
-"""The Qwen3 network, dense and mixture-of-experts: token ids in, logits out.
+"""The Qwen3 network, dense and mixture-of-experts: token ids in, logits or hidden states out.
 
 The parts come before the whole, `Qwen3`. Modules and parameters have the names of the published
 checkpoints. Code that runs for every token accesses modules as items (`self["norm"]`): attribute
@@ -18,10 +18,12 @@ from mlx.utils import tree_flatten
 from qwen3_mlx.cache.attention import LayerCache, NoCache, RopeFn
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat, new_cache
-from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.config import LOGITS, SCORE, ModelConfig
 from qwen3_mlx.model.fused import RowFused, can_fuse
 from qwen3_mlx.model.linear import Embedding, Linear
 from qwen3_mlx.model.moe import MoE, swiglu
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.rope import Rope
 
 
@@ -150,6 +152,18 @@ class Decoder(nn.Module):
         return normed
 
 
+class Score(nn.Module):
+    """The head of a reranker in the form of a sequence classifier; it is never quantized."""
+
+    def __init__(self, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = mx.zeros((1, hidden_size))
+
+    def __call__(self, x: mx.array) -> mx.array:  # [..., D] -> [...], the log-odds
+        log_odds: mx.array = x.astype(mx.float32) @ self["weight"].astype(mx.float32).T
+        return log_odds[..., 0]
+
+
 class Qwen3(nn.Module):
     """The whole network. `source` names the checkpoint in messages."""
 
@@ -158,8 +172,10 @@ class Qwen3(nn.Module):
         self.config = config
         self.source = "this checkpoint"
         self.model = Decoder(config)
-        if not config.tie_word_embeddings:
+        if config.has_lm_head:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.output == SCORE:
+            self.score = Score(config.hidden_size)
 
     def __call__(
         self,
@@ -190,10 +206,35 @@ class Qwen3(nn.Module):
         return last
 
     def head(self, x: mx.array) -> mx.array:
-        """Compute the logits [..., V] of any rows x [..., D] of the last hidden states."""
+        """Compute the logits [..., V] of any rows x [..., D] of the last hidden states.
+
+        Raises:
+            Qwen3Error: the network has no head for logits.
+        """
+        self._refuse_missing_head()
         tied = self.config.tie_word_embeddings
         logits: mx.array = self.model.embed_tokens.as_linear(x) if tied else self.lm_head(x)
         return logits
+
+    def logits_of(self, tokens: Sequence[int], x: mx.array) -> mx.array:
+        """Compute the logits of some tokens [..., n], float32, of last hidden states x [..., D].
+
+        Raises:
+            Qwen3Error: the network has no head for logits.
+        """
+        self._refuse_missing_head()
+        tied = self.config.tie_word_embeddings
+        module, rows = self.model.embed_tokens if tied else self.lm_head, mx.array(list(tokens))
+        parts = [module[name][rows] for name in ("weight", "scales", "biases") if name in module]
+        if len(parts) > 1:
+            fmt = Format(module.bits, module.group_size, module.mode)
+            parts = [fmt.dequantize_float32(*parts)]
+        logits: mx.array = x.astype(mx.float32) @ parts[0].astype(mx.float32).T
+        return logits
+
+    def _refuse_missing_head(self) -> None:
+        if self.config.output != LOGITS:
+            raise Qwen3Error(f"{self.source} has no head that computes the logits of a next token")
 
     @property
     def layers(self) -> list[Block]:

@@ -1,9 +1,11 @@
-"""What a checkpoint can do by its chat template and tokens: chat, thinking, tools."""
+"""What a checkpoint can do by its files, chat template and tokens: chat, thinking, tools."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.text.kind import CHAT, Kind
+from qwen3_mlx.text.rerank_prompt import drops_user
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.thinking import Thinking
 from qwen3_mlx.text.tokenizer import Tokenizer
@@ -17,30 +19,34 @@ class Abilities:
     """The abilities of a checkpoint.
 
     Attributes:
-        chat: whether it has a chat template; a base model has none.
+        kind: what it is for: "chat", "embedding" or "reranker".
+        chat: whether it has a chat template that shows what a user says; a base model has none.
         thinking: "hybrid" (on and off), "always" or "never"; None without a template or tokenizer.
         tools: whether the template tells the model of tools.
     """
 
+    kind: str
     chat: bool
     thinking: str | None
     tools: bool
 
     @classmethod
-    def of(cls, folder: Path) -> "Abilities":
-        """Detect the abilities by rendering the template, never by a name.
+    def of(cls, folder: Path, output: str) -> "Abilities":
+        """Detect the abilities, never by a name; `output` is what the network computes.
 
         Raises:
             CheckpointError: the template or the tokenizer cannot be read.
         """
-        template, tokenizer = ChatTemplate.from_folder(folder), folder / "tokenizer.json"
-        if template is None:
-            return cls(False, None, False)
+        template, file = ChatTemplate.from_folder(folder), folder / "tokenizer.json"
+        tokenizer = Tokenizer(file) if file.is_file() else None
+        kind = Kind.of(folder, tokenizer, template, output).name
+        if template is None or kind != CHAT or drops_user(template):
+            return cls(kind, False, None, False)
         mode = None
-        if tokenizer.is_file():
-            found = Thinking.of(template, Tokenizer(tokenizer))
+        if tokenizer:
+            found = Thinking.of(template, tokenizer)
             mode = "hybrid" if found.hybrid else "always" if found.can_think else "never"
-        return cls(True, mode, _shows_tools(template))
+        return cls(kind, True, mode, _shows_tools(template))
 
 
 def _shows_tools(template: ChatTemplate) -> bool:

@@ -119,6 +119,18 @@ class Tokenizer:
         encodings = self._encoded(self._plain, text)
         return [token for encoding in encodings for token in encoding.ids]
 
+    @cached_property
+    def around(self) -> tuple[list[int], list[int]]:
+        """Ids that the post-processor puts before and after a text; `encode` adds none of them.
+
+        Those of the embedding models append <|endoftext|>.
+        """
+        bare, whole = (
+            self._inner.encode("a", add_special_tokens=special).ids for special in (False, True)
+        )
+        start = next(n for n in range(len(whole)) if whole[n : n + len(bare)] == bare)
+        return whole[:start], whole[start + len(bare) :]
+
     def min_tokens(self, text: str, enough: int) -> int:
         """Return a lower bound of the number of tokens in `text`.
 
@@ -278,7 +290,7 @@ def _added_elsewhere(folder: Path) -> Iterator[tuple[str, int, tokenizers.AddedT
     """Yield the file, id and settings of the tokens that a tokenizer's other files add."""
     config, plain = folder / "tokenizer_config.json", folder / "added_tokens.json"
     if config.is_file():
-        listed = _object(_read_json(config), config).get("added_tokens_decoder")
+        listed = _object(read_json_file(config), config).get("added_tokens_decoder")
         for token, added in _object(listed, config).items():
             settings = dict(_object(added, config))
             content = settings.pop("content", None)
@@ -287,7 +299,7 @@ def _added_elsewhere(folder: Path) -> Iterator[tuple[str, int, tokenizers.AddedT
                 raise CheckpointError(f"{config}: added_tokens_decoder has {token!r}: {added!r}")
             yield config.name, int(token), tokenizers.AddedToken(content, **settings)
     if plain.is_file():
-        for content, token in _object(_read_json(plain), plain).items():
+        for content, token in _object(read_json_file(plain), plain).items():
             if type(token) is not int:
                 raise CheckpointError(
                     f"{plain} has {content!r}: {token!r}, which is not a token id"
@@ -295,7 +307,12 @@ def _added_elsewhere(folder: Path) -> Iterator[tuple[str, int, tokenizers.AddedT
             yield plain.name, token, tokenizers.AddedToken(content, normalized=False)
 
 
-def _read_json(file: Path) -> Any:
+def read_json_file(file: Path) -> Any:
+    """Read a JSON file of any content.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
     try:
         return json.loads(file.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:

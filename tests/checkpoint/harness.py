@@ -74,7 +74,9 @@ class Hub(BaseHTTPRequestHandler):
 
     def _answer(self, *, body: bool) -> None:
         path = self.path.split("?")[0]
-        names = [*(file.name for file in self.folder.iterdir()), "pytorch_model.bin", "README.md"]
+        inside = [file for file in self.folder.rglob("*") if file.is_file()]
+        names = [str(file.relative_to(self.folder)) for file in inside]
+        names += ["pytorch_model.bin", "README.md"]
         if path.startswith("/api/models/me/made"):
             self._send(json.dumps({"id": "me/made", "sha": COMMIT, "siblings": []}).encode())
         elif path.startswith("/api/models/someone/tiny/tree/"):
@@ -85,7 +87,7 @@ class Hub(BaseHTTPRequestHandler):
             model = {"id": "someone/tiny", "sha": COMMIT, "siblings": siblings}
             self._send(json.dumps(model).encode())
         elif path.startswith("/someone/tiny/resolve/"):
-            name = path.split("/")[-1]
+            name = path.split("/", 5)[-1]
             if body:
                 self.asked.append(name)
             self._send_file((self.folder / name).read_bytes(), name, body=body)

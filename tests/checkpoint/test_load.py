@@ -325,9 +325,9 @@ def whole_beside_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def prefix(weights: dict[str, mx.array], words: str, *, take: bool = False) -> None:
-    """Give all names a prefix, or take it from them."""
-    named = {name.removeprefix(words) if take else words + name: weights[name] for name in weights}
+def prefix(weights: dict[str, mx.array], words: str) -> None:
+    """Give all names a prefix."""
+    named = {words + name: weights[name] for name in weights}
     weights.clear()
     weights.update(named)
 
@@ -431,10 +431,6 @@ BROKEN = {
     "compiled": (
         edit_weights(lambda weights: prefix(weights, "_orig_mod.")),
         r"missing: model\.layers\.1\.\*; among .* is _orig_mod\.model\.layers\.1\.input_layernorm",
-    ),
-    "without its prefix": (
-        edit_weights(lambda weights: prefix(weights, "model.", take=True)),
-        r"missing: model\.layers\.1\.\*; among .* is layers\.1\.input_layernorm\.weight",
     ),
     "no tensors": (edit_weights(lambda weights: weights.clear()), "that are there is none"),
     "no such format": (

@@ -226,7 +226,7 @@ def test_plain(dtype: str, tmp_path: Path) -> None:
     tensors = {
         "a.weight": as_stored(values[0], dtype),
         "b.weight": as_stored(values, dtype),
-        "norm.weight": as_stored(values[0, 0], dtype),
+        "c.norm.weight": as_stored(values[0, 0], dtype),
     }
     found = read(tmp_path, tensors, None)
     for name, stored in tensors.items():

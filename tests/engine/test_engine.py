@@ -411,6 +411,16 @@ def test_what_cannot_be_run_is_refused() -> None:
     assert "the request may take 5,073 tokens; the context is 2,048" in str(long.outcomes[0])
 
 
+def test_an_id_that_the_model_does_not_know_is_never_looked_up() -> None:
+    engine = engine_of(MODELS["dense"])
+    written = Client([5, 1088], 5)
+    forced = Client([5], 5, constraint=ScriptedConstraint([1089]))
+    run(engine, written, forced)
+    known = "the model knows 1,088 tokens, and token "
+    assert str(written.outcomes[0]) == f"{known}1088 is none of them"
+    assert str(forced.outcomes[0]) == f"{known}1089 is none of them"
+
+
 def test_a_failing_device_costs_those_whose_step_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     engine = engine_of(MODELS["dense"])
     run(engine, Client(STEM, 5))

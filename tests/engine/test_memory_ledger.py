@@ -272,7 +272,7 @@ def test_replies_go_on_between_the_chunks_of_logits(
 ) -> None:
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     done: list[str] = []
-    step, advance_logits = EngineCore.step, EngineCore.advance_logits
+    step, advance_job = EngineCore.step, EngineCore.advance_job
 
     def note(name: str, job: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*arguments: Any) -> Any:
@@ -282,7 +282,7 @@ def test_replies_go_on_between_the_chunks_of_logits(
         return noted
 
     monkeypatch.setattr(EngineCore, "step", note("step", step))
-    monkeypatch.setattr(EngineCore, "advance_logits", note("chunk", advance_logits))
+    monkeypatch.setattr(EngineCore, "advance_job", note("chunk", advance_job))
     ids = random_ids(600)
     with load(folder) as llm:
         stream = llm.stream("Hello", max_tokens=500, temperature=0, loop_guard=False)
@@ -300,13 +300,13 @@ def test_closing_ends_logits_in_time(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
     llm, errors = load(folder), list[BaseException]()
     begun = threading.Event()
-    advance_logits = EngineCore.advance_logits
+    advance_job = EngineCore.advance_job
 
     def note(self: EngineCore, logits: Logits) -> bool:
         begun.set()
-        return advance_logits(self, logits)
+        return advance_job(self, logits)
 
-    monkeypatch.setattr(EngineCore, "advance_logits", note)
+    monkeypatch.setattr(EngineCore, "advance_job", note)
 
     def ask() -> None:
         try:
