@@ -9,5 +9,16 @@ class CheckpointError(Qwen3Error):
     """A checkpoint cannot be found, read or run."""
 
 
+class CapacityError(Qwen3Error):
+    """A checkpoint does not fit the memory that is available.
+
+    `fits_alone` is True if it would fit without the other models of this process.
+    """
+
+    def __init__(self, message: str, *, fits_alone: bool) -> None:
+        super().__init__(message)
+        self.fits_alone = fits_alone
+
+
 class ContextError(Qwen3Error):
     """The prompt, or the prompt and the requested reply together, exceed the context window."""

@@ -18,7 +18,7 @@ from qwen3_mlx.engine.memory import (
     weight_bytes,
 )
 from qwen3_mlx.engine.memory_ledger import unallocated_guarantees
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.errors import CapacityError
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format, FormatOf
 from qwen3_mlx.model.sizes import SIZES, mlx_4bit_name, published_model_config
@@ -73,7 +73,7 @@ def check_fits(
     may be more than is free at the moment: then a warning is logged.
 
     Raises:
-        Qwen3Error: it does not fit; the message shows the sum, and what would fit.
+        CapacityError: it does not fit; the message shows the sum, and what would fit.
     """
     tokens = context or _MIN_CONTEXT
     available = backend.available_memory() - unallocated_guarantees() - beside
@@ -100,11 +100,12 @@ def check_fits(
         own = stated or backend.on_gpu()
         others = "the other models of this process" if own else "other programs"
         ways.append(f"closing {others} would make room")
-    raise Qwen3Error(
+    raise CapacityError(
         f"{name} does not fit: {plan} with {tokens:,} tokens; "
         f"{'QWEN3_MEMORY allows' if stated else 'this machine can give'} {in_gb(available)}"
         f"{' beside the draft model' if beside else ''}; {'; '.join(ways)}"
-        f"{'' if stated else '; QWEN3_MEMORY, in GB, sets another limit'}"
+        f"{'' if stated else '; QWEN3_MEMORY, in GB, sets another limit'}",
+        fits_alone=plan.total + beside <= backend.available_memory() + mx.get_active_memory(),
     )
 
 

@@ -16,7 +16,6 @@ from qwen3_mlx.engine.speculation.draft_model import DraftModel
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _MAX_PROMPT_CACHE_GB = 1e9
@@ -85,11 +84,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
     """
     bits, group_size, context, kv_bits = map(plain, (bits, group_size, context, kv_bits))
     dequantize, prompt_cache_gb = plain(dequantize), plain(prompt_cache_gb)
-    quantize = Format(4 if bits is None else bits, group_size)  # checks group_size without bits
     _check(context, dequantize, prompt_cache_gb)
-    options = LoadOptions(
-        backend.compute_dtype(dtype), None if bits is None else quantize, dequantize
-    )
+    options = LoadOptions.of(bits, dtype, dequantize, group_size)
     checkpoints = Checkpoints.resolve(
         source, revision, draft, options, kv_bits, context, download_progress
     )

@@ -40,6 +40,18 @@ class LoadOptions:
     quantize: Format | None = None
     dequantize: bool | None = None
 
+    @classmethod
+    def of(
+        cls, bits: int | None, dtype: str | None, dequantize: bool | None, group_size: int = 64
+    ) -> "LoadOptions":
+        """Create them from the arguments of the public `load`.
+
+        Raises:
+            ValueError: a value is out of its range.
+        """
+        quantize = Format(4 if bits is None else bits, group_size)  # checks it without bits, too
+        return cls(backend.compute_dtype(dtype), None if bits is None else quantize, dequantize)
+
 
 def load_model(
     config: Mapping[str, Any], weights: Weights, options: LoadOptions, progress: Progress

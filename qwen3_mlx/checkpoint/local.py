@@ -62,6 +62,12 @@ def local_models() -> tuple[list[LocalModel], list[str]]:
     return sorted(once.values(), key=lambda model: (model.place != HUB, model.name)), complaints
 
 
+def last_used_model() -> LocalModel | None:
+    """Return the complete checkpoint that was loaded last; None if there is none."""
+    complete = [model for model in local_models()[0] if model.complete]
+    return max(complete, key=lambda model: model.used or 0.0, default=None)
+
+
 def mark_used(folder: Path) -> None:
     """Record that a checkpoint is loaded now.
 

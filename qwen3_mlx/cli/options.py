@@ -3,6 +3,7 @@
 A subcommand takes a group of options as one parameter, a dataclass (see `cli/option_groups.py`).
 """
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
@@ -39,6 +40,16 @@ def _model_meant(context: typer.Context, name: str | None) -> str | None:
         name = user_config().model
     name = alias_meant(context, name)
     return None if name and is_demo(name) else name
+
+
+def _models_meant(context: typer.Context, names: list[str] | None) -> list[str | None]:
+    """Return the models that are stated as `load` takes them, or what stands for one; see above.
+
+    The variable is read here: as a list, it would be split at the spaces of a path.
+    """
+    if not names:
+        return [_model_meant(context, os.environ.get(MODEL_VARIABLE) or None)]
+    return [_model_meant(context, name) for name in names]
 
 
 def alias_meant(context: typer.Context, name: str | None) -> str | None:
@@ -103,6 +114,18 @@ Model = Annotated[
         text=f"Folder, hub name, size ({', '.join(SIZES)}) or {DEMO}, the embedded model.",
         envvar=MODEL_VARIABLE,
         callback=_model_meant,
+        autocompletion=complete_model,
+    ),
+]
+Models = Annotated[
+    list[str] | None,
+    option(
+        "--model",
+        "-m",
+        panel=_MODEL,
+        text=f"Folder, hub name, size ({', '.join(SIZES)}) or {DEMO}, the embedded model; may be "
+        f"repeated, the first is the default (or {MODEL_VARIABLE}).",
+        callback=_models_meant,
         autocompletion=complete_model,
     ),
 ]

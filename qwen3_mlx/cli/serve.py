@@ -6,22 +6,32 @@ import os
 import socket
 import sys
 import webbrowser
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from qwen3_mlx.cli.console import note
+from qwen3_mlx.checkpoint.local import last_used_model
+from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.option_groups import option, with_options
-from qwen3_mlx.cli.options import Model, ModelOptions, SamplingOptions, load_model
+from qwen3_mlx.cli.options import ModelOptions, Models, SamplingOptions, load_model
 from qwen3_mlx.cli.service_file import install_service
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
-from qwen3_mlx.model.sizes import hub_name
+from qwen3_mlx.server.duration import read_duration
 from qwen3_mlx.server.keys import read_keys
 from qwen3_mlx.server.running import registered, url_of
-from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, check_certificate, own_names
+from qwen3_mlx.server.settings import (
+    REASONING_FIELDS,
+    Settings,
+    check_certificate,
+    model_name,
+    own_names,
+)
 
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
 _OTHER_NETWORK = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): no machine has it
@@ -33,9 +43,25 @@ _LIMITS, _DISPLAY = "Limits", "Display and logs"
 @with_options
 def serve(  # noqa: PLR0913 - one parameter an option
     *,
-    model: Model = None,
+    model: Models = None,
+    models_from: Annotated[
+        str | None,
+        option(
+            panel="Model",
+            text="list: serve all models that qwen3 list finds, loaded on demand.",
+        ),
+    ] = None,
     loading: ModelOptions,
-    name: Annotated[str | None, option(panel="Model", text="Model name shown to clients.")] = None,
+    name: Annotated[
+        str | None, option(panel="Model", text="Name of the default model shown to clients.")
+    ] = None,
+    keep_alive: Annotated[
+        str | None,
+        option(
+            panel="Model",
+            text="Close a model that was idle for so long, such as 30m (default: never).",
+        ),
+    ] = None,
     defaults: SamplingOptions,
     host: Annotated[
         str, option(panel=_NETWORK, text="Address to listen on; 0.0.0.0 for the network.")
@@ -145,6 +171,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
 
     [bold]qwen3 serve[/bold]   serve the demo model at http://127.0.0.1:8080.
     [bold]qwen3 serve --model 8B --api-key secret --host 0.0.0.0[/bold]   serve the network.
+    [bold]qwen3 serve -m 8B -m Qwen/Qwen3-Embedding-0.6B[/bold]   serve two models.
     [bold]curl localhost:8080/v1/chat/completions -H 'Content-Type: application/json'
     -d '{"messages": [{"role": "user", "content": "Hello"}]}'[/bold]   send a request.
 
@@ -154,8 +181,14 @@ def serve(  # noqa: PLR0913 - one parameter an option
     """
     if not (find_spec("fastapi") and find_spec("uvicorn")):
         raise Qwen3Error(f"the server needs more packages: {install_command('server')}")
+    if models_from not in (None, "list"):
+        raise ValueError(f"--models-from must be list, not {models_from!r}")
+    models: list[str | None] = [*(model or ())] or [None]
+    if models_from and models == [None] and (recent := last_used_model()):
+        models = [recent.name]
     settings = Settings(
-        model=name or _name_of(model),
+        model=name or model_name(models[0]),
+        model_keep_alive=read_duration(-1 if keep_alive is None else keep_alive, "--keep-alive"),
         host=host,
         api_key=api_key or None,
         key_file=key_file,
@@ -183,22 +216,32 @@ def serve(  # noqa: PLR0913 - one parameter an option
         return
     listener = _listen(host, port)
 
-    def ready() -> None:
-        _announce(settings, listener)
+    def ready(others: Sequence[str]) -> None:
+        _announce(settings, listener, others)
         if open_page and (sys.platform == "darwin" or "DISPLAY" in os.environ):
             webbrowser.open(_url_of(settings, listener))
 
     serving = import_module("qwen3_mlx.server.run")  # FastAPI, which only this command needs
-    with load_model(model, loading, quiet=quiet) as llm, listener:
+    describing, options = import_module("qwen3_mlx.server.model_source"), asdict(loading)
+    with load_model(models[0], loading, quiet=quiet) as llm, listener:
+        with Bar("downloading", in_bytes=True) as bar:
+            sources = describing.stated_sources(
+                models, options, settings.model, None if quiet else bar
+            )
         _log_to_stderr(quiet=quiet)
+        if models_from:
+            sources += describing.local_sources(options, sources)
+        others = [source.name for source in sources[1:]]
         with registered(*_address_of(settings, listener), settings.model):
-            serving.serve(llm, settings, listener, ready)
+            serving.serve(llm, settings, listener, partial(ready, others), sources)
 
 
-def _announce(settings: Settings, listener: socket.socket) -> None:
+def _announce(settings: Settings, listener: socket.socket, others: Sequence[str]) -> None:
     """Write the addresses at which clients reach the server, and who has access."""
     url = _url_of(settings, listener)
     note(f"{settings.model} is served at {url} (open it to chat); Ctrl-C stops the server")
+    if others:
+        note(f"loaded when a request names them: {', '.join(others)}")
     note(f"for clients: OpenAI {url}/v1 · Anthropic {url} · Ollama {url}")
     if settings.host in _ALL_INTERFACES:
         port = listener.getsockname()[1]
@@ -206,14 +249,6 @@ def _announce(settings: Settings, listener: socket.socket) -> None:
         note(f"from the network: {others}")
     if settings.api_key is None and settings.key_file is None and not settings.local:
         note("no API key is set, so every client of the network has access: see --api-key KEY")
-
-
-def _name_of(model: str | None) -> str:
-    if model is None:
-        return "qwen3-demo"
-    name = hub_name(model)
-    folder = Path(name)
-    return folder.resolve().name if folder.is_dir() else name
 
 
 def _listen(host: str, port: int) -> socket.socket:

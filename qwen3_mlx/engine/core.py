@@ -10,8 +10,9 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
-from weakref import WeakSet
+from weakref import WeakSet, proxy
 
 import mlx.core as mx
 
@@ -59,7 +60,9 @@ class EngineCore:
         self._vocabulary = vocabulary
         # Weak: the memory of these jobs is free again when they are collected.
         self._jobs: WeakSet[Logits | LastStates] = WeakSet()
-        self.caches = CacheManager(model, cache_format, speculator, disk, self._commit_in_flight)
+        # Weak: a circle would keep the weights in memory until the garbage collector finds it.
+        commit = partial(EngineCore._commit_in_flight, proxy(self))
+        self.caches = CacheManager(model, cache_format, speculator, disk, commit)
         self.scheduler: Scheduler[SequenceState] = Scheduler(0, self.caches)
         self._builder = StepBuilder(model, vocabulary, self.scheduler, self.caches, speculator)
         self._committer = Committer(self._builder.finite_check, speculator)

@@ -1,7 +1,7 @@
 """Admission: limits the replies in progress, counted before a body is read."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from threading import Event as Flag
 from typing import Any
 
@@ -26,6 +26,7 @@ class Slot:
         self.record = record
         self.cancelled = Flag()
         self.kept = False  # True if running replies hold the slot; they release it when they end
+        self.resources = ExitStack()  # freed with the slot
         self._admission = admission
 
     def widen(self, count: int) -> None:
@@ -40,11 +41,12 @@ class Slot:
 
     def spend(self, usage: Usage) -> None:
         """Report the tokens of a reply that has ended, however it did."""
-        self._admission.spent(self.key, usage)
+        self._admission.spent(self, usage)
 
     def release(self, seconds: float | None = None) -> None:
         """Free the slot, whose replies took `seconds`; may be called twice."""
         self._admission.release(self, seconds)
+        self.resources.close()
 
 
 class Admission:
@@ -54,9 +56,9 @@ class Admission:
         self,
         max_replies: int,
         max_replies_per_client: int,
-        spent: Callable[[Key | None, Usage], None],
+        spent: Callable[[Slot, Usage], None],
     ) -> None:
-        """Limit the replies in progress; `spent` is told what each took, and by which key."""
+        """Limit the replies in progress; `spent` is called with what each took."""
         self.spent = spent
         self._max_replies = max_replies
         self._max_per_client = max_replies_per_client

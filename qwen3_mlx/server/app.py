@@ -11,13 +11,13 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from qwen3_mlx.api.llm import LLM
-from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.access_log import REQUEST_ID, AccessLog, error_response
 from qwen3_mlx.server.anthropic import routes as anthropic
 from qwen3_mlx.server.errors import ApiError, from_status
 from qwen3_mlx.server.guard import Guard
 from qwen3_mlx.server.health import health_of
 from qwen3_mlx.server.metrics import CONTENT_TYPE
+from qwen3_mlx.server.model_source import ModelSource
 from qwen3_mlx.server.ollama import routes as ollama
 from qwen3_mlx.server.openai import routes as openai
 from qwen3_mlx.server.openapi import add_description
@@ -46,21 +46,18 @@ _PAGE_HEADERS = {
 }
 
 
-def make_app(llm: LLM, settings: Settings) -> tuple[FastAPI, Service]:
-    """Create the application for a loaded checkpoint.
+def make_app(
+    llm: LLM, settings: Settings, sources: Sequence[ModelSource] = ()
+) -> tuple[FastAPI, Service]:
+    """Create the application for a loaded checkpoint, the first of the `sources` if there are any.
+
+    Without sources the checkpoint is the only one, and is never closed.
 
     Raises:
         Qwen3Error: the checkpoint cannot think as the settings require.
         ValueError: a token of the settings' `logit_bias` is not in the vocabulary.
     """
-    llm.thinking.resolve(settings.thinking)
-    if settings.thinking_budget is not None and not llm.thinking.can_think:
-        raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
-    vocabulary = min(len(llm.tokenizer), llm.config.vocab_size)
-    for token in settings.sampling.logit_bias or ():
-        if not 0 <= token < vocabulary:  # each request would be refused
-            raise ValueError(f"logit_bias names {token}; token ids are 0 to {vocabulary - 1}")
-    service = Service(llm, settings)
+    service = Service(llm, settings, sources or [ModelSource.of(llm, settings.model)])
     app = FastAPI(
         title="qwen3-mlx",
         version=__version__,

@@ -4,20 +4,26 @@ A body is parsed once its request has a slot. The endpoint that is created from 
 request for the library, and then responds: `ReplyEndpoint` with replies, complete or as a stream.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Generic
 
 from fastapi import Request
 from fastapi.responses import Response
 
+from qwen3_mlx.server.access_log import reason_of
 from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.models import Lease, ServedModel
+from qwen3_mlx.server.registry import protocol_of
 from qwen3_mlx.server.request_body import Body, parse_body
 from qwen3_mlx.server.response import ActiveRequest, EventStreamResponse
-from qwen3_mlx.server.service import Prepare, Service
-from qwen3_mlx.server.wire import warnings_header
+from qwen3_mlx.server.service import ModelService, Prepare, Service
+from qwen3_mlx.server.waiting import check_cancelled, wait_for_model
+from qwen3_mlx.server.wire import json_bytes, warnings_header
 from qwen3_mlx.text.events import Event
 
 EVENTS = "text/event-stream"
@@ -27,10 +33,17 @@ _TOKEN_BYTES = 64  # JSON that a token may take in a response; many more with lo
 class Endpoint(ABC, Generic[Body]):
     """Base of all endpoints; a ValueError or TypeError of `__init__` is the request's fault."""
 
-    def __init__(self, service: Service, body: Body) -> None:
+    strict = False  # True if a sole model answers to its own names only
+
+    def __init__(self, service: ModelService, body: Body) -> None:
         self.service = service
         self.body = body
         self.warnings: list[str] = []
+
+    @classmethod
+    def answer_unloaded(cls, service: Service, model: ServedModel, body: Body) -> Response | None:
+        """Return the response to a request that needs no loaded model; None if it needs one."""
+        return None
 
     @staticmethod
     def rename_fields(message: str) -> str:
@@ -56,15 +69,11 @@ class ReplyEndpoint(Endpoint[Body]):
 
     async def respond(self, request: Request, slot: Slot) -> Response:
         """Return the response, complete or as a stream."""
-        try:
-            running = await self.service.run(request, slot, self.prepares, choices=self.choices)
-        except ApiError as error:
-            error.message = self.rename_fields(error.message)
-            raise
-        headers = warnings_header([*self.warnings, *map(self.rename_fields, running.warnings)])
+        running = await self.start(request, slot)
+        headers = warnings_header(self.all_warnings(running))
         if self.streams:
             return EventStreamResponse(
-                running.close, self._stream(running), self.media_type, headers
+                running.close, self.stream(running), self.media_type, headers
             )
         await running.complete(request, self.receive_events)
         echoed = sum(len(reply.prompt.others) for reply in running.replies if reply.prompt)
@@ -72,7 +81,20 @@ class ReplyEndpoint(Endpoint[Body]):
         content = await self.service.run_sized(size, partial(self.complete, running))
         return Response(content, media_type="application/json", headers=headers)
 
-    async def _stream(self, running: ActiveRequest) -> AsyncIterator[bytes]:
+    async def start(self, request: Request, slot: Slot) -> ActiveRequest:
+        """Start the replies; the caller closes the result."""
+        try:
+            return await self.service.run(request, slot, self.prepares, choices=self.choices)
+        except ApiError as error:
+            error.message = self.rename_fields(error.message)
+            raise
+
+    def all_warnings(self, running: ActiveRequest) -> list[str]:
+        """Return the warnings of the request and of its preparation."""
+        return [*self.warnings, *map(self.rename_fields, running.warnings)]
+
+    async def stream(self, running: ActiveRequest) -> AsyncIterator[bytes]:
+        """Yield the stream; an error of a reply is its end."""
         try:
             yield self.stream_start(running)
             async for events in running.batches(self.service.settings.keep_alive):
@@ -118,16 +140,11 @@ def progress_comment(running: ActiveRequest) -> bytes:
     return f": keepalive {done}/{total}\n\n".encode()
 
 
-async def answer_request(
-    service: Service,
-    request: Request,
-    body: type[Body],
-    endpoint: type[Endpoint[Body]],
-    **more: Any,
-) -> Response:
-    """Answer a request with the endpoint that is created from its body, perhaps on a thread.
-
-    The endpoint gets the keywords in `more`.
+@asynccontextmanager
+async def admitted(
+    service: Service, request: Request, body: type[Body]
+) -> AsyncIterator[tuple[Slot, Body, int]]:
+    """Admit a request for the block; yield its slot, its body, and the bytes of that.
 
     Raises:
         ApiError: the body cannot be read, or there are too many requests.
@@ -137,21 +154,109 @@ async def answer_request(
         raise ApiError(415, f"a body in {coding!r:.100} is not supported; send it uncompressed")
     sent = await request.body()
     record = request.scope.setdefault("record", {})
-    record["model"] = service.settings.model
     caller, key = request.scope.get("caller", ""), request.scope.get("key")
     with service.admission.one(record, caller, key) as slot:
-        parse = partial(parse_body, sent, body, service.context)
+        parse = partial(parse_body, sent, body, service.models.context)
         parsed = await service.run_sized(len(sent), parse)
         slot.widen(parsed.replies)
-        create = partial(_create, endpoint, service, parsed, more)
-        created = await service.run_sized(len(sent), create)
-        return await created.respond(request, slot)
+        yield slot, parsed, len(sent)
+
+
+async def answer_request(
+    service: Service,
+    request: Request,
+    body: type[Body],
+    endpoint: type[Endpoint[Body]],
+    **more: Any,
+) -> Response:
+    """Answer a request with the endpoint that is created from its body, perhaps on a thread.
+
+    The endpoint gets the keywords in `more`. The model that the request names is loaded if it is
+    not; a stream that waits for that begins with comments.
+
+    Raises:
+        ApiError: the body cannot be read, there are too many requests, there is no such model, or
+            it cannot be loaded.
+    """
+    async with admitted(service, request, body) as (slot, parsed, size):
+        model = service.models.find(parsed.model, strict=endpoint.strict)
+        slot.record["model"] = model.name
+        with client_errors(endpoint.rename_fields):
+            keep_alive = parsed.model_seconds
+        if response := endpoint.answer_unloaded(service, model, parsed):
+            return response
+        lease = service.models.lease(model, keep_alive)
+        slot.resources.callback(lease.release)
+
+        async def create() -> Endpoint[Body]:
+            created = partial(_create, endpoint, ModelService(service, model), parsed, more)
+            return await service.run_sized(size, created)
+
+        patience = service.settings.keep_alive if parsed.streamed else None
+        if await wait_for_model(lease, request, slot, patience):
+            return await (await create()).respond(request, slot)
+        slot.kept = True
+        waiting = WaitingStream(request, slot, lease, service.settings.keep_alive, create)
+        return EventStreamResponse(waiting.close, waiting.stream(), EVENTS, {})
 
 
 def _create(
-    endpoint: type[Endpoint[Body]], service: Service, body: Body, more: Mapping[str, Any]
+    endpoint: type[Endpoint[Body]], service: ModelService, body: Body, more: Mapping[str, Any]
 ) -> Endpoint[Body]:
-    try:
+    with client_errors(endpoint.rename_fields):
         return endpoint(service, body, **more)
+
+
+@contextmanager
+def client_errors(rename_fields: Callable[[str], str]) -> Iterator[None]:
+    """Raise the ValueErrors and TypeErrors of the block as the request's fault."""
+    try:
+        yield
     except (ValueError, TypeError) as error:
-        raise ApiError(400, endpoint.rename_fields(str(error))) from error
+        raise ApiError(400, rename_fields(str(error))) from error
+
+
+class WaitingStream(Generic[Body]):
+    """A stream of events that begins before its model is loaded, and so with the status 200."""
+
+    def __init__(
+        self,
+        request: Request,
+        slot: Slot,
+        lease: Lease,
+        patience: float,
+        create: Callable[[], Awaitable[Endpoint[Body]]],
+    ) -> None:
+        self._request = request
+        self._slot = slot
+        self._lease = lease
+        self._patience = patience
+        self._create = create
+        self._running: ActiveRequest | None = None
+
+    def close(self) -> None:
+        """End the wait or the replies; may be called twice."""
+        if self._running:
+            self._running.close()
+        self._slot.release()
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """Yield comments until the model is loaded, then the stream of the endpoint."""
+        try:
+            while not self._lease.ready.done():
+                done, total = self._lease.model.progress
+                yield f": loading {done}/{total}\n\n".encode()
+                check_cancelled(self._slot)
+                await asyncio.wait([self._lease.ready], timeout=self._patience)
+            self._lease.ready.result()
+            endpoint = await self._create()
+            assert isinstance(endpoint, ReplyEndpoint)
+            running = self._running = await endpoint.start(self._request, self._slot)
+            for name, value in warnings_header(endpoint.all_warnings(running)).items():
+                yield f": {name}: {value}\n\n".encode()
+            async for part in endpoint.stream(running):
+                yield part
+        except ApiError as error:
+            self._slot.record.setdefault("error", reason_of(error))
+            body = protocol_of(self._request.url.path).error_body(error)
+            yield b"event: error\ndata: " + json_bytes(body) + b"\n\n"

@@ -112,3 +112,11 @@ class _Gauges:
             ("cache_limit_bytes", "Bytes that KV caches may take.", memory["caches_limit"]),
         ):
             yield GaugeMetricFamily(f"qwen3_{name}", text, value)
+        for name, text, field in (
+            ("model_requests", "Requests that use a model or wait for it.", "requests"),
+            ("model_bytes", "Bytes of a loaded model, caches included; 0 if not loaded.", "bytes"),
+        ):
+            family = GaugeMetricFamily(f"qwen3_{name}", text, labels=["model"])
+            for model in state["models"]:
+                family.add_metric([model["name"]], model[field])
+            yield family

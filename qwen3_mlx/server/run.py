@@ -4,7 +4,7 @@ import asyncio
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import FrameType
 from typing import Any, NoReturn
@@ -14,6 +14,7 @@ import uvicorn
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.server.app import make_app
 from qwen3_mlx.server.connections import Connection, Connections, Limits, raise_file_limit
+from qwen3_mlx.server.model_source import ModelSource
 from qwen3_mlx.server.settings import Settings
 
 # Seconds of `shutdown`, at most half of it, for clients to read why their replies were cancelled.
@@ -34,8 +35,9 @@ class Server(uvicorn.Server):
         settings: Settings,
         ready: Callable[[], None],
         limits: Limits | None = None,
+        sources: Sequence[ModelSource] = (),
     ) -> None:
-        app, self.service = make_app(llm, settings)
+        app, self.service = make_app(llm, settings, sources)
         self._deadline = settings.shutdown - min(_NOTICE, settings.shutdown / 2)
         self._ready = ready
         limits = limits or Limits.of_process()
@@ -72,9 +74,10 @@ class Server(uvicorn.Server):
         self._ready()
 
     async def on_tick(self, counter: int) -> bool:
-        """Check the connections once a second; called every tenth of a second."""
+        """Check connections and idle models once a second; called every tenth of a second."""
         if counter % _TICKS_PER_SWEEP == 0:
             self.connections.sweep(self.loop.time())
+            self.service.models.close_expired()
         return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
@@ -85,15 +88,24 @@ class Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Accept no more requests, and cancel replies that do not finish in time."""
+        """Accept no more requests, cancel replies that do not finish in time, close the models."""
         self.service.stopping = True
         timer = self.loop.call_later(self._deadline, self.service.admission.cancel_all)
         await super().shutdown(sockets)
         timer.cancel()
+        await self.service.models.stop()
 
 
-def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable[[], None]) -> None:
+def serve(
+    llm: LLM,
+    settings: Settings,
+    listener: socket.socket,
+    ready: Callable[[], None],
+    sources: Sequence[ModelSource],
+) -> None:
     """Serve until SIGINT or SIGTERM; a second SIGINT does not wait. `ready` is called once.
+
+    `llm` is the first of the `sources`; the others are loaded on demand.
 
     Raises:
         Qwen3Error: the checkpoint cannot think as the settings want it to.
@@ -103,7 +115,7 @@ def serve(llm: LLM, settings: Settings, listener: socket.socket, ready: Callable
     sys.setswitchinterval(_SWITCH_INTERVAL)
     before = signal.signal(signal.SIGTERM, _quit)
     try:
-        Server(llm, settings, ready).run([listener])
+        Server(llm, settings, ready, sources=sources).run([listener])
     except KeyboardInterrupt:  # uvicorn raises the signal again after the shutdown
         pass
     finally:

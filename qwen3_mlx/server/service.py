@@ -1,10 +1,11 @@
-"""The service behind all routes: admits requests and starts their replies on the one engine."""
+"""The service behind all routes: admits requests and starts their replies on the engines."""
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import TypeVar
 
 from fastapi import Request
@@ -13,17 +14,21 @@ from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.prepared_request import PreparedRequest
 from qwen3_mlx.engine.sampling_params import SamplingParams
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.admission import Admission, Slot
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.keys import Key, Keys
+from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.metrics import Metrics
+from qwen3_mlx.server.model_source import ModelSource
+from qwen3_mlx.server.models import ModelPool, ServedModel
 from qwen3_mlx.server.preparing import PreparationPool
 from qwen3_mlx.server.quotas import Quotas
-from qwen3_mlx.server.response import ActiveRequest, EventBridge
+from qwen3_mlx.server.response import ActiveRequest
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import ThinkingRequest
 from qwen3_mlx.text.events import Usage
 from qwen3_mlx.text.fair_queue import Caller
+from qwen3_mlx.text.kind import CHAT
 
 _MAX_INLINE = 16 << 10  # bytes of JSON that cost little more than waking a thread for them
 _BODY_THREADS = 2  # for large bodies; each adds the memory of one body that is parsed
@@ -33,15 +38,19 @@ T = TypeVar("T")
 
 
 class Service:
-    """A loaded checkpoint and the requests in progress."""
+    """The part of the server that all models share: requests, keys, threads, figures."""
 
-    def __init__(self, llm: LLM, settings: Settings) -> None:
-        self.llm = llm
+    def __init__(self, llm: LLM, settings: Settings, sources: Sequence[ModelSource]) -> None:
+        """Serve the `sources`, of which the first is loaded as `llm`.
+
+        Raises:
+            Qwen3Error, ValueError: the settings do not fit `llm`.
+        """
         self.settings = settings
-        self.context = llm.context
-        self.weight_bytes = sum(array.nbytes for array in llm.model.tensors().values())
-        self._bridge = EventBridge(llm)
-        self.created = int(time.time())
+        check = partial(_check, settings)
+        check(llm)
+        self.models = ModelPool(sources, settings.model_keep_alive, check)
+        self.models.open(self.models.default, llm)
         self.keys = Keys(settings.api_key, settings.key_file)
         self.stopping = False
         self.started = time.monotonic()
@@ -52,23 +61,43 @@ class Service:
             settings.max_requests, settings.max_replies_per_client, self._spent
         )
         self.preparing = PreparationPool()
-        llm.load_grammars()  # now, since later it would delay all running requests
 
     @property
     def active(self) -> int:
         """Number of replies that run or wait."""
         return self.admission.active
 
-    def _spent(self, key: Key | None, usage: Usage) -> None:
-        self.metrics.add_reply(self.settings.model, usage)
-        if key:
-            self.quotas.spend(key, usage.prompt_tokens + usage.completion_tokens)
+    def _spent(self, slot: Slot, usage: Usage) -> None:
+        self.metrics.add_reply(slot.record["model"], usage)
+        if slot.key:
+            self.quotas.spend(slot.key, usage.prompt_tokens + usage.completion_tokens)
+
+    async def run_sized(self, size: int, job: Callable[[], T]) -> T:
+        """Run a job over `size` bytes of JSON: inline if they are few, otherwise on a thread."""
+        if size <= _MAX_INLINE:
+            return job()
+        return await asyncio.get_running_loop().run_in_executor(self._body_threads, job)
+
+
+class ModelService:
+    """The service as an endpoint has it: with the model that its request has leased."""
+
+    def __init__(self, service: Service, model: ServedModel) -> None:
+        assert model.llm and model.bridge
+        self.llm = model.llm
+        self.name = model.name
+        self.context = model.context
+        self.settings = service.settings
+        self.preparing = service.preparing
+        self.run_sized = service.run_sized
+        self.model = model
+        self._bridge = model.bridge
 
     def model_warnings(self, name: str | None) -> list[str]:
         """Return a warning if the request names a model other than the one that is served."""
-        if name in (None, "", "default", self.settings.model):
+        if name in (None, "", "default") or self.model.source.answers_to(str(name)):
             return []
-        return [f"there is no model {name!r:.200} here; {self.settings.model} answers"]
+        return [f"there is no model {name!r:.200} here; {self.name} answers"]
 
     def thinking_options(self, request: ThinkingRequest, warnings: list[str]) -> Options:
         """Return the library's options for the thinking of a request, and append its warnings."""
@@ -80,12 +109,6 @@ class Service:
             "thinking_budget": resolved.budget,
             "thinking_budget_bends": resolved.bends,
         }
-
-    async def run_sized(self, size: int, job: Callable[[], T]) -> T:
-        """Run a job over `size` bytes of JSON: inline if they are few, otherwise on a thread."""
-        if size <= _MAX_INLINE:
-            return job()
-        return await asyncio.get_running_loop().run_in_executor(self._body_threads, job)
 
     async def run(
         self,
@@ -125,6 +148,24 @@ class Service:
                 raise running.ended_by from error
             raise
         return running
+
+
+def _check(settings: Settings, llm: LLM) -> None:
+    """Check that a model can be served with the settings, and load what its first request needs.
+
+    Raises:
+        Qwen3Error: the checkpoint cannot think as the settings require.
+        ValueError: a token of the settings' `logit_bias` is not in the vocabulary.
+    """
+    if llm.kind == CHAT:
+        llm.thinking.resolve(settings.thinking)
+        if settings.thinking_budget is not None and not llm.thinking.can_think:
+            raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
+    vocabulary = min(len(llm.tokenizer), llm.config.vocab_size)
+    for token in settings.sampling.logit_bias or ():
+        if not 0 <= token < vocabulary:  # each request would be refused
+            raise ValueError(f"logit_bias names {token}; token ids are 0 to {vocabulary - 1}")
+    llm.load_grammars()  # now, since later it would delay all running requests
 
 
 def _copies(prepared: PreparedRequest, count: int, settings: Settings) -> list[PreparedRequest]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from qwen3_mlx.engine.sampling_params import SamplingParams
+from qwen3_mlx.model.sizes import hub_name
 
 REASONING_FIELDS = ("both", "reasoning_content", "reasoning", "none")
 _CLIENT_SHARE = 3 / 4  # of `max_requests`, for one client where there may be others
@@ -30,9 +31,10 @@ class Settings:
     is three quarters of `max_requests`, or all of them where only this machine is served. A reply
     that is not complete after `request_timeout` ends as it is; one without a first token fails with
     504.
-    `model` is the name that clients see. `thinking` and `thinking_budget` are the defaults for a
-    request that sets neither; `seed` and each field of `sampling` hold for requests that do not set
-    it. `reasoning_field` is where OpenAI's clients find the thinking. `allow_pull` lets clients of
+    `model` is the name that clients see of the default model. A model that is idle is closed after
+    `model_keep_alive`. `thinking` and `thinking_budget` are the defaults for a request that sets
+    neither; `seed` and each field of `sampling` hold for requests that do not set it.
+    `reasoning_field` is where OpenAI's clients find the thinking. `allow_pull` lets clients of
     Ollama's API download models to this machine. Times are in seconds, sizes in bytes.
 
     Raises:
@@ -59,6 +61,7 @@ class Settings:
     max_body: int = 32 << 20
     keep_alive: float = 5.0  # between keep-alives on a stream that has no events
     shutdown: float = 10.0  # for running replies to finish
+    model_keep_alive: float = math.inf
     log_content: bool = False
     allow_pull: bool = False
 
@@ -165,3 +168,12 @@ def own_names() -> set[str]:
     """Return the names by which the local network may know this machine."""
     name = socket.gethostname().split(".")[0].lower()
     return {name, f"{name}.local"} if name else set()
+
+
+def model_name(model: str | None) -> str:
+    """Return the name by which clients see a folder, hub name or size; None is the demo."""
+    if model is None:
+        return "qwen3-demo"
+    name = hub_name(model)
+    folder = Path(name)
+    return folder.resolve().name if folder.is_dir() else name

@@ -59,12 +59,24 @@ class WireModel(BaseModel):
 
 
 class RequestModel(WireModel):
-    """The body of a request."""
+    """The body of a request, which may name a model."""
+
+    model: str | None = None
 
     @property
     def replies(self) -> int:
         """Number of replies that the request wants."""
         return 1
+
+    @property
+    def streamed(self) -> bool:
+        """True if the request wants the reply as a stream of events."""
+        return False
+
+    @property
+    def model_seconds(self) -> float | None:
+        """Seconds that the model stays loaded after the request; None if it does not say."""
+        return None
 
 
 class OrderedModel(WireModel):

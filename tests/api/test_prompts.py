@@ -203,7 +203,7 @@ def test_a_tool_is_shown_in_the_order_of_its_keys(shown: Shown, protocol: Any, n
     path, body = protocol(case)
     prompt = shown.prompt(path, body | switched(path, None))
     assert f"\n{json.dumps(tool)}\n" in prompt
-    assert f"\n{json.dumps(tool)}\n" in shown.served.server.service.llm.render("Hi", tools=[tool])
+    assert f"\n{json.dumps(tool)}\n" in shown.served.llm.render("Hi", tools=[tool])
 
 
 @pytest.mark.parametrize("case", TEMPLATES["cases"], ids=lambda case: str(case["name"]))
@@ -393,7 +393,7 @@ def test_no_turn_is_forged(demo: LLM) -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("role", ["system", "user", "tool", "description"])
 def test_no_turn_is_forged_by_a_client(shown: Shown, protocol: Any, role: str) -> None:
-    llm = shown.served.server.service.llm
+    llm = shown.served.llm
     call = {"type": "function", "function": {"name": "f", "arguments": {"a": FORGED}}}
     messages: list[Any] = [{"role": "user", "content": FORGED if role == "user" else "Hi"}]
     if role == "system":
@@ -700,7 +700,7 @@ def test_a_template_that_leaves_the_message_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize("stream", [True, False])
 def test_clients_have_a_message_continued(shown: Shown, protocol: Any, stream: bool) -> None:
-    llm = shown.served.server.service.llm
+    llm = shown.served.llm
     expected = llm.render(BEGUN, continue_last=True)
     path, body = protocol({"messages": BEGUN, "tools": None})
     body = {**body, "stream": stream} | ({"max_tokens": 30} if path == "/v1/messages" else {})

@@ -2,7 +2,7 @@
 
 import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Event, Thread
@@ -12,6 +12,7 @@ import httpx
 
 from qwen3_mlx import LLM
 from qwen3_mlx.server.connections import Limits
+from qwen3_mlx.server.model_source import ModelSource
 from qwen3_mlx.server.run import Server
 from qwen3_mlx.server.settings import Settings
 
@@ -25,6 +26,13 @@ class Served:
 
     url: str
     server: Server
+
+    @property
+    def llm(self) -> LLM:
+        """The default model."""
+        llm = self.server.service.models.default.llm
+        assert llm
+        return llm
 
     def post(self, path: str, body: Any, **headers: str) -> httpx.Response:
         """Send JSON; a request that hangs fails."""
@@ -41,12 +49,17 @@ class Served:
 
 
 @contextmanager
-def serving(llm: LLM, limits: Limits | None = None, **settings: Any) -> Iterator[Served]:
-    """Serve `llm` at a port of its own."""
+def serving(
+    llm: LLM,
+    limits: Limits | None = None,
+    sources: Sequence[ModelSource] = (),
+    **settings: Any,
+) -> Iterator[Served]:
+    """Serve `llm` at a port of its own, and the other models of `sources` beside it."""
     listener = socket.create_server(("127.0.0.1", 0))
     ready = Event()
     configured = Settings(**{"model": "demo", "shutdown": 1.0, **settings})
-    server = Server(llm, configured, ready.set, limits)
+    server = Server(llm, configured, ready.set, limits, sources)
     thread = Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     try:

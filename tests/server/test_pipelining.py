@@ -15,7 +15,7 @@ HALF_A_BODY = post("/api/chat", {"messages": []})[:-3]
 
 def running(served: Served) -> bool:
     """Return whether the engine is generating a reply."""
-    return served.server.service.llm.activity().running > 0
+    return served.llm.activity().running > 0
 
 
 def stream(**fields: Any) -> bytes:

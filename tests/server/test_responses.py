@@ -209,7 +209,7 @@ def test_calls_and_texts_are_items_in_the_order_in_which_they_begin() -> None:
 
 def test_a_stream_that_fails_says_so_and_has_what_there_is(served: Served) -> None:
     never = {"<|im_end|>": -100}
-    tokenizer = served.server.service.llm.tokenizer
+    tokenizer = served.llm.tokenizer
     bias = {str(tokenizer.id_of(name)): value for name, value in never.items()}
     body = {"input": "1 2 3", **DIRECT, "temperature": 1.5, "logit_bias": bias, "stream": True}
     url = f"{served.url}/v1/responses"

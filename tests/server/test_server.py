@@ -25,6 +25,7 @@ from qwen3_mlx import LLM, backend, load
 from qwen3_mlx.api.stream import Reply
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.app import make_app
+from qwen3_mlx.server.service import ModelService
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import EFFORTS, ThinkingRequest
 from qwen3_mlx.text.thinking import Thinking
@@ -806,7 +807,7 @@ def test_what_fails_within_is_an_error_and_no_end(
         for path in ("/v1/chat/completions", "/v1/messages", "/api/chat"):
             assert "the device failed" in served.post(path, body).text
     with monkeypatch.context() as patched:
-        patched.setattr(served.server.service, "run", fail)
+        patched.setattr(ModelService, "run", fail)
         response = served.chat()
         assert response.status_code == 500 and "out of luck" in message_of(response)
     assert served.chat(max_tokens=3).status_code == 200

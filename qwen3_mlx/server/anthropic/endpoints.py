@@ -22,7 +22,7 @@ from qwen3_mlx.server.anthropic.schema import (
 from qwen3_mlx.server.endpoint import Endpoint, ReplyEndpoint
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.response import ActiveRequest
-from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.service import ModelService
 from qwen3_mlx.server.wire import (
     Json,
     check_unknown,
@@ -48,7 +48,7 @@ _SIGNATURE = "qwen3-mlx"
 class TokenCount(Endpoint[PromptBody]):
     """The number of tokens of a prompt."""
 
-    def __init__(self, service: Service, body: PromptBody) -> None:
+    def __init__(self, service: ModelService, body: PromptBody) -> None:
         super().__init__(service, body)
         messages, options = _prompt(service, body, self.warnings)
         self._count = partial(service.llm.count_tokens, messages, **options)
@@ -63,14 +63,14 @@ class TokenCount(Endpoint[PromptBody]):
 class MessageCompletion(ReplyEndpoint[MessagesRequest]):
     """A message of the assistant."""
 
-    def __init__(self, service: Service, body: MessagesRequest) -> None:
+    def __init__(self, service: ModelService, body: MessagesRequest) -> None:
         super().__init__(service, body)
         self.streams = bool(body.stream)
         self._head = {
             "id": f"msg_{secrets.token_hex(12)}",
             "type": "message",
             "role": "assistant",
-            "model": service.settings.model,
+            "model": service.name,
         }
         self._writer = _StreamWriter()
         messages, options = _prompt(service, body, self.warnings)
@@ -133,7 +133,7 @@ class MessageCompletion(ReplyEndpoint[MessagesRequest]):
 
 
 def _prompt(
-    service: Service, body: PromptBody, warnings: list[str]
+    service: ModelService, body: PromptBody, warnings: list[str]
 ) -> tuple[list[dict[str, Any]], Options]:
     """Return the messages of a prompt and the options that it depends on, and append warnings.
 

@@ -92,7 +92,6 @@ class OutputConfig(WireModel):
 class PromptBody(RequestModel):
     """Fields that determine a prompt."""
 
-    model: str | None = None
     messages: Annotated[Messages[Message], Field(min_length=1)]
     system: str | Parts[Block] | None = None
     tools: Tools[ToolIn] | None = None
@@ -170,6 +169,11 @@ class MessagesRequest(PromptBody):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=1 << 31)] | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """True if the request wants the reply as a stream of events."""
+        return bool(self.stream)
 
 
 class AnthropicUsageOut(WireModel):

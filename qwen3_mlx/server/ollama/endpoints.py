@@ -1,5 +1,6 @@
 """Endpoints of Ollama's API: chat and generate."""
 
+import math
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,8 @@ from qwen3_mlx.api.options import Options
 from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.endpoint import ReplyEndpoint
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.ollama.model import check_model, timestamp
+from qwen3_mlx.server.models import ServedModel
+from qwen3_mlx.server.ollama.model import timestamp
 from qwen3_mlx.server.ollama.protocol import PROTOCOL
 from qwen3_mlx.server.ollama.schema import (
     LINES,
@@ -24,11 +26,10 @@ from qwen3_mlx.server.ollama.schema import (
     OllamaMessage,
     OllamaRequest,
     read_options,
-    seconds_of,
     with_ollama_names,
 )
 from qwen3_mlx.server.response import ActiveRequest
-from qwen3_mlx.server.service import Prepare, Service
+from qwen3_mlx.server.service import ModelService, Prepare, Service
 from qwen3_mlx.server.thinking import ThinkingRequest
 from qwen3_mlx.server.wire import (
     Json,
@@ -52,16 +53,17 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
     """Base of chat and generate; without a prompt the model is only loaded or unloaded."""
 
     media_type = LINES
+    strict = True  # since its clients check whether a model exists
     unsupported: Mapping[str, tuple[Any, ...]]
     rename_fields = staticmethod(with_ollama_names)
 
-    def __init__(self, service: Service, body: OllamaBody) -> None:
-        check_model(service, body.model)
+    def __init__(self, service: ModelService, body: OllamaBody) -> None:
         super().__init__(service, body)
         self.streams = body.stream is not False
         self.warnings += check_unknown(body, self.unsupported, frozenset())
         options, warnings = read_options(body.options or {}, service.context)
         self.warnings += warnings + body.not_honoured()
+        self.warnings += _keep_alive_warnings(service.model, body)
         if body.top_logprobs and not body.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         self._options: Options = {
@@ -83,18 +85,28 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
         }
         return partial(self.service.llm.prepare, messages, **options)
 
+    @classmethod
+    def answer_unloaded(
+        cls, service: Service, model: ServedModel, body: OllamaBody
+    ) -> Response | None:
+        """Return the response to a request to unload the model; None if it asks for a reply."""
+        if not body.is_empty or body.model_seconds != 0:
+            return None
+        service.models.unload(model)
+        headers = warnings_header(_keep_alive_warnings(model, body))
+        return Json(cls._end(model.name, "unload", {}), headers=headers)
+
+    @staticmethod
     @abstractmethod
-    def _part(
-        self, text: str = "", thinking: str = "", calls: Sequence[ToolCall] = ()
-    ) -> dict[str, Any]:
+    def _part(text: str = "", thinking: str = "", calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
         """Return the fields of a response for text, thinking and tool calls."""
 
     async def respond(self, request: Request, slot: Slot) -> Response:
         """Return the response, complete or as a stream of lines."""
         if self.prepares:
             return await super().respond(request, slot)
-        reason = "unload" if seconds_of(self.body.keep_alive) == 0 else "load"
-        return Json(self._end(reason, {}), headers=warnings_header(self.warnings))
+        content = self._end(self.service.name, "load", {})
+        return Json(content, headers=warnings_header(self.warnings))
 
     def complete(self, running: ActiveRequest) -> bytes:
         """Return the response."""
@@ -126,10 +138,7 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
             part = self._part(thinking=event.text)
         elif isinstance(event, ToolCall):
             part = self._part(calls=[event])
-        return json_bytes({**self._head(), **part, "done": False}) + b"\n"
-
-    def _head(self) -> dict[str, Any]:
-        return {"model": self.service.settings.model, "created_at": timestamp(time.time())}
+        return json_bytes({**_head(self.service.name), **part, "done": False}) + b"\n"
 
     def _last(self, finish: Finish, timings: Mapping[str, float]) -> dict[str, Any]:
         # Milliseconds to nanoseconds.
@@ -141,10 +150,12 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
             "eval_count": finish.usage.completion_tokens,
             "eval_duration": decode,
         }
-        return self._end("length" if finish.reason == "length" else "stop", counts)
+        reason = "length" if finish.reason == "length" else "stop"
+        return self._end(self.service.name, reason, counts)
 
-    def _end(self, reason: str, counts: Mapping[str, int]) -> dict[str, Any]:
-        head = {**self._head(), **self._part(), "done": True, "done_reason": reason}
+    @classmethod
+    def _end(cls, name: str, reason: str, counts: Mapping[str, int]) -> dict[str, Any]:
+        head = {**_head(name), **cls._part(), "done": True, "done_reason": reason}
         return {**head, **dict.fromkeys(_COUNT_FIELDS, 0), **counts}
 
     def _logprobs(self, tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
@@ -156,15 +167,14 @@ class Chat(_OllamaEndpoint[OllamaChatRequest]):
 
     unsupported = NOT_FOR_CHAT
 
-    def __init__(self, service: Service, body: OllamaChatRequest) -> None:
+    def __init__(self, service: ModelService, body: OllamaChatRequest) -> None:
         super().__init__(service, body)
         messages = [_library_message(message) for message in body.messages or ()]
         tools = [tool.library_tool() for tool in body.tools or ()]
         self.prepares = [self._prepare(messages, tools)] if messages else []
 
-    def _part(
-        self, text: str = "", thinking: str = "", calls: Sequence[ToolCall] = ()
-    ) -> dict[str, Any]:
+    @staticmethod
+    def _part(text: str = "", thinking: str = "", calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
         message: dict[str, Any] = {"role": "assistant", "content": text}
         if thinking:
             message["thinking"] = thinking
@@ -180,7 +190,7 @@ class Generate(_OllamaEndpoint[OllamaGenerateRequest]):
 
     unsupported = NOT_FOR_GENERATE
 
-    def __init__(self, service: Service, body: OllamaGenerateRequest) -> None:
+    def __init__(self, service: ModelService, body: OllamaGenerateRequest) -> None:
         super().__init__(service, body)
         if body.prompt:
             prepare = self._prepare_raw if body.raw else self._prepare_turn
@@ -197,10 +207,19 @@ class Generate(_OllamaEndpoint[OllamaGenerateRequest]):
         options: Options = {**self._options, "loop_guard": False}
         return partial(self.service.llm.prepare_text, prompt, **options)
 
-    def _part(
-        self, text: str = "", thinking: str = "", calls: Sequence[ToolCall] = ()
-    ) -> dict[str, Any]:
+    @staticmethod
+    def _part(text: str = "", thinking: str = "", calls: Sequence[ToolCall] = ()) -> dict[str, Any]:
         return {"response": text} | ({"thinking": thinking} if thinking else {})
+
+
+def _head(name: str) -> dict[str, Any]:
+    return {"model": name, "created_at": timestamp(time.time())}
+
+
+def _keep_alive_warnings(model: ServedModel, body: OllamaRequest) -> list[str]:
+    finite = body.model_seconds not in (None, math.inf)
+    always = model.source.load is None
+    return ["keep_alive was ignored: the model stays loaded"] * (finite and always)
 
 
 def _thinking_request(think: bool | str | None) -> ThinkingRequest:

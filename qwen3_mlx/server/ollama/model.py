@@ -1,41 +1,38 @@
-"""The served model as Ollama's clients see it: its names, and its description."""
+"""The served models as Ollama's clients see them: names, descriptions, and what is loaded."""
 
+import math
+import time
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
 
 from qwen3_mlx import backend
+from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.engine.memory import count_weights
-from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.models import ModelPool, ServedModel
+from qwen3_mlx.text.kind import CHAT, EMBEDDING
 
-_NEVER = "9999-12-31T23:59:59Z"  # expiry of the model, which stays loaded
-
-
-def model_names(service: Service) -> list[str]:
-    """Return the names of the served model."""
-    return [*dict.fromkeys((service.settings.model, "default"))]
+_NEVER = "9999-12-31T23:59:59Z"  # expiry of a model that stays loaded
+_DEFAULT = "default"
+_CAPABILITIES = {CHAT: ["completion", "tools"], EMBEDDING: ["embedding"]}
 
 
-def check_model(service: Service, name: str | None) -> None:
-    """Check that a name is one of the served model's; no name stands for it, too.
-
-    Raises:
-        ApiError: the name is another model's (404).
-    """
-    names = model_names(service)
-    if name and name.lower().removesuffix(":latest") not in [own.lower() for own in names]:
-        raise ApiError(404, f"model {name!r:.200} not found; there is {' or '.join(names)}")
+def model_entries(pool: ModelPool) -> list[dict[str, Any]]:
+    """Return the entries of all models, and that of the default one under this name as well."""
+    entries = [model_entry(model, model.name) for model in pool.models]
+    known = any(model.source.answers_to(_DEFAULT) for model in pool.models)
+    return entries if known else [*entries, model_entry(pool.default, _DEFAULT)]
 
 
-def model_entry(service: Service, name: str) -> dict[str, Any]:
-    """Return the entry of a list of models, under one of the names of the served model."""
-    family, weights = service.llm.config.model_type, count_weights(service.llm.config)
+def model_entry(model: ServedModel, name: str) -> dict[str, Any]:
+    """Return the entry of a list of models, under one of the model's names."""
+    config, size = model.source.config, model.weight_bytes or model.source.nbytes
+    family, weights = config.model_type, count_weights(config)
     return {
         "name": name,
         "model": name,
-        "modified_at": timestamp(service.created),
-        "size": service.weight_bytes,
+        "modified_at": timestamp(model.created),
+        "size": size,
         "digest": sha256(name.encode()).hexdigest(),  # Ollama's command line shows a part of it
         "details": {
             "parent_model": "",
@@ -43,33 +40,39 @@ def model_entry(service: Service, name: str) -> dict[str, Any]:
             "family": family,
             "families": [family],
             "parameter_size": _in_words(weights),
-            "quantization_level": f"{8 * service.weight_bytes / weights:.1f} bits",
+            "quantization_level": f"{8 * size / weights:.1f} bits",
         },
     }
 
 
-def loaded_model(service: Service) -> dict[str, Any]:
-    """Return the entry of the served model with what it takes now, its caches included."""
-    size = service.weight_bytes + service.llm.activity().cache_bytes
+def loaded_models(pool: ModelPool) -> list[dict[str, Any]]:
+    """Return the entries of the loaded models, the one that stays longest first."""
+    loaded = sorted(pool.loaded, key=lambda pair: -pool.seconds_left(pair[0]))
+    return [_loaded_model(model, llm, pool.seconds_left(model)) for model, llm in loaded]
+
+
+def _loaded_model(model: ServedModel, llm: LLM, seconds: float) -> dict[str, Any]:
+    """Return the entry of a model with what it takes now, its caches included."""
+    size = model.weight_bytes + llm.activity().cache_bytes
     return {
-        **model_entry(service, service.settings.model),
+        **model_entry(model, model.name),
         "size": size,
         "size_vram": size if backend.on_gpu() else 0,
-        "expires_at": _NEVER,
-        "context_length": service.context,
+        "expires_at": _NEVER if seconds == math.inf else timestamp(time.time() + seconds),
+        "context_length": model.context,
     }
 
 
-def model_details(service: Service) -> dict[str, Any]:
-    """Return the entry of the served model, with its capabilities."""
-    thinking = ["thinking"] if service.llm.thinking.can_think else []
-    family = service.llm.config.model_type
+def model_details(model: ServedModel) -> dict[str, Any]:
+    """Return the entry of a model, with its capabilities; thinking is known once it is loaded."""
+    thinking = ["thinking"] if model.thinking and model.thinking.can_think else []
+    family = model.source.config.model_type
     return {
-        **model_entry(service, service.settings.model),
-        "capabilities": ["completion", "tools", *thinking],
+        **model_entry(model, model.name),
+        "capabilities": [*_CAPABILITIES.get(model.kind, []), *thinking],
         "model_info": {
             "general.architecture": family,
-            f"{family}.context_length": service.context,
+            f"{family}.context_length": model.context,
         },
     }
 

@@ -16,7 +16,7 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.server.access_log import reason_of
 from qwen3_mlx.server.admission import Slot
-from qwen3_mlx.server.endpoint import Endpoint
+from qwen3_mlx.server.endpoint import admitted, client_errors
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.ollama.protocol import PROTOCOL
 from qwen3_mlx.server.ollama.schema import LINES, OllamaPullRequest
@@ -28,16 +28,16 @@ from qwen3_mlx.server.wire import Json, check_unknown, json_bytes, warnings_head
 _SECONDS_PER_LINE = 0.25
 
 
-class Pull(Endpoint[OllamaPullRequest]):
-    """The download of a model, which `qwen3 list` then shows; the served model stays the same."""
+class Pull:
+    """The download of a model, which `qwen3 list` then shows; the served models stay the same."""
 
     def __init__(self, service: Service, body: OllamaPullRequest) -> None:
-        super().__init__(service, body)
         if not service.settings.allow_pull:
             raise ApiError(403, "downloads are off here; qwen3 serve --allow-pull allows them")
         if not (name := body.model or body.name):
             raise ValueError("model is empty; give a size such as 8B, or a hub name")
-        self.warnings += check_unknown(body, {}, frozenset())
+        self._streams = body.stream is not False
+        self._warnings = check_unknown(body, {}, frozenset())
         try:
             self._source = Source.to_download(name, progress=self._follow)
         except Qwen3Error as error:
@@ -47,8 +47,8 @@ class Pull(Endpoint[OllamaPullRequest]):
     async def respond(self, request: Request, slot: Slot) -> Response:
         """Return the response, at the end of the download or as a stream of lines."""
         self._cancelled, self._record = slot.cancelled, slot.record
-        headers = warnings_header(self.warnings)
-        if self.body.stream is not False:
+        headers = warnings_header(self._warnings)
+        if self._streams:
             slot.kept = True
             return EventStreamResponse(partial(_end, slot), self._stream(), LINES, headers)
         watching = asyncio.create_task(wait_for_disconnect(request))
@@ -119,6 +119,18 @@ class Pull(Endpoint[OllamaPullRequest]):
         if self._cancelled.is_set():  # an error ends the download, which the next one resumes
             raise Qwen3Error("it was cancelled")
         self._present = present, total
+
+
+async def answer_pull(service: Service, request: Request) -> Response:
+    """Answer a request to download a model.
+
+    Raises:
+        ApiError: the request cannot be served, or the download failed.
+    """
+    async with admitted(service, request, OllamaPullRequest) as (slot, body, _):
+        with client_errors(str):
+            pull = Pull(service, body)
+        return await pull.respond(request, slot)
 
 
 def _end(slot: Slot) -> None:

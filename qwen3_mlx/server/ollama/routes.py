@@ -10,15 +10,9 @@ from fastapi.responses import Response
 from qwen3_mlx.server.endpoint import answer_request
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.ollama.endpoints import Chat, Generate
-from qwen3_mlx.server.ollama.model import (
-    check_model,
-    loaded_model,
-    model_details,
-    model_entry,
-    model_names,
-)
+from qwen3_mlx.server.ollama.model import loaded_models, model_details, model_entries
 from qwen3_mlx.server.ollama.protocol import PROTOCOL
-from qwen3_mlx.server.ollama.pull import Pull
+from qwen3_mlx.server.ollama.pull import answer_pull
 from qwen3_mlx.server.ollama.schema import (
     API_VERSION,
     LINES,
@@ -63,29 +57,28 @@ def routes(service: Service) -> APIRouter:
     @router.head("/tags", include_in_schema=False)
     @router.get("/tags")
     async def tags() -> dict[str, Any]:
-        """List the names of the served model."""
-        return {"models": [model_entry(service, name) for name in model_names(service)]}
+        """List the served models, loaded or not."""
+        return {"models": model_entries(service.models)}
 
     @router.get("/ps")
     async def loaded() -> dict[str, Any]:
-        """List the loaded model."""
-        return {"models": [loaded_model(service)]}
+        """List the loaded models."""
+        return {"models": loaded_models(service.models)}
 
     @router.post("/show", **route_schema(OllamaShowRequest))
     async def show(request: Request) -> Response:
-        """Describe the served model and its capabilities."""
+        """Describe a served model and its capabilities."""
         sent = await request.body()
-        parse = partial(parse_body, sent, OllamaShowRequest, service.context)
+        parse = partial(parse_body, sent, OllamaShowRequest, service.models.context)
         body = await service.run_sized(len(sent), parse)
-        check_model(service, body.model or body.name)
-        return Json(
-            model_details(service), headers=warnings_header(check_unknown(body, {}, frozenset()))
-        )
+        model = service.models.find(body.model or body.name, strict=True)
+        headers = warnings_header(check_unknown(body, {}, frozenset()))
+        return Json(model_details(model), headers=headers)
 
     @router.post("/pull", **route_schema(OllamaPullRequest, OllamaPullOut, LINES))
     async def pull(request: Request) -> Response:
         """Download a model to this machine, if the server was started with --allow-pull."""
-        return await answer_request(service, request, OllamaPullRequest, Pull)
+        return await answer_pull(service, request)
 
     @router.head("/version", include_in_schema=False)
     @router.get("/version")
@@ -94,15 +87,13 @@ def routes(service: Service) -> APIRouter:
         return {"version": API_VERSION, "qwen3_mlx": __version__}
 
     for path, (method, reason) in _UNSUPPORTED_ROUTES.items():
-        refuse = _refusal(f"/api{path}", service.settings.model, reason)
+        refuse = _refusal(f"/api{path}", reason)
         router.add_api_route(path, refuse, methods=[method], include_in_schema=False)
     return router
 
 
-def _refusal(path: str, model: str, reason: str) -> Callable[[], Response]:
+def _refusal(path: str, reason: str) -> Callable[[], Response]:
     def refuse() -> Response:
-        raise ApiError(
-            501, f"{path} is not supported: this server has one model, {model}, and {reason}"
-        )
+        raise ApiError(501, f"{path} is not supported: this server {reason}")
 
     return refuse

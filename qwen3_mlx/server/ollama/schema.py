@@ -8,6 +8,7 @@ from pydantic import Field
 
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.engine.sampling_params import SamplingParams
+from qwen3_mlx.server.duration import read_duration
 from qwen3_mlx.server.openai.schema import ToolIn
 from qwen3_mlx.server.wire import Messages, Parts, RequestModel, Tools, WireModel
 
@@ -52,7 +53,6 @@ _OLLAMA_NAMES = {
     "schema": "format",
 }
 _LIBRARY_NAME = re.compile(rf"({'|'.join(_OLLAMA_NAMES)})(?==|: | must be )")
-_DURATION = re.compile(r"[-+]?(\d+\.?\d*(h|m|s|ms|us|µs|ns))+")
 
 
 class FunctionCall(WireModel):
@@ -86,7 +86,6 @@ class OllamaMessage(WireModel):
 class OllamaRequest(RequestModel):
     """Fields of `/api/chat` and `/api/generate`."""
 
-    model: str | None = None
     stream: bool | None = None
     think: bool | Literal["low", "medium", "high", "max"] | None = None
     format: Literal["json", ""] | dict[str, Any] | None = None
@@ -97,15 +96,23 @@ class OllamaRequest(RequestModel):
     truncate: bool | None = None
     shift: bool | None = None
 
-    def not_honoured(self) -> list[str]:
-        """Return warnings of fields that are not honoured.
+    @property
+    def model_seconds(self) -> float | None:
+        """Seconds that the model stays loaded after the request; None if it does not say.
 
         Raises:
             ValueError: `keep_alive` is not a duration.
         """
-        seconds = seconds_of(self.keep_alive)
+        return None if self.keep_alive is None else read_duration(self.keep_alive)
+
+    @property
+    def is_empty(self) -> bool:
+        """True if the model is only loaded or unloaded."""
+        return False
+
+    def not_honoured(self) -> list[str]:
+        """Return warnings of fields that are not honoured."""
         warnings = {
-            "keep_alive was ignored: the model stays loaded": seconds is not None and seconds >= 0,
             "truncate was ignored: a prompt that does not fit is refused": self.truncate,
             "shift was ignored: a reply ends where the context does": self.shift,
         }
@@ -118,6 +125,11 @@ class OllamaChatRequest(OllamaRequest):
     messages: Messages[OllamaMessage] | None = None
     tools: Tools[ToolIn] | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """True if the model is only loaded or unloaded."""
+        return not self.messages
+
 
 class OllamaGenerateRequest(OllamaRequest):
     """`POST /api/generate`; without a prompt the model is only loaded or unloaded."""
@@ -126,18 +138,21 @@ class OllamaGenerateRequest(OllamaRequest):
     system: str | None = None
     raw: bool | None = None
 
+    @property
+    def is_empty(self) -> bool:
+        """True if the model is only loaded or unloaded."""
+        return not self.prompt
+
 
 class OllamaShowRequest(RequestModel):
     """`POST /api/show`; `name` is the older name of `model`."""
 
-    model: str | None = None
     name: str | None = None
 
 
 class OllamaPullRequest(RequestModel):
     """`POST /api/pull`; `name` is the older name of `model`."""
 
-    model: str | None = None
     name: str | None = None
     stream: bool | None = None
 
@@ -259,22 +274,3 @@ def _stops(stop: Any) -> Any:
     if isinstance(strings, list):
         return [string for string in strings if string != ""] or None
     return strings
-
-
-def seconds_of(keep_alive: float | str | None) -> float | None:
-    """Return a number with the sign of `keep_alive`, which is all that matters here.
-
-    Raises:
-        ValueError: it is not a duration.
-    """
-    if not isinstance(keep_alive, str):
-        return keep_alive
-    try:
-        return float(keep_alive)
-    except ValueError:
-        if not _DURATION.fullmatch(keep_alive):
-            raise ValueError(
-                f"keep_alive must be seconds, or a duration such as 5m, not {keep_alive!r}"
-            ) from None
-    length = 1.0 if re.search("[1-9]", keep_alive) else 0.0
-    return -length if keep_alive.startswith("-") else length

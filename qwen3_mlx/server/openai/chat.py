@@ -17,7 +17,7 @@ from qwen3_mlx.server.openai.schema import (
     NamedTool,
     Part,
 )
-from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.service import ModelService
 from qwen3_mlx.server.thinking import UNLIMITED
 from qwen3_mlx.server.wire import check_unknown, ends_with_assistant_text, logprob_entries
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, TokenLogprob, ToolCallDelta
@@ -35,7 +35,7 @@ class ChatCompletion(Completion[ChatRequest]):
 
     kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
 
-    def __init__(self, service: Service, body: ChatRequest) -> None:
+    def __init__(self, service: ModelService, body: ChatRequest) -> None:
         super().__init__(service, body)
         # Ids of the calls begun in each choice.
         self._call_ids: list[list[str]] = [[] for _ in range(self.choices)]

@@ -14,7 +14,7 @@ from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.protocol import PROTOCOL
 from qwen3_mlx.server.openai.schema import CompletionFields, SamplingFields, ThinkingFields
 from qwen3_mlx.server.response import ActiveRequest
-from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.service import ModelService
 from qwen3_mlx.server.wire import json_bytes, stop_strings
 from qwen3_mlx.text.events import Event, Finish
 from qwen3_mlx.version import __version__
@@ -32,7 +32,7 @@ class Completion(ReplyEndpoint[CompletionBody]):
     chunk_kind: str
     prefix: str
 
-    def __init__(self, service: Service, body: CompletionBody) -> None:
+    def __init__(self, service: ModelService, body: CompletionBody) -> None:
         super().__init__(service, body)
         self.warnings += service.model_warnings(body.model)
         self.streams = bool(body.stream)
@@ -44,7 +44,7 @@ class Completion(ReplyEndpoint[CompletionBody]):
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "object": self.chunk_kind if body.stream else self.kind,
             "created": int(time.time()),
-            "model": service.settings.model,
+            "model": service.name,
             "system_fingerprint": f"qwen3-mlx-{__version__}",
         }
         # The response and all chunks begin with it: it is serialised once.
@@ -129,7 +129,7 @@ def sampling_options(body: SamplingFields) -> Options:
     return {"sampling": sampling, "stop": stop_strings(body.stop), "seed": seed}
 
 
-def thinking_options(service: Service, body: ThinkingFields, warnings: list[str]) -> Options:
+def thinking_options(service: ModelService, body: ThinkingFields, warnings: list[str]) -> Options:
     """Return the library's options for the thinking of a request, and append warnings.
 
     Raises:

@@ -84,7 +84,7 @@ class TextOut(WireModel):
 
 
 class ModelOut(WireModel):
-    """The served model, with the fields of OpenAI's and of Anthropic's API."""
+    """A served model, with the fields of OpenAI's, Anthropic's and LM Studio's API."""
 
     id: str
     object: Literal["model"]
@@ -93,14 +93,16 @@ class ModelOut(WireModel):
     created: int
     created_at: str
     owned_by: str
+    kind: Literal["chat", "embedding", "reranker"]
+    state: Literal["loaded", "loading", "not-loaded"]
     context_length: int
     max_input_tokens: int
     vocab_size: int
-    thinking: Literal["hybrid", "always", "never"]
+    thinking: Literal["hybrid", "always", "never"] | None  # null before it is first loaded
 
 
 class ModelsOut(WireModel):
-    """The list of models, with the one that is served."""
+    """The list of the served models."""
 
     object: Literal["list"]
     data: list[ModelOut]

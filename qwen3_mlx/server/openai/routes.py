@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from qwen3_mlx.server.endpoint import EVENTS, answer_request
-from qwen3_mlx.server.errors import ApiError
+from qwen3_mlx.server.models import ServedModel
 from qwen3_mlx.server.openai.chat import ChatCompletion
 from qwen3_mlx.server.openai.protocol import PROTOCOL
 from qwen3_mlx.server.openai.response_models import ChatOut, ModelOut, ModelsOut, TextOut
@@ -33,39 +33,37 @@ def routes(service: Service) -> APIRouter:
 
     @router.get("/models", response_model=ModelsOut)
     async def models() -> dict[str, Any]:
-        """List the one model that is served."""
-        model = _model(service)
-        ends = {"first_id": model["id"], "last_id": model["id"], "has_more": False}
-        return {"object": "list", "data": [model], **ends}
+        """List the served models, loaded or not."""
+        found = [_described(model) for model in service.models.models]
+        ends = {"first_id": found[0]["id"], "last_id": found[-1]["id"], "has_more": False}
+        return {"object": "list", "data": found, **ends}
 
     @router.get("/models/{name:path}", response_model=ModelOut)
     async def model(name: str) -> dict[str, Any]:
-        """Return the served model, by its name or as `default`."""
-        if name not in ("default", service.settings.model):
-            raise ApiError(
-                404,
-                f"there is no model {name!r} here; {service.settings.model} is served",
-                code="model_not_found",
-            )
-        return _model(service)
+        """Return a served model by its name; the first one is also called `default`."""
+        return _described(service.models.find(name, strict=True))
 
     return router
 
 
-def _model(service: Service) -> dict[str, Any]:
-    """Return the served model, with the fields of OpenAI's and of Anthropic's API."""
-    thinking = service.llm.thinking
-    fixed = "always" if thinking.can_think else "never"
+def _described(model: ServedModel) -> dict[str, Any]:
+    """Return a served model, with the fields of OpenAI's, Anthropic's and LM Studio's API."""
+    thinking = None
+    if found := model.thinking:
+        fixed = "always" if found.can_think else "never"
+        thinking = "hybrid" if found.hybrid else fixed
     return {
-        "id": service.settings.model,
+        "id": model.name,
         "object": "model",
         "type": "model",
-        "display_name": service.settings.model,
-        "created": service.created,
-        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
+        "display_name": model.name,
+        "created": model.created,
+        "created_at": datetime.fromtimestamp(model.created, UTC).isoformat(),
         "owned_by": "qwen3-mlx",
-        "context_length": service.context,
-        "max_input_tokens": service.context,
-        "vocab_size": service.llm.config.vocab_size,
-        "thinking": "hybrid" if thinking.hybrid else fixed,
+        "kind": model.kind,
+        "state": model.state,
+        "context_length": model.context,
+        "max_input_tokens": model.context,
+        "vocab_size": model.source.config.vocab_size,
+        "thinking": thinking,
     }

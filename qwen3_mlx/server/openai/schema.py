@@ -228,7 +228,6 @@ class ThinkingIn(WireModel):
 class SamplingFields(RequestModel):
     """Fields of all requests for a reply."""
 
-    model: str | None = None
     seed: int | None = None
     stop: str | Stops | None = None
     stream: bool | None = None
@@ -240,6 +239,11 @@ class SamplingFields(RequestModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     logit_bias: Biases | None = None
+
+    @property
+    def streamed(self) -> bool:
+        """True if the request wants the reply as a stream of events."""
+        return bool(self.stream)
 
 
 class CompletionFields(SamplingFields):

@@ -10,7 +10,7 @@ from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.completion import Completion, sampling_options
 from qwen3_mlx.server.openai.schema import HARMLESS, HINTS, NOT_FOR_TEXT, TextRequest
-from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.service import ModelService
 from qwen3_mlx.server.wire import check_unknown, json_bytes, token_text
 from qwen3_mlx.text.events import Event, Finish, PromptTokens, Text, TokenLogprob
 
@@ -29,7 +29,7 @@ class TextCompletion(Completion[TextRequest]):
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 
-    def __init__(self, service: Service, body: TextRequest) -> None:
+    def __init__(self, service: ModelService, body: TextRequest) -> None:
         super().__init__(service, body)
         self._prompts = _prompts(body.prompt)
         if not self._prompts:

@@ -19,7 +19,7 @@ from qwen3_mlx.server.responses.items import Message, library_messages, with_ref
 from qwen3_mlx.server.responses.output import Output, StreamEvent
 from qwen3_mlx.server.responses.schema import HINTS, LOGPROBS, NOT_SUPPORTED, ResponsesRequest
 from qwen3_mlx.server.responses.store import ResponseStore, StoredResponse
-from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.service import ModelService
 from qwen3_mlx.server.thinking import UNLIMITED
 from qwen3_mlx.server.wire import check_unknown, ends_with_assistant_text, json_bytes
 from qwen3_mlx.text.events import Event, Usage
@@ -31,7 +31,7 @@ class ModelResponse(ReplyEndpoint[ResponsesRequest]):
     """A response of the model, complete or as the events that build it."""
 
     def __init__(
-        self, service: Service, body: ResponsesRequest, *, store: ResponseStore, owner: str
+        self, service: ModelService, body: ResponsesRequest, *, store: ResponseStore, owner: str
     ) -> None:
         """Convert a request of the `owner` of stored responses, among which its own will be."""
         super().__init__(service, body)
@@ -68,7 +68,7 @@ class ModelResponse(ReplyEndpoint[ResponsesRequest]):
             "id": f"resp_{secrets.token_hex(12)}",
             "object": "response",
             "created_at": int(time.time()),
-            "model": service.settings.model,
+            "model": service.name,
             "status": "in_progress",
             "background": False,
             "error": None,

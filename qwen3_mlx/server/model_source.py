@@ -1,0 +1,162 @@
+"""Models that can be served: their names, and what is known of them before they are loaded."""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from qwen3_mlx.api.checkpoints import Checkpoints
+from qwen3_mlx.api.llm import LLM
+from qwen3_mlx.api.load import load
+from qwen3_mlx.arguments import Progress
+from qwen3_mlx.checkpoint.load import LoadOptions
+from qwen3_mlx.checkpoint.local import local_models
+from qwen3_mlx.errors import CapacityError, CheckpointError, Qwen3Error
+from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.sizes import DEMO, hub_name
+from qwen3_mlx.server.settings import model_name
+from qwen3_mlx.text.kind import Kind
+
+_log = logging.getLogger(__name__)
+_LATEST = ":latest"  # Ollama's clients may add it to any name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSource:
+    """A model that can be served, loaded or not.
+
+    Attributes:
+        name: the name that clients see.
+        aliases: other names that it answers to.
+        config: the shape of the network.
+        kind: "chat", "embedding" or "reranker"; conversions may show that only once loaded.
+        nbytes: bytes of its files.
+        load: loads it, with a callback for the modules loaded; None if it always stays loaded.
+    """
+
+    name: str
+    aliases: frozenset[str] = frozenset()
+    config: ModelConfig
+    kind: str
+    nbytes: int
+    load: Callable[[Progress], LLM] | None = None
+
+    @classmethod
+    def of(cls, llm: LLM, name: str) -> "ModelSource":
+        """Create the source of a model that its caller has loaded, and closes."""
+        nbytes = sum(array.nbytes for array in llm.model.tensors().values())
+        return cls(name=name, config=llm.config, kind=llm.kind, nbytes=nbytes)
+
+    def answers_to(self, name: str) -> bool:
+        """Return whether this is one of its names, in any case and perhaps with Ollama's tag."""
+        known = {own.casefold() for own in (self.name, *self.aliases)}
+        return not known.isdisjoint((name.casefold(), name.casefold().removesuffix(_LATEST)))
+
+
+def stated_sources(
+    models: Sequence[str | None],
+    options: Mapping[str, Any],
+    name: str,
+    progress: Progress | None = None,
+) -> list[ModelSource]:
+    """Return the sources of models as `load` takes them; what is missing of them is downloaded.
+
+    All are loaded with the same `options`. `name` is that of the first. A model whose name another
+    one has takes its full path.
+
+    Raises:
+        CheckpointError: one cannot be found or read.
+        CapacityError: one would not even fit alone.
+    """
+    found: list[ModelSource] = []
+    for model in dict.fromkeys(models):
+        stated = DEMO if model is None else model
+        aliases = {stated, hub_name(stated), hub_name(stated).rpartition("/")[2]}
+        checkpoints = _resolve(model, options, progress)
+        with _fitting_alone():
+            checkpoints.check_memory()
+        with _fitting_alone():
+            checkpoints = checkpoints.fetched()
+        own = model_name(model) if found else name
+        found.append(_source(_free_name(own, stated, found), aliases, model, checkpoints, options))
+    return found
+
+
+def local_sources(options: Mapping[str, Any], others: Sequence[ModelSource]) -> list[ModelSource]:
+    """Return the sources of the models that `qwen3 list` shows, without `others` of them.
+
+    Models that are incomplete or cannot be loaded are left out, with a line of the log.
+    """
+    known = list(others)
+    models, complaints = local_models()
+    for complaint in complaints:
+        _log.warning("%s", complaint)
+    for model in models:
+        if any(model.name in source.aliases for source in known):
+            continue
+        folder = str(model.folder)
+        aliases = {model.name, folder, Path(model.name).name}
+        name = model.folder.name if model.name == folder else model.name
+        try:
+            if not model.complete:
+                raise CheckpointError("its download is incomplete")
+            checkpoints = _resolve(folder, options, None)
+        except (Qwen3Error, ValueError) as error:
+            _log.warning("%s is not served: %s", model.name, error)
+            continue
+        name = _free_name(name, model.name, known)
+        known.append(_source(name, aliases, folder, checkpoints, options))
+    return known[len(others) :]
+
+
+def _resolve(
+    model: str | None, options: Mapping[str, Any], progress: Progress | None
+) -> Checkpoints:
+    return Checkpoints.resolve(
+        model,
+        options["revision"],
+        options["draft"],
+        LoadOptions.of(options["bits"], options["dtype"], options["dequantize"]),
+        options["kv_bits"],
+        options["context"],
+        progress,
+    )
+
+
+@contextmanager
+def _fitting_alone() -> Iterator[None]:
+    """Accept that a model does not fit beside those that are loaded, if it would fit alone."""
+    try:
+        yield
+    except CapacityError as error:
+        if not error.fits_alone:
+            raise
+
+
+def _free_name(name: str, full: str, others: Sequence[ModelSource]) -> str:
+    return full if any(other.answers_to(name) for other in others) else name
+
+
+def _source(
+    name: str,
+    aliases: Set[str],
+    model: str | None,
+    checkpoints: Checkpoints,
+    options: Mapping[str, Any],
+) -> ModelSource:
+    folder, network = checkpoints.target.folder, checkpoints.target.network
+    return ModelSource(
+        name=name,
+        aliases=frozenset(aliases),
+        config=network,
+        kind=Kind.of(folder, None, None, network.output).name,
+        nbytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        load=partial(_load, model, options),
+    )
+
+
+def _load(model: str | None, options: Mapping[str, Any], progress: Progress) -> LLM:
+    return load(model, **options, progress=progress)
