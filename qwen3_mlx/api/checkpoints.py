@@ -125,6 +125,11 @@ class Checkpoints:
             small = ResolvedCheckpoint.at(place, options, kv_bits).as_stored()
         return cls(target, small, draft is not None, context)
 
+    def plan(self) -> int:
+        """Return the bytes that both take, with the context asked for or else a short one."""
+        beside = self.draft.plan(self.context).held if self.draft else 0
+        return self.target.plan(self.context).total + beside
+
     def check_memory(self) -> None:
         """Check that both fit the memory that is available; raises what `check_fits` raises."""
         target = self.target

@@ -13,7 +13,7 @@ _HEADER = ("pid", "model", "address", "state", "requests", "memory", "tokens/s",
 
 
 def ps(*, as_json: Json = False) -> None:
-    """Show the servers that run on this machine: model, address, requests, memory.
+    """Show the servers that run on this machine: loaded models, address, requests, memory.
 
     API keys are not needed. Servers of other users are not shown.
     """
@@ -32,6 +32,8 @@ def _cells(entry: RunningServer, state: dict[str, Any] | None) -> list[str]:
     if state is None:
         return [*head, "does not answer", "-", "-", "-", "-"]
     waiting = f", {state['waiting']} waiting" if state["waiting"] else ""
+    loaded = [model["name"] for model in state["models"] if model["state"] == "loaded"]
+    head[1] = ", ".join(loaded) or f"{entry.model}, not loaded"
     return [
         *head,
         state["status"],

@@ -7,7 +7,7 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -223,11 +223,14 @@ def serve(  # noqa: PLR0913 - one parameter an option
 
     serving = import_module("qwen3_mlx.server.run")  # FastAPI, which only this command needs
     describing, options = import_module("qwen3_mlx.server.model_source"), asdict(loading)
-    with load_model(models[0], loading, quiet=quiet) as llm, listener:
+    with ExitStack() as stack:
+        stack.enter_context(listener)
         with Bar("downloading", in_bytes=True) as bar:
             sources = describing.stated_sources(
                 models, options, settings.model, None if quiet else bar
             )
+        with describing.room_for(sources[1:], beside=sources[0]):
+            llm = stack.enter_context(load_model(models[0], loading, quiet=quiet))
         _log_to_stderr(quiet=quiet)
         if models_from:
             sources += describing.local_sources(options, sources)

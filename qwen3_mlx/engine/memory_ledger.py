@@ -4,7 +4,8 @@ Each engine is guaranteed what its longest request takes, because it refuses onl
 rest is divided equally, again with each engine that comes or goes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from threading import RLock
 
 
@@ -41,6 +42,19 @@ def claim(free: Callable[[], int], min_bytes: Callable[[int], int]) -> Share:
             each.available = max(each.guaranteed, each.held) + rest // (len(others) + 1)
         _shares.append(share)
         return share
+
+
+@contextmanager
+def reserved(nbytes: int) -> Iterator[None]:
+    """Keep bytes from new engines while the block runs, for models that will be loaded later."""
+    share = Share(nbytes)
+    share.available = 0  # so that nothing is divided among the others in the end
+    with _lock:
+        _shares.append(share)
+    try:
+        yield
+    finally:
+        release(share)
 
 
 def release(share: Share) -> None:

@@ -1,19 +1,22 @@
 """Models that can be served: their names, and what is known of them before they are loaded."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from qwen3_mlx import backend
 from qwen3_mlx.api.checkpoints import Checkpoints
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.load import load
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.checkpoint.local import local_models
+from qwen3_mlx.engine.memory import RESERVE
+from qwen3_mlx.engine.memory_ledger import reserved, unallocated_guarantees
 from qwen3_mlx.errors import CapacityError, CheckpointError, Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.sizes import DEMO, hub_name
@@ -34,6 +37,8 @@ class ModelSource:
         config: the shape of the network.
         kind: "chat", "embedding" or "reranker"; conversions may show that only once loaded.
         nbytes: bytes of its files.
+        planned: bytes that it takes in memory, with a short context.
+        expected: whether other models leave room for it before it is loaded.
         load: loads it, with a callback for the modules loaded; None if it always stays loaded.
     """
 
@@ -42,6 +47,8 @@ class ModelSource:
     config: ModelConfig
     kind: str
     nbytes: int
+    planned: int = 0
+    expected: bool = False
     load: Callable[[Progress], LLM] | None = None
 
     @classmethod
@@ -81,7 +88,8 @@ def stated_sources(
         with _fitting_alone():
             checkpoints = checkpoints.fetched()
         own = model_name(model) if found else name
-        found.append(_source(_free_name(own, stated, found), aliases, model, checkpoints, options))
+        source = _source(_free_name(own, stated, found), aliases, model, checkpoints, options)
+        found.append(replace(source, expected=True))
     return found
 
 
@@ -110,6 +118,21 @@ def local_sources(options: Mapping[str, Any], others: Sequence[ModelSource]) -> 
         name = _free_name(name, model.name, known)
         known.append(_source(name, aliases, folder, checkpoints, options))
     return known[len(others) :]
+
+
+def room_for(others: Iterable[ModelSource], *, beside: ModelSource) -> AbstractContextManager[None]:
+    """Return a context, for the loading of `beside`, that leaves memory to the expected `others`.
+
+    They count as far as they fit. Without that, the longest context of the first model could be
+    promised all of the memory.
+    """
+    free = backend.available_memory() - unallocated_guarantees() - beside.planned
+    room = 0
+    for other in others:
+        needed = other.planned - RESERVE
+        if other.expected and room + needed <= free:
+            room += needed
+    return reserved(room)
 
 
 def _resolve(
@@ -154,6 +177,7 @@ def _source(
         config=network,
         kind=Kind.of(folder, None, None, network.output).name,
         nbytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        planned=checkpoints.plan(),
         load=partial(_load, model, options),
     )
 

@@ -17,7 +17,7 @@ from typing import Any
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.errors import CapacityError, Qwen3Error
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.model_source import ModelSource
+from qwen3_mlx.server.model_source import ModelSource, room_for
 from qwen3_mlx.server.response import EventBridge
 from qwen3_mlx.server.threads import in_daemon
 from qwen3_mlx.text.thinking import Thinking
@@ -297,7 +297,9 @@ class ModelPool:
     def _load_checked(self, model: ServedModel) -> LLM:
         """Load a model on this thread."""
         assert model.source.load
-        llm = model.source.load(partial(self._follow, model))
+        others = [other.source for other in self.models if other is not model and not other.llm]
+        with room_for(others, beside=model.source):
+            llm = model.source.load(partial(self._follow, model))
         try:
             self._follow(model, *model.progress)
             self._check(llm)

@@ -17,7 +17,15 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 _APP = "qwen3-mlx"
-_STATES = {"status", "running", "waiting", "memory", "tokens_per_second", "uptime_seconds"}
+_STATES = {
+    "status",
+    "models",
+    "running",
+    "waiting",
+    "memory",
+    "tokens_per_second",
+    "uptime_seconds",
+}
 _TIMEOUT = 2  # seconds for the answer of /health
 
 

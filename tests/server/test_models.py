@@ -22,7 +22,7 @@ from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.engine.memory import MIN_CHUNK, Workload, activation_bytes
 from qwen3_mlx.server import models
-from qwen3_mlx.server.model_source import ModelSource, local_sources, stated_sources
+from qwen3_mlx.server.model_source import ModelSource, local_sources, room_for, stated_sources
 from tests.server.harness import endless, message_of, until, until_idle
 from tests.server.serving import Served, serving
 from tests.support import write_tiny
@@ -53,7 +53,8 @@ def sources(folder: Path) -> list[ModelSource]:
 def serving_all(sources: Sequence[ModelSource], **settings: Any) -> Iterator[Served]:
     """Serve models, the first of which is loaded."""
     assert sources[0].load
-    llm = sources[0].load(lambda *_: None)
+    with room_for(sources[1:], beside=sources[0]):
+        llm = sources[0].load(lambda *_: None)
     with serving(llm, sources=sources, model=sources[0].name, **settings) as served:
         yield served
 
@@ -340,12 +341,26 @@ def test_the_least_recently_used_model_makes_room(
             assert "".join(n for n, state in states(served).items() if state == "loaded") == loaded
 
 
+def test_the_first_model_leaves_room_for_the_others(
+    folder: Path, whole_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = json.loads((folder / "a" / "config.json").read_text())
+    config |= {"max_position_embeddings": 1 << 20, "num_hidden_layers": 1}
+    pair = [str(write_tiny(folder.parent / "long" / name, config)) for name in "ab"]
+    gc.collect()
+    monkeypatch.setenv("QWEN3_MEMORY", str((mx.get_active_memory() + 6e8) / 1e9))
+    sources = stated_sources(pair, OPTIONS, "a")
+    with serving_all(sources) as served:
+        assert served.chat(model="b", max_tokens=1).is_success
+        assert set(states(served).values()) == {"loaded"}
+
+
 def test_busy_models_are_waited_for_up_to_a_limit(
     sources: list[ModelSource], room_for_two: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(models, "_PATIENCE", 0.3)
     with serving_all(sources) as served, ThreadPoolExecutor(2) as pool:
-        body = {**endless(), "max_tokens": 1000}
+        body = {**endless(), "max_tokens": 500}
         busy = [pool.submit(served.post, "/v1/completions", {**body, "model": n}) for n in "ab"]
         until(
             lambda: states(served)["b"] == "loaded" and served.get("/health").json()["running"] == 2
