@@ -237,8 +237,9 @@ class WaitingStream(Generic[Body]):
     def close(self) -> None:
         """End the wait or the replies; may be called twice."""
         if self._running:
-            self._running.close()
-        self._slot.release()
+            self._running.close()  # which frees the slot once the engine is done
+        else:
+            self._slot.release()
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Yield comments until the model is loaded, then the stream of the endpoint."""

@@ -24,6 +24,7 @@ from qwen3_mlx.server.settings import model_name
 from qwen3_mlx.text.kind import Kind
 
 _log = logging.getLogger(__name__)
+DEFAULT = "default"
 _LATEST = ":latest"  # Ollama's clients may add it to any name
 
 
@@ -61,6 +62,11 @@ class ModelSource:
         """Return whether this is one of its names, in any case and perhaps with Ollama's tag."""
         known = {own.casefold() for own in (self.name, *self.aliases)}
         return not known.isdisjoint((name.casefold(), name.casefold().removesuffix(_LATEST)))
+
+
+def is_default(name: str | None) -> bool:
+    """Return whether a name, or none, stands for the default model."""
+    return not name or name.casefold().removesuffix(_LATEST) == DEFAULT
 
 
 def stated_sources(

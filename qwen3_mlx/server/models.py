@@ -17,9 +17,10 @@ from typing import Any
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.errors import CapacityError, Qwen3Error
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.model_source import ModelSource, room_for
+from qwen3_mlx.server.model_source import ModelSource, is_default, room_for
 from qwen3_mlx.server.response import EventBridge
 from qwen3_mlx.server.threads import in_daemon
+from qwen3_mlx.text.kind import CHAT
 from qwen3_mlx.text.thinking import Thinking
 
 _PATIENCE = 60.0  # seconds that a load waits for busy models
@@ -37,7 +38,7 @@ class ServedModel:
         bridge: carries its events to the event loop.
         created: time of loading, in seconds since the epoch.
         kind: what it is for: "chat", "embedding" or "reranker".
-        thinking: its thinking modes; None before it is first loaded.
+        thinking: the thinking modes of a chat model; None before it is first loaded.
         weight_bytes: bytes of its weights; 0 before it is first loaded.
         leases: number of requests that use it.
         used: when the last one came.
@@ -83,7 +84,7 @@ class ServedModel:
         """Take what was loaded."""
         self.llm, self.bridge = llm, EventBridge(llm)
         self.created, self.progress = int(time.time()), (0, 0)
-        self.kind, self.thinking = llm.kind, llm.thinking
+        self.kind, self.thinking = llm.kind, llm.thinking if llm.kind == CHAT else None
         self.weight_bytes = sum(array.nbytes for array in llm.model.tensors().values())
 
 
@@ -169,18 +170,10 @@ class ModelPool:
         Raises:
             ApiError: there is no such model (404).
         """
-        if name in (None, ""):
-            return self.default
-        assert name is not None
-        for model in self.models:
-            if model.source.name == name:
-                return model
-        for model in self.models:
-            if model.source.answers_to(name):
-                return model
-        if name.lower().removesuffix(":latest") == "default":
-            return self.default
-        if len(self.models) == 1 and not strict:
+        named = [model for model in self.models if name and model.source.answers_to(name)]
+        if named:
+            return next((model for model in named if model.name == name), named[0])
+        if is_default(name) or (len(self.models) == 1 and not strict):
             return self.default
         names = ", ".join(model.name for model in self.models[:_MAX_NAMED])
         more = f" and {len(self.models) - _MAX_NAMED} more" * (len(self.models) > _MAX_NAMED)
@@ -297,11 +290,11 @@ class ModelPool:
     def _load_checked(self, model: ServedModel) -> LLM:
         """Load a model on this thread."""
         assert model.source.load
+        self._follow(model, 0, 0)
         others = [other.source for other in self.models if other is not model and not other.llm]
         with room_for(others, beside=model.source):
             llm = model.source.load(partial(self._follow, model))
         try:
-            self._follow(model, *model.progress)
             self._check(llm)
         except BaseException:
             llm.close()

@@ -19,7 +19,7 @@ from qwen3_mlx.server.admission import Admission, Slot
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.metrics import Metrics
-from qwen3_mlx.server.model_source import ModelSource
+from qwen3_mlx.server.model_source import ModelSource, is_default
 from qwen3_mlx.server.models import ModelPool, ServedModel
 from qwen3_mlx.server.preparing import PreparationPool
 from qwen3_mlx.server.quotas import Quotas
@@ -95,7 +95,7 @@ class ModelService:
 
     def model_warnings(self, name: str | None) -> list[str]:
         """Return a warning if the request names a model other than the one that is served."""
-        if name in (None, "", "default") or self.model.source.answers_to(str(name)):
+        if is_default(name) or self.model.source.answers_to(str(name)):
             return []
         return [f"there is no model {name!r:.200} here; {self.name} answers"]
 

@@ -203,7 +203,7 @@ def test_openai_models(client: Any, demo: LLM) -> None:
     (model,) = client.models.list().data
     assert model.id == "demo" == client.models.retrieve("demo").id
     assert getattr(model, "context_length") == demo.context  # noqa: B009 - not in its type
-    with pytest.raises(openai.NotFoundError, match="demo is served"):
+    with pytest.raises(openai.NotFoundError, match="there is demo"):
         client.models.retrieve("gpt-4o")
 
 

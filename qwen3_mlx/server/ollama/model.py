@@ -9,19 +9,19 @@ from typing import Any
 from qwen3_mlx import backend
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.engine.memory import count_weights
+from qwen3_mlx.server.model_source import DEFAULT
 from qwen3_mlx.server.models import ModelPool, ServedModel
 from qwen3_mlx.text.kind import CHAT, EMBEDDING
 
 _NEVER = "9999-12-31T23:59:59Z"  # expiry of a model that stays loaded
-_DEFAULT = "default"
 _CAPABILITIES = {CHAT: ["completion", "tools"], EMBEDDING: ["embedding"]}
 
 
 def model_entries(pool: ModelPool) -> list[dict[str, Any]]:
     """Return the entries of all models, and that of the default one under this name as well."""
     entries = [model_entry(model, model.name) for model in pool.models]
-    known = any(model.source.answers_to(_DEFAULT) for model in pool.models)
-    return entries if known else [*entries, model_entry(pool.default, _DEFAULT)]
+    known = any(model.source.answers_to(DEFAULT) for model in pool.models)
+    return entries if known else [*entries, model_entry(pool.default, DEFAULT)]
 
 
 def model_entry(model: ServedModel, name: str) -> dict[str, Any]:
