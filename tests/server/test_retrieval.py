@@ -14,7 +14,7 @@ import ollama
 import openai
 import pytest
 
-from qwen3_mlx import LLM
+from qwen3_mlx import LLM, Qwen3Error
 from qwen3_mlx.engine.core import EngineCore
 from tests.embedding_twins import golden
 from tests.server.harness import message_of, until, until_idle, warnings_of
@@ -246,6 +246,20 @@ def test_what_a_model_is_not_for_is_refused_by_its_kind(
         assert chats.get("/v1/models/demo").json()["kind"] == "chat"
 
 
+def test_no_protocol_chats_with_an_embedding_model(embedder: Served) -> None:
+    turns = [{"role": "user", "content": "a"}]
+    for path, body in (
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/responses", {"input": "a"}),
+        ("/v1/messages", {"messages": turns, "max_tokens": 4}),
+        ("/api/chat", {"messages": turns}),
+        ("/api/generate", {"prompt": "a"}),
+    ):
+        response = embedder.post(path, body)
+        assert response.status_code == 400, path
+        assert message_of(response).startswith("this checkpoint is an embedding model")
+
+
 def test_the_kind_is_where_clients_look(embedder: Served, reranker: Served) -> None:
     for served, kind, capability in (
         (embedder, "embedding", "embedding"),
@@ -302,6 +316,24 @@ def test_computing_ends_with_its_client_and_its_time(
         assert ended.wait(60)
         until_idle(served)
         until(lambda: samples(served)["qwen3_prompt_tokens_total", "demo"] == 14)
+
+
+def test_what_is_not_the_requests_fault_is_a_503(
+    embedder: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = embedder.server.service
+
+    def stop(*_: Any) -> None:
+        service.admission.cancel_all()
+        threading.Event().wait(0.3)
+
+    def fail(*_: Any) -> None:
+        raise Qwen3Error("the longest text, of 9 tokens, does not fit")
+
+    for compute, sentence in ((stop, "the server is shutting down"), (fail, "does not fit")):
+        monkeypatch.setattr(service.llm, "compute_texts", compute)
+        response = embed(embedder, "a")
+        assert response.status_code == 503 and sentence in message_of(response)
 
 
 def test_a_reply_ends_while_texts_are_computed(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
