@@ -30,8 +30,7 @@ class TextsEndpoint(Endpoint[Body]):
     """Base of the endpoints that compute something of each text.
 
     The `__init__` of a subclass sets `prepare`, which checks and encodes the texts, and `contents`,
-    what `--log-content` logs. An error about the context window names the field
-    `param`.
+    what `--log-content` logs. An error about the context window names the field `param`.
     """
 
     param = "input"

@@ -78,7 +78,7 @@ def model_details(service: Service) -> dict[str, Any]:
 
 
 def _capabilities(llm: LLM) -> list[str]:
-    """Return Ollama's words for what the model can do; it has none for reranking."""
+    """Return Ollama's words for what the model can do, and our own for reranking."""
     if llm.kind != CHAT:
         return ["embedding"] if llm.kind == EMBEDDING else ["reranking"]
     return ["completion", "tools", *(["thinking"] if llm.thinking.can_think else [])]

@@ -140,14 +140,11 @@ class VectorFields(RequestModel):
         Raises:
             ValueError: `keep_alive` is not a duration, or `num_ctx` no whole number.
         """
-        options = {name: value for name, value in (self.options or {}).items() if value is not None}
-        _, warnings = read_options(
-            {name: options[name] for name in options if name == "num_ctx"}, context
-        )
-        ignored = options.keys() - _HARMLESS - {"num_ctx"}
-        warnings += [
-            f"options.{name} has no effect on vectors" for name in sorted(ignored)[:_MAX_NAMED]
-        ]
+        options = self.options or {}
+        _, warnings = read_options({"num_ctx": options.get("num_ctx")}, context)
+        set_here = {name for name, value in options.items() if value is not None}
+        ignored = sorted(set_here - _HARMLESS - {"num_ctx"})[:_MAX_NAMED]
+        warnings += [f"options.{name} has no effect on vectors" for name in ignored]
         return keep_alive_warnings(self.keep_alive) + warnings
 
 

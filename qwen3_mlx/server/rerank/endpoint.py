@@ -24,6 +24,7 @@ class Rerank(TextsEndpoint[RerankRequest]):
         self.warnings += check_unknown(body, NOT_SUPPORTED, HARMLESS)
         if body.documents is not None and body.texts is not None:
             raise ValueError("documents and texts are two names of the same; send one of them")
+        self._is_tei = body.texts is not None
         given = body.documents or body.texts or []
         self._documents = [one if isinstance(one, str) else one.text for one in given]
         before = len(body.query) + len(body.instruction or "")
@@ -45,23 +46,11 @@ class Rerank(TextsEndpoint[RerankRequest]):
 
     def complete(self, values: np.ndarray, num_tokens: int) -> bytes:
         """Return the response."""
-        body, scores = self.body, values[:, 0]
-        best = np.argsort(-scores, kind="stable")[: body.top_n].tolist()
-        shows = body.return_documents or body.return_text
-        if body.texts is not None:
-            return json_bytes(
-                [
-                    {"index": place, "score": float(scores[place])}
-                    | ({"text": self._documents[place]} if shows else {})
-                    for place in best
-                ]
-            )
-        results = [
-            {"index": place, "relevance_score": float(scores[place])}
-            | ({"document": {"text": self._documents[place]}} if shows else {})
-            for place in best
-        ]
-        response: dict[str, Any] = {
+        best = np.argsort(-values[:, 0], kind="stable")[: self.body.top_n].tolist()
+        results = [self._result(place, float(values[place, 0])) for place in best]
+        if self._is_tei:
+            return json_bytes(results)
+        response = {
             "id": f"rerank-{secrets.token_hex(12)}",
             "model": self.service.settings.model,
             "results": results,
@@ -72,3 +61,10 @@ class Rerank(TextsEndpoint[RerankRequest]):
             },
         }
         return json_bytes(response)
+
+    def _result(self, place: int, score: float) -> dict[str, Any]:
+        result = {"index": place, "score" if self._is_tei else "relevance_score": score}
+        if not (self.body.return_documents or self.body.return_text):
+            return result
+        text = self._documents[place]
+        return {**result, **({"text": text} if self._is_tei else {"document": {"text": text}})}
