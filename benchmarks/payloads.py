@@ -16,7 +16,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ANTHROPIC, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 RESPONSES = "/v1/responses"
 OLLAMA, GENERATE = "/api/chat", "/api/generate"
-VECTORS, EMBED, RERANK = "/v1/embeddings", "/api/embed", "/v1/rerank"
+VECTORS, RERANK = "/v1/embeddings", "/v1/rerank"
 _FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 _TURNS: list[Any] = [{"role": "user", "content": _SAID}]
 VALID: dict[str, dict[str, Any]] = {
@@ -114,14 +114,6 @@ VALID: dict[str, dict[str, Any]] = {
         "dimensions": 8,
         "instruction": "Find it",
         "pooling": "last",
-    },
-    EMBED: {"input": [_SAID, "x"], "dimensions": 8, "options": {"num_ctx": 4096.0}},
-    RERANK: {
-        "query": _SAID,
-        "documents": ["x", {"text": "y"}],
-        "top_n": 1,
-        "return_documents": True,
-        "scoring": "yes-no",
     },
 }
 _ODD: list[Any] = [
