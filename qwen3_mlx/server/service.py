@@ -17,13 +17,14 @@ from qwen3_mlx.server.admission import Admission, Slot
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Key, Keys
 from qwen3_mlx.server.metrics import Metrics
-from qwen3_mlx.server.preparing import PreparationPool
+from qwen3_mlx.server.preparing import ComputingPool, PreparationPool
 from qwen3_mlx.server.quotas import Quotas
 from qwen3_mlx.server.response import ActiveRequest, EventBridge
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import ThinkingRequest
 from qwen3_mlx.text.events import Usage
 from qwen3_mlx.text.fair_queue import Caller
+from qwen3_mlx.text.kind import CHAT
 
 _MAX_INLINE = 16 << 10  # bytes of JSON that cost little more than waking a thread for them
 _BODY_THREADS = 2  # for large bodies; each adds the memory of one body that is parsed
@@ -52,12 +53,19 @@ class Service:
             settings.max_requests, settings.max_replies_per_client, self._spent
         )
         self.preparing = PreparationPool()
-        llm.load_grammars()  # now, since later it would delay all running requests
+        self.computing = ComputingPool(settings.request_timeout)
+        if self.chats:
+            llm.load_grammars()  # now, since later it would delay all running requests
 
     @property
     def active(self) -> int:
         """Number of replies that run or wait."""
         return self.admission.active
+
+    @property
+    def chats(self) -> bool:
+        """True if the served model is for chat; others compute vectors or scores of texts."""
+        return self.llm.kind == CHAT
 
     def _spent(self, key: Key | None, usage: Usage) -> None:
         self.metrics.add_reply(self.settings.model, usage)

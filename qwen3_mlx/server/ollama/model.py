@@ -5,9 +5,11 @@ from hashlib import sha256
 from typing import Any
 
 from qwen3_mlx import backend
+from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.engine.memory import count_weights
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.service import Service
+from qwen3_mlx.text.kind import CHAT, EMBEDDING
 
 _NEVER = "9999-12-31T23:59:59Z"  # expiry of the model, which stays loaded
 
@@ -62,16 +64,24 @@ def loaded_model(service: Service) -> dict[str, Any]:
 
 def model_details(service: Service) -> dict[str, Any]:
     """Return the entry of the served model, with its capabilities."""
-    thinking = ["thinking"] if service.llm.thinking.can_think else []
-    family = service.llm.config.model_type
+    config = service.llm.config
+    family = config.model_type
     return {
         **model_entry(service, service.settings.model),
-        "capabilities": ["completion", "tools", *thinking],
+        "capabilities": _capabilities(service.llm),
         "model_info": {
             "general.architecture": family,
             f"{family}.context_length": service.context,
+            f"{family}.embedding_length": config.hidden_size,
         },
     }
+
+
+def _capabilities(llm: LLM) -> list[str]:
+    """Return Ollama's words for what the model can do, and our own for reranking."""
+    if llm.kind != CHAT:
+        return ["embedding"] if llm.kind == EMBEDDING else ["reranking"]
+    return ["completion", "tools", *(["thinking"] if llm.thinking.can_think else [])]
 
 
 def _in_words(count: int) -> str:

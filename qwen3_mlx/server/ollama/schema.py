@@ -9,7 +9,7 @@ from pydantic import Field
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.openai.schema import ToolIn
-from qwen3_mlx.server.wire import Messages, Parts, RequestModel, Tools, WireModel
+from qwen3_mlx.server.wire import FailFast, Messages, Parts, RequestModel, Tools, WireModel
 
 LINES = "application/x-ndjson"
 API_VERSION = "0.12.11"
@@ -52,6 +52,7 @@ _OLLAMA_NAMES = {
     "schema": "format",
 }
 _LIBRARY_NAME = re.compile(rf"({'|'.join(_OLLAMA_NAMES)})(?==|: | must be )")
+_MAX_NAMED = 10  # options without effect that warnings name
 _DURATION = re.compile(r"[-+]?(\d+\.?\d*(h|m|s|ms|us|µs|ns))+")
 
 
@@ -103,13 +104,12 @@ class OllamaRequest(RequestModel):
         Raises:
             ValueError: `keep_alive` is not a duration.
         """
-        seconds = seconds_of(self.keep_alive)
         warnings = {
-            "keep_alive was ignored: the model stays loaded": seconds is not None and seconds >= 0,
             "truncate was ignored: a prompt that does not fit is refused": self.truncate,
             "shift was ignored: a reply ends where the context does": self.shift,
         }
-        return [warning for warning, applies in warnings.items() if applies]
+        ignored = [warning for warning, applies in warnings.items() if applies]
+        return keep_alive_warnings(self.keep_alive) + ignored
 
 
 class OllamaChatRequest(OllamaRequest):
@@ -125,6 +125,41 @@ class OllamaGenerateRequest(OllamaRequest):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
+
+
+class VectorFields(RequestModel):
+    """Fields of `/api/embed` and `/api/embeddings`."""
+
+    model: str | None = None
+    keep_alive: float | str | None = None
+    options: dict[str, Any] | None = None
+
+    def not_honoured(self, context: int) -> list[str]:
+        """Return warnings of fields that are not honoured.
+
+        Raises:
+            ValueError: `keep_alive` is not a duration, or `num_ctx` no whole number.
+        """
+        options = self.options or {}
+        _, warnings = read_options({"num_ctx": options.get("num_ctx")}, context)
+        set_here = {name for name, value in options.items() if value is not None}
+        ignored = sorted(set_here - _HARMLESS - {"num_ctx"})[:_MAX_NAMED]
+        warnings += [f"options.{name} has no effect on vectors" for name in ignored]
+        return keep_alive_warnings(self.keep_alive) + warnings
+
+
+class OllamaEmbedRequest(VectorFields):
+    """`POST /api/embed`; without a text the model is only loaded."""
+
+    input: str | FailFast[str] | None = None
+    truncate: bool | None = None
+    dimensions: int | None = None
+
+
+class OllamaEmbeddingsRequest(VectorFields):
+    """`POST /api/embeddings`, the older form for one text."""
+
+    prompt: str | None = None
 
 
 class OllamaShowRequest(RequestModel):
@@ -188,6 +223,22 @@ class OllamaPullOut(WireModel):
     digest: str | None = None
     total: int | None = None
     completed: int | None = None
+
+
+class OllamaEmbedOut(WireModel):
+    """The response of `/api/embed`; durations in nanoseconds."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class OllamaEmbeddingsOut(WireModel):
+    """The response of `/api/embeddings`; empty without a text."""
+
+    embedding: list[float]
 
 
 # --- options ------------------------------------------------------------------------------------
@@ -259,6 +310,17 @@ def _stops(stop: Any) -> Any:
     if isinstance(strings, list):
         return [string for string in strings if string != ""] or None
     return strings
+
+
+def keep_alive_warnings(keep_alive: float | str | None) -> list[str]:
+    """Return a warning if the model should be unloaded some time.
+
+    Raises:
+        ValueError: `keep_alive` is not a duration.
+    """
+    seconds = seconds_of(keep_alive)
+    ignored = seconds is not None and seconds >= 0
+    return ["keep_alive was ignored: the model stays loaded"] if ignored else []
 
 
 def seconds_of(keep_alive: float | str | None) -> float | None:

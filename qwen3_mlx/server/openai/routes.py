@@ -1,4 +1,4 @@
-"""Routes of OpenAI's API: chat completions, text completions, models."""
+"""Routes of OpenAI's API: chat completions, text completions, embeddings, models."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -9,9 +9,16 @@ from fastapi.responses import Response
 from qwen3_mlx.server.endpoint import EVENTS, answer_request
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.chat import ChatCompletion
+from qwen3_mlx.server.openai.embeddings import Embeddings
 from qwen3_mlx.server.openai.protocol import PROTOCOL
-from qwen3_mlx.server.openai.response_models import ChatOut, ModelOut, ModelsOut, TextOut
-from qwen3_mlx.server.openai.schema import ChatRequest, TextRequest
+from qwen3_mlx.server.openai.response_models import (
+    ChatOut,
+    EmbeddingsOut,
+    ModelOut,
+    ModelsOut,
+    TextOut,
+)
+from qwen3_mlx.server.openai.schema import ChatRequest, EmbeddingRequest, TextRequest
 from qwen3_mlx.server.openai.text import TextCompletion
 from qwen3_mlx.server.openapi import route_schema
 from qwen3_mlx.server.service import Service
@@ -30,6 +37,11 @@ def routes(service: Service) -> APIRouter:
     async def completions(request: Request) -> Response:
         """Continue raw text, without a chat template."""
         return await answer_request(service, request, TextRequest, TextCompletion)
+
+    @router.post("/embeddings", **route_schema(EmbeddingRequest, EmbeddingsOut))
+    async def embeddings(request: Request) -> Response:
+        """Compute the vectors of texts with an embedding model."""
+        return await answer_request(service, request, EmbeddingRequest, Embeddings)
 
     @router.get("/models", response_model=ModelsOut)
     async def models() -> dict[str, Any]:
@@ -54,8 +66,6 @@ def routes(service: Service) -> APIRouter:
 
 def _model(service: Service) -> dict[str, Any]:
     """Return the served model, with the fields of OpenAI's and of Anthropic's API."""
-    thinking = service.llm.thinking
-    fixed = "always" if thinking.can_think else "never"
     return {
         "id": service.settings.model,
         "object": "model",
@@ -67,5 +77,14 @@ def _model(service: Service) -> dict[str, Any]:
         "context_length": service.context,
         "max_input_tokens": service.context,
         "vocab_size": service.llm.config.vocab_size,
-        "thinking": "hybrid" if thinking.hybrid else fixed,
+        "kind": service.llm.kind,
+        "thinking": _modes(service),
     }
+
+
+def _modes(service: Service) -> str:
+    """Return whether the served model thinks."""
+    thinking = service.llm.thinking
+    if not (service.chats and thinking.can_think):
+        return "never"
+    return "hybrid" if thinking.hybrid else "always"
