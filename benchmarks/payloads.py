@@ -16,6 +16,7 @@ CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 ANTHROPIC, COUNT = "/v1/messages", "/v1/messages/count_tokens"
 RESPONSES = "/v1/responses"
 OLLAMA, GENERATE = "/api/chat", "/api/generate"
+VECTORS, RERANK = "/v1/embeddings", "/v1/rerank"
 _FUNCTION = {"name": "f", "parameters": {"type": "object"}}
 _TURNS: list[Any] = [{"role": "user", "content": _SAID}]
 VALID: dict[str, dict[str, Any]] = {
@@ -107,6 +108,13 @@ VALID: dict[str, dict[str, Any]] = {
         "stream": False,
     },
     "/api/show": {"model": "default"},
+    VECTORS: {
+        "input": [_SAID, "x"],
+        "encoding_format": "base64",
+        "dimensions": 8,
+        "instruction": "Find it",
+        "pooling": "last",
+    },
 }
 _ODD: list[Any] = [
     *(None, True, False, 0, 1, -1, 1 << 70, 1e308, -0.0, "", "x", "\x00", "\ud800", "<|im_end|>"),
@@ -201,6 +209,9 @@ ODDITIES: list[tuple[str, Any]] = [
     (OLLAMA, {"messages": _TURNS, "stream": False, "options": {"num_ctx": 10**9}}),
     (OLLAMA, {"messages": _TURNS, "stream": False, "format": {"type": 1}}),
     *((path, body) for path in VALID for body in (b"", b"[]", b'"x"', b"null", b"{", b"{}")),
+    *((VECTORS, {"input": word, "pooling": "last"}) for word in _NO_PROMPTS),
+    *((VECTORS, {"input": "x", "pooling": "last", "dimensions": n}) for n in (0, -1, 1 << 70)),
+    *((RERANK, {"query": "x", "documents": word, "scoring": "yes-no"}) for word in _NO_PROMPTS),
     (ANTHROPIC, chat(max_tokens=10**12, stop_sequences=["1"])),
     (ANTHROPIC, chat(thinking={"type": "enabled", "budget_tokens": -5})),
 ]
@@ -220,6 +231,13 @@ LARGE: dict[str, tuple[str, Made]] = {
     "1M bad blocks": (ANTHROPIC, lambda: b'{"messages":[' + b"0," * 999_999 + b"0]}"),
     "100,000 prompts": (TEXT, lambda: {"prompt": ["a"] * 100_000}),
     "30,000 prompts, n 32": (TEXT, lambda: {"n": 32, "prompt": ["a"] * 30_000}),
+    "100,000 vectors": (VECTORS, lambda: {"input": ["a"] * 100_000, "pooling": "last"}),
+    "100,000 documents": (RERANK, lambda: {"query": "a", "documents": ["a"] * 100_000}),
+    "30 MB of documents": (RERANK, lambda: {"query": "a", "documents": ["a " * 15_000_000]}),
+    "a query of 30 KB, 2,000 times": (
+        RERANK,
+        lambda: {"query": "a " * 15_000, "documents": ["a"] * 2000, "scoring": "yes-no"},
+    ),
     "400,000 nulls": (TEXT, lambda: {"prompt": [None] * 400_000}),
     "500,000 fields": (CHAT, lambda: chat(**{f"k{i}": 1 for i in range(500_000)})),
     "100,000 turns": (CHAT, lambda: chat(messages=_turns(100_000))),

@@ -56,6 +56,7 @@ class Conversion:
         peak_memory: the most bytes that this process has held resident so far.
         seconds: the time that the conversion took.
         formats: the format of each quantized module, by its path.
+        kind: what it is for: "chat", "embedding" or "reranker".
     """
 
     output: Path
@@ -66,6 +67,7 @@ class Conversion:
     peak_memory: int
     seconds: float
     formats: Mapping[str, Format]
+    kind: str = CHAT
 
 
 def convert(  # noqa: PLR0913 - one keyword an option
@@ -170,6 +172,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
         peak_memory=_peak_resident(),
         seconds=time.perf_counter() - started,
         formats={path: fmt for path, fmt in job.formats.items() if fmt},
+        kind=kind,
     )
 
 

@@ -45,7 +45,12 @@ def prepare_embedding(
     prompt = _prompt(kind, instruction, prompt_name)
     encoder = _Encoder(processor, engine, prompt, truncate=truncate)
     ids = [encoder.ids(f"texts[{place}]", text) for place, text in enumerate(texts)]
-    return PreparedTexts(ids, dimensions, lambda hidden: unit_vectors(hidden[:, :dimensions]))
+    return PreparedTexts(
+        ids,
+        dimensions,
+        lambda hidden: unit_vectors(hidden[:, :dimensions]),
+        num_cut=encoder.num_cut,
+    )
 
 
 def unit_vectors(x: mx.array) -> mx.array:
@@ -97,6 +102,7 @@ class _Encoder:
         self._rows = engine.model.config.vocab_size
         self._limit = min(engine.context, processor.kind.max_tokens or engine.context)
         self._truncate = truncate
+        self.num_cut = 0
 
     def ids(self, name: str, text: str | Sequence[int]) -> list[int]:
         """Return the ids of a text, or of ids without the tokens around them.
@@ -111,6 +117,7 @@ class _Encoder:
         room = self._limit - len(self._after)
         if len(body) > room and not self._truncate:
             raise self._too_long(name, f"{len(body) + len(self._after):,} tokens")
+        self.num_cut += len(body) > room
         ids = body[:room] + self._after
         if not ids:
             raise ValueError(f"{name} is empty, and this tokenizer appends no token to it")

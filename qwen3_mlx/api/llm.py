@@ -109,7 +109,9 @@ class LLM(LoadedModel):
             prepared = self._open().chat(messages, GenerationOptions.of(options), min_room=min_room)
             return self._stream(replace(prepared, details=prepared.details | details), on_end)
 
-        GenerationOptions.of(options, *_CONVERSATION_KEYWORDS)  # fail before the first reply
+        # Fail before the first reply.
+        self._open().refuse_no_chat()
+        GenerationOptions.of(options, *_CONVERSATION_KEYWORDS)
         defaults: Options = {"prefetch_next_turn": True, **options}
         return Conversation(start, messages=history, options=defaults, drop_oldest=drop_oldest)
 

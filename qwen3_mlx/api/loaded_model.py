@@ -295,7 +295,7 @@ class LoadedModel:
         engine, call = self._open().engine, self._worker.call
         shared, texts = prepared.shared, prepared.texts
         job = call(partial(engine.last_states, shared, texts, prepared.finish))
-        total = len(shared) + sum(map(len, texts))
+        total = prepared.num_read
         while call(partial(engine.advance_job, job)):
             if progress:
                 progress(job.num_done, total)

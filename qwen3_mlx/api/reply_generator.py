@@ -73,6 +73,15 @@ class ReplyGenerator:
             score_prompt=score_prompt,
         )
 
+    def refuse_no_chat(self) -> None:
+        """Check that the checkpoint is for chat.
+
+        Raises:
+            Qwen3Error: it is for something else.
+        """
+        if self.processor.no_chat:
+            raise Qwen3Error(self.processor.no_chat)
+
     def chat(
         self,
         messages: str | Sequence[Message],
@@ -94,8 +103,7 @@ class ReplyGenerator:
             Qwen3Error: the checkpoint cannot honour an option.
         """
         processor = self.processor
-        if processor.no_chat:
-            raise Qwen3Error(processor.no_chat)
+        self.refuse_no_chat()
         history, thinks, inside = self._turn(messages, options)
         continued = history[-1] if options.continue_last else None
         tools, calls = self._calls(options) if options.tools is not None else ([], None)

@@ -74,7 +74,8 @@ def prepare_rerank(
         refuse_unknown_tokens("the score", answers, model.config.vocab_size, processor.tokenizer)
         finish = partial(_of_answers, model, answers)
     own = [ids[shared:] for ids in texts]
-    return PreparedTexts(own, 1, finish, shared=texts[0][:shared] if texts else ())
+    prefix = texts[0][:shared] if texts else []
+    return PreparedTexts(own, 1, finish, prefix, num_cut)
 
 
 def _check_kind(kind: Kind, scoring: str | None) -> None:

@@ -7,10 +7,15 @@ from qwen3_mlx.version import __version__
 
 # The hub's name of what a model does, and a command that shows it.
 _USES = {
-    "chat": ("text-generation", 'qwen3 --model ./{name} "Why is the sky blue?"'),
-    "embedding": ("feature-extraction", "qwen3 embed --model ./{name} texts.txt"),
-    "reranker": ("text-ranking", 'qwen3 rerank --model ./{name} "Why is the sky blue?" texts.txt'),
+    "chat": ("text-generation", 'qwen3 --model {name} "Why is the sky blue?"'),
+    "embedding": ("feature-extraction", "qwen3 embed --model {name} texts.txt"),
+    "reranker": ("text-ranking", 'qwen3 rerank --model {name} "Why is the sky blue?" texts.txt'),
 }
+
+
+def usage(kind: str, name: str) -> str:
+    """Return a command that uses a checkpoint of a kind, called `name`."""
+    return _USES[kind][1].format(name=name)
 
 
 def model_card(base_model: str | None, kind: str, recipe: str, job: Job, written: Written) -> str:
@@ -18,7 +23,6 @@ def model_card(base_model: str | None, kind: str, recipe: str, job: Job, written
 
     `kind` is what the checkpoint is for: "chat", "embedding" or "reranker".
     """
-    task, command = _USES[kind]
     counts = Counter(fmt for fmt in job.formats.values() if fmt)
     rows = [
         f"| {fmt.bits} | {fmt.group_size} | {fmt.mode} | {count} |"
@@ -26,12 +30,18 @@ def model_card(base_model: str | None, kind: str, recipe: str, job: Job, written
     ]
     if rows:
         rows = ["| bits | group size | mode | modules |", "| --- | --- | --- | --- |", *rows]
+    others = [
+        "It loads in mlx-lm, LM Studio and other programs that read MLX checkpoints, too.",
+        "",
+    ]
+    if kind == "reranker":  # its head may be one that they do not have
+        others = []
     base = [f"base_model: {base_model}", "base_model_relation: quantized"] if base_model else []
     return "\n".join(
         [
             "---",
             "library_name: mlx",
-            f"pipeline_tag: {task}",
+            f"pipeline_tag: {_USES[kind][0]}",
             *base,
             "tags:",
             "- mlx",
@@ -47,10 +57,9 @@ def model_card(base_model: str | None, kind: str, recipe: str, job: Job, written
             *rows,
             "",
             "```sh",
-            command.format(name=job.output.name),
+            usage(kind, f"./{job.output.name}"),
             "```",
             "",
-            "It loads in mlx-lm, LM Studio and other programs that read MLX checkpoints, too.",
-            "",
+            *others,
         ]
     )

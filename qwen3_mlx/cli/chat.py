@@ -84,7 +84,9 @@ def chat(  # noqa: PLR0913 - one parameter a group of options
             chat_commands.take(session, f"/tools {reply.tools}")
         if reply.mcp:
             session.use_servers(reply.mcp)
-        chat_commands.run(session, _lines(session.editor))
+        succeeded = chat_commands.run(session, _lines(session.editor))
+    if not (succeeded or sys.stdin.isatty()):  # a script must learn that a turn has failed
+        raise typer.Exit(1)
 
 
 def _history() -> Path | None:

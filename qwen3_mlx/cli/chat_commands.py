@@ -56,21 +56,26 @@ class Command:
     completions: Iterable[str] | Path = ()
 
 
-def run(session: ChatSession, lines: Iterable[str]) -> None:
-    """Run lines of input until one of them ends the chat; errors are shown."""
-    turns = iter(lines)
+def run(session: ChatSession, lines: Iterable[str]) -> bool:
+    """Run lines of input until one of them ends the chat; return whether all succeeded.
+
+    Errors are shown, and the chat goes on.
+    """
+    turns, succeeded = iter(lines), True
     while True:
         try:
             line = next(turns, None)
             if line is None or not take(session, line):
-                return
+                return succeeded
         except BrokenPipeError:  # the reader of stdout is gone
-            return
+            return succeeded
         except KeyboardInterrupt:  # in a command, or in a tool
             note("stopped")
         except OSError as error:
+            succeeded = False
             note(f"qwen3: {of_the_system(error)}")
         except (Qwen3Error, ValueError, TypeError) as error:
+            succeeded = False
             note(f"qwen3: {error}")
 
 

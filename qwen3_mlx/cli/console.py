@@ -28,8 +28,10 @@ _GAP = "  "  # between the columns of a table
 _LAST_WIDTH = 20  # columns of the terminal that the last one of a table has at least
 _BAR_DELAY_SECONDS = 0.7  # shorter work shows no bar
 
+# Unicode's explicit directions, which can make a text look like another (UAX #9).
+_REORDERING = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
 _CONTROL = {code: 0x2400 + code for code in range(0x20) if chr(code) not in "\t\n"}
-_CONTROL |= dict.fromkeys(range(0x7F, 0xA0), 0xFFFD)
+_CONTROL |= dict.fromkeys([*range(0x7F, 0xA0), *_REORDERING], 0xFFFD)
 
 
 def note(text: str) -> None:

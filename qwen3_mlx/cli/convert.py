@@ -10,6 +10,7 @@ import typer
 
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.checkpoint.hub import check_name, upload
+from qwen3_mlx.checkpoint.model_card import usage
 from qwen3_mlx.cli.console import Bar, format_bytes, note, print_facts
 from qwen3_mlx.cli.evaluate import compare, comparison_dict, read_text, refuse_unloadable
 from qwen3_mlx.cli.option_groups import option
@@ -207,4 +208,4 @@ def _print(made: "qwen3_mlx.Conversion", facts: dict[str, Any]) -> None:
     if "commit" in facts:
         shown["uploaded"] = facts["commit"]
     print_facts(shown)
-    note(f'Try it: qwen3 --model {folder_name(made.output)} "Why is the sky blue?"')
+    note(f"Try it: {usage(made.kind, folder_name(made.output))}")

@@ -1,13 +1,14 @@
 """`qwen3 embed` and `qwen3 rerank`: vectors of texts, and scores of documents for a query."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from qwen3_mlx.cli.console import Bar
+from qwen3_mlx.cli.console import Bar, note, visible
 from qwen3_mlx.cli.evaluate import read_text
 from qwen3_mlx.cli.option_groups import option, with_options
 from qwen3_mlx.cli.options import Json, Model, Quiet, WeightOptions, load_model
@@ -135,21 +136,27 @@ def rerank(  # noqa: PLR0913 - one parameter an option
             scoring=scoring,
             progress=None if quiet else bar,
         )
+    show = visible if sys.stdout.isatty() else str
     for index in sorted(range(len(scores)), key=lambda index: -scores[index]):
         score, text = round(scores[index], 6), documents[index]
         if as_json:
             print(json.dumps({"index": index, "score": score, "text": text}, ensure_ascii=False))
         else:
-            print(f"{score:.4f}\t{' '.join(text.splitlines())}")
+            print(f"{score:.4f}\t{show(' '.join(text.splitlines()))}")
 
 
 def _texts(file: Path, *, as_json: bool) -> list[str]:
     """Return the texts of a file or of stdin: its lines, or those of JSON lines."""
-    content = read_text(file).removesuffix("\n")
+    content = read_text(file).removeprefix("\ufeff").removesuffix("\n")
     if not content:
+        note(f"There is no text in {_name(file)}.")
         return []
     lines = [line.removesuffix("\r") for line in content.split("\n")]
     return [*_parsed(file, lines)] if as_json or file.suffix == _LINES else lines
+
+
+def _name(file: Path) -> str:
+    return "stdin" if str(file) == "-" else str(file)
 
 
 def _parsed(file: Path, lines: list[str]) -> Iterator[str]:
@@ -161,6 +168,6 @@ def _parsed(file: Path, lines: list[str]) -> Iterator[str]:
         text = value.get("text") if isinstance(value, dict) else value
         if not isinstance(text, str):
             raise ValueError(
-                f"line {number} of {file} is neither a JSON string nor an object with a text"
+                f"line {number} of {_name(file)} is neither a JSON string nor an object with a text"
             )
         yield text

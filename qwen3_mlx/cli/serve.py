@@ -36,6 +36,11 @@ from qwen3_mlx.server.settings import (
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
 _OTHER_NETWORK = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): no machine has it
 _BACKLOG = 128  # connections
+_USES = {  # of a server, by the kind of its model
+    "chat": "open it to chat",
+    "embedding": "vectors at /v1/embeddings and /api/embed",
+    "reranker": "scores at /v1/rerank",
+}
 _NETWORK, _THINKING = "Network and access", "Thinking"
 _LIMITS, _DISPLAY = "Limits", "Display and logs"
 
@@ -217,7 +222,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     listener = _listen(host, port)
 
     def ready(others: Sequence[str]) -> None:
-        _announce(settings, listener, others)
+        _announce(settings, listener, llm.kind, others)
         if open_page and (sys.platform == "darwin" or "DISPLAY" in os.environ):
             webbrowser.open(_url_of(settings, listener))
 
@@ -239,10 +244,12 @@ def serve(  # noqa: PLR0913 - one parameter an option
             serving.serve(llm, settings, listener, partial(ready, others), sources)
 
 
-def _announce(settings: Settings, listener: socket.socket, others: Sequence[str]) -> None:
+def _announce(
+    settings: Settings, listener: socket.socket, kind: str, others: Sequence[str]
+) -> None:
     """Write the addresses at which clients reach the server, and who has access."""
     url = _url_of(settings, listener)
-    note(f"{settings.model} is served at {url} (open it to chat); Ctrl-C stops the server")
+    note(f"{settings.model} is served at {url} ({_USES[kind]}); Ctrl-C stops the server")
     if others:
         note(f"loaded when a request names them: {', '.join(others)}")
     note(f"for clients: OpenAI {url}/v1 · Anthropic {url} · Ollama {url}")

@@ -15,8 +15,8 @@ from qwen3_mlx.errors import Qwen3Error
 
 _NAME = "qwen3-mlx"
 _LABEL = "org.qwen3-mlx.serve"
-_VARIABLES = ("PATH", "HF_HOME", "HF_HUB_CACHE", "HF_TOKEN", "QWEN3_")  # or what begins with them
-_INSTALL = "--install"
+_VARIABLES = ("PATH", "HF_", "QWEN3_")  # or what begins with them
+_ONCE = ("--install", "--open")  # options that are for this run
 
 
 def install_service(arguments: Sequence[str]) -> None:
@@ -27,7 +27,12 @@ def install_service(arguments: Sequence[str]) -> None:
     Raises:
         Qwen3Error: the file cannot be written.
     """
-    command = [sys.executable, "-m", "qwen3_mlx", *(word for word in arguments if word != _INSTALL)]
+    command = [
+        sys.executable,
+        "-m",
+        "qwen3_mlx",
+        *(word for word in arguments if word not in _ONCE),
+    ]
     on_macos = sys.platform == "darwin"
     file = _launchd_file() if on_macos else _systemd_file()
     text = _plist(command) if on_macos else _unit(command).encode()
@@ -39,7 +44,7 @@ def install_service(arguments: Sequence[str]) -> None:
             stream.write(text)
     except OSError as error:
         raise Qwen3Error(f"{file} cannot be written: {error.strerror}") from error
-    note(f"{file} was {'replaced' if existed else 'written'}: it starts the server at login.")
+    note(f"{file} was {'replaced' if existed else 'written'}: a service that serves from login on.")
     for purpose, line in _commands(file, on_macos=on_macos):
         note(f"{purpose}: {line}")
 
@@ -49,13 +54,16 @@ def _commands(file: Path, *, on_macos: bool) -> list[tuple[str, str]]:
     if on_macos:
         domain, quoted = f"gui/{os.getuid()}", shlex.quote(str(file))
         return [
-            ("start it now", f"launchctl bootstrap {domain} {quoted}"),
+            ("switch it on, and start it now", f"launchctl bootstrap {domain} {quoted}"),
             ("stop it", f"launchctl bootout {domain}/{_LABEL}"),
             ("its log", f"tail -f {shlex.quote(str(data_file('serve.log')))}"),
             ("remove it", f"launchctl bootout {domain}/{_LABEL}; rm {quoted}"),
         ]
     return [
-        ("start it now", f"systemctl --user daemon-reload; systemctl --user enable --now {_NAME}"),
+        (
+            "switch it on, and start it now",
+            f"systemctl --user daemon-reload; systemctl --user enable --now {_NAME}",
+        ),
         ("stop it", f"systemctl --user stop {_NAME}"),
         ("its log", f"journalctl --user -f -u {_NAME}"),
         ("remove it", f"systemctl --user disable --now {_NAME}; rm {shlex.quote(str(file))}"),

@@ -180,7 +180,8 @@ class Servers:
 
     def _fail(self, name: str, why: str) -> None:
         self.failed[name] = why
-        _log.warning("the MCP server %s did not start: %s", name, why)
+        shown = "".join(c if c.isprintable() else " " for c in name)
+        _log.warning("the MCP server %s did not start: %s", shown, why)
 
     async def _stop(self) -> None:
         await asyncio.gather(*(server.stop() for server in self._running))

@@ -22,6 +22,7 @@ from qwen3_mlx.server.ollama import routes as ollama
 from qwen3_mlx.server.openai import routes as openai
 from qwen3_mlx.server.openapi import add_description
 from qwen3_mlx.server.registry import PROTOCOLS, protocol_of
+from qwen3_mlx.server.rerank import routes as rerank
 from qwen3_mlx.server.responses import routes as responses
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
@@ -65,7 +66,8 @@ def make_app(
         redoc_url=None,
         openapi_url=None,  # see add_description
     )
-    routers = [protocol.routes(service) for protocol in (openai, responses, anthropic, ollama)]
+    protocols = (openai, responses, rerank, anthropic, ollama)
+    routers = [protocol.routes(service) for protocol in protocols]
     for router in routers:
         app.include_router(router)
     _add_health(app, service)

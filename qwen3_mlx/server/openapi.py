@@ -23,7 +23,7 @@ def json_content(model: type[WireModel]) -> dict[str, Any]:
 
 
 def route_schema(
-    body: type[RequestModel], response: type[WireModel] | None = None, stream: str | None = None
+    body: type[RequestModel], response: Any = None, stream: str | None = None
 ) -> dict[str, Any]:
     """Return the keywords of a route that declare its body, its response, and its stream."""
     return {

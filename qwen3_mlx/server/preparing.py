@@ -1,4 +1,4 @@
-"""Preparation of requests, outside the event loop and with a timeout.
+"""Work for requests, outside the event loop and with a timeout: preparing them, computing texts.
 
 Each request has a thread that renders, encodes and compiles grammars. Only a few of them compute at
 once, because they share the interpreter with the event loop and the engine; a thread that waits for
@@ -66,20 +66,54 @@ class PreparationPool:
             while not done.done():
                 await asyncio.wait(awaited, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
                 if not done.done():
-                    _check(job, disconnected=disconnected.done())
+                    self._check(job, disconnected=disconnected.done())
             return done.result()
         except ApiError:
             raise
         except Exception as error:
-            _check(
-                job, disconnected=disconnected.done()
-            )  # work that was given up fails for that reason
+            # Work that was given up fails for that reason.
+            self._check(job, disconnected=disconnected.done())
             raise as_client_error(error) from error
         finally:
             disconnected.cancel()
             if not done.done():
                 cancelled.set()
                 done.cancel()
+
+    def _check(self, job: "_Job", *, disconnected: bool) -> None:
+        """Raise an ApiError if the work must be given up."""
+        if disconnected:
+            raise ApiError(499, "the client went away")
+        if job.gone:
+            raise ApiError(503, "the server is shutting down", code="unavailable")
+        self._check_age(job.age)
+
+    def _check_age(self, seconds: float) -> None:
+        if seconds > _TIMEOUT:
+            raise ApiError(
+                503,
+                f"the request could not be prepared within {_TIMEOUT:g} s beside others; try again",
+                code="unavailable",
+                headers={"Retry-After": "10"},
+            )
+
+
+class ComputingPool(PreparationPool):
+    """The requests whose texts are encoded and computed; each takes memory for both."""
+
+    def __init__(self, timeout: float | None) -> None:
+        """Create the pool; `timeout` is in seconds, None is no limit."""
+        super().__init__()
+        self._timeout = timeout
+
+    def _check_age(self, seconds: float) -> None:
+        if self._timeout and seconds > self._timeout:
+            raise ApiError(
+                504,
+                f"the texts were not computed within {self._timeout:g} s (--request-timeout); send "
+                "fewer at once, or try again when the server is less busy",
+                code="timeout",
+            )
 
 
 class _Job(Caller):
@@ -160,18 +194,3 @@ async def wait_for_disconnect(request: Request) -> None:
     """Wait until the client disconnects."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def _check(job: _Job, *, disconnected: bool) -> None:
-    """Raise an ApiError if the preparation must be given up."""
-    if disconnected:
-        raise ApiError(499, "the client went away")
-    if job.gone:
-        raise ApiError(503, "the server is shutting down", code="unavailable")
-    if job.age > _TIMEOUT:
-        raise ApiError(
-            503,
-            f"the request could not be prepared within {_TIMEOUT:g} s beside others; try again",
-            code="unavailable",
-            headers={"Retry-After": "10"},
-        )

@@ -21,7 +21,7 @@ from qwen3_mlx.server.keys import Keys
 from qwen3_mlx.server.metrics import Metrics
 from qwen3_mlx.server.model_source import ModelSource, is_default
 from qwen3_mlx.server.models import ModelPool, ServedModel
-from qwen3_mlx.server.preparing import PreparationPool
+from qwen3_mlx.server.preparing import ComputingPool, PreparationPool
 from qwen3_mlx.server.quotas import Quotas
 from qwen3_mlx.server.response import ActiveRequest
 from qwen3_mlx.server.settings import Settings
@@ -61,6 +61,7 @@ class Service:
             settings.max_requests, settings.max_replies_per_client, self._spent
         )
         self.preparing = PreparationPool()
+        self.computing = ComputingPool(settings.request_timeout)
 
     @property
     def active(self) -> int:
@@ -89,6 +90,7 @@ class ModelService:
         self.context = model.context
         self.settings = service.settings
         self.preparing = service.preparing
+        self.computing = service.computing
         self.run_sized = service.run_sized
         self.model = model
         self._bridge = model.bridge
@@ -161,11 +163,11 @@ def _check(settings: Settings, llm: LLM) -> None:
         llm.thinking.resolve(settings.thinking)
         if settings.thinking_budget is not None and not llm.thinking.can_think:
             raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
+        llm.load_grammars()  # now, since later it would delay all running requests
     vocabulary = min(len(llm.tokenizer), llm.config.vocab_size)
     for token in settings.sampling.logit_bias or ():
         if not 0 <= token < vocabulary:  # each request would be refused
             raise ValueError(f"logit_bias names {token}; token ids are 0 to {vocabulary - 1}")
-    llm.load_grammars()  # now, since later it would delay all running requests
 
 
 def _copies(prepared: PreparedRequest, count: int, settings: Settings) -> list[PreparedRequest]:

@@ -70,6 +70,34 @@ def test_lines_of_json_from_a_pipe(
     assert run("embed", str(file)) == (1, "", said)
 
 
+def test_a_byte_order_mark_is_no_text_and_nothing_is_said_to_be_there(
+    root: Path, run: Run, tmp_path: Path
+) -> None:
+    file = tmp_path / "texts.jsonl"
+    file.write_text('\ufeff"One"\n', "utf-8")
+    one = run("embed", str(file))[1]
+    file.write_text('"One"\n')
+    assert run("embed", str(file))[1] == one
+    file.write_text("")
+    assert run("embed", str(file)) == (0, "", f"There is no text in {file}.\n")
+
+
+@pytest.mark.parametrize("model", ["embedding", "reranker"])
+def test_there_is_no_chat(model: str, run: Run) -> None:
+    code, out, err = run("chat", "--no-log", "-q", model=model)
+    assert (code, out) == (1, "") and "load a chat model such as Qwen/Qwen3-8B" in err
+
+
+def test_documents_cannot_steer_the_terminal(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "hostile.jsonl"
+    file.write_text(json.dumps("a\x1b]0;owned\x07 \u202e") + "\n")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    out = run("rerank", "What?", str(file), model="reranker")[1]
+    assert out.endswith("\ta\u241b]0;owned\u2407 \ufffd\n")
+
+
 def test_documents_come_in_their_order(root: Path, run: Run, tmp_path: Path) -> None:
     case = golden("reranker")["cases"][0]
     file = tmp_path / "documents.jsonl"

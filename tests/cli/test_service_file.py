@@ -12,7 +12,7 @@ import pytest
 from tests.cli.harness import call
 
 Captured = pytest.CaptureFixture[str]
-ARGUMENTS = ["serve", "--install", "--port", "9", "--name", 'my "50 %" $model']
+ARGUMENTS = ["serve", "--install", "--open", "--port", "9", "--name", 'my "50 %" $model']
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_a_unit_of_systemd(home: Path, capsys: Captured, monkeypatch: pytest.Mon
     code, out, err = call(ARGUMENTS, capsys)
     file = home / "XDG_CONFIG_HOME" / "systemd" / "user" / "qwen3-mlx.service"
     assert (code, out) == (0, "")
-    assert err.startswith(f"{file} was written: it starts the server at login.\n")
+    assert err.startswith(f"{file} was written: a service that serves from login on.\n")
     assert "systemctl --user enable --now qwen3-mlx" in err and "secret" not in err
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     text = file.read_text()

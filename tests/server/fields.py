@@ -7,6 +7,7 @@ from typing import Any
 from qwen3_mlx.server.anthropic import schema as anthropic_wire
 from qwen3_mlx.server.ollama import schema as ollama_wire
 from qwen3_mlx.server.openai import schema as openai_wire
+from qwen3_mlx.server.rerank import schema as rerank_wire
 from qwen3_mlx.server.responses import schema as responses_wire
 from qwen3_mlx.server.wire import WireModel
 
@@ -40,6 +41,7 @@ class RequestFields:
     locations: Mapping[str, tuple[str, Mapping[str, Any]]]
     cases: Mapping[str, Case]
     silent: Mapping[str, str] = field(default_factory=dict)
+    server: str = "demo"  # or the fixture of another one
 
 
 SCHEMA = {"type": "object", "properties": {"x": {"type": "string"}}}
@@ -446,4 +448,78 @@ GENERATE = RequestFields(
     silent={"OllamaGenerateRequest.model": _NAMES, "options.num_gpu": _OF_NO_EFFECT},
 )
 
-REQUESTS = (CHAT, COMPLETION, RESPONSES, MESSAGES, COUNTED, OLLAMA, GENERATE)
+# --- vectors and scores ---------------------------------------------------------------------------
+
+EMBEDDINGS = RequestFields(
+    "/v1/embeddings",
+    openai_wire.EmbeddingRequest,
+    {"input": "Hello"},
+    locations={"EmbeddingRequest": ("", {})},
+    cases={
+        "EmbeddingRequest.encoding_format": Case("base64"),
+        "EmbeddingRequest.input": Case(["Hello", "you"]),
+        "EmbeddingRequest.prompt_name": Case("query"),
+        "EmbeddingRequest.truncate": Case(
+            False, {"input": "a " * 300, "truncate": True}, refused=True
+        ),
+    },
+    silent={"EmbeddingRequest.pooling": "the twin's own pooling is of the last token"},
+    server="embedder",
+)
+
+EMBED = RequestFields(
+    "/api/embed",
+    ollama_wire.OllamaEmbedRequest,
+    {"input": "a " * 300},
+    locations={"OllamaEmbedRequest": ("", {})},
+    cases={
+        "OllamaEmbedRequest.input": Case(["Hello", "you"]),
+        "OllamaEmbedRequest.model": Case("demo:latest"),
+        "OllamaEmbedRequest.options": Case({"seed": 7}),
+        "OllamaEmbedRequest.truncate": Case(False, refused=True),
+        "options.num_ctx": Case({"num_ctx": 7}, at="options"),
+        "options.num_gpu": Case({"num_gpu": 7}, at="options"),
+    },
+    silent={"OllamaEmbedRequest.model": _NAMES, "options.num_gpu": _OF_NO_EFFECT},
+    server="embedder",
+)
+
+OLD_EMBEDDINGS = RequestFields(
+    "/api/embeddings",
+    ollama_wire.OllamaEmbeddingsRequest,
+    {"prompt": "Hello"},
+    locations={"OllamaEmbeddingsRequest": ("", {})},
+    cases={
+        "OllamaEmbeddingsRequest.model": Case("demo:latest"),
+        "OllamaEmbeddingsRequest.options": Case({"seed": 7}),
+    },
+    silent={"OllamaEmbeddingsRequest.model": _NAMES},
+    server="embedder",
+)
+
+_SHORT, _LONG = {"documents": ["Hello", "you"]}, {"documents": ["Hello", "a " * 300]}
+_TEI = {"documents": None, "texts": ["Hello", "you"]}
+
+RERANK = RequestFields(
+    "/v1/rerank",
+    rerank_wire.RerankRequest,
+    {"query": "What?", **_SHORT},
+    locations={
+        "RerankRequest": ("", {}),
+        "DocumentIn": ("documents.0", {"documents": [{"text": "Hello"}, "you"]}),
+    },
+    cases={
+        "RerankRequest.documents": Case(["Hello", "we"]),
+        "RerankRequest.texts": Case(["Hello", "we"], _TEI),
+        "RerankRequest.top_n": Case(1),
+        "RerankRequest.return_text": Case(True, _TEI),
+        "RerankRequest.truncate": Case(False, _LONG, refused=True),
+    },
+    silent={"RerankRequest.scoring": "the twin scores by yes and no"},
+    server="reranker",
+)
+
+REQUESTS = (
+    *(CHAT, COMPLETION, RESPONSES, MESSAGES, COUNTED, OLLAMA, GENERATE),
+    *(EMBEDDINGS, EMBED, OLD_EMBEDDINGS, RERANK),
+)

@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from qwen3_mlx import LLM
 from qwen3_mlx.server.response import ActiveRequest
@@ -162,3 +163,15 @@ def submit_slowly(monkeypatch: pytest.MonkeyPatch, last: type) -> threading.Even
     monkeypatch.setattr(ActiveRequest, "receive", received)
     monkeypatch.setattr(ActiveRequest, "close", shut)
     return ended
+
+
+def samples(served: Served) -> dict[tuple[str, ...], float]:
+    """Return the value of each sample by its name and the values of its labels."""
+    answer = served.get("/metrics", Authorization="Bearer key")
+    assert answer.headers["content-type"].startswith("text/plain; version=")
+    families = text_string_to_metric_families(answer.text)
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families
+        for sample in family.samples
+    }

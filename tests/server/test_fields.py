@@ -20,7 +20,7 @@ from qwen3_mlx.api.prepared_request import PreparedRequest
 from qwen3_mlx.engine.request import Request, RequestResult, SampledLogprob
 from qwen3_mlx.server.wire import WireModel
 from tests.server.fields import REQUESTS, Case, RequestFields
-from tests.server.serving import serving
+from tests.server.serving import Served, serving
 
 SAID = "<think>\nOne.\n</think>\n\nTwo."
 # What differs from response to response.
@@ -79,6 +79,15 @@ def spied(demo: LLM) -> Iterator[tuple[httpx.Client, Spy]]:
         patched.setattr(demo, "submit", spy.start)
         patched.setattr(demo._open().engine, "submit", spy.submit)
         yield client, spy
+
+
+@pytest.fixture(scope="module")
+def clients(
+    spied: tuple[httpx.Client, Spy], embedder: Served, reranker: Served
+) -> Iterator[dict[str, tuple[httpx.Client, Spy]]]:
+    """Clients by the names of their servers; only the engine of the first is seen."""
+    with httpx.Client(base_url=embedder.url) as one, httpx.Client(base_url=reranker.url) as other:
+        yield {"demo": spied, "embedder": (one, spied[1]), "reranker": (other, spied[1])}
 
 
 def leaves(annotation: Any) -> Iterator[Any]:
@@ -163,13 +172,13 @@ ALL = [case for spec in REQUESTS for case in cases_of(spec)]
     ids=[f"{spec.path}-{name}" for spec, name, _, _ in ALL],
 )
 def test_no_field_is_accepted_and_dropped(
-    spied: tuple[httpx.Client, Spy],
+    clients: dict[str, tuple[httpx.Client, Spy]],
     spec: RequestFields,
     name: str,
     key: str,
     annotation: Any,
 ) -> None:
-    client, spy = spied
+    client, spy = clients[spec.server]
     before, after = bodies(spec, name, key, annotation)
     seen = []
     for body in (before, after):

@@ -1,25 +1,10 @@
 """/metrics, as Prometheus reads it."""
 
 import httpx
-from prometheus_client.parser import text_string_to_metric_families
 
 from qwen3_mlx import LLM
-from tests.server.harness import endless, until
-from tests.server.serving import Served, serving
-
-Samples = dict[tuple[str, ...], float]
-
-
-def samples(served: Served) -> Samples:
-    """Return the value of each sample by its name and the values of its labels."""
-    answer = served.get("/metrics", Authorization="Bearer key")
-    assert answer.headers["content-type"].startswith("text/plain; version=")
-    families = text_string_to_metric_families(answer.text)
-    return {
-        (sample.name, *sample.labels.values()): sample.value
-        for family in families
-        for sample in family.samples
-    }
+from tests.server.harness import endless, samples, until
+from tests.server.serving import serving
 
 
 def test_what_was_done_is_counted(demo: LLM) -> None:

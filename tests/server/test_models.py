@@ -14,6 +14,7 @@ from typing import Any
 
 import httpx
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from qwen3_mlx import CheckpointError, backend, load
@@ -23,7 +24,8 @@ from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.engine.memory import MIN_CHUNK, Workload, activation_bytes
 from qwen3_mlx.server import models
 from qwen3_mlx.server.model_source import ModelSource, local_sources, room_for, stated_sources
-from tests.server.harness import endless, message_of, until, until_idle
+from tests.embedding_twins import golden, write_twin
+from tests.server.harness import endless, message_of, samples, until, until_idle
 from tests.server.serving import Served, serving
 from tests.support import write_tiny
 
@@ -31,6 +33,7 @@ NAMES = ["a", "b", "c"]
 OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("revision", "draft", "bits", "dtype", "dequantize", "kv_bits", "context")),
 }
+SHORT = {**OPTIONS, "context": 256}
 HI = [{"role": "user", "content": "Hi"}]
 
 
@@ -180,6 +183,67 @@ def test_models_of_one_name_keep_apart(folder: Path, tmp_path: Path) -> None:
     other = write_tiny(tmp_path / "a", seed=5)
     found = stated_sources([str(folder / "a"), str(other), str(folder / "a")], OPTIONS, "a")
     assert [source.name for source in found] == ["a", str(other)]
+
+
+# --- kinds --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kinds(sources: list[ModelSource], tmp_path: Path) -> Iterator[Served]:
+    """A server of a chat model, with an embedding model and a reranker beside it."""
+    twins = [str(write_twin(name, tmp_path / name)) for name in ("embedding", "reranker")]
+    beside = stated_sources(twins, SHORT, "embedding")
+    with serving_all([sources[0], *beside]) as served:
+        yield served
+
+
+def test_a_chat_model_and_models_of_vectors_and_scores_answer_beside_each_other(
+    kinds: Served,
+) -> None:
+    found = kinds.get("/v1/models").json()["data"]
+    known = [(model["kind"], model["state"], model["thinking"]) for model in found]
+    idle = "not-loaded"
+    assert known[1:] == [("embedding", idle, "never"), ("reranker", idle, "never")]
+    for name, capability in (("embedding", "embedding"), ("reranker", "reranking")):
+        described = kinds.post("/api/show", {"model": name}).json()
+        assert described["capabilities"] == [capability]
+    case = next(iter(golden("embeddings")["embedding"]["cases"]))
+    embeds = {"input": case["texts"][:2], "model": "embedding"}
+    with ThreadPoolExecutor(2) as pool:
+        reply = pool.submit(kinds.chat, model="a", max_tokens=4)
+        made = kinds.post("/v1/embeddings", embeds).json()
+        assert reply.result().json()["model"] == "a"
+    assert made["model"] == "embedding"
+    vectors = np.array([one["embedding"] for one in made["data"]])
+    assert np.abs(vectors - np.array(case["vectors"][:2])).max() < 1e-5
+    assert kinds.post("/api/embed", {**embeds, "model": "embedding:latest"}).is_success
+    ranks = {"query": "a", "documents": ["b"], "model": "reranker"}
+    assert kinds.post("/v1/rerank", ranks).json()["model"] == "reranker"
+    counts = samples(kinds)
+    assert all(counts["qwen3_prompt_tokens_total", one["id"]] > 0 for one in found)
+    for path, body, model, kind in (
+        ("/v1/chat/completions", {"messages": HI}, "embedding", "an embedding model"),
+        ("/v1/embeddings", embeds, "reranker", "a reranker"),
+        ("/v1/rerank", ranks, "a", "a chat model"),
+    ):
+        response = kinds.post(path, {**body, "model": model})
+        assert response.status_code == 400
+        assert message_of(response).startswith(f"this checkpoint is {kind}")
+    for path, body in (("/v1/embeddings", embeds), ("/api/embed", embeds), ("/rerank", ranks)):
+        response = kinds.post(path, {**body, "model": "x"})
+        assert response.status_code == 404 and "there are a, embedding, rer" in response.text
+
+
+def test_without_a_text_an_embedding_model_is_loaded_and_unloaded(kinds: Served) -> None:
+    for path, nothing in (("/api/embed", "embeddings"), ("/api/embeddings", "embedding")):
+        for keep, state in ((None, "loaded"), (0, "not-loaded")):
+            response = kinds.post(path, {"model": "embedding", "keep_alive": keep})
+            assert response.is_success and response.json()[nothing] == []
+            wait_for(kinds, embedding=state, reranker="not-loaded")
+    body = {"model": "embedding", "input": "a", "keep_alive": 0}
+    assert len(kinds.post("/api/embed", body).json()["embeddings"]) == 1
+    wait_for(kinds, embedding="not-loaded")
+    assert kinds.post("/api/embed", {**body, "keep_alive": "soon"}).status_code == 400
 
 
 # --- loaded and closed --------------------------------------------------------------------------

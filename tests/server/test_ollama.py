@@ -224,7 +224,7 @@ def test_what_clients_look_at_first(served: Served) -> None:
     models = served.get("/api/tags").json()["models"]
     assert [model["name"] for model in models] == ["demo", "default"]
     assert all(len(model["digest"]) == 64 for model in models)
-    for path in ("embed", "embeddings", "push", "create", "copy", "delete"):
+    for path in ("push", "create", "copy", "delete"):
         method = "DELETE" if path == "delete" else "POST"
         body = {"model": "demo", "stream": False}
         response = httpx.request(method, f"{served.url}/api/{path}", json=body, timeout=60)

@@ -59,11 +59,11 @@ def hold_to_it(case: Any) -> None:
     case.call_and_validate(checks=_CHECKS, timeout=60)
 
 
-def hold_all_to_it(served: Served, count: int) -> int:
-    """Send `count` requests to each operation that is described, and return how many were sent."""
+def hold_all_to_it(served: Served, count: int, paths: str = ".*") -> int:
+    """Send `count` requests to each operation at such paths; return how many were sent."""
     made = 0
     description = schemathesis.openapi.from_url(f"{served.url}/openapi.json")
-    for found in description.get_all_operations():
+    for found in description.include(path_regex=paths).get_all_operations():
         assert isinstance(found, Ok)
 
         @settings(max_examples=count, **_SETTINGS)
@@ -81,9 +81,20 @@ def test_answers_are_as_described(served: Served) -> None:
     assert hold_all_to_it(served, _FEW) > 5 * _FEW
 
 
+def test_vectors_and_scores_are_as_described(embedder: Served, reranker: Served) -> None:
+    assert hold_all_to_it(embedder, _FEW, "embed") > 2 * _FEW
+    assert hold_all_to_it(reranker, _FEW, "rerank") > 2 * _FEW
+
+
 @pytest.mark.slow
 def test_2000_answers_are_as_described(served: Served) -> None:
     assert hold_all_to_it(served, _MANY) > 2000
+
+
+@pytest.mark.slow
+def test_2000_vectors_and_scores_are_as_described(embedder: Served, reranker: Served) -> None:
+    sent = hold_all_to_it(embedder, _MANY, "embed") + hold_all_to_it(reranker, _MANY, "rerank")
+    assert sent > 2000
 
 
 # --- requests that were never meant ---------------------------------------------------------------

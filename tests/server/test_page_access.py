@@ -7,6 +7,7 @@ import pytest
 
 from tests.server.browsing import at, complete, pages, say, shows
 from tests.server.fake_chat import FakeChat
+from tests.server.serving import Served
 
 pytestmark = pytest.mark.browser
 _ANSWER = r"""# Title
@@ -90,3 +91,9 @@ def test_all_is_reached_by_keyboard(browser: Any, server: FakeChat) -> None:
         page.keyboard.type("from the keyboard")
         page.keyboard.press("Enter")
         shows(page, "from the keyboard")
+
+
+def test_a_page_without_a_chat_says_what_is_served(browser: Any, embedder: Served) -> None:
+    with pages(browser, embedder.url) as (page,):
+        page.get_by_text("This is an embedding model").wait_for()
+        assert not at(page, "prompt").is_visible() and not at(page, "settings").is_visible()

@@ -224,7 +224,11 @@ def test_where_the_thinking_is_found(demo: LLM, field: str, found: set[str]) -> 
         ("/v1/completions", {"prompt": [1 << 40]}, "token ids are 0 to"),
         ("/v1/completions", {"prompt": "x", "suffix": "y"}, "suffix is not supported"),
         ("/v1/files", {}, "nothing at this address; there are /v1/chat/completions, /v1/comp"),
-        ("/v1/chat/completion", {}, "there are /v1/chat/completions, /v1/completions, /v1/models"),
+        (
+            "/v1/chat/completion",
+            {},
+            "there are /v1/chat/completions, /v1/completions, /v1/embeddings, /v1/models",
+        ),
         ("/api/nothing", {}, "nothing at this address; there are /api/chat, /api/generate, /api/"),
     ],
 )

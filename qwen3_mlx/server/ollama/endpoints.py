@@ -1,6 +1,5 @@
 """Endpoints of Ollama's API: chat and generate."""
 
-import math
 import time
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.endpoint import ReplyEndpoint
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.models import ServedModel
-from qwen3_mlx.server.ollama.model import timestamp
+from qwen3_mlx.server.ollama.model import keep_alive_warnings, timestamp, unloads
 from qwen3_mlx.server.ollama.protocol import PROTOCOL
 from qwen3_mlx.server.ollama.schema import (
     LINES,
@@ -63,7 +62,7 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
         self.warnings += check_unknown(body, self.unsupported, frozenset())
         options, warnings = read_options(body.options or {}, service.context)
         self.warnings += warnings + body.not_honoured()
-        self.warnings += _keep_alive_warnings(service.model, body)
+        self.warnings += keep_alive_warnings(service.model, body)
         if body.top_logprobs and not body.logprobs:
             raise ValueError("top_logprobs needs logprobs=true")
         self._options: Options = {
@@ -90,10 +89,9 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
         cls, service: Service, model: ServedModel, body: OllamaBody
     ) -> Response | None:
         """Return the response to a request to unload the model; None if it asks for a reply."""
-        if not body.is_empty or body.model_seconds != 0:
+        if not unloads(service.models, model, body):
             return None
-        service.models.unload(model)
-        headers = warnings_header(_keep_alive_warnings(model, body))
+        headers = warnings_header(keep_alive_warnings(model, body))
         return Json(cls._end(model.name, "unload", {}), headers=headers)
 
     @staticmethod
@@ -214,12 +212,6 @@ class Generate(_OllamaEndpoint[OllamaGenerateRequest]):
 
 def _head(name: str) -> dict[str, Any]:
     return {"model": name, "created_at": timestamp(time.time())}
-
-
-def _keep_alive_warnings(model: ServedModel, body: OllamaRequest) -> list[str]:
-    finite = body.model_seconds not in (None, math.inf)
-    always = model.source.load is None
-    return ["keep_alive was ignored: the model stays loaded"] * (finite and always)
 
 
 def _thinking_request(think: bool | str | None) -> ThinkingRequest:

@@ -11,10 +11,15 @@ from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.engine.memory import count_weights
 from qwen3_mlx.server.model_source import DEFAULT
 from qwen3_mlx.server.models import ModelPool, ServedModel
-from qwen3_mlx.text.kind import CHAT, EMBEDDING
+from qwen3_mlx.server.ollama.schema import ModelRequest
+from qwen3_mlx.text.kind import CHAT, EMBEDDING, RERANKER
 
 _NEVER = "9999-12-31T23:59:59Z"  # expiry of a model that stays loaded
-_CAPABILITIES = {CHAT: ["completion", "tools"], EMBEDDING: ["embedding"]}
+_CAPABILITIES = {  # in Ollama's words, and our own for reranking
+    CHAT: ["completion", "tools"],
+    EMBEDDING: ["embedding"],
+    RERANKER: ["reranking"],
+}
 
 
 def model_entries(pool: ModelPool) -> list[dict[str, Any]]:
@@ -66,15 +71,32 @@ def _loaded_model(model: ServedModel, llm: LLM, seconds: float) -> dict[str, Any
 def model_details(model: ServedModel) -> dict[str, Any]:
     """Return the entry of a model, with its capabilities; thinking is known once it is loaded."""
     thinking = ["thinking"] if model.thinking and model.thinking.can_think else []
-    family = model.source.config.model_type
+    config = model.source.config
+    family = config.model_type
     return {
         **model_entry(model, model.name),
-        "capabilities": [*_CAPABILITIES.get(model.kind, []), *thinking],
+        "capabilities": [*_CAPABILITIES[model.kind], *thinking],
         "model_info": {
             "general.architecture": family,
             f"{family}.context_length": model.context,
+            f"{family}.embedding_length": config.hidden_size,
         },
     }
+
+
+def unloads(pool: ModelPool, model: ServedModel, body: ModelRequest) -> bool:
+    """Return whether a request only unloads the model, which is closed as soon as it is idle."""
+    if not body.is_empty or body.model_seconds != 0:
+        return False
+    pool.unload(model)
+    return True
+
+
+def keep_alive_warnings(model: ServedModel, body: ModelRequest) -> list[str]:
+    """Return a warning if a model that always stays loaded should be closed some time."""
+    finite = body.model_seconds not in (None, math.inf)
+    always = model.source.load is None
+    return ["keep_alive was ignored: the model stays loaded"] * (finite and always)
 
 
 def _in_words(count: int) -> str:

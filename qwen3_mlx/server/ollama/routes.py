@@ -18,12 +18,17 @@ from qwen3_mlx.server.ollama.schema import (
     LINES,
     OllamaChatOut,
     OllamaChatRequest,
+    OllamaEmbeddingsOut,
+    OllamaEmbeddingsRequest,
+    OllamaEmbedOut,
+    OllamaEmbedRequest,
     OllamaGenerateOut,
     OllamaGenerateRequest,
     OllamaPullOut,
     OllamaPullRequest,
     OllamaShowRequest,
 )
+from qwen3_mlx.server.ollama.vectors import Embed, Embeddings
 from qwen3_mlx.server.openapi import route_schema
 from qwen3_mlx.server.request_body import parse_body
 from qwen3_mlx.server.service import Service
@@ -31,8 +36,6 @@ from qwen3_mlx.server.wire import Json, check_unknown, warnings_header
 from qwen3_mlx.version import __version__
 
 _UNSUPPORTED_ROUTES = {
-    "/embed": ("POST", "makes no embeddings"),
-    "/embeddings": ("POST", "makes no embeddings"),
     "/push": ("POST", "uploads none"),
     "/create": ("POST", "makes no others"),
     "/copy": ("POST", "copies none"),
@@ -86,10 +89,23 @@ def routes(service: Service) -> APIRouter:
         """Return the version of Ollama's API, which clients compare, and that of this server."""
         return {"version": API_VERSION, "qwen3_mlx": __version__}
 
+    _add_vectors(router, service)
     for path, (method, reason) in _UNSUPPORTED_ROUTES.items():
         refuse = _refusal(f"/api{path}", reason)
         router.add_api_route(path, refuse, methods=[method], include_in_schema=False)
     return router
+
+
+def _add_vectors(router: APIRouter, service: Service) -> None:
+    @router.post("/embed", **route_schema(OllamaEmbedRequest, OllamaEmbedOut))
+    async def embed(request: Request) -> Response:
+        """Compute the vectors of texts with an embedding model."""
+        return await answer_request(service, request, OllamaEmbedRequest, Embed)
+
+    @router.post("/embeddings", **route_schema(OllamaEmbeddingsRequest, OllamaEmbeddingsOut))
+    async def embeddings(request: Request) -> Response:
+        """Compute the vector of one text; the older form of `/api/embed`."""
+        return await answer_request(service, request, OllamaEmbeddingsRequest, Embeddings)
 
 
 def _refusal(path: str, reason: str) -> Callable[[], Response]:

@@ -10,7 +10,7 @@ from qwen3_mlx.api.options import Options
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server.duration import read_duration
 from qwen3_mlx.server.openai.schema import ToolIn
-from qwen3_mlx.server.wire import Messages, Parts, RequestModel, Tools, WireModel
+from qwen3_mlx.server.wire import FailFast, Messages, Parts, RequestModel, Tools, WireModel
 
 LINES = "application/x-ndjson"
 API_VERSION = "0.12.11"
@@ -53,6 +53,7 @@ _OLLAMA_NAMES = {
     "schema": "format",
 }
 _LIBRARY_NAME = re.compile(rf"({'|'.join(_OLLAMA_NAMES)})(?==|: | must be )")
+_MAX_NAMED = 10  # options without effect that warnings name
 
 
 class FunctionCall(WireModel):
@@ -83,18 +84,11 @@ class OllamaMessage(WireModel):
     tool_call_id: str | None = None
 
 
-class OllamaRequest(RequestModel):
-    """Fields of `/api/chat` and `/api/generate`."""
+class ModelRequest(RequestModel):
+    """Fields of all requests that load a model."""
 
-    stream: bool | None = None
-    think: bool | Literal["low", "medium", "high", "max"] | None = None
-    format: Literal["json", ""] | dict[str, Any] | None = None
     options: dict[str, Any] | None = None
     keep_alive: float | str | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    truncate: bool | None = None
-    shift: bool | None = None
 
     @property
     def model_seconds(self) -> float | None:
@@ -109,6 +103,18 @@ class OllamaRequest(RequestModel):
     def is_empty(self) -> bool:
         """True if the model is only loaded or unloaded."""
         return False
+
+
+class OllamaRequest(ModelRequest):
+    """Fields of `/api/chat` and `/api/generate`."""
+
+    stream: bool | None = None
+    think: bool | Literal["low", "medium", "high", "max"] | None = None
+    format: Literal["json", ""] | dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    truncate: bool | None = None
+    shift: bool | None = None
 
     def not_honoured(self) -> list[str]:
         """Return warnings of fields that are not honoured."""
@@ -137,6 +143,46 @@ class OllamaGenerateRequest(OllamaRequest):
     prompt: str | None = None
     system: str | None = None
     raw: bool | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """True if the model is only loaded or unloaded."""
+        return not self.prompt
+
+
+class VectorFields(ModelRequest):
+    """Fields of `/api/embed` and `/api/embeddings`; without a text they only load or unload."""
+
+    def not_honoured(self, context: int) -> list[str]:
+        """Return warnings of fields that are not honoured.
+
+        Raises:
+            ValueError: `num_ctx` is no whole number.
+        """
+        options = self.options or {}
+        _, warnings = read_options({"num_ctx": options.get("num_ctx")}, context)
+        set_here = {name for name, value in options.items() if value is not None}
+        ignored = sorted(set_here - _HARMLESS - {"num_ctx"})[:_MAX_NAMED]
+        return warnings + [f"options.{name} has no effect on vectors" for name in ignored]
+
+
+class OllamaEmbedRequest(VectorFields):
+    """`POST /api/embed`; without a text the model is only loaded or unloaded."""
+
+    input: str | FailFast[str] | None = None
+    truncate: bool | None = None
+    dimensions: int | None = None
+
+    @property
+    def is_empty(self) -> bool:
+        """True if the model is only loaded or unloaded."""
+        return not self.input
+
+
+class OllamaEmbeddingsRequest(VectorFields):
+    """`POST /api/embeddings`, the older form for one text."""
+
+    prompt: str | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -203,6 +249,22 @@ class OllamaPullOut(WireModel):
     digest: str | None = None
     total: int | None = None
     completed: int | None = None
+
+
+class OllamaEmbedOut(WireModel):
+    """The response of `/api/embed`; durations in nanoseconds."""
+
+    model: str
+    embeddings: list[list[float]]
+    total_duration: int
+    load_duration: int
+    prompt_eval_count: int
+
+
+class OllamaEmbeddingsOut(WireModel):
+    """The response of `/api/embeddings`; empty without a text."""
+
+    embedding: list[float]
 
 
 # --- options ------------------------------------------------------------------------------------

@@ -83,6 +83,30 @@ class TextOut(WireModel):
     timings: dict[str, float]
 
 
+class EmbeddingOut(WireModel):
+    """The vector of a text; in base64 it is of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class TextsUsageOut(WireModel):
+    """Token counts of texts that are only read."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsOut(WireModel):
+    """The response to an `EmbeddingRequest`."""
+
+    object: Literal["list"]
+    data: list[EmbeddingOut]
+    model: str
+    usage: TextsUsageOut
+
+
 class ModelOut(WireModel):
     """A served model, with the fields of OpenAI's, Anthropic's and LM Studio's API."""
 
@@ -98,7 +122,7 @@ class ModelOut(WireModel):
     context_length: int
     max_input_tokens: int
     vocab_size: int
-    thinking: Literal["hybrid", "always", "never"] | None  # null before it is first loaded
+    thinking: Literal["hybrid", "always", "never"] | None  # null before a chat model is loaded
 
 
 class ModelsOut(WireModel):

@@ -1,4 +1,4 @@
-"""Routes of OpenAI's API: chat completions, text completions, models."""
+"""Routes of OpenAI's API: chat completions, text completions, embeddings, models."""
 
 from datetime import UTC, datetime
 from typing import Any
@@ -9,12 +9,20 @@ from fastapi.responses import Response
 from qwen3_mlx.server.endpoint import EVENTS, answer_request
 from qwen3_mlx.server.models import ServedModel
 from qwen3_mlx.server.openai.chat import ChatCompletion
+from qwen3_mlx.server.openai.embeddings import Embeddings
 from qwen3_mlx.server.openai.protocol import PROTOCOL
-from qwen3_mlx.server.openai.response_models import ChatOut, ModelOut, ModelsOut, TextOut
-from qwen3_mlx.server.openai.schema import ChatRequest, TextRequest
+from qwen3_mlx.server.openai.response_models import (
+    ChatOut,
+    EmbeddingsOut,
+    ModelOut,
+    ModelsOut,
+    TextOut,
+)
+from qwen3_mlx.server.openai.schema import ChatRequest, EmbeddingRequest, TextRequest
 from qwen3_mlx.server.openai.text import TextCompletion
 from qwen3_mlx.server.openapi import route_schema
 from qwen3_mlx.server.service import Service
+from qwen3_mlx.text.kind import CHAT
 
 
 def routes(service: Service) -> APIRouter:
@@ -30,6 +38,11 @@ def routes(service: Service) -> APIRouter:
     async def completions(request: Request) -> Response:
         """Continue raw text, without a chat template."""
         return await answer_request(service, request, TextRequest, TextCompletion)
+
+    @router.post("/embeddings", **route_schema(EmbeddingRequest, EmbeddingsOut))
+    async def embeddings(request: Request) -> Response:
+        """Compute the vectors of texts with an embedding model."""
+        return await answer_request(service, request, EmbeddingRequest, Embeddings)
 
     @router.get("/models", response_model=ModelsOut)
     async def models() -> dict[str, Any]:
@@ -48,10 +61,6 @@ def routes(service: Service) -> APIRouter:
 
 def _described(model: ServedModel) -> dict[str, Any]:
     """Return a served model, with the fields of OpenAI's, Anthropic's and LM Studio's API."""
-    thinking = None
-    if found := model.thinking:
-        fixed = "always" if found.can_think else "never"
-        thinking = "hybrid" if found.hybrid else fixed
     return {
         "id": model.name,
         "object": "model",
@@ -65,5 +74,15 @@ def _described(model: ServedModel) -> dict[str, Any]:
         "context_length": model.context,
         "max_input_tokens": model.context,
         "vocab_size": model.source.config.vocab_size,
-        "thinking": thinking,
+        "thinking": _modes(model),
     }
+
+
+def _modes(model: ServedModel) -> str | None:
+    """Return whether a model thinks; None before it is first loaded."""
+    if model.kind != CHAT:
+        return "never"
+    if model.thinking is None:
+        return None
+    fixed = "always" if model.thinking.can_think else "never"
+    return "hybrid" if model.thinking.hybrid else fixed

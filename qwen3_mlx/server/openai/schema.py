@@ -1,5 +1,6 @@
 """Request models of OpenAI's API, with the fields that are supported."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
@@ -46,6 +47,19 @@ def _check_biases(sent: Any) -> Any:
     if isinstance(sent, dict) and len(sent) > _MAX_BIASES:
         raise ValueError(f"at most {_MAX_BIASES:,} tokens can have a bias, not {len(sent):,}")
     return sent
+
+
+TextOrIds = str | FailFast[str] | FailFast[int] | FailFast[FailFast[int]]
+"""One text or several, each as it is or as token ids."""
+
+
+def texts_of(given: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
+    """Return the texts of a `TextOrIds` as a list."""
+    if isinstance(given, str):
+        return [given]
+    if given and isinstance(given[0], int):
+        return [[token for token in given if isinstance(token, int)]]
+    return [item for item in given if not isinstance(item, int)]
 
 
 Biases = Annotated[dict[str, float], BeforeValidator(_check_biases)]
@@ -342,7 +356,7 @@ class ChatRequest(CompletionFields, ThinkingFields):
 class TextRequest(CompletionFields):
     """`POST /v1/completions`."""
 
-    prompt: str | FailFast[str] | FailFast[int] | FailFast[FailFast[int]]
+    prompt: TextOrIds
     max_tokens: Annotated[int, Field(ge=-1, description="-1 means no limit.")] | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     echo: bool | None = None
@@ -352,3 +366,16 @@ class TextRequest(CompletionFields):
         """Number of replies that the request wants: `n` to each prompt."""
         several = isinstance(self.prompt, list) and not isinstance((*self.prompt, 0)[0], int)
         return (self.n or 1) * (len(self.prompt) if several else 1)
+
+
+class EmbeddingRequest(RequestModel):
+    """`POST /v1/embeddings`; the last four fields are this server's own."""
+
+    input: TextOrIds
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = None
+    instruction: str | None = None
+    prompt_name: str | None = None
+    pooling: Literal["last"] | None = None
+    truncate: bool | None = None

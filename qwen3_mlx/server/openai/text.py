@@ -9,7 +9,7 @@ from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.completion import Completion, sampling_options
-from qwen3_mlx.server.openai.schema import HARMLESS, HINTS, NOT_FOR_TEXT, TextRequest
+from qwen3_mlx.server.openai.schema import HARMLESS, HINTS, NOT_FOR_TEXT, TextRequest, texts_of
 from qwen3_mlx.server.service import ModelService
 from qwen3_mlx.server.wire import check_unknown, json_bytes, token_text
 from qwen3_mlx.text.events import Event, Finish, PromptTokens, Text, TokenLogprob
@@ -31,7 +31,7 @@ class TextCompletion(Completion[TextRequest]):
 
     def __init__(self, service: ModelService, body: TextRequest) -> None:
         super().__init__(service, body)
-        self._prompts = _prompts(body.prompt)
+        self._prompts = texts_of(body.prompt)
         if not self._prompts:
             raise ApiError(400, "prompt is empty; give some text", param="prompt")
         self._scores_prompt = bool(body.echo) and body.logprobs is not None
@@ -160,11 +160,3 @@ def _top_logprobs(token: TokenLogprob) -> dict[str, float]:
 
 def _text_of(prompt: PromptTokens) -> str:
     return token_text(b"".join((prompt.first, *(token.token for token in prompt.others))))
-
-
-def _prompts(prompt: str | list[str] | list[int] | list[list[int]]) -> Sequence[str | list[int]]:
-    if isinstance(prompt, str):
-        return [prompt]
-    if prompt and isinstance(prompt[0], int):
-        return [[token for token in prompt if isinstance(token, int)]]
-    return [item for item in prompt if not isinstance(item, int)]

@@ -12,6 +12,11 @@ import { ReplyView, UserView, reconcile } from "/page/view.js";
 const TOY_EXAMPLES = ["What is 123 + 456?", "Reverse the list: 4 8 1", "Count: apple pear plum"];
 const EXAMPLES = ["Explain how a bicycle stays upright", "Write a Python function that finds duplicate files", "Compare green and black tea in a table"];
 const TOY_VOCABULARY = 10_000;
+// What is served instead of a chat, by the kind of the model.
+const NO_CHAT = {
+  embedding: "This is an embedding model: it computes vectors of texts (POST /v1/embeddings) and does not chat.",
+  reranker: "This is a reranker: it scores documents for a query (POST /v1/rerank) and does not chat.",
+};
 const THEMES = { "": "◐", light: "☀", dark: "☾" };
 const FIELDS = ["system", "mode", "budget", "temperature", "top-p", "max-tokens", "tools"];
 const NEAR = 80; // pixels from the end within which new text scrolls the view
@@ -162,12 +167,13 @@ function showMessages() {
 }
 
 function emptyView() {
-  const examples = served?.vocab_size < TOY_VOCABULARY ? TOY_EXAMPLES : EXAMPLES;
+  const noChat = NO_CHAT[served?.kind];
+  const examples = noChat ? [] : served?.vocab_size < TOY_VOCABULARY ? TOY_EXAMPLES : EXAMPLES;
   return element(
     "div",
     { className: "empty" },
     element("h1", { textContent: served?.id ?? "Qwen3" }),
-    element("p", { textContent: "It runs on this machine; nothing that is said here leaves it." }),
+    element("p", { textContent: noChat ?? "It runs on this machine; nothing that is said here leaves it." }),
     element("div", { className: "examples" }, ...examples.map((words) => button(words, () => say(words)))),
   );
 }
@@ -447,6 +453,8 @@ function serve(model) {
   document.title = served.id;
   $("mode").disabled = served.thinking !== "hybrid";
   $("budget").disabled = served.thinking === "never";
+  $("ask").hidden = $("open-settings").hidden = served.kind in NO_CHAT;
+  if (served.kind in NO_CHAT) open(blank());
   changed();
 }
 

@@ -1,0 +1,1 @@
+"""Reranking, in the forms of Jina, Cohere, infinity and TEI."""
