@@ -159,15 +159,16 @@ def _check(settings: Settings, llm: LLM) -> None:
         Qwen3Error: the checkpoint cannot think as the settings require.
         ValueError: a token of the settings' `logit_bias` is not in the vocabulary.
     """
-    if llm.kind == CHAT:
-        llm.thinking.resolve(settings.thinking)
-        if settings.thinking_budget is not None and not llm.thinking.can_think:
-            raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
-        llm.load_grammars()  # now, since later it would delay all running requests
+    if llm.kind != CHAT:
+        return  # these settings are for replies
+    llm.thinking.resolve(settings.thinking)
+    if settings.thinking_budget is not None and not llm.thinking.can_think:
+        raise Qwen3Error("this checkpoint cannot think; leave thinking_budget out")
     vocabulary = min(len(llm.tokenizer), llm.config.vocab_size)
     for token in settings.sampling.logit_bias or ():
         if not 0 <= token < vocabulary:  # each request would be refused
             raise ValueError(f"logit_bias names {token}; token ids are 0 to {vocabulary - 1}")
+    llm.load_grammars()  # now, since later it would delay all running requests
 
 
 def _copies(prepared: PreparedRequest, count: int, settings: Settings) -> list[PreparedRequest]:

@@ -22,6 +22,7 @@ from qwen3_mlx.api.capacity import plan_load
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.engine.memory import MIN_CHUNK, Workload, activation_bytes
+from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server import models
 from qwen3_mlx.server.model_source import ModelSource, local_sources, room_for, stated_sources
 from tests.embedding_twins import golden, write_twin
@@ -232,6 +233,19 @@ def test_a_chat_model_and_models_of_vectors_and_scores_answer_beside_each_other(
     for path, body in (("/v1/embeddings", embeds), ("/api/embed", embeds), ("/rerank", ranks)):
         response = kinds.post(path, {**body, "model": "x"})
         assert response.status_code == 404 and "there are a, embedding, rer" in response.text
+
+
+def test_the_default_may_be_an_embedding_model(sources: list[ModelSource], tmp_path: Path) -> None:
+    twin = write_twin("embedding", tmp_path / "twin")
+    first = stated_sources([str(twin)], SHORT, "vectors")
+    bias = SamplingParams(logit_bias={1023: 1.0})  # a token that only the chat model has
+    with serving_all([*first, sources[0]], thinking_budget=64, sampling=bias) as served:
+        assert served.post("/v1/embeddings", {"input": "a"}).json()["model"] == "vectors"
+        assert message_of(served.chat()).startswith("this checkpoint is an embedding model")
+        assert served.chat(model="a", max_tokens=1).json()["model"] == "a"
+        vectors, chats = served.get("/v1/models").json()["data"]
+        assert (vectors["kind"], chats["kind"]) == ("embedding", "chat")
+        assert chats["thinking"] == "hybrid"
 
 
 def test_without_a_text_an_embedding_model_is_loaded_and_unloaded(kinds: Served) -> None:
