@@ -84,7 +84,7 @@ class Guard:
         if found is None:
             raise ApiError(
                 401,
-                "a key is needed: send Authorization: Bearer KEY, with a key of the server",
+                "a key is needed: send Authorization: Bearer KEY, with the server's key (--api-key, --keys)",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
