@@ -26,6 +26,7 @@ from qwen3_mlx.server.settings import REASONING_FIELDS, Settings, check_certific
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
 _OTHER_NETWORK = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): no machine has it
 _BACKLOG = 128  # connections
+_PACKAGES = ("fastapi", "prometheus_client", "uvicorn")  # of the extra `server`
 _USES = {  # of a server, by the kind of its model
     "chat": "open it to chat",
     "embedding": "vectors at /v1/embeddings and /api/embed",
@@ -157,7 +158,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     Ctrl-C lets running replies finish; a second Ctrl-C does not wait.
     Each request is logged as a line of JSON on stderr.
     """
-    if not (find_spec("fastapi") and find_spec("uvicorn")):
+    if not all(map(find_spec, _PACKAGES)):
         raise Qwen3Error(f"the server needs more packages: {install_command('server')}")
     settings = Settings(
         model=name or _name_of(model),
