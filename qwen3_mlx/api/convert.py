@@ -21,7 +21,7 @@ from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, check_output, run
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import quantizable_shapes
-from qwen3_mlx.checkpoint.model_card import model_card
+from qwen3_mlx.checkpoint.model_card import model_card, usage
 from qwen3_mlx.checkpoint.recipes import RECIPES, choose_formats
 from qwen3_mlx.checkpoint.stored import quantization_of
 from qwen3_mlx.checkpoint.weights import INDEX, with_stored_head
@@ -29,7 +29,7 @@ from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import as_memoryview
 from qwen3_mlx.model.config import LOGITS, ModelConfig
 from qwen3_mlx.model.quantization import AFFINE, Format
-from qwen3_mlx.model.sizes import hub_name, mlx_4bit_name, size_named
+from qwen3_mlx.model.sizes import folder_name, hub_name, mlx_4bit_name, size_named
 from qwen3_mlx.text.kind import CHAT, Kind
 from qwen3_mlx.text.template import ChatTemplate
 from qwen3_mlx.text.tokenizer import Tokenizer
@@ -68,6 +68,11 @@ class Conversion:
     seconds: float
     formats: Mapping[str, Format]
     kind: str = CHAT
+
+    @property
+    def usage(self) -> str:
+        """A command that uses the result."""
+        return usage(self.kind, folder_name(self.output))
 
 
 def convert(  # noqa: PLR0913 - one keyword an option

@@ -10,7 +10,6 @@ import typer
 
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.checkpoint.hub import check_name, upload
-from qwen3_mlx.checkpoint.model_card import usage
 from qwen3_mlx.cli.console import Bar, format_bytes, note, print_facts
 from qwen3_mlx.cli.evaluate import compare, comparison_dict, read_text, refuse_unloadable
 from qwen3_mlx.cli.option_groups import option
@@ -18,7 +17,6 @@ from qwen3_mlx.cli.options import CheckpointOptions
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
 from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.model.quantization import AFFINE
-from qwen3_mlx.model.sizes import folder_name
 
 _FORMAT, _RECIPE, _SOURCE, _OUTPUT = "Format", "Recipe", "Source", "Output"
 _DOWNLOADING = "downloading"
@@ -208,4 +206,4 @@ def _print(made: "qwen3_mlx.Conversion", facts: dict[str, Any]) -> None:
     if "commit" in facts:
         shown["uploaded"] = facts["commit"]
     print_facts(shown)
-    note(f"Try it: {usage(made.kind, folder_name(made.output))}")
+    note(f"Try it: {made.usage}")

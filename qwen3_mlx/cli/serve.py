@@ -36,6 +36,7 @@ from qwen3_mlx.server.settings import (
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
 _OTHER_NETWORK = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): no machine has it
 _BACKLOG = 128  # connections
+_PACKAGES = ("fastapi", "prometheus_client", "uvicorn")  # of the extra `server`
 _USES = {  # of a server, by the kind of its model
     "chat": "open it to chat",
     "embedding": "vectors at /v1/embeddings and /api/embed",
@@ -184,7 +185,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     Ctrl-C lets running replies finish; a second Ctrl-C does not wait.
     Each request is logged as a line of JSON on stderr.
     """
-    if not (find_spec("fastapi") and find_spec("uvicorn")):
+    if not all(map(find_spec, _PACKAGES)):
         raise Qwen3Error(f"the server needs more packages: {install_command('server')}")
     if models_from not in (None, "list"):
         raise ValueError(f"--models-from must be list, not {models_from!r}")

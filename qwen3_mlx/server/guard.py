@@ -84,7 +84,8 @@ class Guard:
         if found is None:
             raise ApiError(
                 401,
-                "a key is needed: send Authorization: Bearer KEY, with a key of the server",
+                "a key is needed: send Authorization: Bearer KEY, with one of the server's "
+                "(--api-key, --keys)",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )

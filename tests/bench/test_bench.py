@@ -27,7 +27,7 @@ from qwen3_mlx.bench.targets import MlxLm, Ours
 from qwen3_mlx.cli.bench import _notes, _table
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.cli.harness import QWEN3, call
-from tests.support import greedy_tokens, make_model, random_ids
+from tests.support import greedy_tokens, make_model, random_ids, read_weights
 
 TERMS = NumericSettings("float32", False, "a BLAS")
 SMALL = ("--prompts", "8,20", "--together", "2", "--decode", "3")
@@ -95,7 +95,9 @@ def peer(tiny_folder: Path) -> MlxLm:
 
 @pytest.fixture(scope="module")
 def own_model(tiny_folder: Path) -> Iterator[Qwen3]:
-    yield make_model(json.loads((tiny_folder / "config.json").read_text()))
+    model = make_model(json.loads((tiny_folder / "config.json").read_text()))
+    model.load_weights(list(read_weights(tiny_folder).items()))
+    yield model
 
 
 @pytest.mark.parametrize("name", [OURS, PEER])

@@ -877,7 +877,7 @@ def test_a_port_that_is_taken_is_one_line() -> None:
     assert "ddress already in use; --port takes another" in result.stderr
 
 
-@pytest.mark.parametrize("missing", ["fastapi", "uvicorn"])
+@pytest.mark.parametrize("missing", ["fastapi", "prometheus_client", "uvicorn"])
 def test_without_its_packages_it_says_so(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
@@ -886,7 +886,7 @@ def test_without_its_packages_it_says_so(missing: str, monkeypatch: pytest.Monke
     result = piped(["serve", "--model", "./nowhere"])
     assert result.returncode == 1
     assert result.stderr.startswith("qwen3: the server needs more packages: ")
-    assert " install 'fastapi>=0.130' 'httptools>=0.6' 'uvicorn>=0.35'\n" in result.stderr
+    assert " 'prometheus-client>=0.22' 'uvicorn>=0.35'\n" in result.stderr
 
 
 def test_settings_that_cannot_be_are_refused() -> None:
