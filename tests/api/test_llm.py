@@ -479,3 +479,17 @@ def test_a_closed_llm_computes_nothing(tiny_folder: Path) -> None:
     llm.close()
     with pytest.raises(Qwen3Error, match="closed"):
         llm.compute(lambda model: model.model.norm.weight)
+
+
+def test_closing_frees_the_weights_at_once(tiny_folder: Path) -> None:
+    gc.collect()
+    gc.disable()
+    try:
+        before = mx.get_active_memory()
+        llm = load(tiny_folder)
+        llm.chat("Hi", max_tokens=2)
+        loaded = mx.get_active_memory()
+        llm.close()
+        assert mx.get_active_memory() - before < (loaded - before) / 10
+    finally:
+        gc.enable()
