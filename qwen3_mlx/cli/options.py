@@ -43,13 +43,14 @@ def _model_meant(context: typer.Context, name: str | None) -> str | None:
 
 
 def _models_meant(context: typer.Context, names: list[str] | None) -> list[str | None]:
-    """Return the models that are stated as `load` takes them, or what stands for one; see above.
+    """Return the models that are stated as `load` takes them, or the default one if there is one.
 
     The variable is read here: as a list, it would be split at the spaces of a path.
     """
-    if not names:
-        return [_model_meant(context, os.environ.get(MODEL_VARIABLE) or None)]
-    return [_model_meant(context, name) for name in names]
+    if names:
+        return [_model_meant(context, name) for name in names]
+    default = _model_meant(context, os.environ.get(MODEL_VARIABLE) or None)
+    return [] if default is None else [default]
 
 
 def alias_meant(context: typer.Context, name: str | None) -> str | None:

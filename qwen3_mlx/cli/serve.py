@@ -189,9 +189,10 @@ def serve(  # noqa: PLR0913 - one parameter an option
         raise Qwen3Error(f"the server needs more packages: {install_command('server')}")
     if models_from not in (None, "list"):
         raise ValueError(f"--models-from must be list, not {models_from!r}")
-    models: list[str | None] = [*(model or ())] or [None]
-    if models_from and models == [None] and (recent := last_used_model()):
-        models = [recent.name]
+    models: list[str | None] = [*(model or ())]
+    if not models:
+        recent = last_used_model() if models_from else None
+        models = [recent.name if recent else None]
     settings = Settings(
         model=name or model_name(models[0]),
         model_keep_alive=read_duration(-1 if keep_alive is None else keep_alive, "--keep-alive"),

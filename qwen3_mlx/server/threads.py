@@ -28,5 +28,5 @@ def in_daemon(job: Callable[[], T]) -> asyncio.Future[T]:
         with suppress(RuntimeError):  # the loop is closed
             done.get_loop().call_soon_threadsafe(finish)
 
-    Thread(target=run, name="qwen3-load", daemon=True).start()
+    Thread(target=run, name="qwen3-job", daemon=True).start()
     return done

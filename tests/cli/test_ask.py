@@ -251,6 +251,26 @@ def test_every_verb_knows_the_sizes(
         assert call(arguments, capsys) == (1, "", f"qwen3: would fetch {name}\n")
 
 
+def test_the_models_that_are_served_are_those_of_the_options_and_of_the_list(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[list[str]] = []
+
+    def serve(llm: LLM, settings: Any, listener: Any, ready: Any, sources: Any) -> None:
+        assert settings.model_keep_alive == 90
+        served.append([llm.model.source, *(source.name for source in sources)])
+
+    monkeypatch.setattr("qwen3_mlx.server.run.serve", serve)
+    monkeypatch.setenv("QWEN3_MODELS", str(tiny_folder))
+    arguments = ["serve", "--port", "0", "--keep-alive", "1m30s", "-m"]
+    both = [*arguments, "demo", "-m", str(tiny_folder)]
+    assert call(both, capsys)[0] == call([*arguments, "demo", "--models-from", "list"], capsys)[0]
+    assert len(served) == 2
+    assert all(names[1] == "qwen3-demo" and tiny_folder.name in names[2:] for names in served)
+    code, _, err = call([*arguments, "demo", "--models-from", "hub"], capsys)
+    assert code == 2 and "--models-from must be list, not 'hub'" in err
+
+
 def test_a_size_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(["convert", "8b", str(tmp_path / "out")], capsys)
     assert (code, out) == (1, "")

@@ -2,10 +2,8 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from functools import partial
 from hashlib import sha256
-from threading import Thread
 from typing import Any
 
 from fastapi import Request
@@ -23,6 +21,7 @@ from qwen3_mlx.server.ollama.schema import LINES, OllamaPullRequest
 from qwen3_mlx.server.preparing import wait_for_disconnect
 from qwen3_mlx.server.response import EventStreamResponse
 from qwen3_mlx.server.service import Service
+from qwen3_mlx.server.threads import in_daemon
 from qwen3_mlx.server.wire import Json, check_unknown, json_bytes, warnings_header
 
 _SECONDS_PER_LINE = 0.25
@@ -75,9 +74,7 @@ class Pull:
             ApiError: the download failed or was cancelled.
         """
         yield {"status": "pulling manifest"}
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        # A daemon: the process does not wait for it when it ends.
-        Thread(target=self._download, args=(done,), name="qwen3-pull", daemon=True).start()
+        done = in_daemon(self._download)
         shown = None
         try:
             while not done.done():
@@ -100,20 +97,9 @@ class Pull:
         line = {"status": f"pulling {digest[:12]}", "digest": f"sha256:{digest}"}
         return {**line, "total": total, "completed": present}
 
-    def _download(self, done: asyncio.Future[None]) -> None:
-        settle = partial(done.set_result, None)
-        try:
-            folder, _ = read_config(self._source)
-            fetch_weights(self._source, folder, also=MODEL_CARD)
-        except BaseException as error:  # noqa: BLE001 - raised again where `done` is awaited
-            settle = partial(done.set_exception, error)
-
-        def finish() -> None:
-            if not done.cancelled():
-                settle()
-
-        with suppress(RuntimeError):  # the loop is closed
-            done.get_loop().call_soon_threadsafe(finish)
+    def _download(self) -> None:
+        folder, _ = read_config(self._source)
+        fetch_weights(self._source, folder, also=MODEL_CARD)
 
     def _follow(self, present: int, total: int) -> None:
         if self._cancelled.is_set():  # an error ends the download, which the next one resumes
