@@ -261,6 +261,7 @@ def test_the_models_that_are_served_are_those_of_the_options_and_of_the_list(
         served.append([llm.model.source, *(source.name for source in sources)])
 
     monkeypatch.setattr("qwen3_mlx.server.run.serve", serve)
+    monkeypatch.setattr("qwen3_mlx.cli.serve._log_to_stderr", lambda **_: None)  # outlives the test
     monkeypatch.setenv("QWEN3_MODELS", str(tiny_folder))
     arguments = ["serve", "--port", "0", "--keep-alive", "1m30s", "-m"]
     both = [*arguments, "demo", "-m", str(tiny_folder)]
