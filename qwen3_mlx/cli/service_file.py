@@ -1,7 +1,6 @@
 """`qwen3 serve --install`: a service of launchd or systemd that starts a server at login."""
 
 import os
-import plistlib
 import shlex
 import sys
 from collections.abc import Sequence
@@ -84,6 +83,8 @@ def _environment() -> dict[str, str]:
 
 def _plist(command: Sequence[str]) -> bytes:
     """Return a launch agent, as launchd.plist(5) describes it."""
+    import plistlib  # takes some milliseconds, which --help need not wait for
+
     return plistlib.dumps(
         {
             "Label": _LABEL,

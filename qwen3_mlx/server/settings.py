@@ -5,7 +5,6 @@ import math
 import os
 import re
 import socket
-import ssl
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -147,6 +146,7 @@ def check_certificate(cert: Path, key: Path | None) -> None:
     Raises:
         ValueError: a file cannot be read, the key needs a password, or they do not fit together.
     """
+    import ssl  # takes 10 ms, which --help need not wait for
 
     def refuse_password() -> NoReturn:
         raise ValueError(f"the key {key or cert} has a password; write it without one")
