@@ -128,7 +128,7 @@ class _Reader:
         backend.limit_buffer_cache()
         backend.tune_blas_threads(target.network.hidden_size)
         models = [found.read(self._follow) for found in (target, small) if found]
-        self.wired = sum(array.nbytes for model in models for array in model.tensors().values())
+        self.wired = sum(model.nbytes for model in models)
         backend.wire(self.wired)
         if backend.on_gpu():  # a GPU compiles its kernels at first use
             for model in models:

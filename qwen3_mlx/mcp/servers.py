@@ -180,8 +180,7 @@ class Servers:
 
     def _fail(self, name: str, why: str) -> None:
         self.failed[name] = why
-        shown = "".join(c if c.isprintable() else " " for c in name)
-        _log.warning("the MCP server %s did not start: %s", shown, why)
+        _log.warning("the MCP server %s did not start: %s", _printable(name), why)
 
     async def _stop(self) -> None:
         await asyncio.gather(*(server.stop() for server in self._running))
@@ -216,6 +215,10 @@ class Servers:
         except BaseException:
             future.cancel()
             raise
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
 
 
 def _check_arguments(arguments: dict[str, Any]) -> None:
@@ -357,5 +360,5 @@ class _Server:
         else:  # of the SDK, in several lines
             reason = str(error).partition("\n")[0] or type(error).__name__
         # The server's own words, perhaps: nothing in them may steer a terminal.
-        reason = " ".join("".join(c if c.isprintable() else " " for c in reason).split())
+        reason = " ".join(_printable(reason).split())
         return reason if len(reason) <= _MAX_REASON else f"{reason[:_MAX_REASON]} ..."

@@ -246,6 +246,11 @@ class Qwen3(nn.Module):
         named: list[tuple[str, Any]] = tree_flatten(self.parameters())  # type: ignore[assignment]
         return dict(named)
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all parameters."""
+        return sum(array.nbytes for array in self.tensors().values())
+
     def make_cache(self, capacity: int = 0, *, cache_format: CacheFormat = PLAIN) -> list[KVCache]:
         """Create one empty cache a layer; the first write allocates `capacity` tokens at once."""
         return [new_cache(cache_format, self.config.head_dim, capacity) for _ in self.layers]

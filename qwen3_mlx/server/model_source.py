@@ -55,8 +55,7 @@ class ModelSource:
     @classmethod
     def of(cls, llm: LLM, name: str) -> "ModelSource":
         """Create the source of a model that its caller has loaded, and closes."""
-        nbytes = sum(array.nbytes for array in llm.model.tensors().values())
-        return cls(name=name, config=llm.config, kind=llm.kind, nbytes=nbytes)
+        return cls(name=name, config=llm.config, kind=llm.kind, nbytes=llm.model.nbytes)
 
     def answers_to(self, name: str) -> bool:
         """Return whether this is one of its names, in any case and perhaps with Ollama's tag."""

@@ -85,7 +85,7 @@ class ServedModel:
         self.llm, self.bridge = llm, EventBridge(llm)
         self.created, self.progress = int(time.time()), (0, 0)
         self.kind, self.thinking = llm.kind, llm.thinking if llm.kind == CHAT else None
-        self.weight_bytes = sum(array.nbytes for array in llm.model.tensors().values())
+        self.weight_bytes = llm.model.nbytes
 
 
 class Lease:

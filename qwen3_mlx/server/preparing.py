@@ -9,15 +9,15 @@ The threads are daemons: the process does not wait for them when it ends.
 import asyncio
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from threading import Event as Flag
-from threading import Thread
 from typing import Any, TypeVar
 
 from fastapi import Request
 
 from qwen3_mlx.server.errors import ApiError, as_client_error
+from qwen3_mlx.server.threads import in_daemon
 from qwen3_mlx.text.fair_queue import POLL_SECONDS, Caller, FairQueue
 
 _MAX_COMPUTING = 4  # requests that compute at once
@@ -57,11 +57,10 @@ class PreparationPool:
             ApiError: the work failed or was given up.
         """
         job = _Job(self._turns, cancelled, request.scope.get("caller", ""))
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._jobs.add(job)
+        done = in_daemon(partial(job.run, work), partial(self._jobs.discard, job))
         disconnected = asyncio.create_task(wait_for_disconnect(request))
         awaited: list[asyncio.Future[Any]] = [done, disconnected]
-        self._jobs.add(job)
-        job.start(work, done, partial(self._jobs.discard, job))
         try:
             while not done.done():
                 await asyncio.wait(awaited, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
@@ -126,31 +125,10 @@ class _Job(Caller):
         self._started = time.monotonic()
         self._has_turn = False
 
-    def start(
-        self,
-        work: Callable[[Caller], T],
-        done: asyncio.Future[T],
-        ended: Callable[[], None],
-    ) -> None:
-        """Start the work, whose result settles `done`; the loop calls `ended` in any case."""
-
-        def run() -> None:
-            settle: Callable[[], None]
-            try:
-                with self.turn():
-                    settle = partial(done.set_result, work(self))
-            except BaseException as error:  # noqa: BLE001 - raised again where `done` is awaited
-                settle = partial(done.set_exception, error)
-
-            def finish() -> None:
-                ended()
-                if not done.done():
-                    settle()
-
-            with suppress(RuntimeError):  # the loop is closed
-                done.get_loop().call_soon_threadsafe(finish)
-
-        Thread(target=run, name="qwen3-prepare", daemon=True).start()
+    def run(self, work: Callable[[Caller], T]) -> T:
+        """Do the work in a turn, and return its result."""
+        with self.turn():
+            return work(self)
 
     @property
     def age(self) -> float:

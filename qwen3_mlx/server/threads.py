@@ -10,8 +10,11 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def in_daemon(job: Callable[[], T]) -> asyncio.Future[T]:
-    """Run a job on a daemon thread: the process does not wait for it when it ends."""
+def in_daemon(job: Callable[[], T], ended: Callable[[], None] | None = None) -> asyncio.Future[T]:
+    """Run a job on a daemon thread: the process does not wait for it when it ends.
+
+    The event loop calls `ended` when the job has, also if the result is not awaited any more.
+    """
     done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
 
     def run() -> None:
@@ -22,6 +25,8 @@ def in_daemon(job: Callable[[], T]) -> asyncio.Future[T]:
             settle = partial(done.set_exception, error)
 
         def finish() -> None:
+            if ended:
+                ended()
             if not done.done():
                 settle()
 

@@ -14,7 +14,7 @@ from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.endpoint import ReplyEndpoint
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.models import ServedModel
-from qwen3_mlx.server.ollama.model import keep_alive_warnings, timestamp, unloads
+from qwen3_mlx.server.ollama.model import keep_alive_warnings, timestamp, unloaded
 from qwen3_mlx.server.ollama.protocol import PROTOCOL
 from qwen3_mlx.server.ollama.schema import (
     LINES,
@@ -89,10 +89,7 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
         cls, service: Service, model: ServedModel, body: OllamaBody
     ) -> Response | None:
         """Return the response to a request to unload the model; None if it asks for a reply."""
-        if not unloads(service.models, model, body):
-            return None
-        headers = warnings_header(keep_alive_warnings(model, body))
-        return Json(cls._end(model.name, "unload", {}), headers=headers)
+        return unloaded(service.models, model, body, cls._end(model.name, "unload", {}))
 
     @staticmethod
     @abstractmethod

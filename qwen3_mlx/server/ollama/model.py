@@ -2,9 +2,12 @@
 
 import math
 import time
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from hashlib import sha256
 from typing import Any
+
+from fastapi.responses import Response
 
 from qwen3_mlx import backend
 from qwen3_mlx.api.llm import LLM
@@ -12,6 +15,7 @@ from qwen3_mlx.engine.memory import count_weights
 from qwen3_mlx.server.model_source import DEFAULT
 from qwen3_mlx.server.models import ModelPool, ServedModel
 from qwen3_mlx.server.ollama.schema import ModelRequest
+from qwen3_mlx.server.wire import Json, warnings_header
 from qwen3_mlx.text.kind import CHAT, EMBEDDING, RERANKER
 
 _NEVER = "9999-12-31T23:59:59Z"  # expiry of a model that stays loaded
@@ -84,12 +88,17 @@ def model_details(model: ServedModel) -> dict[str, Any]:
     }
 
 
-def unloads(pool: ModelPool, model: ServedModel, body: ModelRequest) -> bool:
-    """Return whether a request only unloads the model, which is closed as soon as it is idle."""
+def unloaded(
+    pool: ModelPool, model: ServedModel, body: ModelRequest, content: Mapping[str, Any]
+) -> Response | None:
+    """Unload the model as soon as it is idle and return `content`, if a request asks for no more.
+
+    Otherwise return None.
+    """
     if not body.is_empty or body.model_seconds != 0:
-        return False
+        return None
     pool.unload(model)
-    return True
+    return Json(content, headers=warnings_header(keep_alive_warnings(model, body)))
 
 
 def keep_alive_warnings(model: ServedModel, body: ModelRequest) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from fastapi.responses import Response
 
 from qwen3_mlx.server.models import ServedModel
-from qwen3_mlx.server.ollama.model import keep_alive_warnings, unloads
+from qwen3_mlx.server.ollama.model import keep_alive_warnings, unloaded
 from qwen3_mlx.server.ollama.schema import (
     OllamaEmbeddingsRequest,
     OllamaEmbedRequest,
@@ -18,7 +18,7 @@ from qwen3_mlx.server.ollama.schema import (
 )
 from qwen3_mlx.server.service import ModelService, Service
 from qwen3_mlx.server.texts import TextsEndpoint, check_amount, vector_json
-from qwen3_mlx.server.wire import Json, check_unknown, json_bytes, warnings_header
+from qwen3_mlx.server.wire import check_unknown, json_bytes
 
 VectorBody = TypeVar("VectorBody", bound=VectorFields)
 
@@ -52,10 +52,7 @@ class _Vectors(TextsEndpoint[VectorBody]):
         cls, service: Service, model: ServedModel, body: VectorBody
     ) -> Response | None:
         """Return the response to a request to unload the model; None if it asks for more."""
-        if not unloads(service.models, model, body):
-            return None
-        headers = warnings_header(keep_alive_warnings(model, body))
-        return Json(cls.nothing(model.name), headers=headers)
+        return unloaded(service.models, model, body, cls.nothing(model.name))
 
     @staticmethod
     @abstractmethod

@@ -372,7 +372,6 @@ class EmbeddingRequest(RequestModel):
     """`POST /v1/embeddings`; the last four fields are this server's own."""
 
     input: TextOrIds
-    model: str | None = None
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
     instruction: str | None = None

@@ -26,7 +26,6 @@ class RerankRequest(RequestModel):
     query: str
     documents: FailFast[str | DocumentIn] | None = None
     texts: FailFast[str] | None = None
-    model: str | None = None
     top_n: Annotated[int, Field(ge=1)] | None = None
     return_documents: bool | None = None
     return_text: bool | None = None
