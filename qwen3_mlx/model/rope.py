@@ -5,7 +5,7 @@ This module computes angles only. YaRN's attention factor is part of `ModelConfi
 
 import math
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import mlx.core as mx
 
@@ -13,23 +13,14 @@ from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import RopeFn
 from qwen3_mlx.model.config import ModelConfig, Yarn
 
+_Rotation = Callable[[mx.array, mx.array], mx.array]
+
 
 class Rope:
     """The rotation, shared by all layers; it has no weights."""
 
     def __init__(self, config: ModelConfig) -> None:
-        periods = None
-        if config.yarn:
-            periods = yarn_periods(config.head_dim, config.rope_theta, config.yarn)
-        self._rotate: Callable[[mx.array, mx.array], mx.array] = partial(
-            _rotate,
-            dims=config.head_dim,
-            base=None if config.yarn else config.rope_theta,
-            periods=periods,
-        )
-        # MLX's CPU build splits a rotation into a dozen operations unless it is compiled. Each
-        # shape is compiled anew, so only the shape that recurs with every token is.
-        self._rotate_one = self._rotate if backend.on_gpu() else mx.compile(self._rotate)
+        self._rotate, self._rotate_one = _rotations(config.head_dim, config.rope_theta, config.yarn)
 
     def for_pass(self) -> RopeFn:
         """Return the rotation of one forward pass: `rotate(x, offset)` for x [B, H, L, E].
@@ -47,6 +38,24 @@ class Rope:
             return self._rotate_one(x, at) if x.shape[2] == 1 else self._rotate(x, at)
 
         return rotate
+
+
+@cache
+def _rotations(dims: int, base: float, yarn: Yarn | None) -> tuple[_Rotation, _Rotation]:
+    """Return a rotation, and the same for single tokens.
+
+    MLX's CPU build splits a rotation into a dozen operations unless it is compiled. Each shape is
+    compiled anew, so only the shape that recurs with every token is.
+
+    Both are kept for ever. If a compiled function is freed while the thread that has used it ends
+    (`mx.clear_streams`), MLX 0.32 makes two threads wait for ever: one for its lock, and the other
+    for the interpreter's.
+    """
+    periods = yarn_periods(dims, base, yarn) if yarn else None
+    if periods is not None:
+        mx.eval(periods)  # of this thread, and used by others
+    rotate = partial(_rotate, dims=dims, base=None if yarn else base, periods=periods)
+    return rotate, rotate if backend.on_gpu() else mx.compile(rotate)
 
 
 def _rotate(

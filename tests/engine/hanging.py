@@ -12,7 +12,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -295,6 +295,17 @@ def closing() -> None:
         assert isinstance(last, Finish)
         assert last.reason == "cancelled"
         assert "closed" in str(raised_by(lambda llm=llm: llm.chat("Hello")))  # type: ignore[misc]
+
+
+def freed() -> None:
+    """Check that a network may be freed by one thread while the worker's thread ends."""
+    for _ in range(60):
+        llm = loaded()
+        stream = llm.stream(PROMPT, max_tokens=2000)
+        next(stream)
+        with suppress(Qwen3Error):  # the computation may be refused as well
+            llm.compute(lambda _, llm=llm: llm.close() and None)  # type: ignore[misc]
+        del stream, llm
 
 
 def tools() -> None:
