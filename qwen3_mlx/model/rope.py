@@ -20,7 +20,11 @@ class Rope:
     """The rotation, shared by all layers; it has no weights."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self._rotate, self._rotate_one = _rotations(config.head_dim, config.rope_theta, config.yarn)
+        # MLX's CPU build splits a rotation into a dozen operations unless it is compiled. Each
+        # shape is compiled anew, so only the shape that recurs with every token is.
+        self._rotate, self._rotate_one = _rotations(
+            config.head_dim, config.rope_theta, config.yarn, compiles=not backend.on_gpu()
+        )
 
     def for_pass(self) -> RopeFn:
         """Return the rotation of one forward pass: `rotate(x, offset)` for x [B, H, L, E].
@@ -41,11 +45,10 @@ class Rope:
 
 
 @cache
-def _rotations(dims: int, base: float, yarn: Yarn | None) -> tuple[_Rotation, _Rotation]:
-    """Return a rotation, and the same for single tokens.
-
-    MLX's CPU build splits a rotation into a dozen operations unless it is compiled. Each shape is
-    compiled anew, so only the shape that recurs with every token is.
+def _rotations(
+    dims: int, base: float, yarn: Yarn | None, *, compiles: bool
+) -> tuple[_Rotation, _Rotation]:
+    """Return a rotation, and the same for single tokens, compiled if it `compiles`.
 
     Both are kept for ever. If a compiled function is freed while the thread that has used it ends
     (`mx.clear_streams`), MLX 0.32 makes two threads wait for ever: one for its lock, and the other
@@ -55,7 +58,7 @@ def _rotations(dims: int, base: float, yarn: Yarn | None) -> tuple[_Rotation, _R
     if periods is not None:
         mx.eval(periods)  # of this thread, and used by others
     rotate = partial(_rotate, dims=dims, base=None if yarn else base, periods=periods)
-    return rotate, rotate if backend.on_gpu() else mx.compile(rotate)
+    return rotate, mx.compile(rotate) if compiles else rotate
 
 
 def _rotate(

@@ -126,7 +126,7 @@ class _Job(Caller):
         self._has_turn = False
 
     def run(self, work: Callable[[Caller], T]) -> T:
-        """Do the work in a turn, and return its result."""
+        """Run the work in a turn, and return its result."""
         with self.turn():
             return work(self)
 
