@@ -1,9 +1,9 @@
 """Functions of a user's Python file, which the model may call as tools."""
 
-import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from qwen3_mlx.arguments import refuse_deferred
@@ -13,18 +13,19 @@ from qwen3_mlx.errors import Qwen3Error
 def load_functions(file: Path) -> list[Callable[..., Any]]:
     """Return the functions that a Python file of the user defines, except those named `_...`.
 
-    Runs the file.
+    Runs the file as it is now: Python's cache of compiled files takes one that was changed twice in
+    a second for the same.
 
     Raises:
         Qwen3Error: the file cannot be run, or defines no function.
         TypeError: one of the functions is async or a generator.
     """
-    spec = importlib.util.spec_from_file_location(file.stem, file)
-    if spec is None or spec.loader is None or not file.is_file():
+    if file.suffix != ".py" or not file.is_file():
         raise Qwen3Error(f"{file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(file.stem)
+    module.__file__ = str(file)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(file.read_bytes(), file, "exec"), vars(module))
     except Exception as error:
         raise Qwen3Error(f"{file} fails: {type(error).__name__}: {error}") from error
     found: list[Callable[..., Any]] = [
