@@ -20,6 +20,7 @@ from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.option_groups import option, with_options
 from qwen3_mlx.cli.options import ModelOptions, Models, SamplingOptions, load_model
 from qwen3_mlx.cli.service_file import install_service
+from qwen3_mlx.cli.tool_use import served_tools
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
 from qwen3_mlx.server.duration import read_duration
@@ -126,6 +127,15 @@ def serve(  # noqa: PLR0913 - one parameter an option
             text="Let clients download models to this machine (Ollama's /api/pull).",
         ),
     ] = False,
+    mcp: Annotated[
+        list[Path] | None,
+        option(
+            panel=_NETWORK,
+            metavar="mcp.json",
+            text="Offer tools of MCP servers in the page, which asks before each call; "
+            "may be repeated.",
+        ),
+    ] = None,
     max_body: Annotated[
         int, option(panel=_LIMITS, text="Maximum request size in MiB (default: 32).", min=1)
     ] = 32,
@@ -214,10 +224,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
         allow_pull=allow_pull,
         **defaults.keywords(),
     )
-    if key_file is not None:
-        read_keys(key_file)  # report a bad key file before the model is loaded
-    if tls_cert is not None:
-        check_certificate(tls_cert, tls_key)
+    _check_access(settings, has_tools=bool(mcp))
     if install:
         install_service(sys.argv[1:])
         return
@@ -239,11 +246,30 @@ def serve(  # noqa: PLR0913 - one parameter an option
         with describing.room_for(sources[1:], beside=sources[0]):
             llm = stack.enter_context(load_model(models[0], loading, quiet=quiet))
         _log_to_stderr(quiet=quiet)
+        tools = stack.enter_context(served_tools(mcp or (), llm, yes=True, quiet=quiet))
         if models_from:
             sources += describing.local_sources(options, sources)
         others = [source.name for source in sources[1:]]
         with registered(*_address_of(settings, listener), settings.model):
-            serving.serve(llm, settings, listener, partial(ready, others), sources)
+            serving.serve(llm, settings, listener, partial(ready, others), sources, tools)
+
+
+def _check_access(settings: Settings, *, has_tools: bool) -> None:
+    """Check what would be wrong with the access of clients once the model is loaded.
+
+    Raises:
+        Qwen3Error, ValueError: a file is wrong, or all clients of the network could call tools.
+    """
+    has_key = settings.api_key is not None
+    if settings.key_file is not None:
+        has_key = bool(read_keys(settings.key_file))
+    if settings.tls_cert is not None:
+        check_certificate(settings.tls_cert, settings.tls_key)
+    if has_tools and not has_key and not settings.local:
+        raise ValueError(
+            f"with --mcp and --host {settings.host} every client of the network could call the "
+            "tools; --api-key KEY lets only yours do so"
+        )
 
 
 def _announce(

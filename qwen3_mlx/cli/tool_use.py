@@ -37,7 +37,8 @@ def served_tools(
     Each call is asked for, unless `yes`.
 
     Raises:
-        Qwen3Error: a file is wrong, or the tools' descriptions fill the context window.
+        Qwen3Error: a file is wrong, the tools' descriptions fill the context window, or the
+            checkpoint does not chat.
     """
     if not files:
         yield []

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from httpx2 import Response
     from mcp import Client
     from mcp.client import Transport
-    from mcp_types import CallToolResult, Tool
+    from mcp_types import Tool
 
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -132,6 +132,7 @@ class Servers:
                 description=tool.description or tool.title or "",
                 parameters=tool.input_schema,
                 function=partial(self._call, server, tool.name),
+                start=partial(self._start_call, server, tool.name),
             )
             for server in self._running
             for tool in server.tools
@@ -191,10 +192,12 @@ class Servers:
             _check_arguments(arguments)
             if self._approve and not self._approve(Call(server.name, tool, arguments)):
                 return "Error: the user declined this call"
-            result = self._wait(self._submit(server.call(tool, arguments)))
+            return self._wait(self._start_call(server, tool, arguments))
         except Qwen3Error as error:
             return f"Error: {error}"
-        return result_text(result, self._max_result)
+
+    def _start_call(self, server: "_Server", tool: str, arguments: dict[str, Any]) -> Future[str]:
+        return self._submit(server.call(tool, arguments, self._max_result))
 
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start a coroutine on the loop."""
@@ -262,19 +265,16 @@ class _Server:
             self._task.cancel()
             await asyncio.wait([self._task])
 
-    async def call(self, tool: str, arguments: dict[str, Any]) -> "CallToolResult":
-        """Call a tool.
-
-        Raises:
-            Qwen3Error: the server has ended, refuses the call or does not answer in time.
-        """
+    async def call(self, tool: str, arguments: dict[str, Any], max_result: int) -> str:
+        """Call a tool and return what the model reads: its result, or why there is none."""
         try:
             if self._client is None:
                 raise Qwen3Error(self._why_ended)
             async with asyncio.timeout(self._config.timeout):
-                return await self._client.call_tool(tool, arguments)
-        except Exception as error:
-            raise Qwen3Error(f"the MCP server {self.name}: {self._reason(error)}") from error
+                result = await self._client.call_tool(tool, arguments)
+        except Exception as error:  # noqa: BLE001 - a call that fails must not end the chat
+            return f"Error: the MCP server {self.name}: {self._reason(error)}"
+        return result_text(result, max_result)
 
     async def _live(self) -> None:
         from mcp import Client

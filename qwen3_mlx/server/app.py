@@ -24,8 +24,10 @@ from qwen3_mlx.server.openapi import add_description
 from qwen3_mlx.server.registry import PROTOCOLS, protocol_of
 from qwen3_mlx.server.rerank import routes as rerank
 from qwen3_mlx.server.responses import routes as responses
+from qwen3_mlx.server.served_tools import routes as tool_routes
 from qwen3_mlx.server.service import Service
 from qwen3_mlx.server.settings import Settings
+from qwen3_mlx.text.described_tool import DescribedTool
 from qwen3_mlx.version import __version__
 
 _TYPES = {
@@ -48,11 +50,14 @@ _PAGE_HEADERS = {
 
 
 def make_app(
-    llm: LLM, settings: Settings, sources: Sequence[ModelSource] = ()
+    llm: LLM,
+    settings: Settings,
+    sources: Sequence[ModelSource] = (),
+    tools: Sequence[DescribedTool] = (),
 ) -> tuple[FastAPI, Service]:
     """Create the application for a loaded checkpoint, the first of the `sources` if there are any.
 
-    Without sources the checkpoint is the only one, and is never closed.
+    Without sources the checkpoint is the only one, and is never closed. The page offers `tools`.
 
     Raises:
         Qwen3Error: the checkpoint cannot think as the settings require.
@@ -67,7 +72,7 @@ def make_app(
         openapi_url=None,  # see add_description
     )
     protocols = (openai, responses, rerank, anthropic, ollama)
-    routers = [protocol.routes(service) for protocol in protocols]
+    routers = [*(protocol.routes(service) for protocol in protocols), tool_routes(service, tools)]
     for router in routers:
         app.include_router(router)
     _add_health(app, service)

@@ -22,7 +22,7 @@ from qwen3_mlx.server.registry import protocol_of
 from qwen3_mlx.server.request_body import Body, parse_body
 from qwen3_mlx.server.response import ActiveRequest, EventStreamResponse
 from qwen3_mlx.server.service import ModelService, Prepare, Service
-from qwen3_mlx.server.waiting import check_cancelled, wait_for_model
+from qwen3_mlx.server.waiting import check_cancelled, wait_for
 from qwen3_mlx.server.wire import json_bytes, warnings_header
 from qwen3_mlx.text.events import Event
 
@@ -193,7 +193,7 @@ async def answer_request(
             return await service.run_sized(size, created)
 
         patience = service.settings.keep_alive if parsed.streamed else None
-        if await wait_for_model(lease, request, slot, patience):
+        if await wait_for(lease.ready, request, slot, patience):
             return await (await create()).respond(request, slot)
         slot.kept = True
         waiting = WaitingStream(request, slot, lease, service.settings.keep_alive, create)

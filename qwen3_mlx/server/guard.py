@@ -66,9 +66,13 @@ class Guard:
         if origin is None and scope["method"] == "POST":
             if headers.get("sec-fetch-site") in _FOREIGN_SITES:
                 origin = "another site"
-        if origin and not self._is_allowed_origin(origin, f"{scope['scheme']}://{sent}"):
-            hint = f"{origin} lets them" if ORIGIN.fullmatch(origin) else "'*' lets all pages"
-            raise ApiError(403, f"pages of {origin} may not use this server; --cors-origin {hint}")
+        if origin and origin.lower() != f"{scope['scheme']}://{sent}".lower():
+            scope["foreign_page"] = True
+            if not {"*", origin}.intersection(self._settings.cors_origins):
+                hint = f"{origin} lets them" if ORIGIN.fullmatch(origin) else "'*' lets all pages"
+                raise ApiError(
+                    403, f"pages of {origin} may not use this server; --cors-origin {hint}"
+                )
         self._bodies.check(int(headers.get("content-length") or "0"))
         path = scope["path"]
         if path in _OPEN_PATHS or path.startswith(_OPEN_FOLDER):
@@ -107,10 +111,6 @@ class Guard:
         except ValueError:
             return False
         return True
-
-    def _is_allowed_origin(self, origin: str, own: str) -> bool:
-        allowed = self._settings.cors_origins
-        return "*" in allowed or origin in allowed or origin.lower() == own.lower()
 
 
 def _counting(receive: Receive, body: BodyMemory) -> Receive:

@@ -16,6 +16,7 @@ from qwen3_mlx.server.app import make_app
 from qwen3_mlx.server.connections import Connection, Connections, Limits, raise_file_limit
 from qwen3_mlx.server.model_source import ModelSource
 from qwen3_mlx.server.settings import Settings
+from qwen3_mlx.text.described_tool import DescribedTool
 
 # Seconds of `shutdown`, at most half of it, for clients to read why their replies were cancelled.
 _NOTICE = 2
@@ -36,8 +37,9 @@ class Server(uvicorn.Server):
         ready: Callable[[], None],
         limits: Limits | None = None,
         sources: Sequence[ModelSource] = (),
+        tools: Sequence[DescribedTool] = (),
     ) -> None:
-        app, self.service = make_app(llm, settings, sources)
+        app, self.service = make_app(llm, settings, sources, tools)
         self._deadline = settings.shutdown - min(_NOTICE, settings.shutdown / 2)
         self._ready = ready
         limits = limits or Limits.of_process()
@@ -102,10 +104,11 @@ def serve(
     listener: socket.socket,
     ready: Callable[[], None],
     sources: Sequence[ModelSource],
+    tools: Sequence[DescribedTool],
 ) -> None:
     """Serve until SIGINT or SIGTERM; a second SIGINT does not wait. `ready` is called once.
 
-    `llm` is the first of the `sources`; the others are loaded on demand.
+    `llm` is the first of the `sources`; the others are loaded on demand. The page offers `tools`.
 
     Raises:
         Qwen3Error: the checkpoint cannot think as the settings want it to.
@@ -115,7 +118,7 @@ def serve(
     sys.setswitchinterval(_SWITCH_INTERVAL)
     before = signal.signal(signal.SIGTERM, _quit)
     try:
-        Server(llm, settings, ready, sources=sources).run([listener])
+        Server(llm, settings, ready, sources=sources, tools=tools).run([listener])
     except KeyboardInterrupt:  # uvicorn raises the signal again after the shutdown
         pass
     finally:

@@ -1,4 +1,4 @@
-"""The wait of a request for its model, which is being loaded or makes room for another."""
+"""The wait of a request for its model, or for a tool, outside the event loop."""
 
 import asyncio
 import math
@@ -9,34 +9,35 @@ from fastapi import Request
 
 from qwen3_mlx.server.admission import Slot
 from qwen3_mlx.server.errors import ApiError
-from qwen3_mlx.server.models import Lease
 from qwen3_mlx.server.preparing import wait_for_disconnect
 from qwen3_mlx.text.fair_queue import POLL_SECONDS
 
 
-async def wait_for_model(
-    lease: Lease, request: Request, slot: Slot, patience: float | None
+async def wait_for(
+    awaited: asyncio.Future[Any], request: Request, slot: Slot, patience: float | None = None
 ) -> bool:
-    """Wait until a model can be used, at most `patience` s; return whether it can.
+    """Wait until a future is done, at most `patience` s; return whether it is.
 
     Raises:
-        ApiError: it cannot be loaded, or the wait was given up.
+        ApiError: the client went away, or the server has cancelled the request.
+        Exception: that of the future.
     """
-    if not lease.ready.done():
+    if not awaited.done():
         end = time.monotonic() + (math.inf if patience is None else patience)
         disconnected = asyncio.create_task(wait_for_disconnect(request))
-        awaited: list[asyncio.Future[Any]] = [lease.ready, disconnected]
         try:
-            while not lease.ready.done() and time.monotonic() < end:
-                await asyncio.wait(awaited, timeout=POLL_SECONDS, return_when="FIRST_COMPLETED")
+            while not awaited.done() and time.monotonic() < end:
+                await asyncio.wait(
+                    [awaited, disconnected], timeout=POLL_SECONDS, return_when="FIRST_COMPLETED"
+                )
                 if disconnected.done():
                     raise ApiError(499, "the client went away")
                 check_cancelled(slot)
         finally:
             disconnected.cancel()
-        if not lease.ready.done():
+        if not awaited.done():
             return False
-    lease.ready.result()
+    awaited.result()
     return True
 
 

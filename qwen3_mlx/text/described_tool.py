@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import chain, count
 from typing import Any
@@ -21,6 +22,7 @@ class DescribedTool:
         description: what it does, for the model.
         parameters: the JSON schema of its arguments.
         function: called with all arguments, a dict; returns the result.
+        start: starts a call without asking for approval; cancelling the result cancels the call.
     """
 
     name: str
@@ -28,6 +30,7 @@ class DescribedTool:
     description: str
     parameters: Mapping[str, Any]
     function: Callable[[dict[str, Any]], Any]
+    start: Callable[[dict[str, Any]], Future[str]]
 
     def __call__(self, /, **arguments: Any) -> Any:
         """Call the tool and return its result."""

@@ -15,6 +15,7 @@ from qwen3_mlx.server.connections import Limits
 from qwen3_mlx.server.model_source import ModelSource
 from qwen3_mlx.server.run import Server
 from qwen3_mlx.server.settings import Settings
+from qwen3_mlx.text.described_tool import DescribedTool
 
 # There is nothing to verify, and to load the certificates for it takes 20 ms of each request.
 _PLAIN: dict[str, Any] = {"timeout": 60, "verify": False}
@@ -53,13 +54,14 @@ def serving(
     llm: LLM,
     limits: Limits | None = None,
     sources: Sequence[ModelSource] = (),
+    tools: Sequence[DescribedTool] = (),
     **settings: Any,
 ) -> Iterator[Served]:
     """Serve `llm` at a port of its own, and the other models of `sources` beside it."""
     listener = socket.create_server(("127.0.0.1", 0))
     ready = Event()
     configured = Settings(**{"model": "demo", "shutdown": 1.0, **settings})
-    server = Server(llm, configured, ready.set, limits, sources)
+    server = Server(llm, configured, ready.set, limits, sources, tools)
     thread = Thread(target=lambda: asyncio.run(server.serve([listener])))
     thread.start()
     try:

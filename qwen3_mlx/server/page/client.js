@@ -62,11 +62,23 @@ export async function ask(request) {
   return (await response.json()).choices[0].message.content;
 }
 
-/** Return the number of tokens of some messages. */
-export async function count(messages, signal) {
+/** Return the tools that the server was started with. */
+export async function servedTools() {
+  return (await (await call("/v1/mcp/tools")).json()).data;
+}
+
+/** Call a tool and return its result. */
+export async function callTool(name, given, signal) {
+  const body = JSON.stringify({ name, arguments: given });
+  return (await (await call("/v1/mcp/call", { method: "POST", body, signal })).json()).content;
+}
+
+/** Return the number of tokens of some messages and tools. */
+export async function count(messages, tools, signal) {
   const system = messages[0]?.role === "system" ? messages[0].content : undefined;
   const said = messages.filter(({ role, content }) => (role === "user" || role === "assistant") && content);
   const body = { model: "default", system, messages: said.map(({ role, content }) => ({ role, content })) };
+  body.tools = tools.map((tool) => tool.function ?? tool).map(({ parameters, ...tool }) => ({ ...tool, input_schema: parameters ?? {} }));
   const response = await call("/v1/messages/count_tokens", { method: "POST", body: JSON.stringify(body), signal });
   return (await response.json()).input_tokens;
 }

@@ -61,9 +61,33 @@ function fenced(text) {
   return `${fence}\n${text}${text.endsWith("\n") ? "" : "\n"}${fence}`;
 }
 
+/** Return the results that follow a reply with calls, in the order in which they came. */
+export function resultsOf({ nodes }, reply) {
+  const all = Object.values(nodes).filter(({ role }) => role === "tool").sort(byAge);
+  const made = [];
+  const next = (id) => all.findLast(({ parent }) => parent === id);
+  for (let node = next(reply.id); node; node = next(node.id)) made.push(node);
+  return made;
+}
+
+/** Return messages with the results of calls in the order of the calls: the model reads no ids. */
+function inOrder(messages) {
+  const made = [];
+  for (const one of messages) {
+    let at = made.length;
+    if (one.role === "tool") {
+      const calls = made.findLast(({ tool_calls: calls }) => calls)?.tool_calls ?? [];
+      const place = ({ tool_call_id: id }) => calls.findIndex((call) => call.id === id);
+      while (made[at - 1]?.role === "tool" && place(made[at - 1]) > place(one)) at -= 1;
+    }
+    made.splice(at, 0, one);
+  }
+  return made;
+}
+
 /** Return the messages for the server, up to the message `id`. */
 export function prompt(conversation, id) {
-  const messages = path(conversation, id).map(plain);
+  const messages = inOrder(path(conversation, id).map(plain));
   const system = conversation.settings.system ?? "";
   return system.trim() ? [{ role: "system", content: system }, ...messages] : messages;
 }

@@ -2,9 +2,10 @@
 
 import { attached, isReading, onAttach, takeFiles, wireFiles } from "/page/attach.js";
 import { ask, count, models } from "/page/client.js";
-import { begin, contains, exported, imported, latestBelow, message, path, prompt } from "/page/conversation.js";
+import { begin, contains, exported, imported, latestBelow, message, path, prompt, resultsOf } from "/page/conversation.js";
 import { $, button, complain, element, onEnter } from "/page/dom.js";
 import { conversations, download, isLiveElsewhere, open as openStore, remove, setting, typing, update } from "/page/store.js";
+import { allow, allowedCalls, loadTools, make, offered } from "/page/tools.js";
 import { Turn, leaveAll, store, turnOf } from "/page/turn.js";
 import { ReplyView, UserView, reconcile } from "/page/view.js";
 
@@ -18,7 +19,7 @@ const NO_CHAT = {
   reranker: "This is a reranker: it scores documents for a query (POST /v1/rerank) and does not chat.",
 };
 const THEMES = { "": "◐", light: "☀", dark: "☾" };
-const FIELDS = ["system", "mode", "budget", "temperature", "top-p", "max-tokens", "tools"];
+const FIELDS = ["system", "mode", "budget", "temperature", "top-p", "max-tokens", "tools", "served-tools"];
 const NEAR = 80; // pixels from the end within which new text scrolls the view
 const MEASURED = 10_000; // characters of a message that is typed; more of them fill the field
 const COUNT_AFTER = 300; // milliseconds without a key
@@ -207,14 +208,51 @@ const ACTIONS = {
     // A reply without text is not stored yet: its question stands for it.
     update(shown, (record) => (record.leaf = record.nodes[id] ? latestBelow(record, id) : parent));
   },
-  giveResult(call, text) {
-    const conversation = current();
-    store(conversation, message(conversation.leaf, "tool", text, { tool_call_id: call.id }));
-    const messages = path(current());
-    const asked = messages.findLast(({ tool_calls: calls }) => calls).tool_calls;
-    if (asked.every(({ id }) => messages.some((one) => one.tool_call_id === id))) reply(current().leaf);
+  giveResult(asking, call, text) {
+    const options = request();
+    if (options) giveResult(shown, asking, call, text, options);
+  },
+  call(asking, call) {
+    const options = request();
+    if (options) makeCall(shown, asking, call, options);
+  },
+  callAlways(asking, call) {
+    const options = request();
+    if (!options) return;
+    allow(call.function.name);
+    makeAllowed(shown, asking, options);
   },
 };
+
+/** Make the calls of a reply that need no question. */
+function makeAllowed(id, asking, options) {
+  const conversation = conversations.get(id);
+  const answered = new Set(resultsOf(conversation, asking).map((one) => one.tool_call_id));
+  for (const call of allowedCalls(conversation, asking)) if (!answered.has(call.id)) makeCall(id, asking, call, options);
+}
+
+async function makeCall(id, asking, call, options) {
+  troubles.delete(id);
+  try {
+    const making = make(call);
+    changed();
+    const result = await making;
+    giveResult(id, asking, call, result, options);
+  } catch (error) {
+    if (error.name !== "AbortError") troubles.set(id, error.message);
+  }
+  changed();
+}
+
+/** Store the result of a call; the last one of a reply is followed by the next reply. */
+function giveResult(id, asking, call, text, options) {
+  const conversation = conversations.get(id);
+  const results = conversation ? resultsOf(conversation, asking) : [];
+  if (!conversation || results.some((one) => one.tool_call_id === call.id)) return;
+  const node = message((results.at(-1) ?? asking).id, "tool", text, { tool_call_id: call.id });
+  store(conversation, node);
+  if (results.length + 1 === asking.tool_calls.length && conversation.leaf === node.id) start(node.id, options, conversation);
+}
 
 function say(words, files) {
   return !turnOf(shown) && !messageElsewhere() && sayAfter(current().leaf, words, files);
@@ -244,19 +282,19 @@ function reply(id) {
   if (options) start(id, options);
 }
 
-function start(id, options) {
-  const conversation = current();
+function start(id, options, conversation = current()) {
   turnOf(conversation.id)?.stop();
   troubles.delete(conversation.id);
-  complain(unkept);
+  if (conversation.id === shown) complain(unkept);
   if (conversation.leaf !== id) update(conversation.id, (record) => (record.leaf = id));
-  const turn = new Turn(current(), id, options, grown);
+  const turn = new Turn(conversation, id, options, grown);
   $("state").textContent = "The reply is coming.";
   const timer = setInterval(grown, 250); // updates the seconds of thinking between chunks
   turn.ended.then(() => {
     clearInterval(timer);
     if (turn.error) troubles.set(turn.id, turn.error);
     changed();
+    if (turn.node.tool_calls && !turn.node.state && conversations.has(turn.id)) makeAllowed(turn.id, turn.node, turn.options);
     if (turn.id === shown) $("state").textContent = `The reply has ended: ${turn.node.stats || "complete"}`;
   });
   show();
@@ -279,7 +317,8 @@ function checkedRequest() {
   made.temperature = number("temperature");
   made.top_p = number("top-p");
   made.max_tokens = number("max-tokens");
-  if ($("tools").value.trim()) made.tools = tools();
+  const all = tools();
+  if (all.length) made.tools = all;
   return made;
 }
 
@@ -290,14 +329,14 @@ function number(id) {
 }
 
 function tools() {
-  let made;
+  let own;
   try {
-    made = JSON.parse($("tools").value);
+    own = JSON.parse($("tools").value.trim() || "[]");
   } catch (error) {
     throw new Error(`The tools are not JSON: ${error.message}`);
   }
-  if (!Array.isArray(made)) throw new Error("The tools must be a list: [{…}]");
-  return made;
+  if (!Array.isArray(own)) throw new Error("The tools must be a list: [{…}]");
+  return $("served-tools").value === "off" ? own : [...own, ...offered(own)];
 }
 
 /** Close the thinking: the reply goes on with a budget of nothing. */
@@ -353,7 +392,8 @@ function recount() {
     try {
       const { leaf, ...conversation } = current();
       const node = message(leaf, "user", words, { files });
-      const total = await count(prompt({ ...conversation, nodes: { ...conversation.nodes, [node.id]: node } }, node.id), controller.signal);
+      const messages = prompt({ ...conversation, nodes: { ...conversation.nodes, [node.id]: node } }, node.id);
+      const total = await count(messages, tools(), controller.signal);
       $("tokens").textContent = `${total.toLocaleString("en")} of ${served.context_length.toLocaleString("en")} tokens`;
       $("tokens").classList.toggle("bad", total >= served.context_length);
     } catch (error) {
@@ -472,6 +512,9 @@ async function main() {
     $("models").hidden = list.length < 2;
     $("models").replaceChildren(...list.map(({ id }) => element("option", { textContent: id })));
     $("models").addEventListener("change", () => serve(list[$("models").selectedIndex]));
+    const names = await loadTools();
+    $("served-tools").parentElement.hidden = !names.size;
+    $("tool-names").textContent = [...names].map(([server, tools]) => `${server}: ${tools.join(", ")}`).join(" · ");
     serve(list[0]);
   } catch (error) {
     complain(`The server cannot be reached: ${error.message}`);

@@ -116,7 +116,7 @@ function know(id, record) {
   onChange(id);
 }
 
-/** Add a reply, and show it where its question is the last message that is shown. */
+/** Add a reply or a result, and show it where what it answers is the last message that is shown. */
 export function put(record, node) {
   record.nodes[node.id] = node;
   if (record.leaf === node.parent) record.leaf = node.id;
@@ -170,8 +170,7 @@ function recover() {
     const change = (record) => {
       const stored = record.nodes[node.id];
       if (stored && (stored.state !== "live" || length(stored) > length(node))) return;
-      if (node.role === "assistant") put(record, node);
-      else add(record, node);
+      (node.role === "user" ? add : put)(record, node);
     };
     update(id, change, { created }).then((kept) => kept && localStorage.removeItem(key));
   }

@@ -25,6 +25,7 @@ export class Turn {
     this.continues = conversation.nodes[to].role === "assistant";
     this.node = this.continues ? conversation.nodes[to] : message(to, "assistant", "");
     this.node.state = "live";
+    this.options = request;
     this.request = { ...request, messages: prompt(conversation, to), ...(this.continues && { continue_final_message: true }) };
     this.changed = changed;
     this.controller = new AbortController();
@@ -137,7 +138,7 @@ export function store(conversation, node) {
   const created = conversations.has(id) ? undefined : conversation;
   const entry = { id, node, created: created && structuredClone(created) };
   sending.add(entry);
-  update(id, (record) => add(record, node), { created }).then(() => sending.delete(entry));
+  update(id, (record) => (node.role === "user" ? add : put)(record, node), { created }).then(() => sending.delete(entry));
 }
 
 function hasText({ content, reasoning_content, tool_calls }) {

@@ -4,7 +4,7 @@ import { siblings } from "/page/conversation.js";
 import { button, copyButton, element, onEnter } from "/page/dom.js";
 import { MarkdownView } from "/page/markdown.js";
 import { isLiveElsewhere } from "/page/store.js";
-import { parsed } from "/page/turn.js";
+import { callView, stateOf } from "/page/tools.js";
 
 const CLIPPED = 4000; // characters of the user's words that are shown at first
 
@@ -99,10 +99,18 @@ export class ReplyView {
     this.showThought();
     this.markdown.show(content);
     if (running) return this.finish("running", []);
-    const answers = path.filter(({ role }) => role === "tool").map(({ tool_call_id: id }) => id);
+    const calls = message.tool_calls ?? [];
+    const after = path.slice(path.indexOf(message) + 1);
+    const isOpen = after.every(({ role }) => role === "tool");
+    const answers = calls.map(({ id }) => after.find((one) => one.tool_call_id === id));
     const elsewhere = isLiveElsewhere(message);
-    const signature = JSON.stringify([siblings(conversation, message).map(({ id }) => id), message.stats, message.state, answers, elsewhere, isLast, content.length]);
-    this.finish(signature, () => this.actionsFor(conversation, message, elsewhere, isLast), () => (message.tool_calls ?? []).map((call) => this.call(call, path)));
+    const signature = JSON.stringify([siblings(conversation, message).map(({ id }) => id), message.stats, message.state, calls.map(stateOf), answers.map(Boolean), elsewhere, isLast, isOpen, content.length]);
+    const waits = isLast ? message.state && !calls.length : calls.length && isOpen && answers.every(Boolean);
+    this.finish(
+      signature,
+      () => this.actionsFor(conversation, message, elsewhere, waits && path.at(-1).id),
+      () => calls.map((call, index) => callView(call, answers[index], isOpen && !elsewhere ? this.callActions(message) : undefined)),
+    );
   }
 
   showThought() {
@@ -120,42 +128,23 @@ export class ReplyView {
     this.calls.replaceChildren(...(calls ? calls() : []));
   }
 
-  actionsFor(conversation, message, elsewhere, isLast) {
+  callActions(message) {
+    return {
+      call: (call) => this.actions.call(message, call),
+      callAlways: (call) => this.actions.callAlways(message, call),
+      give: (call, text) => this.actions.giveResult(message, call, text),
+    };
+  }
+
+  /** Return the buttons; `goOn` is the id of the message to go on from, if one waits for more. */
+  actionsFor(conversation, message, elsewhere, goOn) {
     if (elsewhere) return [element("span", { textContent: "Another tab is writing this." })];
-    const cut = isLast && message.state && !message.tool_calls;
     return [
       ...versions(conversation, message, this.actions),
       copyButton(() => message.content, { "data-testid": "copy" }),
       button("Retry", () => this.actions.reply(message.parent), { "data-testid": "retry" }),
-      ...(cut ? [button("Go on", () => this.actions.reply(message.id), { "data-testid": "go-on" })] : []),
+      ...(goOn ? [button("Go on", () => this.actions.reply(goOn), { "data-testid": "go-on" })] : []),
       element("span", { textContent: message.state === "live" ? "cut off" : message.stats ?? "", "data-testid": "stats" }),
     ];
   }
-
-  call(call, path) {
-    const made = element(
-      "div",
-      { className: "call", "data-testid": "tool-call" },
-      element("strong", { textContent: call.function.name }),
-      element("pre", { textContent: pretty(call.function.arguments) }),
-    );
-    const answer = path.find((message) => message.tool_call_id === call.id);
-    if (answer) {
-      made.append(element("pre", { textContent: `→ ${answer.content}` }));
-      return made;
-    }
-    const result = element("input", { placeholder: "What the tool gives", "aria-label": `Result of ${call.function.name}`, "data-testid": "tool-result" });
-    const form = element("form", {}, result, element("button", { textContent: "Give", "data-testid": "tool-send" }));
-    form.addEventListener("submit", (event) => {
-      event.preventDefault();
-      this.actions.giveResult(call, result.value);
-    });
-    made.append(form);
-    return made;
-  }
-}
-
-function pretty(text) {
-  const value = parsed(text);
-  return value ? JSON.stringify(value, null, 2) : text;
 }

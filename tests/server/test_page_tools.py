@@ -1,0 +1,126 @@
+"""Tools of MCP servers on the page, in a browser: pytest -m browser."""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from qwen3_mlx import LLM
+from qwen3_mlx.mcp import connect
+from qwen3_mlx.text.described_tool import DescribedTool
+from tests.mcp.harness import by_hand
+from tests.server.browsing import at, complete, pages, say
+from tests.server.harness import PARAMETERS, until
+from tests.server.serving import Served, serving
+
+pytestmark = pytest.mark.browser
+QUESTION, ANSWER = "What is 345 + 678?", "345 + 678 = 1023"
+
+
+@pytest.fixture(scope="module")
+def served(demo: LLM) -> Iterator[Served]:
+    """A server with a calculator."""
+    with connect({"mcpServers": {"sums": by_hand("calculator")}}) as mcp:
+        with serving(demo, tools=mcp.tools) as running:
+            yield running
+
+
+@pytest.fixture
+def page(browser: Any, served: Served) -> Iterator[Any]:
+    """The page, newly opened, with a deterministic model."""
+    yield from opened(browser, served)
+
+
+def opened(browser: Any, served: Served) -> Iterator[Any]:
+    """Open the page; nothing may go wrong on it unseen."""
+    with pages(browser, served.url) as tabs:
+        at(tabs[0], "settings").click()
+        at(tabs[0], "temperature").fill("0")
+        at(tabs[0], "settings").click()
+        yield tabs[0]
+
+
+def slow(began: Callable[[Future[str]], None]) -> DescribedTool:
+    """Return a calculator whose calls take until they are stopped."""
+
+    def start(_: dict[str, Any]) -> Future[str]:
+        future = Future[str]()
+        began(future)
+        return future
+
+    return DescribedTool("calculator", "slow", "Calculates.", PARAMETERS, start, start)
+
+
+def test_a_call_is_made_when_it_is_allowed(page: Any) -> None:
+    say(page, QUESTION)
+    assert "sums: calculator" in at(page, "tool-call").inner_text()
+    assert "345 + 678" in at(page, "tool-call").inner_text()
+    at(page, "tool-once").click()
+    complete(page, 2)
+    assert "→ 1023" in at(page, "tool-call").inner_text()
+    assert at(page, "answer").last.inner_text() == ANSWER
+    say(page, QUESTION, 3)  # the next one is asked for again
+    at(page, "tool-once").wait_for()
+
+
+def test_a_tool_may_be_allowed_until_the_page_is_loaded_again(page: Any) -> None:
+    say(page, QUESTION)
+    at(page, "tool-always").click()
+    complete(page, 2)
+    say(page, QUESTION, 4)
+    assert at(page, "answer").last.inner_text() == ANSWER
+    page.reload()
+    say(page, QUESTION, 5)
+    at(page, "tool-once").wait_for()
+    page.reload()  # and what waits for an answer waits on
+    at(page, "tool-once").click()
+    complete(page, 6)
+    assert at(page, "answer").last.inner_text() == ANSWER
+
+
+def test_a_declined_call_is_told_to_the_model(page: Any) -> None:
+    say(page, QUESTION)
+    at(page, "tool-decline").click()
+    complete(page, 2)
+    assert "→ Error: the user declined this call" in at(page, "tool-call").inner_text()
+
+
+def test_served_tools_may_be_left_out(page: Any) -> None:
+    at(page, "settings").click()
+    assert "sums: calculator" in page.locator("#tool-names").inner_text()
+    at(page, "served-tools").select_option("off")
+    at(page, "settings").click()
+    say(page, QUESTION)
+    assert at(page, "tool-call").count() == 0
+
+
+def test_a_call_is_stopped_and_made_again(browser: Any, demo: LLM) -> None:
+    calls: list[Future[str]] = []
+    with serving(demo, tools=[slow(calls.append)]) as served:
+        for page in opened(browser, served):
+            say(page, QUESTION)
+            at(page, "tool-once").click()
+            at(page, "tool-stop").click()
+            at(page, "tool-once").wait_for()
+            until(calls[0].cancelled)
+            at(page, "tool-once").click()
+            at(page, "tool-stop").wait_for()
+            at(page, "new").click()  # the result comes while another conversation is shown
+            calls[1].set_result("1023")
+            until(lambda: served.server.service.active == 0)
+            at(page, "conversation").click()
+            complete(page, 2)
+            assert at(page, "answer").last.inner_text() == ANSWER
+
+
+def test_a_call_that_cannot_be_made_costs_a_message(page: Any) -> None:
+    lost = {"status": 503, "json": {"error": {"message": "it is lost"}}}
+    page.route("**/v1/mcp/call", lambda route: route.fulfill(**lost))
+    say(page, QUESTION)
+    at(page, "tool-once").click()
+    at(page, "error").filter(has_text="it is lost").wait_for()
+    page.unroute("**/v1/mcp/call")
+    at(page, "tool-once").click()
+    complete(page, 2)
+    assert not at(page, "error").is_visible()
