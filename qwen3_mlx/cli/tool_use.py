@@ -43,6 +43,8 @@ def served_tools(
     if not files:
         yield []
         return
+    if llm.kind != "chat":
+        raise Qwen3Error(f"this model is for {llm.kind} and calls no tools: leave --mcp out")
     with Bar("starting MCP servers") as bar:
         servers = qwen3_mlx.mcp.connect(
             *(file.expanduser() for file in files),

@@ -44,7 +44,7 @@ class ToolsOut(WireModel):
 
 
 class ToolResultOut(WireModel):
-    """What the model is to read: the result, or why there is none."""
+    """The text that the model is to read: the result, or why there is none."""
 
     content: str
 

@@ -1,7 +1,6 @@
 """Tools of MCP servers, as the page and other clients find them on a server."""
 
 import json
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,8 @@ import pytest
 
 from qwen3_mlx import LLM
 from qwen3_mlx.mcp import connect
-from qwen3_mlx.server.metrics import Metrics
 from tests.cli.harness import call as command
+from tests.embedding_twins import write_twin
 from tests.mcp.harness import by_hand
 from tests.server.harness import until
 from tests.server.serving import Served, serving
@@ -106,27 +105,28 @@ def test_a_call_ends_with_its_client(served: Served, trace: Path) -> None:
     assert served.chat(max_tokens=2).status_code == 200
 
 
-def test_without_servers_there_are_no_tools(server: Any) -> None:
-    assert server.get(TOOLS).json() == {"object": "list", "data": []}
-    assert server.post(CALL, {"name": "any"}).status_code == 404
+def test_without_servers_there_are_no_tools(embedder: Served) -> None:
+    assert embedder.get(TOOLS).json() == {"object": "list", "data": []}
+    assert embedder.post(CALL, {"name": "any"}).status_code == 404
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--host", "0.0.0.0"], "every client of the network could call the tools"),
-        (["-m", "EMBEDDER"], "embedding model"),
+        (["--model", "embedding"], "calls no tools"),
     ],
 )
 def test_the_command_refuses_servers_where_they_make_no_sense(
     options: list[str],
     words: str,
-    embedder: Served,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     file = tmp_path / "mcp.json"
     file.write_text(json.dumps({"mcpServers": {"sums": by_hand("calculator")}}))
-    given = [str(embedder.llm.path) if word == "EMBEDDER" else word for word in options]
-    code, _, err = command(["serve", "--mcp", str(file), "--port", "0", *given], capsys)
+    write_twin("embedding", tmp_path / "embedding")
+    monkeypatch.chdir(tmp_path)
+    code, _, err = command(["serve", "--mcp", str(file), "--port", "0", *options], capsys)
     assert code and words in err
