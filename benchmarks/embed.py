@@ -1,8 +1,9 @@
-"""Embedding speed beside sentence-transformers: python -m benchmarks.embed --peer PYTHON [FOLDER]
+"""Embedding speed beside others: python -m benchmarks.embed [--peer PYTHON] [FOLDER]
 
 64 texts of 4 to 160 tokens on a random checkpoint of Qwen3-0.6B's shape, in float32: each program
-in a process of its own, in turn, after a text to warm up. PYTHON is that of an environment with
-sentence-transformers; without it, this package runs alone. FOLDER keeps the checkpoint.
+in a process of its own, in turn, after a text to warm up. mlx-lm has no embeddings; its network's
+hidden states are taken, a text at a time, with the BLAS that this package loads. PYTHON is that of
+an environment with sentence-transformers, which is left out otherwise. FOLDER keeps the checkpoint.
 """
 
 import argparse
@@ -39,7 +40,30 @@ vectors = llm.embed(task["texts"])
 seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
 print(json.dumps({"seconds": seconds, "cpu": cpu, "vectors": vectors.tolist()}))
 """
-_PEER = """
+_MLX_LM = """
+import json, sys, time
+from qwen3_mlx import backend  # first: the BLAS
+import mlx.core as mx
+import mlx_lm
+task = json.load(sys.stdin)
+model, tokenizer = mlx_lm.load(task["folder"])
+model.set_dtype(mx.float32)
+end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+def embed(texts):
+    vectors = []
+    for text in texts:
+        ids = tokenizer.encode(text, add_special_tokens=False) + [end]
+        last = model.model(mx.array([ids]))[0, -1]
+        vectors.append((last / mx.linalg.norm(last)).tolist())
+    return vectors
+embed(task["texts"][:1])
+started, cpu = time.perf_counter(), time.process_time()
+vectors = embed(task["texts"])
+seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
+name = f"mlx-lm {mlx_lm.__version__}, hidden states"
+print(json.dumps({"seconds": seconds, "cpu": cpu, "vectors": vectors, "name": name}))
+"""
+_SENTENCE_TRANSFORMERS = """
 import json, sys, time
 import sentence_transformers, torch
 task = json.load(sys.stdin)
@@ -57,7 +81,7 @@ _MODULES = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Norm
 
 
 def main() -> None:
-    """Measure both and print the table."""
+    """Measure all and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.embed", description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, help="keep the random checkpoint here")
     parser.add_argument("--peer", help="Python of an environment with sentence-transformers")
@@ -67,9 +91,12 @@ def main() -> None:
         tokenizer = Tokenizer(folder / "tokenizer.json")
         texts = mixed_texts(tokenizer)
         task = json.dumps({"folder": str(folder), "texts": texts})
-        programs = {"ours": [sys.executable, "-c", _OURS]}
+        programs = {
+            "ours": [sys.executable, "-c", _OURS],
+            "mlx-lm": [sys.executable, "-c", _MLX_LM],
+        }
         if options.peer:
-            programs["peer"] = [options.peer, "-c", _PEER]
+            programs["sentence-transformers"] = [options.peer, "-c", _SENTENCE_TRANSFORMERS]
         runs: dict[str, list[dict[str, Any]]] = {name: [] for name in programs}
         for _ in range(_REPEATS):
             for name, command in programs.items():
@@ -119,7 +146,10 @@ def mixed_texts(tokenizer: Tokenizer) -> list[str]:
 
 
 def table(runs: dict[str, list[dict[str, Any]]], tokens: int) -> str:
-    """Return the medians as a table; a ratio above 1 is in favour of this package."""
+    """Return the medians as a table; a ratio above 1 is in favour of this package.
+
+    Exits if the vectors differ.
+    """
     machine = backend.describe()
     seconds, cpu = (
         {name: median(run[key] for run in found) for name, found in runs.items()}
@@ -135,14 +165,13 @@ def table(runs: dict[str, list[dict[str, Any]]], tokens: int) -> str:
     for name, found in runs.items():
         figures = f"{seconds[name]:>10.1f}{cpu[name]:>10.1f}{tokens / seconds[name]:>10.1f}"
         lines.append(f"{found[0].get('name', 'qwen3-mlx'):44}{figures}")
-    if "peer" in runs:
-        ours, peer = (np.array(runs[name][0]["vectors"]) for name in ("ours", "peer"))
+    for name in runs.keys() - {"ours"}:
+        ours, peer = (np.array(runs[side][0]["vectors"]) for side in ("ours", name))
         difference = float(np.abs(ours - peer).max())
         if difference > _CLOSE:
-            sys.exit(f"the vectors differ by {difference:.2g}")
-        ratios = (found["peer"] / found["ours"] for found in (seconds, cpu))
-        lines.append(f"{'ratio':44}" + "".join(f"{ratio:>9.2f}x" for ratio in ratios))
-        lines.append(f"the vectors differ by {difference:.0e} at most")
+            sys.exit(f"the vectors of {name} differ by {difference:.2g}")
+        ratios = "".join(f"{found[name] / found['ours']:>9.2f}x" for found in (seconds, cpu))
+        lines.append(f"{f'{name}: its vectors differ by {difference:.0e}':44}{ratios}")
     return "\n".join(lines)
 
 

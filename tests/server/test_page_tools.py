@@ -124,3 +124,14 @@ def test_a_call_that_cannot_be_made_costs_a_message(page: Any) -> None:
     at(page, "tool-once").click()
     complete(page, 2)
     assert not at(page, "error").is_visible()
+
+
+def test_nothing_in_the_arguments_is_hidden(page: Any) -> None:
+    shown = page.evaluate(
+        """async () => {
+            const { callView } = await import("/page/tools.js");
+            const written = JSON.stringify({ path: "a\\u202eb\\u200bc\\u2028d\\u{e0041}é" });
+            return callView({ id: "1", function: { name: "x", arguments: written } }).textContent;
+        }"""
+    )
+    assert shown == 'x{\n  "path": "a\\u202eb\\u200bc\\u2028d\\udb40\\udc41é"\n}'
