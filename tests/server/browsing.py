@@ -43,7 +43,7 @@ def pages(browser: Any, url: str, count: int = 1, **options: Any) -> Iterator[li
         page.on("console", lambda line: trouble.append(line.text) if line.type == "error" else None)
         page.on("request", lambda asked: trouble.append(asked.url))
         page.goto(url)
-        at(page, "model").filter(has_text="demo").wait_for()
+        connected(page)
         return page
 
     try:
@@ -52,6 +52,17 @@ def pages(browser: Any, url: str, count: int = 1, **options: Any) -> Iterator[li
         context.close()
     fine = (url, "data:", "blob:", _REFUSED)
     assert not [line for line in trouble if not line.startswith(fine)]
+
+
+def connected(page: Any) -> None:
+    """Wait until the page knows the server's model and tools."""
+    at(page, "model").filter(has_text="demo").wait_for()
+
+
+def reload(page: Any) -> None:
+    """Load the page again."""
+    page.reload()
+    connected(page)
 
 
 def at(page: Any, name: str) -> Any:

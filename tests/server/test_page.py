@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from qwen3_mlx import LLM
-from tests.server.browsing import at, complete, pages, say, shows
+from tests.server.browsing import at, complete, pages, reload, say, shows
 from tests.server.harness import TOOL
 from tests.server.serving import Served, serving
 
@@ -102,7 +102,7 @@ def test_settings_hold(page: Any) -> None:
     at(page, "prompt").fill(SUM)
     at(page, "prompt").press("Enter")
     at(page, "stats").nth(2).filter(has_text="cut off at the token limit").wait_for()
-    page.reload()
+    reload(page)
     assert at(page, "system").input_value() == "You are brief."
     at(page, "settings").click()
     page.keyboard.press("Escape")
@@ -178,7 +178,7 @@ def test_conversations_are_kept_renamed_and_deleted(page: Any) -> None:
     page.keyboard.press("Control+Shift+O")
     assert at(page, "message-user").count() == 0
     say(page, COUNT)
-    page.reload()
+    reload(page)
     assert at(page, "conversation").all_inner_texts() == [COUNT, SUM]
     at(page, "conversation").nth(1).click()
     assert at(page, "answer").inner_text().startswith("12 + 34")

@@ -10,7 +10,7 @@ import pytest
 from pypdf import PdfWriter
 
 from tests.pdf import PICTURE, SONG, make_document, make_pdf
-from tests.server.browsing import at, pages, say, send, shows
+from tests.server.browsing import at, pages, reload, say, send, shows
 from tests.server.fake_chat import FakeChat
 
 pytestmark = pytest.mark.browser
@@ -50,8 +50,7 @@ def page(browser: Any, server: FakeChat, asked: list[str]) -> Iterator[Any]:
     with pages(browser, server.url) as (opened,):
         opened.on("request", lambda request: asked.append(request.url))
         opened.on("response", check)
-        opened.reload()
-        at(opened, "model").filter(has_text="demo").wait_for()
+        reload(opened)
         yield opened
     assert not missing
 
@@ -88,7 +87,7 @@ def test_files_are_sent_with_the_message(page: Any, server: FakeChat) -> None:
     sent = "a.py:\n````\nprint('```')\n````\n\nwhat is this?"
     assert server.requests[-1]["messages"][0]["content"] == sent
     shows(page, "what is this?")
-    page.reload()
+    reload(page)
     page.locator(".file summary").filter(has_text="a.py").wait_for()
     assert at(page, "file").count() == 0
 

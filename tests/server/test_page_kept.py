@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.browsing import at, complete, pages, say, send, shows, stored
+from tests.server.browsing import at, complete, pages, reload, say, send, shows, stored
 from tests.server.fake_chat import FakeChat
 
 pytestmark = pytest.mark.browser
@@ -71,7 +71,7 @@ def test_tabs_see_each_others_changes(tabs: list[Any]) -> None:
     at(other, "conversation").filter(has_text="in tab one").wait_for()
     say(other, "in tab two")
     at(one, "conversation").filter(has_text="in tab two").wait_for()
-    one.reload()
+    reload(one)
     assert sorted(at(one, "conversation").all_inner_texts()) == ["in tab one", "in tab two"]
     at(one, "conversation").filter(has_text="in tab one").click()
     at(other, "conversation").filter(has_text="in tab one").click()
@@ -89,7 +89,7 @@ def test_a_reload_keeps_the_partial_answer_and_goes_on(tabs: list[Any], chat: Fa
     chat.delay = 0.7  # of two pieces the page saves the first when it comes
     send(page, "long")
     seen = _seen(page, 40)
-    page.reload()
+    reload(page)
     assert len(at(page, "answer").inner_text()) >= seen
     chat.delay = 0
     at(page, "go-on").click()
@@ -109,7 +109,7 @@ def test_a_reload_while_the_prompt_is_read_leaves_no_empty_reply(
     chat.hold = 60
     send(page, "wait")
     page.get_by_role("progressbar").wait_for()
-    page.reload()
+    reload(page)
     shows(page, "wait")
     assert at(page, "message-assistant").count() == 0
     chat.hold = 0
@@ -144,7 +144,7 @@ def test_an_edit_while_a_reply_runs_is_sent(tabs: list[Any], chat: FakeChat) -> 
     page.locator(".message.user textarea").fill("edited")
     page.keyboard.press("Enter")
     complete(page, 1)
-    page.reload()
+    reload(page)
     shows(page, "edited")
     assert at(page, "answer").all_inner_texts() == ["Reply to edited"]
     at(page, "previous").click()
@@ -160,7 +160,7 @@ def test_another_try_while_the_next_prompt_is_read(tabs: list[Any], chat: FakeCh
     chat.hold = 0
     at(page, "retry").first.click()
     complete(page, 1)
-    page.reload()
+    reload(page)
     shows(page, "one")
     assert at(page, "version").inner_text() == "2/2"
     at(page, "previous").click()
@@ -226,14 +226,14 @@ def test_old_conversations_move_once(browser: Any, chat: FakeChat) -> None:
     ]
     with pages(browser, chat.url) as (page,):
         page.evaluate("(old) => localStorage.setItem('qwen3-conversations', old)", json.dumps(old))
-        page.reload()
+        reload(page)
         page.wait_for_function("() => localStorage.getItem('qwen3-conversations') === null")
         assert at(page, "conversation").all_inner_texts() == ["newer", "older"]
         shows(page, "hi")
         assert at(page, "message-assistant").count() == 0
         at(page, "conversation").nth(1).click()
         assert at(page, "answer").inner_text() == "3"
-        page.reload()
+        reload(page)
         assert at(page, "conversation").all_inner_texts() == ["newer", "older"]
 
 
@@ -296,7 +296,7 @@ def test_a_reply_without_text_is_no_end_of_the_stored_path(tabs: list[Any], chat
     at(page, "next").click()
     for each in tabs:
         shows(each, "two")
-    page.reload()
+    reload(page)
     shows(page, "two")
 
 
@@ -310,7 +310,7 @@ def test_a_try_that_does_not_come_leaves_the_earlier_reply(tabs: list[Any], chat
     shows(page, "one")
     page.keyboard.press("Escape")
     shows(page, "one", "two")
-    page.reload()
+    reload(page)
     shows(page, "one", "two")
     assert at(page, "answer").all_inner_texts() == ["Reply to one", "Reply to two"]
 
@@ -349,7 +349,7 @@ def test_a_reply_that_pauses_is_still_its_tabs(tabs: list[Any], chat: FakeChat) 
             window.offered ||= Boolean(document.querySelector("[data-testid=go-on]"));
         }).observe(document, {childList: true, subtree: true});"""
     )
-    other.reload()
+    reload(other)
     _seen(other, 300)
     assert at(other, "message-assistant").filter(has_text="Another tab is writing").count() == 1
     assert not other.evaluate("window.offered")
@@ -367,7 +367,7 @@ def test_a_reply_ends_when_another_tab_deletes_its_conversation(
         other.get_by_label("Delete long").click()
     for each in tabs:
         each.locator(".empty").wait_for()
-    page.reload()
+    reload(page)
     page.locator(".empty").wait_for()
 
 

@@ -10,7 +10,7 @@ from qwen3_mlx import LLM
 from qwen3_mlx.mcp import connect
 from qwen3_mlx.text.described_tool import DescribedTool
 from tests.mcp.harness import by_hand
-from tests.server.browsing import at, complete, pages, say
+from tests.server.browsing import at, complete, pages, reload, say
 from tests.server.harness import PARAMETERS, until
 from tests.server.serving import Served, serving
 
@@ -70,10 +70,10 @@ def test_a_tool_may_be_allowed_until_the_page_is_loaded_again(page: Any) -> None
     complete(page, 2)
     say(page, QUESTION, 4)
     assert at(page, "answer").last.inner_text() == ANSWER
-    page.reload()
+    reload(page)
     say(page, QUESTION, 5)
     at(page, "tool-once").wait_for()
-    page.reload()  # and what waits for an answer waits on
+    reload(page)  # and what waits for an answer waits on
     at(page, "tool-once").click()
     complete(page, 6)
     assert at(page, "answer").last.inner_text() == ANSWER

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.server.browsing import at, pages, send, shows, stored, words
+from tests.server.browsing import at, pages, reload, send, shows, stored, words
 from tests.server.fake_chat import FakeChat
 
 pytestmark = pytest.mark.browser
@@ -166,7 +166,7 @@ class _Walk:
     def reload(self, tab: int) -> None:
         """Load the page anew: replies that run in the tab are cut off."""
         page = self.tabs[tab]
-        page.reload()
+        reload(page)
         at(page, "model").filter(has_text="demo").wait_for()
         at(page, "conversation").or_(page.locator(".empty")).first.wait_for()
         self.running = {name: owner for name, owner in self.running.items() if owner != tab}

@@ -311,7 +311,8 @@ function request() {
 }
 
 function checkedRequest() {
-  const made = { model: served?.id };
+  if (!served) throw new Error("The server has not answered yet: try again.");
+  const made = { model: served.id };
   if ($("mode").value) made.enable_thinking = $("mode").value === "on";
   if ($("mode").value !== "off") made.thinking_budget = number("budget");
   made.temperature = number("temperature");
