@@ -4,8 +4,9 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable
 from difflib import get_close_matches
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 Progress = Callable[[int, int], None]
 """Called with how much of the work is done, and how much there is."""
 
@@ -14,6 +15,19 @@ def plain(value: Any) -> Any:
     """Return a numpy scalar as a Python value, and any other value unchanged."""
     numpy = sys.modules.get("numpy")  # not imported here: that takes 0.1 s
     return value.item() if numpy and isinstance(value, numpy.generic) else value
+
+
+def items(name: str, given: Iterable[T]) -> list[T]:
+    """Return what a list, an array, a generator and the like have; a text is none of them.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise TypeError(
+            f"{name} must be a list, not {given!r:.100}; for a single one, a list of it"
+        )
+    return list(given)
 
 
 def token_ids(ids: Iterable[Any]) -> list[int]:

@@ -20,5 +20,13 @@ class CapacityError(Qwen3Error):
         self.fits_alone = fits_alone
 
 
+class KindError(Qwen3Error):
+    """The checkpoint is for something else; `needed` is the kind of one that could do it."""
+
+    def __init__(self, message: str, needed: str) -> None:
+        super().__init__(message)
+        self.needed = needed
+
+
 class ContextError(Qwen3Error):
     """The prompt, or the prompt and the requested reply together, exceed the context window."""

@@ -20,9 +20,10 @@ from qwen3_mlx.api.stream import StartedReply
 from qwen3_mlx.api.text_processor import TextProcessor
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.sampling_params import SamplingParams
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.errors import KindError, Qwen3Error
 from qwen3_mlx.text.fair_queue import LOCAL_CALLER, Caller
 from qwen3_mlx.text.grammar import GrammarState
+from qwen3_mlx.text.kind import CHAT
 from qwen3_mlx.text.messages import Message, normalise, without_empty_end
 from qwen3_mlx.text.thinking import soft_switch
 from qwen3_mlx.text.thinking_budget import ThinkingLimits
@@ -55,7 +56,7 @@ class ReplyGenerator:
         """
         processor = self.processor
         if processor.no_text:
-            raise Qwen3Error(processor.no_text)
+            raise KindError(processor.no_text, CHAT)
         ids = self.window.encode(prompt)
         max_tokens, min_room = (0, 0) if prefill_only else (options.max_tokens, 1)
         room = self.window.room(len(ids), max_tokens, min_room, clamp_max_tokens=clamp_max_tokens)
@@ -80,7 +81,7 @@ class ReplyGenerator:
             Qwen3Error: it is for something else.
         """
         if self.processor.no_chat:
-            raise Qwen3Error(self.processor.no_chat)
+            raise KindError(self.processor.no_chat, CHAT)
 
     def chat(
         self,

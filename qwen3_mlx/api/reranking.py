@@ -5,7 +5,7 @@ card), or the sigmoid of the only output of a sequence classifier made from it.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import partial
 
 import mlx.core as mx
@@ -13,12 +13,14 @@ import mlx.core as mx
 from qwen3_mlx.api.context_window import refuse_unknown_tokens
 from qwen3_mlx.api.prepared_texts import PreparedTexts
 from qwen3_mlx.api.text_processor import TextProcessor
+from qwen3_mlx.arguments import items
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.errors import ContextError, Qwen3Error
+from qwen3_mlx.errors import ContextError, KindError, Qwen3Error
 from qwen3_mlx.model.config import SCORE
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.text.kind import RERANKER, Kind
+from qwen3_mlx.text.messages import check_unicode
 from qwen3_mlx.text.rerank_prompt import RerankPrompt
 from qwen3_mlx.text.tokenizer import Tokenizer
 
@@ -31,7 +33,7 @@ def prepare_rerank(
     processor: TextProcessor,
     engine: Engine,
     query: str,
-    documents: Sequence[str],
+    documents: Iterable[str],
     *,
     instruction: str | None,
     scoring: str | None,
@@ -39,30 +41,27 @@ def prepare_rerank(
     """Check and encode a query and its documents; see `LLM.rerank`."""
     kind, model = processor.kind, engine.model
     _check_kind(kind, scoring)
-    if isinstance(documents, str):
-        raise TypeError("documents must be a list; [document] scores a single one")
+    documents = items("documents", documents)
     instruction = kind.instruction if instruction is None else instruction
-    for name, text in {"instruction": instruction, "query": query}.items():
+    named = {f"documents[{place}]": document for place, document in enumerate(documents)}
+    for name, text in {"instruction": instruction, "query": query, **named}.items():
         if not isinstance(text, str):
-            raise TypeError(f"{name} must be text, not {text!r}")
-    prompt = RerankPrompt(processor.control, kind.pieces)
+            raise TypeError(f"{name} must be text, not {text!r:.100}")
+        check_unicode(text, name)
+    prompt = RerankPrompt(processor.control, kind.pieces, instruction, query)
     limit = min(_MAX_TOKENS, kind.max_tokens or _MAX_TOKENS, engine.context)
     room = limit - len(prompt.after_ids)
-    if len(prompt.ids(instruction, query, "")) >= room:
+    if len(prompt.ids("")) >= room:
         raise ContextError(
             f"the query and its instruction leave no room for a document in {limit:,} tokens; "
             "shorten them"
         )
     texts, num_cut = list[list[int]](), 0
-    for place, document in enumerate(documents):
-        if not isinstance(document, str):
-            raise TypeError(f"documents[{place}] must be text, not {document!r}")
-        ids = prompt.ids(instruction, query, document)
+    for name, document in named.items():
+        ids = prompt.ids(document)
         num_cut += len(ids) > room
         texts.append(ids[:room] + prompt.after_ids)
-        refuse_unknown_tokens(
-            f"documents[{place}]", texts[-1], model.config.vocab_size, processor.tokenizer
-        )
+        refuse_unknown_tokens(name, texts[-1], model.config.vocab_size, processor.tokenizer)
     if num_cut:
         _log.warning("%d documents were cut at their end, to prompts of %d tokens", num_cut, limit)
     # What all prompts begin with, which is all but the documents, is read once.
@@ -80,14 +79,15 @@ def prepare_rerank(
 
 def _check_kind(kind: Kind, scoring: str | None) -> None:
     if scoring not in (None, _YES_NO):
-        raise ValueError(f"scoring must be {_YES_NO!r} or None, not {scoring!r}")
+        raise ValueError(f"scoring must be {_YES_NO!r}, not {scoring!r}")
     if scoring:
         return
     if kind.name != RERANKER:
-        raise Qwen3Error(
+        raise KindError(
             f"this checkpoint is {kind.described}, not a reranker; load one such as "
             f'Qwen/Qwen3-Reranker-0.6B; scoring="{_YES_NO}" scores by its "yes" and "no" all the '
-            "same"
+            "same",
+            RERANKER,
         )
     if kind.problem:
         raise Qwen3Error(f"this checkpoint cannot rerank as its files say: {kind.problem}")

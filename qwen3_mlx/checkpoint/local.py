@@ -5,7 +5,7 @@ The hub's cache is read and changed by the functions of its own library alone.
 
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,9 +62,9 @@ def local_models() -> tuple[list[LocalModel], list[str]]:
     return sorted(once.values(), key=lambda model: (model.place != HUB, model.name)), complaints
 
 
-def last_used_model() -> LocalModel | None:
+def last_used(models: Iterable[LocalModel]) -> LocalModel | None:
     """Return the complete checkpoint that was loaded last; None if there is none."""
-    complete = [model for model in local_models()[0] if model.complete]
+    complete = [model for model in models if model.complete]
     return max(complete, key=lambda model: model.used or 0.0, default=None)
 
 

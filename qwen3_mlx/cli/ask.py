@@ -4,7 +4,7 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ import typer
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx import backend
 from qwen3_mlx.cli.attachments import read_attachment
-from qwen3_mlx.cli.console import Bar, note, stderr_text
+from qwen3_mlx.cli.console import Bar, note, read_stdin, stderr_text
 from qwen3_mlx.cli.error_wording import UsageError
 from qwen3_mlx.cli.option_groups import with_options
 from qwen3_mlx.cli.options import (
@@ -34,7 +34,7 @@ from qwen3_mlx.cli.recording import LogOptions, start_recording, with_system
 from qwen3_mlx.cli.screen import AnswerWriter
 from qwen3_mlx.cli.short_schema import schema_from
 from qwen3_mlx.cli.tool_file import load_functions
-from qwen3_mlx.cli.tool_use import check_steps, served_tools
+from qwen3_mlx.cli.tool_use import check_steps, served_tools, shown_with_question
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall
@@ -99,14 +99,16 @@ def ask(  # noqa: PLR0913 - one parameter a group of options
     with (
         begun.recorder as recorder,
         load_model(begun.model, loading, quiet=quiet) as llm,
-        served_tools(reply.mcp or (), llm, yes=yes, quiet=quiet) as served,
+        served_tools(reply.mcp or (), llm, yes=yes, quiet=quiet, required=True) as served,
     ):
         tools: list[Callable[..., Any]] = [*functions, *served]
         history = with_system(begun.messages, reply.system)
         conversation = llm.conversation(messages=history, tools=tools or None, **options)
         if begun.model is None and not quiet:
             note(_DEMO_NOTE)
-        show = partial(_show_json if question.json else _show, hide=hide_thinking or quiet)
+        hide = hide_thinking or quiet
+        asked = shown_with_question(served, functions, yes=yes)
+        show = partial(_show_json if question.json else partial(_show, asked=asked), hide=hide)
         finish = _reply(lambda: conversation.stream(text), conversation, recorder, show, quiet)
         steps = 0
         while finish.reason == "tool_calls" and tools:
@@ -123,7 +125,7 @@ def _message(prompt: str | None, files: Sequence[Path]) -> str:
     """Return files, prompt and piped text as one message; there must be one of them."""
     piped = ""
     if prompt == _STDIN or not sys.stdin.isatty():
-        piped = sys.stdin.read().strip("\n")
+        piped = read_stdin().strip("\n")
     prompt = None if prompt == _STDIN else prompt
     text = "\n\n".join(part for part in (*map(_attached, files), prompt, piped) if part)
     if not text.strip():
@@ -173,8 +175,11 @@ def _reply(
     return finish
 
 
-def _show(events: Iterator[Event], *, hide: bool) -> None:
-    """Write the answer as it arrives, and the thinking on stderr unless `hide`."""
+def _show(events: Iterator[Event], *, asked: Collection[str], hide: bool) -> None:
+    """Write the answer as it arrives, and the thinking on stderr unless `hide`.
+
+    Calls of the tools in `asked` are left out: the question before a call shows it.
+    """
     thought = answered = False
     answer = AnswerWriter()
     for event in events:
@@ -188,8 +193,10 @@ def _show(events: Iterator[Event], *, hide: bool) -> None:
             answer.write(event.text)
         elif isinstance(event, ToolCall):
             answer.close()
-            if not hide:
-                note("\n" * (thought and not answered) + f"{event.name}({event.raw_arguments})")
+            if thought and not answered:
+                note("")
+            if not (hide or event.name in asked):
+                note(f"{event.name}({event.raw_arguments})")
             thought = False
     answer.close()
     if thought and not answered:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,6 +17,7 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored import formats_stored
 from qwen3_mlx.checkpoint.weights import with_stored_head
 from qwen3_mlx.cli.console import Bar
+from qwen3_mlx.cli.model_facts import refuse_other_kinds
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.options import Json, ModelArgument, Plot
 from qwen3_mlx.engine.memory import Workload, bytes_read_per_token
@@ -69,7 +71,8 @@ def bench(  # noqa: PLR0913 - one parameter an option
     """Measure prefill and decode speed and memory of MODEL on this machine.
 
     Each engine runs in its own process, the cheapest cases first; cases beyond
-    its time limit are left open. The prompts are random tokens.
+    its time limit are left open. The prompts are random tokens. MODEL must be
+    one that writes text: no embedding model, and no reranker.
 
     [bold]qwen3 bench 8B --against mlx-lm[/bold]   compare with mlx-lm.
     """
@@ -82,6 +85,8 @@ def bench(  # noqa: PLR0913 - one parameter an option
     folder = _folder(model or DEMO)
     content = with_stored_head(read_json(folder / "config.json"), folder)
     config, stored = ModelConfig.from_dict(content), formats_stored(content, folder)
+    detect = import_module("qwen3_mlx.text.abilities")  # Jinja, which --help does not need
+    refuse_other_kinds(detect.Abilities.of(folder, config.output).kind, "a benchmark measures")
     lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
     cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))
     peer_terms = _TERMS[terms] if against else ()

@@ -13,7 +13,7 @@ from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.line_editor import LineEditor
 from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.screen import Screen
-from qwen3_mlx.cli.tool_use import check_steps, served_tools
+from qwen3_mlx.cli.tool_use import check_steps, served_tools, shown_with_question
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.text.described_tool import DescribedTool
@@ -193,6 +193,8 @@ class ChatSession:
 
     def _offer_tools(self) -> None:
         self.tools = [*self._functions, *self._served]
+        left_out = shown_with_question(self._served, self._functions, yes=self._yes)
+        self._screen.left_out = left_out
         self.set_options(tools=self.tools or None)
 
     def option(self, name: str) -> Any:

@@ -49,6 +49,13 @@ def stderr_text(text: str) -> None:
     sys.stderr.flush()
 
 
+def read_stdin() -> str:
+    """Return what is typed or piped; at a terminal a note says that it is waited for."""
+    if sys.stdin.isatty():
+        note("Reading what is typed here; Ctrl-D on a line of its own ends it.")
+    return sys.stdin.read()
+
+
 def visible(text: str) -> str:
     """Return a text whose control characters, which could steer the terminal, are visible."""
     return text.translate(_CONTROL)

@@ -1,8 +1,10 @@
 """`qwen3 embed` and `qwen3 rerank`: vectors of texts, and scores of documents for a query."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +14,12 @@ from qwen3_mlx.cli.console import Bar, note, visible
 from qwen3_mlx.cli.evaluate import read_text
 from qwen3_mlx.cli.option_groups import option, with_options
 from qwen3_mlx.cli.options import Json, Model, Quiet, WeightOptions, load_model
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.files import atomic_write
 
 _LINES = ".jsonl"
 _ARRAY = ".npy"
+_PLACE = re.compile(r"^(?:texts|documents)\[(\d+)\]")  # of the library's errors
 _File = Annotated[
     Path,
     typer.Argument(
@@ -72,7 +76,8 @@ def embed(  # noqa: PLR0913 - one parameter an option
     if output and output.suffix not in (_ARRAY, _LINES):
         raise ValueError(f"--output must be a {_ARRAY} or {_LINES} file, not {output}")
     texts = _texts(file, as_json=jsonl)
-    with load_model(model, loading, quiet=quiet) as llm, Bar("embedding") as bar:
+    loaded = load_model(model, loading, quiet=quiet)
+    with loaded as llm, Bar("embedding") as bar, _lines_named(file):
         vectors = llm.embed(
             texts,
             instruction=instruction,
@@ -128,7 +133,8 @@ def rerank(  # noqa: PLR0913 - one parameter an option
     With --json: an object for each document, a line each.
     """
     documents = _texts(file, as_json=jsonl)
-    with load_model(model, loading, quiet=quiet) as llm, Bar("reranking") as bar:
+    loaded = load_model(model, loading, quiet=quiet)
+    with loaded as llm, Bar("reranking") as bar, _lines_named(file):
         scores = llm.rerank(
             query,
             documents,
@@ -153,6 +159,17 @@ def _texts(file: Path, *, as_json: bool) -> list[str]:
         return []
     lines = [line.removesuffix("\r") for line in content.split("\n")]
     return [*_parsed(file, lines)] if as_json or file.suffix == _LINES else lines
+
+
+@contextmanager
+def _lines_named(file: Path) -> Iterator[None]:
+    """Name the line of the file where an error of the block names one of its texts."""
+    try:
+        yield
+    except (Qwen3Error, ValueError, TypeError) as error:
+        line = _PLACE.sub(lambda found: f"line {int(found[1]) + 1} of {_name(file)}", str(error))
+        error.args = (line,)
+        raise
 
 
 def _name(file: Path) -> str:

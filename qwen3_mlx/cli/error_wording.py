@@ -8,7 +8,8 @@ from typer.exceptions import TyperException
 
 _BOTH = re.compile(r"(--[a-z-]+(?: \w+)?) \(\w+=[^()]*\)")  # "--force (force=True)"
 _KEYWORD = re.compile(r"\b([a-z_]+)=(\"[^\"]*\"|'[^']*'|[\w.,-]*\w)")
-_FIRST = re.compile(r"([a-z_]+)(?= must be |: )")  # "max_tokens must be at least 1, not 0"
+_FIRST = re.compile(r"([a-z_]+)(?= must be | is not valid |: )")  # "max_tokens must be at least 1"
+_COMMAND = re.compile(r"\b(embed|rerank)\(\)")  # a remedy that is a command, too
 _CALL = re.compile(r"(?:[;,] or|;) [^;,]*\b\w+\(\)[^;,]*")  # a remedy that only Python has
 _STRAY = re.compile(r"Got unexpected extra argument\(s\) \((.*)\)", re.DOTALL)
 _CUTOFF = 0.75  # difflib's ratio of four letters, two of them swapped, or one of them wrong
@@ -48,6 +49,7 @@ def with_option_names(message: str, keywords: Collection[str]) -> str:
 
     A remedy that only a program has, the call of a function, is left out.
     """
+    message = _COMMAND.sub(r"qwen3 \1", message)
     if (first := _FIRST.match(message)) and first[1] in keywords:
         message = f"--{first[1].replace('_', '-')}{message[first.end() :]}"
 

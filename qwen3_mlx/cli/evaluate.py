@@ -4,7 +4,6 @@ The tasks of lm-eval are in `cli/tasks.py`.
 """
 
 import json
-import sys
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
@@ -21,17 +20,20 @@ from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.stored import formats_stored
-from qwen3_mlx.cli.console import Bar, note, print_facts
+from qwen3_mlx.checkpoint.weights import with_described_head
+from qwen3_mlx.cli.console import Bar, note, print_facts, read_stdin
+from qwen3_mlx.cli.model_facts import refuse_other_kinds
 from qwen3_mlx.cli.option_groups import option, with_options
 from qwen3_mlx.cli.options import CheckpointOptions, Json, ModelArgument, alias_meant, load_model
 from qwen3_mlx.cli.tasks import tasks
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
 from qwen3_mlx.evaluate.perplexity import Perplexity, perplexity
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
 from qwen3_mlx.evaluate.weight_errors import ModuleRow, bits_per_weight, module_errors
 from qwen3_mlx.evaluate.windows import WINDOW
 from qwen3_mlx.files import read_json
+from qwen3_mlx.model.config import LOGITS, ModelConfig
 from qwen3_mlx.model.sizes import hub_name
 
 _FEW_TOKENS = 16  # below this a perplexity is mostly chance
@@ -89,6 +91,7 @@ def perplexity_command(
     """
     text, window, overlap = read_text(reading.text), reading.window, reading.overlap
     with _load(model, loading) as llm, Bar("reading") as bar:
+        refuse_other_kinds(llm.kind, "a perplexity measures")
         ids = _ids(llm, text, reading.tokens)
         found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
     if found.tokens < _FEW_TOKENS:
@@ -178,6 +181,9 @@ def compare(
         _load(candidate, candidate_options) as second,
         Bar("comparing") as bar,
     ):
+        if first.kind != "chat":
+            note(f"{reference} is no chat model: compared are its predictions of text, which it")
+            note("is not used for; they show how much a conversion changed, not what it cost.")
         ids = _ids(first, text, reading.tokens)
         found = divergence(first, second, ids, window=window, overlap=overlap, progress=bar)
     if candidate_options.bits is not None:  # its weights are not those that are stored
@@ -212,17 +218,22 @@ def _load(
 
 
 def refuse_unloadable(model: str | Path, revision: str | None = None) -> None:
-    """Refuse a model whose weights cannot be computed with, before anything is loaded.
+    """Refuse a model whose predictions cannot be computed, before anything is loaded.
 
     Raises:
-        CheckpointError: the weights must be converted first, or cannot be read.
+        CheckpointError: the weights must be converted first, or cannot be read, or predict nothing.
     """
     source = Source(hub_name(model), revision)
     if source.is_missing("config.json"):
         return  # loading gives the better error message
     folder = source.fetch(DESCRIPTION_FILES)
     if (folder / "config.json").is_file():
-        formats_stored(read_json(folder / "config.json"), folder)
+        config = with_described_head(read_json(folder / "config.json"), folder)
+        formats_stored(config, folder)
+        if ModelConfig.from_dict(config).output != LOGITS:
+            raise CheckpointError(
+                f"{model} predicts no text that could be compared: it has no head"
+            )
 
 
 def read_text(file: Path | None) -> str:
@@ -234,7 +245,7 @@ def read_text(file: Path | None) -> str:
     if file is None:
         return default_text()
     try:
-        return sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+        return read_stdin() if str(file) == "-" else file.read_text(encoding="utf-8")
     except OSError as error:
         raise typer.BadParameter(f"{file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

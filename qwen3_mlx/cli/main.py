@@ -185,7 +185,12 @@ def main(args: Sequence[str] | None = None) -> None:
 def _keywords() -> set[str]:
     """Return the library's keywords that are options of a subcommand, under the same name."""
     group: Any = typer.main.get_command(app)
-    return {option.name for command in group.commands.values() for option in command.params}
+    return {
+        param.name
+        for command in group.commands.values()
+        for param in command.params
+        if param.param_type_name == "option"
+    }
 
 
 def _print_error(message: str, code: int) -> int:

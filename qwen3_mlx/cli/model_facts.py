@@ -10,10 +10,12 @@ from typing import Any
 from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
 from qwen3_mlx.cli.plan_estimate import Machine, MemoryEstimate
 from qwen3_mlx.engine.memory import Module, Plan, modules, weight_bytes
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import AFFINE, Format, FormatOf
 
 _STORED = "as it is"
+_KINDS = {"embedding": "an embedding model", "reranker": "a reranker"}
 _FLOATS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 _MAIN_SHARE = 0.98  # of the weights; routers that keep 8 bits make no mixed format
 _LAYER = re.compile(r"^model\.(layers\.\d+\.)?")
@@ -97,6 +99,19 @@ class ModelFacts:
             fmt = self.formats(module.path) if self.formats else None
             if module.columns:
                 yield module, format_label(fmt, self.floats)
+
+
+def refuse_other_kinds(kind: str, what: str) -> None:
+    """Refuse a checkpoint that is not for text, of whose use `what` says nothing.
+
+    Raises:
+        Qwen3Error: it is an embedding model or a reranker.
+    """
+    if kind in _KINDS:
+        raise Qwen3Error(
+            f"this checkpoint is {_KINDS[kind]}, and {what} how a model writes text, which it "
+            "is not for"
+        )
 
 
 def format_label(fmt: Format | None, floats: str) -> str:

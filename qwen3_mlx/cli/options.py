@@ -27,7 +27,7 @@ from qwen3_mlx.model.sizes import DEMO, SIZES, hub_name, is_demo
 _MODEL, GENERATION, _THINKING = "Model", "Generation", "Thinking"
 _SAMPLING, _DISPLAY = "Sampling", "Display"
 MODEL_VARIABLE = "QWEN3_MODEL"
-_NGRAM = "ngram"  # a value of --draft
+NGRAM = "ngram"  # a value of --draft
 _YARN_NOTE = "YaRN is on for this context window; quality on short texts may be slightly lower."
 
 
@@ -71,7 +71,7 @@ def without_alias(name: str) -> str:
             circle = " -> ".join(names)
             raise Qwen3Error(f"{config_file()}: the aliases {circle} stand for each other")
     cannot_be_model = hub_name(name) == name and "/" not in name and not Path(name).exists()
-    if cannot_be_model and name != _NGRAM and (close := get_close_matches(name, aliases, 1)):
+    if cannot_be_model and name != NGRAM and (close := get_close_matches(name, aliases, 1)):
         raise Qwen3Error(f"there is no model {name!r}; did you mean the alias {close[0]}?")
     return name
 

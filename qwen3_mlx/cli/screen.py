@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +19,7 @@ class Screen:
 
     def __init__(self, *, show_thinking: bool) -> None:
         self.show_thinking = show_thinking
+        self.left_out: Collection[str] = ()  # tools whose calls are shown elsewhere
         self._console = Console()
 
     def show(self, events: Iterable[Event]) -> Finish:
@@ -43,8 +44,9 @@ class Screen:
                 answer.write(event.text)
             elif isinstance(event, ToolCall) and is_terminal:
                 answer.close()
-                call = visible(f"{event.name}({event.raw_arguments})")
-                self._console.print(Plain(call, style="cyan"))
+                if event.name not in self.left_out:
+                    call = visible(f"{event.name}({event.raw_arguments})")
+                    self._console.print(Plain(call, style="cyan"))
             elif isinstance(event, Finish):
                 finish = event
         answer.close()

@@ -15,14 +15,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from qwen3_mlx.checkpoint.local import last_used_model
+from qwen3_mlx.checkpoint.description import read_config
+from qwen3_mlx.checkpoint.hub import Source
+from qwen3_mlx.checkpoint.local import last_used, local_models
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.option_groups import option, with_options
-from qwen3_mlx.cli.options import ModelOptions, Models, SamplingOptions, load_model
+from qwen3_mlx.cli.options import NGRAM, ModelOptions, Models, SamplingOptions, load_model
 from qwen3_mlx.cli.service_file import install_service
 from qwen3_mlx.cli.tool_use import served_tools
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.extras import install_command
+from qwen3_mlx.model.sizes import hub_name
 from qwen3_mlx.server.duration import read_duration
 from qwen3_mlx.server.keys import read_keys
 from qwen3_mlx.server.running import registered, url_of
@@ -200,8 +203,9 @@ def serve(  # noqa: PLR0913 - one parameter an option
     if models_from not in (None, "list"):
         raise ValueError(f"--models-from must be list, not {models_from!r}")
     models: list[str | None] = [*(model or ())]
+    found, complaints = local_models() if models_from else ([], [])
     if not models:
-        recent = last_used_model() if models_from else None
+        recent = last_used(found)
         models = [recent.name if recent else None]
     settings = Settings(
         model=name or model_name(models[0]),
@@ -226,6 +230,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     )
     _check_access(settings, has_tools=bool(mcp))
     if install:
+        _check_startable(models, loading, mcp or ())
         install_service(sys.argv[1:])
         return
     listener = _listen(host, port)
@@ -248,7 +253,9 @@ def serve(  # noqa: PLR0913 - one parameter an option
         _log_to_stderr(quiet=quiet)
         tools = stack.enter_context(served_tools(mcp or (), llm, yes=True, quiet=quiet))
         if models_from:
-            sources += describing.local_sources(options, sources)
+            for complaint in complaints:
+                note(complaint)
+            sources += describing.local_sources(found, options, sources)
         others = [source.name for source in sources[1:]]
         with registered(*_address_of(settings, listener), settings.model):
             serving.serve(llm, settings, listener, partial(ready, others), sources, tools)
@@ -270,6 +277,22 @@ def _check_access(settings: Settings, *, has_tools: bool) -> None:
             f"with --mcp and --host {settings.host} every client of the network could call the "
             "tools; --api-key KEY lets only yours do so"
         )
+
+
+def _check_startable(
+    models: Sequence[str | None], loading: ModelOptions, mcp: Sequence[Path]
+) -> None:
+    """Check that a later start finds the models and MCP servers; no weights are fetched.
+
+    Raises:
+        Qwen3Error, ValueError: it would not.
+    """
+    for model in filter(None, models):
+        read_config(Source(hub_name(model), loading.revision))
+    if loading.draft not in (None, NGRAM):
+        read_config(Source(hub_name(loading.draft)))
+    for file in mcp:
+        import_module("qwen3_mlx.mcp.config").read_servers(file)
 
 
 def _announce(

@@ -18,9 +18,11 @@ from qwen3_mlx.cli.plan_estimate import Machine
 from qwen3_mlx.cli.plan_table import count
 from qwen3_mlx.engine.memory import count_weights
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.model.config import LOGITS, SCORE, STATES
 from qwen3_mlx.model.sizes import DEMO, hub_name, published_config, size_named
 
 _CARD = "README.md"
+_HEADS = {LOGITS: "", STATES: ", no head", SCORE: ", a score in place of a head"}
 _CONTEXTS = (8192, 32768)  # tokens; and the window
 
 
@@ -70,7 +72,7 @@ def _of_network(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, Any]:
         "experts": experts and experts.num_experts,
         "experts_per_token": experts and experts.num_experts_per_tok,
         "vocabulary": network.vocab_size,
-        "tied_head": network.tie_word_embeddings,
+        "tied_head": network.tie_word_embeddings and network.output == LOGITS,
         "context": network.context_window,
         "yarn_factor": network.yarn and network.yarn.factor,
         "quantization": facts.method or None,
@@ -121,7 +123,7 @@ def _for_people(about: Mapping[str, Any], facts: ModelFacts) -> dict[str, str]:
         + (experts if about["experts"] else ""),
         "shape": f"{about['layers']} layers, width {about['hidden_size']:,}; {heads}",
         "vocabulary": f"{about['vocabulary']:,} tokens"
-        + (", head tied to the embedding" if about["tied_head"] else ""),
+        + (", head tied to the embedding" if about["tied_head"] else _HEADS[facts.config.output]),
         "context": f"{about['context']:,} tokens"
         + (f", by YaRN x {about['yarn_factor']:g}" if about["yarn_factor"] else ""),
         "format": about["format"],

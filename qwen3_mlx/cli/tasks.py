@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from qwen3_mlx.cli.console import Bar, note, print_table
+from qwen3_mlx.cli.model_facts import refuse_other_kinds
 from qwen3_mlx.cli.option_groups import option, with_options
 from qwen3_mlx.cli.options import CheckpointOptions, Json, ModelArgument, load_model
 from qwen3_mlx.evaluate.tasks import Answering, TaskResults, check_lm_eval, run_tasks
@@ -66,6 +67,7 @@ def tasks(
     check_lm_eval()
     chat = asking.apply_chat_template or asking.thinking is not None
     with load_model(model, loading, what=f"loading {model or 'the demo'}") as llm:
+        refuse_other_kinds(llm.kind, "tasks measure")
         with Bar("answering") as bar:
             found = run_tasks(
                 llm,

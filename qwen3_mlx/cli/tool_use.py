@@ -2,18 +2,18 @@
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.text.described_tool import DescribedTool, with_unique_names
 
 if TYPE_CHECKING:
     from qwen3_mlx.mcp import Call
-    from qwen3_mlx.text.described_tool import DescribedTool
 
 _MAX_STEPS = 25  # replies of a turn that call tools
 
@@ -30,15 +30,20 @@ def check_steps(steps: int) -> None:
 
 @contextmanager
 def served_tools(
-    files: Sequence[Path], llm: "qwen3_mlx.LLM", *, yes: bool, quiet: bool
-) -> Iterator[list["DescribedTool"]]:
+    files: Sequence[Path],
+    llm: "qwen3_mlx.LLM",
+    *,
+    yes: bool,
+    quiet: bool,
+    required: bool = False,
+) -> Iterator[list[DescribedTool]]:
     """Start the MCP servers of files for the block, and yield their tools.
 
-    Each call is asked for, unless `yes`.
+    Each call is asked for, unless `yes`. Servers that fail are left out, with a warning.
 
     Raises:
-        Qwen3Error: a file is wrong, the tools' descriptions fill the context window, or the
-            checkpoint does not chat.
+        Qwen3Error: a file is wrong, the tools' descriptions fill the context window, the
+            checkpoint does not chat, or tools are `required` and all servers fail.
     """
     if not files:
         yield []
@@ -48,12 +53,14 @@ def served_tools(
     with Bar("starting MCP servers") as bar:
         servers = qwen3_mlx.mcp.connect(
             *(file.expanduser() for file in files),
-            approve=None if yes else _Approval(),
+            approve=None if yes else _Approval(quiet=quiet),
             max_result=llm.context,  # characters: in English a quarter of the window
             progress=None if quiet else bar,
         )
     with servers:
         tools = servers.tools
+        if required and servers.failed and not tools:
+            raise Qwen3Error("no MCP server has started, so there are no tools: leave --mcp out?")
         tokens = llm.count_tokens("?", tools=tools) - llm.count_tokens("?")
         count = f"tools of MCP servers: {len(tools)}, {tokens:,} tokens of {llm.context:,}"
         if tokens >= llm.context:
@@ -63,10 +70,26 @@ def served_tools(
         yield tools
 
 
+def shown_with_question(
+    served: Sequence[DescribedTool], functions: Sequence[Callable[..., Any]], *, yes: bool
+) -> frozenset[str]:
+    """Return the names, as the model has them, of tools whose calls `_Approval` shows."""
+    if yes or not _can_ask():
+        return frozenset()
+    taken = [function.__name__ for function in functions]
+    return frozenset(tool.name for tool in with_unique_names(served, taken))
+
+
+def _can_ask() -> bool:
+    return sys.stdin.isatty() and sys.stderr.isatty()
+
+
 class _Approval:
     """Asks the user before each call of a tool; without a terminal to ask at, no call is made."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool) -> None:
+        """Create it; `quiet` leaves out calls that are not asked for any more."""
+        self._quiet = quiet
         self._always: set[tuple[str, str]] = set()
         self._has_noted = False
 
@@ -77,18 +100,21 @@ class _Approval:
             Qwen3Error: there is no terminal.
         """
         tool = (call.server, call.tool)
-        if tool in self._always:
-            return True
-        if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        if not _can_ask():
             if not self._has_noted:
                 note("qwen3: without a terminal to ask at, no tool is called; --yes calls them")
                 self._has_noted = True
             raise Qwen3Error("no tool is called here, because the user cannot be asked")
+        arguments = json.dumps(call.arguments, ensure_ascii=False, indent=1)
+        shown = _printable(f"{call.server}: {call.tool} {arguments}")
+        if tool in self._always:
+            if not self._quiet:
+                note(shown)
+            return True
         import termios
 
         termios.tcflush(sys.stdin, termios.TCIFLUSH)  # what was typed before is no answer
-        arguments = json.dumps(call.arguments, ensure_ascii=False, indent=1)
-        sys.stderr.write(f"{_printable(f'{call.server}: {call.tool} {arguments}')}\n")
+        sys.stderr.write(f"{shown}\n")
         sys.stderr.write("Call it? y: once, a: always in this session, n: no [y/a/N] ")
         sys.stderr.flush()
         reply = sys.stdin.readline().strip().lower()

@@ -5,12 +5,13 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, StrictBool, ValidationError
 
 from qwen3_mlx.errors import Qwen3Error
 
+_Text = Annotated[str, Field(coerce_numbers_to_str=False, min_length=1)]
 Source = str | os.PathLike[str] | Mapping[str, Any]
 """A file, or what it contains."""
 
@@ -29,15 +30,15 @@ class ServerConfig(BaseModel):
 
     model_config = ConfigDict(extra="allow", coerce_numbers_to_str=True, frozen=True)
 
-    command: str | None = None
+    command: _Text | None = None
     args: list[str] = []
     env: dict[str, str] = {}
-    cwd: str | None = None
-    url: str | None = Field(None, validation_alias=AliasChoices("url", "serverUrl"))
+    cwd: _Text | None = None
+    url: Annotated[_Text | None, Field(validation_alias=AliasChoices("url", "serverUrl"))] = None
     headers: dict[str, str] = {}
-    type: str | None = Field(None, validation_alias=AliasChoices("type", "transport"))
+    type: Annotated[_Text | None, Field(validation_alias=AliasChoices("type", "transport"))] = None
     timeout: float = Field(60.0, gt=0)
-    disabled: bool = False
+    disabled: StrictBool = False
 
     @property
     def transport(self) -> str:
@@ -70,6 +71,8 @@ def read_servers(source: Source) -> dict[str, Any]:
     if isinstance(content, Mapping):
         for key in _OUTER_KEYS:
             if isinstance(servers := content.get(key), Mapping):
+                if not all(map(str.strip, servers)):
+                    raise Qwen3Error(f"{name}: an entry of {key} has an empty name: give it one")
                 return {name: entry for name, entry in servers.items() if not _is_disabled(entry)}
     raise Qwen3Error(f"{name} needs an object mcpServers, with an entry for each server")
 
@@ -84,14 +87,19 @@ def server_config(entry: Any) -> ServerConfig:
     Raises:
         ValueError: the entry is wrong, or names a variable that the environment lacks.
     """
+    if not isinstance(entry, Mapping):
+        raise ValueError("its entry must be an object")
     try:
         config = ServerConfig.model_validate(_expanded(entry))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{place}: {first['msg']}" if place else first["msg"]) from None
+        message = first["msg"].replace("a valid dictionary", "an object")
+        raise ValueError(f"{place}: {message}") from None
     if (config.command is None) == (config.url is None):
         raise ValueError("its entry needs a command or a url, one of them")
+    if config.url is not None and not config.url.startswith(("http://", "https://")):
+        raise ValueError(f"url: it must begin with http:// or https://, not {config.url!r:.100}")
     if config.type and re.sub("[-_]", "", config.type.lower()) not in _TRANSPORTS:
         raise ValueError(f"its type must be stdio, http or sse, not {config.type!r}")
     if config.timeout >= _FIRST_MILLISECONDS:

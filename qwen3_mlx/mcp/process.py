@@ -20,6 +20,7 @@ _MAX_UNANSWERED = 10_000  # lines between two answers: progress, log messages, n
 _KEPT = 4_096  # bytes of stderr
 _CHUNK = 65_536
 _PAUSE_SECONDS = 0.01  # between two reads of stderr, so that a flood of it takes little time
+_OURS = ("initialize", "server/discover")  # requests that a client makes
 _GRACE_SECONDS = 2.0  # until a process that was asked to end is forced to, as in the SDK
 
 
@@ -83,7 +84,12 @@ class ServerProcess:
     async def _read(self, to_client: "MemoryObjectSendStream[Incoming]") -> None:
         from anyio import BrokenResourceError, ClosedResourceError
         from mcp.shared.message import SessionMessage
-        from mcp_types import JSONRPCError, JSONRPCResponse, jsonrpc_message_adapter
+        from mcp_types import (
+            JSONRPCError,
+            JSONRPCRequest,
+            JSONRPCResponse,
+            jsonrpc_message_adapter,
+        )
 
         assert self._process.stdout
         unanswered = 0
@@ -94,6 +100,9 @@ class ServerProcess:
                     unanswered += 1
                     with suppress(ValueError):  # noise
                         message = jsonrpc_message_adapter.validate_json(line, by_name=False)
+                        if isinstance(message, JSONRPCRequest) and message.method in _OURS:
+                            self._flaw = "it sends back what it is sent: it is no MCP server"
+                            break
                         await to_client.send(SessionMessage(message))
                         if isinstance(message, JSONRPCResponse | JSONRPCError):
                             unanswered = 0

@@ -34,6 +34,7 @@ class Endpoint(ABC, Generic[Body]):
     """Base of all endpoints; a ValueError or TypeError of `__init__` is the request's fault."""
 
     strict = False  # True if a sole model answers to its own names only
+    param = "messages"  # the field that an error about the context window names
 
     def __init__(self, service: ModelService, body: Body) -> None:
         self.service = service
@@ -49,6 +50,12 @@ class Endpoint(ABC, Generic[Body]):
     def rename_fields(message: str) -> str:
         """Return an error or a warning of the library with the names that the protocol uses."""
         return message
+
+    @classmethod
+    def rename(cls, error: ApiError) -> None:
+        """Put an error of the library into the protocol's names."""
+        error.message = cls.rename_fields(error.message)
+        error.param = cls.param if error.param else None
 
     @abstractmethod
     async def respond(self, request: Request, slot: Slot) -> Response:
@@ -86,7 +93,7 @@ class ReplyEndpoint(Endpoint[Body]):
         try:
             return await self.service.run(request, slot, self.prepares, choices=self.choices)
         except ApiError as error:
-            error.message = self.rename_fields(error.message)
+            self.rename(error)
             raise
 
     def all_warnings(self, running: ActiveRequest) -> list[str]:
@@ -102,6 +109,16 @@ class ReplyEndpoint(Endpoint[Body]):
             yield self.stream_end(running)
         except ApiError as error:
             yield self.stream_error(error)
+
+    @classmethod
+    def comment(cls, model: str, text: str) -> bytes:
+        """Return a piece of a stream that its clients ignore: an SSE comment."""
+        return f": {text}\n\n".encode()
+
+    @classmethod
+    def early_error(cls, body: bytes) -> bytes:
+        """Return the end of a stream that fails before its reply begins; `body` is JSON."""
+        return b"event: error\ndata: " + body + b"\n\n"
 
     def receive_events(self, events: Sequence[tuple[int, Event]]) -> None:
         """Receive the events of a complete response, in their order across text and calls."""
@@ -119,8 +136,11 @@ class ReplyEndpoint(Endpoint[Body]):
         """Return what a stream has for events, each with the number of its reply."""
 
     def stream_keepalive(self, running: ActiveRequest) -> bytes:
-        """Return what a stream has while there are no events."""
-        return b""
+        """Return what a stream has while there are no events: a comment with the progress."""
+        progress = running.prefill
+        done, total = (progress.done, progress.total) if progress else (0, running.prompt_tokens)
+        text = "keepalive" if running.has_events else f"keepalive {done}/{total}"
+        return self.comment(self.service.name, text)
 
     @abstractmethod
     def stream_end(self, running: ActiveRequest) -> bytes:
@@ -129,15 +149,6 @@ class ReplyEndpoint(Endpoint[Body]):
     @abstractmethod
     def stream_error(self, error: ApiError) -> bytes:
         """Return what a stream ends with when it fails."""
-
-
-def progress_comment(running: ActiveRequest) -> bytes:
-    """Return an SSE comment, which clients ignore, with the prefilled tokens of the prompt."""
-    if running.has_events:
-        return b": keepalive\n\n"
-    progress = running.prefill
-    done, total = (progress.done, progress.total) if progress else (0, running.prompt_tokens)
-    return f": keepalive {done}/{total}\n\n".encode()
 
 
 @asynccontextmanager
@@ -194,10 +205,12 @@ async def answer_request(
 
         patience = service.settings.keep_alive if parsed.streamed else None
         if await wait_for(lease.ready, request, slot, patience):
-            return await (await create()).respond(request, slot)
+            with service.models.suggesting(model):
+                return await (await create()).respond(request, slot)
         slot.kept = True
-        waiting = WaitingStream(request, slot, lease, service.settings.keep_alive, create)
-        return EventStreamResponse(waiting.close, waiting.stream(), EVENTS, {})
+        assert issubclass(endpoint, ReplyEndpoint)
+        waiting = WaitingStream(service, request, slot, lease, endpoint, create)
+        return EventStreamResponse(waiting.close, waiting.stream(), endpoint.media_type, {})
 
 
 def _create(
@@ -221,16 +234,18 @@ class WaitingStream(Generic[Body]):
 
     def __init__(
         self,
+        service: Service,
         request: Request,
         slot: Slot,
         lease: Lease,
-        patience: float,
+        endpoint: type[ReplyEndpoint[Body]],
         create: Callable[[], Awaitable[Endpoint[Body]]],
     ) -> None:
+        self._service = service
         self._request = request
         self._slot = slot
         self._lease = lease
-        self._patience = patience
+        self._endpoint = endpoint
         self._create = create
         self._running: ActiveRequest | None = None
 
@@ -243,21 +258,24 @@ class WaitingStream(Generic[Body]):
 
     async def stream(self) -> AsyncIterator[bytes]:
         """Yield comments until the model is loaded, then the stream of the endpoint."""
+        model, comment = self._lease.model, partial(self._endpoint.comment, self._lease.model.name)
         try:
             while not self._lease.ready.done():
-                done, total = self._lease.model.progress
-                yield f": loading {done}/{total}\n\n".encode()
+                done, total = model.progress
+                yield comment(f"loading {done}/{total}")
                 check_cancelled(self._slot)
-                await asyncio.wait([self._lease.ready], timeout=self._patience)
+                patience = self._service.settings.keep_alive
+                await asyncio.wait([self._lease.ready], timeout=patience)
             self._lease.ready.result()
-            endpoint = await self._create()
-            assert isinstance(endpoint, ReplyEndpoint)
-            running = self._running = await endpoint.start(self._request, self._slot)
+            with self._service.models.suggesting(model):
+                endpoint = await self._create()
+                assert isinstance(endpoint, ReplyEndpoint)
+                running = self._running = await endpoint.start(self._request, self._slot)
             for name, value in warnings_header(endpoint.all_warnings(running)).items():
-                yield f": {name}: {value}\n\n".encode()
+                yield comment(f"{name}: {value}")
             async for part in endpoint.stream(running):
                 yield part
         except ApiError as error:
             self._slot.record.setdefault("error", reason_of(error))
-            body = protocol_of(self._request.url.path).error_body(error)
-            yield b"event: error\ndata: " + json_bytes(body) + b"\n\n"
+            body = json_bytes(protocol_of(self._request.url.path).error_body(error))
+            yield self._endpoint.early_error(body)

@@ -18,6 +18,13 @@ _MAX_MESSAGE = 2000  # characters: a message may quote what the client sent
 # Pydantic names Python's types, where a client knows JSON's.
 _DICT = re.compile(r"a valid dictionary(?: or instance of \w+)?")
 _EXPECTED = "Input should be "
+# Calls that the library suggests, and where clients find the same.
+_ADDRESSES = {
+    "embed()": "/v1/embeddings",
+    "rerank()": "/v1/rerank",
+    "complete()": "/v1/completions",
+}
+_CALL = re.compile("|".join(map(re.escape, _ADDRESSES)))
 _TYPES = ("str", "int", "float", "bool", "none")
 
 
@@ -45,15 +52,16 @@ class ApiError(Exception):
         """Convert an error of the library: 4xx if the request caused it, otherwise 5xx."""
         if isinstance(error, ApiError):
             return error
+        message = _CALL.sub(lambda found: _ADDRESSES[found[0]], str(error))
         if isinstance(error, ContextError):
-            return cls(400, str(error), code="context_length_exceeded", param="messages")
+            return cls(400, message, code="context_length_exceeded", param="messages")
         if isinstance(error, ValueError | TypeError):
-            return cls(400, str(error))
+            return cls(400, message)
         if isinstance(error, CheckpointError):  # not a 503: a retry cannot succeed
-            return cls(500, str(error), code="internal")
+            return cls(500, message, code="internal")
         if isinstance(error, Qwen3Error):
-            return cls(503, str(error), code="unavailable")
-        return cls(500, f"{type(error).__name__}: {error} (a bug?)", code="internal")
+            return cls(503, message, code="unavailable")
+        return cls(500, f"{type(error).__name__}: {message} (a bug?)", code="internal")
 
 
 def as_client_error(error: BaseException) -> ApiError:
@@ -73,18 +81,32 @@ def from_status(status: int, detail: object, headers: Mapping[str, str] | None) 
 def from_validation(error: ValidationError) -> ApiError:
     """Convert a validation error: the message names one wrong field and its allowed values."""
     found = error.errors(include_url=False, include_context=False, include_input=False)
-    # A field of a union type has one error for each member. The deepest error is the likeliest, and
-    # of these one of a member whose type fits; if none fits, the message lists all types.
+    # A field of a union type has one error for each member. Those of a member that is for another
+    # `type` say nothing, unless all are. The deepest error is the likeliest, and of these one of a
+    # member whose type fits; if none fits, the message lists all types.
     first = _path(found[0]["loc"])
     same = [error for error in found[:_MAX_ERRORS] if _path(error["loc"])[: len(first)] == first]
-    furthest = max(same, key=lambda error: (len(_path(error["loc"])), not _is_type_error(error)))
+    mistyped = [
+        error for error in same if error["loc"][-1] == "type" and error["type"] == "literal_error"
+    ]
+    others = [error["loc"][:-1] for error in mistyped]
+    meant = [
+        error
+        for error in same
+        if len(_path(error["loc"])) > len(first)
+        and not any(error["loc"][: len(member)] == member for member in others)
+    ]
+    likely = (meant or mistyped) if mistyped else same
+    furthest = max(likely, key=lambda error: (len(_path(error["loc"])), not _is_type_error(error)))
     path = _path(furthest["loc"])
     message = furthest["msg"].removeprefix("Value error, ")
     if _is_type_error(furthest):
         types = (
-            error["msg"].removeprefix(_EXPECTED) for error in same if _path(error["loc"]) == path
+            _DICT.sub("an object", error["msg"].removeprefix(_EXPECTED))
+            for error in same
+            if _path(error["loc"]) == path
         )
-        message = _EXPECTED + _DICT.sub("an object", " or ".join(dict.fromkeys(types)))
+        message = _EXPECTED + " or ".join(dict.fromkeys(types))
     return ApiError(400, f"{'.'.join(path)}: {message}", param=".".join(path))
 
 

@@ -31,6 +31,7 @@ def health_of(service: Service) -> dict[str, Any]:
         "active": service.active,
         "max_requests": service.settings.max_requests,
         "preparing": service.preparing.state,
+        "computing": service.computing.state,
         "running": total("running"),
         "waiting": total("waiting"),
         "tokens_per_second": round(total("tokens_per_second"), 1),

@@ -99,12 +99,13 @@ class _Gauges:
     def collect(self) -> Iterator[GaugeMetricFamily]:
         """Yield a family for each figure of the state."""
         state, memory = self._state, self._state["memory"]
-        preparing = state["preparing"]["requests"]
+        preparing, computing = (state[work]["requests"] for work in ("preparing", "computing"))
         for name, text, value in (
             ("up", "1 if the server is well, 0 if it is stuck or stops.", state["status"] == "ok"),
             ("replies_admitted", "Replies in any state.", state["active"]),
             ("replies_admitted_limit", "Replies that there may be.", state["max_requests"]),
             ("requests_preparing", "Requests that are rendered and encoded.", preparing),
+            ("requests_computing", "Requests whose texts are encoded and computed.", computing),
             ("replies_waiting", "Replies that wait for memory or a turn.", state["waiting"]),
             ("replies_running", "Replies in prefill or decode.", state["running"]),
             ("memory_bytes", "Bytes that MLX holds.", memory["used"]),

@@ -14,7 +14,7 @@ from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.load import load
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.load import LoadOptions
-from qwen3_mlx.checkpoint.local import local_models
+from qwen3_mlx.checkpoint.local import LocalModel
 from qwen3_mlx.engine.memory import RESERVE
 from qwen3_mlx.engine.memory_ledger import reserved, unallocated_guarantees
 from qwen3_mlx.errors import CapacityError, CheckpointError, Qwen3Error
@@ -98,15 +98,14 @@ def stated_sources(
     return found
 
 
-def local_sources(options: Mapping[str, Any], others: Sequence[ModelSource]) -> list[ModelSource]:
-    """Return the sources of the models that `qwen3 list` shows, without `others` of them.
+def local_sources(
+    models: Iterable[LocalModel], options: Mapping[str, Any], others: Sequence[ModelSource]
+) -> list[ModelSource]:
+    """Return the sources of models that are on this machine, without `others` of them.
 
     Models that are incomplete or cannot be loaded are left out, with a line of the log.
     """
     known = list(others)
-    models, complaints = local_models()
-    for complaint in complaints:
-        _log.warning("%s", complaint)
     for model in models:
         if any(model.name in source.aliases for source in known):
             continue

@@ -9,13 +9,14 @@ one gets no new requests until it is idle: otherwise steady traffic to it would 
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from threading import Event as Flag
 from typing import Any
 
 from qwen3_mlx.api.llm import LLM
-from qwen3_mlx.errors import CapacityError, Qwen3Error
+from qwen3_mlx.errors import CapacityError, KindError, Qwen3Error
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.model_source import ModelSource, is_default, room_for
 from qwen3_mlx.server.response import EventBridge
@@ -79,6 +80,10 @@ class ServedModel:
     def state(self) -> str:
         """One of "loaded", "loading" and "not-loaded", in LM Studio's terms."""
         return "loaded" if self.llm else "loading" if self.loading else "not-loaded"
+
+    def stays_despite(self, seconds: float | None) -> bool:
+        """Return whether it always stays loaded although a request says that it should not."""
+        return self.source.load is None and seconds not in (None, math.inf)
 
     def open(self, llm: LLM) -> None:
         """Take what was loaded."""
@@ -183,6 +188,18 @@ class ModelPool:
             f"model {name!r:.200} not found; there {verb} {names}{more}",
             code="model_not_found",
         )
+
+    @contextmanager
+    def suggesting(self, model: ServedModel) -> Iterator[None]:
+        """Name other models in an error of the block that `model` is of the wrong kind."""
+        try:
+            yield
+        except ApiError as error:
+            if isinstance(cause := error.__cause__, KindError):
+                fit = [one.name for one in self.models if one.kind == cause.needed]
+                if names := ", ".join(name for name in fit[:_MAX_NAMED] if name != model.name):
+                    error.message += f"; {cause.needed} models here: {names}"
+            raise
 
     def open(self, model: ServedModel, llm: LLM) -> None:
         """Serve a model that was loaded and checked."""

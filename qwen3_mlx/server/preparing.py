@@ -7,6 +7,7 @@ The threads are daemons: the process does not wait for them when it ends.
 """
 
 import asyncio
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,23 +30,25 @@ T = TypeVar("T")
 class PreparationPool:
     """The requests that are being prepared."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = _TIMEOUT) -> None:
+        """Create the pool; work is given up after `timeout` seconds."""
+        self._timeout = timeout
         self._turns = FairQueue(_MAX_COMPUTING)
         self._jobs: set[_Job] = set()
 
     @property
     def state(self) -> dict[str, Any]:
-        """State for /health; `stuck` counts preparations that go on although they were given up."""
+        """State for /health; `stuck` counts work that goes on although it was given up."""
         ages = [job.age for job in self._jobs]
         return {
             "requests": len(ages),
             "longest_seconds": round(max(ages, default=0.0), 1),
-            "stuck": sum(age > _TIMEOUT + 1 for age in ages),
+            "stuck": sum(age > self._timeout + 1 for age in ages),
         }
 
     @property
     def is_stuck(self) -> bool:
-        """True if stuck preparations leave no turn for others."""
+        """True if stuck work leaves no turn for others."""
         return bool(self.state["stuck"] >= _MAX_COMPUTING)
 
     async def run(self, request: Request, cancelled: Flag, work: Callable[[Caller], T]) -> T:
@@ -85,16 +88,17 @@ class PreparationPool:
             raise ApiError(499, "the client went away")
         if job.gone:
             raise ApiError(503, "the server is shutting down", code="unavailable")
-        self._check_age(job.age)
+        if job.age > self._timeout:
+            raise self._too_late()
 
-    def _check_age(self, seconds: float) -> None:
-        if seconds > _TIMEOUT:
-            raise ApiError(
-                503,
-                f"the request could not be prepared within {_TIMEOUT:g} s beside others; try again",
-                code="unavailable",
-                headers={"Retry-After": "10"},
-            )
+    def _too_late(self) -> ApiError:
+        return ApiError(
+            503,
+            f"the request could not be prepared within {self._timeout:g} s beside others; "
+            "try again",
+            code="unavailable",
+            headers={"Retry-After": "10"},
+        )
 
 
 class ComputingPool(PreparationPool):
@@ -102,17 +106,15 @@ class ComputingPool(PreparationPool):
 
     def __init__(self, timeout: float | None) -> None:
         """Create the pool; `timeout` is in seconds, None is no limit."""
-        super().__init__()
-        self._timeout = timeout
+        super().__init__(timeout or math.inf)
 
-    def _check_age(self, seconds: float) -> None:
-        if self._timeout and seconds > self._timeout:
-            raise ApiError(
-                504,
-                f"the texts were not computed within {self._timeout:g} s (--request-timeout); send "
-                "fewer at once, or try again when the server is less busy",
-                code="timeout",
-            )
+    def _too_late(self) -> ApiError:
+        return ApiError(
+            504,
+            f"the texts were not computed within {self._timeout:g} s (--request-timeout); send "
+            "fewer at once, or try again when the server is less busy",
+            code="timeout",
+        )
 
 
 class _Job(Caller):

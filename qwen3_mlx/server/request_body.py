@@ -59,6 +59,8 @@ def _json(sent: bytes) -> Any:
         reason = str(error)
     if reason.startswith("recursion limit"):
         reason = f"it is nested too deeply ({reason})"
+    elif "hex escape" in reason:
+        reason = f"a \\u escape is half of a character, which is not valid Unicode ({reason})"
     elif b"\0" in sent[:4]:  # as in UTF-16 and UTF-32; JSON in UTF-8 has no zero bytes
         reason = "it is not in UTF-8"
     elif reason.startswith("number out of range"):

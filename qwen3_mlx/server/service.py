@@ -26,6 +26,7 @@ from qwen3_mlx.server.quotas import Quotas
 from qwen3_mlx.server.response import ActiveRequest
 from qwen3_mlx.server.settings import Settings
 from qwen3_mlx.server.thinking import ThinkingRequest
+from qwen3_mlx.server.wire import RequestModel
 from qwen3_mlx.text.events import Usage
 from qwen3_mlx.text.fair_queue import Caller
 from qwen3_mlx.text.kind import CHAT
@@ -95,11 +96,14 @@ class ModelService:
         self.model = model
         self._bridge = model.bridge
 
-    def model_warnings(self, name: str | None) -> list[str]:
-        """Return a warning if the request names a model other than the one that is served."""
-        if is_default(name) or self.model.source.answers_to(str(name)):
-            return []
-        return [f"there is no model {name!r:.200} here; {self.name} answers"]
+    def model_warnings(self, body: RequestModel) -> list[str]:
+        """Return warnings if the request names another model, or a time for one that stays."""
+        named = is_default(body.model) or self.model.source.answers_to(str(body.model))
+        warnings = {
+            f"there is no model {body.model!r:.200} here; {self.name} answers": not named,
+            "ttl was ignored: the model stays loaded": self.model.stays_despite(body.model_seconds),
+        }
+        return [warning for warning, applies in warnings.items() if applies]
 
     def thinking_options(self, request: ThinkingRequest, warnings: list[str]) -> Options:
         """Return the library's options for the thinking of a request, and append its warnings."""

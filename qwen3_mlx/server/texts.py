@@ -30,7 +30,7 @@ class TextsEndpoint(Endpoint[Body]):
     """Base of the endpoints that compute something of each text.
 
     The `__init__` of a subclass sets `prepare`, which checks and encodes the texts, and `contents`,
-    what `--log-content` logs. An error about the context window names the field `param`.
+    what `--log-content` logs.
     """
 
     param = "input"
@@ -39,7 +39,8 @@ class TextsEndpoint(Endpoint[Body]):
 
     @staticmethod
     def rename_fields(message: str) -> str:
-        """Return an error of the library with the name of the field that has the texts to embed."""
+        """Return an error of the library with the names of fields, and JSON's `true`."""
+        message = message.replace("truncate=True", "truncate=true")
         return f"input{message[5:]}" if message.startswith("texts[") else message
 
     @abstractmethod
@@ -71,8 +72,7 @@ class TextsEndpoint(Endpoint[Body]):
         except ApiError as error:
             if num_done:
                 slot.spend(Usage(num_done, 0, 0, 0))
-            error.message = self.rename_fields(error.message)
-            error.param = self.param if error.param else None
+            self.rename(error)
             raise
         if prepared.num_cut:
             of = f"{prepared.num_cut} of {len(values)} texts"

@@ -26,7 +26,7 @@ def normalise(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
             valid Unicode.
     """
     if isinstance(messages, str):
-        _check_unicode(messages, "the text")
+        check_unicode(messages, "the text")
         return [{"role": "user", "content": messages}]
     if not isinstance(messages, Sequence):
         raise TypeError(f"messages must be a string or a list, not {type(messages).__name__}")
@@ -35,12 +35,16 @@ def normalise(messages: str | Sequence[Message]) -> list[dict[str, Any]]:
     normal = [_normalised(message, index) for index, message in enumerate(messages)]
     for index, message in enumerate(normal):
         name = "the text" if len(normal) == 1 else f"the text of messages[{index}]"
-        _check_unicode(message["content"], name)
+        check_unicode(message["content"], name)
     return normal
 
 
-def _check_unicode(text: str, name: str) -> None:
-    """Raise a ValueError with the place in this text; a place in the prompt would not help."""
+def check_unicode(text: str, name: str) -> None:
+    """Check that the text called `name` is valid Unicode.
+
+    Raises:
+        ValueError: it is not; with the place in this text, since one in the prompt would not help.
+    """
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -19,30 +19,45 @@ _CARD = (
     "\n<Document>: ",
     "<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n",
 )
+_CUT = re.compile(r"\S \Z")
 _ROLES = ("system", "query", "document")
 
 
 class RerankPrompt:
-    """Writes the prompts of one reranker."""
+    """Writes the prompts of a query and its documents.
 
-    def __init__(self, control: ControlTokens, pieces: Sequence[str] | None) -> None:
-        """Create the writer; `pieces` as `takes_documents` returns them, None is the card's."""
-        self._control = control
-        *self._before, after = pieces or _CARD
-        self.after_ids = control.tokenizer.encode(after)
+    Names of control tokens in the texts are plain text: no document can forge a prompt.
+    """
 
-    def ids(self, instruction: str, query: str, document: str) -> list[int]:
-        """Return the ids up to the end of the document; `after_ids` follow.
-
-        Names of control tokens in the three texts are plain text: no document can forge a prompt.
+    def __init__(
+        self, control: ControlTokens, pieces: Sequence[str] | None, instruction: str, query: str
+    ) -> None:
+        """Create the writer; `pieces` as `takes_documents` returns them, None is the card's.
 
         Raises:
             ValueError: a text is not valid Unicode.
         """
-        escaper = ControlTokenEscaper(self._control)
-        texts = zip(self._before, (instruction, query, document), strict=True)
-        written = "".join(piece + escaper.hide(text) for piece, text in texts)
-        return self._control.tokenizer.encode(escaper.prompt(written))
+        self._tokenizer = control.tokenizer
+        self._escaper = ControlTokenEscaper(control)
+        first, second, third, after = pieces or _CARD
+        self.after_ids = self._tokenizer.encode(after)
+        written = (
+            f"{first}{self._escaper.hide(instruction)}{second}{self._escaper.hide(query)}{third}"
+        )
+        # What stands before the documents is encoded once, if the ids are those of the whole text.
+        cut = len(written) - 1 if self._tokenizer.can_be_cut and _CUT.search(written) else 0
+        self._shared_ids, self._lead = self._encoded(written[:cut]), written[cut:]
+
+    def ids(self, document: str) -> list[int]:
+        """Return the ids up to the end of the document; `after_ids` follow.
+
+        Raises:
+            ValueError: the text is not valid Unicode.
+        """
+        return self._shared_ids + self._encoded(self._lead + self._escaper.hide(document))
+
+    def _encoded(self, written: str) -> list[int]:
+        return self._tokenizer.encode(self._escaper.prompt(written))
 
 
 def takes_documents(template: ChatTemplate) -> tuple[str, ...] | None:

@@ -177,7 +177,7 @@ class Tokenizer:
             raise ValueError(
                 f"the text is not valid Unicode at character {error.start}; is it UTF-8?"
             ) from error
-        for piece in pieces(text) if len(text) > 2 * PIECE and self._cuts else [text]:
+        for piece in pieces(text) if len(text) > 2 * PIECE and self.can_be_cut else [text]:
             if max_tokens is not None and len(piece) > 2 * PIECE:
                 self._check_uncut(tokenizer, piece, max_tokens)
             yield tokenizer.encode_batch_fast([piece], add_special_tokens=False)[0]
@@ -207,7 +207,8 @@ class Tokenizer:
         return max(1, *map(len, words), *map(len, self._added.values()))
 
     @cached_property
-    def _cuts(self) -> bool:
+    def can_be_cut(self) -> bool:
+        """True if text cut before a space that follows no white space has the same ids."""
         return can_be_cut(self._inner)
 
     def is_word(self, token: str) -> bool:

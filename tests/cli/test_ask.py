@@ -256,7 +256,7 @@ def test_the_models_that_are_served_are_those_of_the_options_and_of_the_list(
 ) -> None:
     served: list[list[str]] = []
 
-    def serve(llm: LLM, settings: Any, listener: Any, ready: Any, sources: Any) -> None:
+    def serve(llm: LLM, settings: Any, listener: Any, ready: Any, sources: Any, _: Any) -> None:
         assert settings.model_keep_alive == 90
         served.append([llm.model.source, *(source.name for source in sources)])
 

@@ -21,7 +21,7 @@ TEXTS = golden("embeddings")["embedding"]["cases"][0]["texts"][:4]  # the last o
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("twins")
-    for name in ("embedding", "embedding-untied", "reranker"):
+    for name in ("embedding", "embedding-untied", "reranker", "reranker-seq-cls"):
         write_twin(name, folder / name)
     (folder / "texts.txt").write_text("".join(f"{text}\n" for text in TEXTS), "utf-8")
     return folder
@@ -114,16 +114,31 @@ def test_documents_come_in_their_order(root: Path, run: Run, tmp_path: Path) -> 
 
 
 def test_what_is_refused_is_one_line(
-    root: Path, run: Run, capsys: pytest.CaptureFixture[str]
+    root: Path, run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    texts = str(root / "texts.txt")
+    texts, lines = str(root / "texts.txt"), str(tmp_path / "lines.jsonl")
+    Path(lines).write_text('"a"\n"b\\ud800"\n')
     for words, said in (
         (("embed", texts, "-o", "a.txt"), "--output must be a .npy or .jsonl file, not a.txt"),
         (("embed", texts, "--dimensions", "65"), "--dimensions must be from 1 to 64, not 65"),
         (("embed", "nowhere.txt"), "nowhere.txt cannot be read: No such file or directory"),
-        (("embed", texts, "--instruction", "a", "--prompt-name", "query"), "exclude each other"),
+        (
+            ("embed", texts, "--instruction", "a", "--prompt-name", "query"),
+            "--instruction a and --prompt-name query exclude each other",
+        ),
+        (("embed", texts, "--pooling", "mean"), "--pooling must be 'last', not 'mean'"),
+        (
+            ("embed", texts, "--context", "4"),
+            f"line 1 of {texts} has 19 tokens or more and the most is 4; shorten it, or have it "
+            "cut at its end (--truncate)",
+        ),
+        (("embed", lines), f"line 2 of {lines} is not valid Unicode at character 1"),
         (("rerank", "a", texts), "is an embedding model, not a reranker"),
-        (("ask", "Hello"), "this checkpoint is an embedding model; load a chat model such as"),
+        (
+            ("ask", "Hello"),
+            "this checkpoint is an embedding model; load a chat model such as Qwen/Qwen3-8B, or "
+            "compute vectors with qwen3 embed",
+        ),
     ):
         code, out, err = run(*words)
         assert code and not out and err.startswith("qwen3: ") and said in err
@@ -137,6 +152,39 @@ def test_a_model_shows_what_it_is_for(root: Path, capsys: pytest.CaptureFixture[
     assert ["kind", "embedding"] in [line.split() for line in out.splitlines()]
     _, out, _ = call(["show", "--json", str(root / "reranker")], capsys)
     assert (json.loads(out)["kind"], json.loads(out)["chat"]) == ("reranker", False)
+    _, out, _ = call(["show", str(root / "reranker-seq-cls")], capsys)
+    assert "1,022 tokens, a score in place of a head" in out
+    _, out, _ = call(["show", "--json", str(root / "reranker-seq-cls")], capsys)
+    assert json.loads(out)["tied_head"] is False
+
+
+def test_text_that_is_typed_is_waited_for_with_a_note(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    typed = io.StringIO("One\n")
+    monkeypatch.setattr(typed, "isatty", lambda: True)
+    monkeypatch.setattr(sys, "stdin", typed)
+    code, out, err = run("embed", "-")
+    assert code == 0 and len(vectors_of(out)) == 1
+    assert err == "Reading what is typed here; Ctrl-D on a line of its own ends it.\n"
+
+
+def test_what_they_predict_is_no_measure_of_them(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    embedder, headless, reranker = (
+        str(root / name) for name in ("embedding", "embedding-untied", "reranker-seq-cls")
+    )
+    code, _, err = call(["eval", "perplexity", embedder, "--tokens", "8"], capsys)
+    assert code == 1 and "a perplexity measures how a model writes text" in err
+    code, _, err = call(["bench", reranker], capsys)
+    assert code == 1 and "is a reranker, and a benchmark measures how a model writes text" in err
+    divergence = ["eval", "divergence", "--tokens", "8"]
+    code, out, err = call([*divergence, embedder, embedder], capsys)
+    assert code == 0 and "is no chat model: compared are its predictions of text" in err
+    for words in ([*divergence, reranker, reranker], ["convert", headless, "out", "--report"]):
+        code, out, err = call(words, capsys)
+        assert (code, out) == (1, "") and "predicts no text that could be compared" in err
 
 
 def test_the_files_of_its_kind_are_fetched_from_the_hub(root: Path, tmp_path: Path) -> None:

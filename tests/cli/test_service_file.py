@@ -61,6 +61,13 @@ def test_what_could_not_start_is_not_installed(home: Path, capsys: Captured) -> 
     sys.argv.insert(2, "--max-requests=0")
     code, _, err = call(sys.argv[1:], capsys)
     assert code == 2 and "--max-requests must be at least 1, not 0" in err
+    for words, said in (
+        (["-m", "./nowhere"], "'./nowhere' is no folder here"),
+        (["-m", str(home)], "has no config.json"),
+        (["--mcp", "none.json"], "none.json cannot be read"),
+    ):
+        code, _, err = call([*ARGUMENTS, *words], capsys)
+        assert code == 1 and said in err and not (home / "XDG_CONFIG_HOME").exists()
     (home / "XDG_CONFIG_HOME").write_text("")
     monkey = [*ARGUMENTS]
     code, _, err = call(monkey, capsys)

@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from qwen3_mlx.cli import tool_use
+from qwen3_mlx.cli.ask import _show
 from qwen3_mlx.cli.console import stderr_text
-from tests.cli.harness import QWEN3, Terminal, call
+from qwen3_mlx.text.events import ToolCall
+from tests.cli.harness import QWEN3, Terminal, call, piped
 from tests.mcp.harness import by_hand
 
 QUESTION = "What is 1234 + 4321?"
@@ -58,6 +60,31 @@ def test_on_a_terminal_each_call_is_asked_for(mcp_json: Path) -> None:
         chat.type("/exit\r")
         assert chat.end() == 0
         assert chat.text().count("Call it?") == 2
+        # Each call is shown once: by its question, or without one.
+        assert chat.text().count('"expression": "1234 + 4321"') == 3
+        assert "calculator(" not in chat.text()
+
+
+def test_a_call_that_its_question_shows_is_not_shown_before(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    events = [ToolCall("1", "a", {}, "{}"), ToolCall("2", "b", {}, "{}")]
+    _show(iter(events), asked={"a"}, hide=False)
+    assert capsys.readouterr().err == "b({})\n"
+
+
+def test_a_question_without_the_tools_that_were_asked_for_is_not_answered(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mcp.json"
+    file.write_text(json.dumps({"mcpServers": {"one": {"command": 5}}}))
+    code, out, err = call([QUESTION, "--mcp", str(file), "--yes", *PLAIN], capsys)
+    assert (code, out) == (1, "")
+    assert err.endswith(
+        "qwen3: no MCP server has started, so there are no tools: leave --mcp out?\n"
+    )
+    done = piped(["chat", "--mcp", str(file), "-q", "--no-log", *PLAIN], QUESTION)
+    assert done.returncode == 0 and done.stdout
 
 
 def test_calls_without_end_are_stopped(

@@ -129,7 +129,11 @@ def test_a_server_that_fails_costs_a_sentence_and_the_others_go_on(
         "neither": {"args": []},
         "both": {"command": "a", "url": "b"},
         "unset": {"command": "a", "env": {"A": "${NO_SUCH_VARIABLE}"}},
-        "odd": {"url": "a", "type": "telepathy"},
+        "odd": {"url": "http://a", "type": "telepathy"},
+        "bare": {"url": "a"},
+        "number": {"command": 5},
+        "words": {"command": "a", "args": "b c"},
+        "echo": {"command": "cat"},
         "wrong": {"command": ["a"]},
         "text": "a",
         "off": {"command": "${NO_SUCH_VARIABLE}", "disabled": True},
@@ -150,7 +154,11 @@ def test_a_server_that_fails_costs_a_sentence_and_the_others_go_on(
         "unset": "it needs the environment variable NO_SUCH_VARIABLE, which is not set",
         "odd": "its type must be stdio, http or sse, not 'telepathy'",
         "wrong": "command: Input should be a valid string",
-        "text": "Input should be a valid dictionary or instance of ServerConfig",
+        "text": "its entry must be an object",
+        "bare": "url: it must begin with http:// or https://, not 'a'",
+        "number": "command: Input should be a valid string",
+        "words": "args: Input should be a valid list",
+        "echo": "it sends back what it is sent: it is no MCP server",
     }
     assert mcp.failed == reasons
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -230,6 +238,7 @@ def test_nothing_is_left_of_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("{", "is not JSON: "),
         ("[]", "needs an object mcpServers, with an entry for each server"),
         ('{"mcpServers": []}', "needs an object mcpServers"),
+        ('{"mcpServers": {" ": {"command": "a"}}}', "an entry of mcpServers has an empty name"),
         (None, "cannot be read: No such file"),
     ],
 )

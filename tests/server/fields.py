@@ -76,6 +76,13 @@ _CHAIN = {
 }
 _PARTS = {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hello"}]}]}
 _NAMED = {**_TOOLS, "tool_choice": {"type": "function", "function": {"name": "calculator"}}}
+_ALLOWED = {
+    **_TOOLS,
+    "tool_choice": {
+        "type": "allowed_tools",
+        "allowed_tools": {"mode": "auto", "tools": [_NAMED["tool_choice"]]},
+    },
+}
 _THOUGHT = _assistant({"type": "thinking", "thinking": "Hm."}, {"type": "text", "text": "Oh"})
 _REFUSED = _assistant({"type": "refusal", "refusal": "No"})
 _JSON_SCHEMA = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
@@ -94,6 +101,8 @@ CHAT = RequestFields(
         "FunctionIn": ("tools.0.function", _TOOLS),
         "NamedTool": ("tool_choice", _NAMED),
         "NamedFunction": ("tool_choice.function", _NAMED),
+        "AllowedTools": ("tool_choice", _ALLOWED),
+        "AllowedList": ("tool_choice.allowed_tools", _ALLOWED),
         "JsonSchema": ("response_format.json_schema", {"response_format": _JSON_SCHEMA}),
         "ResponseFormat": ("response_format", {"response_format": {"type": "json_object"}}),
         "StructuredOutputs": ("structured_outputs", {"structured_outputs": {}}),
@@ -103,6 +112,9 @@ CHAT = RequestFields(
         "ThinkingIn": ("thinking", {"thinking": {"type": "enabled"}}),
     },
     cases={
+        "AllowedList.mode": Case("required"),
+        "AllowedList.tools": Case([]),
+        "AllowedTools.allowed_tools": Case({"mode": "auto", "tools": []}),
         "Call.function": Case({"name": "other"}),
         "ChatRequest.add_generation_prompt": Case(True, BEGUN, refused=True),
         "ChatRequest.chat_template_kwargs": Case({"enable_thinking": False}),
@@ -177,6 +189,14 @@ COMPLETION = RequestFields(
 _ITEM = {"input": [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}]}
 _FUNCTION = {"type": "function", "name": "calculator", "parameters": SCHEMA}
 _FUNCTIONS = {"tools": [_FUNCTION, {"type": "function", "name": "other"}]}
+_ALLOWED_FUNCTIONS = {
+    **_FUNCTIONS,
+    "tool_choice": {
+        "type": "allowed_tools",
+        "mode": "auto",
+        "tools": [{"type": "function", "name": "calculator"}],
+    },
+}
 _ITEMS: dict[str, Any] = {
     "input": [
         USER,
@@ -200,6 +220,8 @@ RESPONSES = RequestFields(
             "tool_choice",
             {**_FUNCTIONS, "tool_choice": {"type": "function", "name": "calculator"}},
         ),
+        "AllowedTools": ("tool_choice", _ALLOWED_FUNCTIONS),
+        "AllowedTool": ("tool_choice.tools.0", _ALLOWED_FUNCTIONS),
         "TextConfig": ("text", {"text": {}}),
         "TextFormat": ("text.format", {"text": {"format": _TEXT_SCHEMA}}),
         "ResponsesReasoning": ("reasoning", {"reasoning": {}}),
@@ -207,6 +229,10 @@ RESPONSES = RequestFields(
         "ThinkingIn": CHAT.locations["ThinkingIn"],
     },
     cases={
+        "AllowedTool.name": Case("other"),
+        "AllowedTool.type": Case("mcp"),
+        "AllowedTools.mode": Case("required"),
+        "AllowedTools.tools": Case([]),
         "ContentPart.annotations": Case([{}]),
         "ContentPart.logprobs": Case([{}]),
         "ContentPart.refusal": Case(
@@ -215,7 +241,7 @@ RESPONSES = RequestFields(
         ),
         "FunctionChoice.name": Case("other"),
         "InputItem.arguments": Case('{"x": "1"}', _ITEMS, "input.2"),
-        "InputItem.call_id": Case("call_2", _ITEMS, "input.3"),
+        "InputItem.call_id": Case("call_2", _ITEMS, "input.3", refused=True),
         "InputItem.content": Case("Hello"),
         "InputItem.encrypted_content": Case("x", _ITEMS, "input.1"),
         "InputItem.name": Case("other", _ITEMS, "input.2"),
@@ -252,7 +278,6 @@ RESPONSES = RequestFields(
         "ContentPart.annotations": "citations are no text",
         "ContentPart.logprobs": "they are measured anew where they are wanted",
         "ContentPart.type": "what has a text is text, whatever it is called",
-        "InputItem.call_id": ORDER,
         "InputItem.encrypted_content": "thinking that is encrypted can be read by nobody else",
         "InputItem.id": "an item is sent whole, whatever it is called",
         "InputItem.status": "a part of an item is shown as far as it goes",

@@ -15,12 +15,14 @@ from typing import Any
 import httpx
 import mlx.core as mx
 import numpy as np
+import ollama
 import pytest
 
 from qwen3_mlx import CheckpointError, backend, load
 from qwen3_mlx.api.capacity import plan_load
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.load import LoadOptions
+from qwen3_mlx.checkpoint.local import local_models
 from qwen3_mlx.engine.memory import MIN_CHUNK, Workload, activation_bytes
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.server import models
@@ -176,7 +178,7 @@ def test_the_models_of_this_machine_are_served(
     folder: Path, sources: list[ModelSource], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QWEN3_MODELS", str(folder))
-    found = local_sources(OPTIONS, sources[:1])
+    found = local_sources(local_models()[0], OPTIONS, sources[:1])
     assert [source.name for source in found if folder.name in str(source.aliases)] == ["b", "c"]
 
 
@@ -222,14 +224,16 @@ def test_a_chat_model_and_models_of_vectors_and_scores_answer_beside_each_other(
     assert kinds.post("/v1/rerank", ranks).json()["model"] == "reranker"
     counts = samples(kinds)
     assert all(counts["qwen3_prompt_tokens_total", one["id"]] > 0 for one in found)
-    for path, body, model, kind in (
-        ("/v1/chat/completions", {"messages": HI}, "embedding", "an embedding model"),
-        ("/v1/embeddings", embeds, "reranker", "a reranker"),
-        ("/v1/rerank", ranks, "a", "a chat model"),
+    says = {"messages": HI, "max_tokens": 1}
+    for path, body, model, kind, right in (
+        ("/v1/chat/completions", says, "embedding", "an embedding model", "chat models here: a"),
+        ("/v1/embeddings", embeds, "reranker", "a reranker", "embedding models here: embedding"),
+        ("/v1/rerank", ranks, "a", "a chat model", "reranker models here: reranker"),
     ):
         response = kinds.post(path, {**body, "model": model})
-        assert response.status_code == 400
+        assert response.status_code == 400, response.text
         assert message_of(response).startswith(f"this checkpoint is {kind}")
+        assert message_of(response).endswith(f"; {right}")
     for path, body in (("/v1/embeddings", embeds), ("/api/embed", embeds), ("/rerank", ranks)):
         response = kinds.post(path, {**body, "model": "x"})
         assert response.status_code == 404 and "there are a, embedding, rer" in response.text
@@ -276,6 +280,10 @@ def test_a_model_stays_as_long_as_is_asked(
         assert served.post("/api/chat", body_of("/api/chat", "b", keep_alive=0)).is_success
         wait_for(served, a="loaded", b="not-loaded")
         assert served.post("/api/chat", body_of("/api/chat", "b", keep_alive="1m")).is_success
+        with_ttl: dict[str, Any] = {"model": "b", "ttl": 0}  # LM Studio's field
+        assert served.chat(max_tokens=1, **with_ttl).is_success
+        wait_for(served, a="loaded", b="not-loaded")
+        assert served.chat(max_tokens=1, **{**with_ttl, "ttl": 60}).is_success
         b, a = served.get("/api/ps").json()["models"][::-1]
         assert (a["name"], b["name"]) == ("a", "b") and a["expires_at"] > b["expires_at"]
         passed = 61
@@ -330,8 +338,11 @@ def test_requests_share_a_load_and_streams_show_that_it_goes_on(
             read_one.result()
         assert whole.result().json()["model"] == "b"
     assert slow.count == 1
-    begun = [found[0].startswith(": loading ") for found in lines]
-    assert sorted(begun) == [False, True, True, True]  # lines of JSON have no comments
+    begun = [found[0] for found in lines]
+    assert sum(line.startswith(": loading ") for line in begun) == 3
+    [line] = [json.loads(line) for line in begun if line[0] == "{"]  # JSON has no comments
+    assert (line["message"]["content"], line["done"], line["model"]) == ("", False, "b")
+    assert line["status"].startswith("loading ")
     ends = {found[-1] for found in lines if found[-1].startswith("data: ")}
     assert "data: [DONE]" in ends and len(ends) == 3
 
@@ -358,6 +369,9 @@ def test_a_load_that_fails_is_an_error_of_its_requests_alone(
             assert event == "event: error"
             assert json.loads(data.removeprefix("data: "))["error"][field]
             assert "the disk is gone" in data
+        with pytest.raises(ollama.ResponseError, match="^the disk is gone"):
+            for part in ollama.Client(served.url).chat("b", HI, stream=True):
+                assert not part.message.content and not part.done
         assert served.chat(model="a", max_tokens=1).is_success
         failing = False
         assert served.chat(model="b", max_tokens=1).json()["model"] == "b"

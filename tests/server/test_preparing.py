@@ -237,7 +237,7 @@ def test_a_client_that_goes_away_gives_its_place_back(
 def test_a_request_that_waits_too_long_is_told_to_come_again(
     served: Served, lanes: list[grammar_trial._Lane], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(preparing, "_TIMEOUT", 0.2)
+    monkeypatch.setattr(served.server.service.preparing, "_timeout", 0.2)
     with occupied(lanes):
         response = served.chat("Hi", **structured(regex="patience"))
     assert (response.status_code, response.headers["Retry-After"]) == (503, "10")
@@ -264,7 +264,7 @@ def test_work_that_cannot_be_given_up_is_seen(
     served: Served, demo: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     go_on = threading.Event()
-    monkeypatch.setattr(preparing, "_TIMEOUT", 0.1)
+    monkeypatch.setattr(served.server.service.preparing, "_timeout", 0.1)
     monkeypatch.setattr(demo, "prepare", lambda *_, **__: go_on.wait())
     try:
         assert served.chat("Hi").status_code == 503

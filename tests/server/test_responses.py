@@ -39,6 +39,11 @@ TOOL: Any = {
     "parameters": PARAMETERS,
     "strict": True,
 }
+ALLOWED = {
+    "type": "allowed_tools",
+    "mode": "required",
+    "tools": [{"type": "function", "name": "calculator"}],
+}
 DIRECT = {"enable_thinking": False, "temperature": 0}
 SCHEMA = {
     "type": "object",
@@ -478,6 +483,37 @@ def made_call(number: int) -> dict[str, Any]:
     return {"id": f"c{number}", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
+def test_the_allowed_tools_alone_are_offered(served: Served, demo: LLM) -> None:
+    other = {**TOOL, "name": "other"}
+    found = respond(served, CALL, tools=[TOOL, other], tool_choice=ALLOWED, max_output_tokens=99)
+    assert [item["name"] for item in found["output"]] == ["calculator"]
+    assert found["tool_choice"] == ALLOWED and len(found["tools"]) == 2
+    shown = {name: TOOL[name] for name in ("name", "description", "parameters")}
+    counted = demo.count_tokens(CALL, tools=[{"type": "function", "function": shown}])
+    assert abs(found["usage"]["input_tokens"] - counted) < 9  # the end of the prompt differs
+    names = {"type": "function", "function": {"name": "calculator"}}
+    chat = served.chat(
+        CALL,
+        tools=[{"type": "function", "function": {**shown, "name": n}} for n in ("calculator", "o")],
+        tool_choice={
+            "type": "allowed_tools",
+            "allowed_tools": {"mode": "required", "tools": [names]},
+        },
+        **DIRECT,
+    ).json()
+    assert [call["function"]["name"] for call in chat["choices"][0]["message"]["tool_calls"]] == [
+        "calculator"
+    ]
+    assert chat["usage"]["prompt_tokens"] == found["usage"]["input_tokens"]
+
+
+def test_a_prompt_too_long_names_the_field_of_this_protocol(served: Served) -> None:
+    error = served.post("/v1/responses", {"input": "word " * 9000}).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "input")
+    error = served.post("/v1/completions", {"prompt": "word " * 9000}).json()["error"]
+    assert (error["code"], error["param"]) == ("context_length_exceeded", "prompt")
+
+
 THOUGHT = {
     "type": "reasoning",
     "summary": [],
@@ -568,6 +604,17 @@ IMAGE = {"type": "input_image", "image_url": "data:image/png;base64,x"}
         ({"input": [{"id": "x"}]}, "an item of type None is not supported"),
         ({"input": [{"type": "function_call"}]}, "input[0] has no name"),
         ({"input": [{"type": "message", "role": "user"}]}, "input[0]: a message needs a role"),
+        (
+            {"input": [{"type": "function_call_output", "call_id": "c9", "output": "1"}]},
+            "No tool call found for function call output with call_id c9.",
+        ),
+        ({"input": [{"type": "function_call_output", "output": "1"}]}, "input[0] has no call_id"),
+        (
+            {"tools": [TOOL], "tool_choice": {**ALLOWED, "tools": [{**TOOL, "name": "x"}]}},
+            "tool_choice allows 'x', which is none of the tools",
+        ),
+        ({"tools": [TOOL], "tool_choice": {**ALLOWED, "mode": "all"}}, "tool_choice.mode: "),
+        ({"tools": [TOOL], "tool_choice": {"type": "web_search"}}, "tool_choice.type: "),
         ({"input": []}, "input: List should have at least 1 item"),
         ({"tools": [{"type": "function"}]}, "one of the tools has no name"),
         ({"tools": [{"type": "web_search"}], "tool_choice": "required"}, "needs tools"),
@@ -621,7 +668,8 @@ def test_thinking_that_is_not_shown_is_still_in_the_history(demo: LLM) -> None:
     with serving(demo, reasoning_field="none") as running:
         first = respond(running, CALL, tools=[TOOL], enable_thinking=True)
         assert [item["type"] for item in first["output"]] == ["function_call"]
-        result = {"type": "function_call_output", "call_id": "x", "output": "1023"}
+        call_id = first["output"][0]["call_id"]
+        result = {"type": "function_call_output", "call_id": call_id, "output": "1023"}
         linked = respond(running, [result], previous_response_id=first["id"], tools=[TOOL])
         apart = respond(
             running, [{"role": "user", "content": CALL}, *first["output"], result], tools=[TOOL]
@@ -683,6 +731,7 @@ def test_codex_is_answered(served: Served, demo: LLM) -> None:
     # What came back is fed in again, its thinking and calls with the result.
     fed = [*done["output"]]
     assert fed[0]["type"] == "reasoning" and fed[0]["encrypted_content"] is None
+    fed.append({"type": "function_call", "call_id": "c", "name": "shell", "arguments": "{}"})
     fed.append({"type": "function_call_output", "call_id": "c", "output": "1023"})
     more = {**body, "input": [*body["input"], *fed]}  # type: ignore[misc]
     again = events_of(served.post("/v1/responses", more))

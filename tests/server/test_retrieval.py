@@ -96,6 +96,7 @@ def test_a_query_has_its_prompt(embedder: Served) -> None:
         ({"input": [[]] * 2049}, "input has 2,049 texts, and at most 2,048 are taken at once"),
         ({"input": "a" * (8 << 20), "instruction": "b"}, "input has 8,388,609 characters with"),
         ({"input": ["a", "b " * 300]}, "input[1] has "),
+        ({"input": "a " * 300}, "or have it cut at its end (truncate=true)"),
         ({"input": "a", "dimensions": 0}, "dimensions must be from 1 to 64, not 0"),
         ({"input": "a", "encoding_format": "x"}, "should be 'float' or 'base64'"),
         ({"input": "a", "prompt_name": "x"}, "prompt_name must be one of the checkpoint's"),
@@ -235,6 +236,7 @@ def test_what_a_model_is_not_for_is_refused_by_its_kind(
                 response = served.post(path, body)
                 assert response.status_code == 400
                 assert message_of(response).startswith(f"this checkpoint is {kind}")
+                assert "()" not in message_of(response)  # addresses, not the library's methods
             old = served.post("/api/embed", {"input": "a"})
             assert old.status_code == (200 if served is embedder else 400)
             assert "pooling" not in old.text
@@ -254,7 +256,8 @@ def test_no_protocol_chats_with_an_embedding_model(embedder: Served) -> None:
     ):
         response = embedder.post(path, body)
         assert response.status_code == 400, path
-        assert message_of(response).startswith("this checkpoint is an embedding model")
+        said = "this checkpoint is an embedding model; load a chat model such as Qwen/Qwen3-8B, or"
+        assert message_of(response) == f"{said} compute vectors with /v1/embeddings"
 
 
 def test_the_kind_is_where_clients_look(embedder: Served, reranker: Served) -> None:
@@ -294,9 +297,12 @@ def test_computing_ends_with_its_client_and_its_time(
     embedder: Served, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     llm, ended, release = embedder.llm, threading.Event(), threading.Event()
+    seen = list[float]()
 
     def compute(_: Any, follow: Any) -> Any:
         """Compute without end, until `follow` ends it."""
+        seen.append(served.get("/health").json()["computing"]["requests"])
+        seen.append(samples(served)["qwen3_requests_computing",])
         try:
             while not release.wait(0.01):
                 follow(7, 1000)
@@ -307,6 +313,7 @@ def test_computing_ends_with_its_client_and_its_time(
         monkeypatch.setattr(llm, "compute_texts", compute)
         late = embed(served, "a")
         assert late.status_code == 504 and "not computed within 0.3 s" in late.text
+        assert seen == [1, 1]
         assert ended.wait(60)
         ended.clear()
         with pytest.raises(httpx.ReadTimeout):

@@ -140,7 +140,7 @@ def _prompt(
     Raises:
         TypeError, ValueError: the prompt is invalid or not supported.
     """
-    warnings += service.model_warnings(body.model)
+    warnings += service.model_warnings(body)
     warnings += check_unknown(body, NOT_SUPPORTED, HARMLESS)
     messages = body.library_messages()
     choice = body.tool_choice

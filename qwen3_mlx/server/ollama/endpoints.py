@@ -121,6 +121,16 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
         [(_, finish)] = running.completed
         return json_bytes(self._last(finish, running.timings)) + b"\n"
 
+    @classmethod
+    def comment(cls, model: str, text: str) -> bytes:
+        """Return a line without text for the reader; its `status` is a word as of /api/pull."""
+        return json_bytes({**_head(model), **cls._part(), "done": False, "status": text}) + b"\n"
+
+    @classmethod
+    def early_error(cls, body: bytes) -> bytes:
+        """Return an error, which is the last line."""
+        return body + b"\n"
+
     def stream_error(self, error: ApiError) -> bytes:
         """Return an error, which is the last line."""
         return json_bytes(PROTOCOL.error_body(error)) + b"\n"

@@ -103,9 +103,8 @@ def unloaded(
 
 def keep_alive_warnings(model: ServedModel, body: ModelRequest) -> list[str]:
     """Return a warning if a model that always stays loaded should be closed some time."""
-    finite = body.model_seconds not in (None, math.inf)
-    always = model.source.load is None
-    return ["keep_alive was ignored: the model stays loaded"] * (finite and always)
+    ignored = model.stays_despite(body.model_seconds)
+    return ["keep_alive was ignored: the model stays loaded"] * ignored
 
 
 def _in_words(count: int) -> str:

@@ -116,6 +116,11 @@ class OllamaRequest(ModelRequest):
     truncate: bool | None = None
     shift: bool | None = None
 
+    @property
+    def streamed(self) -> bool:
+        """True if the request wants the reply as a stream of lines."""
+        return self.stream is not False and not self.is_empty
+
     def not_honoured(self) -> list[str]:
         """Return warnings of fields that are not honoured."""
         warnings = {

@@ -12,10 +12,12 @@ from qwen3_mlx.server.openai.schema import (
     HARMLESS,
     HINTS,
     NOT_FOR_CHAT,
+    AllowedTools,
     ChatRequest,
     Message,
     NamedTool,
     Part,
+    only_allowed,
 )
 from qwen3_mlx.server.service import ModelService
 from qwen3_mlx.server.thinking import UNLIMITED
@@ -187,13 +189,18 @@ def _chat_options(body: ChatRequest) -> Options:
         )
     if body.top_logprobs is not None and not body.logprobs:
         raise ValueError("top_logprobs needs logprobs=true")
+    tools = [tool.library_tool() for tool in body.tools or ()]
     choice = body.tool_choice or "auto"
+    if isinstance(choice, AllowedTools):
+        allowed = choice.allowed_tools
+        tools = only_allowed(tools, [tool.function.name for tool in allowed.tools])
+        choice = allowed.mode
     return {
         **sampling_options(body),
         **constraint_option(body),
         "max_tokens": limits.pop() if limits else None,
         "logprobs": (body.top_logprobs or 0) if body.logprobs else None,
-        "tools": [tool.library_tool() for tool in body.tools or ()] or None,
+        "tools": tools or None,
         "tool_choice": choice.function.name if isinstance(choice, NamedTool) else choice,
         "parallel_tool_calls": body.parallel_tool_calls is not False,
         "partial_calls": bool(body.stream),

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import ReplyBuilder
 from qwen3_mlx.engine.sampling_params import SamplingParams
-from qwen3_mlx.server.endpoint import ReplyEndpoint, progress_comment
+from qwen3_mlx.server.endpoint import ReplyEndpoint
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.protocol import PROTOCOL
 from qwen3_mlx.server.openai.schema import CompletionFields, SamplingFields, ThinkingFields
@@ -34,7 +34,7 @@ class Completion(ReplyEndpoint[CompletionBody]):
 
     def __init__(self, service: ModelService, body: CompletionBody) -> None:
         super().__init__(service, body)
-        self.warnings += service.model_warnings(body.model)
+        self.warnings += service.model_warnings(body)
         self.streams = bool(body.stream)
         self.choices = body.n or 1
         if body.stream_options and not body.stream:
@@ -87,10 +87,6 @@ class Completion(ReplyEndpoint[CompletionBody]):
         before = b"data: " + self._before_choices
         after = b'],"usage":null}\n\n' if self._with_usage else b"]}\n\n"
         return b"".join(before + json_bytes(chunk) + after for chunk in chunks if chunk)
-
-    def stream_keepalive(self, running: ActiveRequest) -> bytes:
-        """Return a comment with the progress."""
-        return progress_comment(running)
 
     def stream_end(self, running: ActiveRequest) -> bytes:
         """Return the token counts, if requested, and the mark of the end."""

@@ -16,7 +16,7 @@ class Embeddings(TextsEndpoint[EmbeddingRequest]):
 
     def __init__(self, service: ModelService, body: EmbeddingRequest) -> None:
         super().__init__(service, body)
-        self.warnings += service.model_warnings(body.model)
+        self.warnings += service.model_warnings(body)
         self.warnings += check_unknown(body, {}, HARMLESS)
         self.contents = texts_of(body.input)
         check_amount("input", self.contents, len(body.instruction or ""))

@@ -173,6 +173,31 @@ class NamedTool(WireModel):
     function: NamedFunction
 
 
+class AllowedList(WireModel):
+    """The functions that the model may call."""
+
+    mode: Literal["auto", "required"]
+    tools: Tools[NamedTool]
+
+
+class AllowedTools(WireModel):
+    """The choice of some of the tools."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedList
+
+
+def only_allowed(tools: Sequence[dict[str, Any]], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the tools, as the library has them, that an `allowed_tools` choice names.
+
+    Raises:
+        ValueError: it names one that is not among them.
+    """
+    if missing := {*names} - {tool["function"]["name"] for tool in tools}:
+        raise ValueError(f"tool_choice allows {min(missing)!r:.100}, which is none of the tools")
+    return [tool for tool in tools if tool["function"]["name"] in names]
+
+
 class JsonSchema(WireModel):
     """JSON schema that the answer must fit."""
 
@@ -260,7 +285,18 @@ class SamplingFields(RequestModel):
         return bool(self.stream)
 
 
-class CompletionFields(SamplingFields):
+class LoadingFields(RequestModel):
+    """Fields of all requests that load a model."""
+
+    ttl: Annotated[float, Field(ge=0, description="LM Studio's field.")] | None = None
+
+    @property
+    def model_seconds(self) -> float | None:
+        """Seconds that the model stays loaded after the request; None if it does not say."""
+        return self.ttl
+
+
+class CompletionFields(SamplingFields, LoadingFields):
     """Fields of chat and text completions."""
 
     n: Annotated[int, Field(ge=1, le=_MAX_CHOICES)] | None = None
@@ -345,7 +381,7 @@ class ChatRequest(CompletionFields, ThinkingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     tools: Tools[ToolIn] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
@@ -368,7 +404,7 @@ class TextRequest(CompletionFields):
         return (self.n or 1) * (len(self.prompt) if several else 1)
 
 
-class EmbeddingRequest(RequestModel):
+class EmbeddingRequest(LoadingFields):
     """`POST /v1/embeddings`; the last four fields are this server's own."""
 
     input: TextOrIds

@@ -26,6 +26,7 @@ Logprobs = dict[str, list[Any]]
 class TextCompletion(Completion[TextRequest]):
     """A continuation of raw text."""
 
+    param = "prompt"
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
 

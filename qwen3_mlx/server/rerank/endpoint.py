@@ -20,7 +20,7 @@ class Rerank(TextsEndpoint[RerankRequest]):
 
     def __init__(self, service: ModelService, body: RerankRequest) -> None:
         super().__init__(service, body)
-        self.warnings += service.model_warnings(body.model)
+        self.warnings += service.model_warnings(body)
         self.warnings += check_unknown(body, NOT_SUPPORTED, HARMLESS)
         if body.documents is not None and body.texts is not None:
             raise ValueError("documents and texts are two names of the same; send one of them")

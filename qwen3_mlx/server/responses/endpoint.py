@@ -10,7 +10,7 @@ from typing import Any
 
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.stream import ReplyBuilder
-from qwen3_mlx.server.endpoint import ReplyEndpoint, progress_comment
+from qwen3_mlx.server.endpoint import ReplyEndpoint
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.openai.completion import sampling_options, thinking_options
 from qwen3_mlx.server.openai.schema import HARMLESS
@@ -30,6 +30,8 @@ _LIMIT = re.compile(r"\bmax_tokens\b")
 class ModelResponse(ReplyEndpoint[ResponsesRequest]):
     """A response of the model, complete or as the events that build it."""
 
+    param = "input"
+
     def __init__(
         self, service: ModelService, body: ResponsesRequest, *, store: ResponseStore, owner: str
     ) -> None:
@@ -38,7 +40,7 @@ class ModelResponse(ReplyEndpoint[ResponsesRequest]):
         self.streams = bool(body.stream)
         self._store, self._owner = store, owner
         self._numbers = count()
-        self.warnings += service.model_warnings(body.model)
+        self.warnings += service.model_warnings(body)
         self.warnings += check_unknown(body, NOT_SUPPORTED, HARMLESS, HINTS)
         self.warnings += body.not_honoured()
         conversation = self._conversation()
@@ -105,7 +107,7 @@ class ModelResponse(ReplyEndpoint[ResponsesRequest]):
             return [*before, {"role": "user", "content": items}]
         if any(item.type == "item_reference" for item in items):
             items = with_references(items, self._store.items(self._owner))
-        return [*before, *library_messages(items)]
+        return [*before, *library_messages(items, before)]
 
     def receive_events(self, events: Sequence[tuple[int, Event]]) -> None:
         """Add the events to the response."""
@@ -124,10 +126,6 @@ class ModelResponse(ReplyEndpoint[ResponsesRequest]):
     def stream_events(self, events: Sequence[tuple[int, Event]]) -> bytes:
         """Return the events that build the items."""
         return b"".join(self._written(self._add(event)) for _, event in events)
-
-    def stream_keepalive(self, running: ActiveRequest) -> bytes:
-        """Return a comment with the progress."""
-        return progress_comment(running)
 
     def stream_end(self, running: ActiveRequest) -> bytes:
         """Return the event with the whole response."""

@@ -13,13 +13,17 @@ Message = dict[str, Any]
 _THINKING = "reasoning_content"
 
 
-def library_messages(items: Sequence[InputItem]) -> list[Message]:
+def library_messages(items: Sequence[InputItem], before: Sequence[Message] = ()) -> list[Message]:
     """Return the messages of items, in OpenAI's format; every content is a string.
 
+    `before` are those of the previous response.
+
     Raises:
-        ValueError: an item or a part of one is of a type that is not supported, or incomplete.
+        ValueError: an item or a part of one is of a type that is not supported, or incomplete, or
+            the output of a call that was not made.
     """
     messages: list[Message] = []
+    calls = {call["id"] for message in before for call in message.get("tool_calls", ())}
     for index, item in enumerate(items):
         where = f"input[{index}]"
         kind = item.type or ("message" if item.role else None)
@@ -35,8 +39,15 @@ def library_messages(items: Sequence[InputItem]) -> list[Message]:
                 raise ValueError(f"{where} has no name, which a function_call needs")
             function = {"name": item.name, "arguments": item.arguments or "{}"}
             call = {"id": item.call_id, "type": "function", "function": function}
+            calls.add(item.call_id)
             _turn(messages).setdefault("tool_calls", []).append(call)
         elif kind == "function_call_output":
+            if item.call_id not in calls:  # in OpenAI's words
+                raise ValueError(
+                    f"No tool call found for function call output with call_id {item.call_id:.100}."
+                    if item.call_id
+                    else f"{where} has no call_id"
+                )
             result = _joined(item.output, where)
             messages.append({"role": "tool", "tool_call_id": item.call_id, "content": result})
         else:

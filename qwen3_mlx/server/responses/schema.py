@@ -11,6 +11,7 @@ from qwen3_mlx.server.openai.schema import (
     SamplingFields,
     ThinkingFields,
     TokenLimit,
+    only_allowed,
 )
 from qwen3_mlx.server.wire import Messages, OrderedModel, Parts, Tools, WireModel
 
@@ -85,6 +86,21 @@ class FunctionChoice(NamedFunction):
     type: Literal["function"]
 
 
+class AllowedTool(WireModel):
+    """A tool that the model may call; types other than functions are left out."""
+
+    type: str
+    name: str | None = None
+
+
+class AllowedTools(WireModel):
+    """The choice of some of the tools."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Tools[AllowedTool]
+
+
 class TextFormat(WireModel):
     """Format of the answer."""
 
@@ -121,7 +137,7 @@ class ResponsesRequest(SamplingFields, ThinkingFields):
     parallel_tool_calls: bool | None = None
     reasoning: ResponsesReasoning | None = None
     text: TextConfig | None = None
-    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | None = None
+    tool_choice: Literal["none", "auto", "required"] | FunctionChoice | AllowedTools | None = None
     tools: Tools[Tool] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     truncation: Literal["auto", "disabled"] | None = None
@@ -148,10 +164,10 @@ class ResponsesRequest(SamplingFields, ThinkingFields):
         return [warning[:_MAX_WARNING] for warning, applies in warnings.items() if applies]
 
     def library_tools(self) -> list[dict[str, Any]]:
-        """Return the functions for the library.
+        """Return the functions for the library, of which `tool_choice` may allow some only.
 
         Raises:
-            ValueError: a function has no name.
+            ValueError: a function has no name, or there is none of an allowed name.
         """
         tools = []
         for tool in self.functions:
@@ -159,12 +175,17 @@ class ResponsesRequest(SamplingFields, ThinkingFields):
                 raise ValueError("one of the tools has no name, which a function needs")
             shown = {name: value for name, value in tool.sent.items() if name in _SHOWN}
             tools.append({"type": "function", "function": shown})
+        if isinstance(choice := self.tool_choice, AllowedTools):
+            allowed = [tool.name or "" for tool in choice.tools if tool.type == "function"]
+            return only_allowed(tools, allowed)
         return tools
 
     def library_tool_choice(self) -> str:
         """Return the choice of a tool for the library."""
-        choice = self.tool_choice
-        return choice.name if isinstance(choice, FunctionChoice) else choice or "auto"
+        choice = self.tool_choice or "auto"
+        if isinstance(choice, str):
+            return choice
+        return choice.mode if isinstance(choice, AllowedTools) else choice.name
 
     def described(self) -> dict[str, Any]:
         """Return the fields that a response repeats, with their defaults."""
@@ -256,7 +277,7 @@ class ResponseOut(WireModel):
     store: bool
     temperature: float | None
     text: dict[str, Any]
-    tool_choice: str | dict[str, str]
+    tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
     top_logprobs: int | None
     top_p: float | None
