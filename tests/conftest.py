@@ -9,6 +9,8 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on M5, float32 is otherwise not
 # Threads of BLAS gain nothing on the small models of tests, and spin between their products.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.pop("QWEN3_MEMORY", None)
+# Or each process that tests start would compile the package anew, for a third of a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Neither the user's settings nor conversations; what tests ask is not recorded.
 os.environ["QWEN3_HOME"] = tempfile.mkdtemp()
 with open(os.path.join(os.environ["QWEN3_HOME"], "config.toml"), "w") as _settings:
