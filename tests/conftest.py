@@ -19,9 +19,12 @@ with open(os.path.join(os.environ["QWEN3_HOME"], "config.toml"), "w") as _settin
     _settings.write("log = false\n")
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 from hypothesis import HealthCheck, settings
 
 from qwen3_mlx import LLM, load
@@ -40,6 +43,19 @@ def pytest_collection_finish() -> None:
     """Spare the collector the half million objects of the tests, which it would go through anew."""
     gc.collect()
     gc.freeze()
+
+
+_build = cache(typer.main.get_command)
+
+
+def _command_of(app: typer.Typer) -> Any:
+    """Return the command of `app` as new; to build it takes longer than most commands do."""
+    command = _build(app)
+    vars(command).pop("_shows_all", None)
+    return command
+
+
+typer.main.get_command = _command_of
 
 
 @pytest.fixture(scope="session")
