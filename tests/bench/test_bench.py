@@ -279,6 +279,7 @@ def test_ctrl_c_ends_the_sides_too(tiny_folder: Path) -> None:
     ) as process:
         while not (sides := _children(process.pid)):
             assert process.poll() is None
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (130, "", "qwen3: interrupted\n")
