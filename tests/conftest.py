@@ -55,7 +55,7 @@ def _command_of(app: typer.Typer) -> Any:
     return command
 
 
-typer.main.get_command = _command_of
+typer.main.get_command = _command_of  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session")

@@ -569,10 +569,10 @@ CUT: dict[str, Any] = {
 WHOLE = {"expression": "12 + 34"}
 
 
-@pytest.mark.parametrize("limits", [(1, 2, 12, 21), pytest.param(range(3, 21), marks=pytest.mark.slow)])
-def test_a_call_that_is_cut_off_by_the_limit_is_not_made(
-    demo: LLM, limits: Sequence[int]
-) -> None:
+@pytest.mark.parametrize(
+    "limits", [(1, 2, 12, 21), pytest.param(range(3, 21), marks=pytest.mark.slow)]
+)
+def test_a_call_that_is_cut_off_by_the_limit_is_not_made(demo: LLM, limits: Sequence[int]) -> None:
     """The demo writes 24 tokens: the tag, the call of 22, and the tag that ends it."""
     made = []
 
