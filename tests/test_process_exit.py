@@ -126,7 +126,8 @@ def test_the_command_ends(interrupt: bool, wide_folder: Path) -> None:
     assert code == (130 if interrupt else 0), errors
 
 
-@pytest.mark.parametrize("together", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow  # tests/bench measures one, and waits for its end
+@pytest.mark.parametrize("together", [1, 2])
 def test_a_measured_peer_ends(together: int, wide_folder: Path) -> None:
     blas = backend.BLAS.split(" (")[0]
     terms = NumericSettings(dtype="float32", quantized=False, blas=blas)

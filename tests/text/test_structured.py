@@ -631,9 +631,10 @@ BOMB = {"type": "string", "pattern": "^(a{800}){800}$"}
     ("options", "complaint"),
     [
         ({"regex": "(a{1000}){1000}"}, "regex: lexer error: too many"),
-        (
+        pytest.param(
             {"schema": {"type": "array", "items": BOMB, "minItems": 1}},
             "schema: lexer error: too many",
+            marks=pytest.mark.slow,
         ),
         ({"grammar": 'start: a{5000}\na: b{5000}\nb: "x"'}, "grammar: .*Too many items"),
         (
