@@ -9,15 +9,22 @@ os.environ.setdefault("MLX_ENABLE_TF32", "0")  # on M5, float32 is otherwise not
 # Threads of BLAS gain nothing on the small models of tests, and spin between their products.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.pop("QWEN3_MEMORY", None)
+# Or each process that tests start would compile the package anew, for a third of a second.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 # Neither the user's settings nor conversations; what tests ask is not recorded.
 os.environ["QWEN3_HOME"] = tempfile.mkdtemp()
+# No certificate is needed, and to load the usual ones takes a client 20 ms.
+os.environ["SSL_CERT_DIR"] = os.environ["QWEN3_HOME"]
 with open(os.path.join(os.environ["QWEN3_HOME"], "config.toml"), "w") as _settings:
     _settings.write("log = false\n")
 
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 from hypothesis import HealthCheck, settings
 
 from qwen3_mlx import LLM, load
@@ -36,6 +43,19 @@ def pytest_collection_finish() -> None:
     """Spare the collector the half million objects of the tests, which it would go through anew."""
     gc.collect()
     gc.freeze()
+
+
+_build = cache(typer.main.get_command)
+
+
+def _command_of(app: typer.Typer) -> Any:
+    """Return the command of `app` as new; to build it takes longer than most commands do."""
+    command = _build(app)
+    vars(command).pop("_shows_all", None)
+    return command
+
+
+typer.main.get_command = _command_of  # type: ignore[assignment]
 
 
 @pytest.fixture(scope="session")

@@ -133,5 +133,7 @@ class MemoryEstimate:
 
         Each token reads the weights that it passes through, and the KV cache.
         """
+        if not self.bandwidth:
+            return None
         moved = bytes_read_per_token(self.config, self.formats[fmt], self.work(context, cache))
-        return self.bandwidth / moved if self.bandwidth else None
+        return self.bandwidth / moved

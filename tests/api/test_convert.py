@@ -76,7 +76,7 @@ def test_the_measured_recipe_is_closer_at_its_size(
 ) -> None:
     layers = 3
     source = write_tiny(tmp_path / "source", {**(config or TINY), "num_hidden_layers": layers})
-    text = "What is 12 + 34? Repeat: red green blue. " * 40
+    text = "What is 12 + 34? Repeat: red green blue. " * 24
     told: list[tuple[str, int, int]] = []
     measured = convert(
         source,
@@ -148,7 +148,7 @@ def test_the_command_and_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwen3_mlx.cli.convert.compare", partial(compare, reading=ReadingOptions(tokens=200))
+        "qwen3_mlx.cli.convert.compare", partial(compare, reading=ReadingOptions(tokens=100))
     )
     output = tmp_path / "made"
     with pytest.raises(SystemExit) as ended:

@@ -168,10 +168,16 @@ def test_the_command_measures_both(
     assert "sequences together" in picture.read_text()
 
 
-def test_the_table_of_this_package_alone(
-    tiny_folder: Path, capsys: pytest.CaptureFixture[str]
+def test_the_table_of_this_package_alone_of_a_folder_that_is_called_like_a_size(
+    tiny_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    code, out, err = call(["bench", str(tiny_folder), *SMALL], capsys)
+    (tmp_path / "8B").symlink_to(tiny_folder)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = call(["bench", "./8B", *SMALL], capsys)
     assert (code, err) == (0, "")
     for words in (
         "8 kept and 16 new",
@@ -185,21 +191,6 @@ def test_the_table_of_this_package_alone(
     ):
         assert words in out, out
     assert "mlx-lm" not in out
-
-
-def test_a_folder_that_is_called_like_a_size(
-    tiny_folder: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    (tmp_path / "8B").symlink_to(tiny_folder)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(tmp_path)
-    few = ("--prompts", "8", "--together", "", "--decode", "2")
-    code, out, err = call(["bench", "./8B", *few], capsys)
-    assert code == 0, err
-    assert "after 8" in out
 
 
 def figures(case: Case, decode: float) -> Measurement:
@@ -288,6 +279,7 @@ def test_ctrl_c_ends_the_sides_too(tiny_folder: Path) -> None:
     ) as process:
         while not (sides := _children(process.pid)):
             assert process.poll() is None
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=120)
     assert (process.returncode, out, err) == (130, "", "qwen3: interrupted\n")

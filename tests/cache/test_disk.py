@@ -146,11 +146,11 @@ def test_a_kill_in_the_middle_is_cleared_away(tmp_path: Path) -> None:
         "caches = []\n"
         "for seed in range(2):\n"
         "    caches.append(model.make_cache())\n"
-        "    prefill(model, caches[-1], random_ids(2000, seed=seed), 500)\n"
+        "    prefill(model, caches[-1], random_ids(500, seed=seed), 500)\n"
         "print('ready', flush=True)\n"
         "while True:\n"
         "    for seed, cache in enumerate(caches):\n"
-        "        disk.write(random_ids(2000, seed=seed), cache, lambda: False)\n"
+        "        disk.write(random_ids(500, seed=seed), cache, lambda: False)\n"
     )
     with subprocess.Popen(
         [sys.executable, "-c", program, tmp_path], stdout=subprocess.PIPE
@@ -169,9 +169,9 @@ def test_a_kill_in_the_middle_is_cleared_away(tmp_path: Path) -> None:
     assert not half.exists()
     assert not other_half.exists()
     assert living.exists()
-    found = [disk.match_length(random_ids(2000, seed=seed), 2000) for seed in range(2)]
-    assert set(found) <= {0, 2000}
-    assert 2000 in found
+    found = [disk.match_length(random_ids(500, seed=seed), 500) for seed in range(2)]
+    assert set(found) <= {0, 500}
+    assert 500 in found
 
 
 def test_the_folder_is_bounded(tmp_path: Path) -> None:

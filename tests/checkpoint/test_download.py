@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from threading import Event as Flag
@@ -132,6 +133,7 @@ def test_ctrl_c_ends_a_download_that_the_next_command_resumes(cache: Cache) -> N
             assert begun.wait(60)
             while not (cache.partial.exists() and cache.partial.stat().st_size == 50_000):
                 assert process.poll() is None
+                time.sleep(0.01)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=30)  # while the hub still hangs
         finally:

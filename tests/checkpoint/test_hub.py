@@ -45,7 +45,7 @@ def test_only_the_files_needed_are_downloaded_once(
 ) -> None:
     address, asked = hub
     words = ("Hello", "-n", "4", "-q", "--model", "someone/tiny")
-    done = command(*words, home=tmp_path, endpoint=address)
+    done = qwen3(*words, home=tmp_path, endpoint=address)
     assert (done.returncode, done.stderr) == (0, "")
     assert sorted(asked) == [
         "chat_template.jinja",

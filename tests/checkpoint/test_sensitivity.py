@@ -106,7 +106,7 @@ def test_the_estimate_is_the_divergence(
     kind: str, vocabulary_block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sensitivity, "_VOCABULARY_BLOCK", vocabulary_block)
-    folder, ids = write_tiny(tmp_path / "model", CONFIGS[kind]), draw_ids(32, 16)
+    folder, ids = write_tiny(tmp_path / "model", CONFIGS[kind]), draw_ids(32, 10)
     sharpen(folder, 6.0)
     scores = estimated(folder, ids, [FINE])
     groups = groups_of(folder)

@@ -39,6 +39,7 @@ class Finder:
 
 def profile(frame, event, _):
     if event == "call" and frame.f_code.co_name == os.environ["FUNCTION"]:
+        time.sleep(0.2)  # a signal in the moment before a lock is waited for is seen after that
         press()
         time.sleep(300)
 

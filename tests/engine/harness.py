@@ -198,8 +198,11 @@ class ErraticConstraint:
 def expected_of_erratic(kind: str, which: int) -> list[int]:
     """Return the reply under the erratic constraint, token by token, without an engine."""
     model, reply, constraint = model_of(kind), list[int](), ErraticConstraint()
+    prompt, cache, seen = PROMPTS[which], model.make_cache(), 0
     while len(reply) < MOST:
-        logits = np.array(model(mx.array([PROMPTS[which] + reply]), model.make_cache())[0, -1])
+        rest = (prompt + reply)[seen:]
+        logits = np.array(model(mx.array([rest]), cache, wanted=[len(rest) - 1])[0, -1])
+        seen += len(rest)
         if constraint.needs_mask:
             logits[::2] = -np.inf
         token = int(logits.argmax())
@@ -207,6 +210,9 @@ def expected_of_erratic(kind: str, which: int) -> list[int]:
         constraint.advance([token])
         if constraint.rollback:
             del reply[len(reply) - constraint.rollback :]
+            seen = min(seen, len(prompt) + len(reply))
+            for layer in cache:
+                layer.truncate(seen)
         while forced := constraint.forced_tokens():
             reply += forced
             constraint.advance(forced)

@@ -25,20 +25,20 @@ def run_apart(module: str, *arguments: str | Path) -> None:
     assert process.returncode == 0, said[-4000:]
 
 
-@pytest.mark.parametrize(
-    "cases", ["progress,deliver,soon", "nested,circle,closing,freed", "tools,finalizer"]
-)
-def test_callbacks_may_do_anything(cases: str) -> None:
-    run_apart("tests.engine.hanging", cases)
-
-
-def test_parts_of_the_engine_may_fail_for_a_while(tmp_path: Path) -> None:
-    run_apart("tests.engine.hanging", "failing", tmp_path)
+def test_callbacks_may_do_anything_and_parts_of_the_engine_may_fail(tmp_path: Path) -> None:
+    cases = "progress,deliver,soon,nested,circle,closing,freed,tools,finalizer,failing"
+    run_apart("tests.engine.hanging", cases, tmp_path)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_fork_is_refused(tmp_path: Path) -> None:
     run_apart("tests.engine.hanging", "fork", tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_what_takes_luck_to_hang_is_tried_often(tmp_path: Path) -> None:
+    run_apart("tests.engine.hanging", "freed,fork", tmp_path, "often")
 
 
 def test_whatever_fails_in_a_step_ends_in_an_error(tmp_path: Path) -> None:

@@ -249,6 +249,7 @@ def test_a_client_that_takes_nothing_is_closed(
     tiny: LLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, logger="qwen3_mlx.server")
+    monkeypatch.setattr("qwen3_mlx.server.run._TICKS_PER_SWEEP", 1)  # or it generates for seconds
     shrink_buffers(monkeypatch)
     with serving(tiny, Limits(write_patience=0.2)) as served:
         with reading_nothing(served, endless(max_tokens=1900)) as connection:

@@ -81,6 +81,7 @@ def known_servers(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hostile, name, 300.0)
 
 
+@pytest.mark.slow
 def test_a_soak_tells_whether_memory_grows(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

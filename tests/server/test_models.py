@@ -450,9 +450,9 @@ def test_the_first_model_leaves_room_for_the_others(
 def test_busy_models_are_waited_for_up_to_a_limit(
     sources: list[ModelSource], room_for_two: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(models, "_PATIENCE", 0.3)
+    monkeypatch.setattr(models, "_PATIENCE", 0.1)
     with serving_all(sources) as served, ThreadPoolExecutor(2) as pool:
-        body = {**endless(), "max_tokens": 500}
+        body = {**endless(), "max_tokens": 250}
         busy = [pool.submit(served.post, "/v1/completions", {**body, "model": n}) for n in "ab"]
         until(
             lambda: states(served)["b"] == "loaded" and served.get("/health").json()["running"] == 2
@@ -476,7 +476,7 @@ def test_a_model_that_never_fits_closes_no_other(
         assert states(served)["a"] == "loaded"
 
 
-@pytest.mark.parametrize("count", [30, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [15, pytest.param(200, marks=pytest.mark.slow)])
 def test_models_take_turns_under_load(
     sources: list[ModelSource], room_for_two: None, count: int
 ) -> None:

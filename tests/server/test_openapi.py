@@ -145,7 +145,7 @@ def check_still_well(served: Served, found: dict[int, int]) -> None:
 
 
 def test_mutated_requests_bring_nothing_down(served: Served) -> None:
-    check_still_well(served, attack(served, 60, seed=0))
+    check_still_well(served, attack(served, 60, seed=4))
 
 
 @pytest.mark.slow

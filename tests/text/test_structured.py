@@ -105,7 +105,7 @@ def generate_valid(llm: LLM, count: int, lengths: Sequence[int], **options: Any)
 
 
 def test_json_is_always_valid(tiny: LLM) -> None:
-    generate_valid(tiny, 2, (40, 64), thinking=False)
+    generate_valid(tiny, 2, (40,), thinking=False)
 
 
 def test_json_is_valid_after_thinking_that_takes_all_it_can(tiny: LLM) -> None:
@@ -631,9 +631,10 @@ BOMB = {"type": "string", "pattern": "^(a{800}){800}$"}
     ("options", "complaint"),
     [
         ({"regex": "(a{1000}){1000}"}, "regex: lexer error: too many"),
-        (
+        pytest.param(
             {"schema": {"type": "array", "items": BOMB, "minItems": 1}},
             "schema: lexer error: too many",
+            marks=pytest.mark.slow,
         ),
         ({"grammar": 'start: a{5000}\na: b{5000}\nb: "x"'}, "grammar: .*Too many items"),
         (
@@ -850,14 +851,14 @@ def test_penalised_replies_are_the_same_alone_together_and_with_speculation(
     options: dict[str, Any] = {
         "schema": SCHEMAS[0],
         "thinking_budget": 6,
-        "max_tokens": 80,
+        "max_tokens": 66,
         "seed": 8,
         "temperature": 0.8,
         "frequency_penalty": 0.4,
         "presence_penalty": 0.2,
         "repetition_penalty": 1.1,
     }
-    prompts = ["Hello", "a b c a b c a b c", "1 2 3 4"]
+    prompts = ["a b c a b c a b c", "1 2 3 4"]
     alone = [tiny.chat(prompt, **options) for prompt in prompts]
     with load(tiny_folder, draft="ngram") as drafting:
         for replies in (tiny.batch(prompts, **options), drafting.batch(prompts, **options)):

@@ -569,7 +569,10 @@ CUT: dict[str, Any] = {
 WHOLE = {"expression": "12 + 34"}
 
 
-def test_a_call_that_is_cut_off_by_the_limit_is_not_made(demo: LLM) -> None:
+@pytest.mark.parametrize(
+    "limits", [(1, 2, 12, 21), pytest.param(range(3, 21), marks=pytest.mark.slow)]
+)
+def test_a_call_that_is_cut_off_by_the_limit_is_not_made(demo: LLM, limits: Sequence[int]) -> None:
     """The demo writes 24 tokens: the tag, the call of 22, and the tag that ends it."""
     made = []
 
@@ -578,7 +581,7 @@ def test_a_call_that_is_cut_off_by_the_limit_is_not_made(demo: LLM) -> None:
         made.append(expression)
         return "46"
 
-    for most in (1, 2, 11, 12, 13, 20, 21):
+    for most in limits:
         asked = {**CUT, "tools": [calculator], "max_tokens": most}
         (batched,) = demo.batch([asked.pop("messages")], **asked)
         for reply in (demo.chat(CUT["messages"], **asked), batched):
@@ -797,9 +800,21 @@ CODER_TEXTS = (
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15)
 @given(texts=st.lists(CODER_TEXTS, max_size=3))
 def test_any_text_of_a_coder_call_comes_whole_or_cannot_be_read(texts: list[str]) -> None:
+    check_coder_call(texts)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(texts=st.lists(CODER_TEXTS, max_size=3))
+def test_many_texts_of_coder_calls_come_whole_or_cannot_be_read(texts: list[str]) -> None:
+    check_coder_call(texts)
+
+
+def check_coder_call(texts: list[str]) -> None:
+    """Stream a call with these arguments, whole and cut off at each token."""
     arguments = dict(zip(("text", "other", "third"), texts, strict=False))
     parameters = "".join(
         f"<parameter={name}>\n{text}\n</parameter>\n" for name, text in arguments.items()
