@@ -22,10 +22,11 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint import gptq
+from qwen3_mlx.checkpoint.formats.matrix import Matrix
 from qwen3_mlx.checkpoint.hub import KIND_FILES
 from qwen3_mlx.checkpoint.output_config import output_config
 from qwen3_mlx.checkpoint.recipes import Formats
-from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
+from qwen3_mlx.checkpoint.stored_formats import read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, mismatches, refuse_missing_layers, weight_names
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import ShardWriter, TensorSpec, atomic_write

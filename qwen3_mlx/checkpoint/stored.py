@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3_mlx.checkpoint.formats.methods import METHODS
 from qwen3_mlx.checkpoint.names import network_name
 from qwen3_mlx.checkpoint.weights import INDEX, index_fault, index_names
 from qwen3_mlx.errors import CheckpointError
@@ -16,22 +17,6 @@ MODELOPT = "hf_quant_config.json"
 MLX = "mlx"
 _MLX_KEYS = {"bits", "group_size", "mode"}  # and the paths of modules
 _UNNAMED = ""
-# The other methods that a conversion reads: for each, the keys of its section whose values are
-# restricted, with the allowed values and the default of a missing key.
-_READ: Mapping[str, Mapping[str, tuple[tuple[object, ...], object]]] = {
-    "fp8": {},
-    "awq": {
-        "bits": ((4,), None),
-        "version": (("gemm",), "gemm"),
-        "zero_point": ((True,), None),
-    },
-    "gptq": {
-        "bits": ((4, 8), None),
-        "checkpoint_format": (("gptq", "gptq_v2"), "gptq"),
-        "is_marlin_format": ((False,), False),
-        "pack_dtype": (("int32",), "int32"),
-    },
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +40,10 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     method, section = found.method, found.section
     if method == _UNNAMED:
         raise _unreadable(f"without quant_method ({', '.join(section)})")
-    if method not in _READ:
+    if method not in METHODS:
         raise _unreadable(f"as {method!r}")
-    name = f"as {method.upper()}"
-    for key, (allowed, default) in _READ[method].items():
-        value = default if section.get(key) is None else section[key]
-        if (value.lower() if isinstance(value, str) else value) not in allowed:
-            only = " and ".join(map(repr, allowed))
-            raise _unreadable(name, f" with {key} {value!r}, and only {only} can be read")
-    if section.get("dynamic"):
-        raise _unreadable(name, " with `dynamic`, formats of their own for some modules")
-    if method == "fp8" and not _is_block(block := section.get("weight_block_size")):
-        raise _unreadable(
-            name, f" with weight_block_size {block!r}, and needed is one such as [128, 128]"
-        )
+    if problem := METHODS[method].problem(section):
+        raise _unreadable(f"as {method.upper()}", f" {problem}")
     return found
 
 
@@ -101,12 +76,6 @@ def _is_mlx(section: Mapping[str, Any]) -> bool:
     return all(key in _MLX_KEYS or key == "lm_head" or "." in key for key in section)
 
 
-def _is_block(block: object) -> bool:
-    return (
-        isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    )
-
-
 def refuse_modelopt(stated: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that only its hf_quant_config.json declares as quantized.
 
@@ -122,7 +91,9 @@ def refuse_modelopt(stated: Mapping[str, Any]) -> None:
 
 
 def _unreadable(method: str, reason: str = "", *, where: str = "config.json") -> CheckpointError:
-    reason = reason or f", which is not read ({', '.join(_READ).upper()} and MLX's own formats are)"
+    reason = (
+        reason or f", which is not read ({', '.join(METHODS).upper()} and MLX's own formats are)"
+    )
     return CheckpointError(
         f"{where}: the weights are quantized {method}{reason}; take the original weights, or a "
         "build for MLX such as Qwen/Qwen3-8B-MLX-4bit"

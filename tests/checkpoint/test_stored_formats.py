@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from qwen3_mlx import CheckpointError
-from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
+from qwen3_mlx.checkpoint.formats.matrix import Matrix
+from qwen3_mlx.checkpoint.stored_formats import read_matrices
 from tests.checkpoint.harness import Array, as_stored, make_gptq, scales_of
 from tests.support import Stored, float_of, write_safetensors
 
