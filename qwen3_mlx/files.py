@@ -41,6 +41,7 @@ STORED_AS = {
 _READ_AS = {name: dtype for dtype, name in STORED_AS.items()}
 _FLOATS = {"BF16", "F16", "F32"}
 _READ_AS |= {"F8_E4M3": mx.uint8}  # MLX has no 8-bit floats: they are read as bytes
+_READ_AS |= {"I8": mx.int8, "I64": mx.int64}
 _MLX_METADATA = {"format": "mlx"}
 
 

@@ -18,6 +18,7 @@ from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.checkpoint.auto_recipe import choose_measured_formats
 from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, check_output, run
+from qwen3_mlx.checkpoint.decoded import kept_formats
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import quantizable_shapes
@@ -104,7 +105,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
         output: the folder to write. It appears only when it is complete.
         revision: branch, tag or commit on the hub; default None, the main branch.
         bits: bits per weight: 2, 3, 4, 5, 6 or 8; default None, which is the mode's own, in the
-            affine mode 4.
+            affine mode 4. Without `bits`, `group_size`, `mode` and `recipe` the weights of an AWQ
+            or GPTQ checkpoint keep their codes.
         group_size: number of weights that share a scale: 32, 64 or 128; default None, which is the
             mode's own, in the affine mode 64.
         mode: quantization mode: "affine" (default), "mxfp4", "mxfp8" or "nvfp4".
@@ -163,6 +165,9 @@ def convert(  # noqa: PLR0913 - one keyword an option
     )
     if recipe == "auto":
         job = _measured(job, calibration, target_bpw or 0.0, progress)
+    elif not dequantize and (recipe, bits, group_size, mode) == ("uniform", None, None, AFFINE):
+        kept = kept_formats(config, folder)
+        job = replace(job, formats=kept or choose_formats(quantizable_shapes(config), recipe, fmt))
     elif not dequantize:
         stored = quantization_of(config)
         stored_bits = stored.section.get("bits") if stored else None

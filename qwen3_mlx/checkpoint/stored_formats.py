@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from qwen3_mlx.checkpoint.formats.matrix import (
     FLOATS,
+    Codes,
     Decoder,
     Matrix,
     Scheme,
@@ -95,10 +96,14 @@ def _mlx(formats: StoredFormats) -> Decoder:
             dtypes = FLOATS if dtype == mx.float32 else (STORED_AS[dtype],)
             expect(weights, name, dtypes, shape)
 
-        def read(start: int, stop: int) -> mx.array:
-            return fmt.dequantize_float32(*(weights.rows(name, start, stop) for name in names))
+        def read_codes(start: int, stop: int) -> tuple[mx.array, ...]:
+            return tuple(weights.rows(name, start, stop) for name in names)
 
-        return StoredRows(math.prod(packed.shape[:-1]), width, read)
+        def read(start: int, stop: int) -> mx.array:
+            return fmt.dequantize_float32(*read_codes(start, stop))
+
+        codes = Codes(fmt, read_codes)
+        return StoredRows(math.prod(packed.shape[:-1]), width, read, codes)
 
     return decode
 

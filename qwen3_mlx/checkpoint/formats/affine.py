@@ -8,7 +8,9 @@ from qwen3_mlx.checkpoint.formats.matrix import Codes, StoredRows
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.quantization import Format
 
-_BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)  # of MLX, the largest groups first
+MLX_BITS = (2, 3, 4, 5, 6, 8)
+"""Bits of the codes that MLX computes with."""
+_GROUPS = (128, 64, 32)  # of MLX, the largest first
 
 ReadGroups = Callable[[int, int], tuple[mx.array, mx.array, mx.array]]
 """Returns codes [rows, width], uint32, and float32 scales and offsets [rows, groups] of rows."""
@@ -24,8 +26,8 @@ def affine_rows(
         grouped = codes.astype(mx.float32).reshape(stop - start, -1, group)
         return (grouped * scales[..., None] + offsets[..., None]).flatten(1)
 
-    size = next((size for size in _GROUPS if group % size == 0), None)
-    if bits not in _BITS or size is None:
+    size = mlx_group_size(group)
+    if bits not in MLX_BITS or size is None:
         return StoredRows(rows, width, read)
 
     def read_codes(start: int, stop: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -34,6 +36,13 @@ def affine_rows(
         return pack(codes, bits), scales, offsets
 
     return StoredRows(rows, width, read, Codes(Format(bits, size), read_codes))
+
+
+def mlx_group_size(group: object) -> int | None:
+    """Return the largest groups of MLX that make up groups of `group` weights; None without any."""
+    if not isinstance(group, int) or group < 0:
+        return None
+    return next((size for size in _GROUPS if group % size == 0), None)
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
@@ -55,6 +64,20 @@ def unpack(words: mx.array, shifts: list[int]) -> mx.array:
     """Return the values [rows, words · values a word], uint32, of words [rows, words]."""
     mask = (1 << 32 // len(shifts)) - 1
     return (words.view(mx.uint32)[..., None] >> mx.array(shifts, dtype=mx.uint32) & mask).flatten(1)
+
+
+def unpack_stream(words: mx.array, bits: int) -> mx.array:
+    """Return the values [rows, 32 · words / bits], uint32, of what `pack` packs, of 1 to 8 bits."""
+    words = words.view(mx.uint32)
+    runs = mx.pad(words, [(0, 0), (0, -words.shape[1] % bits)]).reshape(len(words), -1, bits)
+    values = []
+    for place in range(32):
+        word, shift = divmod(place * bits, 32)
+        value = runs[..., word] >> shift
+        if shift + bits > 32:
+            value = value | (runs[..., word + 1] << (32 - shift))
+        values.append(value & ((1 << bits) - 1))
+    return mx.stack(values, axis=-1).flatten(1)
 
 
 def group_size(prefix: str, inputs: int, groups: int) -> int:

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from qwen3_mlx.checkpoint.formats.affine import affine_rows, group_size, unpack
 from qwen3_mlx.checkpoint.formats.matrix import FLOATS, WORDS, Scheme, StoredRows, expect
@@ -57,8 +56,9 @@ def gptq_rows(weights: Weights, prefix: str, bits: int, *, zeros_less_one: bool)
 
     def read(start: int, stop: int) -> mx.array:
         index = weights.rows(order, 0, 1).flatten()
-        if stray := set(np.array(index).tolist()) - set(range(groups)):
-            raise CheckpointError(f"{order} names group {min(stray)} of {groups}")
+        for stray in (index.min().item(), index.max().item()):
+            if not 0 <= int(stray) < groups:  # type: ignore[arg-type]
+                raise CheckpointError(f"{order} names group {stray} of {groups}")
         q, scales, offsets = read_groups(start, stop)
         return q.astype(mx.float32) * scales[:, index] + offsets[:, index]
 

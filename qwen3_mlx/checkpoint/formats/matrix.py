@@ -22,11 +22,12 @@ WORDS = ("I32", "U32")  # of packed integers; the sign of a word has no meaning
 class Codes:
     """The same numbers in a format of MLX: `read(start, stop)` returns packed rows, scales, biases.
 
-    Scales and biases are float32, so nothing is quantized again and nothing is lost.
+    Nothing is quantized again and nothing is lost: where they are computed, scales and biases are
+    float32. A format without biases has none.
     """
 
     fmt: Format
-    read: Callable[[int, int], tuple[mx.array, mx.array, mx.array]]
+    read: Callable[[int, int], tuple[mx.array, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +58,22 @@ class Matrix:
         return formats.pop() if len(formats) == 1 else None
 
     def blocks(self, size: int) -> Iterator[mx.array]:
-        """Yield all rows in order, in blocks of about `size` numbers."""
+        """Yield all rows in order, as floats, in blocks of about `size` numbers."""
+        for part, start, stop in self._pieces(size):
+            yield part.read(start, stop)
+
+    def code_blocks(self, size: int) -> Iterator[tuple[mx.array, ...]]:
+        """Yield all rows in order, as `Codes` in the format `fmt`, which there must be."""
+        for part, start, stop in self._pieces(size):
+            assert part.codes
+            yield part.codes.read(start, stop)
+
+    def _pieces(self, size: int) -> Iterator[tuple[StoredRows, int, int]]:
         for part in self.parts:
             # A multiple of 128 rows, so that no block of FP8 or AWQ is cut.
             step = max(size // part.width // 128, 1) * 128
             for start in range(0, part.rows, step):
-                yield part.read(start, min(start + step, part.rows))
+                yield part, start, min(start + step, part.rows)
 
 
 Decoder = Callable[[Weights, str], StoredRows]
@@ -98,3 +109,8 @@ def expect(
             "needed"
         )
     return entry.shape
+
+
+def as_floats(part: mx.array, dtype: mx.Dtype) -> mx.array:
+    """Return floats of a format as `dtype`; codes stay as they are."""
+    return part.astype(dtype) if mx.issubdtype(part.dtype, mx.floating) else part

@@ -4,8 +4,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3_mlx.checkpoint.formats import awq, fp8, gptq_words
+from qwen3_mlx.checkpoint.formats import (
+    autoround,
+    awq,
+    bitsandbytes,
+    compressed_tensors,
+    fp8,
+    gptq_words,
+)
+from qwen3_mlx.checkpoint.formats.affine import MLX_BITS, mlx_group_size
 from qwen3_mlx.checkpoint.formats.matrix import Scheme
+from qwen3_mlx.model.quantization import Format
 
 Section = Mapping[str, Any]
 
@@ -29,6 +38,16 @@ def _only(**allowed: tuple[object, ...]) -> Callable[[Section], str]:
     return problem
 
 
+def _integers(section: Section) -> Format:
+    """Return the format of integers with `bits` bits in groups of `group_size`."""
+    return Format(section["bits"], mlx_group_size(section.get("group_size")) or 64)
+
+
+def _compressed_tensors(section: Section) -> Format:
+    bits, group = compressed_tensors.usual(section) or (8, 64)
+    return Format(bits if bits in MLX_BITS else 8, mlx_group_size(group) or 64)
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A quantization method.
@@ -36,16 +55,22 @@ class Method:
     Attributes:
         problem: returns why weights of a section of config.json cannot be read, "" if they can.
         schemes: returns the ways in which modules are stored.
+        usual: returns the format in which most matrices are held, None for floats.
+        is_kept: whether a conversion keeps these formats unless others are asked for.
     """
 
     problem: Callable[[Section], str]
     schemes: Callable[[Section], list[Scheme]]
+    usual: Callable[[Section], Format | None]
+    is_kept: bool = True
 
 
 METHODS: Mapping[str, Method] = {
-    "fp8": Method(fp8.problem, fp8.schemes),
+    "fp8": Method(fp8.problem, fp8.schemes, lambda _: Format(8, 64), is_kept=False),
     "awq": Method(
-        _only(bits=(4, None), version=("gemm", "gemm"), zero_point=(True, None)), awq.schemes
+        _only(bits=(4, None), version=("gemm", "gemm"), zero_point=(True, None)),
+        awq.schemes,
+        _integers,
     ),
     "gptq": Method(
         _only(
@@ -55,5 +80,11 @@ METHODS: Mapping[str, Method] = {
             pack_dtype=("int32", "int32"),
         ),
         gptq_words.schemes,
+        _integers,
+    ),
+    "auto-round": Method(autoround.problem, autoround.schemes, _integers),
+    "bitsandbytes": Method(bitsandbytes.problem, bitsandbytes.schemes, lambda _: Format(8, 64)),
+    "compressed-tensors": Method(
+        compressed_tensors.problem, compressed_tensors.schemes, _compressed_tensors
     ),
 }
