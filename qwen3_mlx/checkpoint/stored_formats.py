@@ -42,7 +42,8 @@ def read_matrices(folder: Path, config: Mapping[str, Any]) -> dict[str, Matrix]:
         prefixes = [part.removesuffix(f".{kind}") for part in tensor.parts]
         for scheme in schemes:
             needed = {f"{prefix}.{other}" for prefix in prefixes for other in scheme.beside}
-            if kind != scheme.marker or not needed <= weights.stored.keys():
+            fits = kind == scheme.marker and needed <= weights.stored.keys()
+            if not fits or (scheme.dtypes and tensor.dtype not in scheme.dtypes):
                 continue
             parts = tuple(scheme.decoder(weights, prefix) for prefix in prefixes)
             stacked = len(prefixes) > 1 or len(tensor.shape) > 2

@@ -84,14 +84,15 @@ Decoder = Callable[[Weights, str], StoredRows]
 class Scheme:
     """Storage of quantized modules.
 
-    A module is stored like that if it has the tensor `marker` and all tensors `beside` it; those in
-    `also` belong to it if they are there.
+    A module is stored like that if it has the tensor `marker`, of one of the `dtypes` if they are
+    given, and all tensors `beside` it; those in `also` belong to it if they are there.
     """
 
     marker: str
     beside: tuple[str, ...]
     decoder: Decoder
     also: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
 
 
 def expect(

@@ -10,6 +10,7 @@ from qwen3_mlx.checkpoint.formats import (
     bitsandbytes,
     compressed_tensors,
     fp8,
+    gguf,
     gptq_words,
 )
 from qwen3_mlx.checkpoint.formats.affine import MLX_BITS, mlx_group_size
@@ -65,6 +66,9 @@ class Method:
     is_kept: bool = True
 
 
+GGUF = "gguf"
+"""The method that the config.json of a GGUF file states: see `gguf_folder`."""
+
 METHODS: Mapping[str, Method] = {
     "fp8": Method(fp8.problem, fp8.schemes, lambda _: Format(8, 64), is_kept=False),
     "awq": Method(
@@ -72,6 +76,7 @@ METHODS: Mapping[str, Method] = {
         awq.schemes,
         _integers,
     ),
+    GGUF: Method(lambda _: "", gguf.schemes, lambda _: Format(8, 64)),
     "gptq": Method(
         _only(
             bits=(4, 8, None),
