@@ -46,10 +46,10 @@ def read_config(
             or quantized by a method that is not supported.
     """
     if parts := place.gguf_files():
-        folder = gguf_folder(place.fetch(parts) / parts[0])
-        config = read_json(folder / "config.json")
+        described = gguf_folder(place.fetch(parts) / parts[0])
+        config = read_json(described / "config.json")
         ModelConfig.from_dict(config)
-        return folder, config
+        return described, config
     folder = None if place.is_missing("config.json") else place.fetch([*files, MODELOPT])
     if folder is None or not (folder / "config.json").is_file():
         raise CheckpointError(_missing_message(place, needed="config.json"))

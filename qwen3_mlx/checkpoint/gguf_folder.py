@@ -180,10 +180,10 @@ def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
             f"the tokenizer is {kind}, {before}; that of Qwen3 is gpt2, qwen2, and no other is read"
         )
     tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
-    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False}
-    byte_level["use_regex"] = False
-    split = {"type": "Split", "pattern": {"Regex": _PATTERN}, "behavior": "Isolated"}
-    split["invert"] = False
+    no = dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
+    byte_level = {"type": "ByteLevel", **no}
+    pattern = {"pattern": {"Regex": _PATTERN}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", **pattern}
     return {
         "version": "1.0",
         "truncation": None,

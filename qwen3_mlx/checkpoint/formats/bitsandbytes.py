@@ -54,7 +54,7 @@ def _four_bits(weights: Weights, prefix: str) -> StoredRows:
         if not nested:
             return absmax
         by_block = vector("nested_absmax")[mx.arange(absmax.size) // nested]
-        return vector("nested_quant_map")[absmax] * by_block + offset
+        return mx.add(vector("nested_quant_map")[absmax] * by_block, offset)
 
     def read(start: int, stop: int) -> mx.array:
         first, last = start * width, stop * width

@@ -128,7 +128,7 @@ def _whole(weights: Weights, prefix: str, block: list[int]) -> StoredRows:
 
 
 def _nvfp4(weights: Weights, prefix: str) -> StoredRows:
-    """Create the matrix of number · scale of its 16 / global scale, the low code of a byte first."""
+    """Create the matrix of number · scale of its 16 / global scale; the low code comes first."""
     packed, scale = f"{prefix}.weight_packed", f"{prefix}.weight_scale"
     rows, half = expect(weights, packed, ("U8",))
     expect(weights, scale, ("F8_E4M3",), (rows, 2 * half // _NVFP4_GROUP))
