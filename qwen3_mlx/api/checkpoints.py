@@ -8,11 +8,12 @@ from typing import Any
 from qwen3_mlx.api.capacity import check_fits, plan_load
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.cache.quantized import CacheFormat, cache_format
-from qwen3_mlx.checkpoint.decoded import formats_held, open_weights
+from qwen3_mlx.checkpoint.decoded import open_weights
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.local import mark_used
+from qwen3_mlx.checkpoint.stored_formats import formats_held, is_foreign
 from qwen3_mlx.checkpoint.weights import (
     has_all_weights,
     with_described_head,
@@ -64,6 +65,8 @@ class ResolvedCheckpoint:
         if context is not None:
             config = with_yarn(config, context)
         network, stored = ModelConfig.from_dict(config), formats_held(config, folder)
+        if options.quantize and is_foreign(config):
+            stored = None  # decoded, and quantized as asked
         cache = cache_format(kv_bits, network.head_dim)
         return cls(place, folder, config, network, stored, options, cache)
 

@@ -18,13 +18,13 @@ from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.checkpoint.auto_recipe import choose_measured_formats
 from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, check_output, run
-from qwen3_mlx.checkpoint.decoded import kept_formats
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.model_card import model_card, usage
 from qwen3_mlx.checkpoint.recipes import RECIPES, choose_formats
 from qwen3_mlx.checkpoint.stored import quantization_of
+from qwen3_mlx.checkpoint.stored_formats import kept_formats
 from qwen3_mlx.checkpoint.weights import INDEX, with_stored_head
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import as_memoryview

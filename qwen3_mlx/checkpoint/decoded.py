@@ -13,66 +13,15 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.checkpoint.formats.matrix import Matrix, as_floats
-from qwen3_mlx.checkpoint.formats.methods import METHODS
 from qwen3_mlx.checkpoint.load import LoadOptions, TensorSource
 from qwen3_mlx.checkpoint.output_config import with_formats
 from qwen3_mlx.checkpoint.recipes import Formats
-from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
-from qwen3_mlx.checkpoint.stored_formats import read_matrices
-from qwen3_mlx.checkpoint.weights import Tensor, Weights, has_all_weights
+from qwen3_mlx.checkpoint.stored_formats import held, is_foreign, read_matrices
+from qwen3_mlx.checkpoint.weights import Tensor, Weights
 from qwen3_mlx.files import STORED_AS
-from qwen3_mlx.model.quantization import Format, FormatOf
+from qwen3_mlx.model.quantization import Format
 
-_REQUANTIZED = Format(8, 64)
 _BLOCK = 1 << 23  # numbers that are decoded at once
-
-
-def is_foreign(config: Mapping[str, Any]) -> bool:
-    """Return whether a checkpoint is quantized in a format that is not MLX's."""
-    found = quantization_of(config)
-    return found is not None and found.method != MLX
-
-
-def formats_held(config: Mapping[str, Any], folder: Path | None = None) -> FormatOf | None:
-    """Return a function from module path to its format in memory; None if nothing is quantized.
-
-    The formats of a foreign checkpoint are estimated until its weights are in `folder`.
-
-    Raises:
-        CheckpointError: the quantization is not supported, or a weight file is broken.
-    """
-    found = quantization_of(config)
-    if found is None or found.method == MLX:
-        return formats_stored(config, folder)
-    if folder and has_all_weights(folder):
-        return held(read_matrices(folder, config)).get
-    usual = METHODS[found.method].usual(found.section)
-    return lambda path: usual if ".layers." in path and not path.endswith("mlp.gate") else None
-
-
-def held(matrices: Mapping[str, Matrix]) -> Formats:
-    """Return the format, by module path, in which each quantized matrix is held."""
-    return {
-        name.removesuffix(".weight"): matrix.fmt or _requantized(matrix)
-        for name, matrix in matrices.items()
-        if matrix.quantized
-    }
-
-
-def _requantized(matrix: Matrix) -> Format | None:
-    return _REQUANTIZED if _REQUANTIZED.fits(matrix.shape) else None
-
-
-def kept_formats(config: Mapping[str, Any], folder: Path) -> Formats | None:
-    """Return the formats that a conversion keeps if no others are asked for; None if it keeps none.
-
-    Raises:
-        CheckpointError: the quantization is not supported, or a weight file is broken.
-    """
-    found = quantization_of(config)
-    if found is None or found.method == MLX or not METHODS[found.method].is_kept:
-        return None
-    return held(read_matrices(folder, config))
 
 
 class DecodedWeights:

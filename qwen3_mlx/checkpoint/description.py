@@ -12,7 +12,6 @@ from qwen3_mlx.checkpoint.gguf_folder import gguf_folder
 from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.stored import (
     MODELOPT,
-    formats_stored,
     quantization_of,
     refuse_modelopt,
 )
@@ -88,10 +87,9 @@ def checkpoint_folder(place: Source) -> Path:
     """Return the folder of a checkpoint that can be loaded; downloads what is not on disk.
 
     Raises:
-        CheckpointError: it is not a supported Qwen3, or must be converted first.
+        CheckpointError: it is not a supported Qwen3.
     """
-    folder, config = read_config(place)
-    formats_stored(config, folder)  # refuse unsupported weights before downloading them
+    folder, _ = read_config(place)  # refuses unsupported weights before they are downloaded
     return fetch_weights(place, folder)
 
 

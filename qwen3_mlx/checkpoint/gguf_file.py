@@ -16,6 +16,7 @@ from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import Entry
 
 _MAGIC, _VERSIONS, _ALIGNMENT = b"GGUF", (2, 3), 32
+_MAX_AXES = 4
 _MAX_COUNT = 10_000_000  # of keys, tensors, and entries of an array
 _SCALARS = {
     0: "B",
@@ -98,8 +99,10 @@ def read_gguf(file: Path) -> GgufHeader:
             return _Reader(file, raw).header()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except (struct.error, ValueError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{file} has a broken header, or is truncated: {error}") from error
+    except (struct.error, ValueError, KeyError, IndexError, MemoryError) as error:
+        raise CheckpointError(
+            f"{file} is truncated, or has a broken header; download it again"
+        ) from error
 
 
 class _Reader:
@@ -123,12 +126,16 @@ class _Reader:
             key = self._string()
             metadata[key] = self._value(self._one("I"))
         tensors = dict(self._tensor() for _ in range(num_tensors))
+        if len(tensors) < num_tensors:
+            raise ValueError("a tensor is there twice")
         if metadata.get("general.architecture") not in ARCHITECTURES and "split.no" not in metadata:
             raise CheckpointError(
                 f"{self._file} is of a {metadata.get('general.architecture')}, and only "
                 f"{' and '.join(ARCHITECTURES)} are read"
             )
         alignment = metadata.get("general.alignment", _ALIGNMENT)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise ValueError("its alignment is no number of bytes")
         start = -(-self._place // alignment) * alignment
         entries = {
             name: replace(entry, start=entry.start + start) for name, entry in tensors.items()
@@ -173,6 +180,8 @@ class _Reader:
     def _tensor(self) -> tuple[str, Entry]:
         """Read the entry of a tensor; its start counts from the beginning of the data."""
         name, axes = self._string(), self._one("I")
+        if not 1 <= axes <= _MAX_AXES:
+            raise ValueError("a tensor has too many axes, or none")
         shape = tuple(self._one("Q") for _ in range(axes))[::-1]  # the fastest axis comes first
         kind, start = self._one("I"), self._one("Q")
         if kind not in _TYPES:

@@ -172,15 +172,16 @@ class Source:
         for file in found:
             groups.setdefault(_GGUF_PART.sub("", file[: -len(GGUF_SUFFIX)]), []).append(file)
         wanted = _GGUF_PART.sub("", self._chosen.lower().removesuffix(GGUF_SUFFIX))
+        end = re.compile(rf"(^|.*[-._/]){re.escape(wanted)}" if wanted else ".*", re.IGNORECASE)
         meant = [stem for stem in groups if stem.lower() == wanted] or [
-            stem for stem in groups if re.search(rf"(^|[-._/]){re.escape(wanted)}$", stem.lower())
+            stem for stem in groups if end.fullmatch(stem)
         ]
-        if len(meant) != 1 and len(groups) > 1 or not meant:
-            names = ", ".join(f"{stem}{GGUF_SUFFIX}" for stem in meant or groups) or "no GGUF files"
-            raise CheckpointError(
-                f"{self._place} has {names}; name one of them: {self._place}:Q4_K_M, say"
-            )
-        return groups[meant[0]] if wanted else next(iter(groups.values()))
+        if len(meant) == 1:
+            return groups[meant[0]]
+        names = ", ".join(f"{stem}{GGUF_SUFFIX}" for stem in meant or groups) or "no GGUF files"
+        like = re.split(r"[-./]", next(iter(meant or groups), ""))[-1]
+        hint = f"; name one of them, such as {self._place}:{like}" if like else ""
+        raise CheckpointError(f"{self._place} has {names}{hint}")
 
     def list_files(self) -> list[str] | None:
         """Return the names of the checkpoint's files; None if the hub cannot be reached."""

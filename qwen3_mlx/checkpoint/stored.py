@@ -26,6 +26,11 @@ class Quantization:
     method: str
     section: Mapping[str, Any]
 
+    @property
+    def title(self) -> str:
+        """The name of the method in messages."""
+        return METHODS[self.method].title if self.method in METHODS else self.method.upper()
+
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     """Return how the weights are quantized, by config.json alone; None if they are not.
@@ -43,7 +48,7 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     if method not in METHODS:
         raise _unreadable(f"as {method!r}")
     if problem := METHODS[method].problem(section):
-        raise _unreadable(f"as {method.upper()}", f" {problem}")
+        raise _unreadable(f"as {METHODS[method].title}", f" {problem}")
     return found
 
 
@@ -91,9 +96,8 @@ def refuse_modelopt(stated: Mapping[str, Any]) -> None:
 
 
 def _unreadable(method: str, reason: str = "", *, where: str = "config.json") -> CheckpointError:
-    reason = (
-        reason or f", which is not read ({', '.join(METHODS).upper()} and MLX's own formats are)"
-    )
+    read = ", ".join(method.title for method in METHODS.values())
+    reason = reason or f", which is not read ({read} and MLX's own formats are)"
     return CheckpointError(
         f"{where}: the weights are quantized {method}{reason}; take the original weights, or a "
         "build for MLX such as Qwen/Qwen3-8B-MLX-4bit"
@@ -108,20 +112,9 @@ class StoredFormats:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "StoredFormats | None":
-        """Create the formats from a config.json; None if the weights are not quantized.
-
-        Raises:
-            CheckpointError: the weights are quantized in a format that MLX cannot compute with.
-        """
+        """Create the formats from a config.json; None if the weights have none of MLX's formats."""
         found = quantization_of(config)
-        if found is None:
-            return None
-        if found.method != MLX:
-            raise CheckpointError(
-                f"its weights are quantized as {found.method.upper()}, which MLX cannot compute "
-                "with; convert it first: qwen3 convert SOURCE FOLDER"
-            )
-        return cls(found.section)
+        return cls(found.section) if found and found.method == MLX else None
 
     def format_of(self, path: str) -> Format:
         """Return the format of the quantized module at `path`.
@@ -150,8 +143,7 @@ def formats_stored(config: Mapping[str, Any], folder: Path | None = None) -> For
     If `folder` has the index of the weight files, it decides which modules are quantized. Without
     an index, all are except those that config.json excludes.
 
-    Raises:
-        CheckpointError: the weights are quantized in a format that MLX cannot compute with.
+    Foreign formats are `decoded.formats_held`'s.
     """
     stored = StoredFormats.of(config)
     if stored is None:

@@ -21,10 +21,12 @@ from qwen3_mlx.checkpoint.formats.matrix import (
 )
 from qwen3_mlx.checkpoint.formats.methods import METHODS
 from qwen3_mlx.checkpoint.names import network_name
-from qwen3_mlx.checkpoint.stored import MLX, StoredFormats, quantization_of
-from qwen3_mlx.checkpoint.weights import Weights
+from qwen3_mlx.checkpoint.recipes import Formats
+from qwen3_mlx.checkpoint.stored import MLX, StoredFormats, formats_stored, quantization_of
+from qwen3_mlx.checkpoint.weights import Weights, has_all_weights
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import STORED_AS
+from qwen3_mlx.model.quantization import Format, FormatOf
 
 
 def read_matrices(folder: Path, config: Mapping[str, Any]) -> dict[str, Matrix]:
@@ -113,3 +115,56 @@ def _module_name(prefix: str) -> str:
     """Return a stored module's name in config.json: experts have the name of their stack."""
     before, found, after = prefix.partition(".experts.")
     return network_name(f"{before}.switch_mlp.{after.partition('.')[2]}" if found else prefix)
+
+
+# --- how the matrices are held ---------------------------------------------------------------
+
+_REQUANTIZED = Format(8, 64)  # loses a tenth of what 4 bits have lost
+
+
+def is_foreign(config: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint is quantized in a format that is not MLX's."""
+    found = quantization_of(config)
+    return found is not None and found.method != MLX
+
+
+def formats_held(config: Mapping[str, Any], folder: Path | None = None) -> FormatOf | None:
+    """Return a function from module path to its format in memory; None if nothing is quantized.
+
+    The formats of a foreign checkpoint are estimated until its weights are in `folder`.
+
+    Raises:
+        CheckpointError: the quantization is not supported, or a weight file is broken.
+    """
+    found = quantization_of(config)
+    if found is None or found.method == MLX:
+        return formats_stored(config, folder)
+    if folder and has_all_weights(folder):
+        return held(read_matrices(folder, config)).get
+    usual = METHODS[found.method].usual(found.section)
+    return lambda path: usual if ".layers." in path and not path.endswith("mlp.gate") else None
+
+
+def held(matrices: Mapping[str, Matrix]) -> Formats:
+    """Return the format, by module path, in which each quantized matrix is held."""
+    return {
+        name.removesuffix(".weight"): matrix.fmt or _requantized(matrix)
+        for name, matrix in matrices.items()
+        if matrix.quantized
+    }
+
+
+def _requantized(matrix: Matrix) -> Format | None:
+    return _REQUANTIZED if _REQUANTIZED.fits(matrix.shape) else None
+
+
+def kept_formats(config: Mapping[str, Any], folder: Path) -> Formats | None:
+    """Return the formats that a conversion keeps if no others are asked for; None if it keeps none.
+
+    Raises:
+        CheckpointError: the quantization is not supported, or a weight file is broken.
+    """
+    found = quantization_of(config)
+    if found is None or found.method == MLX or not METHODS[found.method].is_kept:
+        return None
+    return held(read_matrices(folder, config))

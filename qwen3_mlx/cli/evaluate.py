@@ -19,7 +19,7 @@ import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.stored import formats_stored
+from qwen3_mlx.checkpoint.stored_formats import formats_held
 from qwen3_mlx.checkpoint.weights import with_described_head
 from qwen3_mlx.cli.console import Bar, note, print_facts, read_stdin
 from qwen3_mlx.cli.model_facts import refuse_other_kinds
@@ -229,7 +229,7 @@ def refuse_unloadable(model: str | Path, revision: str | None = None) -> None:
     folder = source.fetch(DESCRIPTION_FILES)
     if (folder / "config.json").is_file():
         config = with_described_head(read_json(folder / "config.json"), folder)
-        formats_stored(config, folder)
+        formats_held(config, folder)
         if ModelConfig.from_dict(config).output != LOGITS:
             raise CheckpointError(
                 f"{model} predicts no text that could be compared: it has no head"

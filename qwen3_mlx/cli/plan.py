@@ -15,7 +15,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.checkpoint.description import indexed_tensor_names, read_config
 from qwen3_mlx.checkpoint.hub import Source
-from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
+from qwen3_mlx.checkpoint.stored_formats import formats_held
 from qwen3_mlx.checkpoint.weights import has_all_weights, with_stored_head, without_missing_head
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.option_groups import option
@@ -141,14 +141,8 @@ def _resolve(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[s
     source = Source(hub_name(model), revision)
     folder, content = read_config(source, ["config.json"])
     config = ModelConfig.from_dict(_checked_config(content, source, folder))
-    quantization = quantization_of(content)
-    if quantization and quantization.method == MLX and (stored := formats_stored(content, folder)):
+    if stored := formats_held(content, folder):
         formats = {"as it is": stored, **formats}
-    elif quantization:
-        note(
-            f"The weights are {quantization.method.upper()} and must be converted first: "
-            f"qwen3 convert {model} FOLDER. This plan is for the converted model."
-        )
     return DEMO if is_demo(model) else source.name, config, formats
 
 

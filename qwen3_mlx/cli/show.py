@@ -77,7 +77,7 @@ def _of_network(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, Any]:
         "yarn_factor": network.yarn and network.yarn.factor,
         "quantization": facts.method or None,
         "format": facts.format,
-        "formats": facts.module_formats() if facts.formats else None,
+        "formats": facts.module_formats(),
     }
 
 
@@ -104,8 +104,8 @@ def _of_memory(facts: ModelFacts) -> dict[str, Any]:
     plans = {context: facts.plan(context) for context in contexts}
     return {
         "weight_bytes": facts.weights,
-        "memory": {context: plan.total for context, plan in plans.items() if plan} or None,
-        "available": facts.estimate and facts.estimate.machine.available,
+        "memory": {context: plan.total for context, plan in plans.items()},
+        "available": facts.estimate.machine.available,
         "fits": facts.fits,
     }
 

@@ -54,12 +54,14 @@ class Method:
     """A quantization method.
 
     Attributes:
+        title: its name in messages.
         problem: returns why weights of a section of config.json cannot be read, "" if they can.
         schemes: returns the ways in which modules are stored.
         usual: returns the format in which most matrices are held, None for floats.
         is_kept: whether a conversion keeps these formats unless others are asked for.
     """
 
+    title: str
     problem: Callable[[Section], str]
     schemes: Callable[[Section], list[Scheme]]
     usual: Callable[[Section], Format | None]
@@ -70,14 +72,16 @@ GGUF = "gguf"
 """The method that the config.json of a GGUF file states: see `gguf_folder`."""
 
 METHODS: Mapping[str, Method] = {
-    "fp8": Method(fp8.problem, fp8.schemes, lambda _: Format(8, 64), is_kept=False),
+    "fp8": Method("FP8", fp8.problem, fp8.schemes, lambda _: Format(8, 64), is_kept=False),
     "awq": Method(
+        "AWQ",
         _only(bits=(4, None), version=("gemm", "gemm"), zero_point=(True, None)),
         awq.schemes,
         _integers,
     ),
-    GGUF: Method(lambda _: "", gguf.schemes, lambda _: Format(8, 64)),
+    GGUF: Method("GGUF", lambda _: "", gguf.schemes, lambda _: Format(8, 64)),
     "gptq": Method(
+        "GPTQ",
         _only(
             bits=(4, 8, None),
             checkpoint_format=("gptq", "gptq_v2", "gptq"),
@@ -87,9 +91,14 @@ METHODS: Mapping[str, Method] = {
         gptq_words.schemes,
         _integers,
     ),
-    "auto-round": Method(autoround.problem, autoround.schemes, _integers),
-    "bitsandbytes": Method(bitsandbytes.problem, bitsandbytes.schemes, lambda _: Format(8, 64)),
+    "auto-round": Method("AutoRound", autoround.problem, autoround.schemes, _integers),
+    "bitsandbytes": Method(
+        "bitsandbytes", bitsandbytes.problem, bitsandbytes.schemes, lambda _: Format(8, 64)
+    ),
     "compressed-tensors": Method(
-        compressed_tensors.problem, compressed_tensors.schemes, _compressed_tensors
+        "compressed-tensors",
+        compressed_tensors.problem,
+        compressed_tensors.schemes,
+        _compressed_tensors,
     ),
 }
