@@ -86,7 +86,13 @@ class ResolvedCheckpoint:
         return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
 
     def read(self, progress: Progress) -> Qwen3:
-        config, weights = open_weights(self.folder, self.config, self.options)
+        options = self.options
+        config, weights = open_weights(
+            self.folder,
+            self.config,
+            options.dtype,
+            in_floats=True if options.quantize else options.dequantize,
+        )
         model = load_model(config, weights, self.options, progress)
         model.source = self.place.name
         mark_used(self.folder)

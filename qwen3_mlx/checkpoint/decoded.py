@@ -13,11 +13,10 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.checkpoint.formats.matrix import Matrix, as_floats
-from qwen3_mlx.checkpoint.load import LoadOptions, TensorSource
 from qwen3_mlx.checkpoint.output_config import with_formats
 from qwen3_mlx.checkpoint.recipes import Formats
 from qwen3_mlx.checkpoint.stored_formats import held, is_foreign, read_matrices
-from qwen3_mlx.checkpoint.weights import Tensor, Weights
+from qwen3_mlx.checkpoint.weights import Tensor, TensorSource, Weights
 from qwen3_mlx.files import STORED_AS
 from qwen3_mlx.model.quantization import Format
 
@@ -76,9 +75,12 @@ def _blocks(matrix: Matrix, fmt: Format | None) -> Iterator[Sequence[mx.array]]:
 
 
 def open_weights(
-    folder: Path, config: Mapping[str, Any], options: LoadOptions
+    folder: Path, config: Mapping[str, Any], dtype: mx.Dtype, *, in_floats: bool | None
 ) -> tuple[Mapping[str, Any], TensorSource]:
     """Return the weights of a checkpoint, and its config.json, as MLX would have them.
+
+    Foreign formats are decoded to floats of `dtype` if `in_floats`; None decodes them so if the
+    machine computes faster that way.
 
     Raises:
         CheckpointError: a file is broken, or the quantization is not supported.
@@ -86,9 +88,8 @@ def open_weights(
     if not is_foreign(config):
         return config, Weights(folder)
     matrices = read_matrices(folder, config)
-    in_floats = options.dequantize
     if in_floats is None:
         weights = sum(math.prod(matrix.shape) for matrix in matrices.values())
         in_floats = backend.worth_dequantizing(4 * weights)
-    formats = {} if in_floats or options.quantize else held(matrices)
-    return with_formats(config, formats), DecodedWeights(matrices, formats, options.dtype)
+    formats = {} if in_floats else held(matrices)
+    return with_formats(config, formats), DecodedWeights(matrices, formats, dtype)

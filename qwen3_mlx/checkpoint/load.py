@@ -8,7 +8,7 @@ the finished modules.
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.stored import StoredFormats
-from qwen3_mlx.checkpoint.weights import Tensor, mismatches, refuse_missing_layers
+from qwen3_mlx.checkpoint.weights import TensorSource, mismatches, refuse_missing_layers
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.linear import Embedding, Linear
@@ -26,17 +26,6 @@ from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _log = logging.getLogger(__name__)
-
-
-class TensorSource(Protocol):
-    """The tensors of a checkpoint, by their names in the network; each can be taken once."""
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """Shape and dtype of each tensor."""
-
-    def take(self, name: str) -> mx.array:
-        """Return a tensor and drop it here."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -42,6 +42,17 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: str  # by its name in safetensors files: BF16, U32 and so on
     parts: tuple[str, ...]
+
+
+class TensorSource(Protocol):
+    """The tensors of a checkpoint, by their names in the network; each can be taken once."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Shape and dtype of each tensor."""
+
+    def take(self, name: str) -> mx.array:
+        """Return a tensor and drop it here."""
 
 
 class Weights:

@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.evaluate.weight_errors import ModuleRow
 from qwen3_mlx.extras import install_command
-
-if TYPE_CHECKING:
-    from qwen3_mlx.evaluate.weight_errors import ModuleRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,7 +59,7 @@ def check_picture(path: Path) -> None:
         raise Qwen3Error(f"a picture needs matplotlib: {install_command('plot')}")
 
 
-def draw(path: Path, points: Sequence[Point], modules: Sequence["ModuleRow"] = ()) -> None:
+def draw(path: Path, points: Sequence[Point], modules: Sequence[ModuleRow] = ()) -> None:
     """Draw one or more points, and next to them a bar for each module, to a PNG or SVG file.
 
     The same input gives the same file, byte by byte.
@@ -144,7 +142,7 @@ def _draw_points(axes: "Axes", points: Sequence[Point]) -> None:
     axes.set(xlabel="bits per weight", ylabel="mean KL divergence (nats)")
 
 
-def _draw_modules(axes: "Axes", modules: Sequence["ModuleRow"]) -> None:
+def _draw_modules(axes: "Axes", modules: Sequence[ModuleRow]) -> None:
     kinds: dict[str, list[int]] = {}
     for place, row in enumerate(modules):
         kinds.setdefault(row.path.rsplit(".", 1)[-1], []).append(place)

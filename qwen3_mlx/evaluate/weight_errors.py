@@ -12,7 +12,6 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.decoded import open_weights
-from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.checkpoint.stored import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, has_own_head
 from qwen3_mlx.engine.worker import Worker
@@ -84,8 +83,7 @@ class _Stored:
 
     def __init__(self, folder: Path) -> None:
         stated = read_json(folder / "config.json")
-        as_stored = LoadOptions(mx.float32, dequantize=False)
-        config, self._weights = open_weights(folder, stated, as_stored)
+        config, self._weights = open_weights(folder, stated, mx.float32, in_floats=False)
         self._formats = StoredFormats.of(config)
         self.paths = {
             name.removesuffix(".weight")
