@@ -33,7 +33,7 @@ _SCALARS = {
 }
 _STRING, _ARRAY = 8, 9
 # Types of tensors, by their numbers in ggml.
-_TYPES = {
+TYPES = {
     0: "F32",
     1: "F16",
     2: "Q4_0",
@@ -184,12 +184,12 @@ class _Reader:
             raise ValueError("a tensor has too many axes, or none")
         shape = tuple(self._one("Q") for _ in range(axes))[::-1]  # the fastest axis comes first
         kind, start = self._one("I"), self._one("Q")
-        if kind not in _TYPES:
+        if kind not in TYPES:
             raise CheckpointError(
                 f"{self._file}: {name} has the type {kind} of ggml, which is not read; take a file "
-                f"of {', '.join(_TYPES.values())}"
+                f"of {', '.join(TYPES.values())}"
             )
-        return name, Entry(self._file, _TYPES[kind], shape, start)
+        return name, Entry(self._file, TYPES[kind], shape, start)
 
 
 def _renamed(
