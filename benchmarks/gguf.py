@@ -2,7 +2,8 @@
 
 A random Qwen3-0.6B with the mix of Q4_K_M (Q4_K, and Q6_K for the embedding and half of attn_v and
 ffn_down) and a vocabulary of the published size, and a random checkpoint in MLX's format. Each is
-loaded in a process of its own, in turn; weights stay quantized. FOLDER keeps both.
+loaded in a process of its own, in turn: to floats, as a CPU does by itself, and as it is stored.
+FOLDER keeps both.
 """
 
 import argparse
@@ -22,16 +23,18 @@ from qwen3_mlx.checkpoint.gguf_file import TYPES
 from qwen3_mlx.files import PACKED
 from qwen3_mlx.model.sizes import published_config
 
-_SIZE, _REPEATS = "0.6B", 5
+_SIZE, _REPEATS = "0.6B", 3
+_KEYS = {"seconds": "seconds", "cpu": "CPU s", "held": "held GB", "peak": "peak GB"}
 _LOAD = """
 import json, resource, sys, time
 from qwen3_mlx import load
 import mlx.core as mx
 started, cpu = time.perf_counter(), time.process_time()
-with load(sys.argv[1], dequantize=False, context=1024) as llm:
+with load(sys.argv[1], dequantize=sys.argv[2] == "floats", context=1024) as llm:
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak / 1e6, "held": mx.get_active_memory() / 1e9}))
+    held = mx.get_active_memory()
+    print(json.dumps({"seconds": seconds, "cpu": cpu, "peak": peak / 1e6, "held": held / 1e9}))
 """
 
 
@@ -47,26 +50,26 @@ def main() -> None:
             "MLX, 4 bits": random_checkpoint(folder / f"random-{_SIZE}-4bit", _SIZE),
             "GGUF, Q4_K_M": random_gguf(folder / f"random-{_SIZE}-Q4_K_M.gguf"),
         }
-        runs: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
-        _run(sources["GGUF, Q4_K_M"])  # writes the folder that describes it
-        for _ in range(_REPEATS):
-            for name, source in sources.items():
-                runs[name].append(_run(source))
-    keys = ("seconds", "cpu", "held", "peak")
-    print(f"{'':16}" + "".join(f"{key:>10}" for key in ("seconds", "CPU s", "held GB", "peak GB")))
-    medians = {
-        name: {key: median(run[key] for run in found) for key in keys}
-        for name, found in runs.items()
-    }
-    for name, found in medians.items():
-        print(f"{name:16}" + "".join(f"{found[key]:>10.2f}" for key in keys))
-    mlx, gguf = medians.values()
-    print(f"{'ratio':16}" + "".join(f"{gguf[key] / mlx[key]:>9.2f}x" for key in keys))
+        _run(sources["GGUF, Q4_K_M"], "stored")  # writes the folder that describes it
+        for way in ("floats", "stored"):
+            runs: dict[str, list[dict[str, float]]] = {name: [] for name in sources}
+            for _ in range(_REPEATS):
+                for name, source in sources.items():
+                    runs[name].append(_run(source, way))
+            print(f"{way:16}" + "".join(f"{key:>10}" for key in _KEYS.values()))
+            found = {
+                name: [median(run[key] for run in each) for key in _KEYS]
+                for name, each in runs.items()
+            }
+            for name, figures in found.items():
+                print(f"{name:16}" + "".join(f"{figure:>10.2f}" for figure in figures))
+            ratios = (other / mlx for mlx, other in zip(*found.values(), strict=True))
+            print(f"{'ratio':16}" + "".join(f"{ratio:>9.2f}x" for ratio in ratios))
 
 
-def _run(source: Path) -> dict[str, float]:
+def _run(source: Path, way: str) -> dict[str, float]:
     done = subprocess.run(
-        [sys.executable, "-c", _LOAD, str(source)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", _LOAD, str(source), way], capture_output=True, text=True, check=False
     )
     if done.returncode:
         sys.exit(done.stderr)

@@ -9,6 +9,7 @@ import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,24 @@ def read_gguf(file: Path) -> GgufHeader:
         raise CheckpointError(
             f"{file} is truncated, or has a broken header; download it again"
         ) from error
+
+
+def gguf_tensors(file: Path) -> Mapping[str, Entry]:
+    """Return the tensors of a GGUF file; its header, with a whole vocabulary, is read once.
+
+    Raises:
+        CheckpointError: as `read_gguf` does.
+    """
+    try:
+        state = file.stat()
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
+    return _tensors_of(file, state.st_size, state.st_mtime_ns)
+
+
+@lru_cache(maxsize=16)  # the parts of a split file
+def _tensors_of(file: Path, *_: int) -> Mapping[str, Entry]:
+    return read_gguf(file).tensors
 
 
 class _Reader:

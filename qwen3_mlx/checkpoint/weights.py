@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.gguf_file import read_gguf
+from qwen3_mlx.checkpoint.gguf_file import gguf_tensors
 from qwen3_mlx.checkpoint.hub import ADAPTER_FILES, GGUF_SUFFIX, NO_WHOLE_MODEL
 from qwen3_mlx.checkpoint.names import network_name
 from qwen3_mlx.errors import CheckpointError
@@ -69,7 +69,7 @@ class Weights:
         self._open: dict[Path, dict[str, mx.array]] = {}
         for file in self.files:
             is_gguf = file.suffix.lower() == GGUF_SUFFIX
-            for name, entry in (read_gguf(file).tensors if is_gguf else read_header(file)).items():
+            for name, entry in (gguf_tensors(file) if is_gguf else read_header(file)).items():
                 if other := self.stored.get(name):
                     both = f"{other.file.name} and {file.name}"
                     raise CheckpointError(f"{folder} has {name} twice, in {both}")
