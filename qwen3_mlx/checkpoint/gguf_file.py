@@ -74,7 +74,7 @@ _NAMES = {
 }
 _FUSED = "attn_qkv"  # rows of q, k and v, in newer files
 _NAME = re.compile(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)")
-ARCHITECTURES = ("qwen3", "qwen3moe")
+_ARCHITECTURES = ("qwen3", "qwen3moe")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,10 +147,13 @@ class _Reader:
         tensors = dict(self._tensor() for _ in range(num_tensors))
         if len(tensors) < num_tensors:
             raise ValueError("a tensor is there twice")
-        if metadata.get("general.architecture") not in ARCHITECTURES and "split.no" not in metadata:
+        if (
+            metadata.get("general.architecture") not in _ARCHITECTURES
+            and "split.no" not in metadata
+        ):
             raise CheckpointError(
-                f"{self._file} is of a {metadata.get('general.architecture')}, and only "
-                f"{' and '.join(ARCHITECTURES)} are read"
+                f"{self._file} is of a {metadata.get('general.architecture')}, and only qwen3 and "
+                "qwen3moe are read"
             )
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
