@@ -58,6 +58,7 @@ class Conversion:
         seconds: the time that the conversion took.
         formats: the format of each quantized module, by its path.
         kind: what it is for: "chat", "embedding" or "reranker".
+        dtype: that of scales, biases and tensors that are not quantized.
     """
 
     output: Path
@@ -69,6 +70,7 @@ class Conversion:
     seconds: float
     formats: Mapping[str, Format]
     kind: str = CHAT
+    dtype: str = "bfloat16"
 
     @property
     def usage(self) -> str:
@@ -183,6 +185,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
         seconds=time.perf_counter() - started,
         formats={path: fmt for path, fmt in job.formats.items() if fmt},
         kind=kind,
+        dtype=backend.dtype_name(job.dtype),
     )
 
 

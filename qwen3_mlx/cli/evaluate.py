@@ -24,7 +24,15 @@ from qwen3_mlx.checkpoint.weights import with_described_head
 from qwen3_mlx.cli.console import Bar, note, print_facts, read_stdin
 from qwen3_mlx.cli.model_facts import refuse_other_kinds
 from qwen3_mlx.cli.option_groups import option, with_options
-from qwen3_mlx.cli.options import CheckpointOptions, Json, ModelArgument, alias_meant, load_model
+from qwen3_mlx.cli.options import (
+    CheckpointOptions,
+    GgufFile,
+    Json,
+    ModelArgument,
+    alias_meant,
+    load_model,
+    with_file,
+)
 from qwen3_mlx.cli.tasks import tasks
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
@@ -79,6 +87,7 @@ _DEFAULT_TEXT, _AS_PUBLISHED = ReadingOptions(), CheckpointOptions()
 def perplexity_command(
     *,
     model: ModelArgument = None,
+    file: GgufFile = None,
     loading: CheckpointOptions,
     reading: ReadingOptions,
     as_json: Json = False,
@@ -90,7 +99,7 @@ def perplexity_command(
     generated, so there are no options for thinking and sampling.
     """
     text, window, overlap = read_text(reading.text), reading.window, reading.overlap
-    with _load(model, loading) as llm, Bar("reading") as bar:
+    with _load(with_file(model, file), loading) as llm, Bar("reading") as bar:
         refuse_other_kinds(llm.kind, "a perplexity measures")
         ids = _ids(llm, text, reading.tokens)
         found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
