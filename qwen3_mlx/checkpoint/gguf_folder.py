@@ -52,7 +52,7 @@ def gguf_folder(file: Path) -> Path:
         CheckpointError: a part is missing, the file is broken or is not of a Qwen3, or the folder
             cannot be written.
     """
-    files = _parts(file.resolve())
+    files = _parts(file.absolute())  # a link in the hub's cache is called as the file was
     try:
         states = [(str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in files]
     except OSError as error:

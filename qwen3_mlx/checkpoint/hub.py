@@ -46,11 +46,21 @@ NO_WHOLE_MODEL = (
 _UNAUTHORIZED = 401  # also of unknown names, for which the hub's library raises its own error
 _PATIENCE = 3  # seconds
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
-_CHOICE = re.compile(rf"({_HUB_NAME.pattern}|.*[^:/])[:/]([^:/]+)")  # a GGUF file of several
 _GGUF_PART = re.compile(r"-\d{5}-of-\d{5}$")
 _HUB_ADDRESS = re.compile(
     rf"(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/({_HUB_NAME.pattern}).*"
 )
+
+
+def _choice(name: str) -> tuple[str, str]:
+    """Return the place, and the GGUF file that is chosen there: after a colon, or by its path."""
+    if os.path.exists(os.path.expanduser(name)):
+        return name, ""
+    place, colon, chosen = name.rpartition(":")
+    if not colon and name.lower().endswith(GGUF_SUFFIX):
+        place, _, chosen = name.rpartition("/")
+    known = os.path.isdir(os.path.expanduser(place)) or _HUB_NAME.fullmatch(place)
+    return (place, chosen) if known else (name, "")
 
 
 def check_name(name: str) -> None:
@@ -109,10 +119,9 @@ class Source:
         """
         self.name = name
         self._chosen = ""
-        if not os.path.exists(os.path.expanduser(name)) and (match := _CHOICE.fullmatch(name)):
-            place, chosen = match.groups()
-            if name[len(place)] == ":" or chosen.lower().endswith(GGUF_SUFFIX):
-                name, self._chosen = place, chosen
+        place, chosen = _choice(name)
+        if chosen:
+            name, self._chosen = place, chosen
         self._place = name
         self._revision = revision
         self._progress = progress
@@ -158,9 +167,10 @@ class Source:
         """Return the GGUF file that is meant, or all of its parts; none if there are other weights.
 
         Raises:
-            CheckpointError: there are several, and it is unclear which of them is meant.
+            CheckpointError: there are several, and it is unclear which of them is meant; or the hub
+                refuses it, or cannot be reached.
         """
-        files = self.list_files() or []
+        files = self.files()
         found = [
             file
             for file in files

@@ -85,7 +85,7 @@ def test_the_tokenizer_of_a_gguf_is_the_original(case: str) -> None:
         text = "<|im_start|>a<|fim_prefix|>b"
         assert llm.tokenizer.decode(llm.tokenizer.encode(text)) == text
         assert llm.thinking.can_think and llm.kind == "chat"
-        assert llm.chat("Hi", max_tokens=2).usage.completion_tokens == 2
+        assert llm.chat("Hi", max_tokens=2).usage.prompt_tokens > 5
 
 
 @pytest.mark.parametrize("kind", PACKED)

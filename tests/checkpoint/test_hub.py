@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from tests.checkpoint.harness import GIVEN, Hub, qwen3, serving, shards_of, with_head
 from tests.support import DEMO, read_weights
+
+GOLDEN = Path(__file__).parents[1] / "golden/formats"
 
 
 @pytest.fixture
@@ -237,6 +240,26 @@ def test_a_name_that_is_no_whole_checkpoint_says_what_it_is(
     assert not [name for name in asked if name.endswith(".safetensors")]
     if kind == "adapter's weights":  # nothing is fetched, so there is no bar either
         assert done.stderr.count("\n") == 1
+
+
+def test_one_gguf_file_of_several_is_downloaded(tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    shutil.copy(next((GOLDEN / "gguf_narrow_q4_k_m").glob("*.gguf")), folder / "tiny-Q4_K_M.gguf")
+    (folder / "tiny-Q8_0.gguf").write_bytes(b"GGUF")
+    arguments = ("Hi", "--max-tokens", "2")
+    with serving(folder) as (address, asked):
+        options: Any = {"home": tmp_path / "home", "endpoint": address}
+        vague = qwen3(*arguments, "--model", "someone/tiny", **options)
+        done = qwen3(*arguments, "--model", "someone/tiny:Q4_K_M", **options)
+        got = {name for name in asked if name.endswith(".gguf")}
+        asked.clear()
+        again = command(*arguments, "--model", "someone/tiny:Q4_K_M", HF_HUB_OFFLINE="1", **options)
+    assert vague.returncode == 1
+    assert "someone/tiny has tiny-Q4_K_M.gguf, tiny-Q8_0.gguf; name one of them" in vague.stderr
+    assert done.returncode == 0, done.stderr
+    assert again.returncode == 0, again.stderr
+    assert (got, asked) == ({"tiny-Q4_K_M.gguf"}, [])
 
 
 @pytest.mark.parametrize("verb", ["plan", "convert", "bench", "eval"])
