@@ -39,8 +39,24 @@ STORED_AS = {
 }
 """Names that the format has for the dtypes that are written."""
 _READ_AS = {name: dtype for dtype, name in STORED_AS.items()}
+PACKED = {
+    "Q4_0": (32, 18),
+    "Q4_1": (32, 20),
+    "Q5_0": (32, 22),
+    "Q5_1": (32, 24),
+    "Q8_0": (32, 34),
+    "Q2_K": (256, 84),
+    "Q3_K": (256, 110),
+    "Q4_K": (256, 144),
+    "Q5_K": (256, 176),
+    "Q6_K": (256, 210),
+    "IQ4_NL": (32, 18),
+    "IQ4_XS": (256, 136),
+}
+"""Types of GGUF files whose numbers are packed in blocks: the numbers and the bytes of a block."""
 _FLOATS = {"BF16", "F16", "F32"}
 _READ_AS |= {"F8_E4M3": mx.uint8}  # MLX has no 8-bit floats: they are read as bytes
+_READ_AS |= {"I8": mx.int8, "I64": mx.int64}
 _MLX_METADATA = {"format": "mlx"}
 
 
@@ -76,7 +92,12 @@ class Entry:
     @property
     def nbytes(self) -> int:
         """Bytes of all elements."""
-        return math.prod(self.shape) * _ITEM_SIZE[self.dtype]
+        return self.bytes_of(math.prod(self.shape))
+
+    def bytes_of(self, count: int) -> int:
+        """Return the bytes of so many elements."""
+        numbers, size = PACKED.get(self.dtype) or (1, _ITEM_SIZE[self.dtype])
+        return count // numbers * size
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -151,26 +172,28 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def read_rows(entry: Entry, start: int, stop: int) -> mx.array:
     """Read rows [stop - start, last axis] of a tensor; all axes but the last count as one.
 
+    Rows that are packed in blocks are read as bytes.
+
     Raises:
         CheckpointError: the dtype occurs in no checkpoint, or the file cannot be read.
     """
-    if entry.dtype not in _READ_AS:
+    if entry.dtype not in _READ_AS and entry.dtype not in PACKED:
         raise CheckpointError(f"{entry.file} has a tensor of dtype {entry.dtype}, which none needs")
     width = entry.shape[-1] if entry.shape else 1
     raw = _read_elements(entry, start * width, stop * width)
     numbers = mx.array(memoryview(raw))  # type: ignore[arg-type]  # takes buffers, too
-    return numbers.view(_READ_AS[entry.dtype]).reshape(stop - start, width)
+    return numbers.view(_READ_AS.get(entry.dtype, mx.uint8)).reshape(stop - start, -1)
 
 
 def _read_elements(entry: Entry, start: int, stop: int) -> bytes:
-    size = _ITEM_SIZE[entry.dtype]
+    count = entry.bytes_of(stop - start)
     try:
         with entry.file.open("rb", buffering=0) as stream:
-            stream.seek(entry.start + start * size)
-            raw = stream.read((stop - start) * size)
+            stream.seek(entry.start + entry.bytes_of(start))
+            raw = stream.read(count)
     except OSError as error:
         raise CheckpointError(f"{entry.file} cannot be read: {error.strerror}") from error
-    if len(raw) != (stop - start) * size:
+    if len(raw) != count:
         raise CheckpointError(f"{entry.file} has become shorter while it was read")
     return raw
 

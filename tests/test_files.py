@@ -40,7 +40,7 @@ def sound() -> bytes:
         "a": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]},
         "b": {"dtype": "BF16", "shape": [4], "data_offsets": [24, 32]},
         "none": {"dtype": "F8_E4M3", "shape": [0, 9], "data_offsets": [32, 32]},
-        "one": {"dtype": "I64", "shape": [], "data_offsets": [32, 40]},
+        "one": {"dtype": "U64", "shape": [], "data_offsets": [32, 40]},
     }
     return headed(json.dumps(header).encode(), bytes(range(40)))
 
@@ -194,7 +194,7 @@ def test_a_sound_file_is_read(tmp_path: Path) -> None:
     }
     assert np.array(read_rows(entries["a"], 1, 2)).tobytes() == bytes(range(12, 24))
     assert read_rows(entries["b"], 0, 1).dtype == mx.bfloat16
-    with pytest.raises(CheckpointError, match="dtype I64"):
+    with pytest.raises(CheckpointError, match="dtype U64"):
         read_rows(entries["one"], 0, 1)
     file.write_bytes(sound()[:-20])
     with pytest.raises(CheckpointError, match="become shorter"):

@@ -8,13 +8,13 @@ from typing import Any
 from qwen3_mlx.api.capacity import check_fits, plan_load
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.cache.quantized import CacheFormat, cache_format
+from qwen3_mlx.checkpoint.decoded import open_weights
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.local import mark_used
-from qwen3_mlx.checkpoint.stored import formats_stored
+from qwen3_mlx.checkpoint.stored_formats import formats_held, is_foreign
 from qwen3_mlx.checkpoint.weights import (
-    Weights,
     has_all_weights,
     with_described_head,
     with_stored_head,
@@ -64,7 +64,9 @@ class ResolvedCheckpoint:
         config = with_described_head(config, folder)
         if context is not None:
             config = with_yarn(config, context)
-        network, stored = ModelConfig.from_dict(config), formats_stored(config, folder)
+        network, stored = ModelConfig.from_dict(config), formats_held(config, folder)
+        if options.quantize and is_foreign(config):
+            stored = None  # decoded, and quantized as asked
         cache = cache_format(kv_bits, network.head_dim)
         return cls(place, folder, config, network, stored, options, cache)
 
@@ -84,7 +86,14 @@ class ResolvedCheckpoint:
         return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
 
     def read(self, progress: Progress) -> Qwen3:
-        model = load_model(self.config, Weights(self.folder), self.options, progress)
+        options = self.options
+        config, weights = open_weights(
+            self.folder,
+            self.config,
+            options.dtype,
+            in_floats=True if options.quantize else options.dequantize,
+        )
+        model = load_model(config, weights, self.options, progress)
         model.source = self.place.name
         mark_used(self.folder)
         return model

@@ -24,6 +24,7 @@ from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.model_card import model_card, usage
 from qwen3_mlx.checkpoint.recipes import RECIPES, choose_formats
 from qwen3_mlx.checkpoint.stored import quantization_of
+from qwen3_mlx.checkpoint.stored_formats import kept_formats
 from qwen3_mlx.checkpoint.weights import INDEX, with_stored_head
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import as_memoryview
@@ -57,6 +58,7 @@ class Conversion:
         seconds: the time that the conversion took.
         formats: the format of each quantized module, by its path.
         kind: what it is for: "chat", "embedding" or "reranker".
+        dtype: that of scales, biases and tensors that are not quantized.
     """
 
     output: Path
@@ -68,6 +70,7 @@ class Conversion:
     seconds: float
     formats: Mapping[str, Format]
     kind: str = CHAT
+    dtype: str = "bfloat16"
 
     @property
     def usage(self) -> str:
@@ -104,7 +107,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
         output: the folder to write. It appears only when it is complete.
         revision: branch, tag or commit on the hub; default None, the main branch.
         bits: bits per weight: 2, 3, 4, 5, 6 or 8; default None, which is the mode's own, in the
-            affine mode 4.
+            affine mode 4. Without `bits`, `group_size`, `mode` and `recipe` the weights of an AWQ
+            or GPTQ checkpoint keep their codes.
         group_size: number of weights that share a scale: 32, 64 or 128; default None, which is the
             mode's own, in the affine mode 64.
         mode: quantization mode: "affine" (default), "mxfp4", "mxfp8" or "nvfp4".
@@ -163,6 +167,9 @@ def convert(  # noqa: PLR0913 - one keyword an option
     )
     if recipe == "auto":
         job = _measured(job, calibration, target_bpw or 0.0, progress)
+    elif not dequantize and (recipe, bits, group_size, mode) == ("uniform", None, None, AFFINE):
+        kept = kept_formats(config, folder)
+        job = replace(job, formats=kept or choose_formats(quantizable_shapes(config), recipe, fmt))
     elif not dequantize:
         stored = quantization_of(config)
         stored_bits = stored.section.get("bits") if stored else None
@@ -178,6 +185,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
         seconds=time.perf_counter() - started,
         formats={path: fmt for path, fmt in job.formats.items() if fmt},
         kind=kind,
+        dtype=backend.dtype_name(job.dtype),
     )
 
 

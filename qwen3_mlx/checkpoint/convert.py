@@ -22,10 +22,11 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint import gptq
+from qwen3_mlx.checkpoint.formats.matrix import Matrix, as_floats
 from qwen3_mlx.checkpoint.hub import KIND_FILES
 from qwen3_mlx.checkpoint.output_config import output_config
 from qwen3_mlx.checkpoint.recipes import Formats
-from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
+from qwen3_mlx.checkpoint.stored_formats import read_matrices
 from qwen3_mlx.checkpoint.weights import INDEX, mismatches, refuse_missing_layers, weight_names
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import ShardWriter, TensorSpec, atomic_write
@@ -46,6 +47,7 @@ COPIED_FILES = (
 _STATE = "conversion.json"
 # The bits of the exponent. A number in which all are set is an infinity or NaN.
 _EXPONENT = {mx.bfloat16: 0x7F80, mx.float16: 0x7C00, mx.float32: 0x7F800000}
+_Content = mx.array | tuple[mx.array, ...]  # rows as floats, or as codes
 _INTEGERS = {2: (mx.uint16, mx.int16), 4: (mx.uint32, mx.int32)}
 
 
@@ -319,17 +321,24 @@ class _Block:
     `arrays` are the bytes of the output tensors' rows.
     """
 
-    def __init__(self, rows: mx.array, tensor: _Tensor, job: Job) -> None:
+    def __init__(self, content: _Content, tensor: _Tensor, job: Job) -> None:
         dtype, fmt = job.dtype, tensor.fmt
-        self._rows = rows.astype(dtype)
         self._exponent = _EXPONENT[dtype]
-        self.arrays: Sequence[mx.array] = [self._rows]
         inputs = job.moments.get(tensor.name.removesuffix(".weight"))
-        if fmt and inputs is not None and gptq.fits(fmt, rows.shape[-1]):
-            self.arrays = gptq.quantize(self._rows, fmt, inputs, dtype)
-        elif fmt:
-            self.arrays = mx.quantize(self._rows, **fmt.as_config())
-        self.arrays = [array.view(mx.uint8) for array in self.arrays]  # as they are written
+        arrays: Sequence[mx.array]
+        if isinstance(content, tuple):
+            packed, *groups = content
+            arrays = [packed, *(as_floats(part, dtype) for part in groups)]
+            self._rows = mx.stack(arrays[1:]) if fmt and fmt.has_biases else mx.zeros(1, dtype)
+        else:
+            self._rows = content.astype(dtype)
+            if fmt and inputs is not None and gptq.fits(fmt, content.shape[-1]):
+                arrays = gptq.quantize(self._rows, fmt, inputs, dtype)
+            elif fmt:
+                arrays = mx.quantize(self._rows, **fmt.as_config())
+            else:
+                arrays = [self._rows]
+        self.arrays = [array.view(mx.uint8) for array in arrays]  # as they are written
         # Read as integers, unsigned and signed, the bits of infinities and NaN are the greatest.
         # Two maxima find them ten times as fast as a check of each number.
         unsigned, signed = _INTEGERS[dtype.size]
@@ -366,7 +375,7 @@ def _compute_blocks(
 ) -> Iterator[tuple[_Tensor, _Block]]:
     """Yield the blocks of all tensors in order, while the next blocks are computed."""
     in_flight: deque[tuple[_Tensor, _Block]] = deque()
-    blocks = ((tensor, rows) for tensor in tensors for rows in tensor.matrix.blocks(_BLOCK))
+    blocks = ((tensor, content) for tensor in tensors for content in _contents(tensor, job))
     for stream in cycle(streams):
         # All work on a block runs on its own stream, its reading included: work on the other
         # stream would wait for the block that is computed there.
@@ -374,11 +383,19 @@ def _compute_blocks(
             upcoming = next(blocks, None)
             if upcoming is None:
                 break
-            tensor, rows = upcoming
-            in_flight.append((tensor, _Block(rows, tensor, job)))
+            tensor, content = upcoming
+            in_flight.append((tensor, _Block(content, tensor, job)))
         if len(in_flight) == _BLOCKS_IN_FLIGHT:
             yield in_flight.popleft()
     yield from in_flight
+
+
+def _contents(tensor: _Tensor, job: Job) -> Iterator[_Content]:
+    """Yield a tensor some rows at a time: its codes, if it has those of the format, or floats."""
+    if tensor.fmt and tensor.fmt == tensor.matrix.fmt and not job.moments:
+        yield from tensor.matrix.code_blocks(_BLOCK)
+    else:
+        yield from tensor.matrix.blocks(_BLOCK)
 
 
 # --- what goes with the weights -----------------------------------------------------------------

@@ -8,14 +8,15 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from qwen3_mlx.checkpoint.gguf_folder import gguf_folder
 from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, DESCRIPTION_FILES, Source
 from qwen3_mlx.checkpoint.stored import (
     MODELOPT,
-    formats_stored,
     quantization_of,
     refuse_modelopt,
 )
 from qwen3_mlx.checkpoint.weights import (
+    GGUF_POINTER,
     INDEX,
     WHOLE,
     has_all_weights,
@@ -40,9 +41,14 @@ def read_config(
     """Fetch the files that describe a checkpoint; return their folder and the checked config.json.
 
     Raises:
-        CheckpointError: the checkpoint is not a supported Qwen3: it is another network, a GGUF
-            file, an adapter, or quantized by a method that is not supported.
+        CheckpointError: the checkpoint is not a supported Qwen3: it is another network, an adapter,
+            or quantized by a method that is not supported.
     """
+    if parts := place.gguf_files():
+        described = gguf_folder(place.fetch(parts) / parts[0])
+        config = read_json(described / "config.json")
+        ModelConfig.from_dict(config)
+        return described, config
     folder = None if place.is_missing("config.json") else place.fetch([*files, MODELOPT])
     if folder is None or not (folder / "config.json").is_file():
         raise CheckpointError(_missing_message(place, needed="config.json"))
@@ -65,6 +71,8 @@ def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path
     Raises:
         CheckpointError: the checkpoint has no weights of a supported kind.
     """
+    if (folder / GGUF_POINTER).is_file():
+        return folder
     files = None if has_all_weights(folder) else place.list_files()
     names = weight_names(folder, files, place=place.name)
     folder = place.fetch([*also, *(names or [WHOLE])]) if names or files is None else folder
@@ -79,10 +87,9 @@ def checkpoint_folder(place: Source) -> Path:
     """Return the folder of a checkpoint that can be loaded; downloads what is not on disk.
 
     Raises:
-        CheckpointError: it is not a supported Qwen3, or must be converted first.
+        CheckpointError: it is not a supported Qwen3.
     """
-    folder, config = read_config(place)
-    formats_stored(config, folder)  # refuse unsupported weights before downloading them
+    folder, _ = read_config(place)  # refuses unsupported weights before they are downloaded
     return fetch_weights(place, folder)
 
 

@@ -1,6 +1,6 @@
 """GPTQ rounding, for recipes that measure: quantizes weights with regard to their inputs.
 
-Checkpoints in GPTQ's format are read by `stored_formats`.
+Checkpoints in GPTQ's format are read by `formats/gptq_words.py`.
 
 MLX's own quantization spreads each group's codes evenly between its least and greatest weight. Here
 scale and offset are fitted, and each rounding error is compensated in the weights after it, as far
@@ -13,6 +13,7 @@ R rows, I inputs, B inputs of a block, C = I / B blocks, g weights of a group.
 import mlx.core as mx
 import numpy as np
 
+from qwen3_mlx.checkpoint.formats.affine import pack
 from qwen3_mlx.model.quantization import Format
 
 _MAX_BLOCK = 192  # inputs; a layer's moments take 4 · I · B bytes
@@ -125,18 +126,3 @@ def fit(
             bias = mean_part - scale * mean_code
             mx.eval(best, best_scale, best_bias, scale, bias)
     return best_scale, best_bias
-
-
-def pack(codes: mx.array, bits: int) -> mx.array:
-    """Pack codes [..., I], uint32, into words [..., I · bits / 32], as MLX's affine modes do.
-
-    The codes follow one another bit by bit, least significant first, 32 of them in `bits` words.
-    """
-    runs = codes.reshape(*codes.shape[:-1], -1, 32)
-    words: list[mx.array] = [mx.zeros(runs.shape[:-1], dtype=mx.uint32)] * bits
-    for place in range(32):
-        word, shift = divmod(place * bits, 32)
-        words[word] = words[word] | (runs[..., place] << shift)
-        if shift + bits > 32:
-            words[word + 1] = words[word + 1] | (runs[..., place] >> (32 - shift))
-    return mx.stack(words, axis=-1).reshape(*codes.shape[:-1], -1)

@@ -34,11 +34,7 @@ DESCRIPTION_FILES = (
     "model.safetensors.index.json",
     *KIND_FILES,
 )
-GGUF = (
-    "GGUF is not read; take the safetensors that it was made from, such as Qwen/Qwen3-8B, or a "
-    "build for MLX, such as Qwen/Qwen3-8B-MLX-4bit"
-)
-"""Error message for GGUF files."""
+GGUF_SUFFIX = ".gguf"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapters.safetensors")
 """File names of adapters, of peft and of mlx-lm."""
@@ -50,9 +46,21 @@ NO_WHOLE_MODEL = (
 _UNAUTHORIZED = 401  # also of unknown names, for which the hub's library raises its own error
 _PATIENCE = 3  # seconds
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_GGUF_PART = re.compile(r"-\d{5}-of-\d{5}$")
 _HUB_ADDRESS = re.compile(
     rf"(?:https?://)?(?:www\.)?(?:huggingface|hf)\.co/({_HUB_NAME.pattern}).*"
 )
+
+
+def _choice(name: str) -> tuple[str, str]:
+    """Return the place, and the GGUF file that is chosen there: after a colon, or by its path."""
+    if os.path.exists(os.path.expanduser(name)):
+        return name, ""
+    place, colon, chosen = name.rpartition(":")
+    if not colon and name.lower().endswith(GGUF_SUFFIX):
+        place, _, chosen = name.rpartition("/")
+    known = os.path.isdir(os.path.expanduser(place)) or _HUB_NAME.fullmatch(place)
+    return (place, chosen) if known else (name, "")
 
 
 def check_name(name: str) -> None:
@@ -100,6 +108,9 @@ class Source:
     ) -> None:
         """Create the source of a folder's path or a hub name such as Qwen/Qwen3-8B.
 
+        It may be a GGUF file, too. Of several in a folder or on the hub, one is chosen by its name
+        or by an end of that, after a colon: someone/Qwen3-8B-GGUF:Q4_K_M.
+
         While files are downloaded, `progress` is called with (bytes present, total bytes).
 
         Raises:
@@ -107,16 +118,21 @@ class Source:
             ValueError: a revision is given for a folder.
         """
         self.name = name
+        self._chosen = ""
+        place, chosen = _choice(name)
+        if chosen:
+            name, self._chosen = place, chosen
+        self._place = name
         self._revision = revision
         self._progress = progress
         self._listed: list[str] | None = None
         self._commit: str | None = None
         folder = Path(os.path.expanduser(name))  # Path.expanduser raises for unknown users
+        if folder.is_file() and folder.suffix.lower() == GGUF_SUFFIX:
+            folder, self._chosen = folder.parent, folder.name
         self.folder = folder if name and folder.exists() else None
         if self.folder is None and (address := _HUB_ADDRESS.fullmatch(name)):
             raise CheckpointError(f"{name} is an address; give the name alone, {address[1]}")
-        if name.lower().endswith(".gguf") and not (self.folder and self.folder.is_dir()):
-            raise CheckpointError(f"{name}: {GGUF}")
         if self.folder is None and (name[:1] in "./~" or not _HUB_NAME.fullmatch(name)):
             meant = closest_size(name)
             raise CheckpointError(
@@ -147,6 +163,36 @@ class Source:
             raise ValueError(f"{model} is {what}; pull takes a size or a hub name")
         return source
 
+    def gguf_files(self) -> list[str]:
+        """Return the GGUF file that is meant, or all of its parts; none if there are other weights.
+
+        Raises:
+            CheckpointError: there are several, and it is unclear which of them is meant; or the hub
+                refuses it, or cannot be reached.
+        """
+        files = self.files()
+        found = [
+            file
+            for file in files
+            if file.lower().endswith(GGUF_SUFFIX) and not Path(file).name.startswith("mmproj")
+        ]
+        if not self._chosen and (not found or any(file.endswith(".safetensors") for file in files)):
+            return []
+        groups: dict[str, list[str]] = {}
+        for file in found:
+            groups.setdefault(_GGUF_PART.sub("", file[: -len(GGUF_SUFFIX)]), []).append(file)
+        wanted = _GGUF_PART.sub("", self._chosen.lower().removesuffix(GGUF_SUFFIX))
+        end = re.compile(rf"(^|.*[-._/]){re.escape(wanted)}" if wanted else ".*", re.IGNORECASE)
+        meant = [stem for stem in groups if stem.lower() == wanted] or [
+            stem for stem in groups if end.fullmatch(stem)
+        ]
+        if len(meant) == 1:
+            return groups[meant[0]]
+        names = ", ".join(f"{stem}{GGUF_SUFFIX}" for stem in meant or groups) or "no GGUF files"
+        like = re.split(r"[-./]", next(iter(meant or groups), ""))[-1]
+        hint = f"; name one of them, such as {self._place}:{like}" if like else ""
+        raise CheckpointError(f"{self._place} has {names}{hint}")
+
     def list_files(self) -> list[str] | None:
         """Return the names of the checkpoint's files; None if the hub cannot be reached."""
         if self.folder:
@@ -156,7 +202,7 @@ class Source:
 
             try:
                 # If the hub cannot be reached, this call fails at once; others retry for long.
-                found = HfApi().model_info(self.name, revision=self._revision)
+                found = HfApi().model_info(self._place, revision=self._revision)
                 self._listed = sorted(file.rfilename for file in found.siblings or ())
                 self._commit = found.sha
             except Exception:  # noqa: BLE001 - the library passes on errors of its HTTP client
@@ -173,7 +219,7 @@ class Source:
 
             try:
                 if isinstance(
-                    try_to_load_from_cache(self.name, file, revision=self._revision), str
+                    try_to_load_from_cache(self._place, file, revision=self._revision), str
                 ):
                     return False
             except ValueError:  # an invalid name: `fetch` raises the clear error
@@ -208,10 +254,10 @@ class Source:
 
         try:
             if missing := self._missing(files):
-                download(self.name, self._commit or "", missing, self._progress)
+                download(self._place, self._commit or "", missing, self._progress)
             return Path(  # nothing is left to download, but this call creates the cache's links
                 snapshot_download(
-                    self.name,
+                    self._place,
                     revision=self._revision,
                     allow_patterns=list(files),
                     tqdm_class=silent_progress_bar(),
@@ -249,7 +295,9 @@ class Source:
             file
             for file in dict.fromkeys(files)
             if file in listed
-            and not isinstance(try_to_load_from_cache(self.name, file, revision=self._commit), str)
+            and not isinstance(
+                try_to_load_from_cache(self._place, file, revision=self._commit), str
+            )
         ]
 
 

@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.stored import StoredFormats
-from qwen3_mlx.checkpoint.weights import Weights, mismatches, refuse_missing_layers
+from qwen3_mlx.checkpoint.weights import TensorSource, mismatches, refuse_missing_layers
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.linear import Embedding, Linear
@@ -54,7 +54,7 @@ class LoadOptions:
 
 
 def load_model(
-    config: Mapping[str, Any], weights: Weights, options: LoadOptions, progress: Progress
+    config: Mapping[str, Any], weights: TensorSource, options: LoadOptions, progress: Progress
 ) -> Qwen3:
     """Create the network that `config` describes and load `weights` into it.
 
@@ -117,7 +117,7 @@ def quantizable_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {path: tuple(module["weight"].shape) for path, module in quantizable(model)}
 
 
-def _quantize_layout(model: Qwen3, stored: StoredFormats, weights: Weights) -> None:
+def _quantize_layout(model: Qwen3, stored: StoredFormats, weights: TensorSource) -> None:
     """Replace the modules whose weights are quantized on disk; nothing is computed yet."""
 
     def format_of(path: str, module: nn.Module) -> bool | dict[str, Any]:
@@ -131,7 +131,7 @@ def _quantize_layout(model: Qwen3, stored: StoredFormats, weights: Weights) -> N
         raise CheckpointError(f"config.json: its quantization does not fit: {error}") from error
 
 
-def _check_tensors(model: Qwen3, weights: Weights) -> None:
+def _check_tensors(model: Qwen3, weights: TensorSource) -> None:
     """Check that the checkpoint has the tensors that the network needs, and no others.
 
     Raises:
@@ -174,7 +174,7 @@ def _count_weights(model: Qwen3) -> int:
 
 
 def _fill(
-    path: str, module: nn.Module, weights: Weights, options: LoadOptions, *, dequantize: bool
+    path: str, module: nn.Module, weights: TensorSource, options: LoadOptions, *, dequantize: bool
 ) -> nn.Module:
     """Return the module at `path` with its weights loaded, and converted as `options` state."""
     for name in module.parameters():

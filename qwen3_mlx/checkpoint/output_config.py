@@ -10,6 +10,8 @@ from qwen3_mlx import backend
 from qwen3_mlx.checkpoint.recipes import Formats
 from qwen3_mlx.model.config import ModelConfig
 
+_QUANTIZATION_KEYS = ("quantization", "quantization_config", "compression_config")
+
 
 def output_config(stated: Mapping[str, Any], formats: Formats, dtype: mx.Dtype) -> dict[str, Any]:
     """Return the `stated` config with the quantization as MLX programs read it.
@@ -19,11 +21,7 @@ def output_config(stated: Mapping[str, Any], formats: Formats, dtype: mx.Dtype) 
     others.
     """
     network = ModelConfig.from_dict(stated)
-    config = {
-        key: value
-        for key, value in stated.items()
-        if key not in ("quantization", "quantization_config", "dtype")
-    }
+    config = {key: value for key, value in stated.items() if key != "dtype"}
     values = {**asdict(network), **(asdict(network.experts) if network.experts else {})}
     for key in values.keys() - {"yarn", "experts", "output"}:
         if config.get(key) is None:
@@ -31,9 +29,17 @@ def output_config(stated: Mapping[str, Any], formats: Formats, dtype: mx.Dtype) 
     config["rope_theta"] = network.rope_theta
     config["rope_scaling"] = _rope_scaling(config, network)
     config["torch_dtype"] = backend.dtype_name(dtype)
-    if section := _quantization(formats):
-        config["quantization"] = config["quantization_config"] = section
-    return config
+    return with_formats(config, formats)
+
+
+def with_formats(config: Mapping[str, Any], formats: Formats) -> dict[str, Any]:
+    """Return a config with the quantization as MLX programs read it, in place of another."""
+    kept = {key: value for key, value in config.items() if key not in _QUANTIZATION_KEYS}
+    section = _quantization(formats)
+    return {
+        **kept,
+        **(dict.fromkeys(("quantization", "quantization_config"), section) if section else {}),
+    }
 
 
 def _rope_scaling(config: Mapping[str, Any], network: ModelConfig) -> dict[str, Any] | None:

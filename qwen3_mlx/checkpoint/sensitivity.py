@@ -20,10 +20,10 @@ import mlx.nn as nn
 
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.cache.attention import NoCache
+from qwen3_mlx.checkpoint.formats.matrix import Matrix
 from qwen3_mlx.checkpoint.gptq import moments
 from qwen3_mlx.checkpoint.load import parent_of, quantizable
 from qwen3_mlx.checkpoint.recipes import group_of
-from qwen3_mlx.checkpoint.stored_formats import Matrix
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.linear import Linear
 from qwen3_mlx.model.moe import SwitchLinear

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qwen3_mlx.checkpoint.formats.methods import METHODS
 from qwen3_mlx.checkpoint.names import network_name
 from qwen3_mlx.checkpoint.weights import INDEX, index_fault, index_names
 from qwen3_mlx.errors import CheckpointError
@@ -16,22 +17,6 @@ MODELOPT = "hf_quant_config.json"
 MLX = "mlx"
 _MLX_KEYS = {"bits", "group_size", "mode"}  # and the paths of modules
 _UNNAMED = ""
-# The other methods that a conversion reads: for each, the keys of its section whose values are
-# restricted, with the allowed values and the default of a missing key.
-_READ: Mapping[str, Mapping[str, tuple[tuple[object, ...], object]]] = {
-    "fp8": {},
-    "awq": {
-        "bits": ((4,), None),
-        "version": (("gemm",), "gemm"),
-        "zero_point": ((True,), None),
-    },
-    "gptq": {
-        "bits": ((4, 8), None),
-        "checkpoint_format": (("gptq", "gptq_v2"), "gptq"),
-        "is_marlin_format": ((False,), False),
-        "pack_dtype": (("int32",), "int32"),
-    },
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +25,11 @@ class Quantization:
 
     method: str
     section: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The name of the method in messages."""
+        return METHODS[self.method].title if self.method in METHODS else self.method.upper()
 
 
 def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
@@ -55,20 +45,10 @@ def quantization_of(config: Mapping[str, Any]) -> Quantization | None:
     method, section = found.method, found.section
     if method == _UNNAMED:
         raise _unreadable(f"without quant_method ({', '.join(section)})")
-    if method not in _READ:
+    if method not in METHODS:
         raise _unreadable(f"as {method!r}")
-    name = f"as {method.upper()}"
-    for key, (allowed, default) in _READ[method].items():
-        value = default if section.get(key) is None else section[key]
-        if (value.lower() if isinstance(value, str) else value) not in allowed:
-            only = " and ".join(map(repr, allowed))
-            raise _unreadable(name, f" with {key} {value!r}, and only {only} can be read")
-    if section.get("dynamic"):
-        raise _unreadable(name, " with `dynamic`, formats of their own for some modules")
-    if method == "fp8" and not _is_block(block := section.get("weight_block_size")):
-        raise _unreadable(
-            name, f" with weight_block_size {block!r}, and needed is one such as [128, 128]"
-        )
+    if problem := METHODS[method].problem(section):
+        raise _unreadable(f"as {METHODS[method].title}", f" {problem}")
     return found
 
 
@@ -101,12 +81,6 @@ def _is_mlx(section: Mapping[str, Any]) -> bool:
     return all(key in _MLX_KEYS or key == "lm_head" or "." in key for key in section)
 
 
-def _is_block(block: object) -> bool:
-    return (
-        isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block)
-    )
-
-
 def refuse_modelopt(stated: Mapping[str, Any]) -> None:
     """Refuse a checkpoint that only its hf_quant_config.json declares as quantized.
 
@@ -122,7 +96,8 @@ def refuse_modelopt(stated: Mapping[str, Any]) -> None:
 
 
 def _unreadable(method: str, reason: str = "", *, where: str = "config.json") -> CheckpointError:
-    reason = reason or f", which is not read ({', '.join(_READ).upper()} and MLX's own formats are)"
+    read = ", ".join(method.title for method in METHODS.values())
+    reason = reason or f", which is not read ({read} and MLX's own formats are)"
     return CheckpointError(
         f"{where}: the weights are quantized {method}{reason}; take the original weights, or a "
         "build for MLX such as Qwen/Qwen3-8B-MLX-4bit"
@@ -137,20 +112,9 @@ class StoredFormats:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> "StoredFormats | None":
-        """Create the formats from a config.json; None if the weights are not quantized.
-
-        Raises:
-            CheckpointError: the weights are quantized in a format that MLX cannot compute with.
-        """
+        """Create the formats from a config.json; None if the weights have none of MLX's formats."""
         found = quantization_of(config)
-        if found is None:
-            return None
-        if found.method != MLX:
-            raise CheckpointError(
-                f"its weights are quantized as {found.method.upper()}, which MLX cannot compute "
-                "with; convert it first: qwen3 convert SOURCE FOLDER"
-            )
-        return cls(found.section)
+        return cls(found.section) if found and found.method == MLX else None
 
     def format_of(self, path: str) -> Format:
         """Return the format of the quantized module at `path`.
@@ -179,8 +143,7 @@ def formats_stored(config: Mapping[str, Any], folder: Path | None = None) -> For
     If `folder` has the index of the weight files, it decides which modules are quantized. Without
     an index, all are except those that config.json excludes.
 
-    Raises:
-        CheckpointError: the weights are quantized in a format that MLX cannot compute with.
+    Foreign formats are `decoded.formats_held`'s.
     """
     stored = StoredFormats.of(config)
     if stored is None:

@@ -8,11 +8,12 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.hub import ADAPTER_FILES, GGUF, NO_WHOLE_MODEL
+from qwen3_mlx.checkpoint.gguf_file import gguf_tensors
+from qwen3_mlx.checkpoint.hub import ADAPTER_FILES, GGUF_SUFFIX, NO_WHOLE_MODEL
 from qwen3_mlx.checkpoint.names import network_name
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import Entry, read_header, read_json, read_rows, same_numbers
@@ -21,7 +22,9 @@ from qwen3_mlx.model.config import LOGITS, ModelConfig, headless
 _log = logging.getLogger(__name__)
 INDEX = "model.safetensors.index.json"
 WHOLE = "model.safetensors"
-_UNSUPPORTED_SUFFIXES = (".bin", ".pt", ".pth", ".gguf", ".npz")
+GGUF_POINTER = "gguf.json"
+"""File of the paths of GGUF files, in the folder that describes them: see `gguf_folder`."""
+_UNSUPPORTED_SUFFIXES = (".bin", ".pt", ".pth", ".npz")
 _MODEL_FILE = re.compile(r"model[^/]*\.safetensors")
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _NUMBER = re.compile(r"\.\d+(?=\.)")  # of a layer or an expert
@@ -41,6 +44,17 @@ class Tensor:
     parts: tuple[str, ...]
 
 
+class TensorSource(Protocol):
+    """The tensors of a checkpoint, by their names in the network; each can be taken once."""
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Shape and dtype of each tensor."""
+
+    def take(self, name: str) -> mx.array:
+        """Return a tensor and drop it here."""
+
+
 class Weights:
     """All tensors of a checkpoint's folder, by their names in the network."""
 
@@ -54,7 +68,8 @@ class Weights:
         self.stored: dict[str, Entry] = {}
         self._open: dict[Path, dict[str, mx.array]] = {}
         for file in self.files:
-            for name, entry in read_header(file).items():
+            is_gguf = file.suffix.lower() == GGUF_SUFFIX
+            for name, entry in (gguf_tensors(file) if is_gguf else read_header(file)).items():
                 if other := self.stored.get(name):
                     both = f"{other.file.name} and {file.name}"
                     raise CheckpointError(f"{folder} has {name} twice, in {both}")
@@ -102,6 +117,8 @@ def weight_names(
     Raises:
         CheckpointError: the index is broken, or it is unclear which of the files are meant.
     """
+    if (pointer := folder / GGUF_POINTER).is_file():
+        return [str(name) for name in read_json(pointer)["files"]]
     present = {file.name for file in folder.iterdir()} if files is None else set(files)
     model_files = sorted(filter(_MODEL_FILE.fullmatch, present))
     place = place or str(folder)
@@ -203,12 +220,10 @@ def missing_message(
     If the files are those of an adapter, `base` names its model.
     """
     others = sorted(file for file in files if file.endswith(_UNSUPPORTED_SUFFIXES))
-    if ggufs := [file for file in others if file.endswith(".gguf")]:
-        return f"{place} has {_first_names(ggufs)}, and {GGUF}"
     if not set(ADAPTER_FILES).isdisjoint(files):
         return f"{place} is an adapter for {base}, {NO_WHOLE_MODEL}"
     if others and needed == WHOLE:
-        return f"{place} has {_first_names(others)}, but only safetensors files are read"
+        return f"{place} has {_first_names(others)}, but only safetensors and GGUF files are read"
     return f"{place} has no {needed}"
 
 

@@ -14,7 +14,7 @@ from qwen3_mlx.bench.measure import NEW, OURS, PEER, Case, Measurement, cases_of
 from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import Source
-from qwen3_mlx.checkpoint.stored import formats_stored
+from qwen3_mlx.checkpoint.stored_formats import formats_held
 from qwen3_mlx.checkpoint.weights import with_stored_head
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.model_facts import refuse_other_kinds
@@ -84,7 +84,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
         check_picture(plot)
     folder = _folder(model or DEMO)
     content = with_stored_head(read_json(folder / "config.json"), folder)
-    config, stored = ModelConfig.from_dict(content), formats_stored(content, folder)
+    config, stored = ModelConfig.from_dict(content), formats_held(content, folder)
     detect = import_module("qwen3_mlx.text.abilities")  # Jinja, which --help does not need
     refuse_other_kinds(detect.Abilities.of(folder, config.output).kind, "a benchmark measures")
     lengths = _lengths(prompts, config.context_window - 2 * count - NEW)

@@ -13,7 +13,7 @@ from qwen3_mlx.checkpoint.hub import check_name, upload
 from qwen3_mlx.cli.console import Bar, format_bytes, note, print_facts
 from qwen3_mlx.cli.evaluate import compare, comparison_dict, read_text, refuse_unloadable
 from qwen3_mlx.cli.option_groups import option
-from qwen3_mlx.cli.options import CheckpointOptions
+from qwen3_mlx.cli.options import CheckpointOptions, GgufFile, with_file
 from qwen3_mlx.evaluate.plots import Point, check_picture, draw
 from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.model.quantization import AFFINE
@@ -89,6 +89,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     revision: Annotated[
         str | None, option("--revision", panel=_SOURCE, text="Branch, tag or commit on the hub.")
     ] = None,
+    file: GgufFile = None,
     force: Annotated[
         bool, option("--force", "-f", panel=_OUTPUT, text="Replace an existing checkpoint.")
     ] = False,
@@ -117,12 +118,14 @@ def convert(  # noqa: PLR0913 - one parameter an option
 
     [bold]qwen3 convert Qwen/Qwen3-8B qwen3-8b-4bit[/bold]   write what mlx-lm writes.
     [bold]qwen3 convert ./qwen3-8b out --recipe auto --target-bpw 4.5[/bold]   lose less.
-    [bold]qwen3 convert Qwen/Qwen3-8B-FP8 out --dequantize[/bold]   read FP8, AWQ or GPTQ.
+    [bold]qwen3 convert Qwen3-8B-Q4_K_M.gguf out[/bold]   keep its codes, as of GPTQ, AWQ ...
+    [bold]qwen3 convert Qwen/Qwen3-8B-FP8 out --dequantize[/bold]   write floats.
 
     Tensors are converted some rows at a time: 1 GB of memory is enough for any
     model (--recipe auto needs more). To resume an interrupted conversion, run
     the same command again.
     """
+    source = with_file(source, file) or source
     picture = output / "report.svg"
     if report:
         check_picture(Path(picture.name))
@@ -197,6 +200,7 @@ def _print(made: "qwen3_mlx.Conversion", facts: dict[str, Any]) -> None:
         "folder": str(made.output),
         "size": f"{format_bytes(made.bytes)} in {made.tensors:,} tensors",
         "bits per weight": f"{made.bits_per_weight:.2f}",
+        "scales, norms": made.dtype,
         "time": f"{made.seconds:,.1f} s",
         "peak memory": format_bytes(made.peak_memory),
     }

@@ -19,12 +19,20 @@ import qwen3_mlx  # resolves its names on first use
 from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import DESCRIPTION_FILES, Source
-from qwen3_mlx.checkpoint.stored import formats_stored
+from qwen3_mlx.checkpoint.stored_formats import formats_held
 from qwen3_mlx.checkpoint.weights import with_described_head
 from qwen3_mlx.cli.console import Bar, note, print_facts, read_stdin
 from qwen3_mlx.cli.model_facts import refuse_other_kinds
 from qwen3_mlx.cli.option_groups import option, with_options
-from qwen3_mlx.cli.options import CheckpointOptions, Json, ModelArgument, alias_meant, load_model
+from qwen3_mlx.cli.options import (
+    CheckpointOptions,
+    GgufFile,
+    Json,
+    ModelArgument,
+    alias_meant,
+    load_model,
+    with_file,
+)
 from qwen3_mlx.cli.tasks import tasks
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.evaluate.divergence import Divergence, divergence
@@ -79,6 +87,7 @@ _DEFAULT_TEXT, _AS_PUBLISHED = ReadingOptions(), CheckpointOptions()
 def perplexity_command(
     *,
     model: ModelArgument = None,
+    file: GgufFile = None,
     loading: CheckpointOptions,
     reading: ReadingOptions,
     as_json: Json = False,
@@ -90,7 +99,7 @@ def perplexity_command(
     generated, so there are no options for thinking and sampling.
     """
     text, window, overlap = read_text(reading.text), reading.window, reading.overlap
-    with _load(model, loading) as llm, Bar("reading") as bar:
+    with _load(with_file(model, file), loading) as llm, Bar("reading") as bar:
         refuse_other_kinds(llm.kind, "a perplexity measures")
         ids = _ids(llm, text, reading.tokens)
         found = perplexity(llm, ids, window=window, overlap=overlap, progress=bar)
@@ -229,7 +238,7 @@ def refuse_unloadable(model: str | Path, revision: str | None = None) -> None:
     folder = source.fetch(DESCRIPTION_FILES)
     if (folder / "config.json").is_file():
         config = with_described_head(read_json(folder / "config.json"), folder)
-        formats_stored(config, folder)
+        formats_held(config, folder)
         if ModelConfig.from_dict(config).output != LOGITS:
             raise CheckpointError(
                 f"{model} predicts no text that could be compared: it has no head"

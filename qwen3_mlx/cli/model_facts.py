@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
+from qwen3_mlx.checkpoint.stored import quantization_of
+from qwen3_mlx.checkpoint.stored_formats import formats_held
 from qwen3_mlx.cli.plan_estimate import Machine, MemoryEstimate
 from qwen3_mlx.engine.memory import Module, Plan, modules, weight_bytes
 from qwen3_mlx.errors import Qwen3Error
@@ -29,15 +30,15 @@ class ModelFacts:
         config: the geometry.
         floats: the dtype of weights that are not quantized, such as "bf16".
         method: the method of quantization, such as "MLX" or "FP8"; "" for floats.
-        formats: the format of each module; None if the checkpoint must be converted first.
-        estimate: its memory; None if it must be converted first.
+        formats: the format of each module in memory.
+        estimate: its memory.
     """
 
     config: ModelConfig
     floats: str
     method: str
-    formats: FormatOf | None
-    estimate: MemoryEstimate | None
+    formats: FormatOf
+    estimate: MemoryEstimate
 
     @classmethod
     def of(cls, config: Mapping[str, Any], folder: Path | None, machine: Machine) -> "ModelFacts":
@@ -48,10 +49,8 @@ class ModelFacts:
         """
         network, found = ModelConfig.from_dict(config), quantization_of(config)
         stated = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16")
-        floats, method = _FLOATS.get(stated, stated), found.method.upper() if found else ""
-        if found and found.method != MLX:
-            return cls(network, floats, method, None, None)
-        formats = formats_stored(config, folder) or (lambda _: None)
+        floats, method = _FLOATS.get(stated, stated), found.title if found else ""
+        formats = formats_held(config, folder) or (lambda _: None)
         weights = weight_bytes(network, formats)
         estimate = MemoryEstimate(
             "", network, machine, "bfloat16", {_STORED: formats}, {_STORED: weights}, None
@@ -61,8 +60,6 @@ class ModelFacts:
     @property
     def format(self) -> str:
         """The format of most weights, such as "4 bits"; ", mixed" if many have another."""
-        if self.formats is None:
-            return f"{self.method}, to convert"
         sizes: Counter[str] = Counter()
         for module, label in self._matrices():
             sizes[label] += module.size
@@ -78,25 +75,23 @@ class ModelFacts:
         return {kind: dict(counts) for kind, counts in kinds.items()}
 
     @property
-    def weights(self) -> int | None:
+    def weights(self) -> int:
         """Bytes of the weights in memory."""
-        return self.estimate.weights[_STORED] if self.estimate else None
+        return self.estimate.weights[_STORED]
 
-    def plan(self, context: int) -> Plan | None:
+    def plan(self, context: int) -> Plan:
         """Return the memory with a context of so many tokens."""
-        return self.estimate.plan(_STORED, context, "bf16") if self.estimate else None
+        return self.estimate.plan(_STORED, context, "bf16")
 
     @property
-    def fits(self) -> int | None:
+    def fits(self) -> int:
         """The longest context that fits the machine, at most the window; 0 if none does."""
-        if self.estimate is None:
-            return None
         return min(self.estimate.largest(_STORED, "bf16"), self.config.context_window)
 
     def _matrices(self) -> Iterator[tuple[Module, str]]:
         """Yield the modules with matrices, and the names of their formats."""
         for module in modules(self.config):
-            fmt = self.formats(module.path) if self.formats else None
+            fmt = self.formats(module.path)
             if module.columns:
                 yield module, format_label(fmt, self.floats)
 

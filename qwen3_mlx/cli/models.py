@@ -128,7 +128,7 @@ def pull(
         folder, config = read_config(place)
         facts = ModelFacts.of(config, folder, Machine.here())
         if not quiet:
-            _warn(place.name, facts)
+            _warn(facts)
         folder = fetch_weights(place, folder, also=MODEL_CARD)
     if verify and (damaged := damaged_files(folder)):
         raise CheckpointError(
@@ -140,11 +140,10 @@ def pull(
     print(folder)
 
 
-def _warn(name: str, facts: ModelFacts) -> None:
+def _warn(facts: ModelFacts) -> None:
     """Write what keeps a model from being used here, before it is downloaded."""
-    if (plan := facts.plan(_USEFUL_CONTEXT)) is None:
-        note(f"The weights are {facts.method}: use it by qwen3 convert {name} FOLDER.")
-    elif facts.estimate and not facts.estimate.fits(plan):
+    plan = facts.plan(_USEFUL_CONTEXT)
+    if not facts.estimate.fits(plan):
         note(
             f"It needs {in_gb(plan.total)} with {_USEFUL_CONTEXT:,} tokens, and "
             f"{facts.estimate.machine.description}; qwen3 plan shows what fits."

@@ -150,7 +150,20 @@ Yes = Annotated[
     option("--yes", panel=GENERATION, text="Call the tools of MCP servers without asking."),
 ]
 Json = Annotated[bool, option("--json", text="Print the result as JSON.")]
+GgufFile = Annotated[
+    str | None,
+    option(
+        "--file",
+        text="GGUF file of several, by its name or the end of that, such as Q4_K_M; also written "
+        "behind a colon: MODEL:Q4_K_M.",
+    ),
+]
 Plot = Annotated[Path | None, option(text="Also draw a plot: a .png or .svg file.")]
+
+
+def with_file(model: str | None, file: str | None) -> str | None:
+    """Return the name of a model of which one GGUF file is meant."""
+    return f"{model}:{file}" if model and file else model
 
 
 @dataclass(frozen=True, slots=True)

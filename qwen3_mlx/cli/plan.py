@@ -15,11 +15,11 @@ from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.checkpoint.description import indexed_tensor_names, read_config
 from qwen3_mlx.checkpoint.hub import Source
-from qwen3_mlx.checkpoint.stored import MLX, formats_stored, quantization_of
+from qwen3_mlx.checkpoint.stored_formats import formats_held
 from qwen3_mlx.checkpoint.weights import has_all_weights, with_stored_head, without_missing_head
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.option_groups import option
-from qwen3_mlx.cli.options import Plot, alias_meant, complete_model
+from qwen3_mlx.cli.options import GgufFile, Plot, alias_meant, complete_model, with_file
 from qwen3_mlx.cli.plan_estimate import Machine, MemoryEstimate
 from qwen3_mlx.cli.plan_plots import PlanPlot, draw
 from qwen3_mlx.cli.plan_sizes import recommend, sizes_as_json, table_of_sizes
@@ -70,6 +70,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
         ),
     ] = None,
     revision: Annotated[str | None, option(text="Branch, tag or commit on the hub.")] = None,
+    file: GgufFile = None,
     memory: Annotated[
         str | None,
         option(text="Plan for a Mac with this many GB, not for this machine.", metavar="GB"),
@@ -122,7 +123,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
         sizes = sizes_as_json(estimates, best)
         print(json.dumps(sizes, indent=1) if as_json else table_of_sizes(estimates, best))
         return
-    estimate = estimate_of(model)
+    estimate = estimate_of(with_file(model, file) or model)
     if plot:
         draw(plot, _picture(estimate, cache))
         note(f"drawn: {plot}")
@@ -141,14 +142,8 @@ def _resolve(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[s
     source = Source(hub_name(model), revision)
     folder, content = read_config(source, ["config.json"])
     config = ModelConfig.from_dict(_checked_config(content, source, folder))
-    quantization = quantization_of(content)
-    if quantization and quantization.method == MLX and (stored := formats_stored(content, folder)):
+    if stored := formats_held(content, folder):
         formats = {"as it is": stored, **formats}
-    elif quantization:
-        note(
-            f"The weights are {quantization.method.upper()} and must be converted first: "
-            f"qwen3 convert {model} FOLDER. This plan is for the converted model."
-        )
     return DEMO if is_demo(model) else source.name, config, formats
 
 

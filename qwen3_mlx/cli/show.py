@@ -13,7 +13,7 @@ from qwen3_mlx.checkpoint.weights import has_all_weights, with_described_head
 from qwen3_mlx.cli.console import format_bytes, note, print_facts
 from qwen3_mlx.cli.model_facts import ModelFacts
 from qwen3_mlx.cli.models import Revision
-from qwen3_mlx.cli.options import Json, ModelArgument
+from qwen3_mlx.cli.options import GgufFile, Json, ModelArgument, with_file
 from qwen3_mlx.cli.plan_estimate import Machine
 from qwen3_mlx.cli.plan_table import count
 from qwen3_mlx.engine.memory import count_weights
@@ -26,12 +26,18 @@ _HEADS = {LOGITS: "", STATES: ", no head", SCORE: ", a score in place of a head"
 _CONTEXTS = (8192, 32768)  # tokens; and the window
 
 
-def show(*, model: ModelArgument = None, revision: Revision = None, as_json: Json = False) -> None:
+def show(
+    *,
+    model: ModelArgument = None,
+    revision: Revision = None,
+    file: GgufFile = None,
+    as_json: Json = False,
+) -> None:
     """Show what a model is: geometry, formats, template, licence, memory here.
 
     Of a model that is not downloaded, only the files that describe it are fetched.
     """
-    place = Source(hub_name(model or DEMO), revision)
+    place = Source(hub_name(with_file(model, file) or DEMO), revision)
     try:
         folder, config = read_config(place, [*DESCRIPTION_FILES, _CARD])
     except CheckpointError:
@@ -77,7 +83,7 @@ def _of_network(facts: ModelFacts, config: Mapping[str, Any]) -> dict[str, Any]:
         "yarn_factor": network.yarn and network.yarn.factor,
         "quantization": facts.method or None,
         "format": facts.format,
-        "formats": facts.module_formats() if facts.formats else None,
+        "formats": facts.module_formats(),
     }
 
 
@@ -104,8 +110,8 @@ def _of_memory(facts: ModelFacts) -> dict[str, Any]:
     plans = {context: facts.plan(context) for context in contexts}
     return {
         "weight_bytes": facts.weights,
-        "memory": {context: plan.total for context, plan in plans.items() if plan} or None,
-        "available": facts.estimate and facts.estimate.machine.available,
+        "memory": {context: plan.total for context, plan in plans.items()},
+        "available": facts.estimate.machine.available,
         "fits": facts.fits,
     }
 

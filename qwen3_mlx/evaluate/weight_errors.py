@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
+from qwen3_mlx.checkpoint.decoded import open_weights
 from qwen3_mlx.checkpoint.stored import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights, has_own_head
 from qwen3_mlx.engine.worker import Worker
@@ -81,15 +82,15 @@ class _Stored:
     """The matrices of a checkpoint, as stored on disk."""
 
     def __init__(self, folder: Path) -> None:
-        config = read_json(folder / "config.json")
+        stated = read_json(folder / "config.json")
+        config, self._weights = open_weights(folder, stated, mx.float32, in_floats=False)
         self._formats = StoredFormats.of(config)
-        self._weights = Weights(folder)
         self.paths = {
             name.removesuffix(".weight")
             for name, tensor in self._weights.tensors.items()
             if name.endswith(".weight") and len(tensor.shape) > 1
         }
-        if ModelConfig.from_dict(config).tie_word_embeddings and not has_own_head(self._weights):
+        if ModelConfig.from_dict(config).tie_word_embeddings and not has_own_head(Weights(folder)):
             self.paths.discard("lm_head")  # some files repeat the tied embedding as the head
 
     def take(self, path: str) -> "_Matrix":

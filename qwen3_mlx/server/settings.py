@@ -171,9 +171,11 @@ def own_names() -> set[str]:
 
 
 def model_name(model: str | None) -> str:
-    """Return the name by which clients see a folder, hub name or size; None is the demo."""
+    """Return the name by which clients see a folder, file, hub name or size; None is the demo."""
     if model is None:
         return "qwen3-demo"
     name = hub_name(model)
-    folder = Path(name)
-    return folder.resolve().name if folder.is_dir() else name
+    path = Path(name)
+    if path.is_file():
+        return path.stem
+    return path.resolve().name if path.is_dir() else name

@@ -255,24 +255,6 @@ def test_gptq_becomes_what_its_words_say(version: int, tmp_path: Path) -> None:
 # --- what is refused before work ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["report", "divergence", "bench"])
-def test_weights_that_must_be_converted_are_refused_before_work(
-    verb: str, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = shutil.copytree(tiny_folder, tmp_path / "fp8")
-    section = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-    change(folder, "config.json", lambda config: config.update(quantization_config=section))
-    arguments = {
-        "report": ["convert", str(folder), str(tmp_path / "out"), "--report"],
-        "divergence": ["eval", "divergence", str(tmp_path / "nothing"), str(folder)],
-        "bench": ["bench", str(folder)],
-    }[verb]
-    code, out, err = call(arguments, capsys)
-    assert (code, out) == (1, "")
-    assert "quantized as FP8, which MLX cannot compute with; convert it first" in err
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_report_compares_with_the_revision_that_was_converted(
     tiny_folder: Path,
     tmp_path: Path,

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from tests.checkpoint.harness import GIVEN, Hub, qwen3, serving, shards_of, with_head
 from tests.support import DEMO, read_weights
+
+GOLDEN = Path(__file__).parents[1] / "golden/formats"
 
 
 @pytest.fixture
@@ -165,8 +168,8 @@ def edited(source: Path, folder: Path, **config: object) -> Path:
 def test_what_is_not_read_is_refused_before_its_weights_are_fetched(
     verb: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
-    section = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    folder = edited(tiny_folder, tmp_path / "bnb", quantization_config=section)
+    section = {"quant_method": "hqq"}
+    folder = edited(tiny_folder, tmp_path / "hqq", quantization_config=section)
     arguments = {
         "ask": ["Hello", "--model", "someone/tiny"],
         "convert": ["convert", "someone/tiny", str(tmp_path / "out")],
@@ -177,9 +180,9 @@ def test_what_is_not_read_is_refused_before_its_weights_are_fetched(
         done = qwen3(*arguments, home=tmp_path / "home", endpoint=address)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[-1] == (  # behind the bars of what is fetched
-        "qwen3: config.json: the weights are quantized as 'bitsandbytes', which is not read "
-        "(FP8, AWQ, GPTQ and MLX's own formats are); take the original weights, or a build for MLX "
-        "such as Qwen/Qwen3-8B-MLX-4bit"
+        "qwen3: config.json: the weights are quantized as 'hqq', which is not read (FP8, AWQ, "
+        "GGUF, GPTQ, AutoRound, bitsandbytes, compressed-tensors and MLX's own formats are); take "
+        "the original weights, or a build for MLX such as Qwen/Qwen3-8B-MLX-4bit"
     )
     assert "config.json" in asked
     assert not [name for name in asked if name.endswith(".safetensors")]
@@ -218,20 +221,14 @@ def test_a_quantization_of_no_name_is_refused_unfetched(
     assert not [name for name in asked if name.endswith(".safetensors")]
 
 
-@pytest.mark.parametrize("kind", ["gguf", "adapter", "adapter's weights", "gguf beside a config"])
+@pytest.mark.parametrize("kind", ["adapter", "adapter's weights"])
 def test_a_name_that_is_no_whole_checkpoint_says_what_it_is(
     kind: str, tiny_folder: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "served"
-    if kind == "gguf beside a config":
-        edited(tiny_folder, folder)
-        (folder / "model.safetensors").rename(folder / "model-Q4_K_M.gguf")
-    else:
-        folder.mkdir()
-        names = {"adapter": "adapter_config.json", "adapter's weights": "adapter_model.safetensors"}
-        (folder / names.get(kind, "model-Q4_K_M.gguf")).write_text(
-            '{"base_model_name_or_path": "Qwen/Qwen3-8B"}'
-        )
+    folder.mkdir()
+    names = {"adapter": "adapter_config.json", "adapter's weights": "adapter_model.safetensors"}
+    (folder / names[kind]).write_text('{"base_model_name_or_path": "Qwen/Qwen3-8B"}')
     with serving(folder) as (address, asked):
         done = qwen3("Hello", "--model", "someone/tiny", home=tmp_path / "home", endpoint=address)
     assert done.returncode == 1
@@ -239,18 +236,37 @@ def test_a_name_that_is_no_whole_checkpoint_says_what_it_is(
         "adapter": "someone/tiny is an adapter for Qwen/Qwen3-8B, not a whole model",
         "adapter's weights": "someone/tiny is an adapter for another model, not a whole model",
     }
-    gguf = "someone/tiny has model-Q4_K_M.gguf, and GGUF is not read; take the safetensors"
-    assert expected.get(kind, gguf) in done.stderr.splitlines()[-1]
-    assert not [name for name in asked if name.endswith((".gguf", ".safetensors"))]
-    if kind in ("gguf", "adapter's weights"):  # nothing is fetched, so there is no bar either
+    assert expected[kind] in done.stderr.splitlines()[-1]
+    assert not [name for name in asked if name.endswith(".safetensors")]
+    if kind == "adapter's weights":  # nothing is fetched, so there is no bar either
         assert done.stderr.count("\n") == 1
+
+
+def test_one_gguf_file_of_several_is_downloaded(tmp_path: Path) -> None:
+    folder = tmp_path / "served"
+    folder.mkdir()
+    shutil.copy(next((GOLDEN / "gguf_narrow_q4_k_m").glob("*.gguf")), folder / "tiny-Q4_K_M.gguf")
+    (folder / "tiny-Q8_0.gguf").write_bytes(b"GGUF")
+    arguments = ("Hi", "--max-tokens", "2")
+    with serving(folder) as (address, asked):
+        options: Any = {"home": tmp_path / "home", "endpoint": address}
+        vague = qwen3(*arguments, "--model", "someone/tiny", **options)
+        done = qwen3(*arguments, "--model", "someone/tiny:Q4_K_M", **options)
+        got = {name for name in asked if name.endswith(".gguf")}
+        asked.clear()
+        again = command(*arguments, "--model", "someone/tiny:Q4_K_M", HF_HUB_OFFLINE="1", **options)
+    assert vague.returncode == 1
+    assert "someone/tiny has tiny-Q4_K_M.gguf, tiny-Q8_0.gguf; name one of them" in vague.stderr
+    assert done.returncode == 0, done.stderr
+    assert again.returncode == 0, again.stderr
+    assert (got, asked) == ({"tiny-Q4_K_M.gguf"}, [])
 
 
 @pytest.mark.parametrize("verb", ["plan", "convert", "bench", "eval"])
 def test_what_has_no_config_is_refused_in_one_line(verb: str, tmp_path: Path) -> None:
     folder = tmp_path / "served"
     folder.mkdir()
-    (folder / "model.gguf").write_text("")
+    (folder / "model.bin").write_text("")
     arguments = {
         "plan": ["plan", "someone/tiny"],
         "convert": ["convert", "someone/tiny", str(tmp_path / "out"), "--report"],
@@ -260,7 +276,7 @@ def test_what_has_no_config_is_refused_in_one_line(verb: str, tmp_path: Path) ->
     with serving(folder) as (address, _):
         done = qwen3(*arguments, home=tmp_path / "home", endpoint=address)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("qwen3: someone/tiny has model.gguf,")
+    assert done.stderr.splitlines()[-1].startswith("qwen3: someone/tiny has no config.json")
     assert "No files matched" not in done.stderr and "Fetching" not in done.stderr
 
 
@@ -378,8 +394,7 @@ def test_planning_says_nothing_of_a_head_that_is_not_known(
 @pytest.mark.parametrize(
     ("file", "complaint"),
     [
-        ("model-Q4_K_M.gguf", "someone/tiny has model-Q4_K_M.gguf, and GGUF is not read"),
-        ("model.pt", "has model.pt, pytorch_model.bin, but only safetensors files are read"),
+        ("model.pt", "model.pt, pytorch_model.bin, but only safetensors and GGUF files are read"),
         ("adapter_config.json", "is an adapter for another model, not a whole model"),
     ],
 )

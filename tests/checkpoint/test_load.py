@@ -338,8 +338,6 @@ def three_wrongs(weights: dict[str, mx.array]) -> None:
     weights["model.layers.0.mlp.gate_proj.weight"] = mx.zeros((2, 2))
 
 
-FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128]}
-AWQ = {"quant_method": "awq", "bits": 4, "zero_point": True}
 BROKEN = {
     "empty": (empty, r"has no config\.json"),
     "no weights": (remove("model.safetensors"), r"has no model\.safetensors"),
@@ -381,34 +379,31 @@ BROKEN = {
         edit_json("config.json", eos_token_id="<|im_end|>"),
         "eos_token_id is '<|im",
     ),
-    "fp8 beside null": (
-        edit_json("config.json", quantization=None, quantization_config=FP8),
-        "quantized as FP8",
-    ),
     "npz": (npz, "names model.npz, and only safetensors"),
     "another model": (edit_json("config.json", model_type="llama"), "model_type is 'llama'"),
-    "fp8": (edit_json("config.json", quantization_config=FP8), "quantized as FP8.* qwen3 convert"),
-    "awq": (edit_json("config.json", quantization_config=AWQ), "quantized as AWQ.* qwen3 convert"),
-    "gptq": (
-        edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        "quantized as GPTQ.* qwen3 convert",
-    ),
-    "gptq that a conversion refuses": (
+    "gptq of 3 bits": (
         edit_json("config.json", quantization_config={"quant_method": "gptq", "bits": 3}),
         "quantized as GPTQ with bits 3, and only 4 and 8 can be read; take the original weights",
     ),
-    "bitsandbytes": (
-        edit_json("config.json", quantization_config={"quant_method": "bitsandbytes"}),
-        "quantized as 'bitsandbytes', which is not read .* take the original weights",
+    "torchao": (
+        edit_json("config.json", quantization_config={"quant_method": "torchao"}),
+        "quantized as 'torchao', which is not read .* take the original weights",
     ),
     "compressed-tensors of old": (
-        edit_json("config.json", compression_config={"format": "pack-quantized"}),
-        "quantized as 'compressed-tensors', which is not read",
+        edit_json("config.json", compression_config={"format": "marlin-24"}),
+        "quantized as compressed-tensors in the format 'marlin-24', and only pack-quantized",
     ),
-    "gguf": (only("model-Q4_K_M.gguf"), "broken has model-Q4_K_M.gguf, and GGUF is not read; take"),
+    "gguf": (only("model-Q4_K_M.gguf"), "model-Q4_K_M.gguf is no GGUF file"),
     "gguf beside a config": (
         lambda folder: (folder / "model.safetensors").rename(folder / "model.gguf"),
-        "broken has model.gguf, and GGUF is not read; take the safetensors",
+        "model.gguf is no GGUF file",
+    ),
+    "two ggufs": (
+        lambda folder: (
+            (folder / "model.safetensors").rename(folder / "model-Q8_0.gguf")
+            and shutil.copy(folder / "config.json", folder / "model-Q4_0.gguf")
+        ),
+        "broken has model-Q4_0.gguf, model-Q8_0.gguf; name one of them, such as .*broken:Q4_0",
     ),
     "adapter of peft": (
         only("adapter_config.json", base_model_name_or_path="Qwen/Qwen3-8B"),
@@ -496,11 +491,10 @@ def test_names_that_are_no_checkpoint(tiny_folder: Path, tmp_path: Path) -> None
         load(tiny_folder / "config.json")
     file = tmp_path / "Qwen3-8B-Q4_K_M.gguf"
     file.write_bytes(b"GGUF")
-    for name in (str(file), "someone/Qwen3-8B-GGUF/Qwen3-8B-Q4_K_M.gguf"):
-        with pytest.raises(
-            CheckpointError, match="_M.gguf: GGUF is not read; take the safetensors"
-        ):
-            load(name)
+    with pytest.raises(CheckpointError, match="_M.gguf is truncated, or has a broken header"):
+        load(file)
+    with pytest.raises(CheckpointError, match="has Qwen3-8B-Q4_K_M.gguf; name one of them"):
+        load(f"{tmp_path}:Q5_0")
     with pytest.raises(ValueError, match="revision belongs to hub names"):
         load(tiny_folder, revision="main")
 

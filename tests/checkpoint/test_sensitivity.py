@@ -9,11 +9,12 @@ import mlx.core as mx
 import pytest
 
 from qwen3_mlx.checkpoint import sensitivity
+from qwen3_mlx.checkpoint.formats.matrix import Matrix
 from qwen3_mlx.checkpoint.gptq import block_size
 from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.recipes import group_of
 from qwen3_mlx.checkpoint.sensitivity import SensitivityScores, measure
-from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
+from qwen3_mlx.checkpoint.stored_formats import read_matrices
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from qwen3_mlx import CheckpointError
-from qwen3_mlx.checkpoint.stored_formats import Matrix, read_matrices
+from qwen3_mlx.checkpoint.formats.matrix import Matrix
+from qwen3_mlx.checkpoint.stored_formats import read_matrices
 from tests.checkpoint.harness import Array, as_stored, make_gptq, scales_of
 from tests.support import Stored, float_of, write_safetensors
 
@@ -330,14 +331,29 @@ REFUSED = {
     "fp8 without blocks": ({"quant_method": "fp8"}, "FP8 with weight_block_size None"),
     "fp8 blocks of nothing": ({**FP8, "weight_block_size": [0, 128]}, r"_block_size \[0, 128\]"),
     "fp8 blocks no pair": ({**FP8, "weight_block_size": 128}, "FP8 with weight_block_size 128"),
-    "bitsandbytes of old": ({"load_in_4bit": True}, "quantized as 'bitsandbytes', which is not"),
+    "bitsandbytes of 8 bits": (
+        {"load_in_8bit": True},
+        "bitsandbytes with load_in_8bit, and only 4",
+    ),
+    "autoround of another kind": (
+        {"quant_method": "auto-round", "packing_format": "auto_round:llm_compressor"},
+        "AutoRound with packing_format 'auto_round:llm_compressor', and only auto_round:auto_gptq",
+    ),
+    "autoround of floats": (
+        {"quant_method": "auto-round", "data_type": "mx_fp"},
+        "AutoRound with data_type 'mx_fp', and only 'int'",
+    ),
+    "compressed-tensors rotated": (
+        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"u": {}}}},
+        "compressed-tensors with a transform_config, which is not read",
+    ),
     **{
         method: (
             {"quant_method": method, "bits": 4},
-            rf"quantized as '{method}', which is not read \(FP8, AWQ, GPTQ and MLX's own formats "
-            r"are\); take the original weights, or a build for MLX",
+            rf"quantized as '{method}', which is not read \(.*compressed-tensors and MLX's own "
+            r"formats are\); take the original weights, or a build for MLX",
         )
-        for method in ("compressed-tensors", "bitsandbytes", "mxfp4", "hqq", "exl2", "torchao")
+        for method in ("mxfp4", "hqq", "exl2", "torchao")
     },
     "a number": (5, "quantization is 5, not an object"),
     "seven bits": ({"bits": 7, "group_size": 64}, "bits must be one of"),

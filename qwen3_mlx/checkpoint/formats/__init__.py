@@ -1,0 +1,1 @@
+"""Formats of stored weights, a file each."""

@@ -1,0 +1,80 @@
+"""bitsandbytes' 4-bit weights, NF4 and FP4: places in a table of 16 numbers, scaled by blocks.
+
+The blocks run over the flattened weight, across the ends of rows.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+
+from qwen3_mlx.checkpoint.formats.matrix import Scheme, StoredRows, expect
+from qwen3_mlx.checkpoint.weights import Weights
+from qwen3_mlx.errors import CheckpointError
+
+_STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
+
+
+def problem(section: Mapping[str, Any]) -> str:
+    """Return why weights of this section cannot be read, or "" if they can."""
+    in_8_bits = section.get("load_in_8bit") and not section.get("load_in_4bit")
+    return "with load_in_8bit, and only 4 bits can be read" if in_8_bits else ""
+
+
+def schemes(_: Mapping[str, Any]) -> list[Scheme]:
+    """Return how the modules are stored; those without these tensors are plain."""
+    nested = ("weight.nested_absmax", "weight.nested_quant_map")
+    beside = ("weight.absmax", "weight.quant_map")
+    return [Scheme("weight", beside, _four_bits, (*nested, *_STATES))]
+
+
+def _four_bits(weights: Weights, prefix: str) -> StoredRows:
+    """Create the matrix of table[code] · absmax of its block; two codes a byte, the high one first.
+
+    With double quantization, absmax is itself a place in a table, scaled by blocks, plus an offset.
+    """
+    state = _state(weights, prefix)
+    try:
+        (rows, width), block = state["shape"], state["blocksize"]
+        nested, offset = state.get("nested_blocksize"), state.get("nested_offset", 0.0)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{prefix}.weight has a quant_state without {error}") from error
+    count = rows * width
+    packed, table = f"{prefix}.weight", f"{prefix}.weight.quant_map"
+    expect(weights, packed, ("U8",), (-(-count // 2), 1))
+    expect(weights, table, ("F32",), (16,))
+    expect(weights, f"{packed}.absmax", ("U8",) if nested else ("F32",), (-(-count // block),))
+
+    def vector(name: str) -> mx.array:
+        return weights.rows(f"{packed}.{name}", 0, 1).flatten()
+
+    def scales() -> mx.array:
+        absmax = vector("absmax")
+        if not nested:
+            return absmax
+        by_block = vector("nested_absmax")[mx.arange(absmax.size) // nested]
+        return mx.add(vector("nested_quant_map")[absmax] * by_block, offset)
+
+    def read(start: int, stop: int) -> mx.array:
+        first, last = start * width, stop * width
+        pairs = weights.rows(packed, first // 2, -(-last // 2))
+        codes = mx.concatenate([pairs >> 4, pairs & 15], axis=1).flatten()
+        codes = codes[first % 2 : first % 2 + last - first]
+        scale = scales()[mx.arange(first, last) // block]
+        return (vector("quant_map")[codes] * scale).reshape(stop - start, width)
+
+    return StoredRows(rows, width, read)
+
+
+def _state(weights: Weights, prefix: str) -> Mapping[str, Any]:
+    for name in (f"{prefix}.{state}" for state in _STATES):
+        if name in weights.stored:
+            raw = bytes(weights.rows(name, 0, 1).flatten().tolist())  # type: ignore[arg-type]
+            try:
+                found = json.loads(raw)
+            except ValueError:
+                found = None
+            if isinstance(found, dict):
+                return found
+    raise CheckpointError(f"{prefix}.weight is quantized, and has no quant_state that can be read")

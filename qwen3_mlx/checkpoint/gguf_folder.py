@@ -1,0 +1,262 @@
+"""The folder that describes a GGUF file: config.json, tokenizer and the like, from its metadata.
+
+The folder lies among the user's cached files and is written once; the weights stay in the file.
+"""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from qwen3_mlx.checkpoint.formats.methods import GGUF
+from qwen3_mlx.checkpoint.gguf_file import read_gguf
+from qwen3_mlx.checkpoint.weights import GGUF_POINTER
+from qwen3_mlx.errors import CheckpointError
+
+_SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
+_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
+_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)  # of Qwen's tokenizer.json, between whose matches no merge reaches
+# Converters mark all of Qwen's added tokens as control tokens, but these are text.
+_PLAIN = (
+    *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
+)
+_END_OF_TEXT, _END_OF_TURN = "<|endoftext|>", "<|im_end|>"
+_POOLED_BY_LAST_TOKEN = 3
+_SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p"}
+_YARN = {
+    "factor": "factor",
+    "original_context_length": "original_max_position_embeddings",
+    "yarn_beta_fast": "beta_fast",
+    "yarn_beta_slow": "beta_slow",
+    "yarn_attn_factor": "attn_factor",
+}
+
+
+def gguf_folder(file: Path) -> Path:
+    """Return the folder that describes a GGUF file, written if it is not there.
+
+    The parts of a split file are found by the name of any of them.
+
+    Raises:
+        CheckpointError: a part is missing, the file is broken or is not of a Qwen3, or the folder
+            cannot be written.
+    """
+    files = _parts(file.absolute())  # a link in the hub's cache is called as the file was
+    try:
+        states = [(str(part), part.stat().st_size, part.stat().st_mtime_ns) for part in files]
+    except OSError as error:
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+    folder = _cache() / sha256(json.dumps(states).encode()).hexdigest()[:32]
+    if not (folder / GGUF_POINTER).is_file():
+        contents = _contents(files)
+        try:
+            _write(folder, contents)
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}, which describes {file.name}, cannot be written: {error.strerror}"
+            ) from error
+    return folder
+
+
+def _parts(file: Path) -> list[Path]:
+    match = _SPLIT.fullmatch(file.name)
+    if not match:
+        return [file]
+    stem, _, count = match.groups()
+    files = [
+        file.with_name(f"{stem}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)
+    ]
+    if missing := [part.name for part in files if not part.is_file()]:
+        raise CheckpointError(f"{file.parent} lacks {', '.join(missing)}: all parts are needed")
+    return files
+
+
+def _cache() -> Path:
+    home = os.environ.get("QWEN3_HOME")
+    return (Path(home) if home else user_cache_path("qwen3-mlx", appauthor=False)) / "gguf"
+
+
+def _write(folder: Path, contents: Mapping[str, Any]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    try:
+        for name, content in contents.items():
+            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+            (unfinished / name).write_text(text, "utf-8")
+        unfinished.rename(folder)
+    except OSError:
+        if not (folder / GGUF_POINTER).is_file():  # nobody else has written it meanwhile
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _contents(files: Sequence[Path]) -> dict[str, Any]:
+    """Return the contents of the folder's files, by their names."""
+    headers = [read_gguf(file) for file in files]
+    metadata = headers[0].metadata
+    tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
+    try:
+        vocabulary = tensors["model.embed_tokens.weight"].shape[0]
+        contents = {
+            "config.json": _config(metadata, vocabulary, tied="lm_head.weight" not in tensors),
+            "tokenizer.json": _tokenizer(metadata),
+            "tokenizer_config.json": _tokenizer_config(metadata),
+            "generation_config.json": _generation_config(metadata),
+            GGUF_POINTER: {"files": [str(file) for file in files]},
+        }
+    except KeyError as error:
+        raise CheckpointError(f"{files[0]} has no {error} in its metadata or tensors") from error
+    if template := metadata.get("tokenizer.chat_template"):
+        contents["chat_template.jinja"] = template
+    return contents
+
+
+def _config(metadata: Mapping[str, Any], vocabulary: int, *, tied: bool) -> dict[str, Any]:
+    family = metadata["general.architecture"]
+
+    def stated(key: str) -> Any:
+        return metadata[f"{family}.{key}"]
+
+    is_moe = family == "qwen3moe"
+    config = {
+        "architectures": ["Qwen3MoeForCausalLM" if is_moe else "Qwen3ForCausalLM"],
+        "model_type": "qwen3_moe" if is_moe else "qwen3",
+        "hidden_size": stated("embedding_length"),
+        "intermediate_size": stated("feed_forward_length"),
+        "num_hidden_layers": stated("block_count"),
+        "num_attention_heads": stated("attention.head_count"),
+        "num_key_value_heads": stated("attention.head_count_kv"),
+        "head_dim": stated("attention.key_length"),
+        "max_position_embeddings": stated("context_length"),
+        "rms_norm_eps": _rounded(stated("attention.layer_norm_rms_epsilon")),
+        "rope_theta": stated("rope.freq_base"),
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": tied,
+        "eos_token_id": metadata["tokenizer.ggml.eos_token_id"],
+        "quantization_config": {"quant_method": GGUF},
+    }
+    if is_moe:
+        config |= {
+            "num_experts": stated("expert_count"),
+            "num_experts_per_tok": stated("expert_used_count"),
+            "moe_intermediate_size": stated("expert_feed_forward_length"),
+            "norm_topk_prob": True,  # as llama.cpp has it for this architecture
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
+    scaling = f"{family}.rope.scaling."
+    if (kind := metadata.get(f"{scaling}type")) not in (None, "none"):
+        found = {
+            key: _rounded(metadata[scaling + name])
+            for name, key in _YARN.items()
+            if scaling + name in metadata
+        }
+        config["rope_scaling"] = {"rope_type": kind, **found}
+    return config
+
+
+def _rounded(number: float) -> float:
+    """Return a number of 32 bits as it was written, in at most seven digits."""
+    return float(f"{number:.7g}") if isinstance(number, float) else number
+
+
+def _tokenizer(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tokenizer.json; its ids are those of the published one."""
+    kind, before = metadata["tokenizer.ggml.model"], metadata.get("tokenizer.ggml.pre")
+    if (kind, before) != ("gpt2", "qwen2"):
+        raise CheckpointError(
+            f"the tokenizer is {kind}, {before}; that of Qwen3 is gpt2, qwen2, and no other is read"
+        )
+    tokens, types = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.token_type"]
+    no = dict.fromkeys(("add_prefix_space", "trim_offsets", "use_regex"), False)
+    byte_level = {"type": "ByteLevel", **no}
+    pattern = {"pattern": {"Regex": _PATTERN}, "behavior": "Isolated", "invert": False}
+    split = {"type": "Split", **pattern}
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {
+                "id": number,
+                "content": token,
+                **dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False),
+                "special": kind == _CONTROL and token not in _PLAIN,
+            }
+            for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+            if kind in (_CONTROL, _USER_DEFINED)
+        ],
+        "normalizer": {"type": "NFC"},
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, byte_level]},
+        "post_processor": _post_processor(metadata, tokens, byte_level),
+        "decoder": byte_level,
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": None,
+            "continuing_subword_prefix": "",
+            "end_of_word_suffix": "",
+            "fuse_unk": False,
+            "byte_fallback": False,
+            "ignore_merges": False,
+            "vocab": {
+                token: number
+                for number, (token, kind) in enumerate(zip(tokens, types, strict=True))
+                if kind == _NORMAL
+            },
+            "merges": [merge.split(" ", 1) for merge in metadata["tokenizer.ggml.merges"]],
+        },
+    }
+
+
+def _post_processor(
+    metadata: Mapping[str, Any], tokens: Sequence[str], byte_level: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """Return what is added to a text: an end to that of an embedding model, otherwise nothing."""
+    pooling = metadata.get(f"{metadata['general.architecture']}.pooling_type")
+    if pooling != _POOLED_BY_LAST_TOKEN:
+        return byte_level
+    end = {"SpecialToken": {"id": _END_OF_TEXT, "type_id": 0}}
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    described = {"id": _END_OF_TEXT, "ids": [tokens.index(_END_OF_TEXT)], "tokens": [_END_OF_TEXT]}
+    appended = {
+        "type": "TemplateProcessing",
+        "single": [text, end],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 0}}, end],
+        "special_tokens": {_END_OF_TEXT: described},
+    }
+    return {"type": "Sequence", "processors": [byte_level, appended]}
+
+
+def _tokenizer_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    tokens = metadata["tokenizer.ggml.tokens"]
+    config = {"tokenizer_class": "Qwen2Tokenizer", "add_bos_token": False, "bos_token": None}
+    for name, key in (("eos_token", "eos"), ("pad_token", "padding")):
+        number = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        config[name] = None if number is None else tokens[number]
+    return config
+
+
+def _generation_config(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the generation_config.json: sampling, and all tokens that end a reply."""
+    tokens = metadata["tokenizer.ggml.tokens"]
+    ends = {metadata["tokenizer.ggml.eos_token_id"], metadata.get("tokenizer.ggml.eot_token_id")}
+    ends |= {tokens.index(token) for token in (_END_OF_TURN, _END_OF_TEXT) if token in tokens}
+    sampling = {
+        key: _rounded(metadata[f"general.sampling.{name}"])
+        for name, key in _SAMPLING.items()
+        if f"general.sampling.{name}" in metadata
+    }
+    return {"eos_token_id": sorted(end for end in ends if end is not None), **sampling}
