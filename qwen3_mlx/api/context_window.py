@@ -23,10 +23,11 @@ def refuse_unknown_tokens(what: str, ids: Sequence[int], rows: int, tokenizer: T
         Qwen3Error: there is one; `what` names the text.
     """
     if (largest := max(ids, default=0)) >= rows:
+        text = tokenizer.decode([largest])
+        token = f"{largest} ({text})" if text else str(largest)
         raise Qwen3Error(
-            f"{what} has token {largest} ({tokenizer.decode([largest])}) and the model knows "
-            f"{rows:,}; leave it out; if that happens to any text, tokenizer.json belongs to "
-            "another checkpoint"
+            f"{what} has token {token} and the model knows {rows:,}; leave it out; if that "
+            "happens to any text, tokenizer.json belongs to another checkpoint"
         )
 
 

@@ -1,6 +1,7 @@
 """Tools on the command line: MCP servers, the question before each of their calls, and a limit."""
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,10 @@ from qwen3_mlx.text.described_tool import DescribedTool, with_unique_names
 if TYPE_CHECKING:
     from qwen3_mlx.mcp import Call
 
+# Characters that count as printable and show nothing: fillers, variation selectors, blanks.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
+)
 _MAX_STEPS = 25  # replies of a turn that call tools
 
 
@@ -125,4 +130,8 @@ class _Approval:
 
 def _printable(text: str) -> str:
     """Return a text with JSON's escapes for all that could hide or reorder parts of it."""
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+
+    def is_seen(character: str) -> bool:
+        return character == "\n" or (character.isprintable() and not _BLANK.match(character))
+
+    return "".join(c if is_seen(c) else json.dumps(c)[1:-1] for c in text)

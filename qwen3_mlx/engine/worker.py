@@ -9,7 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread
@@ -21,6 +21,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.errors import Qwen3Error
 
 _INTERRUPTED = 130  # exit code of a program ended by Ctrl-C
+_SLICE_SECONDS = 0.2
 
 T = TypeVar("T")
 
@@ -131,6 +132,9 @@ class Worker:
 
         with self.wait():
             self.post(run)
+            # In slices: a signal just before a wait without an end is only seen after it.
+            while not wait([future], _SLICE_SECONDS).done:
+                pass
             return future.result()
 
     def stop(self) -> None:

@@ -15,6 +15,7 @@ from qwen3_mlx.api.load import load
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.checkpoint.local import LocalModel
+from qwen3_mlx.checkpoint.weights import weight_names
 from qwen3_mlx.engine.memory import RESERVE
 from qwen3_mlx.engine.memory_ledger import reserved, unallocated_guarantees
 from qwen3_mlx.errors import CapacityError, CheckpointError, Qwen3Error
@@ -84,7 +85,7 @@ def stated_sources(
         CapacityError: one would not even fit alone.
     """
     found: list[ModelSource] = []
-    for model in dict.fromkeys(models):
+    for model in {_identity(model): model for model in models}.values():
         stated = DEMO if model is None else model
         aliases = {stated, hub_name(stated), hub_name(stated).rpartition("/")[2]}
         checkpoints = _resolve(model, options, progress)
@@ -163,8 +164,14 @@ def _fitting_alone() -> Iterator[None]:
             raise
 
 
+def _identity(model: str | None) -> str | None:
+    """Return the same for all spellings of a folder."""
+    return str(Path(model).resolve()) if model and Path(model).is_dir() else model
+
+
 def _free_name(name: str, full: str, others: Sequence[ModelSource]) -> str:
-    return full if any(other.answers_to(name) for other in others) else name
+    taken = is_default(name) or any(other.answers_to(name) for other in others)
+    return full if taken else name
 
 
 def _source(
@@ -175,12 +182,13 @@ def _source(
     options: Mapping[str, Any],
 ) -> ModelSource:
     folder, network = checkpoints.target.folder, checkpoints.target.network
+    files = {*folder.iterdir(), *(folder / file for file in weight_names(folder))}
     return ModelSource(
         name=name,
-        aliases=frozenset(aliases),
+        aliases=frozenset(alias for alias in aliases if not is_default(alias)),
         config=network,
         kind=Kind.of(folder, None, None, network.output).name,
-        nbytes=sum(file.stat().st_size for file in folder.iterdir() if file.is_file()),
+        nbytes=sum(file.stat().st_size for file in files if file.is_file()),
         planned=checkpoints.plan(),
         load=partial(_load, model, options),
     )

@@ -54,17 +54,21 @@ def routes(service: Service, tools: Sequence[DescribedTool]) -> APIRouter:
     router = PROTOCOL.router("/v1/mcp")
     by_name = {tool.name: tool for tool in with_unique_names(tools, ())}
 
+    def check_page(request: Request) -> None:
+        if request.scope.get("foreign_page"):
+            raise ApiError(403, "only the page of this server may use its tools")
+
     @router.get("/tools", response_model=ToolsOut)
-    async def listed() -> Json:
+    async def listed(request: Request) -> Json:
         """List the tools of the MCP servers that this server was started with."""
+        check_page(request)
         data = [{**tool_schema(tool), "server": tool.server} for tool in by_name.values()]
         return Json({"object": "list", "data": data})
 
     @router.post("/call", **route_schema(ToolCallRequest, ToolResultOut))
     async def call(request: Request) -> Json:
         """Call a tool. It is not called if the client disconnects while it waits."""
-        if request.scope.get("foreign_page"):
-            raise ApiError(403, "only the page of this server may call its tools")
+        check_page(request)
         async with admitted(service, request, ToolCallRequest) as (slot, body, _):
             if not (tool := by_name.get(body.name)):
                 raise ApiError(404, f"there is no tool {body.name!r:.100} here", param="name")

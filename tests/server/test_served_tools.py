@@ -93,6 +93,7 @@ def test_pages_of_other_sites_call_no_tools(served: Served) -> None:
     assert friend.status_code == 403
     assert "only the page of this server" in friend.json()["error"]["message"]
     assert served.post(CALL, body, origin="https://other.example").status_code == 403
+    assert served.get(TOOLS, origin="https://friend.example").status_code == 403
     hidden = {"sec-fetch-site": "cross-site", "content-type": "text/plain"}
     assert served.post(CALL, body, **hidden).status_code == 403
 

@@ -11,6 +11,7 @@ async function call(path, options = {}) {
   const response = await fetch(path, { ...options, headers });
   if (response.ok) return response;
   if (response.status === 401) {
+    if (sessionStorage.getItem(KEY) !== key) return call(path, options); // given meanwhile
     const given = window.prompt("This server wants an API key:");
     if (given) {
       sessionStorage.setItem(KEY, given);
@@ -67,17 +68,32 @@ export async function servedTools() {
   return (await (await call("/v1/mcp/tools")).json()).data;
 }
 
-/** Call a tool and return its result. */
-export async function callTool(name, given, signal) {
-  const body = JSON.stringify({ name, arguments: given });
+/** Call a tool with arguments in JSON, as they were written, and return its result. */
+export async function callTool(name, written, signal) {
+  const body = `{"name": ${JSON.stringify(name)}, "arguments": ${written}}`;
   return (await (await call("/v1/mcp/call", { method: "POST", body, signal })).json()).content;
 }
 
-/** Return the number of tokens of some messages and tools. */
-export async function count(messages, tools, signal) {
+function inputOf(written) {
+  try {
+    return Object(JSON.parse(written));
+  } catch {
+    return {};
+  }
+}
+
+/** Return a message in Anthropic's form, which counts tokens. */
+function counted({ role, content, tool_calls: calls = [], tool_call_id: id }) {
+  if (role === "tool") return { role: "user", content: [{ type: "tool_result", tool_use_id: id, content }] };
+  const used = calls.map(({ id, function: { name, arguments: written } }) => ({ type: "tool_use", id, name, input: inputOf(written) }));
+  const text = content ? [{ type: "text", text: content }] : [];
+  return { role, content: used.length ? [...text, ...used] : content };
+}
+
+/** Return the number of tokens of some messages and tools for a model. */
+export async function count(model, messages, tools, signal) {
   const system = messages[0]?.role === "system" ? messages[0].content : undefined;
-  const said = messages.filter(({ role, content }) => (role === "user" || role === "assistant") && content);
-  const body = { model: "default", system, messages: said.map(({ role, content }) => ({ role, content })) };
+  const body = { model, system, messages: messages.filter(({ role }) => role !== "system").map(counted) };
   body.tools = tools.map((tool) => tool.function ?? tool).map(({ parameters, ...tool }) => ({ ...tool, input_schema: parameters ?? {} }));
   const response = await call("/v1/messages/count_tokens", { method: "POST", body: JSON.stringify(body), signal });
   return (await response.json()).input_tokens;

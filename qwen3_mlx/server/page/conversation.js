@@ -111,11 +111,20 @@ export function imported(text) {
 function restored({ name, settings, nodes, leaf }) {
   const made = { ...begin({}), name: String(name), settings: strings(settings), leaf };
   for (const [id, node] of Object.entries(nodes)) {
-    check(node);
-    made.nodes[id] = { ...settled(node), id, parent: node.parent ?? null, made: Number(node.made) };
+    made.nodes[id] = { ...checked(settled(node)), id, parent: node.parent ?? null, made: Number(node.made) };
   }
-  if (path(made).some(({ id }) => !made.nodes[id]) || (leaf && !made.nodes[leaf])) throw new Error("its messages are incomplete");
+  if ((leaf && !made.nodes[leaf]) || Object.values(made.nodes).some((node) => !isRooted(made, node))) throw new Error("its messages are incomplete");
   return made;
+}
+
+/** Return whether the messages before a message lead to a first one. */
+function isRooted({ nodes }, node) {
+  const seen = new Set();
+  while (node?.parent && !seen.has(node.id)) {
+    seen.add(node.id);
+    node = nodes[node.parent];
+  }
+  return Boolean(node) && !node.parent;
 }
 
 function strings(settings) {
@@ -125,24 +134,42 @@ function strings(settings) {
 /** Return a conversation of a list of messages. */
 export function ofMessages(messages, name = "", id = newId()) {
   const made = { ...begin({}), id, name };
-  for (const one of messages) {
-    check(one);
-    if (one.role === "system") made.settings.system = one.content;
-    else if (one.content || one.reasoning_content || one.tool_calls || one.role !== "assistant") {
-      const { role, content, ...more } = settled(one);
-      add(made, message(made.leaf, role, content ?? "", more));
-    }
+  for (const one of messages.map((each) => checked(settled(each)))) {
+    const { role, content, ...more } = one;
+    if (role === "system") made.settings.system = content;
+    else if (content || more.reasoning_content || more.tool_calls || role !== "assistant") add(made, message(made.leaf, role, content, more));
   }
   return made;
 }
 
-function check(node) {
-  const known = ["system", "user", "assistant", "tool"].includes(node?.role);
-  if (!known || typeof (node.content ?? "") !== "string") throw new Error("a message has no role or no text");
+/** Return a message of a file as this page stores it. Throws an error if it has something else. */
+function checked({ content, reasoning_content: thought, tool_calls: calls, files, ...node }) {
+  if (!["system", "user", "assistant", "tool"].includes(node.role)) throw new Error("a message has no role");
+  const made = { ...node, content: textOf(content) };
+  if (thought) made.reasoning_content = textOf(thought);
+  if (calls?.length) made.tool_calls = listOf(calls).map(callOf);
+  if (files?.length) made.files = listOf(files).map(({ name, text }) => ({ name: textOf(name), text: textOf(text) }));
+  return made;
+}
+
+function textOf(value) {
+  if (typeof (value ?? "") !== "string") throw new Error("a message has something that is no text");
+  return value ?? "";
+}
+
+function listOf(value) {
+  if (!Array.isArray(value)) throw new Error("a message has something that is no list");
+  return value;
+}
+
+function callOf({ id, function: { name, arguments: given = {} } = {} }) {
+  const written = typeof given === "string" ? given : JSON.stringify(given);
+  if (!name) throw new Error("a tool call has no name");
+  return { id: textOf(id) || newId(), type: "function", function: { name: textOf(name), arguments: written } };
 }
 
 /** Return a message that no tab is writing. */
-function settled({ live, state, ...node }) {
+function settled({ live, state, ...node } = {}) {
   return live || state ? { ...node, state: "partial" } : node;
 }
 

@@ -5,7 +5,7 @@ import { ask, count, models } from "/page/client.js";
 import { begin, contains, exported, imported, latestBelow, message, path, prompt, resultsOf } from "/page/conversation.js";
 import { $, button, complain, element, onEnter } from "/page/dom.js";
 import { conversations, download, isLiveElsewhere, open as openStore, remove, setting, typing, update } from "/page/store.js";
-import { allow, allowedCalls, loadTools, make, offered } from "/page/tools.js";
+import { allow, allowedCalls, isCalling, isLimited, loadTools, make, stateOf, stopCalls, toolsOf } from "/page/tools.js";
 import { Turn, leaveAll, store, turnOf } from "/page/turn.js";
 import { ReplyView, UserView, reconcile } from "/page/view.js";
 
@@ -106,6 +106,7 @@ function newEntry(id) {
   const drop = () => {
     if (!window.confirm(`Delete “${conversations.get(id).name}”?`)) return;
     turnOf(id)?.stop();
+    stopCalls(conversations.get(id));
     remove(id);
   };
   return element(
@@ -220,6 +221,7 @@ const ACTIONS = {
     const options = request();
     if (!options) return;
     allow(call.function.name);
+    makeCall(shown, asking, call, options);
     makeAllowed(shown, asking, options);
   },
 };
@@ -228,13 +230,16 @@ const ACTIONS = {
 function makeAllowed(id, asking, options) {
   const conversation = conversations.get(id);
   const answered = new Set(resultsOf(conversation, asking).map((one) => one.tool_call_id));
-  for (const call of allowedCalls(conversation, asking)) if (!answered.has(call.id)) makeCall(id, asking, call, options);
+  const calls = allowedCalls(conversation, asking).filter((call) => !answered.has(call.id));
+  if (!isLimited(conversation, asking)) for (const call of calls) makeCall(id, asking, call, options);
+  else if (calls.length) troubles.set(id, "The model goes on calling tools: from here on each call is asked for.");
 }
 
 async function makeCall(id, asking, call, options) {
+  if (stateOf(call, conversations.get(id).settings) !== "served") return; // a second click
   troubles.delete(id);
   try {
-    const making = make(call);
+    const making = make(id, call);
     changed();
     const result = await making;
     giveResult(id, asking, call, result, options);
@@ -255,7 +260,8 @@ function giveResult(id, asking, call, text, options) {
 }
 
 function say(words, files) {
-  return !turnOf(shown) && !messageElsewhere() && sayAfter(current().leaf, words, files);
+  if (isCalling(current())) complain("A tool is being called: wait for its result, or stop it.");
+  return !turnOf(shown) && !messageElsewhere() && !isCalling(current()) && sayAfter(current().leaf, words, files);
 }
 
 function messageElsewhere() {
@@ -293,6 +299,7 @@ function start(id, options, conversation = current()) {
   turn.ended.then(() => {
     clearInterval(timer);
     if (turn.error) troubles.set(turn.id, turn.error);
+    else if (served.thinking === null) learn();
     changed();
     if (turn.node.tool_calls && !turn.node.state && conversations.has(turn.id)) makeAllowed(turn.id, turn.node, turn.options);
     if (turn.id === shown) $("state").textContent = `The reply has ended: ${turn.node.stats || "complete"}`;
@@ -318,8 +325,8 @@ function checkedRequest() {
   made.temperature = number("temperature");
   made.top_p = number("top-p");
   made.max_tokens = number("max-tokens");
-  const all = tools();
-  if (all.length) made.tools = all;
+  const tools = toolsOf({ tools: $("tools").value, "served-tools": $("served-tools").value });
+  if (tools.length) made.tools = tools;
   return made;
 }
 
@@ -327,17 +334,6 @@ function number(id) {
   const field = $(id);
   if (!field.checkValidity()) throw new Error(`${field.labels[0].firstChild.textContent.trim()}: ${field.validationMessage}`);
   return field.value === "" ? undefined : Number(field.value);
-}
-
-function tools() {
-  let own;
-  try {
-    own = JSON.parse($("tools").value.trim() || "[]");
-  } catch (error) {
-    throw new Error(`The tools are not JSON: ${error.message}`);
-  }
-  if (!Array.isArray(own)) throw new Error("The tools must be a list: [{…}]");
-  return $("served-tools").value === "off" ? own : [...own, ...offered(own)];
 }
 
 /** Close the thinking: the reply goes on with a budget of nothing. */
@@ -394,7 +390,7 @@ function recount() {
       const { leaf, ...conversation } = current();
       const node = message(leaf, "user", words, { files });
       const messages = prompt({ ...conversation, nodes: { ...conversation.nodes, [node.id]: node } }, node.id);
-      const total = await count(messages, tools(), controller.signal);
+      const total = await count(served.id, messages, toolsOf(conversation.settings), controller.signal);
       $("tokens").textContent = `${total.toLocaleString("en")} of ${served.context_length.toLocaleString("en")} tokens`;
       $("tokens").classList.toggle("bad", total >= served.context_length);
     } catch (error) {
@@ -497,6 +493,12 @@ function serve(model) {
   $("ask").hidden = $("open-settings").hidden = served.kind in NO_CHAT;
   if (served.kind in NO_CHAT) open(blank());
   changed();
+}
+
+/** Read what the server knows of the model now that it is loaded. */
+async function learn() {
+  const found = (await models()).find(({ id }) => id === served.id);
+  if (found) serve(found);
 }
 
 async function main() {

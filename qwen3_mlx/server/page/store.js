@@ -143,9 +143,14 @@ export function isLiveElsewhere(node) {
   return node.state === "live" && !live.has(node.id) && Date.now() - (heard.get(node.id) ?? loaded) < LIVE_FOR;
 }
 
-/** Tell the other tabs that this one still has a reply, be it without text for long. */
+/** Tell the other tabs that this one still has a reply, be it without text for long, or a call. */
 export function announce(id, node) {
   channel.postMessage({ id, written: node.id });
+}
+
+/** Return whether another tab has told so of this reply or call. */
+export function isAnnounced(id) {
+  return Date.now() - (heard.get(id) ?? -Infinity) < LIVE_FOR;
 }
 
 /**

@@ -161,7 +161,7 @@ function addCall(node, { index, id, function: part }) {
 /** Convert tool calls that were cut off to text: they cannot be run. */
 function settleCalls(node) {
   node.tool_calls = node.tool_calls?.filter(({ function: { name, arguments: written } }) => {
-    if (parsed(written)) return true;
+    if (parsed(written) !== undefined) return true;
     node.content += `${name}(${written}`;
     return false;
   });

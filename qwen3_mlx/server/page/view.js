@@ -104,12 +104,12 @@ export class ReplyView {
     const isOpen = after.every(({ role }) => role === "tool");
     const answers = calls.map(({ id }) => after.find((one) => one.tool_call_id === id));
     const elsewhere = isLiveElsewhere(message);
-    const signature = JSON.stringify([siblings(conversation, message).map(({ id }) => id), message.stats, message.state, calls.map(stateOf), answers.map(Boolean), elsewhere, isLast, isOpen, content.length]);
+    const signature = JSON.stringify([siblings(conversation, message).map(({ id }) => id), message.stats, message.state, calls.map((call) => stateOf(call, conversation.settings)), answers.map(Boolean), elsewhere, isLast, isOpen, content.length]);
     const waits = isLast ? message.state && !calls.length : calls.length && isOpen && answers.every(Boolean);
     this.finish(
       signature,
       () => this.actionsFor(conversation, message, elsewhere, waits && path.at(-1).id),
-      () => calls.map((call, index) => callView(call, answers[index], isOpen && !elsewhere ? this.callActions(message) : undefined)),
+      () => calls.map((call, index) => callView(call, answers[index], conversation.settings, isOpen && !elsewhere ? this.callActions(message) : undefined)),
     );
   }
 
