@@ -129,5 +129,6 @@ def test_the_command_refuses_servers_where_they_make_no_sense(
     file.write_text(json.dumps({"mcpServers": {"sums": by_hand("calculator")}}))
     write_twin("embedding", tmp_path / "embedding")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("qwen3_mlx.cli.serve._log_to_stderr", lambda **_: None)  # outlives the test
     code, _, err = command(["serve", "--mcp", str(file), "--port", "0", *options], capsys)
     assert code and words in err
