@@ -55,7 +55,8 @@ def plan_load(
         chunk=backend.prefill_chunk(),
         fused=backend.on_gpu(),
     )
-    return make_plan(network, weight_bytes(network, format_of, work.itemsize), work)
+    weights = weight_bytes(network, format_of, work.itemsize) + options.adapter_bytes
+    return make_plan(network, weights, work)
 
 
 def check_fits(

@@ -8,6 +8,7 @@ from typing import Any
 from qwen3_mlx.api.capacity import check_fits, plan_load
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.cache.quantized import CacheFormat, cache_format
+from qwen3_mlx.checkpoint.adapters import Adapter
 from qwen3_mlx.checkpoint.decoded import open_weights
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
@@ -38,10 +39,11 @@ class ResolvedCheckpoint:
         place: the folder or the hub name.
         folder: the local folder of the files.
         config: the contents of config.json.
-        network: the shape of the network.
+        network: the shape of the network, as the adapter leaves it.
         stored: the format of each module as stored, if the checkpoint is quantized.
         options: dtype and quantization in memory.
         cache: the format of the KV cache.
+        adapter: what is added to the weights, if anything is.
     """
 
     place: Source
@@ -51,6 +53,7 @@ class ResolvedCheckpoint:
     stored: FormatOf | None
     options: LoadOptions
     cache: CacheFormat
+    adapter: Adapter | None = None
 
     @classmethod
     def at(
@@ -59,6 +62,7 @@ class ResolvedCheckpoint:
         options: LoadOptions,
         kv_bits: int | str | None,
         context: int | None = None,
+        adapter: str | Path | None = None,
     ) -> "ResolvedCheckpoint":
         folder, config = read_config(place)
         config = with_described_head(config, folder)
@@ -68,7 +72,17 @@ class ResolvedCheckpoint:
         if options.quantize and is_foreign(config):
             stored = None  # decoded, and quantized as asked
         cache = cache_format(kv_bits, network.head_dim)
-        return cls(place, folder, config, network, stored, options, cache)
+        found = cls(place, folder, config, network, stored, options, cache)
+        return found if adapter is None else found.with_adapter(Adapter.at(adapter, network))
+
+    def with_adapter(self, adapter: Adapter | None) -> "ResolvedCheckpoint":
+        """Return it with an adapter, which fits it."""
+        if adapter is None:
+            return self
+        network = ModelConfig.from_dict(adapter.config(self.config))
+        nbytes = adapter.size * self.options.dtype.size
+        options = replace(self.options, adapter_bytes=nbytes)
+        return replace(self, adapter=adapter, network=network, options=options)
 
     def as_stored(self) -> "ResolvedCheckpoint":
         """Return it without the option to quantize, if it is quantized already."""
@@ -83,7 +97,8 @@ class ResolvedCheckpoint:
         known = self.network.tie_word_embeddings and has_all_weights(self.folder)
         folder = fetch_weights(self.place, self.folder)
         config = self.config if known else with_stored_head(self.config, folder)
-        return replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
+        found = replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
+        return found.with_adapter(self.adapter)
 
     def read(self, progress: Progress) -> Qwen3:
         options = self.options
@@ -93,7 +108,7 @@ class ResolvedCheckpoint:
             options.dtype,
             in_floats=True if options.quantize else options.dequantize,
         )
-        model = load_model(config, weights, self.options, progress)
+        model = load_model(config, weights, self.options, progress, self.adapter)
         model.source = self.place.name
         mark_used(self.folder)
         return model
@@ -124,11 +139,12 @@ class Checkpoints:
         options: LoadOptions,
         kv_bits: int | str | None,
         context: int | None,
+        adapter: str | Path | None,
         progress: Progress | None,
     ) -> "Checkpoints":
         """Resolve the arguments of `load`; only descriptions are fetched."""
         place = Source(hub_name(DEMO if source is None else source), revision, progress)
-        target, small = ResolvedCheckpoint.at(place, options, kv_bits, context), None
+        target, small = ResolvedCheckpoint.at(place, options, kv_bits, context, adapter), None
         if draft is not None and draft != DRAFT_NGRAM:
             place = Source(hub_name(draft), progress=progress)
             small = ResolvedCheckpoint.at(place, options, kv_bits).as_stored()

@@ -32,6 +32,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
     context: int | None = None,
     kv_bits: int | str | None = None,
     draft: str | Path | None = None,
+    adapter: str | Path | None = None,
     prompt_cache: str | Path | None = None,
     prompt_cache_gb: float = 8,
     progress: Progress | None = None,
@@ -65,6 +66,9 @@ def load(  # noqa: PLR0913 - one keyword a choice
             changes no reply; default None, off. "ngram" proposes what followed the same tokens
             before. A folder, hub name or size of a smaller checkpoint of the same family, such as
             "0.6B" for "8B", adds a draft model.
+        adapter: a fine-tuned adapter for this checkpoint (LoRA, DoRA or whole tensors): a folder of
+            mlx-lm's or PEFT's, or a hub name; default None. Quantized weights stay as they are, and
+            the adapter is computed beside them.
         prompt_cache: a folder for the KV caches of long prompts, so that they need not be read
             again after a restart; default None, off. Several models may share it.
         prompt_cache_gb: the most that this folder may take, in GB (10^9 bytes); default 8.
@@ -87,7 +91,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
     _check(context, dequantize, prompt_cache_gb)
     options = LoadOptions.of(bits, dtype, dequantize, group_size)
     checkpoints = Checkpoints.resolve(
-        source, revision, draft, options, kv_bits, context, download_progress
+        source, revision, draft, options, kv_bits, context, adapter, download_progress
     )
     # Refuse what does not fit or cannot run before gigabytes are downloaded.
     checkpoints.check_memory()
@@ -168,9 +172,10 @@ def _open_disk(
     if place is None:
         return None
     held_as = (target.options, target.cache, backend.on_gpu())
+    adapter = target.adapter.files if target.adapter else []
     try:
         # Caches are valid for the same weights only.
-        key = fingerprint(target.folder, target.config, held_as)
+        key = fingerprint(target.folder, target.config, held_as, adapter)
         return DiskPrefixes(Path(place), key, limit=int(max_gb * 1e9))
     except FileExistsError as error:
         raise Qwen3Error(f"prompt_cache: {place} is a file; name a folder") from error

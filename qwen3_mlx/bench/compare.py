@@ -63,6 +63,7 @@ def compare(
     cases: Sequence[Case],
     count: int,
     *,
+    adapter: str | None = None,
     against: Sequence[str] = (),
     repeats: int = 1,
     seconds: float,
@@ -74,6 +75,7 @@ def compare(
         folder: the checkpoint.
         cases: the cases to measure.
         count: decode steps per case.
+        adapter: an adapter of the checkpoint, for all engines.
         against: terms for mlx-lm: `DEFAULTS`, its defaults, and `EQUAL`, this package's numeric
             settings. If both are the same, it runs once, as `EQUAL`.
         repeats: number of rounds. The result is the median of each figure, of memory the maximum.
@@ -92,14 +94,15 @@ def compare(
         on_measurement(done)
 
     for _ in range(repeats):
-        results = {OURS: _run(Setup(OURS, folder, cases, count), seconds, measured)}
+        results = {OURS: _run(Setup(OURS, folder, cases, count, None, adapter), seconds, measured)}
         terms = results[OURS].terms
         if not results[OURS].figures:
             raise Qwen3Error(f"there is no measurement after {seconds:g} s; allow more time")
         for way in (DEFAULTS, EQUAL):
             if way not in against:
                 continue
-            setup = Setup(PEER, folder, cases, count, terms if way == EQUAL else None)
+            own = terms if way == EQUAL else None
+            setup = Setup(PEER, folder, cases, count, own, adapter)
             results[f"{PEER}, {way}"] = peer = _run(setup, seconds, measured)
             if way == DEFAULTS and peer.terms == terms:
                 results[f"{PEER}, {EQUAL}"] = results.pop(f"{PEER}, {way}")

@@ -86,6 +86,7 @@ class Setup:
         cases: the cases to measure, in order.
         count: decode steps per case.
         terms: settings to which mlx-lm's model is converted; None keeps its own.
+        adapter: an adapter of the checkpoint.
     """
 
     name: str
@@ -93,6 +94,7 @@ class Setup:
     cases: Sequence[Case]
     count: int
     terms: NumericSettings | None = None
+    adapter: str | None = None
 
     @classmethod
     def from_json(cls, text: str) -> "Setup":
@@ -100,7 +102,7 @@ class Setup:
         content = json.loads(text)
         cases = [Case(**case) for case in content["cases"]]
         terms = NumericSettings(**content["terms"]) if content["terms"] else None
-        return cls(content["name"], content["folder"], cases, content["count"], terms)
+        return cls(**content | {"cases": cases, "terms": terms})
 
 
 class BenchTarget(Protocol):

@@ -98,10 +98,13 @@ class Ours:
 class MlxLm:
     """mlx-lm: `generate_step` with a prompt cache that is kept, as in its chat, and its batches."""
 
-    def __init__(self, folder: str, terms: NumericSettings | None) -> None:
+    def __init__(
+        self, folder: str, terms: NumericSettings | None, adapter: str | None = None
+    ) -> None:
         # Imported here: no other part of this package may depend on mlx-lm.
         from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
         from mlx_lm.models.cache import make_prompt_cache
+        from mlx_lm.tuner.utils import load_adapters
         from mlx_lm.utils import dequantize_model, load_model
 
         self._batches, self._steps, self._make_cache = (
@@ -111,9 +114,11 @@ class MlxLm:
         )
         self._stream = generation_stream
         self.model, _ = load_model(Path(folder))
+        if terms and not terms.quantized:
+            self.model = dequantize_model(self.model)
+        if adapter:
+            load_adapters(self.model, adapter)
         if terms:
-            if not terms.quantized:
-                self.model = dequantize_model(self.model)
             self.model.set_dtype(getattr(mx, terms.dtype))
             mx.eval(self.model.parameters())
         self.vocabulary = self.model.args.vocab_size
@@ -167,10 +172,10 @@ def main() -> None:
     setup = Setup.from_json(sys.argv[1])
     try:
         if setup.name == PEER:
-            peer = MlxLm(setup.folder, setup.terms)
+            peer = MlxLm(setup.folder, setup.terms, setup.adapter)
             _measure(peer, peer.model, setup)
         else:
-            with load(Path(setup.folder)) as llm:
+            with load(Path(setup.folder), adapter=setup.adapter) as llm:
                 llm.compute(lambda model: _measure(Ours(model), model, setup))
     except Qwen3Error as error:
         _write_line({"error": str(error)})

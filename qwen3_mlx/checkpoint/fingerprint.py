@@ -16,21 +16,28 @@ _BLOCK = 4096  # bytes
 _BLOCKS = 256  # of each weight file, at equal distances
 
 
-def fingerprint(folder: Path, config: Mapping[str, Any], held_as: Sequence[object]) -> str:
+def fingerprint(
+    folder: Path,
+    config: Mapping[str, Any],
+    held_as: Sequence[object],
+    adapter: Sequence[Path] = (),
+) -> str:
     """Return a hash of a checkpoint's config, tokenizer, template and weights, and of `held_as`.
 
-    `held_as` is what else determines the numbers: load options, cache format, device. Of each
-    weight file the hash covers the name, the size, and a mebibyte in blocks spread over the file,
-    its header included. That suffices because training changes whole matrices.
+    `held_as` is what else determines the numbers: load options, cache format, device; `adapter` are
+    the files of an adapter. Of each weight file the hash covers the name, the size, and a mebibyte
+    in blocks spread over the file, its header included. That suffices because training changes
+    whole matrices.
     """
     digest = hashlib.sha256(json.dumps([config, [str(one) for one in held_as]]).encode())
     for name in _TEXT_FILES:
         if (file := folder / name).is_file():
             digest.update(hashlib.sha256(file.read_bytes()).digest())
-    for name in sorted(weight_names(folder)):
-        with (folder / name).open("rb") as stream:
+    weights = [folder / name for name in sorted(weight_names(folder))]
+    for file in [*weights, *adapter]:
+        with file.open("rb") as stream:
             size = stream.seek(0, 2)
-            digest.update(f"{name} {size}".encode())
+            digest.update(f"{file.name} {size}".encode())
             for place in range(0, size, max(_BLOCK, size // _BLOCKS)):
                 stream.seek(place)
                 digest.update(stream.read(_BLOCK))

@@ -36,12 +36,10 @@ DESCRIPTION_FILES = (
 )
 GGUF_SUFFIX = ".gguf"
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapters.safetensors")
+PEFT_ADAPTER, MLX_ADAPTER = "adapter_model.safetensors", "adapters.safetensors"
+ADAPTER_FILES = (ADAPTER_CONFIG, PEFT_ADAPTER, MLX_ADAPTER)
 """File names of adapters, of peft and of mlx-lm."""
-NO_WHOLE_MODEL = (
-    "not a whole model; merge it into that first (peft: merge_and_unload, mlx-lm: mlx_lm.fuse) and "
-    "give the result"
-)
+NO_WHOLE_MODEL = "not a whole model; load that and give this as its adapter: --adapter (adapter=)"
 """End of the error messages for adapters."""
 _UNAUTHORIZED = 401  # also of unknown names, for which the hub's library raises its own error
 _PATIENCE = 3  # seconds

@@ -7,7 +7,7 @@ the finished modules.
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -16,9 +16,11 @@ from mlx.utils import tree_flatten
 
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
+from qwen3_mlx.checkpoint.adapters import EMBEDDING, HEAD, Adapter
 from qwen3_mlx.checkpoint.stored import StoredFormats
-from qwen3_mlx.checkpoint.weights import TensorSource, mismatches, refuse_missing_layers
+from qwen3_mlx.checkpoint.weights import Tensor, TensorSource, mismatches, refuse_missing_layers
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.model.adapted import adapted
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.linear import Embedding, Linear
 from qwen3_mlx.model.moe import QuantizedSwitchLinear, SwitchLinear
@@ -34,11 +36,13 @@ class LoadOptions:
 
     `quantize` is the format for weights that are not quantized on disk. `dequantize=True` holds
     quantized weights in `dtype` instead; None does so if the machine computes faster that way.
+    `adapter_bytes` is what an adapter takes beside the weights, at most.
     """
 
     dtype: mx.Dtype
     quantize: Format | None = None
     dequantize: bool | None = None
+    adapter_bytes: int = field(default=0, repr=False)
 
     @classmethod
     def of(
@@ -54,17 +58,24 @@ class LoadOptions:
 
 
 def load_model(
-    config: Mapping[str, Any], weights: TensorSource, options: LoadOptions, progress: Progress
+    config: Mapping[str, Any],
+    weights: TensorSource,
+    options: LoadOptions,
+    progress: Progress,
+    adapter: Adapter | None = None,
 ) -> Qwen3:
     """Create the network that `config` describes and load `weights` into it.
 
     `progress(done, total)` counts modules. The result is evaluated. `config` decides whether the
-    head is tied; see `weights.with_stored_head`.
+    head is tied; see `weights.with_stored_head`. An `adapter` is merged into float32 weights, and
+    kept beside others, which would lose it in rounding.
 
     Raises:
         CheckpointError: config and weights do not match, or the weights are quantized already and
             `options` state another quantization.
     """
+    if adapter and adapter.unties:
+        config, weights = adapter.config(config), _Untied(weights)
     geometry = ModelConfig.from_dict(config)
     refuse_missing_layers(geometry, weights.tensors)
     model = Qwen3(geometry)
@@ -90,7 +101,7 @@ def load_model(
     paths = [path for path, module in _leaves(model) if module.parameters()]
     for done, path in enumerate(paths):
         progress(done, len(paths))
-        filled = _fill(path, _take(model, path), weights, options, dequantize=dequantize)
+        filled = _fill(path, _take(model, path), weights, options, adapter, dequantize=dequantize)
         mx.eval(filled.parameters())
         _put(model, path, filled)
     for layer in model.layers:
@@ -173,33 +184,75 @@ def _count_weights(model: Qwen3) -> int:
     return count
 
 
+class _Untied:
+    """A checkpoint whose head is a copy of the embedding, which an adapter changes apart."""
+
+    def __init__(self, weights: TensorSource) -> None:
+        self._weights = weights
+        self._kept: dict[str, mx.array] = {}
+        self._copies = {
+            name.replace(EMBEDDING, HEAD): name
+            for name in weights.tensors
+            if name.startswith(f"{EMBEDDING}.")
+        }
+        own = {name: tensor for name, tensor in weights.tensors.items() if HEAD not in name}
+        copies = {head: weights.tensors[name] for head, name in self._copies.items()}
+        self.tensors: Mapping[str, Tensor] = {**own, **copies}
+
+    def take(self, name: str) -> mx.array:
+        """Return a tensor; the embedding is kept until it has been taken twice."""
+        source = self._copies.get(name, name)
+        if source in self._kept:
+            return self._kept.pop(source)
+        array = self._weights.take(source)
+        if source in self._copies.values():
+            self._kept[source] = array
+        return array
+
+
 def _fill(
-    path: str, module: nn.Module, weights: TensorSource, options: LoadOptions, *, dequantize: bool
+    path: str,
+    module: nn.Module,
+    weights: TensorSource,
+    options: LoadOptions,
+    adapter: Adapter | None,
+    *,
+    dequantize: bool,
 ) -> nn.Module:
     """Return the module at `path` with its weights loaded, and converted as `options` state."""
+    if adapter and adapter.replaces(f"{path}.weight") and hasattr(module, "bits"):
+        plain = _PLAIN[type(module)]()
+        if "bias" in module:
+            plain.bias = module["bias"]
+        module = plain
     for name in module.parameters():
-        module[name] = weights.take(f"{path}.{name}")
+        whole = f"{path}.{name}"
+        replaced = adapter and adapter.replaces(whole)
+        module[name] = adapter.tensor(whole) if adapter and replaced else weights.take(whole)
     if options.quantize and hasattr(module, "to_quantized"):
         fmt = options.quantize.for_module(path)
         if fmt.fits(module["weight"].shape):
             module = module.to_quantized(**fmt.as_config())
             mx.eval(module.parameters())  # frees the source before anything else is computed
     if dequantize and hasattr(module, "bits"):
-        return _dequantized(module, options.dtype)
+        module = _dequantized(module)
+    delta = adapter.delta(path) if adapter else None
+    merges = options.dtype == mx.float32 or (delta is not None and delta.magnitude is not None)
+    if delta and merges and not hasattr(module, "bits"):
+        module["weight"], delta = delta.merged(module["weight"]), None
     for name, array in module.parameters().items():
         if mx.issubdtype(array.dtype, mx.floating):
             module[name] = array.astype(options.dtype)
-    return module
+    return adapted(module, delta, options.dtype) if delta else module
 
 
-def _dequantized(module: nn.Module, dtype: mx.Dtype) -> nn.Module:
-    """Return the unquantized counterpart of a quantized module, computed in float32."""
+def _dequantized(module: nn.Module) -> nn.Module:
+    """Return the unquantized counterpart of a quantized module, in float32."""
     fmt = Format(module.bits, module.group_size, module.mode)
-    weight = fmt.dequantize_float32(module["weight"], module["scales"], module.get("biases"))
     plain: nn.Module = _PLAIN[type(module)]()
-    plain.weight = weight.astype(dtype)
+    plain.weight = fmt.dequantize_float32(module["weight"], module["scales"], module.get("biases"))
     if "bias" in module:
-        plain.bias = module["bias"].astype(dtype)
+        plain.bias = module["bias"]
     return plain
 
 

@@ -19,7 +19,7 @@ from qwen3_mlx.checkpoint.weights import with_stored_head
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.model_facts import refuse_other_kinds
 from qwen3_mlx.cli.option_groups import option
-from qwen3_mlx.cli.options import Json, ModelArgument, Plot
+from qwen3_mlx.cli.options import Adapter, Json, ModelArgument, Plot
 from qwen3_mlx.engine.memory import Workload, bytes_read_per_token
 from qwen3_mlx.evaluate.plots import Panel, check_picture, draw_speeds
 from qwen3_mlx.files import read_json
@@ -38,6 +38,7 @@ _Number = Callable[[Measurement], float]
 
 def bench(  # noqa: PLR0913 - one parameter an option
     model: ModelArgument = None,
+    adapter: Adapter = None,
     against: Annotated[
         str | None, option("--against", text=f"Also measure this engine: {PEER}.")
     ] = None,
@@ -96,6 +97,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
             str(folder),
             cases,
             count,
+            adapter=adapter,
             against=peer_terms,
             repeats=repeats,
             seconds=60 * minutes,
@@ -104,7 +106,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
             ),
         )
     facts = {
-        "model": model or DEMO,
+        "model": f"{model or DEMO} with {adapter}" if adapter else model or DEMO,
         "machine": backend.describe(),
         "decoded": count,
         "repeats": repeats,

@@ -4,6 +4,8 @@ import io
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Annotated
 
@@ -54,9 +56,11 @@ def chat(  # noqa: PLR0913 - one parameter a group of options
     if file and recording.continued is not None:
         raise UsageError("--load and --continue name two conversations; state one")
     begun = start_recording(ctx, model, recording, quiet=quiet)
+    # An adapter fits the first model, not those that /model names.
+    options = chain([loading], repeat(replace(loading, adapter=None)))
     with ExitStack() as stack:
         session = ChatSession(
-            lambda name: load_model(alias_meant(ctx, name), loading, quiet=quiet),
+            lambda name: load_model(alias_meant(ctx, name), next(options), quiet=quiet),
             begun.model,
             Screen(show_thinking=not (hide_thinking or quiet)),
             options={

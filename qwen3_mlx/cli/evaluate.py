@@ -159,8 +159,10 @@ def divergence_command(
     """
     if plot:
         check_picture(plot)
-        if loading.bits is not None:
-            raise ValueError("--plot shows the stored weights, which --bits changes: convert them")
+        if _changes_weights(loading):
+            raise ValueError(
+                "--plot shows the stored weights, which --bits and --adapter change: convert them"
+            )
     found, modules = compare(
         reference, candidate, reading, candidate_options=loading, modules_needed=plot is not None
     )
@@ -195,13 +197,18 @@ def compare(
             note("is not used for; they show how much a conversion changed, not what it cost.")
         ids = _ids(first, text, reading.tokens)
         found = divergence(first, second, ids, window=window, overlap=overlap, progress=bar)
-    if candidate_options.bits is not None:  # its weights are not those that are stored
+    if _changes_weights(candidate_options) or _changes_weights(reference_options):
         return found, []
     folders = [  # on disk, because they were loaded
         checkpoint_folder(Source(hub_name(model), options.revision))
         for model, options in ((reference, reference_options), (candidate, candidate_options))
     ]
     return found, _modules(*folders, needed=modules_needed)
+
+
+def _changes_weights(options: CheckpointOptions) -> bool:
+    """Return whether the weights of a loaded model are not those that are stored."""
+    return options.bits is not None or options.adapter is not None
 
 
 def comparison_dict(

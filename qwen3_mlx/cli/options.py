@@ -141,6 +141,14 @@ ModelArgument = Annotated[
         autocompletion=complete_model,
     ),
 ]
+Adapter = Annotated[
+    str | None,
+    option(
+        "--adapter",
+        panel=_MODEL,
+        text="Add this fine-tuned adapter (LoRA): a folder of mlx-lm's or PEFT's, or a hub name.",
+    ),
+]
 HideThinking = Annotated[bool, option("--hide-thinking", panel=_DISPLAY, text="Hide the thinking.")]
 Quiet = Annotated[
     bool, option("--quiet", "-q", panel=_DISPLAY, text="Show only the answer and errors.")
@@ -203,6 +211,7 @@ class CheckpointOptions(WeightOptions):
     kv_bits: Annotated[
         str | None, option(panel=_MODEL, text="KV cache precision: 8, k8v4 or 4 bits.")
     ] = None
+    adapter: Adapter = None
 
 
 @dataclass(frozen=True, slots=True)

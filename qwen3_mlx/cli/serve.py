@@ -207,6 +207,8 @@ def serve(  # noqa: PLR0913 - one parameter an option
     if not models:
         recent = last_used(found)
         models = [recent.name if recent else None]
+    if loading.adapter and (len(models) > 1 or models_from):
+        raise ValueError("--adapter changes one model, and several are to be served")
     settings = Settings(
         model=name or model_name(models[0]),
         model_keep_alive=read_duration(-1 if keep_alive is None else keep_alive, "--keep-alive"),

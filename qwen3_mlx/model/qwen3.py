@@ -19,11 +19,11 @@ from qwen3_mlx.cache.attention import LayerCache, NoCache, RopeFn
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat, new_cache
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.adapted import weight_rows
 from qwen3_mlx.model.config import LOGITS, SCORE, ModelConfig
 from qwen3_mlx.model.fused import RowFused, can_fuse
 from qwen3_mlx.model.linear import Embedding, Linear
 from qwen3_mlx.model.moe import MoE, swiglu
-from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.rope import Rope
 
 
@@ -225,11 +225,7 @@ class Qwen3(nn.Module):
         self._refuse_missing_head()
         tied = self.config.tie_word_embeddings
         module, rows = self.model.embed_tokens if tied else self.lm_head, mx.array(list(tokens))
-        parts = [module[name][rows] for name in ("weight", "scales", "biases") if name in module]
-        if len(parts) > 1:
-            fmt = Format(module.bits, module.group_size, module.mode)
-            parts = [fmt.dequantize_float32(*parts)]
-        logits: mx.array = x.astype(mx.float32) @ parts[0].astype(mx.float32).T
+        logits: mx.array = x.astype(mx.float32) @ weight_rows(module, rows).T
         return logits
 
     def _refuse_missing_head(self) -> None:

@@ -150,6 +150,7 @@ def _resolve(
         LoadOptions.of(options["bits"], options["dtype"], options["dequantize"]),
         options["kv_bits"],
         options["context"],
+        options["adapter"],
         progress,
     )
 

@@ -299,7 +299,7 @@ def test_the_file_of_an_adapter_says_what_it_is(name: str, tmp_path: Path) -> No
     (tmp_path / name).write_bytes(b"")
     done = ask(str(tmp_path / name), tmp_path, "http://127.0.0.1:9")
     assert done.returncode == 1
-    assert "is of an adapter for another model, not a whole model; merge it" in done.stderr
+    assert "is of an adapter for another model, not a whole model; load that" in done.stderr
     assert done.stderr.count("\n") == 1
 
 

@@ -407,11 +407,11 @@ BROKEN = {
     ),
     "adapter of peft": (
         only("adapter_config.json", base_model_name_or_path="Qwen/Qwen3-8B"),
-        "broken is an adapter for Qwen/Qwen3-8B, not a whole model; merge it .*merge_and_unload",
+        "broken is an adapter for Qwen/Qwen3-8B, not a whole model; load that and .*--adapter",
     ),
     "adapter of mlx-lm": (
         only("adapter_config.json", model="mlx-community/Qwen3-8B-4bit", fine_tune_type="lora"),
-        "broken is an adapter for mlx-community/Qwen3-8B-4bit, not a whole model.*mlx_lm.fuse",
+        "broken is an adapter for mlx-community/Qwen3-8B-4bit, not a whole model.*--adapter",
     ),
     "adapter beside a config": (
         lambda folder: (

@@ -1,0 +1,145 @@
+"""Adapters: what a fine-tuning changed, as low-rank matrices beside weights or as new tensors.
+
+The folders of mlx-lm and of PEFT are read (`adapter_formats`). All names and shapes are checked
+against the network before any number is read.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from qwen3_mlx.checkpoint.adapter_formats import Contents, StoredArray, read_contents
+from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, ADAPTER_FILES, Source
+from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.files import read_json
+from qwen3_mlx.model.adapted import Delta
+from qwen3_mlx.model.config import LOGITS, ModelConfig
+from qwen3_mlx.model.qwen3 import Qwen3
+
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+class Adapter:
+    """An adapter, checked against the network that it changes; its numbers are read when needed.
+
+    Attributes:
+        name: the folder or the hub name.
+        files: its config and its tensors.
+        unties: whether a head that was tied to the embedding no longer is.
+        size: the count of all its numbers.
+    """
+
+    def __init__(self, name: str, folder: Path, network: ModelConfig) -> None:
+        """Read the headers of an adapter for a `network`.
+
+        Raises:
+            CheckpointError: a file is missing or broken, or the adapter does not fit the network,
+                or has a feature that is not supported; the message names it.
+        """
+        self.name = name
+        self.files = [folder / file for file in ADAPTER_FILES if (folder / file).is_file()]
+        try:
+            self._contents = read_contents(folder, network)
+            tied = network.output == LOGITS and network.tie_word_embeddings
+            self.unties = tied and _unties(self._contents)
+            _check(
+                self._contents,
+                replace(network, tie_word_embeddings=False) if self.unties else network,
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"adapter {name}: {error}{_made_for(folder)}") from error
+        stored = [array for pair in self._contents.pairs.values() for array in pair.arrays]
+        stored += self._contents.whole.values()
+        self.size = sum(math.prod(array.shape) for array in stored)
+
+    @classmethod
+    def at(cls, place: str | Path, network: ModelConfig) -> "Adapter":
+        """Fetch an adapter from a folder or the hub, and check it; see `Adapter`.
+
+        Raises:
+            TypeError: `place` is neither a string nor a path.
+        """
+        if not isinstance(place, str | Path):
+            raise TypeError(f"adapter must be a folder or a hub name, not {place!r}")
+        source = Source(str(place))
+        if source.is_missing(ADAPTER_CONFIG):
+            raise CheckpointError(f"{place} is no adapter: it has no {ADAPTER_CONFIG}")
+        return cls(source.name, source.fetch(ADAPTER_FILES), network)
+
+    def config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the config.json of the network with this adapter."""
+        if not self.unties:
+            return config
+        formats = {  # the head begins as a copy of the embedding
+            key: {**section, HEAD: section[EMBEDDING]}
+            for key in ("quantization", "quantization_config")
+            if isinstance(section := config.get(key), Mapping) and EMBEDDING in section
+        }
+        return {**config, **formats, "tie_word_embeddings": False}
+
+    def replaces(self, name: str) -> bool:
+        """Return whether the adapter has a tensor in place of that of the network."""
+        return name in self._contents.whole
+
+    def tensor(self, name: str) -> mx.array:
+        """Read the tensor that replaces one of the network, float32."""
+        return self._contents.whole[name].read()
+
+    def delta(self, path: str) -> Delta | None:
+        """Read the change of the weight of the module at `path`; None if there is none."""
+        if not (pair := self._contents.pairs.get(path)):
+            return None
+        return Delta(*(array.read() for array in pair.arrays))
+
+
+def _made_for(folder: Path) -> str:
+    """Return what the message of an error says of the model that an adapter was made for."""
+    try:
+        stated = read_json(folder / ADAPTER_CONFIG)
+    except CheckpointError:
+        return ""
+    # Of the two keys peft writes the first, mlx-lm the second.
+    base = stated.get("base_model_name_or_path") or stated.get("model")
+    return f" (it was made for {str(base)[:100]})" if base else ""
+
+
+def _unties(contents: Contents) -> bool:
+    """Return whether an adapter changes a tied head, or the embedding without the head."""
+    changed = {name.removesuffix(".weight") for name in contents.whole} | contents.pairs.keys()
+    return HEAD in changed or (contents.changes_apart and EMBEDDING in changed)
+
+
+def _check(contents: Contents, network: ModelConfig) -> None:
+    """Check all names and shapes.
+
+    Raises:
+        CheckpointError: a tensor does not fit the network.
+    """
+    shapes = {name: tuple(array.shape) for name, array in Qwen3(network).tensors().items()}
+    for name, array in contents.whole.items():
+        if name not in shapes:
+            raise CheckpointError(f"{array.name} belongs to no tensor of this model")
+        _expect(array, shapes[name])
+    for path, pair in contents.pairs.items():
+        weight = shapes.get(f"{path}.weight", ())
+        if len(weight) < 2 or path == "score":
+            raise CheckpointError(f"{pair.a.name} belongs to no matrix of this model")
+        *outer, outputs, inputs = weight
+        rank = pair.a.shape[-2] if len(pair.a.shape) > 1 else 1
+        _expect(pair.a, (*outer, rank, inputs))
+        _expect(pair.b, (*outer, outputs, rank))
+        if pair.magnitude:
+            _expect(pair.magnitude, (*outer, outputs))
+
+
+def _expect(array: StoredArray, shape: tuple[int, ...]) -> None:
+    if array.shape != shape or 0 in shape:
+        stored = list(array.entries[0].shape)
+        raise CheckpointError(
+            f"{array.name} is {stored}, which does not fit this model: as {list(array.shape)} it "
+            f"stands where {list(shape)} is needed"
+        )
