@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress, plain
+from qwen3_mlx.checkpoint.adapters import Adapter
 from qwen3_mlx.checkpoint.auto_recipe import choose_measured_formats
 from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, check_output, run
@@ -39,6 +40,7 @@ _log = logging.getLogger(__name__)
 PhaseProgress = Callable[[str, int, int], None]
 _DESCRIPTION = (*COPIED_FILES, "config.json", INDEX)
 _MIN_TARGET_BPW, _MAX_TARGET_BPW = 2.5, 9.0
+_MIN_KEPT = 0.9  # of an adapter, without a warning
 _SEQUENCE = 128  # tokens of a piece of calibration text
 _MAX_SEQUENCES = 64
 _MAX_ACTIVATION_BYTES = 512_000_000  # all layers' inputs and their gradients, in float32
@@ -59,6 +61,8 @@ class Conversion:
         formats: the format of each quantized module, by its path.
         kind: what it is for: "chat", "embedding" or "reranker".
         dtype: that of scales, biases and tensors that are not quantized.
+        adapter_kept: how much of an adapter's changes d of weights W is left after quantization Q:
+            (Q(W + d) - Q(W))·d / d·d, 1 if all is; None if nothing was merged and quantized.
     """
 
     output: Path
@@ -71,6 +75,7 @@ class Conversion:
     formats: Mapping[str, Format]
     kind: str = CHAT
     dtype: str = "bfloat16"
+    adapter_kept: float | None = None
 
     @property
     def usage(self) -> str:
@@ -83,6 +88,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     output: str | Path,
     *,
     revision: str | None = None,
+    adapter: str | Path | None = None,
     bits: int | None = None,
     group_size: int | None = None,
     mode: str = AFFINE,
@@ -106,6 +112,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
             quantized in MLX's, FP8, AWQ or GPTQ format.
         output: the folder to write. It appears only when it is complete.
         revision: branch, tag or commit on the hub; default None, the main branch.
+        adapter: an adapter (see `load`) to merge, in float32 and before anything is quantized;
+            default None.
         bits: bits per weight: 2, 3, 4, 5, 6 or 8; default None, which is the mode's own, in the
             affine mode 4. Without `bits`, `group_size`, `mode` and `recipe` the weights of an AWQ
             or GPTQ checkpoint keep their codes.
@@ -152,7 +160,11 @@ def convert(  # noqa: PLR0913 - one keyword an option
     check_output(place.folder, output, force=force)
     folder, stated = read_config(place, _DESCRIPTION)
     folder = fetch_weights(place, folder, also=_DESCRIPTION)
-    config = with_stored_head(stated, folder)
+    config: Mapping[str, Any] = with_stored_head(stated, folder)
+    merged = None
+    if adapter is not None:
+        merged = Adapter.at(adapter, ModelConfig.from_dict(config))
+        config = merged.config(config)
     backend.refuse_fork()
     base, kind = None if place.folder else str(source), _kind_of(folder, config)
     job = Job(
@@ -164,6 +176,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
         card=partial(model_card, base, kind, recipe),
         force=force,
         allow_nonfinite=allow_nonfinite,
+        adapter=merged,
     )
     if recipe == "auto":
         job = _measured(job, calibration, target_bpw or 0.0, progress)
@@ -177,6 +190,14 @@ def convert(  # noqa: PLR0913 - one keyword an option
             _log.warning("%d bits from %d bits: larger, not better", fmt.bits, stored_bits)
         job = replace(job, formats=choose_formats(quantizable_shapes(config), recipe, fmt))
     written = run(job, _progress_for(progress, "writing"))
+    left = written.adapter_kept
+    if left is not None and left < _MIN_KEPT:
+        _log.warning(
+            "%.0f %% of the adapter is left after quantization; merge it into the original "
+            "weights, with more bits, or keep it beside the quantized ones: --adapter "
+            "(load(adapter=))",
+            100 * left,
+        )
     return Conversion(
         output=output,
         **asdict(written),
@@ -274,7 +295,7 @@ def _measured(job: Job, text: str | None, target_bpw: float, progress: PhaseProg
         )
     ids = _calibration_ids(job.source, network, text)
     formats, moments = choose_measured_formats(
-        job.source,
+        job.matrices(),
         job.config,
         ids,
         target_bpw=target_bpw,

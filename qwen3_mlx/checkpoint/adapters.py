@@ -7,15 +7,17 @@ against the network before any number is read.
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from qwen3_mlx.checkpoint.adapter_formats import Contents, StoredArray, read_contents
+from qwen3_mlx.checkpoint.formats.matrix import Matrix, StoredRows
 from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, ADAPTER_FILES, Source
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import read_json
+from qwen3_mlx.files import read_json, read_rows
 from qwen3_mlx.model.adapted import Delta
 from qwen3_mlx.model.config import LOGITS, ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -81,6 +83,10 @@ class Adapter:
         }
         return {**config, **formats, "tie_word_embeddings": False}
 
+    def changes(self, name: str) -> bool:
+        """Return whether the adapter changes a tensor by low-rank matrices alone."""
+        return name.removesuffix(".weight") in self._contents.pairs and not self.replaces(name)
+
     def replaces(self, name: str) -> bool:
         """Return whether the adapter has a tensor in place of that of the network."""
         return name in self._contents.whole
@@ -94,6 +100,35 @@ class Adapter:
         if not (pair := self._contents.pairs.get(path)):
             return None
         return Delta(*(array.read() for array in pair.arrays))
+
+    def merged(self, matrices: Mapping[str, Matrix]) -> dict[str, Matrix]:
+        """Return a checkpoint's tensors with this adapter, merged in float32 as they are read."""
+        found = dict(matrices)
+        if self.unties:
+            found[f"{HEAD}.weight"] = found[f"{EMBEDDING}.weight"]
+        for name, array in self._contents.whole.items():
+            rows, width = math.prod(array.shape[:-1]), array.shape[-1]
+            part = StoredRows(rows, width, partial(read_rows, array.entries[0]))
+            found[name] = Matrix(array.shape, (part,), quantized=False)
+        for path in self._contents.pairs:
+            if matrix := found.get(f"{path}.weight"):
+                found[f"{path}.weight"] = self._merged(path, matrix)
+        return found
+
+    def _merged(self, path: str, matrix: Matrix) -> Matrix:
+        parts, first = list[StoredRows](), 0
+        for part in matrix.parts:
+            read = partial(self._read_merged, path, part, first)
+            parts.append(StoredRows(part.rows, part.width, read))
+            first += part.rows
+        return Matrix(matrix.shape, tuple(parts), matrix.quantized)
+
+    def _read_merged(
+        self, path: str, part: StoredRows, first: int, start: int, stop: int
+    ) -> mx.array:
+        delta = self.delta(path)
+        assert delta
+        return delta.merged_rows(part.read(start, stop), first + start)
 
 
 def _made_for(folder: Path) -> str:

@@ -2,16 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from qwen3_mlx.arguments import Progress
+from qwen3_mlx.checkpoint.formats.matrix import Matrix
 from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.recipes import Formats, assign, choose_formats, group_of
 from qwen3_mlx.checkpoint.sensitivity import Moments, measure
-from qwen3_mlx.checkpoint.stored_formats import read_matrices
 from qwen3_mlx.checkpoint.weights import refuse_missing_layers
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
@@ -21,7 +20,7 @@ _CANDIDATES = (*(Format(bits, 64) for bits in (2, 3, 4, 5, 6, 8)), Format(4, 32)
 
 
 def choose_measured_formats(
-    source: Path,
+    matrices: Mapping[str, Matrix],
     config: Mapping[str, Any],
     ids: mx.array,
     *,
@@ -39,7 +38,6 @@ def choose_measured_formats(
         ValueError: not even the smallest formats reach `target_bpw`.
     """
     network, modules = ModelConfig.from_dict(config), quantizable_shapes(config)
-    matrices = read_matrices(source, config)
     refuse_missing_layers(network, matrices)
     mx.random.seed(0)
     scores, moments = measure(network, matrices, ids, _CANDIDATES, progress)

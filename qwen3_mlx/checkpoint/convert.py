@@ -12,8 +12,8 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from itertools import cycle
+from dataclasses import dataclass, field, replace
+from itertools import cycle, repeat
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint import gptq
+from qwen3_mlx.checkpoint.adapters import Adapter
 from qwen3_mlx.checkpoint.formats.matrix import Matrix, as_floats
 from qwen3_mlx.checkpoint.hub import KIND_FILES
 from qwen3_mlx.checkpoint.output_config import output_config
@@ -57,7 +58,8 @@ class Job:
 
     `formats` has a format for each module whose weights are to be quantized; other numbers become
     `dtype`. Modules that have `moments` of their inputs are rounded by GPTQ; `calibration` names
-    the text on which the moments were measured. `card` returns the text of the README.md.
+    the text on which the moments were measured. `card` returns the text of the README.md. An
+    `adapter` is merged in float32 before anything is rounded; `config` is that of the result.
     """
 
     source: Path
@@ -70,15 +72,27 @@ class Job:
     card: "Callable[[Job, Written], str] | None" = None
     force: bool = False
     allow_nonfinite: bool = False
+    adapter: Adapter | None = None
+
+    def matrices(self) -> dict[str, Matrix]:
+        """Return the tensors of the source, with the adapter, by their names in the network."""
+        matrices = read_matrices(self.source, self.config)
+        return self.adapter.merged(matrices) if self.adapter else matrices
 
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """The result of a conversion: tensors, weights (numbers of the network), tensor bytes."""
+    """The result of a conversion: tensors, weights (numbers of the network), tensor bytes.
+
+    `adapter_kept` is how much of an adapter's changes d of weights W is left after rounding Q:
+    (Q(W + d) - Q(W))·d / d·d. Shards of an interrupted run do not count. None if nothing was
+    merged and rounded.
+    """
 
     tensors: int
     weights: int
     bytes: int
+    adapter_kept: float | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -88,12 +102,16 @@ class Written:
 
 @dataclass(frozen=True, slots=True)
 class _Tensor:
-    """A tensor of the source, and the output tensors that it is converted to."""
+    """A tensor of the source, and the output tensors that it is converted to.
+
+    `before` is the tensor without the adapter, if one is merged into it.
+    """
 
     name: str
     matrix: Matrix
     fmt: Format | None
     planned: tuple[TensorSpec, ...]
+    before: Matrix | None = None
 
     @property
     def nbytes(self) -> int:
@@ -119,7 +137,8 @@ def run(job: Job, progress: Progress) -> Written:
     _prepare_partial(job, partial, [tensor.name for tensor in tensors])
     try:
         with _streams() as streams:
-            _write_shards(job, partial, shards, streams, progress)
+            kept = _write_shards(job, partial, shards, streams, progress)
+        written = replace(written, adapter_kept=kept)
         _write_other_files(job, partial, shards, written)
         _publish(partial, job.output.resolve())
     except OSError as error:
@@ -179,8 +198,9 @@ def _is_empty(folder: Path) -> bool:
 def _plan(job: Job) -> list[_Tensor]:
     """Return the tensors to write, in the order of the network."""
     geometry = ModelConfig.from_dict(job.config)
-    matrices = read_matrices(job.source, job.config)
+    matrices = job.matrices()
     refuse_missing_layers(geometry, matrices)
+    before = read_matrices(job.source, job.config) if job.adapter else {}
     model = Qwen3(geometry)
     needed = {name: tuple(array.shape) for name, array in model.tensors().items()}
     present = {name: matrix.shape for name, matrix in matrices.items()}
@@ -194,7 +214,9 @@ def _plan(job: Job) -> list[_Tensor]:
         planned = tuple(
             TensorSpec(f"{module}.{key}", dtype, size) for key, (size, dtype) in parts.items()
         )
-        tensors.append(_Tensor(name, matrices[name], fmt, planned))
+        is_changed = fmt and job.adapter and job.adapter.changes(name)
+        tensor = _Tensor(name, matrices[name], fmt, planned)
+        tensors.append(replace(tensor, before=before.get(name)) if is_changed else tensor)
     return tensors
 
 
@@ -222,6 +244,7 @@ def _prepare_partial(job: Job, partial: Path, names: Sequence[str]) -> None:
     Shards of any other job are removed.
     """
     files = [job.source / name for name in weight_names(job.source)]
+    files += job.adapter.files if job.adapter else []
     identity = {
         "version": __version__,
         "files": [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files],
@@ -257,7 +280,9 @@ def _write_shards(
     shards: Mapping[str, list[_Tensor]],
     streams: Sequence[mx.Stream],
     progress: Progress,
-) -> None:
+) -> float | None:
+    """Write the shards that are missing; return `Written.adapter_kept` of them."""
+    kept = _Kept()
     sizes = {file: sum(tensor.nbytes for tensor in tensors) for file, tensors in shards.items()}
     missing = [file for file in shards if not (partial / file).is_file()]
     total, done = sum(sizes.values()), sum(sizes.values()) - sum(sizes[file] for file in missing)
@@ -275,8 +300,9 @@ def _write_shards(
         progress(done, total)
 
     for file in missing:
-        _write_shard(job, partial / file, shards[file], streams, advance)
+        _write_shard(job, partial / file, shards[file], streams, kept, advance)
     mx.clear_cache()
+    return kept.share
 
 
 def _write_shard(
@@ -284,6 +310,7 @@ def _write_shard(
     path: Path,
     tensors: Sequence[_Tensor],
     streams: Sequence[mx.Stream],
+    kept: "_Kept",
     advance: Callable[[int], None],
 ) -> None:
     """Compute and write one shard; `advance` is called with the bytes of each block."""
@@ -294,6 +321,7 @@ def _write_shard(
             if nonfinite and tensor.name not in nonfinite and not job.allow_nonfinite:
                 break  # the first tensor with NaN or infinity is counted to its end
             nonfinite += Counter({tensor.name: block.count_nonfinite()})
+            kept.add(block.kept)
             for spec, rows in zip(tensor.planned, block.arrays, strict=True):
                 writer.append(spec.name, rows)
             advance(sum(rows.nbytes for rows in block.arrays))
@@ -315,17 +343,39 @@ def _refuse_nonfinite(counts: Mapping[str, int], dtype: mx.Dtype, *, allowed: bo
     _log.warning("%s", found)
 
 
+class _Kept:
+    """How much of an adapter is left after rounding; see `Written.adapter_kept`."""
+
+    def __init__(self) -> None:
+        self._left = self._whole = 0.0
+
+    def add(self, products: Sequence[mx.array]) -> None:
+        """Add the products of a block, (Q(W + d) - Q(W))·d and d·d, if it has any."""
+        if products:
+            left, whole = (float(product) for product in products)
+            self._left, self._whole = self._left + left, self._whole + whole
+
+    @property
+    def share(self) -> float | None:
+        """The share that is left; None if there is no change."""
+        return self._left / self._whole if self._whole else None
+
+
 class _Block:
     """Some rows of a tensor being converted; the computation starts when the block is created.
 
-    `arrays` are the bytes of the output tensors' rows.
+    `arrays` are the bytes of the output tensors' rows, and `kept` the products for `_Kept`, if
+    `before` has the same rows without the adapter.
     """
 
-    def __init__(self, content: _Content, tensor: _Tensor, job: Job) -> None:
+    def __init__(
+        self, content: _Content, tensor: _Tensor, job: Job, before: mx.array | None = None
+    ) -> None:
         dtype, fmt = job.dtype, tensor.fmt
         self._exponent = _EXPONENT[dtype]
         inputs = job.moments.get(tensor.name.removesuffix(".weight"))
         arrays: Sequence[mx.array]
+        self.kept: list[mx.array] = []
         if isinstance(content, tuple):
             packed, *groups = content
             arrays = [packed, *(as_floats(part, dtype) for part in groups)]
@@ -338,12 +388,17 @@ class _Block:
                 arrays = mx.quantize(self._rows, **fmt.as_config())
             else:
                 arrays = [self._rows]
+            if fmt and before is not None:
+                change = content.astype(mx.float32) - before.astype(mx.float32)
+                old = mx.quantize(before.astype(dtype), **fmt.as_config())
+                left = fmt.dequantize_float32(*arrays) - fmt.dequantize_float32(*old)
+                self.kept = [(left * change).sum(), change.square().sum()]
         self.arrays = [array.view(mx.uint8) for array in arrays]  # as they are written
         # Read as integers, unsigned and signed, the bits of infinities and NaN are the greatest.
         # Two maxima find them ten times as fast as a check of each number.
         unsigned, signed = _INTEGERS[dtype.size]
         self._greatest = self._rows.view(unsigned).max(), self._rows.view(signed).max()
-        mx.async_eval(self.arrays, self._greatest)
+        mx.async_eval(self.arrays, self._greatest, self.kept)
 
     def count_nonfinite(self) -> int:
         """Count the infinities and NaN; waits until the block is computed."""
@@ -383,19 +438,23 @@ def _compute_blocks(
             upcoming = next(blocks, None)
             if upcoming is None:
                 break
-            tensor, content = upcoming
-            in_flight.append((tensor, _Block(content, tensor, job)))
+            tensor, (content, before) = upcoming
+            in_flight.append((tensor, _Block(content, tensor, job, before)))
         if len(in_flight) == _BLOCKS_IN_FLIGHT:
             yield in_flight.popleft()
     yield from in_flight
 
 
-def _contents(tensor: _Tensor, job: Job) -> Iterator[_Content]:
-    """Yield a tensor some rows at a time: its codes, if it has those of the format, or floats."""
+def _contents(tensor: _Tensor, job: Job) -> Iterator[tuple[_Content, mx.array | None]]:
+    """Yield a tensor some rows at a time: its codes, if it has those of the format, or floats.
+
+    With the rows come the same rows without the adapter, if one is merged into them.
+    """
+    contents: Iterator[_Content] = tensor.matrix.blocks(_BLOCK)
     if tensor.fmt and tensor.fmt == tensor.matrix.fmt and not job.moments:
-        yield from tensor.matrix.code_blocks(_BLOCK)
-    else:
-        yield from tensor.matrix.blocks(_BLOCK)
+        contents = tensor.matrix.code_blocks(_BLOCK)
+    before = tensor.before.blocks(_BLOCK) if tensor.before else repeat(None)
+    return zip(contents, before, strict=False)
 
 
 # --- what goes with the weights -----------------------------------------------------------------

@@ -39,7 +39,10 @@ ADAPTER_CONFIG = "adapter_config.json"
 PEFT_ADAPTER, MLX_ADAPTER = "adapter_model.safetensors", "adapters.safetensors"
 ADAPTER_FILES = (ADAPTER_CONFIG, PEFT_ADAPTER, MLX_ADAPTER)
 """File names of adapters, of peft and of mlx-lm."""
-NO_WHOLE_MODEL = "not a whole model; load that and give this as its adapter: --adapter (adapter=)"
+NO_WHOLE_MODEL = (
+    "not a whole model; load that and give this as its adapter: --adapter (adapter=), or merge "
+    "both: qwen3 convert MODEL OUTPUT --adapter ADAPTER"
+)
 """End of the error messages for adapters."""
 _UNAUTHORIZED = 401  # also of unknown names, for which the hub's library raises its own error
 _PATIENCE = 3  # seconds

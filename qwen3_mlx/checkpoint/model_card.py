@@ -37,6 +37,7 @@ def model_card(base_model: str | None, kind: str, recipe: str, job: Job, written
     if kind == "reranker":  # its head may be one that they do not have
         others = []
     base = [f"base_model: {base_model}", "base_model_relation: quantized"] if base_model else []
+    merged = f" and the adapter {job.adapter.name}" if job.adapter else ""
     return "\n".join(
         [
             "---",
@@ -50,8 +51,8 @@ def model_card(base_model: str | None, kind: str, recipe: str, job: Job, written
             "",
             f"# {job.output.name}",
             "",
-            f"Made from {base_model or 'a local checkpoint'} with qwen3-mlx {__version__}, recipe "
-            f"`{recipe}`: {written.weights:,} weights in {written.bytes:,} bytes, "
+            f"Made from {base_model or 'a local checkpoint'}{merged} with qwen3-mlx {__version__}, "
+            f"recipe `{recipe}`: {written.weights:,} weights in {written.bytes:,} bytes, "
             f"{written.bits_per_weight:.2f} bits per weight.",
             "",
             *rows,

@@ -90,6 +90,15 @@ def convert(  # noqa: PLR0913 - one parameter an option
         str | None, option("--revision", panel=_SOURCE, text="Branch, tag or commit on the hub.")
     ] = None,
     file: GgufFile = None,
+    adapter: Annotated[
+        str | None,
+        option(
+            "--adapter",
+            panel=_SOURCE,
+            text="Merge this fine-tuned adapter (LoRA): a folder of mlx-lm's or PEFT's, or a hub "
+            "name.",
+        ),
+    ] = None,
     force: Annotated[
         bool, option("--force", "-f", panel=_OUTPUT, text="Replace an existing checkpoint.")
     ] = False,
@@ -138,6 +147,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
             source,
             output,
             revision=revision,
+            adapter=adapter,
             bits=bits,
             group_size=group_size,
             mode=mode,
@@ -153,7 +163,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
     facts = {key: value for key, value in asdict(made).items() if key != "formats"}
     facts["output"] = str(made.output)
     if report:
-        original = CheckpointOptions(revision=revision)
+        original = CheckpointOptions(revision=revision, adapter=adapter)
         found, modules = compare(source, output, reference_options=original)
         draw(picture, [Point(output.name, made.bits_per_weight, found.mean_kl)], modules)
         facts["report"] = comparison_dict(source, str(output), found, modules)
@@ -204,6 +214,8 @@ def _print(made: "qwen3_mlx.Conversion", facts: dict[str, Any]) -> None:
         "time": f"{made.seconds:,.1f} s",
         "peak memory": format_bytes(made.peak_memory),
     }
+    if made.adapter_kept is not None:
+        shown["adapter kept"] = f"{100 * made.adapter_kept:.1f} % after quantization"
     if found := facts.get("report"):
         shown["mean KL divergence"] = f"{found['mean_kl']:.5f} nats a token"
         shown["same likeliest token"] = f"{100 * found['agreement']:.2f} %"

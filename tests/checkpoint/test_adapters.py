@@ -12,11 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwen3_mlx import CheckpointError, load
+from qwen3_mlx import CheckpointError, convert, load
 from qwen3_mlx.api.checkpoints import Checkpoints
 from qwen3_mlx.checkpoint.adapters import Adapter
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.files import read_json
+from qwen3_mlx.model.adapted import Delta
 from qwen3_mlx.model.config import ModelConfig
 from tests.adapters import (
     HIDDEN,
@@ -435,3 +436,56 @@ def test_the_command_takes_an_adapter(tiny_folder: Path, tmp_path: Path) -> None
     done = piped([*given, "--adapter", str(tmp_path)])
     assert (done.returncode, done.stdout) == (1, "")
     assert "is no adapter: it has no adapter_config.json" in done.stderr
+
+
+# --- merged -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "make",
+    [magnitudes, whole_layer, embedding_apart_from_its_head, *EXPERTS],
+    ids=lambda make: make.__name__,
+)
+def test_merging_computes_what_loading_does(
+    make: Callable[[Path, Path], Made], tiny_folder: Path, moe_base: Path, tmp_path: Path
+) -> None:
+    base = moe_base if make in EXPERTS else tiny_folder
+    adapter = make(base, tmp_path / "adapter").adapter
+    made = convert(base, tmp_path / "out", adapter=adapter, dequantize=True, dtype="float32")
+    assert made.adapter_kept is None
+    assert_close(logits(tmp_path / "out"), logits(base, adapter=adapter), 1e-5)
+
+
+def test_mlx_lm_loads_what_is_merged(tiny_folder: Path, tmp_path: Path) -> None:
+    lm = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is the reference here")
+    adapter = adapted_head(tiny_folder, tmp_path / "adapter").adapter
+    convert(tiny_folder, tmp_path / "out", adapter=adapter, dequantize=True, dtype="float32")
+    model, _ = lm.load_model(tmp_path / "out")
+    assert_close(model(mx.array([IDS]))[0], logits(tiny_folder, adapter=adapter), 1e-4)
+
+
+def test_experts_are_merged_however_their_rows_are_cut(tmp_path: Path) -> None:
+    a, b, weight = draw(3, RANK, 8), draw(3, 10, RANK, seed=1), draw(30, 8, seed=2)
+    delta = Delta(mx.array(a), mx.array(b), mx.array(1 + draw(3, 10)))
+    whole = delta.merged(mx.array(weight).reshape(3, 10, 8)).reshape(30, 8)
+    for start, stop in [(0, 30), (3, 7), (7, 23), (10, 20), (19, 30)]:
+        rows = delta.merged_rows(mx.array(weight[start:stop]), start)
+        assert_close(rows, whole[start:stop], 1e-6)
+
+
+def test_how_much_is_left_after_quantization_is_said(
+    tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    small = {path: (0.1 * a, 0.1 * b) for path, (a, b) in all_linear().items()}
+    adapter = write_peft(tmp_path / "adapter", peft_tensors(small))
+    made = convert(tiny_folder, tmp_path / "whole", adapter=adapter, bits=8)
+    assert made.adapter_kept and made.adapter_kept > 0.95
+    assert not caplog.records
+    convert(tiny_folder, tmp_path / "quantized", bits=4)
+    done = piped(
+        ["convert", str(tmp_path / "quantized"), str(tmp_path / "again"), "--adapter", str(adapter)]
+    )
+    assert done.returncode == 0
+    assert "% after quantization" in done.stdout
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert "of the adapter is left after quantization; merge it into the original" in warning
