@@ -1,7 +1,7 @@
 """The checkpoints that `load` reads: described and checked before their weights are fetched."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ class ResolvedCheckpoint:
         options: dtype and quantization in memory.
         cache: the format of the KV cache.
         adapter: what is added to the weights, if anything is.
+        choices: the adapters of which requests choose, by name.
     """
 
     place: Source
@@ -54,6 +55,7 @@ class ResolvedCheckpoint:
     options: LoadOptions
     cache: CacheFormat
     adapter: Adapter | None = None
+    choices: Mapping[str, Adapter] = field(default_factory=dict)
 
     @classmethod
     def at(
@@ -62,7 +64,7 @@ class ResolvedCheckpoint:
         options: LoadOptions,
         kv_bits: int | str | None,
         context: int | None = None,
-        adapter: str | Path | None = None,
+        adapter: str | Path | Mapping[str, str | Path] | None = None,
     ) -> "ResolvedCheckpoint":
         folder, config = read_config(place)
         config = with_described_head(config, folder)
@@ -73,7 +75,22 @@ class ResolvedCheckpoint:
             stored = None  # decoded, and quantized as asked
         cache = cache_format(kv_bits, network.head_dim)
         found = cls(place, folder, config, network, stored, options, cache)
+        if isinstance(adapter, Mapping):
+            return found.with_choices({n: Adapter.at(one, network) for n, one in adapter.items()})
         return found if adapter is None else found.with_adapter(Adapter.at(adapter, network))
+
+    def with_choices(self, choices: Mapping[str, Adapter]) -> "ResolvedCheckpoint":
+        """Return it with adapters of which requests choose.
+
+        Raises:
+            CheckpointError: one of them changes more than the matrices of layers.
+        """
+        for choice in choices.values():
+            choice.refuse_choosing()
+        # Each is padded to the largest rank.
+        size = len(choices) * max((choice.size for choice in choices.values()), default=0)
+        options = replace(self.options, adapter_bytes=size * self.options.dtype.size)
+        return replace(self, choices=choices, options=options)
 
     def with_adapter(self, adapter: Adapter | None) -> "ResolvedCheckpoint":
         """Return it with an adapter, which fits it."""
@@ -108,8 +125,9 @@ class ResolvedCheckpoint:
             options.dtype,
             in_floats=True if options.quantize else options.dequantize,
         )
-        model = load_model(config, weights, self.options, progress, self.adapter)
-        model.source = self.place.name
+        choices = [*self.choices.values()]
+        model = load_model(config, weights, self.options, progress, self.adapter, choices)
+        model.source, model.adapters = self.place.name, tuple(self.choices)
         mark_used(self.folder)
         return model
 
@@ -139,7 +157,7 @@ class Checkpoints:
         options: LoadOptions,
         kv_bits: int | str | None,
         context: int | None,
-        adapter: str | Path | None,
+        adapter: str | Path | Mapping[str, str | Path] | None,
         progress: Progress | None,
     ) -> "Checkpoints":
         """Resolve the arguments of `load`; only descriptions are fetched."""

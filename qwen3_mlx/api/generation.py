@@ -133,6 +133,7 @@ class Generation:
             top_logprobs=options.logprobs or 0,
             recheck_logits=self._budget.looped,
             client=prepared.client,
+            adapter=prepared.adapter,
         )
 
     def on_logprobs(self, sampled: SampledLogprob) -> None:
@@ -241,6 +242,6 @@ class Generation:
             ids = first[: common_prefix(first, second)]
             new = len(ids) - len(prepared.ids)  # about as many are not in the KV cache yet
             if len(ids) < self._engine.context and new <= _MAX_READ_AHEAD:
-                self._engine.prefetch(ids)
+                self._engine.prefetch(ids, prepared.adapter)
         except Qwen3Error:  # the template refuses such a turn, or the engine is closed by now
             return

@@ -47,6 +47,7 @@ class LLM(LoadedModel):
             text or else its end, as tokenizer_config.json names them; None if it names neither.
         context: the context window in tokens: the most that a prompt and its reply have together.
         cache_format: the format of the KV caches, a `CacheFormat`.
+        adapters: the names of the adapters that `with_adapter` takes.
         model: the network; its arrays belong to the worker thread, see `compute`.
     """
 

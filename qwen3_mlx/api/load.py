@@ -1,5 +1,6 @@
 """The public function `load`: resolves, checks, fetches and reads a checkpoint into an `LLM`."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from threading import Event as Flag
 
@@ -32,7 +33,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
     context: int | None = None,
     kv_bits: int | str | None = None,
     draft: str | Path | None = None,
-    adapter: str | Path | None = None,
+    adapter: str | Path | Mapping[str, str | Path] | None = None,
     prompt_cache: str | Path | None = None,
     prompt_cache_gb: float = 8,
     progress: Progress | None = None,
@@ -68,7 +69,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
             "0.6B" for "8B", adds a draft model.
         adapter: a fine-tuned adapter for this checkpoint (LoRA, DoRA or whole tensors): a folder of
             mlx-lm's or PEFT's, or a hub name; default None. Quantized weights stay as they are, and
-            the adapter is computed beside them.
+            the adapter is computed beside them. Or several by name: `LLM.with_adapter` then chooses
+            one.
         prompt_cache: a folder for the KV caches of long prompts, so that they need not be read
             again after a restart; default None, off. Several models may share it.
         prompt_cache_gb: the most that this folder may take, in GB (10^9 bytes); default 8.

@@ -5,6 +5,7 @@ It prepares requests, submits them, and computes; servers use it without the ver
 
 import weakref
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 from queue import SimpleQueue
 from threading import Event as Flag
@@ -61,6 +62,7 @@ class LoadedModel:
         self.prefix_id = processor.prefix_id
         self.kind = processor.kind.name
         self._worker = worker
+        self._shared: LoadedModel | None = None
         # A network may have fewer rows than the tokenizer has ids, or more, as padding: only ids
         # that both know may be sampled.
         vocabulary = min(len(processor.tokenizer), self.config.vocab_size)
@@ -74,6 +76,7 @@ class LoadedModel:
             speculator=speculator,
         )
         self.context = engine.context
+        self.adapters = model.adapters
         self._replies: ReplyGenerator | None = ReplyGenerator(processor, engine)
         self._shut = weakref.finalize(self, _shut_down, worker, engine.share, wired)
         self._shut.atexit = False  # at exit the worker thread stops by itself
@@ -82,6 +85,24 @@ class LoadedModel:
         if self._replies is None:
             return "<LLM, closed>"
         return f"<LLM {self.model.source}, context {self.context:,}>"
+
+    def with_adapter(self, name: str | None) -> Self:
+        """Return this LLM with one of its `adapters`, or with None without any.
+
+        It shares everything with this one: requests with different adapters run in one batch.
+        Closing either closes both.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        if name is not None and name not in self.adapters:
+            there = ", ".join(self.adapters) or "none"
+            raise ValueError(f"there is no adapter {name!r}; there is {there}")
+        replies, view = self._open(), copy(self)
+        number = None if name is None else self.adapters.index(name)
+        view._replies = ReplyGenerator(replies.processor, replies.engine, number)
+        view._shared = self  # which would close the model if it were freed
+        return view
 
     @property
     def model(self) -> Qwen3:
@@ -180,10 +201,12 @@ class LoadedModel:
         The result is an array, or a tuple, list or dictionary of arrays. Arrays that `job` closes
         over must be evaluated: a lazy array can only be evaluated on the thread that created it.
         """
-        model = self._open().engine.model
+        replies = self._open()
+        model = replies.engine.model
 
         def run() -> T:
-            result = job(model)
+            with model.selection.choosing([replies.adapter]):
+                result = job(model)
             mx.eval(result)
             return result
 
@@ -206,8 +229,9 @@ class LoadedModel:
         tokens = token_ids(ids.tolist() if isinstance(ids, mx.array) else ids)
         if not tokens or any(not 0 <= token < rows for token in tokens):
             raise ValueError(f"ids must be one or more numbers from 0 to {rows - 1}")
-        engine, call = self._open().engine, self._worker.call
-        logits = call(partial(engine.logits, tokens))
+        replies, call = self._open(), self._worker.call
+        engine = replies.engine
+        logits = call(partial(engine.logits, tokens, replies.adapter))
         while call(partial(engine.advance_job, logits)):
             pass
         return logits.values
@@ -236,7 +260,7 @@ class LoadedModel:
         replies.window.room(len(tokens) - 1, 0, 0)
         outcomes: SimpleQueue[Scores | BaseException] = SimpleQueue()
         with self._worker.wait():
-            replies.engine.score(tokens, start, outcomes.put, cancelled or Flag())
+            replies.engine.score(tokens, start, outcomes.put, cancelled or Flag(), replies.adapter)
             outcome = outcomes.get()
         if isinstance(outcome, BaseException):
             raise outcome
@@ -292,9 +316,9 @@ class LoadedModel:
         """
         if not prepared.texts:
             return mx.zeros((0, prepared.width))
-        engine, call = self._open().engine, self._worker.call
-        shared, texts = prepared.shared, prepared.texts
-        job = call(partial(engine.last_states, shared, texts, prepared.finish))
+        replies, call = self._open(), self._worker.call
+        engine, shared, texts = replies.engine, prepared.shared, prepared.texts
+        job = call(partial(engine.last_states, shared, texts, prepared.finish, replies.adapter))
         total = prepared.num_read
         while call(partial(engine.advance_job, job)):
             if progress:

@@ -39,6 +39,7 @@ class PreparedRequest:
         details: details that `Finish` passes on.
         client: key of the client, for fair scheduling.
         score_prompt: True if the first event is the prompt's own log probabilities.
+        adapter: the number of the adapter to use, if any.
     """
 
     prompt: str | Sequence[int]
@@ -60,3 +61,4 @@ class PreparedRequest:
     details: dict[str, str] = field(default_factory=dict)
     client: str = ""
     score_prompt: bool = False
+    adapter: int | None = None

@@ -31,10 +31,13 @@ from qwen3_mlx.text.tool_calls import ToolCallSyntax
 
 
 class ReplyGenerator:
-    """Prepares and starts the replies of one checkpoint on one engine."""
+    """Prepares and starts the replies of one checkpoint on one engine, perhaps with an adapter."""
 
-    def __init__(self, processor: TextProcessor, engine: Engine) -> None:
+    def __init__(
+        self, processor: TextProcessor, engine: Engine, adapter: int | None = None
+    ) -> None:
         self.engine = engine
+        self.adapter = adapter
         self.processor = processor
         self.window = Window(processor, engine)
 
@@ -72,6 +75,7 @@ class ReplyGenerator:
             answer_grammar=options.answer_grammar(processor.grammars, caller),
             client=caller.client,
             score_prompt=score_prompt,
+            adapter=self.adapter,
         )
 
     def refuse_no_chat(self) -> None:
@@ -141,6 +145,7 @@ class ReplyGenerator:
             call_grammar=call_grammar,
             details={"warning": "; ".join(warnings)} if warnings else {},
             client=caller.client,
+            adapter=self.adapter,
         )
 
     def count_tokens(self, messages: str | Sequence[Message], options: GenerationOptions) -> int:

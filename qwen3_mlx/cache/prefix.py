@@ -18,13 +18,19 @@ _SLACK = 16  # tokens at the end of a prompt that a continued conversation may r
 class Prefix:
     """Tokens, and the caches that have seen them, and perhaps tokens after them.
 
-    The first `prompt` tokens were the prompt of a request, the others its reply.
+    The first `prompt` tokens were the prompt of a request, the others its reply. `adapter` is the
+    number of the adapter that computed the caches: requests with another cannot use them.
     """
 
     ids: list[int]
     caches: SequenceCaches
     prompt: int
     saved: bool = False  # on disk, or not worth it
+    adapter: int | None = None
+
+    def common(self, ids: Sequence[int], adapter: int | None) -> int:
+        """Return the number of leading ids that a request can use."""
+        return common_prefix(self.ids, ids) if adapter == self.adapter else 0
 
 
 class PrefixStore:
@@ -46,13 +52,15 @@ class PrefixStore:
         for other in self._kept:
             # A kept prefix that begins with all of these tokens serves every request that this one
             # would serve. It only becomes the most recently used.
-            if common_prefix(other.ids, prefix.ids) == len(prefix.ids):
+            if other.common(prefix.ids, prefix.adapter) == len(prefix.ids):
                 self._kept.remove(other)
                 self._kept.append(other)
                 return
         # The reverse: a kept prefix with which the new one begins is of no more use.
         self._kept = [
-            other for other in self._kept if common_prefix(other.ids, prefix.ids) < len(other.ids)
+            other
+            for other in self._kept
+            if other.common(prefix.ids, prefix.adapter) < len(other.ids)
         ]
         # Appended before the eviction, so that the new one counts. It is evicted last, and only if
         # it exceeds the limit by itself.
@@ -61,9 +69,14 @@ class PrefixStore:
         del self._kept[:-_MAX_PREFIXES]
 
     def acquire(
-        self, ids: Sequence[int], max_tokens: int, *, always_copy: bool = False
+        self,
+        ids: Sequence[int],
+        max_tokens: int,
+        adapter: int | None = None,
+        *,
+        always_copy: bool = False,
     ) -> Prefix | None:
-        """Return the longest kept prefix of the first `max_tokens` ids, or None.
+        """Return the longest kept prefix of the first `max_tokens` ids of an adapter, or None.
 
         A request that continues from the whole prompt of another gets the other's caches, truncated
         to the common tokens. A request that shares less, a system turn for example, gets a copy;
@@ -71,7 +84,7 @@ class PrefixStore:
         """
         best, length = None, _MIN_TOKENS - 1
         for prefix in self._kept:
-            if (found := min(max_tokens, common_prefix(prefix.ids, ids))) > length:
+            if (found := min(max_tokens, prefix.common(ids, adapter))) > length:
                 best, length = prefix, found
         if best is None:
             return None
@@ -82,20 +95,22 @@ class PrefixStore:
         # differences at the end (`_SLACK`) are the same conversation, rendered with its next turn.
         if always_copy or length + _SLACK < min(best.prompt, len(best.ids)):
             self._kept.append(best)  # now the most recently used
-            return Prefix(best.ids[:length], best.caches.copy(length), length)
+            return Prefix(best.ids[:length], best.caches.copy(length), length, adapter=adapter)
         # Moved instead of copied: nothing is allocated, so `room` stays that of the buffers.
         best.caches.truncate(length)
-        return Prefix(best.ids[:length], best.caches, min(best.prompt, length))
+        prompt = min(best.prompt, length)
+        return Prefix(best.ids[:length], best.caches, prompt, adapter=adapter)
 
-    def match_length(self, ids: Sequence[int], max_tokens: int) -> int:
+    def match_length(self, ids: Sequence[int], max_tokens: int, adapter: int | None = None) -> int:
         """Return the number of leading ids, at most `max_tokens`, that `acquire` would return."""
-        longest = max((common_prefix(kept.ids, ids) for kept in self._kept), default=0)
+        longest = max((kept.common(ids, adapter) for kept in self._kept), default=0)
         return min(max_tokens, longest) if longest >= _MIN_TOKENS else 0
 
     def unsaved(self) -> Prefix | None:
-        """Return a prefix that is not on disk yet, or None."""
+        """Return a prefix that is not on disk yet, or None; those of adapters are not saved."""
         # The most recently used first: it is the most likely to be needed again.
-        return next((prefix for prefix in reversed(self._kept) if not prefix.saved), None)
+        unsaved = (one for one in reversed(self._kept) if not one.saved and one.adapter is None)
+        return next(unsaved, None)
 
     def evict(self, tokens: int) -> int:
         """Remove prefixes until `tokens` tokens are freed; return how many were.

@@ -67,10 +67,28 @@ class Adapter:
         """
         if not isinstance(place, str | Path):
             raise TypeError(f"adapter must be a folder or a hub name, not {place!r}")
-        source = Source(str(place))
+        if Path(place).name in ADAPTER_FILES:
+            place = Path(place).parent
+        try:
+            source = Source(str(place))
+        except CheckpointError as error:
+            raise CheckpointError(f"adapter: {error}") from error
         if source.is_missing(ADAPTER_CONFIG):
             raise CheckpointError(f"{place} is no adapter: it has no {ADAPTER_CONFIG}")
         return cls(source.name, source.fetch(ADAPTER_FILES), network)
+
+    def refuse_choosing(self) -> None:
+        """Check that the adapter can be one of several, of which each request chooses.
+
+        Raises:
+            CheckpointError: it changes more than the matrices of layers.
+        """
+        others = [*self._contents.whole, *(self._contents.pairs.keys() & {EMBEDDING, HEAD})]
+        if others:
+            raise CheckpointError(
+                f"adapter {self.name} changes {others[0]}, so that requests cannot choose it; load "
+                "it as the only one, or merge it (qwen3 convert MODEL OUTPUT --adapter ADAPTER)"
+            )
 
     def config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the config.json of the network with this adapter."""

@@ -6,7 +6,7 @@ the finished modules.
 """
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from qwen3_mlx.checkpoint.adapters import EMBEDDING, HEAD, Adapter
 from qwen3_mlx.checkpoint.stored import StoredFormats
 from qwen3_mlx.checkpoint.weights import Tensor, TensorSource, mismatches, refuse_missing_layers
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.model.adapted import adapted
+from qwen3_mlx.model.adapted import Selection, adapted
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.linear import Embedding, Linear
 from qwen3_mlx.model.moe import QuantizedSwitchLinear, SwitchLinear
@@ -63,12 +63,14 @@ def load_model(
     options: LoadOptions,
     progress: Progress,
     adapter: Adapter | None = None,
+    choices: Sequence[Adapter] = (),
 ) -> Qwen3:
     """Create the network that `config` describes and load `weights` into it.
 
     `progress(done, total)` counts modules. The result is evaluated. `config` decides whether the
     head is tied; see `weights.with_stored_head`. An `adapter` is merged into float32 weights, and
-    kept beside others, which would lose it in rounding.
+    kept beside others, which would lose it in rounding. Of `choices` the network's `selection`
+    chooses.
 
     Raises:
         CheckpointError: config and weights do not match, or the weights are quantized already and
@@ -103,6 +105,9 @@ def load_model(
         progress(done, len(paths))
         filled = _fill(path, _take(model, path), weights, options, adapter, dequantize=dequantize)
         mx.eval(filled.parameters())
+        deltas = [choice.delta(path) for choice in choices]
+        if any(deltas):
+            filled = adapted(filled, deltas, model.selection, options.dtype)
         _put(model, path, filled)
     for layer in model.layers:
         layer.fuse()
@@ -243,7 +248,7 @@ def _fill(
     for name, array in module.parameters().items():
         if mx.issubdtype(array.dtype, mx.floating):
             module[name] = array.astype(options.dtype)
-    return adapted(module, delta, options.dtype) if delta else module
+    return adapted(module, [delta], Selection(default=0), options.dtype) if delta else module
 
 
 def _dequantized(module: nn.Module) -> nn.Module:

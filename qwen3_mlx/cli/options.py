@@ -4,7 +4,7 @@ A subcommand takes a group of options as one parameter, a dataclass (see `cli/op
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -205,18 +205,24 @@ class WeightOptions:
 
 
 @dataclass(frozen=True, slots=True)
-class CheckpointOptions(WeightOptions):
-    """Those options of `load` that change what a model predicts, or how exactly."""
+class CacheOptions(WeightOptions):
+    """Those options, and the precision of the KV cache."""
 
     kv_bits: Annotated[
         str | None, option(panel=_MODEL, text="KV cache precision: 8, k8v4 or 4 bits.")
     ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOptions(CacheOptions):
+    """Those options of `load` that change what a model predicts, or how exactly."""
+
     adapter: Adapter = None
 
 
 @dataclass(frozen=True, slots=True)
-class ModelOptions(CheckpointOptions):
-    """The options of `load` for a model that generates."""
+class ServedOptions(CacheOptions):
+    """The options of `load` for a model that generates, adapters apart."""
 
     draft: Annotated[
         str | None,
@@ -231,6 +237,13 @@ class ModelOptions(CheckpointOptions):
         Path | None,
         option(panel=_MODEL, text="Folder that keeps KV caches of long prompts across restarts."),
     ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions(ServedOptions):
+    """The options of `load` for a model that generates."""
+
+    adapter: Adapter = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,10 +431,13 @@ def load_model(
     model: str | Path | None,
     options: WeightOptions,
     *,
+    adapters: str | Mapping[str, str] | None = None,
     what: str = "loading",
     quiet: bool = False,
 ) -> Iterator["qwen3_mlx.LLM"]:
     """Load a model for the block, with a bar for the download and one for loading, unless `quiet`.
+
+    `adapters` are those of a server, as `load` takes them.
 
     While it loads, Ctrl-C ends the process at once; in the block it raises KeyboardInterrupt, so
     that the model is closed.
@@ -429,7 +445,7 @@ def load_model(
     with Bar("downloading", in_bytes=True) as downloading, Bar(what) as loading:
         llm = qwen3_mlx.load(
             model,
-            **asdict(options),
+            **{"adapter": adapters, **asdict(options)},
             progress=None if quiet else loading,
             download_progress=None if quiet else downloading,
         )

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import socket
 import sys
 import webbrowser
@@ -20,7 +21,7 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.local import last_used, local_models
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.option_groups import option, with_options
-from qwen3_mlx.cli.options import NGRAM, ModelOptions, Models, SamplingOptions, load_model
+from qwen3_mlx.cli.options import NGRAM, Models, SamplingOptions, ServedOptions, load_model
 from qwen3_mlx.cli.service_file import install_service
 from qwen3_mlx.cli.tool_use import served_tools
 from qwen3_mlx.errors import Qwen3Error
@@ -37,6 +38,7 @@ from qwen3_mlx.server.settings import (
     own_names,
 )
 
+_ADAPTER_NAME = re.compile(r"[\w.-]+")
 _ALL_INTERFACES = ("", "0.0.0.0", "::")
 _OTHER_NETWORK = ("192.0.2.1", 9)  # reserved for documentation (RFC 5737): no machine has it
 _BACKLOG = 128  # connections
@@ -61,7 +63,16 @@ def serve(  # noqa: PLR0913 - one parameter an option
             text="list: serve all models that qwen3 list finds, loaded on demand.",
         ),
     ] = None,
-    loading: ModelOptions,
+    loading: ServedOptions,
+    adapter: Annotated[
+        list[str] | None,
+        option(
+            panel="Model",
+            metavar="NAME=DIR",
+            text="Also serve the first model with this adapter (LoRA), as MODEL:NAME; may be "
+            "repeated. Without NAME= its replies all use it.",
+        ),
+    ] = None,
     name: Annotated[
         str | None, option(panel="Model", text="Name of the default model shown to clients.")
     ] = None,
@@ -207,8 +218,6 @@ def serve(  # noqa: PLR0913 - one parameter an option
     if not models:
         recent = last_used(found)
         models = [recent.name if recent else None]
-    if loading.adapter and (len(models) > 1 or models_from):
-        raise ValueError("--adapter changes one model, and several are to be served")
     settings = Settings(
         model=name or model_name(models[0]),
         model_keep_alive=read_duration(-1 if keep_alive is None else keep_alive, "--keep-alive"),
@@ -230,6 +239,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
         allow_pull=allow_pull,
         **defaults.keywords(),
     )
+    adapters = _adapters(adapter or ())
     _check_access(settings, has_tools=bool(mcp))
     if install:
         _check_startable(models, loading, mcp or ())
@@ -238,12 +248,13 @@ def serve(  # noqa: PLR0913 - one parameter an option
     listener = _listen(host, port)
 
     def ready(others: Sequence[str]) -> None:
-        _announce(settings, listener, llm.kind, others)
+        _announce(settings, listener, llm.kind, others, sources[0].names[1:])
         if open_page and (sys.platform == "darwin" or "DISPLAY" in os.environ):
             webbrowser.open(_url_of(settings, listener))
 
     serving = import_module("qwen3_mlx.server.run")  # FastAPI, which only this command needs
-    describing, options = import_module("qwen3_mlx.server.model_source"), asdict(loading)
+    describing = import_module("qwen3_mlx.server.model_source")
+    options = {**asdict(loading), "adapter": adapters}
     with ExitStack() as stack:
         stack.enter_context(listener)
         with Bar("downloading", in_bytes=True) as bar:
@@ -251,7 +262,9 @@ def serve(  # noqa: PLR0913 - one parameter an option
                 models, options, settings.model, None if quiet else bar
             )
         with describing.room_for(sources[1:], beside=sources[0]):
-            llm = stack.enter_context(load_model(models[0], loading, quiet=quiet))
+            llm = stack.enter_context(
+                load_model(models[0], loading, adapters=adapters, quiet=quiet)
+            )
         _log_to_stderr(quiet=quiet)
         tools = stack.enter_context(served_tools(mcp or (), llm, yes=True, quiet=quiet))
         if models_from:
@@ -261,6 +274,22 @@ def serve(  # noqa: PLR0913 - one parameter an option
         others = [source.name for source in sources[1:]]
         with registered(*_address_of(settings, listener), settings.model):
             serving.serve(llm, settings, listener, partial(ready, others), sources, tools)
+
+
+def _adapters(stated: Sequence[str]) -> str | dict[str, str] | None:
+    """Return the adapters as `load` takes them: one for all replies, or several by name.
+
+    Raises:
+        ValueError: one of several has no name, or that of another, or one that is no name.
+    """
+    if len(stated) == 1 and "=" not in stated[0]:
+        return stated[0]
+    adapters: dict[str, str] = {}
+    for name, _, folder in (pair.partition("=") for pair in stated):
+        if not folder or not _ADAPTER_NAME.fullmatch(name) or name in adapters:
+            raise ValueError(f"--adapter takes NAME=DIR, with another name for each, not {name}")
+        adapters[name] = folder
+    return adapters or None
 
 
 def _check_access(settings: Settings, *, has_tools: bool) -> None:
@@ -282,7 +311,7 @@ def _check_access(settings: Settings, *, has_tools: bool) -> None:
 
 
 def _check_startable(
-    models: Sequence[str | None], loading: ModelOptions, mcp: Sequence[Path]
+    models: Sequence[str | None], loading: ServedOptions, mcp: Sequence[Path]
 ) -> None:
     """Check that a later start finds the models and MCP servers; no weights are fetched.
 
@@ -298,11 +327,17 @@ def _check_startable(
 
 
 def _announce(
-    settings: Settings, listener: socket.socket, kind: str, others: Sequence[str]
+    settings: Settings,
+    listener: socket.socket,
+    kind: str,
+    others: Sequence[str],
+    adapted: Sequence[str],
 ) -> None:
     """Write the addresses at which clients reach the server, and who has access."""
     url = _url_of(settings, listener)
     note(f"{settings.model} is served at {url} ({_USES[kind]}); Ctrl-C stops the server")
+    if adapted:
+        note(f"with adapters: {', '.join(adapted)}")
     if others:
         note(f"loaded when a request names them: {', '.join(others)}")
     note(f"for clients: OpenAI {url}/v1 · Anthropic {url} · Ollama {url}")

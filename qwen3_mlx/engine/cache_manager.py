@@ -86,21 +86,23 @@ class CacheManager:
             if scores:
                 limit = min(limit, sequence.num_scored)
             # What is scored after a context is no turn that goes on: others share that context.
-            sequence.start(*self._allocate(sequence.ids, limit, always_copy=scores))
+            adapter = sequence.request.adapter
+            sequence.start(*self._allocate(sequence.ids, limit, adapter, always_copy=scores))
         except Exception as error:  # noqa: BLE001 - ends this request only
             sequence.end(engine_error(error))
 
     def _allocate(
-        self, ids: Sequence[int], limit: int, *, always_copy: bool
+        self, ids: Sequence[int], limit: int, adapter: int | None, *, always_copy: bool
     ) -> tuple[SequenceCaches, int]:
         """Return caches that hold up to `limit` of the `ids`, and how many they hold."""
-        disk, prefixes = self._disk, self._prefixes
+        prefixes = self._prefixes
+        disk = self._disk if adapter is None else None
         try:
-            if disk and disk.match_length(ids, limit) > prefixes.match_length(ids, limit):
+            if disk and disk.match_length(ids, limit) > prefixes.match_length(ids, limit, adapter):
                 caches = self._make_caches()
                 if length := disk.read(ids, limit, caches.layers):
                     return caches, length
-            if kept := prefixes.acquire(ids, limit, always_copy=always_copy):
+            if kept := prefixes.acquire(ids, limit, adapter, always_copy=always_copy):
                 # Moved, not copied, where a request goes on from another's whole prompt.
                 return kept.caches, len(kept.ids)
         except Exception as error:  # noqa: BLE001 - the prompt can be read again
@@ -136,8 +138,10 @@ class CacheManager:
         self.split_batch()
         if tokens:
             with best_effort("keeping a prompt"):
-                prompt = len(sequence.request.ids)
-                self._prefixes.insert(Prefix(sequence.ids[:tokens], sequence.caches, prompt))
+                request, ids = sequence.request, sequence.ids[:tokens]
+                self._prefixes.insert(
+                    Prefix(ids, sequence.caches, len(request.ids), adapter=request.adapter)
+                )
 
     # --- the caches of a batch ------------------------------------------------------------------
 

@@ -249,7 +249,7 @@ class EngineCore:
 
     # --- memory ---------------------------------------------------------------------------------
 
-    def logits(self, ids: Sequence[int]) -> Logits:
+    def logits(self, ids: Sequence[int], adapter: int | None = None) -> Logits:
         """Create the job that computes the logits of all ids, and set its memory aside.
 
         Raises:
@@ -262,10 +262,14 @@ class EngineCore:
                 "ask for the logits of fewer"
             )
         total, chunk = plan_logits(self.model.config, self.budget.work, len(ids), self._free())
-        return self._set_aside(Logits(self.model, ids, total, chunk))
+        return self._set_aside(Logits(self.model, ids, total, chunk, adapter))
 
     def last_states(
-        self, shared: Sequence[int], texts: Sequence[Sequence[int]], finish: Finish
+        self,
+        shared: Sequence[int],
+        texts: Sequence[Sequence[int]],
+        finish: Finish,
+        adapter: int | None = None,
     ) -> LastStates:
         """Create the job that computes results of texts, and set its memory aside.
 
@@ -276,7 +280,7 @@ class EngineCore:
         """
         config, work, lengths = self.model.config, self.budget.work, [len(text) for text in texts]
         total, chunk = plan_last_states(config, work, len(shared), lengths, self._free())
-        return self._set_aside(LastStates(self.model, shared, texts, finish, total, chunk))
+        return self._set_aside(LastStates(self.model, shared, texts, finish, total, chunk, adapter))
 
     def advance_job(self, job: Logits | LastStates) -> bool:
         """Compute one more chunk, a short one while requests run; return whether more is left."""

@@ -91,8 +91,8 @@ class Engine:
         self._inbox.put(request)
         self._post()
 
-    def prefetch(self, ids: Sequence[int]) -> None:
-        """Prefill `ids` in idle time, for requests that begin with them.
+    def prefetch(self, ids: Sequence[int], adapter: int | None = None) -> None:
+        """Prefill `ids` in idle time, for requests that begin with them and use this adapter.
 
         Under steady load that time may never come, so only the latest few wait for it.
 
@@ -108,6 +108,7 @@ class Engine:
             sink=TokenCollector(),
             on_finish=lambda outcome: None,
             priority=IDLE,
+            adapter=adapter,
         )
         self.submit(request)
         self._prefetches.append(request)
@@ -120,6 +121,7 @@ class Engine:
         start: int,
         on_finish: Callable[[Scores | BaseException], None],
         cancelled: Event,
+        adapter: int | None = None,
     ) -> None:
         """Score the ids from `start` on, each with the likeliest token in its place.
 
@@ -152,6 +154,7 @@ class Engine:
                 on_prompt_logprobs=logprobs.extend,
                 top_logprobs=1,
                 cancelled=cancelled,
+                adapter=adapter,
             )
         )
 
@@ -225,24 +228,28 @@ class Engine:
         """Clear the prefix cache."""
         self._core.forget()
 
-    def logits(self, ids: Sequence[int]) -> Logits:
+    def logits(self, ids: Sequence[int], adapter: int | None = None) -> Logits:
         """Create the job that computes the logits of all ids; `advance_job` advances it.
 
         Raises:
             ContextError: there are more ids than the context window has.
             Qwen3Error: the logits take more memory than is free.
         """
-        return self._core.logits(ids)
+        return self._core.logits(ids, adapter)
 
     def last_states(
-        self, shared: Sequence[int], texts: Sequence[Sequence[int]], finish: Finish
+        self,
+        shared: Sequence[int],
+        texts: Sequence[Sequence[int]],
+        finish: Finish,
+        adapter: int | None = None,
     ) -> LastStates:
         """Create the job that computes results of texts; `advance_job` advances it.
 
         Raises:
             Qwen3Error: they take more memory than is free.
         """
-        return self._core.last_states(shared, texts, finish)
+        return self._core.last_states(shared, texts, finish, adapter)
 
     def advance_job(self, job: Logits | LastStates) -> bool:
         """Compute one more chunk; return whether more is left."""

@@ -22,6 +22,7 @@ class BatchSlice:
     layers: Sequence[KVCache]
     length: int
     num_wanted: int  # the last of them whose logits or hidden states are needed
+    adapter: int | None = None  # the number of the adapter to use
 
 
 def prefill_chunks(tokens: int, most: int) -> list[int]:
@@ -47,17 +48,19 @@ def forward(
     are returned.
     """
     run = model if head else model.hidden
-    if batched:
-        outputs = run(ids[None], batched)
-    elif len(parts) == 1:
-        length, num_wanted = parts[0].length, max(1, parts[0].num_wanted)
-        outputs = run(ids[None], parts[0].layers, wanted=range(length - num_wanted, length))
-    else:
-        lengths, wanted = [part.length for part in parts], [part.num_wanted for part in parts]
-        if not any(wanted):  # the network needs at least one row, as above
-            wanted[-1] = 1
-        layers, rows = ragged_layers([part.layers for part in parts], lengths, wanted)
-        outputs = run(ids[None], layers, rows)
+    lengths, wanted = [part.length for part in parts], [part.num_wanted for part in parts]
+    if not any(wanted):  # the network needs at least one row
+        wanted[-1] = 1
+    adapters = [part.adapter for part in parts]
+    with model.selection.choosing(adapters, lengths, wanted):
+        if batched:
+            outputs = run(ids[None], batched)
+        elif len(parts) == 1:
+            rows: Sequence[int] | None = range(lengths[0] - wanted[0], lengths[0])
+            outputs = run(ids[None], parts[0].layers, wanted=rows)
+        else:
+            layers, rows = ragged_layers([part.layers for part in parts], lengths, wanted)
+            outputs = run(ids[None], layers, rows)
     # Rows that are not wanted stay unevaluated, so they are never computed.
     return outputs[0] if any(part.num_wanted for part in parts) else None
 

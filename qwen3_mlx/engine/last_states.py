@@ -69,6 +69,7 @@ class LastStates:
         finish: Finish,
         nbytes: int,
         chunk: int,
+        adapter: int | None = None,
     ) -> None:
         """Create the job, with nothing computed, on the thread that owns `model`.
 
@@ -78,6 +79,7 @@ class LastStates:
         self.nbytes = nbytes
         self.chunk = chunk
         self.num_done = 0
+        self._adapter = adapter
         self._model = model
         self._finish = finish
         self._texts = texts
@@ -107,7 +109,8 @@ class LastStates:
 
     def _read(self, ids: Sequence[int], layers: Sequence[KVCache]) -> None:
         """Read tokens that are not a text's last ones."""
-        self._model.hidden(mx.array([ids], dtype=mx.int32), layers, [len(ids) - 1])
+        with self._model.selection.choosing([self._adapter]):
+            self._model.hidden(mx.array([ids], dtype=mx.int32), layers, [len(ids) - 1])
         mx.eval([layer.state for layer in layers])
         self._count(len(ids))
 
@@ -122,7 +125,7 @@ class LastStates:
                 break
             self._waiting.popleft()
             ids += end
-            parts.append(BatchSlice(own, len(end), 1))
+            parts.append(BatchSlice(own, len(end), 1, self._adapter))
             own, self._long, self._num_read = before, [], 0
         hidden = forward(self._model, mx.array(ids, dtype=mx.int32), parts, head=False)
         assert hidden is not None  # a row of each text is wanted

@@ -54,11 +54,14 @@ class Logits:
     `nbytes` is the memory that they and their computation take, with `chunk` ids at a time.
     """
 
-    def __init__(self, model: Qwen3, ids: Sequence[int], nbytes: int, chunk: int) -> None:
+    def __init__(
+        self, model: Qwen3, ids: Sequence[int], nbytes: int, chunk: int, adapter: int | None = None
+    ) -> None:
         """Create the job, with nothing computed, on the thread that owns `model`.
 
         `plan_logits` returns `nbytes` and `chunk`.
         """
+        self._adapter = adapter
         self.nbytes = nbytes
         self.chunk = chunk
         self._model = model
@@ -70,7 +73,8 @@ class Logits:
     def advance(self, chunk: int) -> bool:
         """Compute the logits of the next `chunk` ids; return whether ids are left."""
         ids = self._ids[self._num_computed : self._num_computed + chunk]
-        hidden = self._model.model(mx.array([ids], dtype=mx.int32), self._cache, None)[0]  # [L, D]
+        with self._model.selection.choosing([self._adapter]):
+            hidden = self._model.hidden(mx.array([ids], dtype=mx.int32), self._cache)[0]  # [L, D]
         mx.eval(hidden, [layer.state for layer in self._cache])
         rows = max(1, _BLOCK // self._model.config.vocab_size)
         for start in range(0, len(ids), rows):

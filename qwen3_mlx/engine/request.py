@@ -75,6 +75,7 @@ class Request:
     the prompt tokens processed. With max_tokens=0 the prompt is only read, and kept for requests
     that begin with it. `recheck_logits()` returns whether the reply looks like that of a broken
     network, so that its logits are checked again. Waiting requests take turns by `client`.
+    `adapter` is the number of the adapter to use, None for none.
     """
 
     ids: Sequence[int]
@@ -95,3 +96,4 @@ class Request:
     following: int | None = None
     recheck_logits: Callable[[], bool] | None = None
     client: str = ""
+    adapter: int | None = None

@@ -191,7 +191,12 @@ class StepBuilder:
     def _compute(self, built: InFlightStep, ids: mx.array) -> None:
         """Build the forward pass of a step over `ids` [T], unevaluated."""
         slices = [
-            BatchSlice(part.sequence.caches.layers, part.num_tokens, part.num_wanted)
+            BatchSlice(
+                part.sequence.caches.layers,
+                part.num_tokens,
+                part.num_wanted,
+                part.sequence.request.adapter,
+            )
             for part in built.parts
         ]
         batched = self._batched_layers(slices)

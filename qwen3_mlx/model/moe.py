@@ -4,6 +4,7 @@ T tokens, k experts for each of them, X experts in all, D hidden, I expert width
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import mlx.core as mx
@@ -24,6 +25,23 @@ def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     return activated * up
 
 
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """The expert of each row of a layer's input.
+
+    Attributes:
+        experts: for each row, or k for each token, the number of the expert.
+        ordered: whether the rows are sorted by expert.
+        tokens: for each row, or once for the k of a token, the number of the token.
+        count: the number of tokens.
+    """
+
+    experts: mx.array
+    ordered: bool
+    tokens: mx.array
+    count: int
+
+
 class SwitchLinear(nn.Module):
     """One linear layer for each expert, stacked: weight [X, out, in]."""
 
@@ -32,10 +50,10 @@ class SwitchLinear(nn.Module):
         bound = math.sqrt(1 / inputs)
         self.weight = mx.random.uniform(-bound, bound, (experts, outputs, inputs))
 
-    def __call__(self, x: mx.array, indices: mx.array, *, ordered: bool) -> mx.array:
-        """Apply expert `indices[...]` to each row of x [..., 1, in]; return [..., 1, out]."""
+    def __call__(self, x: mx.array, routing: Routing) -> mx.array:
+        """Apply its expert to each row of x [..., 1, in]; return [..., 1, out]."""
         weight = self["weight"].swapaxes(-1, -2)
-        return mx.gather_mm(x, weight, rhs_indices=indices, sorted_indices=ordered)
+        return mx.gather_mm(x, weight, rhs_indices=routing.experts, sorted_indices=routing.ordered)
 
     def to_quantized(
         self, group_size: int | None = None, bits: int | None = None, mode: str = AFFINE
@@ -57,19 +75,19 @@ class QuantizedSwitchLinear(nn.Module):
         self.group_size, self.bits, self.mode = group_size, bits, mode
         self.freeze()
 
-    def __call__(self, x: mx.array, indices: mx.array, *, ordered: bool) -> mx.array:
-        """Apply expert `indices[...]` to each row of x; see `SwitchLinear`."""
+    def __call__(self, x: mx.array, routing: Routing) -> mx.array:
+        """Apply its expert to each row of x; see `SwitchLinear`."""
         return mx.gather_qmm(
             x,
             self["weight"],
             self["scales"],
             self.get("biases"),
-            rhs_indices=indices,
+            rhs_indices=routing.experts,
             transpose=True,
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
-            sorted_indices=ordered,
+            sorted_indices=routing.ordered,
         )
 
 
@@ -85,18 +103,19 @@ class SwitchMLP(nn.Module):
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Apply to each row of x [T, D] its experts, indices [T, k]; return [T, k, D]."""
+        count = x.shape[0]
         if indices.size < _MIN_ROWS_TO_SORT:
-            return self._apply(x[:, None, None], indices, ordered=False).squeeze(-2)
+            routing = Routing(indices, False, mx.arange(count)[:, None], count)
+            return self._apply(x[:, None, None], routing).squeeze(-2)
         chosen = indices.flatten()
         order = mx.argsort(chosen)
-        rows = x[order // indices.shape[1]][:, None]
-        out = self._apply(rows, chosen[order], ordered=True)
+        tokens = order // indices.shape[1]
+        out = self._apply(x[tokens][:, None], Routing(chosen[order], True, tokens, count))
         return out[mx.argsort(order)].reshape(*indices.shape, -1)
 
-    def _apply(self, x: mx.array, indices: mx.array, *, ordered: bool) -> mx.array:
-        gate = self.gate_proj(x, indices, ordered=ordered)
-        up = self.up_proj(x, indices, ordered=ordered)
-        return self.down_proj(swiglu(gate, up), indices, ordered=ordered)
+    def _apply(self, x: mx.array, routing: Routing) -> mx.array:
+        gate, up = self.gate_proj(x, routing), self.up_proj(x, routing)
+        return self.down_proj(swiglu(gate, up), routing)
 
 
 class MoE(nn.Module):

@@ -19,7 +19,7 @@ from qwen3_mlx.cache.attention import LayerCache, NoCache, RopeFn
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat, new_cache
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.model.adapted import weight_rows
+from qwen3_mlx.model.adapted import Selection, weight_rows
 from qwen3_mlx.model.config import LOGITS, SCORE, ModelConfig
 from qwen3_mlx.model.fused import RowFused, can_fuse
 from qwen3_mlx.model.linear import Embedding, Linear
@@ -165,11 +165,16 @@ class Score(nn.Module):
 
 
 class Qwen3(nn.Module):
-    """The whole network. `source` names the checkpoint in messages."""
+    """The whole network. `source` names the checkpoint in messages.
+
+    `adapters` are the names of the adapters of which `selection` chooses.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.adapters: tuple[str, ...] = ()
+        self.selection = Selection()
         self.source = "this checkpoint"
         self.model = Decoder(config)
         if config.has_lm_head:

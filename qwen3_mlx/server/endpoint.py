@@ -191,7 +191,7 @@ async def answer_request(
     """
     async with admitted(service, request, body) as (slot, parsed, size):
         model = service.models.find(parsed.model, strict=endpoint.strict)
-        slot.record["model"] = model.name
+        slot.record["model"] = model.source.shown_name(parsed.model)
         with client_errors(endpoint.rename_fields):
             keep_alive = parsed.model_seconds
         if response := endpoint.answer_unloaded(service, model, parsed):
@@ -200,7 +200,9 @@ async def answer_request(
         slot.resources.callback(lease.release)
 
         async def create() -> Endpoint[Body]:
-            created = partial(_create, endpoint, ModelService(service, model), parsed, more)
+            created = partial(
+                _create, endpoint, ModelService(service, model, parsed.model), parsed, more
+            )
             return await service.run_sized(size, created)
 
         patience = service.settings.keep_alive if parsed.streamed else None

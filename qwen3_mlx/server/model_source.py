@@ -42,6 +42,7 @@ class ModelSource:
         planned: bytes that it takes in memory, with a short context.
         expected: whether other models leave room for it before it is loaded.
         load: loads it, with a callback for the modules loaded; None if it always stays loaded.
+        adapters: the names of its adapters; one is used by the name model:adapter.
     """
 
     name: str
@@ -52,15 +53,43 @@ class ModelSource:
     planned: int = 0
     expected: bool = False
     load: Callable[[Progress], LLM] | None = None
+    adapters: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, llm: LLM, name: str) -> "ModelSource":
         """Create the source of a model that its caller has loaded, and closes."""
-        return cls(name=name, config=llm.config, kind=llm.kind, nbytes=llm.model.nbytes)
+        return cls(
+            name=name,
+            config=llm.config,
+            kind=llm.kind,
+            nbytes=llm.model.nbytes,
+            adapters=llm.adapters,
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """The names that clients see: the model alone, and with each adapter."""
+        return [self.name, *(f"{self.name}:{adapter}" for adapter in self.adapters)]
 
     def answers_to(self, name: str) -> bool:
-        """Return whether this is one of its names, in any case and perhaps with Ollama's tag."""
-        known = {own.casefold() for own in (self.name, *self.aliases)}
+        """Return whether this is one of its names, in any case and perhaps with Ollama's tag.
+
+        An adapter may follow after a colon.
+        """
+        return self._matches(name, "") or self.adapter_of(name) is not None
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """Return the adapter that is a part of a name; None if there is none."""
+        of = (adapter for adapter in self.adapters if name and self._matches(name, f":{adapter}"))
+        return next(of, None)
+
+    def shown_name(self, name: str | None) -> str:
+        """Return the name that clients see for one of its names."""
+        adapter = self.adapter_of(name)
+        return self.name if adapter is None else f"{self.name}:{adapter}"
+
+    def _matches(self, name: str, ending: str) -> bool:
+        known = {f"{own}{ending}".casefold() for own in (self.name, *self.aliases)}
         return not known.isdisjoint((name.casefold(), name.casefold().removesuffix(_LATEST)))
 
 
@@ -77,8 +106,8 @@ def stated_sources(
 ) -> list[ModelSource]:
     """Return the sources of models as `load` takes them; what is missing of them is downloaded.
 
-    All are loaded with the same `options`. `name` is that of the first. A model whose name another
-    one has takes its full path.
+    All are loaded with the same `options`, adapters apart, which are those of the first. `name` is
+    that of the first. A model whose name another one has takes its full path.
 
     Raises:
         CheckpointError: one cannot be found or read.
@@ -96,6 +125,7 @@ def stated_sources(
         own = model_name(model) if found else name
         source = _source(_free_name(own, stated, found), aliases, model, checkpoints, options)
         found.append(replace(source, expected=True))
+        options = {**options, "adapter": None}
     return found
 
 
@@ -106,7 +136,7 @@ def local_sources(
 
     Models that are incomplete or cannot be loaded are left out, with a line of the log.
     """
-    known = list(others)
+    known, options = list(others), {**options, "adapter": None}
     for model in models:
         if any(model.name in source.aliases for source in known):
             continue
@@ -192,6 +222,7 @@ def _source(
         nbytes=sum(file.stat().st_size for file in files if file.is_file()),
         planned=checkpoints.plan(),
         load=partial(_load, model, options),
+        adapters=tuple(checkpoints.target.choices),
     )
 
 

@@ -170,7 +170,7 @@ class ModelPool:
         return model.keep_alive if model.leases else model.expires - time.monotonic()
 
     def find(self, name: str | None, *, strict: bool = False) -> ServedModel:
-        """Return the model of a name; a sole model answers to any name, unless `strict`.
+        """Return the model of a name; a sole one without adapters answers to any, unless `strict`.
 
         Raises:
             ApiError: there is no such model (404).
@@ -178,14 +178,14 @@ class ModelPool:
         named = [model for model in self.models if name and model.source.answers_to(name)]
         if named:
             return next((model for model in named if model.name == name), named[0])
-        if is_default(name) or (len(self.models) == 1 and not strict):
+        names = [name for model in self.models for name in model.source.names]
+        if is_default(name) or (len(names) == 1 and not strict):
             return self.default
-        names = ", ".join(model.name for model in self.models[:_MAX_NAMED])
-        more = f" and {len(self.models) - _MAX_NAMED} more" * (len(self.models) > _MAX_NAMED)
-        verb = "is" if len(self.models) == 1 else "are"
+        more = f" and {len(names) - _MAX_NAMED} more" * (len(names) > _MAX_NAMED)
+        verb = "is" if len(names) == 1 else "are"
         raise ApiError(
             404,
-            f"model {name!r:.200} not found; there {verb} {names}{more}",
+            f"model {name!r:.200} not found; there {verb} {', '.join(names[:_MAX_NAMED])}{more}",
             code="model_not_found",
         )
 

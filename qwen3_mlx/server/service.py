@@ -82,12 +82,16 @@ class Service:
 
 
 class ModelService:
-    """The service as an endpoint has it: with the model that its request has leased."""
+    """The service as an endpoint has it: with the model that its request has leased.
 
-    def __init__(self, service: Service, model: ServedModel) -> None:
+    `name` is what the request calls the model; it may choose an adapter.
+    """
+
+    def __init__(self, service: Service, model: ServedModel, name: str | None) -> None:
         assert model.llm and model.bridge
-        self.llm = model.llm
-        self.name = model.name
+        adapter = model.source.adapter_of(name)
+        self.llm = model.llm.with_adapter(adapter) if adapter else model.llm
+        self.name = model.source.shown_name(name)
         self.context = model.context
         self.settings = service.settings
         self.preparing = service.preparing

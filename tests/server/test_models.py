@@ -35,6 +35,7 @@ from tests.support import write_tiny
 NAMES = ["a", "b", "c"]
 OPTIONS: dict[str, Any] = {
     **dict.fromkeys(("revision", "draft", "bits", "dtype", "dequantize", "kv_bits", "context")),
+    "adapter": None,
 }
 SHORT = {**OPTIONS, "context": 256}
 HI = [{"role": "user", "content": "Hi"}]

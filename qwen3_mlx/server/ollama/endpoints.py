@@ -89,7 +89,8 @@ class _OllamaEndpoint(ReplyEndpoint[OllamaBody]):
         cls, service: Service, model: ServedModel, body: OllamaBody
     ) -> Response | None:
         """Return the response to a request to unload the model; None if it asks for a reply."""
-        return unloaded(service.models, model, body, cls._end(model.name, "unload", {}))
+        name = model.source.shown_name(body.model)
+        return unloaded(service.models, model, body, cls._end(name, "unload", {}))
 
     @staticmethod
     @abstractmethod

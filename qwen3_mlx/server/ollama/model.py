@@ -28,7 +28,7 @@ _CAPABILITIES = {  # in Ollama's words, and our own for reranking
 
 def model_entries(pool: ModelPool) -> list[dict[str, Any]]:
     """Return the entries of all models, and that of the default one under this name as well."""
-    entries = [model_entry(model, model.name) for model in pool.models]
+    entries = [model_entry(model, name) for model in pool.models for name in model.source.names]
     known = any(model.source.answers_to(DEFAULT) for model in pool.models)
     return entries if known else [*entries, model_entry(pool.default, DEFAULT)]
 
@@ -72,13 +72,16 @@ def _loaded_model(model: ServedModel, llm: LLM, seconds: float) -> dict[str, Any
     }
 
 
-def model_details(model: ServedModel) -> dict[str, Any]:
-    """Return the entry of a model, with its capabilities; thinking is known once it is loaded."""
+def model_details(model: ServedModel, name: str) -> dict[str, Any]:
+    """Return the entry of a model under a name, with its capabilities.
+
+    Whether it thinks is known once it is loaded.
+    """
     thinking = ["thinking"] if model.thinking and model.thinking.can_think else []
     config = model.source.config
     family = config.model_type
     return {
-        **model_entry(model, model.name),
+        **model_entry(model, name),
         "capabilities": [*_CAPABILITIES[model.kind], *thinking],
         "model_info": {
             "general.architecture": family,

@@ -74,9 +74,10 @@ def routes(service: Service) -> APIRouter:
         sent = await request.body()
         parse = partial(parse_body, sent, OllamaShowRequest, service.models.context)
         body = await service.run_sized(len(sent), parse)
-        model = service.models.find(body.model or body.name, strict=True)
+        name = body.model or body.name
+        model = service.models.find(name, strict=True)
         headers = warnings_header(check_unknown(body, {}, frozenset()))
-        return Json(model_details(model), headers=headers)
+        return Json(model_details(model, model.source.shown_name(name)), headers=headers)
 
     @router.post("/pull", **route_schema(OllamaPullRequest, OllamaPullOut, LINES))
     async def pull(request: Request) -> Response:

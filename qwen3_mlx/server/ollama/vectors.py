@@ -52,7 +52,8 @@ class _Vectors(TextsEndpoint[VectorBody]):
         cls, service: Service, model: ServedModel, body: VectorBody
     ) -> Response | None:
         """Return the response to a request to unload the model; None if it asks for more."""
-        return unloaded(service.models, model, body, cls.nothing(model.name))
+        name = model.source.shown_name(body.model)
+        return unloaded(service.models, model, body, cls.nothing(name))
 
     @staticmethod
     @abstractmethod

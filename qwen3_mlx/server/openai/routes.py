@@ -47,25 +47,30 @@ def routes(service: Service) -> APIRouter:
     @router.get("/models", response_model=ModelsOut)
     async def models() -> dict[str, Any]:
         """List the served models, loaded or not."""
-        found = [_described(model) for model in service.models.models]
+        found = [
+            _described(model, name)
+            for model in service.models.models
+            for name in model.source.names
+        ]
         ends = {"first_id": found[0]["id"], "last_id": found[-1]["id"], "has_more": False}
         return {"object": "list", "data": found, **ends}
 
     @router.get("/models/{name:path}", response_model=ModelOut)
     async def model(name: str) -> dict[str, Any]:
         """Return a served model by its name; the first one is also called `default`."""
-        return _described(service.models.find(name, strict=True))
+        found = service.models.find(name, strict=True)
+        return _described(found, found.source.shown_name(name))
 
     return router
 
 
-def _described(model: ServedModel) -> dict[str, Any]:
+def _described(model: ServedModel, name: str) -> dict[str, Any]:
     """Return a served model, with the fields of OpenAI's, Anthropic's and LM Studio's API."""
     return {
-        "id": model.name,
+        "id": name,
         "object": "model",
         "type": "model",
-        "display_name": model.name,
+        "display_name": name,
         "created": model.created,
         "created_at": datetime.fromtimestamp(model.created, UTC).isoformat(),
         "owned_by": "qwen3-mlx",
