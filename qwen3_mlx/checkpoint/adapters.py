@@ -73,8 +73,7 @@ class Adapter:
             source = Source(str(place))
         except CheckpointError as error:
             raise CheckpointError(f"adapter: {error}") from error
-        if source.is_missing(ADAPTER_CONFIG):
-            raise CheckpointError(f"{place} is no adapter: it has no {ADAPTER_CONFIG}")
+        refuse_other(source)
         return cls(source.name, source.fetch(ADAPTER_FILES), network)
 
     def refuse_choosing(self) -> None:
@@ -147,6 +146,16 @@ class Adapter:
         delta = self.delta(path)
         assert delta
         return delta.merged_rows(part.read(start, stop), first + start)
+
+
+def refuse_other(source: Source) -> None:
+    """Check that a folder or a name of the hub is that of an adapter.
+
+    Raises:
+        CheckpointError: it is of something else.
+    """
+    if source.is_missing(ADAPTER_CONFIG):
+        raise CheckpointError(f"{source.name} is no adapter: it has no {ADAPTER_CONFIG}")
 
 
 def _made_for(folder: Path) -> str:

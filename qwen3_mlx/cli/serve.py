@@ -7,7 +7,7 @@ import re
 import socket
 import sys
 import webbrowser
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict
 from functools import partial
@@ -16,6 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
+from qwen3_mlx.checkpoint.adapters import refuse_other
 from qwen3_mlx.checkpoint.description import read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.local import last_used, local_models
@@ -242,7 +243,7 @@ def serve(  # noqa: PLR0913 - one parameter an option
     adapters = _adapters(adapter or ())
     _check_access(settings, has_tools=bool(mcp))
     if install:
-        _check_startable(models, loading, mcp or ())
+        _check_startable(models, loading, adapters, mcp or ())
         install_service(sys.argv[1:])
         return
     listener = _listen(host, port)
@@ -311,9 +312,12 @@ def _check_access(settings: Settings, *, has_tools: bool) -> None:
 
 
 def _check_startable(
-    models: Sequence[str | None], loading: ServedOptions, mcp: Sequence[Path]
+    models: Sequence[str | None],
+    loading: ServedOptions,
+    adapters: str | Mapping[str, str] | None,
+    mcp: Sequence[Path],
 ) -> None:
-    """Check that a later start finds the models and MCP servers; no weights are fetched.
+    """Check that a later start finds the models, adapters and MCP servers; no weights are fetched.
 
     Raises:
         Qwen3Error, ValueError: it would not.
@@ -322,6 +326,8 @@ def _check_startable(
         read_config(Source(hub_name(model), loading.revision))
     if loading.draft not in (None, NGRAM):
         read_config(Source(hub_name(loading.draft)))
+    for adapter in adapters.values() if isinstance(adapters, Mapping) else filter(None, [adapters]):
+        refuse_other(Source(adapter))
     for file in mcp:
         import_module("qwen3_mlx.mcp.config").read_servers(file)
 
