@@ -160,9 +160,8 @@ def divergence_command(
     if plot:
         check_picture(plot)
         if _changes_weights(loading):
-            raise ValueError(
-                "--plot shows the stored weights, which --bits and --adapter change: convert them"
-            )
+            what = "--adapter" if loading.bits is None else "--bits"
+            raise ValueError(f"--plot shows the stored weights, which {what} changes: convert them")
     found, modules = compare(
         reference, candidate, reading, candidate_options=loading, modules_needed=plot is not None
     )
