@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         ToolCallDelta,
         Usage,
     )
+    from qwen3_mlx.tuning.tune import Tuning, tune
 
 _MODULES = {
     "LLM": "api.llm",
@@ -58,9 +59,11 @@ _MODULES = {
     "TokenLogprob": "text.events",
     "ToolCall": "text.events",
     "ToolCallDelta": "text.events",
+    "Tuning": "tuning.tune",
     "Usage": "text.events",
     "convert": "api.convert",
     "load": "api.load",
+    "tune": "tuning.tune",
 }
 
 __all__ = [
@@ -83,11 +86,13 @@ __all__ = [
     "TokenLogprob",
     "ToolCall",
     "ToolCallDelta",
+    "Tuning",
     "Usage",
     "__version__",
     "convert",
     "load",
     "mcp",
+    "tune",
 ]
 
 

@@ -31,12 +31,13 @@ _RANKS = {
     "text": 4,
     "api": 5,
     "mcp": 5,
-    "qwen3_mlx": 6,
-    "bench": 7,
-    "evaluate": 7,
-    "server": 7,
-    "cli": 8,
-    "__main__": 9,
+    "evaluate": 6,
+    "tuning": 7,
+    "qwen3_mlx": 8,
+    "bench": 9,
+    "server": 9,
+    "cli": 10,
+    "__main__": 11,
 }
 
 

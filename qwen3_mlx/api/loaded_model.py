@@ -109,6 +109,11 @@ class LoadedModel:
         """The network; its arrays belong to the worker thread, see `compute`."""
         return self._open().engine.model
 
+    @property
+    def processor(self) -> TextProcessor:
+        """The text side of the checkpoint: tokenizer, chat template, end tokens."""
+        return self._open().processor
+
     def prepare(
         self,
         messages: str | Sequence[Message],

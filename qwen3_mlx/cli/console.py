@@ -120,12 +120,13 @@ class Bar:
         self._what = what
         self._bar: Progress | None = None
 
-    def __call__(self, done: int, total: int) -> None:
-        """Update the bar; remove it when `done` reaches `total`."""
+    def __call__(self, done: int, total: int, what: str | None = None) -> None:
+        """Update the bar, and perhaps its text; remove it when `done` reaches `total`."""
+        self._what = what or self._what
         if done >= total:
             self.close()
         elif self._bar:
-            self._bar.update(self._bar.task_ids[0], completed=done)
+            self._bar.update(self._bar.task_ids[0], completed=done, description=self._what)
         elif sys.stderr.isatty() and time.monotonic() - self._started > _BAR_DELAY_SECONDS:
             amount = (
                 [DownloadColumn(), TransferSpeedColumn()]

@@ -34,6 +34,7 @@ from qwen3_mlx.cli.recording import ContinuingCommand
 from qwen3_mlx.cli.serve import serve
 from qwen3_mlx.cli.show import show
 from qwen3_mlx.cli.show_config import config
+from qwen3_mlx.cli.tune import tune
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.version import __version__
 
@@ -116,6 +117,7 @@ app.command("ps")(ps)
 app.command("embed")(embed)
 app.command("rerank")(rerank)
 app.command("bench")(bench)
+app.command("tune")(tune)
 app.command("doctor")(doctor)
 app.add_typer(evaluate, name="eval")
 app.add_typer(logs, name="logs")

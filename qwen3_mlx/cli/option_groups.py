@@ -5,7 +5,7 @@ fields of that class in its place.
 """
 
 from collections.abc import Callable
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from typing import Any, TypeVar
@@ -21,14 +21,20 @@ def option(*names: str, text: str, panel: str | None = None, **more: Any) -> Any
 
 
 def with_options(command: Callable[..., T]) -> Callable[..., T]:
-    """Replace each parameter of a command that is a dataclass by the fields of that class."""
+    """Replace each parameter of a command that is a dataclass by the fields of that class.
+
+    A field without a default is a required option.
+    """
     groups: dict[str, Any] = {}
     parameters = []
     for parameter in signature(command).parameters.values():
         group = parameter.annotation
         if is_dataclass(group):
             groups[parameter.name] = group
-            options = [(entry.name, entry.default, entry.type) for entry in fields(group)]
+            options = [
+                (entry.name, ... if entry.default is MISSING else entry.default, entry.type)
+                for entry in fields(group)
+            ]
         else:
             options = [(parameter.name, parameter.default, group)]
         parameters += [

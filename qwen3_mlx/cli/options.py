@@ -175,8 +175,8 @@ def with_file(model: str | None, file: str | None) -> str | None:
 
 
 @dataclass(frozen=True, slots=True)
-class WeightOptions:
-    """The options of `load` for a model that reads texts once, without a KV cache to keep."""
+class FormatOptions:
+    """The options of `load` for the weights."""
 
     revision: Annotated[
         str | None, option(panel=_MODEL, text="Branch, tag or commit on the hub.")
@@ -194,6 +194,12 @@ class WeightOptions:
             text="Hold quantized weights as --dtype; default for small models on a CPU (faster).",
         ),
     ] = None
+
+
+@dataclass(frozen=True, slots=True)
+class WeightOptions(FormatOptions):
+    """The options of `load` for a model that reads texts once, without a KV cache to keep."""
+
     context: Annotated[
         int | None,
         option(

@@ -232,7 +232,7 @@ def adapted(
     return kind(layer, deltas, selection, dtype)
 
 
-def weight_rows(layer: nn.Module, rows: mx.array) -> mx.array:
+def weight_rows(layer: nn.Module, rows: mx.array | slice) -> mx.array:
     """Return rows [n, D] of a layer's weight, adapted or quantized or both, as float32."""
     if not isinstance(layer, Adapted):
         return _weight_of(layer, rows)

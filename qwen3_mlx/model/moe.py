@@ -131,6 +131,9 @@ class MoE(nn.Module):
     def fuse(self) -> None:
         """Keep the experts as they are stored: their matrices are gathered one by one."""
 
+    def unfuse(self) -> None:
+        """Leave all as it is: there is no joint matrix."""
+
     def __call__(self, x: mx.array) -> mx.array:
         """Compute the weighted sum of the chosen experts' outputs for x [B, L, D]."""
         rows = x.reshape(-1, x.shape[-1])

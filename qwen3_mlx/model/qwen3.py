@@ -51,6 +51,10 @@ class Attention(nn.Module):
         if can_fuse(self, names := ("q_proj", "k_proj", "v_proj")):
             self._qkv = RowFused(self, names, head_dim=self.head_dim)
 
+    def unfuse(self) -> None:
+        """Drop the joint matrix; it is freed when the last weight that is a view of it is."""
+        self._qkv = None
+
     def __call__(
         self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: RopeFn
     ) -> mx.array:  # x [B, L, D], rows [Q] -> [B, Q, D]
@@ -90,6 +94,10 @@ class MLP(nn.Module):
         if can_fuse(self, names := ("gate_proj", "up_proj")):
             self._gate_up = RowFused(self, names)
 
+    def unfuse(self) -> None:
+        """Drop the joint matrix; see `Attention.unfuse`."""
+        self._gate_up = None
+
     def __call__(self, x: mx.array) -> mx.array:  # [B, Q, D] -> [B, Q, D]
         fused = self._gate_up if x.size == x.shape[2] else None  # one token
         if fused and fused.holds(self):
@@ -118,6 +126,11 @@ class Block(nn.Module):
         """Fuse the projections of one input; called after the weights are loaded."""
         self.self_attn.fuse()
         self.mlp.fuse()
+
+    def unfuse(self) -> None:
+        """Drop the joint matrices, before the weights or layers are replaced."""
+        self.self_attn.unfuse()
+        self.mlp.unfuse()
 
     def __call__(
         self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: RopeFn

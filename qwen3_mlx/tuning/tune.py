@@ -1,0 +1,362 @@
+"""The public function `tune`: trains an adapter for a checkpoint with lessons."""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from itertools import chain
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import mlx.core as mx
+
+from qwen3_mlx.api.llm import LLM
+from qwen3_mlx.api.load import load
+from qwen3_mlx.arguments import Progress, plain
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.sizes import DEMO, folder_name
+from qwen3_mlx.text.kind import CHAT
+from qwen3_mlx.tuning.batches import Batches
+from qwen3_mlx.tuning.events import SampleReply, StepDone, TuningEvent, TuningPlan, Validated
+from qwen3_mlx.tuning.lessons import Lesson, Line, encode, read_lines
+from qwen3_mlx.tuning.run_folder import RunFolder
+from qwen3_mlx.tuning.settings import Settings, check_count
+from qwen3_mlx.tuning.trainer import Trainer
+
+_log = logging.getLogger(__name__)
+_STEPS = 200
+_VALID_SHARE = 0.1  # of the lines
+_MAX_VALID = 128  # lessons, or validations would take longer than the training
+_VALIDATIONS = 10  # in a run
+_PATIENCE = 4  # validations without a better one, after which a run stops
+_SAVE_SECONDS = 60
+_SAMPLE_TOKENS = 64
+
+Report = Callable[[TuningEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """The result of `tune`.
+
+    Attributes:
+        folder: the folder of the adapter.
+        steps: the steps that were done.
+        best_step: the step whose parameters are in the adapter.
+        loss_before: the validation loss of the model as it was, in nats a token; None if there
+            were too few lines for a validation.
+        loss: the validation loss of the adapter; without a validation, the loss of the last step.
+        seconds: the time that this call took.
+        peak_memory: the most bytes that MLX has held at once.
+        usage: a command that uses the adapter.
+    """
+
+    folder: Path
+    steps: int
+    best_step: int
+    loss_before: float | None
+    loss: float
+    seconds: float
+    peak_memory: int
+    usage: str
+
+
+def tune(  # noqa: PLR0913 - one keyword a choice
+    source: str | Path | None = None,
+    *,
+    data: str | Path,
+    out: str | Path = "adapter",
+    type: str = "lora",
+    rank: int = 8,
+    scale: float = 2.0,
+    layers: int | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    batch: int = 4,
+    learning_rate: float | None = None,
+    max_length: int = 2048,
+    checkpointing: bool = False,
+    valid: str | Path | None = None,
+    resume: bool = False,
+    seed: int = 0,
+    revision: str | None = None,
+    bits: int | None = None,
+    dtype: str | None = None,
+    dequantize: bool | None = None,
+    report: Report | None = None,
+    download_progress: Progress | None = None,
+) -> Tuning:
+    """Fine-tune a checkpoint with lessons, and write an adapter in mlx-lm's format.
+
+    The adapter with the lowest validation loss is kept. The training stops when four validations
+    in a row, of ten in a run, are no better. It can be interrupted at any time, and resumed.
+
+    Args:
+        source: the checkpoint, as in `load`.
+        data: the lessons, a file of JSON Lines. A line is a conversation, {"messages": [...]} and
+            perhaps "tools"; {"prompt": ..., "completion": ...}; or {"text": ...}. Of a
+            conversation each turn of the assistant's is learned, but those with "weight": 0.
+        out: the folder to write; default "adapter".
+        type: "lora" (default) trains low-rank matrices beside the weights; "dora" their magnitudes,
+            too; "full" the weights of the layers themselves.
+        rank: of the low-rank matrices; default 8.
+        scale: what scales their product, alpha / rank; default 2.
+        layers: train only this many of the last layers; default None, all.
+        steps: batches to train with; default 200.
+        epochs: how often to go through all lessons, instead of `steps`; default None.
+        batch: lessons in a step; default 4.
+        learning_rate: of Adam; default None, which is 2e-4, and 1e-5 with the type "full".
+        max_length: tokens of a lesson; longer ones are cut at their end. Default 2048.
+        checkpointing: True computes activations twice, to hold fewer of them; default False.
+        valid: a file of lessons to validate with; default None, a tenth of the lines of `data`.
+        resume: True continues the training in `out`, if there is one; default False.
+        seed: of the initial matrices, the order of the lessons and the choice of those to validate
+            with; default 0.
+        revision, bits, dtype, dequantize: how the checkpoint is loaded; see `load`. Quantized
+            weights stay as they are beside low-rank matrices.
+        report: called with each event of `qwen3_mlx.tuning.events`, the first of which is the
+            `TuningPlan`; default None.
+        download_progress: callable (done, total) bytes; default None.
+
+    Returns:
+        A `Tuning`: the losses, and how to use the adapter.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or is out of its range.
+        CheckpointError: the checkpoint cannot be found or read.
+        Qwen3Error: a line is no lesson, the training does not fit the memory, or `out` has
+            another training.
+        KeyboardInterrupt: Ctrl-C; the state is saved for `resume`.
+    """
+    started = time.perf_counter()
+    settings = Settings(
+        type=type,
+        rank=plain(rank),
+        scale=plain(scale),
+        layers=plain(layers),
+        batch=plain(batch),
+        learning_rate=plain(learning_rate),
+        max_length=plain(max_length),
+        checkpointing=plain(checkpointing),
+        seed=plain(seed),
+    )
+    steps, epochs = _checked_length(plain(steps), plain(epochs))
+    # What is wrong with the data is found before gigabytes are downloaded.
+    lines = read_lines(Path(data))
+    valid_lines = read_lines(Path(valid)) if valid is not None else None
+    name = DEMO if source is None else str(source)
+    folder = RunFolder(
+        Path(out),
+        {"model": name, **settings.as_dict(), "data": _digest(data), "valid": _digest(valid)},
+        resume=plain(resume),
+    )
+    with load(
+        source,
+        revision=revision,
+        bits=bits,
+        dtype=dtype,
+        dequantize=dequantize,
+        download_progress=download_progress,
+    ) as llm:
+        if llm.kind != CHAT:
+            raise Qwen3Error(f"{name} is an {llm.kind} model; chat and base models can be tuned")
+        lessons, checked, cut, left_out = _split(llm, lines, valid_lines, settings)
+        order = Batches(lessons, settings.batch, settings.seed)
+        steps = steps or max(1, round((epochs or 0) * len(order)))
+        trainer = llm.compute(lambda model: Trainer(model, settings, lessons))
+        run = _Run(llm, trainer, folder, checked, steps, name, report or (lambda _: None))
+        run.report(
+            TuningPlan(
+                lessons=len(lessons),
+                valid=len(checked),
+                keep=0,
+                tokens=sum(len(lesson.ids) for lesson in lessons),
+                learned=sum(lesson.learned for lesson in lessons),
+                longest=max(len(lesson.ids) for lesson in lessons),
+                cut=cut,
+                left_out=left_out,
+                steps=steps,
+                epochs=steps / len(order),
+                trained=sum(array.size for array in trainer.parameters().values()),
+            )
+        )
+        run.train()
+        return Tuning(
+            folder=folder.folder,
+            steps=trainer.step,
+            best_step=run.best_step or trainer.step,
+            loss_before=run.loss_before,
+            loss=run.last_loss if run.best is None else run.best,
+            seconds=time.perf_counter() - started,
+            peak_memory=mx.get_peak_memory(),
+            usage=f"qwen3 --model {name} --adapter {folder_name(folder.folder)}",
+        )
+
+
+class _Run:
+    """A training run: its steps, validations and files.
+
+    Attributes:
+        best: the lowest validation loss so far, after `best_step`; None before the first.
+        loss_before: the validation loss before the first step.
+        last_loss: the loss of the last step.
+    """
+
+    def __init__(
+        self,
+        llm: LLM,
+        trainer: Trainer,
+        folder: RunFolder,
+        valid: Sequence[Lesson],
+        steps: int,
+        name: str,
+        report: Report,
+    ) -> None:
+        self.report = report
+        self.best: float | None = None
+        self.best_step = 0
+        self.loss_before: float | None = None
+        self.last_loss = 0.0
+        self._stale = 0  # validations since the best one
+        self._llm, self._trainer, self._folder = llm, trainer, folder
+        self._valid, self._steps = valid, steps
+        self._config = trainer.adapter_config(name)
+
+    def train(self) -> None:
+        """Train, from where the folder's state stands to the last step or an early stop."""
+        trainer, compute = self._trainer, self._llm.compute
+        if not self._folder.progress:
+            if self._folder.resumes:
+                _log.warning("%s has no state to resume: beginning anew", self._folder.folder)
+            self._begin()
+        else:
+            self._restore()
+        every, saved = max(1, self._steps // _VALIDATIONS), time.monotonic()
+        try:
+            while trainer.step < self._steps and self._stale < _PATIENCE:
+                started = time.perf_counter()
+                done = compute(lambda _: trainer.advance())
+                seconds = time.perf_counter() - started
+                self.last_loss = done.loss
+                self._folder.add(
+                    {"step": trainer.step, "loss": done.loss, "tokens": done.tokens}
+                    | ({} if done.kept_kl is None else {"kept_kl": done.kept_kl})
+                )
+                self.report(
+                    StepDone(
+                        trainer.step, self._steps, done.loss, done.kept_kl, done.tokens, seconds
+                    )
+                )
+                due = trainer.step % every == 0 or trainer.step == self._steps
+                if due:
+                    self._validate()
+                if due or time.monotonic() - saved > _SAVE_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
+        except BaseException:
+            self._save()  # after the step that runs: jobs are queued
+            raise
+        if self._stale >= _PATIENCE:
+            _log.info("stopped early: %d validations were no better", _PATIENCE)
+        if self._valid:
+            compute(lambda _: trainer.load(self._folder.adapter()))
+        self._sample()
+
+    def _begin(self) -> None:
+        if self._valid:
+            self._validate()
+            self._sample()
+        self._save()
+
+    def _restore(self) -> None:
+        progress, trainer = self._folder.progress, self._trainer
+        self.best, self.best_step = progress["best"], progress["best_step"]
+        self.loss_before, self._stale = progress["loss_before"], progress["stale"]
+        self.last_loss = progress["last_loss"]
+        self._llm.compute(lambda _: trainer.restore(self._folder.arrays(), progress["step"]))
+
+    def _validate(self) -> None:
+        """Compute the validation loss; keep the parameters if it is the lowest, or if none is."""
+        trainer, best = self._trainer, True
+        if self._valid:
+            loss = self._llm.compute(lambda _: trainer.mean_loss(self._valid))
+            self._folder.add({"step": trainer.step, "valid_loss": loss})
+            if trainer.step == 0:
+                self.loss_before, best = loss, False
+            elif best := self.best is None or loss < self.best:
+                self.best, self.best_step, self._stale = loss, trainer.step, 0
+            else:
+                self._stale += 1
+            self.report(Validated(trainer.step, loss, best))
+        if best:
+            self._llm.compute(
+                lambda _: self._folder.save_adapter(trainer.parameters(), self._config)
+            )
+
+    def _save(self) -> None:
+        progress = {
+            "step": self._trainer.step,
+            "best": self.best,
+            "best_step": self.best_step,
+            "loss_before": self.loss_before,
+            "stale": self._stale,
+            "last_loss": self.last_loss,
+        }
+        self._llm.compute(lambda _: self._folder.save(self._trainer.state(), progress))
+
+    def _sample(self) -> None:
+        """Report a reply, so that the effect can be seen."""
+        if not self._valid:
+            return
+        llm, lesson = self._llm, min(self._valid, key=lambda lesson: len(lesson.ids))
+        words = llm.processor
+        ends, prompt = words.end_ids | words.turn_end_ids, lesson.ids[: lesson.start]
+        ids = llm.compute(lambda _: self._trainer.reply(prompt, ends, _SAMPLE_TOKENS))
+        decode = llm.tokenizer.decode
+        expected = [token for token in lesson.ids[lesson.start :] if token not in ends]
+        self.report(
+            SampleReply(self._trainer.step, decode(list(prompt)), decode(ids), decode(expected))
+        )
+
+
+def _checked_length(steps: Any, epochs: Any) -> tuple[int | None, float | None]:
+    """Return the steps or the epochs of a run; one of them is None."""
+    if steps is not None and epochs is not None:
+        raise ValueError("steps and epochs exclude each other")
+    if epochs is not None and (not isinstance(epochs, int | float) or not 0 < epochs < 1e9):
+        raise ValueError(f"epochs must be a number above 0, not {epochs!r}")
+    if epochs is None:
+        steps = _STEPS if steps is None else steps
+        check_count("steps", steps, 1)
+    return steps, epochs
+
+
+def _split(
+    llm: LLM, lines: Sequence[Line], valid: Sequence[Line] | None, settings: Settings
+) -> tuple[list[Lesson], list[Lesson], int, int]:
+    """Return the lessons to learn from, those to validate with, and how many are cut, left out."""
+    found = encode(llm.processor, lines, settings.max_length)
+    groups, random = list(found.lessons), Random(settings.seed)
+    if valid is not None:
+        checked = list(encode(llm.processor, valid, settings.max_length).lessons)
+    elif len(groups) == 1:
+        checked = []
+        _log.warning("one line is too few for a validation: the last step is kept, not the best")
+    else:
+        random.shuffle(
+            groups
+        )  # whole lines: turns of one conversation must not stand on both sides
+        count = max(1, round(_VALID_SHARE * len(groups)))
+        checked, groups = groups[:count], groups[count:]
+    validating = list(chain.from_iterable(checked))
+    if len(validating) > _MAX_VALID:
+        validating = random.sample(validating, _MAX_VALID)
+    return list(chain.from_iterable(groups)), validating, found.cut, found.left_out
+
+
+def _digest(file: str | Path | None) -> str | None:
+    if file is None:
+        return None
+    return blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
