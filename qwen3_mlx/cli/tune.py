@@ -52,7 +52,7 @@ class DataOptions:
 
 @dataclass(frozen=True, slots=True)
 class TrainingOptions:
-    """What is trained, and how."""
+    """The trained matrices, and the steps."""
 
     type: Annotated[
         str,

@@ -1,0 +1,1 @@
+"""Fine-tuning: lessons, training steps, adapters."""

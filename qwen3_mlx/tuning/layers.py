@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.adapted import weight_rows
-from qwen3_mlx.model.moe import QuantizedSwitchLinear, SwitchLinear
+from qwen3_mlx.model.moe import QuantizedSwitchLinear, Routing, SwitchLinear
 from qwen3_mlx.model.qwen3 import Qwen3
 
 LORA, DORA, FULL = "lora", "dora", "full"
@@ -57,15 +57,17 @@ class LoRALinear(_Trained):
 class LoRAExperts(_Trained):
     """The same for experts, with a [X, r, D] and b [X, O, r]."""
 
-    def __call__(self, x: mx.array, indices: mx.array, *, ordered: bool) -> mx.array:
-        """Apply expert `indices[...]` to each row of x; see `SwitchLinear`."""
-        out: mx.array = self["linear"](x, indices, ordered=ordered)
+    def __call__(self, x: mx.array, routing: Routing) -> mx.array:
+        """Apply its expert to each row of x; see `SwitchLinear`."""
+        out: mx.array = self["linear"](x, routing)
         if self.is_off:
             return out
         low = x
         for name in ("lora_a", "lora_b"):
             matrices = self[name].swapaxes(-1, -2)
-            low = mx.gather_mm(low, matrices, rhs_indices=indices, sorted_indices=ordered)
+            low = mx.gather_mm(
+                low, matrices, rhs_indices=routing.experts, sorted_indices=routing.ordered
+            )
         return out + (self.scale * low).astype(x.dtype)
 
 

@@ -33,6 +33,7 @@ _VALIDATIONS = 10  # in a run
 _PATIENCE = 4  # validations without a better one, after which a run stops
 _SAVE_SECONDS = 60
 _SAMPLE_TOKENS = 64
+_PROGRESS = ("best", "best_step", "loss_before", "last_loss", "_stale", "_validated")
 
 Report = Callable[[TuningEvent], None]
 
@@ -220,6 +221,7 @@ class _Run:
         self.loss_before: float | None = None
         self.last_loss = 0.0
         self._stale = 0  # validations since the best one
+        self._validated = -1  # the step of the last one
         self._llm, self._trainer, self._folder = llm, trainer, folder
         self._valid, self._steps = valid, steps
         self._config = trainer.adapter_config(name)
@@ -227,64 +229,59 @@ class _Run:
     def train(self) -> None:
         """Train, from where the folder's state stands to the last step or an early stop."""
         trainer, compute = self._trainer, self._llm.compute
-        if not self._folder.progress:
-            if self._folder.resumes:
-                _log.warning("%s has no state to resume: beginning anew", self._folder.folder)
-            self._begin()
-        else:
+        if self._folder.progress:
             self._restore()
+        elif self._folder.resumes:
+            _log.warning("%s has no state to resume: beginning anew", self._folder.folder)
+        if trainer.step == 0:
+            self._sample()
         every, saved = max(1, self._steps // _VALIDATIONS), time.monotonic()
         try:
-            while trainer.step < self._steps and self._stale < _PATIENCE:
-                started = time.perf_counter()
-                done = compute(lambda _: trainer.advance())
-                seconds = time.perf_counter() - started
-                self.last_loss = done.loss
-                self._folder.add(
-                    {"step": trainer.step, "loss": done.loss, "tokens": done.tokens}
-                    | ({} if done.kept_kl is None else {"kept_kl": done.kept_kl})
-                )
-                self.report(
-                    StepDone(
-                        trainer.step, self._steps, done.loss, done.kept_kl, done.tokens, seconds
-                    )
-                )
+            while True:
                 due = trainer.step % every == 0 or trainer.step == self._steps
-                if due:
+                if due and self._validated != trainer.step:
                     self._validate()
-                if due or time.monotonic() - saved > _SAVE_SECONDS:
+                    self._save()
+                    saved = time.monotonic()
+                if trainer.step >= self._steps or self._stale >= _PATIENCE:
+                    break
+                self._advance()
+                if time.monotonic() - saved > _SAVE_SECONDS:
                     self._save()
                     saved = time.monotonic()
         except BaseException:
             self._save()  # after the step that runs: jobs are queued
             raise
-        if self._stale >= _PATIENCE:
-            _log.info("stopped early: %d validations were no better", _PATIENCE)
         if self._valid:
             compute(lambda _: trainer.load(self._folder.adapter()))
         self._sample()
 
-    def _begin(self) -> None:
-        if self._valid:
-            self._validate()
-            self._sample()
-        self._save()
+    def _advance(self) -> None:
+        trainer, started = self._trainer, time.perf_counter()
+        done = self._llm.compute(lambda _: trainer.advance())
+        self.last_loss = done.loss
+        kept = {} if done.kept_kl is None else {"kept_kl": done.kept_kl}
+        self._folder.add({"step": trainer.step, "loss": done.loss, "tokens": done.tokens, **kept})
+        seconds = time.perf_counter() - started
+        self.report(
+            StepDone(trainer.step, self._steps, done.loss, done.kept_kl, done.tokens, seconds)
+        )
 
     def _restore(self) -> None:
         progress, trainer = self._folder.progress, self._trainer
-        self.best, self.best_step = progress["best"], progress["best_step"]
-        self.loss_before, self._stale = progress["loss_before"], progress["stale"]
-        self.last_loss = progress["last_loss"]
+        for name in _PROGRESS:
+            setattr(self, name, progress[name])
         self._llm.compute(lambda _: trainer.restore(self._folder.arrays(), progress["step"]))
 
     def _validate(self) -> None:
         """Compute the validation loss; keep the parameters if it is the lowest, or if none is."""
-        trainer, best = self._trainer, True
+        trainer, best = self._trainer, self._trainer.step > 0
+        self._validated = trainer.step
         if self._valid:
             loss = self._llm.compute(lambda _: trainer.mean_loss(self._valid))
             self._folder.add({"step": trainer.step, "valid_loss": loss})
             if trainer.step == 0:
-                self.loss_before, best = loss, False
+                self.loss_before = loss
             elif best := self.best is None or loss < self.best:
                 self.best, self.best_step, self._stale = loss, trainer.step, 0
             else:
@@ -296,14 +293,8 @@ class _Run:
             )
 
     def _save(self) -> None:
-        progress = {
-            "step": self._trainer.step,
-            "best": self.best,
-            "best_step": self.best_step,
-            "loss_before": self.loss_before,
-            "stale": self._stale,
-            "last_loss": self.last_loss,
-        }
+        progress = {name: getattr(self, name) for name in _PROGRESS}
+        progress["step"] = self._trainer.step
         self._llm.compute(lambda _: self._folder.save(self._trainer.state(), progress))
 
     def _sample(self) -> None:

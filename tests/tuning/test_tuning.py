@@ -1,0 +1,249 @@
+"""Fine-tuning at the public face: `tune` and `qwen3 tune` on tiny checkpoints, in a few steps."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import qwen3_mlx
+from qwen3_mlx import LLM, CheckpointError, Qwen3Error, Tuning, load
+from qwen3_mlx.tuning.events import SampleReply, StepDone, TuningEvent, TuningPlan, Validated
+from tests.cli.harness import call
+from tests.support import MOE, read_weights, write_tiny
+
+QUESTIONS = [(f"Which is larger, {a} or {a + 3}?", str(a + 3)) for a in range(20)]
+
+
+def write_lines(file: Path, lines: list[Any]) -> Path:
+    file.write_text("\n".join(json.dumps(line) for line in lines))
+    return file
+
+
+def conversation(question: str, answer: str, **more: Any) -> dict[str, Any]:
+    asked = {"role": "user", "content": question}
+    return {"messages": [asked, {"role": "assistant", "content": answer, **more}]}
+
+
+@pytest.fixture(scope="module")
+def lessons(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("lessons") / "lessons.jsonl"
+    return write_lines(file, [conversation(*pair) for pair in QUESTIONS])
+
+
+def train(folder: Path, data: Path, out: Path, **options: Any) -> Tuning:
+    settings = {"steps": 4, "batch": 4, "learning_rate": 1e-3, "rank": 4, **options}
+    return qwen3_mlx.tune(folder, data=data, out=out, **settings)
+
+
+def adapter_of(folder: Path) -> dict[str, mx.array]:
+    loaded = mx.load(str(folder / "adapters.safetensors"))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def same(one: dict[str, mx.array], other: dict[str, mx.array]) -> bool:
+    return one.keys() == other.keys() and all(
+        mx.array_equal(array, other[name]).item() for name, array in one.items()
+    )
+
+
+@pytest.fixture(scope="module")
+def tuned(
+    tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path, lessons: Path
+) -> tuple[Tuning, list[TuningEvent]]:
+    events: list[TuningEvent] = []
+    out = tmp_path_factory.mktemp("tuned") / "adapter"
+    return train(tiny_folder, lessons, out, steps=6, report=events.append), events
+
+
+def test_the_loss_falls_and_the_adapter_is_used_by_load(
+    tuned: tuple[Tuning, list[TuningEvent]], tiny_folder: Path, tiny: LLM
+) -> None:
+    made, _ = tuned
+    assert made.loss_before is not None and made.loss < made.loss_before
+    ids = tiny.tokenizer.encode("Which is larger?")
+    with load(tiny_folder, adapter=made.folder) as llm:
+        assert not mx.allclose(llm.logits(ids), tiny.logits(ids))
+    assert str(made.folder) in made.usage
+
+
+def test_a_run_tells_its_plan_steps_validations_and_samples(
+    tuned: tuple[Tuning, list[TuningEvent]],
+) -> None:
+    _, events = tuned
+    plan = events[0]
+    assert isinstance(plan, TuningPlan)
+    assert (plan.lessons, plan.valid, plan.steps) == (18, 2, 6)
+    assert plan.cut == plan.left_out == 0
+    assert [event.step for event in events if isinstance(event, StepDone)] == [1, 2, 3, 4, 5, 6]
+    validated = [event.step for event in events if isinstance(event, Validated)]
+    assert (validated[0], validated[-1]) == (0, 6)
+    samples = [event for event in events if isinstance(event, SampleReply)]
+    assert [sample.step for sample in samples] == [0, 6]
+    assert "Which is larger" in samples[0].prompt
+
+
+def test_the_same_seed_gives_the_same_adapter_and_another_one_does_not(
+    tmp_path: Path, tiny_folder: Path, lessons: Path
+) -> None:
+    made = [
+        train(tiny_folder, lessons, tmp_path / str(n), steps=1, seed=seed).folder
+        for n, seed in enumerate((1, 1, 2))
+    ]
+    first, again, other = map(adapter_of, made)
+    assert same(first, again) and not same(first, other)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora", "full"])
+def test_every_type_trains_and_loads(
+    kind: str, tmp_path: Path, tiny_folder: Path, tiny: LLM, lessons: Path
+) -> None:
+    made = train(tiny_folder, lessons, tmp_path / kind, type=kind, steps=1, layers=1)
+    names = adapter_of(made.folder)
+    assert names and all(name.startswith("model.layers.1.") for name in names)
+    assert json.loads((made.folder / "adapter_config.json").read_text())["num_layers"] == 1
+    ids = tiny.tokenizer.encode("Which is larger?")
+    with load(tiny_folder, adapter=made.folder) as llm:
+        assert not mx.array_equal(llm.logits(ids), tiny.logits(ids))
+
+
+def test_experts_are_trained_and_the_router_is_not(tmp_path: Path, lessons: Path) -> None:
+    made = train(write_tiny(tmp_path / "moe", MOE), lessons, tmp_path / "out", steps=1)
+    modules = {name.split(".", 3)[3].rpartition(".")[0] for name in adapter_of(made.folder)}
+    assert "mlp.switch_mlp.down_proj" in modules and "mlp.gate" not in modules
+    with load(tmp_path / "moe", adapter=made.folder) as llm:
+        assert llm.complete("Hi", max_tokens=1)
+
+
+def test_quantized_weights_stay_and_full_refuses_them(tmp_path: Path, lessons: Path) -> None:
+    folder = tmp_path / "4bit"
+    qwen3_mlx.convert(write_tiny(tmp_path / "tiny"), folder)
+    made = train(folder, lessons, tmp_path / "out", steps=1, dequantize=False)
+    assert made.steps == 1
+    with pytest.raises(Qwen3Error, match="type full trains the weights themselves, and these are"):
+        train(folder, lessons, tmp_path / "full", type="full", dequantize=False)
+
+
+def test_checkpointing_changes_nothing_but_memory(
+    tmp_path: Path, tiny_folder: Path, lessons: Path
+) -> None:
+    plain = train(tiny_folder, lessons, tmp_path / "plain", steps=2)
+    other = train(tiny_folder, lessons, tmp_path / "other", steps=2, checkpointing=True)
+    assert same(adapter_of(plain.folder), adapter_of(other.folder))
+    with load(tiny_folder) as llm:  # not patched
+        assert type(llm.model.layers[0]).__name__ == "Block"
+
+
+def test_a_killed_run_resumes_to_the_same_adapter(
+    tmp_path: Path, tiny_folder: Path, lessons: Path
+) -> None:
+    whole = train(tiny_folder, lessons, tmp_path / "whole", steps=8)
+
+    class Killed(BaseException):
+        pass
+
+    out = tmp_path / "killed"
+
+    def kill(event: TuningEvent) -> None:
+        if isinstance(event, StepDone) and event.step == 5:
+            shutil.copytree(out, tmp_path / "copy")  # what kill -9 would leave
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(tiny_folder, lessons, out, steps=8, report=kill)
+    for folder in (out, tmp_path / "copy"):
+        made = train(tiny_folder, lessons, folder, steps=8, resume=True)
+        assert same(adapter_of(folder), adapter_of(whole.folder))
+        assert (made.steps, made.best_step, made.loss) == (8, whole.best_step, whole.loss)
+        assert (folder / "log.jsonl").read_text() == (whole.folder / "log.jsonl").read_text()
+
+
+def test_a_folder_with_a_training_is_not_overwritten(
+    tuned: tuple[Tuning, list[TuningEvent]], tiny_folder: Path, lessons: Path
+) -> None:
+    folder = tuned[0].folder
+    with pytest.raises(Qwen3Error, match="has a training already: continue it with resume=True"):
+        train(tiny_folder, lessons, folder)
+    with pytest.raises(Qwen3Error, match="was begun with rank 4, not 2"):
+        train(tiny_folder, lessons, folder, rank=2, resume=True)
+
+
+def test_training_stops_when_validations_are_no_better(
+    tmp_path: Path, tiny_folder: Path, lessons: Path
+) -> None:
+    made = train(tiny_folder, lessons, tmp_path / "out", steps=40, learning_rate=3.0)
+    assert made.best_step < made.steps < 40
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{", "it is no JSON"),
+        ("[1]", "it is no JSON object; a lesson has"),
+        ('{"id": 1}', 'it must have one of "messages"'),
+        ('{"text": ""}', "its text must be a string that is not empty"),
+        ('{"prompt": "Hi"}', "its completion must be a string"),
+        ('{"messages": "Hi"}', "its messages must be a list"),
+        ('{"messages": [{"role": "user", "content": "Hi"}]}', "has no turn of the assistant's"),
+        ('{"messages": [{"role": "bot", "content": "Hi"}]}', "has role 'bot'"),
+        ('{"messages": [{"role": "assistant", "content": ""}]}', "the assistant says nothing"),
+    ],
+)
+def test_a_wrong_line_is_named(line: str, reason: str, tmp_path: Path, tiny_folder: Path) -> None:
+    file = tmp_path / "lessons.jsonl"
+    file.write_text(json.dumps(conversation("Hi", "Hello")) + "\n\n" + line)
+    with pytest.raises(Qwen3Error, match=f"^{file}, line 3: .*{reason}"):
+        train(tiny_folder, file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"type": "lore"},
+        {"rank": 0},
+        {"steps": 0},
+        {"steps": 1, "epochs": 1},
+        {"epochs": -1},
+        {"learning_rate": 0.0},
+        {"batch": 1.5},
+    ],
+)
+def test_a_wrong_argument_is_a_value_error(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        train(tmp_path, tmp_path, tmp_path, **options)
+
+
+def test_the_command_writes_an_adapter(
+    tmp_path: Path, tiny_folder: Path, lessons: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [str(tiny_folder), "--data", str(lessons), "--out", str(tmp_path / "out")]
+    code, out, err = call(["tune", *arguments, "--steps", "2", "--json"], capsys)
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 2
+    assert "18, and 2 to validate with" in err and "step 2: loss" in err
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_all_and_resume_continues(
+    tmp_path: Path, tiny_folder: Path, lessons: Path
+) -> None:
+    command = [sys.executable, "-m", "qwen3_mlx", "tune", str(tiny_folder), "--data", str(lessons)]
+    command += ["--out", str(tmp_path / "out"), "--steps"]
+    run = subprocess.Popen([*command, "100000"], stderr=subprocess.PIPE, text=True)
+    assert run.stderr
+    for line in run.stderr:
+        if line.startswith("before"):
+            break
+    run.send_signal(signal.SIGINT)
+    _, err = run.communicate(timeout=60)
+    assert run.returncode == 130
+    assert "the same command with --resume continues" in err
+    done = subprocess.run([*command, "2", "--resume"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
