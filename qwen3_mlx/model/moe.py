@@ -106,11 +106,13 @@ class SwitchMLP(nn.Module):
         count = x.shape[0]
         if indices.size < _MIN_ROWS_TO_SORT:
             routing = Routing(indices, False, mx.arange(count)[:, None], count)
-            return self._apply(x[:, None, None], routing).squeeze(-2)
+            return self._apply(x.reshape(count, 1, 1, -1), routing).squeeze(-2)
         chosen = indices.flatten()
         order = mx.argsort(chosen)
         tokens = order // indices.shape[1]
-        out = self._apply(x[tokens][:, None], Routing(chosen[order], True, tokens, count))
+        # Reshaped, not indexed with None: of the strides that gives, MLX's products copy the rows.
+        rows = x.reshape(count, 1, -1)[tokens]
+        out = self._apply(rows, Routing(chosen[order], True, tokens, count))
         return out[mx.argsort(order)].reshape(*indices.shape, -1)
 
     def _apply(self, x: mx.array, routing: Routing) -> mx.array:
