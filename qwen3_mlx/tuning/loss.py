@@ -1,14 +1,17 @@
-"""The loss of a batch: the cross entropy of the learned tokens, and how far replies moved.
+"""The loss of a batch: the cross entropy of the learned tokens, or how far replies have moved.
 
-Logits are computed of the rows that are learned only. With `checkpointing` the layers keep only
-their input, and the head computes some rows at a time; what the gradients need is computed again
-(arXiv 1604.06174).
+Logits are computed of the learned rows only, and a block of rows at a time, together with the
+gradient of these rows, so that never all logits or their gradients are held. The head is not
+trained: the gradient ends at its input. With `checkpointing` the blocks are smaller, and the layers
+keep only their input and compute the rest again (arXiv 1604.06174).
 
 R rows, D hidden, V vocabulary.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,36 +21,34 @@ from qwen3_mlx.cache.attention import LayerCache, RopeFn
 from qwen3_mlx.model.qwen3 import Block, Qwen3
 from qwen3_mlx.tuning.batches import Batch
 
-_BLOCK = 1 << 23  # logits held at once: 32 MiB in float32
+_BLOCK = 1 << 26  # logits held at once: 256 MiB in float32
+_SMALL_BLOCK = 1 << 23  # with checkpointing
+
+LossOf = Callable[[mx.array, slice], mx.array]
+"""The sum of the losses of some rows x [n, D], and which of the R rows these are."""
 
 
-def cross_entropy(model: Qwen3, batch: Batch, *, checkpointing: bool = False) -> mx.array:
-    """Return the mean cross entropy of the learned tokens of a batch, in nats, float32."""
-    states = learned_states(model, batch, checkpointing=checkpointing)
+def cross_entropy(model: Qwen3, batch: Batch) -> LossOf:
+    """Return the cross entropy of the learned tokens of a batch, in nats, as a loss of rows."""
 
     def loss_of(x: mx.array, rows: slice) -> mx.array:
         losses: mx.array = nn.losses.cross_entropy(model.head(x), batch.targets[rows])
         return losses.astype(mx.float32).sum()
 
-    return _mean_over_rows(loss_of, states, model.config.vocab_size, checkpointing)
+    return loss_of
 
 
-def divergence(
-    model: Qwen3, batch: Batch, base_states: mx.array, *, checkpointing: bool = False
-) -> mx.array:
-    """Return the mean KL divergence of a model from the base model on a batch, in nats, float32.
+def divergence(model: Qwen3, base_states: mx.array) -> LossOf:
+    """Return the KL divergence from the base model, in nats, as a loss of rows.
 
-    `base_states` [R, D] are the base model's `learned_states`, without a gradient. Both share one
-    head, which is never tuned.
+    `base_states` [R, D] are the base model's `learned_states`. Both models share one head.
     """
-    states = learned_states(model, batch, checkpointing=checkpointing)
 
     def loss_of(x: mx.array, rows: slice) -> mx.array:
-        log_q = _log_softmax(model.head(x))
-        log_p = mx.stop_gradient(_log_softmax(model.head(base_states[rows])))
+        log_p, log_q = _log_softmax(model.head(base_states[rows])), _log_softmax(model.head(x))
         return (mx.exp(log_p) * (log_p - log_q)).sum()
 
-    return _mean_over_rows(loss_of, states, model.config.vocab_size, checkpointing)
+    return loss_of
 
 
 def learned_states(model: Qwen3, batch: Batch, *, checkpointing: bool = False) -> mx.array:
@@ -61,25 +62,51 @@ def learned_states(model: Qwen3, batch: Batch, *, checkpointing: bool = False) -
     return states.reshape(-1, states.shape[-1])[batch.rows]
 
 
-def _mean_over_rows(
-    loss_of: Callable[[mx.array, slice], mx.array],
-    states: mx.array,
-    vocabulary: int,
-    checkpointing: bool,
-) -> mx.array:
-    count = states.shape[0]
-    size = max(1, _BLOCK // vocabulary) if checkpointing else count
-    total = mx.array(0.0)
-    for start in range(0, count, size):
+def rows_at_once(vocabulary: int, *, checkpointing: bool) -> int:
+    """Return the number of rows whose logits are computed at once."""
+    return max(1, (_SMALL_BLOCK if checkpointing else _BLOCK) // vocabulary)
+
+
+@dataclass(frozen=True, slots=True)
+class Objective:
+    """A mean loss, not evaluated.
+
+    Attributes:
+        loss: the mean over all rows, float32.
+        proxy: a number with the gradient of the loss, and without its value.
+        stages: what is evaluated in this order, before anything else, so that memory is bounded.
+    """
+
+    loss: mx.array
+    proxy: mx.array
+    stages: list[mx.array]
+
+    @classmethod
+    def of(cls, loss_of: LossOf, states: mx.array, size: int) -> "Objective":
+        """Create the objective of the rows `states` [R, D], in blocks of `size` rows."""
+        count, fixed = states.shape[0], mx.stop_gradient(states)
+        loss, gradients, stages = mx.array(0.0), list[mx.array](), [states]
+
+        def mean_of(x: mx.array, rows: slice) -> mx.array:
+            return loss_of(x, rows) / count
+
+        for start in range(0, count, size):
+            rows = slice(start, start + size)
+            of_block, gradient = mx.value_and_grad(partial(mean_of, rows=rows))(fixed[rows])
+            stages += [of_block, gradient]
+            loss = loss + of_block
+            gradients.append(gradient)
+        proxy = (states * mx.stop_gradient(mx.concatenate(gradients))).sum()
+        return cls(loss, proxy, stages)
+
+
+def mean_loss(loss_of: LossOf, states: mx.array, size: int) -> float:
+    """Compute the mean loss of the rows `states` [R, D], in blocks of `size` rows."""
+    total = 0.0
+    for start in range(0, states.shape[0], size):
         rows = slice(start, start + size)
-
-        # Targets are closed over: mx.checkpoint differentiates all arguments, and integers have
-        # no gradient.
-        def loss(x: mx.array, rows: slice = rows) -> mx.array:
-            return loss_of(x, rows)
-
-        total = total + (mx.checkpoint(loss) if checkpointing else loss)(states[rows])
-    return total / count
+        total += float(loss_of(states[rows], rows).item())  # type: ignore[arg-type]
+    return total / states.shape[0]
 
 
 def _log_softmax(logits: mx.array) -> mx.array:

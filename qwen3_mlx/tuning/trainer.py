@@ -14,7 +14,15 @@ from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.tuning.batches import Batch, Batches, in_batches
 from qwen3_mlx.tuning.layers import FULL, attach, base_model, trained_parameters
 from qwen3_mlx.tuning.lessons import Lesson
-from qwen3_mlx.tuning.loss import cross_entropy, divergence, learned_states
+from qwen3_mlx.tuning.loss import (
+    LossOf,
+    Objective,
+    cross_entropy,
+    divergence,
+    learned_states,
+    mean_loss,
+    rows_at_once,
+)
 from qwen3_mlx.tuning.settings import Settings
 
 
@@ -63,6 +71,7 @@ class Trainer:
         self._untrained = {}
         if keep and settings.type == FULL:
             self._untrained = trained_parameters(model)
+        self._rows = rows_at_once(model.config.vocab_size, checkpointing=settings.checkpointing)
         self._optimizer = optim.Adam(learning_rate=settings.rate)
         self._optimizer.init(model.trainable_parameters())
         self._gradients = nn.value_and_grad(model, self._loss)
@@ -80,8 +89,11 @@ class Trainer:
             kept = Batch.of(self._keep.at(self.step))
             states = self._base_states(kept)
         (_, parts), gradients = self._gradients(batch, kept, states)
-        mx.eval(parts)
-        loss, *kl = map(_number, parts)
+        for part in parts:
+            for stage in part.stages:
+                mx.eval(stage)
+        loss, *kl = [_number(part.loss) for part in parts]
+        del parts
         if not abs(loss + sum(kl)) < float("inf"):
             raise Qwen3Error(
                 f"the loss of step {self.step + 1} is not finite: take a smaller learning_rate, or "
@@ -95,13 +107,17 @@ class Trainer:
 
     def _loss(
         self, batch: Batch, kept: Batch | None, states: mx.array | None
-    ) -> tuple[mx.array, list[mx.array]]:
-        checkpointing = self._settings.checkpointing
-        loss = cross_entropy(self._model, batch, checkpointing=checkpointing)
+    ) -> tuple[mx.array, list[Objective]]:
+        objective = self._objective(batch, cross_entropy(self._model, batch))
         if kept is None or states is None:
-            return loss, [loss]
-        kl = divergence(self._model, kept, states, checkpointing=checkpointing)
-        return loss + self._settings.keep_weight * kl, [loss, kl]
+            return objective.proxy, [objective]
+        kl = self._objective(kept, divergence(self._model, states))
+        return objective.proxy + self._settings.keep_weight * kl.proxy, [objective, kl]
+
+    def _objective(self, batch: Batch, loss_of: LossOf) -> Objective:
+        checkpointing = self._settings.checkpointing
+        states = learned_states(self._model, batch, checkpointing=checkpointing)
+        return Objective.of(loss_of, states, self._rows)
 
     def _base_states(self, batch: Batch) -> mx.array:
         with base_model(self._model, self._untrained):
@@ -115,17 +131,16 @@ class Trainer:
 
     def mean_divergence(self, lessons: Sequence[Lesson]) -> float:
         """Return the mean KL divergence from the base model on lessons, in nats a token."""
+        return self._mean(
+            lessons, lambda batch: divergence(self._model, self._base_states(batch))
+        )
 
-        def divergence_of(batch: Batch) -> mx.array:
-            return divergence(self._model, batch, self._base_states(batch))
-
-        return self._mean(lessons, divergence_of)
-
-    def _mean(self, lessons: Sequence[Lesson], loss_of: Callable[[Batch], mx.array]) -> float:
+    def _mean(self, lessons: Sequence[Lesson], kind: Callable[[Batch], LossOf]) -> float:
         total, count = 0.0, 0
         for some in in_batches(lessons, self._settings.batch):
             batch = Batch.of(some)
-            total += _number(loss_of(batch)) * batch.targets.size
+            loss_of, states = kind(batch), learned_states(self._model, batch)
+            total += mean_loss(loss_of, states, self._rows) * batch.targets.size
             count += batch.targets.size
         return total / count
 
