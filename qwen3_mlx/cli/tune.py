@@ -45,6 +45,14 @@ class DataOptions:
             text="Lessons to validate with (default: a tenth of the lines).",
         ),
     ] = None
+    keep: Annotated[
+        Path | None,
+        option(
+            panel=_DATA,
+            metavar="FILE",
+            text="Replies that shall not change: lessons (.jsonl), or as text a question a line.",
+        ),
+    ] = None
     max_length: Annotated[
         int, option(panel=_DATA, text="Cut lessons after so many tokens.", show_default=True)
     ] = 2048
@@ -84,6 +92,14 @@ class TrainingOptions:
         float | None,
         option(panel=_TRAINING, text="Of Adam (default: 2e-4; 1e-5 with --type full)."),
     ] = None
+    keep_weight: Annotated[
+        float,
+        option(
+            panel=_TRAINING,
+            text="Weight of the divergence from what is to be kept.",
+            show_default=True,
+        ),
+    ] = 1.0
     checkpointing: Annotated[
         bool,
         option(
@@ -131,15 +147,18 @@ def tune(
         typer.echo(json.dumps({**asdict(made), "folder": str(made.folder)}))
         return
     before = "" if made.loss_before is None else f", {made.loss_before:.4f} before"
-    print_facts(
-        {
-            "adapter": str(made.folder),
-            "steps": f"{made.steps:,}, the best after {made.best_step:,}",
-            "loss": f"{made.loss:.4f} nats a token{before}",
-            "time": f"{made.seconds:,.1f} s",
-            "peak memory": format_bytes(made.peak_memory),
-        }
-    )
+    facts = {
+        "adapter": str(made.folder),
+        "steps": f"{made.steps:,}, the best after {made.best_step:,}",
+        "loss": f"{made.loss:.4f} nats a token{before}",
+        "time": f"{made.seconds:,.1f} s",
+        "peak memory": format_bytes(made.peak_memory),
+    }
+    if made.kept_kl is not None:
+        facts["forgotten"] = f"{made.kept_kl:.4f} nats a token: KL divergence on {lessons.keep}"
+    if (picture := made.folder / "losses.svg").is_file():
+        facts["picture"] = str(picture)
+    print_facts(facts)
     note(f"Try it: {made.usage}")
 
 
@@ -179,11 +198,15 @@ class _Display:
             f"has {plan.longest:,}",
             "cut": f"{plan.cut:,} at their end; {plan.left_out:,} left out, of which nothing to "
             "learn would remain",
+            "keep": f"{plan.keep:,} replies",
             "training": f"{plan.steps:,} steps, {plan.epochs:.2f} epochs",
             "trained": f"{plan.trained:,} parameters",
+            "memory": f"{format_bytes(plan.memory)} beside the model, at most",
         }
         if not plan.cut + plan.left_out:
             del rows["cut"]
+        if not plan.keep:
+            del rows["keep"]
         for name, fact in rows.items():
             note(f"{name:10} {fact}")
 

@@ -1,4 +1,4 @@
-"""Plots: divergence against bits, weight errors, speeds; and saving a figure reproducibly."""
+"""Plots: divergence against bits, weight errors, speeds, losses; figures saved reproducibly."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -98,6 +98,26 @@ def draw_speeds(path: Path, title: str, panels: Sequence[Panel]) -> None:
         figure.legend(
             *axes.get_legend_handles_labels(), loc="outside lower left", ncols=3, frameon=False
         )
+
+
+def draw_losses(
+    path: Path, training: Mapping[int, float], validation: Mapping[int, float], best: int
+) -> None:
+    """Draw the losses of a training by step, and mark the best step, to a PNG or SVG file.
+
+    Raises:
+        ValueError, Qwen3Error: as `check_picture`.
+    """
+    with saved_figure(path, width=6) as figure:
+        axes = figure.subplots()
+        axes.plot(list(training), list(training.values()), alpha=0.4, label="a batch")
+        if validation:
+            axes.plot(list(validation), list(validation.values()), "o-", label="validation")
+            axes.axvline(best, color="0.6", linestyle=":", label=f"the best, step {best:,}")
+        axes.set_yscale("log")
+        axes.grid(alpha=0.2)
+        axes.set(xlabel="step", ylabel="loss (nats a token)")
+        axes.legend(frameon=False)
 
 
 @contextmanager

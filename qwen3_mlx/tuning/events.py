@@ -19,6 +19,7 @@ class TuningPlan:
         steps: the steps of the run.
         epochs: how often that is through all lessons.
         trained: the number of trained parameters.
+        memory: the bytes that a step takes beside the model, estimated.
     """
 
     lessons: int
@@ -32,6 +33,7 @@ class TuningPlan:
     steps: int
     epochs: float
     trained: int
+    memory: int
 
 
 @dataclass(frozen=True, slots=True)

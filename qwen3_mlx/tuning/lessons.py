@@ -177,16 +177,10 @@ def _lessons_of(processor: TextProcessor, line: Line) -> Iterator[Lesson]:
         yield Lesson([*tokenizer.encode(line.text), *ends], 1)
     for place, turn in enumerate(line.messages):
         if _is_learned(turn):
-            yield turn_lesson(processor, line, place)
+            yield _turn_lesson(processor, line, place)
 
 
-def prompt_of(processor: TextProcessor, line: Line, stop: int, thinking: bool) -> list[int]:
-    """Return the prompt for a reply after the first `stop` messages of a conversation."""
-    rendered = render_whole(processor, line.messages[:stop], thinking, line.tools)
-    return processor.tokenizer.encode(rendered)
-
-
-def turn_lesson(processor: TextProcessor, line: Line, place: int) -> Lesson:
+def _turn_lesson(processor: TextProcessor, line: Line, place: int) -> Lesson:
     """Return the lesson of one turn of a conversation.
 
     Raises:
@@ -200,8 +194,8 @@ def turn_lesson(processor: TextProcessor, line: Line, place: int) -> Lesson:
             f"{where} has no thoughts, and this checkpoint always thinks: give them as "
             "reasoning_content, or tune a hybrid or Instruct checkpoint"
         )
-    prompt = prompt_of(processor, line, place, thinks)
-    turns = line.messages[: place + 1]
+    asked = render_whole(processor, line.messages[:place], thinks, line.tools)
+    prompt, turns = processor.tokenizer.encode(asked), line.messages[: place + 1]
     rendered = render_whole(processor, turns, thinks, line.tools, add_generation_prompt=False)
     whole = processor.tokenizer.encode(rendered)
     ends = processor.turn_end_ids or processor.end_ids

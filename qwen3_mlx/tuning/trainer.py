@@ -131,9 +131,7 @@ class Trainer:
 
     def mean_divergence(self, lessons: Sequence[Lesson]) -> float:
         """Return the mean KL divergence from the base model on lessons, in nats a token."""
-        return self._mean(
-            lessons, lambda batch: divergence(self._model, self._base_states(batch))
-        )
+        return self._mean(lessons, lambda batch: divergence(self._model, self._base_states(batch)))
 
     def _mean(self, lessons: Sequence[Lesson], kind: Callable[[Batch], LossOf]) -> float:
         total, count = 0.0, 0

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from random import Random
@@ -12,16 +13,20 @@ from typing import Any
 
 import mlx.core as mx
 
+from qwen3_mlx import backend
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.load import load
 from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.evaluate.plots import draw_losses
 from qwen3_mlx.model.sizes import DEMO, folder_name
 from qwen3_mlx.text.kind import CHAT
 from qwen3_mlx.tuning.batches import Batches
 from qwen3_mlx.tuning.events import SampleReply, StepDone, TuningEvent, TuningPlan, Validated
+from qwen3_mlx.tuning.keep import answered, read_keep
 from qwen3_mlx.tuning.lessons import Lesson, Line, encode, read_lines
-from qwen3_mlx.tuning.run_folder import RunFolder
+from qwen3_mlx.tuning.memory import check_step_fits
+from qwen3_mlx.tuning.run_folder import PICTURE, RunFolder
 from qwen3_mlx.tuning.settings import Settings, check_count
 from qwen3_mlx.tuning.trainer import Trainer
 
@@ -49,8 +54,10 @@ class Tuning:
         loss_before: the validation loss of the model as it was, in nats a token; None if there
             were too few lines for a validation.
         loss: the validation loss of the adapter; without a validation, the loss of the last step.
+        kept_kl: what was forgotten: the mean KL divergence from the untrained model on the replies
+            that were to be kept, in nats a token; None without `keep`.
         seconds: the time that this call took.
-        peak_memory: the most bytes that MLX has held at once.
+        peak_memory: the most bytes that MLX has held at once, the model included.
         usage: a command that uses the adapter.
     """
 
@@ -59,6 +66,7 @@ class Tuning:
     best_step: int
     loss_before: float | None
     loss: float
+    kept_kl: float | None
     seconds: float
     peak_memory: int
     usage: str
@@ -80,6 +88,8 @@ def tune(  # noqa: PLR0913 - one keyword a choice
     max_length: int = 2048,
     checkpointing: bool = False,
     valid: str | Path | None = None,
+    keep: str | Path | None = None,
+    keep_weight: float = 1.0,
     resume: bool = False,
     seed: int = 0,
     revision: str | None = None,
@@ -112,6 +122,11 @@ def tune(  # noqa: PLR0913 - one keyword a choice
         max_length: tokens of a lesson; longer ones are cut at their end. Default 2048.
         checkpointing: True computes activations twice, to hold fewer of them; default False.
         valid: a file of lessons to validate with; default None, a tenth of the lines of `data`.
+        keep: a file of what shall not change: lessons, or as text a question a line. To a question
+            the model replies before it is trained, with and without thinking. With each step the KL
+            divergence from the untrained model on such replies is part of the loss, and it is
+            measured at the end. Default None.
+        keep_weight: the weight of that part; default 1.
         resume: True continues the training in `out`, if there is one; default False.
         seed: of the initial matrices, the order of the lessons and the choice of those to validate
             with; default 0.
@@ -141,18 +156,19 @@ def tune(  # noqa: PLR0913 - one keyword a choice
         learning_rate=plain(learning_rate),
         max_length=plain(max_length),
         checkpointing=plain(checkpointing),
+        keep_weight=plain(keep_weight),
         seed=plain(seed),
     )
     steps, epochs = _checked_length(plain(steps), plain(epochs))
     # What is wrong with the data is found before gigabytes are downloaded.
     lines = read_lines(Path(data))
-    valid_lines = read_lines(Path(valid)) if valid is not None else None
+    valid_lines = None if valid is None else read_lines(Path(valid))
+    keep_lines = None if keep is None else read_keep(Path(keep))
     name = DEMO if source is None else str(source)
-    folder = RunFolder(
-        Path(out),
-        {"model": name, **settings.as_dict(), "data": _digest(data), "valid": _digest(valid)},
-        resume=plain(resume),
-    )
+    files = {"data": data, "valid": valid, "keep": keep}
+    digests = {key: _digest(file) for key, file in files.items()}
+    identity = {"model": name, **settings.as_dict(), **digests}
+    folder = RunFolder(Path(out), identity, resume=plain(resume))
     with load(
         source,
         revision=revision,
@@ -161,18 +177,30 @@ def tune(  # noqa: PLR0913 - one keyword a choice
         dequantize=dequantize,
         download_progress=download_progress,
     ) as llm:
+        mx.reset_peak_memory()
         if llm.kind != CHAT:
             raise Qwen3Error(f"{name} is an {llm.kind} model; chat and base models can be tuned")
         lessons, checked, cut, left_out = _split(llm, lines, valid_lines, settings)
         order = Batches(lessons, settings.batch, settings.seed)
         steps = steps or max(1, round((epochs or 0) * len(order)))
-        trainer = llm.compute(lambda model: Trainer(model, settings, lessons))
+        kept = _kept(llm, keep_lines, settings)
+        trainer = llm.compute(lambda model: Trainer(model, settings, lessons, kept))
+        trained = sum(array.size for array in trainer.parameters().values())
+        memory = check_step_fits(
+            llm.config,
+            settings,
+            trained,
+            [*lessons, *checked],
+            kept,
+            backend.compute_dtype(dtype).size,
+            backend.available_memory() + 3 * 4 * trained,  # which the trainer has taken already
+        )
         run = _Run(llm, trainer, folder, checked, steps, name, report or (lambda _: None))
         run.report(
             TuningPlan(
                 lessons=len(lessons),
                 valid=len(checked),
-                keep=0,
+                keep=len(kept),
                 tokens=sum(len(lesson.ids) for lesson in lessons),
                 learned=sum(lesson.learned for lesson in lessons),
                 longest=max(len(lesson.ids) for lesson in lessons),
@@ -180,16 +208,20 @@ def tune(  # noqa: PLR0913 - one keyword a choice
                 left_out=left_out,
                 steps=steps,
                 epochs=steps / len(order),
-                trained=sum(array.size for array in trainer.parameters().values()),
+                trained=trained,
+                memory=memory.total,
             )
         )
         run.train()
+        run.draw()
+        measured = Random(settings.seed).sample(kept, min(len(kept), _MAX_VALID))
         return Tuning(
             folder=folder.folder,
             steps=trainer.step,
             best_step=run.best_step or trainer.step,
             loss_before=run.loss_before,
             loss=run.last_loss if run.best is None else run.best,
+            kept_kl=llm.compute(lambda _: trainer.mean_divergence(measured)) if kept else None,
             seconds=time.perf_counter() - started,
             peak_memory=mx.get_peak_memory(),
             usage=f"qwen3 --model {name} --adapter {folder_name(folder.folder)}",
@@ -255,6 +287,16 @@ class _Run:
         if self._valid:
             compute(lambda _: trainer.load(self._folder.adapter()))
         self._sample()
+
+    def draw(self) -> None:
+        """Draw the losses, if matplotlib is installed."""
+        if find_spec("matplotlib") is None:
+            _log.info("no %s without matplotlib", PICTURE)
+            return
+        entries = self._folder.log
+        training = {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
+        valid = {entry["step"]: entry["valid_loss"] for entry in entries if "valid_loss" in entry}
+        draw_losses(self._folder.folder / PICTURE, training, valid, self.best_step)
 
     def _advance(self) -> None:
         trainer, started = self._trainer, time.perf_counter()
@@ -345,6 +387,15 @@ def _split(
     if len(validating) > _MAX_VALID:
         validating = random.sample(validating, _MAX_VALID)
     return list(chain.from_iterable(groups)), validating, found.cut, found.left_out
+
+
+def _kept(llm: LLM, lines: Sequence[Line] | None, settings: Settings) -> list[Lesson]:
+    """Return the lessons whose replies are to be kept, the missing ones generated."""
+    if lines is None:
+        return []
+    found = encode(llm.processor, answered(llm, lines), settings.max_length)
+    llm.forget()  # the weights that these prompts were read with are about to change
+    return list(chain.from_iterable(found.lessons))
 
 
 def _digest(file: str | Path | None) -> str | None:

@@ -12,10 +12,10 @@ import mlx.core as mx
 import pytest
 
 import qwen3_mlx
-from qwen3_mlx import LLM, CheckpointError, Qwen3Error, Tuning, load
+from qwen3_mlx import LLM, Qwen3Error, Tuning, load
 from qwen3_mlx.tuning.events import SampleReply, StepDone, TuningEvent, TuningPlan, Validated
 from tests.cli.harness import call
-from tests.support import MOE, read_weights, write_tiny
+from tests.support import MOE, write_tiny
 
 QUESTIONS = [(f"Which is larger, {a} or {a + 3}?", str(a + 3)) for a in range(20)]
 
@@ -28,6 +28,12 @@ def write_lines(file: Path, lines: list[Any]) -> Path:
 def conversation(question: str, answer: str, **more: Any) -> dict[str, Any]:
     asked = {"role": "user", "content": question}
     return {"messages": [asked, {"role": "assistant", "content": answer, **more}]}
+
+
+@pytest.fixture(autouse=True)
+def no_picture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the runs the second that a picture takes; `tuned` has one."""
+    monkeypatch.setattr("qwen3_mlx.tuning.tune.draw_losses", lambda *_: None)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,7 @@ def test_the_loss_falls_and_the_adapter_is_used_by_load(
     with load(tiny_folder, adapter=made.folder) as llm:
         assert not mx.allclose(llm.logits(ids), tiny.logits(ids))
     assert str(made.folder) in made.usage
+    assert "<svg" in (made.folder / "losses.svg").read_text()
 
 
 def test_a_run_tells_its_plan_steps_validations_and_samples(
@@ -228,6 +235,58 @@ def test_the_command_writes_an_adapter(
     assert code == 0, err
     assert json.loads(out)["steps"] == 2
     assert "18, and 2 to validate with" in err and "step 2: loss" in err
+
+
+def test_what_is_to_be_kept_moves_less(tmp_path: Path, tiny_folder: Path, lessons: Path) -> None:
+    questions = tmp_path / "keep.txt"
+    questions.write_text("What is 1 + 2?\n\nWho are you?\n")
+    options: dict[str, Any] = {"steps": 6, "keep": questions, "max_length": 48}
+    events: list[TuningEvent] = []
+    free = train(tiny_folder, lessons, tmp_path / "free", keep_weight=1e-9, **options)
+    held = train(
+        tiny_folder, lessons, tmp_path / "held", keep_weight=30.0, report=events.append, **options
+    )
+    assert free.kept_kl is not None and held.kept_kl is not None
+    assert 0 < held.kept_kl < free.kept_kl / 2
+    assert isinstance(events[0], TuningPlan) and events[0].keep == 4  # with and without thinking
+    assert all(event.kept_kl is not None for event in events if isinstance(event, StepDone))
+
+
+def test_a_step_that_does_not_fit_is_refused_with_what_would(
+    tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = write_lines(tmp_path / "long.jsonl", [{"text": "word " * 3000}] * 16)
+    monkeypatch.setenv("QWEN3_MEMORY", "0.9")
+    with pytest.raises(
+        Qwen3Error, match=r"does not fit .* = .*batch=4 would fit .*max_length=512 would fit"
+    ):
+        train(tiny_folder, text, tmp_path / "out", batch=8, max_length=1024)
+
+
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [({}, 96), ({"checkpointing": True}, 96), ({"type": "full"}, 64), ({"batch": 2}, 256)],
+)
+def test_the_estimated_memory_is_near_the_peak(
+    options: dict[str, Any], length: int, tmp_path: Path, tiny_folder: Path
+) -> None:
+    text = write_lines(tmp_path / "text.jsonl", [{"text": "word " * 3000}] * 9)
+    estimated, peaks = list[int](), list[int]()
+
+    def watch(event: TuningEvent) -> None:
+        if isinstance(event, TuningPlan):
+            estimated.append(event.memory)
+        if isinstance(event, StepDone):
+            peaks.append(mx.get_peak_memory())
+        mx.clear_cache()
+        mx.reset_peak_memory()
+
+    before = mx.get_active_memory()
+    settings: dict[str, Any] = {"max_length": length, "steps": 2, **options}
+    train(tiny_folder, text, tmp_path / "out", report=watch, **settings)
+    with load(tiny_folder, dtype="float32") as llm:
+        measured = max(peaks) - before - llm.model.nbytes
+    assert abs(estimated[0] / measured - 1) < 0.15
 
 
 @pytest.mark.slow
