@@ -31,6 +31,8 @@ PARTS = {
     "hostile": "python -m benchmarks.hostile",
     "speculation": "python -m benchmarks.speculation",
     "contexts": "python -m benchmarks.contexts contexts.svg",
+    "tune": "python -m benchmarks.tune",
+    "tune larger": "python -m benchmarks.tune_larger tune.svg",
     "plan": "python -m benchmarks.plan 0.6B 4B 8B:4",
 }
 

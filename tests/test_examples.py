@@ -38,6 +38,19 @@ def test_an_example_runs(
         assert words in said, said
 
 
+@pytest.mark.slow
+def test_a_fine_tune_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = str(_EXAMPLES / "fine_tune.py")
+    monkeypatch.syspath_prepend(str(_EXAMPLES))
+    monkeypatch.setattr("qwen3_mlx.tuning.tune.draw_losses", lambda *_: None)  # takes a second
+    monkeypatch.setattr("qwen3_mlx.tuning.tune._MAX_VALID", 8)
+    monkeypatch.setattr(sys, "argv", [file, "1"])
+    runpy.run_path(file, run_name="__main__")
+    assert "without the adapter: 0 of 24 right" in capsys.readouterr().out
+
+
 def test_an_example_is_a_program() -> None:
     command = [sys.executable, str(_EXAMPLES / "stream.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -1,6 +1,7 @@
 """Fine-tuning at the public face: `tune` and `qwen3 tune` on tiny checkpoints, in a few steps."""
 
 import json
+import random
 import shutil
 import signal
 import subprocess
@@ -306,3 +307,47 @@ def test_ctrl_c_keeps_all_and_resume_continues(
     assert "the same command with --resume continues" in err
     done = subprocess.run([*command, "2", "--resume"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [3, 9, 15, 21, 27])
+def test_a_run_resumes_after_kill_9(
+    step: int, tmp_path: Path, tiny_folder: Path, lessons: Path
+) -> None:
+    command = [sys.executable, "-m", "qwen3_mlx", "tune", str(tiny_folder), "--data", str(lessons)]
+    command += ["--steps", "30", "--out"]
+    run = subprocess.Popen([*command, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+    assert run.stderr
+    next(line for line in run.stderr if line.startswith(f"step {step}:"))
+    run.kill()
+    run.communicate()
+    for more in ([str(tmp_path / "out"), "--resume"], [str(tmp_path / "whole")]):
+        subprocess.run([*command, *more], check=True, capture_output=True)
+    assert same(adapter_of(tmp_path / "out"), adapter_of(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_losses_and_parameters_are_those_of_mlx_lms_trainer() -> None:
+    command = [sys.executable, "-m", "benchmarks.tune", "--steps", "20"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    rows = [line.split("|")[1:-1] for line in done.stdout.splitlines()[2:]]
+    assert len(rows) == 6
+    for name, loss, parameters, *_ in rows:
+        assert float(loss) <= 1e-6 and float(parameters) <= 1e-6, name
+
+
+@pytest.mark.slow
+def test_lessons_without_thoughts_do_not_stop_a_hybrid_from_thinking(tmp_path: Path) -> None:
+    draw = random.Random(0)
+    pairs = [draw.sample(range(1, 100), 2) for _ in range(500)]
+    lines = [conversation(f"Which is larger, {a} or {b}?", str(max(a, b))) for a, b in pairs]
+    data = write_lines(tmp_path / "lessons.jsonl", lines)
+    made = qwen3_mlx.tune("demo", data=data, out=tmp_path / "out", steps=60, batch=8)
+    asked = [draw.sample(range(1, 100), 2) for _ in range(10)]
+    questions = [f"Which is larger, {a} or {b}?" for a, b in asked]
+    with load("demo", adapter=made.folder) as llm:
+        direct = llm.batch(questions, thinking=False, temperature=0, max_tokens=40)
+        thought = llm.batch(questions, thinking=True, temperature=0, max_tokens=40)
+    right = [reply.text == str(max(pair)) for reply, pair in zip(direct, asked, strict=True)]
+    assert sum(right) >= 8
+    assert sum(bool(reply.reasoning) for reply in thought) >= 9
