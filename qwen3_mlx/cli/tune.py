@@ -147,9 +147,10 @@ def tune(
         typer.echo(json.dumps({**asdict(made), "folder": str(made.folder)}))
         return
     before = "" if made.loss_before is None else f", {made.loss_before:.4f} before"
+    early = ", where validations were no better any more" if made.stopped_early else ""
     facts = {
         "adapter": str(made.folder),
-        "steps": f"{made.steps:,}, the best after {made.best_step:,}",
+        "steps": f"{made.steps:,}{early}, the best after {made.best_step:,}",
         "loss": f"{made.loss:.4f} nats a token{before}",
         "time": f"{made.seconds:,.1f} s",
         "peak memory": format_bytes(made.peak_memory),

@@ -85,7 +85,8 @@ def step_memory(
     """
     full = settings.type == FULL
     size = itemsize if full else _FLOAT
-    held = (2 if full else 3) * trained * size
+    # The untrained values are needed to compare with, where something is to be kept.
+    held = (1 + len(shapes) if full else 3) * trained * size
     parts = [_activations(config, settings, shape, itemsize) for shape in shapes]
     activations = sum(part[0] for part in parts)
     working = max(part[1] for part in parts)
@@ -131,7 +132,9 @@ def check_step_fits(
     itemsize: int,
     available: int,
 ) -> StepMemory:
-    """Return the memory of a step, which must fit `available` bytes.
+    """Return the memory of a step, which must fit.
+
+    `available` bytes are free beside the model, the trained parameters and the optimizer.
 
     Raises:
         Qwen3Error: it does not; the message has the sum, and what would fit.
@@ -147,6 +150,7 @@ def check_step_fits(
         return step_memory(config, changed, int(trained * share), shapes, itemsize)
 
     memory = needed(settings)
+    available += memory.parameters  # they have been taken already
     if memory.total + RESERVE <= available:
         return memory
     ways = [

@@ -26,7 +26,7 @@ class RunFolder:
         folder: the folder.
         resumes: whether a run is to be resumed.
         progress: what `save` wrote last; empty if there is nothing to resume.
-        log: the entries so far.
+        log: the entries so far, which are written by `save`.
     """
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], *, resume: bool) -> None:
@@ -77,10 +77,6 @@ class RunFolder:
     def adapter(self) -> dict[str, mx.array]:
         """Read the adapter that was saved last, on the thread that computes with it."""
         return _read_arrays(self.folder / MLX_ADAPTER)
-
-    def add(self, entry: dict[str, Any]) -> None:
-        """Add an entry to the log, which is written with the next `save`."""
-        self.log.append(entry)
 
     def save(self, arrays: Mapping[str, mx.array], progress: Mapping[str, Any]) -> None:
         """Save the log, and then the state that belongs to it."""

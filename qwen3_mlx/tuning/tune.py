@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from importlib.util import find_spec
 from itertools import chain
@@ -19,6 +19,7 @@ from qwen3_mlx.api.load import load
 from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.evaluate.plots import draw_losses
+from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import DEMO, folder_name
 from qwen3_mlx.text.kind import CHAT
 from qwen3_mlx.tuning.batches import Batches
@@ -28,7 +29,7 @@ from qwen3_mlx.tuning.lessons import Lesson, Line, encode, read_lines
 from qwen3_mlx.tuning.memory import check_step_fits
 from qwen3_mlx.tuning.run_folder import PICTURE, RunFolder
 from qwen3_mlx.tuning.settings import Settings, check_count
-from qwen3_mlx.tuning.trainer import Trainer
+from qwen3_mlx.tuning.trainer import StepLoss, Trainer
 
 _log = logging.getLogger(__name__)
 _STEPS = 200
@@ -51,6 +52,7 @@ class Tuning:
         folder: the folder of the adapter.
         steps: the steps that were done.
         best_step: the step whose parameters are in the adapter.
+        stopped_early: whether the validations were no better for so long that the run stopped.
         loss_before: the validation loss of the model as it was, in nats a token; None if there
             were too few lines for a validation.
         loss: the validation loss of the adapter; without a validation, the loss of the last step.
@@ -64,6 +66,7 @@ class Tuning:
     folder: Path
     steps: int
     best_step: int
+    stopped_early: bool
     loss_before: float | None
     loss: float
     kept_kl: float | None
@@ -167,7 +170,8 @@ def tune(  # noqa: PLR0913 - one keyword a choice
     name = DEMO if source is None else str(source)
     files = {"data": data, "valid": valid, "keep": keep}
     digests = {key: _digest(file) for key, file in files.items()}
-    identity = {"model": name, **settings.as_dict(), **digests}
+    held_as = {"revision": revision, "bits": bits, "dtype": dtype, "dequantize": dequantize}
+    identity = {"model": name, **held_as, **settings.as_dict(), **digests}
     folder = RunFolder(Path(out), identity, resume=plain(resume))
     with load(
         source,
@@ -180,6 +184,8 @@ def tune(  # noqa: PLR0913 - one keyword a choice
         mx.reset_peak_memory()
         if llm.kind != CHAT:
             raise Qwen3Error(f"{name} is an {llm.kind} model; chat and base models can be tuned")
+        window = llm.config.context_window
+        settings = replace(settings, max_length=min(settings.max_length, window))
         lessons, checked, cut, left_out = _split(llm, lines, valid_lines, settings)
         order = Batches(lessons, settings.batch, settings.seed)
         steps = steps or max(1, round((epochs or 0) * len(order)))
@@ -193,7 +199,7 @@ def tune(  # noqa: PLR0913 - one keyword a choice
             [*lessons, *checked],
             kept,
             backend.compute_dtype(dtype).size,
-            backend.available_memory() + 3 * 4 * trained,  # which the trainer has taken already
+            backend.available_memory(),
         )
         run = _Run(llm, trainer, folder, checked, steps, name, report or (lambda _: None))
         run.report(
@@ -214,11 +220,17 @@ def tune(  # noqa: PLR0913 - one keyword a choice
         )
         run.train()
         run.draw()
+        if run.best is not None and run.loss_before is not None and run.best >= run.loss_before:
+            _log.warning(
+                "the adapter is no better on the validation lessons than the model as it was: take "
+                "a smaller learning_rate, or more lessons"
+            )
         measured = Random(settings.seed).sample(kept, min(len(kept), _MAX_VALID))
         return Tuning(
             folder=folder.folder,
             steps=trainer.step,
             best_step=run.best_step or trainer.step,
+            stopped_early=trainer.step < steps,
             loss_before=run.loss_before,
             loss=run.last_loss if run.best is None else run.best,
             kept_kl=llm.compute(lambda _: trainer.mean_divergence(measured)) if kept else None,
@@ -300,10 +312,16 @@ class _Run:
 
     def _advance(self) -> None:
         trainer, started = self._trainer, time.perf_counter()
-        done = self._llm.compute(lambda _: trainer.advance())
-        self.last_loss = done.loss
-        kept = {} if done.kept_kl is None else {"kept_kl": done.kept_kl}
-        self._folder.add({"step": trainer.step, "loss": done.loss, "tokens": done.tokens, **kept})
+
+        def advance(_: Qwen3) -> StepLoss:  # one job: Ctrl-C finds it done or not begun
+            done = trainer.advance()
+            self.last_loss = done.loss
+            kept = {} if done.kept_kl is None else {"kept_kl": done.kept_kl}
+            entry = {"step": trainer.step, "loss": done.loss, "tokens": done.tokens}
+            self._folder.log.append(entry | kept)
+            return done
+
+        done = self._llm.compute(advance)
         seconds = time.perf_counter() - started
         self.report(
             StepDone(trainer.step, self._steps, done.loss, done.kept_kl, done.tokens, seconds)
@@ -316,23 +334,28 @@ class _Run:
         self._llm.compute(lambda _: trainer.restore(self._folder.arrays(), progress["step"]))
 
     def _validate(self) -> None:
-        """Compute the validation loss; keep the parameters if it is the lowest, or if none is."""
-        trainer, best = self._trainer, self._trainer.step > 0
-        self._validated = trainer.step
+        event = self._llm.compute(self._validated_now)
+        if event:
+            self.report(event)
+
+    def _validated_now(self, _: Qwen3) -> Validated | None:
+        """Compute the validation loss; save the parameters if it is the lowest, or if none is."""
+        trainer, event = self._trainer, None
+        best = trainer.step > 0
         if self._valid:
-            loss = self._llm.compute(lambda _: trainer.mean_loss(self._valid))
-            self._folder.add({"step": trainer.step, "valid_loss": loss})
+            loss = trainer.mean_loss(self._valid)
             if trainer.step == 0:
                 self.loss_before = loss
             elif best := self.best is None or loss < self.best:
                 self.best, self.best_step, self._stale = loss, trainer.step, 0
             else:
                 self._stale += 1
-            self.report(Validated(trainer.step, loss, best))
+            self._folder.log.append({"step": trainer.step, "valid_loss": loss})
+            event = Validated(trainer.step, loss, best)
         if best:
-            self._llm.compute(
-                lambda _: self._folder.save_adapter(trainer.parameters(), self._config)
-            )
+            self._folder.save_adapter(trainer.parameters(), self._config)
+        self._validated = trainer.step
+        return event
 
     def _save(self) -> None:
         progress = {name: getattr(self, name) for name in _PROGRESS}

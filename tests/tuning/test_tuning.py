@@ -186,7 +186,7 @@ def test_training_stops_when_validations_are_no_better(
     tmp_path: Path, tiny_folder: Path, lessons: Path
 ) -> None:
     made = train(tiny_folder, lessons, tmp_path / "out", steps=40, learning_rate=3.0)
-    assert made.best_step < made.steps < 40
+    assert made.best_step < made.steps < 40 and made.stopped_early
 
 
 @pytest.mark.parametrize(
