@@ -19,7 +19,7 @@ import qwen3_mlx
 
 _RUNS: dict[str, dict[str, Any]] = {
     "60 steps": {"steps": 60, "batch": 8},
-    "200 steps": {"steps": 200, "batch": 8},
+    "200 steps": {"steps": 200, "batch": 16},
     "200 steps, --keep": {
         "steps": 200,
         "batch": 8,
