@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwen3_mlx.checkpoint.formats.matrix import FLOATS
-from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, MLX_ADAPTER, PEFT_ADAPTER
+from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, MLX_ADAPTER, PEFT_ADAPTER, Source
 from qwen3_mlx.checkpoint.names import network_name
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import Entry, read_header, read_json, read_rows
@@ -326,3 +326,13 @@ class _Peft:
                     f"{ADAPTER_CONFIG}: {patterns}: {pattern[:40]!r} is no regular expression"
                 ) from error
         return _number(self._config.get(key), key)
+
+
+def refuse_other(source: Source) -> None:
+    """Check that a folder or a name of the hub is that of an adapter.
+
+    Raises:
+        CheckpointError: it is of something else.
+    """
+    if source.is_missing(ADAPTER_CONFIG):
+        raise CheckpointError(f"{source.name} is no adapter: it has no {ADAPTER_CONFIG}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3_mlx.checkpoint.adapter_formats import Contents, StoredArray, read_contents
+from qwen3_mlx.checkpoint.adapter_formats import Contents, StoredArray, read_contents, refuse_other
 from qwen3_mlx.checkpoint.formats.matrix import Matrix, StoredRows
 from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, ADAPTER_FILES, Source
 from qwen3_mlx.errors import CheckpointError
@@ -146,16 +146,6 @@ class Adapter:
         delta = self.delta(path)
         assert delta
         return delta.merged_rows(part.read(start, stop), first + start)
-
-
-def refuse_other(source: Source) -> None:
-    """Check that a folder or a name of the hub is that of an adapter.
-
-    Raises:
-        CheckpointError: it is of something else.
-    """
-    if source.is_missing(ADAPTER_CONFIG):
-        raise CheckpointError(f"{source.name} is no adapter: it has no {ADAPTER_CONFIG}")
 
 
 def _made_for(folder: Path) -> str:

@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
-from qwen3_mlx.checkpoint.adapters import refuse_other
+from qwen3_mlx.checkpoint.adapter_formats import refuse_other
 from qwen3_mlx.checkpoint.description import read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.local import last_used, local_models

@@ -275,7 +275,7 @@ def test_every_verb_that_loads_a_model_takes_the_same_options() -> None:
     once = {"--system", "-s", "--max-tokens", "-n", "--stop", "--hide-thinking", "--quiet", "-q"}
     once |= {"--preset", "--tools", "--mcp", "--yes", "--file", "-f", "--schema", "--json"}
     once |= {"--continue", "-c", "--log", "--no-log"}
-    once |= {"--model", "-m"}  # of a server, several
+    once |= {"--model", "-m", "--adapter"}  # of a server, several
     assert {name: serve.get(name) for name in set(ask) - once} == {
         name: ask[name] for name in set(ask) - once
     }

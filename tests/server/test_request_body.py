@@ -438,7 +438,7 @@ def test_a_long_conversation_is_read_ahead_beside_the_engine(
     engine = demo._open().engine
     found: list[tuple[str, list[int]]] = []
     monkeypatch.setattr(
-        engine, "prefetch", lambda ids: found.append((threading.current_thread().name, ids))
+        engine, "prefetch", lambda ids, _: found.append((threading.current_thread().name, ids))
     )
     for longest in (generation._LONG, 1):
         monkeypatch.setattr(generation, "_LONG", longest)
