@@ -1,5 +1,6 @@
 """Fine-tuning at the public face: `tune` and `qwen3 tune` on tiny checkpoints, in a few steps."""
 
+import gc
 import json
 import random
 import shutil
@@ -282,6 +283,7 @@ def test_the_estimated_memory_is_near_the_peak(
         mx.clear_cache()
         mx.reset_peak_memory()
 
+    gc.collect()  # or memory of other tests is freed meanwhile
     before = mx.get_active_memory()
     settings: dict[str, Any] = {"max_length": length, "steps": 2, **options}
     train(tiny_folder, text, tmp_path / "out", report=watch, **settings)
