@@ -9,7 +9,7 @@ from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.stream import collect
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.messages import normalise
-from qwen3_mlx.tuning.lessons import Line, read_lines
+from qwen3_mlx.tuning.lessons import Line, read_lines, read_rows
 
 _MAX_REPLY = 256  # tokens
 
@@ -22,12 +22,10 @@ def read_keep(file: Path) -> list[Line]:
     """
     if file.suffix == ".jsonl":
         return read_lines(file, may_lack_answer=True)
-    try:
-        rows = file.read_text("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise Qwen3Error(f"{file} cannot be read as UTF-8 text: {error}") from error
     lines = [
-        Line(file, number, normalise(row)) for number, row in enumerate(rows, 1) if row.strip()
+        Line(file, number, normalise(row))
+        for number, row in enumerate(read_rows(file), 1)
+        if row.strip()
     ]
     if not lines:
         raise Qwen3Error(f"{file} has no lines; give a question a line, or lessons as .jsonl")

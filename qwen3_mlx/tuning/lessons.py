@@ -73,6 +73,20 @@ class Lessons:
     left_out: int
 
 
+def read_rows(file: Path) -> list[str]:
+    """Return the lines of a text file.
+
+    Raises:
+        Qwen3Error: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return [row.removesuffix("\r") for row in file.read_text("utf-8-sig").split("\n")]
+    except OSError as error:
+        raise Qwen3Error(f"{file} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise Qwen3Error(f"{file} is not UTF-8 text") from error
+
+
 def read_lines(file: Path, *, may_lack_answer: bool = False) -> list[Line]:
     """Read a file of lessons; what is not JSON Lines or has no known form is refused.
 
@@ -82,10 +96,7 @@ def read_lines(file: Path, *, may_lack_answer: bool = False) -> list[Line]:
         Qwen3Error: the file cannot be read or has no line, or a line is wrong; the message names
             it.
     """
-    try:
-        rows = file.read_text("utf-8-sig").split("\n")
-    except (OSError, ValueError) as error:
-        raise Qwen3Error(f"{file} cannot be read as UTF-8 text: {error}") from error
+    rows = read_rows(file)
     lines = []
     for number, row in enumerate(rows, 1):
         if row.strip():

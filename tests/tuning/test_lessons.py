@@ -146,3 +146,11 @@ def test_a_checkpoint_that_always_thinks_learns_thoughts_alone(tmp_path: Path) -
         prompt, learned = only(llm, tmp_path, {"messages": [ASKED, answer]})
     assert prompt.endswith("<think>\n")
     assert learned == "Polite.\n</think>\n\nHello<|im_end|>"
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Qwen3Error, match=r"none.jsonl cannot be read: No such file or directory$"):
+        read_lines(tmp_path / "none.jsonl")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(Qwen3Error, match="binary is not UTF-8 text$"):
+        read_lines(tmp_path / "binary")
