@@ -180,6 +180,8 @@ def read_rows(entry: Entry, start: int, stop: int) -> mx.array:
     if entry.dtype not in _READ_AS and entry.dtype not in PACKED:
         raise CheckpointError(f"{entry.file} has a tensor of dtype {entry.dtype}, which none needs")
     width = entry.shape[-1] if entry.shape else 1
+    if not 0 <= start <= stop <= math.prod(entry.shape[:-1]):
+        raise CheckpointError(f"{entry.file} has a tensor with fewer rows than are needed")
     raw = _read_elements(entry, start * width, stop * width)
     numbers = mx.array(memoryview(raw))  # type: ignore[arg-type]  # takes buffers, too
     return numbers.view(_READ_AS.get(entry.dtype, mx.uint8)).reshape(stop - start, -1)

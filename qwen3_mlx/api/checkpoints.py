@@ -5,6 +5,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
+from qwen3_mlx import backend
 from qwen3_mlx.api.capacity import check_fits, plan_load
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.cache.quantized import CacheFormat, cache_format
@@ -21,7 +24,7 @@ from qwen3_mlx.checkpoint.weights import (
     with_stored_head,
 )
 from qwen3_mlx.engine.memory import Plan
-from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import FormatOf
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -73,6 +76,13 @@ class ResolvedCheckpoint:
         network, stored = ModelConfig.from_dict(config), formats_held(config, folder)
         if options.quantize and is_foreign(config):
             stored = None  # decoded, and quantized as asked
+        if network.experts and not backend.on_gpu() and options.dtype != mx.float32:
+            if adapter or options.dequantize or not (stored or options.quantize):
+                raise Qwen3Error(
+                    "MLX multiplies experts in float32 only on a CPU: leave dtype out, or quantize "
+                    "them: bits=8"
+                )
+            options = replace(options, dequantize=False)
         cache = cache_format(kv_bits, network.head_dim)
         found = cls(place, folder, config, network, stored, options, cache)
         if isinstance(adapter, Mapping):

@@ -157,7 +157,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
     _refuse_size_name(source)
     place = Source(hub_name(source), revision, _progress_for(progress, "downloading"))
     output = Path(output).expanduser()
-    check_output(place.folder, output, force=force)
+    # The folder of a GGUF file may be that of the result, too.
+    check_output(None if place.names_file else place.folder, output, force=force)
     folder, stated = read_config(place, _DESCRIPTION)
     folder = fetch_weights(place, folder, also=_DESCRIPTION)
     config: Mapping[str, Any] = with_stored_head(stated, folder)

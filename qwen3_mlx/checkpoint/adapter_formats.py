@@ -29,6 +29,10 @@ def _first(parts: Sequence[mx.array]) -> mx.array:
     return parts[0]
 
 
+_MAX_PATTERN = 500  # characters
+_REPEATED_GROUP = re.compile(r"\)[*+{]|(?:[*+].*){4}")
+
+
 @dataclass(frozen=True, slots=True)
 class StoredArray:
     """An array made of stored tensors, of which `name` is the first; `arrange` puts them together.
@@ -290,6 +294,8 @@ class _Peft:
         if not self._experts or len(b.shape) != 2:
             raise CheckpointError(f"{b.name} is {list(b.shape)}, which does not fit this model")
         joined = (a.shape[-1], b.shape[0]) == (self._hidden, 2 * self._width)
+        if module.endswith(".base_layer") and not joined:  # inside: down_proj is the outer one
+            raise CheckpointError(f"{b.name} is {list(b.shape)}, which does not fit this model")
         parameter = "gate_up_proj" if joined else "down_proj"
         scale = self._scale(f"{block}.experts.{parameter}", a, a.shape[0] // self._experts)
         a = a.then(lambda x: x.reshape(self._experts, -1, x.shape[-1]))
@@ -318,6 +324,10 @@ class _Peft:
             raise CheckpointError(f"{ADAPTER_CONFIG}: {patterns} is not an object")
         for pattern, value in own.items():
             whole = pattern if pattern.startswith("^") else rf"(.*\.)?({pattern})$"
+            if len(pattern) > _MAX_PATTERN or _REPEATED_GROUP.search(pattern):
+                raise CheckpointError(  # it could take for ever to match
+                    f"{ADAPTER_CONFIG}: {patterns}: {pattern[:40]!r} is too complex"
+                )
             try:
                 if re.match(whole, module):
                     return _number(value, f"{patterns}.{pattern}")

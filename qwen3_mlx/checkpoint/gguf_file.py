@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from qwen3_mlx.errors import CheckpointError
@@ -85,8 +86,8 @@ class GgufHeader:
     tensors: Mapping[str, Entry]
 
 
-def read_gguf(file: Path) -> GgufHeader:
-    """Read the header of a GGUF file.
+def read_gguf(file: Path, first: Mapping[str, Any] = MappingProxyType({})) -> GgufHeader:
+    """Read the header of a GGUF file; of a part `first` is the metadata of the first part.
 
     Raises:
         CheckpointError: the file cannot be read, is truncated or broken, is not of a Qwen3, or has
@@ -97,38 +98,46 @@ def read_gguf(file: Path) -> GgufHeader:
             file.open("rb") as stream,
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw,
         ):
-            return _Reader(file, raw).header()
+            return _Reader(file, raw, first).header()
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    except (struct.error, ValueError, KeyError, IndexError, MemoryError) as error:
+    except (struct.error, ValueError, KeyError, IndexError, TypeError, MemoryError) as error:
         raise CheckpointError(
             f"{file} is truncated, or has a broken header; download it again"
         ) from error
 
 
-def gguf_tensors(file: Path) -> Mapping[str, Entry]:
-    """Return the tensors of a GGUF file; its header, with a whole vocabulary, is read once.
+def gguf_tensors(file: Path, first: Path) -> Mapping[str, Entry]:
+    """Return the tensors of a GGUF file, or of a part of one; a header is read once.
 
     Raises:
         CheckpointError: as `read_gguf` does.
     """
     try:
-        state = file.stat()
+        states = [(part, part.stat().st_size, part.stat().st_mtime_ns) for part in (file, first)]
     except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
-    return _tensors_of(file, state.st_size, state.st_mtime_ns)
+        raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
+    return _tensors_of(*states)
 
 
 @lru_cache(maxsize=16)  # the parts of a split file
-def _tensors_of(file: Path, *_: int) -> Mapping[str, Entry]:
-    return read_gguf(file).tensors
+def _tensors_of(file: tuple[Path, int, int], first: tuple[Path, int, int]) -> Mapping[str, Entry]:
+    return read_gguf(file[0], _naming(first) if file != first else {}).tensors
+
+
+@lru_cache(maxsize=1)
+def _naming(first: tuple[Path, int, int]) -> Mapping[str, Any]:
+    """Return the metadata of a first part that the names of all parts depend on."""
+    metadata = read_gguf(first[0]).metadata
+    return {key: value for key, value in metadata.items() if not isinstance(value, list)}
 
 
 class _Reader:
     """Reads values one after another; a `ValueError` or `struct.error` means a broken file."""
 
-    def __init__(self, file: Path, raw: mmap.mmap) -> None:
+    def __init__(self, file: Path, raw: mmap.mmap, first: Mapping[str, Any]) -> None:
         self._file = file
+        self._first = first
         self._raw = raw
         self._place = 0
 
@@ -167,7 +176,10 @@ class _Reader:
                 raise CheckpointError(
                     f"{self._file} is truncated: {name} ends after it; download it again"
                 )
-        return GgufHeader(metadata, dict(_renamed(self._file, entries, metadata)))
+        renamed = [*_renamed(self._file, entries, {**self._first, **metadata})]
+        if len(named := dict(renamed)) < len(renamed):
+            raise ValueError("a tensor is there twice, fused and by itself")
+        return GgufHeader(metadata, named)
 
     def _one(self, code: str) -> Any:
         (value,) = struct.unpack_from(f"<{code}", self._raw, self._place)
@@ -193,8 +205,8 @@ class _Reader:
         if kind != _ARRAY:
             return self._one(_SCALARS[kind])
         kind, count = self._one("I"), self._count()
-        if kind in (_STRING, _ARRAY):
-            return [self._value(kind) for _ in range(count)]
+        if kind == _STRING:
+            return [self._string() for _ in range(count)]
         values = struct.unpack_from(f"<{count}{_SCALARS[kind]}", self._raw, self._place)
         self._place += struct.calcsize(f"<{count}{_SCALARS[kind]}")
         return list(values)
@@ -233,8 +245,14 @@ def _renamed(
 
 def _fused_rows(metadata: Mapping[str, Any], entry: Entry) -> Iterator[tuple[str, Entry]]:
     family = metadata["general.architecture"]
-    head = metadata[f"{family}.attention.key_length"]
-    q, kv = (metadata[f"{family}.attention.head_count{kind}"] * head for kind in ("", "_kv"))
+    keys = ("key_length", "head_count", "head_count_kv")
+    sizes = [metadata[f"{family}.attention.{key}"] for key in keys]
+    if not all(type(size) is int for size in sizes):
+        raise ValueError("a count of heads is no number")
+    head, heads, kv_heads = sizes
+    q, kv = heads * head, kv_heads * head
+    if q < 1 or kv < 1 or entry.shape[0] != q + 2 * kv:
+        raise ValueError("a fused tensor has other rows than q, k and v")
     row = entry.nbytes // entry.shape[0]
     for part, first, count in (("q_proj", 0, q), ("k_proj", q, kv), ("v_proj", q + kv, kv)):
         shape = (count, *entry.shape[1:])

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from qwen3_mlx.checkpoint.formats.methods import GGUF
-from qwen3_mlx.checkpoint.gguf_file import read_gguf
+from qwen3_mlx.checkpoint.gguf_file import gguf_tensors, read_gguf
 from qwen3_mlx.checkpoint.weights import GGUF_POINTER
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.files import read_json
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
@@ -33,6 +35,7 @@ _PLAIN = (
 )
 _END_OF_TEXT, _END_OF_TURN = "<|endoftext|>", "<|im_end|>"
 _POOLED_BY_LAST_TOKEN = 3
+_UNFINISHED, _STALE_SECONDS = "unfinished-", 3600
 _SAMPLING = {"temp": "temperature", "top_k": "top_k", "top_p": "top_p"}
 _YARN = {
     "factor": "factor",
@@ -58,9 +61,10 @@ def gguf_folder(file: Path) -> Path:
     except OSError as error:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
     folder = _cache() / sha256(json.dumps(states).encode()).hexdigest()[:32]
-    if not (folder / GGUF_POINTER).is_file():
+    if not _is_whole(folder):
         contents = _contents(files)
         try:
+            shutil.rmtree(folder, ignore_errors=True)
             _write(folder, contents)
         except OSError as error:
             raise CheckpointError(
@@ -73,13 +77,27 @@ def _parts(file: Path) -> list[Path]:
     match = _SPLIT.fullmatch(file.name)
     if not match:
         return [file]
-    stem, _, count = match.groups()
+    stem, number, count = match.groups()
+    if not 1 <= int(number) <= int(count):
+        raise CheckpointError(f"{file} is called part {int(number)} of {int(count)}")
     files = [
-        file.with_name(f"{stem}-{number:05}-of-{count}.gguf") for number in range(1, int(count) + 1)
+        file.with_name(f"{stem}-{part:05}-of-{count}.gguf") for part in range(1, int(count) + 1)
     ]
-    if missing := [part.name for part in files if not part.is_file()]:
-        raise CheckpointError(f"{file.parent} lacks {', '.join(missing)}: all parts are needed")
+    missing = (part.name for part in files if not part.is_file())
+    if first := next(missing, ""):
+        others = sum(1 for _ in missing)
+        more = f" and {others} more" if others else ""
+        raise CheckpointError(f"{file.parent} lacks {first}{more}: all parts are needed")
     return files
+
+
+def _is_whole(folder: Path) -> bool:
+    """Return whether a folder has all of its files as they were written."""
+    try:
+        sizes = read_json(folder / GGUF_POINTER)["sizes"]
+        return all((folder / name).stat().st_size == size for name, size in sizes.items())
+    except (CheckpointError, KeyError, AttributeError, TypeError, OSError):
+        return False
 
 
 def _cache() -> Path:
@@ -89,14 +107,20 @@ def _cache() -> Path:
 
 def _write(folder: Path, contents: Mapping[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix="unfinished-"))
+    for other in folder.parent.glob(f"{_UNFINISHED}*"):
+        if time.time() - other.stat().st_mtime > _STALE_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=_UNFINISHED))
     try:
+        sizes: dict[str, int] = {}
         for name, content in contents.items():
-            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-            (unfinished / name).write_text(text, "utf-8")
+            if name == GGUF_POINTER:
+                content = {**content, "sizes": sizes}
+            text = content if isinstance(content, str) else json.dumps(content)
+            sizes[name] = (unfinished / name).write_bytes(text.encode("utf-8", "replace"))
         unfinished.rename(folder)
     except OSError:
-        if not (folder / GGUF_POINTER).is_file():  # nobody else has written it meanwhile
+        if not _is_whole(folder):  # nobody else has written it meanwhile
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -104,23 +128,60 @@ def _write(folder: Path, contents: Mapping[str, Any]) -> None:
 
 def _contents(files: Sequence[Path]) -> dict[str, Any]:
     """Return the contents of the folder's files, by their names."""
-    headers = [read_gguf(file) for file in files]
-    metadata = headers[0].metadata
-    tensors = {name: entry for header in headers for name, entry in header.tensors.items()}
+    metadata = read_gguf(files[0]).metadata
+    if metadata.get("split.count", len(files)) != len(files):
+        raise CheckpointError(
+            f"{files[0]} is one of {metadata['split.count']} parts; it was renamed"
+        )
+    tensors = {
+        name: entry for file in files for name, entry in gguf_tensors(file, files[0]).items()
+    }
     try:
         vocabulary = tensors["model.embed_tokens.weight"].shape[0]
-        contents = {
+        _check_tokens(metadata, vocabulary)
+        contents: dict[str, Any] = {
             "config.json": _config(metadata, vocabulary, tied="lm_head.weight" not in tensors),
             "tokenizer.json": _tokenizer(metadata),
             "tokenizer_config.json": _tokenizer_config(metadata),
             "generation_config.json": _generation_config(metadata),
-            GGUF_POINTER: {"files": [str(file) for file in files]},
         }
     except KeyError as error:
         raise CheckpointError(f"{files[0]} has no {error} in its metadata or tensors") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{files[0]} has metadata that is wrong: {error}") from error
     if template := metadata.get("tokenizer.chat_template"):
-        contents["chat_template.jinja"] = template
-    return contents
+        contents["chat_template.jinja"] = str(template)
+    return {**contents, GGUF_POINTER: {"files": [str(file) for file in files]}}  # the last
+
+
+def _check_tokens(metadata: Mapping[str, Any], vocabulary: int) -> None:
+    """Check the lists that the tokenizer is made of.
+
+    Raises:
+        KeyError: one is missing.
+        ValueError: one is something else.
+    """
+    tokens, types, merges = (
+        metadata[f"tokenizer.ggml.{name}"] for name in ("tokens", "token_type", "merges")
+    )
+    for name, values, kind in (
+        ("tokens", tokens, str),
+        ("token_type", types, int),
+        ("merges", merges, str),
+    ):
+        if not isinstance(values, list) or not all(type(value) is kind for value in values):
+            raise ValueError(f"tokenizer.ggml.{name} is no list of {kind.__name__}")
+    if not len(tokens) == len(types) == vocabulary:
+        raise ValueError(
+            f"{len(tokens):,} tokens with {len(types):,} types, where the embedding has "
+            f"{vocabulary:,} rows"
+        )
+    if not all(" " in merge for merge in merges):
+        raise ValueError("a merge has no two parts")
+    for name in ("eos", "eot", "padding"):
+        number = metadata.get(key := f"tokenizer.ggml.{name}_token_id")
+        if number is not None and not (type(number) is int and 0 <= number < len(tokens)):
+            raise ValueError(f"{key} is {number!r:.50}, which is no token")
 
 
 def _config(metadata: Mapping[str, Any], vocabulary: int, *, tied: bool) -> dict[str, Any]:

@@ -164,6 +164,11 @@ class Source:
             raise ValueError(f"{model} is {what}; pull takes a size or a hub name")
         return source
 
+    @property
+    def names_file(self) -> bool:
+        """True if one GGUF file is named."""
+        return bool(self._chosen)
+
     def gguf_files(self) -> list[str]:
         """Return the GGUF file that is meant, or all of its parts; none if there are other weights.
 

@@ -69,7 +69,9 @@ class Weights:
         self._open: dict[Path, dict[str, mx.array]] = {}
         for file in self.files:
             is_gguf = file.suffix.lower() == GGUF_SUFFIX
-            for name, entry in (gguf_tensors(file) if is_gguf else read_header(file)).items():
+            for name, entry in (
+                gguf_tensors(file, self.files[0]) if is_gguf else read_header(file)
+            ).items():
                 if other := self.stored.get(name):
                     both = f"{other.file.name} and {file.name}"
                     raise CheckpointError(f"{folder} has {name} twice, in {both}")
@@ -118,7 +120,7 @@ def weight_names(
         CheckpointError: the index is broken, or it is unclear which of the files are meant.
     """
     if (pointer := folder / GGUF_POINTER).is_file():
-        return [str(name) for name in read_json(pointer)["files"]]
+        return [str(name) for name in read_json(pointer).get("files", ())]
     present = {file.name for file in folder.iterdir()} if files is None else set(files)
     model_files = sorted(filter(_MODEL_FILE.fullmatch, present))
     place = place or str(folder)

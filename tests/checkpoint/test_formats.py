@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from qwen3_mlx import CheckpointError, convert, load
+from qwen3_mlx import CheckpointError, Qwen3Error, convert, load
+from qwen3_mlx.checkpoint import gguf_file
 from qwen3_mlx.checkpoint.formats.gguf import schemes
 from qwen3_mlx.checkpoint.formats.matrix import StoredRows
 from qwen3_mlx.checkpoint.gguf_file import read_gguf
 from qwen3_mlx.files import PACKED, Entry, read_rows
 from tests.cli.harness import call
+from tests.support import read_weights
 
 GOLDEN = Path(__file__).parents[1] / "golden/formats"
 CASES = sorted(folder.name for folder in GOLDEN.iterdir() if folder.is_dir())
@@ -181,3 +184,83 @@ def test_another_network_is_refused_by_its_name(tmp_path: Path) -> None:
         CheckpointError, match="is of a llama, and only qwen3 and qwen3moe are read"
     ):
         load(file)
+
+
+def test_a_description_that_was_damaged_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN3_HOME", str(tmp_path))
+    source = source_of("gguf_narrow_q4_k_m")
+    with load(source):
+        pass
+    (folder,) = (tmp_path / "gguf").iterdir()
+    for name, text in (("tokenizer.json", "{"), ("gguf.json", "{}"), ("config.json", None)):
+        if text is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_text(text)
+        with load(source) as llm:
+            assert llm.kind == "chat"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("eos_token_id", (4, struct.pack("<I", 9999)), "eos_token_id is 9999, which is no token"),
+        ("eos_token_id", (8, b"\x01" + bytes(7) + b"x"), "eos_token_id is 'x', which is no token"),
+        ("tokens", (4, struct.pack("<I", 3)), "tokens is no list of str"),
+    ],
+)
+def test_metadata_of_another_kind_is_named(
+    key: str, value: tuple[int, bytes], words: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "odd.gguf"
+    file.write_bytes(with_value(source_of("gguf_narrow_q4_k_m"), f"tokenizer.ggml.{key}", *value))
+    with pytest.raises(CheckpointError, match=f"has metadata that is wrong: .*{words}"):
+        load(file)
+
+
+def with_value(source: Path, key: str, kind: int, raw: bytes) -> bytes:
+    """Return a GGUF file with another value of a key; its numbers are no longer at their place."""
+    whole = source.read_bytes()
+    reader = gguf_file._Reader(source, whole, {})  # type: ignore[arg-type]
+    reader._place = whole.index(key.encode()) + len(key)
+    start = reader._place
+    reader._value(reader._one("I"))
+    changed = whole[:start] + struct.pack("<I", kind) + raw + whole[reader._place :]
+    return changed + bytes(64)  # the numbers begin at another multiple of 32, perhaps a later one
+
+
+def test_what_does_not_belong_together_is_refused(tmp_path: Path) -> None:
+    for case, name, rows, words in (
+        ("bnb_moe_nf4", "nested_quant_map", 1, "nested_quant_map is F32"),
+        ("ct_mixed", "q_proj.weight_scale", 8, "weight_scale is BF16"),
+        ("ct_w4a16_asym", "weight_zero_point", None, "stated as not symmetric"),
+    ):
+        folder = shutil.copytree(GOLDEN / case, tmp_path / case)
+        tensors = read_weights(folder)
+        found = next(each for each in sorted(tensors) if each.endswith(name))
+        array = tensors.pop(found)
+        mx.eval(array, tensors)
+        if rows is not None:
+            tensors[found] = array[:rows]
+        mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+        with pytest.raises(CheckpointError, match=words):
+            load(folder)
+
+
+def test_the_result_may_lie_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(source_of("gguf_narrow_q4_k_m"), tmp_path / "tiny.gguf")
+    monkeypatch.chdir(tmp_path)
+    convert("tiny.gguf", "tiny")
+    with load("./tiny") as llm:
+        assert llm.kind == "chat"
+
+
+def test_experts_are_multiplied_in_float32_on_a_cpu() -> None:
+    with load(source_of("bnb_moe_nf4"), dtype="bfloat16") as llm:
+        assert llm.chat("Hi", max_tokens=2).usage.prompt_tokens
+    with pytest.raises(Qwen3Error, match="experts in float32 only on a CPU"):
+        load(source_of("bnb_moe_nf4"), dtype="bfloat16", dequantize=True)

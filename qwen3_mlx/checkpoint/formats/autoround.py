@@ -17,7 +17,7 @@ _DEFAULT = "auto_round:auto_gptq"
 def problem(section: Mapping[str, Any]) -> str:
     """Return why weights of this section cannot be read, or "" if they can."""
     packing = section.get("packing_format") or _DEFAULT
-    if packing not in _PACKINGS:
+    if not isinstance(packing, str) or packing not in _PACKINGS:
         return f"with packing_format {packing!r}, and only {', '.join(_PACKINGS)} can be read"
     if section.get("data_type") not in (None, "int"):
         return f"with data_type {section['data_type']!r}, and only 'int' can be read"

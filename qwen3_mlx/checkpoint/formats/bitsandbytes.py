@@ -4,6 +4,7 @@ The blocks run over the flattened weight, across the ends of rows.
 """
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from qwen3_mlx.checkpoint.formats.matrix import Scheme, StoredRows, expect
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.errors import CheckpointError
 
+_SIZES = 4  # numbers of a quant_state: rows, width, weights of a block, blocks of a nested one
+_MOST = 1 << 40
 _STATES = tuple(f"weight.quant_state.bitsandbytes__{kind}" for kind in ("nf4", "fp4"))
 
 
@@ -35,16 +38,21 @@ def _four_bits(weights: Weights, prefix: str) -> StoredRows:
     With double quantization, absmax is itself a place in a table, scaled by blocks, plus an offset.
     """
     state = _state(weights, prefix)
-    try:
-        (rows, width), block = state["shape"], state["blocksize"]
-        nested, offset = state.get("nested_blocksize"), state.get("nested_offset", 0.0)
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{prefix}.weight has a quant_state without {error}") from error
-    count = rows * width
-    packed, table = f"{prefix}.weight", f"{prefix}.weight.quant_map"
+    shape, block = state.get("shape"), state.get("blocksize")
+    nested, offset = state.get("nested_blocksize"), state.get("nested_offset") or 0.0
+    sizes = [*(shape if isinstance(shape, list) else [None]), block, nested or 1]
+    are_whole = len(sizes) == _SIZES and all(type(n) is int and 0 < n < _MOST for n in sizes)
+    if not are_whole or not isinstance(offset, float) or not math.isfinite(offset):
+        raise CheckpointError(f"{prefix}.weight has a quant_state with {state!r:.200}")
+    rows, width, block, _ = sizes
+    packed, count = f"{prefix}.weight", rows * width
+    blocks = -(-count // block)
     expect(weights, packed, ("U8",), (-(-count // 2), 1))
-    expect(weights, table, ("F32",), (16,))
-    expect(weights, f"{packed}.absmax", ("U8",) if nested else ("F32",), (-(-count // block),))
+    expect(weights, f"{packed}.quant_map", ("F32",), (16,))
+    expect(weights, f"{packed}.absmax", ("U8",) if nested else ("F32",), (blocks,))
+    if nested:
+        expect(weights, f"{packed}.nested_absmax", ("F32",), (-(-blocks // nested),))
+        expect(weights, f"{packed}.nested_quant_map", ("F32",), (256,))
 
     def vector(name: str) -> mx.array:
         return weights.rows(f"{packed}.{name}", 0, 1).flatten()
@@ -73,7 +81,7 @@ def _state(weights: Weights, prefix: str) -> Mapping[str, Any]:
             raw = bytes(weights.rows(name, 0, 1).flatten().tolist())  # type: ignore[arg-type]
             try:
                 found = json.loads(raw)
-            except ValueError:
+            except (ValueError, RecursionError):
                 found = None
             if isinstance(found, dict):
                 return found

@@ -4,10 +4,12 @@ Which modules are quantized, to how many bits and in which groups, the tensors t
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
+from qwen3_mlx.checkpoint.formats import fp8
 from qwen3_mlx.checkpoint.formats.affine import affine_rows, group_size, unpack_stream
 from qwen3_mlx.checkpoint.formats.fp8 import e4m3_values, scaled_rows
 from qwen3_mlx.checkpoint.formats.matrix import FLOATS, WORDS, Scheme, StoredRows, expect
@@ -27,11 +29,19 @@ _BLOCK = [128, 128]
 
 def problem(section: Mapping[str, Any]) -> str:
     """Return why weights of this section cannot be read, or "" if they can."""
+    groups = section.get("config_groups")
+    if groups is not None and not _are_objects(groups):
+        return "with config_groups that are no objects"
+    for group in _groups(section):
+        block = _weights(group).get("block_structure")
+        if block is not None and not fp8.is_block(block):
+            return f"with block_structure {block!r}, and needed is one such as [128, 128]"
     formats = [section.get("format"), *(group.get("format") for group in _groups(section))]
-    if other := next((name for name in formats if name and name not in _FORMATS), None):
+    if other := next((name for name in formats if name and str(name) not in _FORMATS), None):
         return f"in the format {other!r}, and only {', '.join(_FORMATS)} can be read"
     for key in ("transform_config", "sparsity_config"):
-        if (stated := section.get(key)) and stated.get("format") != "dense":
+        stated = section.get(key)
+        if stated and not (isinstance(stated, Mapping) and stated.get("format") == "dense"):
             return f"with a {key}, which is not read"
     return ""
 
@@ -40,13 +50,14 @@ def schemes(section: Mapping[str, Any]) -> list[Scheme]:
     """Return how the modules are stored; those without these tensors are plain."""
     blocks = (_weights(group).get("block_structure") for group in _groups(section))
     block = next(filter(None, blocks), _BLOCK)
+    symmetric = [_weights(group).get("symmetric", True) for group in _groups(section)]
     activations = ("input_scale", "input_zero_point", "input_global_scale")
     return [
         Scheme("weight_packed", ("weight_scale", "weight_global_scale"), _nvfp4, activations),
         Scheme(
             "weight_packed",
             ("weight_scale", "weight_shape"),
-            _packed,
+            partial(_packed, needs_zeros=bool(symmetric) and not any(symmetric)),
             ("weight_zero_point", *activations),
         ),
         Scheme(
@@ -63,6 +74,14 @@ def usual(section: Mapping[str, Any]) -> tuple[int, int] | None:
     return None
 
 
+def _are_objects(groups: Any) -> bool:
+    """Return whether the groups, and what they say of weights, are objects."""
+    return isinstance(groups, Mapping) and all(
+        isinstance(group, Mapping) and isinstance(group.get("weights") or {}, Mapping)
+        for group in groups.values()
+    )
+
+
 def _groups(section: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     groups = section.get("config_groups")
     return [group for group in groups.values() if isinstance(group, Mapping)] if groups else []
@@ -72,7 +91,7 @@ def _weights(group: Mapping[str, Any]) -> Mapping[str, Any]:
     return group.get("weights") or {}
 
 
-def _packed(weights: Weights, prefix: str) -> StoredRows:
+def _packed(weights: Weights, prefix: str, *, needs_zeros: bool) -> StoredRows:
     """Create the matrix of (q − zero) · scale, each row a stream of codes of 1 to 8 bits.
 
     A code is q + 2^(bits - 1), and a stored zero likewise: the halves cancel each other. Zeros are
@@ -88,9 +107,13 @@ def _packed(weights: Weights, prefix: str) -> StoredRows:
     bits = next((bits for bits in _BITS if -(-width * bits // 32) == words), None)
     if shape[0] != rows or bits is None:
         raise CheckpointError(f"{prefix} is packed in a way that is not known: {shape} as {words}")
-    _, groups = expect(weights, scale, FLOATS)
+    groups = expect(weights, scale, FLOATS)[1]
+    expect(weights, scale, FLOATS, (rows, groups))
     zeros = f"{prefix}.weight_zero_point"
-    if has_zeros := zeros in weights.stored:
+    has_zeros = zeros in weights.stored
+    if needs_zeros and not has_zeros:
+        raise CheckpointError(f"{zeros} is missing, and the weights are stated as not symmetric")
+    if has_zeros:
         expect(weights, zeros, WORDS, (-(-rows * bits // 32), groups))
 
     def read_groups(start: int, stop: int) -> tuple[mx.array, mx.array, mx.array]:

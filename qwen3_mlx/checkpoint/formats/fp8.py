@@ -14,9 +14,16 @@ from qwen3_mlx.checkpoint.weights import Weights
 def problem(section: Mapping[str, Any]) -> str:
     """Return why weights of this section cannot be read, or "" if they can."""
     block = section.get("weight_block_size")
-    if isinstance(block, list) and len(block) == 2 and all(type(n) is int and n > 0 for n in block):
+    if is_block(block):
         return ""
     return f"with weight_block_size {block!r}, and needed is one such as [128, 128]"
+
+
+def is_block(value: object) -> bool:
+    """Return whether a value is the size of a block: rows and columns."""
+    return (
+        isinstance(value, list) and len(value) == 2 and all(type(n) is int and n > 0 for n in value)
+    )
 
 
 def schemes(section: Mapping[str, Any]) -> list[Scheme]:

@@ -103,6 +103,7 @@ def expect(
         raise CheckpointError(f"{name} is missing")
     entry = weights.stored[name]
     fits = entry.shape == shape if shape is not None else len(entry.shape) == 2
+    fits = fits and 0 not in entry.shape
     if entry.dtype not in dtypes or not fits:
         needed = list(shape) if shape is not None else "[rows, columns]"
         raise CheckpointError(
