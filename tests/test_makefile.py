@@ -266,9 +266,9 @@ def test_a_failed_installation_is_tried_again(machine: Machine) -> None:
 
 def test_a_long_installation_shows_that_it_goes_on(machine: Machine) -> None:
     (machine.bin / "sleep").unlink()
-    slept = "$FAKES/slept"
-    machine.command("sleep", f'[ ! -e "{slept}" ] && : >"{slept}"')  # once, and then no more
-    machine.python("python3.12", "3.12.4", pip=f'while [ ! -e "{slept}" ]; do :; done')
+    once, twice = "$FAKES/once", "$FAKES/twice"
+    machine.command("sleep", f'if [ -e "{once}" ]; then : >"{twice}"; exit 1; fi; : >"{once}"')
+    machine.python("python3.12", "3.12.4", pip=f'while [ ! -e "{twice}" ]; do :; done')
     result = machine.run()
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith(f"Creating .venv with {machine.bin}/python3.12 (3.12.4) ...\n")
