@@ -329,6 +329,19 @@ def test_a_run_resumes_after_kill_9(
     assert same(adapter_of(tmp_path / "out"), adapter_of(tmp_path / "whole"))
 
 
+@pytest.mark.parametrize("type", ["lora", "dora"])
+def test_mlx_lm_loads_the_adapter(
+    type: str, tmp_path: Path, tiny_folder: Path, lessons: Path
+) -> None:
+    lm = pytest.importorskip("mlx_lm.utils", reason="mlx-lm is the reference here")
+    made = train(tiny_folder, lessons, tmp_path / "out", type=type)
+    model, _ = lm.load_model(tiny_folder)
+    model = lm.load_adapters(model, str(made.folder))
+    ids = list(range(20, 36))
+    with load(tiny_folder, adapter=made.folder) as llm:
+        assert mx.allclose(model(mx.array([ids]))[0], llm.logits(ids), atol=1e-4)
+
+
 @pytest.mark.slow
 def test_losses_and_parameters_are_those_of_mlx_lms_trainer() -> None:
     command = [sys.executable, "-m", "benchmarks.tune", "--steps", "20"]
