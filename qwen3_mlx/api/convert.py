@@ -109,14 +109,15 @@ def convert(  # noqa: PLR0913 - one keyword an option
 
     Args:
         source: a folder, a hub name such as "Qwen/Qwen3-8B", or "demo". Its weights are floats, or
-            quantized in MLX's, FP8, AWQ or GPTQ format.
+            quantized: in MLX's format, FP8, AWQ, GPTQ, AutoRound, bitsandbytes or
+            compressed-tensors, or as a GGUF file.
         output: the folder to write. It appears only when it is complete.
         revision: branch, tag or commit on the hub; default None, the main branch.
         adapter: an adapter (see `load`) to merge, in float32 and before anything is quantized;
             default None.
         bits: bits per weight: 2, 3, 4, 5, 6 or 8; default None, which is the mode's own, in the
-            affine mode 4. Without `bits`, `group_size`, `mode` and `recipe` the weights of an AWQ
-            or GPTQ checkpoint keep their codes.
+            affine mode 4. Without `bits`, `group_size`, `mode` and `recipe` weights that are
+            quantized in another format than MLX's keep their codes, but those of FP8.
         group_size: number of weights that share a scale: 32, 64 or 128; default None, which is the
             mode's own, in the affine mode 64.
         mode: quantization mode: "affine" (default), "mxfp4", "mxfp8" or "nvfp4".
@@ -181,15 +182,14 @@ def convert(  # noqa: PLR0913 - one keyword an option
     )
     if recipe == "auto":
         job = _measured(job, calibration, target_bpw or 0.0, progress)
-    elif not dequantize and (recipe, bits, group_size, mode) == ("uniform", None, None, AFFINE):
-        kept = kept_formats(config, folder)
-        job = replace(job, formats=kept or choose_formats(quantizable_shapes(config), recipe, fmt))
     elif not dequantize:
+        asked = (recipe, bits, group_size, mode) != ("uniform", None, None, AFFINE)
+        kept = None if asked else kept_formats(config, folder)
         stored = quantization_of(config)
         stored_bits = stored.section.get("bits") if stored else None
-        if isinstance(stored_bits, int) and stored_bits < fmt.bits:
+        if not kept and isinstance(stored_bits, int) and stored_bits < fmt.bits:
             _log.warning("%d bits from %d bits: larger, not better", fmt.bits, stored_bits)
-        job = replace(job, formats=choose_formats(quantizable_shapes(config), recipe, fmt))
+        job = replace(job, formats=kept or choose_formats(quantizable_shapes(config), recipe, fmt))
     written = run(job, _progress_for(progress, "writing"))
     left = written.adapter_kept
     if left is not None and left < _MIN_KEPT:

@@ -58,6 +58,10 @@ def test_more_bits_than_the_source_are_noted(
     assert not caplog.messages
     convert(tmp_path / "4bit", tmp_path / "8bit", bits=8)
     assert caplog.messages == ["8 bits from 4 bits: larger, not better"]
+    caplog.clear()
+    convert("demo", tmp_path / "3bit", bits=3)
+    convert(tmp_path / "3bit", tmp_path / "default")
+    assert caplog.messages == ["4 bits from 3 bits: larger, not better"]
 
 
 def test_dequantizing_back(tiny_folder: Path, tmp_path: Path) -> None:
