@@ -23,14 +23,12 @@ from qwen3_mlx.files import Entry, read_header, read_json, read_rows
 from qwen3_mlx.model.config import ModelConfig
 
 _MAX_NUMBER = 1e9  # no scale or rank comes near it
+_MAX_PATTERN = 500  # characters
+_REPEATED_GROUP = re.compile(r"\)[*+{]|(?:[*+].*){4}")
 
 
 def _first(parts: Sequence[mx.array]) -> mx.array:
     return parts[0]
-
-
-_MAX_PATTERN = 500  # characters
-_REPEATED_GROUP = re.compile(r"\)[*+{]|(?:[*+].*){4}")
 
 
 @dataclass(frozen=True, slots=True)

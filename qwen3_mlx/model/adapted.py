@@ -167,9 +167,8 @@ class AdaptedLinear(Adapted):
 
     def _adapt_rows(self, out: mx.array, x: mx.array, rows: Rows) -> mx.array:
         mask = rows.mask[:, None]
-        low = x.reshape(-1, 1, x.shape[-1])
-        for name in ("lora_a", "lora_b"):
-            low = mx.gather_mm(low, self[name], rhs_indices=rows.index)
+        flat = x.reshape(-1, 1, x.shape[-1])
+        low = gathered(flat, self["lora_a"], self["lora_b"], rows.index, ordered=False)
         low = mx.where(mask, low[:, 0], 0)
         flat = out.reshape(low.shape) + low
         if "row_scale" in self:
@@ -207,13 +206,13 @@ class AdaptedSwitchLinear(Adapted):
         if isinstance(chosen, int):
             a, b, scale, _ = self["_each"][chosen]
             assert a is not None and b is not None
-            out = out + _gathered(x, a, b, routing.experts, ordered=routing.ordered)
+            out = out + gathered(x, a, b, routing.experts, ordered=routing.ordered)
             return out if scale is None else out * scale[routing.experts][..., None, :]
         experts = self["lora_a"].shape[1]
         which = chosen.index[routing.tokens] * experts + routing.experts
         mask = chosen.mask[routing.tokens][..., None, None]
         a, b = self["lora_a"].flatten(0, 1), self["lora_b"].flatten(0, 1)
-        adapted = out + _gathered(x, a, b, which, ordered=False)
+        adapted = out + gathered(x, a, b, which, ordered=False)
         if "row_scale" in self:
             adapted = adapted * self["row_scale"].flatten(0, 1)[which][..., None, :]
         chosen_rows: mx.array = mx.where(mask, adapted, out)
@@ -269,7 +268,7 @@ def _scaled(out: mx.array, scale: mx.array | None, shift: mx.array | None) -> mx
     return out if shift is None else out + shift
 
 
-def _gathered(x: mx.array, a: mx.array, b: mx.array, which: mx.array, *, ordered: bool) -> mx.array:
+def gathered(x: mx.array, a: mx.array, b: mx.array, which: mx.array, *, ordered: bool) -> mx.array:
     """Compute x·a·b with the pair `which[...]` for each row of x [..., 1, D]."""
     for matrix in (a, b):
         x = mx.gather_mm(x, matrix, rhs_indices=which, sorted_indices=ordered)

@@ -8,9 +8,11 @@ from typing import Any
 import mlx.core as mx
 
 AFFINE = "affine"  # groups have a scale and a bias; in the other modes only a scale, of 8 bits
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_GROUP_SIZES = (32, 64, 128)
 # Bits and group sizes that MLX's kernels support, by mode.
 _FORMATS = {
-    AFFINE: ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    AFFINE: (AFFINE_BITS, AFFINE_GROUP_SIZES),
     "mxfp4": ((4,), (32,)),
     "mxfp8": ((8,), (32,)),
     "nvfp4": ((4,), (16,)),

@@ -16,7 +16,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.model.adapted import weight_rows
+from qwen3_mlx.model.adapted import gathered, weight_rows
 from qwen3_mlx.model.moe import QuantizedSwitchLinear, Routing, SwitchLinear
 from qwen3_mlx.model.qwen3 import Qwen3
 
@@ -62,12 +62,8 @@ class LoRAExperts(_Trained):
         out: mx.array = self["linear"](x, routing)
         if self.is_off:
             return out
-        low = x
-        for name in ("lora_a", "lora_b"):
-            matrices = self[name].swapaxes(-1, -2)
-            low = mx.gather_mm(
-                low, matrices, rhs_indices=routing.experts, sorted_indices=routing.ordered
-            )
+        a, b = (self[name].swapaxes(-1, -2) for name in ("lora_a", "lora_b"))
+        low = gathered(x, a, b, routing.experts, ordered=routing.ordered)
         return out + (self.scale * low).astype(x.dtype)
 
 

@@ -18,6 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen3_mlx.cache.attention import LayerCache, RopeFn
+from qwen3_mlx.evaluate.windows import log_probabilities
 from qwen3_mlx.model.qwen3 import Block, Qwen3
 from qwen3_mlx.tuning.batches import Batch
 
@@ -45,7 +46,10 @@ def divergence(model: Qwen3, base_states: mx.array) -> LossOf:
     """
 
     def loss_of(x: mx.array, rows: slice) -> mx.array:
-        log_p, log_q = _log_softmax(model.head(base_states[rows])), _log_softmax(model.head(x))
+        log_p, log_q = (
+            log_probabilities(model, states, model.config.vocab_size)
+            for states in (base_states[rows], x)
+        )
         return (mx.exp(log_p) * (log_p - log_q)).sum()
 
     return loss_of
@@ -107,11 +111,6 @@ def mean_loss(loss_of: LossOf, states: mx.array, size: int) -> float:
         rows = slice(start, start + size)
         total += float(loss_of(states[rows], rows).item())  # type: ignore[arg-type]
     return total / states.shape[0]
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 class _CheckpointedBlock(Block):

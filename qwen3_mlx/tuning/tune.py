@@ -401,9 +401,7 @@ def _split(
         checked = []
         _log.warning("one line is too few for a validation: the last step is kept, not the best")
     else:
-        random.shuffle(
-            groups
-        )  # whole lines: turns of one conversation must not stand on both sides
+        random.shuffle(groups)  # of whole lines: no conversation stands on both sides
         count = max(1, round(_VALID_SHARE * len(groups)))
         checked, groups = groups[:count], groups[count:]
     validating = list(chain.from_iterable(checked))

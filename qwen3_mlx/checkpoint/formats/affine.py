@@ -6,11 +6,7 @@ import mlx.core as mx
 
 from qwen3_mlx.checkpoint.formats.matrix import Codes, StoredRows
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.model.quantization import Format
-
-MLX_BITS = (2, 3, 4, 5, 6, 8)
-"""Bits of the codes that MLX computes with."""
-_GROUPS = (128, 64, 32)  # of MLX, the largest first
+from qwen3_mlx.model.quantization import AFFINE_BITS, AFFINE_GROUP_SIZES, Format
 
 ReadGroups = Callable[[int, int], tuple[mx.array, mx.array, mx.array]]
 """Returns codes [rows, width], uint32, and float32 scales and offsets [rows, groups] of rows."""
@@ -27,7 +23,7 @@ def affine_rows(
         return (grouped * scales[..., None] + offsets[..., None]).flatten(1)
 
     size = mlx_group_size(group)
-    if bits not in MLX_BITS or size is None:
+    if bits not in AFFINE_BITS or size is None:
         return StoredRows(rows, width, read)
 
     def read_codes(start: int, stop: int) -> tuple[mx.array, mx.array, mx.array]:
@@ -42,7 +38,7 @@ def mlx_group_size(group: object) -> int | None:
     """Return the largest groups of MLX that make up groups of `group` weights; None without any."""
     if not isinstance(group, int) or group < 0:
         return None
-    return next((size for size in _GROUPS if group % size == 0), None)
+    return next((size for size in reversed(AFFINE_GROUP_SIZES) if group % size == 0), None)
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:

@@ -13,9 +13,9 @@ from qwen3_mlx.checkpoint.formats import (
     gguf,
     gptq_words,
 )
-from qwen3_mlx.checkpoint.formats.affine import MLX_BITS, mlx_group_size
+from qwen3_mlx.checkpoint.formats.affine import mlx_group_size
 from qwen3_mlx.checkpoint.formats.matrix import Scheme
-from qwen3_mlx.model.quantization import Format
+from qwen3_mlx.model.quantization import AFFINE_BITS, Format
 
 Section = Mapping[str, Any]
 
@@ -46,7 +46,7 @@ def _integers(section: Section) -> Format:
 
 def _compressed_tensors(section: Section) -> Format:
     bits, group = compressed_tensors.usual(section) or (8, 64)
-    return Format(bits if bits in MLX_BITS else 8, mlx_group_size(group) or 64)
+    return Format(bits if bits in AFFINE_BITS else 8, mlx_group_size(group) or 64)
 
 
 @dataclass(frozen=True, slots=True)
