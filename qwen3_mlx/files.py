@@ -20,6 +20,8 @@ from qwen3_mlx.errors import CheckpointError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+UNFINISHED = ".unfinished"
+"""End of the names of files that are being written."""
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _COMPARED_ELEMENTS = 1 << 20  # of a tensor, compared at once
 _MAX_AXES = 8  # a checkpoint has three at most; the product of a million sizes would take too long
@@ -289,7 +291,7 @@ def as_memoryview(array: mx.array) -> memoryview:
 
 @contextmanager
 def atomic_write(
-    path: Path, *, suffix: str = ".unfinished", private: bool = False
+    path: Path, *, suffix: str = UNFINISHED, private: bool = False
 ) -> Iterator[BinaryIO]:
     """Open a file for writing; it takes its name only when it is complete and on the disk.
 

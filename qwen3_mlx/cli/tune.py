@@ -87,7 +87,17 @@ class TrainingOptions:
         float | None,
         option(panel=_TRAINING, text="How often to go through all lessons, instead of --steps."),
     ] = None
-    batch: Annotated[int, option(panel=_TRAINING, text="Lessons in a step.", show_default=True)] = 4
+    batch: Annotated[
+        int, option(panel=_TRAINING, text="Lessons computed at once.", show_default=True)
+    ] = 4
+    accumulate: Annotated[
+        int,
+        option(
+            panel=_TRAINING,
+            text="Batches in a step: that of a larger batch, in less memory.",
+            show_default=True,
+        ),
+    ] = 1
     learning_rate: Annotated[
         float | None,
         option(panel=_TRAINING, text="Of Adam (default: 2e-4; 1e-5 with --type full)."),
@@ -121,6 +131,9 @@ def tune(
     resume: Annotated[
         bool, option("--resume", panel=_TRAINING, text="Continue the training in --out.")
     ] = False,
+    plan: Annotated[
+        bool, option("--plan", panel=_TRAINING, text="Show the plan and its memory; train nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Fine-tune MODEL with lessons; writes an adapter, in mlx-lm's format, to a folder.
@@ -133,7 +146,7 @@ def tune(
     stops early when that no longer falls. Ctrl-C keeps everything; the same
     command with --resume continues.
     """
-    with _Display() as display:
+    with _Display(plan_only=plan, as_json=as_json) as display:
         made = qwen3_mlx.tune(
             model,
             **asdict(lessons),
@@ -160,13 +173,17 @@ def tune(
     if (picture := made.folder / "losses.svg").is_file():
         facts["picture"] = str(picture)
     print_facts(facts)
+    options = made.usage.removeprefix("qwen3 ")
     note(f"Try it: {made.usage}")
+    note(f"Serve it: qwen3 serve {options}; in Python: load(..., adapter={str(made.folder)!r})")
+    note("Merge it into a checkpoint: qwen3 convert MODEL OUT --adapter; see docs/adapters.md")
 
 
 class _Display:
     """Shows the events of a training: a table, a bar, a line for each validation and sample."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, plan_only: bool, as_json: bool) -> None:
+        self._plan_only, self._as_json = plan_only, as_json
         self._stack = ExitStack()
         self.downloading = self._stack.enter_context(Bar("downloading", in_bytes=True))
         self._bar = self._stack.enter_context(Bar("training"))
@@ -176,7 +193,12 @@ class _Display:
     def __call__(self, event: TuningEvent) -> None:
         """Show an event."""
         if isinstance(event, TuningPlan):
-            self._show_plan(event)
+            if self._plan_only and self._as_json:
+                typer.echo(json.dumps(asdict(event)))
+            else:
+                self._show_plan(event)
+            if self._plan_only:
+                raise typer.Exit
             # From here on there is something to save.
             self._stack.enter_context(interruptible())
         elif isinstance(event, StepDone):

@@ -59,7 +59,10 @@ class Validated:
 
 @dataclass(frozen=True, slots=True)
 class SampleReply:
-    """The likeliest reply to a prompt of the validation lessons, after a step, and the lesson's."""
+    """The likeliest reply to the prompt of a lesson, to validate with if there are any.
+
+    `step` is how many steps were done before.
+    """
 
     step: int
     prompt: str

@@ -15,17 +15,16 @@ _MAX_REPLY = 256  # tokens
 
 
 def read_keep(file: Path) -> list[Line]:
-    """Read a file: lessons if it is JSON Lines, which may lack the answer; else a question a line.
+    """Read a file: lessons if it has JSON Lines, which may lack the answer; else a question a line.
 
     Raises:
         Qwen3Error: the file cannot be read, or a line is wrong.
     """
-    if file.suffix == ".jsonl":
+    rows = read_rows(file)
+    if file.suffix == ".jsonl" or rows[0].startswith(("{", "[")):
         return read_lines(file, may_lack_answer=True)
     lines = [
-        Line(file, number, normalise(row))
-        for number, row in enumerate(read_rows(file), 1)
-        if row.strip()
+        Line(file, number, normalise(row)) for number, row in enumerate(rows, 1) if row.strip()
     ]
     if not lines:
         raise Qwen3Error(f"{file} has no lines; give a question a line, or lessons as .jsonl")

@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from qwen3_mlx import backend
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.adapted import gathered, weight_rows
 from qwen3_mlx.model.moe import QuantizedSwitchLinear, Routing, SwitchLinear
@@ -22,7 +23,8 @@ from qwen3_mlx.model.qwen3 import Qwen3
 
 LORA, DORA, FULL = "lora", "dora", "full"
 TYPES = (LORA, DORA, FULL)
-_ROUTER = "mlp.gate"  # tuned, it would send tokens to experts that were not trained for them
+ROUTER = "mlp.gate"
+"""Not trained: it would send tokens to experts that were not trained for them."""
 _EXPERTS = (SwitchLinear, QuantizedSwitchLinear)
 _QUANTIZED = (nn.QuantizedLinear, QuantizedSwitchLinear)
 
@@ -41,6 +43,10 @@ class _Trained(nn.Module):
         self.lora_a = mx.random.uniform(-bound, bound, first, key=key)
         self.lora_b = mx.zeros((*outer, outputs, rank) if outer else (rank, outputs))
 
+    def _matrices(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """Return both matrices in a compute dtype; in float32 they would need a copy of x."""
+        return self["lora_a"].astype(dtype), self["lora_b"].astype(dtype)
+
 
 class LoRALinear(_Trained):
     """x·Wᵀ + scale·x·a·b, with a [D, r] and b [r, O]."""
@@ -48,10 +54,11 @@ class LoRALinear(_Trained):
     def __call__(self, x: mx.array) -> mx.array:
         """Compute the output [..., O] for x [..., D]."""
         out: mx.array = self["linear"](x)
-        if not self.is_off:
-            low = (x @ self["lora_a"]) @ self["lora_b"]
-            out = out + (self.scale * low).astype(x.dtype)
-        return out
+        return out if self.is_off else out + self._low(x)
+
+    def _low(self, x: mx.array) -> mx.array:
+        a, b = self._matrices(x.dtype)
+        return self.scale * ((x @ a) @ b)
 
 
 class LoRAExperts(_Trained):
@@ -62,12 +69,13 @@ class LoRAExperts(_Trained):
         out: mx.array = self["linear"](x, routing)
         if self.is_off:
             return out
-        a, b = (self[name].swapaxes(-1, -2) for name in ("lora_a", "lora_b"))
+        dtype = x.dtype if backend.on_gpu() else mx.float32  # a CPU gathers in float32 only
+        a, b = (matrix.swapaxes(-1, -2) for matrix in self._matrices(dtype))
         low = gathered(x, a, b, routing.experts, ordered=routing.ordered)
         return out + (self.scale * low).astype(x.dtype)
 
 
-class DoRALinear(_Trained):
+class DoRALinear(LoRALinear):
     """`LoRALinear` with the rows of its whole weight scaled to a trained length, m [O]."""
 
     def __init__(self, linear: nn.Module, rank: int, scale: float, key: mx.array) -> None:
@@ -77,18 +85,16 @@ class DoRALinear(_Trained):
     def __call__(self, x: mx.array) -> mx.array:
         """Compute the output [..., O] for x [..., D]."""
         linear = self["linear"]
+        out: mx.array = linear(x)
         if self.is_off:
-            out: mx.array = linear(x)
             return out
-        quantized = isinstance(linear, nn.QuantizedLinear)
-        weight = weight_rows(linear, slice(None)) if quantized else linear["weight"]
-        low = (x @ self["lora_a"]) @ self["lora_b"]
-        out = x @ weight.astype(x.dtype).T + (self.scale * low).astype(x.dtype)
-        whole = weight + (self.scale * self["lora_b"].T) @ self["lora_a"].T
+        bias = linear["bias"] if "bias" in linear else None
+        out = (out if bias is None else out - bias) + self._low(x)
+        change = (self.scale * self["lora_b"].T) @ self["lora_a"].T
         # The paper treats the norm as a constant: that saves memory and costs nothing (4.3).
-        norm = mx.stop_gradient(mx.linalg.norm(whole, axis=1))
-        out = (self["m"] / norm).astype(x.dtype) * out
-        return out + linear["bias"] if "bias" in linear else out
+        whole = mx.stop_gradient(weight_rows(linear, slice(None)) + change)
+        out = (self["m"] / mx.linalg.norm(whole, axis=1)).astype(x.dtype) * out
+        return out if bias is None else out + bias
 
 
 def attach(
@@ -109,7 +115,7 @@ def attach(
         (layer, name, module)
         for layer in tuned
         for name, module in layer.named_modules()
-        if isinstance(module, (nn.Linear, nn.QuantizedLinear, *_EXPERTS)) and name != _ROUTER
+        if isinstance(module, (nn.Linear, nn.QuantizedLinear, *_EXPERTS)) and name != ROUTER
     ]
     if kind == FULL:
         if any(isinstance(module, _QUANTIZED) for *_, module in modules):

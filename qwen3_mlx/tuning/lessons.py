@@ -16,10 +16,11 @@ from typing import Any
 from qwen3_mlx.api.prompts import render_whole, thinking_of
 from qwen3_mlx.api.text_processor import TextProcessor
 from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.text.messages import normalise
+from qwen3_mlx.text.messages import normalise, parsed_arguments
 from qwen3_mlx.text.tool_calls import as_tool_list, tool_schema
 
 _FORMS = '"messages", "prompt" and "completion", or "text"'
+_FIELDS = {"messages": {"tools"}, "prompt": {"completion", "tools"}, "text": set[str]()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,31 +110,44 @@ def read_lines(file: Path, *, may_lack_answer: bool = False) -> list[Line]:
 
 
 def _read(line: Line, row: str, may_lack_answer: bool) -> Line:
+    if row.lstrip().startswith("["):
+        raise ValueError(
+            f"it begins a JSON list; a line is an object with {_FORMS} (jq -c '.[]' FILE writes a "
+            "list so)"
+        )
     try:
         content = json.loads(row)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"it is no JSON ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"it is no JSON object; a lesson has {_FORMS}")
-    forms = [name for name in ("messages", "prompt", "text") if name in content]
-    if len(forms) != 1:
-        raise ValueError(f"it must have one of {_FORMS}, and it has {list(content)}")
-    if forms == ["text"]:
+    form = _form_of(content)
+    if form == "text":
         return replace(line, text=_text_of(content, "text"))
-    if forms == ["prompt"]:
+    if form == "prompt":
         turns = [{"role": "user", "content": _text_of(content, "prompt")}]
         if "completion" in content or not may_lack_answer:
             turns.append({"role": "assistant", "content": _text_of(content, "completion")})
-        return replace(line, messages=turns)
-    if not isinstance(content["messages"], list):
+    elif not isinstance(content["messages"], list):
         raise ValueError(f"its messages must be a list, not {content['messages']!r:.40}")
-    turns = normalise(content["messages"])
+    else:
+        turns = normalise(content["messages"])
     for place, turn in enumerate(turns):
         _check_turn(turn, f"messages[{place}]")
     if not may_lack_answer and not any(map(_is_learned, turns)):
         raise ValueError("it has no turn of the assistant's to learn")
     tools = [tool_schema(tool) for tool in as_tool_list(content.get("tools"))]
     return replace(line, messages=turns, tools=tools)
+
+
+def _form_of(content: dict[str, Any]) -> str:
+    forms = [name for name in ("messages", "prompt", "text") if name in content]
+    if len(forms) != 1:
+        raise ValueError(f"it must have one of {_FORMS}, and it has {list(content)}")
+    foreign = {"tools", "completion"} & content.keys() - _FIELDS[forms[0]]
+    if foreign:
+        raise ValueError(f"{forms[0]} and {min(foreign)} exclude each other")
+    return forms[0]
 
 
 def _text_of(content: dict[str, Any], name: str) -> str:
@@ -149,6 +163,14 @@ def _check_turn(turn: dict[str, Any], where: str) -> None:
     said = turn["content"] or turn.get("reasoning_content") or turn.get("tool_calls")
     if turn["role"] == "assistant" and not said:
         raise ValueError(f"{where}: the assistant says nothing")
+    for call in turn.get("tool_calls") or ():
+        function = call["function"]
+        arguments = function["arguments"]
+        if parsed_arguments(function) == {"arguments": arguments}:
+            raise ValueError(
+                f"{where}: the arguments of {function['name']} are no JSON object: "
+                f"{arguments!r:.40}"
+            )
 
 
 def _is_learned(turn: dict[str, Any]) -> bool:
@@ -216,6 +238,7 @@ def _turn_lesson(processor: TextProcessor, line: Line, place: int) -> Lesson:
     if whole[: len(prompt)] != prompt or len(whole) <= len(prompt):
         raise ValueError(
             f"{where}: as this checkpoint's template renders it, the turn does not continue its "
-            "prompt, so what is to be learned of it is unclear"
+            "prompt, so what is to be learned of it is unclear (a line break before the answer or "
+            "thoughts of white space may be the cause, or no user's message before it)"
         )
     return Lesson(whole, len(prompt))

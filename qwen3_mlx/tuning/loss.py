@@ -76,7 +76,7 @@ class Objective:
     """A mean loss, not evaluated.
 
     Attributes:
-        loss: the mean over all rows, float32.
+        loss: the share of these rows in the mean over all, float32.
         proxy: a number with the gradient of the loss, and without its value.
         stages: what is evaluated in this order, before anything else, so that memory is bounded.
     """
@@ -86,9 +86,12 @@ class Objective:
     stages: list[mx.array]
 
     @classmethod
-    def of(cls, loss_of: LossOf, states: mx.array, size: int) -> "Objective":
-        """Create the objective of the rows `states` [R, D], in blocks of `size` rows."""
-        count, fixed = states.shape[0], mx.stop_gradient(states)
+    def of(cls, loss_of: LossOf, states: mx.array, size: int, count: int) -> "Objective":
+        """Create the objective of the rows `states` [R, D], in blocks of `size` rows.
+
+        The mean is over `count` rows, of which these are all or some.
+        """
+        fixed = mx.stop_gradient(states)
         loss, gradients, stages = mx.array(0.0), list[mx.array](), [states]
 
         def mean_of(x: mx.array, rows: slice) -> mx.array:

@@ -10,19 +10,18 @@
   while its gradients are computed.
 
 The counts of arrays are those that fit peaks measured on a CPU in float32: 42 shapes of 2 to 8
-layers, the largest error was 9 %; as many with checkpointing, 15 %. In bfloat16 low-rank matrices,
-which stay float32, hold a float32 copy of each input.
+layers, the largest error was 9 %; as many with checkpointing, 15 %.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwen3_mlx.engine.memory import RESERVE, in_gb
+from qwen3_mlx.engine.memory import RESERVE, in_gb, modules
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.tuning.batches import in_batches
-from qwen3_mlx.tuning.layers import DORA, FULL
+from qwen3_mlx.tuning.layers import DORA, FULL, ROUTER
 from qwen3_mlx.tuning.lessons import Lesson
 from qwen3_mlx.tuning.loss import rows_at_once
 from qwen3_mlx.tuning.settings import Settings
@@ -71,22 +70,35 @@ class StepMemory:
         return f"{added} = {in_gb(self.total)}"
 
 
+def count_trained(config: ModelConfig, settings: Settings) -> int:
+    """Count the trained parameters."""
+    first = max(0, config.num_hidden_layers - (settings.layers or config.num_hidden_layers))
+    tuned = tuple(f"model.layers.{index}." for index in range(first, config.num_hidden_layers))
+    inside = [module for module in modules(config) if module.path.startswith(tuned)]
+    if settings.type == FULL:
+        return sum(module.size for module in inside)
+    magnitudes = 1 if settings.type == DORA else 0
+    return sum(
+        module.count * (settings.rank * (module.rows + module.columns) + magnitudes * module.rows)
+        for module in inside
+        if module.columns and not module.path.endswith(f".{ROUTER}")
+    )
+
+
 def step_memory(
-    config: ModelConfig,
-    settings: Settings,
-    trained: int,
-    shapes: Sequence[StepShape],
-    itemsize: int,
+    config: ModelConfig, settings: Settings, shapes: Sequence[StepShape], itemsize: int
 ) -> StepMemory:
     """Estimate the memory of a step.
 
-    `trained` counts the trained parameters. `shapes` are those of the batches of one step: of the
-    lessons, and of what is to be kept. `itemsize` is the bytes of the compute dtype.
+    `shapes` are those of the batches of one step: of the lessons, and of what is to be kept.
+    `itemsize` is the bytes of the compute dtype.
     """
-    full = settings.type == FULL
+    full, trained = settings.type == FULL, count_trained(config, settings)
     size = itemsize if full else _FLOAT
-    # The untrained values are needed to compare with, where something is to be kept.
-    held = (1 + len(shapes) if full else 3) * trained * size
+    # The untrained values are needed to compare with, where something is to be kept; gradients are
+    # held from one batch to the next.
+    copies = (1 + len(shapes) if full else 3) + (settings.accumulate > 1)
+    held = copies * trained * size
     parts = [_activations(config, settings, shape, itemsize) for shape in shapes]
     activations = sum(part[0] for part in parts)
     working = max(part[1] for part in parts)
@@ -106,17 +118,14 @@ def _activations(
         width = experts.num_experts_per_tok * experts.moe_intermediate_size
         routed = 2 * experts.num_experts_per_tok * hidden
     layers = min(settings.layers or config.num_hidden_layers, config.num_hidden_layers)
-    copies = 0
-    if settings.type != FULL and itemsize < _FLOAT:
-        copies = _FLOAT * (5 * hidden + queries + width)
     held = 4 * hidden + 4 * queries + 3 * keys + 5 * width + scores + routed
     backward = 6 * hidden + 5 * (queries + keys) + 4 * width + 2 * scores + routed
     if settings.type == DORA:  # the outputs before they are scaled
         held += 2 * hidden + queries + 2 * keys + 2 * width
-    layer_bytes = layers * (itemsize * held + copies)
+    layer_bytes = layers * itemsize * held
     if settings.checkpointing:
         layer_bytes = layers * itemsize * hidden
-        backward = 12 * hidden + 8 * (queries + keys) + 12 * width + 3 * scores + routed
+        backward = 12 * hidden + 8 * (queries + keys) + 12 * width + 3 * scores + 2 * routed
     rows = rows_at_once(config.vocab_size, checkpointing=settings.checkpointing)
     logits = 2 * min(rows, shape.learned) * config.vocab_size * _FLOAT
     head = logits + 2 * tokens * hidden * itemsize
@@ -126,7 +135,6 @@ def _activations(
 def check_step_fits(
     config: ModelConfig,
     settings: Settings,
-    trained: int,
     lessons: Sequence[Lesson],
     keep: Sequence[Lesson],
     itemsize: int,
@@ -134,7 +142,7 @@ def check_step_fits(
 ) -> StepMemory:
     """Return the memory of a step, which must fit.
 
-    `available` bytes are free beside the model, the trained parameters and the optimizer.
+    `available` bytes are free beside the model.
 
     Raises:
         Qwen3Error: it does not; the message has the sum, and what would fit.
@@ -146,11 +154,9 @@ def check_step_fits(
             for some in (lessons, keep)
         ]
         shapes = [StepShape.of(some, changed.batch) for some in cut if some]
-        share = 1.0 if settings.type == FULL else changed.rank / settings.rank
-        return step_memory(config, changed, int(trained * share), shapes, itemsize)
+        return step_memory(config, changed, shapes, itemsize)
 
     memory = needed(settings)
-    available += memory.parameters  # they have been taken already
     if memory.total + RESERVE <= available:
         return memory
     ways = [
@@ -175,7 +181,10 @@ def _smaller(
     def halved(name: str, value: int, least: int) -> Iterator[tuple[str, Settings]]:
         while (value := value // 2) >= least:
             changed: dict[str, Any] = {name: value}
-            yield f"{name}={value}", replace(settings, **changed)
+            if name == "batch":
+                changed["accumulate"] = -(-settings.step_lessons // value)
+            names = " with ".join(f"{key}={number}" for key, number in changed.items())
+            yield names, replace(settings, **changed)
 
     yield iter([("checkpointing=True", replace(settings, checkpointing=True))])
     yield halved("batch", settings.batch, 1)

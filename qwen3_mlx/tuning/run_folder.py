@@ -6,6 +6,7 @@ its name only when it is complete, so that a run that is killed can be resumed.
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import mlx.core as mx
 
 from qwen3_mlx.checkpoint.hub import ADAPTER_CONFIG, MLX_ADAPTER
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
-from qwen3_mlx.files import atomic_write, read_header_and_metadata
+from qwen3_mlx.files import UNFINISHED, atomic_write, read_header_and_metadata
 
 STATE, LOG, PICTURE = "state.safetensors", "log.jsonl", "losses.svg"
+_NAMES = {STATE, LOG, PICTURE, ADAPTER_CONFIG, MLX_ADAPTER}
 _PROGRESS = "progress"  # in the metadata of the state
 
 
@@ -33,7 +35,8 @@ class RunFolder:
         """Create the folder, or check that it belongs to a run with these settings.
 
         Raises:
-            Qwen3Error: the folder has an adapter already, or its run had other settings.
+            Qwen3Error: the folder has an adapter already, its run had other settings, or it has
+                other files.
         """
         self.folder, self.resumes, self._settings = folder, resume, dict(settings)
         self.progress: dict[str, Any] = {}
@@ -47,28 +50,45 @@ class RunFolder:
                 f"{folder} has a training already: continue it with resume=True, name another "
                 "folder, or remove it"
             )
+        self._created = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
+        for file in sorted(folder.iterdir()):
+            if file.name not in _NAMES and not file.name.endswith(UNFINISHED):
+                raise Qwen3Error(
+                    f"{folder} has other files, such as {file.name}: name a new folder"
+                )
         if resume and state.is_file():
             self._read(state)
 
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._created:  # not one that nothing came of
+            with suppress(OSError):
+                self.folder.rmdir()
+
     def _read(self, state: Path) -> None:
-        _, metadata = read_header_and_metadata(state)
         try:
+            _, metadata = read_header_and_metadata(state)
             found = json.loads(metadata[_PROGRESS])
             before, self.progress = found["settings"], found["progress"]
-        except (KeyError, ValueError) as error:
-            raise CheckpointError(f"{state} is not the state of a training") from error
+            entries = map(json.loads, (self.folder / LOG).read_text("utf-8").splitlines())
+            # What a killed run logged after the state was saved will be logged again.
+            self.log = [entry for entry in entries if entry["step"] <= self.progress["step"]]
+            if self.progress["best_step"]:
+                read_header_and_metadata(self.folder / MLX_ADAPTER)
+        except (KeyError, ValueError, OSError, CheckpointError) as error:
+            raise CheckpointError(
+                f"{self.folder} has no whole training to resume: its {STATE}, {LOG} or adapter is "
+                "missing or damaged; begin anew in another folder"
+            ) from error
         for name, value in self._settings.items():
             if before.get(name) != value:
                 raise Qwen3Error(
                     f"{self.folder} was begun with {name} {before.get(name)!r}, not {value!r}: "
                     "resume it with the same, or begin anew in another folder"
                 )
-        entries = (self.folder / LOG).read_text("utf-8").splitlines()
-        # What a killed run logged after the state was saved will be logged again.
-        self.log = [
-            entry for entry in map(json.loads, entries) if entry["step"] <= self.progress["step"]
-        ]
 
     def arrays(self) -> dict[str, mx.array]:
         """Read the arrays of the state, on the thread that computes with them."""

@@ -8,6 +8,7 @@ from qwen3_mlx.tuning.layers import FULL, TYPES
 
 # For adapters as PEFT's and Unsloth's guides have it; whole tensors need smaller steps.
 _LEARNING_RATES = {False: 2e-4, True: 1e-5}
+_LEAST = (("rank", 1), ("batch", 1), ("accumulate", 1), ("max_length", 2), ("seed", 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +20,7 @@ class Settings:
     scale: float = 2.0
     layers: int | None = None
     batch: int = 4
+    accumulate: int = 1
     learning_rate: float | None = None
     max_length: int = 2048
     checkpointing: bool = False
@@ -33,7 +35,7 @@ class Settings:
         """
         if self.type not in TYPES:
             raise ValueError(f"type must be one of {', '.join(TYPES)}, not {self.type!r}")
-        for name, least in (("rank", 1), ("batch", 1), ("max_length", 2), ("seed", 0)):
+        for name, least in _LEAST:
             check_count(name, getattr(self, name), least)
         if self.layers is not None:
             check_count("layers", self.layers, 1)
@@ -45,6 +47,11 @@ class Settings:
                 raise ValueError(f"{name} must be a number above 0, not {value!r}")
         if not isinstance(self.checkpointing, bool):
             raise TypeError(f"checkpointing must be True or False, not {self.checkpointing!r}")
+
+    @property
+    def step_lessons(self) -> int:
+        """The lessons of a step: `accumulate` batches."""
+        return self.batch * self.accumulate
 
     @property
     def rate(self) -> float:

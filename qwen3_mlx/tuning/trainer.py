@@ -1,13 +1,15 @@
 """The training: one step at a time, with Adam, on the thread that owns the model."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -66,8 +68,8 @@ class Trainer:
             layers=self._layers,
             seed=settings.seed,
         )
-        self._batches = Batches(lessons, settings.batch, settings.seed)
-        self._keep = Batches(keep, settings.batch, settings.seed) if keep else None
+        self._batches = Batches(lessons, settings.step_lessons, settings.seed)
+        self._keep = Batches(keep, settings.step_lessons, settings.seed) if keep else None
         self._untrained = {}
         if keep and settings.type == FULL:
             self._untrained = trained_parameters(model)
@@ -78,46 +80,64 @@ class Trainer:
         mx.eval(self._optimizer.state)
 
     def advance(self) -> StepLoss:
-        """Train with the next batch and return its loss.
+        """Train with the next batches and return their mean loss.
 
         Raises:
             Qwen3Error: the loss is not finite; the parameters are those of the step before.
         """
-        batch = Batch.of(self._batches.at(self.step))
-        kept, states = None, None
-        if self._keep:
-            kept = Batch.of(self._keep.at(self.step))
-            states = self._base_states(kept)
-        (_, parts), gradients = self._gradients(batch, kept, states)
-        for part in parts:
-            for stage in part.stages:
-                mx.eval(stage)
-        loss, *kl = [_number(part.loss) for part in parts]
-        del parts
-        if not abs(loss + sum(kl)) < float("inf"):
-            raise Qwen3Error(
-                f"the loss of step {self.step + 1} is not finite: take a smaller learning_rate, or "
-                "check the weights"
-            )
+        lessons = self._batches.at(self.step)
+        keep = self._keep.at(self.step) if self._keep else []
+        size, losses = self._settings.batch, [0.0, 0.0]
+        gradients: Any = None
+        counts = [sum(lesson.learned for lesson in some) for some in (lessons, keep)]
+        for pair in zip_longest(in_batches(lessons, size), in_batches(keep, size)):
+            batches = [Batch.of(some) if some else None for some in pair]
+            states = self._base_states(batches[1]) if batches[1] else None
+            (_, parts), more = self._gradients(*batches, states, counts)
+            for part in filter(None, parts):
+                for stage in part.stages:
+                    mx.eval(stage)
+            losses = [
+                loss + (_number(part.loss) if part else 0)
+                for loss, part in zip(losses, parts, strict=True)
+            ]
+            del parts
+            if gradients is not None:
+                more = tree_map(mx.add, gradients, more)
+            gradients = more
+            if size < len(lessons):
+                mx.eval(gradients)
+        check_finite(f"step {self.step + 1}", sum(losses))
         self._optimizer.update(self._model, gradients)
-        del gradients
+        del gradients, more
         mx.eval(self._model.trainable_parameters(), self._optimizer.state)
         self.step += 1
-        return StepLoss(loss, kl[0] if kl else None, batch.targets.size)
+        return StepLoss(losses[0], losses[1] if keep else None, counts[0])
 
     def _loss(
-        self, batch: Batch, kept: Batch | None, states: mx.array | None
-    ) -> tuple[mx.array, list[Objective]]:
-        objective = self._objective(batch, cross_entropy(self._model, batch))
-        if kept is None or states is None:
-            return objective.proxy, [objective]
-        kl = self._objective(kept, divergence(self._model, states))
-        return objective.proxy + self._settings.keep_weight * kl.proxy, [objective, kl]
+        self,
+        batch: Batch | None,
+        kept: Batch | None,
+        states: mx.array | None,
+        counts: Sequence[int],
+    ) -> tuple[mx.array, list[Objective | None]]:
+        """Return the sum to differentiate and its parts, of one batch or of two.
 
-    def _objective(self, batch: Batch, loss_of: LossOf) -> Objective:
+        `counts` are the learned tokens of all batches of the step, and those of what is kept.
+        """
+        total, parts = mx.array(0.0), list[Objective | None]([None, None])
+        if batch:
+            learned = self._objective(batch, cross_entropy(self._model, batch), counts[0])
+            total, parts[0] = learned.proxy, learned
+        if kept and states is not None:
+            moved = self._objective(kept, divergence(self._model, states), counts[1])
+            total, parts[1] = total + self._settings.keep_weight * moved.proxy, moved
+        return total, parts
+
+    def _objective(self, batch: Batch, loss_of: LossOf, count: int) -> Objective:
         checkpointing = self._settings.checkpointing
         states = learned_states(self._model, batch, checkpointing=checkpointing)
-        return Objective.of(loss_of, states, self._rows)
+        return Objective.of(loss_of, states, self._rows, count)
 
     def _base_states(self, batch: Batch) -> mx.array:
         with base_model(self._model, self._untrained):
@@ -200,6 +220,18 @@ class Trainer:
             tokens.append(token)
             read = [token]
         return tokens
+
+
+def check_finite(what: str, loss: float) -> None:
+    """Check the loss of a step or a validation.
+
+    Raises:
+        Qwen3Error: it is infinite or NaN.
+    """
+    if not math.isfinite(loss):
+        raise Qwen3Error(
+            f"the loss of {what} is not finite: take a smaller learning_rate, or check the weights"
+        )
 
 
 def _number(array: mx.array) -> float:

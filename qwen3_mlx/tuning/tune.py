@@ -1,6 +1,7 @@
 """The public function `tune`: trains an adapter for a checkpoint with lessons."""
 
 import logging
+import shlex
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -26,10 +27,10 @@ from qwen3_mlx.tuning.batches import Batches
 from qwen3_mlx.tuning.events import SampleReply, StepDone, TuningEvent, TuningPlan, Validated
 from qwen3_mlx.tuning.keep import answered, read_keep
 from qwen3_mlx.tuning.lessons import Lesson, Line, encode, read_lines
-from qwen3_mlx.tuning.memory import check_step_fits
+from qwen3_mlx.tuning.memory import check_step_fits, count_trained
 from qwen3_mlx.tuning.run_folder import PICTURE, RunFolder
 from qwen3_mlx.tuning.settings import Settings, check_count
-from qwen3_mlx.tuning.trainer import StepLoss, Trainer
+from qwen3_mlx.tuning.trainer import StepLoss, Trainer, check_finite
 
 _log = logging.getLogger(__name__)
 _STEPS = 200
@@ -87,6 +88,7 @@ def tune(  # noqa: PLR0913 - one keyword a choice
     steps: int | None = None,
     epochs: float | None = None,
     batch: int = 4,
+    accumulate: int = 1,
     learning_rate: float | None = None,
     max_length: int = 2048,
     checkpointing: bool = False,
@@ -120,7 +122,9 @@ def tune(  # noqa: PLR0913 - one keyword a choice
         layers: train only this many of the last layers; default None, all.
         steps: batches to train with; default 200.
         epochs: how often to go through all lessons, instead of `steps`; default None.
-        batch: lessons in a step; default 4.
+        batch: lessons that are computed at once; default 4.
+        accumulate: batches in a step, whose gradients are added up: in less memory, a step is that
+            of a larger batch; default 1.
         learning_rate: of Adam; default None, which is 2e-4, and 1e-5 with the type "full".
         max_length: tokens of a lesson; longer ones are cut at their end. Default 2048.
         checkpointing: True computes activations twice, to hold fewer of them; default False.
@@ -156,6 +160,7 @@ def tune(  # noqa: PLR0913 - one keyword a choice
         scale=plain(scale),
         layers=plain(layers),
         batch=plain(batch),
+        accumulate=plain(accumulate),
         learning_rate=plain(learning_rate),
         max_length=plain(max_length),
         checkpointing=plain(checkpointing),
@@ -168,41 +173,40 @@ def tune(  # noqa: PLR0913 - one keyword a choice
     valid_lines = None if valid is None else read_lines(Path(valid))
     keep_lines = None if keep is None else read_keep(Path(keep))
     name = DEMO if source is None else str(source)
-    files = {"data": data, "valid": valid, "keep": keep}
-    digests = {key: _digest(file) for key, file in files.items()}
+    files = {"data": lines, "valid": valid_lines, "keep": keep_lines}
+    digests = {key: _digest(lines) for key, lines in files.items()}
     held_as = {"revision": revision, "bits": bits, "dtype": dtype, "dequantize": dequantize}
     identity = {"model": name, **held_as, **settings.as_dict(), **digests}
-    folder = RunFolder(Path(out), identity, resume=plain(resume))
-    with load(
-        source,
-        revision=revision,
-        bits=bits,
-        dtype=dtype,
-        dequantize=dequantize,
-        download_progress=download_progress,
-    ) as llm:
+    with (
+        RunFolder(Path(out), identity, resume=plain(resume)) as folder,
+        load(
+            source,
+            revision=revision,
+            bits=bits,
+            dtype=dtype,
+            dequantize=dequantize,
+            download_progress=download_progress,
+        ) as llm,
+    ):
         mx.reset_peak_memory()
         if llm.kind != CHAT:
             raise Qwen3Error(f"{name} is an {llm.kind} model; chat and base models can be tuned")
         window = llm.config.context_window
         settings = replace(settings, max_length=min(settings.max_length, window))
         lessons, checked, cut, left_out = _split(llm, lines, valid_lines, settings)
-        order = Batches(lessons, settings.batch, settings.seed)
+        order = Batches(lessons, settings.step_lessons, settings.seed)
         steps = steps or max(1, round((epochs or 0) * len(order)))
         kept = _kept(llm, keep_lines, settings)
-        trainer = llm.compute(lambda model: Trainer(model, settings, lessons, kept))
-        trained = sum(array.size for array in trainer.parameters().values())
+        report = report or (lambda _: None)
         memory = check_step_fits(
             llm.config,
             settings,
-            trained,
             [*lessons, *checked],
             kept,
             backend.compute_dtype(dtype).size,
             backend.available_memory(),
         )
-        run = _Run(llm, trainer, folder, checked, steps, name, report or (lambda _: None))
-        run.report(
+        report(
             TuningPlan(
                 lessons=len(lessons),
                 valid=len(checked),
@@ -214,10 +218,13 @@ def tune(  # noqa: PLR0913 - one keyword a choice
                 left_out=left_out,
                 steps=steps,
                 epochs=steps / len(order),
-                trained=trained,
+                trained=count_trained(llm.config, settings),
                 memory=memory.total,
             )
         )
+        trainer = llm.compute(lambda model: Trainer(model, settings, lessons, kept))
+        shown = min(checked or lessons, key=lambda lesson: len(lesson.ids))
+        run = _Run(llm, trainer, folder, checked, shown, steps, name, report)
         run.train()
         run.draw()
         if run.best is not None and run.loss_before is not None and run.best >= run.loss_before:
@@ -236,7 +243,10 @@ def tune(  # noqa: PLR0913 - one keyword a choice
             kept_kl=llm.compute(lambda _: trainer.mean_divergence(measured)) if kept else None,
             seconds=time.perf_counter() - started,
             peak_memory=mx.get_peak_memory(),
-            usage=f"qwen3 --model {name} --adapter {folder_name(folder.folder)}",
+            usage=shlex.join(
+                ["qwen3", "--model", name, *(["--revision", revision] if revision else [])]
+                + ["--adapter", folder_name(folder.folder)]
+            ),
         )
 
 
@@ -255,6 +265,7 @@ class _Run:
         trainer: Trainer,
         folder: RunFolder,
         valid: Sequence[Lesson],
+        shown: Lesson,
         steps: int,
         name: str,
         report: Report,
@@ -267,7 +278,7 @@ class _Run:
         self._stale = 0  # validations since the best one
         self._validated = -1  # the step of the last one
         self._llm, self._trainer, self._folder = llm, trainer, folder
-        self._valid, self._steps = valid, steps
+        self._valid, self._shown, self._steps = valid, shown, steps
         self._config = trainer.adapter_config(name)
 
     def train(self) -> None:
@@ -277,8 +288,6 @@ class _Run:
             self._restore()
         elif self._folder.resumes:
             _log.warning("%s has no state to resume: beginning anew", self._folder.folder)
-        if trainer.step == 0:
-            self._sample()
         every, saved = max(1, self._steps // _VALIDATIONS), time.monotonic()
         try:
             while True:
@@ -287,6 +296,7 @@ class _Run:
                     self._validate()
                     self._save()
                     saved = time.monotonic()
+                    self._sample()
                 if trainer.step >= self._steps or self._stale >= _PATIENCE:
                     break
                 self._advance()
@@ -296,9 +306,9 @@ class _Run:
         except BaseException:
             self._save()  # after the step that runs: jobs are queued
             raise
-        if self._valid:
+        if self.best_step not in (0, trainer.step):
             compute(lambda _: trainer.load(self._folder.adapter()))
-        self._sample()
+            self._sample()
 
     def draw(self) -> None:
         """Draw the losses, if matplotlib is installed."""
@@ -342,8 +352,9 @@ class _Run:
         """Compute the validation loss; save the parameters if it is the lowest, or if none is."""
         trainer, event = self._trainer, None
         best = trainer.step > 0
+        loss = trainer.mean_loss(self._valid or [self._shown])
+        check_finite(f"the validation after step {trainer.step}", loss)
         if self._valid:
-            loss = trainer.mean_loss(self._valid)
             if trainer.step == 0:
                 self.loss_before = loss
             elif best := self.best is None or loss < self.best:
@@ -364,9 +375,7 @@ class _Run:
 
     def _sample(self) -> None:
         """Report a reply, so that the effect can be seen."""
-        if not self._valid:
-            return
-        llm, lesson = self._llm, min(self._valid, key=lambda lesson: len(lesson.ids))
+        llm, lesson = self._llm, self._shown
         words = llm.processor
         ends, prompt = words.end_ids | words.turn_end_ids, lesson.ids[: lesson.start]
         ids = llm.compute(lambda _: self._trainer.reply(prompt, ends, _SAMPLE_TOKENS))
@@ -419,7 +428,9 @@ def _kept(llm: LLM, lines: Sequence[Line] | None, settings: Settings) -> list[Le
     return list(chain.from_iterable(found.lessons))
 
 
-def _digest(file: str | Path | None) -> str | None:
-    if file is None:
+def _digest(lines: Sequence[Line] | None) -> str | None:
+    """Return a digest of what lines say; the file may be a pipe, which is read once."""
+    if lines is None:
         return None
-    return blake2b(Path(file).read_bytes(), digest_size=16).hexdigest()
+    said = repr([(line.messages, line.tools, line.text) for line in lines])
+    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
