@@ -86,8 +86,14 @@ class ResolvedCheckpoint:
         cache = cache_format(kv_bits, network.head_dim)
         found = cls(place, folder, config, network, stored, options, cache)
         if isinstance(adapter, Mapping):
-            return found.with_choices({n: Adapter.at(one, network) for n, one in adapter.items()})
-        return found if adapter is None else found.with_adapter(Adapter.at(adapter, network))
+            return found.with_choices(
+                {n: Adapter.at(one, network, place.name) for n, one in adapter.items()}
+            )
+        return (
+            found
+            if adapter is None
+            else found.with_adapter(Adapter.at(adapter, network, place.name))
+        )
 
     def with_choices(self, choices: Mapping[str, Adapter]) -> "ResolvedCheckpoint":
         """Return it with adapters of which requests choose.

@@ -165,7 +165,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     config: Mapping[str, Any] = with_stored_head(stated, folder)
     merged = None
     if adapter is not None:
-        merged = Adapter.at(adapter, ModelConfig.from_dict(config))
+        merged = Adapter.at(adapter, ModelConfig.from_dict(config), place.name)
         config = merged.config(config)
     backend.refuse_fork()
     base, kind = None if place.folder else str(source), _kind_of(folder, config)

@@ -4,7 +4,9 @@ The folders of mlx-lm and of PEFT are read (`adapter_formats`). All names and sh
 against the network before any number is read.
 """
 
+import logging
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,7 +23,13 @@ from qwen3_mlx.files import read_json, read_rows
 from qwen3_mlx.model.adapted import Delta
 from qwen3_mlx.model.config import LOGITS, ModelConfig
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import hub_name
 
+_log = logging.getLogger(__name__)
+_RELEASE = re.compile(
+    r"qwen3-((embedding|reranker|coder)-)?[\d.]+b(-a[\d.]+b)?(-(base|instruct|thinking))?(-2507)?",
+    re.IGNORECASE,
+)
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
@@ -53,14 +61,17 @@ class Adapter:
                 replace(network, tie_word_embeddings=False) if self.unties else network,
             )
         except CheckpointError as error:
-            raise CheckpointError(f"adapter {name}: {error}{_made_for(folder)}") from error
+            made_for = f" (it was made for {base})" if (base := _base(folder)) else ""
+            raise CheckpointError(f"adapter {name}: {error}{made_for}") from error
         stored = [array for pair in self._contents.pairs.values() for array in pair.arrays]
         stored += self._contents.whole.values()
         self.size = sum(math.prod(array.shape) for array in stored)
 
     @classmethod
-    def at(cls, place: str | Path, network: ModelConfig) -> "Adapter":
+    def at(cls, place: str | Path, network: ModelConfig, model: str) -> "Adapter":
         """Fetch an adapter from a folder or the hub, and check it; see `Adapter`.
+
+        If it names another Qwen3 of the same shapes than `model` does, a warning is logged.
 
         Raises:
             TypeError: `place` is neither a string nor a path.
@@ -74,7 +85,13 @@ class Adapter:
         except CheckpointError as error:
             raise CheckpointError(f"adapter: {error}") from error
         refuse_other(source)
-        return cls(source.name, source.fetch(ADAPTER_FILES), network)
+        folder = source.fetch(ADAPTER_FILES)
+        found = cls(source.name, folder, network)
+        base = _base(folder)
+        wanted, given = (_RELEASE.search(Path(hub_name(name)).name) for name in (base, model))
+        if wanted and given and wanted[0].lower() != given[0].lower():
+            _log.warning("adapter %s was made for %s, not for %s", source.name, base, model)
+        return found
 
     def refuse_choosing(self) -> None:
         """Check that the adapter can be one of several, of which each request chooses.
@@ -148,15 +165,14 @@ class Adapter:
         return delta.merged_rows(part.read(start, stop), first + start)
 
 
-def _made_for(folder: Path) -> str:
-    """Return what the message of an error says of the model that an adapter was made for."""
+def _base(folder: Path) -> str:
+    """Return the name of the model that an adapter was made for; "" if it has none."""
     try:
         stated = read_json(folder / ADAPTER_CONFIG)
     except CheckpointError:
         return ""
     # Of the two keys peft writes the first, mlx-lm the second.
-    base = stated.get("base_model_name_or_path") or stated.get("model")
-    return f" (it was made for {str(base)[:100]})" if base else ""
+    return str(stated.get("base_model_name_or_path") or stated.get("model") or "")[:100]
 
 
 def _unties(contents: Contents) -> bool:

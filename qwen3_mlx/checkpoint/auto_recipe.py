@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -12,6 +13,7 @@ from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.recipes import Formats, assign, choose_formats, group_of
 from qwen3_mlx.checkpoint.sensitivity import Moments, measure
 from qwen3_mlx.checkpoint.weights import refuse_missing_layers
+from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -34,13 +36,18 @@ def choose_measured_formats(
     tensors, the unquantized ones in `dtype`, take at most `target_bpw` bits a weight.
 
     Raises:
-        CheckpointError: the source is broken.
+        CheckpointError: the source is broken, or not finite.
         ValueError: not even the smallest formats reach `target_bpw`.
     """
     network, modules = ModelConfig.from_dict(config), quantizable_shapes(config)
     refuse_missing_layers(network, matrices)
     mx.random.seed(0)
     scores, moments = measure(network, matrices, ids, _CANDIDATES, progress)
+    if not all(map(math.isfinite, chain.from_iterable(map(dict.values, scores.values())))):
+        raise CheckpointError(
+            "the recipe auto cannot measure weights with NaN or infinity: look for a sound copy, "
+            'or take another recipe, such as recipe="mixed"'
+        )
     scores = {group: by_format for group, by_format in scores.items() if by_format}
     members: dict[str, list[str]] = {}
     for path in modules:

@@ -152,18 +152,13 @@ class _Reader:
         metadata = {}
         for _ in range(num_keys):
             key = self._string()
+            if key in metadata:
+                raise CheckpointError(f"{self._file} states {key} twice; download it again")
             metadata[key] = self._value(self._one("I"))
         tensors = dict(self._tensor() for _ in range(num_tensors))
         if len(tensors) < num_tensors:
             raise ValueError("a tensor is there twice")
-        if (
-            metadata.get("general.architecture") not in _ARCHITECTURES
-            and "split.no" not in metadata
-        ):
-            raise CheckpointError(
-                f"{self._file} is of a {metadata.get('general.architecture')}, and only qwen3 and "
-                "qwen3moe are read"
-            )
+        self._check_family(metadata)
         alignment = metadata.get("general.alignment", _ALIGNMENT)
         if not isinstance(alignment, int) or alignment < 1:
             raise ValueError("its alignment is no number of bytes")
@@ -180,6 +175,15 @@ class _Reader:
         if len(named := dict(renamed)) < len(renamed):
             raise ValueError("a tensor is there twice, fused and by itself")
         return GgufHeader(metadata, named)
+
+    def _check_family(self, metadata: Mapping[str, Any]) -> None:
+        key = "general.architecture"
+        family = metadata.get(key, self._first.get(key))  # parts need not state it
+        if family not in _ARCHITECTURES or family != self._first.get(key, family):
+            raise CheckpointError(
+                f"{self._file} is of a {family}, and only qwen3 and qwen3moe are read, all parts "
+                "of one kind"
+            )
 
     def _one(self, code: str) -> Any:
         (value,) = struct.unpack_from(f"<{code}", self._raw, self._place)

@@ -6,7 +6,7 @@
 import logging
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 
@@ -81,6 +81,15 @@ def unreachable() -> str:
     except Exception as error:  # noqa: BLE001 - the library passes on errors of its HTTP client
         return first_line(error)
     return ""
+
+
+def gguf_groups(files: Iterable[str]) -> dict[str, list[str]]:
+    """Return the GGUF files of models among some files: by name without its end, with all parts."""
+    groups: dict[str, list[str]] = {}
+    for file in sorted(files):
+        if file.lower().endswith(GGUF_SUFFIX) and not Path(file).name.startswith("mmproj"):
+            groups.setdefault(_GGUF_PART.sub("", file[: -len(GGUF_SUFFIX)]), []).append(file)
+    return groups
 
 
 def upload(folder: Path, name: str) -> str:
@@ -177,16 +186,11 @@ class Source:
                 refuses it, or cannot be reached.
         """
         files = self.files()
-        found = [
-            file
-            for file in files
-            if file.lower().endswith(GGUF_SUFFIX) and not Path(file).name.startswith("mmproj")
-        ]
-        if not self._chosen and (not found or any(file.endswith(".safetensors") for file in files)):
+        groups = gguf_groups(files)
+        if not self._chosen and (
+            not groups or any(file.endswith(".safetensors") for file in files)
+        ):
             return []
-        groups: dict[str, list[str]] = {}
-        for file in found:
-            groups.setdefault(_GGUF_PART.sub("", file[: -len(GGUF_SUFFIX)]), []).append(file)
         wanted = _GGUF_PART.sub("", self._chosen.lower().removesuffix(GGUF_SUFFIX))
         end = re.compile(rf"(^|.*[-._/]){re.escape(wanted)}" if wanted else ".*", re.IGNORECASE)
         meant = [stem for stem in groups if stem.lower() == wanted] or [

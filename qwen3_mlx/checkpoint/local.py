@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwen3_mlx.checkpoint.hub import check_name
+from qwen3_mlx.checkpoint.gguf_folder import gguf_folder
+from qwen3_mlx.checkpoint.hub import GGUF_SUFFIX, check_name, gguf_groups
 from qwen3_mlx.checkpoint.weights import has_all_weights
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import read_json
@@ -31,10 +32,12 @@ class LocalModel:
     """A Qwen3 checkpoint on this machine.
 
     Attributes:
-        name: what `load` and `--model` take: a hub name, or the path of a folder.
+        name: what `load` and `--model` take: a hub name, or the path of a folder; of a GGUF file
+            there, its name follows after a colon.
         place: `HUB`, `LM_STUDIO` or `FOLDER`.
-        folder: the folder of its files.
-        nbytes: bytes on disk; for the hub's cache, of all revisions and of partial downloads.
+        folder: the folder of its files, or the one that describes a GGUF file.
+        nbytes: bytes on disk; for the hub's cache, of all revisions and of partial downloads, if it
+            is the only model there.
         complete: whether all weights are there.
         used: when it was last loaded, in seconds since the epoch; None if that is not known.
         config: the contents of config.json.
@@ -52,7 +55,7 @@ class LocalModel:
 def local_models() -> tuple[list[LocalModel], list[str]]:
     """Return the Qwen3 checkpoints on this machine, and a sentence for each place not readable."""
     info = _scan()
-    found = [model for repo in _repos(info) if (model := _cached_model(repo))]
+    found = [model for repo in _repos(info) for model in _cached_models(repo)]
     complaints = [f"not listed, because it is damaged: {reason}" for reason in _damage(info)]
     for place, root in _roots():
         if not root.is_dir():
@@ -166,14 +169,19 @@ def _damage(info: "HFCacheInfo | None") -> list[str]:
     return [reason for reason in reasons if "/models--" in reason]
 
 
-def _cached_model(repo: "CachedRepoInfo") -> LocalModel | None:
-    """Return a model of the cache, as its main branch or else its latest revision has it."""
+def _cached_models(repo: "CachedRepoInfo") -> list[LocalModel]:
+    """Return a model of the cache, as its main branch or else its latest revision has it.
+
+    A repository of GGUF files has several.
+    """
     revisions = sorted(
         repo.revisions, key=lambda found: ("main" in found.refs, found.last_modified), reverse=True
     )
-    models = (_model_in(found.snapshot_path, HUB, repo.repo_id) for found in revisions)
-    model = next(filter(None, models), None)
-    return model and replace(model, nbytes=repo.size_on_disk + _partial_bytes(repo))
+    found = ([*_models_in(one.snapshot_path, HUB, repo.repo_id)] for one in revisions)
+    models = next(filter(None, found), [])
+    if len(models) == 1:
+        models = [replace(models[0], nbytes=repo.size_on_disk + _partial_bytes(repo))]
+    return models
 
 
 def _partial_bytes(repo: "CachedRepoInfo") -> int:
@@ -209,8 +217,8 @@ def _roots() -> Iterator[tuple[str, Path]]:
 
 def _models_below(place: str, root: Path, depth: int = _DEPTH) -> Iterator[LocalModel]:
     """Yield the checkpoint in a folder, or those in the folders below it."""
-    if model := _model_in(root, place, str(root)):
-        yield model
+    if models := [*_models_in(root, place, str(root))]:
+        yield from models
         return
     below: list[Path] = []
     with suppress(OSError):
@@ -229,6 +237,19 @@ def _model_in(folder: Path, place: str, name: str) -> LocalModel | None:
         return LocalModel(name, place, folder, size, has_all_weights(folder), _used(folder), config)
     except (CheckpointError, OSError):
         return None
+
+
+def _models_in(folder: Path, place: str, name: str) -> Iterator[LocalModel]:
+    """Yield the checkpoint in a folder, or else those of its GGUF files."""
+    if model := _model_in(folder, place, name):
+        yield model
+        return
+    for stem, files in gguf_groups([file.name for file in folder.glob(f"*{GGUF_SUFFIX}")]).items():
+        with suppress(CheckpointError):  # not whole, or of another network
+            described = gguf_folder(folder / files[0])
+            if model := _model_in(described, place, f"{name}:{stem}"):
+                size = sum((folder / file).stat().st_size for file in files)
+                yield replace(model, nbytes=size)
 
 
 def _used(folder: Path) -> float | None:

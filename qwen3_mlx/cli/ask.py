@@ -95,7 +95,7 @@ def ask(  # noqa: PLR0913 - one parameter a group of options
         "prefetch_next_turn": False,
     }
     text = _message(prompt, question.file or ())
-    begun = start_recording(ctx, model, recording, quiet=quiet)
+    begun = start_recording(ctx, model, loading.adapter, recording, quiet=quiet)
     with (
         begun.recorder as recorder,
         load_model(begun.model, loading, quiet=quiet) as llm,

@@ -55,7 +55,7 @@ def chat(  # noqa: PLR0913 - one parameter a group of options
     """
     if file and recording.continued is not None:
         raise UsageError("--load and --continue name two conversations; state one")
-    begun = start_recording(ctx, model, recording, quiet=quiet)
+    begun = start_recording(ctx, model, loading.adapter, recording, quiet=quiet)
     # An adapter fits the first model, not those that /model names.
     options = chain([loading], repeat(replace(loading, adapter=None)))
     with ExitStack() as stack:

@@ -103,7 +103,7 @@ class ChatSession:
             except BaseException:
                 self._open(before, options)
                 raise
-        self._recorder.model = model
+        self._recorder.model, self._recorder.adapter = model, ""  # which fits the first alone
 
     # --- replies --------------------------------------------------------------------------------
 

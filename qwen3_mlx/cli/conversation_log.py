@@ -53,6 +53,7 @@ _MIGRATIONS = (
             INSERT INTO search (search, rowid, text) VALUES ('delete', old.id, old.text);
         END""",
     ),
+    ("ALTER TABLE conversations ADD COLUMN adapter TEXT NOT NULL DEFAULT ''",),
 )
 
 
@@ -62,6 +63,7 @@ class Summary:
 
     id: int
     model: str
+    adapter: str
     created: str
     changed: str
     messages: int
@@ -139,7 +141,7 @@ class ConversationLog:
         Without an id only those that can go on: something was said that nothing has replaced.
         """
         rows = self._database.execute(
-            """SELECT id, model, created, changed,
+            """SELECT id, model, adapter, created, changed,
                 (SELECT count(*) FROM messages WHERE conversation = c.id AND NOT replaced),
                 (SELECT text FROM messages
                     WHERE conversation = c.id AND role = 'user' ORDER BY id LIMIT 1)

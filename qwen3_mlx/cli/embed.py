@@ -13,7 +13,7 @@ import typer
 from qwen3_mlx.cli.console import Bar, note, visible
 from qwen3_mlx.cli.evaluate import read_text
 from qwen3_mlx.cli.option_groups import option, with_options
-from qwen3_mlx.cli.options import Json, Model, Quiet, WeightOptions, load_model
+from qwen3_mlx.cli.options import Json, Model, Quiet, TextOptions, load_model
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.files import atomic_write
 
@@ -63,7 +63,7 @@ def embed(  # noqa: PLR0913 - one parameter an option
     ] = None,
     jsonl: _JsonLines = False,
     model: Model = None,
-    loading: WeightOptions,
+    loading: TextOptions,
     quiet: Quiet = False,
 ) -> None:
     """Compute the vector of each text in FILE with an embedding model.
@@ -122,7 +122,7 @@ def rerank(  # noqa: PLR0913 - one parameter an option
     jsonl: _JsonLines = False,
     as_json: Json = False,
     model: Model = None,
-    loading: WeightOptions,
+    loading: TextOptions,
     quiet: Quiet = False,
 ) -> None:
     """Order the documents in FILE by how well they answer QUERY, with a reranker.

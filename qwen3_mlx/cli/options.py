@@ -211,6 +211,13 @@ class WeightOptions(FormatOptions):
 
 
 @dataclass(frozen=True, slots=True)
+class TextOptions(WeightOptions):
+    """Those options, and an adapter: for vectors and scores of texts."""
+
+    adapter: Adapter = None
+
+
+@dataclass(frozen=True, slots=True)
 class CacheOptions(WeightOptions):
     """Those options, and the precision of the KV cache."""
 

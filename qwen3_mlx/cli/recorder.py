@@ -24,11 +24,16 @@ class Recorder:
     """
 
     def __init__(
-        self, log: ConversationLog | None, model: str | None, *, conversation: int | None = None
+        self,
+        log: ConversationLog | None,
+        model: str | None,
+        *,
+        adapter: str = "",
+        conversation: int | None = None,
     ) -> None:
-        """Record a new conversation with `model`, or one of the log that goes on."""
+        """Record a new conversation with a model, or one of the log that goes on."""
         self._log = log
-        self.model = model
+        self.model, self.adapter = model, adapter
         self.conversation = conversation
         self._stored: list[Row] = []
         self._last: int | None = None
@@ -49,7 +54,7 @@ class Recorder:
     def another(self, conversation: int | None = None) -> "Recorder":
         """Return a recorder of a new conversation, or of one of the log that goes on."""
         log = self._log and ConversationLog(self._log.path)
-        return Recorder(log, self.model, conversation=conversation)
+        return Recorder(log, self.model, adapter=self.adapter, conversation=conversation)
 
     def record(self, messages: Sequence[Message]) -> None:
         """Record the conversation as it is now: after each message, and after a reply has ended."""
@@ -129,8 +134,9 @@ class Recorder:
             insert = "INSERT INTO messages (conversation, body) VALUES (?, ?)"
             row = database.execute(insert, (conversation, bodies[place])).lastrowid
             kept.insert(place, (int(row or 0), bodies[place]))
-        changed = "UPDATE conversations SET changed = ?, model = ? WHERE id = ?"
-        database.execute(changed, (now, _model_source(self.model), conversation))
+        changed = "UPDATE conversations SET changed = ?, model = ?, adapter = ? WHERE id = ?"
+        values = (now, _model_source(self.model), self.adapter, conversation)
+        database.execute(changed, values)
         self.conversation, self._stored, self._last = conversation, kept, log.last_id(conversation)
         self._has_partial = bool(self._pieces)
 

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -68,7 +69,12 @@ class Recording:
 
 
 def start_recording(
-    context: typer.Context, model: str | None, options: LogOptions, *, quiet: bool
+    context: typer.Context,
+    model: str | None,
+    adapter: str | None,
+    options: LogOptions,
+    *,
+    quiet: bool,
 ) -> Recording:
     """Open the log, if it is switched on, and find the conversation that goes on.
 
@@ -81,6 +87,8 @@ def start_recording(
     goes_on = options.continued is not None
     messages: list[dict[str, Any]] = []
     number = None
+    if adapter and Path(adapter).exists():  # of a folder its path, as of the model
+        adapter = str(Path(adapter).resolve())
     with ExitStack() as undo:
         log = _opened(must=goes_on) if wanted or goes_on else None
         if log:
@@ -90,12 +98,15 @@ def start_recording(
             number, messages = found.id, log.messages(found.id)
             if not quiet:
                 note_continued(found)
+                if found.adapter != (adapter or ""):
+                    before, now = found.adapter or "none", adapter or "none"
+                    note(f"Its adapter changes: {before} so far, {now} from here on")
             source = context.get_parameter_source("model")
             if source is None or source.name != "COMMANDLINE":
                 model = None if found.model == DEMO else found.model
         if not wanted:
             log = None
-        recorder = Recorder(log, model, conversation=number)
+        recorder = Recorder(log, model, adapter=adapter or "", conversation=number)
         if log and not quiet and not log.is_announced():
             note(_NOTICE.format(log.path, config_file()))
         if log:

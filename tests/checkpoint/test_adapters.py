@@ -479,6 +479,33 @@ def test_experts_are_merged_however_their_rows_are_cut(tmp_path: Path) -> None:
         assert_close(rows, whole[start:stop], 1e-6)
 
 
+@pytest.mark.parametrize(
+    ("made_for", "folder", "is_warned"),
+    [
+        ("Qwen/Qwen3-8B-Base", "Qwen3-8B", True),
+        ("unsloth/qwen3-4b-thinking-2507-bnb-4bit", "Qwen3-4B-Instruct-2507-MLX-4bit", True),
+        ("8B", "Qwen3-8B-Base-mine", True),
+        ("unsloth/Qwen3-8B-unsloth-bnb-4bit", "Qwen3-8B-4bit", False),
+        ("8B", "qwen3-8b", False),
+        ("/home/me/model", "Qwen3-8B", False),
+    ],
+)
+def test_an_adapter_of_another_release_gets_a_warning(
+    made_for: str,
+    folder: str,
+    is_warned: bool,
+    tiny_folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    shutil.copytree(tiny_folder, tmp_path / folder)
+    tensors = peft_tensors(all_linear())
+    adapter = write_peft(tmp_path / "adapter", tensors, base_model_name_or_path=made_for)
+    with load(tmp_path / folder, adapter=adapter):
+        pass
+    assert ("was made for" in caplog.text) == is_warned
+
+
 def test_how_much_is_left_after_quantization_is_said(
     tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

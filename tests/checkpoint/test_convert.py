@@ -539,6 +539,15 @@ def test_numbers_that_are_none_are_counted_over_blocks(
     assert mx.isinf(norm).sum().item() == 1
 
 
+def test_the_recipe_auto_does_not_measure_what_is_not_finite(tied: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(tied, tmp_path / "source")
+    spoil(source, "model.layers.1.mlp.up_proj.weight", [float("nan")])
+    options: dict[str, Any] = {"recipe": "auto", "target_bpw": 4.6, "allow_nonfinite": True}
+    text = "What is 12 + 34? " * 200
+    with pytest.raises(CheckpointError, match="auto cannot measure weights with NaN or infinity"):
+        convert_folder(source, tmp_path / "output", calibration=text, **options)
+
+
 def test_numbers_beyond_float16_are_told(tied: Path, tmp_path: Path) -> None:
     source = shutil.copytree(tied, tmp_path / "source")
     spoil(source, "model.norm.weight", [1e6, 2.0, -1e30])

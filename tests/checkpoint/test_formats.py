@@ -174,6 +174,30 @@ def test_a_broken_gguf_is_one_sentence(tmp_path: Path) -> None:
             assert "\n" not in str(error)
 
 
+def test_a_key_that_is_stated_twice_is_refused(tmp_path: Path) -> None:
+    whole, key = source_of("gguf_narrow_q4_k_m").read_bytes(), b"general.architecture"
+    entry = whole[24 : whole.index(key) + len(key) + 4 + 8 + len(b"qwen3")]
+    assert entry[8:].startswith(key)
+    keys = int.from_bytes(whole[16:24], "little") + 1
+    file = tmp_path / "twice.gguf"
+    file.write_bytes(whole[:16] + keys.to_bytes(8, "little") + entry + whole[24:])
+    with pytest.raises(CheckpointError, match=r"states general\.architecture twice"):
+        read_gguf(file)
+
+
+def test_a_part_of_another_network_is_refused(tmp_path: Path) -> None:
+    whole, key = source_of("gguf_narrow_q4_k_m").read_bytes(), b"general.architecture"
+    file = tmp_path / "part.gguf"
+    file.write_bytes(whole)
+    first = {key.decode(): "qwen3moe"}
+    with pytest.raises(CheckpointError, match="is of a qwen3, .* all parts of one kind"):
+        read_gguf(file, first)
+    place = whole.index(key) + len(key) + 12
+    file.write_bytes(whole[:place] + b"llama" + whole[place + 5 :])
+    with pytest.raises(CheckpointError, match="is of a llama"):
+        read_gguf(file, {key.decode(): "qwen3"})
+
+
 def test_another_network_is_refused_by_its_name(tmp_path: Path) -> None:
     whole = source_of("gguf_narrow_q4_k_m").read_bytes()
     place = whole.index(b"general.architecture") + len(b"general.architecture") + 4

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from qwen3_mlx import load
+from tests.adapters import mlx_tensors, pair, write_mlx
 from tests.checkpoint.harness import qwen3, serving
 from tests.cli.harness import call
 from tests.embedding_twins import golden, write_twin
+from tests.support import read_weights
 
 Run = Callable[..., tuple[int, str, str]]
 TEXTS = golden("embeddings")["embedding"]["cases"][0]["texts"][:4]  # the last one is empty
@@ -53,6 +55,16 @@ def test_each_line_has_a_vector(root: Path, tmp_path: Path, run: Run) -> None:
     assert run("embed", str(root / "texts.txt"), "--output", str(lines)) == (0, "", "")
     assert np.load(array).dtype == np.float32
     assert (np.load(array) == vectors_of(out)).all() and lines.read_text() == out
+
+
+def test_an_adapter_changes_the_vectors(root: Path, tmp_path: Path, run: Run) -> None:
+    path = "layers.0.self_attn.q_proj"
+    (outputs, inputs) = read_weights(root / "embedding")[f"{path}.weight"].shape
+    adapter = write_mlx(tmp_path / "adapter", mlx_tensors({f"model.{path}": pair(outputs, inputs)}))
+    plain = run("embed", str(root / "texts.txt"))
+    code, out, err = run("embed", str(root / "texts.txt"), "--adapter", str(adapter))
+    assert (code, err) == (0, "")
+    assert np.abs(vectors_of(out) - vectors_of(plain[1])).max() > 1e-3
 
 
 def test_lines_of_json_from_a_pipe(

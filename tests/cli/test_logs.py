@@ -26,6 +26,7 @@ from qwen3_mlx.cli.conversation_log import ConversationLog
 from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.text.events import Reasoning, Text
+from tests.adapters import all_linear, mlx_tensors, write_mlx
 from tests.cli.harness import QWEN3, call
 
 Capture = pytest.CaptureFixture[str]
@@ -73,6 +74,20 @@ def test_a_question_is_recorded_and_goes_on(tiny_folder: Path, home: Path, capsy
         {"role": "system", "content": "Be short."},
         *said("What is 1 + 2?", first[:-1], "And now?", second[:-1]),
     ]
+
+
+def test_another_adapter_of_what_goes_on_is_named(
+    tiny_folder: Path, tmp_path: Path, home: Path, capsys: Capture
+) -> None:
+    adapter = str(write_mlx(tmp_path / "adapter", mlx_tensors(all_linear())))
+    options = ["-n", "1", "--no-thinking", "--adapter", adapter]
+    assert call(["Hi", "-m", str(tiny_folder), *options], capsys)[0] == 0
+    _, _, err = call(["-c", "And?", *options], capsys)
+    assert "adapter" not in err.replace(adapter, "")
+    _, _, err = call(["-c", "And?", *options[:3]], capsys)
+    assert f"Its adapter changes: {adapter} so far, none from here on" in err
+    _, _, err = call(["-c", "And?", *options], capsys)
+    assert f"Its adapter changes: none so far, {adapter} from here on" in err
 
 
 def test_a_chat_is_recorded_and_goes_on(
@@ -173,7 +188,9 @@ def test_what_is_refused_is_not_recorded(words: list[str], home: Path, capsys: C
 def test_empty_conversations_of_earlier_versions(home: Path, capsys: Capture) -> None:
     assert call(["What is 1 + 2?", "-q", "--no-thinking"], capsys)[0] == 0
     with ConversationLog.open() as log, log.transaction() as database:
-        database.execute("INSERT INTO conversations VALUES (2, 'nosuch', '2026', '3000')")
+        database.execute(
+            "INSERT INTO conversations (id, model, created, changed) VALUES (2, 'nosuch', '2026', '3000')"
+        )
     assert call(["logs"], capsys)[1].count("\n") == 2
     assert call(["-c", "What is 2 + 2?", "-q", "--no-thinking"], capsys)[1] == "2 + 2 = 4\n"
     history = home / "chat_history"

@@ -19,6 +19,7 @@ from qwen3_mlx.model.sizes import SIZES
 from tests.checkpoint.harness import COMMIT, Hub, qwen3, serving
 from tests.support import DEMO, write_tiny
 
+GGUF_CASE = next((Path(__file__).parents[1] / "golden/formats/gguf_narrow_q4_k_m").glob("*.gguf"))
 NOWHERE = "http://127.0.0.1:9"
 OTHER = "f" * 40
 
@@ -253,6 +254,24 @@ def test_folders_are_listed_by_their_paths(place: Place, monkeypatch: pytest.Mon
     assert "cannot be read" in out
     assert place.run("Hello", "-q", "-n", "2", "-m", rows[1][0])[0] == 0
     assert f"{place.home}/models/a/tiny" in complete_model(str(place.home))
+
+
+def test_gguf_files_are_listed(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = GGUF_CASE.parent
+    repo = place.cache / "models--someone--tiny-GGUF"
+    snapshot = repo / "snapshots" / OTHER
+    snapshot.mkdir(parents=True)
+    (repo / "refs").mkdir()
+    (repo / "refs/main").write_text(OTHER)
+    for name in ("tiny-Q4_K_M.gguf", "tiny-other.gguf"):
+        shutil.copy(GGUF_CASE, snapshot / name)
+    (snapshot / "llama.gguf").write_bytes(b"GGUF")
+    monkeypatch.setenv("QWEN3_MODELS", str(folder))
+    rows = place.rows()
+    names = ["someone/tiny-GGUF:tiny-Q4_K_M", "someone/tiny-GGUF:tiny-other"]
+    assert [*rows][:2] == names and f"{folder}:{GGUF_CASE.stem}" in rows
+    assert all(row["complete"] and row["bytes"] for row in rows.values())
+    assert place.run("plan", names[0], "--json", offline=True)[0] == 0
 
 
 def test_lm_studio_elsewhere(place: Place) -> None:
