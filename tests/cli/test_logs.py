@@ -188,9 +188,9 @@ def test_what_is_refused_is_not_recorded(words: list[str], home: Path, capsys: C
 def test_empty_conversations_of_earlier_versions(home: Path, capsys: Capture) -> None:
     assert call(["What is 1 + 2?", "-q", "--no-thinking"], capsys)[0] == 0
     with ConversationLog.open() as log, log.transaction() as database:
-        database.execute(
-            "INSERT INTO conversations (id, model, created, changed) VALUES (2, 'nosuch', '2026', '3000')"
-        )
+        columns = "(id, model, created, changed)"
+        values = "(2, 'nosuch', '2026', '3000')"
+        database.execute(f"INSERT INTO conversations {columns} VALUES {values}")
     assert call(["logs"], capsys)[1].count("\n") == 2
     assert call(["-c", "What is 2 + 2?", "-q", "--no-thinking"], capsys)[1] == "2 + 2 = 4\n"
     history = home / "chat_history"
