@@ -4,6 +4,8 @@ import gc
 import json
 import os
 import random
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,8 @@ import pytest
 import qwen3_mlx
 from qwen3_mlx import LLM, Qwen3Error, Tuning, load
 from qwen3_mlx.tuning.events import SampleReply, StepDone, TuningEvent, TuningPlan, Validated
-from tests.cli.harness import call
+from qwen3_mlx.tuning.keep import read_keep
+from tests.cli.harness import call, piped
 from tests.support import MOE, TINY, write_tiny
 
 QUESTIONS = [(f"Which is larger, {a} or {a + 3}?", str(a + 3)) for a in range(20)]
@@ -356,6 +359,25 @@ def test_what_is_to_be_kept_moves_less(tmp_path: Path, tiny_folder: Path, lesson
     assert 0 < held.kept_kl < free.kept_kl / 2
     assert isinstance(events[0], TuningPlan) and events[0].keep == 4  # with and without thinking
     assert all(event.kept_kl is not None for event in events if isinstance(event, StepDone))
+
+
+def test_lessons_to_keep_are_told_from_questions_by_what_they_say(tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "keep.json", [conversation("Hi", "Hello")])
+    (line,) = read_keep(file)
+    assert line.messages[-1]["content"] == "Hello"
+
+
+def test_how_to_use_it_is_a_command_that_a_shell_takes(
+    tmp_path: Path, tiny_folder: Path, lessons: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tiny_folder, tmp_path / "my model")
+    arguments = [str(model), "--data", str(lessons), "--out", str(tmp_path / "my out")]
+    code, _, err = call(["tune", *arguments, "--steps", "1"], capsys)
+    assert code == 0
+    (usage,) = re.findall("Try it: qwen3 (.*)", err)
+    assert "qwen3 serve --model" in err and "adapter='" in err and "qwen3 convert" in err
+    done = piped(["Hi", "-n", "1", "--no-log", *shlex.split(usage)])
+    assert done.returncode == 0, done.stderr
 
 
 def test_matrices_that_do_not_fit_are_refused_before_they_are_made(
