@@ -21,8 +21,8 @@ def read_keep(file: Path) -> list[Line]:
         Qwen3Error: the file cannot be read, or a line is wrong.
     """
     rows = read_rows(file)
-    if file.suffix == ".jsonl" or rows[0].startswith(("{", "[")):
-        return read_lines(file, may_lack_answer=True)
+    if file.suffix == ".jsonl" or rows[0].startswith("{"):
+        return read_lines(file, rows, may_lack_answer=True)
     lines = [
         Line(file, number, normalise(row)) for number, row in enumerate(rows, 1) if row.strip()
     ]

@@ -88,16 +88,19 @@ def read_rows(file: Path) -> list[str]:
         raise Qwen3Error(f"{file} is not UTF-8 text") from error
 
 
-def read_lines(file: Path, *, may_lack_answer: bool = False) -> list[Line]:
+def read_lines(
+    file: Path, rows: Sequence[str] | None = None, *, may_lack_answer: bool = False
+) -> list[Line]:
     """Read a file of lessons; what is not JSON Lines or has no known form is refused.
 
-    With `may_lack_answer` a conversation need not have a turn of the assistant's.
+    `rows` are its lines, if they have been read. With `may_lack_answer` a conversation need not
+    have a turn of the assistant's.
 
     Raises:
         Qwen3Error: the file cannot be read or has no line, or a line is wrong; the message names
             it.
     """
-    rows = read_rows(file)
+    rows = read_rows(file) if rows is None else rows
     lines = []
     for number, row in enumerate(rows, 1):
         if row.strip():
