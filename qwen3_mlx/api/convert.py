@@ -5,7 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
@@ -14,12 +14,13 @@ from typing import Any
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.api.calibration import calibration_ids, distillation
 from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.checkpoint.adapters import Adapter
 from qwen3_mlx.checkpoint.auto_recipe import choose_measured_formats
-from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, check_output, run
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
+from qwen3_mlx.checkpoint.distill import Distilled
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.model_card import model_card, usage
@@ -41,9 +42,6 @@ PhaseProgress = Callable[[str, int, int], None]
 _DESCRIPTION = (*COPIED_FILES, "config.json", INDEX)
 _MIN_TARGET_BPW, _MAX_TARGET_BPW = 2.5, 9.0
 _MIN_KEPT = 0.9  # of an adapter, without a warning
-_SEQUENCE = 128  # tokens of a piece of calibration text
-_MAX_SEQUENCES = 64
-_MAX_ACTIVATION_BYTES = 512_000_000  # all layers' inputs and their gradients, in float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +61,9 @@ class Conversion:
         dtype: that of scales, biases and tensors that are not quantized.
         adapter_kept: how much of an adapter's changes d of weights W is left after quantization Q:
             (Q(W + d) - Q(W))·d / d·d, 1 if all is; None if nothing was merged and quantized.
+        distilled: the outcome of `distill`: steps, kl_before and kl_after, the mean divergence from
+            the original on held-out text in nats a token, and kept, whether the tuned numbers were
+            written; None without `distill`.
     """
 
     output: Path
@@ -76,6 +77,7 @@ class Conversion:
     kind: str = CHAT
     dtype: str = "bfloat16"
     adapter_kept: float | None = None
+    distilled: Distilled | None = None
 
     @property
     def usage(self) -> str:
@@ -95,6 +97,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
     recipe: str = "uniform",
     target_bpw: float | None = None,
     calibration: str | None = None,
+    distill: int | None = None,
     dtype: str | None = None,
     dequantize: bool = False,
     force: bool = False,
@@ -126,8 +129,11 @@ def convert(  # noqa: PLR0913 - one keyword an option
             attention and down_proj. "auto": chosen per module by measuring the divergence on text.
         target_bpw: for "auto", which requires it: average bits per weight of the result, scales
             included, 2.5 to 9.
-        calibration: for "auto": the text to measure on; default None, which is Python's own
-            documentation.
+        calibration: for "auto" and `distill`: the text to measure on and to learn from; default
+            None, which is Python's own documentation.
+        distill: steps of tuning after rounding, in the affine mode; default None, without. Scales
+            and biases of the layers are tuned so that the result predicts what the original does,
+            and kept only if the divergence falls on a part of the text that was not learned from.
         dtype: "bfloat16", "float16" or "float32", for tensors that are not quantized; default None,
             which is the source's.
         dequantize: True quantizes nothing and writes quantized weights as `dtype`; default False.
@@ -135,7 +141,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
         allow_nonfinite: True keeps NaN and infinities in the weights and logs a warning; default
             False, which refuses them.
         progress: callable (phase, done, total); default None. The phases are "downloading" (bytes,
-            called from other threads), "measuring" (layers) and "writing" (bytes).
+            called from other threads), "measuring" (layers), "writing" (bytes) and "distilling"
+            (layers of the original, then steps).
 
     Returns:
         A `Conversion`: what was written, and the time and memory that it took.
@@ -146,15 +153,20 @@ def convert(  # noqa: PLR0913 - one keyword an option
         Qwen3Error: the output exists already, lies in the source, or cannot be written.
     """
     started = time.perf_counter()
-    bits, group_size, target_bpw, dequantize = map(
-        plain, (bits, group_size, target_bpw, dequantize)
+    bits, group_size, target_bpw, distill, dequantize = map(
+        plain, (bits, group_size, target_bpw, distill, dequantize)
     )
-    _check_arguments(recipe, target_bpw, calibration, quantizing=not dequantize)
+    _check_arguments(recipe, target_bpw, calibration, distill, quantizing=not dequantize)
     if dequantize and bits is not None:
         raise ValueError(f"bits={bits} and dequantize=True exclude each other")
     if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, AFFINE):
         raise ValueError("bits, group_size and mode go with neither recipe 'auto' nor dequantize")
     fmt = Format.of(mode, bits, group_size)
+    if distill is not None and not fmt.has_biases:
+        raise ValueError(
+            f"distill tunes the scales and biases of mode affine, and mode {mode} has none that are "
+            "floats; leave one of the two out"
+        )
     _refuse_size_name(source)
     place = Source(hub_name(source), revision, _progress_for(progress, "downloading"))
     output = Path(output).expanduser()
@@ -190,7 +202,18 @@ def convert(  # noqa: PLR0913 - one keyword an option
         if not kept and isinstance(stored_bits, int) and stored_bits < fmt.bits:
             _log.warning("%d bits from %d bits: larger, not better", fmt.bits, stored_bits)
         job = replace(job, formats=kept or choose_formats(quantizable_shapes(config), recipe, fmt))
-    written = run(job, _progress_for(progress, "writing"))
+    if distill is not None:
+        job = _distilling(job, calibration, distill)
+    written = run(
+        job, _progress_for(progress, "writing"), _progress_for(progress, "distilling")
+    )
+    if written.distilled and not written.distilled.kept:
+        _log.warning(
+            "distill made it no better on held-out text (KL %.5f nats a token, without it %.5f): "
+            "the numbers of before were written",
+            written.distilled.kl_after,
+            written.distilled.kl_before,
+        )
     left = written.adapter_kept
     if left is not None and left < _MIN_KEPT:
         _log.warning(
@@ -201,7 +224,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
         )
     return Conversion(
         output=output,
-        **asdict(written),
+        **{part.name: getattr(written, part.name) for part in fields(written)},
         bits_per_weight=written.bits_per_weight,
         peak_memory=_peak_resident(),
         seconds=time.perf_counter() - started,
@@ -234,20 +257,33 @@ def _refuse_size_name(source: str | Path) -> None:
 
 
 def _check_arguments(
-    recipe: str, target_bpw: float | None, calibration: str | None, *, quantizing: bool
+    recipe: str,
+    target_bpw: float | None,
+    calibration: str | None,
+    distill: int | None,
+    *,
+    quantizing: bool,
 ) -> None:
     if recipe not in RECIPES:
         raise ValueError(f"recipe must be one of {', '.join(RECIPES)}, not {recipe!r}")
     if not quantizing and recipe != "uniform":
         raise ValueError(f"dequantize quantizes nothing, so recipe {recipe!r} has no place")
+    if distill is not None:
+        if type(distill) is not int or distill < 1:
+            raise ValueError(f"distill is a number of steps, 1 or more, not {distill!r}")
+        if not quantizing:
+            raise ValueError("dequantize quantizes nothing, so there is nothing to distill")
     if recipe == "auto":
         if target_bpw is None or not _MIN_TARGET_BPW <= target_bpw <= _MAX_TARGET_BPW:
             raise ValueError(
                 f"recipe 'auto' needs a target_bpw from {_MIN_TARGET_BPW} to {_MAX_TARGET_BPW} "
                 f"bits, not {target_bpw}"
             )
-    elif target_bpw is not None or calibration is not None:
-        raise ValueError(f"target_bpw and calibration go with recipe 'auto', not {recipe!r}")
+    elif target_bpw is not None or (calibration is not None and distill is None):
+        raise ValueError(
+            f"target_bpw goes with recipe 'auto', and calibration with 'auto' or distill, not "
+            f"{recipe!r}"
+        )
 
 
 def _stated_dtype(config: Mapping[str, Any]) -> str:
@@ -265,36 +301,13 @@ def _peak_resident() -> int:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
-# --- the measured recipe ------------------------------------------------------------------------
-
-
-def _calibration_ids(folder: Path, network: ModelConfig, text: str | None) -> mx.array:
-    """Return N pieces of a text as token ids [N, L], spread evenly over it.
-
-    N is limited so that the activations of all layers stay within `_MAX_ACTIVATION_BYTES`.
-    """
-    tokenizer = Tokenizer(folder / "tokenizer.json")
-    ids = tokenizer.encode(default_text() if text is None else text)
-    if len(ids) < 2 * _SEQUENCE:
-        raise ValueError(f"the calibration text has {len(ids)} tokens; give some hundreds or more")
-    if max(ids) >= network.vocab_size:
-        raise CheckpointError("tokenizer.json has more tokens than the model knows")
-    piece_bytes = 2 * network.num_hidden_layers * network.hidden_size * _SEQUENCE * 4
-    fitting = max(4, _MAX_ACTIVATION_BYTES // piece_bytes)
-    count = min(_MAX_SEQUENCES, len(ids) // _SEQUENCE, fitting)
-    starts = [piece * (len(ids) // count) for piece in range(count)]
-    return mx.array([ids[start : start + _SEQUENCE] for start in starts], dtype=mx.int32)
+# --- what learns from text ----------------------------------------------------------------------
 
 
 def _measured(job: Job, text: str | None, target_bpw: float, progress: PhaseProgress | None) -> Job:
     """Return the job with formats chosen, and inputs measured, on a calibration text."""
-    network = ModelConfig.from_dict(job.config)
-    if network.output != LOGITS:
-        raise Qwen3Error(
-            "recipe 'auto' measures what a head predicts, and this network has none for logits; "
-            "take the recipe mixed or uniform"
-        )
-    ids = _calibration_ids(job.source, network, text)
+    network = _predicting_network(job, "recipe 'auto'")
+    ids = calibration_ids(job.source, network, text)
     formats, moments = choose_measured_formats(
         job.matrices(),
         job.config,
@@ -305,3 +318,25 @@ def _measured(job: Job, text: str | None, target_bpw: float, progress: PhaseProg
     )
     digest = blake2b(bytes(as_memoryview(ids)), digest_size=16).hexdigest()
     return replace(job, formats=formats, moments=moments, calibration=digest)
+
+
+def _distilling(job: Job, text: str | None, steps: int) -> Job:
+    """Return the job with a distillation on a text; what cannot be tuned is refused."""
+    network = _predicting_network(job, "distill")
+    matrices = job.matrices()
+    if all(matrices[f"{path}.weight"].fmt == fmt for path, fmt in job.formats.items() if fmt):
+        raise Qwen3Error(
+            "distill makes up for rounding, and nothing is rounded here: the source's codes are "
+            "kept as they are; leave distill out, or state other bits"
+        )
+    return replace(job, distillation=distillation(job.source, network, text, steps))
+
+
+def _predicting_network(job: Job, what: str) -> ModelConfig:
+    network = ModelConfig.from_dict(job.config)
+    if network.output != LOGITS:
+        raise Qwen3Error(
+            f"{what} needs the predictions of a head, and this network has none for logits; take "
+            "the recipe mixed or uniform, without distill"
+        )
+    return network

@@ -23,6 +23,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint import gptq
 from qwen3_mlx.checkpoint.adapters import Adapter
+from qwen3_mlx.checkpoint.distill import TUNED, Distillation, Distilled, distill
 from qwen3_mlx.checkpoint.formats.matrix import Matrix, as_floats
 from qwen3_mlx.checkpoint.hub import KIND_FILES
 from qwen3_mlx.checkpoint.output_config import output_config
@@ -60,6 +61,7 @@ class Job:
     `dtype`. Modules that have `moments` of their inputs are rounded by GPTQ; `calibration` names
     the text on which the moments were measured. `card` returns the text of the README.md. An
     `adapter` is merged in float32 before anything is rounded; `config` is that of the result.
+    After rounding, scales and biases are tuned as `distillation` states.
     """
 
     source: Path
@@ -73,6 +75,7 @@ class Job:
     force: bool = False
     allow_nonfinite: bool = False
     adapter: Adapter | None = None
+    distillation: Distillation | None = None
 
     def matrices(self) -> dict[str, Matrix]:
         """Return the tensors of the source, with the adapter, by their names in the network."""
@@ -86,13 +89,14 @@ class Written:
 
     `adapter_kept` is how much of an adapter's changes d of weights W is left after rounding Q:
     (Q(W + d) - Q(W))·d / d·d. Shards of an interrupted run do not count. None if nothing was
-    merged and rounded.
+    merged and rounded. `distilled` is the outcome of `Job.distillation`.
     """
 
     tensors: int
     weights: int
     bytes: int
     adapter_kept: float | None = None
+    distilled: Distilled | None = None
 
     @property
     def bits_per_weight(self) -> float:
@@ -118,8 +122,10 @@ class _Tensor:
         return sum(planned.nbytes for planned in self.planned)
 
 
-def run(job: Job, progress: Progress) -> Written:
+def run(job: Job, progress: Progress, distilling: Progress = lambda *_: None) -> Written:
     """Run a conversion; `progress(done, total)` is called with the bytes written.
+
+    `distilling(done, total)` is called with the layers of the original, and then the steps.
 
     Raises:
         Qwen3Error: the output exists, would lie in the source, or does not fit the disk.
@@ -138,7 +144,13 @@ def run(job: Job, progress: Progress) -> Written:
     try:
         with _streams() as streams:
             kept = _write_shards(job, partial, shards, streams, progress)
-        written = replace(written, adapter_kept=kept)
+        distilled = None
+        if job.distillation:
+            config = output_config(job.config, job.formats, job.dtype)
+            distilled = distill(
+                partial, config, job.matrices(), job.distillation, job.dtype, distilling
+            )
+        written = replace(written, adapter_kept=kept, distilled=distilled)
         _write_other_files(job, partial, shards, written)
         _publish(partial, job.output.resolve())
     except OSError as error:
@@ -253,6 +265,7 @@ def _prepare_partial(job: Job, partial: Path, names: Sequence[str]) -> None:
         "formats": {path: fmt.as_config() for path, fmt in job.formats.items() if fmt},
         "dtype": backend.dtype_name(job.dtype),
         "calibration": job.calibration,
+        "distillation": job.distillation and job.distillation.identity,
     }
     text = json.dumps(identity, sort_keys=True)
     state = partial / _STATE
@@ -496,5 +509,6 @@ def _publish(partial: Path, output: Path) -> None:
         if replaced.exists() and not output.exists():
             replaced.rename(output)
         raise
-    (output / _STATE).unlink()
+    for name in (_STATE, TUNED):
+        (output / name).unlink(missing_ok=True)
     shutil.rmtree(replaced, ignore_errors=True)

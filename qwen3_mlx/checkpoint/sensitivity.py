@@ -22,6 +22,15 @@ from qwen3_mlx.arguments import Progress
 from qwen3_mlx.cache.attention import NoCache
 from qwen3_mlx.checkpoint.formats.matrix import Matrix
 from qwen3_mlx.checkpoint.gptq import moments
+from qwen3_mlx.checkpoint.layerwise import (
+    batches,
+    blocks_of,
+    head_path,
+    last_norm,
+    layer_inputs,
+    load_block,
+    rows_of,
+)
 from qwen3_mlx.checkpoint.load import parent_of, quantizable
 from qwen3_mlx.checkpoint.recipes import group_of
 from qwen3_mlx.model.config import ModelConfig
@@ -37,8 +46,6 @@ Moments = dict[str, mx.array]
 """The second moments of each module's inputs, see `gptq.moments`."""
 
 DRAWINGS = 4
-_BATCH_TOKENS = 512
-_VOCABULARY_BLOCK = 1 << 22  # numbers of the embedding in memory at once
 
 
 def measure(
@@ -55,21 +62,18 @@ def measure(
     """
     rope = Rope(config)
     layers = config.num_hidden_layers
-    inputs = [_rows_of(matrices["model.embed_tokens.weight"], ids)]
-    for index in range(layers):
-        progress(index, 2 * layers)
-        block = _load_block(config, matrices, index)
-        inputs.append(_forward(block, rope, inputs[-1]))
+    inputs = []
+    for x in layer_inputs(config, matrices, ids):
+        progress(len(inputs), 2 * layers)
+        inputs.append(x)
     scores: SensitivityScores = {}
     seen: Moments = {}
-    head = "model.embed_tokens" if config.tie_word_embeddings else "lm_head"
-    norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-    norm.weight = _read_matrix(matrices["model.norm.weight"])
+    head, norm = head_path(config), last_norm(config, matrices)
     seen[head] = moments(norm(inputs[-1]))
     gradients, scores[head] = _head(matrices[f"{head}.weight"], norm, inputs.pop(), formats)
     for index in reversed(range(layers)):
         progress(2 * layers - 1 - index, 2 * layers)
-        block = _load_block(config, matrices, index)
+        block = load_block(config, matrices, index)
         gradients, found, of_inputs = _layer(block, rope, inputs.pop(), gradients, formats)
         scores |= {f"model.layers.{index}.{group}": found[group] for group in found}
         seen |= {f"model.layers.{index}.{name}": of_inputs[name] for name in of_inputs}
@@ -80,55 +84,6 @@ def measure(
     }
     progress(2 * layers, 2 * layers)
     return scores, seen
-
-
-# --- reading ------------------------------------------------------------------------------------
-
-
-def _read_matrix(matrix: Matrix) -> mx.array:
-    array = mx.concatenate(list(matrix.blocks(1 << 26))).astype(mx.float32).reshape(matrix.shape)
-    mx.eval(array)
-    return array
-
-
-def _load_block(config: ModelConfig, matrices: Mapping[str, Matrix], index: int) -> Block:
-    block = Block(config, index)
-    prefix = f"model.layers.{index}."
-    named = [(name.removeprefix(prefix), name) for name in matrices if name.startswith(prefix)]
-    block.load_weights([(short, _read_matrix(matrices[name])) for short, name in named])
-    return block
-
-
-def _blocks_of(matrix: Matrix) -> Iterator[tuple[int, mx.array]]:
-    """Yield the rows of the embedding in blocks, each with the number of its first row."""
-    start = 0
-    for rows in matrix.blocks(_VOCABULARY_BLOCK):
-        yield start, rows.astype(mx.float32)
-        start += rows.shape[0]
-
-
-def _rows_of(matrix: Matrix, ids: mx.array) -> mx.array:
-    """Return rows [*ids, D] of a matrix that is never in memory as a whole."""
-    found = mx.zeros((*ids.shape, matrix.shape[-1]))
-    for start, rows in _blocks_of(matrix):
-        inside = (ids >= start) & (ids < start + rows.shape[0])
-        picked = rows[mx.where(inside, ids - start, 0)]
-        found = mx.where(inside[..., None], picked, found)
-        mx.eval(found)
-    return found
-
-
-def _forward(block: Block, rope: Rope, x: mx.array) -> mx.array:
-    parts = []
-    for batch in _batches(x.shape[0], x.shape[1]):
-        parts.append(block(x[batch], None, NoCache(), rope.for_pass()))
-        mx.eval(parts[-1])
-    return mx.concatenate(parts)
-
-
-def _batches(sequences: int, length: int) -> list[slice]:
-    step = max(1, _BATCH_TOKENS // length)
-    return [slice(start, start + step) for start in range(0, sequences, step)]
 
 
 def _quantization_error(weight: mx.array, fmt: Format) -> mx.array:
@@ -162,7 +117,7 @@ def _head(
     greatest = mx.full((DRAWINGS, h.shape[0]), -mx.inf)
     labels = mx.zeros((DRAWINGS, h.shape[0]), dtype=mx.int32)
     total = mx.full((h.shape[0],), -mx.inf)  # log of the sum of exponentials
-    for start, rows in _blocks_of(matrix):
+    for start, rows in blocks_of(matrix):
         logits = h @ rows.T
         total = mx.logaddexp(total, mx.logsumexp(logits, axis=1))
         for drawing in range(DRAWINGS):
@@ -173,7 +128,7 @@ def _head(
             mx.eval(labels, greatest, total)
     mean = mx.zeros_like(h)
     moments = {fmt: [mx.zeros_like(total)] * 2 for fmt in _fitting(h, formats)}
-    for _, rows in _blocks_of(matrix):
+    for _, rows in blocks_of(matrix):
         p = mx.exp(h @ rows.T - total[:, None])
         mean = mean + p @ rows
         for fmt, (first, second) in moments.items():
@@ -185,7 +140,7 @@ def _head(
         fmt: 0.5 * _scalar((second - first * first).mean())
         for fmt, (first, second) in moments.items()
     }
-    of_normed = _rows_of(matrix, labels) - mean  # [R, N·L, D]
+    of_normed = rows_of(matrix, labels) - mean  # [R, N·L, D]
     parts = []
     for drawing in range(DRAWINGS):
         _, gradients = mx.vjp(norm, [x], [of_normed[drawing].reshape(x.shape)])
@@ -197,7 +152,7 @@ def _head(
 def _embedding(
     matrix: Matrix, ids: mx.array, gradients: mx.array, formats: Sequence[Format]
 ) -> dict[Format, float]:
-    rows = _rows_of(matrix, ids)  # each row is quantized by itself
+    rows = rows_of(matrix, ids)  # each row is quantized by itself
     return {
         fmt: _divergence((gradients * _quantization_error(rows, fmt)).sum((2, 3)), ids.shape[1])
         for fmt in _fitting(rows, formats)
@@ -250,7 +205,7 @@ def _layer(
     seen: Moments = {}
     products: dict[str, dict[Format, list[mx.array]]] = defaultdict(lambda: defaultdict(list))
     carried = []
-    for batch in _batches(x.shape[0], x.shape[1]):
+    for batch in batches(x.shape[0], x.shape[1]):
         calls, pulls = [], []
         for n in range(batch.start, min(batch.stop, x.shape[0])):
             its_gradients = gradients[:, n : n + 1]

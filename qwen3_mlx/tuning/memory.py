@@ -20,10 +20,10 @@ from typing import Any
 from qwen3_mlx.engine.memory import RESERVE, in_gb, modules
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.training import rows_at_once
 from qwen3_mlx.tuning.batches import in_batches
 from qwen3_mlx.tuning.layers import DORA, FULL, ROUTER
 from qwen3_mlx.tuning.lessons import Lesson
-from qwen3_mlx.tuning.loss import rows_at_once
 from qwen3_mlx.tuning.settings import Settings
 
 _FLOAT = 4  # bytes

@@ -13,18 +13,11 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.training import LossOf, Objective, divergence, mean_loss, rows_at_once
 from qwen3_mlx.tuning.batches import Batch, Batches, in_batches
 from qwen3_mlx.tuning.layers import FULL, attach, base_model, trained_parameters
 from qwen3_mlx.tuning.lessons import Lesson
-from qwen3_mlx.tuning.loss import (
-    LossOf,
-    Objective,
-    cross_entropy,
-    divergence,
-    learned_states,
-    mean_loss,
-    rows_at_once,
-)
+from qwen3_mlx.tuning.loss import cross_entropy, learned_states
 from qwen3_mlx.tuning.settings import Settings
 
 
@@ -130,7 +123,7 @@ class Trainer:
             learned = self._objective(batch, cross_entropy(self._model, batch), counts[0])
             total, parts[0] = learned.proxy, learned
         if kept and states is not None:
-            moved = self._objective(kept, divergence(self._model, states), counts[1])
+            moved = self._objective(kept, self._divergence(states), counts[1])
             total, parts[1] = total + self._settings.keep_weight * moved.proxy, moved
         return total, parts
 
@@ -145,13 +138,17 @@ class Trainer:
             mx.eval(states)
         return states
 
+    def _divergence(self, base_states: mx.array) -> LossOf:
+        head = self._model.head  # which is not trained, so it is the base model's, too
+        return divergence(head, head, base_states)
+
     def mean_loss(self, lessons: Sequence[Lesson]) -> float:
         """Return the mean cross entropy of all learned tokens of some lessons, in nats."""
         return self._mean(lessons, lambda batch: cross_entropy(self._model, batch))
 
     def mean_divergence(self, lessons: Sequence[Lesson]) -> float:
         """Return the mean KL divergence from the base model on lessons, in nats a token."""
-        return self._mean(lessons, lambda batch: divergence(self._model, self._base_states(batch)))
+        return self._mean(lessons, lambda batch: self._divergence(self._base_states(batch)))
 
     def _mean(self, lessons: Sequence[Lesson], kind: Callable[[Batch], LossOf]) -> float:
         total, count = 0.0, 0
