@@ -11,16 +11,14 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-
 from qwen3_mlx import backend
 from qwen3_mlx.api.calibration import calibration_ids, distillation
 from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.checkpoint.adapters import Adapter
 from qwen3_mlx.checkpoint.auto_recipe import choose_measured_formats
-from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, check_output, run
+from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, Written, check_output, run
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
-from qwen3_mlx.checkpoint.distill import Distilled
+from qwen3_mlx.checkpoint.distill import Distilled, needed_bytes
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.model_card import model_card, usage
@@ -28,6 +26,7 @@ from qwen3_mlx.checkpoint.recipes import RECIPES, choose_formats
 from qwen3_mlx.checkpoint.stored import quantization_of
 from qwen3_mlx.checkpoint.stored_formats import kept_formats
 from qwen3_mlx.checkpoint.weights import INDEX, with_stored_head
+from qwen3_mlx.engine.memory import RESERVE, in_gb
 from qwen3_mlx.errors import CheckpointError, Qwen3Error
 from qwen3_mlx.files import as_memoryview
 from qwen3_mlx.model.config import LOGITS, ModelConfig
@@ -156,17 +155,12 @@ def convert(  # noqa: PLR0913 - one keyword an option
     bits, group_size, target_bpw, distill, dequantize = map(
         plain, (bits, group_size, target_bpw, distill, dequantize)
     )
-    _check_arguments(recipe, target_bpw, calibration, distill, quantizing=not dequantize)
+    _check_arguments(recipe, target_bpw, calibration, distill, mode=mode, quantizing=not dequantize)
     if dequantize and bits is not None:
         raise ValueError(f"bits={bits} and dequantize=True exclude each other")
     if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, AFFINE):
         raise ValueError("bits, group_size and mode go with neither recipe 'auto' nor dequantize")
     fmt = Format.of(mode, bits, group_size)
-    if distill is not None and not fmt.has_biases:
-        raise ValueError(
-            f"distill tunes the scales and biases of mode affine, and mode {mode} has none that are "
-            "floats; leave one of the two out"
-        )
     _refuse_size_name(source)
     place = Source(hub_name(source), revision, _progress_for(progress, "downloading"))
     output = Path(output).expanduser()
@@ -204,24 +198,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
         job = replace(job, formats=kept or choose_formats(quantizable_shapes(config), recipe, fmt))
     if distill is not None:
         job = _distilling(job, calibration, distill)
-    written = run(
-        job, _progress_for(progress, "writing"), _progress_for(progress, "distilling")
-    )
-    if written.distilled and not written.distilled.kept:
-        _log.warning(
-            "distill made it no better on held-out text (KL %.5f nats a token, without it %.5f): "
-            "the numbers of before were written",
-            written.distilled.kl_after,
-            written.distilled.kl_before,
-        )
-    left = written.adapter_kept
-    if left is not None and left < _MIN_KEPT:
-        _log.warning(
-            "%.0f %% of the adapter is left after quantization; merge it into the original "
-            "weights, with more bits, or keep it beside the quantized ones: --adapter "
-            "(load(adapter=))",
-            100 * left,
-        )
+    written = run(job, _progress_for(progress, "writing"), _progress_for(progress, "distilling"))
+    _warn_of(written)
     return Conversion(
         output=output,
         **{part.name: getattr(written, part.name) for part in fields(written)},
@@ -262,6 +240,7 @@ def _check_arguments(
     calibration: str | None,
     distill: int | None,
     *,
+    mode: str,
     quantizing: bool,
 ) -> None:
     if recipe not in RECIPES:
@@ -273,6 +252,10 @@ def _check_arguments(
             raise ValueError(f"distill is a number of steps, 1 or more, not {distill!r}")
         if not quantizing:
             raise ValueError("dequantize quantizes nothing, so there is nothing to distill")
+        if mode != AFFINE:
+            raise ValueError(
+                f"distill tunes scales and biases, which are floats in mode affine only, not {mode}"
+            )
     if recipe == "auto":
         if target_bpw is None or not _MIN_TARGET_BPW <= target_bpw <= _MAX_TARGET_BPW:
             raise ValueError(
@@ -283,6 +266,24 @@ def _check_arguments(
         raise ValueError(
             f"target_bpw goes with recipe 'auto', and calibration with 'auto' or distill, not "
             f"{recipe!r}"
+        )
+
+
+def _warn_of(written: Written) -> None:
+    left = written.adapter_kept
+    if left is not None and left < _MIN_KEPT:
+        _log.warning(
+            "%.0f %% of the adapter is left after quantization; merge it into the original "
+            "weights, with more bits, or keep it beside the quantized ones: --adapter "
+            "(load(adapter=))",
+            100 * left,
+        )
+    if (distilled := written.distilled) and not distilled.kept:
+        _log.warning(
+            "distill did not lower the divergence on held-out text (%.5f nats a token; without it "
+            "%.5f), so its result was dropped",
+            distilled.kl_after,
+            distilled.kl_before,
         )
 
 
@@ -329,7 +330,14 @@ def _distilling(job: Job, text: str | None, steps: int) -> Job:
             "distill makes up for rounding, and nothing is rounded here: the source's codes are "
             "kept as they are; leave distill out, or state other bits"
         )
-    return replace(job, distillation=distillation(job.source, network, text, steps))
+    settings = distillation(job.source, network, text, steps)
+    needed = RESERVE + needed_bytes(network, job.formats, settings)
+    if needed > (available := backend.available_memory()):
+        raise Qwen3Error(
+            f"distill takes {in_gb(needed)} of memory, the quantized model included, and "
+            f"{in_gb(available)} are free; leave it out, take fewer bits, or close other programs"
+        )
+    return replace(job, distillation=settings)
 
 
 def _predicting_network(job: Job, what: str) -> ModelConfig:

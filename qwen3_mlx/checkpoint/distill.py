@@ -13,6 +13,7 @@ N sequences, L tokens each, D hidden, V vocabulary.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -25,6 +26,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten
 
+from qwen3_mlx import backend
 from qwen3_mlx.arguments import Progress
 from qwen3_mlx.checkpoint.formats.matrix import Matrix
 from qwen3_mlx.checkpoint.layerwise import (
@@ -35,6 +37,7 @@ from qwen3_mlx.checkpoint.layerwise import (
     read_matrix,
 )
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
+from qwen3_mlx.checkpoint.recipes import Formats
 from qwen3_mlx.checkpoint.weights import Weights
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.files import (
@@ -46,6 +49,8 @@ from qwen3_mlx.files import (
     read_header_and_metadata,
 )
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.moe import QuantizedSwitchLinear, Routing
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.training import (
     LossOf,
@@ -62,6 +67,7 @@ _BATCH = 4  # sequences
 # In widths of a group's codes, its scale: so one rate serves weights of any size. It falls to zero.
 _RATE = 1e-3
 _ROUTER = "mlp.gate"
+_FLOAT = 4  # bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +102,37 @@ class Distilled:
         return self.kl_after < self.kl_before
 
 
+def needed_bytes(network: ModelConfig, formats: Formats, distillation: Distillation) -> int:
+    """Return about the most bytes that `distill` takes; on a CPU within a tenth of peaks measured.
+
+    Where the original's layers run, the inputs and outputs of one and its weights are in memory,
+    and those of the next. In training: the quantized network, the original's head and states, three
+    numbers for each scale and bias, the inputs of all layers for a batch, and the larger of a
+    layer's backward pass, with weights and their gradients, and a block of logits.
+    """
+    student = trained = 0
+    layers: Counter[str] = Counter()
+    for name, array in Qwen3(network).tensors().items():
+        module, _, kind = name.rpartition(".")
+        fmt = formats.get(module) if kind == "weight" else None
+        student += fmt.nbytes(array.shape, _FLOAT) if fmt else _FLOAT * array.size
+        if name.startswith("model.layers."):
+            layers[name.split(".")[2]] += array.size
+            trained += 2 * array.size // fmt.group_size if fmt else 0
+    layer, hidden, vocabulary = max(layers.values()), network.hidden_size, network.vocab_size
+    states = hidden * (distillation.text.size + distillation.held_out.size)
+    width = network.intermediate_size
+    if experts := network.experts:
+        width = experts.num_experts_per_tok * experts.moe_intermediate_size
+    heads = network.num_attention_heads + network.num_key_value_heads
+    tokens = _BATCH * distillation.text.shape[1]
+    backward = 3 * layer + 12 * tokens * (hidden + network.head_dim * heads + width)
+    logits = 7 * vocabulary * min(tokens, rows_at_once(vocabulary, checkpointing=True))
+    step = network.num_hidden_layers * tokens * hidden + max(backward, logits)
+    training = hidden * vocabulary + states + 3 * trained + step
+    return max(_FLOAT * (3 * states + 2 * layer), student + _FLOAT * training)
+
+
 def distill(
     folder: Path,
     config: Mapping[str, Any],
@@ -106,9 +143,10 @@ def distill(
 ) -> Distilled:
     """Tune the quantized checkpoint of `config` in `folder`, in place, if that makes it better.
 
-    `matrices` are the tensors of the original, `dtype` is that of scales and biases. `progress(done, total)` counts its layers, and then
-    steps. What was tuned is written to the file `TUNED` before a number is replaced: a run that is
-    interrupted after that only repeats the replacement.
+    `matrices` are the tensors of the original, `dtype` is that of scales and biases.
+    `progress(done, total)` counts the original's layers, and then steps. What was tuned is written
+    to the file `TUNED` before a number is replaced: a run that is interrupted after that only
+    repeats the replacement.
 
     Raises:
         CheckpointError: the original is broken, or its predictions are not finite.
@@ -148,12 +186,15 @@ def _tune(
     network = ModelConfig.from_dict(config)
     layers, steps = network.num_hidden_layers, distillation.steps
     texts = [distillation.text, distillation.held_out]
-    x = mx.zeros(0)
-    for done, x in enumerate(layer_inputs(network, matrices, mx.concatenate(texts))):
+    inputs = layer_inputs(network, matrices, mx.concatenate(texts))
+    for done in range(layers):
+        next(inputs)
         progress(done, layers + steps)
-    x = last_norm(network, matrices)(x)
-    states, held_states = x[: len(texts[0])], x[len(texts[0]) :]
+    x = last_norm(network, matrices)(next(inputs))
+    inputs.close()  # it holds the last layer
+    states, held_states = mx.split(x, [len(texts[0])])
     mx.eval(states, held_states)
+    del x
     head = read_matrix(matrices[f"{head_path(network)}.weight"])
     options = LoadOptions(mx.float32, dequantize=False)
     student = _Student(load_model(config, Weights(folder), options, lambda *_: None), head)
@@ -183,11 +224,38 @@ def _batches(count: int, steps: int) -> Iterator[mx.array]:
         del order[:_BATCH]
 
 
+def _weight(module: nn.Module) -> mx.array:
+    fmt = Format(module.bits, module.group_size, module.mode)
+    return fmt.dequantize_float32(module["weight"], module["scales"], module["biases"])
+
+
+class _UnpackedLinear(nn.QuantizedLinear):
+    """A layer that unpacks its weights first: on a CPU that is several times faster."""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        out = x @ _weight(self).T
+        return out + self["bias"] if "bias" in self else out
+
+
+class _UnpackedExperts(QuantizedSwitchLinear):
+    """The same for experts."""
+
+    def __call__(self, x: mx.array, routing: Routing) -> mx.array:
+        weight = _weight(self).swapaxes(-1, -2)
+        return mx.gather_mm(x, weight, rhs_indices=routing.experts, sorted_indices=routing.ordered)
+
+
+_UNPACKED: dict[type, type] = {
+    nn.QuantizedLinear: _UnpackedLinear,
+    QuantizedSwitchLinear: _UnpackedExperts,
+}
+
+
 class _Student:
     """A quantized network in training; `head` [V, D] is that of the original."""
 
     def __init__(self, model: Qwen3, head: mx.array) -> None:
-        self._model, self._base_head = model, lambda x: x @ head.T
+        self._model, self._head = model, head
         self._rows = rows_at_once(model.config.vocab_size, checkpointing=True)
         model.freeze()
         for layer in model.layers:
@@ -195,6 +263,8 @@ class _Student:
             for path, module in layer.named_modules():
                 if "biases" in module and path != _ROUTER:
                     module.unfreeze(keys=["scales", "biases"], recurse=False)
+                    if not backend.on_gpu():
+                        module.__class__ = _UNPACKED[type(module)]
 
     def _states(self, ids: mx.array) -> mx.array:
         """Compute the last hidden states [N·L, D]."""
@@ -204,7 +274,7 @@ class _Student:
 
     def _loss_of(self, base_states: mx.array) -> LossOf:
         flat = base_states.reshape(-1, base_states.shape[-1])
-        return divergence(self._model.head, self._base_head, flat)
+        return divergence(self._model.head, lambda x: x @ self._head.T, flat)
 
     def advance(self, ids: mx.array, base_states: mx.array, optimizer: optim.Adam) -> None:
         """Train with some sequences; `base_states` [N, L, D] are the original's."""

@@ -3,7 +3,7 @@
 N sequences, L tokens each, D hidden.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -20,7 +20,7 @@ _VOCABULARY_BLOCK = 1 << 22  # numbers of the embedding in memory at once
 
 def layer_inputs(
     config: ModelConfig, matrices: Mapping[str, Matrix], ids: mx.array
-) -> Iterator[mx.array]:
+) -> Generator[mx.array, None, None]:
     """Yield the input [N, L, D] of each layer for ids [N, L], and last the output of the last."""
     rope = Rope(config)
     x = rows_of(matrices["model.embed_tokens.weight"], ids)

@@ -37,6 +37,13 @@ def model_card(base_model: str | None, kind: str, recipe: str, job: Job, written
     if kind == "reranker":  # its head may be one that they do not have
         others = []
     base = [f"base_model: {base_model}", "base_model_relation: quantized"] if base_model else []
+    tuned = ""
+    if written.distilled and written.distilled.kept:
+        tuned = (
+            f" Scales and biases are tuned by {written.distilled.steps} steps of distillation, which"
+            f" took the mean KL divergence from the original, on text that was not learned from,"
+            f" from {written.distilled.kl_before:.5f} to {written.distilled.kl_after:.5f} nats."
+        )
     merged = f" and the adapter {job.adapter.name}" if job.adapter else ""
     return "\n".join(
         [
@@ -53,7 +60,7 @@ def model_card(base_model: str | None, kind: str, recipe: str, job: Job, written
             "",
             f"Made from {base_model or 'a local checkpoint'}{merged} with qwen3-mlx {__version__}, "
             f"recipe `{recipe}`: {written.weights:,} weights in {written.bytes:,} bytes, "
-            f"{written.bits_per_weight:.2f} bits per weight.",
+            f"{written.bits_per_weight:.2f} bits per weight.{tuned}",
             "",
             *rows,
             "",

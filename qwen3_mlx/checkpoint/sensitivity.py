@@ -12,7 +12,7 @@ N sequences, L tokens each, R draws of labels, D hidden, V vocabulary.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -62,7 +62,7 @@ def measure(
     """
     rope = Rope(config)
     layers = config.num_hidden_layers
-    inputs = []
+    inputs: list[mx.array] = []
     for x in layer_inputs(config, matrices, ids):
         progress(len(inputs), 2 * layers)
         inputs.append(x)

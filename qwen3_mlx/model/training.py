@@ -39,7 +39,8 @@ def divergence(head: Head, base_head: Head, base_states: mx.array) -> LossOf:
             nn.log_softmax(logits.astype(mx.float32), axis=-1)
             for logits in (base_head(base_states[rows]), head(x))
         )
-        return (mx.exp(log_p) * (log_p - log_q)).sum()
+        total: mx.array = (mx.exp(log_p) * (log_p - log_q)).sum()
+        return total
 
     return loss_of
 

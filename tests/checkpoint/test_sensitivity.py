@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from qwen3_mlx.checkpoint import sensitivity
+from qwen3_mlx.checkpoint import layerwise
 from qwen3_mlx.checkpoint.formats.matrix import Matrix
 from qwen3_mlx.checkpoint.gptq import block_size
 from qwen3_mlx.checkpoint.load import quantizable_shapes
@@ -106,7 +106,7 @@ def groups_of(folder: Path) -> dict[str, list[str]]:
 def test_the_estimate_is_the_divergence(
     kind: str, vocabulary_block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sensitivity, "_VOCABULARY_BLOCK", vocabulary_block)
+    monkeypatch.setattr(layerwise, "_VOCABULARY_BLOCK", vocabulary_block)
     folder, ids = write_tiny(tmp_path / "model", CONFIGS[kind]), draw_ids(32, 10)
     sharpen(folder, 6.0)
     scores = estimated(folder, ids, [FINE])
