@@ -33,6 +33,7 @@ PARTS = {
     "contexts": "python -m benchmarks.contexts contexts.svg",
     "tune": "python -m benchmarks.tune",
     "tune larger": "python -m benchmarks.tune_larger tune.svg",
+    "distill": "python -m benchmarks.distill",
     "plan": "python -m benchmarks.plan 0.6B 4B 8B:4",
 }
 

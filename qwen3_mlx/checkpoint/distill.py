@@ -90,16 +90,19 @@ class Distillation:
 
 @dataclass(frozen=True, slots=True)
 class Distilled:
-    """The outcome: KL(original || quantized) on held-out text before and after, in nats a token."""
+    """The outcome of a distillation.
+
+    Attributes:
+        steps: the number of steps.
+        kl_before: KL(original || quantized) on the held-out text, in nats a token.
+        kl_after: the same after the steps.
+        kept: True if what was tuned is better, so that it was written.
+    """
 
     steps: int
     kl_before: float
     kl_after: float
-
-    @property
-    def kept(self) -> bool:
-        """True if the tuned numbers were written: they are better. If not, the others were."""
-        return self.kl_after < self.kl_before
+    kept: bool
 
 
 def needed_bytes(network: ModelConfig, formats: Formats, distillation: Distillation) -> int:
@@ -153,8 +156,7 @@ def distill(
     """
     tuned = folder / TUNED
     if not tuned.exists():
-        result, tensors = _tune(folder, config, matrices, distillation, dtype, progress)
-        facts = {"before": repr(result.kl_before), "after": repr(result.kl_after)}
+        facts, tensors = _tune(folder, config, matrices, distillation, dtype, progress)
         with atomic_write(tuned) as stream:
             specs = [TensorSpec(name, a.dtype, a.shape) for name, a in tensors.items()]
             writer = ShardWriter(stream, specs, facts)
@@ -171,7 +173,8 @@ def distill(
                         stream.write(source.read(entry.nbytes))
                 stream.flush()
                 os.fsync(stream.fileno())
-    return Distilled(distillation.steps, float(facts["before"]), float(facts["after"]))
+    before, after = float(facts["before"]), float(facts["after"])
+    return Distilled(distillation.steps, before, after, kept=bool(entries))
 
 
 def _tune(
@@ -181,8 +184,8 @@ def _tune(
     distillation: Distillation,
     dtype: mx.Dtype,
     progress: Progress,
-) -> tuple[Distilled, dict[str, mx.array]]:
-    """Return the outcome, and the tensors to replace: none if they are no better."""
+) -> tuple[dict[str, str], dict[str, mx.array]]:
+    """Return the divergences as metadata, and the tensors to replace: none if no better."""
     network = ModelConfig.from_dict(config)
     layers, steps = network.num_hidden_layers, distillation.steps
     texts = [distillation.text, distillation.held_out]
@@ -210,8 +213,9 @@ def _tune(
         student.advance(distillation.text[rows], states[rows], optimizer)
         progress(layers + done, layers + steps)
     tuned = student.rounded(dtype)
-    result = Distilled(steps, before, student.mean_divergence(distillation.held_out, held_states))
-    return result, tuned if result.kept else {}
+    after = student.mean_divergence(distillation.held_out, held_states)
+    facts = {"before": repr(before), "after": repr(after)}
+    return facts, tuned if after < before else {}
 
 
 def _batches(count: int, steps: int) -> Iterator[mx.array]:

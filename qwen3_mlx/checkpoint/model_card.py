@@ -39,10 +39,11 @@ def model_card(base_model: str | None, kind: str, recipe: str, job: Job, written
     base = [f"base_model: {base_model}", "base_model_relation: quantized"] if base_model else []
     tuned = ""
     if written.distilled and written.distilled.kept:
+        found = written.distilled
         tuned = (
-            f" Scales and biases are tuned by {written.distilled.steps} steps of distillation, which"
-            f" took the mean KL divergence from the original, on text that was not learned from,"
-            f" from {written.distilled.kl_before:.5f} to {written.distilled.kl_after:.5f} nats."
+            f" Scales and biases are tuned by {found.steps} steps of distillation: on text that is "
+            "not learned from, the mean KL divergence from the original fell from "
+            f"{found.kl_before:.5f} to {found.kl_after:.5f} nats a token."
         )
     merged = f" and the adapter {job.adapter.name}" if job.adapter else ""
     return "\n".join(

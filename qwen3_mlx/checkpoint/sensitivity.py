@@ -63,8 +63,9 @@ def measure(
     rope = Rope(config)
     layers = config.num_hidden_layers
     inputs: list[mx.array] = []
-    for x in layer_inputs(config, matrices, ids):
-        progress(len(inputs), 2 * layers)
+    for done, x in enumerate(layer_inputs(config, matrices, ids)):
+        if done < layers:
+            progress(done, 2 * layers)
         inputs.append(x)
     scores: SensitivityScores = {}
     seen: Moments = {}

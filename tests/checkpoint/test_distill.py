@@ -1,6 +1,7 @@
 """Learned quantization: scales and biases tuned against the original, kept only if better."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,18 @@ from qwen3_mlx.api.calibration import distillation
 from qwen3_mlx.checkpoint import distill
 from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.convert import partial_folder
+from qwen3_mlx.checkpoint.load import quantizable_shapes
+from qwen3_mlx.checkpoint.recipes import choose_formats
 from qwen3_mlx.evaluate.divergence import divergence
 from qwen3_mlx.model.config import ModelConfig
+from qwen3_mlx.model.quantization import Format
+from qwen3_mlx.model.sizes import published_config
 from qwen3_mlx.text.tokenizer import Tokenizer
 from tests.cli.harness import call
 from tests.support import DEMO, MOE, TINY, assert_close, read_weights, write_tiny
 
-TEXT = default_text()[:12_000]
-UNSEEN = default_text()[200_000:206_000]
+TEXT = default_text()[:5_000]
+UNSEEN = default_text()[200_000:201_000]
 KINDS = {"tied": TINY, "moe": MOE}
 
 
@@ -36,20 +41,20 @@ def test_the_divergence_falls(tmp_path: Path) -> None:
         DEMO,
         tmp_path / "tuned",
         bits=3,
-        distill=12,
+        distill=5,
         calibration=TEXT,
         progress=lambda *words: told.append(words),
     )
     assert plain.distilled is None and made.distilled
-    assert made.distilled.kept and made.distilled.steps == 12
-    assert made.distilled.kl_after < 0.9 * made.distilled.kl_before
-    assert mean_kl(made.output) < 0.9 * mean_kl(plain.output)
-    assert told[-1] == ("distilling", 4 + 12, 4 + 12)
+    assert made.distilled.kept and made.distilled.steps == 5
+    assert made.distilled.kl_after < 0.95 * made.distilled.kl_before
+    assert mean_kl(made.output) < 0.95 * mean_kl(plain.output)
+    assert told[-1] == ("distilling", 4 + 5, 4 + 5)
     assert (made.bytes, made.formats) == (plain.bytes, plain.formats)
     for name in ("config.json", "tokenizer.json"):
         assert (made.output / name).read_bytes() == (plain.output / name).read_bytes()
     assert sorted(made.output.iterdir()) == [made.output / path.name for path in _files(plain)]
-    assert "12 steps" in (made.output / "README.md").read_text()
+    assert "5 steps" in (made.output / "README.md").read_text()
 
 
 def _files(made: Conversion) -> list[Path]:
@@ -63,10 +68,10 @@ def test_what_is_tuned(
 ) -> None:
     if not unpacked:
         monkeypatch.setattr(distill, "_UNPACKED", {one: one for one in distill._UNPACKED})
-    monkeypatch.setattr(distill, "_RATE", 3e-2)  # or nothing is left of three steps in bfloat16
     source = write_tiny(tmp_path / "source", KINDS[kind])
-    plain = convert(source, tmp_path / "plain", bits=4)
-    made = convert(source, tmp_path / "tuned", bits=4, distill=3, calibration=TEXT)
+    options: dict[str, Any] = {"bits": 4, "dtype": "float32"}  # bfloat16 rounds one step away
+    plain = convert(source, tmp_path / "plain", **options)
+    made = convert(source, tmp_path / "tuned", distill=1, calibration=TEXT, **options)
     assert made.distilled and made.distilled.kept
     before, after = read_weights(plain.output), read_weights(made.output)
     changed = {name for name in before if not mx.array_equal(before[name], after[name])}
@@ -84,16 +89,14 @@ def test_what_is_tuned(
 
 
 def test_what_is_no_better_is_dropped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     source = write_tiny(tmp_path / "source")
     monkeypatch.setattr(distill, "_RATE", 10.0)
-    text = tmp_path / "text.txt"
-    text.write_text(TEXT)
-    arguments = ["--bits", "4", "--distill", "2", "--calibration", str(text)]
-    code, _, err = call(["convert", str(source), str(tmp_path / "tuned"), *arguments], capsys)
-    assert code == 0
-    assert "distill did not lower the divergence on held-out text (" in err
+    made = convert(source, tmp_path / "tuned", bits=4, distill=2, calibration=TEXT)
+    assert made.distilled and not made.distilled.kept
+    assert made.distilled.kl_after > made.distilled.kl_before
+    assert "distill did not lower the divergence on held-out text (" in caplog.text
     plain = convert(source, tmp_path / "plain", bits=4)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "tuned" / name).read_bytes() == (plain.output / name).read_bytes()
@@ -104,13 +107,14 @@ def test_the_command_says_what_it_gained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = tmp_path / "text.txt"
-    text.write_text(TEXT[:8000])
-    command = ["convert", str(DEMO), str(tmp_path / "out"), "--bits", "3", "--force"]
-    command += ["--distill", "6", "--calibration", str(text)]
+    text.write_text(TEXT)
+    source = str(write_tiny(tmp_path / "source"))
+    command = ["convert", source, str(tmp_path / "out"), "--dtype", "float32", "--force"]
+    command += ["--distill", "1", "--calibration", str(text)]
     code, out, _ = call(command, capsys)
     assert code == 0 and "on held-out text" in out
     code, out, _ = call([*command, "--json"], capsys)
-    assert code == 0 and json.loads(out)["distilled"]["steps"] == 6
+    assert code == 0 and json.loads(out)["distilled"]["kept"]
 
 
 class _Stop:
@@ -129,10 +133,10 @@ def test_interrupted_and_resumed_is_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, output = write_tiny(tmp_path / "source"), tmp_path / "out"
-    monkeypatch.setattr(distill, "_RATE", 3e-2)
 
     def run(output: Path, **options: Any) -> Conversion:
-        return convert(source, output, bits=4, distill=2, calibration=TEXT, **options)
+        settings: dict[str, Any] = {"bits": 4, "dtype": "float32", "distill": 2}
+        return convert(source, output, calibration=TEXT, **settings, **options)
 
     expected = run(tmp_path / "expected")
     assert expected.distilled and expected.distilled.kept
@@ -143,7 +147,7 @@ def test_interrupted_and_resumed_is_uninterrupted(
         kept = {path.name for path in partial_folder(output).iterdir()}
         assert kept == {"conversion.json", "model.safetensors"}
     with monkeypatch.context() as patch:  # while the numbers are replaced
-        patch.setattr(distill.os, "fsync", _interrupt)
+        patch.setattr(os, "fsync", _interrupt)
         patch.setattr(distill, "atomic_write", _plain_write)
         with pytest.raises(KeyboardInterrupt):
             run(output)
@@ -240,17 +244,15 @@ def test_nothing_is_in_both_texts() -> None:
     config = ModelConfig.from_dict(json.loads((DEMO / "config.json").read_text()))
     found = distillation(DEMO, config, None, 1)
     decode = Tokenizer(DEMO / "tokenizer.json").decode
-    learned, held_out = (
-        " ".join(decode(row) for row in ids.tolist()).split("\n\n")  # type: ignore[union-attr]
-        for ids in (found.text, found.held_out)
-    )
+    rows: list[Any] = [found.text.tolist(), found.held_out.tolist()]
+    learned, held_out = (" ".join(map(decode, ids)).split("\n\n") for ids in rows)
     assert len(held_out) > 20
     assert not {part for part in held_out if len(part) > 40} & set(learned)
 
 
 def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peak is about what was planned, and below the weights as floats."""
-    config = {**MOE, "num_hidden_layers": 6, "num_experts": 48, "hidden_size": 256}
+    """The peak is about what is planned, and a large one's plan is below its weights as floats."""
+    config = {**MOE, "num_hidden_layers": 4, "num_experts": 32, "hidden_size": 256}
     config |= {"moe_intermediate_size": 128}
     source = write_tiny(tmp_path / "source", config)
     network = ModelConfig.from_dict(json.loads((source / "config.json").read_text()))
@@ -271,4 +273,8 @@ def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         network, dict(made.formats), distillation(source, network, TEXT, 1)
     )
     assert 0.8 * planned < peaks[0] < 1.2 * planned
-    assert peaks[0] < 4 * made.weights
+    large = published_config("30B-A3B")
+    formats = choose_formats(quantizable_shapes(large), "uniform", Format(4, 64))
+    text = distill.Distillation(1, mx.zeros((400, 128)), mx.zeros((64, 128)))
+    network = ModelConfig.from_dict(large)
+    assert distill.needed_bytes(network, formats, text) < 45e9  # 61 in bfloat16

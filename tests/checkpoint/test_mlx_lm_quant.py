@@ -1,4 +1,4 @@
-"""Checkpoints that mlx-lm's own tools of learned quantization write, made here, load and compute."""
+"""What mlx-lm's own tools of learned quantization write, made here, loads and computes."""
 
 import importlib
 import sys
