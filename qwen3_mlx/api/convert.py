@@ -18,7 +18,7 @@ from qwen3_mlx.checkpoint.adapters import Adapter
 from qwen3_mlx.checkpoint.auto_recipe import choose_measured_formats
 from qwen3_mlx.checkpoint.convert import COPIED_FILES, Job, Written, check_output, run
 from qwen3_mlx.checkpoint.description import fetch_weights, read_config
-from qwen3_mlx.checkpoint.distill import Distilled, needed_bytes
+from qwen3_mlx.checkpoint.distill import Distillation, Distilled, needed_bytes
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.model_card import model_card, usage
@@ -185,6 +185,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
         force=force,
         allow_nonfinite=allow_nonfinite,
         adapter=merged,
+        distillation=_settings(folder, config, calibration, distill),
     )
     if recipe == "auto":
         job = _measured(job, calibration, target_bpw or 0.0, progress)
@@ -196,8 +197,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
         if not kept and isinstance(stored_bits, int) and stored_bits < fmt.bits:
             _log.warning("%d bits from %d bits: larger, not better", fmt.bits, stored_bits)
         job = replace(job, formats=kept or choose_formats(quantizable_shapes(config), recipe, fmt))
-    if distill is not None:
-        job = _distilling(job, calibration, distill)
+    _check_distillation(job)
     written = run(job, _progress_for(progress, "writing"), _progress_for(progress, "distilling"))
     _warn_of(written)
     return Conversion(
@@ -307,7 +307,7 @@ def _peak_resident() -> int:
 
 def _measured(job: Job, text: str | None, target_bpw: float, progress: PhaseProgress | None) -> Job:
     """Return the job with formats chosen, and inputs measured, on a calibration text."""
-    network = _predicting_network(job, "recipe 'auto'")
+    network = _predicting_network(job.config, "recipe 'auto'")
     ids = calibration_ids(job.source, network, text)
     formats, moments = choose_measured_formats(
         job.matrices(),
@@ -321,27 +321,36 @@ def _measured(job: Job, text: str | None, target_bpw: float, progress: PhaseProg
     return replace(job, formats=formats, moments=moments, calibration=digest)
 
 
-def _distilling(job: Job, text: str | None, steps: int) -> Job:
-    """Return the job with a distillation on a text; what cannot be tuned is refused."""
-    network = _predicting_network(job, "distill")
+def _settings(
+    folder: Path, config: Mapping[str, Any], text: str | None, steps: int | None
+) -> Distillation | None:
+    """Return the settings of a distillation of so many steps; None without steps."""
+    if steps is None:
+        return None
+    return distillation(folder, _predicting_network(config, "distill"), text, steps)
+
+
+def _check_distillation(job: Job) -> None:
+    """Refuse a distillation that has nothing to gain, or does not fit the memory."""
+    if job.distillation is None:
+        return
     matrices = job.matrices()
     if all(matrices[f"{path}.weight"].fmt == fmt for path, fmt in job.formats.items() if fmt):
         raise Qwen3Error(
             "distill makes up for rounding, and nothing is rounded here: the source's codes are "
             "kept as they are; leave distill out, or state other bits"
         )
-    settings = distillation(job.source, network, text, steps)
-    needed = RESERVE + needed_bytes(network, job.formats, settings)
+    network = ModelConfig.from_dict(job.config)
+    needed = RESERVE + needed_bytes(network, job.formats, job.distillation)
     if needed > (available := backend.available_memory()):
         raise Qwen3Error(
             f"distill takes {in_gb(needed)} of memory, the quantized model included, and "
             f"{in_gb(available)} are free; leave it out, take fewer bits, or close other programs"
         )
-    return replace(job, distillation=settings)
 
 
-def _predicting_network(job: Job, what: str) -> ModelConfig:
-    network = ModelConfig.from_dict(job.config)
+def _predicting_network(config: Mapping[str, Any], what: str) -> ModelConfig:
+    network = ModelConfig.from_dict(config)
     if network.output != LOGITS:
         raise Qwen3Error(
             f"{what} needs the predictions of a head, and this network has none for logits; take "
