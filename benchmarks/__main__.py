@@ -32,7 +32,7 @@ PARTS = {
     "speculation": "python -m benchmarks.speculation",
     "contexts": "python -m benchmarks.contexts contexts.svg",
     "tune": "python -m benchmarks.tune",
-    "tune larger": "python -m benchmarks.tune_larger tune.svg",
+    "tune larger": "python -m benchmarks.tune_larger tune.svg tune-kept.svg",
     "distill": "python -m benchmarks.distill",
     "plan": "python -m benchmarks.plan 0.6B 4B 8B:4",
 }

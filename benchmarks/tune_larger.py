@@ -1,8 +1,9 @@
-"""What a fine-tune teaches and forgets: python -m benchmarks.tune_larger [PICTURE]
+"""What a fine-tune teaches and forgets: python -m benchmarks.tune_larger [LOSSES BARS]
 
 The demo model learns which of two numbers is larger. Counted are right answers to 24 questions that
 are no lessons, before and after; how many of them it still thinks about when asked to; and sums
-whose likeliest reply is what it was, with and without thinking. PICTURE is that of the last run.
+whose likeliest reply is what it was, with and without thinking. The pictures are the losses of the
+last run, and these shares of all runs.
 """
 
 import json
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import qwen3_mlx
+from qwen3_mlx.evaluate.plots import saved_figure
 
 _RUNS: dict[str, dict[str, Any]] = {
     "60 steps": {"steps": 60, "batch": 8},
@@ -47,6 +49,7 @@ def main() -> None:
         (folder / "keep.txt").write_text("\n".join(_sum(draw) for _ in range(300)))
         right, thinking, before = _measured(None, asked, held)
         print(f"| before | {right} of {len(asked)} | {thinking} | | | | |", flush=True)
+        shares: dict[str, list[float]] = {"before": [right / len(asked), 1.0, 1.0]}
         for name, options in _RUNS.items():
             if "keep" in options:
                 options = {**options, "keep": folder / options["keep"]}
@@ -54,10 +57,9 @@ def main() -> None:
             made = qwen3_mlx.tune("demo", data=data, out=out, **options)
             cpu = time.process_time() - cpu
             right, thinking, after = _measured(out, asked, held)
-            same = [
-                f"{sum(map(str.__eq__, old, new))} of {len(old)}"
-                for old, new in zip(before, after, strict=True)
-            ]
+            equal = [sum(map(str.__eq__, *pair)) for pair in zip(before, after, strict=True)]
+            same = [f"{count} of {len(held)}" for count in equal]
+            shares[name] = [right / len(asked), *(count / len(held) for count in equal)]
             kl = "" if made.kept_kl is None else f"{made.kept_kl:.1e}"
             print(
                 f"| {name} | {right} of {len(asked)} | {thinking} | {' | '.join(same)} "
@@ -66,6 +68,23 @@ def main() -> None:
             )
         if len(sys.argv) > 1:
             shutil.copy(out / "losses.svg", sys.argv[1])
+            _draw(Path(sys.argv[2]), shares)
+
+
+def _draw(path: Path, shares: dict[str, list[float]]) -> None:
+    """Draw a group of bars for each of the shares, with a bar for each run."""
+    labels = ["which is larger: right", "sums as before, direct", "sums as before, thinking"]
+    with saved_figure(path, width=8) as figure:
+        axes = figure.subplots()
+        width = 0.8 / len(shares)
+        for place, (name, of_run) in enumerate(shares.items()):
+            heights = [100 * share for share in of_run]
+            starts = [group + place * width for group in range(len(labels))]
+            axes.bar(starts, heights, width, align="edge", label=name)
+        axes.set_xticks([group + 0.4 for group in range(len(labels))], labels)
+        axes.set_ylabel("per cent")
+        axes.grid(alpha=0.2, axis="y")
+        figure.legend(loc="outside lower left", ncols=len(shares), frameon=False)
 
 
 def _question(draw: random.Random) -> tuple[str, str]:

@@ -264,8 +264,8 @@ def _check_arguments(
             )
     elif target_bpw is not None or (calibration is not None and distill is None):
         raise ValueError(
-            f"target_bpw goes with recipe 'auto', and calibration with 'auto' or distill, not "
-            f"{recipe!r}"
+            f"target_bpw and calibration go with recipe 'auto', not {recipe!r} (calibration with "
+            "distill, too)"
         )
 
 
