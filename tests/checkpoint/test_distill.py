@@ -61,8 +61,15 @@ def _files(made: Conversion) -> list[Path]:
     return sorted(made.output.iterdir())
 
 
-@pytest.mark.parametrize("unpacked", [True, False], ids=["as on a CPU", "as on a GPU"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "unpacked"),
+    [
+        ("moe", True),
+        ("tied", False),  # as on a GPU
+        pytest.param("tied", True, marks=pytest.mark.slow),
+        pytest.param("moe", False, marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_tuned(
     kind: str, unpacked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +257,7 @@ def test_nothing_is_in_both_texts() -> None:
     assert not {part for part in held_out if len(part) > 40} & set(learned)
 
 
+@pytest.mark.slow
 def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak is about what is planned, and a large one's plan is below its weights as floats."""
     config = {**MOE, "num_hidden_layers": 4, "num_experts": 32, "hidden_size": 256}

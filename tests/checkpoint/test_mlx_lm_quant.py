@@ -36,7 +36,12 @@ TOOLS: dict[str, tuple[list[str], Callable[..., Any]]] = {
 
 
 # mlx-lm's awq refuses a mixture of experts: it has no list of its layers.
-CASES = [(tool, kind) for tool in TOOLS for kind in CONFIGS if (tool, kind) != ("awq", "moe")]
+CASES = [
+    pytest.param(tool, kind, marks=[pytest.mark.slow] if tool == "dwq" else [])
+    for tool in TOOLS
+    for kind in CONFIGS
+    if (tool, kind) != ("awq", "moe")
+]
 
 
 @pytest.mark.parametrize(("tool", "kind"), CASES)
