@@ -285,7 +285,8 @@ class _Student:
         """Train with some sequences; `base_states` [N, L, D] are the original's."""
 
         def objective() -> tuple[mx.array, Objective]:
-            found = Objective.of(self._loss_of(base_states), self._states(ids), self._rows)
+            states = self._states(ids)
+            found = Objective.of(self._loss_of(base_states), states, self._rows, states.shape[0])
             return found.proxy, found
 
         (_, found), gradients = nn.value_and_grad(self._model, objective)()
