@@ -85,7 +85,7 @@ def batch_build_times(layers: int = 28, repeats: int = 60) -> dict[int, dict[str
             parts: list[BatchSlice] = parts, ids: mx.array = ids, together: BatchedCaches = together
         ) -> mx.array:
             joined = together.layers([part.layers for part in parts], room=10**9)
-            logits = forward(ours, ids, parts, joined)
+            logits = forward(ours, ids, parts, joined).outputs
             assert logits is not None
             return logits
 

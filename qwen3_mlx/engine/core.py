@@ -1,9 +1,10 @@
 """The engine's step: schedule, build the forward pass, run it, commit the chosen tokens.
 
-Runs on the thread that owns the network. A step is built while the step before it runs, and is
-submitted when that one is done: submitted earlier, it would find the caches in use, and its writes
-would copy them. So the engine is one token ahead of what it has reported, and drops a token that
-turns out to be unwanted.
+Runs on the thread that owns the network. A step is built while the step before it runs. Half of its
+layers are submitted when those of the step before are done, and the rest when all of it is. Any
+earlier it would find caches in use, and its writes would copy them; any later, the device would
+wait. So the engine is one token ahead of what it has reported, and drops a token that turns out to
+be unwanted.
 """
 
 import logging
@@ -129,6 +130,8 @@ class EngineCore:
 
     def _run(self, built: InFlightStep | None) -> CompletedStep | None:
         """Wait for the step in flight and submit `built` in its place; return the completed one."""
+        if built and self._in_flight:
+            built.submit_first_half(self._in_flight)
         done = self._in_flight.wait() if self._in_flight else None
         if done:
             self._observe(done.step)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
@@ -25,6 +26,17 @@ class BatchSlice:
     adapter: int | None = None  # the number of the adapter to use
 
 
+class ForwardPass(NamedTuple):
+    """What a pass computes, unevaluated.
+
+    `outputs` are the logits [N, V] or the last hidden states [N, D] of the wanted positions, None
+    if there are none. `middle` are the hidden states [1, T, D] after half of the layers.
+    """
+
+    outputs: mx.array | None
+    middle: mx.array
+
+
 def prefill_chunks(tokens: int, most: int) -> list[int]:
     """Return the sizes of a prompt's chunks: equal, so that none is a slow remainder."""
     count = -(-tokens // most)
@@ -40,29 +52,29 @@ def forward(
     batched: Sequence[LayerCache] | None = None,
     *,
     head: bool = True,
-) -> mx.array | None:
-    """Return the logits [N, V] of the wanted positions, unevaluated; None if there are none.
+) -> ForwardPass:
+    """Build the pass that computes the logits of the wanted positions.
 
     `ids` [T] are the tokens of all parts, end to end. `batched` are joint caches that hold all
-    sequences, used instead of those of the parts. Without the `head` the last hidden states [N, D]
-    are returned.
+    sequences, used instead of those of the parts. Without the `head` it ends with the last hidden
+    states.
     """
-    run = model if head else model.hidden
     lengths, wanted = [part.length for part in parts], [part.num_wanted for part in parts]
     if not any(wanted):  # the network needs at least one row
         wanted[-1] = 1
     adapters = [part.adapter for part in parts]
     with model.selection.choosing(adapters, lengths, wanted):
         if batched:
-            outputs = run(ids[None], batched)
+            middle, last = model.halves(ids[None], batched)
         elif len(parts) == 1:
             rows: Sequence[int] | None = range(lengths[0] - wanted[0], lengths[0])
-            outputs = run(ids[None], parts[0].layers, wanted=rows)
+            middle, last = model.halves(ids[None], parts[0].layers, rows)
         else:
             layers, rows = ragged_layers([part.layers for part in parts], lengths, wanted)
-            outputs = run(ids[None], layers, rows)
+            middle, last = model.halves(ids[None], layers, rows)
+        outputs = model.head(last) if head else last
     # Rows that are not wanted stay unevaluated, so they are never computed.
-    return outputs[0] if any(part.num_wanted for part in parts) else None
+    return ForwardPass(outputs[0] if any(part.num_wanted for part in parts) else None, middle)
 
 
 def warm_up(model: Qwen3, cache_format: CacheFormat = PLAIN) -> None:
@@ -70,6 +82,6 @@ def warm_up(model: Qwen3, cache_format: CacheFormat = PLAIN) -> None:
     layers = model.make_cache(cache_format=cache_format)
     for length in (_CHUNK_MULTIPLE, 1):
         part, head = BatchSlice(layers, length, 1), model.config.output == LOGITS
-        mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [part], head=head))
+        mx.eval(forward(model, mx.zeros(length, dtype=mx.int32), [part], head=head).outputs)
     del layers
     mx.clear_cache()

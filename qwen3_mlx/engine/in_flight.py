@@ -52,6 +52,7 @@ class InFlightStep:
     num_tokens: int  # tokens that the forward pass reads
     num_prefill_tokens: int  # tokens of prompts that it reads
     arrays: list[mx.array] = field(default_factory=list)  # all that must be evaluated
+    middle: mx.array | None = None  # hidden states after half of the layers, if it only decodes
     tokens: mx.array | None = None  # [N], the chosen ones
     logits: mx.array | None = None  # [N, V]
     finite: mx.array | None = None  # [N], set if a request's first token is among those chosen
@@ -66,8 +67,19 @@ class InFlightStep:
         self.sequences = [part.sequence for part in self.parts]
         self.row_sequences = [part.sequence for part in self.parts for _ in part.rows]
 
+    def submit_first_half(self, former: "InFlightStep") -> None:
+        """Begin with half of the layers once `former`, which runs, is done with those.
+
+        Does nothing if one of the two does not only decode.
+        """
+        if self.middle is not None and former.middle is not None:
+            mx.eval(former.middle)
+            mx.async_eval(self.middle)
+
     def submit(self) -> None:
-        """Begin to compute on the device."""
+        """Begin to compute all of it, or all that is left."""
+        if self.middle is not None:
+            mx.async_eval(self.middle)  # by itself, so that the next step can wait for it
         mx.async_eval(self.arrays)
         self.submitted_at = time.perf_counter()
 

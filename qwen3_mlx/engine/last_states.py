@@ -127,7 +127,7 @@ class LastStates:
             ids += end
             parts.append(BatchSlice(own, len(end), 1, self._adapter))
             own, self._long, self._num_read = before, [], 0
-        hidden = forward(self._model, mx.array(ids, dtype=mx.int32), parts, head=False)
+        hidden = forward(self._model, mx.array(ids, dtype=mx.int32), parts, head=False).outputs
         assert hidden is not None  # a row of each text is wanted
         self._results.append(self._finish(hidden))
         mx.eval(self._results[-1])

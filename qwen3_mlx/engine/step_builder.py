@@ -200,11 +200,14 @@ class StepBuilder:
             for part in built.parts
         ]
         batched = self._batched_layers(slices)
-        if all(part.scored is None for part in built.parts):
-            built.logits = forward(self._model, ids, slices, batched)
+        scores = any(part.scored is not None for part in built.parts)
+        outputs, middle = forward(self._model, ids, slices, batched, head=not scores)
+        if scores:
+            self._score_prompts(built, outputs)
         else:
-            hidden = forward(self._model, ids, slices, batched, head=False)
-            self._score_prompts(built, hidden)
+            built.logits = outputs
+        if not built.num_prefill_tokens:
+            built.middle = middle
         for piece in slices:
             # The logits do not depend on these caches: without this they would stay unevaluated,
             # and each chunk would add to the graph.

@@ -154,15 +154,23 @@ class Decoder(nn.Module):
     def __call__(
         self, ids: mx.array, cache: Sequence[LayerCache], rows: mx.array | None
     ) -> mx.array:  # [B, L] -> [B, Q, D]
+        return self.halves(ids, cache, rows)[1]
+
+    def halves(
+        self, ids: mx.array, cache: Sequence[LayerCache], rows: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        """Compute the hidden states [B, L, D] after half of the layers, and the last [B, Q, D]."""
         rope = self._rope.for_pass()
-        x = self.embed_tokens(ids)
-        last = len(self.layers) - 1
+        x = middle = self.embed_tokens(ids)
+        last, half = len(self.layers) - 1, len(self.layers) // 2
         for index, layer in enumerate(self.layers):
+            if index == half:
+                middle = x
             # Only the last layer can leave rows out: the next layer needs all rows of the others
             # for its keys and values.
             x = layer(x, rows if index == last else None, cache[index], rope)
         normed: mx.array = self.norm(x)
-        return normed
+        return middle, normed
 
 
 class Score(nn.Module):
@@ -217,11 +225,22 @@ class Qwen3(nn.Module):
         wanted: Sequence[int] | None = None,
     ) -> mx.array:
         """Compute the last hidden states [B, Q, D], the input of `head`."""
+        return self.halves(ids, cache, wanted)[1]
+
+    def halves(
+        self,
+        ids: mx.array,
+        cache: Sequence[LayerCache] | None = None,
+        wanted: Sequence[int] | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """Compute the hidden states [B, L, D] after half of the layers, and `hidden` [B, Q, D].
+
+        When the former are there, the caches of that half have been written and read.
+        """
         rows = None
         if wanted is not None and len(wanted) < ids.shape[1]:
             rows = mx.array(list(wanted), dtype=mx.int32)
-        last: mx.array = self.model(ids, cache or [NoCache()] * len(self.layers), rows)
-        return last
+        return self.model.halves(ids, cache or [NoCache()] * len(self.layers), rows)
 
     def head(self, x: mx.array) -> mx.array:
         """Compute the logits [..., V] of any rows x [..., D] of the last hidden states.

@@ -35,7 +35,7 @@ def step(
     """Run one, and say whether it was answered by joint buffers."""
     joined = together.layers(caches, ROOM) if together else None
     parts = [BatchSlice(layers, 1, 1) for layers in caches]
-    logits = forward(model, mx.array(list(ids), dtype=mx.int32), parts, joined)
+    logits = forward(model, mx.array(list(ids), dtype=mx.int32), parts, joined).outputs
     assert logits is not None
     mx.eval(logits)
     return logits, joined is not None

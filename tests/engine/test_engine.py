@@ -14,7 +14,7 @@ import pytest
 from qwen3_mlx import backend
 from qwen3_mlx.cache.prefix import common_prefix
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.forward import BatchSlice, forward, warm_up
+from qwen3_mlx.engine.forward import BatchSlice, ForwardPass, forward, warm_up
 from qwen3_mlx.engine.memory import RESERVE
 from qwen3_mlx.engine.request import IDLE, NORMAL, RequestResult
 from qwen3_mlx.engine.sampling import Sampler, choose
@@ -322,10 +322,10 @@ def test_short_prompts_are_read_together_and_beside_a_long_one(
     steps: list[list[int]] = []
 
     def noted(
-        model: Qwen3, ids: mx.array, parts: Sequence[BatchSlice], *rest: Any
-    ) -> mx.array | None:
+        model: Qwen3, ids: mx.array, parts: Sequence[BatchSlice], *rest: Any, head: bool
+    ) -> ForwardPass:
         steps.append([part.length for part in parts])
-        return forward(model, ids, parts, *rest)
+        return forward(model, ids, parts, *rest, head=head)
 
     monkeypatch.setattr("qwen3_mlx.engine.step_builder.forward", noted)
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 64)
@@ -430,7 +430,7 @@ def test_a_failing_device_costs_those_whose_step_it_was(monkeypatch: pytest.Monk
     for _ in range(4):
         engine.step()
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("[METAL] Insufficient Memory")
 
     with monkeypatch.context() as broken:
@@ -671,7 +671,8 @@ def test_a_masked_request_that_joins_computes_nothing_while_a_step_runs(
     async_eval = mx.async_eval
 
     def noted(*arrays: Any) -> None:
-        if isinstance(arrays[0], mx.array):  # logits; a step is submitted as a list
+        # Logits [N, V]: a step is submitted as hidden states [1, T, D] and as a list.
+        if isinstance(arrays[0], mx.array) and arrays[0].ndim == 2:
             early.append(engine._core._in_flight is not None)
         async_eval(*arrays)
 

@@ -290,4 +290,4 @@ def test_several_prompts_are_only_read(served: Served) -> None:
     model = make_model()
     caches = [model.make_cache() for _ in range(2)]
     parts = [BatchSlice(layers, length, 0) for layers, length in zip(caches, (3, 2), strict=True)]
-    assert forward(model, mx.array([1, 2, 3, 4, 5]), parts) is None
+    assert forward(model, mx.array([1, 2, 3, 4, 5]), parts).outputs is None

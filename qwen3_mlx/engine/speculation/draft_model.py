@@ -80,7 +80,7 @@ class DraftModel:
         caches = [sequence.caches.draft_layers for sequence in sequences]
         parts = [BatchSlice(c, len(ids), wanted) for c, ids in zip(caches, new, strict=True)]
         ids = mx.array([token for tokens in new for token in tokens], dtype=mx.int32)
-        logits = forward(self.model, ids, parts)
+        logits = forward(self.model, ids, parts).outputs
         if logits is None:
             mx.eval([array for layers in caches for layer in layers for array in layer.state])
             return []
