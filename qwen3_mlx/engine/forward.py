@@ -27,7 +27,7 @@ class BatchSlice:
 
 
 class ForwardPass(NamedTuple):
-    """What a pass computes, unevaluated.
+    """The results of a pass, unevaluated.
 
     `outputs` are the logits [N, V] or the last hidden states [N, D] of the wanted positions, None
     if there are none. `middle` are the hidden states [1, T, D] after half of the layers.
