@@ -44,14 +44,6 @@ def dispatches_per_layer() -> dict[str, float]:
         }
 
 
-def build_time(layers: int = 28, repeats: int = 150) -> dict[str, float]:
-    """Return the seconds to build the graph of one decoded token, for a network as deep as 0.6B.
-
-    The minimum of many runs: anything above it comes from other load on the machine.
-    """
-    return _least_times({"ours": our_step(layers), "peer": peer_step(layers)}, repeats)
-
-
 def _least_times(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
     times: dict[str, list[float]] = {side: [] for side in steps}
     for _ in range(repeats):  # in turn, so that other load affects both
@@ -63,18 +55,23 @@ def _least_times(steps: Mapping[str, Step], repeats: int) -> dict[str, float]:
     return {side: min(values) for side, values in times.items()}
 
 
-def batch_build_times(layers: int = 28, repeats: int = 60) -> dict[int, dict[str, float]]:
-    """Return the seconds to build a step's graph, by batch size: 1, 2, 4 and 8 sequences.
+@patch("qwen3_mlx.model.qwen3.max_rows", lambda: 32)
+def build_times(layers: int = 28, repeats: int = 100) -> dict[int, dict[str, float]]:
+    """Return the seconds to build a decoding step by compiled functions, by number of sequences.
 
-    Ours has a cache per sequence; mlx-lm's a padded batch with one joint cache.
+    The network is as deep as 0.6B. Ours has a cache per sequence, or joint ones; mlx-lm's has a
+    padded batch with one joint cache. The minimum of many runs: anything above it comes from other
+    load on the machine.
     """
     ours, peer = our_model(layers), peer_model(layers)
     found = {}
-    for size in (1, 2, 4, 8):
+    for size in (1, 2, 3, 4, 8):
         parts = [BatchSlice(ours.make_cache(4096), 1, True) for _ in range(size)]
         for part in parts:
             mx.eval(ours(_PROMPT, part.layers))
-        padded = [BatchKVCache([0] * size) for _ in range(layers)]
+        padded: Any = make_prompt_cache(peer)
+        if size > 1:
+            padded = [BatchKVCache([0] * size) for _ in range(layers)]
         mx.eval(peer(mx.repeat(_PROMPT, size, axis=0), cache=padded))
         ids = mx.full((size,), 4, dtype=mx.int32)
         column = ids[:, None]

@@ -15,7 +15,7 @@ from qwen3_mlx import backend  # first: the BLAS
 # isort: split
 
 from benchmarks.checkpoint import random_checkpoint
-from benchmarks.graph import batch_build_times, build_time, dispatches_per_layer
+from benchmarks.graph import build_times, dispatches_per_layer
 from benchmarks.processes import json_of
 from benchmarks.sampling import sampling_times
 from benchmarks.startup import startup_times
@@ -40,8 +40,7 @@ def measure(kept: Path) -> dict[str, Any]:
         "start to first token": startup_times(),
         "sampling": sampling_times(),
         "dispatches per layer": dispatches_per_layer(),
-        "graph building": build_time(),
-        "graph of several": batch_build_times(),
+        "graph building": build_times(),
         "loading": json_of("benchmarks.loading", str(folder)),
         "quantizing": json_of("benchmarks.loading", str(bf16), "4"),
     }
@@ -57,10 +56,9 @@ def table(figures: dict[str, Any]) -> str:
         _row("one sampling step (0.6/0.95/20), ms", figures["sampling"], 1e3),
         _row("start to first token, demo folder, s", figures["start to first token"]),
         _row("kernels a layer and decoded token", figures["dispatches per layer"]),
-        _row("building a token's graph, ms", figures["graph building"], 1e3),
     ]
-    for size, pair in figures["graph of several"].items():
-        lines.append(_row(f"building the graph for {size} sequences, ms", pair, 1e3))
+    for size, pair in figures["graph building"].items():
+        lines.append(_row(f"building the graph of {size} together, ms", pair, 1e3))
     plain, quantizing = figures["loading"], figures["quantizing"]
     bound = quantizing["result"] + quantizing["largest tensor"]
     lines += [

@@ -21,7 +21,7 @@ from qwen3_mlx.cache.attention import LayerCache, RopeFn, attend_batched
 from qwen3_mlx.cache.kv import KVCache, next_capacity
 from qwen3_mlx.cache.ragged import as_batch
 
-_MIN_SEQUENCES = 4  # with fewer the host is as fast without joint buffers
+_MIN_SEQUENCES = 2
 _MIN_SHARED_STEPS = 4  # steps with the same sequences before the copy is worth it
 
 

@@ -64,13 +64,15 @@ def forward(
         wanted[-1] = 1
     adapters = [part.adapter for part in parts]
     with model.selection.choosing(adapters, lengths, wanted):
-        if batched:
-            middle, last = model.halves(ids[None], batched)
-        elif len(parts) == 1:
-            rows: Sequence[int] | None = range(lengths[0] - wanted[0], lengths[0])
-            middle, last = model.halves(ids[None], parts[0].layers, rows)
-        else:
+        layers: Sequence[LayerCache] | None = batched
+        rows: Sequence[int] | None = None
+        if not layers and len(parts) == 1:
+            layers, rows = parts[0].layers, range(lengths[0] - wanted[0], lengths[0])
+        elif not layers:
             layers, rows = ragged_layers([part.layers for part in parts], lengths, wanted)
+        if all(length == count == 1 for length, count in zip(lengths, wanted, strict=True)):
+            middle, last = model.decode(ids[None], layers)
+        else:
             middle, last = model.halves(ids[None], layers, rows)
         outputs = model.head(last) if head else last
     # Rows that are not wanted stay unevaluated, so they are never computed.

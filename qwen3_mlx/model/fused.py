@@ -32,12 +32,13 @@ class RowFused:
         With `head_dim` the outputs have the layout of attention, heads before tokens.
         """
         layers = [_plain(owner[name]) for name in names]
-        self._joint = copy.copy(layers[0])
+        self.names = names
+        self.joint = copy.copy(layers[0])
         ends = list(accumulate(layer["weight"].shape[0] for layer in layers))
         for kind in _ROW_PARAMETERS:
             if layers[0].get(kind) is None:
                 continue
-            self._joint[kind] = joined = mx.concatenate([layer[kind] for layer in layers])
+            self.joint[kind] = joined = mx.concatenate([layer[kind] for layer in layers])
             # Evaluated kind by kind, so that only one kind is in memory twice.
             mx.eval(joined)
             for layer, start, stop in zip(layers, [0, *ends], ends, strict=False):
@@ -67,7 +68,7 @@ class RowFused:
 
         The shape is [1, 1, out], or with `head_dim` [1, out / head_dim, 1, head_dim].
         """
-        joint: mx.array = self._joint(x)
+        joint: mx.array = self.joint(x)
         if not self._is_adapted:
             return list(mx.split(joint.reshape(self._shape), self._ends, axis=self._axis))
         parts = []

@@ -123,6 +123,8 @@ class SwitchMLP(nn.Module):
 class MoE(nn.Module):
     """A router that picks k experts for each token and mixes their outputs."""
 
+    fused = None  # there is no joint matrix: the experts' are gathered one by one
+
     def __init__(self, config: Experts, hidden_size: int) -> None:
         super().__init__()
         self.top_k = config.num_experts_per_tok
@@ -131,10 +133,10 @@ class MoE(nn.Module):
         self.switch_mlp = SwitchMLP(config, hidden_size)
 
     def fuse(self) -> None:
-        """Keep the experts as they are stored: their matrices are gathered one by one."""
+        """Leave all as it is."""
 
     def unfuse(self) -> None:
-        """Leave all as it is: there is no joint matrix."""
+        """Leave all as it is."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Compute the weighted sum of the chosen experts' outputs for x [B, L, D]."""

@@ -20,6 +20,7 @@ from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat, new_cache
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.adapted import Selection, weight_rows
+from qwen3_mlx.model.compiled import CompiledLayers, max_rows
 from qwen3_mlx.model.config import LOGITS, SCORE, ModelConfig
 from qwen3_mlx.model.fused import RowFused, can_fuse
 from qwen3_mlx.model.linear import Embedding, Linear
@@ -34,7 +35,6 @@ class Attention(nn.Module):
         super().__init__()
         hidden, bias = config.hidden_size, config.attention_bias
         self.head_dim = config.head_dim
-        self.scale = config.attention_scale
         # H x E is not always D: of the published sizes only 8B and 14B have them equal.
         query_size = config.num_attention_heads * config.head_dim
         key_size = config.num_key_value_heads * config.head_dim
@@ -44,21 +44,22 @@ class Attention(nn.Module):
         self.o_proj = Linear(query_size, hidden, bias=bias)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self._qkv: RowFused | None = None
+        self.fused: RowFused | None = None
 
     def fuse(self) -> None:
         """Store the weights of q, k and v as one matrix, where their formats agree."""
         if can_fuse(self, names := ("q_proj", "k_proj", "v_proj")):
-            self._qkv = RowFused(self, names, head_dim=self.head_dim)
+            self.fused = RowFused(self, names, head_dim=self.head_dim)
 
     def unfuse(self) -> None:
         """Drop the joint matrix; it is freed when the last weight that is a view of it is."""
-        self._qkv = None
+        self.fused = None
 
-    def __call__(
-        self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: RopeFn
-    ) -> mx.array:  # x [B, L, D], rows [Q] -> [B, Q, D]
-        fused = self._qkv if x.size == x.shape[2] else None  # one token
+    def project(
+        self, x: mx.array, rows: mx.array | None
+    ) -> tuple[mx.array, mx.array, mx.array]:  # x [B, L, D], rows [Q]
+        """Compute q [B, H, Q, E], k and v [B, K, L, E]; the heads are not yet rotated."""
+        fused = self.fused if x.size == x.shape[2] else None  # one token
         if fused and fused.holds(self):
             q, k, v = fused(x)  # heads in front already
             q, k = self["q_norm"](q), self["k_norm"](k)
@@ -68,10 +69,11 @@ class Attention(nn.Module):
             k = self.k_norm(self._by_head(self.k_proj(x)))
             v = self._by_head(self.v_proj(x)).transpose(0, 2, 1, 3)
             q, k = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 1, 3)
-        # q [B, H, Q, E], k and v [B, K, L, E] -> [B, H, Q, E]
-        out = cache.attend(q, k, v, scale=self.scale, rope=rope)
-        out = out.transpose(0, 2, 1, 3).flatten(2)
-        projected: mx.array = self["o_proj"](out)
+        return q, k, v
+
+    def output(self, attended: mx.array) -> mx.array:  # [B, H, Q, E] -> [B, Q, D]
+        """Project the attended values of all heads."""
+        projected: mx.array = self["o_proj"](attended.transpose(0, 2, 1, 3).flatten(2))
         return projected
 
     def _by_head(self, projected: mx.array) -> mx.array:
@@ -87,19 +89,19 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
-        self._gate_up: RowFused | None = None
+        self.fused: RowFused | None = None
 
     def fuse(self) -> None:
         """Store the weights of gate and up as one matrix, where their formats agree."""
         if can_fuse(self, names := ("gate_proj", "up_proj")):
-            self._gate_up = RowFused(self, names)
+            self.fused = RowFused(self, names)
 
     def unfuse(self) -> None:
         """Drop the joint matrix; see `Attention.unfuse`."""
-        self._gate_up = None
+        self.fused = None
 
     def __call__(self, x: mx.array) -> mx.array:  # [B, Q, D] -> [B, Q, D]
-        fused = self._gate_up if x.size == x.shape[2] else None  # one token
+        fused = self.fused if x.size == x.shape[2] else None  # one token
         if fused and fused.holds(self):
             gate, up = fused(x)
         else:
@@ -114,6 +116,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.self_attn = Attention(config)
+        self.scale = config.attention_scale
         self.mlp: MLP | MoE
         if config.experts and config.experts.in_layer(index):
             self.mlp = MoE(config.experts, config.hidden_size)
@@ -135,8 +138,19 @@ class Block(nn.Module):
     def __call__(
         self, x: mx.array, rows: mx.array | None, cache: LayerCache, rope: RopeFn
     ) -> mx.array:  # [B, L, D] -> [B, Q, D]
-        attended: mx.array = self["self_attn"](self["input_layernorm"](x), rows, cache, rope)
-        x = (x if rows is None else x[:, rows]) + attended
+        q, k, v = self.before_attention(x, rows)
+        attended = cache.attend(q, k, v, scale=self.scale, rope=rope)
+        return self.after_attention(x if rows is None else x[:, rows], attended)
+
+    def before_attention(
+        self, x: mx.array, rows: mx.array | None = None
+    ) -> tuple[mx.array, mx.array, mx.array]:  # [B, L, D] -> see `Attention.project`
+        """Compute q, k and v."""
+        return self.self_attn.project(self["input_layernorm"](x), rows)
+
+    def after_attention(self, x: mx.array, attended: mx.array) -> mx.array:
+        """Compute the output [B, Q, D] of inputs x and of what they attended to, [B, H, Q, E]."""
+        x = x + self.self_attn.output(attended)
         fed_forward: mx.array = self["mlp"](self["post_attention_layernorm"](x))
         return x + fed_forward
 
@@ -150,11 +164,22 @@ class Decoder(nn.Module):
         self.layers = [Block(config, index) for index in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self._rope = Rope(config)
+        self._compiled = CompiledLayers()
 
     def __call__(
         self, ids: mx.array, cache: Sequence[LayerCache], rows: mx.array | None
     ) -> mx.array:  # [B, L] -> [B, Q, D]
         return self.halves(ids, cache, rows)[1]
+
+    def decode(
+        self, ids: mx.array, cache: Sequence[LayerCache]
+    ) -> tuple[mx.array, mx.array]:  # [1, T] -> [1, T, D] and [1, T, D]
+        """Compute `halves` for one token of each of T sequences, by compiled functions on a GPU."""
+        if ids.shape[1] <= max_rows():
+            x, rope = self.embed_tokens(ids), self._rope.for_pass()
+            if states := self._compiled.halves(self.layers, self.norm, x, cache, rope):
+                return states
+        return self.halves(ids, cache, None)
 
     def halves(
         self, ids: mx.array, cache: Sequence[LayerCache], rows: mx.array | None
@@ -241,6 +266,10 @@ class Qwen3(nn.Module):
         if wanted is not None and len(wanted) < ids.shape[1]:
             rows = mx.array(list(wanted), dtype=mx.int32)
         return self.model.halves(ids, cache or [NoCache()] * len(self.layers), rows)
+
+    def decode(self, ids: mx.array, cache: Sequence[LayerCache]) -> tuple[mx.array, mx.array]:
+        """Compute `halves` of ids [1, T]: one token of each of the T sequences in `cache`."""
+        return self.model.decode(ids, cache)
 
     def head(self, x: mx.array) -> mx.array:
         """Compute the logits [..., V] of any rows x [..., D] of the last hidden states.

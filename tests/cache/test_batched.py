@@ -95,7 +95,7 @@ def test_few_sequences_and_little_room_are_left_alone() -> None:
     caches = begun(MODEL, [5, 9, 7, 8])
     together = BatchedCaches()
     for _ in range(9):
-        assert together.layers(caches[:3], ROOM) is None
+        assert together.layers(caches[:1], ROOM) is None
     for _ in range(9):
         assert together.layers(caches, room=4 * 265 - 1) is None
     assert together.layers(caches, room=4 * 265) is not None

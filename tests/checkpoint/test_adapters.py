@@ -259,7 +259,7 @@ def test_it_takes_its_own_bytes_and_the_fast_path_stays(tiny_folder: Path, tmp_p
             assert llm.model.nbytes - plain.model.nbytes == nbytes
             assert mx.get_active_memory() - before - 2 * held < 1.05 * nbytes
             attention = llm.model.layers[0].self_attn
-            assert attention._qkv and attention._qkv.holds(attention)
+            assert attention.fused and attention.fused.holds(attention)
 
 
 def test_the_memory_plan_counts_it(tiny_folder: Path, tmp_path: Path) -> None:
