@@ -16,7 +16,7 @@ import mlx.nn as nn
 import mlx_lm.models.qwen3
 from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
-import qwen3_mlx.model.qwen3  # first: the BLAS
+import qwen3_mlx.model.block  # first: the BLAS
 from qwen3_mlx.cache.batched import BatchedCaches
 from qwen3_mlx.engine.forward import BatchSlice, forward
 from qwen3_mlx.model.config import ModelConfig
@@ -27,7 +27,7 @@ _KERNELS: list[tuple[Any, str]] = [
     *((mx.fast, name) for name in ("rms_norm", "rope", "scaled_dot_product_attention")),
     *((mx, name) for name in ("quantized_matmul", "addmm", "concatenate")),
     *((mx.array, f"__{name}__") for name in ("add", "mul", "sub", "matmul", "setitem")),
-    (qwen3_mlx.model.qwen3, "swiglu"),
+    (qwen3_mlx.model.block, "swiglu"),
     (mlx_lm.models.qwen3, "swiglu"),
 ]
 _PROMPT = mx.array([[1, 2, 3]])

@@ -12,8 +12,9 @@ from demo_examples import Batch
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import LayerCache, NoCache, RopeFn
+from qwen3_mlx.model.block import MLP
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.qwen3 import MLP, Qwen3
+from qwen3_mlx.model.qwen3 import Qwen3
 
 # MLX's CPU build computes exponentials one by one, 50 times slower than numpy. These three
 # functions are most of a step's exponentials; their gradients need no further ones.

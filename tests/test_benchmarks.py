@@ -36,8 +36,7 @@ def test_the_table_of_the_hosts_work_names_ratios() -> None:
             "sampling": pair,
             "start to first token": pair,
             "dispatches per layer": pair,
-            "graph building": pair,
-            "graph of several": {8: pair},
+            "graph building": {1: pair, 8: pair},
             "loading": loading,
             "quantizing": loading,
         }

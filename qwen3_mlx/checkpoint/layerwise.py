@@ -10,8 +10,8 @@ import mlx.nn as nn
 
 from qwen3_mlx.cache.attention import NoCache
 from qwen3_mlx.checkpoint.formats.matrix import Matrix
+from qwen3_mlx.model.block import Block
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.qwen3 import Block
 from qwen3_mlx.model.rope import Rope
 
 _BATCH_TOKENS = 512

@@ -33,11 +33,11 @@ from qwen3_mlx.checkpoint.layerwise import (
 )
 from qwen3_mlx.checkpoint.load import parent_of, quantizable
 from qwen3_mlx.checkpoint.recipes import group_of
+from qwen3_mlx.model.block import Block
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.linear import Linear
 from qwen3_mlx.model.moe import SwitchLinear
 from qwen3_mlx.model.quantization import Format
-from qwen3_mlx.model.qwen3 import Block
 from qwen3_mlx.model.rope import Rope
 
 SensitivityScores = dict[str, dict[Format, float]]

@@ -12,19 +12,17 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import LayerCache, RopeFn
+from qwen3_mlx.model.block import Block
 from qwen3_mlx.model.fused import RowFused
 from qwen3_mlx.model.linear import Linear
 from qwen3_mlx.model.moe import QuantizedSwitchLinear, SwitchLinear
-
-if TYPE_CHECKING:
-    from qwen3_mlx.model.qwen3 import Block
 
 _MAX_ROWS = 32  # each number of rows is traced by itself
 # All that these compute depends on their arrays alone.
@@ -49,7 +47,7 @@ class CompiledLayers:
 
     def halves(
         self,
-        layers: Sequence["Block"],
+        layers: Sequence[Block],
         norm: nn.RMSNorm,
         x: mx.array,
         cache: Sequence[LayerCache],
@@ -78,7 +76,7 @@ class _Piece:
 class _Pieces:
     """The pieces before, between and after the attentions, and what they were compiled of."""
 
-    layers: Sequence["Block"]
+    layers: Sequence[Block]
     pieces: Sequence[_Piece]
     children: Sequence[tuple[nn.Module, str, nn.Module]]  # parent, name, child
     fused: Sequence[tuple[nn.Module, RowFused]]  # of a single token
@@ -103,7 +101,7 @@ class _Pieces:
         return middle, x
 
 
-def _pieces(layers: Sequence["Block"], norm: nn.RMSNorm, *, single: bool) -> _Pieces | None:
+def _pieces(layers: Sequence[Block], norm: nn.RMSNorm, *, single: bool) -> _Pieces | None:
     """Return the pieces of a network; None if one of its layers is not plain."""
     modules = [module for layer in layers for module in layer.modules()]
     if not all(type(module) in _LEAVES or not list(_arrays(module)) for module in modules):
@@ -123,7 +121,7 @@ def _pieces(layers: Sequence["Block"], norm: nn.RMSNorm, *, single: bool) -> _Pi
     return _Pieces(layers, pieces, children, fused)
 
 
-def _piece(former: "Block | None", latter: "Block | nn.RMSNorm", *, single: bool) -> _Piece:
+def _piece(former: Block | None, latter: Block | nn.RMSNorm, *, single: bool) -> _Piece:
     """Return the piece between the attentions of two layers, or before the first, or the last."""
     ends = [end for end in (former, latter) if end is not None]
     layout = (former is None, single, *(_layout(end) for end in ends))
@@ -133,7 +131,7 @@ def _piece(former: "Block | None", latter: "Block | nn.RMSNorm", *, single: bool
 
 
 def _compile(
-    former: "Block | None", latter: "Block | nn.RMSNorm", *, single: bool
+    former: Block | None, latter: Block | nn.RMSNorm, *, single: bool
 ) -> Callable[..., Any]:
     """Compile a function of the arrays of `_slots` and of the inputs of a piece."""
     # Copies without weights: the function is kept, and must not keep a network.
@@ -155,7 +153,7 @@ def _compile(
 
 
 def _slots(
-    former: "Block | None", latter: "Block | nn.RMSNorm", *, single: bool
+    former: Block | None, latter: Block | nn.RMSNorm, *, single: bool
 ) -> list[tuple[nn.Module, str]]:
     """Return the places of the arrays that a piece reads, in the order of its layout."""
     modules = []

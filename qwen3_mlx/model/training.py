@@ -17,7 +17,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen3_mlx.cache.attention import LayerCache, RopeFn
-from qwen3_mlx.model.qwen3 import Block, Qwen3
+from qwen3_mlx.model.block import Block
+from qwen3_mlx.model.qwen3 import Qwen3
 
 _BLOCK = 1 << 26  # logits held at once: 256 MiB in float32
 _SMALL_BLOCK = 1 << 23  # with checkpointing

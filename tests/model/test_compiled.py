@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -32,13 +33,13 @@ def decoded(model: Qwen3, ids: mx.array = IDS) -> mx.array:
     """Decode one token behind two others, and return its hidden states after half and all."""
     caches = model.make_cache()
     model(ids[:, :2], caches)
-    return mx.concatenate(model.decode(ids[:, 2:], caches), axis=-1)
+    return mx.concatenate([*model.decode(ids[:, 2:], caches)], axis=-1)
 
 
 def plain(model: Qwen3, ids: mx.array = IDS) -> mx.array:
     caches = model.make_cache()
     model(ids[:, :2], caches)
-    return mx.concatenate(model.halves(ids[:, 2:], caches), axis=-1)
+    return mx.concatenate([*model.halves(ids[:, 2:], caches)], axis=-1)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "8"])
@@ -75,9 +76,10 @@ def test_what_changes_after_compiling_is_not_ignored() -> None:
             self.linear, self.factor = linear, mx.array(2.0)
 
         def __call__(self, x: mx.array) -> mx.array:
-            return self.factor * self.linear(x)
+            doubled: mx.array = self.factor * self.linear(x)
+            return doubled
 
-    attention = model.layers[1].self_attn
+    attention: Any = model.layers[1].self_attn
     attention.v_proj = Doubled(attention.v_proj)
     seen.append(decoded(model))
     assert_close(seen[-1], plain(model))
