@@ -580,7 +580,7 @@ def test_a_name_with_and_without_the_prefix_is_refused(
 
 
 def test_the_recipe_by_measurement_needs_a_head(folders: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(Qwen3Error, match="measures what a head predicts"):
+    with pytest.raises(Qwen3Error, match="needs the predictions of a head"):
         convert(
             folders["embedding-untied"],
             tmp_path / "x",
