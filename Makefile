@@ -3,7 +3,7 @@
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo serve test check wheel format docs bench clean runtime server dev
+.PHONY: help demo serve test simulate check wheel format docs bench clean runtime server dev
 
 python = .venv/bin/python
 
@@ -22,6 +22,9 @@ serve: server ## serve the demo model and open its chat page; ARGS="--model 8B -
 test: dev ## run the tests, for minutes; ARGS="-k cache -x" is passed to pytest
 	@$(if $(ARGS),:,echo 'This takes about five minutes on two cores; ARGS="-k cache" runs a part.')
 	$(python) -m pytest $(ARGS)
+
+simulate: dev ## run the tests as if on a Mac's GPU, computed on the CPU; ARGS as for test
+	QWEN3_TEST_GPU=simulated $(python) -m pytest $(ARGS)
 
 check: dev ## run all checks as CI does: format, lint, types, docs, tests with coverage
 	$(python) -m ruff format --check .

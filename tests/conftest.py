@@ -30,7 +30,11 @@ from hypothesis import HealthCheck, settings
 from qwen3_mlx import LLM, load
 from qwen3_mlx.engine import memory_ledger
 from qwen3_mlx.text import repetition
+from tests import devices
 from tests.support import write_tiny
+
+devices.prepare()
+device = devices.device
 
 # A machine that has other work to do is no failure.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -16,6 +16,7 @@ from qwen3_mlx import (
     ContextError,
     Finish,
     Qwen3Error,
+    backend,
     convert,
     load,
 )
@@ -209,7 +210,7 @@ def test_a_text_too_long_is_refused_or_cut(folders: dict[str, Path]) -> None:
 
 
 def test_the_network_is_read_beside_a_chat_chunk_by_chunk(
-    tiny: LLM, monkeypatch: pytest.MonkeyPatch
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     advance, step, order = EngineCore.advance_job, EngineCore.step, list[str]()
 
@@ -220,11 +221,15 @@ def test_the_network_is_read_beside_a_chat_chunk_by_chunk(
 
         return noted
 
+    monkeypatch.setattr(backend, "prefill_chunk", lambda: 512)
     monkeypatch.setattr(EngineCore, "advance_job", note("chunk", advance))
     monkeypatch.setattr(EngineCore, "step", note("step", step))
-    with tiny.stream("Hi", thinking=False, max_tokens=100, temperature=0) as stream:
+    with (
+        load(tiny_folder) as llm,
+        llm.stream("Hi", thinking=False, max_tokens=100, temperature=0) as stream,
+    ):
         next(stream)
-        tiny.embed(["a long text " * 40] * 12, pooling="last")
+        llm.embed(["a long text " * 40] * 12, pooling="last")
         *_, last = stream
     assert isinstance(last, Finish)
     chunks = [place for place, what in enumerate(order) if what == "chunk"]
@@ -232,18 +237,21 @@ def test_the_network_is_read_beside_a_chat_chunk_by_chunk(
     assert "step" in order[chunks[0] : chunks[2]]  # between chunks the chat goes on
 
 
-def test_progress_counts_tokens_and_may_end_the_work(twin: Twin) -> None:
-    llm, seen = twin("reranker"), list[tuple[int, int]]()
-    llm.rerank("?", ["a", "b " * 600], progress=lambda *count: seen.append(count))
-    assert seen[-1][0] == seen[-1][1] and len(seen) > 2
-    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-
+def test_progress_counts_tokens_and_may_end_the_work(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def stop(*_: int) -> None:
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        llm.rerank("?", ["a", "b " * 600], progress=stop)
-    assert llm.rerank("?", ["a"])  # the engine goes on
+    monkeypatch.setattr(backend, "prefill_chunk", lambda: 512)
+    seen = list[tuple[int, int]]()
+    with load(folders["reranker"]) as llm:
+        llm.rerank("?", ["a", "b " * 600], progress=lambda *count: seen.append(count))
+        assert seen[-1][0] == seen[-1][1] and len(seen) > 2
+        assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+        with pytest.raises(KeyboardInterrupt):
+            llm.rerank("?", ["a", "b " * 600], progress=stop)
+        assert llm.rerank("?", ["a"])  # the engine goes on
 
 
 # --- scores -------------------------------------------------------------------------------------

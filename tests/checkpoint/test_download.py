@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import shutil
 import signal
 import subprocess
@@ -124,6 +125,7 @@ def test_ctrl_c_ends_a_download_that_the_next_command_resumes(cache: Cache) -> N
         text=True,
         env={
             "PATH": "",
+            "QWEN3_HOME": os.environ["QWEN3_HOME"],  # not the user's conversations
             "HF_HOME": str(cache.home),
             "HF_ENDPOINT": cache.address,
             "NO_PROXY": "*",

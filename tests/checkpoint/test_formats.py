@@ -54,7 +54,7 @@ def divergence(case: str, source: Path, **options: Any) -> float:
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_checkpoint_computes_what_its_own_program_does(case: str) -> None:
-    assert divergence(case, source_of(case)) < EXACT
+    assert divergence(case, source_of(case), dequantize=True) < EXACT
     held = divergence(case, source_of(case), dequantize=False)
     assert held < (CLOSE if case.startswith(REQUANTIZED) else EXACT)
 
@@ -283,6 +283,7 @@ def test_the_result_may_lie_beside_the_file(
         assert llm.kind == "chat"
 
 
+@pytest.mark.as_cpu
 def test_experts_are_multiplied_in_float32_on_a_cpu() -> None:
     with load(source_of("bnb_moe_nf4"), dtype="bfloat16") as llm:
         assert llm.chat("Hi", max_tokens=2).usage.prompt_tokens

@@ -1,6 +1,7 @@
 """Loading by a hub's name, from a hub of our own on this machine."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -35,7 +36,14 @@ def command(
         text=True,
         timeout=120,
         check=False,
-        env={"PATH": "", "HF_HOME": str(home), "HF_ENDPOINT": endpoint, "NO_PROXY": "*", **more},
+        env={
+            "PATH": "",
+            "QWEN3_HOME": os.environ["QWEN3_HOME"],  # not the user's conversations
+            "HF_HOME": str(home),
+            "HF_ENDPOINT": endpoint,
+            "NO_PROXY": "*",
+            **more,
+        },
     )
 
 

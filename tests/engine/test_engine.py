@@ -285,7 +285,8 @@ def test_common_prefixes() -> None:
 # --- who waits, and for how long ----------------------------------------------------------------
 
 
-def test_a_long_prompt_delays_nobody_by_more_than_a_chunk() -> None:
+def test_a_long_prompt_delays_nobody_by_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "prefill_chunk", lambda: 512)
     engine = engine_of(MODELS["dense"])
     others = [Client(PROMPTS[i], MOST) for i in (0, 3, 4)]
     for client in others:

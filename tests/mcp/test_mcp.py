@@ -229,7 +229,7 @@ def test_nothing_is_left_of_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         text=True,
         check=False,
     )
-    assert shown.stdout.strip() in ("", "Z")  # gone, or dead and not yet fetched by its parent
+    assert shown.stdout.strip()[:1] in ("", "Z")  # gone, or dead and not yet fetched by its parent
 
 
 @pytest.mark.parametrize(

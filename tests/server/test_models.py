@@ -419,7 +419,8 @@ def room_for_two(
     gc.collect()
     config, options = sources[0].config, LoadOptions(backend.compute_dtype())
     plan = plan_load(config, None, options)
-    work = Workload(config.context_window, options.dtype.size, chunk=MIN_CHUNK, fused=False)
+    fused = backend.has_fused_attention(options.dtype.size)
+    work = Workload(config.context_window, options.dtype.size, chunk=MIN_CHUNK, fused=fused)
     guaranteed = plan.held + activation_bytes(config, work)
     limit = mx.get_active_memory() + plan.total + 1.5 * guaranteed
     monkeypatch.setenv("QWEN3_MEMORY", str(limit / 1e9))
