@@ -53,7 +53,7 @@ def plan_load(
         itemsize=options.dtype.size,
         cache=cache,
         chunk=backend.prefill_chunk(),
-        fused=backend.on_gpu(),
+        fused=backend.has_fused_attention(options.dtype.size),
     )
     weights = weight_bytes(network, format_of, work.itemsize) + options.adapter_bytes
     return make_plan(network, weights, work)
@@ -96,9 +96,9 @@ def check_fits(
         )
     stated = backend.memory_from_environment() is not None
     if plan.total <= backend.memory_limit() - beside:
-        # Under a stated limit or on a GPU, memory of other programs is not counted: only models of
-        # this process can be in the way.
-        own = stated or backend.on_gpu()
+        # Under a stated limit or on a Mac's GPU, memory of other programs is not counted: only
+        # models of this process can be in the way.
+        own = stated or backend.on_metal()
         others = "the other models of this process" if own else "other programs"
         ways.append(f"closing {others} would make room")
     raise CapacityError(

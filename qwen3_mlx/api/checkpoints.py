@@ -121,6 +121,10 @@ class ResolvedCheckpoint:
         """Return it without the option to quantize, if it is quantized already."""
         return replace(self, options=replace(self.options, quantize=None)) if self.stored else self
 
+    def in_bfloat16(self) -> "ResolvedCheckpoint":
+        """Return it with bfloat16 as the dtype, for good."""
+        return replace(self, options=replace(self.options, dtype=mx.bfloat16, provisional=False))
+
     def plan(self, context: int | None) -> Plan:
         return plan_load(self.network, self.stored, self.options, context, self.cache)
 
@@ -225,3 +229,8 @@ class Checkpoints:
         if fetched.target.network != self.target.network:
             fetched.check_memory()
         return replace(fetched, draft=self.draft.fetched() if self.draft else None)
+
+    def in_bfloat16(self) -> "Checkpoints":
+        """Return both with bfloat16 as the dtype, for good."""
+        draft = self.draft.in_bfloat16() if self.draft else None
+        return replace(self, target=self.target.in_bfloat16(), draft=draft)

@@ -4,22 +4,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from threading import Event as Flag
 
+import mlx.core as mx
+
 from qwen3_mlx import backend
 from qwen3_mlx.api.checkpoints import Checkpoints, ResolvedCheckpoint
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.text_processor import load_text_processor
 from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.cache.disk import DiskPrefixes
+from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.fingerprint import fingerprint
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.engine.forward import warm_up
+from qwen3_mlx.engine.overflow_check import overflows
 from qwen3_mlx.engine.speculation.draft_model import DraftModel
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.text.tokenizer import Tokenizer
 
 _MAX_PROMPT_CACHE_GB = 1e9
+_SAMPLE_CHARACTERS = 4096  # of the text on which float16 is tried, about 1,000 tokens
 
 
 def load(  # noqa: PLR0913 - one keyword a choice
@@ -53,7 +59,9 @@ def load(  # noqa: PLR0913 - one keyword a choice
         group_size: number of weights that share a scale when `bits` is given: 32, 64 (default) or
             128.
         dtype: "bfloat16", "float16" or "float32", for computation and for weights that are not
-            quantized; default None, which is bfloat16 on a GPU and float32 on a CPU.
+            quantized; default None, which is bfloat16 on a GPU and float32 on a CPU. "auto" is the
+            same, but for the chips M1 and M2, which compute float16 faster: there it is float16 if
+            no layer comes near the end of its range on a sample text, and otherwise bfloat16.
         dequantize: True holds quantized weights as `dtype`, False as stored. Default None, which is
             True on a CPU, where float32 computes faster, if the float32 weights take at most half
             of the memory.
@@ -100,11 +108,12 @@ def load(  # noqa: PLR0913 - one keyword a choice
     tokenizer = checkpoints.tokenizer()
     backend.refuse_fork()
     checkpoints = checkpoints.fetched()
-    target = checkpoints.target
-    disk = _open_disk(prompt_cache, prompt_cache_gb, target)
-    reader, worker = _Reader(checkpoints, progress), Worker()
+    disk = _open_disk(prompt_cache, prompt_cache_gb, checkpoints.target)
+    reader, worker = _Reader(checkpoints, progress, tokenizer), Worker()
     try:
         model, speculator = worker.call(reader.read)
+        if (target := reader.checkpoints.target) is not checkpoints.target:
+            disk = _open_disk(prompt_cache, prompt_cache_gb, target)
         words = load_text_processor(target.folder, target.config, tokenizer)
         cache, wired = target.cache, reader.wired
         return LLM(model, words, worker, context, disk, speculator, wired, cache_format=cache)
@@ -119,30 +128,45 @@ class _Reader:
     """Reads the weights on the worker thread, until it is abandoned.
 
     Attributes:
+        checkpoints: what is read; the dtype may be another after reading.
         wired: bytes that were wired, which must be unwired in the end.
     """
 
-    def __init__(self, checkpoints: Checkpoints, progress: Progress | None) -> None:
+    def __init__(
+        self, checkpoints: Checkpoints, progress: Progress | None, tokenizer: Tokenizer
+    ) -> None:
         self.wired = 0
-        self._checkpoints = checkpoints
+        self.checkpoints = checkpoints
         self._progress = progress
+        self._tokenizer = tokenizer
         self._abandoned = Flag()
 
     def read(self) -> tuple[Qwen3, Speculator | None]:
         """Read the weights; return the network, and the speculator if there is speculation."""
-        target, small = self._checkpoints.target, self._checkpoints.draft
         backend.limit_buffer_cache()
-        backend.tune_blas_threads(target.network.hidden_size)
-        models = [found.read(self._follow) for found in (target, small) if found]
+        backend.tune_blas_threads(self.checkpoints.target.network.hidden_size)
+        models = self._read_all()
+        if self.checkpoints.target.options.provisional:
+            ids = self._tokenizer.encode(default_text()[:_SAMPLE_CHARACTERS])
+            if any(overflows(model, ids) for model in models):
+                models.clear()  # before others are read
+                mx.clear_cache()
+                self.checkpoints = self.checkpoints.in_bfloat16()
+                models = self._read_all()
+        target, small = self.checkpoints.target, self.checkpoints.draft
         self.wired = sum(model.nbytes for model in models)
         backend.wire(self.wired)
         if backend.on_gpu():  # a GPU compiles its kernels at first use
             for model in models:
                 warm_up(model, target.cache)
-        if not self._checkpoints.speculates:
+        if not self.checkpoints.speculates:
             return models[0], None
         drafting = DraftModel(models[1], target.cache) if small else None
         return models[0], Speculator(target.network, drafting)
+
+    def _read_all(self) -> list[Qwen3]:
+        both = self.checkpoints.target, self.checkpoints.draft
+        return [found.read(self._follow) for found in both if found]
 
     def abandon(self) -> None:
         """End the reading after the current module."""

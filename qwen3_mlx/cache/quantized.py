@@ -21,6 +21,7 @@ from typing import Self
 
 import mlx.core as mx
 
+from qwen3_mlx import backend
 from qwen3_mlx.cache.attention import causal_attention
 from qwen3_mlx.cache.kv import KVCache
 
@@ -127,8 +128,9 @@ class QuantizedKVCache(KVCache):
             q = mx.hadamard_transform(q)
         packed = self.append(k, v)
         keys, values = packed[:3], packed[3:]
-        if q.shape[2] > _FEW_QUERIES:
-            # Dequantized for one layer at a time, and freed after its attention.
+        if q.shape[2] > _FEW_QUERIES or backend.on_cuda():
+            # Dequantized for one layer at a time, and freed after its attention. MLX's quantized
+            # products for CUDA need dense matrices, and these are views of longer buffers.
             k, v = self._keys.unpack(keys, v.dtype), self._values.unpack(values, v.dtype)
             return causal_attention(q, k, v, scale=scale)
         # The query heads of a key head are rows of one product; q [1, H, Q, E] is [1, K, G·Q, E].

@@ -67,7 +67,9 @@ def quantize(
             part = part - error[..., None] * factor[:, inside]
             codes.append(code)
             errors.append(error)
-            mx.eval(part, code, error)
+            mx.async_eval(part, code, error)
+        # Waiting bounds what is held. For each column it would take a GPU longer than rounding.
+        mx.eval(part)
         if start + group < size:
             spread = mx.stack(errors, axis=1).transpose(2, 0, 1)  # [C, R, g]
             rest = rest - (spread @ factors[:, inside]).transpose(1, 0, 2)
@@ -124,5 +126,5 @@ def fit(
             slope = (importance * offset * part).sum(axis=-1) / mx.maximum(spread, 1e-30)
             scale = mx.where(spread > 0, slope, scale)
             bias = mean_part - scale * mean_code
-            mx.eval(best, best_scale, best_bias, scale, bias)
+            mx.async_eval(best, best_scale, best_bias, scale, bias)
     return best_scale, best_bias

@@ -27,6 +27,7 @@ from qwen3_mlx.model.moe import QuantizedSwitchLinear, SwitchLinear
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
 
+AUTO_DTYPE = "auto"
 _log = logging.getLogger(__name__)
 
 
@@ -36,13 +37,15 @@ class LoadOptions:
 
     `quantize` is the format for weights that are not quantized on disk. `dequantize=True` holds
     quantized weights in `dtype` instead; None does so if the machine computes faster that way.
-    `adapter_bytes` is what an adapter takes beside the weights, at most.
+    `adapter_bytes` is what an adapter takes beside the weights, at most. `provisional` is True if
+    the dtype float16 holds only for a network that stays within its range.
     """
 
     dtype: mx.Dtype
     quantize: Format | None = None
     dequantize: bool | None = None
     adapter_bytes: int = field(default=0, repr=False)
+    provisional: bool = field(default=False, repr=False)
 
     @classmethod
     def of(
@@ -54,7 +57,15 @@ class LoadOptions:
             ValueError: a value is out of its range.
         """
         quantize = Format(4 if bits is None else bits, group_size)  # checks it without bits, too
-        return cls(backend.compute_dtype(dtype), None if bits is None else quantize, dequantize)
+        provisional = dtype == AUTO_DTYPE and backend.emulates_bfloat16()
+        if dtype == AUTO_DTYPE:
+            dtype = "float16" if provisional else None
+        return cls(
+            backend.compute_dtype(dtype),
+            None if bits is None else quantize,
+            dequantize,
+            provisional=provisional,
+        )
 
 
 def load_model(

@@ -185,7 +185,7 @@ class FormatOptions:
         int | None, option(panel=_MODEL, text="Quantize while loading: 2, 3, 4, 5, 6 or 8 bits.")
     ] = None
     dtype: Annotated[
-        str | None, option(panel=_MODEL, text="Compute dtype: bfloat16, float16 or float32.")
+        str | None, option(panel=_MODEL, text="Compute dtype: bfloat16, float16, float32 or auto.")
     ] = None
     dequantize: Annotated[
         bool | None,

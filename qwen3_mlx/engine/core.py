@@ -71,12 +71,13 @@ class EngineCore:
         self._in_flight: InFlightStep | None = None
         self._committing: Sequence[SequenceState] = ()  # those of the step that is committed
         self._decoded_at: float | None = None  # when the last step ended, if it decoded
+        itemsize = model.model.norm.weight.dtype.size
         work = Workload(
             context=0,
-            itemsize=model.model.norm.weight.dtype.size,
+            itemsize=itemsize,
             cache=cache_format,
             chunk=backend.prefill_chunk(),
-            fused=backend.on_gpu(),
+            fused=backend.has_fused_attention(itemsize),
             draft_token_bytes=speculator.token_bytes if speculator else 0,
         )
 

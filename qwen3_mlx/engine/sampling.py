@@ -16,7 +16,9 @@ from qwen3_mlx.engine.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from qwen3_mlx.engine.hooks import Mask
 
-_BLOCK_SIZE = 128  # logits
+# Logits: with Qwen's top-k of 20 neither the blocks of its vocabulary (1,895) nor the candidates
+# (1,669) are more than the 2,048 numbers that Metal sorts in one kernel.
+_BLOCK_SIZE = 80
 _MIN_TEMPERATURE = 1e-5  # below, logits / temperature would leave the range of float32: greedy
 
 
@@ -193,21 +195,19 @@ def top_k_logits(logits: mx.array, k: int, vocabulary: int) -> tuple[mx.array, m
     """Return the k greatest of the first `vocabulary` logits, greatest first, and their ids.
 
     Logits are [N, V], both results [N, k]. Sorting a whole vocabulary is slow on every device. Cut
-    into blocks, its k greatest values lie in the k blocks with the greatest maxima, so only those
-    are sorted. Blocks with padding in them may displace others, so as many more are taken.
+    into blocks, its k greatest values lie in the k blocks with the greatest maxima, or behind the
+    last whole block, so only those are sorted.
     """
-    count, width = logits.shape
-    if width % _BLOCK_SIZE:
-        logits = mx.pad(logits, [(0, 0), (0, -width % _BLOCK_SIZE)])
-    blocks = logits.reshape(count, -1, _BLOCK_SIZE)
-    num_blocks = k + blocks.shape[1] - vocabulary // _BLOCK_SIZE
-    if num_blocks >= blocks.shape[1]:
+    count, (num_blocks, rest) = logits.shape[0], divmod(vocabulary, _BLOCK_SIZE)
+    if k >= num_blocks:
         ids = mx.argsort(-logits[:, :vocabulary], axis=-1)[:, :k]
         return mx.take_along_axis(logits, ids, axis=-1), ids
-    chosen = mx.argpartition(-blocks.max(axis=-1), kth=num_blocks - 1, axis=-1)[:, :num_blocks]
+    blocks = logits[:, : vocabulary - rest].reshape(count, num_blocks, _BLOCK_SIZE)
+    chosen = mx.argpartition(-blocks.max(axis=-1), kth=k - 1, axis=-1)[:, :k]
     ids = (chosen[:, :, None] * _BLOCK_SIZE + mx.arange(_BLOCK_SIZE, dtype=mx.uint32)).flatten(1)
+    last = mx.arange(vocabulary - rest, vocabulary, dtype=mx.uint32)
+    ids = mx.concatenate([ids, mx.broadcast_to(last, (count, rest))], axis=1)
     candidates = mx.take_along_axis(logits, ids, axis=-1)
-    candidates = mx.where(ids < vocabulary, candidates, -mx.inf)
     best = mx.argpartition(-candidates, kth=k - 1, axis=-1)[:, :k]
     values = mx.take_along_axis(candidates, best, axis=-1)
     order = mx.argsort(-values, axis=-1)

@@ -9,8 +9,10 @@ import pytest
 from qwen3_mlx.cache import kv
 from qwen3_mlx.cache.batched import BatchedCaches
 from qwen3_mlx.cache.kv import KVCache
+from qwen3_mlx.engine import cache_manager
 from qwen3_mlx.engine.forward import BatchSlice, forward
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import SIZES, published_model_config
 from tests.cache.harness import HEADS, model_with
 from tests.engine.harness import MODELS, MOST, PROMPTS, Client, alone, engine_of, run
 from tests.support import assert_close, make_model, random_ids
@@ -125,6 +127,21 @@ def test_the_engine_puts_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
     given.clear()
     run(engine_of(MODELS["dense"], "lookup"), *[Client(prompt, 9) for prompt in PROMPTS])
     assert not given  # proposals have rows of their own
+
+
+def test_only_networks_that_wait_for_the_host_have_joint_buffers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with_joint = []
+    for size in SIZES:
+        waits = cache_manager._waits_for_host(published_model_config(size))
+        with_joint += [size] * waits
+    assert with_joint == ["0.6B", "1.7B"]  # 30B-A3B is as narrow as 1.7B
+    monkeypatch.setattr(BatchedCaches, "layers", lambda *_: pytest.fail("joint buffers"))
+    engine = engine_of(MODELS["moe"])
+    clients = [Client(prompt, 9) for prompt in PROMPTS]
+    run(engine, *clients)
+    assert [client.tokens for client in clients] == [tokens[:9] for tokens in alone("moe")]
 
 
 @pytest.mark.parametrize("geometry", HEADS)

@@ -146,6 +146,44 @@ def test_the_dtype_asked_for(tiny_folder: Path) -> None:
         load(tiny_folder, dtype="float64")
 
 
+def test_the_dtype_auto_is_float16_only_where_it_is_faster_and_safe(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dtype_of(folder: Path, **options: Any) -> mx.Dtype:
+        with load(folder, dtype="auto", **options) as llm:
+            assert llm.complete("Hello", max_tokens=2).usage.completion_tokens
+            dtype: mx.Dtype = llm.model.model.norm.weight.dtype
+            return dtype
+
+    assert dtype_of(tiny_folder) == backend.compute_dtype()
+    monkeypatch.setattr(backend, "emulates_bfloat16", lambda: True)
+    disk = tmp_path / "prompts"
+    assert dtype_of(tiny_folder, prompt_cache=disk) == mx.float16
+    # Of one layer's output a number in bfloat16's range is beyond that of float16.
+    weights = read_weights(tiny_folder)
+    down = weights["model.layers.0.mlp.down_proj.weight"]
+    weights["model.layers.0.mlp.down_proj.weight"] = 2e5 * down
+    large = shutil.copytree(tiny_folder, tmp_path / "large")
+    mx.save_safetensors(str(large / "model.safetensors"), weights)
+    assert dtype_of(large) == mx.bfloat16
+    assert dtype_of(tiny_folder, draft=large) == mx.bfloat16
+    with load(large, dtype="float16") as llm, pytest.raises(CheckpointError, match="float16"):
+        llm.complete("Hello", max_tokens=2)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "emulates"),
+    [("applegpu_g13s", True), ("applegpu_g14g", True), ("applegpu_g15d", False), ("sm_90", False)],
+)
+def test_the_chips_that_emulate_bfloat16(
+    architecture: str, emulates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mx, "device_info", lambda: {"architecture": architecture})
+    monkeypatch.setattr(backend, "on_gpu", lambda: True)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: architecture.startswith("applegpu"))
+    assert backend.emulates_bfloat16() == emulates
+
+
 def test_a_redundant_head_of_tied_models_is_dropped(tiny_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "redundant")
     weights = read_weights(folder)

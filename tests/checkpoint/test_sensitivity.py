@@ -10,7 +10,7 @@ import pytest
 
 from qwen3_mlx.checkpoint import layerwise
 from qwen3_mlx.checkpoint.formats.matrix import Matrix
-from qwen3_mlx.checkpoint.gptq import block_size
+from qwen3_mlx.checkpoint.gptq import block_size, moments, quantize
 from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.recipes import group_of
 from qwen3_mlx.checkpoint.sensitivity import SensitivityScores, measure
@@ -180,3 +180,18 @@ def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
     moments = sum(4 * count * width * block_size(width) for width, count in inputs.items())
     assert peaks[12] < peaks[3] + 9 * (4 * ids.size * 128 + moments) + layer / 2
     assert peaks[12] < 12 * layer
+
+
+def test_rounding_waits_for_the_device_once_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits, evaluate = [0], mx.eval
+
+    def count(*arrays: mx.array) -> None:
+        waits[0] += 1
+        evaluate(*arrays)
+
+    mx.random.seed(0)
+    rows, inputs = mx.random.normal((8, 384)), moments(mx.random.normal((64, 384)))
+    evaluate(rows, inputs)
+    monkeypatch.setattr(mx, "eval", count)
+    quantize(rows, Format(4, 64), inputs, mx.bfloat16)
+    assert 0 < waits[0] <= block_size(384) // 64

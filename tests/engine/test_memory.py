@@ -294,6 +294,7 @@ def eight_billion(folder: Path, **more: Any) -> Path:
     return folder
 
 
+@pytest.mark.as_cpu
 def test_what_cannot_fit_is_refused_before_a_weight_is_read(
     tmp_path: Path, small_machine: None
 ) -> None:
@@ -310,6 +311,7 @@ def test_what_cannot_fit_is_refused_before_a_weight_is_read(
     assert "other programs" not in message
 
 
+@pytest.mark.as_cpu
 def test_a_refusal_names_what_would_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = eight_billion(tmp_path / "8B")
     quantized = {"quantization": {"bits": 4, "group_size": 64}}
@@ -379,6 +381,7 @@ File-backed pages:                              2000.
 """
 
 
+@pytest.mark.as_cpu
 def test_free_memory_is_read_from_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend._free_on_mac(_VM_STAT) == 16384 * 3300
     with pytest.raises(ValueError):
@@ -429,12 +432,9 @@ def test_a_mac_warns_where_other_programs_hold_the_memory(
     monkeypatch.setenv("QWEN3_MEMORY", "4")
     load(tiny_folder).close()
     assert not caplog.messages
-    monkeypatch.delenv("QWEN3_MEMORY")
-    monkeypatch.setattr(mx.metal, "is_available", lambda: False)  # as where MLX has CUDA
-    load(tiny_folder).close()
-    assert not caplog.messages
 
 
+@pytest.mark.compute_dtype
 def test_a_mac_refuses_beyond_its_working_set(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -455,6 +455,7 @@ def test_a_mac_refuses_beyond_its_working_set(
         load(stored)
 
 
+@pytest.mark.as_cpu
 def test_what_a_process_may_plan_with_can_be_set(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -487,12 +488,65 @@ def test_a_wrong_limit_is_refused(
         load(tiny_folder)
 
 
-def test_another_gpu_has_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def _on_cuda(monkeypatch: pytest.MonkeyPatch, free: int = 10**10) -> None:
+    """Have an NVIDIA GPU of 80 GB, whose keys of `device_info` are others than Metal's."""
+    info = {"device_name": "H", "architecture": "sm_90", "total_memory": 80 * 10**9}
+    monkeypatch.setattr(mx, "device_info", lambda: info | {"free_memory": free})
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
     monkeypatch.setattr(backend, "on_gpu", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"total_memory": 80 * 10**9})
+
+
+def test_another_gpu_has_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    _on_cuda(monkeypatch, free=10**12)
     assert backend.memory_limit() == 80 * 10**9
     assert backend.available_memory() == 80 * 10**9 - mx.get_active_memory()
-    assert "working set" not in backend.describe()
+    _on_cuda(monkeypatch, free=70 * 10**9)  # other programs hold the rest, and nothing moves it
+    assert backend.available_memory() == 70 * 10**9 + mx.get_cache_memory()
+    facts = backend.describe()
+    assert facts["blas"] == "CUDA" and facts["GPU memory"] == "80.0 GB, 70.0 GB free"
+    assert "working set" not in facts
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8, 4])
+def test_another_gpu_loads_and_answers(
+    kv_bits: int | None, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits: list[int] = []
+    with load(tiny_folder, kv_bits=kv_bits, dtype="float32") as llm:
+        expected = llm.complete("Hello", max_tokens=8, temperature=0.0).text
+    _on_cuda(monkeypatch)
+    monkeypatch.setattr(mx, "set_wired_limit", limits.append)
+    monkeypatch.setattr(mx, "set_cache_limit", limits.append)
+    # Its quantized products take no views of longer buffers.
+    monkeypatch.delattr(mx, "quantized_matmul")
+    with load(tiny_folder, kv_bits=kv_bits, dtype="float32") as llm:
+        assert llm.complete("Hello", max_tokens=8, temperature=0.0).text == expected
+    assert limits == [2 << 30]  # of the buffer cache: nothing is wired
+
+
+def test_another_gpu_refuses_what_others_leave_no_room_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = eight_billion(tmp_path / "8B")
+    _on_cuda(monkeypatch, free=10**9)
+    with pytest.raises(Qwen3Error, match="closing other programs would make room"):
+        load(folder)
+
+
+def test_another_gpu_fuses_attention_in_half_precision_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    _on_cuda(monkeypatch)
+    assert backend.has_fused_attention(2) and not backend.has_fused_attention(4)
+    config = published_model_config("8B")
+    half, whole = (
+        capacity.plan_load(config, None, LoadOptions(dtype)).activations
+        for dtype in (mx.bfloat16, mx.float32)
+    )
+    assert half == activation_bytes(config, Workload(2048))
+    assert whole == activation_bytes(config, Workload(2048, itemsize=4, fused=False))
+    _on_a_mac(monkeypatch, 10**15, free=10**12)
+    assert backend.has_fused_attention(4)
 
 
 def test_on_metal_the_working_set_is_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,6 +139,7 @@ def test_an_engine_that_cannot_be_made_gives_back(
     assert memory_ledger.unallocated_guarantees() == before
 
 
+@pytest.mark.as_cpu
 def test_a_smaller_context_leaves_more_for_others(
     folder: Path, room_for: Callable[[int], None]
 ) -> None:
@@ -195,13 +196,14 @@ def test_unwiring_one_llm_leaves_the_others_wired(
         load(broken)
     assert backend._wired == before
     limits: list[int] = []
-    monkeypatch.setattr(backend, "on_gpu", lambda: True)
-    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": 1000})
+    monkeypatch.setattr(backend, "on_metal", lambda: True)
+    most, room = 10**9, 64 << 20  # buffers that the sum of their sizes leaves out stay unwired
+    monkeypatch.setattr(mx, "device_info", lambda: {"max_recommended_working_set_size": most})
     monkeypatch.setattr(mx, "set_wired_limit", limits.append)
     monkeypatch.setattr(backend, "_wired", 0)
-    for change in (300, 500, 400, -300, -900):
+    for change in (300, 500, most, -300, -500 - most):
         backend.wire(change) if change > 0 else backend.unwire(-change)
-    assert limits == [300, 800, 1000, 900, 0]
+    assert limits == [300 + room, 800 + room, most, most, 0]
 
 
 # --- logits -------------------------------------------------------------------------------------

@@ -95,6 +95,24 @@ def test_the_likeliest_are_those_of_a_whole_sort(
     assert np.array(best)[0].tolist() == values[expected].tolist()
 
 
+def test_no_sort_is_wider_than_one_block_of_metal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of Qwen3's logits, with its top-k of 20: Metal sorts up to 2,048 numbers in one kernel."""
+    widths: list[int] = []
+    for name in ("argpartition", "argsort", "sort"):
+        whole = getattr(mx, name)
+
+        def record(x: mx.array, *rest: Any, whole: Any = whole, **options: Any) -> mx.array:
+            widths.append(x.shape[-1])
+            found: mx.array = whole(x, *rest, **options)
+            return found
+
+        monkeypatch.setattr(mx, name, record)
+    values = np.random.RandomState(0).permutation(151_936).astype(np.float32)
+    best, _ = top_k_logits(mx.array(values)[None], 20, 151_669)
+    assert np.array(best)[0].tolist() == np.sort(values[:151_669])[:-21:-1].tolist()
+    assert widths and max(widths) <= 2048
+
+
 def reference(logits: np.ndarray, temperature: float, k: int, top_p: float, min_p: float) -> Any:
     """Give the probabilities after all filters, in the field's order, by plain numpy."""
     scaled = logits.astype(np.float64) / temperature
