@@ -36,8 +36,9 @@ _RANKS = {
     "qwen3_mlx": 8,
     "bench": 9,
     "server": 9,
-    "cli": 10,
-    "__main__": 11,
+    "verify": 10,
+    "cli": 11,
+    "__main__": 12,
 }
 
 

@@ -3,15 +3,20 @@
 import shutil
 import subprocess
 import sys
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
 from qwen3_mlx import backend
 from qwen3_mlx.checkpoint.hub import unreachable
 from qwen3_mlx.checkpoint.local import local_models
 from qwen3_mlx.cli.console import print_facts
+from qwen3_mlx.cli.option_groups import option
+from qwen3_mlx.cli.options import alias_meant, complete_model
 from qwen3_mlx.cli.user_files import CHAT_HISTORY, CONVERSATIONS, config_file, data_folder
 from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.engine.worker import Worker
@@ -22,15 +27,58 @@ _PACKAGES = ("mlx", "mlx-lm", "huggingface-hub", "tokenizers", "numpy")
 _SLOW_CPU = 20e9  # float32 operations per second; MLX's own BLAS does 1.4 to 3 GFLOP/s
 
 
-def doctor() -> None:
-    """Show the device, MLX build, speed, memory limits, versions and all folders, with advice."""
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            help="With --verify: a checkpoint to check as well (size, folder or hub name).",
+            callback=alias_meant,
+            autocompletion=complete_model,
+            show_default=False,
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, option("--verify", text="Check whether this machine computes right.")
+    ] = False,
+) -> None:
+    """Show the device, MLX build, speed, memory limits, versions and all folders, with advice.
+
+    [bold]qwen3 doctor --verify[/bold]   check every operation against the CPU, in a minute.
+    [bold]qwen3 doctor --verify 8B[/bold]   check a checkpoint on this machine, too.
+
+    --verify ends with a block for a report, which tells nothing about you, and
+    with exit code 1 if a check failed.
+    """
+    if verify:
+        _verify(model)
+    elif model:
+        raise ValueError(f"MODEL goes with --verify: qwen3 doctor --verify {model}")
+    else:
+        _describe()
+
+
+def _verify(model: str | None) -> None:
+    run = import_module("qwen3_mlx.verify.run")  # the whole package, which --help does not need
+    report = run.verify(model, on_row=lambda row: print(run.line_of(row), flush=True))
+    print(f"\nFor a report:\n\n{report}")
+    if report.failed:
+        raise typer.Exit(1)
+
+
+def _describe() -> None:
     available = backend.available_memory()
     facts = {"qwen3-mlx": __version__, **backend.describe()}
+    if backend.emulates_bfloat16():
+        facts["dtype"] += (
+            "; this chip has no arithmetic in it, and --dtype auto takes float16 for models whose "
+            "layers stay within its range"
+        )
     facts |= {name: _version(name) for name in _PACKAGES}
     worker = Worker()
     speed, bandwidth = worker.call(lambda: (backend.matmul_speed(), backend.memory_bandwidth()))
     worker.stop()
-    facts["matmul"] = f"{speed / 1e9:,.0f} GFLOP/s in {facts['dtype']}"
+    facts["matmul"] = f"{speed / 1e9:,.0f} GFLOP/s in {facts['dtype'].partition(';')[0]}"
     facts["bandwidth"] = f"{bandwidth / 1e9:,.1f} GB/s, measured by a matrix-vector product"
     advice = []
     if sys.platform == "darwin":

@@ -204,7 +204,7 @@ def test_an_address_that_is_not_here_is_no_matter_of_the_port(
             "serve 8B",
             "unexpected argument: 8B; name the model with --model (see qwen3 serve --help)",
         ),
-        ("doctor me", "unexpected argument: me (see qwen3 doctor --help)"),
+        ("doctor me you", "unexpected argument: you (see qwen3 doctor --help)"),
         ("eval perplexity --tokens x", "(see qwen3 eval perplexity --help)"),
     ],
 )

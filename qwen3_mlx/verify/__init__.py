@@ -1,0 +1,1 @@
+"""Checks whether this machine computes right, for `qwen3 doctor --verify`."""

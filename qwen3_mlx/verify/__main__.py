@@ -1,0 +1,32 @@
+"""`python -m qwen3_mlx.verify [MODEL]`: the checks without the `qwen3` command."""
+
+import sys
+
+from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.verify.run import line_of, verify
+
+
+def main(arguments: list[str]) -> int:
+    """Run the checks; return the exit code."""
+    if len(arguments) > 1 or any(word.startswith("-") for word in arguments):
+        sys.stderr.write("usage: python -m qwen3_mlx.verify [MODEL]\n")
+        return 2
+    try:
+        report = verify(*arguments, on_row=lambda row: _write(line_of(row)))
+    except (Qwen3Error, ValueError) as error:
+        sys.stderr.write(f"qwen3_mlx.verify: {error}\n")
+        return 1
+    _write(f"\n{report}")
+    return 1 if report.failed else 0
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)
