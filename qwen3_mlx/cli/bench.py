@@ -16,6 +16,7 @@ from qwen3_mlx.checkpoint.description import checkpoint_folder
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored_formats import formats_held
 from qwen3_mlx.checkpoint.weights import with_stored_head
+from qwen3_mlx.cli.chips import BANDWIDTHS, this_chip
 from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.model_facts import refuse_other_kinds
 from qwen3_mlx.cli.option_groups import option
@@ -112,14 +113,14 @@ def bench(  # noqa: PLR0913 - one parameter an option
         "repeats": repeats,
         "date": time.strftime("%Y-%m-%d"),
     }
-    shares = _shares_of_bandwidth(config, stored, results[OURS])
+    bounds = _bounds(config, stored, results[OURS])
     if plot:
         draw_speeds(plot, _title(facts), list(_panels(cases, results)))
     if as_json:
-        print(json.dumps(facts | {"sides": _as_json(results, shares)}, indent=1))
+        print(json.dumps(facts | {"sides": _as_json(results, bounds)}, indent=1))
     else:
-        print(_title(facts), "", *_table(cases, results, shares), "", sep="\n")
-        print(*_notes(cases, results, minutes), sep="\n")
+        print(_title(facts), "", *_table(cases, results, bounds), "", sep="\n")
+        print(*_notes(cases, results, bounds, minutes), sep="\n")
 
 
 def _folder(model: str) -> Path:
@@ -184,16 +185,16 @@ def _how(case: Case) -> str:
     return bits + (", copying" if case.copying else "")
 
 
-def _shares_of_bandwidth(
+def _bounds(
     config: ModelConfig, stored: FormatOf | None, result: TargetResult
 ) -> dict[Case, float]:
-    """Compute the share of the memory bandwidth that decode uses to read weights and cache.
+    """Compute the decode speed, in tokens/s, at which reading weights and cache takes all the time.
 
     The bandwidth is the measured one. With speculation a forward pass yields several tokens.
     """
     if not result.terms:
         return {}
-    shares = {}
+    bounds = {}
     for case, figures in result.figures.items():
         if case.sequences == 1 and not case.kept:
             work = Workload(
@@ -203,12 +204,12 @@ def _shares_of_bandwidth(
             )
             formats = stored if stored and result.terms.quantized else lambda _: None
             moved = bytes_read_per_token(config, formats, work)
-            shares[case] = figures.decode / figures.a_pass * moved / result.bandwidth
-    return shares
+            bounds[case] = result.bandwidth / moved * figures.a_pass
+    return bounds
 
 
 def _table(
-    cases: Sequence[Case], results: Mapping[str, TargetResult], shares: Mapping[Case, float]
+    cases: Sequence[Case], results: Mapping[str, TargetResult], bounds: Mapping[Case, float]
 ) -> Iterator[str]:
     ours, *peers = (name.partition(", ") for name in results)
     yield f"{'':{_NAME}}{ours[0]:>{_CELL}}" + "".join(f"{name:>{_WIDE}}" for name, _, _ in peers)
@@ -226,10 +227,11 @@ def _table(
         yield _line(label, numbers, higher_is_better=higher_is_better)
     held = [result.weights / 1e9 or None for result in results.values()]
     yield _line("weights", held, higher_is_better=False)
-    yield "decode, % of what memory's bandwidth allows"
-    for case in (case for case in cases if case in shares):
-        label = f"after {case.prompt:,}{_how(case)}"
-        yield _line(label, [100 * shares[case]], higher_is_better=True)
+    yield "decode, tokens/s, of those that the memory's bandwidth allows"
+    for case in (case for case in cases if case in bounds):
+        label, speed = f"after {case.prompt:,}{_how(case)}", results[OURS].figures[case].decode
+        beside = f"{_shown(speed)} of {_shown(bounds[case])}"
+        yield f"  {label:{_NAME - 2}}{beside:>{_CELL}}{speed / bounds[case]:>{_RATIO}.0%}"
 
 
 def _line(label: str, numbers: Sequence[float | None], *, higher_is_better: bool) -> str:
@@ -250,7 +252,10 @@ def _shown(number: float | None) -> str:
 
 
 def _notes(
-    cases: Sequence[Case], results: Mapping[str, TargetResult], minutes: float
+    cases: Sequence[Case],
+    results: Mapping[str, TargetResult],
+    bounds: Mapping[Case, float],
+    minutes: float,
 ) -> Iterator[str]:
     for name, result in results.items():
         if terms := result.terms:
@@ -263,7 +268,14 @@ def _notes(
     own = results[OURS]
     for case in (case for case in own.figures if case.copying):
         yield f"Copying: {own.figures[case].a_pass:.1f} tokens a forward pass, by lookup."
-    yield f"Memory: {own.bandwidth / 1e9:,.1f} GB/s were read by a matrix times a vector."
+    if any(own.figures[case].decode > bound for case, bound in bounds.items()):
+        yield (
+            "More than 100%: the model fits the processor's cache, or the machine was busy while "
+            "its bandwidth was measured."
+        )
+    chip = this_chip()
+    stated = f"; Apple states {BANDWIDTHS[chip]:g} for the {chip}" if chip else ""
+    yield f"Memory: {own.bandwidth / 1e9:,.1f} GB/s were read by a matrix times a vector{stated}."
     if len(results) > 1:
         yield f"Ratios: how many times better {OURS} does."
 
@@ -299,18 +311,19 @@ def _panels(cases: Sequence[Case], results: Mapping[str, TargetResult]) -> Itera
     yield Panel(f"decode after {shortest:,}, tokens/s", "sequences together", together)
 
 
-def _as_json(results: Mapping[str, TargetResult], shares: Mapping[Case, float]) -> dict[str, Any]:
+def _as_json(results: Mapping[str, TargetResult], bounds: Mapping[Case, float]) -> dict[str, Any]:
+    def beside_bound(name: str, figures: Measurement) -> dict[str, float | None]:
+        bound = bounds.get(figures.case) if name == OURS else None
+        share = figures.decode / bound if bound else None
+        return {"decode_at_most": bound, "share_of_bandwidth": share}
+
     return {
         name: {
             "terms": asdict(result.terms) if result.terms else None,
             "weights": result.weights,
             "bandwidth": result.bandwidth,
             "figures": [
-                asdict(figures)
-                | {
-                    "prefill": figures.prefill,
-                    "share_of_bandwidth": shares.get(figures.case) if name == OURS else None,
-                }
+                asdict(figures) | {"prefill": figures.prefill, **beside_bound(name, figures)}
                 for figures in result.figures.values()
             ],
         }

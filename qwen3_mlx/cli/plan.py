@@ -17,6 +17,7 @@ from qwen3_mlx.checkpoint.description import indexed_tensor_names, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.stored_formats import formats_held
 from qwen3_mlx.checkpoint.weights import has_all_weights, with_stored_head, without_missing_head
+from qwen3_mlx.cli.chips import BANDWIDTHS, chip_named, this_chip
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.options import GgufFile, Plot, alias_meant, complete_model, with_file
@@ -30,13 +31,6 @@ from qwen3_mlx.model.quantization import Format, FormatOf
 from qwen3_mlx.model.sizes import DEMO, SIZES, hub_name, is_demo, published_model_config, size_named
 
 _MAX_MEMORY_GB = 100_000
-# Memory bandwidth in GB/s, from Apple's technical specifications; the faster of two variants.
-_BANDWIDTHS = dict(
-    [("M1", 68), ("M1 Pro", 200), ("M1 Max", 400), ("M1 Ultra", 800)]
-    + [("M2", 100), ("M2 Pro", 200), ("M2 Max", 400), ("M2 Ultra", 800)]
-    + [("M3", 100), ("M3 Pro", 150), ("M3 Max", 400), ("M3 Ultra", 819)]
-    + [("M4", 120), ("M4 Pro", 273), ("M4 Max", 546), ("M5", 153)]
-)
 _FORMATS = {
     "bf16": None,
     "8": Format(8, 64),
@@ -88,7 +82,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     ] = None,
     chip: Annotated[
         str | None,
-        option(text='Use the memory bandwidth of this chip, such as "M4 Max".'),
+        option(text='Bound tokens/s by the bandwidth of this chip, such as "M4 Max".'),
     ] = None,
     plot: Plot = None,
     as_json: Annotated[
@@ -107,7 +101,9 @@ def plan(  # noqa: PLR0913 - one parameter an option
     if cache not in CACHE_FORMATS:
         raise ValueError(f"--cache must be one of {', '.join(CACHE_FORMATS)}, not {cache!r}")
     itemsize = backend.compute_dtype(dtype).size
-    machine = Machine.here() if memory is None else Machine.mac(_gigabytes(memory))
+    machine = Machine.here(itemsize) if memory is None else Machine.mac(_gigabytes(memory))
+    if memory is None and bandwidth is None:
+        chip = chip or this_chip()
     speed = _bytes_per_second(bandwidth, chip)
 
     def estimate_of(model: str) -> MemoryEstimate:
@@ -176,12 +172,11 @@ def _bytes_per_second(bandwidth: float | None, chip: str | None) -> float | None
     if chip is not None:
         if bandwidth is not None:
             raise ValueError("--chip and --bandwidth set the same value; give one of them")
-        known = {name.lower(): speed for name, speed in _BANDWIDTHS.items()}
-        bandwidth = known.get(" ".join(chip.lower().removeprefix("apple ").split()))
-        if bandwidth is None:
+        if (known := chip_named(chip)) is None:
             raise ValueError(
-                f"--chip {chip!r} is not among {', '.join(_BANDWIDTHS)}; give --bandwidth instead"
+                f"--chip {chip!r} is not among {', '.join(BANDWIDTHS)}; give --bandwidth instead"
             )
+        bandwidth = BANDWIDTHS[known]
     if bandwidth is None:
         return None
     if not 0 < bandwidth < math.inf:
@@ -215,6 +210,9 @@ def _as_json(estimate: MemoryEstimate) -> dict[str, Any]:
         "dtype": estimate.dtype,
         "chunk": machine.chunk,
         "weights": {estimate.format_name(fmt): size for fmt, size in estimate.weights.items()},
+        "tokens_per_second_at_most": {
+            estimate.format_name(fmt): estimate.bounds(fmt) for fmt in estimate.formats
+        },
         "largest_context": {
             estimate.format_name(fmt): {
                 estimate.format_name(cache): estimate.largest(fmt, cache) for cache in CACHE_FORMATS
@@ -237,4 +235,9 @@ def _picture(estimate: MemoryEstimate, cache: str) -> PlanPlot:
         labels=[estimate.context_label(context) for context in contexts],
         available=estimate.machine.available,
         machine=estimate.machine.name,
+        speeds={
+            estimate.label(fmt): {BANDWIDTHS[chip]: bound for chip, bound in bounds.items()}
+            for fmt, bounds in ((fmt, estimate.bounds(fmt)) for fmt in estimate.formats)
+        },
+        bandwidth=estimate.bandwidth,
     )

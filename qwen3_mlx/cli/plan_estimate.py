@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
+from qwen3_mlx.cli.chips import BANDWIDTHS
 from qwen3_mlx.engine.memory import (
     Plan,
     Workload,
@@ -17,7 +18,7 @@ from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import FormatOf
 from qwen3_mlx.model.sizes import yarn_lengths
 
-_SHORTEST_CONTEXT = 2048  # tokens
+SHORTEST_CONTEXT = 2048  # tokens
 _MAC_CHUNK = 2048  # tokens of a prompt that a GPU prefills at once
 _GIB = 1 << 30
 _DTYPE_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -34,7 +35,8 @@ class Machine:
     fused: bool
 
     @classmethod
-    def here(cls) -> "Machine":
+    def here(cls, itemsize: int = 2) -> "Machine":
+        """Describe this machine, for a compute dtype of so many bytes."""
         available, limit = backend.available_memory(), backend.memory_limit()
         name, gives = "This machine", f"can give {in_gb(available)} now"
         if backend.memory_from_environment():
@@ -47,7 +49,8 @@ class Machine:
             )
         elif available < limit:
             gives += f", and {in_gb(limit)} with nothing else running"
-        return cls(name, f"{name} {gives}", available, backend.prefill_chunk(), backend.on_gpu())
+        fused = backend.has_fused_attention(itemsize)
+        return cls(name, f"{name} {gives}", available, backend.prefill_chunk(), fused)
 
     @classmethod
     def mac(cls, memory: float) -> "Machine":
@@ -90,7 +93,7 @@ class MemoryEstimate:
     @property
     def contexts(self) -> list[int]:
         """Context lengths shown: doubling from 2,048 to the window, the window, YaRN lengths."""
-        window, context = self.config.max_position_embeddings, _SHORTEST_CONTEXT
+        window, context = self.config.max_position_embeddings, SHORTEST_CONTEXT
         lengths = []
         while context < window:
             lengths.append(context)
@@ -129,11 +132,14 @@ class MemoryEstimate:
         return largest_context(self.config, self.weights[fmt], work, available, longest)
 
     def tokens_per_second(self, fmt: str, context: int, cache: str) -> float | None:
-        """Return an upper bound of decode speed, or None without a bandwidth.
+        """Return an upper bound of decode speed, or None without a bandwidth."""
+        return self.bandwidth / self._bytes_read(fmt, context, cache) if self.bandwidth else None
 
-        Each token reads the weights that it passes through, and the KV cache.
-        """
-        if not self.bandwidth:
-            return None
-        moved = bytes_read_per_token(self.config, self.formats[fmt], self.work(context, cache))
-        return self.bandwidth / moved
+    def bounds(self, fmt: str) -> dict[str, float]:
+        """Return the upper bound of decode speed on each chip, after a short, unquantized cache."""
+        read = self._bytes_read(fmt, SHORTEST_CONTEXT, "bf16")
+        return {chip: speed * 1e9 / read for chip, speed in BANDWIDTHS.items()}
+
+    def _bytes_read(self, fmt: str, context: int, cache: str) -> int:
+        """Return what each token reads: the weights that it passes through, and the KV cache."""
+        return bytes_read_per_token(self.config, self.formats[fmt], self.work(context, cache))

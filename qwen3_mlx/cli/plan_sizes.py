@@ -4,11 +4,12 @@ Recommended is the best size that fits with room for a context of `_LEAST_CONTEX
 or more, and as many bits as leave room for the context that the models were trained with.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qwen3_mlx.cli.plan_estimate import MemoryEstimate
+from qwen3_mlx.cli.chips import published
+from qwen3_mlx.cli.plan_estimate import SHORTEST_CONTEXT, MemoryEstimate
 
 # From the least to the best. 30B-A3B answers about as well as 32B and reads a tenth of the weights
 # for each token, so it is several times faster.
@@ -64,7 +65,24 @@ def table_of_sizes(estimates: Mapping[str, MemoryEstimate], best: Recommendation
         cells = (f"{_longest(estimates[size], fmt) or '-':>10}" for fmt in shown)
         mark = "  <--" if best and best.size == size else ""
         lines.append(f"{f'Qwen3-{size}':26}" + "".join(cells) + mark)
+    if some.bandwidth:
+        lines += ["", *_speeds(estimates, shown)]
     return "\n".join([*lines, "", *_advice(best, some)])
+
+
+def _speeds(estimates: Mapping[str, MemoryEstimate], shown: Sequence[str]) -> Iterator[str]:
+    """Yield the bound of tokens a second of each size that fits."""
+    some = next(iter(estimates.values()))
+    heads = "".join(f"{some.label(fmt):>10}" for fmt in shown)
+    yield f"{f'tokens/s at most, {(some.bandwidth or 0) / 1e9:g} GB/s':26}{heads}"
+    for size in _BY_QUALITY:
+        estimate = estimates[size]
+        cells = []
+        for fmt in shown:
+            speed = estimate.tokens_per_second(fmt, SHORTEST_CONTEXT, "bf16")
+            cells.append(f"{f'{speed:,.0f}' if _longest(estimate, fmt) else '-':>10}")
+        yield f"{f'Qwen3-{size}':26}{''.join(cells)}"
+    yield f"Real speeds are lower; {published()}."
 
 
 def _longest(estimate: MemoryEstimate, fmt: str) -> str:

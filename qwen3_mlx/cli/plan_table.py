@@ -1,6 +1,9 @@
 """The table of `qwen3 plan`: the terms of the memory by context, and what fits."""
 
-from qwen3_mlx.cli.plan_estimate import MemoryEstimate
+from collections.abc import Iterator
+
+from qwen3_mlx.cli.chips import by_bandwidth, published
+from qwen3_mlx.cli.plan_estimate import SHORTEST_CONTEXT, MemoryEstimate
 from qwen3_mlx.engine.memory import count_weights
 
 
@@ -44,7 +47,22 @@ def table_of(estimate: MemoryEstimate, cache: str) -> str:
                 for speed, plan in zip(speeds, plans[fmt], strict=True)
             ]
             lines.append(_row(estimate.label(fmt), "", cells))
+    else:
+        lines += ["", *_by_chip(estimate)]
     return "\n".join([*lines, "", *_notes(estimate)])
+
+
+def _by_chip(estimate: MemoryEstimate) -> Iterator[str]:
+    """Yield the bound of tokens a second of every chip, at a short context."""
+    context = estimate.context_label(SHORTEST_CONTEXT)
+    yield f"tokens/s, at most, at a context of {context}, by the bandwidth of a chip's memory"
+    heads = "".join(f"{estimate.label(fmt):>8}" for fmt in estimate.formats)
+    yield f"{'':37}{'GB/s':>5}{heads}"
+    bounds = [estimate.bounds(fmt) for fmt in estimate.formats]
+    for speed, chips in by_bandwidth().items():
+        row = [of_chips[chips[0]] for of_chips in bounds]
+        cells = "".join(f"{bound:>8.1f}" if bound < 10 else f"{bound:>8,.0f}" for bound in row)
+        yield f"{', '.join(chips):37}{speed:>5.0f}{cells}"
 
 
 def _notes(estimate: MemoryEstimate) -> list[str]:
@@ -54,12 +72,12 @@ def _notes(estimate: MemoryEstimate) -> list[str]:
     ]
     if any(estimate.with_yarn(context) for context in estimate.contexts):
         notes.append("* needs YaRN, set as the model card says in config.json's rope_scaling.")
+    notes.append(
+        "Tokens/s: the bandwidth divided by the bytes that a token reads; real speeds are lower."
+    )
+    notes.append(f"{published()}.")
     if estimate.bandwidth is None:
-        notes.append("For an upper bound of tokens/s: --bandwidth 400 (GB/s), or --chip 'M4 Max'.")
-    else:
-        notes.append(
-            "Tokens/s: the bandwidth divided by the bytes read per token; real speeds are lower."
-        )
+        notes.append("By context: --chip 'M4 Max', or --bandwidth 400 (GB/s).")
     if not estimate.machine.fused and estimate.dtype != "float32":
         notes.append("On this CPU the default compute dtype is float32: see --dtype float32.")
     return notes

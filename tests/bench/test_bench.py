@@ -5,6 +5,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +27,10 @@ from qwen3_mlx.bench.measure import (
     measure,
 )
 from qwen3_mlx.bench.targets import MlxLm, Ours
-from qwen3_mlx.cli.bench import _notes, _table
+from qwen3_mlx.cli.bench import _as_json, _bounds, _notes, _table
+from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.sizes import published_model_config
 from tests.cli.harness import QWEN3, call
 from tests.support import greedy_tokens, make_model, random_ids, read_weights
 
@@ -192,7 +195,7 @@ def test_the_table_of_this_package_alone_of_a_folder_that_is_called_like_a_size(
         "most, 2 x 8 tokens",
         "after 8, copying",
         "after 20, 8-bit cache",
-        "decode, % of what memory's bandwidth allows",
+        "decode, tokens/s, of those that the memory's bandwidth allows",
         "tokens a forward pass, by lookup",
         "qwen3-mlx: ",
     ):
@@ -209,16 +212,34 @@ def test_what_was_not_reached_is_left_open_and_said() -> None:
     ours = TargetResult(True, TERMS, 10**9, {case: figures(case, 30) for case in cases})
     peer = TargetResult(True, TERMS, 2 * 10**9, {cases[0]: figures(cases[0], 10)})
     results = {OURS: ours, f"{PEER}, {EQUAL}": peer}
-    rows = [line.split() for line in _table(cases, results, {cases[0]: 0.875})]
+    rows = [line.split() for line in _table(cases, results, {cases[0]: 40.0})]
     assert ["after", "8", "30", "10", "3.00x"] in rows
     assert ["2", "together,", "after", "8", "30", "-"] in rows
     assert ["weights", "1", "2", "2.00x"] in rows
-    assert rows[-1] == ["after", "8", "87.5"]
-    notes = " ".join(_notes(cases, results, 10))
+    assert rows[-1] == ["after", "8", "30", "of", "40", "75%"]
+    notes = " ".join(_notes(cases, results, {cases[0]: 20.0}, 10))
     assert "mlx-lm, equal terms: float32" in notes and "(as it comes)" in notes
     assert notes.count("not measured within 10 minutes") == 1
+    assert "More than 100%" in notes
     unloaded = {OURS: ours, f"{PEER}, {EQUAL}": TargetResult(is_default=False)}
     assert ["weights", "1", "-"] in [line.split() for line in _table(cases, unloaded, {})]
+
+
+def test_the_bound_is_what_the_bandwidth_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A token of Qwen3-4B in 4 bits reads 2.26 GB of weights, and 147 kB for each token before."""
+    case, copying = Case(1, 2048), Case(1, 2048, copying=True)
+    terms = NumericSettings("bfloat16", quantized=True, blas="")
+    several = replace(figures(copying, 300), a_pass=3.0)
+    ours = TargetResult(True, terms, 1, {case: figures(case, 100), copying: several}, 546e9)
+    bounds = _bounds(published_model_config("4B"), lambda path: Format(4, 64), ours)
+    assert bounds[case] == pytest.approx(546e9 / (2.263e9 + 2048 * 147_456), rel=1e-3)
+    assert bounds[copying] == 3 * bounds[case]
+    (found,) = _as_json({OURS: ours}, bounds).values()
+    assert found["figures"][0]["decode_at_most"] == bounds[case]
+    assert found["figures"][0]["share_of_bandwidth"] == 100 / bounds[case]
+    monkeypatch.setattr(backend, "on_metal", lambda: True)
+    monkeypatch.setattr(backend, "device_name", lambda: "Apple M4 Max")
+    assert "Apple states 546 for the M4 Max" in " ".join(_notes([case], {OURS: ours}, bounds, 10))
 
 
 def test_repeats_give_medians() -> None:

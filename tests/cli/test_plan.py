@@ -12,6 +12,7 @@ import pytest
 
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
+from qwen3_mlx.cli import chips
 from qwen3_mlx.model.sizes import published_config
 from tests.cli.harness import call
 
@@ -57,6 +58,7 @@ def test_the_table_tells_what_fits(capsys: Captured) -> None:
         assert word in out
 
 
+@pytest.mark.as_cpu
 def test_this_machine_is_what_load_would_ask(
     capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,11 +66,10 @@ def test_this_machine_is_what_load_would_ask(
     monkeypatch.setattr(backend, "memory_limit", lambda: 9_000_000_000)
     _, out, _ = call(["plan", "8b"], capsys)
     assert "This machine can give 6.5 GB now, and 9.0 GB with nothing else running." in out
-    if not backend.on_gpu():
-        assert "512 tokens at once" in out and "--dtype float32" in out
-        _, out, _ = call(["plan", "8b", "--dtype", "float32"], capsys)
-        assert row_of(out, "fp32").split()[1] == "32.76"
-        assert row_of(out, "cache, fp32").split()[2] == "0.60"
+    assert "512 tokens at once" in out and "--dtype float32" in out
+    _, out, _ = call(["plan", "8b", "--dtype", "float32"], capsys)
+    assert row_of(out, "fp32").split()[1] == "32.76"
+    assert row_of(out, "cache, fp32").split()[2] == "0.60"
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,56 @@ def test_speed_is_bounded_by_active_experts(capsys: Captured) -> None:
     )
     assert int(dense[2]) == 22
     assert int(sparse[2]) > 9 * int(dense[2])
+
+
+def test_speeds_are_bounded_for_every_chip(capsys: Captured) -> None:
+    _, out, _ = call(["plan", "4B", "--memory", "36"], capsys)
+    assert max(map(len, out.splitlines())) <= 100
+    formats = "GB/s bf16 8 bits 6 bits 5 bits 4 bits mxfp4 3 bits"
+    heads, *rows = out.split("by the bandwidth of a chip's memory\n")[1].splitlines()
+    assert " ".join(heads.split()) == formats
+    assert [row.split()[0] for row in rows[:4]] == ["M1", "M2,", "M4", "M3"]
+    bounds = everything(capsys, "4B")["tokens_per_second_at_most"]
+    assert list(bounds) == ["bf16", "8", "6", "5", "4", "mxfp4", "3"]
+    bounds = bounds["4"]
+    assert set(bounds) == set(chips.BANDWIDTHS) and len(bounds) == 21
+    for generation in range(1, 6):
+        for kind in ("", " Pro", " Max", " Ultra"):
+            known = f"M{generation}{kind}" in bounds
+            assert known or (generation, kind) in ((4, " Ultra"), (5, " Ultra"))
+    assert row_of(out, "M5 Pro").split()[-3] == f"{bounds['M5 Pro']:,.0f}"
+    by_context = everything(capsys, "4B", "--chip", "M5 Pro")["rows"]
+    first = next(row for row in by_context if row["weight_format"] == "4")
+    assert first["tokens_per_second_at_most"] == bounds["M5 Pro"]
+
+
+def test_what_was_measured_is_said_beside_the_bound(capsys: Captured) -> None:
+    shares = chips.published_shares()
+    assert {bits: round(share, 2) for bits, share in shares.items()} == {
+        4: 0.63,  # 134.52 tokens/s of 2.27 GB of weights and 0.31 GB of cache, at 546 GB/s
+        6: 0.69,
+        8: 0.73,
+        16: 0.8,
+    }
+    for arguments in (["8B"], ["8B", "--chip", "M4 Max"], ["--chip", "M4 Max"]):
+        _, out, _ = call(["plan", *arguments], capsys)
+        assert "63% of it for 4B in 4 bits on an M4 Max" in out
+    _, out, _ = call(["plan", "--memory", "36", "--chip", "M4 Max"], capsys)
+    speeds = out.split("tokens/s at most, 546 GB/s")[1]
+    assert row_of(speeds, "Qwen3-4B").split()[1:] == ["213", "153", "119", "65"]
+    assert row_of(speeds, "Qwen3-235B").split()[1:] == ["-"] * 4
+
+
+def test_a_known_chip_needs_no_option(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "on_metal", lambda: True)
+    monkeypatch.setattr(backend, "device_name", lambda: "Apple M4 Pro")
+    monkeypatch.setattr(backend, "working_set", lambda: 12_713_000_000)
+    _, out, _ = call(["plan", "8B"], capsys)
+    assert "tokens/s, at most, at 273 GB/s" in out
+    _, out, _ = call(["plan", "8B", "--memory", "64"], capsys)  # another Mac
+    assert "by the bandwidth of a chip's memory" in out
+    monkeypatch.setattr(backend, "device_name", lambda: "Apple M9")
+    assert chips.this_chip() is None
 
 
 def test_the_cache_shown_can_be_chosen(capsys: Captured) -> None:
@@ -216,6 +267,8 @@ def test_the_picture_is_drawn_the_same_every_time(tmp_path: Path, capsys: Captur
         assert err == f"drawn: {file}\n"
     first, second = (file.read_text("utf-8") for file in files)
     assert first == second
+    for word in ("tokens/s, at most", "M3 Ultra"):
+        assert word in first
     assert ElementTree.fromstring(first).tag.endswith("svg")
     picture = tmp_path / "plan.png"  # of a machine that everything fits
     assert call(["plan", "0.6B", "--memory", "64", "--plot", str(picture)], capsys)[0] == 0
