@@ -8,6 +8,7 @@ import pytest
 from benchmarks.__main__ import PARTS, with_part
 from benchmarks.checkpoint import random_checkpoint
 from benchmarks.conversion import report
+from benchmarks.gpu import STEPS, Step, main
 from benchmarks.graph import dispatches_per_layer
 from benchmarks.host import table
 from benchmarks.quality import Made, mean_of, most_different, points, read_exam, verdicts
@@ -126,3 +127,22 @@ def test_random_checkpoints_of_real_shape_are_written_by_layers(
     assert {name: tensor.shape for name, tensor in found.tensors.items()} == {
         name: tuple(array.shape) for name, array in needed.items()
     }
+
+
+def test_every_step_of_a_gpu_runs_and_failures_are_named(capfd: pytest.CaptureFixture[str]) -> None:
+    steps = {
+        "good": Step(60, ["-c", "print('done')"]),
+        "bad": Step(60, ["-c", "raise SystemExit(3)"]),
+        "slow": Step(0.1, ["-c", "import time; time.sleep(60)"]),
+        "last": Step(60, ["-c", "print('still')"]),
+    }
+    assert main([], steps) == 1
+    out = capfd.readouterr().out
+    assert "done" in out and "still" in out and "stopped after 0 s" in out
+    assert out.endswith("failed: bad, slow\n")
+    assert main(["good"], steps) == 0
+    with pytest.raises(SystemExit, match="there is no step 'x'; there are verify, tests, demo"):
+        main(["x"])
+    assert sum(step.seconds for step in STEPS.values()) <= 900
+    for word in STEPS["tests"].command:
+        assert not word.startswith("tests/") or (Path(__file__).parent.parent / word).is_dir()
