@@ -36,7 +36,7 @@ _QUESTIONS = (
     *("Reverse: one two three", "Who are you?", "What is 9 + 9?", "Repeat: a b c d e f g h i j k"),
 )
 _TOKENS = 24  # of a reply
-_CACHED = 3072  # tokens in a cache whose copies are looked for: more than a step has in flight
+_CACHED = 2048  # tokens in a cache whose copies are looked for: more than a step has in flight
 _STEPS = 16  # until all sequences decode together, and as many to look for copies in
 _JOINT = 2  # sequences, from which on they have joint buffers unless those are quantized
 _MOST_OF_A_COPY = 0.5
