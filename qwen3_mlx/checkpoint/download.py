@@ -170,21 +170,54 @@ def _read_to_end(
             stopped.wait(_PAUSE if failures else 0)
 
 
-def _read(file: _File, target: BufferedRandom, count: Callable[[int], None], stopped: Flag) -> None:
-    """Append the missing bytes to the partial file, or restart it if the hub sends no part."""
+def read_range(name: str, commit: str, file: str, start: int, stop: int) -> tuple[bytes, int]:
+    """Return the bytes [start, stop) of a file on the hub, fewer at its end, and its total bytes.
+
+    Nothing is stored.
+
+    Raises:
+        CheckpointError: the hub does not state the file's length.
+    """
+    from huggingface_hub import hf_hub_url
+
+    found = bytearray()
+    with _get(hf_hub_url(name, file, revision=commit), f"{start}-{stop - 1}") as response:
+        is_part = response.status_code == 206
+        before = 0 if is_part else start  # a hub that sends no parts begins at the first byte
+        for chunk in response.iter_bytes():
+            found += chunk
+            if len(found) >= before + stop - start:
+                break
+        headers = response.headers
+        stated = headers.get("Content-Range" if is_part else "Content-Length", "")
+    total = stated.rpartition("/")[2]
+    if not total.isdecimal():
+        raise CheckpointError(f"the hub does not state the length of {file}; download it whole")
+    return bytes(found[before : before + stop - start]), int(total)
+
+
+@contextmanager
+def _get(url: str, part: str = "") -> Iterator[Any]:
+    """Request a file, or the part `first-last` of it; yield the response."""
     from huggingface_hub import constants, get_session
     from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 
-    start = target.seek(0, 2)
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
-    if start:
-        headers["Range"] = f"bytes={start}-"
+    if part:
+        headers["Range"] = f"bytes={part}"
     timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
     request: Any = get_session().stream(  # of httpx or httpx2, by the version of the library
-        "GET", file.url, headers=headers, follow_redirects=True, timeout=timeout
+        "GET", url, headers=headers, follow_redirects=True, timeout=timeout
     )
     with request as response:
         hf_raise_for_status(response)
+        yield response
+
+
+def _read(file: _File, target: BufferedRandom, count: Callable[[int], None], stopped: Flag) -> None:
+    """Append the missing bytes to the partial file, or restart it if the hub sends no part."""
+    start = target.seek(0, 2)
+    with _get(file.url, f"{start}-" if start else "") as response:
         if start and response.status_code != 206:
             target.truncate(0)
             count(-start)

@@ -7,7 +7,8 @@ The layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 import mmap
 import re
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from qwen3_mlx.files import Entry
 _MAGIC, _VERSIONS, _ALIGNMENT = b"GGUF", (2, 3), 32
 _MAX_AXES = 4
 _MAX_COUNT = 10_000_000  # of keys, tensors, and entries of an array
+_FIRST_BYTES, _MAX_BYTES = 1 << 20, 1 << 27  # read of a remote header at first, and at most
 _SCALARS = {
     0: "B",
     1: "b",
@@ -93,12 +95,43 @@ def read_gguf(file: Path, first: Mapping[str, Any] = MappingProxyType({})) -> Gg
         CheckpointError: the file cannot be read, is truncated or broken, is not of a Qwen3, or has
             a tensor of a type that is not read.
     """
+    with (
+        _checked(file),
+        file.open("rb") as stream,
+        mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw,
+    ):
+        return _Reader(file, raw, len(raw), first).header()
+
+
+def read_remote_gguf(
+    file: Path,
+    read: Callable[[int, int], tuple[bytes, int]],
+    first: Mapping[str, Any] = MappingProxyType({}),
+) -> GgufHeader:
+    """Read the header of a GGUF file that is not on disk; see `read_gguf`.
+
+    `read` takes an interval of bytes, [start, stop), and returns them with the total bytes of the
+    file. It is called with intervals of growing length until the header is complete.
+    """
+    raw, size = read(0, _FIRST_BYTES)
+    with _checked(file):
+        while True:
+            try:
+                return _Reader(file, raw, size, first).header()
+            except EOFError:
+                if len(raw) > _MAX_BYTES:
+                    raise ValueError("its header has no end") from None
+                more, _ = read(len(raw), 2 * len(raw))
+                if not more:
+                    raise ValueError("it ends before its stated length") from None
+                raw += more
+
+
+@contextmanager
+def _checked(file: Path) -> Iterator[None]:
+    """Raise a CheckpointError for a file that cannot be read, or has a broken header."""
     try:
-        with (
-            file.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw,
-        ):
-            return _Reader(file, raw, first).header()
+        yield
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror}") from error
     except (struct.error, ValueError, KeyError, IndexError, TypeError, MemoryError) as error:
@@ -128,17 +161,28 @@ def _tensors_of(file: tuple[Path, int, int], first: tuple[Path, int, int]) -> Ma
 @lru_cache(maxsize=1)
 def _naming(first: tuple[Path, int, int]) -> Mapping[str, Any]:
     """Return the metadata of a first part that the names of all parts depend on."""
-    metadata = read_gguf(first[0]).metadata
+    return without_lists(read_gguf(first[0]).metadata)
+
+
+def without_lists(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the metadata of a first part that other parts need; the vocabulary is not."""
     return {key: value for key, value in metadata.items() if not isinstance(value, list)}
 
 
 class _Reader:
-    """Reads values one after another; a `ValueError` or `struct.error` means a broken file."""
+    """Reads values one after another; a `ValueError` or `struct.error` means a broken file.
 
-    def __init__(self, file: Path, raw: mmap.mmap, first: Mapping[str, Any]) -> None:
+    `raw` may be the beginning of the file alone, which has `size` bytes; an `EOFError` means that
+    the header ends after it.
+    """
+
+    def __init__(
+        self, file: Path, raw: mmap.mmap | bytes, size: int, first: Mapping[str, Any]
+    ) -> None:
         self._file = file
         self._first = first
         self._raw = raw
+        self._size = size
         self._place = 0
 
     def header(self) -> GgufHeader:
@@ -167,7 +211,7 @@ class _Reader:
             name: replace(entry, start=entry.start + start) for name, entry in tensors.items()
         }
         for name, entry in entries.items():
-            if entry.start + entry.nbytes > len(self._raw):
+            if entry.start + entry.nbytes > self._size:
                 raise CheckpointError(
                     f"{self._file} is truncated: {name} ends after it; download it again"
                 )
@@ -186,9 +230,20 @@ class _Reader:
             )
 
     def _one(self, code: str) -> Any:
-        (value,) = struct.unpack_from(f"<{code}", self._raw, self._place)
-        self._place += struct.calcsize(f"<{code}")
+        (value,) = self._unpack(code)
         return value
+
+    def _unpack(self, code: str) -> tuple[Any, ...]:
+        return struct.unpack_from(f"<{code}", self._raw, self._skip(struct.calcsize(f"<{code}")))
+
+    def _skip(self, length: int) -> int:
+        """Move after the next `length` bytes; return where they begin."""
+        start, self._place = self._place, self._place + length
+        if self._place > self._size:
+            raise ValueError("its header ends after the file")
+        if self._place > len(self._raw):
+            raise EOFError
+        return start
 
     def _count(self) -> int:
         count = int(self._one("Q"))
@@ -198,9 +253,7 @@ class _Reader:
 
     def _string(self) -> str:
         length = self._one("Q")
-        start, self._place = self._place, self._place + length
-        if self._place > len(self._raw):
-            raise ValueError("a text ends after the file")
+        start = self._skip(length)
         return self._raw[start : self._place].decode("utf-8", "replace")
 
     def _value(self, kind: int) -> Any:
@@ -211,9 +264,7 @@ class _Reader:
         kind, count = self._one("I"), self._count()
         if kind == _STRING:
             return [self._string() for _ in range(count)]
-        values = struct.unpack_from(f"<{count}{_SCALARS[kind]}", self._raw, self._place)
-        self._place += struct.calcsize(f"<{count}{_SCALARS[kind]}")
-        return list(values)
+        return list(self._unpack(f"{count}{_SCALARS[kind]}"))
 
     def _tensor(self) -> tuple[str, Entry]:
         """Read the entry of a tensor; its start counts from the beginning of the data."""

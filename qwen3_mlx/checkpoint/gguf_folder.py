@@ -9,7 +9,8 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,16 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from qwen3_mlx.checkpoint.formats.methods import GGUF
-from qwen3_mlx.checkpoint.gguf_file import gguf_tensors, read_gguf
-from qwen3_mlx.checkpoint.weights import GGUF_POINTER
+from qwen3_mlx.checkpoint.gguf_file import (
+    gguf_tensors,
+    read_gguf,
+    read_remote_gguf,
+    without_lists,
+)
+from qwen3_mlx.checkpoint.hub import Source
+from qwen3_mlx.checkpoint.weights import GGUF_POINTER, Weights
 from qwen3_mlx.errors import CheckpointError
-from qwen3_mlx.files import read_json
+from qwen3_mlx.files import Entry, read_json
 
 _SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # types of tokens
@@ -62,7 +69,10 @@ def gguf_folder(file: Path) -> Path:
         raise CheckpointError(f"{error.filename} cannot be read: {error.strerror}") from error
     folder = _cache() / sha256(json.dumps(states).encode()).hexdigest()[:32]
     if not _is_whole(folder):
-        contents = _contents(files)
+        tensors = {
+            name: entry for part in files for name, entry in gguf_tensors(part, files[0]).items()
+        }
+        contents = _contents(files, read_gguf(files[0]).metadata, tensors)
         try:
             shutil.rmtree(folder, ignore_errors=True)
             _write(folder, contents)
@@ -73,7 +83,27 @@ def gguf_folder(file: Path) -> Path:
     return folder
 
 
-def _parts(file: Path) -> list[Path]:
+def describe_remote(source: Source, files: Sequence[str]) -> tuple[dict[str, Any], Weights]:
+    """Return the config.json of a GGUF file on the hub, and its tensors without their numbers.
+
+    Only the headers of the file, or of its parts, are downloaded. Nothing is stored.
+
+    Raises:
+        CheckpointError: as `gguf_folder` does, or the hub cannot be reached.
+    """
+    parts = _parts(source.path(files[0]), {source.path(file) for file in files})
+    headers: dict[Path, Mapping[str, Any]] = {}
+    first: Mapping[str, Any] = {}
+    for part, file in zip(parts, files, strict=True):
+        header = read_remote_gguf(part, partial(source.read_range, file), without_lists(first))
+        first = first or header.metadata
+        headers[part] = header.tensors
+    weights = Weights(parts[0].parent, headers)
+    return _contents(parts, first, weights.stored)["config.json"], weights
+
+
+def _parts(file: Path, present: Container[Path] | None = None) -> list[Path]:
+    """Return all parts of a file, which are those `present`, or on disk."""
     match = _SPLIT.fullmatch(file.name)
     if not match:
         return [file]
@@ -83,7 +113,9 @@ def _parts(file: Path) -> list[Path]:
     files = [
         file.with_name(f"{stem}-{part:05}-of-{count}.gguf") for part in range(1, int(count) + 1)
     ]
-    missing = (part.name for part in files if not part.is_file())
+    missing = (
+        part.name for part in files if not (part.is_file() if present is None else part in present)
+    )
     if first := next(missing, ""):
         others = sum(1 for _ in missing)
         more = f" and {others} more" if others else ""
@@ -126,16 +158,14 @@ def _write(folder: Path, contents: Mapping[str, Any]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _contents(files: Sequence[Path]) -> dict[str, Any]:
+def _contents(
+    files: Sequence[Path], metadata: Mapping[str, Any], tensors: Mapping[str, Entry]
+) -> dict[str, Any]:
     """Return the contents of the folder's files, by their names."""
-    metadata = read_gguf(files[0]).metadata
     if metadata.get("split.count", len(files)) != len(files):
         raise CheckpointError(
             f"{files[0]} is one of {metadata['split.count']} parts; it was renamed"
         )
-    tensors = {
-        name: entry for file in files for name, entry in gguf_tensors(file, files[0]).items()
-    }
     try:
         vocabulary = tensors["model.embed_tokens.weight"].shape[0]
         _check_tokens(metadata, vocabulary)

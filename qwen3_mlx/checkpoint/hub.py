@@ -6,12 +6,18 @@
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from json import JSONDecodeError
 from pathlib import Path
 
 from qwen3_mlx.arguments import Progress
-from qwen3_mlx.checkpoint.download import download, first_line, silent_progress_bar
+from qwen3_mlx.checkpoint.download import (
+    download,
+    first_line,
+    read_range,
+    silent_progress_bar,
+)
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.sizes import DEMO, SIZES, closest_size, hub_name, is_demo
 
@@ -254,16 +260,9 @@ class Source:
             return self.folder
         # Imported here because it takes 0.35 s, and most loads are from a folder.
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            GatedRepoError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-            RepositoryNotFoundError,
-            RevisionNotFoundError,
-        )
 
-        try:
-            if missing := self._missing(files):
+        with self._explained():
+            if missing := self.missing(files):
                 download(self._place, self._commit or "", missing, self._progress)
             return Path(  # nothing is left to download, but this call creates the cache's links
                 snapshot_download(
@@ -273,6 +272,35 @@ class Source:
                     tqdm_class=silent_progress_bar(),
                 )
             )
+
+    def read_range(self, file: str, start: int, stop: int) -> tuple[bytes, int]:
+        """Return the bytes [start, stop) of a file that is `missing`, and its total bytes.
+
+        They are not stored.
+
+        Raises:
+            CheckpointError: as `fetch` does.
+        """
+        with self._explained():
+            return read_range(self._place, self._commit or "", file, start, stop)
+
+    def path(self, file: str) -> Path:
+        """Return the path that messages state for a file."""
+        return Path(self._place) / file
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Raise a CheckpointError for what the hub refuses."""
+        from huggingface_hub.errors import (
+            GatedRepoError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+            RepositoryNotFoundError,
+            RevisionNotFoundError,
+        )
+
+        try:
+            yield
         except CheckpointError:
             raise
         except GatedRepoError as error:
@@ -296,8 +324,10 @@ class Source:
         except Exception as error:  # the hub's library passes on errors of its HTTP client
             raise CheckpointError(f"downloading {self.name} failed: {_reason(error)}") from error
 
-    def _missing(self, files: Sequence[str]) -> list[str]:
+    def missing(self, files: Sequence[str]) -> list[str]:
         """Return those of `files` that the hub is known to have and that are not in the cache."""
+        if self.folder:
+            return []
         from huggingface_hub import try_to_load_from_cache
 
         listed = self.list_files() or ()

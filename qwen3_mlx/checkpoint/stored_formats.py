@@ -35,7 +35,11 @@ def read_matrices(folder: Path, config: Mapping[str, Any]) -> dict[str, Matrix]:
     Raises:
         CheckpointError: a file is broken, or the quantization is not supported.
     """
-    weights = Weights(folder)
+    return matrices_of(Weights(folder), config)
+
+
+def matrices_of(weights: Weights, config: Mapping[str, Any]) -> dict[str, Matrix]:
+    """Return the same of weights whose headers have been read."""
     schemes = _schemes_of(config)
     matrices: dict[str, Matrix] = {}
     used: set[str] = set()  # stored tensors

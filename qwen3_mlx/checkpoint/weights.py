@@ -58,22 +58,29 @@ class TensorSource(Protocol):
 class Weights:
     """All tensors of a checkpoint's folder, by their names in the network."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read the headers of all weight files.
+    def __init__(
+        self, folder: Path, headers: Mapping[Path, Mapping[str, Entry]] | None = None
+    ) -> None:
+        """Read the headers of all weight files, or take those of files that are not on disk.
 
         Raises:
             CheckpointError: there is no weight file, or one is missing, truncated or broken.
         """
-        self.files = _weight_files(folder)
+        if headers is None:
+            files = _weight_files(folder)
+            headers = {
+                file: gguf_tensors(file, files[0])
+                if file.suffix.lower() == GGUF_SUFFIX
+                else read_header(file)
+                for file in files
+            }
+        self.files = list(headers)
         self.stored: dict[str, Entry] = {}
         self._open: dict[Path, dict[str, mx.array]] = {}
-        for file in self.files:
-            is_gguf = file.suffix.lower() == GGUF_SUFFIX
-            for name, entry in (
-                gguf_tensors(file, self.files[0]) if is_gguf else read_header(file)
-            ).items():
+        for entries in headers.values():
+            for name, entry in entries.items():
                 if other := self.stored.get(name):
-                    both = f"{other.file.name} and {file.name}"
+                    both = f"{other.file.name} and {entry.file.name}"
                     raise CheckpointError(f"{folder} has {name} twice, in {both}")
                 self.stored[name] = entry
         tensors: dict[str, Tensor] = {}

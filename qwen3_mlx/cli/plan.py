@@ -14,8 +14,9 @@ import typer
 from qwen3_mlx import backend
 from qwen3_mlx.cache.quantized import CACHE_FORMATS
 from qwen3_mlx.checkpoint.description import indexed_tensor_names, read_config
+from qwen3_mlx.checkpoint.gguf_folder import describe_remote
 from qwen3_mlx.checkpoint.hub import Source
-from qwen3_mlx.checkpoint.stored_formats import formats_held
+from qwen3_mlx.checkpoint.stored_formats import formats_held, held, matrices_of
 from qwen3_mlx.checkpoint.weights import has_all_weights, with_stored_head, without_missing_head
 from qwen3_mlx.cli.chips import BANDWIDTHS, chip_named, this_chip
 from qwen3_mlx.cli.console import note
@@ -96,7 +97,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     [bold]qwen3 plan 8B[/bold]   plan the memory of a size, term by term.
 
     No weights are loaded. For a hub name, only config.json is fetched, and at
-    most the index of its files.
+    most the index of its files; of a GGUF file its header, some 10 MB.
     """
     if cache not in CACHE_FORMATS:
         raise ValueError(f"--cache must be one of {', '.join(CACHE_FORMATS)}, not {cache!r}")
@@ -136,9 +137,16 @@ def _resolve(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[s
             )
         return f"Qwen3-{size}", published_model_config(size), formats
     source = Source(hub_name(model), revision)
-    folder, content = read_config(source, ["config.json"])
-    config = ModelConfig.from_dict(_checked_config(content, source, folder))
-    if stored := formats_held(content, folder):
+    parts = source.gguf_files()
+    stored: FormatOf | None
+    if source.missing(parts):
+        content, weights = describe_remote(source, parts)
+        config, stored = ModelConfig.from_dict(content), held(matrices_of(weights, content)).get
+    else:
+        folder, content = read_config(source, ["config.json"])
+        config = ModelConfig.from_dict(_checked_config(content, source, folder))
+        stored = formats_held(content, folder)
+    if stored:
         formats = {"as it is": stored, **formats}
     return DEMO if is_demo(model) else source.name, config, formats
 

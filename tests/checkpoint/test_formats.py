@@ -247,7 +247,7 @@ def test_metadata_of_another_kind_is_named(
 def with_value(source: Path, key: str, kind: int, raw: bytes) -> bytes:
     """Return a GGUF file with another value of a key; its numbers are no longer at their place."""
     whole = source.read_bytes()
-    reader = gguf_file._Reader(source, whole, {})  # type: ignore[arg-type]
+    reader = gguf_file._Reader(source, whole, len(whole), {})
     reader._place = whole.index(key.encode()) + len(key)
     start = reader._place
     reader._value(reader._one("I"))
