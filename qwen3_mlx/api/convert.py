@@ -22,7 +22,7 @@ from qwen3_mlx.checkpoint.distill import Distillation, Distilled, needed_bytes
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import quantizable_shapes
 from qwen3_mlx.checkpoint.model_card import model_card, usage
-from qwen3_mlx.checkpoint.recipes import RECIPES, choose_formats
+from qwen3_mlx.checkpoint.recipes import RECIPES, Formats, choose_formats
 from qwen3_mlx.checkpoint.stored import quantization_of
 from qwen3_mlx.checkpoint.stored_formats import kept_formats
 from qwen3_mlx.checkpoint.weights import INDEX, with_stored_head
@@ -41,6 +41,7 @@ PhaseProgress = Callable[[str, int, int], None]
 _DESCRIPTION = (*COPIED_FILES, "config.json", INDEX)
 _MIN_TARGET_BPW, _MAX_TARGET_BPW = 2.5, 9.0
 _MIN_KEPT = 0.9  # of an adapter, without a warning
+_MAX_STEPS = 1_000_000  # of a distillation
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,7 +189,10 @@ def convert(  # noqa: PLR0913 - one keyword an option
         distillation=_settings(folder, config, calibration, distill),
     )
     if recipe == "auto":
-        job = _measured(job, calibration, target_bpw or 0.0, progress)
+        target = target_bpw or 0.0
+        near = Format(next(n for n in (8, 6, 5, 4, 3, 2) if n + 0.5 <= target), 64)
+        _check_memory(job, choose_formats(quantizable_shapes(config), "uniform", near))
+        job = _measured(job, calibration, target, progress)
     elif not dequantize:
         asked = (recipe, bits, group_size, mode) != ("uniform", None, None, AFFINE)
         kept = None if asked else kept_formats(config, folder)
@@ -248,8 +252,8 @@ def _check_arguments(
     if not quantizing and recipe != "uniform":
         raise ValueError(f"dequantize quantizes nothing, so recipe {recipe!r} has no place")
     if distill is not None:
-        if type(distill) is not int or distill < 1:
-            raise ValueError(f"distill is a number of steps, 1 or more, not {distill!r}")
+        if type(distill) is not int or not 1 <= distill <= _MAX_STEPS:
+            raise ValueError(f"distill is a number of steps, 1 to {_MAX_STEPS:,}, not {distill!r}")
         if not quantizing:
             raise ValueError("dequantize quantizes nothing, so there is nothing to distill")
         if mode != AFFINE:
@@ -340,8 +344,15 @@ def _check_distillation(job: Job) -> None:
             "distill makes up for rounding, and nothing is rounded here: the source's codes are "
             "kept as they are; leave distill out, or state other bits"
         )
+    _check_memory(job, job.formats)
+
+
+def _check_memory(job: Job, formats: Formats) -> None:
+    """Refuse a distillation of weights in these formats that does not fit the memory."""
+    if job.distillation is None:
+        return
     network = ModelConfig.from_dict(job.config)
-    needed = RESERVE + needed_bytes(network, job.formats, job.distillation)
+    needed = RESERVE + needed_bytes(network, formats, job.distillation)
     if needed > (available := backend.available_memory()):
         raise Qwen3Error(
             f"distill takes {in_gb(needed)} of memory, the quantized model included, and "

@@ -300,6 +300,9 @@ def _write_shards(
     missing = [file for file in shards if not (partial / file).is_file()]
     total, done = sum(sizes.values()), sum(sizes.values()) - sum(sizes[file] for file in missing)
     needed, free = sum(sizes[file] for file in missing), shutil.disk_usage(partial).free
+    if job.distillation and not (partial / TUNED).is_file():  # which has their scales and biases
+        rounded = [tensor for tensors in shards.values() for tensor in tensors if tensor.fmt]
+        needed += sum(spec.nbytes for tensor in rounded for spec in tensor.planned[1:])
     if needed > free:
         raise Qwen3Error(
             f"the result takes {needed / 1e9:.2f} GB more and the disk of {partial.parent} has "

@@ -94,7 +94,7 @@ def convert(  # noqa: PLR0913 - one parameter an option
             metavar="STEPS",
             panel=_RECIPE,
             text="Tune scales and biases after rounding, so that the result predicts what the "
-            "original does; 100 steps are a beginning. Takes twice the memory of the result.",
+            "original does; 100 steps are a beginning. Takes 14 GB of memory for an 8B in 4 bits.",
         ),
     ] = None,
     revision: Annotated[

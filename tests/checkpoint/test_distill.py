@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -189,7 +191,8 @@ def test_other_steps_start_anew(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
-        ({"distill": 0}, "distill is a number of steps, 1 or more, not 0"),
+        ({"distill": 0}, "distill is a number of steps, 1 to 1,000,000, not 0"),
+        ({"distill": 10**20}, "distill is a number of steps"),
         ({"distill": True}, "distill is a number of steps"),
         ({"distill": 1.5}, "distill is a number of steps"),
         ({"distill": 2, "mode": "mxfp4"}, "which are floats in mode affine only, not mxfp4"),
@@ -255,6 +258,35 @@ def test_nothing_is_in_both_texts() -> None:
     learned, held_out = (" ".join(map(decode, ids)).split("\n\n") for ids in rows)
     assert len(held_out) > 20
     assert not {part for part in held_out if len(part) > 40} & set(learned)
+
+
+def test_what_does_not_fit_is_refused_before_auto_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QWEN3_MEMORY", "0.2")
+    phases: list[str] = []
+    with pytest.raises(Qwen3Error, match="distill takes .* 0.2 GB are free"):
+        convert(
+            DEMO,
+            tmp_path / "out",
+            recipe="auto",
+            target_bpw=4.5,
+            distill=2,
+            progress=lambda phase, *_: phases.append(phase),
+        )
+    assert not phases
+
+
+def test_the_disk_has_room_for_what_is_tuned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_tiny(tmp_path / "source")
+    made = convert(source, tmp_path / "plain", bits=4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=made.bytes + 100))
+    convert(source, tmp_path / "again", bits=4)
+    with pytest.raises(Qwen3Error, match="the result takes .* GB more and the disk"):
+        convert(source, tmp_path / "out", bits=4, distill=1, calibration=TEXT)
+    assert not partial_folder(tmp_path / "out").exists()
 
 
 @pytest.mark.slow
