@@ -149,6 +149,7 @@ def convert(  # noqa: PLR0913 - one keyword an option
 
     Raises:
         ValueError: an argument is out of its range, or two exclude each other.
+        TypeError: `calibration` is no text.
         CheckpointError: the source cannot be found or read, or has a feature that is not supported.
         Qwen3Error: the output exists already, lies in the source, or cannot be written.
     """
@@ -157,6 +158,8 @@ def convert(  # noqa: PLR0913 - one keyword an option
         plain, (bits, group_size, target_bpw, distill, dequantize)
     )
     _check_arguments(recipe, target_bpw, calibration, distill, mode=mode, quantizing=not dequantize)
+    if not isinstance(calibration, str | None):
+        raise TypeError(f"calibration must be text, not {calibration!r:.50}; read a file first")
     if dequantize and bits is not None:
         raise ValueError(f"bits={bits} and dequantize=True exclude each other")
     if (recipe == "auto" or dequantize) and (bits, group_size, mode) != (None, None, AFFINE):

@@ -207,6 +207,15 @@ def test_wrong_arguments(options: dict[str, Any], complaint: str, tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("calibration", [b"bytes", Path("notes.txt")])
+@pytest.mark.parametrize("options", [{"distill": 2}, {"recipe": "auto", "target_bpw": 4.5}])
+def test_a_calibration_that_is_no_text(
+    calibration: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    with pytest.raises(TypeError, match="calibration must be text, not"):
+        convert(DEMO, tmp_path / "out", calibration=calibration, **options)
+
+
 def _codes_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return convert(DEMO, folder, bits=4).output
 
