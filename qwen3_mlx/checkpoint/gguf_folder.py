@@ -91,11 +91,13 @@ def describe_remote(source: Source, files: Sequence[str]) -> tuple[dict[str, Any
     Raises:
         CheckpointError: as `gguf_folder` does, or the hub cannot be reached.
     """
-    parts = _parts(source.path(files[0]), {source.path(file) for file in files})
-    headers: dict[Path, Mapping[str, Any]] = {}
+    names = {source.path(file): file for file in files}
+    parts = _parts(source.path(files[0]), names)
+    headers: dict[Path, Mapping[str, Entry]] = {}
     first: Mapping[str, Any] = {}
-    for part, file in zip(parts, files, strict=True):
-        header = read_remote_gguf(part, partial(source.read_range, file), without_lists(first))
+    for part in parts:
+        read = partial(source.read_range, names[part])
+        header = read_remote_gguf(part, read, without_lists(first))
         first = first or header.metadata
         headers[part] = header.tensors
     weights = Weights(parts[0].parent, headers)

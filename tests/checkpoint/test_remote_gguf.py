@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,13 @@ def test_a_downloaded_file_is_planned_without_the_hub(tmp_path: Path) -> None:
     after = qwen3("plan", MODEL, *OPTIONS, endpoint="http://127.0.0.1:9", **options)
     assert json.loads(after.stdout) == json.loads(before.stdout)
     assert len(sent) == 1
+
+
+def test_a_split_file_beside_the_same_in_one_piece(tmp_path: Path) -> None:
+    folder = served(tmp_path, "gguf_split_bf16")
+    shutil.copy(next((GOLDEN / "gguf_narrow_q4_k_m").glob("*.gguf")), folder / "tiny-BF16.gguf")
+    found, err, *_ = plan(folder, tmp_path)
+    assert found, err
 
 
 def _cut(length: int) -> Callable[[Path], object]:
