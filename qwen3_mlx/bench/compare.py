@@ -28,8 +28,9 @@ class TargetResult:
         is_default: True if the target ran with its own default dtype and BLAS.
         terms: the numeric settings that it ran with; None until it has loaded.
         weights: bytes of MLX memory held after loading.
-        figures: the measurements by case.
+        figures: the measurements by case; of several repeats their medians.
         bandwidth: memory bandwidth in bytes per second; 0 for mlx-lm.
+        repeats: the measurements of each repeat, if there are several.
     """
 
     is_default: bool
@@ -37,6 +38,7 @@ class TargetResult:
     weights: int = 0
     figures: dict[Case, Measurement] = field(default_factory=dict)
     bandwidth: float = 0.0
+    repeats: Sequence[Mapping[Case, Measurement]] = ()
 
     def read(self, line: Mapping[str, Any]) -> bool:
         """Add a line that the target's process wrote; return True if it is a measurement.
@@ -69,7 +71,7 @@ def compare(
     seconds: float,
     on_measurement: Callable[[int], None] = lambda done: None,
 ) -> dict[str, TargetResult]:
-    """Measure this package and mlx-lm in turn, `repeats` times.
+    """Measure this package and mlx-lm in turn, `repeats` times; every other time mlx-lm begins.
 
     Args:
         folder: the checkpoint.
@@ -93,22 +95,23 @@ def compare(
         done += 1
         on_measurement(done)
 
-    for _ in range(repeats):
-        results = {OURS: _run(Setup(OURS, folder, cases, count, None, adapter), seconds, measured)}
-        terms = results[OURS].terms
-        if not results[OURS].figures:
-            raise Qwen3Error(f"there is no measurement after {seconds:g} s; allow more time")
-        for way in (DEFAULTS, EQUAL):
-            if way not in against:
-                continue
-            own = terms if way == EQUAL else None
-            setup = Setup(PEER, folder, cases, count, own, adapter)
-            results[f"{PEER}, {way}"] = peer = _run(setup, seconds, measured)
-            if way == DEFAULTS and peer.terms == terms:
-                results[f"{PEER}, {EQUAL}"] = results.pop(f"{PEER}, {way}")
+    terms: NumericSettings | None = None  # of this package
+    ways = {OURS: ""} | {f"{PEER}, {way}": way for way in (DEFAULTS, EQUAL) if way in against}
+    for number in range(repeats):
+        results: dict[str, TargetResult] = {}
+        for side, way in [*ways.items()][:: -1 if number % 2 else 1]:
+            name, own = (PEER if way else OURS), (terms if way == EQUAL else None)
+            setup = Setup(name, folder, cases, count, own, adapter)
+            results[side] = result = _run(setup, seconds, measured)
+            if not way and not result.figures:
+                raise Qwen3Error(f"there is no measurement after {seconds:g} s; allow more time")
+            terms = terms if way else result.terms
+            if way == DEFAULTS and not number and result.terms == terms:
+                results[f"{PEER}, {EQUAL}"] = results.pop(side)
+                ways = {OURS: "", f"{PEER}, {EQUAL}": DEFAULTS}
                 break
         rounds.append(results)
-    return {name: _median([results[name] for results in rounds]) for name in rounds[0]}
+    return {side: _median([results[side] for results in rounds]) for side in ways}
 
 
 def _run(setup: Setup, seconds: float, measured: Callable[[], None]) -> TargetResult:
@@ -153,6 +156,7 @@ def _median(results: Sequence[TargetResult]) -> TargetResult:
     common = [case for case in first.figures if all(case in other.figures for other in results)]
     return replace(
         first,
+        repeats=[one.figures for one in results],
         figures={
             case: Measurement(
                 case,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any
 
 from qwen3_mlx import backend
@@ -33,6 +34,7 @@ _PROMPTS, _TOGETHER, _COUNT, _MINUTES = "128,1024,4096", "2,4,8", 32, 10.0
 _TERMS = {"both": (DEFAULTS, EQUAL), "box": (DEFAULTS,), "equal": (EQUAL,)}
 _NAME, _CELL, _RATIO = 38, 14, 8  # widths of the table's columns, in characters
 _WIDE = _CELL + _RATIO
+_OPEN = "~"  # before a ratio whose repeats are on both sides of 1
 
 _Number = Callable[[Measurement], float]
 
@@ -62,7 +64,11 @@ def bench(  # noqa: PLR0913 - one parameter an option
     ] = _COUNT,
     repeats: Annotated[
         int,
-        option(min=1, text="Runs per engine, alternating; medians are shown.", show_default=True),
+        option(
+            min=1,
+            text="Runs per engine, in turn; medians and spreads are shown.",
+            show_default=True,
+        ),
     ] = 1,
     minutes: Annotated[
         float, option(min=0.01, text="Time limit of one run of an engine.", show_default=True)
@@ -221,11 +227,15 @@ def _table(
             yield heading
             group = heading
         numbers = [
-            number(result.figures[case]) if case in result.figures else None
+            [
+                number(figures[case])
+                for figures in result.repeats or [result.figures]
+                if case in result.figures
+            ]
             for result in results.values()
         ]
         yield _line(label, numbers, higher_is_better=higher_is_better)
-    held = [result.weights / 1e9 or None for result in results.values()]
+    held = [[result.weights / 1e9] if result.weights else [] for result in results.values()]
     yield _line("weights", held, higher_is_better=False)
     yield "decode, tokens/s, of those that the memory's bandwidth allows"
     for case in (case for case in cases if case in bounds):
@@ -234,20 +244,32 @@ def _table(
         yield f"  {label:{_NAME - 2}}{beside:>{_CELL}}{speed / bounds[case]:>{_RATIO}.0%}"
 
 
-def _line(label: str, numbers: Sequence[float | None], *, higher_is_better: bool) -> str:
+def _line(label: str, numbers: Sequence[Sequence[float]], *, higher_is_better: bool) -> str:
+    """Return a line of the numbers of all repeats, by side: medians, spreads and ratios."""
     own, *others = numbers
-    line = f"  {label:{_NAME - 2}}{_shown(own):>{_CELL}}"
+    line = f"  {label:{_NAME - 2}}{_with_spread(own):>{_CELL}}"
     for other in others:
-        ratio = ""
-        if own and other:
-            ratio = f"{own / other if higher_is_better else other / own:.2f}x"
-        line += f"{_shown(other):>{_CELL}}{ratio:>{_RATIO}}"
+        ratios = [
+            mine / theirs if higher_is_better else theirs / mine
+            for mine, theirs in zip(own, other, strict=False)
+        ]
+        ratio = f"{median(ratios):.2f}x" if ratios else ""
+        if len(ratios) > 1 and min(ratios) <= 1 <= max(ratios):
+            ratio = _OPEN + ratio
+        line += f"{_with_spread(other):>{_CELL}}{ratio:>{_RATIO}}"
     return line.rstrip()
 
 
-def _shown(number: float | None) -> str:
-    if number is None:
+def _with_spread(repeats: Sequence[float]) -> str:
+    """Return the median of the repeats, with half the distance between the extremes."""
+    if not repeats:
         return "-"
+    middle = median(repeats)
+    half = (max(repeats) - min(repeats)) / 2
+    return _shown(middle) + (f" ±{half / middle:.0%}" if len(repeats) > 1 else "")
+
+
+def _shown(number: float) -> str:
     return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
 
 
@@ -278,6 +300,11 @@ def _notes(
     yield f"Memory: {own.bandwidth / 1e9:,.1f} GB/s were read by a matrix times a vector{stated}."
     if len(results) > 1:
         yield f"Ratios: how many times better {OURS} does."
+        if len(own.repeats) > 1:
+            yield (
+                f"±: half the distance between the extremes. {_OPEN}: in some repeats {OURS} was "
+                "better, in others not."
+            )
 
 
 def _title(facts: Mapping[str, Any]) -> str:
@@ -323,7 +350,9 @@ def _as_json(results: Mapping[str, TargetResult], bounds: Mapping[Case, float]) 
             "weights": result.weights,
             "bandwidth": result.bandwidth,
             "figures": [
-                asdict(figures) | {"prefill": figures.prefill, **beside_bound(name, figures)}
+                asdict(figures)
+                | {"prefill": figures.prefill, **beside_bound(name, figures)}
+                | {"repeats": [asdict(one[figures.case]) for one in result.repeats]}
                 for figures in result.figures.values()
             ],
         }

@@ -1,6 +1,7 @@
 """`qwen3 bench`: what is measured, by whom, and how it is shown."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -23,6 +24,7 @@ from qwen3_mlx.bench.measure import (
     Case,
     Measurement,
     NumericSettings,
+    Setup,
     cases_of,
     measure,
 )
@@ -248,7 +250,37 @@ def test_repeats_give_medians() -> None:
         TargetResult(True, TERMS, 1, {case: figures(case, decode)}) for decode in (1.0, 9.0, 3.0)
     ]
     runs[0].figures[rare] = figures(rare, 1)
-    assert _median(runs).figures == {case: figures(case, 3.0)}
+    found = _median(runs)
+    assert found.figures == {case: figures(case, 3.0)}
+    assert [one[case].decode for one in found.repeats] == [1.0, 9.0, 3.0]
+
+
+def test_ratios_are_those_within_repeats_and_say_if_repeats_disagree() -> None:
+    case = Case(1, 8)
+    ours, slower, equal = (
+        _median([TargetResult(True, TERMS, 1, {case: figures(case, x)}) for x in speeds])
+        for speeds in [(4.0, 6.0, 5.0), (2.0, 3.0, 2.5), (5.0, 5.0, 5.0)]
+    )
+    results = {OURS: ours, "mlx-lm, as it comes": slower, "mlx-lm, equal terms": equal}
+    table = "\n".join(_table([case], results, {}))
+    assert re.search(r"after 8 +5 ±20% +2.5 ±20% +2.00x +5 ±0% +~1.00x", table)
+    assert "in some repeats" in " ".join(_notes([case], results, {}, 10))
+
+
+def test_who_begins_changes_with_each_repeat(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+
+    def run(setup: Setup, seconds: float, measured: object) -> TargetResult:
+        begun.append(setup.name)
+        assert not (setup.terms and setup.name == OURS)
+        return TargetResult(True, TERMS, 1, {Case(1, 8): figures(Case(1, 8), 1.0)})
+
+    monkeypatch.setattr("qwen3_mlx.bench.compare._run", run)
+    found = compare("", [Case(1, 8)], 2, against=(EQUAL,), repeats=3, seconds=1)
+    assert begun == [OURS, PEER, PEER, OURS, OURS, PEER]
+    assert list(found) == [OURS, f"{PEER}, {EQUAL}"]
 
 
 @pytest.mark.parametrize(
