@@ -4,7 +4,7 @@ The description is its config.json, tokenizer files, weight index and list of fi
 """
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from qwen3_mlx.checkpoint.weights import (
     GGUF_POINTER,
     INDEX,
     WHOLE,
+    files_with,
     has_all_weights,
     index_fault,
     index_names,
@@ -65,8 +66,15 @@ def read_config(
     return folder, config
 
 
-def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path:
+def fetch_weights(
+    place: Source,
+    folder: Path,
+    also: Sequence[str] = (),
+    wanted: Callable[[str], bool] | None = None,
+) -> Path:
     """Fetch the weights of the checkpoint described in `folder`; return the folder that has them.
+
+    Of weights with an index, only files with `wanted` tensors are fetched; None is all.
 
     Raises:
         CheckpointError: the checkpoint has no weights of a supported kind.
@@ -74,7 +82,7 @@ def fetch_weights(place: Source, folder: Path, also: Sequence[str] = ()) -> Path
     if (folder / GGUF_POINTER).is_file():
         return folder
     files = None if has_all_weights(folder) else place.list_files()
-    names = weight_names(folder, files, place=place.name)
+    names = files_with(weight_names(folder, files, place=place.name), folder, wanted)
     folder = place.fetch([*also, *(names or [WHOLE])]) if names or files is None else folder
     if not weight_names(folder):
         raise CheckpointError(_missing_message(place, needed=WHOLE))

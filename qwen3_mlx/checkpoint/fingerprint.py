@@ -33,12 +33,32 @@ def fingerprint(
     for name in _TEXT_FILES:
         if (file := folder / name).is_file():
             digest.update(hashlib.sha256(file.read_bytes()).digest())
-    weights = [folder / name for name in sorted(weight_names(folder))]
-    for file in [*weights, *adapter]:
-        with file.open("rb") as stream:
-            size = stream.seek(0, 2)
-            digest.update(f"{file.name} {size}".encode())
-            for place in range(0, size, max(_BLOCK, size // _BLOCKS)):
-                stream.seek(place)
-                digest.update(stream.read(_BLOCK))
+    for file in [*_weight_files(folder), *adapter]:
+        _add(digest, file)
     return digest.hexdigest()
+
+
+def weight_digests(folder: Path) -> dict[str, str]:
+    """Return a hash of each weight file of a checkpoint that is here, by its name."""
+    digests = {}
+    for file in _weight_files(folder):
+        digest = hashlib.sha256()
+        _add(digest, file)
+        digests[file.name] = digest.hexdigest()
+    return digests
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that are here: a machine of a cluster may have some of them alone."""
+    files = [folder / name for name in sorted(weight_names(folder))]
+    return [file for file in files if file.is_file()]
+
+
+def _add(digest: "hashlib._Hash", file: Path) -> None:
+    """Add a weight file to a hash: its name, its size, and blocks spread over it."""
+    with file.open("rb") as stream:
+        size = stream.seek(0, 2)
+        digest.update(f"{file.name} {size}".encode())
+        for place in range(0, size, max(_BLOCK, size // _BLOCKS)):
+            stream.seek(place)
+            digest.update(stream.read(_BLOCK))

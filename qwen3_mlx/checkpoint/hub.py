@@ -180,6 +180,11 @@ class Source:
         return source
 
     @property
+    def revision(self) -> str | None:
+        """The branch, tag or commit that was asked for."""
+        return self._revision
+
+    @property
     def names_file(self) -> bool:
         """True if one GGUF file is named."""
         return bool(self._chosen)

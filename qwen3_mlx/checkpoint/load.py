@@ -75,13 +75,14 @@ def load_model(
     progress: Progress,
     adapter: Adapter | None = None,
     choices: Sequence[Adapter] = (),
+    build: Callable[[ModelConfig], Qwen3] = Qwen3,
 ) -> Qwen3:
     """Create the network that `config` describes and load `weights` into it.
 
     `progress(done, total)` counts modules. The result is evaluated. `config` decides whether the
     head is tied; see `weights.with_stored_head`. An `adapter` is merged into float32 weights, and
     kept beside others, which would lose it in rounding. Of `choices` the network's `selection`
-    chooses.
+    chooses. `build` creates the network, which may be a part of one.
 
     Raises:
         CheckpointError: config and weights do not match, or the weights are quantized already and
@@ -91,7 +92,7 @@ def load_model(
         config, weights = adapter.config(config), _Untied(weights)
     geometry = ModelConfig.from_dict(config)
     refuse_missing_layers(geometry, weights.tensors)
-    model = Qwen3(geometry)
+    model = build(geometry)
     stored = StoredFormats.of(config)
     if stored:
         _quantize_layout(model, stored, weights)

@@ -5,7 +5,7 @@ MLX reads a tensor from its file when it is evaluated, so opening a checkpoint t
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -59,15 +59,21 @@ class Weights:
     """All tensors of a checkpoint's folder, by their names in the network."""
 
     def __init__(
-        self, folder: Path, headers: Mapping[Path, Mapping[str, Entry]] | None = None
+        self,
+        folder: Path,
+        headers: Mapping[Path, Mapping[str, Entry]] | None = None,
+        wanted: Callable[[str], bool] | None = None,
     ) -> None:
         """Read the headers of all weight files, or take those of files that are not on disk.
+
+        Only files with tensors that are `wanted` are read. It is asked with the names in the
+        network; other tensors are left out.
 
         Raises:
             CheckpointError: there is no weight file, or one is missing, truncated or broken.
         """
         if headers is None:
-            files = _weight_files(folder)
+            files = _weight_files(folder, wanted)
             headers = {
                 file: gguf_tensors(file, files[0])
                 if file.suffix.lower() == GGUF_SUFFIX
@@ -86,6 +92,8 @@ class Weights:
         tensors: dict[str, Tensor] = {}
         for stored, entry in self.stored.items():
             name = network_name(stored)
+            if wanted and not wanted(name):
+                continue
             if name in tensors:
                 raise CheckpointError(f"{folder} has {name} twice, with and without the `model.`")
             tensors[name] = Tensor(entry.shape, entry.dtype, (stored,))
@@ -154,6 +162,19 @@ def weight_names(
     ]
 
 
+def files_with(names: list[str], folder: Path, wanted: Callable[[str], bool] | None) -> list[str]:
+    """Return those of the weight files `names` that have a `wanted` tensor, by the index.
+
+    `wanted` is asked with the names in the network. Without an index, or with None, it is all.
+    """
+    indexed, _ = _indexed(folder)
+    if wanted is None or indexed != names:
+        return names
+    files = read_json(folder / INDEX)["weight_map"].items()
+    own = {str(file) for tensor, file in files if wanted(network_name(tensor))}
+    return [name for name in names if name in own]
+
+
 def index_fault(folder: Path, files: Collection[str] | None = None) -> str:
     """Return why the index does not describe the weights that are used.
 
@@ -202,8 +223,8 @@ def has_all_weights(folder: Path) -> bool:
     return bool(names) and all((folder / name).is_file() for name in names)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    names = weight_names(folder)
+def _weight_files(folder: Path, wanted: Callable[[str], bool] | None) -> list[Path]:
+    names = files_with(weight_names(folder), folder, wanted)
     missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {', '.join(missing)}; download it again")
@@ -253,13 +274,17 @@ def has_own_head(weights: Weights) -> bool:
     )
 
 
-def with_stored_head(config: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+def with_stored_head(
+    config: Mapping[str, Any], folder: Path, wanted: Callable[[str], bool] | None = None
+) -> dict[str, Any]:
     """Return a config.json that describes the head in the folder's weights.
+
+    Only the `wanted` tensors need to be there, those of head and embedding among them.
 
     Raises:
         CheckpointError: a weight file is broken, or the head's shape does not match config.json.
     """
-    weights = Weights(folder)
+    weights = Weights(folder, wanted=wanted)
     return without_missing_head(_untied_if_needed(config, weights), weights.tensors)
 
 

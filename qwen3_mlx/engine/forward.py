@@ -30,11 +30,12 @@ class ForwardPass(NamedTuple):
     """The results of a pass, unevaluated.
 
     `outputs` are the logits [N, V] or the last hidden states [N, D] of the wanted positions, None
-    if there are none. `middle` are the hidden states [1, T, D] after half of the layers.
+    if there are none. `middle` are the hidden states [1, T, D] after half of the layers, None if
+    the pass has no halves.
     """
 
     outputs: mx.array | None
-    middle: mx.array
+    middle: mx.array | None
 
 
 def prefill_chunks(tokens: int, most: int) -> list[int]:

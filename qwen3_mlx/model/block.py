@@ -13,7 +13,7 @@ import mlx.nn as nn
 from qwen3_mlx.cache.attention import LayerCache, RopeFn
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.fused import RowFused, can_fuse
-from qwen3_mlx.model.linear import Linear
+from qwen3_mlx.model.linear import Linear, Reduce, whole
 from qwen3_mlx.model.moe import MoE, swiglu
 
 
@@ -33,6 +33,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(query_size, hidden, bias=bias)
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.reduce: Reduce = whole
         self.fused: RowFused | None = None
 
     def fuse(self) -> None:
@@ -62,8 +63,7 @@ class Attention(nn.Module):
 
     def output(self, attended: mx.array) -> mx.array:  # [B, H, Q, E] -> [B, Q, D]
         """Project the attended values of all heads."""
-        projected: mx.array = self["o_proj"](attended.transpose(0, 2, 1, 3).flatten(2))
-        return projected
+        return self.reduce(self["o_proj"](attended.transpose(0, 2, 1, 3).flatten(2)))
 
     def _by_head(self, projected: mx.array) -> mx.array:
         batch, length, _ = projected.shape
@@ -78,6 +78,7 @@ class MLP(nn.Module):
         self.gate_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+        self.reduce: Reduce = whole
         self.fused: RowFused | None = None
 
     def fuse(self) -> None:
@@ -95,8 +96,7 @@ class MLP(nn.Module):
             gate, up = fused(x)
         else:
             gate, up = self.gate_proj(x), self.up_proj(x)
-        projected: mx.array = self["down_proj"](swiglu(gate, up))
-        return projected
+        return self.reduce(self["down_proj"](swiglu(gate, up)))
 
 
 class Block(nn.Module):

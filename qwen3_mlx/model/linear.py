@@ -3,10 +3,20 @@
 D input size, O output size.
 """
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
 from qwen3_mlx import backend
+
+Reduce = Callable[[mx.array], mx.array]
+"""Sums a block's output over the parts of its weights, where they are held apart."""
+
+
+def whole(x: mx.array) -> mx.array:
+    """Return x: the sum over a single part."""
+    return x
 
 
 def times_weight(x: mx.array, weight: mx.array) -> mx.array:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from qwen3_mlx.model.config import Experts
-from qwen3_mlx.model.linear import Linear
+from qwen3_mlx.model.linear import Linear, Reduce, whole
 from qwen3_mlx.model.quantization import AFFINE
 
 # From this many rows on they are sorted by expert, so that each expert's weights are read once.
@@ -131,6 +131,7 @@ class MoE(nn.Module):
         self.normalise = config.norm_topk_prob
         self.gate = Linear(hidden_size, config.num_experts, bias=False)
         self.switch_mlp = SwitchMLP(config, hidden_size)
+        self.reduce: Reduce = whole
 
     def fuse(self) -> None:
         """Leave all as it is."""
@@ -150,4 +151,4 @@ class MoE(nn.Module):
             weights = weights / weights.sum(axis=-1, keepdims=True)
         out = self.switch_mlp(rows, chosen)
         mixed = (out * weights[..., None].astype(x.dtype)).sum(axis=-2)
-        return mixed.reshape(x.shape)
+        return self.reduce(mixed.reshape(x.shape))

@@ -7,7 +7,8 @@ B batch, L new tokens, Q queries (L, or in the last layer those whose logits are
 D hidden, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -56,8 +57,13 @@ class Decoder(nn.Module):
         self, ids: mx.array, cache: Sequence[LayerCache], rows: mx.array | None
     ) -> tuple[mx.array, mx.array]:
         """Compute the hidden states [B, L, D] after half of the layers, and the last [B, Q, D]."""
-        rope = self._rope.for_pass()
-        x = middle = self.embed_tokens(ids)
+        return self.after_embedding(self.embed_tokens(ids), cache, rows)
+
+    def after_embedding(
+        self, x: mx.array, cache: Sequence[LayerCache], rows: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        """Compute `halves` of embeddings [B, L, D], or of the output of layers before these."""
+        rope, middle = self._rope.for_pass(), x
         last, half = len(self.layers) - 1, len(self.layers) // 2
         for index, layer in enumerate(self.layers):
             if index == half:
@@ -86,6 +92,9 @@ class Qwen3(nn.Module):
 
     `adapters` are the names of the adapters of which `selection` chooses.
     """
+
+    takes_joint_caches = True
+    """Whether one cache may hold several sequences (`cache/batched.py`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -128,17 +137,20 @@ class Qwen3(nn.Module):
         ids: mx.array,
         cache: Sequence[LayerCache] | None = None,
         wanted: Sequence[int] | None = None,
-    ) -> tuple[mx.array, mx.array]:
+    ) -> tuple[mx.array | None, mx.array]:
         """Compute the hidden states [B, L, D] after half of the layers, and `hidden` [B, Q, D].
 
-        When the former are there, the caches of that half have been written and read.
+        When the former are there, the caches of that half have been written and read. They are None
+        if the pass cannot be computed in two halves.
         """
         rows = None
         if wanted is not None and len(wanted) < ids.shape[1]:
             rows = mx.array(list(wanted), dtype=mx.int32)
         return self.model.halves(ids, cache or [NoCache()] * len(self.layers), rows)
 
-    def decode(self, ids: mx.array, cache: Sequence[LayerCache]) -> tuple[mx.array, mx.array]:
+    def decode(
+        self, ids: mx.array, cache: Sequence[LayerCache]
+    ) -> tuple[mx.array | None, mx.array]:
         """Compute `halves` of ids [1, T]: one token of each of the T sequences in `cache`."""
         return self.model.decode(ids, cache)
 
@@ -168,6 +180,24 @@ class Qwen3(nn.Module):
     def _refuse_missing_head(self) -> None:
         if self.config.output != LOGITS:
             raise Qwen3Error(f"{self.source} has no head that computes the logits of a next token")
+
+    # --- when a pass is computed ----------------------------------------------------------------
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Create a context whose forward passes are computed only by `submit`, then `wait`."""
+        yield
+
+    def announce(self) -> None:
+        """Note that the deferred pass will be submitted, for other machines that compute it."""
+
+    def submit(self, arrays: Sequence[mx.array]) -> None:
+        """Begin to compute arrays of a deferred pass."""
+        mx.async_eval(arrays)
+
+    def wait(self, arrays: Sequence[mx.array]) -> None:
+        """Wait until arrays that were submitted are computed."""
+        mx.eval(arrays)
 
     @property
     def layers(self) -> list[Block]:

@@ -33,13 +33,15 @@ def decoded(model: Qwen3, ids: mx.array = IDS) -> mx.array:
     """Decode one token behind two others, and return its hidden states after half and all."""
     caches = model.make_cache()
     model(ids[:, :2], caches)
-    return mx.concatenate([*model.decode(ids[:, 2:], caches)], axis=-1)
+    states: Any = model.decode(ids[:, 2:], caches)
+    return mx.concatenate([*states], axis=-1)
 
 
 def plain(model: Qwen3, ids: mx.array = IDS) -> mx.array:
     caches = model.make_cache()
     model(ids[:, :2], caches)
-    return mx.concatenate([*model.halves(ids[:, 2:], caches)], axis=-1)
+    states: Any = model.halves(ids[:, 2:], caches)
+    return mx.concatenate([*states], axis=-1)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "8"])

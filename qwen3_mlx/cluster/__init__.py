@@ -1,0 +1,1 @@
+"""Several machines: one leads the engine, the others compute their share of the network."""
