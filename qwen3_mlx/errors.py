@@ -28,5 +28,9 @@ class KindError(Qwen3Error):
         self.needed = needed
 
 
+class ClusterError(Qwen3Error):
+    """A machine that holds a part of the model is gone or silent: load the model again."""
+
+
 class ContextError(Qwen3Error):
     """The prompt, or the prompt and the requested reply together, exceed the context window."""

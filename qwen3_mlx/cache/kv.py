@@ -31,10 +31,13 @@ class KVCache:
     an array of its own: for slices of a larger array, MLX copies all of it.
     """
 
+    holds_floats = True
+    """Whether `append` returns views of buffers in the model's dtype."""
+
     def __init__(self, capacity: int = 0) -> None:
         """Create an empty cache; the first write allocates `capacity` tokens at once."""
         self.offset = 0
-        self._capacity = capacity
+        self.capacity = capacity  # tokens that the next growth of the buffers allocates
         self._allocated = 0
         self._buffers: list[mx.array] = []  # [1, K, capacity, .]: keys, values
 
@@ -68,7 +71,7 @@ class KVCache:
 
     def reserve(self, capacity: int) -> None:
         """Set the capacity in tokens that the next growth of the buffers allocates."""
-        self._capacity = capacity
+        self.capacity = capacity
 
     def copy(self, tokens: int) -> Self:
         """Return a separate cache of the first `tokens` tokens, or of all if there are fewer.
@@ -117,7 +120,7 @@ class KVCache:
         """Append [1, K, L, .] to each buffer; return views of all tokens."""
         start, stop = self.offset, self.offset + new[0].shape[2]
         if self._allocated < stop:
-            self._allocated = self._capacity if self._capacity > stop else next_capacity(stop)
+            self._allocated = self.capacity if self.capacity > stop else next_capacity(stop)
             held = self._buffers
             self._buffers = [
                 mx.zeros((1, one.shape[1], self._allocated, one.shape[3]), dtype=one.dtype)

@@ -115,6 +115,8 @@ class Packing:
 class QuantizedKVCache(KVCache):
     """Rotated keys, and values, in few bits; see the top of this file."""
 
+    holds_floats = False
+
     def __init__(self, fmt: CacheFormat, head_dim: int, capacity: int = 0) -> None:
         """Create an empty cache; the first write allocates `capacity` tokens at once."""
         super().__init__(capacity)

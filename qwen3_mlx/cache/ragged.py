@@ -58,7 +58,7 @@ class Ragged:
         q, k, v = as_batch(q, k, v, self.caches, rope)
         count = len(self.caches)
         keys, values = mx.split(k, count), mx.split(v, count)
-        if all(type(cache) is KVCache for cache in self.caches):
+        if all(cache.holds_floats for cache in self.caches):
             new = zip(self.caches, keys, values, strict=True)
             answers = attend_per_sequence(q, [cache.append(*kv) for cache, *kv in new], scale=scale)
         else:

@@ -13,6 +13,8 @@ class TransientCache(KVCache):
     So one object may serve several sequences of a pass that begin with the same tokens.
     """
 
+    holds_floats = False  # it keeps none
+
     def __init__(self, state: Sequence[mx.array] = ()) -> None:
         """Create it from the `state` of another cache."""
         super().__init__()

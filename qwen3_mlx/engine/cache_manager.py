@@ -46,8 +46,8 @@ class CacheManager:
         self._disk = disk
         self._commit_in_flight = commit_in_flight
         self._prefixes = PrefixStore(0)
-        plain = cache_format == PLAIN and not speculator
-        self._batched = BatchedCaches() if plain and _waits_for_host(model.config) else None
+        joins = cache_format == PLAIN and model.takes_joint_caches and not speculator
+        self._batched = BatchedCaches() if joins and _waits_for_host(model.config) else None
 
     @property
     def prefix_room(self) -> int:
@@ -63,9 +63,13 @@ class CacheManager:
         self._prefixes.evict(tokens)
         free_buffers()
 
-    def clear(self) -> None:
+    def drop(self) -> None:
         """Drop all kept prefixes."""
         self._prefixes.clear()
+
+    def clear(self) -> None:
+        """Drop all kept prefixes, and return their memory to the system."""
+        self.drop()
         free_buffers()
 
     # --- a sequence's caches --------------------------------------------------------------------

@@ -15,8 +15,6 @@ from functools import partial
 from typing import TypeVar
 from weakref import WeakSet, proxy
 
-import mlx.core as mx
-
 from qwen3_mlx import backend
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.quantized import CacheFormat
@@ -34,7 +32,7 @@ from qwen3_mlx.engine.scheduler import ScheduledStep, Scheduler
 from qwen3_mlx.engine.sequence import SequenceState, refuse_unknown
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.step_builder import StepBuilder
-from qwen3_mlx.errors import ContextError
+from qwen3_mlx.errors import ContextError, Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _log = logging.getLogger(__name__)
@@ -131,8 +129,10 @@ class EngineCore:
 
     def _run(self, built: InFlightStep | None) -> CompletedStep | None:
         """Wait for the step in flight and submit `built` in its place; return the completed one."""
-        if built and self._in_flight:
-            built.submit_first_half(self._in_flight)
+        if built:
+            self.model.announce()
+            if self._in_flight:
+                built.submit_first_half(self._in_flight)
         done = self._in_flight.wait() if self._in_flight else None
         if done:
             self._observe(done.step)
@@ -231,13 +231,15 @@ class EngineCore:
                 _notify(sequence.request, sequence.outcome or engine_error(error))
         for request in arrived:
             _notify(request, engine_error(error))
-        self.forget()
+        # No buffers are freed here: that would wait for the device, which may hang.
+        self.caches.drop()
+        self._update_budget()
 
     def cancel_all(self) -> None:
         """Cancel all requests that run or wait, once the step in flight is done."""
         try:
-            mx.eval(self._in_flight.arrays if self._in_flight else [])
-        except RuntimeError as error:
+            self.model.wait(self._in_flight.arrays if self._in_flight else [])
+        except (RuntimeError, Qwen3Error) as error:
             _log.debug("the last step failed: %s", error)
         self._in_flight = None
         for sequence in (*self.scheduler.running, *self.scheduler.waiting):

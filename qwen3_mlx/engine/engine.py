@@ -73,6 +73,7 @@ class Engine:
         self._inbox: SimpleQueue[Request] = SimpleQueue()
         self._prefetches: deque[Request] = deque()  # the latest, read in idle time
         self._lock = RLock()  # reentrant: a finalizer may submit in the middle of `_post`
+        self._ended: BaseException | None = None
         self._posted = False  # True while `_run_once` is in the worker's queue
         self._last_step_at = time.monotonic()  # or the time when work arrived
 
@@ -255,10 +256,18 @@ class Engine:
         """Compute one more chunk; return whether more is left."""
         return self._core.advance_job(job)
 
+    def end(self, error: BaseException) -> None:
+        """End all requests with `error`, and those to come; nothing is computed any more."""
+        self._ended = error
+        self._core.fail_all(error, [*self._new_requests()])
+
     def _run_once(self) -> None:
         """Run a step and queue the next one, behind other jobs of the worker."""
         with self._lock:
             self._posted = False
+        if self._ended:
+            self.end(self._ended)
+            return
         try:
             if self._worker and self._worker.ending:
                 self._cancel_all()

@@ -14,6 +14,7 @@ from qwen3_mlx.engine.logprobs import LogprobBatch
 from qwen3_mlx.engine.prompt_logprobs import PromptLogprobBatch
 from qwen3_mlx.engine.request import SampledLogprob
 from qwen3_mlx.engine.sequence import SequenceState
+from qwen3_mlx.model.qwen3 import Qwen3
 
 if TYPE_CHECKING:
     from qwen3_mlx.engine.hooks import Mask
@@ -47,6 +48,7 @@ class StepPart:
 class InFlightStep:
     """A step that is built, and then submitted to the device."""
 
+    model: Qwen3
     parts: Sequence[StepPart]
     synchronous: bool  # True if it was built only after the step before it had been committed
     num_tokens: int  # tokens that the forward pass reads
@@ -80,12 +82,12 @@ class InFlightStep:
         """Begin to compute all of it, or all that is left."""
         if self.middle is not None:
             mx.async_eval(self.middle)  # by itself, so that the next step can wait for it
-        mx.async_eval(self.arrays)
+        self.model.submit(self.arrays)
         self.submitted_at = time.perf_counter()
 
     def wait(self) -> "CompletedStep":
         """Wait until the device is done, and return what it has chosen."""
-        mx.eval(self.arrays)
+        self.model.wait(self.arrays)
         values: list[int] = []
         if self.tokens is not None:
             values = self.tokens.tolist()  # type: ignore[assignment]

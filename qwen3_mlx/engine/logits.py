@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import PLAIN
 from qwen3_mlx.engine.memory import (
     Workload,
@@ -66,7 +65,8 @@ class Logits:
         self.chunk = chunk
         self._model = model
         self._ids = ids
-        self._cache = [KVCache(len(ids) + 1) for _ in model.layers]  # a write never fills a buffer
+        # A write never fills a buffer.
+        self._cache = model.make_cache(len(ids) + 1, cache_format=PLAIN)
         self._num_computed = 0
         self.values = mx.zeros((len(ids), model.config.vocab_size))
 

@@ -92,12 +92,14 @@ class StepBuilder:
                 part.num_tokens, last_chunk=part.last_chunk, scored=part.scored
             )
         built = InFlightStep(
+            self._model,
             parts,
             synchronous=in_flight is None,
             num_tokens=ids.size,
             num_prefill_tokens=sum(part.num_input for part in parts if part.prefill),
         )
-        self._compute(built, ids)
+        with self._model.deferred():
+            self._compute(built, ids)
         if built.logits is not None:
             self._sample(built, built.logits)
         return built
@@ -266,7 +268,7 @@ class StepBuilder:
         if to_mask and built.synchronous:
             # The device computes the logits while the host computes the masks. Not while another
             # step is in flight: its caches would be copied (see `core`).
-            mx.async_eval(logits)
+            self._model.submit([logits])
         for part in to_mask:
             assert part.sequence.request.constraint
             try:

@@ -13,7 +13,7 @@ from concurrent.futures import Future, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from queue import Empty, SimpleQueue
 from threading import Thread, current_thread
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -30,10 +30,15 @@ _NO_WAIT = nullcontext()
 _CLOSED = "this LLM is closed; load it again"
 
 
-class _WorkerThread(Thread):
-    """The thread of a worker. `waits_for` is another worker's, while a callback waits for it."""
+class WorkerThread(Thread):
+    """The thread of a worker.
 
-    waits_for: "_WorkerThread | None" = None
+    `waits_for` is another worker's, while a callback waits for it. `is_replaced` is True once the
+    thread is given up: when it wakes, it must not touch anything.
+    """
+
+    waits_for: "WorkerThread | None" = None
+    is_replaced = False
 
 
 class Worker:
@@ -54,10 +59,27 @@ class Worker:
         self.ending = False  # set by `stop`: running requests are cancelled
         self._ended = False  # jobs posted from now on may not run
         self._process = os.getpid()
-        self._stream = backend.acquire_stream()
-        self._thread = _WorkerThread(target=self._run_jobs, name="qwen3-mlx", daemon=True)
-        self._thread.start()
+        self._was_replaced = False
+        self._running: Future[Any] | None = None  # whose result `call` waits for
+        self._thread = self._start_thread()
         atexit.register(self._end)  # not by the LLM's finalizer: there may be no LLM yet
+
+    def _start_thread(self) -> WorkerThread:
+        thread = WorkerThread(target=self._run_jobs, name="qwen3-mlx", daemon=True)
+        thread.start()
+        return thread
+
+    def replace(self, error: Exception) -> None:
+        """Replace a thread that hangs in a job by another, which runs the jobs behind that one.
+
+        A call that waits for the job raises `error`. Should the thread wake, the job must find
+        `WorkerThread.is_replaced` and never return.
+        """
+        self._thread.is_replaced = self._was_replaced = True
+        running, self._running = self._running, None
+        self._thread = self._start_thread()
+        if running:
+            running.set_exception(error)
 
     def post(self, job: Callable[[], None]) -> None:
         """Queue `job`; an error that it raises is logged.
@@ -98,11 +120,11 @@ class Worker:
         """
         self.check_process()
         current = current_thread()
-        return self._wait_on(current) if isinstance(current, _WorkerThread) else _NO_WAIT
+        return self._wait_on(current) if isinstance(current, WorkerThread) else _NO_WAIT
 
     @contextmanager
-    def _wait_on(self, current: _WorkerThread) -> Iterator[None]:
-        thread: _WorkerThread | None = self._thread
+    def _wait_on(self, current: WorkerThread) -> Iterator[None]:
+        thread: WorkerThread | None = self._thread
         current.waits_for = thread  # before following the chain: other threads do the same
         try:
             while thread and thread is not current:
@@ -125,10 +147,12 @@ class Worker:
         future: Future[T] = Future()
 
         def run() -> None:
+            self._running = future
             try:
                 future.set_result(job())
             except BaseException as error:  # noqa: BLE001 - raised again in the caller's thread
                 future.set_exception(error)
+            self._running = None
 
         with self.wait():
             self.post(run)
@@ -144,7 +168,7 @@ class Worker:
         self.ending = True
         self._jobs.put(None)
         # In a callback, or collected there, a join could deadlock, also that of another worker.
-        if not isinstance(current_thread(), _WorkerThread):
+        if not isinstance(current_thread(), WorkerThread):
             self._thread.join()
             atexit.unregister(self._end)
 
@@ -161,7 +185,8 @@ class Worker:
             os._exit(_INTERRUPTED)
 
     def _run_jobs(self) -> None:
-        mx.set_default_stream(self._stream)
+        stream = backend.acquire_stream()
+        mx.set_default_stream(stream)
         while (job := self._jobs.get()) is not None:
             _run_job(job)
             del job  # or what it refers to would live until the next job
@@ -170,7 +195,9 @@ class Worker:
             while True:  # a job posted while the thread ended may stand behind the None
                 if job := self._jobs.get_nowait():
                     _run_job(job)
-        backend.release_stream(self._stream)
+        backend.release_stream(stream)
+        if self._was_replaced:
+            return  # the other thread's streams would be waited for
         mx.clear_streams()  # MLX's own clean-up at the end of a thread races with the process exit
 
 

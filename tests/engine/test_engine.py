@@ -672,8 +672,9 @@ def test_a_masked_request_that_joins_computes_nothing_while_a_step_runs(
     async_eval = mx.async_eval
 
     def noted(*arrays: Any) -> None:
-        # Logits [N, V]: a step is submitted as hidden states [1, T, D] and as a list.
-        if isinstance(arrays[0], mx.array) and arrays[0].ndim == 2:
+        # Logits [N, V]: a step is submitted as hidden states [1, T, D], and with its tokens.
+        arrays_of = arrays[0] if isinstance(arrays[0], list) else [arrays[0]]
+        if [array.ndim for array in arrays_of] == [2]:
             early.append(engine._core._in_flight is not None)
         async_eval(*arrays)
 
