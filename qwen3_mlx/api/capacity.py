@@ -24,7 +24,7 @@ from qwen3_mlx.model.quantization import Format, FormatOf
 from qwen3_mlx.model.sizes import SIZES, mlx_4bit_name, published_model_config
 
 _log = logging.getLogger(__name__)
-_MIN_CONTEXT = 2048  # tokens; with fewer a model is of no use
+MIN_CONTEXT = 2048  # tokens; with fewer a model is of no use
 _READY_FORMAT = Format(4, 64)  # of the 4-bit checkpoints on the hub
 
 
@@ -36,7 +36,7 @@ def plan_load(
     cache: CacheFormat = PLAIN,
 ) -> Plan:
     """Return the memory plan of a checkpoint loaded with `options`, for `context` tokens."""
-    context = context or _MIN_CONTEXT
+    context = context or MIN_CONTEXT
     quantize, dequantize = options.quantize, options.dequantize
     if dequantize is None:
         dequantize = backend.worth_dequantizing(4 * count_weights(network))
@@ -76,7 +76,7 @@ def check_fits(
     Raises:
         CapacityError: it does not fit; the message shows the sum, and what would fit.
     """
-    tokens = context or _MIN_CONTEXT
+    tokens = context or MIN_CONTEXT
     available = backend.available_memory() - unallocated_guarantees() - beside
     plan = plan_load(network, stored, options, tokens, cache)
     if plan.total <= available:

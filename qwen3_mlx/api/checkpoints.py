@@ -1,6 +1,6 @@
 """The checkpoints that `load` reads: described and checked before their weights are fetched."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from qwen3_mlx.checkpoint.description import fetch_weights, read_config
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.local import mark_used
+from qwen3_mlx.checkpoint.shard import Share, open_share
 from qwen3_mlx.checkpoint.stored_formats import formats_held, is_foreign
 from qwen3_mlx.checkpoint.weights import (
     has_all_weights,
@@ -48,6 +49,8 @@ class ResolvedCheckpoint:
         cache: the format of the KV cache.
         adapter: what is added to the weights, if anything is.
         choices: the adapters of which requests choose, by name.
+        share: the part that this machine holds; None is all of it.
+        build: creates the network, unevaluated, of a config.
     """
 
     place: Source
@@ -59,6 +62,8 @@ class ResolvedCheckpoint:
     cache: CacheFormat
     adapter: Adapter | None = None
     choices: Mapping[str, Adapter] = field(default_factory=dict)
+    share: Share | None = None
+    build: Callable[[ModelConfig], Qwen3] = Qwen3
 
     @classmethod
     def at(
@@ -132,21 +137,25 @@ class ResolvedCheckpoint:
         """Fetch the weights and return the checkpoint, with the head that they have."""
         # Of a tied head `at` has looked for another one already.
         known = self.network.tie_word_embeddings and has_all_weights(self.folder)
-        folder = fetch_weights(self.place, self.folder)
-        config = self.config if known else with_stored_head(self.config, folder)
+        wanted = self.share.has_tensor(self.network) if self.share else None
+        folder = fetch_weights(self.place, self.folder, wanted=wanted)
+        config = self.config if known else with_stored_head(self.config, folder, wanted)
         found = replace(self, folder=folder, config=config, network=ModelConfig.from_dict(config))
         return found.with_adapter(self.adapter)
 
     def read(self, progress: Progress) -> Qwen3:
-        options = self.options
-        config, weights = open_weights(
-            self.folder,
-            self.config,
-            options.dtype,
-            in_floats=True if options.quantize else options.dequantize,
+        options, share = self.options, self.share
+        in_floats = True if options.quantize else options.dequantize
+        place = self.folder, self.config, options.dtype
+        config, weights = (
+            open_share(*place, share, in_floats=in_floats)
+            if share
+            else open_weights(*place, in_floats=in_floats)
         )
         choices = [*self.choices.values()]
-        model = load_model(config, weights, self.options, progress, self.adapter, choices)
+        model = load_model(
+            config, weights, options, progress, self.adapter, choices, build=self.build
+        )
         model.source, model.adapters = self.place.name, tuple(self.choices)
         mark_used(self.folder)
         return model
@@ -226,7 +235,7 @@ class Checkpoints:
     def fetched(self) -> "Checkpoints":
         """Fetch the weights; the memory is checked again if they have a head of their own."""
         fetched = replace(self, target=self.target.fetched())
-        if fetched.target.network != self.target.network:
+        if fetched.target.network != self.target.network and not self.target.share:
             fetched.check_memory()
         return replace(fetched, draft=self.draft.fetched() if self.draft else None)
 

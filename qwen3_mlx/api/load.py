@@ -1,20 +1,24 @@
 """The public function `load`: resolves, checks, fetches and reads a checkpoint into an `LLM`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from threading import Event as Flag
 
 import mlx.core as mx
 
 from qwen3_mlx import backend
-from qwen3_mlx.api.checkpoints import Checkpoints, ResolvedCheckpoint
+from qwen3_mlx.api.checkpoints import Checkpoints
+from qwen3_mlx.api.cluster import Cluster
 from qwen3_mlx.api.llm import LLM
+from qwen3_mlx.api.prompt_cache import open_prompt_cache
 from qwen3_mlx.api.text_processor import load_text_processor
 from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.checkpoint.calibration_text import default_text
-from qwen3_mlx.checkpoint.fingerprint import fingerprint
 from qwen3_mlx.checkpoint.load import LoadOptions
+from qwen3_mlx.cluster.launch import ClusterOptions
+from qwen3_mlx.cluster.lead import LedDisk
 from qwen3_mlx.engine.forward import warm_up
 from qwen3_mlx.engine.overflow_check import overflows
 from qwen3_mlx.engine.speculation.draft_model import DraftModel
@@ -42,6 +46,10 @@ def load(  # noqa: PLR0913 - one keyword a choice
     adapter: str | Path | Mapping[str, str | Path] | None = None,
     prompt_cache: str | Path | None = None,
     prompt_cache_gb: float = 8,
+    hosts: str | Sequence[str] | None = None,
+    split: str = "pipeline",
+    layers: str | Sequence[int] | None = None,
+    hostfile: str | Path | None = None,
     progress: Progress | None = None,
     download_progress: Progress | None = None,
 ) -> LLM:
@@ -82,6 +90,14 @@ def load(  # noqa: PLR0913 - one keyword a choice
         prompt_cache: a folder for the KV caches of long prompts, so that they need not be read
             again after a restart; default None, off. Several models may share it.
         prompt_cache_gb: the most that this folder may take, in GB (10^9 bytes); default 8.
+        hosts: several machines that hold the model together; default None, this one. A list of
+            names for ssh, of which the first is this machine, by its address on the link; "join"
+            in the place of a name is a machine where `qwen3 follow` is started by hand. "local:2"
+            starts two ranks here, to try it; "env" takes the hosts of mlx.launch. See
+            docs/cluster.md.
+        split: "pipeline" (default) gives each host whole layers, "tensor" a part of every layer.
+        layers: the number of layers of each host, such as [18, 18]; default None, by free memory.
+        hostfile: the hosts as a file in the format of mlx.launch, in place of `hosts`.
         progress: callable (done, total) modules loaded; default None. Called from another thread.
         download_progress: callable (done, total) bytes downloaded from the hub; default None.
             Called from other threads. An interrupted download resumes where it stopped.
@@ -100,25 +116,53 @@ def load(  # noqa: PLR0913 - one keyword a choice
     dequantize, prompt_cache_gb = plain(dequantize), plain(prompt_cache_gb)
     _check(context, dequantize, prompt_cache_gb)
     options = LoadOptions.of(bits, dtype, dequantize, group_size)
+    machines = ClusterOptions(hosts, split, layers, hostfile)
+    if machines and adapter is not None:
+        raise Qwen3Error(
+            "adapters run on one machine: merge it first (qwen3 convert MODEL OUTPUT --adapter "
+            "ADAPTER), or load the model without hosts"
+        )
     checkpoints = Checkpoints.resolve(
         source, revision, draft, options, kv_bits, context, adapter, download_progress
     )
-    # Refuse what does not fit or cannot run before gigabytes are downloaded.
-    checkpoints.check_memory()
+    if not machines:
+        # Refuse what does not fit or cannot run before gigabytes are downloaded.
+        checkpoints.check_memory()
     tokenizer = checkpoints.tokenizer()
     backend.refuse_fork()
-    checkpoints = checkpoints.fetched()
-    disk = _open_disk(prompt_cache, prompt_cache_gb, checkpoints.target)
-    reader, worker = _Reader(checkpoints, progress, tokenizer), Worker()
+    cluster = Cluster(machines) if machines else None
+    reader, worker = _Reader(progress, tokenizer), Worker()
     try:
-        model, speculator = worker.call(reader.read)
-        if (target := reader.checkpoints.target) is not checkpoints.target:
-            disk = _open_disk(prompt_cache, prompt_cache_gb, target)
+        if cluster:
+            checkpoints = cluster.divide(checkpoints, prompt_cache, prompt_cache_gb)
+        checkpoints = checkpoints.fetched()
+        held_as = checkpoints.target.options
+        kind = LedDisk if cluster else DiskPrefixes
+        disk = open_prompt_cache(prompt_cache, prompt_cache_gb, checkpoints.target, kind)
+        if cluster:
+            checkpoints = cluster.connect(checkpoints)
+        checkpoints, models = worker.call(partial(reader.read, checkpoints))
+        if (target := checkpoints.target).options != held_as:
+            disk = open_prompt_cache(prompt_cache, prompt_cache_gb, target, kind)
+        if cluster:
+            cluster.start(models[0], disk, worker)
+        speculator = worker.call(partial(reader.prepare, checkpoints, models))
         words = load_text_processor(target.folder, target.config, tokenizer)
-        cache, wired = target.cache, reader.wired
-        return LLM(model, words, worker, context, disk, speculator, wired, cache_format=cache)
+        return LLM(
+            models[0],
+            words,
+            worker,
+            context,
+            disk,
+            speculator,
+            reader.wired,
+            cache_format=target.cache,
+            cluster=cluster,
+        )
     except BaseException:
         reader.abandon()
+        if cluster:
+            cluster.close(at_once=True)
         worker.stop()
         backend.unwire(reader.wired)
         raise
@@ -132,40 +176,46 @@ class _Reader:
         wired: bytes that were wired, which must be unwired in the end.
     """
 
-    def __init__(
-        self, checkpoints: Checkpoints, progress: Progress | None, tokenizer: Tokenizer
-    ) -> None:
+    def __init__(self, progress: Progress | None, tokenizer: Tokenizer) -> None:
         self.wired = 0
-        self.checkpoints = checkpoints
         self._progress = progress
         self._tokenizer = tokenizer
         self._abandoned = Flag()
 
-    def read(self) -> tuple[Qwen3, Speculator | None]:
-        """Read the weights; return the network, and the speculator if there is speculation."""
+    def read(self, checkpoints: Checkpoints) -> tuple[Checkpoints, list[Qwen3]]:
+        """Read the weights of the network, and of the draft model if there is one.
+
+        Return the networks, and the checkpoints as they are held: of a provisional dtype that
+        overflows, in bfloat16.
+        """
         backend.limit_buffer_cache()
-        backend.tune_blas_threads(self.checkpoints.target.network.hidden_size)
-        models = self._read_all()
-        if self.checkpoints.target.options.provisional:
+        backend.tune_blas_threads(checkpoints.target.network.hidden_size)
+        models = self._read_all(checkpoints)
+        if checkpoints.target.options.provisional:
             ids = self._tokenizer.encode(default_text()[:_SAMPLE_CHARACTERS])
             if any(overflows(model, ids) for model in models):
                 models.clear()  # before others are read
                 mx.clear_cache()
-                self.checkpoints = self.checkpoints.in_bfloat16()
-                models = self._read_all()
-        target, small = self.checkpoints.target, self.checkpoints.draft
+                checkpoints = checkpoints.in_bfloat16()
+                models = self._read_all(checkpoints)
         self.wired = sum(model.nbytes for model in models)
         backend.wire(self.wired)
-        if backend.on_gpu():  # a GPU compiles its kernels at first use
+        return checkpoints, models
+
+    def prepare(self, checkpoints: Checkpoints, models: Sequence[Qwen3]) -> Speculator | None:
+        """Run the networks once where that takes time; return the speculator if there is one."""
+        target, drafting = checkpoints.target, None
+        if backend.on_gpu() or target.share:  # a GPU compiles its kernels at first use
             for model in models:
                 warm_up(model, target.cache)
-        if not self.checkpoints.speculates:
-            return models[0], None
-        drafting = DraftModel(models[1], target.cache) if small else None
-        return models[0], Speculator(target.network, drafting)
+        if not checkpoints.speculates:
+            return None
+        if checkpoints.draft:
+            drafting = DraftModel(models[1], target.cache)
+        return Speculator(target.network, drafting)
 
-    def _read_all(self) -> list[Qwen3]:
-        both = self.checkpoints.target, self.checkpoints.draft
+    def _read_all(self, checkpoints: Checkpoints) -> list[Qwen3]:
+        both = checkpoints.target, checkpoints.draft
         return [found.read(self._follow) for found in both if found]
 
     def abandon(self) -> None:
@@ -190,22 +240,3 @@ def _check(context: object, dequantize: object, prompt_cache_gb: float) -> None:
         or not 0 < prompt_cache_gb < _MAX_PROMPT_CACHE_GB
     ):
         raise ValueError(f"prompt_cache_gb must be more than 0 GB, not {prompt_cache_gb!r}")
-
-
-def _open_disk(
-    place: str | Path | None, max_gb: float, target: ResolvedCheckpoint
-) -> DiskPrefixes | None:
-    if place is None:
-        return None
-    held_as = (target.options, target.cache, backend.on_gpu())
-    adapter = target.adapter.files if target.adapter else []
-    try:
-        # Caches are valid for the same weights only.
-        key = fingerprint(target.folder, target.config, held_as, adapter)
-        return DiskPrefixes(Path(place), key, limit=int(max_gb * 1e9))
-    except FileExistsError as error:
-        raise Qwen3Error(f"prompt_cache: {place} is a file; name a folder") from error
-    except OSError as error:
-        raise Qwen3Error(
-            f"prompt_cache: {place} cannot be used: {error.strerror or error}; name another folder"
-        ) from error

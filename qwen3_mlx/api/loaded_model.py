@@ -14,6 +14,7 @@ from typing import Self, TypeVar, Unpack
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.api.cluster import Cluster
 from qwen3_mlx.api.embedding import prepare_embedding
 from qwen3_mlx.api.options import GenerationOptions, Options, with_keywords
 from qwen3_mlx.api.prepared_request import PreparedRequest
@@ -31,7 +32,7 @@ from qwen3_mlx.engine.memory_ledger import Share, release
 from qwen3_mlx.engine.request import Scores
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.worker import Worker
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.errors import ClusterError, Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.text.events import Event
 from qwen3_mlx.text.fair_queue import LOCAL_CALLER, Caller
@@ -43,7 +44,7 @@ T = TypeVar("T")
 class LoadedModel:
     """A checkpoint in memory, and the engine that serves it; `LLM` describes its attributes."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all that `load` has made
         self,
         model: Qwen3,
         processor: TextProcessor,
@@ -54,8 +55,10 @@ class LoadedModel:
         wired: int = 0,
         *,
         cache_format: CacheFormat = PLAIN,
+        cluster: Cluster | None = None,
     ) -> None:
-        self.config = model.config
+        self.config = cluster.network if cluster else model.config
+        self.cluster = cluster
         self.cache_format = cache_format
         self.tokenizer = processor.tokenizer
         self.thinking = processor.thinking
@@ -66,19 +69,25 @@ class LoadedModel:
         # A network may have fewer rows than the tokenizer has ids, or more, as padding: only ids
         # that both know may be sampled.
         vocabulary = min(len(processor.tokenizer), self.config.vocab_size)
+        available: int | None = None
+        if cluster:
+            available, context = cluster.limits(context)
         engine = Engine(
             model,
             worker,
             vocabulary=vocabulary,
             cache_format=cache_format,
+            available=available,
             context=context,
             disk=disk,
             speculator=speculator,
         )
+        if cluster:
+            cluster.guard(worker, engine)
         self.context = engine.context
         self.adapters = model.adapters
         self._replies: ReplyGenerator | None = ReplyGenerator(processor, engine)
-        self._shut = weakref.finalize(self, _shut_down, worker, engine.share, wired)
+        self._shut = weakref.finalize(self, _shut_down, worker, engine.share, wired, cluster)
         self._shut.atexit = False  # at exit the worker thread stops by itself
 
     def __repr__(self) -> str:
@@ -186,9 +195,18 @@ class LoadedModel:
         """
         return self._open().start(prepared, deliver, cancelled)
 
+    def on_failure(self, call: Callable[[ClusterError], None]) -> None:
+        """Call `call(error)`, on another thread, if a machine that computes fails.
+
+        All requests end with the error then, and the model must be loaded again. On one machine it
+        is never called.
+        """
+        if self.cluster:
+            self.cluster.crew.on_failure(call)
+
     def activity(self) -> Activity:
         """Return what the engine is doing, without waiting for the step that runs."""
-        return self._open().engine.activity()
+        return self._replies_if_open().engine.activity()
 
     def call_soon(self, job: Callable[[], None]) -> None:
         """Schedule `job` to run after the current step, and return at once; for use in `deliver`.
@@ -205,8 +223,16 @@ class LoadedModel:
 
         The result is an array, or a tuple, list or dictionary of arrays. Arrays that `job` closes
         over must be evaluated: a lazy array can only be evaluated on the thread that created it.
+
+        Raises:
+            Qwen3Error: several machines hold the model together.
         """
         replies = self._open()
+        if self.cluster:
+            raise Qwen3Error(
+                "evaluating, tuning and computing with the network itself need it on one machine: "
+                "load the model without hosts"
+            )
         model = replies.engine.model
 
         def run() -> T:
@@ -348,6 +374,12 @@ class LoadedModel:
         self.close()
 
     def _open(self) -> ReplyGenerator:
+        replies = self._replies_if_open()
+        if self.cluster and self.cluster.failure:
+            raise self.cluster.failure
+        return replies
+
+    def _replies_if_open(self) -> ReplyGenerator:
         if self._replies is None:
             raise Qwen3Error("this LLM is closed; load it again")
         return self._replies
@@ -362,10 +394,13 @@ class LoadedModel:
         return Stream(events, cancelled, self, started, wait=self._worker.wait)
 
 
-def _shut_down(worker: Worker, share: Share, wired: int) -> None:
+def _shut_down(worker: Worker, share: Share, wired: int, cluster: Cluster | None) -> None:
     # In a forked process the worker's and MLX's threads are missing: `unwire` would wait for them.
     if worker.forked:
         return
     worker.stop()
     release(share)
-    backend.unwire(wired)
+    if cluster:
+        cluster.close()
+    if not (cluster and cluster.failure):  # a device that hangs would be waited for
+        backend.unwire(wired)

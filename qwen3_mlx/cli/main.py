@@ -26,6 +26,7 @@ from qwen3_mlx.cli.error_wording import (
     with_option_names,
 )
 from qwen3_mlx.cli.evaluate import app as evaluate
+from qwen3_mlx.cli.follow import follow
 from qwen3_mlx.cli.logs import app as logs
 from qwen3_mlx.cli.models import list_models, pull, rm
 from qwen3_mlx.cli.plan import plan
@@ -118,6 +119,7 @@ app.command("embed")(embed)
 app.command("rerank")(rerank)
 app.command("bench")(bench)
 app.command("tune")(tune)
+app.command("follow")(follow)
 app.command("doctor")(doctor)
 app.add_typer(evaluate, name="eval")
 app.add_typer(logs, name="logs")

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
@@ -20,12 +21,15 @@ from qwen3_mlx.cli.config import Config, read_config
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.user_files import config_file
+from qwen3_mlx.cluster.launch import LAUNCHED
+from qwen3_mlx.cluster.shares import PIPELINE
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.sizes import DEMO, SIZES, hub_name, is_demo
 
 _MODEL, GENERATION, _THINKING = "Model", "Generation", "Thinking"
 _SAMPLING, _DISPLAY = "Sampling", "Display"
+_HOSTS = "Several machines"
 MODEL_VARIABLE = "QWEN3_MODEL"
 NGRAM = "ngram"  # a value of --draft
 _YARN_NOTE = "YaRN is on for this context window; quality on short texts may be slightly lower."
@@ -250,6 +254,29 @@ class ServedOptions(CacheOptions):
         Path | None,
         option(panel=_MODEL, text="Folder that keeps KV caches of long prompts across restarts."),
     ] = None
+    hosts: Annotated[
+        str | None,
+        option(
+            panel=_HOSTS,
+            text="Run on several machines: names for ssh, comma-separated, this one first; local:2 "
+            "is two ranks here.",
+        ),
+    ] = None
+    split: Annotated[
+        str,
+        option(
+            panel=_HOSTS,
+            text="Divide the model by layers (pipeline, the default) or each layer (tensor).",
+        ),
+    ] = PIPELINE
+    layers: Annotated[
+        str | None,
+        option(panel=_HOSTS, text="Layers of each host, such as 18,18 (default: by free memory)."),
+    ] = None
+    hostfile: Annotated[
+        Path | None,
+        option(panel=_HOSTS, text="Take the hosts from a file in the format of mlx.launch."),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -439,6 +466,14 @@ def user_config() -> Config:
     return config
 
 
+def follow_if_launched(options: WeightOptions) -> None:
+    """Follow another rank to its end, and exit, if mlx.launch has started this process for that."""
+    if getattr(options, "hosts", None) == LAUNCHED:
+        following = import_module("qwen3_mlx.api.follow")  # MLX, which --help does not need
+        if following.follow_launched():
+            raise typer.Exit
+
+
 @contextmanager
 def load_model(
     model: str | Path | None,
@@ -455,6 +490,7 @@ def load_model(
     While it loads, Ctrl-C ends the process at once; in the block it raises KeyboardInterrupt, so
     that the model is closed.
     """
+    follow_if_launched(options)
     with Bar("downloading", in_bytes=True) as downloading, Bar(what) as loading:
         llm = qwen3_mlx.load(
             model,
