@@ -8,7 +8,7 @@ import socket
 import sys
 import webbrowser
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from functools import partial
 from importlib import import_module
@@ -22,7 +22,14 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.local import last_used, local_models
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.option_groups import option, with_options
-from qwen3_mlx.cli.options import NGRAM, Models, SamplingOptions, ServedOptions, load_model
+from qwen3_mlx.cli.options import (
+    NGRAM,
+    Models,
+    SamplingOptions,
+    ServedOptions,
+    follow_if_launched,
+    load_model,
+)
 from qwen3_mlx.cli.service_file import install_service
 from qwen3_mlx.cli.tool_use import served_tools
 from qwen3_mlx.errors import Qwen3Error
@@ -219,6 +226,8 @@ def serve(  # noqa: PLR0913 - one parameter an option
     if not models:
         recent = last_used(found)
         models = [recent.name if recent else None]
+    clustered = _is_clustered(loading, several=bool(models[1:] or models_from or keep_alive))
+    follow_if_launched(loading)
     settings = Settings(
         model=name or model_name(models[0]),
         model_keep_alive=read_duration(-1 if keep_alive is None else keep_alive, "--keep-alive"),
@@ -259,13 +268,16 @@ def serve(  # noqa: PLR0913 - one parameter an option
     with ExitStack() as stack:
         stack.enter_context(listener)
         with Bar("downloading", in_bytes=True) as bar:
-            sources = describing.stated_sources(
-                models, options, settings.model, None if quiet else bar
-            )
-        with describing.room_for(sources[1:], beside=sources[0]):
+            sources = []
+            if not clustered:
+                sources = describing.stated_sources(
+                    models, options, settings.model, None if quiet else bar
+                )
+        with describing.room_for(sources[1:], beside=sources[0]) if sources else nullcontext():
             llm = stack.enter_context(
                 load_model(models[0], loading, adapters=adapters, quiet=quiet)
             )
+        sources = sources or [describing.ModelSource.of(llm, settings.model)]
         _log_to_stderr(quiet=quiet)
         tools = stack.enter_context(served_tools(mcp or (), llm, yes=True, quiet=quiet))
         if models_from:
@@ -275,6 +287,21 @@ def serve(  # noqa: PLR0913 - one parameter an option
         others = [source.name for source in sources[1:]]
         with registered(*_address_of(settings, listener), settings.model):
             serving.serve(llm, settings, listener, partial(ready, others), sources, tools)
+
+
+def _is_clustered(loading: ServedOptions, *, several: bool) -> bool:
+    """Return whether several machines hold the model.
+
+    Raises:
+        ValueError: there are several models as well, or the one would be closed and loaded again.
+    """
+    clustered = loading.hosts is not None or loading.hostfile is not None
+    if clustered and several:
+        raise ValueError(
+            "--hosts serves one model, which stays loaded: leave --keep-alive, --models-from and "
+            "other models out"
+        )
+    return clustered
 
 
 def _adapters(stated: Sequence[str]) -> str | dict[str, str] | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qwen3_mlx.errors import CheckpointError, ContextError, Qwen3Error
+from qwen3_mlx.errors import CheckpointError, ClusterError, ContextError, Qwen3Error
 
 _SENTENCES = {
     404: "there is nothing at this address",
@@ -65,9 +65,14 @@ class ApiError(Exception):
 
 
 def as_client_error(error: BaseException) -> ApiError:
-    """Convert an error raised before the reply began; a 503 becomes 400: the request caused it."""
+    """Convert an error raised before the reply began; a 503 becomes 400: the request caused it.
+
+    It stays one if a machine that computes is gone.
+    """
     converted = ApiError.of(error)
-    return ApiError(400, converted.message) if converted.status == 503 else converted
+    if converted.status != 503 or isinstance(error, ClusterError):
+        return converted
+    return ApiError(400, converted.message)
 
 
 def from_status(status: int, detail: object, headers: Mapping[str, str] | None) -> ApiError:

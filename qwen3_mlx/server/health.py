@@ -18,11 +18,18 @@ def health_of(service: Service) -> dict[str, Any]:
     stuck = any(activity.seconds_since_step > _STUCK for activity in activities)
     stuck = stuck or service.preparing.is_stuck
 
+    status = "stuck" if stuck else "ok"
+    if service.stopping:
+        status = "stopping"
+    if service.failure:
+        status = "down"
+
     def total(field: str) -> Any:
         return sum(getattr(activity, field) for activity in activities)
 
     return {
-        "status": "stopping" if service.stopping else "stuck" if stuck else "ok",
+        "status": status,
+        **({"reason": str(service.failure)} if service.failure else {}),
         "model": pool.default.name,
         "models": [_state_of(model, pool.seconds_left(model)) for model in pool.models],
         "version": __version__,

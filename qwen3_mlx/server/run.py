@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 import uvicorn
 
 from qwen3_mlx.api.llm import LLM
+from qwen3_mlx.errors import ClusterError
 from qwen3_mlx.server.app import make_app
 from qwen3_mlx.server.connections import Connection, Connections, Limits, raise_file_limit
 from qwen3_mlx.server.model_source import ModelSource
@@ -40,6 +41,7 @@ class Server(uvicorn.Server):
         tools: Sequence[DescribedTool] = (),
     ) -> None:
         app, self.service = make_app(llm, settings, sources, tools)
+        self._llm = llm
         self._deadline = settings.shutdown - min(_NOTICE, settings.shutdown / 2)
         self._ready = ready
         limits = limits or Limits.of_process()
@@ -73,7 +75,17 @@ class Server(uvicorn.Server):
             # asyncio takes one number for the connections accepted at once and for those that wait
             # in the socket's queue; the queue may be longer.
             listener.listen(BACKLOG)
+        self._llm.on_failure(self._fail)
         self._ready()
+
+    def _fail(self, error: ClusterError) -> None:
+        """Answer for a moment that the model is down, then stop; called on another thread."""
+        self.service.failure = error
+
+        def stop() -> None:
+            self.should_exit = True
+
+        self.loop.call_soon_threadsafe(self.loop.call_later, _NOTICE, stop)
 
     async def on_tick(self, counter: int) -> bool:
         """Check connections and idle models once a second; called every tenth of a second."""
@@ -112,13 +124,17 @@ def serve(
 
     Raises:
         Qwen3Error: the checkpoint cannot think as the settings want it to.
+        ClusterError: a machine that computes has failed.
     """
     raise_file_limit()
     interval = sys.getswitchinterval()
     sys.setswitchinterval(_SWITCH_INTERVAL)
     before = signal.signal(signal.SIGTERM, _quit)
     try:
-        Server(llm, settings, ready, sources=sources, tools=tools).run([listener])
+        server = Server(llm, settings, ready, sources=sources, tools=tools)
+        server.run([listener])
+        if server.service.failure:
+            raise server.service.failure
     except KeyboardInterrupt:  # uvicorn raises the signal again after the shutdown
         pass
     finally:

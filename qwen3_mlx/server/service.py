@@ -14,7 +14,7 @@ from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.options import Options
 from qwen3_mlx.api.prepared_request import PreparedRequest
 from qwen3_mlx.engine.sampling_params import SamplingParams
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.errors import ClusterError, Qwen3Error
 from qwen3_mlx.server.admission import Admission, Slot
 from qwen3_mlx.server.errors import ApiError
 from qwen3_mlx.server.keys import Keys
@@ -54,6 +54,7 @@ class Service:
         self.models.open(self.models.default, llm)
         self.keys = Keys(settings.api_key, settings.key_file)
         self.stopping = False
+        self.failure: ClusterError | None = None
         self.started = time.monotonic()
         self._body_threads = ThreadPoolExecutor(_BODY_THREADS, "qwen3-body")
         self.quotas = Quotas()
