@@ -18,6 +18,7 @@ from qwen3_mlx.bench.measure import OURS, PEER, Case, Measurement, NumericSettin
 from qwen3_mlx.errors import Qwen3Error
 
 DEFAULTS, EQUAL = "out of the box", "equal terms"
+_ONE: Mapping[str, Any] = {}
 
 
 @dataclass(slots=True)
@@ -31,6 +32,7 @@ class TargetResult:
         figures: the measurements by case; of several repeats their medians.
         bandwidth: memory bandwidth in bytes per second; 0 for mlx-lm.
         repeats: the measurements of each repeat, if there are several.
+        cluster: what went between several machines: see `targets`.
     """
 
     is_default: bool
@@ -39,6 +41,7 @@ class TargetResult:
     figures: dict[Case, Measurement] = field(default_factory=dict)
     bandwidth: float = 0.0
     repeats: Sequence[Mapping[Case, Measurement]] = ()
+    cluster: Mapping[str, Any] | None = None
 
     def read(self, line: Mapping[str, Any]) -> bool:
         """Add a line that the target's process wrote; return True if it is a measurement.
@@ -51,6 +54,9 @@ class TargetResult:
         """
         if "error" in line:
             raise Qwen3Error(line["error"])
+        if "cluster" in line:
+            self.cluster = line["cluster"]
+            return False
         if "terms" in line:
             self.terms = NumericSettings(**line["terms"])
             self.weights, self.bandwidth = line["weights"], line["bandwidth"]
@@ -60,12 +66,13 @@ class TargetResult:
         return True
 
 
-def compare(
+def compare(  # noqa: PLR0913 - one keyword an option
     folder: str,
     cases: Sequence[Case],
     count: int,
     *,
     adapter: str | None = None,
+    hosts: Mapping[str, Any] = _ONE,
     against: Sequence[str] = (),
     repeats: int = 1,
     seconds: float,
@@ -78,6 +85,7 @@ def compare(
         cases: the cases to measure.
         count: decode steps per case.
         adapter: an adapter of the checkpoint, for all engines.
+        hosts: the keywords hosts, split and layers of `load`, if there are several machines.
         against: terms for mlx-lm: `DEFAULTS`, its defaults, and `EQUAL`, this package's numeric
             settings. If both are the same, it runs once, as `EQUAL`.
         repeats: number of rounds. The result is the median of each figure, of memory the maximum.
@@ -101,7 +109,7 @@ def compare(
         results: dict[str, TargetResult] = {}
         for side, way in [*ways.items()][:: -1 if number % 2 else 1]:
             name, own = (PEER if way else OURS), (terms if way == EQUAL else None)
-            setup = Setup(name, folder, cases, count, own, adapter)
+            setup = Setup(name, folder, cases, count, own, adapter, **hosts)
             results[side] = result = _run(setup, seconds, measured)
             if not way and not result.figures:
                 raise Qwen3Error(f"there is no measurement after {seconds:g} s; allow more time")

@@ -87,6 +87,7 @@ class Setup:
         count: decode steps per case.
         terms: settings to which mlx-lm's model is converted; None keeps its own.
         adapter: an adapter of the checkpoint.
+        hosts, split, layers: several machines, as `load` takes them.
     """
 
     name: str
@@ -95,6 +96,9 @@ class Setup:
     count: int
     terms: NumericSettings | None = None
     adapter: str | None = None
+    hosts: str | None = None
+    split: str = "pipeline"
+    layers: str | None = None
 
     @classmethod
     def from_json(cls, text: str) -> "Setup":

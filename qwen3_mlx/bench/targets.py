@@ -6,8 +6,11 @@ numeric settings of the target, then each measurement when it is complete; or an
 
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from stat import S_ISFIFO
@@ -22,6 +25,11 @@ from qwen3_mlx import backend
 from qwen3_mlx.api.load import load
 from qwen3_mlx.bench.measure import OURS, PEER, BenchTarget, Case, NumericSettings, Setup, measure
 from qwen3_mlx.cache.quantized import cache_format
+from qwen3_mlx.cluster.launch import LOOPBACK, read_hosts
+from qwen3_mlx.cluster.lead import LedQwen3
+from qwen3_mlx.cluster.ring import RING, join_group
+from qwen3_mlx.cluster.shares import PIPELINE, describe, traffic
+from qwen3_mlx.cluster.wire import free_port
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.hooks import TokenCollector
 from qwen3_mlx.engine.request import Request, RequestResult
@@ -30,6 +38,7 @@ from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
 
+_RANK, _ADDRESSES = "QWEN3_BENCH_RANK", "QWEN3_BENCH_ADDRESSES"
 _GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
 
 
@@ -99,7 +108,11 @@ class MlxLm:
     """mlx-lm: `generate_step` with a prompt cache that is kept, as in its chat, and its batches."""
 
     def __init__(
-        self, folder: str, terms: NumericSettings | None, adapter: str | None = None
+        self,
+        folder: str,
+        terms: NumericSettings | None,
+        adapter: str | None = None,
+        group: mx.distributed.Group | None = None,
     ) -> None:
         # Imported here: no other part of this package may depend on mlx-lm.
         from mlx_lm.generate import BatchGenerator, generate_step, generation_stream
@@ -118,6 +131,8 @@ class MlxLm:
             self.model = dequantize_model(self.model)
         if adapter:
             load_adapters(self.model, adapter)
+        if group:  # by heads and columns; it has no pipeline for dense Qwen3
+            self.model.shard(group)
         if terms:
             self.model.set_dtype(getattr(mx, terms.dtype))
             mx.eval(self.model.parameters())
@@ -172,13 +187,73 @@ def main() -> None:
     setup = Setup.from_json(sys.argv[1])
     try:
         if setup.name == PEER:
-            peer = MlxLm(setup.folder, setup.terms, setup.adapter)
-            _measure(peer, peer.model, setup)
+            with _ranks(setup) as group:
+                peer = MlxLm(setup.folder, setup.terms, setup.adapter, group)
+                _measure(peer, peer.model, setup)
+        elif setup.hosts:
+            _measure_cluster(setup)
         else:
             with load(Path(setup.folder), adapter=setup.adapter) as llm:
                 llm.compute(lambda model: _measure(Ours(model), model, setup))
     except Qwen3Error as error:
         _write_line({"error": str(error)})
+
+
+def _measure_cluster(setup: Setup) -> None:
+    """Measure this package's engine on several machines."""
+    hosts, split, layers = setup.hosts, setup.split, setup.layers
+    with load(Path(setup.folder), hosts=hosts, split=split, layers=layers) as llm:
+        model, cluster = llm.model, llm.cluster
+        assert isinstance(model, LedQwen3) and cluster
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                _measure(Ours(model), model, setup)
+                done.set_result(None)
+            except Exception as error:  # noqa: BLE001 - raised again below
+                done.set_exception(error)
+
+        llm.call_soon(run)
+        done.result()
+        itemsize = model.model.norm.weight.dtype.size
+        messages, nbytes = traffic(llm.config, split, len(cluster.hosts), itemsize)
+        sent = sum(peer.channel.sent for peer in model.crew.peers)
+        figures = {
+            "messages": messages,
+            "nbytes": nbytes,
+            "control": sent / max(1, model.passes) / len(model.crew.peers),
+            "waiting": model.waited / model.crew.busy if split == PIPELINE else None,
+            "shares": [describe(share) for share in cluster.shares],
+        }
+        _write_line({"cluster": figures})
+
+
+@contextmanager
+def _ranks(setup: Setup) -> Iterator[mx.distributed.Group | None]:
+    """Start the other ranks of mlx-lm on this machine; all run the same program."""
+    if not setup.hosts:
+        yield None
+        return
+    count = len(read_hosts(setup.hosts, None))
+    rank, stated = int(os.environ.get(_RANK, 0)), os.environ.get(_ADDRESSES, "")
+    addresses = stated or " ".join(f"{LOOPBACK}:{free_port(LOOPBACK)}" for _ in range(count))
+    others = [
+        subprocess.Popen(
+            [sys.executable, "-m", "qwen3_mlx.bench.targets", sys.argv[1]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            env=os.environ | {_RANK: str(other), _ADDRESSES: addresses},
+        )
+        for other in range(1, count)
+        if rank == 0
+    ]
+    try:
+        yield join_group(rank, {"backend": RING, "hosts": addresses.split()})
+    finally:
+        for process in others:
+            process.kill()
+            process.wait()
 
 
 def _measure(target: BenchTarget, model: nn.Module, setup: Setup) -> None:

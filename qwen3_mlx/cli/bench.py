@@ -22,6 +22,8 @@ from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.model_facts import refuse_other_kinds
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.options import Adapter, Json, ModelArgument, Plot
+from qwen3_mlx.cluster.launch import ClusterOptions, read_hosts
+from qwen3_mlx.cluster.shares import PIPELINE
 from qwen3_mlx.engine.memory import Workload, bytes_read_per_token
 from qwen3_mlx.evaluate.plots import Panel, check_picture, draw_speeds
 from qwen3_mlx.files import read_json
@@ -52,6 +54,16 @@ def bench(  # noqa: PLR0913 - one parameter an option
             show_default=True,
         ),
     ] = "both",
+    hosts: Annotated[
+        str | None,
+        option(text="Measure on several machines: names for ssh, this one first, or local:2."),
+    ] = None,
+    split: Annotated[
+        str, option(text="Divide the model among --hosts: pipeline or tensor.", show_default=True)
+    ] = PIPELINE,
+    layers: Annotated[
+        str | None, option(text="Layers of each of --hosts, such as 18,18 (default: by memory).")
+    ] = None,
     prompts: Annotated[
         str, option(text="Prompt lengths in tokens, comma-separated.", show_default=True)
     ] = _PROMPTS,
@@ -88,6 +100,11 @@ def bench(  # noqa: PLR0913 - one parameter an option
         raise ValueError(f"--against must be {PEER}, not {against!r}")
     if terms not in _TERMS:
         raise ValueError(f"--terms must be one of {', '.join(_TERMS)}, not {terms!r}")
+    if ClusterOptions(hosts, split, layers) and (adapter or (against and _has_names(hosts))):
+        raise ValueError(
+            "--hosts go without --adapter, and --against mlx-lm with --hosts local:N only; on "
+            "several machines run its own benchmark under mlx.launch"
+        )
     if plot:
         check_picture(plot)
     folder = _folder(model or DEMO)
@@ -105,6 +122,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
             cases,
             count,
             adapter=adapter,
+            hosts={"hosts": hosts, "split": split, "layers": layers},
             against=peer_terms,
             repeats=repeats,
             seconds=60 * minutes,
@@ -123,10 +141,15 @@ def bench(  # noqa: PLR0913 - one parameter an option
     if plot:
         draw_speeds(plot, _title(facts), list(_panels(cases, results)))
     if as_json:
-        print(json.dumps(facts | {"sides": _as_json(results, bounds)}, indent=1))
+        sides = {"sides": _as_json(results, bounds), "cluster": results[OURS].cluster}
+        print(json.dumps(facts | sides, indent=1))
     else:
         print(_title(facts), "", *_table(cases, results, bounds), "", sep="\n")
         print(*_notes(cases, results, bounds, minutes), sep="\n")
+
+
+def _has_names(hosts: str | None) -> bool:
+    return any(not host.is_local for host in read_hosts(hosts, None))
 
 
 def _folder(model: str) -> Path:
@@ -290,6 +313,14 @@ def _notes(
     own = results[OURS]
     for case in (case for case in own.figures if case.copying):
         yield f"Copying: {own.figures[case].a_pass:.1f} tokens a forward pass, by lookup."
+    if moved := own.cluster:
+        yield f"Hosts: {'; '.join(moved['shares'])}."
+        waiting = moved["waiting"]
+        share = "" if waiting is None else f"; {waiting:.0%} of the time was spent waiting for them"
+        yield (
+            f"Between the hosts: {moved['messages']:,} messages and {moved['nbytes'] / 1024:,.1f} "
+            f"KiB a token, {moved['control']:.0f} bytes of plans a pass{share}."
+        )
     if any(own.figures[case].decode > bound for case, bound in bounds.items()):
         yield (
             "More than 100%: the model fits the processor's cache, or the machine was busy while "

@@ -14,10 +14,11 @@ from rich.console import Console
 from qwen3_mlx import backend
 from qwen3_mlx.checkpoint.hub import unreachable
 from qwen3_mlx.checkpoint.local import local_models
-from qwen3_mlx.cli.console import print_facts
+from qwen3_mlx.cli.console import note, print_facts, print_table
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.options import alias_meant, complete_model
 from qwen3_mlx.cli.user_files import CHAT_HISTORY, CONVERSATIONS, config_file, data_folder
+from qwen3_mlx.cluster.launch import ClusterOptions
 from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError
@@ -32,7 +33,8 @@ def doctor(
         str | None,
         typer.Argument(
             metavar="MODEL",
-            help="With --verify: a checkpoint to check as well (size, folder or hub name).",
+            help="With --verify or --hosts: a checkpoint to check as well (size, folder or hub "
+            "name).",
             callback=alias_meant,
             autocompletion=complete_model,
             show_default=False,
@@ -41,16 +43,26 @@ def doctor(
     verify: Annotated[
         bool, option("--verify", text="Check whether this machine computes right.")
     ] = False,
+    hosts: Annotated[
+        str | None,
+        option(text="Examine these machines instead: names for ssh, this one first, or local:2."),
+    ] = None,
+    hostfile: Annotated[
+        Path | None, option(text="Take the hosts from a file in the format of mlx.launch.")
+    ] = None,
 ) -> None:
     """Show the device, MLX build, speed, memory limits, versions and all folders, with advice.
 
     [bold]qwen3 doctor --verify[/bold]   check every operation against the CPU, in a minute.
     [bold]qwen3 doctor --verify 8B[/bold]   check a checkpoint on this machine, too.
+    [bold]qwen3 doctor --hosts mac1,mac2 32B[/bold]   see whether both can run a model.
 
     --verify ends with a block for a report, which tells nothing about you, and
     with exit code 1 if a check failed.
     """
-    if verify:
+    if hosts or hostfile:
+        _examine(ClusterOptions(hosts, hostfile=hostfile), model)
+    elif verify:
         _verify(model)
     elif model:
         raise ValueError(f"MODEL goes with --verify: qwen3 doctor --verify {model}")
@@ -103,6 +115,26 @@ def _describe() -> None:
     facts |= _storage()
     print_facts(facts)
     Console().print("\n".join(["", *(advice or ["No problems found."])]))
+
+
+def _examine(options: ClusterOptions, model: str | None) -> None:
+    """Print what is known of several machines, which have the same versions, or it fails."""
+    examining = import_module("qwen3_mlx.api.preflight")  # MLX, which --help does not need
+    reports, link = examining.preflight(options, model)
+    print_table(
+        ("host", "address", "memory", "round trip", "model"),
+        [
+            (
+                report.name,
+                report.address,
+                in_gb(report.memory),
+                f"{report.round_trip * 1e3:.2f} ms" if report.round_trip else "leads",
+                report.checkpoint or "-",
+            )
+            for report in reports
+        ],
+    )
+    note(f"All have qwen3-mlx {__version__} and MLX {_version('mlx')}; the link here is {link}.")
 
 
 def _version(package: str) -> str:

@@ -23,9 +23,11 @@ from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.options import GgufFile, Plot, alias_meant, complete_model, with_file
 from qwen3_mlx.cli.plan_estimate import Machine, MemoryEstimate
+from qwen3_mlx.cli.plan_hosts import divisions, table_of_hosts
 from qwen3_mlx.cli.plan_plots import PlanPlot, draw
 from qwen3_mlx.cli.plan_sizes import recommend, sizes_as_json, table_of_sizes
 from qwen3_mlx.cli.plan_table import table_of
+from qwen3_mlx.cluster.launch import ClusterOptions
 from qwen3_mlx.engine.memory import count_weights, weight_bytes
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format, FormatOf
@@ -43,13 +45,13 @@ _FORMATS = {
 }
 
 
-def _gigabytes(stated: str) -> float:
-    """Return the memory that --memory states, with or without its unit, in GB."""
+def _gigabytes(stated: str, name: str = "--memory") -> float:
+    """Return the memory that an option states, with or without its unit, in GB."""
     number = stated.strip().upper().removesuffix("GB")
     with suppress(ValueError):
         if 1 <= float(number) <= _MAX_MEMORY_GB:
             return float(number)
-    raise ValueError(f"--memory must be GB, from 1 to {_MAX_MEMORY_GB:,}, not {stated}")
+    raise ValueError(f"{name} must be GB, from 1 to {_MAX_MEMORY_GB:,}, not {stated}")
 
 
 def plan(  # noqa: PLR0913 - one parameter an option
@@ -70,6 +72,19 @@ def plan(  # noqa: PLR0913 - one parameter an option
         str | None,
         option(text="Plan for a Mac with this many GB, not for this machine.", metavar="GB"),
     ] = None,
+    hosts: Annotated[
+        str | None,
+        option(
+            text="Plan for several Macs with so many GB each, such as 24,36; the first one leads.",
+            metavar="GB,GB",
+        ),
+    ] = None,
+    layers: Annotated[
+        str | None, option(text="Layers of each of --hosts, such as 24,40 (default: by memory).")
+    ] = None,
+    context: Annotated[
+        int, option(text="Context that --hosts are planned for, in tokens (default: 4,096).", min=1)
+    ] = 4096,
     cache: Annotated[
         str,
         option(text=f"KV cache precision shown: {', '.join(CACHE_FORMATS)} (default: bf16)."),
@@ -95,6 +110,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     [bold]qwen3 plan[/bold]   recommend a size and a format for this machine.
     [bold]qwen3 plan --memory 16 --chip M4[/bold]   recommend for another machine.
     [bold]qwen3 plan 8B[/bold]   plan the memory of a size, term by term.
+    [bold]qwen3 plan 32B --hosts 24,36[/bold]   divide it between two Macs.
 
     No weights are loaded. For a hub name, only config.json is fetched, and at
     most the index of its files; of a GGUF file its header, some 10 MB.
@@ -112,6 +128,16 @@ def plan(  # noqa: PLR0913 - one parameter an option
         weights = {fmt: weight_bytes(config, of, itemsize) for fmt, of in formats.items()}
         return MemoryEstimate(name, config, machine, dtype, formats, weights, speed)
 
+    if hosts:
+        if model is None:
+            raise ValueError("--hosts need a model: qwen3 plan 32B --hosts 24,36")
+        memories = [_gigabytes(part, "--hosts") for part in hosts.split(",")]
+        counts = ClusterOptions(hosts, layers=layers).counts()
+        estimate = estimate_of(with_file(model, file) or model)
+        found = list(divisions(estimate, memories, counts, context, cache))
+        table = table_of_hosts(estimate.name, found, context)
+        print(json.dumps([asdict(one) for one in found], indent=1) if as_json else table)
+        return
     if model is None:
         if plot or revision or cache != "bf16":
             raise ValueError("--plot, --revision and --cache need a model: qwen3 plan 8B")
