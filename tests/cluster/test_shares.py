@@ -11,6 +11,8 @@ import pytest
 
 from qwen3_mlx import convert
 from qwen3_mlx.cache.attention import NoCache
+from qwen3_mlx.checkpoint.description import fetch_weights
+from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.shard import Share, open_share
 from qwen3_mlx.checkpoint.weights import Weights
@@ -153,6 +155,22 @@ def test_a_stage_reads_its_own_files_alone(tmp_path: Path) -> None:
         x = model.model.embed_tokens(ids) if share.is_first else x
         _, x = model.model.after_embedding(x, [NoCache()] * len(model.layers), None)
     assert (np.array(model.head(x)) == expected).all()
+
+
+def test_only_the_files_of_its_layers_are_asked_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = folders_of(next(case for case in CASES if case.stem == "moe"), tmp_path)
+    network = ModelConfig.from_dict(read_json(folder / "config.json"))
+    index = read_json(folder / "model.safetensors.index.json")["weight_map"]
+    place, asked = Source(str(folder)), list[str]()
+    monkeypatch.setattr(Source, "fetch", lambda self, files: asked.extend(files) or folder)
+    for share in pipeline(network, [1, network.num_hidden_layers - 1]):
+        asked.clear()
+        has = share.has_tensor(network)
+        fetch_weights(place, folder, wanted=has)
+        assert sorted(asked) == sorted({file for name, file in index.items() if has(name)})
+        assert len(asked) < len(set(index.values()))
 
 
 @pytest.mark.parametrize("split", ["pipeline", "tensor"])
