@@ -48,7 +48,9 @@ class LLM(LoadedModel):
         context: the context window in tokens: the most that a prompt and its reply have together.
         cache_format: the format of the KV caches, a `CacheFormat`.
         adapters: the names of the adapters that `with_adapter` takes.
-        model: the network; its arrays belong to the worker thread, see `compute`.
+        model: the network; its arrays belong to the worker thread, see `compute`. On several
+            machines it is the share of this one.
+        cluster: the machines that hold the model together; None on one.
     """
 
     @with_keywords(Options)

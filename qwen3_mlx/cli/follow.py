@@ -1,5 +1,6 @@
 """`qwen3 follow`: computes a share of a model that another machine leads."""
 
+import signal
 import sys
 from importlib import import_module
 from typing import Annotated
@@ -25,7 +26,8 @@ def follow(
     host, _, port = join.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"--join must be HOST:PORT, such as 169.254.10.1:21500, not {join}")
-    if key == "-":
+    if key == "-":  # a leader has started it, and ends it: Ctrl-C is for the leader alone
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         key = sys.stdin.readline().strip()
     following = import_module("qwen3_mlx.api.follow")  # MLX's modules, which --help does not need
     following.follow(host, int(port), key, rank)

@@ -173,6 +173,7 @@ class Started:
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
+                process_group=None if host.is_local else 0,  # no Ctrl-C for ssh; see cli/follow.py
                 stdout=sys.stderr.fileno() if _has_stderr() else subprocess.DEVNULL,
             )
             self.processes[rank] = process

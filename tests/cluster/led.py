@@ -65,6 +65,12 @@ def _ask(options: dict[str, Any]) -> dict[str, Any]:
         found["control bytes"] = [peer.channel.sent for peer in model.crew.peers]
         found["passes"] = model.passes
         found["layers"] = llm.config.num_hidden_layers
+        for refused in (lambda: llm.embed(["x"], pooling="last"), lambda: llm.compute(len)):
+            try:
+                refused()
+            except Qwen3Error as error:
+                found.setdefault("refused", []).append(str(error))
+        found["after a refusal"] = llm.chat(PROMPTS[2], max_tokens=30, seed=1).text
     return found
 
 

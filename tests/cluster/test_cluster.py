@@ -38,6 +38,10 @@ def test_a_pipeline_answers_as_one_machine(tmp_path: Path) -> None:
     found = led(tmp_path, load=options, schema=True)
     assert_same(found, options, schema=True)
     assert found["layers"] == 4
+    assert found["after a refusal"] == found["after a cancelled one"]
+    embedding, computing = found["refused"]
+    assert embedding.startswith("embedding and reranking run on one machine")
+    assert computing.startswith("evaluating, tuning and computing")
     assert max(found["control bytes"]) <= 200 * found["passes"]
     assert found["said"] == ""
 

@@ -131,10 +131,20 @@ def test_a_leader_that_is_killed_takes_its_followers_along() -> None:
 
 
 @pytest.mark.slow
-def test_a_server_that_stops_lets_its_followers_end() -> None:
-    with serving() as (process, _):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_stops_lets_its_followers_end(number: int) -> None:
+    """Ctrl-C reaches all processes of a terminal; the reply that runs is finished all the same."""
+    with serving() as (process, url):
         follower = follower_of(process)
-        process.send_signal(signal.SIGTERM)
+        body = {"prompt": "What is 1 + 1? " * 30, "max_tokens": 200, "stream": True}
+        with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            assert [line for line in lines if line][-1] == "data: [DONE]"
         process.communicate(timeout=20)
         assert process.returncode == 0 and not is_alive(follower)
 
