@@ -8,16 +8,12 @@ import atexit
 import hashlib
 import logging
 import os
-import random
 import sys
 import time
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.api.capacity import MIN_CONTEXT
@@ -28,19 +24,11 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.shard import Share
 from qwen3_mlx.checkpoint.weights import INDEX
 from qwen3_mlx.cluster import ring
-from qwen3_mlx.cluster.crew import LIMIT_SECONDS, Crew, Peer
-from qwen3_mlx.cluster.launch import (
-    BY_HAND,
-    LAUNCHED,
-    ClusterOptions,
-    HostName,
-    Started,
-    link_address,
-    read_hosts,
-)
+from qwen3_mlx.cluster.crew import LIMIT_SECONDS, Crew
+from qwen3_mlx.cluster.joining import Followers
+from qwen3_mlx.cluster.launch import ClusterOptions
 from qwen3_mlx.cluster.lead import LedDisk, LedQwen3
-from qwen3_mlx.cluster.shares import TENSOR, Host, Model, describe, divide
-from qwen3_mlx.cluster.wire import PORTS, Listener, Message, WireError, free_port, new_key
+from qwen3_mlx.cluster.shares import TENSOR, Model, describe, divide
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory import (
     MIN_CHUNK,
@@ -58,10 +46,8 @@ from qwen3_mlx.model.qwen3 import Qwen3
 from qwen3_mlx.model.sizes import DEMO, demo_folder
 
 _log = logging.getLogger(__name__)
-_JOIN_SECONDS = 60.0  # for followers that this process has started
-_SLICE_SECONDS = 0.5
+_SLICE_SECONDS = 0.05
 _WAKE_SECONDS = 2.0  # for the device to notice that another machine is gone
-LAUNCHED_PORT = 500  # the control port lies so far above the first port of mlx.launch's ring
 
 
 class Cluster:
@@ -69,16 +55,13 @@ class Cluster:
 
     Attributes:
         crew: the followers, once they compute.
-        peers: the followers.
-        address: that of this machine on the link.
-        hosts: the names of all, rank 0 first.
+        hosts: all machines, rank 0 first.
         shares: the part of each.
         network: the shape of the whole network.
     """
 
     crew: Crew
     network: ModelConfig
-    hosts: list[Host]
     shares: list[Share]
 
     def __init__(self, options: ClusterOptions) -> None:
@@ -87,74 +70,9 @@ class Cluster:
         Raises:
             Qwen3Error: one of them does not join.
         """
-        ring.refuse_second_group()
         self._options = options
-        self._started = Started()
-        self._transport: dict[str, Any] | None = None
-        self.peers: list[Peer] = []
-        self._ports: dict[int, int] = {}
-        self._limit = LIMIT_SECONDS
-        if options.hosts == LAUNCHED:
-            names, address, key, port = self._launched()
-        else:
-            names = read_hosts(options.hosts, options.hostfile)
-            address, key, port = link_address(names), new_key(), 0
-        self._names, self.address = names, address
-        listener = Listener(address, key, port)
-        try:
-            if options.hosts != LAUNCHED:
-                self._started.start(names, address, listener.port, key)
-            self._assemble(listener, key)
-        except BaseException:
-            self.close(at_once=True)
-            raise
-        finally:
-            listener.close()
-
-    def _launched(self) -> tuple[list[HostName], str, str, int]:
-        """Return names, address, key and port of a cluster that mlx.launch has started."""
-        _, self._transport = ring.launched_transport()
-        address, port, key = control_of(self._transport)
-        count = len(self._transport.get("hosts") or self._transport["devices"])
-        return [HostName(f"rank {rank}") for rank in range(count)], address, key, port
-
-    def _assemble(self, listener: Listener, key: str) -> None:
-        """Wait until all followers have joined."""
-        memory: dict[int, int] = {}
-        by_hand = [rank for rank, host in enumerate(self._names) if host.name == BY_HAND]
-        for _ in by_hand:
-            _log.warning(
-                "waiting for a follower; on it, run: qwen3 follow --join %s:%d --key %s",
-                *(self.address, listener.port, key),
-            )
-        end = time.monotonic() + _JOIN_SECONDS
-        while len(memory) < len(self._names) - 1:
-            self._started.check(self._names)
-            try:
-                channel, hello = listener.accept(_SLICE_SECONDS)
-            except TimeoutError:
-                if time.monotonic() > end and not by_hand:
-                    raise Qwen3Error(
-                        f"not all followers have joined within {_JOIN_SECONDS:.0f} s"
-                    ) from None
-                continue
-            rank = hello.get("rank")
-            if rank is None and by_hand:
-                rank = by_hand.pop(0)
-            if not isinstance(rank, int) or rank in memory or not 0 < rank < len(self._names):
-                channel.send({"refused": f"this cluster has no rank {rank} left"})
-                channel.close()
-                continue
-            memory[rank] = int(hello["memory"])
-            stated = self._names[rank].name
-            name = str(hello.get("name")) if stated == BY_HAND else stated
-            self.peers.append(Peer(name, rank, channel))
-        self.peers.sort(key=lambda peer: peer.rank)
-        memory[0] = backend.available_memory()
-        # Ranks of one machine have its memory together.
-        shared = len(self._names) if self._names[0].is_local else 1
-        names = [self._names[0].name, *(peer.name for peer in self.peers)]
-        self.hosts = [Host(name, memory[rank] // shared) for rank, name in enumerate(names)]
+        self._followers = Followers(options, LIMIT_SECONDS)
+        self.hosts = self._followers.hosts
 
     # --- the shares -------------------------------------------------------------------------------
 
@@ -200,27 +118,21 @@ class Cluster:
             "prompt_cache": prompt_cache and str(Path(prompt_cache).absolute()),
             "prompt_cache_gb": prompt_cache_gb,
         }
-        for peer in self.peers:
+        for peer in self._followers.peers:
             peer.channel.send({"setup": {**setup, "share": asdict(self.shares[peer.rank])}})
         return replace(checkpoints, target=replace(target, share=self.shares[0]))
 
     def _warn_of_slow_link(self, network: ModelConfig) -> None:
-        if self._options.split != TENSOR or self._backend() == ring.JACCL:
+        if self._options.split != TENSOR or self._followers.backend == ring.JACCL:
             return
         sums = 2 * network.num_hidden_layers
-        if any(not host.is_local for host in self._names):
+        if any(not host.is_local for host in self._followers.names):
             _log.warning(
                 "split=tensor over TCP: %d sums a token, each of about 0.15 ms, take %.0f ms of "
                 "every token; over Thunderbolt with RDMA (JACCL) they take a tenth, and "
                 "split=pipeline has %d",
-                *(sums, 0.15 * sums, len(self._names)),
+                *(sums, 0.15 * sums, len(self.hosts)),
             )
-
-    def _backend(self) -> str:
-        if self._transport:
-            return str(self._transport["backend"])
-        has_rdma = all(host.rdma for host in self._names)
-        return ring.JACCL if has_rdma and mx.distributed.is_available(ring.JACCL) else ring.RING
 
     # --- computing --------------------------------------------------------------------------------
 
@@ -231,8 +143,8 @@ class Cluster:
         """
         target = checkpoints.target
         own, commit = weight_digests(target.folder), commit_of(target)
-        for peer in self.peers:
-            checked = self._await(peer, "checked")
+        for peer in self._followers.peers:
+            checked = self._followers.answer(peer, "checked")
             if checked["commit"] != commit:
                 raise Qwen3Error(
                     f"{peer} has commit {checked['commit'][:12] or 'none'} of {target.place.name}, "
@@ -244,75 +156,30 @@ class Cluster:
                         f"{peer} has another {name} of {target.place.name} than this machine; copy "
                         "the checkpoint anew"
                     )
-            self._ports[peer.rank] = int(checked["port"])
-        transport = self._transport or self._new_transport()
-        for peer in self.peers:
+            peer.port = int(checked["port"])
+        transport = self._followers.transport or self._followers.new_transport()
+        for peer in self._followers.peers:
             peer.channel.send({"connect": transport})
         group = ring.join_group(0, transport)
         build = partial(LedQwen3, share=self.shares[0], group=group, dtype=target.options.dtype)
         return replace(checkpoints, target=replace(target, build=build))
 
-    def _new_transport(self) -> dict[str, Any]:
-        """Return how the ranks connect; each follower's port is tried first."""
-        hosts = [f"{self.address}:{free_port(self.address)}"]
-        for peer in self.peers:
-            port = self._ports[peer.rank]
-            self.try_port(peer, port)
-            hosts.append(f"{peer.channel.peer}:{port}")
-        if self._backend() == ring.RING:
-            return {"backend": ring.RING, "hosts": hosts}
-        devices = [list(host.rdma) for host in self._names]
-        return {"backend": ring.JACCL, "devices": devices, "coordinator": hosts[0]}
-
-    def try_port(self, peer: Peer, port: int | None = None) -> None:
-        """Connect to a port of a follower; None is any.
-
-        Raises:
-            Qwen3Error: it cannot be reached.
-        """
-        port = port or random.choice(PORTS)
-        self.ask(peer, {"listen": port}, "listening")
-        ring.probe(peer.channel.peer, port)
-
-    def ask(self, peer: Peer, message: Message, answer: str) -> Any:
-        """Send a message to a follower that has not begun to compute, and return its answer.
-
-        Raises:
-            Qwen3Error: it fails, is gone, or is silent.
-        """
-        peer.channel.send(message)
-        return self._await(peer, answer)
-
-    def start(self, model: Qwen3, disk: DiskPrefixes | None) -> None:
+    def start(self, model: Qwen3, disk: DiskPrefixes | None, worker: Worker) -> None:
         """Wait until all followers have read their weights, and begin to watch them.
 
-        `model` and `disk` are those that this rank has made of its share.
+        `model` and `disk` are those that this rank has made of its share, on the thread of
+        `worker`. If the cluster fails, that is woken, or replaced if it does not wake.
 
         Raises:
             Qwen3Error: one of them has failed.
         """
-        self._available = {peer.rank: int(self._await(peer, "ready")) for peer in self.peers}
+        peers, answer = self._followers.peers, self._followers.answer
+        self._available = {peer.rank: int(answer(peer, "ready")) for peer in peers}
         assert isinstance(model, LedQwen3)
-        model.crew = self.crew = Crew(self.peers, self._limit)
+        model.crew = self.crew = Crew(peers, LIMIT_SECONDS)
+        self.crew.on_failure(partial(self._wake, worker, model))
         if isinstance(disk, LedDisk):
             disk.model = model
-
-    def _await(self, peer: Peer, what: str) -> Any:
-        """Return what a follower answers while it loads; it says that it is alive meanwhile.
-
-        Raises:
-            Qwen3Error: it fails, is gone, or is silent.
-        """
-        try:
-            while what not in (message := peer.channel.receive(self._limit)):
-                if "failed" in message:
-                    raise Qwen3Error(f"{peer}: {message['failed']}")
-            return message[what]
-        except TimeoutError as error:
-            reason = f"{peer} has not answered for {self._limit:.0f} s"
-            raise ClusterError(reason) from error
-        except (EOFError, OSError, WireError) as error:
-            raise ClusterError(f"{peer} is gone ({error})") from error
 
     # --- while it runs ----------------------------------------------------------------------------
 
@@ -322,7 +189,7 @@ class Cluster:
         `context` is what was asked for.
         """
         network, work = self.network, self._work
-        shared = len(self._names) if self._names[0].is_local else 1
+        shared = self._followers.sharing
         own = backend.available_memory() // shared - RESERVE
         rooms = {0: own} | {r: free // shared - RESERVE for r, free in self._available.items()}
         budgets = [
@@ -335,20 +202,21 @@ class Cluster:
         beside = activation_bytes(budgets[0].config, least) + RESERVE
         return budgets[0].bytes_of(tokens) + beside, min(longest, context or longest)
 
+    def _wake(self, worker: Worker, model: LedQwen3, error: ClusterError) -> None:
+        """Wake a thread that waits for machines which have failed, or replace it."""
+        self._followers.started.end(at_once=True)  # a process that was stopped would stay
+        ring.disconnect()
+        deadline = time.monotonic() + _WAKE_SECONDS
+        while model.is_computing and time.monotonic() < deadline:
+            time.sleep(_SLICE_SECONDS)
+        if model.is_computing:
+            worker.replace(error)
+            atexit.register(_exit)
+
     def guard(self, worker: Worker, engine: Engine) -> None:
         """End all requests with the reason if the cluster fails."""
-        model = engine.model
-        assert isinstance(model, LedQwen3)
 
         def end(error: ClusterError) -> None:
-            self._started.end(at_once=True)  # a process that was stopped would stay
-            ring.disconnect()
-            deadline = time.monotonic() + _WAKE_SECONDS
-            while model.is_computing and time.monotonic() < deadline:
-                time.sleep(_SLICE_SECONDS / 10)
-            if model.is_computing:
-                worker.replace(error)
-                atexit.register(_exit)
             with suppress(Qwen3Error):  # it was closed meanwhile
                 worker.post(partial(engine.end, error))
 
@@ -363,11 +231,7 @@ class Cluster:
         """End the followers; those that this process has started are waited for."""
         if hasattr(self, "crew"):
             self.crew.close()
-        for peer in self.peers:
-            with suppress(OSError):
-                peer.channel.send({"end": 1})
-            peer.channel.close()
-        self._started.end(at_once=at_once)
+        self._followers.close(at_once=at_once)
 
 
 def _same_everywhere(place: Source) -> str:
@@ -396,18 +260,6 @@ def config_digest(folder: Path) -> str:
 def commit_of(target: ResolvedCheckpoint) -> str:
     """Return the commit of a checkpoint of the hub; "" of a folder."""
     return "" if target.place.folder else target.folder.name
-
-
-def control_of(transport: dict[str, Any]) -> tuple[str, int, str]:
-    """Return address, port and key of the leader of a cluster that mlx.launch has started.
-
-    All ranks know the same hosts. QWEN3_CLUSTER_KEY is the key if it is set.
-    """
-    first = transport["hosts"][0] if "hosts" in transport else transport["coordinator"]
-    address, _, port = first.rpartition(":")
-    known = os.environ.get("QWEN3_CLUSTER_KEY") or repr(sorted(transport.items()))
-    key = hashlib.sha256(known.encode()).hexdigest()
-    return address, int(port) + LAUNCHED_PORT, key
 
 
 def _format_of(target: ResolvedCheckpoint) -> FormatOf:

@@ -11,7 +11,7 @@ from typing import Any
 
 from qwen3_mlx import backend
 from qwen3_mlx.api.checkpoints import ResolvedCheckpoint
-from qwen3_mlx.api.cluster import commit_of, config_digest, control_of
+from qwen3_mlx.api.cluster import commit_of, config_digest
 from qwen3_mlx.api.preflight import find_checkpoint
 from qwen3_mlx.api.prompt_cache import open_prompt_cache
 from qwen3_mlx.cache.quantized import CacheFormat
@@ -22,6 +22,7 @@ from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.checkpoint.shard import Share
 from qwen3_mlx.cluster import ring
 from qwen3_mlx.cluster.follow import Follower, Inbox
+from qwen3_mlx.cluster.joining import control_of
 from qwen3_mlx.cluster.part import PartQwen3
 from qwen3_mlx.cluster.wire import Channel, WireError, free_port, join
 from qwen3_mlx.errors import CheckpointError, Qwen3Error

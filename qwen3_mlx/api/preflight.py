@@ -11,11 +11,13 @@ from typing import Any
 
 import mlx.core as mx
 
-from qwen3_mlx.api.cluster import Cluster, config_digest
+from qwen3_mlx.api.cluster import config_digest
 from qwen3_mlx.checkpoint.description import read_config
 from qwen3_mlx.checkpoint.fingerprint import weight_digests
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.weights import has_all_weights
+from qwen3_mlx.cluster.crew import LIMIT_SECONDS
+from qwen3_mlx.cluster.joining import Followers
 from qwen3_mlx.cluster.launch import ClusterOptions
 from qwen3_mlx.cluster.ring import JACCL
 from qwen3_mlx.errors import CheckpointError
@@ -54,31 +56,31 @@ def preflight(
     Raises:
         Qwen3Error: a host does not join, or cannot be reached.
     """
-    cluster = Cluster(options)
+    followers = Followers(options, LIMIT_SECONDS)
     try:
         own: Mapping[str, Any] = {}
         if model is not None:
             own = find_checkpoint(hub_name(model), revision)
-        here = cluster.hosts[0]
-        reports = [HostReport(here.name, cluster.address, here.available, None, _shown(own, own))]
-        for peer, host in zip(cluster.peers, cluster.hosts[1:], strict=True):
+        here = followers.hosts[0]
+        reports = [HostReport(here.name, followers.address, here.available, None, _shown(own, own))]
+        for peer, host in zip(followers.peers, followers.hosts[1:], strict=True):
             times = []
             for _ in range(_PINGS):
                 started = time.perf_counter()
-                cluster.ask(peer, {"ping": 1}, "pong")
+                followers.ask(peer, {"ping": 1}, "pong")
                 times.append(time.perf_counter() - started)
-            cluster.try_port(peer)
+            followers.try_port(peer)
             found: Mapping[str, Any] = {}
             if model is not None:
                 look = {"model": hub_name(model), "revision": revision}
-                found = cluster.ask(peer, {"look": look}, "found")
+                found = followers.ask(peer, {"look": look}, "found")
             address, checkpoint = peer.channel.peer, _shown(found, own)
             reports.append(
                 HostReport(host.name, address, host.available, median(times), checkpoint)
             )
-        return reports, f"{_interface(cluster.address)}, {_rdma()}"
+        return reports, f"{_interface(followers.address)}, {_rdma()}"
     finally:
-        cluster.close()
+        followers.close()
 
 
 def find_checkpoint(model: str, revision: str | None) -> dict[str, Any]:

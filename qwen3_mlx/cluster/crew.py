@@ -28,6 +28,7 @@ class Peer:
     name: str
     rank: int
     channel: Channel
+    port: int = 0  # for computing
     acknowledged: int = 0  # the last step that it has done
     heard_at: float = 0.0
     answers: "SimpleQueue[Any]" = field(default_factory=SimpleQueue)
@@ -62,7 +63,10 @@ class Crew:
         Thread(target=self._watch, name="qwen3-watchdog", daemon=True).start()
 
     def on_failure(self, call: Callable[[ClusterError], None]) -> None:
-        """Call `call`, on another thread, if the cluster fails, or at once if it has failed."""
+        """Call `call`, on another thread, if the cluster fails, or at once if it has failed.
+
+        Several are called in their order.
+        """
         with self._lock:
             self._on_failure.append(call)
             failure = self.failure

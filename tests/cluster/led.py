@@ -19,7 +19,7 @@ import numpy as np
 
 from qwen3_mlx import LLM, Qwen3Error, SamplingParams, load
 from qwen3_mlx.api import cluster
-from qwen3_mlx.cluster import ring
+from qwen3_mlx.cluster import joining, ring
 from qwen3_mlx.cluster.launch import Started
 from qwen3_mlx.engine import step_builder
 
@@ -94,7 +94,7 @@ def _fault(options: dict[str, Any]) -> dict[str, Any]:
     if options.get("hang"):  # as over RDMA, where no connection can be shut down
         ring.disconnect = lambda: None
     llm = load("demo", **options["load"])
-    process = llm.cluster._started.processes[1]  # type: ignore[union-attr]
+    process = llm.cluster._followers.started.processes[1]  # type: ignore[union-attr]
     sent_at = [0.0]
 
     def send() -> None:
@@ -115,7 +115,7 @@ def _fault(options: dict[str, Any]) -> dict[str, Any]:
     llm.close()
     found["close"] = time.monotonic() - started_at
     if options.get("keep"):
-        real(llm.cluster._started, at_once=True)  # type: ignore[union-attr]
+        real(llm.cluster._followers.started, at_once=True)  # type: ignore[union-attr]
     found["gone"] = process.poll() is not None or process.wait(3) is not None
     try:
         load("demo", **options["load"])
@@ -128,7 +128,8 @@ def _random(options: dict[str, Any]) -> dict[str, Any]:
     """Load and compute, with a fault at a random time; it ends by itself whatever happens."""
     rng = random.Random(options["seed"])
     module: Any = cluster
-    module.LIMIT_SECONDS, module._JOIN_SECONDS = 2.0, 5.0
+    waiting: Any = joining
+    module.LIMIT_SECONDS, waiting._JOIN_SECONDS = 2.0, 5.0
     started: list[Started] = []
     real = Started.start
 

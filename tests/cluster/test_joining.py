@@ -219,6 +219,7 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Fake]]:
     yield found
     for fake in found:
         fake.channel.close()
+        fake.peer_channel.close()
         fake.thread.join()
 
 
