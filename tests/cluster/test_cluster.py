@@ -102,7 +102,8 @@ def test_a_killed_follower_is_named_at_once(base: dict[str, Any], tmp_path: Path
     for error in found["errors"]:
         assert error.startswith("local (rank 1) is gone (")
         assert error.endswith("; the cluster is down, start it again")
-    assert found["seconds 0"] < 3 and found["gone"] and found["close"] < 3
+    # Within a fraction of a second on a machine that has nothing else to do.
+    assert found["seconds 0"] < 10 and found["gone"] and found["close"] < 10
     assert "cannot connect twice" in found["again"]
 
 
@@ -121,8 +122,8 @@ def test_a_stopped_follower_is_named_within_the_limit(where: str, tmp_path: Path
     said = r"local \(rank 1\) has not answered for (\d+) s; the cluster is down, start it again"
     limits = [int(*re.findall(f"^{said}$", error)) for error in found["errors"]]
     # 2 s, or on a busy machine 20 times what the longest step took; then a ping, and the notice.
-    assert 2 <= limits[0] and found["seconds 0"] < limits[0] + 3 + 2 * hangs
-    assert found["gone"] and found["close"] < 3
+    assert 2 <= limits[0] and found["seconds 0"] < limits[0] + 10
+    assert found["gone"] and found["close"] < 10
 
 
 @pytest.mark.slow

@@ -110,7 +110,7 @@ def test_a_server_whose_follower_is_killed_says_so_and_ends() -> None:
             os.kill(follower, signal.SIGKILL)
             killed_at = time.monotonic()
             last = [line for line in lines if line.startswith("data: ")][-1]
-        assert time.monotonic() - killed_at < 3
+        assert time.monotonic() - killed_at < 10
         assert (
             "local (rank 1) is gone" in json.loads(last.removeprefix("data: "))["error"]["message"]
         )
@@ -127,7 +127,7 @@ def test_a_leader_that_is_killed_takes_its_followers_along() -> None:
         follower = follower_of(process)
         process.kill()
         process.wait()
-        wait_until_gone(follower, 3)
+        wait_until_gone(follower, 10)
 
 
 @pytest.mark.slow
