@@ -86,6 +86,8 @@ class Cluster:
         Raises:
             Qwen3Error: the model cannot be divided, or does not fit.
         """
+        if checkpoints.target.options.provisional:  # ranks could decide otherwise
+            checkpoints = checkpoints.in_bfloat16()
         target, options = checkpoints.target, self._options
         if target.options.dequantize is None:  # once for all ranks
             worth = backend.worth_dequantizing(4 * count_weights(target.network))

@@ -172,7 +172,6 @@ class _Reader:
     """Reads the weights on the worker thread, until it is abandoned.
 
     Attributes:
-        checkpoints: what is read; the dtype may be another after reading.
         wired: bytes that were wired, which must be unwired in the end.
     """
 

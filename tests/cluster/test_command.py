@@ -265,7 +265,7 @@ def test_what_runs_on_one_machine_is_refused() -> None:
 
 @pytest.mark.slow
 def test_doctor_examines_hosts() -> None:
-    code, said = run("doctor", "--hosts", "local:2", "--model", "demo")
+    code, said = run("doctor", "--hosts", "local:2", "demo")
     assert code == 0
     assert re.search(r"local  127\.0\.0\.1  [\d.]+ GB  leads       complete\n", said)
     assert re.search(r"local  127\.0\.0\.1  [\d.]+ GB  [\d.]+ ms +complete\n", said)
