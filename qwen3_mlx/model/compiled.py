@@ -11,6 +11,7 @@ T sequences of one token each, D hidden size.
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import is_
 from threading import Lock
 from typing import Any
 
@@ -56,7 +57,7 @@ class CompiledLayers:
         """Compute `Decoder.halves` of embeddings x [1, T, D]; None if a layer is not plain."""
         single = x.shape[1] == 1
         pieces = self._pieces.get(single)
-        if pieces is None or not pieces.current():
+        if pieces is None or not pieces.current([*layers, norm]):
             pieces = self._pieces[single] = _pieces(layers, norm, single=single)
         return pieces.run(x, cache, rope) if pieces else None
 
@@ -76,25 +77,28 @@ class _Piece:
 class _Pieces:
     """The pieces before, between and after the attentions, and what they were compiled of."""
 
-    layers: Sequence[Block]
+    ends: Sequence[Block | nn.RMSNorm]  # the layers, and the norm behind them
     pieces: Sequence[_Piece]
     children: Sequence[tuple[nn.Module, str, nn.Module]]  # parent, name, child
     fused: Sequence[tuple[nn.Module, RowFused]]  # of a single token
 
-    def current(self) -> bool:
-        """Return whether the layers still have these modules and joint matrices."""
-        return all(parent[name] is child for parent, name, child in self.children) and all(
-            owner.fused is fused and fused.holds(owner) for owner, fused in self.fused
+    def current(self, ends: Sequence[Block | nn.RMSNorm]) -> bool:
+        """Return whether these are the layers and the norm, with the same modules and matrices."""
+        return (
+            len(ends) == len(self.ends)
+            and all(map(is_, ends, self.ends))
+            and all(parent[name] is child for parent, name, child in self.children)
+            and all(owner.fused is fused and fused.holds(owner) for owner, fused in self.fused)
         )
 
     def run(
         self, x: mx.array, cache: Sequence[LayerCache], rope: RopeFn
     ) -> tuple[mx.array, mx.array]:
         """Compute `Decoder.halves` of embeddings x [1, T, D]."""
-        half, middle = len(self.layers) // 2, x
-        first, *others = self.pieces
+        layers, (first, *others), middle = self.ends[:-1], self.pieces, x
+        half = len(layers) // 2
         x, *heads = first(x)
-        for index, (layer, piece) in enumerate(zip(self.layers, others, strict=True)):
+        for index, (layer, piece) in enumerate(zip(layers, others, strict=True)):
             if index == half:
                 middle = x
             x, *heads = piece(x, cache[index].attend(*heads, scale=layer.scale, rope=rope))
@@ -103,9 +107,10 @@ class _Pieces:
 
 def _pieces(layers: Sequence[Block], norm: nn.RMSNorm, *, single: bool) -> _Pieces | None:
     """Return the pieces of a network; None if one of its layers is not plain."""
-    modules = [module for layer in layers for module in layer.modules()]
-    if not all(type(module) in _LEAVES or not list(_arrays(module)) for module in modules):
+    # From the last, which an adapter has changed if it changes any: this is asked before each pass.
+    if not all(_is_plain(module) for layer in reversed(layers) for module in layer.modules()):
         return None
+    modules = [module for layer in layers for module in layer.modules()]
     owners = [owner for layer in layers for owner in (layer.self_attn, layer.mlp)]
     fused = [(owner, owner.fused) for owner in owners if single and owner.fused]
     if not all(one.holds(owner) for owner, one in fused):
@@ -116,9 +121,13 @@ def _pieces(layers: Sequence[Block], norm: nn.RMSNorm, *, single: bool) -> _Piec
         for name, child in module.items()
         if isinstance(child, nn.Module)
     ]
-    latter: list[Block | nn.RMSNorm] = [*layers, norm]
-    pieces = [_piece(*ends, single=single) for ends in zip([None, *layers], latter, strict=True)]
-    return _Pieces(layers, pieces, children, fused)
+    ends: list[Block | nn.RMSNorm] = [*layers, norm]
+    pieces = [_piece(*pair, single=single) for pair in zip([None, *layers], ends, strict=True)]
+    return _Pieces(ends, pieces, children, fused)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) in _LEAVES or next(_arrays(module), None) is None
 
 
 def _piece(former: Block | None, latter: Block | nn.RMSNorm, *, single: bool) -> _Piece:

@@ -11,6 +11,7 @@ import pytest
 from mlx.utils import tree_map
 
 from qwen3_mlx.model import compiled
+from qwen3_mlx.model.adapted import Delta, Selection, adapted
 from qwen3_mlx.model.qwen3 import Qwen3
 from tests.engine.harness import MOST, PROMPTS, Client, alone, engine_of, model_of, run
 from tests.support import TINY, assert_close, make_model
@@ -87,6 +88,39 @@ def test_what_changes_after_compiling_is_not_ignored() -> None:
     assert_close(seen[-1], plain(model))
     for former, latter in zip(seen, seen[1:], strict=False):
         assert mx.abs(former - latter).max() > 1e-3
+
+
+def test_layers_and_the_norm_may_be_replaced() -> None:
+    model, other = fused(make_model()), fused(make_model(seed=9))
+    other.update(tree_map(lambda x: x * 1.1, other.parameters()))
+    decoded(model)
+    model.layers[1] = other.layers[1]
+    assert_close(decoded(model), plain(model))
+    model.model.norm = other.model.norm
+    assert_close(decoded(model), plain(model))
+    model.layers.reverse()
+    assert_close(decoded(model), plain(model))
+    model.layers.pop()
+    assert_close(decoded(model), plain(model))
+
+
+def test_a_network_with_adapters_is_recognised_by_its_last_layer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It runs as it is, and to find that out before each pass must take next to no time."""
+    model, is_plain, seen = make_model(), compiled._is_plain, list[nn.Module]()
+    attention: Any = model.layers[-1].self_attn
+    outputs, inputs = attention.q_proj.weight.shape
+    delta = Delta(mx.ones((2, inputs)), mx.ones((outputs, 2)))
+    attention.q_proj = adapted(attention.q_proj, [delta], Selection(0), mx.float32)
+
+    def ask(module: nn.Module) -> bool:
+        seen.append(module)
+        return is_plain(module)
+
+    monkeypatch.setattr(compiled, "_is_plain", ask)
+    assert_close(decoded(model), plain(model))
+    assert 0 < len(seen) <= len(model.layers[-1].modules())
 
 
 @pytest.mark.usefixtures("_kept_functions")
