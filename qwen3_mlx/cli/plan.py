@@ -119,8 +119,8 @@ def plan(  # noqa: PLR0913 - one parameter an option
         raise ValueError(f"--cache must be one of {', '.join(CACHE_FORMATS)}, not {cache!r}")
     itemsize = backend.compute_dtype(dtype).size
     machine = Machine.here(itemsize) if memory is None else Machine.mac(_gigabytes(memory))
-    if memory is None and bandwidth is None:
-        chip = chip or this_chip()
+    if memory is None and bandwidth is None and chip is None:
+        chip = this_chip()
     speed = _bytes_per_second(bandwidth, chip)
 
     def estimate_of(model: str) -> MemoryEstimate:

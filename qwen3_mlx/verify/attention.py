@@ -17,7 +17,8 @@ from qwen3_mlx.model.rope import yarn_periods
 from qwen3_mlx.verify.check import Check, Numbers
 
 _HEADS = ((16, 8), (32, 8), (40, 8), (64, 8), (64, 4))  # of all published sizes
-_LONG = 8200  # keys: beyond 8,192 Metal has other kernels
+_LONG = 8200  # keys: beyond 1,024, 4,096 and 8,192 Metal has other kernels
+_LONGER = (1100, 4200)
 
 
 def _attention(
@@ -55,11 +56,12 @@ def _rope(numbers: Numbers, *, yarn: bool) -> list[mx.array]:
 
 
 def _norm(numbers: Numbers) -> list[mx.array]:
-    """Normalise heads and hidden states."""
+    """Normalise heads and hidden states, and small ones, for which epsilon counts."""
     shapes = ((1, 3, 16, 128), (1, 3, 4, 64), (1, 70, 5120))
+    small = numbers.hold(numbers.draw.standard_normal(shapes[0]) / 1000)
     return [
-        mx.fast.rms_norm(numbers.normal(*shape), numbers.normal(shape[-1]), 1e-6)
-        for shape in shapes
+        mx.fast.rms_norm(x, numbers.normal(x.shape[-1]), 1e-6)
+        for x in (*(numbers.normal(*shape) for shape in shapes), small)
     ]
 
 
@@ -114,6 +116,13 @@ CHECKS = [
             partial(_attention, heads=(count, 1), size=128, queries=(1, 2, 4), keys=_LONG),
         )
         for count in (2, 4, 5, 8, 16)
+    ),
+    *(
+        Check(
+            f"attention, 4 heads a key head, {keys:,} keys",
+            partial(_attention, heads=(8, 2), size=128, queries=(1, 2, 4), keys=keys),
+        )
+        for keys in _LONGER
     ),
     *(
         Check(

@@ -139,7 +139,8 @@ CHECKS = [
             f"product of experts, {fmt.mode} {fmt.bits} bits",
             partial(_experts, fmt=fmt, tokens=20),
         )
-        for fmt in (Format(4, 64), Format(8, 64), Format(4, 32, "mxfp4"))
+        for fmt in _FORMATS
+        if fmt.group_size == 64 or not fmt.has_biases
     ),
     Check("Hadamard transform", _hadamard),
     Check("SwiGLU", _swiglu),

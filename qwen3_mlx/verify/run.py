@@ -1,5 +1,6 @@
 """The run: all checks, one after another, and the report."""
 
+import os
 import platform
 import re
 import tempfile
@@ -13,9 +14,13 @@ from pathlib import Path
 import mlx.core as mx
 
 from qwen3_mlx import backend
+from qwen3_mlx.api.checkpoints import Checkpoints
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.load import load
+from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.engine.memory import count_weights
+from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.model.config import LOGITS
 from qwen3_mlx.verify import attention, paths
 from qwen3_mlx.verify.check import Check, Outcome, PathCheck, Row
 from qwen3_mlx.verify.networks import TEXT, cut_network
@@ -24,6 +29,7 @@ from qwen3_mlx.verify.speed import Speed, speed_of
 from qwen3_mlx.version import __version__
 
 _PACKAGES = ("mlx", "mlx-metal", "mlx-cuda-12", "mlx-cuda-13", "mlx-cpu", "mlx-lm", "numpy")
+_PATH = re.compile(r"(?<!\w)[~.]?(/[^\s/:'\"]+)+")
 _LAYERS = 4  # of the network whose speed is measured
 _MESSAGE = 200  # characters of an error
 
@@ -73,9 +79,12 @@ def verify(
     about the user: no path, no host, no name of a checkpoint.
 
     Raises:
-        Qwen3Error: the reference cannot be computed, or the checkpoint cannot be loaded.
+        CheckpointError: there is no such checkpoint, or it computes no logits.
+        Qwen3Error: the checkpoint does not fit the memory, or the reference cannot be computed.
     """
     started = time.monotonic()
+    if model is not None:  # before anything is computed
+        _refuse(model)
     report = Report()
     auto = [mx.float16] if backend.emulates_bfloat16() else []  # what `dtype="auto"` may choose
     dtypes = list(dict.fromkeys([mx.float32, backend.compute_dtype(), *auto]))
@@ -89,8 +98,8 @@ def verify(
             on_row(row)
     if model is None and only is None:
         size = "8B" if backend.on_gpu() else "0.6B"
-        speed = speed_of(cut_network(size, layers=_LAYERS))
-        report.facts[f"speed of {_LAYERS} layers of {size}"] = str(speed)
+        measured = _speed(lambda: speed_of(cut_network(size, layers=_LAYERS)))
+        report.facts[f"speed of {_LAYERS} layers of {size}"] = measured
     report.seconds = time.monotonic() - started
     return report
 
@@ -135,14 +144,49 @@ def _guarded(measure: Callable[[], Outcome]) -> Outcome:
     try:
         return measure()
     except Exception as error:  # noqa: BLE001 - whatever it is, this machine fails the check
-        # For a report: without paths, which may have the user's name.
-        message = re.sub(r"(?<!\w)[~.]?(/[^\s/:'\"]+)+", "(a path)", " ".join(str(error).split()))
-        return Outcome(float("inf"), 0.0, f"{type(error).__name__}: {message[:_MESSAGE]}")
+        return Outcome(float("inf"), 0.0, _reason(error))
+
+
+def _speed(measure: Callable[[], Speed]) -> str:
+    """Return a speed as text; a machine that cannot even be measured gets its report as well."""
+    try:
+        return str(measure())
+    except Exception as error:  # noqa: BLE001 - the report is what matters
+        return f"not measured, {_reason(error)}"
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {_impersonal(str(error))[:_MESSAGE]}"
+
+
+def _impersonal(text: str) -> str:
+    """Return a text as one line without paths, which may have the user's name."""
+    home = re.escape(os.path.expanduser("~"))
+    return _PATH.sub("(a path)", re.sub(rf"{home}(?=/)", "~", " ".join(text.split())))
+
+
+def _refuse(source: str) -> None:
+    """Refuse a checkpoint that cannot be loaded, as far as is known without its weights."""
+    options = LoadOptions.of(None, "auto", None, 64)
+    checkpoints = Checkpoints.resolve(source, None, None, options, None, None, None, None)
+    if checkpoints.target.network.output != LOGITS:
+        raise CheckpointError(
+            f"{source} has no head that computes logits, which verify compares; name a model that "
+            "generates"
+        )
+    checkpoints.check_memory()
 
 
 def _of_checkpoint(source: str, facts: dict[str, str]) -> Iterator[Row]:
     """Yield the checks of a checkpoint, in the dtype that is best for it."""
-    with load(source, dtype="auto") as llm:
+    try:
+        llm = load(source, dtype="auto")
+    except Exception as error:  # noqa: BLE001 - as in `_guarded`
+        reason = _reason(error).replace(source, "(the model)")  # perhaps a hub name
+        yield Row("the model: loading", {"auto": Outcome(float("inf"), 0.0, reason)})
+        return
+    with llm:
+        llm.compute(lambda model: setattr(model, "source", "the model"))  # in messages
         dtype = llm.compute(lambda model: model.model.norm.weight).dtype
         name = backend.dtype_name(dtype)
         facts["model"] = _described(llm, name)
@@ -152,9 +196,9 @@ def _of_checkpoint(source: str, facts: dict[str, str]) -> Iterator[Row]:
             check = PathCheck(path_name, partial(_along, path, llm, prompts), limit)
             outcome = _guarded(partial(check.outcome, dtype))
             yield Row(f"the model: {path_name}", {name: outcome})
-        speeds: list[Speed] = []
-        llm.compute(lambda model: speeds.append(speed_of(model)))
-        facts["speed of the model"] = str(speeds[0])
+        speeds: list[str] = []
+        llm.compute(lambda model: speeds.append(_speed(lambda: speed_of(model))))
+        facts["speed of the model"] = speeds[0]
 
 
 def _along(path: paths.Path, llm: LLM, prompts: Sequence[list[int]], _: mx.Dtype) -> float:
@@ -189,9 +233,11 @@ def _facts() -> dict[str, str]:
             packages.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
+    if backend.BLAS.startswith("/"):
+        machine["blas"] = machine["blas"].rpartition("/")[2]
     keys = ("device", "architecture", "blas", "memory", "working set", "GPU memory", "dtype")
     return {
         "system": system,
-        **{key: machine[key] for key in keys if key in machine},
+        **{key: _impersonal(machine[key]) for key in keys if key in machine},
         "versions": ", ".join(packages),
     }

@@ -237,6 +237,7 @@ def test_a_stretched_window_is_marked(tmp_path: Path, capsys: Captured) -> None:
         (["8B", "--dtype", "int8"], "dtype must be one of"),
         (["8B", "--bandwidth", "inf"], "--bandwidth must be GB/s, more than 0, not inf"),
         (["8B", "--bandwidth", "-1"], "--bandwidth must be GB/s"),
+        (["8B", "--chip", ""], "--chip '' is not among M1, M1 Pro"),
         (["8B", "--chip", "M9"], "--chip 'M9' is not among M1, M1 Pro"),
         (["8B", "--chip", "M1", "--bandwidth", "1"], "give one of them"),
         (["8B", "--plot", "plan.jpeg"], "must end in .png or .svg, and plan.jpeg does not"),

@@ -1,15 +1,17 @@
 """`qwen3 doctor --verify`: a machine that computes right passes, a wrong operation is named."""
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from qwen3_mlx import CheckpointError, backend
+from qwen3_mlx import Qwen3Error, backend
 from qwen3_mlx.cache import batched
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.engine.sampling import Sampler
@@ -19,6 +21,8 @@ from qwen3_mlx.verify.check import Check, Outcome, PathCheck, Row
 from qwen3_mlx.verify.run import Report, line_of, verify
 from qwen3_mlx.verify.speed import speed_of
 from tests.cli.harness import call
+from tests.embedding_twins import write_twin
+from tests.support import read_weights
 
 Captured = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.as_cpu  # kernels of a GPU cannot be simulated
@@ -118,6 +122,42 @@ def a_norm_without_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.fast, "rms_norm", lambda x, _, eps: norm(x, None, eps))
 
 
+@breaks("norm of heads and states")
+def a_norm_without_epsilon(monkeypatch: pytest.MonkeyPatch) -> None:
+    norm = mx.fast.rms_norm
+    monkeypatch.setattr(mx.fast, "rms_norm", lambda x, weight, _: norm(x, weight, 0.0))
+
+
+@breaks("attention, 4 heads a key head, 4,200 keys")
+def a_kernel_for_medium_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = mx.fast.scaled_dot_product_attention
+
+    def wrong(q: mx.array, k: mx.array, v: mx.array, **options: Any) -> mx.array:
+        return attend(q, k, v, **options) * (1.1 if 4096 < k.shape[2] < 8192 else 1)
+
+    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", wrong)
+
+
+@breaks("sorting")
+def a_choice_of_wrong_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    choose = mx.argpartition
+
+    def wrong(x: mx.array, kth: int, axis: int) -> mx.array:
+        return choose(-x if kth < 0 else x, kth=kth, axis=axis)
+
+    monkeypatch.setattr(mx, "argpartition", wrong)
+
+
+@breaks("product of experts, affine 6 bits")
+def a_kernel_for_experts_of_six_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    product = mx.gather_qmm
+
+    def wrong(*arrays: Any, **options: Any) -> mx.array:
+        return product(*arrays, **options) * (1.1 if options["bits"] == 6 else 1)
+
+    monkeypatch.setattr(mx, "gather_qmm", wrong)
+
+
 @breaks("the demo: a batch that changes")
 def rows_that_read_the_first_ones_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """What mlx 0.32.2 did for 30B-A3B, see `cache/batched.py`."""
@@ -163,8 +203,6 @@ def test_a_checkpoint_is_checked_as_well(
     assert str(tiny_folder) not in report and "speed of the model" in report
     code, out, err = call(["doctor", str(tiny_folder)], capsys)
     assert (code, out) == (1, "") and "MODEL goes with --verify: qwen3 doctor --verify" in err
-    code, out, err = call(["doctor", "--verify", "nowhere"], capsys)
-    assert code == 1 and "'nowhere' is no folder here" in err
 
 
 def test_the_report_of_a_chip_names_the_choice_of_dtype(
@@ -244,10 +282,60 @@ def test_all_of_it_as_a_program() -> None:
     assert "0 FAIL" in done.stdout and "speed of" in done.stdout
 
 
-def test_a_checkpoint_that_is_none(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_checkpoint(*_: Any, **__: Any) -> None:
-        raise CheckpointError("no such folder")
+def test_a_checkpoint_that_cannot_be_loaded_is_refused_before_anything_is_computed(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    for place, message in (
+        (Path("nowhere"), "'nowhere' is no folder here"),
+        (write_twin("reranker-seq-cls", tmp_path / "scores"), "has no head that computes logits"),
+        (write_twin("embedding-untied", tmp_path / "vectors"), "has no head that computes logits"),
+    ):
+        code, out, err = call(["doctor", "--verify", str(place)], capsys)
+        assert (code, out) == (1, "") and message in err
 
-    monkeypatch.setattr(run, "load", no_checkpoint)
-    with pytest.raises(CheckpointError):
-        verify("nowhere", only=[])
+
+def test_a_checkpoint_that_fails_is_reported_without_its_name(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "secret"
+    shutil.copytree(tiny_folder, folder)
+    weights = read_weights(folder)
+    weights["model.norm.weight"] *= mx.nan
+    mx.save_safetensors(str(folder / "model.safetensors"), weights)
+    monkeypatch.chdir(tmp_path)
+    report = verify("./secret", only=[])
+    assert "the model: finite logits" in str(report)
+    assert "CheckpointError: the logits of the model have NaN" in str(report)
+    assert report.facts["speed of the model"].startswith("not measured, CheckpointError: ")
+    assert "secret" not in str(report)
+
+    def full(source: str, **_: Any) -> None:
+        raise Qwen3Error(f"{source} does not fit")
+
+    monkeypatch.setattr(run, "load", full)
+    (failed,) = verify("secret", only=[]).failed
+    assert "Qwen3Error: (the model) does not fit FAIL" in line_of(failed)
+
+
+@pytest.mark.usefixtures("few")
+def test_a_machine_whose_speed_cannot_be_measured_gets_a_report(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(network: object) -> None:
+        raise RuntimeError("no kernel")
+
+    monkeypatch.setattr(run, "CHECKS", [])
+    monkeypatch.setattr(paths, "CHECKS", [])
+    monkeypatch.setattr(run, "speed_of", missing)
+    assert "not measured, RuntimeError: no kernel" in str(verify())
+
+
+def test_the_report_has_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/Users/Jo Doe")
+    for blas, told in (
+        ("/Users/Jo Doe/env/lib/libopenblas.so.0", "libopenblas.so.0"),
+        ("MLX's own (QWEN3_BLAS=/Users/Jo Doe/x.so cannot be loaded)", "(a path) cannot be"),
+    ):
+        monkeypatch.setattr(backend, "BLAS", blas)
+        found = run._facts()["blas"]
+        assert told in found and "Jo" not in found and "Doe" not in found
