@@ -104,7 +104,10 @@ def _advice(best: Recommendation | None, some: MemoryEstimate) -> Iterator[str]:
 def sizes_as_json(
     estimates: Mapping[str, MemoryEstimate], best: Recommendation | None
 ) -> dict[str, Any]:
-    """Return the sizes and the recommendation for JSON, in bytes and tokens."""
+    """Return the sizes and the recommendation for JSON, in bytes and tokens.
+
+    The speeds are bounds, as in the table; without a bandwidth they are None.
+    """
     some = next(iter(estimates.values()))
     return {
         "available": some.machine.available,
@@ -121,6 +124,9 @@ def sizes_as_json(
                 estimate.format_name(fmt): {
                     "weights": estimate.weights[fmt],
                     "largest_context": estimate.largest(fmt, "bf16"),
+                    "tokens_per_second_at_most": estimate.tokens_per_second(
+                        fmt, SHORTEST_CONTEXT, "bf16"
+                    ),
                 }
                 for fmt in estimate.formats
             }

@@ -26,9 +26,10 @@ _ROWS = (1, 2, 5, 40)  # each has a kernel of its own on some chip
 
 
 def _product(numbers: Numbers) -> list[mx.array]:
-    """Multiply one row, which a CPU computes as a column, and several."""
-    weight = numbers.normal(3072, 1024)
-    return [times_weight(numbers.normal(1, rows, 1024), weight) for rows in _ROWS]
+    """Multiply one row, which a CPU computes as a column, and several; add an adapter's product."""
+    weight, low = numbers.normal(3072, 1024), numbers.normal(16, 3072)
+    products = [times_weight(numbers.normal(1, rows, 1024), weight) for rows in _ROWS]
+    return [*products, mx.addmm(numbers.normal(1, 5, 3072), numbers.normal(1, 5, 16), low)]
 
 
 def _quantized(numbers: Numbers, fmt: Format, outputs: int, inputs: int) -> list[mx.array]:

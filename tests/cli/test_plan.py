@@ -318,9 +318,18 @@ def test_a_size_is_recommended(memory: str, size: str, bits: int, capsys: Captur
     assert (best["size"], best["bits"]) == (size, bits)
     assert best["model"] == f"Qwen/Qwen3-{size}-MLX-{bits}bit"
     assert best["context"] >= 8192
+    assert content["sizes"][size]["4"]["tokens_per_second_at_most"] is None
     own = everything(capsys, size, "--memory", memory)  # the same sums
     assert content["sizes"][size]["4"]["weights"] == own["weights"]["4"]
     assert content["sizes"][size]["4"]["largest_context"] == own["largest_context"]["4"]["bf16"]
+
+
+def test_the_sizes_have_the_speeds_of_a_chip(capsys: Captured) -> None:
+    content = everything(capsys, "--memory", "24", "--chip", "M4 Pro")["sizes"]["8B"]
+    own = everything(capsys, "8B", "--memory", "24")["tokens_per_second_at_most"]
+    assert {fmt: size["tokens_per_second_at_most"] for fmt, size in content.items()} == {
+        fmt: bounds["M4 Pro"] for fmt, bounds in own.items()
+    }
 
 
 def test_a_slow_machine_is_recommended_a_smaller_size(capsys: Captured) -> None:

@@ -138,6 +138,11 @@ def a_kernel_for_medium_caches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", wrong)
 
 
+@breaks("product")
+def a_sum_that_is_not_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx, "addmm", lambda _, a, b: a @ b)
+
+
 @breaks("sorting")
 def a_choice_of_wrong_experts(monkeypatch: pytest.MonkeyPatch) -> None:
     choose = mx.argpartition
