@@ -14,6 +14,7 @@ import pytest
 from qwen3_mlx import Qwen3Error, backend
 from qwen3_mlx.cache import batched
 from qwen3_mlx.cache.kv import KVCache
+from qwen3_mlx.cache.quantized import QuantizedKVCache
 from qwen3_mlx.engine.sampling import Sampler
 from qwen3_mlx.verify import networks, paths, reference, run
 from qwen3_mlx.verify.__main__ import main
@@ -22,7 +23,7 @@ from qwen3_mlx.verify.run import Report, line_of, verify
 from qwen3_mlx.verify.speed import speed_of
 from tests.cli.harness import call
 from tests.embedding_twins import write_twin
-from tests.support import read_weights
+from tests.support import moe_folder, read_weights
 
 Captured = pytest.CaptureFixture[str]
 pytestmark = pytest.mark.as_cpu  # kernels of a GPU cannot be simulated
@@ -175,6 +176,19 @@ def rows_that_read_the_first_ones_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", first)
 
 
+@breaks("the demo: cache of 4 bits")
+def a_packed_token_that_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend = QuantizedKVCache.attend
+
+    def older(self: QuantizedKVCache, q: mx.array, *rest: Any, rope: Any, **options: Any) -> Any:
+        def late(x: mx.array, offset: int) -> mx.array:
+            return rope(x, offset + (q.shape[2] == 1 and x.shape[1] == q.shape[1]))
+
+        return attend(self, q, *rest, rope=late, **options)
+
+    monkeypatch.setattr(QuantizedKVCache, "attend", older)
+
+
 @breaks("the demo: a kept prefix")
 def prefixes_that_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen3_mlx.cache.prefix.PrefixStore.acquire", lambda *_, **__: None)
@@ -208,6 +222,10 @@ def test_a_checkpoint_is_checked_as_well(
     assert str(tiny_folder) not in report and "speed of the model" in report
     code, out, err = call(["doctor", str(tiny_folder)], capsys)
     assert (code, out) == (1, "") and "MODEL goes with --verify: qwen3 doctor --verify" in err
+
+
+def test_experts_that_a_quantized_cache_chooses_are_no_failure(tmp_path: Path) -> None:
+    assert not verify(str(moe_folder(tmp_path)), only=[]).failed
 
 
 def test_the_report_of_a_chip_names_the_choice_of_dtype(
