@@ -1,9 +1,15 @@
 """`python -m qwen3_mlx.verify [MODEL]`: the checks without the `qwen3` command."""
 
+import os
 import sys
 
-from qwen3_mlx.errors import Qwen3Error
-from qwen3_mlx.verify.run import line_of, verify
+try:
+    from qwen3_mlx.errors import Qwen3Error
+    from qwen3_mlx.verify.run import line_of, verify
+except ImportError as error:  # MLX cannot be loaded
+    sys.exit(f"qwen3_mlx.verify: {error}")
+except KeyboardInterrupt:
+    sys.exit(130)
 
 
 def main(arguments: list[str]) -> int:
@@ -30,3 +36,8 @@ if __name__ == "__main__":
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # as after `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        sys.exit(1)
+    except OSError as error:  # as of a full disk
+        sys.exit(f"qwen3_mlx.verify: {error}")

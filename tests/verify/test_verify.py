@@ -178,10 +178,10 @@ def rows_that_read_the_first_ones_keys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @breaks("the demo: cache of 4 bits")
 def a_packed_token_that_is_missed(monkeypatch: pytest.MonkeyPatch) -> None:
-    attend = QuantizedKVCache.attend
+    attend: Callable[..., Any] = QuantizedKVCache.attend
 
     def older(self: QuantizedKVCache, q: mx.array, *rest: Any, rope: Any, **options: Any) -> Any:
-        def late(x: mx.array, offset: int) -> mx.array:
+        def late(x: mx.array, offset: int) -> Any:
             return rope(x, offset + (q.shape[2] == 1 and x.shape[1] == q.shape[1]))
 
         return attend(self, q, *rest, rope=late, **options)
@@ -362,3 +362,13 @@ def test_the_report_has_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(backend, "BLAS", blas)
         found = run._facts()["blas"]
         assert told in found and "Jo" not in found and "Doe" not in found
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-m", "qwen3_mlx.verify"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout and process.stderr
+        assert process.stdout.readline().startswith(b"norm of heads")
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (1, b"")
