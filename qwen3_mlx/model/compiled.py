@@ -134,8 +134,8 @@ def _piece(former: Block | None, latter: Block | nn.RMSNorm, *, single: bool) ->
     """Return the piece between the attentions of two layers, or before the first, or the last."""
     ends = [end for end in (former, latter) if end is not None]
     layout = (former is None, single, *(_layout(end) for end in ends))
-    if layout not in _functions:
-        _functions[layout] = _compile(former, latter, single=single)
+    if layout not in _functions:  # or another thread sets it meanwhile
+        _functions.setdefault(layout, _compile(former, latter, single=single))
     return _Piece(_functions[layout], _slots(former, latter, single=single))
 
 

@@ -143,3 +143,19 @@ def _kept_functions() -> Iterator[None]:
     compiled._functions.clear()
     yield
     compiled._functions.update(kept)
+
+
+@pytest.mark.usefixtures("_kept_functions")
+def test_threads_that_compile_the_same_share_one_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The function of the other would be freed with its network: see `rope._rotations`."""
+    model, compile_piece, others = make_model(), compiled._compile, list[Any]()
+
+    def overtaken(*ends: Any, single: bool) -> Any:
+        if not others:  # another thread, which is here as well, and ends first
+            others.append(None)
+            others[0] = compiled._piece(*ends, single=single)
+        return compile_piece(*ends, single=single)
+
+    monkeypatch.setattr(compiled, "_compile", overtaken)
+    own = compiled._piece(None, model.layers[0], single=True)
+    assert own.function is others[0].function
