@@ -183,15 +183,20 @@ def _speculated(model: Qwen3, prompts: Sequence[list[int]]) -> float:
 
 
 def _continued(model: Qwen3, prompts: Sequence[list[int]]) -> float:
-    """Decode after a kept prefix, which must be used."""
-    engine = _engine(model)
-    longer = [*prompts[0], *_decode(engine, prompts[:1])[0], *prompts[1]]
-    again = Decoding([longer], _TOKENS)
-    again.submit(engine)
-    _run(engine)
-    (replies, (result,)) = again.replies, again.results
-    used = isinstance(result, RequestResult) and result.cached_tokens >= len(prompts[0])
-    return _worst(model, [longer], replies) if used else math.inf
+    """Decode after a kept prefix, which must be used: after a copy of part of it, then after it."""
+    engine, worst = _engine(model), 0.0
+    ids = list(prompts[1])
+    _decode(engine, [[*ids, *prompts[0] * 2]])
+    for _ in range(2):
+        decoding = Decoding([ids], _TOKENS)
+        decoding.submit(engine)
+        _run(engine)
+        ((reply,), (result,)) = decoding.replies, decoding.results
+        if not isinstance(result, RequestResult) or result.cached_tokens < len(ids) - 1:
+            return math.inf
+        worst = max(worst, _disagreement(model, ids, reply, PLAIN))
+        ids = [*ids, *reply[: _TOKENS // 2]]
+    return worst
 
 
 # With a limit of its own where rounding may do more: of quantized caches it may choose other codes.

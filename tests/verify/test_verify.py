@@ -194,6 +194,12 @@ def prefixes_that_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwen3_mlx.cache.prefix.PrefixStore.acquire", lambda *_, **__: None)
 
 
+@breaks("the demo: a kept prefix")
+def a_copy_of_other_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    copy: Callable[..., Any] = KVCache.copy
+    monkeypatch.setattr(KVCache, "copy", lambda self, tokens: copy(self, tokens - 1))
+
+
 @breaks("sampling")
 def sampling_of_the_next_position(monkeypatch: pytest.MonkeyPatch) -> None:
     key = Sampler.next_key
