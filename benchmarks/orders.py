@@ -7,7 +7,7 @@ ones copy caches; see record 008.
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from statistics import median
 from unittest.mock import patch
@@ -20,6 +20,7 @@ from qwen3_mlx import backend  # first: the BLAS
 import mlx.core as mx
 
 from qwen3_mlx.engine.engine import Engine
+from qwen3_mlx.engine.hooks import TokenCollector
 from qwen3_mlx.engine.in_flight import InFlightStep
 from qwen3_mlx.engine.request import Request, RequestResult
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
@@ -46,25 +47,11 @@ ORDERS: Mapping[str, Order] = {
 }
 
 
-class _Collector:
-    """Collects the tokens of a request."""
-
-    finished = False
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-
-    def advance(self, ids: Sequence[int]) -> None:
-        self.tokens += ids
-
-    def rewind(self, count: int) -> None:
-        del self.tokens[len(self.tokens) - count :]
-
-
 def decode(model: Qwen3, sequences: int, count: int) -> tuple[list[list[int]], dict[str, float]]:
     """Decode `count` tokens of each sequence; return them, and milliseconds and MB of it."""
     engine = Engine(model, vocabulary=model.config.vocab_size)
-    sinks = [_Collector() for _ in range(sequences)]
+    sinks = [TokenCollector() for _ in range(sequences)]
+    replies = [list[int]() for _ in sinks]
     for number, sink in enumerate(sinks):
         ids = [(7 * number + n) % 256 for n in range(64)]
         engine.submit(
@@ -78,22 +65,29 @@ def decode(model: Qwen3, sequences: int, count: int) -> tuple[list[list[int]], d
                 end_ids=frozenset(),
             )
         )
-    while min(len(sink.tokens) for sink in sinks) < 8:  # prompts read, joint buffers made
-        engine.step()
+
+    def step() -> bool:
+        more = engine.step()
+        for reply, collector in zip(replies, sinks, strict=True):
+            reply += collector.take()
+        return more
+
+    while min(map(len, replies)) < 8:  # prompts read, joint buffers made
+        step()
     mx.clear_cache()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
-        engine.step()
+        step()
     figures = {
         "ms a token": (time.perf_counter() - started) / count * 1e3,
         "CPU ms": (time.process_time() - cpu) / count * 1e3,
         "MB above": (mx.get_peak_memory() - held) / 1e6,
     }
-    while engine.step():
+    while step():
         pass
-    return [sink.tokens for sink in sinks], figures
+    return replies, figures
 
 
 def _ignore(outcome: RequestResult | BaseException) -> None:
