@@ -25,6 +25,8 @@ PARTS = {
     "budgets": "python -m benchmarks.budgets budget.svg",
     "tools": "python -m benchmarks.tools",
     "host": "python -m benchmarks.host",
+    "orders": "python -m benchmarks.orders",
+    "step profile": f"python -m benchmarks.step_profile {_FOLDER}",
     "server": "python -m benchmarks.server 32",
     "soak": "python -m benchmarks.soak",
     "server soak": "python -m benchmarks.server_soak",
