@@ -196,7 +196,8 @@ class Crew:
                 return self.failure or error
             self.failure, calls = error, list(self._on_failure)
         self._busy.set()
-        for call in calls:
+        # A server registers last, and must know before the requests end with the error.
+        for call in reversed(calls):
             call(error)
         return error
 
