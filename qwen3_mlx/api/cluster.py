@@ -26,7 +26,7 @@ from qwen3_mlx.checkpoint.weights import INDEX
 from qwen3_mlx.cluster import ring
 from qwen3_mlx.cluster.crew import LIMIT_SECONDS, Crew
 from qwen3_mlx.cluster.joining import Followers
-from qwen3_mlx.cluster.launch import ClusterOptions
+from qwen3_mlx.cluster.launch import LAUNCHED, ClusterOptions, read_hosts
 from qwen3_mlx.cluster.lead import LedDisk, LedQwen3
 from qwen3_mlx.cluster.shares import TENSOR, Model, describe, divide
 from qwen3_mlx.engine.engine import Engine
@@ -64,12 +64,16 @@ class Cluster:
     network: ModelConfig
     shares: list[Share]
 
-    def __init__(self, options: ClusterOptions) -> None:
-        """Start the followers and wait until they have joined.
+    def __init__(self, options: ClusterOptions, layers: int) -> None:
+        """Start the followers of a network with so many layers and wait until they have joined.
 
         Raises:
-            Qwen3Error: one of them does not join.
+            Qwen3Error: there are more hosts than layers, or one of them does not join.
         """
+        if options.hosts != LAUNCHED:
+            count = len(read_hosts(options.hosts, options.hostfile))
+            if count > layers:  # before so many processes are started
+                raise Qwen3Error(f"{layers} layers are too few for {count} hosts; name fewer")
         self._options = options
         self._followers = Followers(options, LIMIT_SECONDS)
         self.hosts = self._followers.hosts

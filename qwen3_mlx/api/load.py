@@ -130,7 +130,8 @@ def load(  # noqa: PLR0913 - one keyword a choice
         checkpoints.check_memory()
     tokenizer = checkpoints.tokenizer()
     backend.refuse_fork()
-    cluster = Cluster(machines) if machines else None
+    layers = checkpoints.target.network.num_hidden_layers
+    cluster = Cluster(machines, layers) if machines else None
     reader, worker = _Reader(progress, tokenizer), Worker()
     try:
         if cluster:

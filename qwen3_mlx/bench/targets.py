@@ -195,7 +195,7 @@ def main() -> None:
         else:
             with load(Path(setup.folder), adapter=setup.adapter) as llm:
                 llm.compute(lambda model: _measure(Ours(model), model, setup))
-    except Qwen3Error as error:
+    except (Qwen3Error, ValueError) as error:  # of what `load` refuses
         _write_line({"error": str(error)})
 
 

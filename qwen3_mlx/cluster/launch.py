@@ -46,8 +46,8 @@ class ClusterOptions:
         if self.split not in SPLITS:
             raise ValueError(f"split must be {' or '.join(SPLITS)}, not {self.split!r}")
         if (self.layers or self.split != PIPELINE) and not self:
-            raise ValueError("split and layers divide a model among hosts; name those as well")
-
+            name = "layers" if self.layers else "split"
+            raise ValueError(f"{name}: it divides a model among hosts; name those as well")
         self.counts()
 
     def __bool__(self) -> bool:
@@ -92,7 +92,7 @@ def read_hosts(hosts: str | Sequence[str] | None, hostfile: str | Path | None) -
     """
     if hostfile is not None:
         if hosts:
-            raise ValueError("hosts and hostfile name the same machines; give one of them")
+            raise ValueError("hostfile: it names the machines, as hosts does; give one of them")
         named = _read_hostfile(Path(hostfile).expanduser())
     elif isinstance(hosts, str) and (match := _LOCAL.fullmatch(hosts)):
         named = [HostName("local", (LOOPBACK,))] * int(match[1])
@@ -105,7 +105,7 @@ def read_hosts(hosts: str | Sequence[str] | None, hostfile: str | Path | None) -
     if len(named) < 2 or named[0].name == BY_HAND:
         raise ValueError(
             f"hosts must be this machine and at least another, such as mac1,mac2 or local:2, not "
-            f"{hosts!r}"
+            f"{hosts if hostfile is None else str(hostfile)!r}"
         )
     return named
 
@@ -120,7 +120,8 @@ def _read_hostfile(file: Path) -> list[HostName]:
             for host in hosts
         ]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        wanted = "it must be a list of objects with ssh and ips"
+        reason = getattr(error, "strerror", None) or wanted
         raise Qwen3Error(f"{file} is no hostfile of mlx.launch: {reason}") from error
 
 
@@ -191,6 +192,8 @@ class Started:
         for rank, process in self.processes.items():
             if (code := process.poll()) is not None:
                 host = hosts[rank]
+                if code < 0:
+                    raise Qwen3Error(f"{host.name} (rank {rank}): signal {-code} ended it")
                 way = (
                     "its message is above"
                     if host.is_local

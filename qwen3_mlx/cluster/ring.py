@@ -152,12 +152,17 @@ def listening(address: str, port: int) -> Iterator[None]:
 def _ended_if_it_hangs() -> Iterator[None]:
     """End this process and those that it has started if the block takes too long.
 
-    MLX connects without releasing Python's lock, so no thread of this process could do it.
+    MLX connects without releasing Python's lock, so no thread of this process could do it. The
+    shell that does it ends when this process does: its parent is another one then.
     """
     line = "qwen3: the machines could not be connected for computing; is a firewall between them?"
     process = os.getpid()
     children = f'$(pgrep -P {process} | grep -vx "$$")'
-    script = f'sleep {_CONNECT_SECONDS} && echo "{line}" >&2 && kill -9 {children} {process}'
+    script = (
+        f"for _ in $(seq {_CONNECT_SECONDS}); do sleep 1; "
+        f"[ $(ps -o ppid= -p $$) -eq {process} ] || exit; done; "
+        f'echo "{line}" >&2; kill -9 {children} {process}'
+    )
     guard = subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True)
     try:
         yield

@@ -148,8 +148,8 @@ def _parts(total: int, ranks: int, unit: int, what: str) -> list[Span]:
     blocks = total // unit
     if total % unit or blocks < ranks:
         raise Qwen3Error(
-            f"{total} are {total / unit:g} {what}, which cannot be divided among {ranks} ranks; "
-            "divide it as a pipeline, or among fewer"
+            f"{total / unit:g} {what} cannot be divided among {ranks} ranks; divide it as a "
+            "pipeline, or among fewer"
         )
     ends = [round(blocks * rank / ranks) * unit for rank in range(ranks + 1)]
     return list(zip(ends, ends[1:], strict=False))

@@ -11,6 +11,7 @@ import errno
 import hmac
 import json
 import logging
+import os
 import secrets
 import socket
 import struct
@@ -129,7 +130,7 @@ class Listener:
             self._socket = socket.create_server((address, self.port))
         except OSError as error:
             raise Qwen3Error(
-                f"cannot listen at {address}, port {self.port}: {error.strerror}"
+                f"cannot listen at {address}, port {self.port}: {os.strerror(error.errno or 0)}"
             ) from error
 
     def accept(self, timeout: float) -> tuple[Channel, dict[str, Any]]:
@@ -207,8 +208,8 @@ def free_port(address: str) -> int:
             if error.errno == errno.EADDRINUSE:
                 continue
             raise Qwen3Error(
-                f"{address} is no address of this machine ({error.strerror}); the first of the "
-                "hosts is this machine, by its address on the link"
+                f"{address} is no address of this machine; the first of the hosts is this "
+                "machine, by its address on the link"
             ) from error
         return port
     raise Qwen3Error(f"no port is free at {address}")
