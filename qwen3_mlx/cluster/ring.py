@@ -46,15 +46,15 @@ def join_group(rank: int, transport: Mapping[str, Any]) -> mx.distributed.Group:
             file.write_text(json.dumps(transport["devices"]))
             variables = {_DEVICES: str(file), _COORDINATOR: transport["coordinator"]}
         os.environ.update({**variables, _RANK: str(rank)})
-        return _connected(transport["backend"])
+        return _connected(transport["backend"], rank)
 
 
-def _connected(backend: str) -> mx.distributed.Group:
+def _connected(backend: str, rank: int) -> mx.distributed.Group:
     global _used
     _used = True
     before = _peers_of_sockets()
     try:
-        with _ended_if_it_hangs():
+        with _ended_if_it_hangs(is_led=rank > 0):
             group = mx.distributed.init(strict=True, backend=backend)
         after = _peers_of_sockets()
         _connections.update({fd: peer for fd, peer in after.items() if before.get(fd) != peer})
@@ -149,18 +149,21 @@ def listening(address: str, port: int) -> Iterator[None]:
 
 
 @contextmanager
-def _ended_if_it_hangs() -> Iterator[None]:
+def _ended_if_it_hangs(*, is_led: bool) -> Iterator[None]:
     """End this process and those that it has started if the block takes too long.
 
     MLX connects without releasing Python's lock, so no thread of this process could do it. The
-    shell that does it ends when this process does: its parent is another one then.
+    shell that does it ends when this process does: its parent is another one then. A process that
+    `is_led` ends with its own parent, the leader or ssh.
     """
     line = "qwen3: the machines could not be connected for computing; is a firewall between them?"
     process = os.getpid()
     children = f'$(pgrep -P {process} | grep -vx "$$")'
+    watch = f"[ $(ps -o ppid= -p $$) -eq {process} ] || exit"
+    if is_led:
+        watch += f"; [ $(ps -o ppid= -p {process}) -eq {os.getppid()} ] || kill -9 {process}"
     script = (
-        f"for _ in $(seq {_CONNECT_SECONDS}); do sleep 1; "
-        f"[ $(ps -o ppid= -p $$) -eq {process} ] || exit; done; "
+        f"for _ in $(seq {_CONNECT_SECONDS}); do sleep 1; {watch}; done; "
         f'echo "{line}" >&2; kill -9 {children} {process}'
     )
     guard = subprocess.Popen(["/bin/sh", "-c", script], start_new_session=True)

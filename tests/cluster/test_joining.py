@@ -1,9 +1,13 @@
 """The hello and the loading, with followers that say wrong things; and the watchdog."""
 
 import logging
+import os
 import re
+import signal
 import socket
 import struct
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -180,6 +184,27 @@ def test_the_port_is_bound_to_the_address_of_the_link_alone() -> None:
     listener.close()
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", listener.port), 1)
+
+
+def test_a_process_that_connects_ends_with_the_leader_that_has_started_it() -> None:
+    connects = """
+import os, time
+from qwen3_mlx.cluster import ring
+with ring._ended_if_it_hangs(is_led=True):
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+"""
+    leads = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {connects!r}])"
+    leader = subprocess.Popen([sys.executable, "-c", leads], stdout=subprocess.PIPE, text=True)
+    assert leader.stdout
+    follower = int(leader.stdout.readline())
+    try:
+        leader.kill()
+        leader.communicate(timeout=15)  # until nothing has its output open; alone it takes 20 s
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(follower, signal.SIGKILL)
+        leader.wait()
 
 
 def test_a_follower_without_a_leader_gives_up() -> None:
