@@ -94,7 +94,7 @@ class Channel:
             raise WireError("what it sends is no message of qwen3")
         try:
             message = json.loads(self._read(length))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WireError("what it sends is no message of qwen3") from error
         if not isinstance(message, dict):
             raise WireError("what it sends is no message of qwen3")
@@ -155,7 +155,8 @@ class Listener:
         channel.send({"version": __version__, "nonce": nonce})
         hello = channel.receive(_HELLO_SECONDS)
         reason = ""
-        if not hmac.compare_digest(str(hello.get("proof")), _proof(self._key, nonce)):
+        proof = str(hello.get("proof")).encode(errors="replace")
+        if not hmac.compare_digest(proof, _proof(self._key, nonce).encode()):
             reason = "its key is not that of this cluster"
         elif (theirs := (hello.get("version"), hello.get("mlx"))) != VERSIONS:
             named = "qwen3-mlx {} with MLX {}"
