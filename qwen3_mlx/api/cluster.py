@@ -64,13 +64,14 @@ class Cluster:
     network: ModelConfig
     shares: list[Share]
 
-    def __init__(self, options: ClusterOptions, layers: int) -> None:
-        """Start the followers of a network with so many layers and wait until they have joined.
+    def __init__(self, options: ClusterOptions, network: ModelConfig) -> None:
+        """Start the followers and wait until they have joined to compute `network`.
 
         Raises:
             Qwen3Error: there are more hosts than layers, or one of them does not join.
         """
         if options.hosts != LAUNCHED:
+            layers = network.num_hidden_layers
             count = len(read_hosts(options.hosts, options.hostfile))
             if count > layers:  # before so many processes are started
                 raise Qwen3Error(f"{layers} layers are too few for {count} hosts; name fewer")

@@ -130,8 +130,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
         checkpoints.check_memory()
     tokenizer = checkpoints.tokenizer()
     backend.refuse_fork()
-    layers = checkpoints.target.network.num_hidden_layers
-    cluster = Cluster(machines, layers) if machines else None
+    cluster = Cluster(machines, checkpoints.target.network) if machines else None
     reader, worker = _Reader(progress, tokenizer), Worker()
     try:
         if cluster:
