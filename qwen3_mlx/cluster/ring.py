@@ -163,6 +163,7 @@ def _ended_if_it_hangs(*, is_led: bool) -> Iterator[None]:
     if is_led:
         watch += f"; [ $(ps -o ppid= -p {process}) -eq {os.getppid()} ] || kill -9 {process}"
     script = (
+        "trap '' PIPE; "  # nobody may read the line any more
         f"for _ in $(seq {_CONNECT_SECONDS}); do sleep 1; {watch}; done; "
         f'echo "{line}" >&2; kill -9 {children} {process}'
     )

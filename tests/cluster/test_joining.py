@@ -210,6 +210,24 @@ with ring._ended_if_it_hangs(is_led=True):
         leader.wait()
 
 
+def test_a_process_that_cannot_connect_ends_though_nobody_reads_its_errors() -> None:
+    connects = """
+import time
+from qwen3_mlx.cluster import ring
+ring._CONNECT_SECONDS = 1
+with ring._ended_if_it_hangs(is_led=False):
+    time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", connects], stderr=subprocess.PIPE)
+    assert process.stderr
+    process.stderr.close()
+    try:
+        assert process.wait(30) == -signal.SIGKILL
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_follower_without_a_leader_gives_up() -> None:
     port = wire.free_port(LOOPBACK)
     with pytest.raises(Qwen3Error, match=f"no leader answers at 127.0.0.1, port {port} "):
