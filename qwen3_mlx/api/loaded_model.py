@@ -195,6 +195,11 @@ class LoadedModel:
         """
         return self._open().start(prepared, deliver, cancelled)
 
+    @property
+    def failure(self) -> ClusterError | None:
+        """Why a machine that computes has failed; None while all work, and on one machine."""
+        return self.cluster.failure if self.cluster else None
+
     def on_failure(self, call: Callable[[ClusterError], None]) -> None:
         """Call `call(error)`, on another thread, if a machine that computes fails.
 
@@ -375,8 +380,8 @@ class LoadedModel:
 
     def _open(self) -> ReplyGenerator:
         replies = self._replies_if_open()
-        if self.cluster and self.cluster.failure:
-            raise self.cluster.failure
+        if self.failure:
+            raise self.failure
         return replies
 
     def _replies_if_open(self) -> ReplyGenerator:

@@ -196,8 +196,7 @@ class Crew:
                 return self.failure or error
             self.failure, calls = error, list(self._on_failure)
         self._busy.set()
-        # A server registers last, and must know before the requests end with the error.
-        for call in reversed(calls):
+        for call in calls:
             call(error)
         return error
 

@@ -78,9 +78,8 @@ class Server(uvicorn.Server):
         self._llm.on_failure(self._fail)
         self._ready()
 
-    def _fail(self, error: ClusterError) -> None:
+    def _fail(self, _: ClusterError) -> None:
         """Answer for a moment that the model is down, then stop; called on another thread."""
-        self.service.failure = error
 
         def stop() -> None:
             self.should_exit = True
@@ -133,8 +132,8 @@ def serve(
     try:
         server = Server(llm, settings, ready, sources=sources, tools=tools)
         server.run([listener])
-        if server.service.failure:
-            raise server.service.failure
+        if llm.failure:
+            raise llm.failure
     except KeyboardInterrupt:  # uvicorn raises the signal again after the shutdown
         pass
     finally:

@@ -54,7 +54,6 @@ class Service:
         self.models.open(self.models.default, llm)
         self.keys = Keys(settings.api_key, settings.key_file)
         self.stopping = False
-        self.failure: ClusterError | None = None
         self.started = time.monotonic()
         self._body_threads = ThreadPoolExecutor(_BODY_THREADS, "qwen3-body")
         self.quotas = Quotas()
@@ -64,6 +63,11 @@ class Service:
         )
         self.preparing = PreparationPool()
         self.computing = ComputingPool(settings.request_timeout)
+
+    @property
+    def failure(self) -> ClusterError | None:
+        """Why a machine that computes has failed; None while all work."""
+        return next((llm.failure for _, llm in self.models.loaded if llm.failure), None)
 
     @property
     def active(self) -> int:
