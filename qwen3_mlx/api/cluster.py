@@ -19,7 +19,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.api.capacity import MIN_CONTEXT
 from qwen3_mlx.api.checkpoints import Checkpoints, ResolvedCheckpoint
 from qwen3_mlx.cache.disk import DiskPrefixes
-from qwen3_mlx.checkpoint.fingerprint import weight_digests
+from qwen3_mlx.checkpoint.fingerprint import different_files, weight_digests
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.shard import Share
 from qwen3_mlx.checkpoint.weights import INDEX
@@ -157,12 +157,11 @@ class Cluster:
                     f"{peer} has commit {checked['commit'][:12] or 'none'} of {target.place.name}, "
                     f"not {commit[:12] or 'a folder'}; state a --revision"
                 )
-            for name, digest in checked["weights"].items():
-                if own.get(name, digest) != digest:
-                    raise Qwen3Error(
-                        f"{peer} has another {name} of {target.place.name} than this machine; copy "
-                        "the checkpoint anew"
-                    )
+            if other := different_files(checked["weights"], own):
+                raise Qwen3Error(
+                    f"{peer} has another {other[0]} of {target.place.name} than this machine; copy "
+                    "the checkpoint anew"
+                )
             peer.port = int(checked["port"])
         transport = self._followers.transport or self._followers.new_transport()
         for peer in self._followers.peers:

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from qwen3_mlx.api.cluster import config_digest
 from qwen3_mlx.checkpoint.description import read_config
-from qwen3_mlx.checkpoint.fingerprint import weight_digests
+from qwen3_mlx.checkpoint.fingerprint import different_files, weight_digests
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.weights import has_all_weights
 from qwen3_mlx.cluster.crew import LIMIT_SECONDS
@@ -102,12 +102,7 @@ def _shown(found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
         return str(found["error"])
     if found["digest"] != own.get("digest"):
         return "another config.json or index than here"
-    other = [
-        name
-        for name, digest in found["weights"].items()
-        if own["weights"].get(name, digest) != digest
-    ]
-    if other:
+    if other := different_files(found["weights"], own["weights"]):
         return f"another {other[0]} than here"
     return "complete" if found["complete"] else f"{len(found['weights'])} weight files"
 

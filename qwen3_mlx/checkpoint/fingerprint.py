@@ -48,6 +48,11 @@ def weight_digests(folder: Path) -> dict[str, str]:
     return digests
 
 
+def different_files(found: Mapping[str, str], own: Mapping[str, str]) -> list[str]:
+    """Return the names of the files of both whose `weight_digests` differ."""
+    return [name for name, digest in found.items() if own.get(name, digest) != digest]
+
+
 def _weight_files(folder: Path) -> list[Path]:
     """Return the weight files that are here: a machine of a cluster may have some of them alone."""
     files = [folder / name for name in sorted(weight_names(folder))]

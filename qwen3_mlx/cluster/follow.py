@@ -153,10 +153,7 @@ class Follower:
                 layers, rows = sequences[0], range(lengths[0] - wanted[0], lengths[0])
             else:
                 layers, rows = ragged_layers(sequences, lengths, wanted)
-        selected = None
-        if rows is not None and len(rows) < plan.tokens:
-            selected = mx.array(list(rows), dtype=mx.int32)
-        built = self._model.run_part((plan.batch, plan.tokens), layers, selected, self._dtype)
+        built = self._model.run_part((plan.batch, plan.tokens), layers, rows, self._dtype)
         self._built = plan, built, [array for layer in states for array in layer.state]
 
     def _sequence(self, key: int, offset: int, capacity: int) -> list[KVCache]:

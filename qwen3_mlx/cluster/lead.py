@@ -141,11 +141,8 @@ class LedQwen3(PartQwen3):
         plan = self._plan(ids, cache, wanted)
         self.crew.send(self.tell(plan.to_message()))
         self.passes = plan.step
-        rows = None
-        if wanted is not None and len(wanted) < ids.shape[1]:
-            rows = mx.array(list(wanted), dtype=mx.int32)
         layers = cache or [NoCache()] * len(self.layers)
-        self._pending = built = self.run_part(ids, layers, rows, self._dtype)
+        self._pending = built = self.run_part(ids, layers, wanted, self._dtype)
         if not self._is_deferred:
             states = [array for layer in cache or () for array in _states(layer)]
             self.submit(states)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 from qwen3_mlx.cache.attention import LayerCache
 from qwen3_mlx.checkpoint.shard import Share
 from qwen3_mlx.model.config import ModelConfig
-from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.model.qwen3 import Qwen3, rows_of
 
 
 @dataclass(slots=True)
@@ -73,14 +73,17 @@ class PartQwen3(Qwen3):
         self,
         ids: mx.array | tuple[int, int],
         cache: Sequence[LayerCache],
-        rows: mx.array | None,
+        wanted: Sequence[int] | None,
         dtype: mx.Dtype,
     ) -> Pass:
         """Build the part of a pass that is this rank's.
 
         `ids` are [B, L] on rank 0, which alone knows them, and else their shape. The output on rank
-        0 are hidden states [B, Q, D] of `rows`; `dtype` is that of hidden states.
+        0 are hidden states [B, Q, D] of the positions `wanted`, as in `Qwen3.__call__`; `dtype` is
+        that of hidden states.
         """
+        _, tokens = ids if isinstance(ids, tuple) else ids.shape
+        rows = rows_of(wanted, tokens)
         if self.share.is_stage:
             return self._run_stage(ids, cache, rows, dtype)
         known = mx.zeros(ids, mx.int32) if isinstance(ids, tuple) else ids.astype(mx.int32)

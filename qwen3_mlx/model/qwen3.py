@@ -87,6 +87,13 @@ class Score(nn.Module):
         return log_odds[..., 0]
 
 
+def rows_of(wanted: Sequence[int] | None, tokens: int) -> mx.array | None:
+    """Return the positions `wanted` of so many tokens as an array; None if they are all."""
+    if wanted is None or len(wanted) == tokens:
+        return None
+    return mx.array(list(wanted), dtype=mx.int32)
+
+
 class Qwen3(nn.Module):
     """The whole network. `source` names the checkpoint in messages.
 
@@ -143,9 +150,7 @@ class Qwen3(nn.Module):
         When the former are there, the caches of that half have been written and read. They are None
         if the pass cannot be computed in two halves.
         """
-        rows = None
-        if wanted is not None and len(wanted) < ids.shape[1]:
-            rows = mx.array(list(wanted), dtype=mx.int32)
+        rows = rows_of(wanted, ids.shape[1])
         return self.model.halves(ids, cache or [NoCache()] * len(self.layers), rows)
 
     def decode(
