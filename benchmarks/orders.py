@@ -20,14 +20,11 @@ from qwen3_mlx import backend  # first: the BLAS
 import mlx.core as mx
 
 from qwen3_mlx.engine.engine import Engine
-from qwen3_mlx.engine.hooks import TokenCollector
 from qwen3_mlx.engine.in_flight import InFlightStep
-from qwen3_mlx.engine.request import Request, RequestResult
-from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.verify.paths import Decoding
 
 Order = Callable[[InFlightStep, InFlightStep], None]
-_GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
 _REPEATS = 5
 
 
@@ -50,49 +47,25 @@ ORDERS: Mapping[str, Order] = {
 def decode(model: Qwen3, sequences: int, count: int) -> tuple[list[list[int]], dict[str, float]]:
     """Decode `count` tokens of each sequence; return them, and milliseconds and MB of it."""
     engine = Engine(model, vocabulary=model.config.vocab_size)
-    sinks = [TokenCollector() for _ in range(sequences)]
-    replies = [list[int]() for _ in sinks]
-    for number, sink in enumerate(sinks):
-        ids = [(7 * number + n) % 256 for n in range(64)]
-        engine.submit(
-            Request(
-                ids=ids,
-                max_tokens=count + 16,
-                sink=sink,
-                on_finish=_ignore,
-                sampling=_GREEDY,
-                seed=0,
-                end_ids=frozenset(),
-            )
-        )
-
-    def step() -> bool:
-        more = engine.step()
-        for reply, collector in zip(replies, sinks, strict=True):
-            reply += collector.take()
-        return more
-
-    while min(map(len, replies)) < 8:  # prompts read, joint buffers made
-        step()
+    prompts = [[(7 * number + n) % 256 for n in range(64)] for number in range(sequences)]
+    decoding = Decoding(prompts, count + 16)
+    decoding.submit(engine)
+    while min(map(len, decoding.replies)) < 8:  # prompts read, joint buffers made
+        engine.step()
     mx.clear_cache()
     held = mx.get_active_memory()
     mx.reset_peak_memory()
     started, cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
-        step()
+        engine.step()
     figures = {
         "ms a token": (time.perf_counter() - started) / count * 1e3,
         "CPU ms": (time.process_time() - cpu) / count * 1e3,
         "MB above": (mx.get_peak_memory() - held) / 1e6,
     }
-    while step():
+    while engine.step():
         pass
-    return replies, figures
-
-
-def _ignore(outcome: RequestResult | BaseException) -> None:
-    if isinstance(outcome, BaseException):
-        raise outcome
+    return decoding.replies, figures
 
 
 def main() -> None:
