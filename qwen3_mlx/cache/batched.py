@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from qwen3_mlx.cache.attention import LayerCache, RopeFn, attend_batched
-from qwen3_mlx.cache.kv import KVCache, next_capacity
+from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.ragged import as_batch
 
 _MIN_SEQUENCES = 2
@@ -39,8 +39,8 @@ class BatchedCaches:
         """Return the layers' joint caches for a step with one token of each of `sequences`.
 
         The rows are in the order of `sequences`. None if their separate caches serve the step:
-        there are few sequences, they have shared too few steps, or the copy does not fit `room`
-        tokens. An existing batch of other sequences is split first.
+        there are few sequences, they have shared too few steps or soon grow, or the copy does not
+        fit `room` tokens. An existing batch of other sequences is split first.
         """
         # The cache object of the first layer identifies a sequence. Order counts as well: it is
         # the order of the rows.
@@ -54,9 +54,11 @@ class BatchedCaches:
             self._members = list(sequences)
         self._steps += 1
         if not self._slots and len(sequences) >= _MIN_SEQUENCES and self._steps > _MIN_SHARED_STEPS:
-            # All rows are as long as the longest: a batch of very uneven lengths may not fit.
-            columns = next_capacity(max(caches[0].offset for caches in sequences))
-            if len(sequences) * columns <= room:
+            # As many columns as the separate caches have at most. All rows are as long as the
+            # longest: a batch of very uneven lengths may not fit.
+            columns = max(caches[0].capacity for caches in sequences)
+            longest = max(caches[0].offset for caches in sequences)
+            if columns > longest + _MIN_SHARED_STEPS and len(sequences) * columns <= room:
                 self._slots = _Slots(sequences, columns)
         return self._slots.next_step() if self._slots else None
 

@@ -53,8 +53,10 @@ class SequenceState:
         self.num_scored = request.score_from  # prompt positions whose next token has its logprob
         self.failure: BaseException | None = None  # raised by the constraint; ends the request
         self._prompt_reported = False
-        # One more than the context: a write must never fill its buffer (see `next_capacity`).
-        self._max_room = context + 1
+        # One more than it may take: a write must never fill its buffer (see `next_capacity`).
+        # A prompt that is only read is kept for a request that has more.
+        more = request.max_tokens or FIRST_ROOM
+        self._max_room = min(len(request.ids) + more, context) + 1
         self.drop_caches()
 
     # --- phases ---------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ import numpy as np
 from qwen3_mlx import backend
 from qwen3_mlx.api.llm import LLM
 from qwen3_mlx.api.load import load
-from qwen3_mlx.cache.kv import next_capacity
 from qwen3_mlx.cache.quantized import CACHE_FORMATS, PLAIN, CacheFormat
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.hooks import TokenCollector
@@ -256,9 +255,8 @@ def _copied(
     model = _small(dtype, experts=experts)
     weights = mx.get_active_memory()
     engine = _engine(model, fmt)
-    # What the engine allocates for a sequence, or in joint buffers.
-    joint = sequences >= _JOINT and fmt == PLAIN
-    capacity = next_capacity(_CACHED) if joint else _CACHED + FIRST_ROOM
+    # What the engine allocates for a sequence, alone or in joint buffers.
+    capacity = _CACHED + FIRST_ROOM
     prompts = [_ids(_CACHED, seed) for seed in range(sequences)]
     decoding = Decoding(prompts, FIRST_ROOM)
     decoding.submit(engine)

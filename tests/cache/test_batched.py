@@ -6,7 +6,6 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from qwen3_mlx.cache import kv
 from qwen3_mlx.cache.batched import BatchedCaches
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.engine import cache_manager
@@ -22,10 +21,10 @@ ROOM = 10**6
 
 
 def begun(model: Qwen3, lengths: Sequence[int]) -> list[list[KVCache]]:
-    """Give caches that have seen prompts of such lengths."""
+    """Give caches that have seen prompts of such lengths, and have room for 64 tokens more."""
     found = []
     for seed, length in enumerate(lengths):
-        caches = model.make_cache()
+        caches = model.make_cache(length + 64)
         mx.eval(model(mx.array([random_ids(length, seed=seed)]), caches))
         found.append(caches)
     return found
@@ -34,7 +33,10 @@ def begun(model: Qwen3, lengths: Sequence[int]) -> list[list[KVCache]]:
 def step(
     model: Qwen3, together: BatchedCaches | None, caches: list[list[KVCache]], ids: Sequence[int]
 ) -> tuple[mx.array, bool]:
-    """Run one, and say whether it was answered by joint buffers."""
+    """Run one, and say whether it was answered by joint buffers; caches grow as in the engine."""
+    for layer in (layer for layers in caches for layer in layers):
+        if layer.offset + 1 >= layer.capacity:
+            layer.reserve(layer.offset + 65)
     joined = together.layers(caches, ROOM) if together else None
     parts = [BatchSlice(layers, 1, 1) for layers in caches]
     logits = forward(model, mx.array(list(ids), dtype=mx.int32), parts, joined).outputs
@@ -67,10 +69,7 @@ def test_joint_buffers_answer_as_each_sequences_own(lengths: list[int]) -> None:
     assert joined == 32  # all but the first four after a beginning
 
 
-def test_who_joins_or_leaves_parts_them_and_full_buffers_are_made_anew(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(kv, "_SMALLEST_GROWTH", 64)
+def test_who_joins_or_leaves_parts_them_and_full_buffers_are_made_anew() -> None:
     lengths = [5, 9, 7, 8]
     caches, together = begun(MODEL, lengths), BatchedCaches()
     for _ in range(8):
@@ -86,7 +85,7 @@ def test_who_joins_or_leaves_parts_them_and_full_buffers_are_made_anew(
         step(MODEL, None, own, [1, 2, 3, 4])
     step(MODEL, None, own[:3], [1, 2, 3])
     together = BatchedCaches()
-    for number in range(100):  # beyond the 64 columns that are added
+    for number in range(100):  # beyond the 64 columns that they have room for
         found, _ = step(MODEL, together, caches, [5, 6, 7, 8])
         expected, _ = step(MODEL, None, own, [5, 6, 7, 8])
         if number % 20 == 0 or number > 40:
@@ -99,10 +98,20 @@ def test_few_sequences_and_little_room_are_left_alone() -> None:
     for _ in range(9):
         assert together.layers(caches[:1], ROOM) is None
     for _ in range(9):
-        assert together.layers(caches, room=4 * 265 - 1) is None
-    assert together.layers(caches, room=4 * 265) is not None
+        assert together.layers(caches, room=4 * 73 - 1) is None
+    assert together.layers(caches, room=4 * 73) is not None
     together.split()
     assert [sequence[0].offset for sequence in caches] == [5, 9, 7, 8]
+
+
+def test_who_is_about_to_grow_is_left_alone() -> None:
+    caches, together = begun(MODEL, [5, 9]), BatchedCaches()
+    for layer in caches[0] + caches[1]:
+        layer.reserve(13)  # one more than 9 tokens and the four steps before they join
+    for _ in range(9):
+        assert together.layers(caches, ROOM) is None
+    caches[0][0].reserve(14)
+    assert together.layers(caches, ROOM) is not None
 
 
 def test_the_engine_puts_them_together(monkeypatch: pytest.MonkeyPatch) -> None:
