@@ -16,6 +16,7 @@ from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.load import LoadOptions, load_model
 from qwen3_mlx.checkpoint.stored import StoredFormats
 from qwen3_mlx.checkpoint.weights import Weights
+from qwen3_mlx.engine.overflow_check import overflows
 from qwen3_mlx.files import read_json
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.qwen3 import Qwen3
@@ -24,6 +25,7 @@ from tests.support import (
     MOE,
     TINY,
     assert_close,
+    make_model,
     moe_folder,
     random_ids,
     read_weights,
@@ -169,6 +171,22 @@ def test_the_dtype_auto_is_float16_only_where_it_is_faster_and_safe(
     assert dtype_of(tiny_folder, draft=large) == mx.bfloat16
     with load(large, dtype="float16") as llm, pytest.raises(CheckpointError, match="float16"):
         llm.complete("Hello", max_tokens=2)
+
+
+@pytest.mark.parametrize("config", [TINY, MOE], ids=["dense", "moe"])
+def test_float16_is_left_before_the_feed_forward_overflows_within(config: dict[str, Any]) -> None:
+    model, ids = make_model(config), random_ids(50)
+    if config is TINY:  # MLX's CPU build has experts in float32 alone
+        model.set_dtype(mx.float16)
+    block = model.layers[1].mlp
+    projections = block.get("switch_mlp", block)
+    doublings = 0
+    while not overflows(model, ids):  # the outputs of the layers stay as they are
+        projections.up_proj.weight *= 2
+        projections.down_proj.weight /= 2
+        doublings += 1
+    assert doublings > 10
+    assert mx.isfinite(model(mx.array([ids]))).all()  # it might have been taken
 
 
 @pytest.mark.parametrize(
