@@ -35,19 +35,14 @@ class BatchedCaches:
 
     def layers(
         self, sequences: Sequence[Sequence[KVCache]], room: int
-    ) -> "Sequence[LayerCache] | None":
+    ) -> "Sequence[JointCache] | None":
         """Return the layers' joint caches for a step with one token of each of `sequences`.
 
         The rows are in the order of `sequences`. None if their separate caches serve the step:
         there are few sequences, they have shared too few steps or soon grow, or the copy does not
         fit `room` tokens. An existing batch of other sequences is split first.
         """
-        # The cache object of the first layer identifies a sequence. Order counts as well: it is
-        # the order of the rows.
-        same = len(sequences) == len(self._members) and all(
-            one[0] is other[0] for one, other in zip(sequences, self._members, strict=True)
-        )
-        if not same or (self._slots and self._slots.full):
+        if not self._has(sequences) or (self._slots and self._slots.full):
             # Separate caches come back before a changed or full batch is laid out anew: rows and
             # columns are fixed when the joint buffers are made.
             self.split()
@@ -61,6 +56,25 @@ class BatchedCaches:
             if columns > longest + _MIN_SHARED_STEPS and len(sequences) * columns <= room:
                 self._slots = _Slots(sequences, columns)
         return self._slots.next_step() if self._slots else None
+
+    def joined(
+        self, sequences: Sequence[Sequence[KVCache]], columns: int
+    ) -> "Sequence[JointCache]":
+        """Return the layers' joint caches as `layers` does, of so many columns, whatever it costs.
+
+        A batch of other sequences or columns must have been split before.
+        """
+        if not self._slots:
+            self._members, self._slots = list(sequences), _Slots(sequences, columns)
+        assert self._has(sequences) and self._slots.columns == columns
+        return self._slots.next_step()
+
+    def _has(self, sequences: Sequence[Sequence[KVCache]]) -> bool:
+        """Return whether these are the members, in their order, which is that of the rows."""
+        # The cache object of the first layer identifies a sequence.
+        return len(sequences) == len(self._members) and all(
+            one[0] is other[0] for one, other in zip(sequences, self._members, strict=True)
+        )
 
     def split(self) -> None:
         """Restore the separate caches of every sequence; required before any other use of them."""
@@ -90,15 +104,20 @@ class _Slots:
         # While every column holds a token of every row, no mask is needed. A mask costs a
         # transfer from the host in every step, and rules out faster kernels.
         self._even = min(self._counts) == self.column
-        self._layers = [_Layer(caches, self, columns) for caches in zip(*sequences, strict=True)]
+        self._layers = [JointCache(caches, self, columns) for caches in zip(*sequences, strict=True)]
+
+    @property
+    def columns(self) -> int:
+        """The tokens that a row has room for."""
+        return int(self._own.shape[1])
 
     @property
     def full(self) -> bool:
         """True if no column is left."""
         # As in `KVCache`, the capacity stays beyond what is written: the last column is never used.
-        return self.column + 1 >= self._own.shape[1]
+        return self.column + 1 >= self.columns
 
-    def next_step(self) -> "Sequence[_Layer]":
+    def next_step(self) -> "Sequence[JointCache]":
         """Start a step: apply rollbacks, and assign the next column to it."""
         for row, caches in enumerate(self._sequences):
             # A rollback (`truncate`) changes the offsets of a sequence's caches only, the same in
@@ -129,11 +148,17 @@ class _Slots:
             layer.split(own)
 
 
-class _Layer:
-    """The joint cache of one layer."""
+class JointCache:
+    """The joint cache of one layer.
+
+    Attributes:
+        caches: the separate caches of the sequences, by row; what they hold stands here.
+        columns: the tokens that a row has room for.
+    """
 
     def __init__(self, caches: Sequence[KVCache], slots: _Slots, columns: int) -> None:
-        self._caches = caches
+        self.caches = caches
+        self.columns = columns
         self._slots = slots
         # The joint buffers become the only owner of the tokens: a separate buffer that stayed
         # alive would hold its memory twice.
@@ -152,8 +177,8 @@ class _Layer:
         """Compute attention for one token of each sequence: q, k, v are [1, ., B, E]."""
         # The order matters: `as_batch` reads the offsets as the positions of the new tokens. The
         # separate caches keep counting, because rollbacks truncate them during a batch, too.
-        q, k, v = as_batch(q, k, v, self._caches, rope)
-        for cache in self._caches:
+        q, k, v = as_batch(q, k, v, self.caches, rope)
+        for cache in self.caches:
             cache.count_released()
         keys, values = self._buffers
         stop = self._slots.column  # `next_step` has counted this step's column already
@@ -167,13 +192,13 @@ class _Layer:
     def split(self, own: Sequence[np.ndarray]) -> None:
         """Copy the columns `own[row]` of each row back into the cache of its sequence."""
         rows = []
-        for row, (cache, columns) in enumerate(zip(self._caches, own, strict=True)):
+        for row, (cache, columns) in enumerate(zip(self.caches, own, strict=True)):
             # At most `offset` columns: a rollback since the last `next_step` is not in `own` yet.
             which = mx.array(columns[: cache.offset])
             rows.append([mx.take(joint[row : row + 1], which, axis=2) for joint in self._buffers])
         # Evaluated now, so that the joint buffers can be freed: no more than one layer is held
         # twice at any time.
         mx.eval(rows)
-        for cache, state in zip(self._caches, rows, strict=True):
+        for cache, state in zip(self.caches, rows, strict=True):
             cache.restore(state)
         self._buffers.clear()

@@ -15,6 +15,7 @@ from typing import Any
 import mlx.core as mx
 
 from qwen3_mlx.cache.attention import LayerCache, NoCache
+from qwen3_mlx.cache.batched import BatchedCaches
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import CacheFormat
@@ -87,6 +88,7 @@ class Follower:
         self._dtype = dtype
         self._disk = disk
         self._caches: dict[int, list[KVCache]] = {}
+        self._joint = BatchedCaches()
         self._built: tuple[Plan, Pass, Sequence[mx.array]] | None = None
         self._running: tuple[int, list[mx.array]] | None = None
         self._begun_at = self._seconds = 0.0
@@ -133,6 +135,7 @@ class Follower:
         elif parent == 0:
             self._caches[key] = self._model.make_cache()
         elif parent in self._caches:
+            self._joint.split()
             self._caches[key] = [cache.copy(tokens) for cache in self._caches[parent]]
 
     # --- a pass ---------------------------------------------------------------------------
@@ -141,18 +144,19 @@ class Follower:
         """Build a pass; nothing is computed."""
         rows: Sequence[int] | None = plan.wanted
         layers: Sequence[LayerCache] = [NoCache()] * len(self._model.layers)
-        states: list[KVCache] = []
-        if plan.parts:
-            sequences = [
-                self._sequence(part.key, part.offset, part.capacity) for part in plan.parts
-            ]
+        sequences = [self._sequence(part.key, part.offset, part.capacity) for part in plan.parts]
+        if not plan.columns:
+            self._joint.split()
+        if plan.columns:
+            layers = self._joint.joined(sequences, plan.columns)
+        elif len(sequences) == 1:
+            (part,) = plan.parts
+            layers, rows = sequences[0], range(part.length - part.wanted, part.length)
+        elif sequences:
             lengths = [part.length for part in plan.parts]
-            wanted = [part.wanted for part in plan.parts]
-            states = [layer for caches in sequences for layer in caches]
-            if len(sequences) == 1:
-                layers, rows = sequences[0], range(lengths[0] - wanted[0], lengths[0])
-            else:
-                layers, rows = ragged_layers(sequences, lengths, wanted)
+            layers, rows = ragged_layers(sequences, lengths, [part.wanted for part in plan.parts])
+        # Of joint caches the output depends anyway.
+        states = [] if plan.columns else [layer for caches in sequences for layer in caches]
         built = self._model.run_part((plan.batch, plan.tokens), layers, rows, self._dtype)
         self._built = plan, built, [array for layer in states for array in layer.state]
 
@@ -191,6 +195,8 @@ class Follower:
         if self._built:
             for part in self._built[0].parts:
                 self._caches.pop(part.key, None)
+            if self._built[0].columns:
+                self._joint.abandon()
         self._built = None
 
     # --- prefixes on disk -----------------------------------------------------------------------
@@ -206,6 +212,7 @@ class Follower:
         self._finish()
         if not self._disk or key not in self._caches:
             return
+        self._joint.split()
         try:
             self._disk.write(ids, self._caches[key], lambda: False)
         except OSError as error:

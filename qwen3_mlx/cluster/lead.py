@@ -15,6 +15,7 @@ from weakref import finalize
 import mlx.core as mx
 
 from qwen3_mlx.cache.attention import LayerCache, NoCache
+from qwen3_mlx.cache.batched import JointCache
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.quantized import PLAIN, CacheFormat, QuantizedKVCache
@@ -83,7 +84,6 @@ class LedQwen3(PartQwen3):
     for other machines.
     """
 
-    takes_joint_caches = False  # followers know sequences one by one
     crew: Crew  # set when the followers are ready
 
     def __init__(
@@ -157,9 +157,12 @@ class LedQwen3(PartQwen3):
         if not cache:
             return Plan(step, batch, tokens, wanted=wanted)
         first, counts = cache[0], [tokens if wanted is None else len(wanted)]
-        caches, lengths = [first], [tokens]
+        caches, lengths, columns = [first], [tokens], 0
         if isinstance(first, Ragged):
             caches, lengths, counts = list(first.caches), [*first.lengths], [*first.wanted]
+        elif isinstance(first, JointCache):
+            caches, columns = list(first.caches), first.columns
+            lengths = counts = [1] * tokens
         parts = []
         for one, length, number in zip(caches, lengths, counts, strict=True):
             if not isinstance(one, _NamedCache):
@@ -167,7 +170,7 @@ class LedQwen3(PartQwen3):
                     "embedding and reranking run on one machine: load the model without hosts"
                 )
             parts.append(PlanPart(one.key, one.offset, length, number, one.capacity))
-        return Plan(step, batch, tokens, parts)
+        return Plan(step, batch, tokens, parts, columns=columns)
 
     # --- when a pass is computed ------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ class Plan:
         batch, tokens: the shape of the ids.
         parts: the sequences, end to end; none if whole sequences are read without caches.
         wanted: the positions whose hidden states are needed, where there are no parts; None is all.
+        columns: those of the joint caches that hold all sequences; 0 if each has its own.
     """
 
     step: int
@@ -51,6 +52,7 @@ class Plan:
     tokens: int
     parts: Sequence[PlanPart] = ()
     wanted: Sequence[int] | None = None
+    columns: int = 0
 
     def to_message(self) -> dict[str, Any]:
         """Return it for `Channel.send`."""
@@ -60,6 +62,8 @@ class Plan:
         message: dict[str, Any] = {"plan": [self.step, self.batch, self.tokens], "p": parts}
         if self.wanted is not None:
             message["w"] = list(self.wanted)
+        if self.columns:
+            message["j"] = self.columns
         return message
 
     @classmethod
@@ -67,4 +71,4 @@ class Plan:
         """Create it from the message that was received."""
         parts = [PlanPart(*numbers) for numbers in message["p"]]
         step, batch, tokens = message["plan"]
-        return cls(step, batch, tokens, parts, message.get("w"))
+        return cls(step, batch, tokens, parts, message.get("w"), message.get("j", 0))

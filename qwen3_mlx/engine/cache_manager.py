@@ -46,8 +46,8 @@ class CacheManager:
         self._disk = disk
         self._commit_in_flight = commit_in_flight
         self._prefixes = PrefixStore(0)
-        joins = cache_format == PLAIN and model.takes_joint_caches and not speculator
-        self._batched = BatchedCaches() if joins and _waits_for_host(model.config) else None
+        joins = cache_format == PLAIN and not speculator and _waits_for_host(model.config)
+        self._batched = BatchedCaches() if joins else None
 
     @property
     def prefix_room(self) -> int:

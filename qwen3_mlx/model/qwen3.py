@@ -100,9 +100,6 @@ class Qwen3(nn.Module):
     `adapters` are the names of the adapters of which `selection` chooses.
     """
 
-    takes_joint_caches = True
-    """Whether one cache may hold several sequences (`cache/batched.py`)."""
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config

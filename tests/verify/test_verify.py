@@ -114,7 +114,7 @@ def a_view_of_packed_numbers_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> No
 
 @breaks("no copy of a cache, in joint buffers")
 def a_view_of_joint_buffers_that_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    keep_views(monkeypatch, batched._Layer, "attend")
+    keep_views(monkeypatch, batched.JointCache, "attend")
 
 
 @breaks("a layer of 0.6B")
