@@ -302,8 +302,10 @@ def prefill_chunk() -> int:
     return 2048 if on_gpu() else 512
 
 
-def tune_blas_threads(width: int) -> None:
+def tune_blas_threads(width: int, processes: int = 1) -> None:
     """Set the number of OpenBLAS threads for matrices of `width` columns: all cores, or one.
+
+    Of all cores, each of `processes` that compute together has its part.
 
     The threads wait for work by spinning, and with small matrices that costs more than it gains:
     32 streams of the demo run a third faster with one thread. OPENBLAS_NUM_THREADS takes
@@ -313,7 +315,8 @@ def tune_blas_threads(width: int) -> None:
         return
     set_threads = getattr(ctypes.CDLL(BLAS), "openblas_set_num_threads", None)
     if set_threads:
-        set_threads(1 if width < _NARROW_COLUMNS else len(os.sched_getaffinity(0)))
+        cores = len(os.sched_getaffinity(0))
+        set_threads(1 if width < _NARROW_COLUMNS else max(1, cores // processes))
 
 
 def limit_buffer_cache() -> None:

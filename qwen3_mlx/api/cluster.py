@@ -124,6 +124,7 @@ class Cluster:
             "kv_bits": [target.cache.key_bits, target.cache.value_bits],
             "prompt_cache": prompt_cache and str(Path(prompt_cache).absolute()),
             "prompt_cache_gb": prompt_cache_gb,
+            "sharing": self._followers.sharing,
         }
         for peer in self._followers.peers:
             peer.channel.send({"setup": {**setup, "share": asdict(self.shares[peer.rank])}})
@@ -181,6 +182,7 @@ class Cluster:
         """
         peers, answer = self._followers.peers, self._followers.answer
         self._available = {peer.rank: int(answer(peer, "ready")) for peer in peers}
+        backend.tune_blas_threads(self.network.hidden_size, self._followers.sharing)
         assert isinstance(model, LedQwen3)
         model.crew = self.crew = Crew(peers, LIMIT_SECONDS)
         self.crew.on_failure(partial(self._wake, worker, model))

@@ -136,7 +136,7 @@ def _load(setup: Mapping[str, Any], channel: Channel, inbox: Inbox) -> Follower:
     assert target.share
     group = ring.join_group(target.share.rank, message["connect"])
     backend.limit_buffer_cache()
-    backend.tune_blas_threads(target.network.hidden_size)
+    backend.tune_blas_threads(target.network.hidden_size, int(setup["sharing"]))
     build = partial(PartQwen3, share=target.share, group=group)
     model = replace(target, build=build).read(lambda *_: None)
     assert isinstance(model, PartQwen3)

@@ -126,7 +126,7 @@ def _run(setup: Setup, seconds: float, measured: Callable[[], None]) -> TargetRe
     """Run a target in its own process until it ends or its time is over; return its results."""
     is_default = setup.terms is None
     blas = {"QWEN3_BLAS": "off"} if setup.name == PEER and is_default else {}
-    command = [sys.executable, "-m", "qwen3_mlx.bench.targets", json.dumps(asdict(setup))]
+    command = [sys.executable, "-P", "-m", "qwen3_mlx.bench.targets", json.dumps(asdict(setup))]
     result = TargetResult(is_default)
     with (
         tempfile.TemporaryFile("w+") as errors,

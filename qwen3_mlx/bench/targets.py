@@ -240,7 +240,7 @@ def _ranks(setup: Setup) -> Iterator[mx.distributed.Group | None]:
     addresses = stated or " ".join(f"{LOOPBACK}:{free_port(LOOPBACK)}" for _ in range(count))
     others = [
         subprocess.Popen(
-            [sys.executable, "-m", "qwen3_mlx.bench.targets", sys.argv[1]],
+            [sys.executable, "-P", "-m", "qwen3_mlx.bench.targets", sys.argv[1]],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=os.environ | {_RANK: str(other), _ADDRESSES: addresses},

@@ -104,7 +104,9 @@ class _Slots:
         # While every column holds a token of every row, no mask is needed. A mask costs a
         # transfer from the host in every step, and rules out faster kernels.
         self._even = min(self._counts) == self.column
-        self._layers = [JointCache(caches, self, columns) for caches in zip(*sequences, strict=True)]
+        self._layers = [
+            JointCache(caches, self, columns) for caches in zip(*sequences, strict=True)
+        ]
 
     @property
     def columns(self) -> int:

@@ -28,6 +28,7 @@ def install_service(arguments: Sequence[str]) -> None:
     """
     command = [
         sys.executable,
+        "-P",  # no file of this folder is taken for a module
         "-m",
         "qwen3_mlx",
         *(word for word in arguments if word not in _ONCE),

@@ -168,9 +168,10 @@ class Started:
             if rank == 0 or host.name == BY_HAND:
                 continue
             arguments = ["follow", "--join", f"{address}:{port}", "--key", "-", "--rank", str(rank)]
-            command = [sys.executable, "-m", "qwen3_mlx", *arguments]
-            if not host.is_local:
-                command = ["ssh", "-T", "-o", "BatchMode=yes", host.name, _remote(command)]
+            if host.is_local:  # -P: no file of this folder is taken for a module
+                command = [sys.executable, "-P", "-m", "qwen3_mlx", *arguments]
+            else:
+                command = ["ssh", "-T", "-o", "BatchMode=yes", host.name, _remote(arguments)]
             process = subprocess.Popen(
                 command,
                 stdin=subprocess.PIPE,
@@ -227,10 +228,10 @@ def _has_stderr() -> bool:
     return True
 
 
-def _remote(command: Sequence[str]) -> str:
+def _remote(arguments: Sequence[str]) -> str:
     """Return the line for a shell on another machine: with this Python if it is there, or qwen3."""
-    python, arguments = shlex.quote(command[0]), shlex.join(command[3:])
+    python, stated = shlex.quote(sys.executable), shlex.join(arguments)
     return (
-        f"if [ -x {python} ]; then exec {python} -m qwen3_mlx {arguments}; "
-        f"else exec qwen3 {arguments}; fi"
+        f"if [ -x {python} ]; then exec {python} -P -m qwen3_mlx {stated}; "
+        f"else exec qwen3 {stated}; fi"
     )

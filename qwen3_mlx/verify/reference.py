@@ -42,7 +42,15 @@ class Reference:
         self._done: set[str] = set()
         self._errors = (folder / "errors").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__, str(folder), json.dumps(names), json.dumps(dtypes)],
+            [
+                sys.executable,
+                "-P",
+                "-m",
+                __name__,
+                str(folder),
+                json.dumps(names),
+                json.dumps(dtypes),
+            ],
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,

@@ -51,7 +51,7 @@ def test_a_launch_agent(home: Path, capsys: Captured, monkeypatch: pytest.Monkey
     file = home / "HOME" / "Library" / "LaunchAgents" / "org.qwen3-mlx.serve.plist"
     assert code == 0 and "launchctl bootstrap gui/" in err and str(file) in err
     agent = plistlib.loads(file.read_bytes())
-    assert agent["ProgramArguments"][1:5] == ["-m", "qwen3_mlx", "serve", "--port"]
+    assert agent["ProgramArguments"][1:5] == ["-P", "-m", "qwen3_mlx", "serve"]
     assert agent["ProgramArguments"][-1] == 'my "50 %" $model' and agent["RunAtLoad"]
     assert agent["EnvironmentVariables"]["QWEN3_API_KEY"] == "secret"
     assert agent["WorkingDirectory"] == str(Path.cwd())

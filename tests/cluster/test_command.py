@@ -22,12 +22,14 @@ from qwen3_mlx.cluster.wire import free_port
 from tests.cli.harness import piped
 from tests.cluster.harness import end_group
 
-QWEN3 = [sys.executable, "-m", "qwen3_mlx"]
+QWEN3 = [sys.executable, "-P", "-m", "qwen3_mlx"]
 LOCAL = ["--hosts", "local:2", "--no-dequantize"]
 
 
 @contextmanager
-def running(*arguments: str, **variables: str) -> Iterator["subprocess.Popen[str]"]:
+def running(
+    *arguments: str, cwd: Path | None = None, **variables: str
+) -> Iterator["subprocess.Popen[str]"]:
     """Run the command for the block; none of its processes is left after it."""
     process = subprocess.Popen(
         [*QWEN3, *arguments],
@@ -37,6 +39,7 @@ def running(*arguments: str, **variables: str) -> Iterator["subprocess.Popen[str
         text=True,
         start_new_session=True,
         env={**os.environ, **variables},
+        cwd=cwd,
     )
     try:
         yield process
@@ -88,8 +91,10 @@ def wait_until_gone(pid: int, seconds: float) -> None:
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[tuple["subprocess.Popen[str]", str]]:
-    with running("serve", *LOCAL, "--port", "0", *arguments) as process:
+def serving(
+    *arguments: str, cwd: Path | None = None
+) -> Iterator[tuple["subprocess.Popen[str]", str]]:
+    with running("serve", *LOCAL, "--port", "0", *arguments, cwd=cwd) as process:
         line = line_with(process, "is served at")
         yield process, re.search(r"http://[\d.:]+", line)[0]  # type: ignore[index]
 
@@ -99,8 +104,9 @@ def chat(url: str, **fields: Any) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
 
 
-def test_a_server_whose_follower_is_killed_says_so_and_ends() -> None:
-    with serving() as (process, url):
+def test_a_server_whose_follower_is_killed_says_so_and_ends(tmp_path: Path) -> None:
+    (tmp_path / "random.py").write_text("raise SystemExit('a module of the folder was imported')")
+    with serving(cwd=tmp_path) as (process, url):
         assert chat(url, seed=1).json()["choices"][0]["message"]["content"] == "12 + 34 = 46"
         follower = follower_of(process)
         body = {"prompt": "What is 1 + 1? " * 30, "max_tokens": 4000, "stream": True}

@@ -569,8 +569,10 @@ def test_threads_suit_the_size_of_the_matrices(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     backend.tune_blas_threads(192)
     backend.tune_blas_threads(1024)
+    backend.tune_blas_threads(1024, processes=2)
+    backend.tune_blas_threads(1024, processes=4)
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "2")
     backend.tune_blas_threads(192)
     monkeypatch.setattr(backend, "BLAS", "MLX's own")
     backend.tune_blas_threads(192)
-    assert Library.threads == [1, 3]
+    assert Library.threads == [1, 3, 1, 1]
