@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from qwen3_mlx.cache.attention import LayerCache, RopeFn, attend_batched
+from qwen3_mlx.cache.attention import RopeFn, attend_batched
 from qwen3_mlx.cache.kv import KVCache
 from qwen3_mlx.cache.ragged import as_batch
 

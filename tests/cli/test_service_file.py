@@ -34,7 +34,7 @@ def test_a_unit_of_systemd(home: Path, capsys: Captured, monkeypatch: pytest.Mon
     assert "systemctl --user enable --now qwen3-mlx" in err and "secret" not in err
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     text = file.read_text()
-    words = '"-m" "qwen3_mlx" "serve" "--port" "9" "--name" "my \\"50 %%\\" $$model"'
+    words = '"-P" "-m" "qwen3_mlx" "serve" "--port" "9" "--name" "my \\"50 %%\\" $$model"'
     assert f'ExecStart="{sys.executable}" {words}\n' in text
     assert 'Environment="QWEN3_API_KEY=secret"\n' in text
     assert f"{file} was replaced" in call(ARGUMENTS, capsys)[2]

@@ -48,7 +48,7 @@ def running(
 
 
 def run(*arguments: str, seconds: float = 60, **variables: str) -> tuple[int, str]:
-    with running(*arguments, **variables) as process:
+    with running(*arguments, cwd=None, **variables) as process:
         said, _ = process.communicate(timeout=seconds)
         return process.returncode, said
 
