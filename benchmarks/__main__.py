@@ -15,9 +15,13 @@ from pathlib import Path
 from benchmarks.checkpoint import random_checkpoint
 
 _FOLDER = "random-0.6B-4bit"
+_RANKS = (
+    "--hosts local:2 --against mlx-lm --terms equal --prompts 64 --together 8 --decode 100 "
+    "--repeats 5"
+)
 PARTS = {
     "speed": f"qwen3 bench {_FOLDER} --against mlx-lm --terms equal --prompts 128,1024 "
-    "--decode 16 --repeats 3 --plot speed.svg",
+    "--decode 16 --repeats 5 --plot speed.svg",
     # Short prompts: on a CPU, MLX's own bfloat16 takes seconds per prompt token.
     "out of the box": f"qwen3 bench {_FOLDER} --against mlx-lm --terms box --prompts 8 "
     "--together 8 --decode 3 --minutes 30",
@@ -27,6 +31,8 @@ PARTS = {
     "host": "python -m benchmarks.host",
     "orders": "python -m benchmarks.orders",
     "step profile": f"python -m benchmarks.step_profile {_FOLDER}",
+    "tensor": f"qwen3 bench demo --split tensor {_RANKS}",
+    "pipeline": f"qwen3 bench demo --split pipeline {_RANKS}",
     "server": "python -m benchmarks.server 32",
     "soak": "python -m benchmarks.soak",
     "server soak": "python -m benchmarks.server_soak",
