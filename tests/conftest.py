@@ -64,8 +64,8 @@ typer.main.get_command = _command_of  # type: ignore[assignment]
 
 @pytest.fixture(scope="session")
 def demo() -> Iterator[LLM]:
-    """The embedded checkpoint, loaded as it is on disk."""
-    with load(dequantize=False) as llm:
+    """The embedded checkpoint, loaded as it is on disk; on several ranks, if the variable says so."""
+    with load(dequantize=False, hosts=os.environ.get("QWEN3_TEST_HOSTS")) as llm:
         yield llm
 
 

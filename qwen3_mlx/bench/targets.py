@@ -8,12 +8,15 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from stat import S_ISFIFO
+from statistics import median
 from threading import Thread
 from typing import Any
 
@@ -28,7 +31,7 @@ from qwen3_mlx.cache.quantized import cache_format
 from qwen3_mlx.cluster.launch import LOOPBACK, read_hosts
 from qwen3_mlx.cluster.lead import LedQwen3
 from qwen3_mlx.cluster.ring import RING, join_group
-from qwen3_mlx.cluster.shares import PIPELINE, describe, traffic
+from qwen3_mlx.cluster.shares import describe, traffic
 from qwen3_mlx.cluster.wire import free_port
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.hooks import TokenCollector
@@ -36,9 +39,11 @@ from qwen3_mlx.engine.request import Request, RequestResult
 from qwen3_mlx.engine.sampling_params import NEUTRAL, SamplingParams
 from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.model.linear import whole
 from qwen3_mlx.model.qwen3 import Qwen3
 
 _RANK, _ADDRESSES = "QWEN3_BENCH_RANK", "QWEN3_BENCH_ADDRESSES"
+_SHORT, _STEPS = Case(1, 64), 8  # what is decoded to measure how long rank 0 waits
 _GREEDY = SamplingParams(temperature=0.0).over(NEUTRAL)
 
 
@@ -205,17 +210,18 @@ def _measure_cluster(setup: Setup) -> None:
     with load(Path(setup.folder), hosts=hosts, split=split, layers=layers) as llm:
         model, cluster = llm.model, llm.cluster
         assert isinstance(model, LedQwen3) and cluster
-        done: Future[None] = Future()
+        done: Future[float] = Future()
 
         def run() -> None:
             try:
-                _measure(Ours(model), model, setup)
-                done.set_result(None)
+                ours = Ours(model)
+                _measure(ours, model, setup)
+                done.set_result(_share_waiting(ours, model))
             except Exception as error:  # noqa: BLE001 - raised again below
                 done.set_exception(error)
 
         llm.call_soon(run)
-        done.result()
+        waiting = done.result()
         itemsize = model.model.norm.weight.dtype.size
         messages, nbytes = traffic(llm.config, split, len(cluster.hosts), itemsize)
         sent = sum(peer.channel.sent for peer in model.crew.peers)
@@ -223,10 +229,31 @@ def _measure_cluster(setup: Setup) -> None:
             "messages": messages,
             "nbytes": nbytes,
             "control": sent / max(1, model.passes) / len(model.crew.peers),
-            "waiting": model.waited / model.crew.busy if split == PIPELINE else None,
+            "waiting": waiting,
             "shares": [describe(share) for share in cluster.shares],
         }
         _write_line({"cluster": figures})
+
+
+def _share_waiting(ours: Ours, model: LedQwen3) -> float:
+    """Return the share of a step that rank 0 spends waiting for the others.
+
+    A stage of a pipeline measures it. Where layers are divided, it is what a step takes more than
+    the same parts without their sums.
+    """
+    if model.share.is_stage:
+        return model.waited / model.crew.busy
+    (step,) = measure(ours, [_SHORT], _STEPS)
+    cache, token = model.make_cache(_SHORT.prompt + _STEPS + 1), mx.zeros((1, 1), dtype=mx.int32)
+    mx.eval(model.model(mx.zeros((1, _SHORT.prompt), dtype=mx.int32), cache, None))
+    for layer in model.layers:
+        layer.self_attn.reduce = layer.mlp.reduce = whole
+    times = [time.perf_counter()]
+    for _ in range(_STEPS):
+        mx.eval(mx.argmax(model.head(model.model(token, cache, None)), axis=-1))
+        times.append(time.perf_counter())
+    alone = median(after - before for before, after in pairwise(times))
+    return max(0.0, 1 - alone * step.decode)
 
 
 @contextmanager

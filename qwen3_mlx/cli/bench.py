@@ -315,11 +315,10 @@ def _notes(
         yield f"Copying: {own.figures[case].a_pass:.1f} tokens a forward pass, by lookup."
     if moved := own.cluster:
         yield f"Hosts: {'; '.join(moved['shares'])}."
-        waiting = moved["waiting"]
-        share = "" if waiting is None else f"; {waiting:.0%} of the time was spent waiting for them"
         yield (
             f"Between the hosts: {moved['messages']:,} messages and {moved['nbytes'] / 1024:,.1f} "
-            f"KiB a token, {moved['control']:.0f} bytes of plans a pass{share}."
+            f"KiB a token, {moved['control']:.0f} bytes of plans a pass; {moved['waiting']:.0%} of the "
+            "time was spent waiting for them."
         )
     if any(own.figures[case].decode > bound for case, bound in bounds.items()):
         yield (

@@ -132,6 +132,8 @@ def plan(  # noqa: PLR0913 - one parameter an option
         if model is None:
             raise ValueError("--hosts need a model: qwen3 plan 32B --hosts 24,36")
         memories = [_gigabytes(part, "--hosts") for part in hosts.split(",")]
+        if len(memories) < 2:
+            raise ValueError("--hosts need the memory of two machines or more, such as 24,36")
         counts = ClusterOptions(hosts, layers=layers).counts()
         estimate = estimate_of(with_file(model, file) or model)
         found = list(divisions(estimate, memories, counts, context, cache))

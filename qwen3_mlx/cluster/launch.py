@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from qwen3_mlx.cluster.shares import PIPELINE, SPLITS
+from qwen3_mlx.cluster.shares import PIPELINE, SPLITS, TENSOR
 from qwen3_mlx.cluster.wire import END_SECONDS
 from qwen3_mlx.errors import Qwen3Error
 
@@ -48,6 +48,8 @@ class ClusterOptions:
         if (self.layers or self.split != PIPELINE) and not self:
             name = "layers" if self.layers else "split"
             raise ValueError(f"{name}: it divides a model among hosts; name those as well")
+        if self.layers and self.split == TENSOR:
+            raise ValueError("layers belong to a pipeline; split='tensor' divides each layer")
         self.counts()
 
     def __bool__(self) -> bool:

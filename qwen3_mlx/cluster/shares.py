@@ -9,6 +9,7 @@ quantization groups; norms, router, embedding and head are on every rank.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 from qwen3_mlx.checkpoint.shard import Share, Span
 from qwen3_mlx.engine.memory import (
@@ -80,7 +81,8 @@ def divide(
 ) -> list[Share]:
     """Return the share of each host, of which the first is rank 0.
 
-    A pipeline is divided by memory, or as `layers` states: a number of layers for each host.
+    A pipeline is divided by memory, or as `layers` states: a number of layers for each host. Parts
+    of layers are even, since the ranks wait for the largest, or by memory where that does not fit.
 
     Raises:
         ValueError: `split` is unknown, or `layers` do not add up, or go with a tensor split.
@@ -92,7 +94,10 @@ def divide(
     if split == TENSOR:
         if layers:
             raise ValueError("layers belong to a pipeline; split='tensor' divides each layer")
-        shares = tensor(model.network, len(hosts), _unit(model))
+        network, unit = model.network, _unit(model)
+        shares = tensor(network, [1] * len(hosts), unit)
+        if not _fit(hosts, [model.plan(share) for share in shares]):
+            shares = tensor(network, [max(1, host.available) for host in hosts], unit)
     else:
         counts = _stated(model, hosts, layers) if layers else _by_memory(model, hosts)
         shares = pipeline(model.network, counts)
@@ -113,15 +118,16 @@ def pipeline(network: ModelConfig, counts: Sequence[int]) -> list[Share]:
     return shares
 
 
-def tensor(network: ModelConfig, ranks: int, unit: int = 1) -> list[Share]:
-    """Return a part of every layer for each rank, as even as heads and whole groups allow.
+def tensor(network: ModelConfig, weights: Sequence[int], unit: int = 1) -> list[Share]:
+    """Return a part of every layer for each rank, by its weight as heads and whole groups allow.
 
     Columns are cut at multiples of `unit`.
 
     Raises:
         Qwen3Error: there are fewer heads or groups than ranks, or a cut would split a group.
     """
-    heads = _parts(network.num_key_value_heads, ranks, 1, "key/value heads")
+    ranks = len(weights)
+    heads = _parts(network.num_key_value_heads, weights, 1, "key/value heads")
     queries = network.num_attention_heads // network.num_key_value_heads
     if any(end * queries * network.head_dim % unit for _, end in heads):
         raise Qwen3Error(
@@ -134,25 +140,28 @@ def tensor(network: ModelConfig, ranks: int, unit: int = 1) -> list[Share]:
     columns: list[Span] = [(0, network.intermediate_size)] * ranks
     of_experts: list[Span] = [(0, 0)] * ranks
     if is_dense:
-        columns = _parts(network.intermediate_size, ranks, unit, what)
+        columns = _parts(network.intermediate_size, weights, unit, what)
     if experts:
-        of_experts = _parts(experts.moe_intermediate_size, ranks, unit, what)
+        of_experts = _parts(experts.moe_intermediate_size, weights, unit, what)
     return [
         Share(rank, ranks, (0, count), count, heads[rank], columns[rank], of_experts[rank])
         for rank in range(ranks)
     ]
 
 
-def _parts(total: int, ranks: int, unit: int, what: str) -> list[Span]:
-    """Return spans of `total` for each rank, cut at multiples of `unit`."""
-    blocks = total // unit
+def _parts(total: int, weights: Sequence[int], unit: int, what: str) -> list[Span]:
+    """Return spans of `total` for each rank, cut at multiples of `unit`; none is empty."""
+    ranks, blocks = len(weights), total // unit
     if total % unit or blocks < ranks:
         raise Qwen3Error(
             f"{total / unit:g} {what} cannot be divided among {ranks} ranks; divide it as a "
             "pipeline, or among fewer"
         )
-    ends = [round(blocks * rank / ranks) * unit for rank in range(ranks + 1)]
-    return list(zip(ends, ends[1:], strict=False))
+    ends, whole = [0], sum(weights)
+    for rank, weight in enumerate(accumulate(weights), start=1):
+        wished = round(blocks * weight / whole)
+        ends.append(min(max(wished, ends[-1] + 1), blocks - ranks + rank))
+    return [(start * unit, stop * unit) for start, stop in pairwise(ends)]
 
 
 def _unit(model: Model) -> int:
@@ -203,12 +212,18 @@ def _ranks(hosts: Sequence[Host]) -> range:
     return range(len(hosts))
 
 
+def _fit(hosts: Sequence[Host], plans: Sequence[Plan]) -> bool:
+    return all(plan.total <= host.available for host, plan in zip(hosts, plans, strict=True))
+
+
 def _check_fits(model: Model, hosts: Sequence[Host], shares: Sequence[Share]) -> None:
     plans = [model.plan(share) for share in shares]
-    pairs = list(zip(hosts, plans, strict=True))
-    if all(plan.total <= host.available for host, plan in pairs):
+    if _fit(hosts, plans):
         return
-    sums = "; ".join(f"{host.name}: {plan} of {in_gb(host.available)}" for host, plan in pairs)
+    sums = "; ".join(
+        f"{host.name}: {plan} of {in_gb(host.available)}"
+        for host, plan in zip(hosts, plans, strict=True)
+    )
     total = sum(plan.total for plan in plans)
     room = sum(host.available for host in hosts)
     way = (
@@ -243,8 +258,7 @@ def longest_context(
 
     def fits(context: int) -> bool:
         longer = replace(model, work=replace(model.work, context=context))
-        pairs = zip(hosts, shares, strict=True)
-        return all(longer.plan(share).total <= host.available for host, share in pairs)
+        return _fit(hosts, [longer.plan(share) for share in shares])
 
     low, high = 0, limit
     while low < high:

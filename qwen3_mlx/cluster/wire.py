@@ -30,6 +30,7 @@ _LENGTH = struct.Struct(">I")
 _MAX_BYTES = 1 << 24  # of a message; that of a step has about a hundred
 _HELLO_SECONDS = 5.0  # for a connection to say what it is
 _RETRY_SECONDS = 0.2
+_LEAST_SECONDS = 0.001  # 0 would not wait at all
 _TRIES = 100
 VERSIONS = (__version__, version("mlx"))
 """Versions that all ranks must have: of this package, and of MLX."""
@@ -81,28 +82,31 @@ class Channel:
             self.sent += _LENGTH.size + len(body)
 
     def receive(self, timeout: float | None = None) -> dict[str, Any]:
-        """Return the next message; `timeout` is in seconds, None waits without limit.
+        """Return the next message, whole within `timeout` seconds; None waits without limit.
 
         Raises:
             EOFError: the other end closed the connection.
             OSError: the connection was lost, or the time is over (TimeoutError).
             WireError: what came is no message.
         """
-        self._connection.settimeout(timeout)
-        (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
+        end = None if timeout is None else time.monotonic() + timeout
+        (length,) = _LENGTH.unpack(self._read(_LENGTH.size, end))
         if length > _MAX_BYTES:
             raise WireError("what it sends is no message of qwen3")
         try:
-            message = json.loads(self._read(length))
+            message = json.loads(self._read(length, end))
         except (ValueError, RecursionError) as error:
             raise WireError("what it sends is no message of qwen3") from error
         if not isinstance(message, dict):
             raise WireError("what it sends is no message of qwen3")
         return message
 
-    def _read(self, count: int) -> bytes:
+    def _read(self, count: int, end: float | None) -> bytes:
         data = bytearray()
         while len(data) < count:
+            if end is not None and time.monotonic() > end:
+                raise TimeoutError("the time is over")
+            self._connection.settimeout(end and max(_LEAST_SECONDS, end - time.monotonic()))
             if not (some := self._connection.recv(count - len(data))):
                 raise EOFError("the connection was closed")
             data += some

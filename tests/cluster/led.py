@@ -171,14 +171,18 @@ def _injected(options: dict[str, Any]) -> dict[str, Any]:
             raise ValueError("injected")
         return real(*arguments)
 
-    texts = []
+    texts: list[Any] = []
     with load("demo", **options["load"]) as llm:
         asked: Any = {"max_tokens": 40, "thinking": False, "temperature": 0}
-        expected = llm.chat(PROMPTS[4], **asked).text
+
+        def answer() -> list[str]:
+            return [reply.text for reply in llm.batch(PROMPTS[-options["together"] :], **asked)]
+
+        expected = answer()
         module.choose = choose
         for _ in range(len(options["at"]) + 1):
             try:
-                texts.append(llm.chat(PROMPTS[4], **asked).text)
+                texts.append(answer())
             except Qwen3Error as error:
                 texts.append(str(error))
     return {"texts": texts, "expected": expected}

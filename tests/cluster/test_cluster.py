@@ -89,8 +89,9 @@ def test_prompts_on_disk_survive_on_every_rank(base: dict[str, Any], tmp_path: P
     assert third["cached"] == 0 and third["text"] == first["text"]
 
 
-def test_a_failed_step_releases_the_followers(tmp_path: Path) -> None:
-    found = led(tmp_path, "injected", load=TENSOR, at=[1, 5, 6])
+@pytest.mark.parametrize(("together", "at"), [(1, [1, 5, 6]), (4, [12, 13, 30])])
+def test_a_failed_step_releases_the_followers(together: int, at: list[int], tmp_path: Path) -> None:
+    found = led(tmp_path, "injected", load=TENSOR, at=at, together=together)
     *failed, last = found["texts"]
     assert all("injected" in text for text in failed)
     assert last == found["expected"]

@@ -292,12 +292,20 @@ def test_plan_shows_each_host() -> None:
     assert "does not fit" in found["bf16", "pipeline"]["reason"]
     shown = piped(["plan", "32B", "--hosts", "24,36", "--layers", "24,40"]).stdout
     assert "0: 24 GB, layers 40-63 + head" in shown
+    alone = piped(["plan", "32B", "--hosts", "24"])
+    assert alone.returncode == 2 and "--hosts need the memory of two machines" in alone.stderr
+
+
+def test_what_cannot_be_divided_is_refused_before_anything_starts() -> None:
+    done = piped(["Hello", "--hosts", "local:2", "--split", "tensor", "--layers", "1,3"])
+    assert done.returncode == 2 and "layers belong to a pipeline" in done.stderr
 
 
 @pytest.mark.slow
-def test_bench_shows_what_goes_between_hosts() -> None:
-    small = ["--prompts", "8", "--together", "2", "--decode", "3"]
+@pytest.mark.parametrize(("split", "moved"), [("pipeline", "2 .* 0.8"), ("tensor", "9 .* 6.0")])
+def test_bench_shows_what_goes_between_hosts(split: str, moved: str) -> None:
+    small = ["--prompts", "8", "--together", "2", "--decode", "3", "--split", split]
     code, said = run("bench", "demo", "--hosts", "local:2", "--against", "mlx-lm", *small)
     assert code == 0 and "8 together" not in said
-    assert re.search(r"Between the hosts: 2 messages and 0\.8 KiB a token, \d+ bytes", said)
-    assert "spent waiting for them" in said
+    assert re.search(rf"Between the hosts: {moved} KiB a token, \d+ bytes", said)
+    assert re.search(r"\d+% of the time was spent waiting for them", said)

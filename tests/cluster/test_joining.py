@@ -158,6 +158,23 @@ def test_garbage_is_refused_and_the_next_is_accepted(
     assert line.startswith("127.0.0.1: a connection of a stranger was refused: ")
 
 
+def test_who_sends_a_byte_at_a_time_is_not_waited_for(
+    listener: Listener, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "_HELLO_SECONDS", 0.5)
+    found, thread = accepted(listener)
+    stranger = socket.create_connection((LOOPBACK, listener.port), 5)
+    stranger.sendall(struct.pack(">I", 1000))
+    with suppress(OSError):
+        for _ in range(30):
+            stranger.sendall(b" ")
+            time.sleep(0.05)
+    stranger.close()
+    join(LOOPBACK, listener.port, "key", HELLO, 5).close()
+    thread.join()
+    assert found[0]["name"] == "mac2"
+
+
 @pytest.mark.parametrize(
     ("versions", "key", "reason"),
     [

@@ -95,7 +95,7 @@ def test_goldens_in_parts(case: Path, tmp_path: Path) -> None:
             staged = np.array(run_pipeline(folder, pipeline(network, counts), ids))
             assert (staged == expected).all(), counts
     for ranks in range(2, min(network.num_key_value_heads, 3) + 1):
-        found = run_tensor(folder, tensor(network, ranks), ids)
+        found = run_tensor(folder, tensor(network, [1] * ranks), ids)
         assert all((one == found[0]).all() for one in found)  # all ranks have the same sums
         assert np.abs(found[0] - expected).max() <= 1e-5 * np.abs(expected).max(), ranks
 
@@ -110,7 +110,7 @@ def test_the_demo_in_4_bits(quantized_demo: Path, ranks: int) -> None:
     found = np.array(run_pipeline(quantized_demo, pipeline(network, counts), ids))
     assert (found == expected).all()
     if ranks <= network.num_key_value_heads:
-        for one in run_tensor(quantized_demo, tensor(network, ranks, 32), ids):
+        for one in run_tensor(quantized_demo, tensor(network, [1] * ranks, 32), ids):
             assert np.abs(one - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
@@ -118,7 +118,7 @@ def test_an_uneven_tensor_split_sums_to_the_whole(tmp_path: Path) -> None:
     """Three heads for one rank and two for another, as of eight heads on three ranks."""
     folder, ids = folders_of(next(case for case in CASES if case.stem == "heads_64_8"), tmp_path)
     network = ModelConfig.from_dict(read_json(folder / "config.json"))
-    shares = tensor(network, 3)
+    shares = tensor(network, [1] * 3)
     assert [share.heads for share in shares] == [(0, 3), (3, 5), (5, 8)]
     expected = np.array(load_whole(folder)(ids))
     for one in run_tensor(folder, shares, ids):
@@ -128,7 +128,7 @@ def test_an_uneven_tensor_split_sums_to_the_whole(tmp_path: Path) -> None:
 def test_parts_are_fused_and_keep_the_path_of_a_single_token(tmp_path: Path) -> None:
     folder, _ = folders_of(CASES[0], tmp_path)
     network = ModelConfig.from_dict(read_json(folder / "config.json"))
-    model = load_share(folder, tensor(network, 2)[1], whole)
+    model = load_share(folder, tensor(network, [1] * 2)[1], whole)
     for layer in model.layers:
         assert layer.self_attn.fused and layer.self_attn.fused.holds(layer.self_attn)
 
@@ -187,7 +187,7 @@ def test_memory_of_a_share(split: str, kind: str, quantized_demo: Path, tmp_path
         folder, _ = folders_of(next(case for case in CASES if case.stem == "moe"), tmp_path)
     network = ModelConfig.from_dict(read_json(folder / "config.json"))
     if split == "tensor":
-        shares = tensor(network, 2, 32 if kind == "demo" else 1)
+        shares = tensor(network, [1] * 2, 32 if kind == "demo" else 1)
     else:
         shares = pipeline(network, [1, network.num_hidden_layers - 1])
     fmt = Format(4, 32) if kind == "demo" else None
@@ -231,15 +231,32 @@ def test_what_does_not_fit_is_refused_with_the_sums() -> None:
         divide(model, hosts, "rows")
 
 
+def test_parts_of_layers_are_even_unless_memory_forbids_it() -> None:
+    fmt = Format(4, 64)
+    model = Model("32B", published_model_config("32B"), lambda path: fmt, Workload(4096))
+    for small, heads, columns in (
+        (24, [(0, 4), (4, 8)], [(0, 12_800), (12_800, 25_600)]),
+        (10, [(0, 2), (2, 8)], [(0, 6400), (6400, 25_600)]),
+    ):
+        hosts = [Host("mac1", small * 10**9), Host("mac2", 30 * 10**9)]
+        shares = divide(model, hosts, "tensor")
+        assert [share.heads for share in shares] == heads
+        assert [share.columns for share in shares] == columns
+    assert [share.heads for share in tensor(model.network, [1, 1000])] == [(0, 1), (1, 8)]
+
+
 def test_tensor_cuts_at_whole_groups_only() -> None:
     network = published_model_config("30B-A3B")
-    assert [share.expert_columns for share in tensor(network, 4, 64)][:2] == [(0, 192), (192, 384)]
-    for share in tensor(network, 4, 128):
+    assert [share.expert_columns for share in tensor(network, [1] * 4, 64)][:2] == [
+        (0, 192),
+        (192, 384),
+    ]
+    for share in tensor(network, [1] * 4, 128):
         assert all(end % 128 == 0 for end in share.expert_columns)
     with pytest.raises(Qwen3Error, match="4 key/value heads cannot be divided among 5"):
-        tensor(network, 5, 64)
+        tensor(network, [1] * 5, 64)
     with pytest.raises(Qwen3Error, match="feed-forward columns cannot be divided among 4"):
-        tensor(network, 4, 256)
+        tensor(network, [1] * 4, 256)
 
 
 @pytest.mark.parametrize("size", SIZES)
