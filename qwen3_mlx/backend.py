@@ -146,7 +146,7 @@ def dtype_name(dtype: mx.Dtype) -> str:
 
 @cache
 def prefers_columns() -> bool:
-    """Return whether a matrix times a column is faster than a row times the transposed matrix.
+    """Return whether a matrix times a few columns is faster than rows times the transposed matrix.
 
     It is with a fast BLAS on a CPU, up to twice on an AMD EPYC, but not with OpenBLAS's routines
     for AVX-512 (0.7 times on a Xeon) and not with MLX's own. On a GPU it makes no difference.

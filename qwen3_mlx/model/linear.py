@@ -1,15 +1,18 @@
-"""Linear layers over plain weights, with the fastest product for a single row.
+"""Linear layers over plain weights, with the fastest product for few rows.
 
-D input size, O output size.
+D input size, O output size, R rows.
 """
 
 from collections.abc import Callable
+from functools import cache
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from qwen3_mlx import backend
 
+_MOST_COLUMNS = 32  # rows up to which columns are faster (`python -m benchmarks.products`)
+_LEAST_BLOCK, _MOST_BLOCK = 256, 1280  # outputs
 Reduce = Callable[[mx.array], mx.array]
 """Sums a block's output over the parts of its weights, where they are held apart."""
 
@@ -22,12 +25,26 @@ def whole(x: mx.array) -> mx.array:
 def times_weight(x: mx.array, weight: mx.array) -> mx.array:
     """Compute x·weightᵀ for x [..., D] and weight [O, D].
 
-    A single row is computed as weight·xᵀ where that is faster: BLAS libraries have a matrix-vector
-    routine for it, up to twice as fast.
+    Few rows are computed as weight·xᵀ where that is faster, and in blocks of the weight: OpenBLAS
+    copies a matrix before it multiplies, and the copy of a block stays in the processor's cache.
     """
-    if x.size == weight.shape[1] and backend.prefers_columns():
-        return (weight @ x.reshape(-1, 1)).reshape(*x.shape[:-1], -1)
-    return x @ weight.T
+    outputs, inputs = weight.shape
+    rows = x.size // inputs
+    if rows > _MOST_COLUMNS or not backend.prefers_columns():
+        return x @ weight.T
+    columns = x.reshape(rows, inputs).T
+    if (blocks := _blocks(outputs)) > 1:
+        weight = weight.reshape(blocks, -1, inputs)
+        columns = mx.broadcast_to(columns, (blocks, inputs, rows))
+    return (weight @ columns).reshape(outputs, rows).T.reshape(*x.shape[:-1], outputs)
+
+
+@cache
+def _blocks(outputs: int) -> int:
+    """Return the number of equal blocks of a weight with so many outputs."""
+    least = -(-outputs // _MOST_BLOCK)
+    count = next(count for count in range(least, outputs + 1) if outputs % count == 0)
+    return count if outputs // count >= _LEAST_BLOCK else 1
 
 
 class Linear(nn.Linear):
