@@ -30,6 +30,7 @@ PARTS = {
     "tools": "python -m benchmarks.tools",
     "host": "python -m benchmarks.host",
     "orders": "python -m benchmarks.orders",
+    "products": "python -m benchmarks.products",
     "step profile": f"python -m benchmarks.step_profile {_FOLDER}",
     "tensor": f"qwen3 bench demo --split tensor {_RANKS}",
     "pipeline": f"qwen3 bench demo --split pipeline {_RANKS}",

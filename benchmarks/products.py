@@ -5,7 +5,7 @@ The forms are x·weightᵀ, weight·xᵀ, and weight·xᵀ in blocks, which is `
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import cycle
 from statistics import median
 
@@ -42,14 +42,18 @@ def main() -> None:
         for rows in ROWS:
             x = mx.random.normal((rows, inputs))
             mx.eval(x)
-            forms = [lambda w, x=x: x @ w.T, lambda w, x=x: w @ x.T, lambda w, x=x: times_weight(x, w)]
+            forms = [
+                lambda w, x=x: x @ w.T,
+                lambda w, x=x: w @ x.T,
+                lambda w, x=x: times_weight(x, w),
+            ]
             speeds = [4e-9 * outputs * inputs / seconds for seconds in measure(forms, weights)]
             label = f"{name}, {rows} row{'s' * (rows > 1)}"
             print(label.ljust(24) + "".join(f"{speed:12.1f}" for speed in speeds), flush=True)
 
 
 def measure(
-    forms: list[Callable[[mx.array], mx.array]], weights: list[mx.array]
+    forms: Sequence[Callable[[mx.array], mx.array]], weights: Sequence[mx.array]
 ) -> list[float]:
     """Return the median seconds of each form, taken in turn."""
     times: list[list[float]] = [[] for _ in forms]

@@ -64,7 +64,7 @@ typer.main.get_command = _command_of  # type: ignore[assignment]
 
 @pytest.fixture(scope="session")
 def demo() -> Iterator[LLM]:
-    """The embedded checkpoint, loaded as it is on disk; on several ranks, if the variable says so."""
+    """The embedded checkpoint, loaded as it is on disk; QWEN3_TEST_HOSTS names several ranks."""
     with load(dequantize=False, hosts=os.environ.get("QWEN3_TEST_HOSTS")) as llm:
         yield llm
 

@@ -30,6 +30,7 @@ class BatchedCaches:
 
     def __init__(self) -> None:
         self._slots: _Slots | None = None
+        self._layers: Sequence[JointCache] = ()
         self._members: list[Sequence[KVCache]] = []
         self._steps = 0
 
@@ -54,8 +55,8 @@ class BatchedCaches:
             columns = max(caches[0].capacity for caches in sequences)
             longest = max(caches[0].offset for caches in sequences)
             if columns > longest + _MIN_SHARED_STEPS and len(sequences) * columns <= room:
-                self._slots = _Slots(sequences, columns)
-        return self._slots.next_step() if self._slots else None
+                self._join(columns)
+        return self._next_step() if self._slots else None
 
     def joined(
         self, sequences: Sequence[Sequence[KVCache]], columns: int
@@ -65,9 +66,21 @@ class BatchedCaches:
         A batch of other sequences or columns must have been split before.
         """
         if not self._slots:
-            self._members, self._slots = list(sequences), _Slots(sequences, columns)
-        assert self._has(sequences) and self._slots.columns == columns
-        return self._slots.next_step()
+            self._members = list(sequences)
+            self._join(columns)
+        assert self._has(sequences) and self._layers[0].columns == columns
+        return self._next_step()
+
+    def _join(self, columns: int) -> None:
+        self._slots = slots = _Slots(self._members, columns)
+        # The slots do not know of the layers: in a circle both would stay, with their buffers,
+        # until a garbage collection.
+        self._layers = [JointCache(caches, slots) for caches in zip(*self._members, strict=True)]
+
+    def _next_step(self) -> "Sequence[JointCache]":
+        assert self._slots
+        self._slots.next_step()
+        return self._layers
 
     def _has(self, sequences: Sequence[Sequence[KVCache]]) -> bool:
         """Return whether these are the members, in their order, which is that of the rows."""
@@ -79,7 +92,9 @@ class BatchedCaches:
     def split(self) -> None:
         """Restore the separate caches of every sequence; required before any other use of them."""
         if self._slots:
-            self._slots.split()
+            own = self._slots.own()
+            for layer in self._layers:  # one at a time
+                layer.split(own)
         self.abandon()
 
     def abandon(self) -> None:
@@ -87,7 +102,7 @@ class BatchedCaches:
 
         After an error of the device nothing in the buffers can be relied on.
         """
-        self._slots, self._members, self._steps = None, [], 0
+        self._slots, self._layers, self._members, self._steps = None, (), [], 0
 
 
 class _Slots:
@@ -104,9 +119,6 @@ class _Slots:
         # While every column holds a token of every row, no mask is needed. A mask costs a
         # transfer from the host in every step, and rules out faster kernels.
         self._even = min(self._counts) == self.column
-        self._layers = [
-            JointCache(caches, self, columns) for caches in zip(*sequences, strict=True)
-        ]
 
     @property
     def columns(self) -> int:
@@ -119,7 +131,7 @@ class _Slots:
         # As in `KVCache`, the capacity stays beyond what is written: the last column is never used.
         return self.column + 1 >= self.columns
 
-    def next_step(self) -> "Sequence[JointCache]":
+    def next_step(self) -> None:
         """Start a step: apply rollbacks, and assign the next column to it."""
         for row, caches in enumerate(self._sequences):
             # A rollback (`truncate`) changes the offsets of a sequence's caches only, the same in
@@ -132,7 +144,6 @@ class _Slots:
         self._own[:, self.column] = True
         self.column += 1
         self._mask = None if self._even else mx.array(self._own[:, None, None, : self.column])
-        return self._layers
 
     def mask(self, heads: int) -> mx.array | None:
         """Return the columns that each row may see, [B, H, 1, C]; None if it may see all."""
@@ -143,11 +154,9 @@ class _Slots:
             self._mask = mx.contiguous(mx.broadcast_to(self._mask, (rows, heads, 1, columns)))
         return self._mask
 
-    def split(self) -> None:
-        """Copy each row's columns back into separate caches, a layer at a time."""
-        own = [np.flatnonzero(row) for row in self._own]
-        for layer in self._layers:
-            layer.split(own)
+    def own(self) -> list[np.ndarray]:
+        """Return the columns that hold the tokens of each row."""
+        return [np.flatnonzero(row) for row in self._own]
 
 
 class JointCache:
@@ -158,9 +167,9 @@ class JointCache:
         columns: the tokens that a row has room for.
     """
 
-    def __init__(self, caches: Sequence[KVCache], slots: _Slots, columns: int) -> None:
+    def __init__(self, caches: Sequence[KVCache], slots: _Slots) -> None:
         self.caches = caches
-        self.columns = columns
+        self.columns = slots.columns
         self._slots = slots
         # The joint buffers become the only owner of the tokens: a separate buffer that stayed
         # alive would hold its memory twice.
@@ -168,7 +177,7 @@ class JointCache:
         self._buffers = []
         for which in range(2):  # keys, values
             _, heads, _, size = states[0][which].shape
-            joint = mx.zeros((len(caches), heads, columns, size), dtype=states[0][which].dtype)
+            joint = mx.zeros((len(caches), heads, self.columns, size), dtype=states[0][which].dtype)
             for row, state in enumerate(states):
                 joint[row : row + 1, :, : state[which].shape[2]] = state[which]
             self._buffers.append(joint)

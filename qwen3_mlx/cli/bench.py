@@ -317,8 +317,8 @@ def _notes(
         yield f"Hosts: {'; '.join(moved['shares'])}."
         yield (
             f"Between the hosts: {moved['messages']:,} messages and {moved['nbytes'] / 1024:,.1f} "
-            f"KiB a token, {moved['control']:.0f} bytes of plans a pass; {moved['waiting']:.0%} of the "
-            "time was spent waiting for them."
+            f"KiB a token, {moved['control']:.0f} bytes of plans a pass; {moved['waiting']:.0%} of "
+            "the time was spent waiting for them."
         )
     if any(own.figures[case].decode > bound for case, bound in bounds.items()):
         yield (

@@ -1,5 +1,6 @@
 """The engine: whatever else runs, each request gets what it would get alone."""
 
+import gc
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -226,6 +227,25 @@ def test_a_prefix_hit_copies_nothing() -> None:
     run(engine, hit)
     assert hit.outcome.cached_tokens == 1800
     assert mx.get_peak_memory() - before < held / 12  # a copy of one buffer would be a sixth
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ended_requests_leave_nothing_to_the_garbage_collector(way: str) -> None:
+    engine = engine_of(MODELS["dense"], way)
+
+    def held() -> int:
+        run(engine, *[Client(prompt, MOST) for prompt in PROMPTS])
+        engine.forget()
+        return mx.get_active_memory()
+
+    held()
+    gc.collect()
+    before = mx.get_active_memory()
+    gc.disable()
+    try:
+        assert held() <= before
+    finally:
+        gc.enable()
 
 
 def test_idle_work_reads_ahead_and_yields() -> None:
