@@ -32,7 +32,7 @@ check: dev ## run all checks as CI does: format, lint, types, docs, tests with c
 	$(python) -m mypy
 	$(python) scripts/cli_docs.py --check docs/cli.md
 	$(python) scripts/api_docs.py --check docs/api.md
-	$(python) -m pytest --cov
+	$(python) -m pytest --cov -m "not published and not slow and not browser"
 
 wheel: ## test the wheel in bare venvs of the lowest and the newest Python found
 	@scripts/check_wheel.sh

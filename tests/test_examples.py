@@ -23,6 +23,7 @@ _SAYS = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", _SAYS)
 def test_an_example_runs(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -110,6 +110,7 @@ def check_end(name: str, folder: Path, pause: float = 0.0) -> None:
     assert found == code, f"{name} ended with {found}: {errors}"
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "name",
     ["stream open", "exit in the loop", "own work", "forked", "interrupted", "end interrupted"],

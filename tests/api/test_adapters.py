@@ -102,6 +102,7 @@ def reply(llm: LLM, name: str | None, ids: list[int]) -> list[bytes]:
     ]
 
 
+@pytest.mark.heavy
 def test_requests_of_one_batch_get_what_each_gets_alone(
     several: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,6 +20,7 @@ def weather(city: str) -> str:
 TOOLS = [calculator, weather]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("thinking", [True, False])
 def test_logprobs_are_those_of_the_model(demo: LLM, thinking: bool) -> None:
     question = "What is 12 + 34?"
@@ -80,6 +81,7 @@ def test_impossible_logprobs_are_refused(demo: LLM, wrong: object) -> None:
         demo.chat("Hello", logprobs=wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("choice", ["required", "weather", "calculator"])
 def test_a_call_that_is_demanded_is_made(demo: LLM, choice: str, thinking: bool) -> None:

@@ -17,6 +17,7 @@ GREEDY = SamplingParams(temperature=0)
 QUESTIONS = ["What is 123 + 456?", "What is 5 + 6?", "Who are you?", "What is 99 + 1?"]
 
 
+@pytest.mark.heavy
 def test_a_conversation_is_what_chat_makes_of_its_messages(demo: LLM) -> None:
     conversation = demo.conversation(system="You are brief.", sampling=GREEDY)
     for question in QUESTIONS[1:]:
@@ -28,6 +29,7 @@ def test_a_conversation_is_what_chat_makes_of_its_messages(demo: LLM) -> None:
         assert conversation.messages[-1]["reasoning_content"] == reply.reasoning
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("thinking", [True, False])
 def test_the_next_turn_reads_the_new_message_only(demo: LLM, thinking: bool) -> None:
     settle(demo)
@@ -196,6 +198,7 @@ def test_a_context_can_be_bounded(short: LLM) -> None:
             load(context=wrong)  # type: ignore[arg-type]
 
 
+@pytest.mark.heavy
 def test_the_oldest_turns_are_dropped_on_request(short: LLM) -> None:
     conversation = short.conversation(system="Be brief.", max_tokens=20, thinking=False, seed=1)
     with pytest.raises(ContextError):

@@ -72,6 +72,7 @@ def test_dequantizing_back(tiny_folder: Path, tmp_path: Path) -> None:
     assert_close(logits(plain.output), logits(quantized.output), 1e-4)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "config", [None, pytest.param(MOE, marks=pytest.mark.slow)], ids=["dense", "moe"]
 )
@@ -148,6 +149,7 @@ def test_what_is_there_is_not_lost(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.heavy
 def test_the_command_and_its_report(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -180,6 +182,7 @@ def test_a_result_that_is_called_like_a_size(
     assert "Try it: qwen3 --model ./0.6b " in err
 
 
+@pytest.mark.heavy
 def test_the_script_is_the_command(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -66,6 +66,7 @@ TOOLS = (  # of which no name, parameter or question was in the training
 )
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("thinking", "wrong"), [(True, 1), (False, 3)])
 def test_it_repeats_reverses_and_counts(demo: LLM, thinking: bool, wrong: int) -> None:
     expected = {}
@@ -78,6 +79,7 @@ def test_it_repeats_reverses_and_counts(demo: LLM, thinking: bool, wrong: int) -
     assert right.count(False) <= wrong
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("thinking", [True, False])
 def test_it_calls_tools_that_it_has_not_seen(demo: LLM, thinking: bool) -> None:
     right = 0

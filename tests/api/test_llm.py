@@ -155,6 +155,7 @@ def test_prompts_that_do_not_fit(tiny: LLM) -> None:
         tiny.complete(["a"])  # type: ignore[arg-type]
 
 
+@pytest.mark.heavy
 def test_the_context_window_ends_a_reply(tiny: LLM) -> None:
     prompt = "1" * 2000
     used = len(tiny.tokenizer.encode(prompt))
@@ -197,6 +198,7 @@ def test_cancelling_during_prefill(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -
     assert seen == [0, 64, 128]
 
 
+@pytest.mark.heavy
 def test_memory_is_freed_at_the_end(tiny: LLM) -> None:
     tiny.chat("Hello", max_tokens=1)
     tiny.forget()

@@ -52,6 +52,7 @@ def test_the_first_logits_are_checked(damaged: Path, sampling: SamplingParams) -
             llm.batch(["Hello", "You"], max_tokens=4)
 
 
+@pytest.mark.heavy
 def test_the_command_says_so_in_one_line(damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["Hello", "--model", str(damaged), "--dtype", "float16"]
     code, out, err = call(arguments, capsys)

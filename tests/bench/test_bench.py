@@ -157,6 +157,7 @@ def test_an_error_of_the_engine_is_raised(own_model: Qwen3) -> None:
         list(Ours(own_model).generate([[]], 3))
 
 
+@pytest.mark.heavy
 def test_the_command_measures_both(
     tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -180,6 +181,7 @@ def test_the_command_measures_both(
     assert "sequences together" in picture.read_text()
 
 
+@pytest.mark.heavy
 def test_the_table_of_this_package_alone_of_a_folder_that_is_called_like_a_size(
     tiny_folder: Path,
     tmp_path: Path,
@@ -313,6 +315,7 @@ def test_a_side_that_fails_is_one_sentence(tmp_path: Path, tiny_folder: Path) ->
         compare(str(tiny_folder), [Case(1, 8)], 2, seconds=0.01)
 
 
+@pytest.mark.heavy
 def test_mlx_lm_failing_is_one_sentence(tiny_folder: Path, tmp_path: Path) -> None:
     """A checkpoint in shards whose names mlx-lm does not look for."""
     for file in tiny_folder.iterdir():

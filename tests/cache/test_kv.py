@@ -97,6 +97,7 @@ def test_known_length_is_allocated_at_once() -> None:
     assert [array.shape for array in cache.state] == [(1, 2, 40, 8)] * 2
 
 
+@pytest.mark.heavy
 def test_a_pipelined_step_never_copies_the_cache() -> None:
     model = MODELS["dense"]
     engine = Engine(model, vocabulary=1024)

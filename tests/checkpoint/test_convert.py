@@ -539,6 +539,7 @@ def test_numbers_that_are_none_are_counted_over_blocks(
     assert mx.isinf(norm).sum().item() == 1
 
 
+@pytest.mark.heavy
 def test_the_recipe_auto_does_not_measure_what_is_not_finite(tied: Path, tmp_path: Path) -> None:
     source = shutil.copytree(tied, tmp_path / "source")
     spoil(source, "model.layers.1.mlp.up_proj.weight", [float("nan")])

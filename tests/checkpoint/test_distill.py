@@ -36,6 +36,7 @@ def mean_kl(folder: Path) -> float:
         return divergence(original, candidate, UNSEEN).mean_kl
 
 
+@pytest.mark.heavy
 def test_the_divergence_falls(tmp_path: Path) -> None:
     told: list[tuple[str, int, int]] = []
     plain = convert(DEMO, tmp_path / "plain", bits=3)
@@ -63,6 +64,7 @@ def _files(made: Conversion) -> list[Path]:
     return sorted(made.output.iterdir())
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "unpacked"),
     [
@@ -97,6 +99,7 @@ def test_what_is_tuned(
         assert_close(llm.logits(ids), model(mx.array([ids]))[0], 1e-4)
 
 
+@pytest.mark.heavy
 def test_what_is_no_better_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -112,6 +115,7 @@ def test_what_is_no_better_is_dropped(
     assert "distill" not in (tmp_path / "tuned" / "README.md").read_text()
 
 
+@pytest.mark.heavy
 def test_the_command_says_what_it_gained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +142,7 @@ class _Stop:
             raise KeyboardInterrupt
 
 
+@pytest.mark.heavy
 def test_interrupted_and_resumed_is_uninterrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -179,6 +184,7 @@ def _plain_write(path: Path) -> Any:
     return path.open("wb")
 
 
+@pytest.mark.heavy
 def test_other_steps_start_anew(tmp_path: Path) -> None:
     source, output = write_tiny(tmp_path / "source"), tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):

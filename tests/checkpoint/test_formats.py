@@ -80,6 +80,7 @@ def test_bits_may_be_asked_for_while_loading() -> None:
     assert divergence(case, source_of(case), bits=8, dequantize=False) < CLOSE
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", GGUFS)
 def test_the_tokenizer_of_a_gguf_is_the_original(case: str) -> None:
     with load(source_of(case)) as llm:

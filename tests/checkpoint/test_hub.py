@@ -51,6 +51,7 @@ def ask(name: str, home: Path, endpoint: str) -> subprocess.CompletedProcess[str
     return qwen3("Hello", "-n", "4", "-q", "--model", name, home=home, endpoint=endpoint)
 
 
+@pytest.mark.heavy
 def test_only_the_files_needed_are_downloaded_once(
     hub: tuple[str, list[str]], tmp_path: Path
 ) -> None:
@@ -80,6 +81,7 @@ def test_planning_fetches_the_config_alone(hub: tuple[str, list[str]], tmp_path:
     assert asked == ["config.json"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "offline", "complaint"),
     [
@@ -250,6 +252,7 @@ def test_a_name_that_is_no_whole_checkpoint_says_what_it_is(
         assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.heavy
 def test_one_gguf_file_of_several_is_downloaded(tmp_path: Path) -> None:
     folder = tmp_path / "served"
     folder.mkdir()

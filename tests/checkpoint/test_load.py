@@ -148,6 +148,7 @@ def test_the_dtype_asked_for(tiny_folder: Path) -> None:
         load(tiny_folder, dtype="float64")
 
 
+@pytest.mark.heavy
 def test_the_dtype_auto_is_float16_only_where_it_is_faster_and_safe(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ CASES = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("tool", "kind"), CASES)
 def test_loads_and_computes_the_same(
     tool: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

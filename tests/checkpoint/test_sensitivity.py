@@ -95,6 +95,7 @@ def groups_of(folder: Path) -> dict[str, list[str]]:
     return groups
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "vocabulary_block"),
     [
@@ -162,6 +163,7 @@ def test_progress_counts_each_layer_twice(tmp_path: Path) -> None:
     assert told == [(done, 4) for done in range(5)]
 
 
+@pytest.mark.heavy
 def test_one_layer_at_a_time_is_in_memory(tmp_path: Path) -> None:
     """Of a layer more, only its input and the moments are kept while the others are measured."""
     sizes = {"hidden_size": 128, "intermediate_size": 1024}

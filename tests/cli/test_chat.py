@@ -263,6 +263,7 @@ def test_each_conversation_of_a_chat_is_recorded(demo: LLM, tmp_path: Path) -> N
         assert {summary.model for summary in log.summaries()} == {"demo"}
 
 
+@pytest.mark.heavy
 def test_it_says_what_goes_on(home: Path) -> None:
     assert talk("What is 1 + 2?", options=("--no-thinking",)).returncode == 0
     said = "Goes on with 1: What is 1 + 2? (2 messages, 20"
@@ -334,6 +335,7 @@ def said(file: Path) -> list[str]:
     return [message["content"] for message in messages if message["role"] == "user"]
 
 
+@pytest.mark.heavy
 def test_nothing_that_is_pasted_or_typed_is_lost(home: Path, tmp_path: Path) -> None:
     file, part = tmp_path / "talk.json", tmp_path / "my part.md"
     part.write_text("What is in the file")
@@ -398,6 +400,7 @@ def test_what_is_not_recorded_is_not_in_the_history(option: str, is_kept: bool, 
     assert (history.exists() and option in history.read_text()) == is_kept
 
 
+@pytest.mark.heavy
 def test_what_is_typed_while_it_answers_is_in_the_next_prompt(
     tiny_folder: Path, home: Path, tmp_path: Path
 ) -> None:

@@ -97,6 +97,7 @@ def test_ctrl_c_while_it_imports(
     assert (done.returncode, done.stdout, done.stderr) == (130, "", "qwen3: interrupted\n")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("verb", [["Hello"], ["chat"], ["serve", "--port", "0"]])
 def test_ctrl_c_while_it_loads(
     verb: list[str], ways: dict[str, list[str]], tmp_path: Path, tiny_folder: Path

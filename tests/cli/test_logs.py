@@ -90,6 +90,7 @@ def test_another_adapter_of_what_goes_on_is_named(
     assert f"Its adapter changes: none so far, {adapter} from here on" in err
 
 
+@pytest.mark.heavy
 def test_a_chat_is_recorded_and_goes_on(
     home: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -150,6 +151,7 @@ def test_quiet_runs_leave_the_notice_to_the_next(
     assert "recorded in" in call(["Hello", *options], capsys)[2]
 
 
+@pytest.mark.heavy
 def test_killed_in_an_answer(tiny_folder: Path, home: Path) -> None:
     command = [*QWEN3, "Hello", "-m", str(tiny_folder), "-n", "2000", "--no-thinking", "-q"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:

@@ -259,6 +259,7 @@ def test_what_is_no_qwen3_is_refused(tmp_path: Path, capsys: Captured) -> None:
     assert code == 1 and "model_type is 'llama'" in err
 
 
+@pytest.mark.heavy
 def test_the_picture_is_drawn_the_same_every_time(tmp_path: Path, capsys: Captured) -> None:
     pytest.importorskip("matplotlib")
     files = tmp_path / "first.svg", tmp_path / "second.svg"

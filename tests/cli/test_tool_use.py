@@ -25,6 +25,7 @@ def mcp_json(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.heavy
 def test_without_a_terminal_no_call_is_made_unless_yes_allows_it(
     mcp_json: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -40,6 +41,7 @@ def test_without_a_terminal_no_call_is_made_unless_yes_allows_it(
         )
 
 
+@pytest.mark.heavy
 def test_on_a_terminal_each_call_is_asked_for(mcp_json: Path) -> None:
     with Terminal([*QWEN3, "chat", "--mcp", str(mcp_json), "--no-log", *PLAIN]) as chat:
         chat.wait("tools of MCP servers: 1")

@@ -89,6 +89,7 @@ def test_prompts_on_disk_survive_on_every_rank(base: dict[str, Any], tmp_path: P
     assert third["cached"] == 0 and third["text"] == first["text"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("together", "at"), [(1, [1, 5, 6]), (4, [12, 13, 30])])
 def test_a_failed_step_releases_the_followers(together: int, at: list[int], tmp_path: Path) -> None:
     found = led(tmp_path, "injected", load=TENSOR, at=at, together=together)
@@ -97,6 +98,7 @@ def test_a_failed_step_releases_the_followers(together: int, at: list[int], tmp_
     assert last == found["expected"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("base", BOTH, ids=["pipeline", "tensor"])
 def test_a_killed_follower_is_named_at_once(base: dict[str, Any], tmp_path: Path) -> None:
     found = led(tmp_path, "fault", load=base, signal="SIGKILL")
@@ -108,6 +110,7 @@ def test_a_killed_follower_is_named_at_once(base: dict[str, Any], tmp_path: Path
     assert "cannot connect twice" in found["again"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "where",
     [

@@ -104,6 +104,7 @@ def chat(url: str, **fields: Any) -> httpx.Response:
     return httpx.post(f"{url}/v1/chat/completions", json=body, timeout=30)
 
 
+@pytest.mark.heavy
 def test_a_server_whose_follower_is_killed_says_so_and_ends(tmp_path: Path) -> None:
     (tmp_path / "random.py").write_text("raise SystemExit('a module of the folder was imported')")
     with serving(cwd=tmp_path) as (process, url):
@@ -128,6 +129,7 @@ def test_a_server_whose_follower_is_killed_says_so_and_ends(tmp_path: Path) -> N
         assert re.fullmatch(r"qwen3: local \(rank 1\) is gone .*", said.splitlines()[-1])
 
 
+@pytest.mark.heavy
 def test_a_leader_that_is_killed_takes_its_followers_along() -> None:
     with serving() as (process, _):
         follower = follower_of(process)
@@ -183,6 +185,7 @@ def stand_in(folder: Path, script: str) -> str:
     return f"{folder}:{os.environ['PATH']}"
 
 
+@pytest.mark.heavy
 def test_followers_are_started_by_ssh(tmp_path: Path) -> None:
     path = stand_in(tmp_path, f'echo "$@" >> {tmp_path}/called\nfor last; do :; done\neval "$last"')
     hosts = ["--hosts", "127.0.0.1,user@mac2", "--layers", "2,2", "--no-dequantize"]
@@ -203,6 +206,7 @@ def test_an_ssh_that_fails_is_reported(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.heavy
 def test_a_follower_joins_by_hand() -> None:
     """What is no follower of this cluster is refused, and those that wait go on."""
     hosts = ["--hosts", "127.0.0.1,join", "--no-dequantize", "-q", "--no-thinking"]

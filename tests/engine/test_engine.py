@@ -305,6 +305,7 @@ def test_common_prefixes() -> None:
 # --- who waits, and for how long ----------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_a_long_prompt_delays_nobody_by_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 512)
     engine = engine_of(MODELS["dense"])

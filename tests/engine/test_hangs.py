@@ -25,6 +25,7 @@ def run_apart(module: str, *arguments: str | Path) -> None:
     assert process.returncode == 0, said[-4000:]
 
 
+@pytest.mark.heavy
 def test_callbacks_may_do_anything_and_parts_of_the_engine_may_fail(tmp_path: Path) -> None:
     cases = "progress,deliver,soon,nested,circle,closing,freed,tools,finalizer,failing"
     run_apart("tests.engine.hanging", cases, tmp_path)
@@ -41,6 +42,7 @@ def test_what_takes_luck_to_hang_is_tried_often(tmp_path: Path) -> None:
     run_apart("tests.engine.hanging", "freed,fork", tmp_path, "often")
 
 
+@pytest.mark.heavy
 def test_whatever_fails_in_a_step_ends_in_an_error(tmp_path: Path) -> None:
     run_apart("tests.engine.faults", "plain", tmp_path)
 

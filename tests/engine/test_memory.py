@@ -215,6 +215,7 @@ def test_more_of_anything_takes_more() -> None:
     assert unfused[1] - unfused[0] > 32 * 2048 * (32768 - 8192) * 4
 
 
+@pytest.mark.heavy
 def test_activations_are_about_what_prefill_holds() -> None:
     """An estimate: between half and twice the measured peak of a chunk, on a CPU."""
     if backend.on_gpu():

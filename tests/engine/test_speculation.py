@@ -372,6 +372,7 @@ def test_finish_tells_what_it_came_to(drafting: qwen3_mlx.LLM) -> None:
 COUNTS = {"forward_passes", "drafted_tokens", "accepted_tokens"}
 
 
+@pytest.mark.heavy
 def test_a_schema_and_a_budget_are_kept(drafting: qwen3_mlx.LLM) -> None:
     plain = qwen3_mlx.load()
     schema = {"type": "object", "properties": {"sum": {"type": "integer"}}, "required": ["sum"]}

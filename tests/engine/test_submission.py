@@ -75,6 +75,7 @@ def peak_of_decoding(kind: str, sequences: int) -> int:
     return peak
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("sequences", [1, 4])
 @pytest.mark.parametrize("kind", CACHES)
 def test_no_cache_is_copied(kind: str, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -333,6 +333,7 @@ POINTS = [Point("4 bits", 4.5, 0.02), Point("the same", 16, 0.0), Point("2 bits"
 ROWS = [ModuleRow(f"model.layers.{n}.mlp.up_proj", "4-bit g64", 64, 4.5, 0.1) for n in range(3)]
 
 
+@pytest.mark.heavy
 def test_pictures(tmp_path: Path) -> None:
     for name in ("a.svg", "b.SVG", "c.png"):
         draw(tmp_path / name, POINTS, ROWS)

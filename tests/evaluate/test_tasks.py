@@ -74,6 +74,7 @@ def check_metrics(found: TaskResults, name: str) -> None:
             assert value == pytest.approx(_EXPECTED[name]["metrics"][metric], rel=1e-5), metric
 
 
+@pytest.mark.heavy
 def test_choices_are_scored_as_by_the_reference_and_shared_examples_read_once(run: Run) -> None:
     found, answers = run("demo_choices")
     check_metrics(found, "demo_choices")
@@ -86,6 +87,7 @@ def test_choices_are_scored_as_by_the_reference_and_shared_examples_read_once(ru
     assert alone.prompt_tokens < found.prompt_tokens / 3
 
 
+@pytest.mark.heavy
 def test_texts_are_cut_into_windows_as_by_the_reference(run: Run) -> None:
     found, answers = run("demo_lines")
     check_metrics(found, "demo_lines")
@@ -101,6 +103,7 @@ def test_replies_are_those_of_the_reference(run: Run) -> None:
     assert any("<think>" in reply for reply in answers)  # without a chat template tags are text
 
 
+@pytest.mark.heavy
 def test_the_thinking_is_no_part_of_an_answer(run: Run) -> None:
     asked = Answering(chat=True, thinking=True)
     # This stop string stands in all thinking, and ends none.
@@ -207,6 +210,7 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, s
     return int(ended.value.code or 0), captured.out, captured.err
 
 
+@pytest.mark.heavy
 def test_eval_tasks(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ("--include", folder, "--limit", 2)
     code, out, err = call(capsys, "--tasks", "demo_choices,demo_lines", *arguments, "--json")

@@ -45,6 +45,7 @@ def plain(model: Qwen3, ids: mx.array = IDS) -> mx.array:
     return mx.concatenate([*states], axis=-1)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", ["dense", "moe", "8"])
 def test_requests_get_the_tokens_of_plain_layers(kind: str) -> None:
     for first, number in [(0, 1), (1, 2), (0, 6)]:  # six are more than are compiled
@@ -53,6 +54,7 @@ def test_requests_get_the_tokens_of_plain_layers(kind: str) -> None:
         assert [client.tokens for client in clients] == alone(kind)[first : first + number]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("bits", [None, 4])
 def test_joint_matrices_are_used(bits: int | None) -> None:
     model = make_model({**TINY, "attention_bias": True})

@@ -128,6 +128,7 @@ def test_an_effort_overrules_anthropics_budget(served: Served) -> None:
 # --- budgets and short limits -------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 def test_a_budget_that_no_request_names_bends(demo: LLM) -> None:
     with serving(demo, thinking_budget=64) as running:
         for most in (1, 16, 30):

@@ -50,6 +50,7 @@ def ask(served: Served, prompt: Any, **fields: Any) -> list[dict[str, Any]]:
     return choices
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("most", [0, 1])
 def test_echoed_logprobs_are_those_of_the_network(
     served: Served, demo: LLM, most: int, monkeypatch: pytest.MonkeyPatch

@@ -155,6 +155,7 @@ def began(stack: ExitStack, served: Served, client: str, **fields: Any) -> Itera
     return lines
 
 
+@pytest.mark.heavy
 def test_a_client_leaves_slots_to_others(demo: LLM) -> None:
     asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3}
     for path, key in (("/v1/chat/completions", "error"), ("/api/chat", "error")):

@@ -37,6 +37,7 @@ def test_what_is_wrong_with_an_answer_is_seen(
     assert (found is None) if fault is None else (found and fault in found)
 
 
+@pytest.mark.heavy
 def test_what_is_mutated_was_valid_and_is_the_same_each_time(demo: LLM) -> None:
     with serving(demo) as served:
         statuses = {
@@ -48,6 +49,7 @@ def test_what_is_mutated_was_valid_and_is_the_same_each_time(demo: LLM) -> None:
     assert len({content for _, content in made}) > 100
 
 
+@pytest.mark.heavy
 def test_an_attack_is_a_row_and_a_server_that_dies_is_a_fault(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -95,6 +97,7 @@ def test_a_soak_tells_whether_memory_grows(
     assert "memory has grown in the second half by" in capsys.readouterr().out
 
 
+@pytest.mark.heavy
 def test_the_options_of_a_server_are_its_own() -> None:
     with serve(("--api-key", "k"), "-n 256") as served:
         target = hostile.Target(served.port)

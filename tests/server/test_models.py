@@ -449,6 +449,7 @@ def test_the_first_model_leaves_room_for_the_others(
         assert set(states(served).values()) == {"loaded"}
 
 
+@pytest.mark.heavy
 def test_busy_models_are_waited_for_up_to_a_limit(
     sources: list[ModelSource], room_for_two: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def hold_all_to_it(served: Served, count: int, paths: str = ".*") -> int:
     return made
 
 
+@pytest.mark.heavy
 def test_answers_are_as_described(served: Served) -> None:
     assert hold_all_to_it(served, _FEW) > 5 * _FEW
 

@@ -85,6 +85,7 @@ def test_a_line_says_why_a_request_was_refused(
     assert "finish" not in line, "it never ran"
 
 
+@pytest.mark.heavy
 def test_nothing_that_was_sent_is_in_the_reason(
     demo: LLM, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -385,6 +386,7 @@ def serve(*arguments: str, **environment: str) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.heavy
 def test_the_start_says_how_the_network_finds_it(tmp_path: Path) -> None:
     (file := tmp_path / "keys").write_text("secret\n")
     file.chmod(0o600)

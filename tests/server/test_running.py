@@ -77,6 +77,7 @@ def test_a_server_with_a_key_is_seen_until_it_is_gone(runtime: Path, capsys: Cap
     assert list(runtime.iterdir()) == []
 
 
+@pytest.mark.heavy
 @pytest.mark.skipif(sys.platform == "darwin", reason="there, the folder is not of the session")
 def test_a_server_with_a_certificate(runtime: Path, tmp_path: Path, capsys: Captured) -> None:
     cert, key = write_certificate(tmp_path)

@@ -727,6 +727,7 @@ def test_more_than_it_can_take_is_told_to_come_again(demo: LLM) -> None:
         assert "at most 2 are possible" in message_of(running.chat(n=3))
 
 
+@pytest.mark.heavy
 def test_many_at_once_are_each_told_their_own(served: Served, demo: LLM) -> None:
     questions = [f"What is {n} + {n + 7}?" for n in range(8)]
     expected = demo.batch(questions, seed=5, thinking_budget=8)
@@ -750,6 +751,7 @@ def test_many_at_once_are_each_told_their_own(served: Served, demo: LLM) -> None
     assert found == [(reply.reasoning, reply.text) for reply in expected]
 
 
+@pytest.mark.heavy
 def test_a_silent_stream_gives_signs_of_life(demo: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "prefill_chunk", lambda: 128)
     long = "What is 12 + 34? " * 60  # some chunks of prompt
@@ -821,6 +823,7 @@ def test_what_fails_within_is_an_error_and_no_end(
 # --- beginning and end --------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
 )
@@ -840,6 +843,7 @@ def test_a_signal_lets_replies_end(number: int) -> None:
     assert json.loads(err.splitlines()[-1])["finish"] == ["stop"]
 
 
+@pytest.mark.heavy
 def test_what_does_not_end_in_time_is_ended() -> None:
     server = Process("--shutdown", "0.2")
     body = {**endless(), "stream": True}
@@ -854,6 +858,7 @@ def test_what_does_not_end_in_time_is_ended() -> None:
     assert ends[0][0] == 0 and "Traceback" not in ends[0][2]
 
 
+@pytest.mark.heavy
 def test_a_second_ctrl_c_does_not_wait() -> None:
     server = Process("--shutdown", "600")
     body = {**endless(), "stream": True}

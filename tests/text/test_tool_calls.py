@@ -569,6 +569,7 @@ CUT: dict[str, Any] = {
 WHOLE = {"expression": "12 + 34"}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "limits", [(1, 2, 12, 21), pytest.param(range(3, 21), marks=pytest.mark.slow)]
 )

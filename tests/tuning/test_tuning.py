@@ -126,6 +126,7 @@ def test_every_type_trains_and_loads(
         assert not mx.array_equal(llm.logits(ids), tiny.logits(ids))
 
 
+@pytest.mark.heavy
 def test_experts_are_trained_and_the_router_is_not(tmp_path: Path, lessons: Path) -> None:
     made = train(write_tiny(tmp_path / "moe", MOE), lessons, tmp_path / "out", steps=1)
     qwen3_mlx.convert(tmp_path / "moe", tmp_path / "4bit")
@@ -155,6 +156,7 @@ def test_checkpointing_changes_nothing_but_memory(
         assert type(llm.model.layers[0]).__name__ == "Block"
 
 
+@pytest.mark.heavy
 def test_a_killed_run_resumes_to_the_same_adapter(
     tmp_path: Path, tiny_folder: Path, lessons: Path
 ) -> None:
@@ -232,6 +234,7 @@ def test_an_adapter_that_is_not_finite_is_never_saved(
     assert not (tmp_path / "out" / "adapters.safetensors").exists()
 
 
+@pytest.mark.heavy
 def test_accumulated_batches_are_one_large_batch_in_less_memory(
     tmp_path: Path, tiny_folder: Path, lessons: Path
 ) -> None:
@@ -281,6 +284,7 @@ def test_the_plan_counts_what_is_trained(
     assert plans[0].trained == sum(array.size for array in adapter_of(made.folder).values())
 
 
+@pytest.mark.heavy
 def test_training_stops_when_validations_are_no_better(
     tmp_path: Path, tiny_folder: Path, lessons: Path
 ) -> None:
@@ -346,6 +350,7 @@ def test_the_command_writes_an_adapter(
     assert "18, and 2 to validate with" in err and "step 2: loss" in err
 
 
+@pytest.mark.heavy
 def test_what_is_to_be_kept_moves_less(tmp_path: Path, tiny_folder: Path, lessons: Path) -> None:
     questions = tmp_path / "keep.txt"
     questions.write_text("What is 1 + 2?\n\nWho are you?\n")
@@ -401,6 +406,7 @@ def test_a_step_that_does_not_fit_is_refused_with_what_would(
         train(tiny_folder, text, tmp_path / "out", batch=8, max_length=1024)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("options", "length"),
     [
@@ -470,6 +476,7 @@ def test_a_run_resumes_after_kill_9(
     assert same(adapter_of(tmp_path / "out"), adapter_of(tmp_path / "whole"))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("type", ["lora", "dora"])
 def test_mlx_lm_loads_the_adapter(
     type: str, tmp_path: Path, tiny_folder: Path, lessons: Path

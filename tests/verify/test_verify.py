@@ -53,6 +53,7 @@ def test_a_sound_machine_passes(capsys: Captured) -> None:
     assert "mlx 0.32" in report and "as fast as" in report
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("few")
 def test_a_wrong_operation_fails_by_name(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
     rope = mx.fast.rope
@@ -68,6 +69,7 @@ def test_a_wrong_operation_fails_by_name(capsys: Captured, monkeypatch: pytest.M
     assert "5 checks, 1 FAIL" in report and "\nrope " in report
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("few")
 def test_an_operation_that_raises_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(*_: Any, **__: Any) -> mx.array:
@@ -206,6 +208,7 @@ def sampling_of_the_next_position(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Sampler, "next_key", lambda self: (key(self), key(self))[1])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("fault", WRONG)
 def test_a_wrong_path_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "compute_dtype", lambda name=None: mx.float32)
@@ -216,6 +219,7 @@ def test_a_wrong_path_fails(fault: str, monkeypatch: pytest.MonkeyPatch) -> None
     assert [row.name for row in verify(only=[name]).failed] == [name]
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("few")
 def test_a_checkpoint_is_checked_as_well(
     tiny_folder: Any, capsys: Captured, monkeypatch: pytest.MonkeyPatch
@@ -230,6 +234,7 @@ def test_a_checkpoint_is_checked_as_well(
     assert (code, out) == (1, "") and "MODEL goes with --verify: qwen3 doctor --verify" in err
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("few")
 def test_experts_that_a_quantized_cache_chooses_are_no_failure(tmp_path: Path) -> None:
     assert not verify(str(moe_folder(tmp_path)), only=[]).failed
@@ -325,6 +330,7 @@ def test_a_checkpoint_that_cannot_be_loaded_is_refused_before_anything_is_comput
         assert (code, out) == (1, "") and message in err
 
 
+@pytest.mark.heavy
 def test_a_checkpoint_that_fails_is_reported_without_its_name(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
