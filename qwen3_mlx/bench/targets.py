@@ -244,10 +244,10 @@ def _share_waiting(ours: Ours, model: LedQwen3) -> float:
     if model.share.is_stage:
         return model.waited / model.crew.busy
     (step,) = measure(ours, [_SHORT], _STEPS)
+    for layer in model.layers:  # from here on nothing is sent
+        layer.self_attn.reduce = layer.mlp.reduce = whole
     cache, token = model.make_cache(_SHORT.prompt + _STEPS + 1), mx.zeros((1, 1), dtype=mx.int32)
     mx.eval(model.model(mx.zeros((1, _SHORT.prompt), dtype=mx.int32), cache, None))
-    for layer in model.layers:
-        layer.self_attn.reduce = layer.mlp.reduce = whole
     times = [time.perf_counter()]
     for _ in range(_STEPS):
         mx.eval(mx.argmax(model.head(model.model(token, cache, None)), axis=-1))
