@@ -49,7 +49,7 @@ class ClusterOptions:
             name = "layers" if self.layers else "split"
             raise ValueError(f"{name}: it divides a model among hosts; name those as well")
         if self.layers and self.split == TENSOR:
-            raise ValueError("layers belong to a pipeline; split='tensor' divides each layer")
+            raise ValueError("layers: they belong to a pipeline; split='tensor' divides each of them")
         self.counts()
 
     def __bool__(self) -> bool:

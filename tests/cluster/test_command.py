@@ -302,7 +302,7 @@ def test_plan_shows_each_host() -> None:
 
 def test_what_cannot_be_divided_is_refused_before_anything_starts() -> None:
     done = piped(["Hello", "--hosts", "local:2", "--split", "tensor", "--layers", "1,3"])
-    assert done.returncode == 2 and "layers belong to a pipeline" in done.stderr
+    assert done.returncode == 2 and "--layers: they belong to a pipeline" in done.stderr
 
 
 @pytest.mark.slow

@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_with_the_sums() -> None:
         divide(model, hosts)
     with pytest.raises(ValueError, match="layers must be a number for each of the 2 hosts.* 64 in"):
         divide(model, hosts, layers=[32, 31])
-    with pytest.raises(ValueError, match="layers belong to a pipeline"):
+    with pytest.raises(ValueError, match="layers: they belong to a pipeline"):
         divide(model, hosts, "tensor", layers=[32, 32])
     with pytest.raises(ValueError, match="split must be pipeline or tensor, not 'rows'"):
         divide(model, hosts, "rows")
