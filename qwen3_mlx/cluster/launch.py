@@ -49,7 +49,9 @@ class ClusterOptions:
             name = "layers" if self.layers else "split"
             raise ValueError(f"{name}: it divides a model among hosts; name those as well")
         if self.layers and self.split == TENSOR:
-            raise ValueError("layers: they belong to a pipeline; split='tensor' divides each of them")
+            raise ValueError(
+                "layers: they belong to a pipeline; split='tensor' divides each of them"
+            )
         self.counts()
 
     def __bool__(self) -> bool:

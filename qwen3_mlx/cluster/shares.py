@@ -93,7 +93,9 @@ def divide(
         raise ValueError(f"split must be {' or '.join(SPLITS)}, not {split!r}")
     if split == TENSOR:
         if layers:
-            raise ValueError("layers: they belong to a pipeline; split='tensor' divides each of them")
+            raise ValueError(
+                "layers: they belong to a pipeline; split='tensor' divides each of them"
+            )
         network, unit = model.network, _unit(model)
         shares = tensor(network, [1] * len(hosts), unit)
         if not _fit(hosts, [model.plan(share) for share in shares]):

@@ -176,7 +176,9 @@ def _injected(options: dict[str, Any]) -> dict[str, Any]:
         asked: Any = {"max_tokens": 40, "thinking": False, "temperature": 0}
 
         def answer() -> list[str]:
-            return [reply.text for reply in llm.batch(PROMPTS[4 : 4 + options["together"]], **asked)]
+            return [
+                reply.text for reply in llm.batch(PROMPTS[4 : 4 + options["together"]], **asked)
+            ]
 
         expected = answer()
         module.choose = choose
