@@ -21,6 +21,7 @@ _RANKS = {
     "errors": 0,
     "extras": 0,
     "interrupt": 0,
+    "processes": 0,
     "version": 0,
     "backend": 1,
     "files": 1,

@@ -56,6 +56,7 @@ class Cluster:
     Attributes:
         crew: the followers, once they compute.
         hosts: all machines, rank 0 first.
+        sharing: the number of ranks that share this machine.
         shares: the part of each.
         network: the shape of the whole network.
     """
@@ -78,6 +79,7 @@ class Cluster:
         self._options = options
         self._followers = Followers(options, LIMIT_SECONDS)
         self.hosts = self._followers.hosts
+        self.sharing = self._followers.sharing
 
     # --- the shares -------------------------------------------------------------------------------
 
@@ -124,7 +126,7 @@ class Cluster:
             "kv_bits": [target.cache.key_bits, target.cache.value_bits],
             "prompt_cache": prompt_cache and str(Path(prompt_cache).absolute()),
             "prompt_cache_gb": prompt_cache_gb,
-            "sharing": self._followers.sharing,
+            "sharing": self.sharing,
         }
         for peer in self._followers.peers:
             peer.channel.send({"setup": {**setup, "share": asdict(self.shares[peer.rank])}})
@@ -182,7 +184,6 @@ class Cluster:
         """
         peers, answer = self._followers.peers, self._followers.answer
         self._available = {peer.rank: int(answer(peer, "ready")) for peer in peers}
-        backend.tune_blas_threads(self.network.hidden_size, self._followers.sharing)
         assert isinstance(model, LedQwen3)
         model.crew = self.crew = Crew(peers, LIMIT_SECONDS)
         self.crew.on_failure(partial(self._wake, worker, model))
@@ -197,7 +198,7 @@ class Cluster:
         `context` is what was asked for.
         """
         network, work = self.network, self._work
-        shared = self._followers.sharing
+        shared = self.sharing
         own = backend.available_memory() // shared - RESERVE
         rooms = {0: own} | {r: free // shared - RESERVE for r, free in self._available.items()}
         budgets = [

@@ -131,7 +131,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
     tokenizer = checkpoints.tokenizer()
     backend.refuse_fork()
     cluster = Cluster(machines, checkpoints.target.network) if machines else None
-    reader, worker = _Reader(progress, tokenizer), Worker()
+    reader, worker = _Reader(progress, tokenizer, cluster.sharing if cluster else 1), Worker()
     try:
         if cluster:
             checkpoints = cluster.divide(checkpoints, prompt_cache, prompt_cache_gb)
@@ -175,8 +175,10 @@ class _Reader:
         wired: bytes that were wired, which must be unwired in the end.
     """
 
-    def __init__(self, progress: Progress | None, tokenizer: Tokenizer) -> None:
+    def __init__(self, progress: Progress | None, tokenizer: Tokenizer, sharing: int) -> None:
+        """Create it; so many processes of this machine compute together."""
         self.wired = 0
+        self._sharing = sharing
         self._progress = progress
         self._tokenizer = tokenizer
         self._abandoned = Flag()
@@ -188,7 +190,7 @@ class _Reader:
         overflows, in bfloat16.
         """
         backend.limit_buffer_cache()
-        backend.tune_blas_threads(checkpoints.target.network.hidden_size)
+        backend.tune_blas_threads(checkpoints.target.network.hidden_size, self._sharing)
         models = self._read_all(checkpoints)
         if checkpoints.target.options.provisional:
             ids = self._tokenizer.encode(default_text()[:_SAMPLE_CHARACTERS])

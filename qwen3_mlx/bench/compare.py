@@ -6,7 +6,6 @@ A process per target is needed because MLX binds its BLAS library once per proce
 import json
 import os
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -16,6 +15,7 @@ from typing import Any
 
 from qwen3_mlx.bench.measure import OURS, PEER, Case, Measurement, NumericSettings, Setup
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.processes import module_command
 
 DEFAULTS, EQUAL = "out of the box", "equal terms"
 _ONE: Mapping[str, Any] = {}
@@ -126,7 +126,7 @@ def _run(setup: Setup, seconds: float, measured: Callable[[], None]) -> TargetRe
     """Run a target in its own process until it ends or its time is over; return its results."""
     is_default = setup.terms is None
     blas = {"QWEN3_BLAS": "off"} if setup.name == PEER and is_default else {}
-    command = [sys.executable, "-P", "-m", "qwen3_mlx.bench.targets", json.dumps(asdict(setup))]
+    command = module_command("qwen3_mlx.bench.targets", json.dumps(asdict(setup)))
     result = TargetResult(is_default)
     with (
         tempfile.TemporaryFile("w+") as errors,

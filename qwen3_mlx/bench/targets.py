@@ -41,6 +41,7 @@ from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.linear import whole
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.processes import module_command
 
 _RANK, _ADDRESSES = "QWEN3_BENCH_RANK", "QWEN3_BENCH_ADDRESSES"
 _SHORT, _STEPS = Case(1, 64), 8  # what is decoded to measure how long rank 0 waits
@@ -267,7 +268,7 @@ def _ranks(setup: Setup) -> Iterator[mx.distributed.Group | None]:
     addresses = stated or " ".join(f"{LOOPBACK}:{free_port(LOOPBACK)}" for _ in range(count))
     others = [
         subprocess.Popen(
-            [sys.executable, "-P", "-m", "qwen3_mlx.bench.targets", sys.argv[1]],
+            module_command("qwen3_mlx.bench.targets", sys.argv[1]),
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             env=os.environ | {_RANK: str(other), _ADDRESSES: addresses},

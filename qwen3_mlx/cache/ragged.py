@@ -11,7 +11,7 @@ from itertools import accumulate, pairwise
 
 import mlx.core as mx
 
-from qwen3_mlx.cache.attention import RopeFn, attend_per_sequence
+from qwen3_mlx.cache.attention import LayerCache, RopeFn, attend_per_sequence
 from qwen3_mlx.cache.kv import KVCache
 
 
@@ -84,19 +84,22 @@ def ragged_layers(
     sequences: Sequence[Sequence[KVCache]],
     lengths: Sequence[int],
     wanted: Sequence[int] | None = None,
-) -> tuple[list[Ragged], list[int] | None]:
-    """Create the layers' caches for one forward pass of several sequences.
+) -> tuple[Sequence[LayerCache], Sequence[int] | None]:
+    """Return the layers' caches for one forward pass of sequences, those of a single one as such.
 
     `sequences[i]` holds one cache a layer. The pass has `lengths[i]` of its tokens, and computes
     the logits of the last `wanted[i]` of them (None: of all). Return the layers' caches, and the
     rows of the T tokens whose logits are wanted (None: all), as `Qwen3.__call__` takes them.
     """
-    per_layer = zip(*sequences, strict=True)
+    layers: Sequence[LayerCache] = sequences[0]
+    if len(sequences) > 1:
+        per_layer = zip(*sequences, strict=True)
+        layers = [Ragged(caches, lengths, wanted or lengths) for caches in per_layer]
     if wanted is None:
-        return [Ragged(caches, lengths, lengths) for caches in per_layer], None
+        return layers, None
     rows = [
         row
         for span, count in zip(_spans(lengths), wanted, strict=True)
         for row in range(span.stop - count, span.stop)
     ]
-    return [Ragged(caches, lengths, wanted) for caches in per_layer], rows
+    return layers, rows

@@ -11,6 +11,7 @@ from platformdirs import user_config_path
 from qwen3_mlx.cli.console import note
 from qwen3_mlx.cli.user_files import data_file
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.processes import module_command
 
 _NAME = "qwen3-mlx"
 _LABEL = "org.qwen3-mlx.serve"
@@ -26,13 +27,7 @@ def install_service(arguments: Sequence[str]) -> None:
     Raises:
         Qwen3Error: the file cannot be written.
     """
-    command = [
-        sys.executable,
-        "-P",  # no file of this folder is taken for a module
-        "-m",
-        "qwen3_mlx",
-        *(word for word in arguments if word not in _ONCE),
-    ]
+    command = module_command("qwen3_mlx", *(word for word in arguments if word not in _ONCE))
     on_macos = sys.platform == "darwin"
     file = _launchd_file() if on_macos else _systemd_file()
     text = _plist(command) if on_macos else _unit(command).encode()

@@ -145,20 +145,17 @@ class Follower:
         rows: Sequence[int] | None = plan.wanted
         layers: Sequence[LayerCache] = [NoCache()] * len(self._model.layers)
         sequences = [self._sequence(part.key, part.offset, part.capacity) for part in plan.parts]
-        if not plan.columns:
-            self._joint.split()
         if plan.columns:
             layers = self._joint.joined(sequences, plan.columns)
-        elif len(sequences) == 1:
-            (part,) = plan.parts
-            layers, rows = sequences[0], range(part.length - part.wanted, part.length)
-        elif sequences:
+            sequences = []  # on joint caches the output depends anyway
+        else:
+            self._joint.split()
+        if sequences:
             lengths = [part.length for part in plan.parts]
             layers, rows = ragged_layers(sequences, lengths, [part.wanted for part in plan.parts])
-        # Of joint caches the output depends anyway.
-        states = [] if plan.columns else [layer for caches in sequences for layer in caches]
         built = self._model.run_part((plan.batch, plan.tokens), layers, rows, self._dtype)
-        self._built = plan, built, [array for layer in states for array in layer.state]
+        states = [array for caches in sequences for layer in caches for array in layer.state]
+        self._built = plan, built, states
 
     def _sequence(self, key: int, offset: int, capacity: int) -> list[KVCache]:
         """Return the caches with a number, cut to what the leader has of them."""
@@ -195,8 +192,7 @@ class Follower:
         if self._built:
             for part in self._built[0].parts:
                 self._caches.pop(part.key, None)
-            if self._built[0].columns:
-                self._joint.abandon()
+            self._joint.abandon()
         self._built = None
 
     # --- prefixes on disk -----------------------------------------------------------------------

@@ -17,9 +17,10 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from qwen3_mlx.cluster.shares import PIPELINE, SPLITS, TENSOR
+from qwen3_mlx.cluster.shares import PIPELINE, check_split
 from qwen3_mlx.cluster.wire import END_SECONDS
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.processes import module_command
 
 LOOPBACK = "127.0.0.1"
 BY_HAND = "join"
@@ -43,15 +44,10 @@ class ClusterOptions:
     hostfile: str | Path | None = None
 
     def __post_init__(self) -> None:
-        if self.split not in SPLITS:
-            raise ValueError(f"split must be {' or '.join(SPLITS)}, not {self.split!r}")
+        check_split(self.split, self.layers if self else None)
         if (self.layers or self.split != PIPELINE) and not self:
             name = "layers" if self.layers else "split"
             raise ValueError(f"{name}: it divides a model among hosts; name those as well")
-        if self.layers and self.split == TENSOR:
-            raise ValueError(
-                "layers: they belong to a pipeline; split='tensor' divides each of them"
-            )
         self.counts()
 
     def __bool__(self) -> bool:
@@ -172,8 +168,8 @@ class Started:
             if rank == 0 or host.name == BY_HAND:
                 continue
             arguments = ["follow", "--join", f"{address}:{port}", "--key", "-", "--rank", str(rank)]
-            if host.is_local:  # -P: no file of this folder is taken for a module
-                command = [sys.executable, "-P", "-m", "qwen3_mlx", *arguments]
+            if host.is_local:
+                command = module_command("qwen3_mlx", *arguments)
             else:
                 command = ["ssh", "-T", "-o", "BatchMode=yes", host.name, _remote(arguments)]
             process = subprocess.Popen(
@@ -234,8 +230,6 @@ def _has_stderr() -> bool:
 
 def _remote(arguments: Sequence[str]) -> str:
     """Return the line for a shell on another machine: with this Python if it is there, or qwen3."""
-    python, stated = shlex.quote(sys.executable), shlex.join(arguments)
-    return (
-        f"if [ -x {python} ]; then exec {python} -P -m qwen3_mlx {stated}; "
-        f"else exec qwen3 {stated}; fi"
-    )
+    python, here = shlex.quote(sys.executable), module_command("qwen3_mlx", *arguments)
+    there = ["qwen3", *arguments]
+    return f"if [ -x {python} ]; then exec {shlex.join(here)}; else exec {shlex.join(there)}; fi"

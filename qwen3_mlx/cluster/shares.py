@@ -76,6 +76,18 @@ class Model:
         return size * (span[1] - span[0]) // whole
 
 
+def check_split(split: str, layers: object) -> None:
+    """Check a split, and that it is one of those that stated `layers` go with, if there are any.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be {' or '.join(SPLITS)}, not {split!r}")
+    if split == TENSOR and layers:
+        raise ValueError("layers: they belong to a pipeline; split='tensor' divides each of them")
+
+
 def divide(
     model: Model, hosts: Sequence[Host], split: str = PIPELINE, layers: Sequence[int] | None = None
 ) -> list[Share]:
@@ -89,13 +101,8 @@ def divide(
         Qwen3Error: the network cannot be divided among so many.
         CapacityError: a share does not fit its host; the message shows the sums of all.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be {' or '.join(SPLITS)}, not {split!r}")
+    check_split(split, layers)
     if split == TENSOR:
-        if layers:
-            raise ValueError(
-                "layers: they belong to a pipeline; split='tensor' divides each of them"
-            )
         network, unit = model.network, _unit(model)
         shares = tensor(network, [1] * len(hosts), unit)
         if not _fit(hosts, [model.plan(share) for share in shares]):

@@ -30,7 +30,6 @@ _LENGTH = struct.Struct(">I")
 _MAX_BYTES = 1 << 24  # of a message; that of a step has about a hundred
 _HELLO_SECONDS = 5.0  # for a connection to say what it is
 _RETRY_SECONDS = 0.2
-_LEAST_SECONDS = 0.001  # 0 would not wait at all
 _TRIES = 100
 VERSIONS = (__version__, version("mlx"))
 """Versions that all ranks must have: of this package, and of MLX."""
@@ -89,6 +88,7 @@ class Channel:
             OSError: the connection was lost, or the time is over (TimeoutError).
             WireError: what came is no message.
         """
+        self._connection.settimeout(timeout)
         end = None if timeout is None else time.monotonic() + timeout
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size, end))
         if length > _MAX_BYTES:
@@ -104,9 +104,10 @@ class Channel:
     def _read(self, count: int, end: float | None) -> bytes:
         data = bytearray()
         while len(data) < count:
-            if end is not None and time.monotonic() > end:
-                raise TimeoutError("the time is over")
-            self._connection.settimeout(end and max(_LEAST_SECONDS, end - time.monotonic()))
+            if end is not None:
+                if (left := end - time.monotonic()) <= 0:
+                    raise TimeoutError("the time is over")
+                self._connection.settimeout(left)
             if not (some := self._connection.recv(count - len(data))):
                 raise EOFError("the connection was closed")
             data += some

@@ -67,9 +67,7 @@ def forward(
     with model.selection.choosing(adapters, lengths, wanted):
         layers: Sequence[LayerCache] | None = batched
         rows: Sequence[int] | None = None
-        if not layers and len(parts) == 1:
-            layers, rows = parts[0].layers, range(lengths[0] - wanted[0], lengths[0])
-        elif not layers:
+        if not layers:
             layers, rows = ragged_layers([part.layers for part in parts], lengths, wanted)
         if all(length == count == 1 for length, count in zip(lengths, wanted, strict=True)):
             middle, last = model.decode(ids[None], layers)

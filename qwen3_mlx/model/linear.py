@@ -1,6 +1,6 @@
 """Linear layers over plain weights, with the fastest product for few rows.
 
-D input size, O output size, R rows.
+D input size, O output size.
 """
 
 from collections.abc import Callable
@@ -43,8 +43,8 @@ def times_weight(x: mx.array, weight: mx.array) -> mx.array:
 def _blocks(outputs: int) -> int:
     """Return the number of equal blocks of a weight with so many outputs."""
     least = -(-outputs // _MOST_BLOCK)
-    count = next(count for count in range(least, outputs + 1) if outputs % count == 0)
-    return count if outputs // count >= _LEAST_BLOCK else 1
+    counts = range(least, outputs // _LEAST_BLOCK + 1)
+    return next((count for count in counts if outputs % count == 0), 1)
 
 
 class Linear(nn.Linear):

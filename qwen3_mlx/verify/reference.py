@@ -18,6 +18,7 @@ import mlx.core as mx
 
 from qwen3_mlx import backend
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.processes import module_command
 from qwen3_mlx.verify import arrays, attention, networks, products
 from qwen3_mlx.verify.check import Check
 
@@ -42,15 +43,7 @@ class Reference:
         self._done: set[str] = set()
         self._errors = (folder / "errors").open("w+")
         self._process = subprocess.Popen(
-            [
-                sys.executable,
-                "-P",
-                "-m",
-                __name__,
-                str(folder),
-                json.dumps(names),
-                json.dumps(dtypes),
-            ],
+            module_command(__name__, str(folder), json.dumps(names), json.dumps(dtypes)),
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
