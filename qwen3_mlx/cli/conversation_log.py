@@ -3,6 +3,7 @@
 import json
 import os
 import sqlite3
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ Message = dict[str, Any]
 Row = tuple[int, str]  # id and body of a message
 
 _BUSY_SECONDS = 10  # that a write waits for those of other processes
+_RETRY_SECONDS = 0.01  # between attempts where SQLite does not wait by itself
 _ORDER = "ORDER BY role != 'system', id"  # the system prompt may be set late
 _TITLE = 200  # characters
 _EXCERPT = 60  # characters around what was searched for
@@ -91,8 +93,10 @@ class ConversationLog:
         """
         self.path = path
         try:
-            # SQLite gives the files beside it the same permissions.
-            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            # SQLite gives the files beside it the same permissions. One that exists is not opened:
+            # closing it would end the locks that this process has on it.
+            if not path.exists():
+                os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
             self._database = sqlite3.connect(
                 path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False
             )
@@ -111,9 +115,9 @@ class ConversationLog:
         return cls(data_file(CONVERSATIONS))
 
     def _prepare(self) -> None:
-        for setting in ("journal_mode = wal", "synchronous = normal", "foreign_keys = on"):
+        self._write_ahead()
+        for setting in ("synchronous = normal", "foreign_keys = on", "secure_delete = on"):
             self._database.execute(f"PRAGMA {setting}")
-        self._database.execute("PRAGMA secure_delete = on")
         if self._version() == len(_MIGRATIONS):
             return
         with self.transaction():  # in which another process may have done it meanwhile
@@ -124,6 +128,18 @@ class ConversationLog:
                 for statement in statements:
                     self._database.execute(statement)
             self._database.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+
+    def _write_ahead(self) -> None:
+        """Let others read while one writes. SQLite waits for no lock here, as it does elsewhere."""
+        deadline = time.monotonic() + _BUSY_SECONDS
+        while True:
+            try:
+                self._database.execute("PRAGMA journal_mode = wal")
+                return
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+            time.sleep(_RETRY_SECONDS)
 
     def _version(self) -> int:
         return int(self._database.execute("PRAGMA user_version").fetchone()[0])

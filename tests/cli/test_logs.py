@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -441,6 +442,19 @@ def test_many_at_once(tmp_path: Path) -> None:
         list(pool.map(write, range(8)))
     with ConversationLog(tmp_path / "new.db") as log:
         assert len(log.summaries()) == 40 and len(log.search("Hi")) == 40
+
+
+def test_many_create_the_file_at_once(tmp_path: Path) -> None:
+    """As two terminals on the first day: each waits, where SQLite itself would fail at once."""
+    together = Barrier(8)
+
+    def open_new(number: int) -> None:
+        together.wait()
+        ConversationLog(tmp_path / f"{number}.db").close()
+
+    with ThreadPoolExecutor(8) as pool:
+        for number in range(40):
+            list(pool.map(open_new, [number] * 8))
 
 
 def test_a_failure_while_it_records_is_told_once(log: ConversationLog, capsys: Capture) -> None:
