@@ -25,10 +25,10 @@ from qwen3_mlx.checkpoint.shard import Share
 from qwen3_mlx.checkpoint.weights import INDEX
 from qwen3_mlx.cluster import ring
 from qwen3_mlx.cluster.crew import LIMIT_SECONDS, Crew
+from qwen3_mlx.cluster.hosts import LAUNCHED, TENSOR, ClusterOptions, read_hosts
 from qwen3_mlx.cluster.joining import Followers
-from qwen3_mlx.cluster.launch import LAUNCHED, ClusterOptions, read_hosts
 from qwen3_mlx.cluster.lead import LedDisk, LedQwen3
-from qwen3_mlx.cluster.shares import TENSOR, Model, describe, divide
+from qwen3_mlx.cluster.shares import Model, describe, divide
 from qwen3_mlx.engine.engine import Engine
 from qwen3_mlx.engine.memory import (
     MIN_CHUNK,

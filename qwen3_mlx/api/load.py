@@ -17,7 +17,7 @@ from qwen3_mlx.arguments import Progress, plain
 from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.load import LoadOptions
-from qwen3_mlx.cluster.launch import ClusterOptions
+from qwen3_mlx.cluster.hosts import ClusterOptions
 from qwen3_mlx.cluster.lead import LedDisk
 from qwen3_mlx.engine.forward import warm_up
 from qwen3_mlx.engine.overflow_check import overflows

@@ -17,8 +17,8 @@ from qwen3_mlx.checkpoint.fingerprint import different_files, weight_digests
 from qwen3_mlx.checkpoint.hub import Source
 from qwen3_mlx.checkpoint.weights import has_all_weights
 from qwen3_mlx.cluster.crew import LIMIT_SECONDS
+from qwen3_mlx.cluster.hosts import ClusterOptions
 from qwen3_mlx.cluster.joining import Followers
-from qwen3_mlx.cluster.launch import ClusterOptions
 from qwen3_mlx.cluster.ring import JACCL
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.model.sizes import hub_name

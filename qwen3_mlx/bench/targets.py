@@ -28,7 +28,7 @@ from qwen3_mlx import backend
 from qwen3_mlx.api.load import load
 from qwen3_mlx.bench.measure import OURS, PEER, BenchTarget, Case, NumericSettings, Setup, measure
 from qwen3_mlx.cache.quantized import cache_format
-from qwen3_mlx.cluster.launch import LOOPBACK, read_hosts
+from qwen3_mlx.cluster.hosts import LOOPBACK, read_hosts
 from qwen3_mlx.cluster.lead import LedQwen3
 from qwen3_mlx.cluster.ring import RING, join_group
 from qwen3_mlx.cluster.shares import describe, traffic

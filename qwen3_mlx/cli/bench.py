@@ -22,8 +22,7 @@ from qwen3_mlx.cli.console import Bar
 from qwen3_mlx.cli.model_facts import refuse_other_kinds
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.options import Adapter, Json, ModelArgument, Plot
-from qwen3_mlx.cluster.launch import ClusterOptions, read_hosts
-from qwen3_mlx.cluster.shares import PIPELINE
+from qwen3_mlx.cluster.hosts import PIPELINE, ClusterOptions, read_hosts
 from qwen3_mlx.engine.memory import Workload, bytes_read_per_token
 from qwen3_mlx.evaluate.plots import Panel, check_picture, draw_speeds
 from qwen3_mlx.files import read_json

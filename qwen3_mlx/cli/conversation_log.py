@@ -130,7 +130,10 @@ class ConversationLog:
             self._database.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
 
     def _write_ahead(self) -> None:
-        """Let others read while one writes. SQLite waits for no lock here, as it does elsewhere."""
+        """Set the mode in which others read while one writes.
+
+        SQLite waits for a lock everywhere but here.
+        """
         deadline = time.monotonic() + _BUSY_SECONDS
         while True:
             try:

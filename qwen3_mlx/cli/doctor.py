@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +17,11 @@ from qwen3_mlx.cli.console import note, print_facts, print_table
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.options import alias_meant, complete_model
 from qwen3_mlx.cli.user_files import CHAT_HISTORY, CONVERSATIONS, config_file, data_folder
-from qwen3_mlx.cluster.launch import ClusterOptions
+from qwen3_mlx.cluster.hosts import ClusterOptions
 from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.extras import installed_version
 from qwen3_mlx.version import __version__
 
 _PACKAGES = ("mlx", "mlx-lm", "huggingface-hub", "tokenizers", "numpy")
@@ -86,7 +86,7 @@ def _describe() -> None:
             "; this chip has no arithmetic in it, and --dtype auto takes float16 for models whose "
             "layers stay within its range"
         )
-    facts |= {name: _version(name) for name in _PACKAGES}
+    facts |= {name: installed_version(name) or "not installed" for name in _PACKAGES}
     worker = Worker()
     speed, bandwidth = worker.call(lambda: (backend.matmul_speed(), backend.memory_bandwidth()))
     worker.stop()
@@ -134,14 +134,8 @@ def _examine(options: ClusterOptions, model: str | None) -> None:
             for report in reports
         ],
     )
-    note(f"All have qwen3-mlx {__version__} and MLX {_version('mlx')}; the link here is {link}.")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    mlx = installed_version("mlx")
+    note(f"All have qwen3-mlx {__version__} and MLX {mlx}; the link here is {link}.")
 
 
 def _storage() -> dict[str, str]:

@@ -21,8 +21,7 @@ from qwen3_mlx.cli.config import Config, read_config
 from qwen3_mlx.cli.console import Bar, note
 from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.user_files import config_file
-from qwen3_mlx.cluster.launch import LAUNCHED
-from qwen3_mlx.cluster.shares import PIPELINE
+from qwen3_mlx.cluster.hosts import LAUNCHED, PIPELINE
 from qwen3_mlx.engine.sampling_params import SamplingParams
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.sizes import DEMO, SIZES, hub_name, is_demo

@@ -27,7 +27,7 @@ from qwen3_mlx.cli.plan_hosts import divisions, table_of_hosts
 from qwen3_mlx.cli.plan_plots import PlanPlot, draw
 from qwen3_mlx.cli.plan_sizes import recommend, sizes_as_json, table_of_sizes
 from qwen3_mlx.cli.plan_table import table_of
-from qwen3_mlx.cluster.launch import ClusterOptions
+from qwen3_mlx.cluster.hosts import ClusterOptions
 from qwen3_mlx.engine.memory import count_weights, weight_bytes
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format, FormatOf

@@ -5,9 +5,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwen3_mlx.cli.plan_estimate import Machine, MemoryEstimate
+from qwen3_mlx.cluster.hosts import SPLITS, TENSOR
 from qwen3_mlx.cluster.shares import (
-    SPLITS,
-    TENSOR,
     Host,
     Model,
     describe,

@@ -3,15 +3,18 @@
 import sys
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text as Plain
 
 from qwen3_mlx.cli.attachments import without_attachments
 from qwen3_mlx.cli.console import visible
-from qwen3_mlx.cli.markdown import MarkdownWriter
 from qwen3_mlx.text.events import Event, Finish, Reasoning, Text, ToolCall
+
+if TYPE_CHECKING:
+    from qwen3_mlx.cli.markdown import MarkdownWriter
 
 
 class Screen:
@@ -74,7 +77,10 @@ class AnswerWriter:
 
     def __init__(self) -> None:
         console = Console()
-        self._markdown = MarkdownWriter(console) if console.is_terminal else None
+        self._markdown: MarkdownWriter | None = None
+        if console.is_terminal:
+            markdown = import_module("qwen3_mlx.cli.markdown")  # takes 40 ms, needless for a pipe
+            self._markdown = markdown.MarkdownWriter(console)
         self._is_begun = False
 
     def write(self, text: str) -> None:

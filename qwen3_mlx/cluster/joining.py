@@ -13,15 +13,8 @@ import mlx.core as mx
 from qwen3_mlx import backend
 from qwen3_mlx.cluster import ring
 from qwen3_mlx.cluster.crew import Peer
-from qwen3_mlx.cluster.launch import (
-    BY_HAND,
-    LAUNCHED,
-    ClusterOptions,
-    HostName,
-    Started,
-    link_address,
-    read_hosts,
-)
+from qwen3_mlx.cluster.hosts import BY_HAND, LAUNCHED, ClusterOptions, HostName, read_hosts
+from qwen3_mlx.cluster.launch import Started, link_address
 from qwen3_mlx.cluster.shares import Host
 from qwen3_mlx.cluster.wire import PORTS, Listener, Message, WireError, free_port, new_key
 from qwen3_mlx.errors import ClusterError, Qwen3Error

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 from qwen3_mlx.checkpoint.shard import Share, Span
+from qwen3_mlx.cluster.hosts import PIPELINE, TENSOR, check_split
 from qwen3_mlx.engine.memory import (
     RESERVE,
     Module,
@@ -26,8 +27,6 @@ from qwen3_mlx.errors import CapacityError, Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import FormatOf
 
-PIPELINE, TENSOR = "pipeline", "tensor"
-SPLITS = (PIPELINE, TENSOR)
 _CUT = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -74,18 +73,6 @@ class Model:
         else:
             span, whole = share.heads, self.network.num_key_value_heads
         return size * (span[1] - span[0]) // whole
-
-
-def check_split(split: str, layers: object) -> None:
-    """Check a split, and that it is one of those that stated `layers` go with, if there are any.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split must be {' or '.join(SPLITS)}, not {split!r}")
-    if split == TENSOR and layers:
-        raise ValueError("layers: they belong to a pipeline; split='tensor' divides each of them")
 
 
 def divide(

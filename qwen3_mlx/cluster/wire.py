@@ -18,11 +18,11 @@ import struct
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from importlib.metadata import version
 from threading import Lock
 from typing import Any
 
 from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.extras import installed_version
 from qwen3_mlx.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _MAX_BYTES = 1 << 24  # of a message; that of a step has about a hundred
 _HELLO_SECONDS = 5.0  # for a connection to say what it is
 _RETRY_SECONDS = 0.2
 _TRIES = 100
-VERSIONS = (__version__, version("mlx"))
+VERSIONS = (__version__, installed_version("mlx"))
 """Versions that all ranks must have: of this package, and of MLX."""
 PORTS = range(20_000, 32_000)
 """Ports to listen on: below those that systems assign to outgoing connections."""

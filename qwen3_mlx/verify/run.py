@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import mlx.core as mx
@@ -20,6 +19,7 @@ from qwen3_mlx.api.load import load
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.engine.memory import count_weights
 from qwen3_mlx.errors import CheckpointError
+from qwen3_mlx.extras import installed_version
 from qwen3_mlx.model.config import LOGITS
 from qwen3_mlx.verify import attention, paths
 from qwen3_mlx.verify.check import Check, Outcome, PathCheck, Row
@@ -229,10 +229,8 @@ def _facts() -> dict[str, str]:
     system = f"macOS {platform.mac_ver()[0]}" if platform.mac_ver()[0] else machine["system"]
     packages = [f"python {machine['python']}"]
     for name in _PACKAGES:
-        try:
-            packages.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
-            continue
+        if version := installed_version(name):
+            packages.append(f"{name} {version}")
     if backend.BLAS.startswith("/"):
         machine["blas"] = machine["blas"].rpartition("/")[2]
     keys = ("device", "architecture", "blas", "memory", "working set", "GPU memory", "dtype")

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields
-from importlib.metadata import PackageNotFoundError
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -444,9 +444,9 @@ def test_what_to_install_exists_wherever_this_came_from(
     assert command[:-1] == start and re.fullmatch(r"matplotlib>=[\d.]+", command[-1])
 
     def missing(_: str) -> None:
-        raise PackageNotFoundError
+        raise metadata.PackageNotFoundError
 
-    monkeypatch.setattr(extras, "requires", missing)
+    monkeypatch.setattr(metadata, "requires", missing)
     assert shlex.split(extras.install_command("plot"))[-1] == ".[plot]"
 
 
