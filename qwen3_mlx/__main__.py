@@ -3,8 +3,10 @@
 If MLX cannot be loaded, the error is one line instead of a traceback.
 """
 
+import gc
 import sys
 
+gc.disable()  # imports leave no garbage, and looking for it takes a tenth of `--help`
 try:
     import qwen3_mlx.backend  # noqa: F401 - for its error
     from qwen3_mlx.cli.main import main
@@ -12,6 +14,9 @@ except ImportError as error:
     sys.exit(f"qwen3: {error}")
 except KeyboardInterrupt:  # where `qwen3_mlx.interrupt` did not recognise the command
     sys.exit(130)
+finally:
+    gc.freeze()  # no later collection looks at modules
+    gc.enable()
 
 if __name__ == "__main__":
     main()
