@@ -32,6 +32,7 @@ class TargetResult:
         figures: the measurements by case; of several repeats their medians.
         bandwidth: memory bandwidth in bytes per second; 0 for mlx-lm.
         repeats: the measurements of each repeat, if there are several.
+        is_late: True if its time was over before it had measured all.
         cluster: what went between several machines: see `targets`.
     """
 
@@ -41,6 +42,7 @@ class TargetResult:
     figures: dict[Case, Measurement] = field(default_factory=dict)
     bandwidth: float = 0.0
     repeats: Sequence[Mapping[Case, Measurement]] = ()
+    is_late: bool = False
     cluster: Mapping[str, Any] | None = None
 
     def read(self, line: Mapping[str, Any]) -> bool:
@@ -88,7 +90,7 @@ def compare(  # noqa: PLR0913 - one keyword an option
         hosts: the keywords hosts, split and layers of `load`, if there are several machines.
         against: terms for mlx-lm: `DEFAULTS`, its defaults, and `EQUAL`, this package's numeric
             settings. If both are the same, it runs once, as `EQUAL`.
-        repeats: number of rounds. The result is the median of each figure, of memory the maximum.
+        repeats: number of rounds. The result is the median of each figure.
         seconds: time limit of one run.
         on_measurement: called with the number of measurements done so far.
 
@@ -146,31 +148,33 @@ def _run(setup: Setup, seconds: float, measured: Callable[[], None]) -> TargetRe
             assert process.stdout
             for _ in filter(result.read, map(json.loads, process.stdout)):
                 measured()
-            code, late = process.wait(), not timer.is_alive()
+            code, result.is_late = process.wait(), not timer.is_alive()
         finally:
             timer.cancel()
             process.kill()
         errors.seek(0)
         lines = errors.read().strip().splitlines()
-    if code and not late:
+    if code and not result.is_late:
         cause = lines[-1] if lines else f"it ended with {code}"
         raise Qwen3Error(f"{setup.name} failed: {cause}")
     return result
 
 
 def _median(results: Sequence[TargetResult]) -> TargetResult:
-    """Return the medians of the measurements that all repeats have; of memory the maximum."""
+    """Return the medians of the measurements that all repeats have."""
     first = results[0]
     common = [case for case in first.figures if all(case in other.figures for other in results)]
     return replace(
         first,
+        bandwidth=median(one.bandwidth for one in results),
+        is_late=any(one.is_late for one in results),
         repeats=[one.figures for one in results],
         figures={
             case: Measurement(
                 case,
                 first_token=median(one.figures[case].first_token for one in results),
                 decode=median(one.figures[case].decode for one in results),
-                peak=max(one.figures[case].peak for one in results),
+                peak=int(median(one.figures[case].peak for one in results)),
                 a_pass=median(one.figures[case].a_pass for one in results),
             )
             for case in common

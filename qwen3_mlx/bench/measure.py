@@ -140,7 +140,10 @@ def cases_of(prompts: Sequence[int], together: Sequence[int]) -> list[Case]:
 
 
 def measure(target: BenchTarget, cases: Sequence[Case], count: int) -> Iterator[Measurement]:
-    """Yield the measurement of each case, over `count` steps that advance every sequence."""
+    """Yield the measurement of each case, over `count` steps that advance every sequence.
+
+    A case is left out if its sequences never decode all together, such as for want of memory.
+    """
     list(target.generate([_ids(2, 0, target.vocabulary)], 2))  # warm-up: threads, kernels, buffers
     history: list[int] = []  # the prompt and reply of the last case
     for case in cases:
@@ -172,10 +175,12 @@ def measure(target: BenchTarget, cases: Sequence[Case], count: int) -> Iterator[
             if len(times) > count:
                 break
         del answer  # cancels the sequences that still run
+        if len(times) < 2:
+            continue
         first, peak = times[0] - started, mx.get_peak_memory()
         steps = [after - before for before, after in zip(times, times[1:], strict=False)]
-        if case.copying and steps:
-            a_pass = sum(counts[1:]) / max(1, len(steps))
+        if case.copying:
+            a_pass = sum(counts[1:]) / len(steps)
             yield Measurement(case, first, sum(counts[1:]) / sum(steps), peak, a_pass)
         else:
             yield Measurement(case, first, case.sequences / median(steps), peak)

@@ -24,6 +24,7 @@ from qwen3_mlx.cli.option_groups import option
 from qwen3_mlx.cli.options import Adapter, Json, ModelArgument, Plot
 from qwen3_mlx.cluster.hosts import PIPELINE, ClusterOptions, read_hosts
 from qwen3_mlx.engine.memory import Workload, bytes_read_per_token
+from qwen3_mlx.engine.scheduler import MAX_RUNNING
 from qwen3_mlx.evaluate.plots import Panel, check_picture, draw_speeds
 from qwen3_mlx.files import read_json
 from qwen3_mlx.interrupt import interruptible
@@ -32,6 +33,7 @@ from qwen3_mlx.model.quantization import FormatOf
 from qwen3_mlx.model.sizes import DEMO, hub_name
 
 _PROMPTS, _TOGETHER, _COUNT, _MINUTES = "128,1024,4096", "2,4,8", 32, 10.0
+_MAX_MINUTES = 10_000.0  # a week
 _TERMS = {"both": (DEFAULTS, EQUAL), "box": (DEFAULTS,), "equal": (EQUAL,)}
 _NAME, _CELL, _RATIO = 38, 14, 8  # widths of the table's columns, in characters
 _WIDE = _CELL + _RATIO
@@ -82,7 +84,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
         ),
     ] = 1,
     minutes: Annotated[
-        float, option(min=0.01, text="Time limit of one run of an engine.", show_default=True)
+        float, option(text="Time limit of one run of an engine.", show_default=True)
     ] = _MINUTES,
     plot: Plot = None,
     as_json: Json = False,
@@ -97,6 +99,8 @@ def bench(  # noqa: PLR0913 - one parameter an option
     """
     if against not in (None, PEER):
         raise ValueError(f"--against must be {PEER}, not {against!r}")
+    if not 0 < minutes <= _MAX_MINUTES:
+        raise ValueError(f"--minutes must be more than 0, at most {_MAX_MINUTES:,.0f}")
     if terms not in _TERMS:
         raise ValueError(f"--terms must be one of {', '.join(_TERMS)}, not {terms!r}")
     if ClusterOptions(hosts, split, layers) and (adapter or (against and _has_names(hosts))):
@@ -111,8 +115,13 @@ def bench(  # noqa: PLR0913 - one parameter an option
     config, stored = ModelConfig.from_dict(content), formats_held(content, folder)
     detect = import_module("qwen3_mlx.text.abilities")  # Jinja, which --help does not need
     refuse_other_kinds(detect.Abilities.of(folder, config.output).kind, "a benchmark measures")
-    lengths = _lengths(prompts, config.context_window - 2 * count - NEW)
-    cases = cases_of(lengths, [] if together == "" else _numbers("--together", together))
+    if (longest := config.context_window - 2 * count - NEW) < 1:
+        raise ValueError(f"--decode {count} is too long for a context of {config.context_window}")
+    lengths = _lengths(prompts, longest)
+    batches = [] if together == "" else _numbers("--together", together)
+    if batches and batches[-1] > MAX_RUNNING:
+        raise ValueError(f"--together: no more than {MAX_RUNNING} sequences decode at once")
+    cases = cases_of(lengths, batches)
     peer_terms = _TERMS[terms] if against else ()
     shared = [case for case in cases if not case.special]
     with interruptible(), Bar("measuring") as bar:  # so that the engines' processes end, too
@@ -171,7 +180,7 @@ def _lengths(text: str, longest: int) -> list[int]:
     """Parse the prompt lengths; of the defaults, keep those that the context has room for."""
     lengths = _numbers("--prompts", text)
     if text == _PROMPTS:
-        lengths = [length for length in lengths if length <= longest] or [max(longest, 1)]
+        lengths = [length for length in lengths if length <= longest] or [longest]
     if lengths[-1] > longest:
         raise ValueError(f"--prompts {lengths[-1]} is too long: the context has room for {longest}")
     return lengths
@@ -308,7 +317,12 @@ def _notes(
             as_it_comes = " (as it comes)" if name.endswith(EQUAL) and result.is_default else ""
             yield f"{name}: {terms.dtype}, {held}{blas}{as_it_comes}."
         if len(result.figures) < sum(name == OURS or not case.special for case in cases):
-            yield f"{name}: - was not measured within {minutes:g} minutes (see --minutes)."
+            reason = (
+                f"not measured within {minutes:g} minutes (see --minutes)"
+                if result.is_late
+                else "not measured: the memory was too small for so many together"
+            )
+            yield f"{name}: - was {reason}."
     own = results[OURS]
     for case in (case for case in own.figures if case.copying):
         yield f"Copying: {own.figures[case].a_pass:.1f} tokens a forward pass, by lookup."

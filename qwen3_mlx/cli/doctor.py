@@ -22,6 +22,7 @@ from qwen3_mlx.engine.memory import in_gb
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import CheckpointError
 from qwen3_mlx.extras import installed_version
+from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.version import __version__
 
 _PACKAGES = ("mlx", "mlx-lm", "huggingface-hub", "tokenizers", "numpy")
@@ -60,19 +61,22 @@ def doctor(
     --verify ends with a block for a report, which tells nothing about you, and
     with exit code 1 if a check failed.
     """
+    if verify and (hosts or hostfile):
+        raise ValueError("--verify checks this machine, and --hosts several; run one at a time")
     if hosts or hostfile:
         _examine(ClusterOptions(hosts, hostfile=hostfile), model)
     elif verify:
         _verify(model)
     elif model:
-        raise ValueError(f"MODEL goes with --verify: qwen3 doctor --verify {model}")
+        raise ValueError(f"--verify or --hosts go with MODEL: qwen3 doctor --verify {model}")
     else:
         _describe()
 
 
 def _verify(model: str | None) -> None:
     run = import_module("qwen3_mlx.verify.run")  # the whole package, which --help does not need
-    report = run.verify(model, on_row=lambda row: print(run.line_of(row), flush=True))
+    with interruptible():  # so that the reference's files are removed
+        report = run.verify(model, on_row=lambda row: print(run.line_of(row), flush=True))
     print(f"\nFor a report:\n\n{report}")
     if report.failed:
         raise typer.Exit(1)

@@ -34,6 +34,7 @@ from qwen3_mlx.model.quantization import Format, FormatOf
 from qwen3_mlx.model.sizes import DEMO, SIZES, hub_name, is_demo, published_model_config, size_named
 
 _MAX_MEMORY_GB = 100_000
+_CONTEXT = 4096  # tokens
 _FORMATS = {
     "bf16": None,
     "8": Format(8, 64),
@@ -52,6 +53,13 @@ def _gigabytes(stated: str, name: str = "--memory") -> float:
         if 1 <= float(number) <= _MAX_MEMORY_GB:
             return float(number)
     raise ValueError(f"{name} must be GB, from 1 to {_MAX_MEMORY_GB:,}, not {stated}")
+
+
+def _memories(hosts: str) -> list[float]:
+    memories = [_gigabytes(part, "--hosts") for part in hosts.split(",")]
+    if len(memories) < 2:
+        raise ValueError("--hosts need the memory of two machines or more, such as 24,36")
+    return memories
 
 
 def plan(  # noqa: PLR0913 - one parameter an option
@@ -83,8 +91,11 @@ def plan(  # noqa: PLR0913 - one parameter an option
         str | None, option(text="Layers of each of --hosts, such as 24,40 (default: by memory).")
     ] = None,
     context: Annotated[
-        int, option(text="Context that --hosts are planned for, in tokens (default: 4,096).", min=1)
-    ] = 4096,
+        int | None,
+        option(
+            text=f"Context that --hosts are planned for, in tokens (default: {_CONTEXT:,}).", min=1
+        ),
+    ] = None,
     cache: Annotated[
         str,
         option(text=f"KV cache precision shown: {', '.join(CACHE_FORMATS)} (default: bf16)."),
@@ -119,9 +130,8 @@ def plan(  # noqa: PLR0913 - one parameter an option
         raise ValueError(f"--cache must be one of {', '.join(CACHE_FORMATS)}, not {cache!r}")
     itemsize = backend.compute_dtype(dtype).size
     machine = Machine.here(itemsize) if memory is None else Machine.mac(_gigabytes(memory))
-    if memory is None and bandwidth is None and chip is None:
-        chip = this_chip()
-    speed = _bytes_per_second(bandwidth, chip)
+    own = this_chip() if memory is None and bandwidth is None else None
+    speed = _bytes_per_second(bandwidth, own if chip is None else chip)
 
     def estimate_of(model: str) -> MemoryEstimate:
         name, config, formats = _resolve(model, revision)
@@ -129,20 +139,25 @@ def plan(  # noqa: PLR0913 - one parameter an option
         return MemoryEstimate(name, config, machine, dtype, formats, weights, speed)
 
     if hosts:
+        if any(each is not None for each in (memory, chip, bandwidth, plot)):
+            raise ValueError(
+                "--hosts go without --memory, --chip, --bandwidth and --plot: they state the "
+                "memory of each Mac, and nothing is known of the speed of the link"
+            )
         if model is None:
             raise ValueError("--hosts need a model: qwen3 plan 32B --hosts 24,36")
-        memories = [_gigabytes(part, "--hosts") for part in hosts.split(",")]
-        if len(memories) < 2:
-            raise ValueError("--hosts need the memory of two machines or more, such as 24,36")
+        memories = _memories(hosts)
         counts = ClusterOptions(hosts, layers=layers).counts()
         estimate = estimate_of(with_file(model, file) or model)
-        found = list(divisions(estimate, memories, counts, context, cache))
-        table = table_of_hosts(estimate.name, found, context)
+        found = list(divisions(estimate, memories, counts, context or _CONTEXT, cache))
+        table = table_of_hosts(estimate.name, found, context or _CONTEXT)
         print(json.dumps([asdict(one) for one in found], indent=1) if as_json else table)
         return
+    if layers or context:
+        raise ValueError("--layers and --context go with --hosts: qwen3 plan 32B --hosts 24,36")
     if model is None:
-        if plot or revision or cache != "bf16":
-            raise ValueError("--plot, --revision and --cache need a model: qwen3 plan 8B")
+        if plot or revision or file or cache != "bf16":
+            raise ValueError("--plot, --revision, --file and --cache need a model: qwen3 plan 8B")
         estimates = {size: estimate_of(size) for size in SIZES}
         best = recommend(estimates)
         sizes = sizes_as_json(estimates, best)
@@ -152,7 +167,7 @@ def plan(  # noqa: PLR0913 - one parameter an option
     if plot:
         draw(plot, _picture(estimate, cache))
         note(f"drawn: {plot}")
-    print(json.dumps(_as_json(estimate), indent=1) if as_json else table_of(estimate, cache))
+    print(json.dumps(_as_json(estimate, cache), indent=1) if as_json else table_of(estimate, cache))
 
 
 def _resolve(model: str, revision: str | None) -> tuple[str, ModelConfig, dict[str, FormatOf]]:
@@ -220,21 +235,24 @@ def _bytes_per_second(bandwidth: float | None, chip: str | None) -> float | None
     return bandwidth * 1e9
 
 
-def _as_json(estimate: MemoryEstimate) -> dict[str, Any]:
-    """Return the whole estimate for JSON, for every cache format, in bytes and tokens."""
+def _as_json(estimate: MemoryEstimate, cache: str) -> dict[str, Any]:
+    """Return the whole estimate for JSON, for every cache format, in bytes and tokens.
+
+    The bounds by chip are those of the format `cache`.
+    """
     config, machine = estimate.config, estimate.machine
     rows = []
-    for fmt, cache, context in product(estimate.formats, CACHE_FORMATS, estimate.contexts):
-        plan = estimate.plan(fmt, context, cache)
+    for fmt, kept, context in product(estimate.formats, CACHE_FORMATS, estimate.contexts):
+        plan = estimate.plan(fmt, context, kept)
         row = {
             "weight_format": estimate.format_name(fmt),
-            "cache_format": estimate.format_name(cache),
+            "cache_format": estimate.format_name(kept),
             "context": context,
             "yarn": estimate.with_yarn(context),
             **asdict(plan),
             "total": plan.total,
             "fits": estimate.fits(plan),
-            "tokens_per_second_at_most": estimate.tokens_per_second(fmt, context, cache),
+            "tokens_per_second_at_most": estimate.tokens_per_second(fmt, context, kept),
         }
         rows.append(row)
     return {
@@ -247,11 +265,11 @@ def _as_json(estimate: MemoryEstimate) -> dict[str, Any]:
         "chunk": machine.chunk,
         "weights": {estimate.format_name(fmt): size for fmt, size in estimate.weights.items()},
         "tokens_per_second_at_most": {
-            estimate.format_name(fmt): estimate.bounds(fmt) for fmt in estimate.formats
+            estimate.format_name(fmt): estimate.bounds(fmt, cache) for fmt in estimate.formats
         },
         "largest_context": {
             estimate.format_name(fmt): {
-                estimate.format_name(cache): estimate.largest(fmt, cache) for cache in CACHE_FORMATS
+                estimate.format_name(kept): estimate.largest(fmt, kept) for kept in CACHE_FORMATS
             }
             for fmt in estimate.formats
         },
@@ -273,7 +291,7 @@ def _picture(estimate: MemoryEstimate, cache: str) -> PlanPlot:
         machine=estimate.machine.name,
         speeds={
             estimate.label(fmt): {BANDWIDTHS[chip]: bound for chip, bound in bounds.items()}
-            for fmt, bounds in ((fmt, estimate.bounds(fmt)) for fmt in estimate.formats)
+            for fmt, bounds in ((fmt, estimate.bounds(fmt, cache)) for fmt in estimate.formats)
         },
         bandwidth=estimate.bandwidth,
     )

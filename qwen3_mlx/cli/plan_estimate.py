@@ -135,9 +135,9 @@ class MemoryEstimate:
         """Return an upper bound of decode speed, or None without a bandwidth."""
         return self.bandwidth / self._bytes_read(fmt, context, cache) if self.bandwidth else None
 
-    def bounds(self, fmt: str) -> dict[str, float]:
-        """Return the upper bound of decode speed on each chip, after a short, unquantized cache."""
-        read = self._bytes_read(fmt, SHORTEST_CONTEXT, "bf16")
+    def bounds(self, fmt: str, cache: str) -> dict[str, float]:
+        """Return the upper bound of decode speed on each chip, at a short context."""
+        read = self._bytes_read(fmt, SHORTEST_CONTEXT, cache)
         return {chip: speed * 1e9 / read for chip, speed in BANDWIDTHS.items()}
 
     def _bytes_read(self, fmt: str, context: int, cache: str) -> int:

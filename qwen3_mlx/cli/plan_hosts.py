@@ -1,7 +1,7 @@
 """`qwen3 plan --hosts`: the share of each machine, by weight format, and what fits all of them."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qwen3_mlx.cli.plan_estimate import Machine, MemoryEstimate
@@ -54,8 +54,9 @@ def divisions(
         Host(f"{rank}: {memory:g} GB", machine.available)
         for rank, (memory, machine) in enumerate(zip(memories, machines, strict=True))
     ]
+    estimate = replace(estimate, machine=machines[0])
+    work = estimate.work(context, cache)
     for fmt, format_of in estimate.formats.items():
-        work = estimate.work(context, cache)
         model = Model(estimate.name, estimate.config, format_of, work)
         for split in SPLITS:
             try:

@@ -48,17 +48,17 @@ def table_of(estimate: MemoryEstimate, cache: str) -> str:
             ]
             lines.append(_row(estimate.label(fmt), "", cells))
     else:
-        lines += ["", *_by_chip(estimate)]
+        lines += ["", *_by_chip(estimate, cache)]
     return "\n".join([*lines, "", *_notes(estimate)])
 
 
-def _by_chip(estimate: MemoryEstimate) -> Iterator[str]:
+def _by_chip(estimate: MemoryEstimate, cache: str) -> Iterator[str]:
     """Yield the bound of tokens a second of every chip, at a short context."""
     context = estimate.context_label(SHORTEST_CONTEXT)
     yield f"tokens/s, at most, at a context of {context}, by the bandwidth of a chip's memory"
     heads = "".join(f"{estimate.label(fmt):>8}" for fmt in estimate.formats)
     yield f"{'':37}{'GB/s':>5}{heads}"
-    bounds = [estimate.bounds(fmt) for fmt in estimate.formats]
+    bounds = [estimate.bounds(fmt, cache) for fmt in estimate.formats]
     for speed, chips in by_bandwidth().items():
         row = [of_chips[chips[0]] for of_chips in bounds]
         cells = "".join(f"{bound:>8.1f}" if bound < 10 else f"{bound:>8,.0f}" for bound in row)

@@ -20,7 +20,7 @@ from qwen3_mlx.engine.moving_average import MovingAverage
 from qwen3_mlx.engine.request import IDLE, Phase
 
 _MAX_STALL = 0.25  # seconds that a chunk of a prompt may delay the sequences that decode
-_MAX_RUNNING = 32  # sequences
+MAX_RUNNING = 32  # sequences
 _MIN_CHUNK = 64  # tokens
 _SPEED_DECAY = 0.7  # weight of the old value when a new measurement of the speed arrives
 _MAX_CLIENTS = 256  # clients; beyond that, those without a request are forgotten
@@ -172,7 +172,7 @@ class Scheduler(Generic[S]):
     def _admit(self) -> None:
         # With nothing running there is room for any: longer requests are refused before they wait.
         self._blocked = self._blocked and bool(self.running)
-        while not self._blocked and len(self.running) < _MAX_RUNNING:
+        while not self._blocked and len(self.running) < MAX_RUNNING:
             sequence = self._next_waiting()
             if sequence is None or (sequence.priority >= IDLE and self.running):
                 return

@@ -11,11 +11,16 @@ except ImportError as error:  # MLX cannot be loaded
 except KeyboardInterrupt:
     sys.exit(130)
 
+_USAGE = "usage: python -m qwen3_mlx.verify [MODEL]"
+
 
 def main(arguments: list[str]) -> int:
     """Run the checks; return the exit code."""
+    if arguments in (["--help"], ["-h"]):
+        _write(_USAGE)
+        return 0
     if len(arguments) > 1 or any(word.startswith("-") for word in arguments):
-        sys.stderr.write("usage: python -m qwen3_mlx.verify [MODEL]\n")
+        sys.stderr.write(f"{_USAGE}\n")
         return 2
     try:
         report = verify(*arguments, on_row=lambda row: _write(line_of(row)))

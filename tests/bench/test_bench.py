@@ -95,6 +95,16 @@ def test_what_is_measured_are_steps_of_all_sequences(monkeypatch: pytest.MonkeyP
     assert [len(ids) for ids in third[0]] == [4, 4, 4] and third[0][0] != third[0][1]
 
 
+def test_a_batch_without_the_memory_to_decode_together_is_left_out() -> None:
+    class Small(Scripted):
+        def generate(self, prompts: Sequence[list[int]], max_tokens: int) -> Iterator[list[int]]:
+            for tokens in super().generate(prompts, max_tokens):
+                yield tokens[:2]
+
+    found = measure(Small(), [Case(2, 4), Case(3, 4), Case(1, 10)], 5)
+    assert [figures.case.sequences for figures in found] == [2, 1]
+
+
 @pytest.fixture(scope="module")
 def peer(tiny_folder: Path) -> MlxLm:
     return MlxLm(str(tiny_folder), TERMS)
@@ -214,7 +224,7 @@ def figures(case: Case, decode: float) -> Measurement:
 def test_what_was_not_reached_is_left_open_and_said() -> None:
     cases = [Case(1, 8), Case(2, 8)]
     ours = TargetResult(True, TERMS, 10**9, {case: figures(case, 30) for case in cases})
-    peer = TargetResult(True, TERMS, 2 * 10**9, {cases[0]: figures(cases[0], 10)})
+    peer = TargetResult(True, TERMS, 2 * 10**9, {cases[0]: figures(cases[0], 10)}, is_late=True)
     results = {OURS: ours, f"{PEER}, {EQUAL}": peer}
     rows = [line.split() for line in _table(cases, results, {cases[0]: 40.0})]
     assert ["after", "8", "30", "10", "3.00x"] in rows
@@ -225,6 +235,9 @@ def test_what_was_not_reached_is_left_open_and_said() -> None:
     assert "mlx-lm, equal terms: float32" in notes and "(as it comes)" in notes
     assert notes.count("not measured within 10 minutes") == 1
     assert "More than 100%" in notes
+    peer.is_late = False
+    notes = " ".join(_notes(cases, results, {}, 10))
+    assert "mlx-lm, equal terms: - was not measured: the memory was too small" in notes
     unloaded = {OURS: ours, f"{PEER}, {EQUAL}": TargetResult(is_default=False)}
     assert ["weights", "1", "-"] in [line.split() for line in _table(cases, unloaded, {})]
 
@@ -296,6 +309,10 @@ def test_who_begins_changes_with_each_repeat(
         ),
         (["--together", "0,2"], "--together must be comma-separated numbers"),
         (["--prompts", "9999999"], "--prompts 9999999 is too long: the context has room for"),
+        (["--together", "2,40"], "--together: no more than 32 sequences decode at once"),
+        (["--decode", "100000"], "--decode 100000 is too long for a context of 8192"),
+        (["--minutes", "inf"], "--minutes must be more than 0, at most 10,000"),
+        (["--minutes", "nan"], "--minutes must be more than 0, at most 10,000"),
         (["--plot", "speed.pdf"], "must end in .png or .svg"),
         (["./nowhere"], "is no folder here, nor a hub name"),
     ],

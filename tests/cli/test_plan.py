@@ -160,6 +160,11 @@ def test_speeds_are_bounded_for_every_chip(capsys: Captured) -> None:
     by_context = everything(capsys, "4B", "--chip", "M5 Pro")["rows"]
     first = next(row for row in by_context if row["weight_format"] == "4")
     assert first["tokens_per_second_at_most"] == bounds["M5 Pro"]
+    less = everything(capsys, "4B", "--cache", "4")["tokens_per_second_at_most"]["4"]
+    first = next(
+        row for row in by_context if (row["weight_format"], row["cache_format"]) == ("4", "4")
+    )
+    assert first["tokens_per_second_at_most"] == less["M5 Pro"] > bounds["M5 Pro"]
 
 
 def test_what_was_measured_is_said_beside_the_bound(capsys: Captured) -> None:
@@ -242,6 +247,12 @@ def test_a_stretched_window_is_marked(tmp_path: Path, capsys: Captured) -> None:
         (["8B", "--chip", "M1", "--bandwidth", "1"], "give one of them"),
         (["8B", "--plot", "plan.jpeg"], "must end in .png or .svg, and plan.jpeg does not"),
         (["--revision", "main"], "need a model: qwen3 plan 8B"),
+        (["--file", "x.gguf"], "need a model: qwen3 plan 8B"),
+        (["8B", "--layers", "18,18"], "--layers and --context go with --hosts"),
+        (["8B", "--context", "8192"], "--layers and --context go with --hosts"),
+        (["8B", "--hosts", "24,36", "--plot", "plan.svg"], "--hosts go without --memory, --chip"),
+        (["8B", "--hosts", "24,36", "--memory", "16"], "--hosts go without --memory, --chip"),
+        (["8B", "--hosts", "24,36", "--chip", "M4"], "--hosts go without --memory, --chip"),
     ],
 )
 def test_wrong_arguments(arguments: list[str], complaint: str, capsys: Captured) -> None:

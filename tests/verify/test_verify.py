@@ -231,7 +231,9 @@ def test_a_checkpoint_is_checked_as_well(
     assert re.search(r"^model: \d\.\d million weights, 2 layers, float32$", report, re.MULTILINE)
     assert str(tiny_folder) not in report and "speed of the model" in report
     code, out, err = call(["doctor", str(tiny_folder)], capsys)
-    assert (code, out) == (1, "") and "MODEL goes with --verify: qwen3 doctor --verify" in err
+    assert (code, out) == (2, "") and "go with MODEL: qwen3 doctor --verify" in err
+    code, out, err = call(["doctor", "--verify", "--hosts", "local:2"], capsys)
+    assert (code, out) == (2, "") and "run one at a time" in err
 
 
 @pytest.mark.heavy
@@ -249,11 +251,21 @@ def test_the_report_of_a_chip_names_the_choice_of_dtype(
     assert "bfloat16 (its layers come near the end" in run._described(demo, "bfloat16")
 
 
-def test_a_failed_reference_is_told(monkeypatch: pytest.MonkeyPatch, capsys: Captured) -> None:
+def test_a_failed_reference_fails_its_checks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report comes all the same."""
     monkeypatch.setattr(run, "CHECKS", [Check("unknown", lambda numbers: [mx.zeros(1)])])
+    (row,) = verify(only=["unknown"]).failed
+    reason = row.outcomes["float32"].reason
+    assert reason.startswith("Qwen3Error: the reference of 'unknown' failed: KeyError")
+
+
+def test_arguments(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["a", "b"]) == 2 and capsys.readouterr().err.startswith("usage: ")
+    assert main(["--help"]) == 0 and capsys.readouterr().out.startswith("usage: ")
+    monkeypatch.setenv("QWEN3_MEMORY", "much")
     assert main([]) == 1
-    assert "the reference of 'unknown' failed: KeyError" in capsys.readouterr().err
-    assert main(["a", "b"]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and "QWEN3_MEMORY must be GB" in shown.err
 
 
 def test_outcomes() -> None:
