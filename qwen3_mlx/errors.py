@@ -32,5 +32,9 @@ class ClusterError(Qwen3Error):
     """A machine that holds a part of the model is gone or silent: load the model again."""
 
 
+class NoLeaderError(Qwen3Error):
+    """The leader of a cluster does not answer, or has ended before it computed."""
+
+
 class ContextError(Qwen3Error):
     """The prompt, or the prompt and the requested reply together, exceed the context window."""

@@ -69,13 +69,15 @@ class Cluster:
         """Start the followers and wait until they have joined to compute `network`.
 
         Raises:
-            Qwen3Error: there are more hosts than layers, or one of them does not join.
+            Qwen3Error: there are more hosts than parts, or one of them does not join.
         """
         if options.hosts != LAUNCHED:
-            layers = network.num_hidden_layers
+            parts, what = network.num_hidden_layers, "layers"
+            if options.split == TENSOR:
+                parts, what = network.num_key_value_heads, "key/value heads"
             count = len(read_hosts(options.hosts, options.hostfile))
-            if count > layers:  # before so many processes are started
-                raise Qwen3Error(f"{layers} layers are too few for {count} hosts; name fewer")
+            if count > parts:  # before so many processes are started
+                raise Qwen3Error(f"{parts} {what} are too few for {count} hosts; name fewer")
         self._options = options
         self._followers = Followers(options, LIMIT_SECONDS)
         self.hosts = self._followers.hosts

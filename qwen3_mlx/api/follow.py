@@ -25,7 +25,7 @@ from qwen3_mlx.cluster.follow import Follower, Inbox
 from qwen3_mlx.cluster.joining import control_of
 from qwen3_mlx.cluster.part import PartQwen3
 from qwen3_mlx.cluster.wire import Channel, WireError, free_port, join
-from qwen3_mlx.errors import CheckpointError, Qwen3Error
+from qwen3_mlx.errors import CheckpointError, NoLeaderError, Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 from qwen3_mlx.model.quantization import Format
 from qwen3_mlx.model.sizes import hub_name
@@ -44,7 +44,8 @@ def follow(
     the seconds that the leader may take to appear.
 
     Raises:
-        Qwen3Error: there is no leader, it refuses this machine, or the model cannot be loaded.
+        NoLeaderError: there is no leader, or it ends before it computes.
+        Qwen3Error: it refuses this machine, or the model cannot be loaded.
     """
     hello = {"name": platform.node(), "rank": rank, "memory": backend.available_memory()}
     channel = join(address, port, key, hello, patience)
@@ -57,7 +58,8 @@ def follow(
         channel.send({"ready": backend.available_memory()})
         follower.run()
     except (Qwen3Error, ValueError) as error:
-        channel.send({"failed": str(error)})
+        with suppress(OSError):  # the leader may be gone
+            channel.send({"failed": str(error)})
         raise
 
 
@@ -77,7 +79,8 @@ def _await_setup(channel: Channel) -> Mapping[str, Any] | None:
     """Return what the leader wants to be loaded; None if it only examines this machine.
 
     Raises:
-        Qwen3Error: it refuses this machine, or is gone.
+        NoLeaderError: it is gone.
+        Qwen3Error: it refuses this machine.
     """
     try:
         while "end" not in (message := channel.receive()):
@@ -94,7 +97,7 @@ def _await_setup(channel: Channel) -> Mapping[str, Any] | None:
             else:
                 channel.send({"pong": 1})
     except (EOFError, OSError, WireError) as error:
-        raise Qwen3Error(f"the leader is gone ({error})") from error
+        raise NoLeaderError(f"the leader is gone ({error})") from error
     return None
 
 
@@ -131,6 +134,8 @@ def _load(setup: Mapping[str, Any], channel: Channel, inbox: Inbox) -> Follower:
         }
     )
     while "connect" not in (message := inbox.get()):
+        if "end" in message:
+            raise NoLeaderError("the leader has ended before all computed; it says why")
         with ring.listening(channel.address, message["listen"]):
             channel.send({"listening": 1})
     assert target.share

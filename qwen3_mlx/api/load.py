@@ -26,6 +26,7 @@ from qwen3_mlx.engine.speculation.speculator import Speculator
 from qwen3_mlx.engine.worker import Worker
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.qwen3 import Qwen3
+from qwen3_mlx.text.kind import CHAT
 from qwen3_mlx.text.tokenizer import Tokenizer
 
 _MAX_PROMPT_CACHE_GB = 1e9
@@ -136,6 +137,12 @@ def load(  # noqa: PLR0913 - one keyword a choice
         if cluster:
             checkpoints = cluster.divide(checkpoints, prompt_cache, prompt_cache_gb)
         checkpoints = checkpoints.fetched()
+        folder, config = checkpoints.target.folder, checkpoints.target.config
+        words = load_text_processor(folder, config, tokenizer)
+        if cluster and words.kind.name != CHAT:
+            raise Qwen3Error(
+                "embedding and reranking run on one machine: load the model without hosts"
+            )
         held_as = checkpoints.target.options
         kind = LedDisk if cluster else DiskPrefixes
         disk = open_prompt_cache(prompt_cache, prompt_cache_gb, checkpoints.target, kind)
@@ -147,7 +154,6 @@ def load(  # noqa: PLR0913 - one keyword a choice
         if cluster:
             cluster.start(models[0], disk, worker)
         speculator = worker.call(partial(reader.prepare, checkpoints, models))
-        words = load_text_processor(target.folder, target.config, tokenizer)
         return LLM(
             models[0],
             words,

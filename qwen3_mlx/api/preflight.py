@@ -37,6 +37,7 @@ class HostReport:
         memory: bytes that MLX can have there now.
         round_trip: seconds of a message there and back; None for this machine.
         checkpoint: whether the model is there, in words; "" if none was asked about.
+        differs: True if the model there cannot be read, or is another one.
     """
 
     name: str
@@ -44,6 +45,7 @@ class HostReport:
     memory: int
     round_trip: float | None
     checkpoint: str
+    differs: bool = False
 
 
 def preflight(
@@ -54,15 +56,19 @@ def preflight(
     All have the same versions, or joining fails; each can be reached at a port of its own.
 
     Raises:
+        CheckpointError: the model cannot be read on this machine.
         Qwen3Error: a host does not join, or cannot be reached.
     """
+    own = find_checkpoint(hub_name(model), revision) if model is not None else {}
+    if "error" in own:
+        raise CheckpointError(own["error"])
     followers = Followers(options, LIMIT_SECONDS)
     try:
-        own: Mapping[str, Any] = {}
-        if model is not None:
-            own = find_checkpoint(hub_name(model), revision)
         here = followers.hosts[0]
-        reports = [HostReport(here.name, followers.address, here.available, None, _shown(own, own))]
+        report = HostReport(
+            here.name, followers.address, here.available, None, *_compared(own, own)
+        )
+        reports = [report]
         for peer, host in zip(followers.peers, followers.hosts[1:], strict=True):
             times = []
             for _ in range(_PINGS):
@@ -74,10 +80,8 @@ def preflight(
             if model is not None:
                 look = {"model": hub_name(model), "revision": revision}
                 found = followers.ask(peer, {"look": look}, "found")
-            address, checkpoint = peer.channel.peer, _shown(found, own)
-            reports.append(
-                HostReport(host.name, address, host.available, median(times), checkpoint)
-            )
+            address, compared = peer.channel.peer, _compared(found, own)
+            reports.append(HostReport(host.name, address, host.available, median(times), *compared))
         return reports, f"{_interface(followers.address)}, {_rdma()}"
     finally:
         followers.close()
@@ -94,17 +98,17 @@ def find_checkpoint(model: str, revision: str | None) -> dict[str, Any]:
     return {"digest": config_digest(folder), "weights": weights, "complete": complete}
 
 
-def _shown(found: Mapping[str, Any], own: Mapping[str, Any]) -> str:
-    """Return in words how a checkpoint compares with that of this machine."""
+def _compared(found: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return in words how a checkpoint compares with that of this machine, and if it differs."""
     if not found:
-        return ""
+        return "", False
     if "error" in found:
-        return str(found["error"])
-    if found["digest"] != own.get("digest"):
-        return "another config.json or index than here"
+        return str(found["error"]), True
+    if found["digest"] != own["digest"]:
+        return "another config.json or index than here", True
     if other := different_files(found["weights"], own["weights"]):
-        return f"another {other[0]} than here"
-    return "complete" if found["complete"] else f"{len(found['weights'])} weight files"
+        return f"another {other[0]} than here", True
+    return "complete" if found["complete"] else f"{len(found['weights'])} weight files", False
 
 
 def _interface(address: str) -> str:

@@ -18,10 +18,13 @@ def open_prompt_cache(
     """Return the prefixes of a checkpoint in the folder `place`, of at most `max_gb` (10^9 bytes).
 
     Raises:
+        ValueError: `place` is empty.
         Qwen3Error: the folder cannot be used.
     """
     if place is None:
         return None
+    if place == "":  # as of a variable of the shell that is not set
+        raise ValueError("prompt_cache must be a folder, not an empty text")
     held_as = [target.options, target.cache, backend.on_gpu()]
     held_as += [target.share] if target.share else []
     adapter = target.adapter.files if target.adapter else []

@@ -15,6 +15,7 @@ from qwen3_mlx.cli.recorder import Recorder
 from qwen3_mlx.cli.screen import Screen
 from qwen3_mlx.cli.tool_use import check_steps, served_tools, shown_with_question
 from qwen3_mlx.engine.sampling_params import SamplingParams
+from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.interrupt import interruptible
 from qwen3_mlx.text.described_tool import DescribedTool
 from qwen3_mlx.text.events import Finish, Usage
@@ -93,7 +94,16 @@ class ChatSession:
         return self._model or "demo"
 
     def use_model(self, model: str) -> None:
-        """Go on with another model; if it cannot be loaded, with the one before."""
+        """Go on with another model; if it cannot be loaded, with the one before.
+
+        Raises:
+            Qwen3Error: it cannot be loaded, or several machines hold the one before together.
+        """
+        if self.llm.cluster:
+            raise Qwen3Error(
+                "MLX connects machines once in a process, so this model stays until the end of "
+                f"the chat: start another with --hosts and -m {model}"
+            )
         before, options = self._model, {**self.conversation.options}
         options["messages"] = self.conversation.messages
         with interruptible():

@@ -59,7 +59,7 @@ def doctor(
     [bold]qwen3 doctor --hosts mac1,mac2 32B[/bold]   see whether both can run a model.
 
     --verify ends with a block for a report, which tells nothing about you, and
-    with exit code 1 if a check failed.
+    with exit code 1 if a check failed; --hosts does if a host lacks the model.
     """
     if verify and (hosts or hostfile):
         raise ValueError("--verify checks this machine, and --hosts several; run one at a time")
@@ -140,6 +140,8 @@ def _examine(options: ClusterOptions, model: str | None) -> None:
     )
     mlx = installed_version("mlx")
     note(f"All have qwen3-mlx {__version__} and MLX {mlx}; the link here is {link}.")
+    if any(report.differs for report in reports):
+        raise typer.Exit(1)
 
 
 def _storage() -> dict[str, str]:

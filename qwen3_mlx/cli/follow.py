@@ -1,11 +1,14 @@
 """`qwen3 follow`: computes a share of a model that another machine leads."""
 
-import signal
+import logging
 import sys
 from importlib import import_module
 from typing import Annotated
 
+import typer
+
 from qwen3_mlx.cli.option_groups import option
+from qwen3_mlx.errors import NoLeaderError
 
 
 def follow(
@@ -26,8 +29,13 @@ def follow(
     host, _, port = join.rpartition(":")
     if not host or not port.isdecimal():
         raise ValueError(f"--join must be HOST:PORT, such as 169.254.10.1:21500, not {join}")
-    if key == "-":  # a leader has started it, and ends it: Ctrl-C is for the leader alone
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if is_started := key == "-":  # by a leader, which says itself why it ends
+        logging.getLogger("qwen3_mlx.cluster.follow").setLevel(logging.ERROR)
         key = sys.stdin.readline().strip()
     following = import_module("qwen3_mlx.api.follow")  # MLX's modules, which --help does not need
-    following.follow(host, int(port), key, rank)
+    try:
+        following.follow(host, int(port), key, rank)
+    except NoLeaderError:
+        if not is_started:
+            raise
+        raise typer.Exit(1) from None

@@ -277,7 +277,8 @@ def serve(  # noqa: PLR0913 - one parameter an option
             llm = stack.enter_context(
                 load_model(models[0], loading, adapters=adapters, quiet=quiet)
             )
-        sources = sources or [describing.ModelSource.of(llm, settings.model)]
+        aliases = describing.aliases_of(models[0])
+        sources = sources or [describing.ModelSource.of(llm, settings.model, aliases)]
         _log_to_stderr(quiet=quiet)
         tools = stack.enter_context(served_tools(mcp or (), llm, yes=True, quiet=quiet))
         if models_from:
@@ -295,7 +296,7 @@ def _is_clustered(loading: ServedOptions, *, several: bool) -> bool:
     Raises:
         ValueError: there are several models as well, or the one would be closed and loaded again.
     """
-    clustered = loading.hosts is not None or loading.hostfile is not None
+    clustered = bool(loading.hosts or loading.hostfile)
     if clustered and several:
         raise ValueError(
             "--hosts serves one model, which stays loaded: leave --keep-alive, --models-from and "

@@ -22,7 +22,8 @@ from qwen3_mlx.errors import ClusterError, Qwen3Error
 _log = logging.getLogger(__name__)
 _JOIN_SECONDS = 60.0  # for followers that this process has started
 _SLICE_SECONDS = 0.5
-_LAUNCHED_PORT = 500  # the control port lies so far above the first port of mlx.launch's ring
+_LAUNCHED_PORT = 500  # the control port lies so far above the first port of mlx.launch's ring,
+_LAST_PORT = 65_535  # or below it, where there are no more
 
 
 class Followers:
@@ -186,4 +187,5 @@ def control_of(transport: dict[str, Any]) -> tuple[str, int, str]:
     address, _, port = first.rpartition(":")
     known = os.environ.get("QWEN3_CLUSTER_KEY") or repr(sorted(transport.items()))
     key = hashlib.sha256(known.encode()).hexdigest()
-    return address, int(port) + _LAUNCHED_PORT, key
+    control = int(port) + _LAUNCHED_PORT
+    return address, control if control <= _LAST_PORT else int(port) - _LAUNCHED_PORT, key

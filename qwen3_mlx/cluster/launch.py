@@ -2,11 +2,12 @@
 
 import os
 import shlex
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Lock
 
@@ -63,12 +64,13 @@ class Started:
                 command = module_command("qwen3_mlx", *arguments)
             else:
                 command = ["ssh", "-T", "-o", "BatchMode=yes", host.name, _remote(arguments)]
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                process_group=None if host.is_local else 0,  # no Ctrl-C for ssh; see cli/follow.py
-                stdout=sys.stderr.fileno() if _has_stderr() else subprocess.DEVNULL,
-            )
+            with _without_ctrl_c():
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    process_group=None if host.is_local else 0,  # ssh may unblock the signal
+                    stdout=sys.stderr.fileno() if _has_stderr() else subprocess.DEVNULL,
+                )
             self.processes[rank] = process
             assert process.stdin
             with suppress(BrokenPipeError):
@@ -109,6 +111,16 @@ class Started:
                     with suppress(OSError):  # the key may be unread
                         process.stdin.close()
             self.processes.clear()
+
+
+@contextmanager
+def _without_ctrl_c() -> Iterator[None]:
+    """Create a context in which processes are started that Ctrl-C does not reach: it is for us."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _has_stderr() -> bool:

@@ -5,6 +5,7 @@ MLX reads who takes part from environment variables, once in a process.
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ _HOSTFILE, _RANK = "MLX_HOSTFILE", "MLX_RANK"
 _DEVICES, _COORDINATOR = "MLX_IBV_DEVICES", "MLX_JACCL_COORDINATOR"
 _CONNECT_SECONDS = 20
 _PROBE_SECONDS = 5.0
+_ADDRESS = re.compile(r".+:\d{1,5}")  # with a port
 _used = False
 _connections: dict[int, object] = {}  # the addresses of the other ends, by file descriptor
 
@@ -116,12 +118,18 @@ def launched_transport() -> tuple[int, dict[str, Any]]:
     try:
         content = json.loads(Path(place).read_text())
         if _HOSTFILE in os.environ:
-            hosts = [addresses[0] for addresses in content]
-            return int(rank), {"backend": RING, "hosts": hosts}
-        coordinator = os.environ[_COORDINATOR]
-        return int(rank), {"backend": JACCL, "devices": content, "coordinator": coordinator}
+            addresses = [each[0] for each in content]
+            transport = {"backend": RING, "hosts": addresses}
+        else:
+            addresses = [os.environ[_COORDINATOR]]
+            transport = {"backend": JACCL, "devices": content, "coordinator": addresses[0]}
+        if not all(map(_ADDRESS.fullmatch, addresses)):
+            raise ValueError(f"addresses and ports are expected, not {addresses}")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise Qwen3Error(f"{place} is no file of mlx.launch: {error}") from error
+    if not max(int(rank), 1) < len(content):
+        raise Qwen3Error(f"{_RANK} is {rank}, and {place} has {len(content)} hosts")
+    return int(rank), transport
 
 
 def probe(address: str, port: int) -> None:

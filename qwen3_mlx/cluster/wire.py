@@ -21,7 +21,7 @@ from contextlib import suppress
 from threading import Lock
 from typing import Any
 
-from qwen3_mlx.errors import Qwen3Error
+from qwen3_mlx.errors import NoLeaderError, Qwen3Error
 from qwen3_mlx.extras import installed_version
 from qwen3_mlx.version import __version__
 
@@ -180,7 +180,7 @@ def join(address: str, port: int, key: str, hello: Message, timeout: float) -> C
     """Connect to the leader at an address, prove to have `key`, and send the rest of the hello.
 
     Raises:
-        Qwen3Error: there is no leader within `timeout` seconds.
+        NoLeaderError: there is no leader within `timeout` seconds.
     """
     end = time.monotonic() + timeout
     while True:
@@ -190,7 +190,7 @@ def join(address: str, port: int, key: str, hello: Message, timeout: float) -> C
             break
         except (WireError, EOFError, OSError) as error:
             if time.monotonic() > end:
-                raise Qwen3Error(
+                raise NoLeaderError(
                     f"no leader answers at {address}, port {port} ({error}); start it first, and "
                     "see whether a firewall is in between"
                 ) from error

@@ -56,10 +56,11 @@ class ModelSource:
     adapters: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, llm: LLM, name: str) -> "ModelSource":
+    def of(cls, llm: LLM, name: str, aliases: frozenset[str] = frozenset()) -> "ModelSource":
         """Create the source of a model that its caller has loaded, and closes."""
         return cls(
             name=name,
+            aliases=aliases,
             config=llm.config,
             kind=llm.kind,
             nbytes=llm.model.nbytes,
@@ -98,6 +99,12 @@ def is_default(name: str | None) -> bool:
     return not name or name.casefold().removesuffix(_LATEST) == DEFAULT
 
 
+def aliases_of(model: str | None) -> frozenset[str]:
+    """Return the names that a model as `load` takes it answers to."""
+    stated = DEMO if model is None else model
+    return frozenset((stated, hub_name(stated), hub_name(stated).rpartition("/")[2]))
+
+
 def stated_sources(
     models: Sequence[str | None],
     options: Mapping[str, Any],
@@ -116,14 +123,15 @@ def stated_sources(
     found: list[ModelSource] = []
     for model in {_identity(model): model for model in models}.values():
         stated = DEMO if model is None else model
-        aliases = {stated, hub_name(stated), hub_name(stated).rpartition("/")[2]}
         checkpoints = _resolve(model, options, progress)
         with _fitting_alone():
             checkpoints.check_memory()
         with _fitting_alone():
             checkpoints = checkpoints.fetched()
         own = model_name(model) if found else name
-        source = _source(_free_name(own, stated, found), aliases, model, checkpoints, options)
+        source = _source(
+            _free_name(own, stated, found), aliases_of(model), model, checkpoints, options
+        )
         found.append(replace(source, expected=True))
         options = {**options, "adapter": None}
     return found

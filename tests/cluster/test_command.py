@@ -18,9 +18,11 @@ import httpx
 import pytest
 
 from qwen3_mlx import Qwen3Error, load
+from qwen3_mlx.cluster.joining import control_of
 from qwen3_mlx.cluster.wire import free_port
 from tests.cli.harness import piped
 from tests.cluster.harness import end_group
+from tests.embedding_twins import write_twin
 
 QWEN3 = [sys.executable, "-P", "-m", "qwen3_mlx"]
 LOCAL = ["--hosts", "local:2", "--no-dequantize"]
@@ -109,6 +111,8 @@ def test_a_server_whose_follower_is_killed_says_so_and_ends(tmp_path: Path) -> N
     (tmp_path / "random.py").write_text("raise SystemExit('a module of the folder was imported')")
     with serving(cwd=tmp_path) as (process, url):
         assert chat(url, seed=1).json()["choices"][0]["message"]["content"] == "12 + 34 = 46"
+        asked = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}]}
+        assert httpx.post(f"{url}/api/chat", json=asked, timeout=30).status_code == 200
         follower = follower_of(process)
         body = {"prompt": "What is 1 + 1? " * 30, "max_tokens": 4000, "stream": True}
         with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=30) as stream:
@@ -254,6 +258,13 @@ def test_ranks_of_mlx_launch(tmp_path: Path) -> None:
         ({"split": "tensor"}, "split: it divides a model among hosts; name those as well"),
         ({"layers": "2,2"}, "layers: it divides a model among hosts"),
         ({"hosts": "local:99"}, "4 layers are too few for 99 hosts"),
+        ({"hosts": "local:9", "split": "tensor"}, "2 key/value heads are too few for 9 hosts"),
+        ({"hosts": f"local:{10**30}"}, "hosts must be at most 100 machines"),
+        ({"hosts": "mac1,-oProxyCommand=x"}, "hosts: '-oProxyCommand=x' is no name of a machine"),
+        ({"hosts": 5}, "hosts must be a list of names, or a text such as local:2, not 5"),
+        ({"hosts": ["mac1", 2]}, "hosts must be a list of names"),
+        ({"hostfile": 5}, "hostfile must be the path of a file, not 5"),
+        ({"hosts": "local:2", "layers": [1.5, 2.5]}, "must be a number for each host"),
         ({"hosts": "local:2", "layers": "2,x"}, "must be a number for each host"),
         ({"hosts": "env"}, "needs the variables of mlx.launch"),
         ({"hosts": "local:2", "hostfile": "x"}, "hostfile: it names the machines, as hosts does"),
@@ -263,8 +274,87 @@ def test_ranks_of_mlx_launch(tmp_path: Path) -> None:
     ],
 )
 def test_wrong_hosts_are_refused(options: dict[str, Any], message: str) -> None:
-    with pytest.raises((ValueError, Qwen3Error), match=message):
+    with pytest.raises((TypeError, ValueError, Qwen3Error), match=message):
         load("demo", **options)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([{"ssh": "mac1", "ips": ["192.0.2.1"]}], "hostfile must be this machine and at least"),
+        ([{"ssh": "mac1", "ips": "192.0.2.1"}, {"ssh": "mac2"}], "must be a list of objects with"),
+        (
+            [{"ssh": "mac1", "ips": [5]}, {"ssh": "mac2", "ips": [None]}],
+            "must be a list of objects",
+        ),
+        ([{"ssh": 5}, {"ssh": "mac2"}], "must be a list of objects"),
+        ([{"ssh": "mac1"}, {"ssh": "-F/x"}], "hostfile: '-F/x' is no name of a machine"),
+    ],
+)
+def test_wrong_hostfiles_are_refused(content: Any, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps(content))
+    with pytest.raises((ValueError, Qwen3Error), match=message):
+        load("demo", hostfile=file)
+
+
+@pytest.mark.parametrize(
+    ("rank", "content", "message"),
+    [
+        ("0", [["127.0.0.1:23111"]], "MLX_RANK is 0, and .* has 1 hosts"),
+        ("5", [["127.0.0.1:23111"], ["127.0.0.1:23112"]], "MLX_RANK is 5, and .* has 2 hosts"),
+        ("0", [[5], [6]], "is no file of mlx.launch"),
+        ("0", [["127.0.0.1"], ["127.0.0.1"]], "addresses and ports are expected"),
+        ("0", {"hosts": []}, "is no file of mlx.launch"),
+    ],
+)
+def test_wrong_variables_of_mlx_launch_are_refused(
+    rank: str, content: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "hosts.json"
+    file.write_text(json.dumps(content))
+    monkeypatch.setenv("MLX_RANK", rank)
+    monkeypatch.setenv("MLX_HOSTFILE", str(file))
+    with pytest.raises(Qwen3Error, match=message):
+        load("demo", hosts="env")
+
+
+def test_a_control_port_lies_beside_those_of_mlx_launch() -> None:
+    ports = [control_of({"hosts": [f"127.0.0.1:{port}"]})[1] for port in (5000, 65_400)]
+    assert ports == [5500, 64_900]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("name", ["embedding", "reranker"])
+def test_what_is_no_chat_model_is_refused_before_it_is_read(name: str, tmp_path: Path) -> None:
+    with pytest.raises(Qwen3Error, match="embedding and reranking run on one machine"):
+        load(write_twin(name, tmp_path / name), hosts="local:2")
+
+
+@pytest.mark.heavy
+def test_a_chat_keeps_its_model() -> None:
+    said = "What is 12 + 34?\n/model 8B\nWhat is 1 + 2?\n"
+    done = subprocess.run(
+        [*QWEN3, "chat", "-m", "demo", *LOCAL, "--no-thinking", "-q"],
+        input=said,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1  # one of its commands failed
+    assert "this model stays until the end of the chat" in done.stderr
+    assert "12 + 34 = " in done.stdout and "1 + 2 = " in done.stdout
+
+
+@pytest.mark.heavy
+def test_a_program_that_closes_nothing_ends_in_silence() -> None:
+    program = (
+        "import sys; from qwen3_mlx import load; "
+        "print(load('demo', hosts='local:2').chat('What is 12 + 34?', thinking=False).text); "
+        "sys.exit(3)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "") and "12 + 34 = " in done.stdout
 
 
 def test_what_runs_on_one_machine_is_refused() -> None:
@@ -273,6 +363,11 @@ def test_what_runs_on_one_machine_is_refused() -> None:
         assert done.returncode == 2 and "--hosts" in done.stderr
     done = piped(["serve", "-m", "demo", "-m", "0.6B", "--hosts", "local:2"])
     assert done.returncode == 2 and "--hosts serves one model" in done.stderr
+
+
+def test_doctor_looks_for_the_model_first() -> None:
+    code, said = run("doctor", "--hosts", "local:2", "nowhere")
+    assert code == 1 and said.startswith("qwen3: 'nowhere' is no folder here")
 
 
 @pytest.mark.slow

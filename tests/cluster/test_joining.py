@@ -76,6 +76,35 @@ def test_a_follower_with_another_commit_is_named(caplog: pytest.LogCaptureFixtur
     assert error.startswith("mac2 (rank 1) has commit 0123456789ab of ")
 
 
+@pytest.mark.heavy
+def test_a_follower_by_hand_is_told_that_others_failed(caplog: pytest.LogCaptureFixture) -> None:
+    """It waits to be connected then."""
+    ended: list[subprocess.CompletedProcess[str]] = []
+
+    def follow(address: str) -> None:
+        command = [sys.executable, "-P", "-m", "qwen3_mlx", "follow", *address.split()]
+        ended.append(subprocess.run(command, capture_output=True, text=True, timeout=60))
+
+    def fail(channel: Channel) -> None:
+        while "setup" not in channel.receive(30):
+            pass
+        channel.send({"failed": "no disk"})
+        channel.receive(30)
+
+    def first() -> None:
+        while not (found := re.search(r"--join \S+ --key \S+", caplog.text)):
+            time.sleep(0.01)
+        follow(f"{found[0]} --rank 1")
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    error = load_with(fail, caplog, {**HELLO, "rank": 2}, hosts=[LOOPBACK, "join", "join"])
+    thread.join()
+    assert "(rank 2): no disk" in error
+    assert ended[0].returncode == 1
+    assert ended[0].stderr == "qwen3: the leader has ended before all computed; it says why\n"
+
+
 def test_an_error_of_a_follower_is_passed_on(caplog: pytest.LogCaptureFixture) -> None:
     def follow(channel: Channel) -> None:
         channel.receive(5)
