@@ -49,12 +49,11 @@ def bench(  # noqa: PLR0913 - one parameter an option
         str | None, option("--against", text=f"Also measure this engine: {PEER}.")
     ] = None,
     terms: Annotated[
-        str,
+        str | None,
         option(
-            text="Its settings: box (its defaults), equal (our dtype and BLAS), or both.",
-            show_default=True,
+            text="Its settings: box (its defaults), equal (our dtype and BLAS), or both (default).",
         ),
-    ] = "both",
+    ] = None,
     hosts: Annotated[
         str | None,
         option(text="Measure on several machines: names for ssh, this one first, or local:2."),
@@ -97,12 +96,9 @@ def bench(  # noqa: PLR0913 - one parameter an option
 
     [bold]qwen3 bench 8B --against mlx-lm[/bold]   compare with mlx-lm.
     """
-    if against not in (None, PEER):
-        raise ValueError(f"--against must be {PEER}, not {against!r}")
+    peer_terms = _peer_terms(against, terms)
     if not 0 < minutes <= _MAX_MINUTES:
         raise ValueError(f"--minutes must be more than 0, at most {_MAX_MINUTES:,.0f}")
-    if terms not in _TERMS:
-        raise ValueError(f"--terms must be one of {', '.join(_TERMS)}, not {terms!r}")
     if ClusterOptions(hosts, split, layers) and (adapter or (against and _has_names(hosts))):
         raise ValueError(
             "--hosts go without --adapter, and --against mlx-lm with --hosts local:N only; on "
@@ -118,11 +114,7 @@ def bench(  # noqa: PLR0913 - one parameter an option
     if (longest := config.context_window - 2 * count - NEW) < 1:
         raise ValueError(f"--decode {count} is too long for a context of {config.context_window}")
     lengths = _lengths(prompts, longest)
-    batches = [] if together == "" else _numbers("--together", together)
-    if batches and batches[-1] > MAX_RUNNING:
-        raise ValueError(f"--together: no more than {MAX_RUNNING} sequences decode at once")
-    cases = cases_of(lengths, batches)
-    peer_terms = _TERMS[terms] if against else ()
+    cases = cases_of(lengths, _batches(together))
     shared = [case for case in cases if not case.special]
     with interruptible(), Bar("measuring") as bar:  # so that the engines' processes end, too
         results = compare(
@@ -156,6 +148,17 @@ def bench(  # noqa: PLR0913 - one parameter an option
         print(*_notes(cases, results, bounds, minutes), sep="\n")
 
 
+def _peer_terms(against: str | None, terms: str | None) -> Sequence[str]:
+    """Return the settings with which the other engine is measured; none without it."""
+    if against not in (None, PEER):
+        raise ValueError(f"--against must be {PEER}, not {against!r}")
+    if terms and not against:
+        raise ValueError(f"--terms are those of another engine: --against {PEER}")
+    if terms not in (None, *_TERMS):
+        raise ValueError(f"--terms must be one of {', '.join(_TERMS)}, not {terms!r}")
+    return _TERMS[terms or "both"] if against else ()
+
+
 def _has_names(hosts: str | None) -> bool:
     return any(not host.is_local for host in read_hosts(hosts, None))
 
@@ -174,6 +177,13 @@ def _numbers(option: str, text: str) -> list[int]:
     if numbers[0] < 1:
         raise ValueError(f"{option} must be comma-separated numbers of at least 1, not {text!r}")
     return numbers
+
+
+def _batches(text: str) -> list[int]:
+    sizes = _numbers("--together", text) if text else []
+    if sizes and sizes[-1] > MAX_RUNNING:
+        raise ValueError(f"--together: no more than {MAX_RUNNING} sequences decode at once")
+    return sizes
 
 
 def _lengths(text: str, longest: int) -> list[int]:

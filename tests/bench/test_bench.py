@@ -302,7 +302,8 @@ def test_who_begins_changes_with_each_repeat(
     ("arguments", "complaint"),
     [
         (["--against", "ollama"], "--against must be mlx-lm, not 'ollama'"),
-        (["--terms", "fair"], "--terms must be one of both, box, equal"),
+        (["--terms", "equal"], "--terms are those of another engine: --against mlx-lm"),
+        (["--against", "mlx-lm", "--terms", "fair"], "--terms must be one of both, box, equal"),
         (
             ["--prompts", "many"],
             "--prompts must be comma-separated numbers of at least 1, not 'many'",
