@@ -119,6 +119,7 @@ def test_a_program_ends(name: str, wide_folder: Path) -> None:
     check_end(name, wide_folder)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("interrupt", [False, True])
 def test_the_command_ends(interrupt: bool, wide_folder: Path) -> None:
     command = [sys.executable, "-m", "qwen3_mlx", "Hello " * 200, "--no-thinking", "--seed", "3"]

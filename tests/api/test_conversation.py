@@ -56,6 +56,7 @@ def test_without_idle_work_the_answer_is_read_again(demo: LLM) -> None:
     assert asked.usage.cached_tokens < 10
 
 
+@pytest.mark.heavy
 def test_idle_work_changes_nothing_and_yields(demo: LLM) -> None:
     conversation = demo.conversation(sampling=GREEDY)
     conversation.chat(QUESTIONS[0])

@@ -168,6 +168,7 @@ def test_the_command_and_its_report(
     assert (output / "report.svg").read_text().startswith("<?xml")
 
 
+@pytest.mark.heavy
 def test_a_result_that_is_called_like_a_size(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ UNSEEN = [
 ][:12]
 
 
+@pytest.mark.heavy
 def test_it_thinks_its_way_to_the_sum(demo: LLM) -> None:
     right = 0
     questions = [f"What is {a} + {b}?" for a, b in UNSEEN]

@@ -24,6 +24,7 @@ def chosen_thinking(llm: LLM, reply: Reply) -> int:
     return reply.usage.reasoning_tokens - (forced if SAID in reply.reasoning else 0)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("temperature", "budget"),
     [

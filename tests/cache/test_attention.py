@@ -28,6 +28,7 @@ def assert_fused(call: dict[str, Any]) -> None:
     assert call["mask"] == (None if queries == 1 else "causal")
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("geometry", HEADS)
 def test_every_call_fits_a_fused_kernel(geometry: str, calls: list[dict[str, Any]]) -> None:
     model = model_with(*HEADS[geometry])
@@ -73,6 +74,7 @@ def test_queries_of_several_find_what_each_finds(
         assert_close(attend_per_sequence(q, seen, scale=0.1), mx.concatenate(each))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", ["8", "k8v4", "4"])
 @pytest.mark.parametrize("geometry", HEADS)
 def test_a_quantized_cache_keeps_to_its_kernels(
@@ -104,6 +106,7 @@ def test_a_quantized_cache_keeps_to_its_kernels(
         assert_fused(call)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("form", ["bf16", "8"])
 @pytest.mark.parametrize("geometry", HEADS)
 def test_speculation_and_kept_prefixes_need_no_other_call(

@@ -336,6 +336,7 @@ def test_models_of_one_process_share_a_folder(
         assert llm.chat(LONG, max_tokens=1).usage.cached_tokens
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("no memory"), TypeError("what?")])
 @pytest.mark.parametrize("method", ["read", "write", "match_length", "is_worth_saving"])
 def test_whatever_fails_on_disk_work_goes_on(

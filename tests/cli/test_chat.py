@@ -55,6 +55,7 @@ def talk_apart(*lines: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.heavy
 def test_piped_lines_are_turns_and_stdout_has_the_answers(tmp_path: Path) -> None:
     file, tool = tmp_path / "talk.json", tmp_path / "tool.py"
     tool.write_text(TOOL)

@@ -33,6 +33,7 @@ def assert_same(found: dict[str, Any], options: dict[str, Any], **also: Any) -> 
         assert found["logits"] == expected["logits"]  # the same bits
 
 
+@pytest.mark.heavy
 def test_a_pipeline_answers_as_one_machine(tmp_path: Path) -> None:
     options = {**PIPELINE, "layers": [1, 3]}
     found = led(tmp_path, load=options, schema=True)

@@ -379,6 +379,7 @@ def test_doctor_examines_hosts() -> None:
     assert "All have qwen3-mlx" in said
 
 
+@pytest.mark.heavy
 def test_plan_shows_each_host() -> None:
     done = piped(["plan", "32B", "--hosts", "24,36", "--json"])
     found = {(one["fmt"], one["split"]): one for one in json.loads(done.stdout)}

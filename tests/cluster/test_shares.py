@@ -84,6 +84,7 @@ def folders_of(case: Path, tmp_path: Path) -> tuple[Path, mx.array]:
     return tmp_path, mx.array([expected["ids"].tolist()])
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.stem)
 def test_goldens_in_parts(case: Path, tmp_path: Path) -> None:
     folder, ids = folders_of(case, tmp_path)

@@ -143,6 +143,7 @@ def run_a_random_schedule(kind: str, way: str, seed: int) -> list[Client]:
     return [client for _, _, client, _ in coming]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("way", "kind"),
     [
@@ -229,6 +230,7 @@ def test_a_prefix_hit_copies_nothing() -> None:
     assert mx.get_peak_memory() - before < held / 12  # a copy of one buffer would be a sixth
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("way", WAYS)
 def test_ended_requests_leave_nothing_to_the_garbage_collector(way: str) -> None:
     engine = engine_of(MODELS["dense"], way)
@@ -532,6 +534,7 @@ def test_a_constraint_ends_in_time_and_fails_alone() -> None:
     assert free.tokens == alone("dense")[1][:8]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize(
     "name",
@@ -563,6 +566,7 @@ def test_a_constraint_may_raise_anything_anywhere(way: str, name: str, after: in
     assert engine._core.scheduler.room_in_use() == engine._core.caches.prefix_room
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", MODELS)
 def test_what_a_constraint_takes_back_or_forces_is_as_if_nothing_had_run_ahead(kind: str) -> None:
     engine = engine_of(MODELS[kind])
@@ -646,6 +650,7 @@ def penalised_alone() -> list[list[int]]:
     return [client.tokens for client in clients]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("way", WAYS)
 def test_penalised_replies_with_constraints_are_the_same_alone_together_and_speculated(
     way: str,

@@ -297,6 +297,7 @@ STATED: dict[str, tuple[dict[str, Any], SamplingParams, list[str]]] = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("kind", STATED)
 def test_what_a_checkpoint_states_is_how_it_draws(
     kind: str, tiny_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture

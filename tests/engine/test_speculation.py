@@ -235,6 +235,7 @@ SAMPLED = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("kind", "way"),
     [
@@ -298,6 +299,7 @@ def test_drafts_have_lookahead_masks_and_end_at_forced_tokens(way: str, first: l
         assert client.outcome.completion_tokens == 10
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("way", FAST)
 @pytest.mark.parametrize("kind", MODELS)
 def test_erratic_constraints_are_obeyed(kind: str, way: str) -> None:

@@ -15,6 +15,7 @@ from tests.support import random_ids
 CACHES = ["dense", "moe", "8", "k8v4", "4"]  # dense and MoE networks, and bits of the cache
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("order", [late, early])
 @pytest.mark.parametrize("kind", ["dense", "moe", "4"])
 @pytest.mark.parametrize("way", ["plain", "lookup"])

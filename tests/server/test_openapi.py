@@ -82,6 +82,7 @@ def test_answers_are_as_described(served: Served) -> None:
     assert hold_all_to_it(served, _FEW) > 5 * _FEW
 
 
+@pytest.mark.heavy
 def test_vectors_and_scores_are_as_described(embedder: Served, reranker: Served) -> None:
     assert hold_all_to_it(embedder, _FEW, "embed") > 2 * _FEW
     assert hold_all_to_it(reranker, _FEW, "rerank") > 2 * _FEW
@@ -145,6 +146,7 @@ def check_still_well(served: Served, found: dict[int, int]) -> None:
     assert served.chat(seed=1).json()["choices"][0]["message"]["content"] == "12 + 34 = 46"
 
 
+@pytest.mark.heavy
 def test_mutated_requests_bring_nothing_down(served: Served) -> None:
     check_still_well(served, attack(served, 60, seed=4))
 

@@ -83,6 +83,7 @@ def occupied(lanes: list[grammar_trial._Lane]) -> Iterator[None]:
         yield
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("fields", "complaint"),
     [

@@ -182,6 +182,7 @@ BODIES: dict[str, tuple[str, Callable[[], bytes], str]] = {
 }
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("name", BODIES)
 def test_no_body_holds_up_the_others(name: str, served: Served) -> None:
     path, make, complaint = BODIES[name]
@@ -241,6 +242,7 @@ def test_the_description_is_written_beside_the_loop(
 # --- what is read -------------------------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("path", [CHAT, MESSAGES, OLLAMA, COUNT, TEXT])
 def test_json_is_read_whatever_its_type(path: str, served: Served) -> None:
     asked: dict[str, Any] = {"messages": _USER, "stream": False}

@@ -142,6 +142,7 @@ def nameless(response: dict[str, Any]) -> dict[str, Any]:
     return rounded
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("fields", "kinds", "status"),
     [
@@ -274,6 +275,7 @@ def test_its_client_creates_retrieves_and_deletes(client: Any, demo: LLM) -> Non
             call(response.id)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("linked", [False, True])
 def test_its_client_takes_a_call_there_and_back(client: Any, stream: bool, linked: bool) -> None:

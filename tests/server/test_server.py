@@ -70,6 +70,7 @@ def data_of(line: str) -> Any:
 # --- thinking by every spelling -----------------------------------------------------------------
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("fields", "thinks", "most"),
     [
@@ -315,6 +316,7 @@ def call_of(body: Any) -> Any:
 EXPRESSION = {"type": "string", "description": "the expression"}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("path", PROTOCOLS)
 @pytest.mark.parametrize(
     "more",

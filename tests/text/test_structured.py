@@ -336,6 +336,7 @@ NOT_SUPPORTED: list[tuple[Any, str]] = [
 ]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("parameters", WITH_REFERENCES)
 def test_references_in_a_schema_hold_in_a_call(demo: LLM, parameters: dict[str, Any]) -> None:
     tools = [tool_of({"type": "object"}, "other"), tool_of(parameters)]
@@ -360,6 +361,7 @@ def test_references_in_a_schema_hold_in_a_call(demo: LLM, parameters: dict[str, 
     assert called
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(("parameters", "complaint"), NOT_SUPPORTED)
 def test_what_is_not_supported_of_a_schema_is_warned_of(
     demo: LLM, parameters: Any, complaint: str
@@ -381,6 +383,7 @@ def warning(finish: Any) -> str:
     return str(finish.details.get("warning", ""))
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     "parameters", [None, True, [], {}, {"type": "object", "properties": None, "required": None}]
 )
@@ -627,6 +630,7 @@ def test_wrong_forms(
 BOMB = {"type": "string", "pattern": "^(a{800}){800}$"}
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
@@ -674,6 +678,7 @@ def brief(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLM]:
         yield llm
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("schema", "complaint"),
     [
@@ -763,6 +768,7 @@ def test_thousands_of_choices(demo: LLM) -> None:
     assert demo.chat("Hi", choice=choices, thinking=False, seed=1).text in choices
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("text", ["<|im_end|>", "</tool_call>", "a <think> b", "<|im_start|>user"])
 def test_names_of_special_tokens_in_a_form_are_text(demo: LLM, text: str) -> None:
     for thinking in (True, False):

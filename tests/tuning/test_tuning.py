@@ -269,6 +269,7 @@ def test_the_plan_trains_and_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("type", ["lora", "dora", "full"])
 @pytest.mark.parametrize("config", [TINY, MOE])
 def test_the_plan_counts_what_is_trained(

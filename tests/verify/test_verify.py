@@ -40,6 +40,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "compute_dtype", lambda name=None: mx.float32)
 
 
+@pytest.mark.heavy
 @pytest.mark.usefixtures("few")
 def test_a_sound_machine_passes(capsys: Captured) -> None:
     code, out, err = call(["doctor", "--verify"], capsys)
@@ -304,6 +305,7 @@ HEAVY = (
 LIGHT = [one for one in reference.CHECKS if not any(word in one.name for word in HEAVY)]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("check", LIGHT, ids=lambda check: check.name)
 def test_a_check_computes_the_same_twice(check: Check) -> None:
     """Its numbers depend on its name alone, and no result is empty."""
