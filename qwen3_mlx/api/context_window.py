@@ -23,7 +23,7 @@ def refuse_unknown_tokens(what: str, ids: Sequence[int], rows: int, tokenizer: T
         Qwen3Error: there is one; `what` names the text.
     """
     if (largest := max(ids, default=0)) >= rows:
-        text = tokenizer.decode([largest])
+        text = tokenizer.decode([largest]) if largest < len(tokenizer) else ""
         token = f"{largest} ({text})" if text else str(largest)
         raise Qwen3Error(
             f"{what} has token {token} and the model knows {rows:,}; leave it out; if that "
