@@ -18,7 +18,7 @@ from qwen3_mlx.cache.disk import DiskPrefixes
 from qwen3_mlx.checkpoint.calibration_text import default_text
 from qwen3_mlx.checkpoint.load import LoadOptions
 from qwen3_mlx.cluster.hosts import ClusterOptions
-from qwen3_mlx.cluster.lead import LedDisk
+from qwen3_mlx.cluster.lead import NOT_LED, LedDisk
 from qwen3_mlx.engine.forward import warm_up
 from qwen3_mlx.engine.overflow_check import overflows
 from qwen3_mlx.engine.speculation.draft_model import DraftModel
@@ -140,9 +140,7 @@ def load(  # noqa: PLR0913 - one keyword a choice
         folder, config = checkpoints.target.folder, checkpoints.target.config
         words = load_text_processor(folder, config, tokenizer)
         if cluster and words.kind.name != CHAT:
-            raise Qwen3Error(
-                "embedding and reranking run on one machine: load the model without hosts"
-            )
+            raise Qwen3Error(NOT_LED)
         held_as = checkpoints.target.options
         kind = LedDisk if cluster else DiskPrefixes
         disk = open_prompt_cache(prompt_cache, prompt_cache_gb, checkpoints.target, kind)

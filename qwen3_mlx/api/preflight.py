@@ -65,10 +65,9 @@ def preflight(
     followers = Followers(options, LIMIT_SECONDS)
     try:
         here = followers.hosts[0]
-        report = HostReport(
-            here.name, followers.address, here.available, None, *_compared(own, own)
-        )
-        reports = [report]
+        reports = [
+            HostReport(here.name, followers.address, here.available, None, *_compared(own, own))
+        ]
         for peer, host in zip(followers.peers, followers.hosts[1:], strict=True):
             times = []
             for _ in range(_PINGS):

@@ -146,11 +146,11 @@ def plan(  # noqa: PLR0913 - one parameter an option
             )
         if model is None:
             raise ValueError("--hosts need a model: qwen3 plan 32B --hosts 24,36")
-        memories = _memories(hosts)
+        memories, context = _memories(hosts), context or _CONTEXT
         counts = ClusterOptions(hosts, layers=layers).counts()
         estimate = estimate_of(with_file(model, file) or model)
-        found = list(divisions(estimate, memories, counts, context or _CONTEXT, cache))
-        table = table_of_hosts(estimate.name, found, context or _CONTEXT)
+        found = list(divisions(estimate, memories, counts, context, cache))
+        table = table_of_hosts(estimate.name, found, context)
         print(json.dumps([asdict(one) for one in found], indent=1) if as_json else table)
         return
     if layers or context:

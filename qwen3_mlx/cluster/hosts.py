@@ -139,9 +139,9 @@ def _read_hostfile(file: Path) -> list[HostName]:
         named = []
         for host in hosts:
             addresses, rdma = host.get("ips", []), host.get("rdma", [])
-            if not isinstance(addresses, list) or not isinstance(rdma, list):
-                raise TypeError
-            if not all(isinstance(each, str) for each in (host["ssh"], *addresses)):
+            are_lists = isinstance(addresses, list) and isinstance(rdma, list)
+            are_texts = all(isinstance(each, str) for each in (host["ssh"], *addresses))
+            if not (are_lists and are_texts):
                 raise TypeError
             named.append(HostName(host["ssh"], tuple(addresses), tuple(rdma)))
         return named

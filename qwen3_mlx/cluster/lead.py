@@ -29,6 +29,9 @@ from qwen3_mlx.engine.worker import WorkerThread
 from qwen3_mlx.errors import Qwen3Error
 from qwen3_mlx.model.config import ModelConfig
 
+NOT_LED = "embedding and reranking run on one machine: load the model without hosts"
+"""Why such a model is not loaded, nor such a pass planned."""
+
 
 class CacheBook:
     """The numbers of the caches that followers have, and what happened to them since the last plan.
@@ -166,9 +169,7 @@ class LedQwen3(PartQwen3):
         parts = []
         for one, length, number in zip(caches, lengths, counts, strict=True):
             if not isinstance(one, _NamedCache):
-                raise Qwen3Error(
-                    "embedding and reranking run on one machine: load the model without hosts"
-                )
+                raise Qwen3Error(NOT_LED)
             parts.append(PlanPart(one.key, one.offset, length, number, one.capacity))
         return Plan(step, batch, tokens, parts, columns=columns)
 

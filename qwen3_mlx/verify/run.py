@@ -116,13 +116,14 @@ def _against_reference(dtypes: list[mx.Dtype], only: Collection[str] | None) -> 
         for check in checks:
             outcomes = {}
             for dtype, name in zip(dtypes, names, strict=True):
-                outcomes[name] = _guarded(partial(_compare, check, dtype, reference, name))
+                outcomes[name] = _guarded(partial(_compare, check, dtype, reference))
             yield Row(check.name, outcomes)
             mx.clear_cache()
 
 
-def _compare(check: Check, dtype: mx.Dtype, reference: Reference, name: str) -> Outcome:
-    return check.compare(check.on_device(dtype), reference.arrays(check.name, name), dtype)
+def _compare(check: Check, dtype: mx.Dtype, reference: Reference) -> Outcome:
+    expected = reference.arrays(check.name, backend.dtype_name(dtype))
+    return check.compare(check.on_device(dtype), expected, dtype)
 
 
 def _of_paths(dtypes: list[mx.Dtype], only: Collection[str] | None) -> Iterator[Row]:

@@ -340,6 +340,7 @@ def test_a_chat_keeps_its_model() -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=60,
     )
     assert done.returncode == 1  # one of its commands failed
     assert "this model stays until the end of the chat" in done.stderr
@@ -353,7 +354,8 @@ def test_a_program_that_closes_nothing_ends_in_silence() -> None:
         "print(load('demo', hosts='local:2').chat('What is 12 + 34?', thinking=False).text); "
         "sys.exit(3)"
     )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stderr) == (3, "") and "12 + 34 = " in done.stdout
 
 

@@ -23,6 +23,7 @@ from qwen3_mlx.cluster import wire
 from qwen3_mlx.cluster.crew import Crew, Peer
 from qwen3_mlx.cluster.wire import Channel, Listener, WireError, join
 from qwen3_mlx.errors import ClusterError
+from qwen3_mlx.processes import module_command
 
 LOOPBACK = "127.0.0.1"
 HELLO = {"name": "mac2", "rank": None, "memory": 8_000_000_000}
@@ -81,22 +82,19 @@ def test_a_follower_by_hand_is_told_that_others_failed(caplog: pytest.LogCapture
     """It waits to be connected then."""
     ended: list[subprocess.CompletedProcess[str]] = []
 
-    def follow(address: str) -> None:
-        command = [sys.executable, "-P", "-m", "qwen3_mlx", "follow", *address.split()]
-        ended.append(subprocess.run(command, capture_output=True, text=True, timeout=60))
-
     def fail(channel: Channel) -> None:
         while "setup" not in channel.receive(30):
             pass
         channel.send({"failed": "no disk"})
         channel.receive(30)
 
-    def first() -> None:
+    def follow() -> None:
         while not (found := re.search(r"--join \S+ --key \S+", caplog.text)):
             time.sleep(0.01)
-        follow(f"{found[0]} --rank 1")
+        command = module_command("qwen3_mlx", "follow", *found[0].split(), "--rank", "1")
+        ended.append(subprocess.run(command, capture_output=True, text=True, timeout=60))
 
-    thread = threading.Thread(target=first)
+    thread = threading.Thread(target=follow)
     thread.start()
     error = load_with(fail, caplog, {**HELLO, "rank": 2}, hosts=[LOOPBACK, "join", "join"])
     thread.join()
